@@ -1,0 +1,19 @@
+"""Parallel Control: state-based fine-tuning as a Hugging Face peft method.
+
+Importing this package registers the method with an unmodified upstream ``peft``, so that
+``get_peft_model``, ``PeftModel.from_pretrained`` and everything built on them accept :class:`ControlConfig`.
+
+Source: Zhang, Ren, Cheng and Li, "From Weight-Based to State-Based Fine-Tuning: Further Memory Reduction on
+LoRA with Parallel Control", ICML 2025.
+"""
+
+from .architectures import ARCHITECTURES, Architecture, Block
+from .config import ControlConfig
+from .layer import ControlLayer
+from .model import ControlModel
+from .registration import register
+
+register()
+
+__all__ = ["ARCHITECTURES", "Architecture", "Block", "ControlConfig", "ControlLayer", "ControlModel"]
+__version__ = "0.1.0"

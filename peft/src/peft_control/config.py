@@ -1,0 +1,79 @@
+"""The configuration of a control adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Optional, Union
+
+from peft import LoraConfig
+from peft.utils import PeftType
+
+from .architectures import Architecture
+
+
+@dataclass
+class ControlConfig(LoraConfig):
+    """Parallel Control, alone or mixed with LoRA/DoRA, as one adapter.
+
+    A control adds ``control_alpha * B(A(state))`` to the output state of each chosen block, in parallel to the
+    whole frozen block (paper, section 4). With ``target_modules`` the same adapter also holds LoRA or, with
+    ``use_dora=True``, DoRA on those linear layers; all of `LoraConfig`'s fields keep their meaning for that
+    part, and without ``target_modules`` there is no such part.
+
+    Raises:
+        ValueError: a field has no meaning (rank 0, no block, unknown initialisation, ...).
+    """
+
+    control_blocks: Optional[Union[list[str], str]] = field(
+        default_factory=lambda: ["mlp"],
+        metadata={"help": "Blocks that get a control: 'mlp', 'attention' or both ('double control')."},
+    )
+    control_rank: int = field(default=16, metadata={"help": "Rank r of the control B·A."})
+    control_alpha: float = field(
+        default=1.0, metadata={"help": "Plain multiplier of the control; it is not divided by the rank."}
+    )
+    control_dropout: float = field(default=0.0, metadata={"help": "Dropout between A and B."})
+    control_bias: bool = field(default=False, metadata={"help": "Whether A and B have biases."})
+    control_init: Optional[Literal["kaiming", "normal"]] = field(
+        default=None,
+        metadata={
+            "help": "Initialisation of A: 'kaiming' (uniform, a=√5) or 'normal' (the model's initializer_range); "
+            "None takes the architecture's own. B and the biases start at zero."
+        },
+    )
+    control_rank_pattern: dict = field(
+        default_factory=dict,
+        metadata={"help": "Other ranks by block name or regular expression, e.g. {'layers.0.mlp': 8}."},
+    )
+    control_alpha_pattern: dict = field(
+        default_factory=dict, metadata={"help": "Other alphas, matched as in control_rank_pattern."}
+    )
+    control_architecture: Optional[dict] = field(
+        default=None,
+        metadata={
+            "help": "A row for a model that peft_control.architectures lacks, e.g. {'layer': 'MyLayer', "
+            "'norm': 'norm1', 'blocks': {'mlp': {'read': 'norm2', 'write': 'mlp'}}}."
+        },
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "False draws B like A, so that the adapter is no identity at first (for tests)."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.CONTROL
+        if isinstance(self.control_blocks, str):
+            self.control_blocks = [self.control_blocks]
+        self.control_blocks = list(dict.fromkeys(self.control_blocks or []))
+        if not self.control_blocks:
+            raise ValueError("control_blocks is empty: name at least one block, e.g. ['mlp']")
+        for name, rank in {"control_rank": self.control_rank, **self.control_rank_pattern}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {rank!r}")
+        if not 0.0 <= self.control_dropout < 1.0:
+            raise ValueError(f"control_dropout must lie in [0, 1), got {self.control_dropout!r}")
+        if self.control_init not in (None, "kaiming", "normal"):
+            raise ValueError(f"control_init must be 'kaiming', 'normal' or None, got {self.control_init!r}")
+        if self.control_architecture is not None:
+            Architecture.from_dict(self.control_architecture)

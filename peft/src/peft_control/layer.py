@@ -1,0 +1,164 @@
+"""The control itself: a rank-r linear path from a block's input state to its output state."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .architectures import Architecture
+
+
+class ControlLayer(nn.Module, BaseTunerLayer):
+    """Adds ``alpha * B(A(state))`` to the output state of one frozen block.
+
+    It is a child of the transformer layer and reaches the block through two forward hooks: one catches the
+    input state where the block reads it, one adds the control where the block writes. Nothing is wrapped or
+    renamed, so the base model's parameter names, LoRA inside the block and patched ``forward`` methods
+    (Liger) stay as they are. The hooks are bound methods: they survive ``deepcopy`` and ``pickle``.
+
+    Shapes: state and output ``(..., width)``; A ``(rank, width)``; B ``(width, rank)``.
+    """
+
+    adapter_layer_names = ("control_A", "control_B")
+    other_param_names = ("rank", "alpha", "dropout")
+    weight = bias = None  # peft's properties look for them in a wrapped layer, and here is none
+
+    def __init__(self, layer: nn.Module, architecture: Architecture, block: str):
+        super().__init__()
+        self.block = architecture.blocks[block]
+        self.write_is_shared = [b.write for b in architecture.blocks.values()].count(self.block.write) > 1
+        self.width = architecture.state_width(layer)
+        self.control_A = nn.ModuleDict()
+        self.control_B = nn.ModuleDict()
+        self.rank: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+        self.merged_adapters = []
+        self._layer = (layer,)  # in a tuple, lest the layer become a submodule of its own child
+        self._hooks = []
+        self._state = None
+
+    # -- the computation ------------------------------------------------------------------------------------
+
+    def control(self, output: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """Return ``output + sum of alpha * B(A(state))`` over the active adapters.
+
+        The products run in the state's dtype (as they would under autocast) whatever the dtype of A and B, so
+        that nothing is kept for the backward but the state, which the frozen block keeps anyway, and A(state).
+        """
+        if self.disable_adapters:
+            return output
+        for name in self.active_adapters:
+            if name in self.control_A:
+                hidden = _linear(state, self.control_A[name])
+                hidden = F.dropout(hidden, self.dropout[name], self.training)
+                change = _linear(hidden, self.control_B[name]).to(output.dtype)
+                output = torch.add(output, change, alpha=self.alpha[name])
+        return output
+
+    def _forget_state(self, module, args):
+        self._state = None  # of a forward that an exception or an early-stopped recomputation cut short
+
+    def _catch_state(self, module, args, kwargs):
+        self._state = args[0] if args else kwargs["hidden_states"]
+
+    def _add_control(self, module, args, output):
+        state, self._state = self._state, None
+        if state is None:
+            if self.write_is_shared:  # this call is the other block's
+                return output
+            raise RuntimeError(
+                f"{type(self.layer).__name__} wrote to {self.block.write!r} without calling {self.block.read!r}: "
+                "its forward was replaced by one that a control cannot follow"
+            )
+        if isinstance(output, tuple):
+            return (self.control(output[0], state), *output[1:])
+        return self.control(output, state)
+
+    # -- attachment -----------------------------------------------------------------------------------------
+
+    @property
+    def layer(self) -> nn.Module:
+        return self._layer[0]
+
+    def attach(self) -> None:
+        """Place the hooks on the modules that now stand at the block's two paths."""
+        self.detach()
+        read = self.layer.get_submodule(self.block.read)
+        write = self.layer.get_submodule(self.block.write)
+        self._hooks = [
+            self.layer.register_forward_pre_hook(self._forget_state),
+            read.register_forward_pre_hook(self._catch_state, with_kwargs=True),
+            write.register_forward_hook(self._add_control),
+        ]
+
+    def detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    # -- what peft's tuner asks of its layers ---------------------------------------------------------------
+
+    def update_layer(self, adapter_name, rank, alpha, dropout, bias, init, std, identity, inference_mode):
+        """Add an adapter. ``std`` is the deviation of the normal initialisation; see ``ControlConfig``."""
+        self.rank[adapter_name] = rank
+        self.alpha[adapter_name] = alpha
+        self.dropout[adapter_name] = dropout
+        down = nn.Linear(self.width, rank, bias=bias)
+        up = nn.Linear(rank, self.width, bias=bias)
+        for linear, zero in ((down, False), (up, identity)):
+            if zero:
+                nn.init.zeros_(linear.weight)
+            elif init == "normal":
+                nn.init.normal_(linear.weight, std=std)
+            else:
+                nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+            if bias:
+                nn.init.zeros_(linear.bias)
+        self.control_A[adapter_name] = down.to(self._reference().dtype)
+        self.control_B[adapter_name] = up.to(self._reference().dtype)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name, device=None):
+        for linear in self._linears(adapter_name):
+            if not any(parameter.is_meta for parameter in linear.parameters()):
+                linear.to(device or self._reference().device)
+
+    def _linears(self, adapter_name) -> list[nn.Linear]:
+        return [d[adapter_name] for d in (self.control_A, self.control_B) if adapter_name in d]
+
+    def _reference(self) -> torch.Tensor:
+        """A parameter of the frozen layer that shows its device and floating dtype (quantized ones do not)."""
+        own = {id(parameter) for parameter in self.parameters()}
+        return next(p for p in self.layer.parameters() if id(p) not in own and p.is_floating_point())
+
+    def merge(self, *args, **kwargs):
+        raise ValueError(CANNOT_MERGE)
+
+    def unmerge(self):
+        raise ValueError(CANNOT_MERGE)
+
+    def supports_lora_conversion(self, adapter_name="default") -> bool:
+        return False
+
+    def extra_repr(self) -> str:
+        return (
+            f"width={self.width}, rank={self.rank}, alpha={self.alpha}, "
+            f"read={self.block.read!r}, write={self.block.write!r}"
+        )
+
+
+CANNOT_MERGE = (
+    "a control runs parallel to a nonlinear block and cannot be merged into its weights; "
+    "keep the adapter loaded, or call unload() to get the base model back"
+)
+
+
+def _linear(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    bias = linear.bias if linear.bias is None else linear.bias.to(x.dtype)
+    return F.linear(x, linear.weight.to(x.dtype), bias)

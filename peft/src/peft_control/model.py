@@ -1,0 +1,138 @@
+"""The tuner: controls on blocks and, if asked for, LoRA/DoRA on linear layers, as one adapter."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from .architectures import find_layers
+from .config import ControlConfig
+from .layer import CANNOT_MERGE, ControlLayer
+
+
+class ControlModel(LoraModel):
+    """Injects what a :class:`ControlConfig` describes into a model.
+
+    A subclass of upstream's LoRA tuner: the LoRA part of a mixed adapter is upstream's own code, and peft
+    saves, loads, activates and deletes both parts together. Each controlled layer gets a child
+    ``<block>_control`` (:class:`ControlLayer`); the base model is otherwise unchanged.
+    """
+
+    prefix = "control_"
+    tuner_layer_cls = BaseTunerLayer  # both LoraLayer and ControlLayer
+
+    # -- injection ------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        """As upstream's; raises ValueError for an unknown architecture, block or layer index."""
+        self._layers = self._choose_layers(model, self.peft_config[adapter_name])
+        # peft may now put modules_to_save wrappers around modules that carry hooks, and copy them, hooks
+        # and all: so the hooks are off during injection and afterwards sit on what stands at their paths.
+        for control in _controls(model):
+            control.detach()
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for control in _controls(model):
+            control.attach()
+
+    @staticmethod
+    def _choose_layers(model: nn.Module, config: ControlConfig) -> dict:
+        layers = find_layers(model, config.control_architecture)
+        for architecture in {row.name: row for _, row in layers.values()}.values():
+            if unknown := [block for block in config.control_blocks if block not in architecture.blocks]:
+                raise ValueError(
+                    f"{architecture.name} has no block {unknown[0]!r}: choose from {', '.join(architecture.blocks)}"
+                )
+        if config.layers_to_transform is not None:
+            wanted = config.layers_to_transform
+            wanted = {wanted} if isinstance(wanted, int) else set(wanted)
+            layers = {name: entry for name, entry in layers.items() if _index(name) in wanted}
+            if missing := wanted - {_index(name) for name in layers}:
+                raise ValueError(f"layers_to_transform names layers that do not exist: {sorted(missing)}")
+        if config.exclude_modules:
+            layers = {name: entry for name, entry in layers.items() if not _excluded(config, name)}
+        if not layers:
+            raise ValueError("exclude_modules leaves no layer to control")
+        return layers
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        return peft_config  # without target_modules there is no LoRA part; upstream would choose a default
+
+    def _check_target_module_exists(self, peft_config, key):
+        if key in self._layers:
+            return True
+        if not peft_config.target_modules and not peft_config.target_parameters:
+            return False
+        return LoraModel._check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        if current_key not in self._layers:
+            super()._create_and_replace(
+                config, adapter_name, target, target_name, parent, current_key, **kwargs
+            )
+            return
+        layer, architecture = self._layers[current_key]
+        for block in config.control_blocks:
+            child, key = f"{block}_control", f"{current_key}.{block}"
+            if not hasattr(layer, child):
+                layer.add_module(child, ControlLayer(layer, architecture, block))
+            getattr(layer, child).update_layer(
+                adapter_name,
+                rank=_by_pattern(config.control_rank_pattern, key, config.control_rank),
+                alpha=_by_pattern(config.control_alpha_pattern, key, config.control_alpha),
+                dropout=config.control_dropout,
+                bias=config.control_bias,
+                init=config.control_init or architecture.init,
+                std=getattr(getattr(self.model, "config", None), "initializer_range", 0.02),
+                identity=config.init_weights,
+                inference_mode=config.inference_mode,
+            )
+
+    # -- what cannot be done with a control -----------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("a control adapter cannot be chosen per sample: use set_adapter instead")
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    def _check_merge_allowed(self):
+        raise ValueError(CANNOT_MERGE)
+
+    def add_weighted_adapter(self, *args, **kwargs):
+        raise ValueError(
+            "controls cannot be combined by add_weighted_adapter; activate several adapters instead"
+        )
+
+    def _unload_and_optionally_merge(self, merge=True, **kwargs):
+        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        for name, control in [(n, m) for n, m in model.named_modules() if isinstance(m, ControlLayer)]:
+            control.detach()
+            delattr(control.layer, name.rpartition(".")[2])
+        return model
+
+
+def _controls(model: nn.Module) -> list[ControlLayer]:
+    return [module for module in model.modules() if isinstance(module, ControlLayer)]
+
+
+def _index(layer_name: str) -> int | None:
+    """The layer's number: the last number in its dotted name."""
+    numbers = [part for part in layer_name.split(".") if part.isdigit()]
+    return int(numbers[-1]) if numbers else None
+
+
+def _by_pattern(pattern: dict, key: str, default):
+    return pattern.get(get_pattern_key(pattern.keys(), key), default)
+
+
+def _excluded(config: ControlConfig, name: str) -> bool:
+    exclude = config.exclude_modules
+    if isinstance(exclude, str):
+        return re.fullmatch(exclude, name) is not None
+    return any(name == module or name.endswith(f".{module}") for module in exclude)

@@ -1,0 +1,38 @@
+"""Make an unmodified upstream peft know the method ``CONTROL``."""
+
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType, register_peft_method
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Return ``PeftType[name]``, adding the member if upstream has none.
+
+    ``register_peft_method`` accepts only names in the ``PeftType`` enum, and an enum with members can not be
+    subclassed, so the one way in is to do what ``EnumMeta`` does at class creation: make a ``str`` instance of
+    the class, give it name and value, and enter it in the three places in which an enum looks members up.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType)
+    PeftType._member_names_.append(name)  # iteration and `in list(PeftType)`
+    PeftType._member_map_[name] = member  # PeftType["CONTROL"] and, through EnumMeta, PeftType.CONTROL
+    PeftType._value2member_map_[name] = member  # PeftType("CONTROL"), which reading adapter_config.json uses
+    # Since Python 3.12 attribute access no longer falls back to _member_map_; type.__setattr__ passes by
+    # EnumMeta's refusal to reassign members.
+    type.__setattr__(PeftType, name, member)
+    return member
+
+
+def register() -> None:
+    """Register ``ControlConfig`` and ``ControlModel`` with peft; a second call does nothing."""
+    from .config import ControlConfig
+    from .model import ControlModel
+
+    if add_peft_type("CONTROL") not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(
+            name="control", config_cls=ControlConfig, model_cls=ControlModel, prefix=ControlModel.prefix
+        )
