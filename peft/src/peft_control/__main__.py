@@ -4,6 +4,7 @@ Registers CONTROL with peft, then runs the module or script as ``python`` itself
 only peft, for example ``python -m peft_control -m lm_eval --model_args pretrained=BASE,peft=ADAPTER ...``.
 """
 
+import importlib.util
 import os
 import runpy
 import sys
@@ -14,20 +15,36 @@ USAGE = "usage: python -m peft_control (-m MODULE | SCRIPT) [ARGUMENT ...]"
 
 
 def main() -> None:
+    """Run what ``sys.argv`` names; exits with code 2 if that is nothing or does not exist."""
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if arguments and arguments[0] in ("-h", "--help"):
         print(f"{__doc__.strip()}\n\n{USAGE}")
-        raise SystemExit(0 if arguments else 2)
-    if arguments[0] == "-m":
-        if len(arguments) < 2:
-            raise SystemExit(USAGE)
+    elif len(arguments) > 1 and arguments[0] == "-m":
         sys.argv = arguments[1:]
         sys.path.insert(0, os.getcwd())
+        if not _exists(arguments[1]):
+            _refuse(f"there is no module {arguments[1]!r}")
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif not arguments or arguments[0] == "-m":
+        _refuse(USAGE)
+    elif not os.path.exists(arguments[0]):
+        _refuse(f"there is no script {arguments[0]!r}; {USAGE}")
     else:
         sys.argv = arguments
         sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a dotted name's parent
+        return False
+
+
+def _refuse(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+INITS = ("kaiming", "normal")  # of A; see ControlConfig.control_init
+
 
 @dataclass(frozen=True)
 class Block:
@@ -49,6 +51,19 @@ class Architecture:
         cls = type(module)
         return f".{cls.__module__}.{cls.__qualname__}".endswith(f".{self.layer}")
 
+    def check(self, layer: nn.Module) -> None:
+        """Raise ValueError if a path of the row does not lead to a module of ``layer``."""
+        for path in [
+            self.norm,
+            *(path for block in self.blocks.values() for path in (block.read, block.write)),
+        ]:
+            try:
+                layer.get_submodule(path)
+            except AttributeError as error:
+                raise ValueError(
+                    f"{type(layer).__name__} has no module {path!r}, which the row {self.name!r} names"
+                ) from error
+
     def state_width(self, layer: nn.Module) -> int:
         return layer.get_submodule(self.norm).weight.shape[0]
 
@@ -64,9 +79,14 @@ class Architecture:
         )
         try:
             blocks = {name: Block(**block) for name, block in row["blocks"].items()}
-            return cls(**{"name": row["layer"], **row, "blocks": blocks})
+            architecture = cls(**{"name": row["layer"], **row, "blocks": blocks})
+            paths = [path for block in blocks.values() for path in (block.read, block.write)]
+            strings = [architecture.name, architecture.layer, architecture.norm, *blocks, *paths]
+            if not (blocks and architecture.init in INITS and all(isinstance(s, str) and s for s in strings)):
+                raise TypeError("a field is empty or of the wrong type")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"control_architecture must look like {example}, got {row!r}") from error
+        return architecture
 
 
 def _pre_norm(name, layer, attention, mlp, norm="input_layernorm", init="kaiming"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, Optional, Union
 
 from peft import LoraConfig
 from peft.utils import PeftType
 
-from .architectures import Architecture
+from .architectures import INITS, Architecture
 
 
 @dataclass
@@ -65,15 +66,33 @@ class ControlConfig(LoraConfig):
         self.peft_type = PeftType.CONTROL
         if isinstance(self.control_blocks, str):
             self.control_blocks = [self.control_blocks]
-        self.control_blocks = list(dict.fromkeys(self.control_blocks or []))
         if not self.control_blocks:
             raise ValueError("control_blocks is empty: name at least one block, e.g. ['mlp']")
-        for name, rank in {"control_rank": self.control_rank, **self.control_rank_pattern}.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        if not isinstance(self.control_blocks, (list, tuple, set)) or not all(
+            isinstance(block, str) and block for block in self.control_blocks
+        ):
+            raise ValueError(f"control_blocks must be a list of block names, got {self.control_blocks!r}")
+        self.control_blocks = list(dict.fromkeys(self.control_blocks))
+        for name, rank in self._values("control_rank"):
+            if not _is_number(rank, int) or rank < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {rank!r}")
-        if not 0.0 <= self.control_dropout < 1.0:
+        for name, alpha in self._values("control_alpha"):
+            if not _is_number(alpha, (int, float)) or not math.isfinite(alpha):
+                raise ValueError(f"{name} must be a finite number, got {alpha!r}")
+        if not _is_number(self.control_dropout, (int, float)) or not 0.0 <= self.control_dropout < 1.0:
             raise ValueError(f"control_dropout must lie in [0, 1), got {self.control_dropout!r}")
-        if self.control_init not in (None, "kaiming", "normal"):
+        if self.control_init not in (None, *INITS):
             raise ValueError(f"control_init must be 'kaiming', 'normal' or None, got {self.control_init!r}")
         if self.control_architecture is not None:
             Architecture.from_dict(self.control_architecture)
+
+    def _values(self, name: str) -> list[tuple[str, object]]:
+        """The field ``name`` and every entry of its pattern, each with the words an error names it by."""
+        pattern = getattr(self, f"{name}_pattern")
+        if not isinstance(pattern, dict):
+            raise ValueError(f"{name}_pattern must be a dict of block names to values, got {pattern!r}")
+        return [(name, getattr(self, name)), *((f"{name}_pattern[{k!r}]", v) for k, v in pattern.items())]
+
+
+def _is_number(value, kind) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -35,13 +35,17 @@ class ControlModel(LoraModel):
         # and all: so the hooks are off during injection and afterwards sit on what stands at their paths.
         for control in _controls(model):
             control.detach()
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        for control in _controls(model):
-            control.attach()
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            for control in _controls(model):
+                control.attach()
 
     @staticmethod
     def _choose_layers(model: nn.Module, config: ControlConfig) -> dict:
         layers = find_layers(model, config.control_architecture)
+        for layer, architecture in layers.values():
+            architecture.check(layer)
         for architecture in {row.name: row for _, row in layers.values()}.values():
             if unknown := [block for block in config.control_blocks if block not in architecture.blocks]:
                 raise ValueError(
@@ -57,6 +61,11 @@ class ControlModel(LoraModel):
             layers = {name: entry for name, entry in layers.items() if not _excluded(config, name)}
         if not layers:
             raise ValueError("exclude_modules leaves no layer to control")
+        targets = config.target_modules
+        if targets and targets != "all-linear":  # upstream's own check is content with the controlled layers
+            matches = LoraModel._check_target_module_exists
+            if not any(matches(config, name) for name, _ in model.named_modules()):
+                raise ValueError(f"target_modules {targets} not found in {type(model).__name__}")
         return layers
 
     def _prepare_adapter_config(self, peft_config, model_config):

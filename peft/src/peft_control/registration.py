@@ -1,7 +1,11 @@
 """Make an unmodified upstream peft know the method ``CONTROL``."""
 
+import functools
+
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
+from peft.utils import transformers_weight_conversion as conversion
+from transformers.core_model_loading import WeightRenaming
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -36,3 +40,26 @@ def register() -> None:
         register_peft_method(
             name="control", config_cls=ControlConfig, model_cls=ControlModel, prefix=ControlModel.prefix
         )
+        rename_both_parts(conversion)
+
+
+def rename_both_parts(conversion) -> None:
+    """Let transformers' ``from_pretrained`` and ``load_adapter`` find the LoRA part of a mixed adapter.
+
+    They insert the adapter's name into the keys of a checkpoint after the method's one registered prefix, which
+    leaves ``lora_*`` keys without it: the LoRA part would be dropped with a warning. For CONTROL, and only for
+    it, add the renaming that LoRA has, and the one for DoRA's magnitude, which upstream (0.21) lacks.
+    """
+    upstream = conversion.build_peft_weight_mapping
+
+    @functools.wraps(upstream)
+    def build_peft_weight_mapping(weight_conversions, adapter_name, peft_config=None):
+        renamings = upstream(weight_conversions, adapter_name, peft_config=peft_config)
+        if renamings and getattr(peft_config, "peft_type", None) == PeftType.CONTROL:
+            renamings += [
+                WeightRenaming(r"(lora_[^\.]*)", rf"\1.{adapter_name}"),
+                WeightRenaming(r"(lora_magnitude_vector\.[^\.]*)$", r"\1.weight"),
+            ]
+        return renamings
+
+    conversion.build_peft_weight_mapping = build_peft_weight_mapping

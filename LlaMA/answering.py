@@ -1,0 +1,173 @@
+"""Answers of a causal language model to batches of questions, by generation or by likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from LlaMA.commonsense import ANSWER_LEAD, extract_answer
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt's token ids, the task's answer words, and the words that this question offers."""
+
+    ids: list[int]
+    words: tuple[str, ...]
+    offered: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model said, and the answer word in it (None: no match)."""
+
+    text: str
+    answer: str | None
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Token ids and attention mask, `(rows, longest)` each, every row ending at the right edge."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.tensor(row)
+        mask[index, longest - len(row) :] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+class AnswersDecided(StoppingCriteria):
+    """Ends a batch's beam search once no continuation can change any row's answer.
+
+    An answer is the first answer word of a response, so once a beam's text holds one, all its continuations have the
+    same. A row is decided when all its live beams, and all its hypotheses that ended before, have one answer in common.
+    Only when every row is decided does the search end: stopping single rows early would let them win with another
+    length, hence another score, than the published search gives them.
+
+    Args:
+        prompt_length: tokens before the first generated one.
+        questions: the batch's rows.
+        beams: live beams per row; beam search hands over more candidates than these, best first.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_length: int, questions: Sequence[Question], beams: int):
+        self.tokenizer, self.prompt_length, self.questions, self.beams = tokenizer, prompt_length, questions, beams
+        self.known: list[dict[tuple[int, ...], str | None]] = [{(): None} for _ in questions]
+        self.ended: list[set[str | None]] = [set() for _ in questions]
+
+    def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
+        candidates = input_ids[:, self.prompt_length :].view(len(self.questions), -1, input_ids.shape[1] - self.prompt_length)
+        decided = [self._decided(row, beams) for row, beams in enumerate(candidates.tolist())]
+        return torch.full((len(input_ids),), all(decided), device=input_ids.device)
+
+    def _decided(self, row: int, candidates: list[list[int]]) -> bool:
+        end = self.tokenizer.eos_token_id
+        answers = {tuple(tokens): self._answer(row, tuple(tokens)) for tokens in candidates}
+        # an end counts only among the best `beams` candidates; the live beams are the best that did not end
+        self.ended[row] |= {answers[tuple(tokens)] for tokens in candidates[: self.beams] if tokens[-1] == end}
+        live = [tuple(tokens) for tokens in candidates if tokens[-1] != end][: self.beams]
+        self.known[row] = answers
+        found = self.ended[row] | {answers[tokens] for tokens in live}
+        return len(found) == 1 and None not in found
+
+    def _answer(self, row: int, tokens: tuple[int, ...]) -> str | None:
+        inherited = self.known[row].get(tokens[:-1])
+        if inherited is not None:
+            return inherited
+        return extract_answer(self.tokenizer.decode(tokens, skip_special_tokens=True), self.questions[row].words)
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    *,
+    beams: int = 4,
+    max_new_tokens: int = 32,
+    stop_when_decided: bool = True,
+) -> list[Reply]:
+    """The published generation (beam search, no sampling) for one batch.
+
+    With `stop_when_decided` texts may be shorter, answers are those of the full search.
+    """
+    batch = pad_left([question.ids for question in questions], tokenizer.pad_token_id, model.device)
+    prompt_length = batch["input_ids"].shape[1]
+    stops = StoppingCriteriaList()
+    if stop_when_decided:
+        stops.append(AnswersDecided(tokenizer, prompt_length, questions, beams))
+    config = GenerationConfig(
+        num_beams=beams,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    output = model.generate(**batch, generation_config=config, stopping_criteria=stops)
+    texts = tokenizer.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
+    return [
+        Reply(text.strip(), extract_answer(text, question.words))
+        for text, question in zip(texts, questions, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence[Question]) -> list[Reply]:
+    """The offered word whose tokens are likeliest after "the correct answer is", for one batch.
+
+    Prompt and lead are computed once for all words of a question: one forward pass over the prompts fills the key-value
+    cache, and a short second one scores the words from it. A word's score is the sum of its tokens' log-probabilities.
+    """
+    lead = tokenizer(f" {ANSWER_LEAD}", add_special_tokens=False)["input_ids"]
+    tails = [
+        [tokenizer(f" {ANSWER_LEAD} {word}", add_special_tokens=False)["input_ids"] for word in question.offered]
+        for question in questions
+    ]
+    shared = min(_common_prefix(lead, tail) for words in tails for tail in words)
+    prefixes = [[*question.ids, *lead[:shared]] for question in questions]
+    batch = pad_left(prefixes, tokenizer.pad_token_id, model.device)
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    first = model(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
+    first_scores = first.logits[:, -1].float().log_softmax(-1)
+
+    # every question gets as many tails as the one with the most words; each tail as many tokens as the longest
+    most = max(map(len, tails))
+    longest = max(len(tail) - shared for words in tails for tail in words)
+    ids = torch.full((len(questions), most, longest), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, words in enumerate(tails):
+        for column, tail in enumerate(words):
+            ids[row, column, : len(tail) - shared] = torch.tensor(tail[shared:])
+            mask[row, column, : len(tail) - shared] = 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
+
+    scores = first_scores.gather(1, ids[:, :, 0])
+    if longest > 1:
+        cache = first.past_key_values
+        cache.batch_repeat_interleave(most)
+        flat_ids, flat_mask = ids.flatten(0, 1), mask.flatten(0, 1)
+        prefix_mask = batch["attention_mask"].repeat_interleave(most, dim=0)
+        steps = torch.arange(longest - 1, device=model.device)
+        rest = model(
+            input_ids=flat_ids[:, :-1],
+            attention_mask=torch.cat([prefix_mask, flat_mask[:, :-1]], dim=1),
+            position_ids=prefix_mask.sum(1, keepdim=True) + steps,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        tokens = rest.logits.float().log_softmax(-1).gather(2, flat_ids[:, 1:, None])[..., 0]
+        scores = scores + (tokens * flat_mask[:, 1:]).sum(1).view_as(scores)
+    offered = mask.any(-1)
+    best = scores.masked_fill(~offered, -torch.inf).argmax(1).tolist()
+    words = [question.offered[index] for question, index in zip(questions, best, strict=True)]
+    return [Reply(word, word) for word in words]
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = zip(one, other, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

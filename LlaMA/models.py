@@ -1,0 +1,232 @@
+"""Loading causal language models: hub ids, folders, GGUF files and random weights of a known shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from control_experiments.checksums import fingerprint
+from control_experiments.errors import UserError
+from control_experiments.methods import ControlSettings, LoraSettings, adapter_config
+from control_experiments.paths import public_path
+
+METHODS = ("lora", "dora", "control", "double control", "control+lora", "control+dora")
+
+#: Tokens that models of the LLaMA family reserve and never use.
+_PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "[PAD]", "<|pad|>")
+
+#: Shapes for measurements with random weights.
+SHAPES: dict[str, dict] = {
+    "smollm2": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "llama2-7b": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32000,
+    },
+    "llama3-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 2048,
+    },
+}  # fmt: skip
+
+
+def _source(model: str) -> tuple[str, dict]:
+    """Where from_pretrained finds a model, and its further arguments.
+
+    Raises:
+        UserError: a path that does not exist, or a folder with several GGUF files.
+    """
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if files and not (path / "config.json").is_file():
+            if len(files) > 1:
+                raise UserError(
+                    f"{model} holds {len(files)} GGUF files: name one of them, such as {files[0].name}"
+                )
+            return str(path), {"gguf_file": files[0].name}
+        return str(path), {}
+    if path.is_absolute() or path.suffix == ".gguf" or model.startswith((".", "~")) or model.count("/") > 1:
+        raise UserError(f"there is no model at {model}")
+    return model, {}
+
+
+def load_tokenizer(model: str) -> Tokenizer:
+    """The base model's tokenizer.
+
+    Raises:
+        UserError: the model has none, or one that cannot tell where its tokens stand in the text.
+    """
+    name, extra = _source(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **extra)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        raise UserError(f"no tokenizer can be loaded from {model!r}: {_first_line(error)}") from error
+    if not getattr(tokenizer, "is_fast", False) or len(tokenizer) == 0:
+        raise UserError(f"{model!r} has no fast tokenizer (tokenizer.json): add one to its folder")
+    return tokenizer
+
+
+def load_model(model: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> PreTrainedModel:
+    """The base model on its device, in evaluation mode.
+
+    Raises:
+        UserError: there is no such model, or it is no causal language model.
+    """
+    name, extra = _source(model)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, device_map={"": device}, **extra
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"cannot load a model from {model!r}: {_first_line(error)}") from error
+    if "gguf_file" in extra:
+        _forget_quantization(base)
+    base.config._name_or_path = base.name_or_path = model  # what the adapter notes as its base
+    return base.eval()
+
+
+def _forget_quantization(base: PreTrainedModel) -> None:
+    """A GGUF file's weights arrive dequantized, yet some versions of transformers call the model quantized still, and
+    the Trainer then refuses to train it."""
+    for owner, name in ((base, "hf_quantizer"), (base, "quantization_method"), (base.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    base.is_quantized = False
+
+
+def random_model(shape: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> PreTrainedModel:
+    """A LLaMA of a known shape with random weights, made on the device."""
+    config = LlamaConfig(**SHAPES[shape], attn_implementation=attention)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def choose_pad_token(tokenizer: Tokenizer, embeddings: int) -> None:
+    """Give the tokenizer a pad token that no text holds.
+
+    Kept: a pad token of its own, when it is neither the unknown token nor plain text (LLaMA's recipes padded with id
+    0, which is `<unk>` in LLaMA-2 and "!" in LLaMA-3). Else a reserved token, else a new one if the model's
+    `embeddings` have a row to spare, else the end-of-sequence token, which is safe because every batch has a mask.
+    """
+    own, vocabulary = tokenizer.pad_token, tokenizer.get_vocab()
+    plain = own is not None and own not in tokenizer.all_special_tokens
+    if own is not None and own not in (tokenizer.unk_token, tokenizer.eos_token, "!") and not plain:
+        return
+    reserved = next((token for token in _PAD_CANDIDATES if token in vocabulary), None)
+    if reserved is not None:
+        tokenizer.pad_token = reserved
+    elif embeddings > len(tokenizer):
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    else:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What "auto" means on this device: bf16 where a GPU has it, else fp16; float32 on a CPU.
+
+    Raises:
+        UserError: fp16 on a CPU, or bf16 on a GPU without it.
+    """
+    cpu = device.type == "cpu"
+    has_bf16 = cpu or torch.cuda.is_bf16_supported()
+    if name == "auto":
+        name = "fp32" if cpu else "bf16" if has_bf16 else "fp16"
+    if name == "fp16" and cpu:
+        raise UserError("--dtype fp16 needs a GPU: choose fp32 or bf16 on a CPU")
+    if name == "bf16" and not has_bf16:
+        raise UserError("this GPU has no bf16: choose --dtype fp16")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def expected_config(method: str, control_rank, control_alpha, control_dropout, lora_rank, lora_alpha, lora_dropout, targets):
+    """The peft configuration of a commonsense run.
+
+    Raises:
+        UserError: an unknown method or impossible values.
+    """
+    if method not in METHODS:
+        raise UserError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    return adapter_config(
+        method,
+        task_type="CAUSAL_LM",
+        control=ControlSettings(rank=control_rank, alpha=control_alpha, dropout=control_dropout),
+        lora=LoraSettings(rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=tuple(targets)),
+    )
+
+
+def add_adapter(base: PreTrainedModel, config) -> PeftModel:
+    """The base with a new adapter, whose parameters are float32.
+
+    Raises:
+        UserError: the architecture has no such blocks or target modules.
+    """
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:
+        raise UserError(f"{type(base).__name__}: {error}") from error
+
+
+def describe_model(model: str, base: PreTrainedModel, total_parameters: int) -> dict:
+    """The record's `model`: where it came from, which version, what it is."""
+    path = Path(model).expanduser()
+    version = (
+        {"sha256": fingerprint(path)}
+        if path.exists()
+        else {"revision": getattr(base.config, "_commit_hash", None)}
+    )
+    return {
+        "id": public_path(path) if path.exists() else model,
+        **version,
+        "class": type(base).__name__,
+        "total_parameters": total_parameters,
+    }
+
+
+def count_parameters(model: PeftModel) -> dict:
+    """The record's counts of trained parameters; there is no task head."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {"trainable_parameters": trained, "adapter_parameters": trained, "head_parameters": 0}
+
+
+@contextmanager
+def explain_out_of_memory(device: torch.device, switches: str) -> Iterator[None]:
+    """Turn a GPU's out-of-memory into one line: what was asked for, what was there, which `switches` need less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        message = str(error)
+        asked = message.partition("Tried to allocate ")[2].partition(". ")[0] or "more than there is"
+        there = ""
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            used = torch.cuda.memory_allocated(device)
+            there = (
+                f" ({used / 2**30:.1f} GiB in use by this run, {free / 2**30:.1f} GiB free "
+                f"of {total / 2**30:.1f} GiB)"
+            )
+        raise UserError(
+            f"the GPU's memory is too small: asked for {asked}{there}; "
+            f"what lowers it: {switches}; finished work is kept"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,253 @@
+"""Batches without padding: rows laid end to end, each attending to itself alone, each weighted as published.
+
+The published recipe takes micro-batches of padded rows, averages each one's loss over its tokens, and averages the
+micro-batches of an optimizer step. A *pack* holds whole rows of one optimizer step up to a token budget. Its rows are
+grouped by the micro-batch they would have been in, and every group's summed loss has the divisor that the published
+average would have given it: gradients of a step are the published ones, whatever the packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+from control_experiments.errors import UserError
+from LlaMA.commonsense import TokenRow
+
+IGNORE = -100
+
+
+@dataclass
+class Batch:
+    """What one forward and backward works on.
+
+    Attributes:
+        inputs: keyword arguments of the model; ids are `(1, tokens)` packed, `(rows, tokens)` padded.
+        labels: like the ids, `IGNORE` where nothing is to be predicted (a row's first token always).
+        segments: (rows, tokens, divisor): the parts of `labels` whose summed loss is divided by `divisor`.
+        rows, tokens: how many rows and real (non-padding) tokens there are.
+    """
+
+    inputs: dict
+    labels: torch.Tensor
+    segments: list[tuple[slice, slice, float]]
+    rows: int
+    tokens: int
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in self.inputs.items()
+        }
+        labels = self.labels.to(device, non_blocking=True)
+        return Batch(moved, labels, self.segments, self.rows, self.tokens)
+
+
+def micro_batches(rows: Sequence[TokenRow], size: int) -> list[tuple[list[TokenRow], float]]:
+    """One optimizer step's rows as published: micro-batches of `size`, each with its loss's divisor, which is its
+    number of predicted tokens times the number of micro-batches."""
+    groups = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return [(group, max(1, sum(row.targets for row in group)) * len(groups)) for group in groups]
+
+
+def padded_step(rows: Sequence[TokenRow], micro_batch: int, pad_token_id: int) -> list[Batch]:
+    """One optimizer step as published: micro-batches padded on the right to their longest row."""
+    batches = []
+    for group, divisor in micro_batches(rows, micro_batch):
+        longest = max(len(row.ids) for row in group)
+        ids = torch.full((len(group), longest), pad_token_id)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
+        for index, row in enumerate(group):
+            ids[index, : len(row.ids)] = torch.tensor(row.ids)
+            mask[index, : len(row.ids)] = 1
+            labels[index, row.loss_from : len(row.ids)] = torch.tensor(row.ids[row.loss_from :])
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        batches.append(
+            Batch(inputs, labels, [(slice(None), slice(None), divisor)], len(group), int(mask.sum()))
+        )
+    return batches
+
+
+def packed_step(rows: Sequence[TokenRow], micro_batch: int, token_budget: int) -> list[Batch]:
+    """One optimizer step in as few packs of at most `token_budget` tokens as first-fit-decreasing finds.
+
+    Raises:
+        UserError: a row alone is longer than the budget.
+    """
+    groups = micro_batches(rows, micro_batch)
+    numbered = [(number, row) for number, (group, _) in enumerate(groups) for row in group]
+    packs: list[list[tuple[int, TokenRow]]] = []
+    room: list[int] = []
+    for number, row in sorted(numbered, key=lambda entry: -len(entry[1].ids)):
+        if len(row.ids) > token_budget:
+            raise UserError(
+                f"--token_budget {token_budget} is below a row's {len(row.ids)} tokens: use at least --cutoff"
+            )
+        fits = next((index for index, left in enumerate(room) if left >= len(row.ids)), None)
+        if fits is None:
+            packs.append([])
+            room.append(token_budget)
+            fits = len(packs) - 1
+        packs[fits].append((number, row))
+        room[fits] -= len(row.ids)
+    return [_pack(sorted(pack, key=lambda entry: entry[0]), groups) for pack in packs]
+
+
+def _pack(pack: list[tuple[int, TokenRow]], groups: list[tuple[list[TokenRow], float]]) -> Batch:
+    ids, positions, labels, ends, segments = [], [], [], [0], []
+    for number, row in pack:
+        if not segments or segments[-1][0] != number:
+            segments.append([number, len(ids), len(ids)])
+        ids += row.ids
+        positions += range(len(row.ids))
+        labels += [IGNORE] * min(row.loss_from, len(row.ids)) + row.ids[row.loss_from :]
+        ends.append(len(ids))
+        segments[-1][2] = len(ids)
+    longest = max(len(row.ids) for _, row in pack)
+    cumulative = torch.tensor(ends, dtype=torch.int32)
+    inputs = {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        # transformers' names for what variable-length attention kernels take
+        "cu_seq_lens_q": cumulative,
+        "cu_seq_lens_k": cumulative,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    parts = [(slice(None), slice(first, last), groups[number][1]) for number, first, last in segments]
+    return Batch(inputs, torch.tensor([labels]), parts, len(pack), len(ids))
+
+
+# -- the loss -----------------------------------------------------------------------------------------------
+
+
+def batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """The batch's share of its optimizer step's loss: the sum over segments of summed cross entropy / divisor."""
+    logits = model(**batch.inputs, use_cache=False).logits
+    return _over_segments(
+        batch,
+        logits,
+        lambda part, labels: F.cross_entropy(
+            part[:, :-1].reshape(-1, part.shape[-1]).float(),
+            labels[:, 1:].reshape(-1),
+            ignore_index=IGNORE,
+            reduction="sum",
+        ),
+    )
+
+
+def fused_batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """`batch_loss` without the batch's logits in memory, for a frozen output layer."""
+    from peft_control.memory.loss import causal_lm_loss
+
+    base = _causal_lm(model)
+    head = base.get_output_embeddings()
+    found = []
+    handle = base.base_model.register_forward_hook(lambda module, args, output: found.append(output[0]))
+    try:
+        # the model's own forward keeps wrappers (autocast, DDP) working; it is asked for no position's logits
+        model(**batch.inputs, use_cache=False, logits_to_keep=batch.labels.new_empty(0))
+    finally:
+        handle.remove()
+    softcap = getattr(base.config, "final_logit_softcapping", None)
+    return _over_segments(
+        batch,
+        found[0],
+        lambda part, labels: causal_lm_loss(
+            part, labels, head, chunk=1024, num_items_in_batch=1, softcap=softcap
+        ),
+    )
+
+
+def _over_segments(batch: Batch, values: torch.Tensor, summed: Callable) -> torch.Tensor:
+    return sum(
+        summed(values[rows, tokens], batch.labels[rows, tokens]) / divisor
+        for rows, tokens, divisor in batch.segments
+    )
+
+
+def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:
+    """The causal language model inside peft's and DDP's wrappers."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+# -- attention within rows ----------------------------------------------------------------------------------
+
+VARLEN = "packed_varlen"
+
+
+def varlen_available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's variable-length flash attention runs here: a GPU from Ampere on, in half precision."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def varlen_attention(
+    module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask,
+    *,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_,
+):
+    """A transformers attention function over packed rows, causal within each.
+
+    Shapes: query `(1, heads, tokens, head_dim)`, key and value `(1, key_value_heads, tokens, head_dim)`; returns
+    `(1, tokens, heads, head_dim)` and None. The scores of one row against another are never computed.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    if query.shape[1] != key.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
+    query, key, value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
+    output = varlen_attn(
+        query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+        scale=scaling, window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+    )  # fmt: skip
+    return output[None], None
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
+AttentionMaskInterface.register(VARLEN, flash_attention_mask)
+
+
+def check_packing(model: torch.nn.Module, rows: Sequence[TokenRow]) -> None:
+    """Check on two rows that this architecture keeps packed rows apart.
+
+    Raises:
+        UserError: the second row's logits depend on the first.
+    """
+    device = next(model.parameters()).device
+    rows = [TokenRow(row.ids[:32], 1, cut=False) for row in rows[:2]]
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        (together,) = packed_step(rows, len(rows), token_budget=64)
+        (alone,) = packed_step(rows[-1:], 1, token_budget=64)
+        packed_ids = together.inputs["input_ids"][0].tolist()
+        first = packed_ids[: len(rows[-1].ids)] == rows[-1].ids
+        logits = model(**together.to(device).inputs, use_cache=False).logits[0].float()
+        expected = model(**alone.to(device).inputs, use_cache=False).logits[0].float()
+    model.train(training)
+    part = logits[: len(expected)] if first else logits[-len(expected) :]
+    error = (part - expected).abs().max() / expected.abs().max()
+    half = next(model.parameters()).dtype != torch.float32
+    if not error < (5e-2 if half else 1e-3):
+        raise UserError(
+            f"{type(_causal_lm(model)).__name__} does not keep packed rows apart (relative difference {error:.1e}): "
+            "use --batching padded"
+        )

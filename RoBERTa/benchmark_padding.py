@@ -1,0 +1,169 @@
+"""Seconds of one CoLA epoch padded to 128, as the authors pad, and to each batch's longest row, as we do.
+
+    python RoBERTa/benchmark_padding.py --model FOLDER --data GLUE_FOLDER --device cpu
+
+Both are timed in one process on the same rows, model, batch size and precision, after warm-up steps. Without --steps
+each epoch is whole; with it, that many batches spread evenly over the epoch are timed and scaled to all of it.
+Writes results/roberta/benchmark_padding_<model>_<device>.json.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Optional
+
+import finetune
+import torch
+from datasets import Dataset
+from glue import get_task, load_task
+from peft import PeftModel
+from torch.utils.data import RandomSampler, Sampler
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from control_experiments.arguments import parse_arguments
+from control_experiments.device import describe_device, seed_everything, select_device
+from control_experiments.errors import UserError, run_main
+from control_experiments.paths import RESULTS
+from control_experiments.record import git_state, package_versions, public_command, utc_now, write_json_atomic
+from control_experiments.trainer import ResumableLengthSampler
+
+WARM_UP_STEPS = 2
+
+
+@dataclass
+class Options:
+    model: str = field(default="roberta-base", metadata={"help": "Hub id or folder of an encoder."})
+    data: Optional[str] = field(
+        default=None, metadata={"help": "GLUE folder, as for finetune.py; else the hub."}
+    )
+    method: str = field(default="control", metadata={"help": "What is trained while the clock runs."})
+    batch_size: int = field(default=64, metadata={"help": "Rows per step."})
+    max_length: int = field(default=128, metadata={"help": "Length that the authors pad to, in tokens."})
+    precision: str = field(default="auto", metadata={"help": "As for finetune.py."})
+    device: str = field(default="0", metadata={"help": "GPU index, or cpu."})
+    steps: int = field(default=0, metadata={"help": "Time this many batches only; 0: all."})
+    output: Optional[str] = field(default=None, metadata={"help": "Where to write the figures."})
+
+
+def spread(batches: list[list[int]], steps: int) -> list[list[int]]:
+    """`steps` of the batches at even distances in order of their place (all of them when `steps` is 0)."""
+    if not steps or steps >= len(batches):
+        return batches
+    return [batches[place * len(batches) // steps] for place in range(steps)]
+
+
+def seconds_per_epoch(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    sampler: Sampler,
+    padding: str,
+    options: Options,
+    precision: str,
+) -> tuple[float, float]:
+    """Time training steps; returns seconds per epoch and the share of processed tokens that is padding."""
+    device = model.device
+    order = list(sampler)
+    batches = [
+        order[start : start + options.batch_size] for start in range(0, len(order), options.batch_size)
+    ]
+    if padding == "longest":  # lengths within an epoch vary by batch: sample them evenly
+        batches.sort(key=lambda batch: max(rows[index]["length"] for index in batch))
+    collate = DataCollatorWithPadding(tokenizer, padding=padding, max_length=options.max_length)
+    columns = [name for name in rows.column_names if name not in ("length", "row")]
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=3e-4, weight_decay=0.1
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+    def step(indices: list[int]) -> tuple[int, int]:
+        batch = collate([{name: rows[index][name] for name in columns} for index in indices])
+        real, processed = int(batch["attention_mask"].sum()), batch["attention_mask"].numel()
+        with torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32"):
+            loss = model(**batch.to(device)).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return real, processed
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    model.train()
+    chosen = spread(batches, options.steps)
+    for indices in chosen[:WARM_UP_STEPS]:
+        step(indices)
+    start = now()
+    counts = [step(indices) for indices in chosen]
+    seconds = (now() - start) * len(batches) / len(chosen)
+    real, processed = map(sum, zip(*counts, strict=True))
+    return seconds, 1 - real / processed
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Time both, print one line each and the ratio, write the figures."""
+    command = list(sys.argv[1:] if argv is None else argv)
+    (options,) = parse_arguments(Options, argv=command, description=__doc__)
+    training = finetune.Options(
+        method=options.method, task="cola", model=options.model, max_length=options.max_length,
+        batch_size=options.batch_size,
+    )  # fmt: skip
+    training.check()
+    if options.steps < 0:
+        raise UserError(f"--steps must be at least 0, got {options.steps}")
+    device = select_device(options.device)
+    precision = finetune.resolve_precision(options.precision, device)
+    finetune.quieten()
+    splits = load_task("cola", options.data)
+    seed_everything(training.seed)
+    tokenizer, model = finetune.load_tokenizer_and_model(options.model, get_task("cola"))
+    model = finetune.add_adapter(model.to(device), training)
+    rows = finetune.tokenize(splits, tokenizer, options.max_length)["train"]
+    samplers = {
+        "max_length": RandomSampler(rows, generator=torch.Generator().manual_seed(training.seed)),
+        "longest": ResumableLengthSampler(
+            options.batch_size, lengths=list(rows["length"]), seed=training.seed
+        ),
+    }
+    figures = {}
+    for padding, sampler in samplers.items():
+        seconds, share = seconds_per_epoch(model, tokenizer, rows, sampler, padding, options, precision)
+        figures[padding] = {"seconds_per_epoch": seconds, "padding_share": share}
+        print(f"{padding:>10}: {seconds:8.1f} s per CoLA epoch, {share:.0%} of the tokens are padding")
+    ratio = figures["longest"]["seconds_per_epoch"] / figures["max_length"]["seconds_per_epoch"]
+    print(f"     ratio: {ratio:8.3f}")
+    result = {
+        "created": utc_now(),
+        "command": public_command(["python", "RoBERTa/benchmark_padding.py", *command]),
+        "git": git_state(),
+        "versions": package_versions(),
+        "device": describe_device(device),
+        "settings": {
+            **{
+                name: value
+                for name, value in asdict(options).items()
+                if name not in ("output", "data", "model")
+            },
+            "model": finetune.public_id(options.model),
+            "precision": precision,
+            "rows": len(rows),
+        },
+        **figures,
+        "ratio": ratio,
+    }
+    name = f"benchmark_padding_{Path(options.model).name}_{device.type}.json"
+    path = write_json_atomic(options.output or RESULTS / "roberta" / name, result)
+    print(f"figures in {path}")
+    return result
+
+
+if __name__ == "__main__":
+    run_main(main)

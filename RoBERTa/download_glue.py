@@ -1,0 +1,67 @@
+"""Download GLUE tasks from the hub into folders that need no network afterwards.
+
+    python RoBERTa/download_glue.py                                   all nine tasks into RoBERTa/data/glue
+    python RoBERTa/download_glue.py --tasks cola rte --output FOLDER
+    DATA=FOLDER bash RoBERTa/run_roberta.sh control cola
+
+Each task becomes a `datasets.save_to_disk` folder; a task that is there already is left as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import load_dataset
+from glue import GLUE_TASKS, HUB_ID
+
+from control_experiments.arguments import parse_arguments
+from control_experiments.errors import UserError, run_main
+
+
+@dataclass
+class Options:
+    tasks: list[str] = field(default_factory=lambda: list(GLUE_TASKS), metadata={"help": "Which tasks."})
+    output: str = field(
+        default=str(Path(__file__).resolve().parent / "data" / "glue"),
+        metadata={"help": "Folder for all tasks."},
+    )
+
+
+def download(task: str, folder: Path) -> None:
+    """Save one task to `folder`, which appears only when it is whole.
+
+    Raises:
+        UserError: the hub cannot be reached, or `folder` cannot be written.
+    """
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        splits = load_dataset(HUB_ID, task)
+        splits.save_to_disk(str(partial))
+        partial.rename(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot download {task} from {HUB_ID}: {reason} (is there a network?)") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (options,) = parse_arguments(Options, argv=argv, description=__doc__)
+    for task in options.tasks:
+        if task not in GLUE_TASKS:
+            raise UserError(f"unknown task {task!r}: choose from {', '.join(GLUE_TASKS)}")
+    for task in options.tasks:
+        folder = Path(options.output) / task
+        if (folder / "dataset_dict.json").is_file():
+            print(f"{folder} is there already")
+            continue
+        download(task, folder)
+        print(f"{folder} saved")
+
+
+if __name__ == "__main__":
+    run_main(main)

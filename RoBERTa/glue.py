@@ -1,0 +1,317 @@
+"""The GLUE tasks: their columns, classes, official metrics, readers and the server's prediction files.
+
+Source: Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding", ICLR 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from control_experiments.errors import UserError
+
+HUB_ID = "nyu-mll/glue"
+#: Label of a row whose label the GLUE server keeps to itself.
+HIDDEN = -1
+
+
+def _matthews(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    return {"matthews": float(matthews_corrcoef(labels, predictions))}
+
+
+def _accuracy(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    return {"accuracy": float(accuracy_score(labels, predictions))}
+
+
+def _accuracy_and_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    return {
+        **_accuracy(predictions, labels),
+        "f1": float(f1_score(labels, predictions, zero_division=0.0)),
+    }
+
+
+def _correlations(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    if (
+        np.ptp(predictions) == 0 or np.ptp(labels) == 0
+    ):  # undefined; a model that says one thing has learnt nothing
+        return {"pearson": 0.0, "spearman": 0.0}
+    return {
+        "pearson": float(pearsonr(predictions, labels).statistic),
+        "spearman": float(spearmanr(predictions, labels).statistic),
+    }
+
+
+@dataclass(frozen=True)
+class Task:
+    """One GLUE task.
+
+    Attributes:
+        folder: its folder in the classic tsv layout.
+        texts: names of its one or two text columns on the hub.
+        tsv: the tsv columns that hold those texts and, last, the label.
+        classes: class names in label order; empty for regression.
+        metric: predicted classes (or scores), labels -> official metrics, each in [-1, 1].
+        server_files: test split -> file name that the GLUE server expects.
+        server_names: whether the server wants class names (else numbers).
+        evaluations: suffixes of its dev and test splits, e.g. ("matched", "mismatched").
+        headed: whether its train and dev tsv start with a header (CoLA's do not).
+    """
+
+    folder: str
+    texts: tuple[str, ...]
+    tsv: tuple[str, ...]
+    classes: tuple[str, ...]
+    metric: Callable[[np.ndarray, np.ndarray], dict[str, float]]
+    server_files: Mapping[str, str]
+    server_names: bool = False
+    evaluations: tuple[str, ...] = ("",)
+    headed: bool = True
+
+    @property
+    def regression(self) -> bool:
+        return not self.classes
+
+    @property
+    def dev_splits(self) -> list[str]:
+        return [f"validation_{suffix}" if suffix else "validation" for suffix in self.evaluations]
+
+    @property
+    def test_splits(self) -> list[str]:
+        return list(self.server_files)
+
+    def predictions(self, outputs: np.ndarray) -> np.ndarray:
+        """Model outputs, (rows, classes) or (rows, 1) -> predicted classes or scores, (rows,)."""
+        return outputs.reshape(-1) if self.regression else outputs.argmax(axis=-1)
+
+    def metrics(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """The official metrics, and `score`, their mean, which is what the GLUE leaderboard averages over tasks."""
+        values = self.metric(self.predictions(outputs), labels)
+        return {**values, "score": float(np.mean(list(values.values())))}
+
+
+_YES_NO = ("not_entailment", "entailment")
+_ENTAILMENT = ("entailment", "not_entailment")
+_PAIR = ("sentence1", "sentence2")
+
+TASKS: dict[str, Task] = {
+    "cola": Task(
+        "CoLA", ("sentence",), ("sentence", "label"), ("unacceptable", "acceptable"), _matthews,
+        {"test": "CoLA.tsv"}, headed=False,
+    ),
+    "mnli": Task(
+        "MNLI", ("premise", "hypothesis"), (*_PAIR, "gold_label"), ("entailment", "neutral", "contradiction"),
+        _accuracy, {"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
+        server_names=True, evaluations=("matched", "mismatched"),
+    ),
+    "mrpc": Task(
+        "MRPC", _PAIR, ("#1 String", "#2 String", "Quality"), ("not_equivalent", "equivalent"),
+        _accuracy_and_f1, {"test": "MRPC.tsv"},
+    ),
+    "qnli": Task(
+        "QNLI", ("question", "sentence"), ("question", "sentence", "label"), _ENTAILMENT,
+        _accuracy, {"test": "QNLI.tsv"}, server_names=True,
+    ),
+    "qqp": Task(
+        "QQP", ("question1", "question2"), ("question1", "question2", "is_duplicate"),
+        ("not_duplicate", "duplicate"), _accuracy_and_f1, {"test": "QQP.tsv"},
+    ),
+    "rte": Task("RTE", _PAIR, (*_PAIR, "label"), _ENTAILMENT, _accuracy, {"test": "RTE.tsv"}, server_names=True),
+    "sst2": Task(
+        "SST-2", ("sentence",), ("sentence", "label"), ("negative", "positive"), _accuracy, {"test": "SST-2.tsv"}
+    ),
+    "stsb": Task("STS-B", _PAIR, (*_PAIR, "score"), (), _correlations, {"test": "STS-B.tsv"}),
+    "wnli": Task("WNLI", _PAIR, (*_PAIR, "label"), _YES_NO, _accuracy, {"test": "WNLI.tsv"}),
+    "demo": Task(
+        "Demo", ("sentence",), ("sentence", "label"), ("corrupted", "intact"), _matthews, {}, headed=False
+    ),
+}  # fmt: skip
+#: The nine tasks of the benchmark ("demo" is the project's own, see demo_task.py).
+GLUE_TASKS = tuple(name for name in TASKS if name != "demo")
+
+
+def get_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        UserError: there is none; the message lists those that are.
+    """
+    if name not in TASKS:
+        raise UserError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def load_task(name: str, data: str | None = None, *, tests: bool = False) -> DatasetDict:
+    """A task's splits, each with columns `first`, `second` (pairs only) and `label`.
+
+    Args:
+        name: a key of `TASKS`.
+        data: a folder of classic GLUE tsv folders, a `datasets.save_to_disk` folder (of the task, or holding one
+            folder per task), or None for the hub ("demo" is then made on the spot).
+        tests: whether the test splits are needed; without it they are not read.
+
+    Raises:
+        UserError: the data is missing, empty or malformed.
+    """
+    task = get_task(name)
+    wanted = ["train", *task.dev_splits, *(task.test_splits if tests else [])]
+    if tests and not task.test_splits:
+        raise UserError(f"task {name} has no test set to predict")
+    if data is not None:
+        splits = _load_folder(name, task, Path(data), wanted)
+    elif name == "demo":
+        from demo_task import make_demo
+
+        splits = {split: _dataset(task, rows) for split, rows in make_demo().items()}
+    else:
+        splits = _load_hub(name, task, wanted)
+    for split in wanted:
+        if not len(splits[split]):
+            raise UserError(f"task {name}: the {split} split is empty")
+    return DatasetDict({split: splits[split] for split in wanted})
+
+
+def _load_hub(name: str, task: Task, wanted: list[str]) -> Mapping[str, Dataset]:
+    try:
+        splits = load_dataset(HUB_ID, name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"cannot load {name} from the hub ({type(error).__name__}): check the network, or point DATA (--data) to "
+            "a folder with the data, see RoBERTa/download_glue.py"
+        ) from error
+    return _from_columns(name, task, splits, wanted, HUB_ID)
+
+
+def _load_folder(name: str, task: Task, data: Path, wanted: list[str]) -> Mapping[str, Dataset]:
+    for folder in (data, data / name):
+        if (folder / "dataset_dict.json").is_file():
+            try:
+                splits = load_from_disk(str(folder))
+            except Exception as error:
+                raise UserError(
+                    f"{folder} is a broken save_to_disk folder ({error}): save it again"
+                ) from error
+            return _from_columns(name, task, splits, wanted, folder)
+    folder = data / task.folder
+    if not folder.is_dir():
+        raise UserError(
+            f"no data for {name} in {data}: expected {task.folder}/train.tsv and so on (classic GLUE), or a "
+            f"save_to_disk folder {name}/"
+        )
+    return {split: _dataset(task, read_tsv(folder / _tsv_name(split), task)) for split in wanted}
+
+
+def _from_columns(
+    name: str, task: Task, splits: Mapping[str, Dataset], wanted: list[str], where: object
+) -> Mapping[str, Dataset]:
+    """Rename hub columns to ours."""
+    renamed = {}
+    for split in wanted:
+        if split not in splits:
+            raise UserError(f"{where}: task {name} needs the split {split!r}, found {', '.join(splits)}")
+        missing = [column for column in (*task.texts, "label") if column not in splits[split].column_names]
+        if missing:
+            raise UserError(f"{where}: the {split} split of {name} lacks the column {missing[0]!r}")
+        columns = dict(zip(task.texts, ("first", "second"), strict=False))
+        dataset = splits[split].select_columns([*task.texts, "label"])
+        renamed[split] = dataset.rename_columns(columns)
+    return renamed
+
+
+def _dataset(task: Task, rows: list[tuple]) -> Dataset:
+    columns = ("first", "second", "label") if len(task.texts) == 2 else ("first", "label")
+    return Dataset.from_dict({column: [row[place] for row in rows] for place, column in enumerate(columns)})
+
+
+def _tsv_name(split: str) -> str:
+    return split.replace("validation", "dev") + ".tsv"
+
+
+def read_tsv(path: Path, task: Task) -> list[tuple]:
+    """Rows `(text, [text,] label)` of a classic GLUE tsv; `test*.tsv` files have a header and no label (`HIDDEN`).
+
+    Columns are separated by tabs alone: quotes in GLUE are text, so this is no csv.
+
+    Raises:
+        UserError: no file, no rows, or a line with other than the expected columns or label (named by its number).
+    """
+    try:
+        lines = _lines(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: DATA (--data) must hold the classic GLUE folders") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    hidden = path.name.startswith("test")
+    wanted = task.tsv[:-1] if hidden else task.tsv
+    if task.headed or hidden:
+        if not lines:
+            raise UserError(f"{path} is empty: expected a header with {', '.join(wanted)}")
+        header, first = lines[0].split("\t"), 2
+        missing = [column for column in wanted if column not in header]
+        if missing:
+            raise UserError(
+                f"{path}, line 1: expected a header with the column {missing[0]!r}, found {lines[0]!r:.80}"
+            )
+        lines = lines[1:]
+    else:
+        header, first = ["source", "label", "star", "sentence"], 1
+    if not lines:
+        raise UserError(f"{path} has no rows")
+    places = [header.index(column) for column in wanted]
+    rows = []
+    for number, line in enumerate(lines, first):
+        cells = line.split("\t")
+        if len(cells) != len(header):
+            raise UserError(
+                f"{path}, line {number}: expected {len(header)} tab-separated columns ({', '.join(header)}), "
+                f"found {len(cells)}"
+            )
+        values = [cells[place] for place in places]
+        if hidden:
+            rows.append((*values, float(HIDDEN) if task.regression else HIDDEN))
+        else:
+            rows.append((*values[:-1], _label(task, values[-1], path, number)))
+    return rows
+
+
+def _lines(path: Path) -> list[str]:
+    """A file's lines; only a line feed ends one, for GLUE texts hold other characters that Python calls line ends."""
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        lines = [line.rstrip("\r\n") for line in file]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def _label(task: Task, text: str, path: Path, number: int) -> int | float:
+    """A class number from its name or number, or a regression score in [0, 5]."""
+    if task.regression:
+        try:
+            score = float(text)
+        except ValueError:
+            score = float("nan")
+        if not 0 <= score <= 5:
+            raise UserError(f"{path}, line {number}: expected a score from 0 to 5, found {text!r:.40}")
+        return score
+    numbers = [str(label) for label in range(len(task.classes))]
+    allowed = task.classes if task.server_names else numbers
+    if text not in allowed:
+        raise UserError(f"{path}, line {number}: expected a label ({', '.join(allowed)}), found {text!r:.40}")
+    return allowed.index(text)
+
+
+def write_predictions(path: Path, task: Task, outputs: np.ndarray) -> None:
+    """Write one file as the GLUE server takes it: a header, then `index<TAB>prediction` in the test set's order."""
+    predictions = task.predictions(outputs)
+    if task.regression:
+        values = [f"{min(max(value, 0.0), 5.0):.3f}" for value in predictions]
+    else:
+        values = [task.classes[value] if task.server_names else str(value) for value in predictions]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["index\tprediction", *(f"{index}\t{value}" for index, value in enumerate(values))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Fine-tune an encoder on a GLUE task; the variables below are the paper's recipe for RoBERTa-base.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repository=$(dirname "$here")
+
+usage() {
+    cat <<USAGE
+usage: bash RoBERTa/run_roberta.sh METHOD TASK [EPOCHS] [LR] [GPU] [options of finetune.py ...]
+  METHOD  control | lora | dora
+  TASK    cola | mnli | mrpc | qnli | qqp | rte | sst2 | stsb | wnli | demo (made on the spot, not GLUE)
+  EPOCHS  default 80
+  LR      default 3e-4
+  GPU     index of a GPU, or cpu; default 0
+MODEL=... and DATA=... name a model and a data folder instead of the hub's; SEED=... the seed (default 42).
+All options: python RoBERTa/finetune.py --help
+USAGE
+}
+
+METHODS="control lora dora"
+TASKS="cola mnli mrpc qnli qqp rte sst2 stsb wnli demo"
+
+MODEL=${MODEL:-roberta-base}
+DATA=${DATA:-}
+SEED=${SEED:-42}
+BATCH_SIZE=${BATCH_SIZE:-64}
+MAX_LENGTH=${MAX_LENGTH:-128}
+WARMUP_RATIO=${WARMUP_RATIO:-0.06}
+WEIGHT_DECAY=${WEIGHT_DECAY:-0.1}
+CONTROL_RANK=${CONTROL_RANK:-16}
+CONTROL_ALPHA=${CONTROL_ALPHA:-1.0}
+LORA_RANK=${LORA_RANK:-8}
+LORA_ALPHA=${LORA_ALPHA:-16}
+LORA_DROPOUT=${LORA_DROPOUT:-0}
+PRECISION=${PRECISION:-auto}   # bf16 or else fp16 on a GPU, fp32 on a CPU
+EVAL_STEPS=${EVAL_STEPS:-0}    # 0: after each epoch; the paper: 50
+
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    usage
+    exit 0
+fi
+if (($# < 2)); then
+    echo "error: METHOD and TASK are needed (bash RoBERTa/run_roberta.sh -h shows how)" >&2
+    exit 2
+fi
+
+# Take positionals until the first option: trailing ones have defaults.
+positionals=()
+while (($#)) && [[ $1 != --* ]] && ((${#positionals[@]} < 5)); do
+    positionals+=("$1")
+    shift
+done
+METHOD=${positionals[0]:-}
+TASK=${positionals[1]:-}
+EPOCHS=${positionals[2]:-80}
+LR=${positionals[3]:-3e-4}
+GPU=${positionals[4]:-0}
+
+if [[ " $METHODS " != *" $METHOD "* ]]; then
+    echo "error: unknown method '$METHOD': choose one of ${METHODS// /, }" >&2
+    exit 2
+fi
+if [[ " $TASKS " != *" $TASK "* ]]; then
+    echo "error: unknown task '$TASK': choose one of ${TASKS// /, }" >&2
+    exit 2
+fi
+
+if [[ -z "${PYTHON:-}" ]]; then
+    PYTHON=$repository/.venv/bin/python
+    [[ -x $PYTHON ]] || PYTHON=python3
+fi
+command=(
+    "$PYTHON" "$here/finetune.py" --method "$METHOD" --task "$TASK" --model "$MODEL"
+    --epochs "$EPOCHS" --lr "$LR" --device "$GPU" --seed "$SEED" --batch_size "$BATCH_SIZE"
+    --max_length "$MAX_LENGTH" --warmup_ratio "$WARMUP_RATIO" --weight_decay "$WEIGHT_DECAY"
+    --control_rank "$CONTROL_RANK" --control_alpha "$CONTROL_ALPHA"
+    --lora_rank "$LORA_RANK" --lora_alpha "$LORA_ALPHA" --lora_dropout "$LORA_DROPOUT"
+    --precision "$PRECISION" --eval_steps "$EVAL_STEPS"
+)
+[[ -n $DATA ]] && command+=(--data "$DATA")
+command+=("$@")
+
+printf 'running:'
+printf ' %q' "${command[@]}"
+printf '\n'
+# Asking NVML instead of CUDA for GPUs leaves the choice of one to the script.
+export PYTORCH_NVML_BASED_CUDA_CHECK=1
+exec "${command[@]}"

@@ -1,0 +1,142 @@
+"""Tiny random encoders and tiny GLUE folders, made on the fly."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+ROBERTA = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROBERTA))
+
+import torch  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel  # noqa: E402
+
+WORDS = ["the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "big", "small", "red", "blue", "runs", "sleeps", "not", "and"]
+
+
+def save_tokenizer(folder: Path) -> None:
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory) -> dict[str, Path]:
+    """Folders of a tiny random BERT and a tiny random RoBERTa, each with a tokenizer."""
+    shape = {
+        "vocab_size": 4 + len(WORDS),
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "pad_token_id": 1,
+        "initializer_range": 0.3,
+    }
+    root = tmp_path_factory.mktemp("encoders")
+    torch.manual_seed(0)
+    BertModel(BertConfig(**shape, max_position_embeddings=130)).save_pretrained(root / "bert")
+    RobertaModel(RobertaConfig(**shape, max_position_embeddings=132)).save_pretrained(root / "roberta")
+    for name in ("bert", "roberta"):
+        save_tokenizer(root / name)
+    return {name: root / name for name in ("bert", "roberta")}
+
+
+def sentence(rng: random.Random) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(2, 12)))
+
+
+# The column layouts of the official GLUE files, written from the benchmark's description, not from our reader.
+HEADERS = {
+    "CoLA": None,
+    "SST-2": "sentence\tlabel",
+    "RTE": "index\tsentence1\tsentence2\tlabel",
+    "WNLI": "index\tsentence1\tsentence2\tlabel",
+    "QNLI": "index\tquestion\tsentence\tlabel",
+    "MRPC": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+    "QQP": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+    "STS-B": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+    "MNLI": "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\t"
+    "sentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
+}
+TEST_HEADERS = {
+    "CoLA": "index\tsentence",
+    "SST-2": "index\tsentence",
+    "MRPC": "index\t#1 ID\t#2 ID\t#1 String\t#2 String",
+    "QQP": "id\tquestion1\tquestion2",
+    "STS-B": HEADERS["STS-B"].removesuffix("\tscore"),
+    "MNLI": HEADERS["MNLI"].removesuffix("\tlabel1\tgold_label"),
+}
+LABELS = {
+    "RTE": ["entailment", "not_entailment"],
+    "QNLI": ["entailment", "not_entailment"],
+    "MNLI": ["entailment", "neutral", "contradiction"],
+    "STS-B": ["0.000", "2.500", "4.250", "5.000"],
+}
+TEXT_COLUMNS = {
+    "sentence",
+    "sentence1",
+    "sentence2",
+    "question",
+    "question1",
+    "question2",
+    "#1 String",
+    "#2 String",
+}
+LABEL_COLUMNS = {"label", "Quality", "is_duplicate", "score", "gold_label"}
+
+
+def write_glue(root: Path, folder: str, train: int = 24, dev: int = 10, test: int = 7) -> Path:
+    """A tiny folder of one task in the classic layout; returns `root`, the DATA to pass."""
+    rng = random.Random(folder)
+    labels = LABELS.get(folder, ["0", "1"])
+    (root / folder).mkdir(parents=True)
+    sizes = {"train": train, "dev": dev, "test": test}
+    if folder == "MNLI":
+        sizes = {"train": train} | {
+            f"{split}_{kind}": n
+            for split, n in (("dev", dev), ("test", test))
+            for kind in ("matched", "mismatched")
+        }
+    for split, rows in sizes.items():
+        header = HEADERS[folder]
+        if split.startswith("test"):
+            header = TEST_HEADERS.get(folder, (header or "").removesuffix("\tlabel"))
+        columns = header.split("\t") if header else ["source", "label", "star", "sentence"]
+        lines = [header] if header else []
+        for row in range(rows):
+            cells = [
+                sentence(rng)
+                if column in TEXT_COLUMNS
+                else labels[row % len(labels)]
+                if column in LABEL_COLUMNS
+                else str(row)
+                for column in columns
+            ]
+            lines.append("\t".join(cells))
+        (root / folder / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="session")
+def glue_folder(tmp_path_factory) -> Path:
+    """All nine tasks in the classic layout."""
+    root = tmp_path_factory.mktemp("glue")
+    for folder in HEADERS:
+        write_glue(root, folder)
+    return root

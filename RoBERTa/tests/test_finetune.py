@@ -1,0 +1,371 @@
+"""The training script and its launcher, end to end on tiny encoders and tiny data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import finetune
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from glue import TASKS, load_task
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+
+import peft_control  # noqa: F401  (registers CONTROL for PeftModel.from_pretrained)
+from control_experiments.errors import UserError
+from control_experiments.record import read_record
+from control_experiments.runs import RunFolder
+from control_experiments.trainer import ExperimentTrainer
+
+LAUNCHER = Path(finetune.__file__).with_name("run_roberta.sh")
+
+
+@pytest.fixture
+def arguments(encoders, glue_folder, tmp_path):
+    """Makes a command line for a tiny run."""
+
+    def make(method="control", task="cola", model="bert", output="run", **options):
+        options = {
+            "method": method, "task": task, "model": encoders[model], "data": glue_folder, "device": "cpu",
+            "epochs": 2, "lr": 1e-2, "batch_size": 8, "output_dir": tmp_path / output, **options,
+        }  # fmt: skip
+        return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+    return make
+
+
+def launch(*words, **environment):
+    return subprocess.run(
+        ["bash", str(LAUNCHER), *map(str, words)],
+        capture_output=True, text=True, cwd="/", env={**os.environ, "PYTHON": sys.executable, **environment},
+    )  # fmt: skip
+
+
+def one_line_error(done, *parts):
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr
+    assert all(part in errors[0] for part in parts), errors[0]
+
+
+@pytest.mark.parametrize(("method", "model"), [("control", "roberta"), ("lora", "bert"), ("dora", "roberta")])
+def test_methods_train_and_leave_a_record_and_an_adapter(
+    method, model, arguments, encoders, tmp_path, capsys
+):
+    # counts by hand: hidden 16, two layers, a head of 2 classes (RoBERTa's has a dense layer before it)
+    adapter = {"control": 2 * 2 * 16 * 16, "lora": 2 * 2 * 2 * 16 * 8, "dora": 2 * 2 * (2 * 16 * 8 + 16)}[
+        method
+    ]
+    head = 16 * 2 + 2 + (16 * 16 + 16 if model == "roberta" else 0)
+    record = finetune.main(arguments(method, model=model))
+    assert record.adapter["adapter_parameters"] == adapter
+    assert record.adapter["head_parameters"] == head
+    assert [row["epoch"] for row in record.history] == [1.0, 2.0]
+    assert all(np.isfinite(row["train_loss"]) for row in record.history)
+    assert record.metrics["last"] == record.history[-1]
+    assert record.metrics["best"]["matthews"] == max(row["matthews"] for row in record.history)
+    assert record.time["examples"] == 48 and record.time["real_tokens"] > 48
+    assert record.memory["kind"] == "resident set" and record.memory["peak_resident_bytes"] > 0
+
+    text = (tmp_path / "run" / "record.json").read_text()
+    assert str(tmp_path) not in text and str(Path.home()) + "/" not in text
+    assert read_record(tmp_path / "run" / "record.json").metrics == record.metrics
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+    base = AutoModelForSequenceClassification.from_pretrained(encoders[model], num_labels=2)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    assert any(path.suffix == ".safetensors" for path in (tmp_path / "run" / "adapter").iterdir())
+    score = dev_metrics(loaded, encoders[model], record.task, Path(arguments()[7]))["matthews"]
+    assert score == pytest.approx(record.metrics["last"]["matthews"], abs=1e-6)
+
+    capsys.readouterr()
+    assert finetune.main(arguments(method, model=model)) is None
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def dev_metrics(model, encoder, task, data):
+    tokenizer = finetune.AutoTokenizer.from_pretrained(encoder)
+    rows = load_task(task, str(data))["validation"]
+    batch = tokenizer(rows["first"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return TASKS[task].metrics(model(**batch).logits.numpy(), np.array(rows["label"]))
+
+
+def test_regression_and_its_predictions(arguments, tmp_path):
+    record = finetune.main(arguments("lora", "stsb", predict=True))
+    assert {"pearson", "spearman", "score"} <= record.metrics["last"].keys()
+    lines = (tmp_path / "run" / "predictions" / "STS-B.tsv").read_text().splitlines()[1:]
+    assert len(lines) == 7 and all(0 <= float(line.split("\t")[1]) <= 5 for line in lines)
+
+
+def test_mnli_has_two_dev_sets_and_two_prediction_files(arguments, encoders, glue_folder, tmp_path):
+    record = finetune.main(arguments("control", "mnli", predict=True, eval_steps=2))
+    assert [row["step"] for row in record.history] == [2, 4, 6]
+    last = record.metrics["last"]
+    assert last["score"] == pytest.approx((last["matched_accuracy"] + last["mismatched_accuracy"]) / 2)
+    # rows are sorted by length for speed: the files must have the test set's own order
+    base = AutoModelForSequenceClassification.from_pretrained(encoders["bert"], num_labels=3)
+    model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    tokenizer = finetune.AutoTokenizer.from_pretrained(encoders["bert"])
+    for split, file in TASKS["mnli"].server_files.items():
+        rows = load_task("mnli", str(glue_folder), tests=True)[split]
+        with torch.no_grad():
+            logits = [
+                model(**tokenizer(a, b, return_tensors="pt")).logits
+                for a, b in zip(rows["first"], rows["second"], strict=True)
+            ]
+        expected = [TASKS["mnli"].classes[row.argmax()] for row in logits]
+        lines = (tmp_path / "run" / "predictions" / file).read_text().splitlines()
+        assert lines == ["index\tprediction", *(f"{i}\t{label}" for i, label in enumerate(expected))]
+
+
+def test_padding_to_the_longest_changes_no_logit(encoders):
+    tokenizer, model = finetune.load_tokenizer_and_model(str(encoders["roberta"]), TASKS["cola"])
+    options = finetune.Options("control", "cola")
+    model = finetune.add_adapter(model, options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    rows = [
+        tokenizer(text)
+        for text in ("the cat sees a dog", "dog runs", "a big red bird sleeps and the cat hears")
+    ]
+    outputs = []
+    for padding in ("longest", "max_length"):
+        batch = DataCollatorWithPadding(tokenizer, padding=padding, max_length=128)(rows)
+        assert batch["input_ids"].shape[1] == {"longest": 11, "max_length": 128}[padding]
+        with torch.no_grad():
+            outputs.append(model(**batch).logits)
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+
+
+def test_dev_metrics_do_not_depend_on_padding_or_eval_batch_size(arguments, encoders):
+    first = finetune.main(arguments(padding="longest", batch_size=24, eval_batch_size=3, output="a"))
+    # one batch of all rows: the same gradient whatever the order in it
+    second = finetune.main(arguments(padding="max_length", batch_size=24, eval_batch_size=10, output="b"))
+    for ours, theirs in zip(first.history, second.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=0.05)
+    assert first.time["real_tokens"] == second.time["real_tokens"]
+
+
+@pytest.mark.parametrize("padding", ["longest", "max_length"])
+def test_a_killed_run_resumes_to_the_same_end(padding, arguments, monkeypatch, tmp_path):
+    whole = finetune.main(arguments(padding=padding, epochs=4, output="whole"))
+    step, calls = ExperimentTrainer.training_step, []
+
+    def dies(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 9:  # in the third epoch, after the checkpoint of step 7 in its midst
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    command = arguments(padding=padding, epochs=4, save_steps=7)
+    monkeypatch.setattr(ExperimentTrainer, "training_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.main(command)
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "record.json").exists()
+    with pytest.raises(UserError, match=r"unfinished run \(checkpoint-7\): add --resume"):
+        finetune.main(command)
+    with pytest.raises(UserError, match="belongs to another run.*method 'control' there, 'lora' asked for"):
+        finetune.main([*arguments("lora", padding=padding, epochs=4, save_steps=7), "--resume"])
+    resumed = finetune.main([*command, "--resume"])
+    assert resumed.time["resumed_from_step"] == 7
+    for name in ("loss", "matthews", "step"):
+        assert resumed.metrics["last"][name] == pytest.approx(whole.metrics["last"][name], abs=1e-6)
+
+
+def test_decay_reaches_every_trained_parameter(arguments, monkeypatch):
+    seen = []
+    create = ExperimentTrainer.create_optimizer
+
+    def spy(self, *args, **kwargs):
+        optimizer = create(self, *args, **kwargs)
+        seen.extend((group["weight_decay"], len(group["params"])) for group in self.optimizer.param_groups)
+        return optimizer
+
+    monkeypatch.setattr(ExperimentTrainer, "create_optimizer", spy)
+    finetune.main(arguments(max_steps=1))
+    # two controls of two matrices, and the classifier's weight and bias
+    assert sum(count for decay, count in seen if decay == 0.1) == 6
+    assert sum(count for decay, count in seen if decay != 0.1) == 0
+
+
+def test_bf16_keeps_trained_parameters_in_float32(arguments):
+    record = finetune.main(arguments("lora", precision="bf16", max_steps=2))
+    assert record.adapter["dtype"] == "float32" and record.hyperparameters["precision"] == "bf16"
+
+
+def test_save_to_disk_data_and_tensorboard(arguments, glue_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    splits = load_task("cola", str(glue_folder))
+    DatasetDict(
+        {
+            name: Dataset.from_dict({"sentence": rows["first"], "label": rows["label"]})
+            for name, rows in splits.items()
+        }
+    ).save_to_disk(str(tmp_path / "disk" / "cola"))
+    ours = finetune.main(arguments(data=tmp_path / "disk", report_to="tensorboard", output="disk_run"))
+    classic = finetune.main(arguments(output="classic_run"))
+    assert ours.metrics["last"]["loss"] == pytest.approx(classic.metrics["last"]["loss"])
+    assert list((tmp_path / "board").glob("events*"))
+
+
+def test_wandb_offline(arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    finetune.main(arguments(report_to="wandb", max_steps=2))
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_launcher_end_to_end(encoders, glue_folder, tmp_path):
+    done = launch(
+        "control", "rte", 1, "1e-3", "cpu", "--output_dir", tmp_path / "run", "--max_length", 64,
+        MODEL=str(encoders["roberta"]), DATA=str(glue_folder), SEED="7",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("running:")
+    record = read_record(tmp_path / "run" / "record.json")
+    assert (record.method, record.task, record.seed) == ("control", "rte", 7)
+    given = {
+        "epochs": 1.0,
+        "lr": 1e-3,
+        "max_length": 64,
+        "batch_size": 64,
+        "control_rank": 16,
+        "weight_decay": 0.1,
+    }
+    assert {name: record.hyperparameters[name] for name in given} == given
+
+
+def test_launcher_defaults_are_the_papers_recipe():
+    recipe = {
+        "epochs": "80", "lr": "3e-4", "batch_size": "64", "max_length": "128", "warmup_ratio": "0.06",
+        "weight_decay": "0.1", "lora_rank": "8", "lora_alpha": "16", "control_rank": "16", "control_alpha": "1.0",
+        "model": "roberta-base", "seed": "42", "device": "0",
+    }  # fmt: skip
+    words = launch("control", "cola", PYTHON="echo", MODEL="", DATA="").stdout.splitlines()[-1].split()
+    given = {name.removeprefix("--"): value for name, value in zip(words[1::2], words[2::2], strict=True)}
+    assert {name: given[name] for name in recipe} == recipe
+    options = finetune.Options("control", "cola")
+    assert {name: float(value) for name, value in recipe.items() if name != "model"} == {
+        name: float(getattr(options, name)) for name in recipe if name != "model"
+    }
+
+
+def test_launcher_refuses_in_one_line(tmp_path):
+    one_line_error(launch("adapter", "cola"), "unknown method 'adapter'", "control, lora, dora")
+    one_line_error(launch("lora", "snli"), "unknown task 'snli'", "cola, mnli, mrpc")
+    one_line_error(launch("lora"), "METHOD and TASK")
+    assert launch("-h").stdout.startswith("usage:")
+    refused = launch("lora", "cola", 1, "1e-3", 99, "--output_dir", tmp_path / "run")
+    one_line_error(refused, "no GPU 99")
+    one_line_error(launch("lora", "cola", 1, "abc", "cpu"), "--lr")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "adapter"}, "unknown method 'adapter': choose one of control, lora, dora"),
+        ({"task": "snli"}, "unknown task 'snli'"),
+        ({"control_rank": 0}, "--control_rank must be greater than 0"),
+        ({"lora_rank": 0}, "--lora_rank must be greater than 0"),
+        ({"epochs": 0}, "--epochs must be greater than 0"),
+        ({"scheduler": "square"}, "unknown --scheduler 'square': choose one of linear"),
+        ({"precision": "fp16"}, "fp16 needs a GPU"),
+        ({"device": "gpu"}, "GPU must be an index"),
+        ({"control_blocks": "memory"}, "memory"),
+        ({"method": "lora", "lora_targets": "nowhere"}, "nowhere"),
+        ({"data": "/nonexistent"}, "no data for cola"),
+        ({"max_length": 4096}, "more than .* can read"),
+        ({"task": "demo", "predict": True}, "no test set"),
+    ],
+)
+def test_bad_options_write_nothing(options, message, arguments, tmp_path):
+    with pytest.raises(UserError, match=message):
+        finetune.main(arguments(**options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_models(arguments, tmp_path, encoders):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match=r"no model folder: it has no config\.json"):
+        finetune.main(arguments(model_folder=None)[:4] + arguments()[4:] + ["--model", str(empty)])
+    hollow = tmp_path / "hollow"
+    hollow.mkdir()
+    for file in Path(encoders["bert"]).iterdir():
+        if file.suffix == ".json":
+            (hollow / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="cannot load a model"):
+        finetune.main([*arguments(), "--model", str(hollow)])
+    (hollow / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match="cannot load a model"):
+        finetune.main([*arguments(), "--model", str(hollow)])
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_architecture_without_a_row(arguments, encoders, tmp_path):
+    from transformers import DistilBertConfig, DistilBertModel
+
+    DistilBertModel(
+        DistilBertConfig(vocab_size=30, dim=16, n_layers=1, n_heads=2, hidden_dim=32)
+    ).save_pretrained(tmp_path / "d")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "d" / file).write_bytes((encoders["bert"] / file).read_bytes())
+    with pytest.raises(UserError, match="control on .*distilbert"):
+        finetune.main([*arguments(), "--model", str(tmp_path / "d")])
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(arguments, tmp_path):
+    with RunFolder(tmp_path / "run") as held:
+        (held.path / "precious").write_text("x")
+        with pytest.raises(UserError, match="in use by another run"):
+            finetune.main(arguments())
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock"] == ["precious"]
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(arguments):
+    finetune.main(arguments(max_steps=1))
+    with pytest.raises(UserError, match=r"lr 0\.01 there, 0\.02 asked for"):
+        finetune.main(arguments(max_steps=1, lr=2e-2))
+
+
+def test_padding_benchmark(encoders, glue_folder, tmp_path):
+    import benchmark_padding
+
+    result = benchmark_padding.main(
+        ["--model", str(encoders["bert"]), "--data", str(glue_folder), "--device", "cpu", "--batch_size", "4",
+         "--steps", "3", "--output", str(tmp_path / "figures.json")]
+    )  # fmt: skip
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert written["ratio"] == result["ratio"] < 1
+    assert result["longest"]["padding_share"] < 0.5 < result["max_length"]["padding_share"]
+
+
+def test_download_glue(monkeypatch, tmp_path, capsys):
+    import download_glue
+
+    rows = Dataset.from_dict({"sentence": ["a b", "c d"], "label": [0, 1]})
+    monkeypatch.setattr(download_glue, "load_dataset", lambda *_: DatasetDict(train=rows, validation=rows))
+    download_glue.main(["--tasks", "cola", "--output", str(tmp_path)])
+    assert len(load_task("cola", str(tmp_path))["train"]) == 2
+    download_glue.main(["--tasks", "cola", "--output", str(tmp_path)])
+    assert "is there already" in capsys.readouterr().out
+
+    def offline(*_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(download_glue, "load_dataset", offline)
+    with pytest.raises(UserError, match=r"cannot download rte .*no route.*network"):
+        download_glue.main(["--tasks", "rte", "--output", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cola"]
+    with pytest.raises(UserError, match="unknown task 'snli'"):
+        download_glue.main(["--tasks", "snli", "--output", str(tmp_path)])

@@ -1,0 +1,536 @@
+"""Fine-tune a timm Vision Transformer on images with control, LoRA, DoRA or a linear probe; write a run record.
+
+    python ViT/finetune.py --method control                                    ViT-B/16 on CIFAR-100 from the hubs
+    python ViT/finetune.py --method control --data digits --model tiny --device cpu --lr 0.05    a minute, no hub
+    python ViT/finetune.py --evaluate results/vit/RUN/adapter --data flowers102         test accuracy of an adapter
+    python ViT/finetune.py --predict PHOTOS --adapter results/vit/RUN/adapter --output classes.csv
+
+The defaults are the paper's recipe, except that --mlp_layers 4 and --attention eager give its exact model. What
+the options trade: --attention sdpa needs 3 GB less than eager and gives the same results; --memory fast, balanced
+and lean lower the peak of the control further; --keep host leaves the images in main memory. See ViT/README.md.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, Optional
+
+import augment
+import torch
+from classifier import (
+    METHODS,
+    AdapterSettings,
+    Description,
+    add_adapter,
+    build_base,
+    count_parameters,
+    restore,
+    save,
+    trained_state,
+)
+from control_experiments.arguments import parse_arguments
+from control_experiments.device import describe_device, seed_everything, select_device
+from control_experiments.errors import UserError, run_main
+from control_experiments.metering import MemoryMeter, Throughput
+from control_experiments.methods import ControlSettings, check_method
+from control_experiments.paths import RESULTS, public_path
+from control_experiments.record import RunRecord, git_state, package_versions, utc_now, write_json_atomic
+from control_experiments.runs import RunFolder
+from images import Decoded, ImageData, load_data, read_folder
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from timm.data import IMAGENET_DEFAULT_MEAN
+from torch import nn
+from tqdm import tqdm
+from training import Step, choose_precision, index_batches, predict, prepared, score, train_epoch
+from vision_models import TINY, Base
+
+logger = logging.getLogger("vit")
+
+
+@dataclass
+class Options:
+    """Every option of the program."""
+
+    method: str = field(default="control", metadata={"help": f"One of {', '.join(METHODS)} (head only)."})
+    data: str = field(
+        default="cifar100",
+        metadata={
+            "help": "cifar100, flowers102, svhn, food101, imagenet (torchvision), digits (scikit-learn), or the "
+            "path of an .npz, a tar or a folder with train/CLASS/ and test/CLASS/."
+        },
+    )
+    data_root: str = field(default="data", metadata={"help": "Where torchvision keeps its downloads."})
+    corrupt: Literal["stop", "skip"] = field(
+        default="stop", metadata={"help": "At an unreadable image: stop, or warn and skip it."}
+    )
+    keep: Literal["auto", "device", "host", "files"] = field(
+        default="auto",
+        metadata={"help": "Where decoded images lie; auto: on the GPU if they fit, else host, else in files."},
+    )
+    workers: int = field(default=8, metadata={"help": "Threads or processes that decode images."})
+    model: str = field(
+        default="vit_base_patch16_224.orig_in21k",
+        metadata={"help": "timm name, a .safetensors or original .npz file, a folder, or tiny (with digits)."},
+    )
+    architecture: Optional[str] = field(
+        default=None, metadata={"help": "timm name of the architecture, for weights from a file."}
+    )
+    image_size: Optional[int] = field(default=None, metadata={"help": "Pixels; 224, or 8 for tiny."})
+    mlp_layers: int = field(
+        default=2, metadata={"help": "2: the ordinary ViT; 4: with the paper's two frozen identity layers."}
+    )
+    attention: Literal["eager", "sdpa"] = field(default="sdpa", metadata={"help": "sdpa is fused."})
+    memory: Literal["plain", "fast", "balanced", "lean"] = field(
+        default="plain", metadata={"help": "How little the control keeps for its backward; same results."}
+    )
+    augment: Optional[Literal["published", "none"]] = field(
+        default=None, metadata={"help": "published: random resized crop and flip; none is tiny's default."}
+    )
+    crop: Optional[float] = field(
+        default=None, metadata={"help": "Share of the side that evaluation keeps; 224/256, or 1 for tiny."}
+    )
+    control_rank: int = field(default=16, metadata={"help": "Rank of the control; it has biases."})
+    control_alpha: float = field(default=1.0, metadata={"help": "Plain multiplier of the control."})
+    lora_rank: int = field(
+        default=1, metadata={"help": "Rank of LoRA and DoRA on fc1, fc2 (eye1, eye2); 0: match the control."}
+    )
+    lora_alpha: float = field(default=2.0, metadata={"help": "LoRA's updates are scaled by alpha/rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before LoRA's A."})
+    epochs: int = field(default=50, metadata={"help": "Passes over the training images."})
+    lr: float = field(default=5e-3, metadata={"help": "Learning rate of SGD in the first epoch."})
+    momentum: float = field(default=0.9, metadata={"help": "SGD's."})
+    lr_decay: float = field(default=0.95, metadata={"help": "The learning rate's factor after each epoch."})
+    batch_size: int = field(default=128, metadata={"help": "Images per step."})
+    eval_batch_size: int = field(default=256, metadata={"help": "Images per evaluation step."})
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = field(
+        default="auto", metadata={"help": "Autocast type; auto: fp16 with a loss scaler on a GPU, else fp32."}
+    )
+    seed: int = field(default=42, metadata={"help": "Seeds order, crops and the new parameters."})
+    device: str = field(default="0", metadata={"help": "GPU index, or cpu."})
+    output_dir: Optional[str] = field(
+        default=None, metadata={"help": "Default: results/vit/<model>_<data>_<method>_seed<seed>."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the folder's last checkpoint."})
+    evaluate: Optional[str] = field(
+        default=None, metadata={"help": "Do not train: evaluate this adapter folder on --data."}
+    )
+    predict: Optional[str] = field(
+        default=None, metadata={"help": "Do not train: classify the images of this folder with --adapter."}
+    )
+    adapter: Optional[str] = field(default=None, metadata={"help": "The adapter folder for --predict."})
+    output: str = field(default="predictions.csv", metadata={"help": "The CSV file of --predict."})
+
+    #: Options that do not change what a run comes to.
+    _NEUTRAL = (
+        "data_root", "keep", "workers", "eval_batch_size", "device", "output_dir", "resume",
+        "evaluate", "predict", "adapter", "output",
+    )  # fmt: skip
+
+    def complete(self) -> None:
+        """Fill in what depends on the model, and raise a `UserError` for a value that cannot be."""
+        check_method(self.method, METHODS)
+        tiny = self.model == TINY
+        self.image_size = self.image_size or (8 if tiny else 224)
+        self.augment = self.augment or ("none" if tiny else "published")
+        self.crop = self.crop or (1.0 if tiny else 224 / 256)
+        positive = ("epochs", "lr", "batch_size", "eval_batch_size", "workers", "image_size", "control_rank")
+        for name in (*positive, "lr_decay", "crop"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} must be greater than 0, got {getattr(self, name)}")
+        for name in ("lora_rank", "seed", "momentum"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("crop", "lr_decay"):
+            if getattr(self, name) > 1:
+                raise UserError(f"--{name} must be at most 1, got {getattr(self, name)}")
+        if self.memory != "plain" and self.method != "control":
+            raise UserError(f"--memory {self.memory} needs --method control")
+        if tiny and self.data != "digits":
+            raise UserError("--model tiny is made for --data digits: choose a timm model for other data")
+
+    @property
+    def folder(self) -> Path:
+        if self.output_dir is not None:
+            return Path(self.output_dir)
+        model = Path(self.model)
+        model = model.parent if model.stem == "model" else model
+        name = model.stem if model.suffix in (".npz", ".safetensors") else model.name
+        return RESULTS / "vit" / f"{name}_{Path(self.data).stem}_{self.method}_seed{self.seed}"
+
+    def hyperparameters(self) -> dict:
+        """Everything that decides the outcome, paths by their public names."""
+        chosen = {name: value for name, value in asdict(self).items() if name not in self._NEUTRAL}
+        for name in ("model", "data"):
+            if Path(chosen[name]).exists():
+                chosen[name] = public_path(chosen[name])
+        return chosen
+
+
+# -- the two programs ---------------------------------------------------------------------------------------
+
+
+def train(options: Options) -> None:
+    """Train and evaluate after each epoch; leaves record, adapter, predictions and log in the run's folder."""
+    device = select_device(options.device)
+    precision = choose_precision(options.precision, device)
+    with RunFolder(options.folder) as folder:
+        if folder.finished:
+            folder.claim(options.hyperparameters())
+            print(f"{public_path(folder.path)} is finished: nothing to do")
+            return
+        created = utc_now()
+        data = load_data(
+            options.data, root=options.data_root, corrupt=options.corrupt, keep=options.keep, workers=options.workers
+        )
+        data.place(device, options.keep)
+        seed_everything(options.seed)
+        vit, base, base_weights = load_base(options, len(data.classes))
+        memory = MemoryMeter(device)
+        model = vit.to(device)
+        total = sum(p.numel() for p in model.parameters())
+        memory.after_load()
+        model = add_adapter(model, options.method, adapter_settings(options), options.mlp_layers).to(device)
+        set_memory(model, options.memory)
+        checkpoint = folder.claim(
+            {**options.hyperparameters(), "precision": precision, "data_version": data.identity}, resume=options.resume
+        )
+        with logging_to(folder.log):
+            counts = count_parameters(model)
+            logger.info("%s: %s trained of %s parameters", options.method, f"{counts['trainable_parameters']:,}",
+                        f"{total + counts['adapter_parameters']:,}")
+            history, clock, logits = fit(options, model, data, device, precision, folder, checkpoint, memory)
+        description = Description(
+            options.method, options.model, base.architecture, base.sha256, options.image_size,
+            options.mlp_layers, options.crop, data.classes,
+        )  # fmt: skip
+        save(model, folder.adapter, description, base_weights)
+        if isinstance(data.test, Decoded):
+            write_predictions(folder.path / "predictions.csv", logits, data.classes,
+                              truth=[data.classes[label] for label in data.test.labels.tolist()])
+        finish_record(
+            options, folder, created, device, base, total, data,
+            adapter={
+                "config": model.peft_config["default"].to_dict() if isinstance(model, PeftModel) else None,
+                "dtype": "float32", **counts,
+            },
+            history=history,
+            metrics={"best": max(history, key=lambda row: row["test_accuracy"]), "last": history[-1]},
+            memory={**memory.summary(), "images_on_device_bytes": resident_bytes(data)},
+            time=clock.summary(),
+        )  # fmt: skip
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        best, last = max(row["test_accuracy"] for row in history), history[-1]["test_accuracy"]
+        print(f"{options.method}: test accuracy {last:.2f} % (best epoch {best:.2f} %), "
+              f"{clock.summary()['examples_per_second'] or 0:.0f} images/s; record in {public_path(folder.record)}")
+
+
+def evaluate(options: Options) -> None:
+    """Test accuracy of a saved adapter on `--data`, printed and recorded."""
+    device = select_device(options.device)
+    created = utc_now()
+    model, description, base = restore(options.evaluate, attention=options.attention, model=moved_model(options))
+    adopt(options, description)
+    data = load_data(
+        options.data, root=options.data_root, corrupt=options.corrupt, keep=options.keep, workers=options.workers
+    )
+    check_classes(data, description)
+    run = Path(options.evaluate).resolve().parent.name
+    options.output_dir = options.output_dir or str(RESULTS / "vit" / f"{run}_evaluated_on_{data.name}")
+    with RunFolder(options.folder) as folder:
+        data.place(device, options.keep)
+        memory = MemoryMeter(device)
+        step = evaluation_step(model.to(device), device, options)
+        clock = Throughput(device)
+        clock.start()
+        logits, labels = test_logits(step, data, options, device)
+        clock.step(len(labels))
+        clock.stop()
+        result = score(logits, labels)
+        write_predictions(folder.path / "predictions.csv", logits, data.classes,
+                          truth=[data.classes[label] for label in labels.tolist()])
+        total = sum(p.numel() for p in model.parameters())
+        finish_record(
+            options, folder, created, device, base, total, data, adapter={"id": public_path(options.evaluate)},
+            history=[], metrics={"best": result, "last": result}, memory=memory.summary(), time=clock.summary(),
+        )  # fmt: skip
+        print(f"test accuracy {result['test_accuracy']:.2f} % on {len(labels)} images; "
+              f"record in {public_path(folder.record)}")
+
+
+def classify_folder(options: Options) -> None:
+    """Classify every image below a folder into a CSV file: file, class, probability."""
+    if options.adapter is None:
+        raise UserError("--predict needs --adapter with the adapter folder of a finished run")
+    device = select_device(options.device)
+    model, description, _ = restore(options.adapter, attention=options.attention, model=moved_model(options))
+    adopt(options, description)
+    paths, pixels = read_folder(options.predict, options.corrupt, options.workers)
+    labels = torch.zeros(len(pixels), dtype=torch.long)
+    data = ImageData("folder", *[Decoded(pixels, labels)] * 2, description.classes, {})
+    logits, _ = test_logits(evaluation_step(model.to(device), device, options), data, options, device)
+    names = [path.relative_to(Path(options.predict).expanduser()).as_posix() for path in paths]
+    write_predictions(Path(options.output), logits, description.classes, names=names)
+    print(f"{len(paths)} images classified in {options.output}")
+
+
+# -- their parts --------------------------------------------------------------------------------------------
+
+
+def load_base(options: Options, num_classes: int) -> tuple[nn.Module, Base, dict | None]:
+    """The frozen model, where it is from and, for the tiny one trained on the spot, its weights."""
+    shape = {"num_classes": num_classes, "image_size": options.image_size}
+    rest = {"mlp_layers": options.mlp_layers, "attention": options.attention}
+    if options.model != TINY:
+        return *build_base(options.model, options.architecture, **shape, **rest), None
+    from tiny_model import build_tiny
+
+    vit, base = build_tiny(**shape)
+    weights = {name: value for name, value in vit.state_dict().items() if not name.startswith("head.")}
+    from vision_models import set_attention, set_mlp_layers
+
+    set_mlp_layers(vit, options.mlp_layers)
+    set_attention(vit, options.attention)
+    return vit, base, weights
+
+
+def adapter_settings(options: Options) -> AdapterSettings:
+    control = ControlSettings(options.control_rank, options.control_alpha, bias=True)
+    return AdapterSettings(control, options.lora_rank, options.lora_alpha, options.lora_dropout)
+
+
+def set_memory(model: nn.Module, mode: str) -> None:
+    """Raises UserError: the model does not support the mode."""
+    if mode == "plain":
+        return
+    from peft_control.memory import set_memory_mode
+
+    try:
+        set_memory_mode(model, mode)
+    except ValueError as error:
+        raise UserError(f"--memory {mode}: {error}") from error
+
+
+def fit(
+    options: Options, model: nn.Module, data: ImageData, device: torch.device, precision: str,
+    folder: RunFolder, checkpoint: Path | None, memory: MemoryMeter,
+) -> tuple[list[dict], Throughput, torch.Tensor]:  # fmt: skip
+    """All epochs with their evaluations; returns the history, the clock and the last test logits.
+
+    Order and crops of an epoch follow from the seed and the epoch alone, so a resumed run repeats what an
+    uninterrupted one does.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, options.lr, momentum=options.momentum)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, options.lr_decay)
+    step = Step(model, optimizer, device, precision)
+    parts = {"optimizer": optimizer, "schedule": schedule, "scaler": step.scaler}
+    history = load_checkpoint(checkpoint, model, parts) if checkpoint else []
+    if options.augment == "published":
+        views = augment.random_views
+    else:
+        views = partial(unaugmented, crop=options.crop)
+    clock, logits = Throughput(device), None
+    steps = -(-len(data.train) // options.batch_size)
+    bar = tqdm(total=options.epochs * steps, initial=len(history) * steps, desc=options.method, unit="step",
+               disable=None)  # fmt: skip
+    if len(history) == options.epochs:  # it was stopped after its last checkpoint
+        logits, _ = test_logits(step, data, options, device)
+    for epoch in range(len(history), options.epochs):
+        generator = torch.Generator().manual_seed(options.seed * 100_003 + epoch)
+        torch.manual_seed(options.seed * 100_003 + epoch)  # dropout's
+        batches = prepared(
+            data.train,
+            index_batches(len(data.train), options.batch_size, generator),
+            lambda sizes, generator=generator: views(sizes, options.image_size, generator),
+            options.image_size,
+            device,
+        )
+
+        def after_step(examples: int) -> None:
+            memory.after_optimizer()
+            clock.step(examples)
+            bar.update()
+
+        rate = optimizer.param_groups[0]["lr"]
+        clock.start()
+        loss = train_epoch(step, batches, after_step)
+        clock.stop()
+        schedule.step()
+        logits, labels = test_logits(step, data, options, device)
+        row = {"step": (epoch + 1) * steps, "epoch": epoch + 1, "learning_rate": rate, "train_loss": loss,
+               "train_seconds": clock.seconds, **score(logits, labels)}  # fmt: skip
+        history.append(row)
+        logger.info("epoch %d of %d: training loss %.4f, test accuracy %.2f %%", epoch + 1, options.epochs, loss,
+                    row["test_accuracy"])
+        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{row['test_accuracy']:.2f}")
+        save_checkpoint(folder.checkpoints, epoch + 1, model, parts, history)
+    bar.close()
+    return history, clock, logits
+
+
+def unaugmented(sizes: torch.Tensor, size: int, generator: torch.Generator, crop: float) -> augment.Views:
+    return augment.central_views(sizes, size, crop)
+
+
+def test_logits(step: Step, data: ImageData, options: Options, device: torch.device):
+    """Logits and labels of the test images, each shown once as in evaluation."""
+    views = partial(augment.central_views, size=options.image_size, crop=options.crop)
+    indices = index_batches(len(data.test), options.eval_batch_size)
+    return predict(step, prepared(data.test, indices, views, options.image_size, device))
+
+
+def evaluation_step(model: nn.Module, device: torch.device, options: Options) -> Step:
+    unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    return Step(model, unused, device, choose_precision(options.precision, device))
+
+
+def moved_model(options: Options) -> str | None:
+    """`--model` if the user gave one beside `--evaluate` or `--predict`."""
+    return options.model if options.model != Options.model else None
+
+
+def adopt(options: Options, description: Description) -> None:
+    """Evaluation shows images as the adapter's training did."""
+    options.method, options.image_size = description.method, description.image_size
+    options.mlp_layers, options.crop = description.mlp_layers, description.crop
+    options.model = description.model
+
+
+def check_classes(data: ImageData, description: Description) -> None:
+    """Raises UserError: the data's classes are not the head's."""
+    if len(data.classes) > len(description.classes):
+        raise UserError(
+            f"{data.name} has {len(data.classes)} classes, more than the adapter's head ({len(description.classes)})"
+        )
+    if data.classes != description.classes:
+        raise UserError(
+            f"the classes of {data.name} ({', '.join(data.classes[:3])}, ...) are not those that the adapter was "
+            f"trained on ({', '.join(description.classes[:3])}, ...)"
+        )
+
+
+def resident_bytes(data: ImageData) -> int:
+    parts = [part for part in (data.train, data.test) if isinstance(part, Decoded) and part.labels.is_cuda]
+    return sum(part.bytes for part in parts)
+
+
+def save_checkpoint(folder: Path, epoch: int, model: nn.Module, parts: dict, history: list[dict]) -> None:
+    """Write checkpoint-EPOCH and remove the one before; the state file, written last, makes it complete."""
+    place = folder / f"checkpoint-{epoch}"
+    place.mkdir(parents=True, exist_ok=True)
+    save_file({n: v.contiguous() for n, v in trained_state(model).items()}, place / "trained.safetensors")
+    torch.save({name: part.state_dict() for name, part in parts.items()}, place / "state.pt")
+    write_json_atomic(place / "trainer_state.json", {"epoch": epoch, "history": history})
+    shutil.rmtree(folder / f"checkpoint-{epoch - 1}", ignore_errors=True)
+
+
+def load_checkpoint(place: Path, model: nn.Module, parts: dict) -> list[dict]:
+    """Restore what `save_checkpoint` wrote; returns the history.
+
+    Raises:
+        UserError: a file of it is broken.
+    """
+    import json
+    import pickle
+
+    from safetensors import SafetensorError
+
+    try:
+        state = load_file(place / "trained.safetensors")
+        own = trained_state(model)
+        if state.keys() != own.keys():
+            raise ValueError("it holds other parameters")
+        for name, value in own.items():
+            value.copy_(state[name])
+        loaded = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(loaded[name])
+        return json.loads((place / "trainer_state.json").read_text(encoding="utf-8"))["history"]
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"{place} is no usable checkpoint ({error}): delete it to start over") from error
+
+
+def write_predictions(
+    path: Path, logits: torch.Tensor, classes: list[str], names: list[str] | None = None, truth: list[str] | None = None
+) -> None:
+    """A CSV file, written atomically: file or index, predicted class, its probability and, if known, the truth."""
+    probability, chosen = logits.softmax(1).max(1)
+    first = names if names is not None else range(len(logits))
+    columns = ["file" if names is not None else "index", "predicted", "probability"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(path.name + ".partial")
+    with partial_path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*columns, "true"] if truth else columns)
+        rows = zip(first, [classes[i] for i in chosen.tolist()], [f"{p:.4f}" for p in probability.tolist()], strict=True)
+        for index, row in enumerate(rows):
+            writer.writerow([*row, truth[index]] if truth else row)
+    os.replace(partial_path, path)
+
+
+def finish_record(
+    options: Options, folder: RunFolder, created: str, device: torch.device, base: Base, total: int,
+    data: ImageData, **results,
+) -> None:  # fmt: skip
+    RunRecord(
+        domain="vit",
+        name=folder.path.name,
+        method=options.method,
+        task=data.name,
+        seed=options.seed,
+        command=["python", *sys.argv],
+        created=created,
+        finished=utc_now(),
+        git=git_state(),
+        versions=package_versions(),
+        device=describe_device(device),
+        model={"id": base.id, "sha256": base.sha256, "class": base.architecture, "total_parameters": total},
+        data={**data.identity, "sizes": {"train": len(data.train), "test": len(data.test)}},
+        hyperparameters={**options.hyperparameters(), "optimizer": "SGD", "weight_decay": 0.0,
+                         "autocast": choose_precision(options.precision, device),
+                         "pixel_mean": list(IMAGENET_DEFAULT_MEAN)},
+        **results,
+    ).write(folder.record)  # fmt: skip
+
+
+class logging_to:
+    """Send this program's log lines to a file and the terminal while in the block."""
+
+    def __init__(self, path: Path):
+        self.handlers = [logging.FileHandler(path, encoding="utf-8"), logging.StreamHandler()]
+        self.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+
+    def __enter__(self) -> None:
+        logger.setLevel(logging.INFO)
+        for handler in self.handlers:
+            logger.addHandler(handler)
+
+    def __exit__(self, *_) -> None:
+        for handler in self.handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def main() -> None:
+    (options,) = parse_arguments(Options, description=__doc__)
+    options.complete()
+    if options.evaluate and options.predict:
+        raise UserError("choose one of --evaluate and --predict")
+    if options.evaluate:
+        evaluate(options)
+    elif options.predict:
+        classify_folder(options)
+    else:
+        train(options)
+
+
+if __name__ == "__main__":
+    run_main(main)

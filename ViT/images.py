@@ -1,0 +1,432 @@
+"""Labelled images: where they come from, decoded once to uint8 and kept where training reads them fastest.
+
+Sources: torchvision's own datasets (downloaded on first use), an `.npz`, a folder or tar of class folders, and
+scikit-learn's digits. A *source* is anything with `len(source)`, `source[i] -> (PIL image, label)` and
+`name(i)`; :class:`Decoded` holds one in memory, :class:`OnDemand` decodes it anew each epoch when it is too large.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import psutil
+import torch
+import torchvision
+from control_experiments.checksums import fingerprint
+from control_experiments.errors import UserError
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader
+from torchvision import datasets
+from tqdm import tqdm
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
+TEST_NAMES = ("test", "val", "valid", "validation")
+HUB = ("cifar100", "flowers102", "svhn", "food101", "imagenet")
+NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test", "classes")
+#: Share of the free memory that decoded images may take, on the device and on the host.
+DEVICE_SHARE, HOST_SHARE = 0.25, 0.5
+
+Images = torch.Tensor | Sequence[torch.Tensor]
+
+
+# -- decoding -----------------------------------------------------------------------------------------------
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """An image as RGB uint8 `(3, H, W)`."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def decode(source, index: int, corrupt: str) -> tuple[torch.Tensor, int] | None:
+    """Entry `index` as (`(3, H, W)` uint8, label); a corrupt image is skipped with a warning (None) or stops.
+
+    Raises:
+        UserError: the image is corrupt and `corrupt` is "stop".
+    """
+    try:
+        image, label = source[index]
+        return to_tensor(image), int(label)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow reports a broken PNG as SyntaxError
+        message = f"{source.name(index)} is no readable image ({error})"
+        if corrupt == "stop":
+            raise UserError(f"{message}: repair or remove it, or add --corrupt skip") from error
+        print(f"warning: {message}: skipped", file=sys.stderr)
+        return None
+
+
+class Decoded:
+    """Images in memory: one tensor `(N, 3, H, W)` if all have one size, else a list; labels `(N,)` beside them."""
+
+    def __init__(self, images: Images, labels: torch.Tensor):
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def bytes(self) -> int:
+        return sum(image.nbytes for image in self.images)
+
+    def to(self, device: torch.device) -> Decoded:
+        if isinstance(self.images, torch.Tensor):
+            return Decoded(self.images.to(device), self.labels.to(device))
+        return Decoded([image.to(device) for image in self.images], self.labels.to(device))
+
+    def batches(self, indices: Sequence[torch.Tensor]) -> Iterator[tuple[Images, torch.Tensor]]:
+        """For each index tensor (on the CPU) the uint8 images and their labels."""
+        for chosen in indices:
+            on_device = chosen.to(self.labels.device)
+            if isinstance(self.images, torch.Tensor):
+                yield self.images[on_device], self.labels[on_device]
+            else:
+                yield [self.images[i] for i in chosen.tolist()], self.labels[on_device]
+
+
+class OnDemand:
+    """Images decoded by worker processes when a batch asks for them: for sets that fit in no memory."""
+
+    bytes = 0
+
+    def __init__(self, source, corrupt: str, workers: int):
+        self.source, self.corrupt, self.workers = source, corrupt, workers
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int):
+        return decode(self.source, index, self.corrupt)
+
+    def batches(self, indices: Sequence[torch.Tensor]) -> Iterator[tuple[Images, torch.Tensor]]:
+        """As `Decoded.batches`; skipped images leave their batch smaller."""
+        loader = DataLoader(
+            self,
+            batch_sampler=[chosen.tolist() for chosen in indices],
+            num_workers=self.workers,
+            collate_fn=_collate,
+        )
+        for images, labels in loader:
+            if len(labels):
+                yield images, labels
+
+
+def _collate(entries: list) -> tuple[list[torch.Tensor], torch.Tensor]:
+    kept = [entry for entry in entries if entry is not None]
+    return [image for image, _ in kept], torch.tensor([label for _, label in kept])
+
+
+def read(source, corrupt: str = "stop", keep: str = "auto", workers: int = 8) -> Decoded | OnDemand:
+    """Decode a whole source, or leave it to be decoded on demand when it is too large for the host's memory.
+
+    Raises:
+        UserError: a corrupt image with `corrupt="stop"`, or no readable image at all.
+    """
+    if keep == "files" or (keep == "auto" and _decoded_bytes(source, corrupt) > _free_host_memory()):
+        return OnDemand(source, corrupt, workers)
+    with ThreadPoolExecutor(workers) as pool:
+        futures = pool.map(lambda index: decode(source, index, corrupt), range(len(source)))
+        entries = [e for e in tqdm(futures, "decoding", len(source), leave=False, disable=None) if e]
+    if not entries:
+        raise UserError("none of the images can be read")
+    images, labels = zip(*entries, strict=True)
+    if len({image.shape for image in images}) == 1:
+        images = torch.stack(images)
+    return Decoded(images, torch.tensor(labels))
+
+
+def _decoded_bytes(source, corrupt: str) -> float:
+    """An estimate from 16 images spread over the source."""
+    chosen = {len(source) * i // 16 for i in range(16)}
+    entries = [decode(source, index, corrupt) for index in chosen]
+    sizes = [entry[0].nbytes for entry in entries if entry]
+    return len(source) * sum(sizes) / max(1, len(sizes))
+
+
+def _free_host_memory() -> float:
+    return HOST_SHARE * psutil.virtual_memory().available
+
+
+# -- sources ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Files:
+    """Image files with labels: paths, or members of a tar that is read in memory and never unpacked."""
+
+    paths: Sequence[Path | PurePosixPath]
+    labels: Sequence[int]
+    archive: Path | None = None
+    members: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)  # offset and length by name
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        where = f"{self.archive.name}:" if self.archive else ""
+        return f"{where}{self.paths[index]}"
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path = self.paths[index]
+        if self.archive:
+            with open(self.archive, "rb") as file:
+                offset, length = self.members[str(path)]
+                file.seek(offset)
+                path = io.BytesIO(file.read(length))
+        with Image.open(path) as image:
+            image.load()
+            return image, self.labels[index]
+
+
+@dataclass
+class Torchvision:
+    """One split of a torchvision dataset."""
+
+    dataset: object
+    title: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return f"{self.title} image {index}"
+
+    def __getitem__(self, index: int):
+        return self.dataset[index]
+
+
+# -- data sets ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ImageData:
+    """A data set with its two splits.
+
+    Attributes:
+        name: short, for run names and tables.
+        classes: class names by label.
+        identity: the record's `data`: id and sha256 (of the file or folder) or the version that fixes it.
+    """
+
+    name: str
+    train: Decoded | OnDemand
+    test: Decoded | OnDemand
+    classes: list[str]
+    identity: dict
+
+    def place(self, device: torch.device, keep: str = "auto") -> None:
+        """Move decoded images to the training device if they fit there (a quarter of what is free)."""
+        if device.type != "cuda" or keep not in ("auto", "device"):
+            return
+        size = self.train.bytes + self.test.bytes
+        if keep == "device" or size < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+            self.train, self.test = (
+                part.to(device) if isinstance(part, Decoded) else part for part in (self.train, self.test)
+            )
+
+
+def load_data(
+    name: str, *, root: str = "data", corrupt: str = "stop", keep: str = "auto", workers: int = 8
+) -> ImageData:
+    """Load a data set by its torchvision name, "digits", or the path of an `.npz`, a folder or a tar.
+
+    Args:
+        root: where torchvision keeps what it downloads.
+        corrupt: "stop" at an unreadable image or "skip" it; either names the file.
+        keep: "auto", "device", "host" (decoded in memory) or "files" (decoded on demand).
+        workers: threads that decode, or processes for "files".
+
+    Raises:
+        UserError: there is no such data, or it is not what its kind of source must be.
+    """
+    if name == "digits":
+        return load_digits_data()
+    if name in HUB:
+        return _torchvision(name, root, corrupt, keep, workers)
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"no data {name!r}: give one of {', '.join(HUB)}, digits, an .npz, a tar or a folder of class folders"
+        )
+    if path.suffix == ".npz":
+        return _npz(path)
+    if path.is_dir():
+        files, archive, places = sorted(p for p in path.rglob("*") if p.is_file()), None, {}
+        parts = [p.relative_to(path).parts for p in files]
+    elif tarfile.is_tarfile(path):
+        places = _tar_members(path)
+        files, archive = sorted(map(PurePosixPath, places)), path
+        parts = [p.parts for p in files]
+    else:
+        raise UserError(f"{path} is no .npz, no tar and no folder of class folders")
+    splits = {"train": {}, "test": {}}
+    for file, (*folders, _) in zip(files, parts, strict=True):
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and len(folders) >= 2:
+            split = "test" if folders[-2] in TEST_NAMES else folders[-2]
+            if split in splits:
+                splits[split].setdefault(folders[-1], []).append(file)
+    classes = _same_classes(path, splits)
+    train, test = (
+        read(
+            Files(
+                paths=[file for name in classes for file in splits[split][name]],
+                labels=[label for label, name in enumerate(classes) for _ in splits[split][name]],
+                archive=archive,
+                members=places,
+            ),
+            corrupt,
+            keep,
+            workers,
+        )
+        for split in ("train", "test")
+    )
+    return ImageData(path.stem, train, test, classes, {"id": path.name, "sha256": fingerprint(path)})
+
+
+def read_folder(folder: str, corrupt: str = "stop", workers: int = 8) -> tuple[list[Path], list[torch.Tensor]]:
+    """All images below a folder, without labels: their paths and their `(3, H, W)` pixels.
+
+    Raises:
+        UserError: no folder, no image in it, or a corrupt image with `corrupt="stop"`.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise UserError(f"{folder} is no folder of images")
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        raise UserError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))})")
+    # the label is the position in the list, by which skipped files fall out of it
+    decoded = read(Files(paths, list(range(len(paths)))), corrupt, "host", workers)
+    return [paths[i] for i in decoded.labels.tolist()], list(decoded.images)
+
+
+def _same_classes(path: Path, splits: dict[str, dict]) -> list[str]:
+    for split, found in splits.items():
+        if not found:
+            raise UserError(
+                f"{path} has no {split} images: it must hold train/CLASS/*.jpg and {'|'.join(TEST_NAMES)}/CLASS/*.jpg"
+            )
+    for split, other in (("train", "test"), ("test", "train")):
+        if only := sorted(set(splits[split]) - set(splits[other])):
+            raise UserError(
+                f"the class folders of {path} differ: {', '.join(only[:5])} only in {split}; "
+                "train and test must have the same classes"
+            )
+    return sorted(splits["train"])
+
+
+def _tar_members(path: Path) -> dict[str, tuple[int, int]]:
+    """Where in an uncompressed tar each regular file lies: offset and length in bytes by name."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = [member for member in tar if member.isreg()]
+    except tarfile.ReadError as error:
+        raise UserError(f"{path} is a compressed or broken tar: unpack it, or pack it without compression") from error
+    for member in members:
+        if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+            raise UserError(f"{path} has a member outside of itself ({member.name}): do not trust this file")
+    return {member.name: (member.offset_data, member.size) for member in members}
+
+
+def _npz(path: Path) -> ImageData:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if missing := [key for key in NPZ_KEYS if key not in file]:
+                raise UserError(
+                    f"{path} lacks {', '.join(missing)}: it must hold {', '.join(NPZ_KEYS)} "
+                    "(images uint8 N x H x W x 3, labels integers, class names)"
+                )
+            arrays = {key: file[key] for key in NPZ_KEYS}
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path} is no readable .npz ({error})") from error
+    classes = [str(name) for name in arrays["classes"]]
+    splits = []
+    for split in ("train", "test"):
+        pixels, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not len(pixels):
+            raise UserError(
+                f"x_{split} of {path} is {pixels.dtype} {pixels.shape}: it must be uint8 N x H x W x 3"
+            )
+        if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
+            raise UserError(
+                f"y_{split} of {path} is {labels.dtype} {labels.shape}: it must hold {len(pixels)} integers"
+            )
+        if labels.min() < 0 or labels.max() >= len(classes):
+            raise UserError(
+                f"y_{split} of {path} has labels {labels.min()} to {labels.max()} for {len(classes)} classes"
+            )
+        splits.append(
+            Decoded(
+                torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+                torch.from_numpy(labels.astype(np.int64)),
+            )
+        )
+    return ImageData(path.stem, *splits, classes, {"id": path.name, "sha256": fingerprint(path)})
+
+
+def load_digits_data(first: int = 5, last: int = 9) -> ImageData:
+    """The digits `first` to `last` of scikit-learn's 8 x 8 digits; every fifth image is a test image.
+
+    0 to 4 are what the tiny model was trained on before (`vision_models.pretrained_on_digits`).
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    chosen = (bunch.target >= first) & (bunch.target <= last)
+    pixels = np.repeat((bunch.images[chosen] * 15.9375).astype(np.uint8)[:, None], 3, axis=1)
+    labels = torch.from_numpy(bunch.target[chosen].astype(np.int64) - first)
+    test = torch.arange(len(labels)) % 5 == 0
+    images = torch.from_numpy(pixels)
+    return ImageData(
+        "digits",
+        Decoded(images[~test], labels[~test]),
+        Decoded(images[test], labels[test]),
+        [str(digit) for digit in range(first, last + 1)],
+        {
+            "id": f"scikit-learn digits {first}-{last}",
+            "sha256": hashlib.sha256(pixels.tobytes() + labels.numpy().tobytes()).hexdigest(),
+        },
+    )
+
+
+def _torchvision(name: str, root: str, corrupt: str, keep: str, workers: int) -> ImageData:
+    folder = os.path.expanduser(root)
+    makers = {
+        "cifar100": lambda train: datasets.CIFAR100(folder, train=train, download=True),
+        "svhn": lambda train: datasets.SVHN(folder, split="train" if train else "test", download=True),
+        "food101": lambda train: datasets.Food101(folder, split="train" if train else "test", download=True),
+        # its official training and validation parts together, as usual, have 2040 images
+        "flowers102": lambda train: (
+            torch.utils.data.ConcatDataset(
+                [datasets.Flowers102(folder, split=split, download=True) for split in ("train", "val")]
+            )
+            if train
+            else datasets.Flowers102(folder, split="test", download=True)
+        ),
+        # not free to download: torchvision wants its tar files in the folder and says so
+        "imagenet": lambda train: datasets.ImageNet(folder, split="train" if train else "val"),
+    }
+    try:
+        train, test = makers[name](True), makers[name](False)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"torchvision cannot get {name} in {root} ({error}): check the network, or put its files there"
+        ) from error
+    first = train.datasets[0] if isinstance(train, torch.utils.data.ConcatDataset) else train
+    classes = getattr(first, "classes", None) or [str(digit) for digit in range(10)]  # SVHN names none
+    return ImageData(
+        name,
+        read(Torchvision(train, f"{name} training"), corrupt, keep, workers),
+        read(Torchvision(test, f"{name} test"), corrupt, keep, workers),
+        [entry if isinstance(entry, str) else entry[0] for entry in classes],
+        {"id": name, "revision": f"torchvision {torchvision.__version__}, which checks its own checksums"},
+    )

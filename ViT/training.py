@@ -1,0 +1,116 @@
+"""One training step, one epoch and one evaluation: what finetune.py, the benchmarks and the memory table share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import augment
+import torch
+from control_experiments.errors import UserError
+from images import Decoded, OnDemand
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """"auto" is the published fp16 on a GPU and fp32 on the CPU.
+
+    Raises:
+        UserError: unknown, or fp16 without a GPU.
+    """
+    if precision == "auto":
+        return "fp16" if device.type == "cuda" else "fp32"
+    if precision not in DTYPES:
+        raise UserError(f"--precision is auto, {', '.join(DTYPES)}; got {precision!r}")
+    if precision == "fp16" and device.type != "cuda":
+        raise UserError("--precision fp16 needs a GPU: use fp32 or bf16 on the CPU")
+    return precision
+
+
+class Step:
+    """A training step under autocast, with a loss scaler for fp16; the weights stay float32.
+
+    It comes in two halves, because `update` waits for the device (the scaler must know whether gradients are
+    finite): the next batch is prepared between them, while the device is busy with the backward.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, precision: str):
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self.dtype = DTYPES[precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def backward(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of a batch, detached; its gradients are left in the parameters."""
+        with self.autocast():
+            loss = cross_entropy(self.model(inputs), labels)
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def index_batches(count: int, batch: int, generator: torch.Generator | None = None) -> Sequence[torch.Tensor]:
+    """All indices below `count`, shuffled if there is a generator, in batches; the last one may be smaller."""
+    order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
+    return order.split(batch)
+
+
+def prepared(
+    data: Decoded | OnDemand,
+    indices: Sequence[torch.Tensor],
+    views: Callable[[torch.Tensor], augment.Views],
+    size: int,
+    device: torch.device,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Normalised inputs `(B, 3, size, size)` and labels `(B,)` on `device`; `views` chooses crops from sizes."""
+    for pixels, labels in data.batches(indices):
+        chosen = views(augment.sizes_of(pixels))
+        yield augment.normalise(augment.render(pixels, chosen, size, device)), labels.to(device)
+
+
+def train_epoch(
+    step: Step,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    after_step: Callable[[int], None] = lambda examples: None,
+) -> float:
+    """Train on every batch and return the mean loss; `after_step` is told the size of each batch."""
+    step.model.train()
+    total, count = torch.zeros((), device=step.device), 0
+    batch = next(batches, None)
+    while batch is not None:
+        inputs, labels = batch
+        total += step.backward(inputs, labels) * len(labels)
+        count += len(labels)
+        examples = len(labels)
+        batch = next(batches, None)
+        step.update()
+        after_step(examples)
+    return float(total) / max(1, count)
+
+
+@torch.inference_mode()
+def predict(step: Step, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `(N, classes)` float32 and labels `(N,)` of all batches, on the CPU."""
+    step.model.eval()
+    logits, labels = [], []
+    for inputs, target in batches:
+        with step.autocast():
+            logits.append(step.model(inputs).float())
+        labels.append(target)
+    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+
+
+def score(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Accuracy (in percent) and mean cross-entropy."""
+    return {
+        "test_accuracy": 100 * (logits.argmax(1) == labels).double().mean().item(),
+        "test_loss": cross_entropy(logits, labels).item(),
+    }

@@ -1,0 +1,230 @@
+"""timm Vision Transformers with a new head, from the hub, a file or, for the demonstration, trained on the spot."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from control_experiments.checksums import fingerprint
+from control_experiments.errors import UserError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import Mlp
+from timm.models import VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import nn
+
+#: The architecture of the CPU demonstration (`tiny_model.py`), beside timm's own.
+TINY = "tiny"
+_TINY_SHAPE = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4}
+#: timm's modules whose models are `VisionTransformer`s.
+_MODULES = ("vision_transformer", "deit")
+
+
+@dataclass
+class Base:
+    """A frozen model's origin.
+
+    Attributes:
+        id: name or file name, for the record.
+        architecture: timm name of the architecture, or "tiny".
+        sha256: of the weight file; None for a hub model or random weights.
+    """
+
+    id: str
+    architecture: str
+    sha256: str | None = None
+
+
+def create(architecture: str, *, num_classes: int, image_size: int, pretrained: bool = False) -> VisionTransformer:
+    """A timm VisionTransformer, with random weights or those of timm's hub, and a new head.
+
+    Raises:
+        UserError: unknown or other kind of architecture, an image size that patches do not fill, no such weights.
+    """
+    if architecture == TINY:
+        model = VisionTransformer(**{**_TINY_SHAPE, "img_size": image_size}, num_classes=num_classes)
+    else:
+        _check_name(architecture)
+        try:
+            model = timm.create_model(
+                architecture, pretrained=pretrained, num_classes=num_classes, img_size=image_size
+            )
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"timm cannot get the weights of {architecture} ({error}): check the name and the network, "
+                "or give --model the path of a weight file and --architecture its timm name"
+            ) from error
+    if not isinstance(model, VisionTransformer):
+        raise UserError(f"{architecture} is a {type(model).__name__}, not a timm VisionTransformer")
+    patch = model.patch_embed.patch_size
+    if any(image_size % side for side in patch):
+        raise UserError(
+            f"image size {image_size} is not divisible by the patch size {patch[0]} of {architecture}: "
+            f"choose {image_size // patch[0] * patch[0] or patch[0]} or {(image_size // patch[0] + 1) * patch[0]}"
+        )
+    nn.init.trunc_normal_(model.head.weight, std=0.02)
+    nn.init.zeros_(model.head.bias)
+    return model
+
+
+def load(
+    model: str, architecture: str | None, *, num_classes: int, image_size: int
+) -> tuple[VisionTransformer, Base]:
+    """The model that `--model` names: a timm name, a weight file or a folder with `model.safetensors`.
+
+    Args:
+        architecture: timm name, needed for files whose folder has no `config.json` of timm's.
+
+    Raises:
+        UserError: nothing there, or weights of another architecture.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        if path.suffix in (".safetensors", ".npz", ".pth", ".pt") or len(path.parts) > 2:
+            raise UserError(f"there is no model {model!r}")
+        built = create(model, num_classes=num_classes, image_size=image_size, pretrained=True)
+        return built, Base(model, model)
+    architecture = architecture or _architecture_beside(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+        if not path.is_file():
+            raise UserError(f"{model} holds no model.safetensors")
+    built = create(architecture, num_classes=num_classes, image_size=image_size)
+    load_weights(built, path, architecture)
+    parent = path.resolve().parent.name
+    return built, Base(f"{parent}/{path.name}" if path.stem in ("model", "base") else path.name, architecture,
+                       fingerprint(path))
+
+
+def load_weights(model: VisionTransformer, path: Path, architecture: str) -> None:
+    """Load a `.safetensors` or an original JAX `.npz` file, except its head; position embeddings are resampled.
+
+    Raises:
+        UserError: the file is broken, of another format or of another architecture.
+    """
+    misfit = f"{path} holds weights of another architecture than {architecture}"
+    if path.suffix == ".npz":
+        _load_npz(model, path, misfit)
+        return
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is neither .safetensors nor .npz: convert it, as pickled weights can run code")
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no readable safetensors file ({error})") from error
+    try:
+        state = checkpoint_filter_fn(state, model)
+    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise UserError(f"{misfit} ({error})") from error
+    own = model.state_dict()
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    wanted = {name for name in own if not name.startswith("head.")}
+    shapes = [name for name in wanted & set(state) if state[name].shape != own[name].shape]
+    for what, names in (
+        ("lacks", wanted - set(state)),
+        ("has unexpected", set(state) - wanted),
+        ("has another shape of", shapes),
+    ):
+        if names:
+            raise UserError(f"{misfit}: it {what} {min(names)} (and {len(names) - 1} more)")
+    model.load_state_dict(state, strict=False)
+
+
+def _load_npz(model: VisionTransformer, path: Path, misfit: str) -> None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            layers = {part for name in file for part in name.split("/") if part.startswith("encoderblock_")}
+        head = {name: value.clone() for name, value in model.head.state_dict().items()}
+        if len(layers) != len(model.blocks):
+            raise ValueError(f"{len(layers)} layers, not {len(model.blocks)}")
+        model.load_pretrained(str(path))
+        model.head.load_state_dict(head)
+    except (KeyError, ValueError, RuntimeError, AssertionError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{misfit} or is no original ViT .npz ({error})") from error
+
+
+class FourLayerMlp(nn.Module):
+    """A frozen MLP with two more linears in it: fc1, GELU, eye1, eye2, fc2 (the published memory table).
+
+    eye1 and eye2 are identities, so the function is the MLP's; they stand for deeper blocks, whose every linear
+    LoRA must adapt while a control bridges them all. Shapes: `(..., width)` to `(..., width)`.
+    """
+
+    def __init__(self, mlp: Mlp):
+        super().__init__()
+        self.fc1, self.act, self.drop1, self.norm = mlp.fc1, mlp.act, mlp.drop1, mlp.norm
+        self.fc2, self.drop2 = mlp.fc2, mlp.drop2
+        hidden = mlp.fc2.in_features
+        reference = mlp.fc2.weight
+        self.eye1, self.eye2 = (
+            nn.Linear(hidden, hidden, bias=False, device=reference.device, dtype=reference.dtype)
+            for _ in range(2)
+        )
+        for linear in (self.eye1, self.eye2):
+            nn.init.eye_(linear.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.drop1(self.act(self.fc1(x))))
+        return self.drop2(self.fc2(self.eye2(self.eye1(x))))
+
+
+def set_mlp_layers(model: VisionTransformer, layers: int) -> None:
+    """2 leaves the ordinary MLPs, 4 puts a :class:`FourLayerMlp` in the place of each.
+
+    Raises:
+        UserError: another number, or blocks whose `mlp` is no timm `Mlp`.
+    """
+    if layers not in (2, 4):
+        raise UserError(f"--mlp_layers is 2 or 4, got {layers}")
+    if layers == 4:
+        for block in model.blocks:
+            if not isinstance(getattr(block, "mlp", None), Mlp):
+                raise UserError("--mlp_layers 4 needs blocks with timm's Mlp, which this model does not have")
+            block.mlp = FourLayerMlp(block.mlp)
+
+
+def set_attention(model: VisionTransformer, attention: str) -> None:
+    """"sdpa" lets attention run fused; "eager" keeps the attention matrix, as the published runs did.
+
+    Raises:
+        UserError: another name, or a model whose attention has no such switch.
+    """
+    if attention not in ("eager", "sdpa"):
+        raise UserError(f"--attention is eager or sdpa, got {attention!r}")
+    for block in model.blocks:
+        if not hasattr(getattr(block, "attn", None), "fused_attn"):
+            raise UserError("--attention needs timm's Attention in each block, which this model does not have")
+        block.attn.fused_attn = attention == "sdpa"
+
+
+def mlp_linears(layers: int) -> Sequence[str]:
+    """Names of the linear layers of an MLP: the published LoRA targets, as far as they exist."""
+    return ("fc1", "fc2") if layers == 2 else ("fc1", "fc2", "eye1", "eye2")
+
+
+def _check_name(name: str) -> None:
+    bare = name.rpartition("/")[2].partition(".")[0]
+    if not timm.is_model(bare):
+        near = difflib.get_close_matches(bare, timm.list_models(module="vision_transformer"), 3)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise UserError(f"timm knows no model {name!r}{hint} (and there is no file of that name)")
+    if not timm.is_model_in_modules(bare, _MODULES):
+        raise UserError(f"{name} is no timm VisionTransformer")
+
+
+def _architecture_beside(path: Path) -> str:
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        return json.loads(config.read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: add --architecture with the timm name of these weights (for example vit_base_patch16_224)"
+        ) from error

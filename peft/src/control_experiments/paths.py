@@ -1,0 +1,23 @@
+"""Where the repository is, and how a path is written down for others to read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+#: Root of the checkout. The experiments run from a checkout (`pip install -e peft`), never from a wheel.
+REPOSITORY = Path(__file__).resolve().parents[3]
+RESULTS = REPOSITORY / "results"
+
+
+def shared_folder() -> Path:
+    """Data and models that do not belong to the repository: $PARALLEL_CONTROL_SHARED, else `../shared`."""
+    return Path(os.environ.get("PARALLEL_CONTROL_SHARED", REPOSITORY.parent / "shared"))
+
+
+def public_path(path: str | os.PathLike) -> str:
+    """A path that tells nothing about the machine: relative to the repository when inside it, else its last part."""
+    resolved = Path(path).expanduser().resolve()
+    if resolved.is_relative_to(REPOSITORY):
+        return resolved.relative_to(REPOSITORY).as_posix()
+    return resolved.name or "/"

@@ -1,0 +1,179 @@
+"""The run record: one JSON file that says what was run, on what, and what came out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+from .errors import UserError
+from .paths import REPOSITORY, public_path
+
+SCHEMA = 1
+_PACKAGES = (
+    "torch", "transformers", "peft", "peft-control", "accelerate", "datasets",
+    "timm", "torchvision", "bitsandbytes", "trl", "numpy", "liger-kernel",
+)  # fmt: skip
+_SECRET_OPTION = re.compile(r"(token|secret|password|api[-_]?key)", re.IGNORECASE)
+_SECRET_VALUE = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|(?:ghp|gho|ghs)_\w{20,}|github_pat_\w{20,}|sk-[\w-]{16,}|[0-9a-f]{40})\b"
+)
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(?:~|\.\.)?/[^\s'\",;:=]*|^\.\.(?:/[^\s]*)?$")
+_MASK = "***"
+
+
+@dataclass
+class RunRecord:
+    """Everything a table, a picture or a reader needs to know about one finished run (schema 1).
+
+    Times are UTC in ISO 8601, memory is in bytes, durations in seconds. A value that could not be measured is None.
+    """
+
+    domain: str
+    name: str
+    method: str
+    task: str
+    seed: int
+    command: list[str]
+    created: str
+    finished: str
+    git: dict
+    versions: dict
+    device: dict
+    model: dict
+    data: dict
+    adapter: dict
+    hyperparameters: dict
+    metrics: dict
+    memory: dict
+    time: dict
+    history: list[dict] = field(default_factory=list)
+    status: str = "finished"
+    schema: int = SCHEMA
+
+    def write(self, path: str | os.PathLike) -> Path:
+        """Write the record atomically, stripped of private paths and tokens; return where it is."""
+        contents = _public(asdict(self))
+        contents["command"] = public_command(self.command)
+        return write_json_atomic(path, contents)
+
+
+def read_record(path: str | os.PathLike) -> RunRecord:
+    """Read a record back.
+
+    Raises:
+        UserError: the file is missing, broken, of another schema or lacks a field; the message names it.
+    """
+    path = Path(path)
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no readable run record ({error}): delete it and run again") from error
+    if not isinstance(contents, dict) or contents.get("schema") != SCHEMA:
+        found = contents.get("schema") if isinstance(contents, dict) else None
+        raise UserError(f"{path} is no run record of schema {SCHEMA} (found {found!r})")
+    for entry in fields(RunRecord):
+        expected = {"dict": dict, "list[dict]": list, "list[str]": list, "str": str, "int": int}[entry.type]
+        if not isinstance(contents.get(entry.name), expected):
+            raise UserError(
+                f"{path} is a broken run record: {entry.name!r} is missing or no {expected.__name__}"
+            )
+    return RunRecord(**{entry.name: contents[entry.name] for entry in fields(RunRecord)})
+
+
+def write_json_atomic(path: str | os.PathLike, contents: object) -> Path:
+    """Write JSON so that `path` holds either what it held before or all of `contents`, even if the machine stops."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_finite(contents), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def utc_now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def git_state() -> dict:
+    """The checkout's commit and whether tracked files differ from it; both None outside of git."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def package_versions() -> dict:
+    """Versions of Python and of those of our packages that are installed."""
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in _PACKAGES:
+        try:
+            versions[package.replace("-", "_")] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def public_command(command: Sequence[str]) -> list[str]:
+    """A command line without private paths and without anything that looks like a token."""
+    masked, hide_next = [], False
+    for argument in map(str, command):
+        option, equals, _ = argument.partition("=")
+        if hide_next:
+            argument = _MASK
+        elif equals and option.startswith("-") and _SECRET_OPTION.search(option):
+            argument = f"{option}={_MASK}"
+        hide_next = not equals and option.startswith("-") and bool(_SECRET_OPTION.search(option))
+        masked.append(_public(_SECRET_VALUE.sub(_MASK, argument)))
+    return masked
+
+
+def _public(value: object) -> object:
+    """The same value with every absolute path in its strings made public, and sets, which peft has, as lists."""
+    if isinstance(value, dict):
+        return {key: _public(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_public(entry) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(_public(entry) for entry in value)
+    if isinstance(value, os.PathLike):
+        return public_path(value)
+    if isinstance(value, str):
+        return _ABSOLUTE_PATH.sub(lambda match: public_path(match.group()), value)
+    return value
+
+
+def _finite(value: object) -> object:
+    """The same value with NaN and infinities, which JSON lacks, as None."""
+    if isinstance(value, dict):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,114 @@
+"""Lean control: how much of a frozen block training keeps, and how much it recomputes.
+
+A controlled block's frozen interior has no weight gradients, so a backward needs far less of it than plain
+autograd keeps. :func:`set_memory_mode` chooses the trade; gradients are exact in every mode.
+"""
+
+from __future__ import annotations
+
+import warnings
+from types import MethodType
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .attention import decoder_attention
+from .layers import Plan, training_forward
+from .loss import causal_lm_loss
+from .mlp import GatedMlp
+from .offload import HostStates
+
+MODES = ("plain", "fast", "balanced", "lean")
+
+_DECODER = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+
+
+def set_memory_mode(
+    model: nn.Module,
+    mode: str,
+    *,
+    chunk_tokens: int = 1024,
+    offload: bool = True,
+    fused_loss: bool = True,
+    on_unsupported: str = "error",
+) -> nn.Module:
+    """Set how ``model`` trains; reversible, and no part of the adapter that is saved.
+
+    Args:
+        model: a model with a control adapter (LoRA on q, k, v may be in it), or its base model.
+        mode: "plain" (autograd as it is), "fast" (no matmul recomputed), "balanced" (attention and one MLP matmul
+            recomputed) or "lean" (one state per layer kept, the MLP worked in chunks).
+        chunk_tokens: tokens per chunk of the lean MLP, and rows per chunk of the loss.
+        offload: lean keeps its states in pinned host memory (on a GPU).
+        fused_loss: causal language models compute their training loss without a batch's logits, so that
+            ``outputs.logits`` is None while training with labels.
+        on_unsupported: "error", or "warn" to stay plain.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: unknown mode, an unsupported architecture, gradient checkpointing is on, or trainable
+            parameters inside an MLP.
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown memory mode {mode!r}: choose from {', '.join(MODES)}")
+    _restore(model)
+    if mode == "plain":
+        return model
+    layers = [module for module in model.modules() if _class_name(module) in _DECODER]
+    if not layers:
+        message = f"memory mode {mode!r} supports {', '.join(_DECODER)}, and {_class_name(model)} has none of these"
+        if on_unsupported == "warn":
+            warnings.warn(f"{message}; it trains in mode 'plain'", stacklevel=2)
+            return model
+        raise ValueError(message)
+    if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
+        raise ValueError(f"memory mode {mode!r} replaces gradient checkpointing: call gradient_checkpointing_disable()")
+    host = HostStates() if mode == "lean" and offload else None
+    for layer in layers:
+        mlp = GatedMlp(layer.post_attention_layernorm, layer.mlp)
+        mlp.check()
+        layer.memory_plan = Plan(mode, decoder_attention, mlp, chunk_tokens, host)
+        layer.forward = MethodType(training_forward, layer)
+    if fused_loss:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and isinstance(getattr(module, "lm_head", None), nn.Linear):
+                module.loss_chunk = chunk_tokens
+                module.forward = MethodType(causal_lm_forward, module)
+    return model
+
+
+def causal_lm_forward(model, *arguments, labels=None, num_items_in_batch=None, **named):
+    """Replaces a causal language model's ``forward`` while it trains; otherwise the model's own runs."""
+    if labels is None or not torch.is_grad_enabled() or named.get("return_dict") is False:
+        if num_items_in_batch is not None:
+            named["num_items_in_batch"] = num_items_in_batch
+        return type(model).forward(model, *arguments, labels=labels, **named)
+    named.pop("use_cache", None)
+    outputs = getattr(model, model.base_model_prefix)(*arguments, use_cache=False, **named)
+    loss = causal_lm_loss(
+        outputs.last_hidden_state,
+        labels,
+        model.lm_head,
+        chunk=model.loss_chunk,
+        num_items_in_batch=num_items_in_batch,
+        softcap=getattr(model.config, "final_logit_softcapping", None),
+    )
+    return CausalLMOutputWithPast(
+        loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+    )
+
+
+def _restore(model):
+    for module in model.modules():
+        for name in ("memory_plan", "loss_chunk"):
+            if name in vars(module):
+                delattr(module, name)
+                del module.forward
+
+
+def _class_name(module):
+    return type(module).__name__.removeprefix("FSDP")

@@ -1,0 +1,73 @@
+"""The attention block of each supported layer structure: what it adds to the state, control excluded."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from . import kernels
+from .mlp import tokens
+
+
+class RmsNorm(torch.autograd.Function):
+    """RMSNorm with a frozen weight: keeps the state, which is kept anyway, and one number per token."""
+
+    @staticmethod
+    def forward(ctx, state, norm):
+        normal, rstd = kernels.rms_norm(tokens(state), norm.weight, norm.variance_epsilon)
+        ctx.norm = norm
+        ctx.save_for_backward(state, rstd)
+        return normal.view(state.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        state, rstd = ctx.saved_tensors
+        dstate = kernels.rms_norm_backward(tokens(dy), tokens(state), ctx.norm.weight, rstd)
+        return dstate.view(state.shape), None
+
+
+class Rope(torch.autograd.Function):
+    """Rotary embedding of ``(batch, tokens, heads, head_dim)``: keeps only the tables."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return kernels.rope(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return kernels.rope(dy, *ctx.saved_tensors, backward=True), None, None
+
+
+def decoder_attention(layer, hidden_states, attention_mask=None, position_embeddings=None, **named):
+    """``self_attn(input_layernorm(state))`` of LLaMA, Mistral, Qwen2 and Qwen3 layers, without a cache."""
+    attention = layer.self_attn
+    normal = RmsNorm.apply(hidden_states, layer.input_layernorm)
+    shape = (*normal.shape[:-1], -1, attention.head_dim)
+    query, key, value = (
+        projection(normal).view(shape) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    cos, sin = position_embeddings
+    query, key = Rope.apply(query, cos, sin), Rope.apply(key, cos, sin)
+
+    for unused in ("past_key_values", "use_cache", "position_ids"):
+        named.pop(unused, None)
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    eager = sys.modules[type(attention).__module__].eager_attention_forward
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
+    mixed, _ = interface(
+        attention,
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attention_mask,
+        dropout=attention.attention_dropout if attention.training else 0.0,
+        scaling=attention.scaling,
+        sliding_window=window,
+        **named,
+    )
+    return attention.o_proj(mixed.reshape(*normal.shape[:-1], -1))

@@ -1,0 +1,133 @@
+"""The control's own forward and backward, for use inside hand-written backward passes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..layer import ControlLayer
+
+
+def control_parameters(control: ControlLayer | None) -> list[torch.Tensor]:
+    """Weights and biases of the active adapters, in the order in which :func:`control_backward` returns
+    their gradients."""
+    return [
+        parameter
+        for name in _active(control)
+        for linear in (control.control_A[name], control.control_B[name])
+        for parameter in (linear.weight, linear.bias)
+        if parameter is not None
+    ]
+
+
+def control_hidden(control: ControlLayer | None, state) -> list[torch.Tensor]:
+    """What the control's backward needs beside the state ``(tokens, width)``: for each active adapter A(state)
+    after dropout ``(tokens, rank)`` and, with dropout, the mask."""
+    kept = []
+    for name in _active(control):
+        dtype = _compute_dtype(state)
+        hidden = F.linear(state.to(dtype), *_cast(control.control_A[name], dtype))
+        if _drops(control, name):
+            kept += torch.native_dropout(hidden, control.dropout[name], True)
+        else:
+            kept += [hidden]
+    return kept
+
+
+def add_control_(control: ControlLayer | None, kept, output) -> None:
+    """Add ``sum of alpha * B(A(state))`` to ``output`` ``(tokens, width)`` in place."""
+    kept = list(kept)
+    for name in _active(control):
+        hidden, alpha = kept.pop(0), control.alpha[name]
+        if _drops(control, name):
+            kept.pop(0)
+        weight, bias = _cast(control.control_B[name], hidden.dtype)
+        if output.dtype == hidden.dtype:
+            output.addmm_(hidden, weight.t(), alpha=alpha)
+        else:
+            output.add_(hidden @ weight.t(), alpha=alpha)
+        if bias is not None:
+            output.add_(bias, alpha=alpha)
+
+
+def control_backward(control: ControlLayer | None, state, kept, dy, dstate) -> list[torch.Tensor]:
+    """Add the control's part of the state's gradient to ``dstate`` in place, unless that is None; return the
+    gradients of :func:`control_parameters` in float32 or the parameters' wider type."""
+    gradients, kept = [], list(kept)
+    for name in _active(control):
+        down, up = control.control_A[name], control.control_B[name]
+        hidden = kept.pop(0)
+        dtype = hidden.dtype
+        dy_c, state_c = dy.to(dtype), state.to(dtype)
+        dhidden = (dy_c @ up.weight.to(dtype)).mul_(control.alpha[name])
+        d_up = _outer(dy_c, hidden, up.weight.dtype).mul_(control.alpha[name])
+        if _drops(control, name):
+            dhidden = dhidden * kept.pop(0) / (1.0 - control.dropout[name])
+        gradients.append(_outer(dhidden, state_c, down.weight.dtype))
+        if down.bias is not None:
+            gradients.append(dhidden.sum(0, dtype=down.bias.dtype))
+        gradients.append(d_up)
+        if up.bias is not None:
+            gradients.append(dy.sum(0, dtype=up.bias.dtype).mul_(control.alpha[name]))
+        if dstate is not None and dstate.dtype == dtype:
+            dstate.addmm_(dhidden, down.weight.to(dtype))
+        elif dstate is not None:
+            dstate.add_(dhidden @ down.weight.to(dtype))
+    return gradients
+
+
+def _active(control: ControlLayer | None) -> list[str]:
+    if control is None or control.disable_adapters:
+        return []
+    return [name for name in control.active_adapters if name in control.control_A]
+
+
+def _drops(control: ControlLayer, name: str) -> bool:
+    return control.training and control.dropout[name] > 0.0
+
+
+def _compute_dtype(state: torch.Tensor) -> torch.dtype:
+    device = state.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else state.dtype
+
+
+def _cast(linear, dtype):
+    return linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
+
+
+def _outer(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``left.T @ right`` in ``dtype``: summed over tokens without a rounding to half precision on CUDA."""
+    if left.is_cuda and left.dtype != dtype == torch.float32:
+        return torch.mm(left.t(), right, out_dtype=dtype)
+    return (left.t() @ right).to(dtype)
+
+
+class AddControl(torch.autograd.Function):
+    """``state + change + alpha * B(A(state))``: a pre-norm block's residual sum and its control in one node.
+
+    Keeps the state, which the block's norm keeps anyway, and A(state).
+    """
+
+    @staticmethod
+    def forward(ctx, state, change, control, *parameters):
+        output = state + change
+        width = state.shape[-1]
+        kept = control_hidden(control, state.view(-1, width))
+        add_control_(control, kept, output.view(-1, width))
+        ctx.control, ctx.change_dtype = control, change.dtype
+        ctx.save_for_backward(state, *kept)
+        return output
+
+    @staticmethod
+    def backward(ctx, dy):
+        state, *kept = ctx.saved_tensors
+        width = state.shape[-1]
+        dstate = dy.clone(memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        gradients = control_backward(
+            ctx.control,
+            state.view(-1, width),
+            kept,
+            dy.reshape(-1, width),
+            None if dstate is None else dstate.view(-1, width),
+        )
+        return dstate, dy.to(ctx.change_dtype), None, *gradients

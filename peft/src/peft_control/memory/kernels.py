@@ -1,0 +1,259 @@
+"""Elementwise and row-wise pieces of a frozen block, forward and backward, each in one pass over memory.
+
+Every function has a pure torch path (CPU, and the reference for tests) and, for CUDA tensors where Triton is
+installed, a kernel with the same arithmetic: both compute in float32 (float64 for float64 input) and round once
+at the end. All take two-dimensional tensors ``(tokens, width)``. Functions whose name ends in ``_`` overwrite
+an argument, because a backward can reuse the buffers it has just consumed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU-only and Windows builds of torch
+    triton = None
+
+
+def _use_triton(x: torch.Tensor) -> bool:
+    return triton is not None and x.is_cuda
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# -- RMSNorm: y = x * rstd * (w + offset) -----------------------------------------------------------------------
+
+
+def rms_norm(x, weight, eps, offset=0.0):
+    """Return ``(y, rstd)``; ``rstd`` has shape ``(tokens,)``. ``offset`` is 1 for Gemma."""
+    if _use_triton(x):
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        block, warps = _row_launch(x.shape[1])
+        _rms_norm_kernel[(x.shape[0],)](
+            x, weight, y, rstd, x.shape[1], eps, offset, BLOCK=block, num_warps=warps
+        )
+        return y, rstd
+    wide = _wide(x)
+    rstd = torch.rsqrt(wide.square().mean(-1) + eps)
+    y = wide * rstd[:, None] * (_wide(weight) + offset)
+    return y.to(x.dtype), rstd
+
+
+def rms_norm_backward(dy, x, weight, rstd, offset=0.0, residual=None):
+    """Return ``dx`` of :func:`rms_norm` for a frozen weight, plus ``residual`` if given."""
+    if _use_triton(x):
+        dy, x = dy.contiguous(), x.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        dx = torch.empty_like(x)
+        block, warps = _row_launch(x.shape[1])
+        _rms_norm_backward_kernel[(x.shape[0],)](
+            dy, x, weight, rstd, residual, dx, x.shape[1], offset,
+            HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+        return dx
+    wide, dn = _wide(x), _wide(dy) * (_wide(weight) + offset)
+    rstd = rstd[:, None]
+    dx = rstd * dn - rstd**3 * wide * (dn * wide).mean(-1, keepdim=True)
+    return (dx if residual is None else dx + residual).to(x.dtype)
+
+
+# -- LayerNorm: y = (x - mean) * rstd * w + b -------------------------------------------------------------------
+
+
+def layer_norm(x, weight, bias, eps):
+    """Return ``(y, mean, rstd)`` of torch's own LayerNorm, statistics of shape ``(tokens, 1)``."""
+    return torch.native_layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def layer_norm_backward(dy, x, weight, bias, mean, rstd):
+    """Return ``dx`` of :func:`layer_norm` for frozen weight and bias."""
+    mask = [True, False, False]
+    return torch.ops.aten.native_layer_norm_backward(dy, x, (x.shape[-1],), mean, rstd, weight, bias, mask)[0]
+
+
+# -- gated and plain activations --------------------------------------------------------------------------------
+
+
+def swiglu(gate, up):
+    """Return ``silu(gate) * up``."""
+    if _use_triton(gate):
+        act = torch.empty_like(gate)
+        _swiglu_kernel[_grid(gate)](gate, up, act, gate.numel(), BLOCK=_BLOCK)
+        return act
+    return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
+
+
+def swiglu_backward_(gate, up, dact):
+    """Overwrite ``gate`` with the gradient of gate and ``up`` with that of up."""
+    if _use_triton(gate):
+        _swiglu_backward_kernel[_grid(gate)](gate, up, dact, gate.numel(), BLOCK=_BLOCK)
+        return gate, up
+    g, u, d = _wide(gate), _wide(up), _wide(dact)
+    s = torch.sigmoid(g)
+    dgate, dup = d * u * s * (1 + g * (1 - s)), d * g * s  # both before either is overwritten
+    return gate.copy_(dgate), up.copy_(dup)
+
+
+# -- rotary position embedding ----------------------------------------------------------------------------------
+
+
+def rope(x, cos, sin, backward=False):
+    """Rotate ``x`` of shape ``(batch, tokens, heads, head_dim)`` as Hugging Face's half-split RoPE does.
+
+    ``cos`` and ``sin`` have shape ``(1 or batch, tokens, head_dim)``, both halves equal. The backward is the
+    rotation by the opposite angle.
+    """
+    if _use_triton(x) and x.shape[-1] == cos.shape[-1]:
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        batch, tokens, heads, dim = x.shape
+        cos, sin = cos.contiguous(), sin.contiguous()
+        _rope_kernel[(batch * tokens,)](
+            x, y, cos, sin, x.stride(0), x.stride(1), x.stride(2), tokens, 0 if cos.shape[0] == 1 else tokens * dim,
+            HEADS=heads, HEADS_BLOCK=triton.next_power_of_2(heads), HALF=dim // 2,
+            HALF_BLOCK=triton.next_power_of_2(dim // 2), SIGN=-1.0 if backward else 1.0,
+        )  # fmt: skip
+        return y
+    wide, half = _wide(x), x.shape[-1] // 2
+    cos, sin = _wide(cos)[:, :, None], _wide(sin)[:, :, None]
+    if backward:
+        sin = -sin
+    rotated = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
+    return (wide * cos + rotated * sin).to(x.dtype)
+
+
+# -- cross entropy ----------------------------------------------------------------------------------------------
+
+
+def cross_entropy_(logits, labels):
+    """Return each row's loss (float32 or wider); overwrite ``logits`` with its gradient, ``softmax - one_hot``.
+
+    A row with a negative label counts nothing: loss and gradient are zero.
+    """
+    if _use_triton(logits):
+        loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+        _cross_entropy_kernel[(logits.shape[0],)](
+            logits, labels, loss, logits.stride(0), logits.shape[1], BLOCK=8192, num_warps=16
+        )
+        return loss
+    wide, counts = _wide(logits), labels >= 0
+    labels = labels.clamp(min=0)[:, None]
+    log_sum = torch.logsumexp(wide, dim=-1)
+    loss = log_sum - wide.gather(1, labels)[:, 0]
+    gradient = torch.exp(wide - log_sum[:, None])
+    gradient.scatter_add_(1, labels, gradient.new_full((len(labels), 1), -1.0))
+    logits.copy_(gradient * counts[:, None])
+    return loss * counts
+
+
+# -- Triton -----------------------------------------------------------------------------------------------------
+
+_BLOCK = 2048
+
+
+def _grid(x: torch.Tensor) -> tuple[int]:
+    return (triton.cdiv(x.numel(), _BLOCK),)
+
+
+def _row_launch(width: int) -> tuple[int, int]:
+    """Block size and warps for one program per row."""
+    block = triton.next_power_of_2(width)
+    return block, min(max(block // 256, 1), 16)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _rms_norm_kernel(x, weight, y, rstd, width, eps, offset, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        mask = column < width
+        value = tl.load(x + row * width + column, mask=mask, other=0.0).to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(value * value) / width + eps)
+        w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32) + offset
+        tl.store(rstd + row, scale)
+        tl.store(y + row * width + column, value * scale * w, mask=mask)
+
+    @triton.jit
+    def _rms_norm_backward_kernel(
+        dy, x, weight, rstd, residual, dx, width, offset, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        mask = column < width
+        at = row * width + column
+        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32) + offset
+        dn = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32) * w
+        scale = tl.load(rstd + row)
+        out = scale * dn - scale * scale * scale * value * (tl.sum(dn * value) / width)
+        if HAS_RESIDUAL:
+            out += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + at, out, mask=mask)
+
+    @triton.jit
+    def _swiglu_kernel(gate, up, act, count, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < count
+        g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(act + at, g * tl.sigmoid(g) * u, mask=mask)
+
+    @triton.jit
+    def _swiglu_backward_kernel(gate, up, dact, count, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < count
+        g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(dact + at, mask=mask, other=0.0).to(tl.float32)
+        s = tl.sigmoid(g)
+        tl.store(gate + at, d * u * s * (1 + g * (1 - s)), mask=mask)
+        tl.store(up + at, d * g * s, mask=mask)
+
+    @triton.jit
+    def _rope_kernel(
+        x, y, cos, sin, stride_batch, stride_token, stride_head, tokens, cos_stride_batch,
+        HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+        SIGN: tl.constexpr,
+    ):  # fmt: skip
+        program = tl.program_id(0).to(tl.int64)
+        batch, token = program // tokens, program % tokens
+        head, column = tl.arange(0, HEADS_BLOCK)[:, None], tl.arange(0, HALF_BLOCK)[None, :]
+        mask = (head < HEADS) & (column < HALF)
+        angle = batch * cos_stride_batch + token * 2 * HALF + column
+        c = tl.load(cos + angle, mask=column < HALF, other=0.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=column < HALF, other=0.0).to(tl.float32) * SIGN
+        source = x + batch * stride_batch + token * stride_token + head * stride_head + column
+        first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+        target = y + program * HEADS * 2 * HALF + head * 2 * HALF + column
+        tl.store(target, first * c - second * s, mask=mask)
+        tl.store(target + HALF, second * c + first * s, mask=mask)
+
+    @triton.jit
+    def _cross_entropy_kernel(logits, labels, loss, stride, classes, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        label = tl.load(labels + row)
+        logits += row * stride
+        largest, total = -float("inf"), 0.0
+        for start in range(0, classes, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            value = tl.load(logits + column, mask=column < classes, other=-float("inf")).to(tl.float32)
+            new = tl.maximum(largest, tl.max(value))
+            total = total * tl.exp(largest - new) + tl.sum(tl.exp(value - new))
+            largest = new
+        log_sum = largest + tl.log(total)
+        counts = tl.where(label >= 0, 1.0, 0.0)
+        tl.store(loss + row, counts * (log_sum - tl.load(logits + tl.maximum(label, 0)).to(tl.float32)))
+        tl.debug_barrier()  # the label's logit is read before any thread overwrites it
+        for start in range(0, classes, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            value = tl.load(logits + column, mask=column < classes, other=-float("inf")).to(tl.float32)
+            gradient = tl.exp(value - log_sum) - tl.where(column == label, 1.0, 0.0)
+            tl.store(logits + column, counts * gradient, mask=column < classes)

@@ -1,0 +1,32 @@
+"""Frozen linear layers inside hand-written backward passes: dense, or bitsandbytes 4-bit and 8-bit."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+def is_frozen_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer of a kind known here, without trainable parameters or adapter."""
+    known = isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer)
+    return known and not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
+    """The weight ``(out, in)`` in ``dtype``, dequantized if need be."""
+    weight = linear.weight
+    if getattr(weight, "quant_state", None) is not None:  # Linear4bit
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    if weight.dtype == torch.int8:  # Linear8bitLt: row-wise absolute maxima
+        scale = weight.SCB if getattr(weight, "SCB", None) is not None else linear.state.SCB
+        return (weight.float() * (scale / 127.0)[:, None]).to(dtype)
+    return weight.to(dtype)
+
+
+def input_gradient(dy: torch.Tensor, linear: nn.Linear, add_to: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``dy @ weight``, the gradient of the linear layer's input; accumulated into ``add_to`` if given."""
+    weight = dense_weight(linear, dy.dtype)
+    return dy @ weight if add_to is None else add_to.addmm_(dy, weight)

@@ -1,0 +1,604 @@
+"""Adapters as peft users handle them: training, saving, loading, switching, removing, copying."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from tiny_models import FAMILIES, build, is_adapter, logits, randomize_adapters
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from peft_control import ARCHITECTURES, ControlConfig
+
+QKV = {"target_modules": ["q_proj", "k_proj", "v_proj"], "r": 4, "lora_alpha": 8}
+METHODS = {
+    "control": {"control_blocks": ["mlp"]},
+    "double control": {"control_blocks": ["attention", "mlp"]},
+    "control+lora": QKV,
+    "control+dora": {**QKV, "use_dora": True},
+}
+INPUTS = FAMILIES["llama"].inputs()
+
+
+def config_of(method: str = "control", **fields) -> ControlConfig:
+    defaults = {"task_type": "CAUSAL_LM", "control_rank": 3, "control_alpha": 0.7}
+    return ControlConfig(**{**defaults, **METHODS[method], **fields})
+
+
+def llama(method: str = "control", **fields) -> PeftModel:
+    """The tiny LLaMA in eval mode with a random adapter of the method."""
+    return randomize_adapters(get_peft_model(build("llama"), config_of(method, **fields)).eval())
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return logits(model, INPUTS)
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    build("llama").save_pretrained(folder)
+    return folder
+
+
+# -- what trains, and what stays as it was ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_adapter_trains(method):
+    model = llama(method)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if is_adapter(name)}
+    assert any("mlp_control" in name for name in trained)
+    assert any("attention_control" in name for name in trained) == (method == "double control")
+    assert any("lora_" in name for name in trained) == ("+" in method)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
+    optimizer.step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == trained
+
+
+def test_modules_to_save_train_too():
+    model = get_peft_model(build("roberta"), ControlConfig(task_type="SEQ_CLS"))
+    heads = {n for n, p in model.named_parameters() if p.requires_grad and not is_adapter(n)}
+    assert heads and all("classifier.modules_to_save.default" in name for name in heads)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "roberta", "timm-vit"])
+def test_base_names_and_values_are_unchanged(family, method):
+    targets = {"llama": QKV["target_modules"], "roberta": ["query", "value"], "timm-vit": ["qkv"]}[family]
+    base = build(family)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    parameters = [name for name, _ in base.named_parameters()]
+    fields = {**METHODS[method], **({"target_modules": targets} if "+" in method else {})}
+    model = get_peft_model(base, ControlConfig(**fields)).base_model.model
+
+    def original(name):  # upstream's LoRA layer keeps the linear it wraps as `base_layer`
+        return name.replace(".base_layer.", ".")
+
+    after = {original(n): value for n, value in model.state_dict().items() if not is_adapter(n)}
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert [original(n) for n, _ in model.named_parameters() if not is_adapter(n)] == parameters
+
+
+# -- saving and loading -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_way_to_reload_is_exact(method, tmp_path, base_folder):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), config_of(method)).eval()
+    expected = outputs(randomize_adapters(model))
+    assert not torch.allclose(expected, outputs(AutoModelForCausalLM.from_pretrained(base_folder)))
+    model.save_pretrained(tmp_path)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files - {"README.md"} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "CONTROL"
+
+    def fresh():
+        return AutoModelForCausalLM.from_pretrained(base_folder)
+
+    def injected():
+        base = fresh()
+        base.load_adapter(str(tmp_path))
+        return base
+
+    def second():
+        other = get_peft_model(fresh(), config_of("double control"))
+        other.load_adapter(str(tmp_path), adapter_name="saved")
+        other.set_adapter("saved")
+        return other
+
+    def trainable():
+        reloaded = PeftModel.from_pretrained(fresh(), tmp_path, is_trainable=True)
+        assert {n for n, p in reloaded.named_parameters() if p.requires_grad} == {
+            n for n, _ in reloaded.named_parameters() if is_adapter(n)
+        }
+        return reloaded
+
+    ways = {
+        "PeftModel.from_pretrained": lambda: PeftModel.from_pretrained(fresh(), tmp_path),
+        "low_cpu_mem_usage": lambda: PeftModel.from_pretrained(fresh(), tmp_path, low_cpu_mem_usage=True),
+        "is_trainable": trainable,
+        "AutoPeftModelForCausalLM": lambda: AutoPeftModelForCausalLM.from_pretrained(tmp_path),
+        "AutoModelForCausalLM": lambda: AutoModelForCausalLM.from_pretrained(tmp_path),
+        "PreTrainedModel.load_adapter": injected,
+        "PeftModel.load_adapter": second,
+    }
+    for name, load in ways.items():
+        assert torch.equal(outputs(load().eval()), expected), name
+
+
+def test_transformers_own_adapter_methods(tmp_path, base_folder):
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    plain = outputs(model)
+    for name in ("one", "two"):
+        model.add_adapter(config_of("control+lora", init_weights=False, init_lora_weights=False), name)
+    model.eval()
+    both = {}
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        assert model.active_adapters() == [name]
+        both[name] = outputs(model)
+    assert not torch.allclose(both["one"], both["two"]) and not torch.allclose(both["one"], plain)
+    model.disable_adapters()
+    assert torch.equal(outputs(model), plain)
+    model.enable_adapters()
+    model.set_adapter("one")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), both["one"])
+    model.delete_adapter("one")
+    assert torch.equal(outputs(model), both["two"])
+    model.delete_adapter("two")
+    assert torch.equal(outputs(model), plain)
+
+
+def test_reload_of_a_sequence_classifier(tmp_path):
+    inputs = FAMILIES["roberta"].inputs()
+    config = ControlConfig(task_type="SEQ_CLS", control_bias=True)
+    model = randomize_adapters(get_peft_model(build("roberta"), config).eval())
+    with torch.no_grad():
+        model.base_model.classifier.modules_to_save["default"].dense.weight.mul_(2)
+        expected = logits(model, inputs)
+        model.save_pretrained(tmp_path)
+        reloaded = PeftModel.from_pretrained(build("roberta"), tmp_path).eval()
+        assert torch.equal(logits(reloaded, inputs), expected)
+
+
+# -- several adapters ---------------------------------------------------------------------------------------
+
+
+def test_set_disable_delete_unload():
+    base = build("llama")
+    plain, names = outputs(base), list(base.state_dict())
+    model = get_peft_model(base, config_of(init_weights=False), adapter_name="one")
+    model.add_adapter("two", config_of("double control", control_rank=5, init_weights=False))
+    model.eval()
+    one = outputs(model)
+    model.set_adapter("two")
+    two = outputs(model)
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"two"}
+    assert not torch.allclose(one, two)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model), plain)
+    assert torch.equal(outputs(model), two)
+    model.set_adapter("one")
+    assert torch.equal(outputs(model), one)
+    model.delete_adapter("one")
+    model.set_adapter("two")
+    assert torch.equal(outputs(model), two)
+    assert not any(".one." in name for name in model.state_dict())
+    unloaded = model.unload()
+    assert torch.equal(outputs(unloaded), plain)
+    assert list(unloaded.state_dict()) == names
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in unloaded.modules())
+    again = get_peft_model(unloaded, config_of())
+    assert torch.equal(outputs(again.eval()), plain)
+
+
+def test_unload_of_a_mixed_adapter():
+    base = build("llama")
+    plain, names = outputs(base), list(base.state_dict())
+    model = randomize_adapters(get_peft_model(base, config_of("control+dora")).eval())
+    assert not torch.allclose(outputs(model), plain)
+    unloaded = model.unload()
+    assert torch.equal(outputs(unloaded), plain)
+    assert list(unloaded.state_dict()) == names
+
+
+def test_two_active_adapters_add_their_controls():
+    """Two rank-3 controls together equal one of rank 6 whose A and B are theirs, stacked."""
+    model = get_peft_model(build("llama", torch.float64), config_of(init_weights=False), adapter_name="one")
+    model.add_adapter("two", config_of(init_weights=False))
+    model.base_model.set_adapter(["one", "two"])
+    stacked = get_peft_model(build("llama", torch.float64), config_of(control_rank=6))
+    with torch.no_grad():
+        for (_, both), (_, one) in zip(
+            _named_controls(model.base_model.model), _named_controls(stacked.base_model.model), strict=True
+        ):
+            A = torch.cat([both.control_A[name].weight for name in ("one", "two")])
+            B = torch.cat([both.control_B[name].weight for name in ("one", "two")], dim=1)
+            one.control_A["default"].weight.copy_(A)
+            one.control_B["default"].weight.copy_(B)
+    assert torch.allclose(outputs(model.eval()), outputs(stacked.eval()), atol=1e-10)
+
+
+def _named_controls(model):
+    return [(name, m) for name, m in model.named_modules() if name.endswith("_control")]
+
+
+def test_state_dict_of_one_adapter_holds_only_that_adapter(tmp_path):
+    model = get_peft_model(build("llama"), config_of(), adapter_name="one")
+    model.add_adapter("two", config_of("double control"))
+    model.save_pretrained(tmp_path, selected_adapters=["two"])
+    restored = PeftModel.from_pretrained(build("llama"), tmp_path / "two")
+    assert restored.peft_config["default"].control_blocks == ["attention", "mlp"]
+
+
+# -- options ------------------------------------------------------------------------------------------------
+
+
+def base_with_norms(scale: float) -> nn.Module:
+    base = build("llama")
+    with torch.no_grad():
+        for layer in base.model.layers:
+            layer.post_attention_layernorm.weight.mul_(scale)
+    return base
+
+
+def test_a_saved_norm_that_a_control_reads(tmp_path):
+    """modules_to_save puts a wrapper where the hook sat; the control must read there all the same."""
+    fields = {"modules_to_save": ["post_attention_layernorm"]}
+    model = llama(**fields)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+    expected = outputs(model)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model), outputs(build("llama")))
+    by_hand = randomize_adapters(get_peft_model(base_with_norms(1.5), config_of()).eval())
+    assert torch.equal(outputs(by_hand), expected)
+    model.add_adapter("second", config_of("double control", init_weights=False, **fields))
+    assert torch.equal(outputs(model.eval()), expected)
+    model.set_adapter("second")
+    assert not torch.allclose(outputs(model), expected)
+    model.set_adapter("default")
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    assert torch.equal(outputs(PeftModel.from_pretrained(build("llama"), tmp_path).eval()), expected)
+    unloaded = model.unload()  # which keeps the trained norm: that is upstream's rule for modules_to_save
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in unloaded.modules())
+    assert torch.equal(outputs(unloaded), outputs(base_with_norms(1.5)))
+
+
+def test_rank_and_alpha_patterns(tmp_path):
+    config = config_of(
+        "double control",
+        control_rank_pattern={"layers.0.mlp": 5, r".*\.attention": 2},
+        control_alpha_pattern={"1.attention": 0.0},
+    )
+    model = get_peft_model(build("llama"), config)
+    found = {
+        name.removeprefix("base_model.model.model."): (m.rank["default"], m.alpha["default"])
+        for name, m in _named_controls(model)
+    }
+    assert found == {
+        "layers.0.attention_control": (2, 0.7),
+        "layers.0.mlp_control": (5, 0.7),
+        "layers.1.attention_control": (2, 0.0),
+        "layers.1.mlp_control": (3, 0.7),
+    }
+    expected = outputs(randomize_adapters(model.eval()))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(PeftModel.from_pretrained(build("llama"), tmp_path).eval()), expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "controlled"),
+    [
+        ({"layers_to_transform": [1]}, {"1"}),
+        ({"layers_to_transform": 0}, {"0"}),
+        ({"exclude_modules": ["layers.0"]}, {"1"}),
+        ({"exclude_modules": r".*layers\.1"}, {"0"}),
+    ],
+)
+def test_choice_of_layers(fields, controlled):
+    names = [name for name, _ in _named_controls(llama(**fields))]
+    assert {name.split(".")[-2] for name in names} == controlled
+
+
+def test_half_precision_base_has_float32_adapters():
+    for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        base = build("llama", torch.bfloat16)
+        model = get_peft_model(base, config_of("control+lora"), autocast_adapter_dtype=autocast)
+        assert {p.dtype for n, p in model.named_parameters() if is_adapter(n)} == {dtype}
+        output = model(**INPUTS, labels=INPUTS["input_ids"])
+        assert output.logits.dtype == torch.bfloat16
+        output.loss.backward()
+        assert all(p.grad.dtype == dtype for n, p in model.named_parameters() if is_adapter(n))
+
+
+def test_half_precision_control_is_close_to_float32():
+    exact = outputs(llama())
+    half = randomize_adapters(get_peft_model(build("llama").bfloat16(), config_of()).eval())
+    assert (outputs(half).float() - exact).norm() < 0.05 * exact.norm()
+
+
+def test_autocast():
+    model = llama("control+lora")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**INPUTS, labels=INPUTS["input_ids"]).loss
+    loss.backward()
+    grads = [p.grad for n, p in model.named_parameters() if is_adapter(n)]
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
+
+
+# -- what cannot be done ------------------------------------------------------------------------------------
+
+
+def test_what_a_control_cannot_do():
+    model = llama("control+lora")
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match=r"cannot be merged into its weights; keep the adapter loaded"):
+            merge()
+    with pytest.raises(ValueError, match="activate several adapters instead"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    with pytest.raises(ValueError, match="cannot be chosen per sample: use set_adapter"):
+        model(**INPUTS, adapter_names=["default", "__base__"])
+    assert torch.equal(outputs(model), outputs(llama("control+lora")))  # nothing was left half-done
+
+
+def test_a_failed_second_adapter_leaves_the_first_working():
+    model = llama()
+    expected = outputs(model)
+    with pytest.raises(ValueError, match="no block 'conv'"):
+        model.add_adapter("bad", config_of(control_blocks=["conv"]))
+    with pytest.raises(ValueError):
+        model.add_adapter("worse", config_of("control+lora", target_modules=["norm"]))
+    assert torch.equal(outputs(model), expected)
+
+
+def test_a_forward_that_a_control_cannot_follow_is_an_error():
+    model = llama()
+    layer = model.base_model.model.model.layers[0]
+    layer.forward = lambda hidden_states, **kwargs: hidden_states + layer.mlp(hidden_states)
+    with pytest.raises(RuntimeError, match=r"wrote to 'mlp' without calling 'post_attention_layernorm'"):
+        outputs(model)
+
+
+# -- copies -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_independent(method, duplicate):
+    model = llama(method)
+    expected = outputs(model)
+    twin = duplicate(model)
+    assert torch.equal(outputs(twin), expected)
+    optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=1.0)
+    twin(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
+    optimizer.step()
+    assert not torch.allclose(outputs(twin), expected)
+    assert torch.equal(outputs(model), expected)
+    del model
+    twin.base_model.unload()  # its own hooks, not the original's
+    assert torch.equal(outputs(twin.base_model.model), outputs(build("llama")))
+
+
+# -- a model of one's own -----------------------------------------------------------------------------------
+
+ROW = {
+    "layer": "OwnLayer",
+    "norm": "norm",
+    "blocks": {"body": {"read": "norm", "write": "body"}},
+}
+
+
+class OwnLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, x):
+        return x + self.body(self.norm(x))
+
+
+class OwnModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([OwnLayer(), OwnLayer()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_own_architecture(tmp_path):
+    config = ControlConfig(
+        control_architecture=ROW, control_blocks="body", control_rank=2, control_alpha=3.0, init_weights=False
+    )
+    model = get_peft_model(OwnModel(), config)
+    x = torch.randn(4, 8)
+    expected = x
+    for frozen, layer in zip(OwnModel().layers, model.base_model.model.layers, strict=True):
+        A = layer.body_control.control_A["default"].weight
+        B = layer.body_control.control_B["default"].weight
+        expected = frozen(expected) + 3.0 * expected @ A.T @ B.T
+    assert torch.allclose(model(x), expected, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(OwnModel(), tmp_path)
+    assert reloaded.peft_config["default"].control_architecture == ROW
+    assert torch.equal(reloaded(x), model(x))
+
+
+# -- configuration errors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"control_blocks": []}, "control_blocks is empty"),
+        ({"control_blocks": None}, "control_blocks is empty"),
+        ({"control_blocks": [3]}, "control_blocks must be"),
+        ({"control_blocks": 3}, "control_blocks must be"),
+        ({"control_rank": 0}, "control_rank must be an integer of at least 1, got 0"),
+        ({"control_rank": True}, "control_rank must be an integer"),
+        ({"control_rank": 2.0}, "control_rank must be an integer"),
+        (
+            {"control_rank_pattern": {"mlp": 0}},
+            r"control_rank_pattern\['mlp'\] must be an integer of at least 1",
+        ),
+        ({"control_rank_pattern": [1]}, "control_rank_pattern must be a dict"),
+        ({"control_alpha": "1"}, "control_alpha must be a finite number"),
+        ({"control_alpha": float("nan")}, "control_alpha must be a finite number"),
+        ({"control_alpha_pattern": {"mlp": None}}, r"control_alpha_pattern\['mlp'\] must be a finite number"),
+        ({"control_dropout": 1.0}, r"control_dropout must lie in \[0, 1\), got 1.0"),
+        ({"control_dropout": "no"}, r"control_dropout must lie in \[0, 1\), got 'no'"),
+        ({"control_init": "zeros"}, "control_init must be 'kaiming', 'normal' or None"),
+        ({"control_architecture": {"layer": "L"}}, "control_architecture must look like"),
+        ({"control_architecture": ["L"]}, "control_architecture must look like"),
+        ({"control_architecture": {**ROW, "layer": 3}}, "control_architecture must look like"),
+        ({"control_architecture": {**ROW, "blocks": {}}}, "control_architecture must look like"),
+        (
+            {"control_architecture": {**ROW, "blocks": {"mlp": {"read": "a"}}}},
+            "control_architecture must look like",
+        ),
+        (
+            {"control_architecture": {**ROW, "blocks": {"mlp": {"read": "a", "write": 1}}}},
+            "control_architecture must look like",
+        ),
+        ({"control_architecture": {**ROW, "extra": 1}}, "control_architecture must look like"),
+        ({"control_architecture": {**ROW, "init": "zeros"}}, "control_architecture must look like"),
+    ],
+)
+def test_bad_configurations(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ControlConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"control_blocks": ["conv"]}, "llama has no block 'conv': choose from attention, mlp"),
+        ({"layers_to_transform": [0, 9]}, r"layers_to_transform names layers that do not exist: \[9\]"),
+        ({"target_modules": ["q_porj"]}, r"target_modules \{'q_porj'\} not found in LlamaForCausalLM"),
+        ({"exclude_modules": ".*layers.*"}, "exclude_modules leaves no layer to control"),
+        ({"control_architecture": ROW}, r"LlamaForCausalLM has no layer of class 'OwnLayer'"),
+        (
+            {"control_architecture": {**ROW, "layer": "LlamaDecoderLayer"}, "control_blocks": "body"},
+            "LlamaDecoderLayer has no module 'norm'",
+        ),
+        (
+            {
+                "control_architecture": {
+                    "layer": "LlamaDecoderLayer",
+                    "norm": "input_layernorm",
+                    "blocks": {"mlp": {"read": "norm2", "write": "mlp"}},
+                }
+            },
+            "LlamaDecoderLayer has no module 'norm2'",
+        ),
+    ],
+)
+def test_configurations_that_do_not_fit_the_model(fields, message):
+    base = build("llama")
+    names = list(base.state_dict())
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, ControlConfig(**fields))
+    assert list(base.state_dict()) == names
+
+
+def test_unknown_architecture_lists_what_is_known():
+    with pytest.raises(ValueError, match="OwnModel has no layer that Control knows") as error:
+        get_peft_model(OwnModel(), ControlConfig())
+    assert all(row.name in str(error.value) for row in ARCHITECTURES)
+    assert "control_architecture" in str(error.value)
+
+
+names = st.text("abcdefgh_.0123", min_size=1, max_size=12)
+valid_fields = st.fixed_dictionaries(
+    {},
+    optional={
+        "control_blocks": st.lists(st.sampled_from(["mlp", "attention"]), min_size=1, unique=True),
+        "control_rank": st.integers(1, 512),
+        "control_alpha": st.floats(-1e6, 1e6),
+        "control_dropout": st.floats(0, 1, exclude_max=True),
+        "control_bias": st.booleans(),
+        "control_init": st.sampled_from([None, "kaiming", "normal"]),
+        "control_rank_pattern": st.dictionaries(names, st.integers(1, 64), max_size=3),
+        "control_alpha_pattern": st.dictionaries(names, st.floats(-10, 10), max_size=3),
+        "layers_to_transform": st.none() | st.integers(0, 40) | st.lists(st.integers(0, 40), min_size=1),
+        "modules_to_save": st.none() | st.lists(names, min_size=1, max_size=3),
+        "init_weights": st.booleans(),
+        "control_architecture": st.none() | st.just(ROW),
+        "r": st.integers(1, 64),
+        "use_dora": st.booleans(),
+    },
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(valid_fields)
+def test_configuration_round_trip(tmp_path_factory, fields):
+    config = ControlConfig(**fields)
+    assert ControlConfig(**json.loads(json.dumps(_plain(config.to_dict())))).to_dict() == config.to_dict()
+    folder = tmp_path_factory.mktemp("config")
+    config.save_pretrained(folder)
+    restored = PeftConfig.from_pretrained(folder)
+    assert type(restored) is ControlConfig
+    assert {**restored.to_dict(), "inference_mode": False} == {**config.to_dict(), "inference_mode": False}
+
+
+def _plain(fields: dict) -> dict:
+    return {key: value for key, value in fields.items() if key not in ("auto_mapping", "peft_type")}
+
+
+anything = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 3),
+    st.floats(),
+    st.text(max_size=4),
+    st.lists(st.integers(-1, 1)),
+    st.dictionaries(st.text(max_size=3), st.integers(-1, 1) | st.none(), max_size=2),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(
+        [
+            "control_blocks",
+            "control_rank",
+            "control_alpha",
+            "control_dropout",
+            "control_bias",
+            "control_init",
+            "control_rank_pattern",
+            "control_alpha_pattern",
+            "control_architecture",
+            "init_weights",
+        ]
+    ),
+    anything,
+)
+def test_any_value_is_accepted_or_a_value_error(field, value):
+    try:
+        config = ControlConfig(**{field: value})
+    except ValueError as error:
+        assert field in str(error)
+    else:
+        ControlConfig(**json.loads(json.dumps(_plain(config.to_dict()))))

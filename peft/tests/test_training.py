@@ -1,0 +1,321 @@
+"""Controls under the machinery people train and serve with: checkpointing, caches, compile, Trainers, Liger."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
+from tiny_models import FAMILIES, VOCAB, build, is_adapter, logits, randomize_adapters
+
+from peft_control import ControlConfig
+
+INPUTS = FAMILIES["llama"].inputs()
+QKV = {"target_modules": ["q_proj", "k_proj", "v_proj"], "r": 4, "lora_alpha": 8}
+DOUBLE = {"control_blocks": ["attention", "mlp"]}
+
+
+def adapted(family: str = "llama", **fields) -> PeftModel:
+    task = {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "vision": None}[FAMILIES[family].kind]
+    config = ControlConfig(**{"task_type": task, "control_rank": 3, **fields})
+    return randomize_adapters(get_peft_model(build(family), config))
+
+
+def gradients(model, inputs) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    logits(model, inputs).square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+# -- gradient checkpointing ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("fields", [DOUBLE, {**DOUBLE, **QKV}], ids=["double control", "with LoRA"])
+def test_gradient_checkpointing_of_llama(use_reentrant, fields):
+    model = adapted(**fields).train()
+    expected = gradients(model, INPUTS)
+    model.enable_input_require_grads()  # the reentrant kind sees only gradients of its inputs
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    found = gradients(model, INPUTS)
+    assert model.is_gradient_checkpointing and expected.keys() == found.keys()
+    for name in expected:
+        assert expected[name].any()
+        assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-7), name
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "bert", "vit", "dinov2", "timm-vit"])
+def test_gradient_checkpointing_of_other_families(family):
+    """Without input gradients, so in the default non-reentrant mode; stochastic layers off."""
+    model = adapted(family, **DOUBLE).train()
+    for module in model.modules():
+        for probability in ("p", "drop_prob", "dropout_prob", "attention_dropout"):
+            if isinstance(getattr(module, probability, None), float):
+                setattr(module, probability, 0.0)
+    inputs = FAMILIES[family].inputs()
+    expected = gradients(model, inputs)
+    if family == "timm-vit":
+        model.base_model.model.set_grad_checkpointing()
+    else:
+        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = gradients(model, inputs)
+    for name in expected:
+        assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_forward_after_an_interrupted_one():
+    """An exception inside a block leaves no state behind for the next forward."""
+    model = adapted().eval()
+    mlp = model.base_model.model.model.layers[0].mlp
+    with torch.no_grad():
+        expected = logits(model, INPUTS)
+        forward = mlp.forward
+
+        def fail(x):
+            raise KeyboardInterrupt
+
+        mlp.forward = fail
+        with pytest.raises(KeyboardInterrupt):
+            model(**INPUTS)
+        mlp.forward = forward
+        assert torch.equal(logits(model, INPUTS), expected)
+
+
+# -- generation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_with_and_without_cache(family, beams):
+    model = adapted(family, **DOUBLE).eval()
+    inputs = {name: value.flip(1) for name, value in FAMILIES[family].inputs().items()}  # padding on the left
+
+    def generate(use_cache):
+        return model.generate(
+            **inputs,
+            use_cache=use_cache,
+            num_beams=beams,
+            max_new_tokens=6,
+            min_new_tokens=6,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+
+    cached, plain = generate(True), generate(False)
+    assert torch.equal(cached.sequences, plain.sequences)
+    for with_cache, without in zip(cached.logits, plain.logits, strict=True):
+        assert torch.allclose(with_cache, without, atol=1e-4)
+    with model.disable_adapter():
+        assert not torch.equal(generate(True).sequences, cached.sequences)
+
+
+# -- torch.compile ------------------------------------------------------------------------------------------
+
+
+# No Control+DoRA: upstream's DoRA layer does not compile with fullgraph=True, with or without a control.
+@pytest.mark.parametrize("fields", [DOUBLE, QKV], ids=["double control", "control+lora"])
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_compile_fullgraph(family, fields):
+    torch._dynamo.reset()
+    if family == "vit" and "target_modules" in fields:
+        fields = {**fields, "target_modules": ["q_proj", "v_proj"]}
+    model = adapted(family, **fields).eval()
+    inputs = FAMILIES[family].inputs()
+    expected = gradients(model, inputs)
+    with torch.no_grad():
+        output = logits(model, inputs)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.allclose(logits(compiled, inputs), output, atol=1e-5)
+    model.zero_grad()
+    logits(compiled, inputs).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            assert torch.allclose(parameter.grad, expected[name], rtol=1e-4, atol=1e-6), name
+
+
+# -- trainers -----------------------------------------------------------------------------------------------
+
+
+def repetitive_texts(rows: int = 16) -> list[dict]:
+    generator = torch.Generator().manual_seed(3)
+    starts = torch.randint(3, VOCAB, (rows, 1), generator=generator)
+    ids = ((starts - 3 + torch.arange(8)) % (VOCAB - 3) + 3).tolist()  # each token is the one before plus one
+    return [{"input_ids": row, "labels": row, "attention_mask": [1] * 8} for row in ids]
+
+
+TRAINING = {
+    "per_device_train_batch_size": 8,
+    "max_steps": 12,
+    "learning_rate": 3e-2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "use_cpu": True,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
+def check_run(trainer, base, folder):
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 12 and losses[-1] < 0.8 * losses[0]
+    trainer.save_model(str(folder))
+    assert (folder / "adapter_model.safetensors").exists() and not (folder / "model.safetensors").exists()
+    model = trainer.model.eval()
+    assert any(p.abs().max() > 0 for n, p in model.named_parameters() if "control_B" in n)
+    reloaded = PeftModel.from_pretrained(base, folder).eval()
+    with torch.no_grad():
+        assert torch.equal(logits(reloaded, INPUTS), logits(model, INPUTS))
+
+
+def test_transformers_trainer(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = get_peft_model(build("llama"), ControlConfig(task_type="CAUSAL_LM", **QKV))
+    arguments = TrainingArguments(output_dir=str(tmp_path / "run"), gradient_checkpointing=True, **TRAINING)
+    trainer = Trainer(model, arguments, train_dataset=repetitive_texts())
+    trainer.train()
+    check_run(trainer, build("llama"), tmp_path / "adapter")
+
+
+def test_transformers_trainer_resumes(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    def run(steps, resume=False):
+        torch.manual_seed(0)
+        model = get_peft_model(build("llama"), ControlConfig(task_type="CAUSAL_LM"))
+        options = {**TRAINING, "max_steps": steps, "save_strategy": "steps", "save_steps": 2}
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / ("whole" if steps == 4 and not resume else "parts")),
+            lr_scheduler_type="constant",
+            **options,
+        )
+        trainer = Trainer(model, arguments, train_dataset=repetitive_texts())
+        trainer.train(resume_from_checkpoint=resume)
+        return {n: p.detach() for n, p in trainer.model.named_parameters() if is_adapter(n)}
+
+    whole = run(4)
+    run(2)
+    resumed = run(4, resume=True)
+    assert all(torch.allclose(resumed[name], whole[name], atol=1e-7) for name in whole)
+
+
+def test_trl_sft_trainer(tmp_path):
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>"])}
+    vocabulary.update({f"w{index}": index for index in range(3, VOCAB)})
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    trainer = SFTTrainer(
+        build("llama"),
+        SFTConfig(output_dir=str(tmp_path / "run"), max_length=16, bf16=False, **TRAINING),
+        train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in repetitive_texts()]),
+        processing_class=tokenizer,
+        peft_config=ControlConfig(task_type="CAUSAL_LM", control_rank=16, **DOUBLE),
+    )
+    trainer.train()
+    check_run(trainer, build("llama"), tmp_path / "adapter")
+
+
+def test_accelerate_prepare():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a Trainer before us in this process
+    model = adapted(**DOUBLE).eval()
+    with torch.no_grad():
+        expected = logits(model, INPUTS)
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    with torch.no_grad():
+        assert torch.equal(logits(prepared, INPUTS), expected)
+    accelerator.backward(prepared(**INPUTS, labels=INPUTS["input_ids"]).loss)
+    optimizer.step()
+    with torch.no_grad():
+        assert not torch.allclose(logits(accelerator.unwrap_model(prepared), INPUTS), expected)
+
+
+# -- Liger --------------------------------------------------------------------------------------------------
+
+LIGER = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """Liger's own patching and patched forwards, with torch in place of the two Triton kernels."""
+    pytest.importorskip("liger_kernel")
+    from liger_kernel.transformers import rms_norm, swiglu
+    from transformers.models.llama import modeling_llama
+
+    calls = []
+
+    class RMSNorm:
+        @staticmethod
+        def apply(x, weight, eps, *options):
+            calls.append("norm")
+            return F.rms_norm(x, weight.shape, weight, eps)
+
+    def silu_mul(gate, up):
+        calls.append("mlp")
+        return F.silu(gate) * up
+
+    monkeypatch.setattr(rms_norm, "LigerRMSNormFunction", RMSNorm)
+    monkeypatch.setattr(swiglu, "_swiglu_dispatch", silu_mul)
+    for name in ("LlamaRMSNorm", "LlamaMLP"):  # Liger replaces them for good; monkeypatch puts them back
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    return calls
+
+
+@pytest.mark.parametrize("saved_norm", [None, ["post_attention_layernorm"]], ids=["", "saved norm"])
+def test_liger_after_the_adapter(liger, saved_norm):
+    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+    model = adapted(**DOUBLE, modules_to_save=saved_norm).eval()
+    with torch.no_grad():
+        expected = logits(model, INPUTS)
+    expected_gradients = gradients(model, INPUTS)
+    _apply_liger_kernel_to_instance(model=model.get_base_model(), **LIGER)
+    with torch.no_grad():
+        assert torch.allclose(logits(model, INPUTS), expected, atol=1e-5)
+    assert liger.count("mlp") == 2 and liger.count("norm") == 5
+    found = gradients(model, INPUTS)
+    assert all(torch.allclose(found[n], expected_gradients[n], rtol=1e-3, atol=1e-6) for n in found)
+
+
+def test_liger_before_the_adapter(liger):
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    with torch.no_grad():
+        expected = logits(adapted(**DOUBLE).eval(), INPUTS)
+        apply_liger_kernel_to_llama(**LIGER)
+        model = adapted(**DOUBLE).eval()
+        assert torch.allclose(logits(model, INPUTS), expected, atol=1e-5)
+    assert liger.count("mlp") == 2 and liger.count("norm") == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a GPU")
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_liger_kernels(before):
+    apply = pytest.importorskip("liger_kernel.transformers").apply_liger_kernel_to_llama
+    inputs = {name: value.cuda() for name, value in INPUTS.items()}
+    expected_model = adapted(**DOUBLE).cuda().eval()
+    expected = logits(expected_model, inputs)
+    expected_gradients = gradients(expected_model, inputs)
+    base = build("llama").cuda()
+    if before:
+        apply(model=base, **LIGER)
+    model = randomize_adapters(
+        get_peft_model(base, ControlConfig(task_type="CAUSAL_LM", control_rank=3, **DOUBLE))
+    ).eval()
+    if not before:
+        apply(model=model.get_base_model(), **LIGER)
+    assert torch.allclose(logits(model, inputs), expected, atol=1e-3)
+    found = gradients(model, inputs)
+    assert all(torch.allclose(found[n], expected_gradients[n], rtol=1e-2, atol=1e-4) for n in found)

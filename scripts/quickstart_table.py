@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""Compare the quickstart's runs: one table on the terminal and in table.md, and one picture.
+
+    python scripts/quickstart_table.py FOLDER METHOD...
+
+Every number comes from FOLDER/METHOD/record.json; a method without a record keeps its row, which says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from control_experiments.errors import UserError, run_main
+from control_experiments.record import RunRecord, read_record
+
+METRIC = "matthews"
+TABLE, PICTURE = "table.md", "score_against_time.png"
+HEADER = ("method", "Matthews, best", "Matthews, last", "trained parameters", "training time", "peak memory")
+#: A constant prediction has Matthews correlation 0, whatever the classes' shares.
+MAJORITY = ("always the majority class", "0.000", "0.000", "0", "", "")
+MEMORY = {
+    "resident set": ("peak_resident_bytes", "resident in the whole process (CPU)"),
+    "cuda allocator": ("peak_allocated_bytes", "allocated on the GPU"),
+}
+
+
+def load_records(folder: Path, methods: Sequence[str]) -> dict[str, RunRecord | None]:
+    """The record of each method, None where there is none yet.
+
+    Raises:
+        UserError: no method has a record, or one is broken or belongs to another method or task.
+    """
+    records: dict[str, RunRecord | None] = {}
+    for method in methods:
+        path = folder / method / "record.json"
+        records[method] = read_record(path) if path.exists() else None
+        if (record := records[method]) and (record.method, record.task) != (method, "demo"):
+            raise UserError(
+                f"{path} is of {record.method} on {record.task}, expected {method} on demo: delete {path.parent}"
+                " and run scripts/quickstart.sh again"
+            )
+        if record and not isinstance(record.metrics.get("best", {}).get(METRIC), float):
+            raise UserError(
+                f"{path} holds no {METRIC}: delete {path.parent} and run scripts/quickstart.sh again"
+            )
+    if not any(records.values()):
+        raise UserError(f"{folder} holds no run of {', '.join(methods)}: start scripts/quickstart.sh first")
+    return records
+
+
+def row(method: str, record: RunRecord | None) -> tuple[str, ...]:
+    """The table's cells for one method, in HEADER's order."""
+    if record is None:
+        return (method, "not run", "", "", "", "")
+    bytes_key, label = MEMORY[record.memory["kind"]]
+    return (
+        method,
+        f"{record.metrics['best'][METRIC]:.3f}",
+        f"{record.metrics['last'][METRIC]:.3f}",
+        f"{record.adapter['trainable_parameters']:,}",
+        f"{record.time['train_seconds']:.0f} s",
+        f"{record.memory[bytes_key] / 2**20:,.0f} MiB {label}",
+    )
+
+
+def conditions(records: Sequence[RunRecord]) -> str:
+    """What the runs have in common, in one line; where they differ, it says so instead of hiding it."""
+    facts = {
+        "model": lambda r: r.model["id"],
+        "rows": lambda r: " + ".join(f"{size} {split}" for split, size in r.data["sizes"].items()),
+        "data": lambda r: f"sha256 {r.data['sha256'][:12]}",
+        "epochs": lambda r: r.hyperparameters["epochs"],
+        "learning rate": lambda r: r.hyperparameters["lr"],
+        "seed": lambda r: r.seed,
+        "device": lambda r: f"{r.device['count']} x {r.device['name']}",
+        "Python": lambda r: r.versions["python"],
+    }
+    parts = []
+    for name, fact in facts.items():
+        values = list(dict.fromkeys(str(fact(record)) for record in records))
+        parts.append(f"{name} {values[0]}" if len(values) == 1 else f"DIFFERENT {name}: {', '.join(values)}")
+    return "; ".join(parts)
+
+
+def print_table(rows: Sequence[Sequence[str]], caption: str) -> None:
+    table = Table(title="Demonstration task (not GLUE)", caption=caption, box=box.SIMPLE_HEAD)
+    for name in HEADER:
+        table.add_column(name, justify="left" if name in ("method", "peak memory") else "right")
+    for cells in rows:
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def markdown(records: dict[str, RunRecord | None], rows: Sequence[Sequence[str]], caption: str) -> str:
+    """The table as Markdown; each method's name links to its record."""
+    linked = [
+        [f"[{cells[0]}]({cells[0]}/record.json)" if records.get(cells[0]) else cells[0], *cells[1:]]
+        for cells in rows
+    ]
+    lines = [
+        "# Quickstart",
+        "",
+        "The demonstration task is made by the project itself from text that Python carries; it is not GLUE.",
+        "",
+        *(f"| {' | '.join(cells)} |" for cells in (HEADER, ["---"] * len(HEADER), *linked)),
+        "",
+        f"Equal conditions for all: {caption}.",
+        "",
+        f"![Matthews correlation on dev against training time]({PICTURE})",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(records: dict[str, RunRecord | None], path: Path) -> None:
+    """Dev metric of each evaluation against the training time up to it (evaluations themselves left out)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    for method, record in records.items():
+        if record is None:
+            continue
+        seconds_per_step = record.time["train_seconds"] / record.time["steps"]
+        points = [
+            (entry["step"] * seconds_per_step, entry[METRIC]) for entry in record.history if METRIC in entry
+        ]
+        axes.plot(*zip(*points, strict=True), marker="o", label=method)
+    axes.axhline(0, color="grey", linestyle=":", label="majority class")
+    axes.set(
+        xlabel="training time (s)",
+        ylabel="Matthews correlation on dev",
+        title="Demonstration task (not GLUE)",
+    )
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("folder", type=Path, help="folder of the runs, one sub-folder a method")
+    parser.add_argument("methods", nargs="+", help="methods in the table's order")
+    arguments = parser.parse_args()
+
+    records = load_records(arguments.folder, arguments.methods)
+    try:
+        rows = [*(row(method, record) for method, record in records.items()), MAJORITY]
+        caption = conditions([record for record in records.values() if record])
+        plot(records, arguments.folder / PICTURE)
+    except KeyError as missing:
+        raise UserError(
+            f"a record in {arguments.folder} lacks {missing}: delete that folder and run scripts/quickstart.sh again"
+        ) from missing
+    (arguments.folder / TABLE).write_text(markdown(records, rows, caption), encoding="utf-8")
+    print_table(rows, caption)
+    for name in (TABLE, PICTURE):
+        print(os.path.relpath(arguments.folder / name))
+
+
+if __name__ == "__main__":
+    run_main(main)

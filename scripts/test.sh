@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Style, then all tests. Everything after the name goes to pytest:
+#   bash scripts/test.sh                          everything
+#   bash scripts/test.sh RoBERTa/tests -k stsb    some of it
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$REPOSITORY"
+
+"$PYTHON" -m ruff check --quiet .
+"$PYTHON" -m ruff format --check --quiet . || {
+    echo "error: badly formatted files: run $PYTHON -m ruff format ." >&2
+    exit 1
+}
+
+# The tests need no network and do not try any. Two workers with one thread each: tiny models gain nothing from more.
+export HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$PYTHON" -m pytest -n 2 "$@"

@@ -1,0 +1,169 @@
+"""The shell commands, run for real in a copy of their folder, with an interpreter that only notes what it is asked."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# Makes environments, installs and trains without doing any of it; CALLS gets one line a call.
+INTERPRETER = """#!/usr/bin/env bash
+echo "$*" >> "$CALLS"
+case "$*" in
+    --version) echo "Python $FAKE_VERSION" ;;
+    *"sys.version_info < (3, 10)"*) [[ $FAKE_VERSION != 3.9* ]] ;;
+    *"import ensurepip, venv"*) [[ -z ${FAKE_NO_VENV:-} ]] ;;
+    "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
+    "-m pip install "*) echo "WARNING: pip warns"; exit "${FAKE_PIP_EXIT:-0}" ;;
+    *download_models.py*) echo /models/minilm ;;
+    *cuda.is_available*) echo cpu ;;
+    "-m ruff check "*) exit "${FAKE_RUFF_EXIT:-0}" ;;
+    "-m pytest "*) echo "1 passed in 0.01s"; exit "${FAKE_PYTEST_EXIT:-0}" ;;
+esac
+"""
+LAUNCHER = """echo "launcher $* MODEL=$MODEL PYTHON=$PYTHON" >> "$CALLS"; exit "${FAKE_TRAIN_EXIT:-0}"\n"""
+
+
+class Checkout:
+    """A copy of the commands beside a fake interpreter."""
+
+    def __init__(self, root: Path):
+        self.root, self.calls_file = root / "checkout", root / "calls"
+        shutil.copytree(REPOSITORY / "scripts", self.root / "scripts", ignore=shutil.ignore_patterns("tests"))
+        shutil.copytree(REPOSITORY / ".ci", self.root / ".ci")
+        for folder in ("peft", "RoBERTa"):
+            (self.root / folder).mkdir()
+        (self.root / "requirements.txt").write_text("torch\n")
+        (self.root / "peft" / "pyproject.toml").write_text("[project]\n")
+        (self.root / "RoBERTa" / "run_roberta.sh").write_text(LAUNCHER)
+        self.interpreter = root / "fake-python"
+        self.interpreter.write_text(INTERPRETER)
+        self.interpreter.chmod(0o755)
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess:
+        self.calls_file.write_text("")
+        variables = {
+            "PATH": "/usr/bin:/bin",
+            "CALLS": str(self.calls_file),
+            "PYTHON": str(self.interpreter),
+            "FAKE_VERSION": "3.12.1",
+            **environment,
+        }
+        return subprocess.run(
+            ["bash", *command],
+            cwd=self.root.parent,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    @property
+    def calls(self) -> list[str]:
+        return self.calls_file.read_text().splitlines()
+
+    def called(self, start: str) -> list[str]:
+        return [call for call in self.calls if call.startswith(start)]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return Checkout(tmp_path)
+
+
+def test_every_shell_script_parses():
+    scripts = [*REPOSITORY.glob("scripts/*.sh"), REPOSITORY / ".ci" / "run", *REPOSITORY.glob("[A-Z]*/*.sh")]
+    assert len(scripts) >= 4
+    for script in scripts:
+        done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+        assert done.returncode == 0, f"{script}: {done.stderr}"
+
+
+def test_the_environment_is_made_once_and_installed_again_only_when_something_changed(checkout):
+    first = checkout.run("checkout/scripts/test.sh")
+    assert first.returncode == 0, first.stderr
+    assert "Making .venv with Python 3.12.1" in first.stdout
+    assert "Installing requirements.txt" in first.stdout
+    assert "pip warns" not in first.stdout + first.stderr
+    assert len(checkout.called("-m venv")) == len(checkout.called("-m pip install")) == 1
+
+    second = checkout.run("checkout/scripts/test.sh")
+    assert "nstall" not in second.stdout
+    assert not checkout.called("-m venv") and not checkout.called("-m pip")
+
+    for changed in ("requirements.txt", "peft/pyproject.toml"):
+        with (checkout.root / changed).open("a") as file:
+            file.write("# changed\n")
+        assert "Installed in" in checkout.run("checkout/scripts/test.sh").stdout
+        assert len(checkout.called("-m pip install")) == 1 and not checkout.called("-m venv")
+
+
+def test_a_moved_checkout_is_installed_again(checkout):
+    checkout.run("checkout/scripts/test.sh")
+    checkout.root.rename(checkout.root.parent / "moved")
+    checkout.run("moved/scripts/test.sh")
+    assert len(checkout.called("-m pip install")) == 1
+
+
+def test_a_failed_installation_says_where_its_log_is_and_is_tried_again(checkout):
+    failed = checkout.run("checkout/scripts/quickstart.sh", FAKE_PIP_EXIT="1")
+    assert failed.returncode == 2
+    assert "error: the installation failed" in failed.stderr and "install.log" in failed.stderr
+    assert not checkout.called("launcher")
+    assert checkout.run("checkout/scripts/quickstart.sh").returncode == 0
+    assert len(checkout.called("-m pip install")) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"FAKE_VERSION": "3.9.18"}, "Python 3.9.18 is too old: Python 3.10 or newer is needed"),
+        ({"FAKE_NO_VENV": "1"}, "has no venv module"),
+        ({"PYTHON": "no-such-python"}, "no-such-python not found"),
+    ],
+)
+def test_an_unusable_interpreter_is_one_line_and_leaves_nothing(checkout, environment, message):
+    done = checkout.run("checkout/scripts/quickstart.sh", **environment)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert not (checkout.root / ".venv").exists()
+
+
+def test_arguments_reach_pytest_and_its_exit_code_and_last_line_come_back(checkout):
+    done = checkout.run("checkout/scripts/test.sh", "RoBERTa/tests", "-k", "stsb", FAKE_PYTEST_EXIT="5")
+    assert done.returncode == 5
+    assert done.stdout.splitlines()[-1] == "1 passed in 0.01s"
+    assert checkout.called("-m pytest") == ["-m pytest -n 2 RoBERTa/tests -k stsb"]
+    assert checkout.called("-m ruff check") and checkout.called("-m ruff format --check")
+
+
+def test_bad_style_fails_before_the_tests(checkout):
+    assert checkout.run("checkout/scripts/test.sh", FAKE_RUFF_EXIT="1").returncode == 1
+    assert not checkout.called("-m pytest")
+
+
+def test_ci_runs_the_same_command(checkout):
+    assert checkout.run("checkout/.ci/run").returncode == 0
+    assert checkout.called("-m pytest") == ["-m pytest -n 2"]
+
+
+def test_the_quickstart_trains_three_methods_alike_and_then_makes_the_table(checkout):
+    done = checkout.run("checkout/scripts/quickstart.sh", EPOCHS="2", LR="1e-3")
+    assert done.returncode == 0, done.stderr
+    out, python = checkout.root / "results" / "quickstart", checkout.root / ".venv" / "bin" / "python"
+    assert checkout.called("launcher") == [
+        f"launcher {method} demo 2 1e-3 cpu --output_dir {out}/{method} --resume MODEL=/models/minilm PYTHON={python}"
+        for method in ("control", "lora", "dora")
+    ]
+    assert [line[:3] for line in done.stdout.splitlines() if "epochs" in line] == ["1/3", "2/3", "3/3"]
+    assert checkout.calls[-1] == f"{checkout.root}/scripts/quickstart_table.py {out} control lora dora"
+
+
+def test_the_quickstart_takes_a_device_and_stops_at_a_failed_run(checkout):
+    done = checkout.run("checkout/scripts/quickstart.sh", "1", EPOCHS="2", LR="1e-3", FAKE_TRAIN_EXIT="2")
+    assert done.returncode == 2
+    (call,) = checkout.called("launcher")
+    assert call.startswith("launcher control demo 2 1e-3 1 ")
+    assert "quickstart_table.py" not in checkout.calls[-1]

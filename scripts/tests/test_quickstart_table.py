@@ -1,0 +1,136 @@
+"""quickstart_table.py on records made by hand."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from control_experiments.record import RunRecord
+
+SCRIPT = Path(__file__).resolve().parents[1] / "quickstart_table.py"
+METHODS = ("control", "lora", "dora")
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def record(method: str, /, **changes) -> dict:
+    scores = {"control": (0.61, 0.72, 0.70), "lora": (0.5, 0.6, 0.65), "dora": (0.4, 0.5, 0.55)}[method]
+    history = [
+        {"step": 10 * i, "epoch": float(i), "matthews": score} for i, score in enumerate(scores, start=1)
+    ]
+    entries = RunRecord(
+        domain="roberta",
+        name=method,
+        method=method,
+        task="demo",
+        seed=42,
+        command=["finetune.py"],
+        created="2026-01-01T00:00:00+00:00",
+        finished="2026-01-01T00:01:00+00:00",
+        git={"commit": None, "dirty": None},
+        versions={"python": "3.12.1"},
+        device={"kind": "cpu", "name": "Some CPU", "count": 2, "total_memory_bytes": 2**34},
+        model={"id": "minilm"},
+        data={"id": "demo", "sha256": "ab" * 32, "sizes": {"train": 800, "validation": 100}},
+        adapter={"trainable_parameters": 223_106},
+        hyperparameters={"epochs": 3.0, "lr": 1e-3},
+        metrics={"best": max(history, key=lambda entry: entry["matthews"]), "last": history[-1]},
+        memory={"kind": "resident set", "peak_resident_bytes": 900 * 2**20, "peak_allocated_bytes": None},
+        time={"train_seconds": 60.4, "steps": 30},
+        history=history,
+    )
+    return {**asdict(entries), **changes}
+
+
+def write(folder: Path, *records: dict) -> None:
+    for contents in records:
+        path = folder / contents["name"] / "record.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(contents))
+
+
+def run(folder: Path, *methods: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, SCRIPT, folder, *methods],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+        timeout=60,
+    )
+
+
+def cells(folder: Path) -> list[list[str]]:
+    lines = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_table_says_what_the_records_say(tmp_path):
+    write(tmp_path, *map(record, METHODS))
+    done = run(tmp_path, *METHODS)
+    assert done.returncode == 0, done.stderr
+    _, _, control, lora, _, majority = cells(tmp_path)
+    memory = "900 MiB resident in the whole process (CPU)"
+    assert control == ["[control](control/record.json)", "0.720", "0.700", "223,106", "60 s", memory]
+    assert lora[1:3] == ["0.650", "0.650"]
+    assert majority[:2] == ["always the majority class", "0.000"]
+    for shown in (
+        "0.720",
+        "223,106",
+        memory,
+        "always the majority class",
+        "not GLUE",
+        "800 train + 100 validation",
+    ):
+        assert shown in " ".join(done.stdout.split())
+    assert "DIFFERENT" not in done.stdout
+    assert (tmp_path / "score_against_time.png").read_bytes().startswith(PNG)
+
+
+def test_a_missing_record_keeps_its_row(tmp_path):
+    write(tmp_path, record("control"), record("dora"))
+    assert run(tmp_path, *METHODS).returncode == 0
+    assert [row[:2] for row in cells(tmp_path)[2:5]] == [
+        ["[control](control/record.json)", "0.720"],
+        ["lora", "not run"],
+        ["[dora](dora/record.json)", "0.550"],
+    ]
+
+
+def test_gpu_memory_is_labelled_and_unequal_conditions_are_told(tmp_path):
+    gpu = {
+        "memory": {"kind": "cuda allocator", "peak_allocated_bytes": 2**30, "peak_resident_bytes": None},
+        "device": {"kind": "cuda", "name": "Some GPU", "count": 1},
+    }
+    write(tmp_path, record("control", **gpu), record("lora"))
+    done = run(tmp_path, "control", "lora")
+    assert cells(tmp_path)[2][-1] == "1,024 MiB allocated on the GPU"
+    assert "DIFFERENT device: 1 x Some GPU, 2 x Some CPU" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (None, "holds no run of control: start scripts/quickstart.sh first"),
+        ("{", "record.json is no readable run record"),
+        (json.dumps(record("control", method="lora")), "is of lora on demo, expected control on demo"),
+        (json.dumps(record("control", metrics={"best": {}, "last": {}})), "record.json holds no matthews"),
+        (json.dumps(record("control", time={})), "lacks 'train_seconds'"),
+    ],
+)
+def test_a_broken_folder_is_one_line_and_writes_nothing(tmp_path, contents, message):
+    if contents is not None:
+        (tmp_path / "control").mkdir()
+        (tmp_path / "control" / "record.json").write_text(contents)
+    done = run(tmp_path, "control")
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("*.*"))
+
+
+def test_the_command_line_is_checked(tmp_path):
+    done = run(tmp_path)
+    assert done.returncode == 2
+    assert "arguments are required: methods" in done.stderr and done.stderr.count("\n") == 1
