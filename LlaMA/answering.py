@@ -29,7 +29,9 @@ class Reply:
     answer: str | None
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
+) -> dict[str, torch.Tensor]:
     """Token ids and attention mask, `(rows, longest)` each, every row ending at the right edge."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad_token_id)
@@ -55,12 +57,19 @@ class AnswersDecided(StoppingCriteria):
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_length: int, questions: Sequence[Question], beams: int):
-        self.tokenizer, self.prompt_length, self.questions, self.beams = tokenizer, prompt_length, questions, beams
+        self.tokenizer, self.prompt_length, self.questions, self.beams = (
+            tokenizer,
+            prompt_length,
+            questions,
+            beams,
+        )
         self.known: list[dict[tuple[int, ...], str | None]] = [{(): None} for _ in questions]
         self.ended: list[set[str | None]] = [set() for _ in questions]
 
     def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
-        candidates = input_ids[:, self.prompt_length :].view(len(self.questions), -1, input_ids.shape[1] - self.prompt_length)
+        candidates = input_ids[:, self.prompt_length :].view(
+            len(self.questions), -1, input_ids.shape[1] - self.prompt_length
+        )
         decided = [self._decided(row, beams) for row, beams in enumerate(candidates.tolist())]
         return torch.full((len(input_ids),), all(decided), device=input_ids.device)
 
@@ -68,7 +77,9 @@ class AnswersDecided(StoppingCriteria):
         end = self.tokenizer.eos_token_id
         answers = {tuple(tokens): self._answer(row, tuple(tokens)) for tokens in candidates}
         # an end counts only among the best `beams` candidates; the live beams are the best that did not end
-        self.ended[row] |= {answers[tuple(tokens)] for tokens in candidates[: self.beams] if tokens[-1] == end}
+        self.ended[row] |= {
+            answers[tuple(tokens)] for tokens in candidates[: self.beams] if tokens[-1] == end
+        }
         live = [tuple(tokens) for tokens in candidates if tokens[-1] != end][: self.beams]
         self.known[row] = answers
         found = self.ended[row] | {answers[tokens] for tokens in live}
@@ -78,7 +89,9 @@ class AnswersDecided(StoppingCriteria):
         inherited = self.known[row].get(tokens[:-1])
         if inherited is not None:
             return inherited
-        return extract_answer(self.tokenizer.decode(tokens, skip_special_tokens=True), self.questions[row].words)
+        return extract_answer(
+            self.tokenizer.decode(tokens, skip_special_tokens=True), self.questions[row].words
+        )
 
 
 @torch.inference_mode()
@@ -125,7 +138,10 @@ def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence
     """
     lead = tokenizer(f" {ANSWER_LEAD}", add_special_tokens=False)["input_ids"]
     tails = [
-        [tokenizer(f" {ANSWER_LEAD} {word}", add_special_tokens=False)["input_ids"] for word in question.offered]
+        [
+            tokenizer(f" {ANSWER_LEAD} {word}", add_special_tokens=False)["input_ids"]
+            for word in question.offered
+        ]
         for question in questions
     ]
     shared = min(_common_prefix(lead, tail) for words in tails for tail in words)

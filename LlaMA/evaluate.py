@@ -17,18 +17,19 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, Optional
 
-import peft
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # this folder is the package LlaMA, also when run as a script
+sys.path.append(
+    str(Path(__file__).resolve().parents[1])
+)  # this folder is the package LlaMA, also when run as a script
 
 import peft_control  # noqa: F401  registers CONTROL with peft
 from control_experiments.arguments import parse_arguments
@@ -37,18 +38,18 @@ from control_experiments.device import describe_device, select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter
 from control_experiments.paths import public_path
-from control_experiments.record import RunRecord, git_state, package_versions, read_record, utc_now, write_json_atomic
+from control_experiments.record import RunRecord, git_state, package_versions, read_record, utc_now
 from control_experiments.runs import RunFolder
 from LlaMA.answering import Question, Reply, generate, rank_words
 from LlaMA.commonsense import TASKS, Row, offered_words, read_tests, tokenize_prompts
 from LlaMA.models import (
     choose_pad_token,
-    count_parameters,
     describe_model,
     expected_config,
     explain_out_of_memory,
     load_model,
     load_tokenizer,
+    local_checksum,
     quieten,
     resolve_dtype,
 )
@@ -61,29 +62,41 @@ class Options:
     data: str = field(metadata={"help": "Folder with <task>/test.json for each task."})
     output_dir: str = field(metadata={"help": "Folder for the raw answers and the record."})
     model: str = field(
-        default="meta-llama/Llama-2-7b-hf", metadata={"help": "Hub id, folder or GGUF file of the base model."}
+        default="meta-llama/Llama-2-7b-hf",
+        metadata={"help": "Hub id, folder or GGUF file of the base model."},
     )
-    adapter: Optional[str] = field(default=None, metadata={"help": "Adapter folder; without it the base model answers."})
+    adapter: Optional[str] = field(
+        default=None, metadata={"help": "Adapter folder; without it the base model answers."}
+    )
     device: str = field(default="0", metadata={"help": "GPU index, or cpu."})
     tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Test sets to answer."})
-    limit: Optional[int] = field(default=None, metadata={"help": "Only the first so many questions of each test set."})
+    limit: Optional[int] = field(
+        default=None, metadata={"help": "Only the first so many questions of each test set."}
+    )
     mode: Literal["generate", "likelihood"] = field(
-        default="generate", metadata={"help": "generate: as published; likelihood: the likeliest offered answer word."}
+        default="generate",
+        metadata={"help": "generate: as published; likelihood: the likeliest offered answer word."},
     )
     batch_size: int = field(default=64, metadata={"help": "Questions answered together."})
     beams: int = field(default=4, metadata={"help": "Beams of the search."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest response, in tokens."})
     prompt_style: Literal["matched", "authors"] = field(
         default="matched",
-        metadata={"help": "matched: prompts as in training; authors: the published, slightly different ones."},
+        metadata={
+            "help": "matched: prompts as in training; authors: the published, slightly different ones."
+        },
     )
     stop_when_decided: bool = field(
         default=True, metadata={"help": "End a batch once no continuation can change an answer."}
     )
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = field(default="auto", metadata={"help": "Type of all weights."})
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = field(
+        default="auto", metadata={"help": "Type of all weights."}
+    )
     compare_batch_one: int = field(
         default=0,
-        metadata={"help": "Instead of an evaluation: answer so many questions in batches and one by one, and compare."},
+        metadata={
+            "help": "Instead of an evaluation: answer so many questions in batches and one by one, and compare."
+        },
     )
     method: Optional[str] = field(
         default=None, metadata={"help": "What the adapter must be; with it the ranks below are checked too."}
@@ -104,15 +117,15 @@ class Options:
             raise UserError(f"{self.adapter} is no adapter folder: it has no adapter_config.json")
 
     def settings(self) -> dict:
-        """Everything that can move an answer."""
-        names = ("mode", "beams", "max_new_tokens", "prompt_style", "batch_size", "stop_when_decided", "limit", "tasks")
+        """What is to be answered, and how. Batches are left out: a run may go on with smaller ones."""
+        names = ("mode", "beams", "max_new_tokens", "prompt_style", "limit", "tasks")
         return {name: getattr(self, name) for name in names}
 
 
 # -- the adapter --------------------------------------------------------------------------------------------
 
 
-def check_adapter(options: Options) -> PeftConfig:
+def check_adapter(options: Options) -> None:
     """Check that the adapter is what the command line says, before anything large is loaded.
 
     Raises:
@@ -133,13 +146,28 @@ def check_adapter(options: Options) -> PeftConfig:
                     f"the adapter in {options.adapter} has {name} {found}, but {options.method} with {name} {wanted} "
                     "was asked for: give the values it was trained with"
                 )
-    base = _trained_on(options)
-    if base is not None and base != _model_name(options.model):
-        raise UserError(
-            f"the adapter in {options.adapter} was trained on {base}, not on {_model_name(options.model)}: "
-            "give that model as --model"
-        )
+    check_base(options, config.base_model_name_or_path)
     return config
+
+
+def check_base(options: Options, noted: str | None) -> None:
+    """Compare the base with the training run's record beside the adapter, else with the adapter's own note.
+
+    Raises:
+        UserError: the adapter was trained on another base model.
+    """
+    record = Path(options.adapter).parent / "record.json"
+    trained = read_record(record).model if record.is_file() else {"id": noted}
+    checksum = local_checksum(options.model)
+    if checksum and trained.get("sha256"):
+        same = trained["sha256"] == checksum
+    else:  # a folder may have moved: only its name counts
+        same = not trained["id"] or Path(trained["id"]).name == Path(options.model).name
+    if not same:
+        raise UserError(
+            f"the adapter in {options.adapter} was trained on another base model ({Path(trained['id']).name}, not this "
+            f"{Path(options.model).name}): give that one as --model"
+        )
 
 
 def _identity(config: PeftConfig) -> dict:
@@ -152,23 +180,8 @@ def _identity(config: PeftConfig) -> dict:
     return identity
 
 
-def _trained_on(options: Options) -> str | None:
-    record = Path(options.adapter).parent / "record.json"
-    if record.is_file():
-        return _model_name(read_record(record).model["id"])
-    base = PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
-    return _model_name(base) if base else None
-
-
-def _model_name(model: str) -> str:
-    """A model's own name: what is left when the folder it happens to lie in is taken away."""
-    return Path(model).expanduser().name
-
-
 def load(options: Options, dtype: torch.dtype, device: torch.device):
     """Tokenizer, model (with its adapter, if there is one) and the base's number of parameters."""
-    if options.adapter is not None:
-        check_adapter(options)
     tokenizer = load_tokenizer(options.model)
     base = load_model(options.model, dtype, device)
     choose_pad_token(tokenizer, base.get_input_embeddings().weight.shape[0])
@@ -234,7 +247,9 @@ def read_answers(path: Path, rows: Sequence[Row]) -> dict[int, dict]:
             answers[entry["row"]] = entry
             entry["correct"], entry["answer"], rows[entry["row"]]
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"{path}, line {number} is no answer to this test set: delete the file") from error
+            raise UserError(
+                f"{path}, line {number} is no answer to this test set: delete the file"
+            ) from error
     return answers
 
 
@@ -310,7 +325,9 @@ def compare_batch_one(options: Options, model, tokenizer, tests: dict[str, list[
         for indices in batches(questions, range(len(questions)), size):
             replies.update(zip(indices, answer([questions[index] for index in indices]), strict=True))
         _wait(device)
-        return [replies[index] for index in range(len(questions))], len(questions) / (time.perf_counter() - started)
+        return [replies[index] for index in range(len(questions))], len(questions) / (
+            time.perf_counter() - started
+        )
 
     together, rate = timed(answer, options.batch_size)
     alone, rate_one = timed(answer, 1)
@@ -360,17 +377,27 @@ def evaluate(
     tokenizer, model, total_parameters = load(options, dtype, device)
     memory.after_load()
     count = sum(map(len, tests.values()))
-    adapter = {"config": None, "dtype": None, "trainable_parameters": 0, "adapter_parameters": 0, "head_parameters": 0}
+    adapter = {
+        "config": None,
+        "dtype": None,
+        "trainable_parameters": 0,
+        "adapter_parameters": 0,
+        "head_parameters": 0,
+    }
     if options.adapter is not None:
         adapter = _describe_adapter(model, dtype)
     seconds: dict = {}
     if options.compare_batch_one:
         comparison = compare_batch_one(options, model, tokenizer, tests, device)
         metrics = {"best": {}, "last": comparison}
-        print(json.dumps({name: value for name, value in comparison.items() if name != "differing"}, indent=2))
+        print(
+            json.dumps({name: value for name, value in comparison.items() if name != "differing"}, indent=2)
+        )
     else:
         answer, scores = answerer(options, model, tokenizer), {}
-        with tqdm(total=count, unit="question", disable=None, mininterval=0.2 if sys.stderr.isatty() else 20) as bar:
+        with tqdm(
+            total=count, unit="question", disable=None, mininterval=0.2 if sys.stderr.isatty() else 20
+        ) as bar:
             for task, rows in tests.items():
                 path, began = folder.path / f"{task}.jsonl", time.perf_counter()
                 done = len(read_answers(path, rows))
@@ -398,7 +425,9 @@ def evaluate(
         git=git_state(),
         versions=package_versions(),
         device=describe_device(device),
-        model=describe_model(options.model, getattr(model, "get_base_model", lambda: model)(), total_parameters),
+        model=describe_model(
+            options.model, getattr(model, "get_base_model", lambda: model)(), total_parameters
+        ),
         data={
             "id": public_path(options.data),
             "sha256": {task: fingerprint(Path(options.data) / task / "test.json") for task in tests},
@@ -407,6 +436,8 @@ def evaluate(
         adapter=adapter,
         hyperparameters={
             **options.settings(),
+            "batch_size": options.batch_size,
+            "stop_when_decided": options.stop_when_decided,
             "dtype": str(dtype).removeprefix("torch."),
             "pad_token": tokenizer.pad_token,
         },
@@ -419,20 +450,18 @@ def evaluate(
 
 
 def _describe_adapter(model: PeftModel, dtype: torch.dtype) -> dict:
-    config = model.peft_config["default"]
-    own = [parameter for name, parameter in model.named_parameters() if config_prefix(name)]
-    count = sum(parameter.numel() for parameter in own)
+    count = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if any(part.startswith(("lora_", "control_")) for part in name.split("."))
+    )
     return {
-        "config": config.to_dict(),
+        "config": model.peft_config["default"].to_dict(),
         "dtype": str(dtype).removeprefix("torch."),
-        **count_parameters(model),
+        "trainable_parameters": count,
         "adapter_parameters": count,
+        "head_parameters": 0,
     }
-
-
-def config_prefix(name: str) -> bool:
-    """Whether a parameter's name is an adapter's."""
-    return any(part.startswith(("lora_", "control_")) for part in name.split("."))
 
 
 def _method(options: Options, model) -> str:
@@ -457,16 +486,19 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     device = select_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     quieten()
+    if options.adapter is not None:
+        check_adapter(options)
     with RunFolder(options.output_dir) as folder:
         identity = {
-            "model": options.model,
+            "model": public_path(options.model),
             "adapter": options.adapter and fingerprint(options.adapter),
-            "data": options.data,
+            "data": public_path(options.data),
             **options.settings(),
             "compare_batch_one": options.compare_batch_one,
             "dtype": str(dtype).removeprefix("torch."),
         }
-        check_same_evaluation(folder, identity)
+        if any(folder.path.glob("*.jsonl")):
+            folder._check_same(json.loads(json.dumps(identity)))
         folder.claim(identity, resume=True)
         if folder.finished:
             print(f"{folder.path} is finished: skipped (delete the folder to run it again)")

@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Literal, Optional
 
 import torch
-import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback, TrainingArguments
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # this folder is the package LlaMA, also when run as a script
+sys.path.append(
+    str(Path(__file__).resolve().parents[1])
+)  # this folder is the package LlaMA, also when run as a script
 
 from control_experiments.arguments import parse_arguments
 from control_experiments.checksums import fingerprint
@@ -51,6 +52,7 @@ from LlaMA.models import (
     explain_out_of_memory,
     load_model,
     load_tokenizer,
+    quieten,
     resolve_dtype,
 )
 from LlaMA.packing import (
@@ -66,7 +68,9 @@ from LlaMA.packing import (
 
 logger = logging.getLogger("finetune")
 LOGGERS = ("finetune", "control_experiments")
-LESS_MEMORY = "--memory lean, a smaller --token_budget or --micro_batch_size, --dtype bf16, a smaller --cutoff"
+LESS_MEMORY = (
+    "--memory lean, a smaller --token_budget or --micro_batch_size, --dtype bf16, a smaller --cutoff"
+)
 
 #: LLM-Adapters' targets for the per-weight methods; beside a control the paper adapts the attention alone.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -79,35 +83,50 @@ class Options:
     data: str = field(metadata={"help": "JSON file in the format of commonsense_170k.json."})
     output_dir: str = field(metadata={"help": "Folder for adapter, record, log and checkpoints."})
     model: str = field(
-        default="meta-llama/Llama-2-7b-hf", metadata={"help": "Hub id, folder or GGUF file of the base model."}
+        default="meta-llama/Llama-2-7b-hf",
+        metadata={"help": "Hub id, folder or GGUF file of the base model."},
     )
     device: str = field(default="0", metadata={"help": "GPU index, or cpu."})
     seed: int = field(default=42, metadata={"help": "Seeds row order, dropout and the new parameters."})
     epochs: float = field(default=3, metadata={"help": "Passes over the training rows."})
-    max_steps: int = field(default=-1, metadata={"help": "Stop after so many optimizer steps; -1: by --epochs."})
+    max_steps: int = field(
+        default=-1, metadata={"help": "Stop after so many optimizer steps; -1: by --epochs."}
+    )
     lr: float = field(default=2e-4, metadata={"help": "Peak learning rate; linear decay after the warm-up."})
     warmup_steps: int = field(default=100, metadata={"help": "Optimizer steps in which the rate rises."})
     batch_size: int = field(default=8, metadata={"help": "Rows per optimizer step, over all processes."})
     micro_batch_size: int = field(
-        default=4, metadata={"help": "Rows whose loss is averaged over their tokens before rows of a step are averaged."}
+        default=4,
+        metadata={
+            "help": "Rows whose loss is averaged over their tokens before rows of a step are averaged."
+        },
     )
     cutoff: int = field(default=256, metadata={"help": "Longer rows are cut to this many tokens."})
     batching: Literal["packed", "padded"] = field(
-        default="packed", metadata={"help": "packed: no padding; padded: micro-batches padded to their longest row."}
+        default="packed",
+        metadata={"help": "packed: no padding; padded: micro-batches padded to their longest row."},
     )
     token_budget: Optional[int] = field(
-        default=None, metadata={"help": "Tokens in one forward; by default --micro_batch_size times --cutoff."}
+        default=None,
+        metadata={"help": "Tokens in one forward; by default --micro_batch_size times --cutoff."},
     )
     attention: Literal["auto", "varlen", "sdpa"] = field(
         default="auto",
-        metadata={"help": "Attention over packed rows: varlen computes within rows only (GPU, half precision)."},
+        metadata={
+            "help": "Attention over packed rows: varlen computes within rows only (GPU, half precision)."
+        },
     )
     loss_on: Literal["all", "response"] = field(
-        default="all", metadata={"help": "Tokens that are learned: prompt and response as published, or the response."}
+        default="all",
+        metadata={"help": "Tokens that are learned: prompt and response as published, or the response."},
     )
-    held_out: int = field(default=120, metadata={"help": "Rows kept out of training that choose the checkpoint."})
+    held_out: int = field(
+        default=120, metadata={"help": "Rows kept out of training that choose the checkpoint."}
+    )
     split_seed: int = field(default=42, metadata={"help": "Seeds which rows are held out."})
-    eval_steps: int = field(default=80, metadata={"help": "Optimizer steps between checkpoints, each evaluated."})
+    eval_steps: int = field(
+        default=80, metadata={"help": "Optimizer steps between checkpoints, each evaluated."}
+    )
     control_rank: int = field(default=64, metadata={"help": "Rank of the control."})
     control_alpha: float = field(default=1.0, metadata={"help": "Plain multiplier of the control."})
     control_dropout: float = field(default=0.0, metadata={"help": "Dropout inside the control."})
@@ -116,19 +135,27 @@ class Options:
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's A."})
     lora_targets: Optional[list[str]] = field(
         default=None,
-        metadata={"help": "Module names for LoRA and DoRA; by default q,k,v, and without a control up,down too."},
+        metadata={
+            "help": "Module names for LoRA and DoRA; by default q,k,v, and without a control up,down too."
+        },
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = field(
         default="auto", metadata={"help": "The frozen weights and autocast; the adapter is always float32."}
     )
     memory: Literal["plain", "fast", "balanced", "lean"] = field(
-        default="plain", metadata={"help": "How much of the frozen blocks is kept for the backward (control methods)."}
+        default="plain",
+        metadata={"help": "How much of the frozen blocks is kept for the backward (control methods)."},
     )
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute every layer in the backward (any method, with --memory plain)."}
+        default=False,
+        metadata={"help": "Recompute every layer in the backward (any method, with --memory plain)."},
     )
-    resume: bool = field(default=False, metadata={"help": "Go on with an unfinished run, with the same batches."})
-    report_to: Literal["none", "wandb", "tensorboard"] = field(default="none", metadata={"help": "Live logging."})
+    resume: bool = field(
+        default=False, metadata={"help": "Go on with an unfinished run, with the same batches."}
+    )
+    report_to: Literal["none", "wandb", "tensorboard"] = field(
+        default="none", metadata={"help": "Live logging."}
+    )
 
     @property
     def targets(self) -> Sequence[str]:
@@ -166,7 +193,12 @@ class Options:
         """Every option that can move the result, as it took effect."""
         elsewhere = ("method", "data", "output_dir", "model", "device", "seed", "resume", "report_to")
         chosen = {name: value for name, value in asdict(self).items() if name not in elsewhere}
-        return {**chosen, "lora_targets": list(self.targets), "token_budget": self.budget, "optimizer": "AdamW"}
+        return {
+            **chosen,
+            "lora_targets": list(self.targets),
+            "token_budget": self.budget,
+            "optimizer": "AdamW",
+        }
 
 
 class CommonsenseTrainer(ExperimentTrainer):
@@ -183,6 +215,14 @@ class CommonsenseTrainer(ExperimentTrainer):
         self.loss, self.held_out = loss, held_out
         self.unchecked = torch.zeros((), device=self.args.device)  # losses since the last look at them
         self.add_callback(_StopAtNaN(self))
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException:
+            # closes the progress bar, lest the error go on in its line
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+            raise
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
@@ -254,7 +294,9 @@ def held_out_batches(rows: Sequence[TokenRow], options: Options, pad_token_id: i
     return batches
 
 
-def training_arguments(options: Options, folder: RunFolder, device: torch.device, dtype: torch.dtype) -> TrainingArguments:
+def training_arguments(
+    options: Options, folder: RunFolder, device: torch.device, dtype: torch.dtype
+) -> TrainingArguments:
     """The options in the Trainer's terms; its batch is an optimizer step."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     return TrainingArguments(
@@ -291,7 +333,9 @@ def training_arguments(options: Options, folder: RunFolder, device: torch.device
     )
 
 
-def prepare_model(options: Options, device: torch.device, dtype: torch.dtype, memory: MemoryMeter) -> tuple[PeftModel, int]:
+def prepare_model(
+    options: Options, device: torch.device, dtype: torch.dtype, memory: MemoryMeter
+) -> tuple[PeftModel, int]:
     """The base with its adapter, ready to train, and the base's number of parameters."""
     varlen = options.batching == "packed" and options.attention != "sdpa" and varlen_available(device, dtype)
     if options.attention == "varlen" and not varlen:
@@ -333,7 +377,12 @@ def summarise(log_history: list[dict]) -> tuple[list[dict], dict]:
         train_loss = entry.get("loss", train_loss)
         if "eval_loss" in entry:
             history.append(
-                {"step": entry["step"], "epoch": entry["epoch"], "train_loss": train_loss, "eval_loss": entry["eval_loss"]}
+                {
+                    "step": entry["step"],
+                    "epoch": entry["epoch"],
+                    "train_loss": train_loss,
+                    "eval_loss": entry["eval_loss"],
+                }
             )
     best = min(history, key=lambda entry: entry["eval_loss"], default={})
     return history, {"best": best, "last": history[-1] if history else {}}
@@ -454,13 +503,12 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     options.check()
     device = select_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quieten()
     with RunFolder(options.output_dir) as folder:
         identity = {
             "method": options.method,
-            "model": options.model,
-            "data": options.data,
+            "model": public_path(options.model),
+            "data": public_path(options.data),
             "seed": options.seed,
             **options.hyperparameters(),
             "dtype": str(dtype).removeprefix("torch."),

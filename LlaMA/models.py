@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
@@ -82,7 +85,9 @@ def load_tokenizer(model: str) -> Tokenizer:
     return tokenizer
 
 
-def load_model(model: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> PreTrainedModel:
+def load_model(
+    model: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
+) -> PreTrainedModel:
     """The base model on its device, in evaluation mode.
 
     Raises:
@@ -106,13 +111,19 @@ def load_model(model: str, dtype: torch.dtype, device: torch.device, attention: 
 def _forget_quantization(base: PreTrainedModel) -> None:
     """A GGUF file's weights arrive dequantized, yet some versions of transformers call the model quantized still, and
     the Trainer then refuses to train it."""
-    for owner, name in ((base, "hf_quantizer"), (base, "quantization_method"), (base.config, "quantization_config")):
+    for owner, name in (
+        (base, "hf_quantizer"),
+        (base, "quantization_method"),
+        (base.config, "quantization_config"),
+    ):
         if hasattr(owner, name):
             delattr(owner, name)
     base.is_quantized = False
 
 
-def random_model(shape: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa") -> PreTrainedModel:
+def random_model(
+    shape: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
+) -> PreTrainedModel:
     """A LLaMA of a known shape with random weights, made on the device."""
     config = LlamaConfig(**SHAPES[shape], attn_implementation=attention)
     with torch.device(device):
@@ -156,7 +167,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def expected_config(method: str, control_rank, control_alpha, control_dropout, lora_rank, lora_alpha, lora_dropout, targets):
+def expected_config(
+    method: str, control_rank, control_alpha, control_dropout, lora_rank, lora_alpha, lora_dropout, targets
+):
     """The peft configuration of a commonsense run.
 
     Raises:
@@ -184,16 +197,19 @@ def add_adapter(base: PreTrainedModel, config) -> PeftModel:
         raise UserError(f"{type(base).__name__}: {error}") from error
 
 
+@lru_cache
+def local_checksum(model: str) -> str | None:
+    """A local model's checksum (read once per process), or None for a hub id."""
+    path = Path(model).expanduser()
+    return fingerprint(path) if path.exists() else None
+
+
 def describe_model(model: str, base: PreTrainedModel, total_parameters: int) -> dict:
     """The record's `model`: where it came from, which version, what it is."""
-    path = Path(model).expanduser()
-    version = (
-        {"sha256": fingerprint(path)}
-        if path.exists()
-        else {"revision": getattr(base.config, "_commit_hash", None)}
-    )
+    checksum = local_checksum(model)
+    version = {"sha256": checksum} if checksum else {"revision": getattr(base.config, "_commit_hash", None)}
     return {
-        "id": public_path(path) if path.exists() else model,
+        "id": public_path(model) if checksum else model,
         **version,
         "class": type(base).__name__,
         "total_parameters": total_parameters,
@@ -226,6 +242,13 @@ def explain_out_of_memory(device: torch.device, switches: str) -> Iterator[None]
             f"the GPU's memory is too small: asked for {asked}{there}; "
             f"what lowers it: {switches}; finished work is kept"
         ) from error
+
+
+def quieten() -> None:
+    """Leave the terminal to our own lines, the progress bar and errors."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,8 @@
 
     python RoBERTa/benchmark_padding.py --model FOLDER --data GLUE_FOLDER --device cpu
 
-Both are timed in one process on the same rows, model, batch size and precision, after warm-up steps. Without --steps
+Both are timed in one process on the same rows, model, batch size and precision, step by step in turn, after warm-up
+steps. Without --steps
 each epoch is whole; with it, that many batches spread evenly over the epoch are timed and scaled to all of it.
 Writes results/roberta/benchmark_padding_<model>_<device>.json.
 """
@@ -22,7 +23,7 @@ from datasets import Dataset
 from glue import get_task, load_task
 from peft import PeftModel
 from torch.utils.data import RandomSampler, Sampler
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DataCollatorWithPadding
 
 from control_experiments.arguments import parse_arguments
 from control_experiments.device import describe_device, seed_everything, select_device
@@ -56,56 +57,73 @@ def spread(batches: list[list[int]], steps: int) -> list[list[int]]:
     return [batches[place * len(batches) // steps] for place in range(steps)]
 
 
-def seconds_per_epoch(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    sampler: Sampler,
-    padding: str,
-    options: Options,
-    precision: str,
-) -> tuple[float, float]:
-    """Time training steps; returns seconds per epoch and the share of processed tokens that is padding."""
+class Epoch:
+    """One way to pad: its batches, and the seconds and tokens counted so far."""
+
+    def __init__(self, rows: Dataset, sampler: Sampler, collate: DataCollatorWithPadding, options: Options):
+        order = list(sampler)
+        batches = [
+            order[start : start + options.batch_size] for start in range(0, len(order), options.batch_size)
+        ]
+        lengths = list(rows["length"])
+        batches.sort(
+            key=lambda batch: max(lengths[index] for index in batch)
+        )  # spread() then meets every length
+        self.rows = rows.remove_columns(["length", "row"])
+        self.collate = collate
+        self.count = len(batches)
+        self.batches = spread(batches, options.steps)
+        self.seconds, self.real, self.processed = 0.0, 0, 0
+
+    def collated(self, place: int) -> BatchEncoding:
+        rows = self.rows[self.batches[place]]
+        return self.collate([dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)])
+
+    def figures(self) -> dict:
+        return {
+            "seconds_per_epoch": self.seconds * self.count / len(self.batches),
+            "padding_share": 1 - self.real / self.processed,
+        }
+
+
+def time_epochs(model: PeftModel, epochs: Sequence[Epoch], precision: str) -> None:
+    """Train on the epochs' batches and add up the time of each.
+
+    A step of one alternates with a step of the other, so that whatever else slows the machine meets both alike.
+    """
     device = model.device
-    order = list(sampler)
-    batches = [
-        order[start : start + options.batch_size] for start in range(0, len(order), options.batch_size)
-    ]
-    if padding == "longest":  # lengths within an epoch vary by batch: sample them evenly
-        batches.sort(key=lambda batch: max(rows[index]["length"] for index in batch))
-    collate = DataCollatorWithPadding(tokenizer, padding=padding, max_length=options.max_length)
-    columns = [name for name in rows.column_names if name not in ("length", "row")]
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=3e-4, weight_decay=0.1
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
-    def step(indices: list[int]) -> tuple[int, int]:
-        batch = collate([{name: rows[index][name] for name in columns} for index in indices])
-        real, processed = int(batch["attention_mask"].sum()), batch["attention_mask"].numel()
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def step(epoch: Epoch, place: int) -> tuple[float, torch.Tensor]:
+        start = now()
+        batch = epoch.collated(place)
         with torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32"):
             loss = model(**batch.to(device)).loss
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        return real, processed
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
+        return now() - start, batch["attention_mask"]
 
     model.train()
-    chosen = spread(batches, options.steps)
-    for indices in chosen[:WARM_UP_STEPS]:
-        step(indices)
-    start = now()
-    counts = [step(indices) for indices in chosen]
-    seconds = (now() - start) * len(batches) / len(chosen)
-    real, processed = map(sum, zip(*counts, strict=True))
-    return seconds, 1 - real / processed
+    for place in range(WARM_UP_STEPS):
+        for epoch in epochs:
+            step(epoch, place % len(epoch.batches))
+    for place in range(max(len(epoch.batches) for epoch in epochs)):
+        for epoch in epochs:
+            seconds, mask = step(epoch, place)
+            epoch.seconds += seconds
+            epoch.real += int(mask.sum())
+            epoch.processed += mask.numel()
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -133,11 +151,19 @@ def main(argv: Sequence[str] | None = None) -> dict:
             options.batch_size, lengths=list(rows["length"]), seed=training.seed
         ),
     }
-    figures = {}
-    for padding, sampler in samplers.items():
-        seconds, share = seconds_per_epoch(model, tokenizer, rows, sampler, padding, options, precision)
-        figures[padding] = {"seconds_per_epoch": seconds, "padding_share": share}
-        print(f"{padding:>10}: {seconds:8.1f} s per CoLA epoch, {share:.0%} of the tokens are padding")
+    epochs = {
+        padding: Epoch(
+            rows, sampler, DataCollatorWithPadding(tokenizer, padding, options.max_length), options
+        )
+        for padding, sampler in samplers.items()
+    }
+    time_epochs(model, list(epochs.values()), precision)
+    figures = {padding: epoch.figures() for padding, epoch in epochs.items()}
+    for padding, result in figures.items():
+        print(
+            f"{padding:>10}: {result['seconds_per_epoch']:8.1f} s per CoLA epoch, "
+            f"{result['padding_share']:.0%} of the tokens are padding"
+        )
     ratio = figures["longest"]["seconds_per_epoch"] / figures["max_length"]["seconds_per_epoch"]
     print(f"     ratio: {ratio:8.3f}")
     result = {

@@ -238,7 +238,12 @@ def add_adapter(model: PreTrainedModel, options: Options) -> PeftModel:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"{options.method} on {options.model}: {error}") from error
+        asked = (
+            f" (target modules asked for: {', '.join(targets)})"
+            if getattr(config, "target_modules", None)
+            else ""
+        )
+        raise UserError(f"{options.method} on {options.model}: {error}{asked}") from error
 
 
 def tokenize(
@@ -353,7 +358,8 @@ def predict_tests(
 ) -> None:
     """Write the server's file for each test set, rows in their original order."""
     for split, file in task.server_files.items():
-        outputs = trainer.predict(encoded[split]).predictions
+        # without the hidden labels, which no loss can be computed from
+        outputs = trainer.predict(encoded[split].remove_columns("label")).predictions
         ordered = np.empty_like(outputs)
         ordered[encoded[split]["row"]] = outputs
         if trainer.is_world_process_zero():

@@ -3,9 +3,10 @@
 Training takes `RandomResizedCrop(S, bicubic)` and a horizontal flip, evaluation `Resize(S*256/224, bicubic)` and
 `CenterCrop(S)`; both then normalise. Each of them crops a box, resamples it with Pillow's bicubic filter and maybe
 mirrors it, and resampling is linear and separable, so an image becomes `rows @ image @ columns` with two small
-matrices of its own: crop, resize and flip of a batch are two batched matrix products. The result is Pillow's to
-within one level of 255 (rounding ties), because values are rounded and clamped after each of the two passes as in
-Pillow. The random numbers come from a CPU generator, so they are the same on every device.
+matrices of its own: crop, resize and flip of a batch are two batched matrix products. The result is Pillow's but
+for rounding ties (one or two levels of 255 in 0.1 % of the values), because values are rounded and clamped after
+each of the two passes, columns first, as in Pillow; Pillow 13 takes tall images in the other order, which can move
+saturated pixels by some levels. The random numbers come from a CPU generator, so they are the same on every device.
 """
 
 from __future__ import annotations
@@ -78,9 +79,7 @@ def random_views(
         fitting, high.gather(1, first)[:, 0], torch.where(own < ratio[0], (width / ratio[0]).round(), height)
     )
     corner = torch.rand((len(sizes), 2), generator=generator, dtype=torch.float64)
-    top = torch.where(
-        fitting, (corner[:, 0] * (height - high + 1)).floor(), ((height - high) / 2).floor()
-    )
+    top = torch.where(fitting, (corner[:, 0] * (height - high + 1)).floor(), ((height - high) / 2).floor())
     left = torch.where(fitting, (corner[:, 1] * (width - wide + 1)).floor(), ((width - wide) / 2).floor())
     return Views(
         box=torch.stack([top, left, high, wide], 1).long(),

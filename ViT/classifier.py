@@ -12,15 +12,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from control_experiments.errors import UserError
-from control_experiments.methods import ControlSettings, LoraSettings, adapter_config
-from control_experiments.record import write_json_atomic
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer
 from torch import nn
 from vision_models import Base, create, load, load_weights, mlp_linears, set_attention, set_mlp_layers
+
+import peft_control  # noqa: F401  makes peft know the method when it loads an adapter
+from control_experiments.errors import UserError
+from control_experiments.methods import ControlSettings, LoraSettings, adapter_config
+from control_experiments.record import write_json_atomic
 
 METHODS = ("control", "lora", "dora", "probe")
 HEAD = "head"
@@ -53,7 +55,9 @@ class AdapterSettings:
     lora_dropout: float = 0.0
 
 
-def add_adapter(model: VisionTransformer, method: str, settings: AdapterSettings, mlp_layers: int = 2) -> nn.Module:
+def add_adapter(
+    model: VisionTransformer, method: str, settings: AdapterSettings, mlp_layers: int = 2
+) -> nn.Module:
     """Freeze the model and give it the method's adapter; the adapter and the head are what trains.
 
     `lora_rank` 0 means ranks that give LoRA or DoRA as many parameters as the control has, at the scale alpha/r = 2
@@ -80,7 +84,11 @@ def add_adapter(model: VisionTransformer, method: str, settings: AdapterSettings
 
 
 def match_ranks(
-    config: PeftConfig, model: VisionTransformer, control: ControlSettings, targets: Sequence[str], scale: float = 2.0
+    config: PeftConfig,
+    model: VisionTransformer,
+    control: ControlSettings,
+    targets: Sequence[str],
+    scale: float = 2.0,
 ) -> None:
     """Set ranks in a LoRA configuration so that it trains as many parameters as the control, or just fewer.
 
@@ -102,7 +110,9 @@ def match_ranks(
     cost = {name: linear.in_features + linear.out_features for name, linear in linears.items()}
     rank, budget = divmod(budget, sum(cost.values()))
     if rank < 1:
-        raise UserError("the control has too few parameters for LoRA of rank 1: choose a larger --control_rank")
+        raise UserError(
+            "the control has too few parameters for LoRA of rank 1: choose a larger --control_rank"
+        )
     ranks = dict.fromkeys(linears, rank)
     for name in linears:
         if cost[name] <= budget:
@@ -122,7 +132,13 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def build_base(
-    model: str, architecture: str | None, *, num_classes: int, image_size: int, mlp_layers: int, attention: str
+    model: str,
+    architecture: str | None,
+    *,
+    num_classes: int,
+    image_size: int,
+    mlp_layers: int,
+    attention: str,
 ) -> tuple[VisionTransformer, Base]:
     """The base model with a new head, its MLP layers and its kind of attention."""
     vit, base = load(model, architecture, num_classes=num_classes, image_size=image_size)
@@ -152,7 +168,9 @@ def read_description(folder: str | Path) -> Description:
         raise UserError(f"{folder} is no adapter folder of ViT/finetune.py ({error})") from error
 
 
-def restore(folder: str | Path, *, attention: str, model: str | None = None) -> tuple[nn.Module, Description, Base]:
+def restore(
+    folder: str | Path, *, attention: str, model: str | None = None
+) -> tuple[nn.Module, Description, Base]:
     """The trained classifier in `folder`; `model` says where its base model is now, if it moved.
 
     Raises:

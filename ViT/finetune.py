@@ -1,7 +1,7 @@
 """Fine-tune a timm Vision Transformer on images with control, LoRA, DoRA or a linear probe; write a run record.
 
     python ViT/finetune.py --method control                                    ViT-B/16 on CIFAR-100 from the hubs
-    python ViT/finetune.py --method control --data digits --model tiny --device cpu --lr 0.05    a minute, no hub
+    python ViT/finetune.py --method control --data digits --model tiny --device cpu --epochs 20 --batch_size 32 --lr 0.05   no hub
     python ViT/finetune.py --evaluate results/vit/RUN/adapter --data flowers102         test accuracy of an adapter
     python ViT/finetune.py --predict PHOTOS --adapter results/vit/RUN/adapter --output classes.csv
 
@@ -13,8 +13,10 @@ and lean lower the peak of the control further; --keep host leaves the images in
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import os
+import pickle
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
@@ -35,7 +37,18 @@ from classifier import (
     save,
     trained_state,
 )
+from images import Decoded, ImageData, load_data, read_folder
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny_model import build_tiny
+from torch import nn
+from tqdm import tqdm
+from training import Step, choose_precision, index_batches, predict, prepared, score, train_epoch
+from vision_models import TINY, Base, set_attention, set_mlp_layers
+
 from control_experiments.arguments import parse_arguments
+from control_experiments.checksums import fingerprint
 from control_experiments.device import describe_device, seed_everything, select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter, Throughput
@@ -43,14 +56,6 @@ from control_experiments.methods import ControlSettings, check_method
 from control_experiments.paths import RESULTS, public_path
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now, write_json_atomic
 from control_experiments.runs import RunFolder
-from images import Decoded, ImageData, load_data, read_folder
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from timm.data import IMAGENET_DEFAULT_MEAN
-from torch import nn
-from tqdm import tqdm
-from training import Step, choose_precision, index_batches, predict, prepared, score, train_epoch
-from vision_models import TINY, Base
 
 logger = logging.getLogger("vit")
 
@@ -73,12 +78,16 @@ class Options:
     )
     keep: Literal["auto", "device", "host", "files"] = field(
         default="auto",
-        metadata={"help": "Where decoded images lie; auto: on the GPU if they fit, else host, else in files."},
+        metadata={
+            "help": "Where decoded images lie; auto: on the GPU if they fit, else host, else in files."
+        },
     )
     workers: int = field(default=8, metadata={"help": "Threads or processes that decode images."})
     model: str = field(
         default="vit_base_patch16_224.orig_in21k",
-        metadata={"help": "timm name, a .safetensors or original .npz file, a folder, or tiny (with digits)."},
+        metadata={
+            "help": "timm name, a .safetensors or original .npz file, a folder, or tiny (with digits)."
+        },
     )
     architecture: Optional[str] = field(
         default=None, metadata={"help": "timm name of the architecture, for weights from a file."}
@@ -173,22 +182,35 @@ class Options:
                 chosen[name] = public_path(chosen[name])
         return chosen
 
+    def identity(self) -> dict:
+        """What a run in the same folder must share to be this run: the above and the contents of local files."""
+        files = {f"{name}_sha256": Path(getattr(self, name)).expanduser() for name in ("model", "data")}
+        return {
+            **self.hyperparameters(),
+            **{name: fingerprint(path) for name, path in files.items() if path.exists()},
+        }
 
-# -- the two programs ---------------------------------------------------------------------------------------
+
+# -- the three programs --------------------------------------------------------------------------------------
 
 
 def train(options: Options) -> None:
     """Train and evaluate after each epoch; leaves record, adapter, predictions and log in the run's folder."""
     device = select_device(options.device)
     precision = choose_precision(options.precision, device)
+    identity = {**options.identity(), "precision": precision}
     with RunFolder(options.folder) as folder:
         if folder.finished:
-            folder.claim(options.hyperparameters())
+            folder.claim(identity)
             print(f"{public_path(folder.path)} is finished: nothing to do")
             return
         created = utc_now()
         data = load_data(
-            options.data, root=options.data_root, corrupt=options.corrupt, keep=options.keep, workers=options.workers
+            options.data,
+            root=options.data_root,
+            corrupt=options.corrupt,
+            keep=options.keep,
+            workers=options.workers,
         )
         data.place(device, options.keep)
         seed_everything(options.seed)
@@ -199,13 +221,15 @@ def train(options: Options) -> None:
         memory.after_load()
         model = add_adapter(model, options.method, adapter_settings(options), options.mlp_layers).to(device)
         set_memory(model, options.memory)
-        checkpoint = folder.claim(
-            {**options.hyperparameters(), "precision": precision, "data_version": data.identity}, resume=options.resume
-        )
+        checkpoint = folder.claim(identity, resume=options.resume)
         with logging_to(folder.log):
             counts = count_parameters(model)
-            logger.info("%s: %s trained of %s parameters", options.method, f"{counts['trainable_parameters']:,}",
-                        f"{total + counts['adapter_parameters']:,}")
+            logger.info(
+                "%s: %s trained of %s parameters",
+                options.method,
+                f"{counts['trainable_parameters']:,}",
+                f"{total + counts['adapter_parameters']:,}",
+            )
             history, clock, logits = fit(options, model, data, device, precision, folder, checkpoint, memory)
         description = Description(
             options.method, options.model, base.architecture, base.sha256, options.image_size,
@@ -213,8 +237,12 @@ def train(options: Options) -> None:
         )  # fmt: skip
         save(model, folder.adapter, description, base_weights)
         if isinstance(data.test, Decoded):
-            write_predictions(folder.path / "predictions.csv", logits, data.classes,
-                              truth=[data.classes[label] for label in data.test.labels.tolist()])
+            write_predictions(
+                folder.path / "predictions.csv",
+                logits,
+                data.classes,
+                truth=[data.classes[label] for label in data.test.labels.tolist()],
+            )
         finish_record(
             options, folder, created, device, base, total, data,
             adapter={
@@ -228,18 +256,26 @@ def train(options: Options) -> None:
         )  # fmt: skip
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
         best, last = max(row["test_accuracy"] for row in history), history[-1]["test_accuracy"]
-        print(f"{options.method}: test accuracy {last:.2f} % (best epoch {best:.2f} %), "
-              f"{clock.summary()['examples_per_second'] or 0:.0f} images/s; record in {public_path(folder.record)}")
+        print(
+            f"{options.method}: test accuracy {last:.2f} % (best epoch {best:.2f} %), "
+            f"{clock.summary()['examples_per_second'] or 0:.0f} images/s; record in {public_path(folder.record)}"
+        )
 
 
 def evaluate(options: Options) -> None:
     """Test accuracy of a saved adapter on `--data`, printed and recorded."""
     device = select_device(options.device)
     created = utc_now()
-    model, description, base = restore(options.evaluate, attention=options.attention, model=moved_model(options))
+    model, description, base = restore(
+        options.evaluate, attention=options.attention, model=moved_model(options)
+    )
     adopt(options, description)
     data = load_data(
-        options.data, root=options.data_root, corrupt=options.corrupt, keep=options.keep, workers=options.workers
+        options.data,
+        root=options.data_root,
+        corrupt=options.corrupt,
+        keep=options.keep,
+        workers=options.workers,
     )
     check_classes(data, description)
     run = Path(options.evaluate).resolve().parent.name
@@ -254,15 +290,21 @@ def evaluate(options: Options) -> None:
         clock.step(len(labels))
         clock.stop()
         result = score(logits, labels)
-        write_predictions(folder.path / "predictions.csv", logits, data.classes,
-                          truth=[data.classes[label] for label in labels.tolist()])
+        write_predictions(
+            folder.path / "predictions.csv",
+            logits,
+            data.classes,
+            truth=[data.classes[label] for label in labels.tolist()],
+        )
         total = sum(p.numel() for p in model.parameters())
         finish_record(
             options, folder, created, device, base, total, data, adapter={"id": public_path(options.evaluate)},
             history=[], metrics={"best": result, "last": result}, memory=memory.summary(), time=clock.summary(),
         )  # fmt: skip
-        print(f"test accuracy {result['test_accuracy']:.2f} % on {len(labels)} images; "
-              f"record in {public_path(folder.record)}")
+        print(
+            f"test accuracy {result['test_accuracy']:.2f} % on {len(labels)} images; "
+            f"record in {public_path(folder.record)}"
+        )
 
 
 def classify_folder(options: Options) -> None:
@@ -290,12 +332,8 @@ def load_base(options: Options, num_classes: int) -> tuple[nn.Module, Base, dict
     rest = {"mlp_layers": options.mlp_layers, "attention": options.attention}
     if options.model != TINY:
         return *build_base(options.model, options.architecture, **shape, **rest), None
-    from tiny_model import build_tiny
-
     vit, base = build_tiny(**shape)
     weights = {name: value for name, value in vit.state_dict().items() if not name.startswith("head.")}
-    from vision_models import set_attention, set_mlp_layers
-
     set_mlp_layers(vit, options.mlp_layers)
     set_attention(vit, options.attention)
     return vit, base, weights
@@ -368,8 +406,13 @@ def fit(
         row = {"step": (epoch + 1) * steps, "epoch": epoch + 1, "learning_rate": rate, "train_loss": loss,
                "train_seconds": clock.seconds, **score(logits, labels)}  # fmt: skip
         history.append(row)
-        logger.info("epoch %d of %d: training loss %.4f, test accuracy %.2f %%", epoch + 1, options.epochs, loss,
-                    row["test_accuracy"])
+        logger.info(
+            "epoch %d of %d: training loss %.4f, test accuracy %.2f %%",
+            epoch + 1,
+            options.epochs,
+            loss,
+            row["test_accuracy"],
+        )
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{row['test_accuracy']:.2f}")
         save_checkpoint(folder.checkpoints, epoch + 1, model, parts, history)
     bar.close()
@@ -438,11 +481,6 @@ def load_checkpoint(place: Path, model: nn.Module, parts: dict) -> list[dict]:
     Raises:
         UserError: a file of it is broken.
     """
-    import json
-    import pickle
-
-    from safetensors import SafetensorError
-
     try:
         state = load_file(place / "trained.safetensors")
         own = trained_state(model)
@@ -454,12 +492,24 @@ def load_checkpoint(place: Path, model: nn.Module, parts: dict) -> list[dict]:
         for name, part in parts.items():
             part.load_state_dict(loaded[name])
         return json.loads((place / "trainer_state.json").read_text(encoding="utf-8"))["history"]
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        SafetensorError,
+        pickle.UnpicklingError,
+        EOFError,
+    ) as error:
         raise UserError(f"{place} is no usable checkpoint ({error}): delete it to start over") from error
 
 
 def write_predictions(
-    path: Path, logits: torch.Tensor, classes: list[str], names: list[str] | None = None, truth: list[str] | None = None
+    path: Path,
+    logits: torch.Tensor,
+    classes: list[str],
+    names: list[str] | None = None,
+    truth: list[str] | None = None,
 ) -> None:
     """A CSV file, written atomically: file or index, predicted class, its probability and, if known, the truth."""
     probability, chosen = logits.softmax(1).max(1)
@@ -470,7 +520,12 @@ def write_predictions(
     with partial_path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*columns, "true"] if truth else columns)
-        rows = zip(first, [classes[i] for i in chosen.tolist()], [f"{p:.4f}" for p in probability.tolist()], strict=True)
+        rows = zip(
+            first,
+            [classes[i] for i in chosen.tolist()],
+            [f"{p:.4f}" for p in probability.tolist()],
+            strict=True,
+        )
         for index, row in enumerate(rows):
             writer.writerow([*row, truth[index]] if truth else row)
     os.replace(partial_path, path)
@@ -495,8 +550,7 @@ def finish_record(
         model={"id": base.id, "sha256": base.sha256, "class": base.architecture, "total_parameters": total},
         data={**data.identity, "sizes": {"train": len(data.train), "test": len(data.test)}},
         hyperparameters={**options.hyperparameters(), "optimizer": "SGD", "weight_decay": 0.0,
-                         "autocast": choose_precision(options.precision, device),
-                         "pixel_mean": list(IMAGENET_DEFAULT_MEAN)},
+                         "autocast": choose_precision(options.precision, device)},
         **results,
     ).write(folder.record)  # fmt: skip
 
@@ -522,6 +576,10 @@ class logging_to:
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
     options.complete()
+    if options.model == TINY:
+        torch.set_num_threads(
+            1
+        )  # its tensors are too small to share, and threads that wait for each other are slow
     if options.evaluate and options.predict:
         raise UserError("choose one of --evaluate and --predict")
     if options.evaluate:

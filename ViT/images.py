@@ -21,12 +21,13 @@ import numpy as np
 import psutil
 import torch
 import torchvision
-from control_experiments.checksums import fingerprint
-from control_experiments.errors import UserError
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from torchvision import datasets
 from tqdm import tqdm
+
+from control_experiments.checksums import fingerprint
+from control_experiments.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
 TEST_NAMES = ("test", "val", "valid", "validation")
@@ -292,7 +293,9 @@ def load_data(
     return ImageData(path.stem, train, test, classes, {"id": path.name, "sha256": fingerprint(path)})
 
 
-def read_folder(folder: str, corrupt: str = "stop", workers: int = 8) -> tuple[list[Path], list[torch.Tensor]]:
+def read_folder(
+    folder: str, corrupt: str = "stop", workers: int = 8
+) -> tuple[list[Path], list[torch.Tensor]]:
     """All images below a folder, without labels: their paths and their `(3, H, W)` pixels.
 
     Raises:
@@ -330,7 +333,9 @@ def _tar_members(path: Path) -> dict[str, tuple[int, int]]:
         with tarfile.open(path, "r:") as tar:
             members = [member for member in tar if member.isreg()]
     except tarfile.ReadError as error:
-        raise UserError(f"{path} is a compressed or broken tar: unpack it, or pack it without compression") from error
+        raise UserError(
+            f"{path} is a compressed or broken tar: unpack it, or pack it without compression"
+        ) from error
     for member in members:
         if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
             raise UserError(f"{path} has a member outside of itself ({member.name}): do not trust this file")

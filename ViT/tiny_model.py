@@ -11,7 +11,7 @@ from timm.models import VisionTransformer
 from torch.nn.functional import cross_entropy
 from vision_models import TINY, Base, create
 
-SEED, STEPS, BATCH, LEARNING_RATE = 0, 400, 128, 2e-3
+SEED, STEPS, BATCH, LEARNING_RATE = 0, 300, 32, 2e-3
 
 
 def build_tiny(*, num_classes: int, image_size: int) -> tuple[VisionTransformer, Base]:

@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 
 import augment
 import torch
-from control_experiments.errors import UserError
 from images import Decoded, OnDemand
 from torch import nn
 from torch.nn.functional import cross_entropy
+
+from control_experiments.errors import UserError
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """"auto" is the published fp16 on a GPU and fp32 on the CPU.
+    """ "auto" is the published fp16 on a GPU and fp32 on the CPU.
 
     Raises:
         UserError: unknown, or fp16 without a GPU.
@@ -36,7 +37,9 @@ class Step:
     finite): the next batch is prepared between them, while the device is busy with the backward.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, precision: str):
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, precision: str
+    ):
         self.model, self.optimizer, self.device = model, optimizer, device
         self.dtype = DTYPES[precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -97,7 +100,9 @@ def train_epoch(
 
 
 @torch.inference_mode()
-def predict(step: Step, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+def predict(
+    step: Step, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits `(N, classes)` float32 and labels `(N,)` of all batches, on the CPU."""
     step.model.eval()
     logits, labels = [], []

@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from control_experiments.checksums import fingerprint
-from control_experiments.errors import UserError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import Mlp
-from timm.models import VisionTransformer
+from timm.models import VisionTransformer, is_model_in_modules
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
+
+from control_experiments.checksums import fingerprint
+from control_experiments.errors import UserError
 
 #: The architecture of the CPU demonstration (`tiny_model.py`), beside timm's own.
 TINY = "tiny"
@@ -43,7 +44,9 @@ class Base:
     sha256: str | None = None
 
 
-def create(architecture: str, *, num_classes: int, image_size: int, pretrained: bool = False) -> VisionTransformer:
+def create(
+    architecture: str, *, num_classes: int, image_size: int, pretrained: bool = False
+) -> VisionTransformer:
     """A timm VisionTransformer, with random weights or those of timm's hub, and a new head.
 
     Raises:
@@ -100,8 +103,11 @@ def load(
     built = create(architecture, num_classes=num_classes, image_size=image_size)
     load_weights(built, path, architecture)
     parent = path.resolve().parent.name
-    return built, Base(f"{parent}/{path.name}" if path.stem in ("model", "base") else path.name, architecture,
-                       fingerprint(path))
+    return built, Base(
+        f"{parent}/{path.name}" if path.stem in ("model", "base") else path.name,
+        architecture,
+        fingerprint(path),
+    )
 
 
 def load_weights(model: VisionTransformer, path: Path, architecture: str) -> None:
@@ -115,7 +121,9 @@ def load_weights(model: VisionTransformer, path: Path, architecture: str) -> Non
         _load_npz(model, path, misfit)
         return
     if path.suffix != ".safetensors":
-        raise UserError(f"{path} is neither .safetensors nor .npz: convert it, as pickled weights can run code")
+        raise UserError(
+            f"{path} is neither .safetensors nor .npz: convert it, as pickled weights can run code"
+        )
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -192,7 +200,7 @@ def set_mlp_layers(model: VisionTransformer, layers: int) -> None:
 
 
 def set_attention(model: VisionTransformer, attention: str) -> None:
-    """"sdpa" lets attention run fused; "eager" keeps the attention matrix, as the published runs did.
+    """ "sdpa" lets attention run fused; "eager" keeps the attention matrix, as the published runs did.
 
     Raises:
         UserError: another name, or a model whose attention has no such switch.
@@ -201,7 +209,9 @@ def set_attention(model: VisionTransformer, attention: str) -> None:
         raise UserError(f"--attention is eager or sdpa, got {attention!r}")
     for block in model.blocks:
         if not hasattr(getattr(block, "attn", None), "fused_attn"):
-            raise UserError("--attention needs timm's Attention in each block, which this model does not have")
+            raise UserError(
+                "--attention needs timm's Attention in each block, which this model does not have"
+            )
         block.attn.fused_attn = attention == "sdpa"
 
 
@@ -216,7 +226,7 @@ def _check_name(name: str) -> None:
         near = difflib.get_close_matches(bare, timm.list_models(module="vision_transformer"), 3)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise UserError(f"timm knows no model {name!r}{hint} (and there is no file of that name)")
-    if not timm.is_model_in_modules(bare, _MODULES):
+    if not is_model_in_modules(bare, _MODULES):
         raise UserError(f"{name} is no timm VisionTransformer")
 
 

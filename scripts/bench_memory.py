@@ -52,7 +52,9 @@ DEFAULT_METHODS = [
 @dataclass
 class Options:
     shape: str = field(default="llama3-8b", metadata={"help": f"Model shape: {', '.join(SHAPES)}."})
-    methods: list[str] = field(default_factory=lambda: DEFAULT_METHODS, metadata={"help": "Methods to run, in order."})
+    methods: list[str] = field(
+        default_factory=lambda: DEFAULT_METHODS, metadata={"help": "Methods to run, in order."}
+    )
     batch: int = field(default=4, metadata={"help": "Sequences per step."})
     tokens: int = field(default=1024, metadata={"help": "Tokens per sequence."})
     steps: int = field(default=8, metadata={"help": "Timed steps; the median is reported."})
@@ -63,7 +65,9 @@ class Options:
     )
     profile: bool = field(default=False, metadata={"help": "Instead: print the kernels that take the time."})
     output: str = field(default=str(ROOT / "results" / "memory"), metadata={"help": "Folder of the records."})
-    worker: str | None = field(default=None, metadata={"help": "Used by the script itself: run this one method."})
+    worker: str | None = field(
+        default=None, metadata={"help": "Used by the script itself: run this one method."}
+    )
 
 
 def parse_method(text: str) -> tuple[str, set[str], str]:
@@ -74,7 +78,9 @@ def parse_method(text: str) -> tuple[str, set[str], str]:
     name = "+".join(part for part in parts if part not in switches)
     if name not in ("lora", "lora-all", "dora", "control", "control+lora"):
         raise ValueError(f"unknown method {text!r}: see --help")
-    if mode not in ("", "plain", "fast", "balanced", "lean") or (mode not in ("", "plain") and "control" not in name):
+    if mode not in ("", "plain", "fast", "balanced", "lean") or (
+        mode not in ("", "plain") and "control" not in name
+    ):
         raise ValueError(f"method {text!r}: no such memory mode")
     return name, switches, mode or "plain"
 
@@ -99,14 +105,19 @@ def build(options: Options, method: str):
 
     per_weight = dict(r=32, lora_alpha=64, lora_dropout=0.0)
     adapters = {
-        "lora": lambda: LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"], **per_weight),
+        "lora": lambda: LoraConfig(
+            target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"], **per_weight
+        ),
         "lora-all": lambda: LoraConfig(target_modules="all-linear", **per_weight),
         "dora": lambda: LoraConfig(
             target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"], use_dora=True, **per_weight
         ),
         "control": lambda: ControlConfig(control_blocks=["attention", "mlp"], control_rank=64),
         "control+lora": lambda: ControlConfig(
-            control_blocks=["mlp"], control_rank=64, target_modules=["q_proj", "k_proj", "v_proj"], **per_weight
+            control_blocks=["mlp"],
+            control_rank=64,
+            target_modules=["q_proj", "k_proj", "v_proj"],
+            **per_weight,
         ),
     }
     config = adapters[name]()
@@ -150,7 +161,9 @@ def measure(options: Options, method: str) -> dict:
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=options.device == "cuda")
     generator = torch.Generator(device=options.device).manual_seed(1)
     vocabulary = SHAPES[options.shape]["vocab_size"]
-    ids = torch.randint(vocabulary, (options.batch, options.tokens), generator=generator, device=options.device)
+    ids = torch.randint(
+        vocabulary, (options.batch, options.tokens), generator=generator, device=options.device
+    )
     static, clock, seconds = allocated(options), Clock(options.device), []
 
     def step():
@@ -176,7 +189,9 @@ def measure(options: Options, method: str) -> dict:
             if options.device == "cuda":
                 torch.cuda.synchronize()
         key = f"self_{options.device}_time_total"
-        print(profile.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=70), file=sys.stderr)
+        print(
+            profile.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=70), file=sys.stderr
+        )
     peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
     median = statistics.median(seconds)
     return {
@@ -195,7 +210,9 @@ def measure(options: Options, method: str) -> dict:
 def longest(options: Options, method: str) -> dict:
     """The longest sequence, in steps of 512 tokens, whose training step fits ``options.limit`` GiB."""
     model = build(options, method)
-    torch.cuda.set_per_process_memory_fraction(options.limit * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(
+        options.limit * 2**30 / torch.cuda.get_device_properties(0).total_memory
+    )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     vocabulary = SHAPES[options.shape]["vocab_size"]
@@ -244,11 +261,13 @@ def matmul_tflops() -> float:
 
 def run_all(options: Options) -> list[dict]:
     results = []
-    passed_on = [argument for argument in sys.argv[1:]]
+    passed_on = list(sys.argv[1:])
     for number, method in enumerate(options.methods, 1):
         started = time.time()
         command = [sys.executable, __file__, *passed_on, "--worker", method]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=None if options.profile else subprocess.PIPE, text=True)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=None if options.profile else subprocess.PIPE, text=True
+        )
         if done.returncode:
             reason = (done.stderr or "").strip().splitlines()[-1:] or ["see above"]
             result = {"method": method, "error": reason[0][:300]}
@@ -282,7 +301,9 @@ def ratios(results: list[dict]) -> str:
     for result in measured:
         if result["method"].startswith("control"):
             times = [result["step_seconds"] / peer["step_seconds"] for peer in (fastest, leanest)]
-            memory = [result["over_static_bytes"] / max(peer["over_static_bytes"], 1) for peer in (fastest, leanest)]
+            memory = [
+                result["over_static_bytes"] / max(peer["over_static_bytes"], 1) for peer in (fastest, leanest)
+            ]
             lines.append(
                 f"{result['method']:32s} time x{times[0]:.2f} memory x{memory[0]:.2f}"
                 f"            time x{times[1]:.2f} memory x{memory[1]:.2f}"
@@ -338,7 +359,9 @@ def main() -> None:
     print(ratios(results))
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{options.shape}_{options.batch}x{options.tokens}" + (f"_limit{options.limit:g}" if options.limit else "")
+    name = f"{options.shape}_{options.batch}x{options.tokens}" + (
+        f"_limit{options.limit:g}" if options.limit else ""
+    )
     record = {
         "schema": 1,
         "device": device,
@@ -350,7 +373,11 @@ def main() -> None:
     }
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     if not options.limit:
-        draw(results, f"{options.shape}, {options.batch} x {options.tokens} tokens, {device}", folder / f"{name}.png")
+        draw(
+            results,
+            f"{options.shape}, {options.batch} x {options.tokens} tokens, {device}",
+            folder / f"{name}.png",
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,24 @@ import torch  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel  # noqa: E402
 
-WORDS = ["the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "big", "small", "red", "blue", "runs", "sleeps", "not", "and"]
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "sees",
+    "hears",
+    "likes",
+    "big",
+    "small",
+    "red",
+    "blue",
+    "runs",
+    "sleeps",
+    "not",
+    "and",
+]
 
 
 def save_tokenizer(folder: Path) -> None:

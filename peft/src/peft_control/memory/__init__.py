@@ -29,7 +29,7 @@ def set_memory_mode(
     model: nn.Module,
     mode: str,
     *,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = 2048,
     offload: bool = True,
     fused_loss: bool = True,
     on_unsupported: str = "error",
@@ -40,7 +40,7 @@ def set_memory_mode(
         model: a model with a control adapter (LoRA on q, k, v may be in it), or its base model.
         mode: "plain" (autograd as it is), "fast" (no matmul recomputed), "balanced" (attention and one MLP matmul
             recomputed) or "lean" (one state per layer kept, the MLP worked in chunks).
-        chunk_tokens: tokens per chunk of the lean MLP, and rows per chunk of the loss.
+        chunk_tokens: tokens per chunk of the lean MLP; the loss works on a quarter of it at a time.
         offload: lean keeps its states in pinned host memory (on a GPU).
         fused_loss: causal language models compute their training loss without a batch's logits, so that
             ``outputs.logits`` is None while training with labels.
@@ -60,13 +60,17 @@ def set_memory_mode(
         return model
     layers = [module for module in model.modules() if _class_name(module) in _DECODER]
     if not layers:
-        message = f"memory mode {mode!r} supports {', '.join(_DECODER)}, and {_class_name(model)} has none of these"
+        message = (
+            f"memory mode {mode!r} supports {', '.join(_DECODER)}, and {_class_name(model)} has none of these"
+        )
         if on_unsupported == "warn":
             warnings.warn(f"{message}; it trains in mode 'plain'", stacklevel=2)
             return model
         raise ValueError(message)
     if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
-        raise ValueError(f"memory mode {mode!r} replaces gradient checkpointing: call gradient_checkpointing_disable()")
+        raise ValueError(
+            f"memory mode {mode!r} replaces gradient checkpointing: call gradient_checkpointing_disable()"
+        )
     host = HostStates() if mode == "lean" and offload else None
     for layer in layers:
         mlp = GatedMlp(layer.post_attention_layernorm, layer.mlp)
@@ -75,8 +79,10 @@ def set_memory_mode(
         layer.forward = MethodType(training_forward, layer)
     if fused_loss:
         for module in model.modules():
-            if isinstance(module, PreTrainedModel) and isinstance(getattr(module, "lm_head", None), nn.Linear):
-                module.loss_chunk = chunk_tokens
+            if isinstance(module, PreTrainedModel) and isinstance(
+                getattr(module, "lm_head", None), nn.Linear
+            ):
+                module.loss_chunk = max(chunk_tokens // 4, 1)
                 module.forward = MethodType(causal_lm_forward, module)
     return model
 

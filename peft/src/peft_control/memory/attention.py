@@ -47,7 +47,8 @@ def decoder_attention(layer, hidden_states, attention_mask=None, position_embedd
     normal = RmsNorm.apply(hidden_states, layer.input_layernorm)
     shape = (*normal.shape[:-1], -1, attention.head_dim)
     query, key, value = (
-        projection(normal).view(shape) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        projection(normal).view(shape)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..layer import ControlLayer
 from .control import AddControl, add_control_, control_backward, control_hidden, control_parameters
 from .mlp import tokens
 from .offload import HostStates
@@ -96,11 +97,14 @@ class LeanLayer(torch.autograd.Function):
     def forward(ctx, state, layer, arguments, named, *parameters):
         plan = layer.memory_plan
         ctx.layer, ctx.arguments, ctx.named = layer, arguments, named
-        ctx.random, ctx.autocast = _random_state(state), _autocast_state(state)
+        ctx.autocast = _autocast_state(state)
+        ctx.random = _random_state(state) if _draws(layer) else None
         middle = _add(layer, state, plan.attention(layer, state, *arguments, **named))
         output = torch.empty_like(middle)
         control = getattr(layer, "mlp_control", None)
-        for piece, into in zip(tokens(middle).split(plan.chunk), output.view(-1, output.shape[-1]).split(plan.chunk)):
+        for piece, into in zip(
+            tokens(middle).split(plan.chunk), output.view(-1, output.shape[-1]).split(plan.chunk)
+        ):
             part, _ = plan.mlp.forward(piece, 0)
             add_control_(control, control_hidden(control, piece), part)
             into.copy_(part)
@@ -136,7 +140,11 @@ class LeanLayer(torch.autograd.Function):
                     into.copy_(part)
                     sums = gradients if sums is None else [a.add_(b) for a, b in zip(sums, gradients)]
         inputs = ([state] if state.requires_grad else []) + others
-        found = torch.autograd.grad(middle, inputs, dmiddle.view(middle.shape), allow_unused=True) if inputs else ()
+        found = (
+            torch.autograd.grad(middle, inputs, dmiddle.view(middle.shape), allow_unused=True)
+            if inputs
+            else ()
+        )
         found = list(found)
         dstate = found.pop(0) if state.requires_grad else None
         by_id = dict(zip(map(id, control_parameters(control)), sums)) | dict(zip(map(id, others), found))
@@ -150,6 +158,16 @@ def _autocast_state(tensor):
     return partial(torch.autocast, device, dtype=dtype, enabled=enabled)
 
 
+def _draws(layer) -> bool:
+    """Whether the layer's forward draws random numbers."""
+    return any(
+        (isinstance(module, nn.Dropout) and module.p > 0.0 and module.training)
+        or (isinstance(module, ControlLayer) and any(module.dropout.values()))
+        or getattr(module, "attention_dropout", 0.0)
+        for module in layer.modules()
+    )
+
+
 def _random_state(tensor):
     states = [torch.get_rng_state()]
     if tensor.is_cuda:
@@ -158,7 +176,7 @@ def _random_state(tensor):
 
 
 class _replayed:
-    """Run with the generators as they were; leave them as they are."""
+    """Run with the generators as they were (None: as they are); leave them as they are."""
 
     def __init__(self, states, tensor):
         self.states, self.device = states, tensor.device
@@ -169,8 +187,10 @@ class _replayed:
             torch.cuda.set_rng_state(states[1], self.device)
 
     def __enter__(self):
-        self.now = _random_state(torch.empty(0, device=self.device))
-        self._set(self.states)
+        if self.states is not None:
+            self.now = _random_state(torch.empty(0, device=self.device))
+            self._set(self.states)
 
     def __exit__(self, *_):
-        self._set(self.now)
+        if self.states is not None:
+            self._set(self.now)

@@ -26,7 +26,9 @@ class GatedMlp:
 
     def check(self) -> None:
         if not all(map(is_frozen_linear, (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj))):
-            raise ValueError("memory modes need a frozen MLP; it has trainable parameters or an adapter inside")
+            raise ValueError(
+                "memory modes need a frozen MLP; it has trainable parameters or an adapter inside"
+            )
 
     def _normalise(self, state):
         return kernels.rms_norm(state, self.norm.weight, self.norm.variance_epsilon)

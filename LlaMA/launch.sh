@@ -1,0 +1,55 @@
+# What all launchers of this folder share; sourced, not run.
+#
+# A launcher sets its recipe, sources this file and calls one of
+#   train_and_evaluate "$METHOD" "$@"     CONTROL_RANK LORA_RANK LORA_ALPHA OUT GPU [finetune.py's options...]
+#   evaluate "$@"                         CONTROL_RANK LORA_RANK LORA_ALPHA OUT GPU METHOD [evaluate.py's options...]
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(dirname "$HERE")
+if [ -z "${PYTHON:-}" ]; then
+  if [ -x "$ROOT/.venv/bin/python" ]; then PYTHON=$ROOT/.venv/bin/python; else PYTHON=python3; fi
+fi
+
+DATA=${DATA:-${PARALLEL_CONTROL_SHARED:-$ROOT/../shared}/data/commonsense}   # folder with <task>/test.json
+TRAIN_DATA=${TRAIN_DATA:-}                                                  # by default found in DATA
+EVALUATE_ARGS=${EVALUATE_ARGS:-}                                            # more options for evaluate.py
+BATCH_QUESTIONS=${BATCH_QUESTIONS:-64}
+
+if [ -z "$TRAIN_DATA" ]; then
+  for name in commonsense_170k.json commonsense_51k.json; do
+    if [ -f "$DATA/$name" ]; then TRAIN_DATA=$DATA/$name; break; fi
+  done
+  TRAIN_DATA=${TRAIN_DATA:-$DATA/commonsense_170k.json}
+fi
+
+usage() {
+  echo "usage: bash $0 $1" >&2
+  exit 2
+}
+
+run() {
+  printf '+'; printf ' %q' "$@"; printf '\n'
+  "$@"
+}
+
+train_and_evaluate() {
+  local method=$1; shift
+  [ $# -ge 5 ] || usage "CONTROL_RANK LORA_RANK LORA_ALPHA OUT GPU [options of finetune.py]"
+  local control_rank=$1 lora_rank=$2 lora_alpha=$3 out=$4 gpu=$5; shift 5
+  run "$PYTHON" "$HERE/finetune.py" --method "$method" --model "$MODEL" --data "$TRAIN_DATA" --output_dir "$out" \
+    --device "$gpu" --control_rank "$control_rank" --lora_rank "$lora_rank" --lora_alpha "$lora_alpha" \
+    --lora_dropout "$LORA_DROPOUT" --epochs "$EPOCHS" --lr "$LR" --batch_size "$BATCH" \
+    --micro_batch_size "$MICRO_BATCH" --cutoff "$CUTOFF" --warmup_steps "$WARMUP" --held_out "$HELD_OUT" \
+    --eval_steps "$EVAL_STEPS" --seed "$SEED" --memory "$MEMORY" "$@"
+  evaluate "$control_rank" "$lora_rank" "$lora_alpha" "$out" "$gpu" "$method"
+}
+
+evaluate() {
+  [ $# -ge 6 ] || usage 'CONTROL_RANK LORA_RANK LORA_ALPHA OUT GPU "control+lora"|"double control" [options of evaluate.py]'
+  local control_rank=$1 lora_rank=$2 lora_alpha=$3 out=$4 gpu=$5 method=$6; shift 6
+  # EVALUATE_ARGS holds several options on purpose
+  # shellcheck disable=SC2086
+  run "$PYTHON" "$HERE/evaluate.py" --model "$MODEL" --adapter "$out/adapter" --method "$method" --data "$DATA" \
+    --output_dir "$out/evaluation" --device "$gpu" --control_rank "$control_rank" --lora_rank "$lora_rank" \
+    --lora_alpha "$lora_alpha" --batch_size "$BATCH_QUESTIONS" $EVALUATE_ARGS "$@"
+}

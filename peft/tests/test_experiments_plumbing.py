@@ -1,0 +1,324 @@
+"""What all domains share: errors, records, run folders, metering, devices, checksums."""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from control_experiments import record as record_module
+from control_experiments.arguments import parse_arguments
+from control_experiments.checksums import fingerprint
+from control_experiments.device import describe_device, seed_everything, select_device
+from control_experiments.errors import UserError, run_main
+from control_experiments.metering import MemoryMeter, Throughput
+from control_experiments.methods import METHODS, ControlSettings, LoraSettings, adapter_config
+from control_experiments.paths import REPOSITORY, public_path
+from control_experiments.record import RunRecord, public_command, read_record, utc_now, write_json_atomic
+from control_experiments.runs import RunFolder
+
+
+def make_record(**changes) -> RunRecord:
+    return RunRecord(
+        **{
+            "domain": "roberta", "name": "a", "method": "lora", "task": "cola", "seed": 42, "command": ["python", "x.py"],
+            "created": utc_now(), "finished": utc_now(), "git": {"commit": None, "dirty": None}, "versions": {},
+            "device": {}, "model": {}, "data": {}, "adapter": {}, "hyperparameters": {}, "metrics": {"best": {"x": 1.5}},
+            "memory": {}, "time": {}, **changes,
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "line"),
+    [
+        (UserError("do\nthis"), 2, "error: do this\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (None, 0, ""),
+    ],
+)
+def test_exit_codes(problem, code, line, capsys):
+    def main():
+        if problem:
+            raise problem
+
+    with pytest.raises(SystemExit) as exit_:
+        run_main(main)
+    assert (exit_.value.code, capsys.readouterr().err) == (code, line)
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("words", [["--rank", "x"], ["--nonsense", "1"], ["stray"]])
+def test_unparsable_options_are_one_line(words, capsys):
+    from dataclasses import dataclass
+
+    @dataclass
+    class Options:
+        rank: int = 1
+
+    with pytest.raises(SystemExit) as exit_:
+        run_main(lambda: parse_arguments(Options, argv=words))
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert argparse.ArgumentParser.error.__module__ == "argparse"  # put back
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner),
+)
+
+
+@given(contents=json_values)
+def test_json_round_trip(tmp_path_factory, contents):
+    path = tmp_path_factory.mktemp("json") / "x.json"
+    write_json_atomic(path, contents)
+    assert json.loads(path.read_text(encoding="utf-8")) == contents
+    assert [entry.name for entry in path.parent.iterdir()] == ["x.json"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    path = write_json_atomic(tmp_path / "x.json", {"old": 1})
+
+    def full(_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(record_module.os, "fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        write_json_atomic(path, {"new": 2})
+    with pytest.raises(TypeError):
+        write_json_atomic(path, {"new": object()})
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_record_round_trip(tmp_path):
+    history = [{"step": 1, "epoch": 0.5, "loss": float("nan")}]
+    path = make_record(history=history).write(tmp_path / "record.json")
+    read = read_record(path)
+    assert read.metrics == {"best": {"x": 1.5}} and read.history == [{"step": 1, "epoch": 0.5, "loss": None}]
+    assert (read.schema, read.status) == (1, "finished")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[:50], "no readable run record"),
+        (lambda text: "[]", "no run record of schema 1"),
+        (lambda text: text.replace('"schema": 1', '"schema": 2'), "schema 1 .found 2"),
+        (lambda text: text.replace('"metrics"', '"other"'), "'metrics' is missing or no dict"),
+        (lambda text: text.replace('"seed": 42', '"seed": "42"'), "'seed' is missing or no int"),
+    ],
+)
+def test_broken_records_are_named(damage, message, tmp_path):
+    path = make_record().write(tmp_path / "record.json")
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(UserError, match=message) as error:
+        read_record(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_record(tmp_path):
+    with pytest.raises(UserError, match="no readable run record"):
+        read_record(tmp_path / "record.json")
+
+
+def test_no_private_path_or_token_reaches_a_record(tmp_path):
+    token = "hf_" + "a1B2" * 8
+    record = make_record(
+        command=[
+            "python",
+            "/home/someone/x.py",
+            f"--model={tmp_path}/m",
+            "--hub_token",
+            "s3cret",
+            "--api-key=k3y",
+            token,
+        ],
+        model={"id": "/home/someone/models/minilm", "paths": {tmp_path / "b"}},
+        data={"id": str(REPOSITORY / "RoBERTa" / "glue.py")},
+    )
+    text = record.write(tmp_path / "record.json").read_text()
+    for private in ("/home", str(tmp_path), "s3cret", "k3y", token):
+        assert private not in text
+    written = json.loads(text)
+    assert written["command"] == ["python", "x.py", "--model=m", "--hub_token", "***", "--api-key=***", "***"]
+    assert written["model"] == {"id": "minilm", "paths": ["b"]}
+    assert written["data"] == {"id": "RoBERTa/glue.py"}
+
+
+def test_public_names_that_are_no_paths_stay():
+    words = ["roberta-base", "nyu-mll/glue", "1/3", "a and/or b", "3e-4", "../models/x"]
+    assert public_command(words) == [*words[:-1], "x"]
+    assert public_path(REPOSITORY / "peft") == "peft"
+
+
+def hold(path, ready):
+    with RunFolder(path) as folder:
+        (folder.path / "work").write_text("x")
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_folder_has_one_run_at_a_time_and_a_dead_one_lets_go(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=hold, args=(tmp_path / "run", ready))
+    process.start()
+    assert ready.wait(20)
+    with pytest.raises(UserError, match="in use by another run"):
+        RunFolder(tmp_path / "run")
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with RunFolder(tmp_path / "run") as folder:
+        assert not folder.finished
+
+
+def test_an_unused_folder_goes_away(tmp_path):
+    with RunFolder(tmp_path / "run") as folder:
+        folder.claim({"method": "lora"})
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be an output folder"):
+        RunFolder(tmp_path / "file")
+
+
+def checkpoint(folder: RunFolder, step: int, complete: bool = True):
+    path = folder.checkpoints / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    if complete:
+        (path / "trainer_state.json").write_text("{}")
+    return path
+
+
+def test_claims(tmp_path):
+    lora, dora = {"method": "lora", "ranks": (1, 2)}, {"method": "dora", "ranks": (1, 2)}
+    with RunFolder(tmp_path / "run") as folder:
+        assert folder.claim(lora, resume=True) is None
+        assert folder.claim(dora) is None  # nothing was trained yet
+        folder.claim(lora)
+        ninth = checkpoint(folder, 9)
+        checkpoint(folder, 10, complete=False)
+        assert folder.claim(lora, resume=True) == ninth
+        tenth = checkpoint(folder, 100)
+        assert folder.claim(lora, resume=True) == tenth
+        with pytest.raises(UserError, match="add --resume"):
+            folder.claim(lora)
+        with pytest.raises(UserError, match="method 'lora' there, 'dora' asked for"):
+            folder.claim(dora, resume=True)
+        write_json_atomic(folder.record, {})
+        assert folder.finished
+        with pytest.raises(UserError, match="belongs to another run"):
+            folder.claim(dora)
+        (folder.path / "run.json").write_text("{")
+        with pytest.raises(UserError, match="missing or broken"):
+            folder.claim(lora)
+
+
+def test_throughput_counts_only_what_it_should():
+    meter = Throughput(torch.device("cpu"))
+    assert meter.summary()["examples_per_second"] is None
+    meter.start()
+    for _ in range(3):
+        time.sleep(0.02)
+        meter.step(examples=4, tokens=torch.tensor(10))
+    with meter.left_out():
+        time.sleep(0.5)
+    meter.stop()
+    summary = meter.summary()
+    assert (summary["examples"], summary["real_tokens"], summary["steps"]) == (12, 30, 3)
+    assert 0.06 <= summary["train_seconds"] < 0.5 and 0.02 <= summary["median_step_seconds"] < 0.3
+    assert summary["tokens_per_second"] == pytest.approx(30 / summary["train_seconds"])
+
+
+def test_cpu_memory_is_the_resident_set_and_says_so():
+    meter = MemoryMeter(torch.device("cpu"))
+    meter.after_load()
+    before = meter.summary()["peak_resident_bytes"]
+    block = torch.ones(before // 4 + 50_000_000 // 4)  # float32: more than all that was resident
+    meter.after_optimizer()
+    summary = meter.summary()
+    assert summary["kind"] == "resident set" and summary["peak_resident_bytes"] >= block.nbytes
+    assert summary["weights_bytes"] is None and summary["activations_bytes"] is None
+
+
+def test_devices():
+    assert select_device("cpu") == torch.device("cpu")
+    assert describe_device(torch.device("cpu"))["count"] >= 1
+    with pytest.raises(UserError, match="no GPU 99 here"):
+        select_device("99")
+    for name in ("cuda", "-1", ""):
+        with pytest.raises(UserError, match="GPU must be an index"):
+            select_device(name)
+
+
+def test_seeds_repeat():
+    draws = []
+    for _ in range(2):
+        seed_everything(3)
+        draws.append(torch.rand(4).tolist())
+    assert draws[0] == draws[1]
+
+
+def test_fingerprints(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_bytes(b"one")
+    assert fingerprint(tmp_path / "a" / "x") == hashlib.sha256(b"one").hexdigest()
+    first = fingerprint(tmp_path / "a")
+    assert first == hashlib.sha256(f"x\t{hashlib.sha256(b'one').hexdigest()}\n".encode()).hexdigest()
+    (tmp_path / "a" / ".lock").write_text("")
+    assert fingerprint(tmp_path / "a") == first
+    (tmp_path / "a" / "x").rename(tmp_path / "a" / "y")
+    assert fingerprint(tmp_path / "a") != first
+    with pytest.raises(UserError, match="does not exist"):
+        fingerprint(tmp_path / "b")
+
+
+def config(method, **changes):
+    settings = {
+        "control": ControlSettings(rank=3, alpha=0.5),
+        "lora": LoraSettings(rank=4, alpha=8, targets=("q",)),
+    }
+    return adapter_config(method, task_type="CAUSAL_LM", **{**settings, **changes})
+
+
+def test_methods_are_the_configurations_they_say():
+    assert config("probe") is None
+    assert (config("lora").r, config("lora").use_dora, config("dora").use_dora) == (4, False, True)
+    assert config("control").control_rank == 3 and config("control").target_modules is None
+    assert config("double control").control_blocks == ["attention", "mlp"]
+    mixed = config("control+dora")
+    assert (mixed.control_blocks, mixed.use_dora, mixed.target_modules) == (["mlp"], True, {"q"})
+    assert not config("control+lora").use_dora
+    assert {config(method).peft_type.value for method in METHODS if "control" in method} == {"CONTROL"}
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("adapter", {}, "unknown method 'adapter': choose one of control"),
+        ("control", {"control": ControlSettings(rank=0)}, "control_rank"),
+        ("control", {"control": ControlSettings(blocks=())}, "control_blocks is empty"),
+        ("lora", {"lora": LoraSettings(rank=0, targets=("q",))}, "LoRA rank must be at least 1"),
+        ("dora", {"lora": LoraSettings(dropout=1.0, targets=("q",))}, "LoRA dropout"),
+        ("control+lora", {"lora": LoraSettings()}, "needs the names of its target modules"),
+    ],
+)
+def test_impossible_methods(method, changes, message):
+    with pytest.raises(UserError, match=message):
+        config(method, **changes)

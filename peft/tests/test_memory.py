@@ -1,0 +1,252 @@
+"""Memory modes: exact gradients in every mode, reversible, and clear about what they cannot do."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from peft_control import ControlConfig
+from peft_control.memory import MODES, set_memory_mode
+from peft_control.memory.loss import causal_lm_loss
+
+FAMILIES = {
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {}),
+    "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig, {"sliding_window": 8}),
+    "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, {"head_dim": 16}),
+}
+VOCABULARY = 61
+
+
+@pytest.fixture
+def exact_norms(monkeypatch):
+    """transformers computes RMSNorm in float32 whatever the model's dtype; in float64 here, for comparison."""
+
+    def forward(self, x):
+        wide = x if x.dtype == torch.float64 else x.float()
+        normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight * normal).to(x.dtype)
+
+    for family in FAMILIES:
+        module = getattr(transformers.models, family)
+        cls = getattr(getattr(module, f"modeling_{family}"), f"{family.capitalize()}RMSNorm")
+        monkeypatch.setattr(cls, "forward", forward)
+
+
+def build(family="llama", dtype=torch.float64, lora=False, **control):
+    torch.manual_seed(0)
+    cls, config_cls, extra = FAMILIES[family]
+    config = config_cls(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, **extra,
+    )  # fmt: skip
+    per_weight = (
+        dict(target_modules=["q_proj", "k_proj", "v_proj"], r=2, init_lora_weights=False) if lora else {}
+    )
+    config_control = ControlConfig(
+        task_type="CAUSAL_LM",
+        **{"control_blocks": ["attention", "mlp"], "control_rank": 4, "init_weights": False, **control},
+        **per_weight,
+    )
+    model = get_peft_model(cls(config).to(dtype), config_control, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():  # norms of all ones hide a missing weight
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+    return model.train()
+
+
+def batch(padded=False):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCABULARY, (2, 19), generator=generator)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :6] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[1, :3] = -100
+    return {"input_ids": ids, "attention_mask": mask}, labels
+
+
+def loss_and_gradients(model, mode, padded=False, **options):
+    set_memory_mode(model, mode, chunk_tokens=8, **options)
+    model.zero_grad()
+    inputs, labels = batch(padded)
+    torch.manual_seed(2)
+    if mode == "plain":  # transformers' own loss is float32 whatever the model's dtype
+        logits = model(**inputs).logits[:, :-1]
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        loss = F.cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    else:
+        loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(gradient is not None for gradient in gradients.values())
+    return loss.detach(), gradients
+
+
+def distance(gradients, reference):
+    flat = [torch.cat([g.double().flatten() for g in found.values()]) for found in (gradients, reference)]
+    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_exact(family, lora, mode, exact_norms):
+    model = build(family, lora=lora, control_bias=True, control_alpha=0.7)
+    loss, reference = loss_and_gradients(model, "plain", padded=True)
+    found_loss, found = loss_and_gradients(model, mode, padded=True)
+    assert abs(found_loss - loss) <= 1e-10
+    assert found.keys() == reference.keys()
+    assert distance(found, reference) <= 1e-10
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("blocks", [["mlp"], ["attention"]])
+def test_gradients_are_exact_with_one_block_and_dropout(blocks, mode, exact_norms):
+    model = build(control_blocks=blocks, control_dropout=0.3, lora=True, lora_dropout=0.2)
+    loss, reference = loss_and_gradients(model, "fast")
+    # The same seed draws the same masks in every mode, except that lean draws the MLP's chunk by chunk.
+    model_loss, found = loss_and_gradients(model, mode)
+    again_loss, again = loss_and_gradients(model, mode)
+    assert torch.equal(model_loss, again_loss) and distance(found, again) == 0.0
+    if mode != "lean":
+        assert distance(found, reference) <= 1e-10
+
+
+def test_lean_replays_its_dropout(exact_norms):
+    """Finite differences of a loss whose masks are drawn anew: right only if the backward replays them."""
+    model = build(control_dropout=0.4)
+    _, gradients = loss_and_gradients(model, "lean")
+    inputs, labels = batch()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or "layers.1" not in name:
+            continue
+        index = gradients[name].abs().argmax()
+        exact, values = gradients[name].flatten()[index].item(), []
+        for step in (1e-5, -1e-5):
+            parameter.data.view(-1)[index] += step
+            torch.manual_seed(2)
+            values.append(model(**inputs, labels=labels).loss.item())
+            parameter.data.view(-1)[index] -= step
+        assert (values[0] - values[1]) / 2e-5 == pytest.approx(exact, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_bf16_is_as_near_to_float32_as_plain_is(mode):
+    _, reference = loss_and_gradients(build(dtype=torch.float32), "plain")
+    _, plain = loss_and_gradients(build(dtype=torch.bfloat16), "plain")
+    _, found = loss_and_gradients(build(dtype=torch.bfloat16), mode)
+    assert distance(found, reference) <= 1.5 * distance(plain, reference)
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_two_active_adapters_and_none(mode, exact_norms):
+    model = build()
+    model.add_adapter("second", ControlConfig(control_rank=3, control_blocks=["mlp"], init_weights=False))
+    model.double()
+    model.base_model.set_adapter(["default", "second"])
+    loss, reference = loss_and_gradients(model, "plain")
+    found_loss, found = loss_and_gradients(model, mode)
+    assert abs(found_loss - loss) <= 1e-10 and distance(found, reference) <= 1e-10
+
+    inputs, labels = batch()
+    with model.disable_adapter():
+        off = model(**inputs, labels=labels).loss
+    assert abs(off - loss) > 1e-4
+
+
+def test_plain_restores_everything():
+    model = build(dtype=torch.float32)
+    _, before = loss_and_gradients(model, "plain")
+    keys = list(model.state_dict())
+    for mode in MODES[1:]:
+        set_memory_mode(model, mode)
+        assert list(model.state_dict()) == keys
+    _, after = loss_and_gradients(model, "plain")
+    assert distance(after, before) == 0.0
+    assert not any("forward" in vars(module) or "memory_plan" in vars(module) for module in model.modules())
+
+
+def test_inference_and_generation_are_untouched():
+    model = build(dtype=torch.float32).eval()
+    inputs, _ = batch()
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        text = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+        set_memory_mode(model, "lean")
+        assert torch.equal(model(**inputs).logits, logits)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), text)
+
+
+def test_a_deep_copy_trains_on_its_own():
+    model = set_memory_mode(build(), "lean", chunk_tokens=8)
+    twin = copy.deepcopy(model)
+    inputs, labels = batch()
+    twin(**inputs, labels=labels).loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
+
+
+def test_loss_divides_as_the_trainer_asks():
+    inputs, labels = batch()
+    model = set_memory_mode(build(), "fast")
+    mean = model(**inputs, labels=labels).loss
+    count = (labels[:, 1:] != -100).sum()
+    torch.testing.assert_close(model(**inputs, labels=labels, num_items_in_batch=4).loss, mean * count / 4)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_chunked_loss_equals_the_whole(chunk, softcap):
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
+    head = torch.nn.Linear(8, 23, dtype=torch.float64).requires_grad_(False)
+    labels = torch.randint(23, (2, 9))
+    labels[0, 2:5] = -100
+    logits = head(hidden)[:, :-1]
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    whole = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    (expected,) = torch.autograd.grad(3 * whole, hidden)
+    chunked = causal_lm_loss(hidden, labels, head, chunk=chunk, softcap=softcap)
+    (found,) = torch.autograd.grad(3 * chunked, hidden)
+    torch.testing.assert_close(chunked, whole)
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_cannot_be_done_says_so():
+    with pytest.raises(ValueError, match="unknown memory mode 'slim': choose from plain"):
+        set_memory_mode(build(), "slim")
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=9))
+    gpt2 = get_peft_model(gpt2, ControlConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="supports LlamaDecoderLayer"):
+        set_memory_mode(gpt2, "fast")
+    with pytest.warns(UserWarning, match="it trains in mode 'plain'"):
+        set_memory_mode(gpt2, "fast", on_unsupported="warn")
+
+    checkpointing = build()
+    checkpointing.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        set_memory_mode(checkpointing, "lean")
+
+    cls, config_cls, _ = FAMILIES["llama"]
+    small = cls(
+        config_cls(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+        )
+    )
+    lora = get_peft_model(small, LoraConfig(target_modules=["up_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="frozen MLP"):
+        set_memory_mode(lora, "fast")
+    assert not any("memory_plan" in vars(module) for module in lora.modules())
+
+
+def test_a_second_backward_is_refused():
+    model = set_memory_mode(build(), "fast")
+    inputs, labels = batch()
+    loss = model(**inputs, labels=labels).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once per forward"):
+        loss.backward()

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Rerun the published ViT memory table: bash scripts/table_vit_memory.sh GPU [options of ViT/memory_table.py ...]
+# ViT-B/16, batch 128, eager and fused attention, LoRA, control and DoRA; random weights, so nothing is downloaded.
+# Needs a GPU with 32 GiB free and about 3 minutes; writes results/vit/memory/table.md and its six records.
+set -euo pipefail
+
+if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
+    sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit $(($# < 1 ? 2 : 0))
+fi
+gpu=$1
+shift
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+if [[ -z ${PYTHON:-} && ! -x $python ]]; then python=python3; fi
+echo "measuring the ViT memory table on device $gpu"
+exec "$python" "$root/ViT/memory_table.py" --device "$gpu" "$@"
