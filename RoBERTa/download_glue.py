@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import huggingface_hub
 from datasets import load_dataset
 from glue import GLUE_TASKS, HUB_ID
 
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for task in options.tasks:
         if task not in GLUE_TASKS:
             raise UserError(f"unknown task {task!r}: choose from {', '.join(GLUE_TASKS)}")
+    huggingface_hub.utils.logging.set_verbosity_error()
     for task in options.tasks:
         folder = Path(options.output) / task
         if (folder / "dataset_dict.json").is_file():

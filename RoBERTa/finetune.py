@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal, Optional
 
 import datasets
+import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -519,6 +520,7 @@ def _figures(row: dict) -> str:
 def quieten() -> None:
     """Leave the terminal to the progress bar and to errors."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

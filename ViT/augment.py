@@ -5,8 +5,8 @@ Training takes `RandomResizedCrop(S, bicubic)` and a horizontal flip, evaluation
 mirrors it, and resampling is linear and separable, so an image becomes `rows @ image @ columns` with two small
 matrices of its own: crop, resize and flip of a batch are two batched matrix products. The result is Pillow's but
 for rounding ties (one or two levels of 255 in 0.1 % of the values), because values are rounded and clamped after
-each of the two passes, columns first, as in Pillow; Pillow 13 takes tall images in the other order, which can move
-saturated pixels by some levels. The random numbers come from a CPU generator, so they are the same on every device.
+each of the two passes, columns first, as in Pillow. (Pillow 13 seems to take some tall crops in the other order: up
+to 6 levels apart where pixels saturate.) The random numbers come from a CPU generator, so they are the same on every device.
 """
 
 from __future__ import annotations

@@ -22,12 +22,12 @@ from control_experiments.record import RunRecord, read_record
 
 METRIC = "matthews"
 TABLE, PICTURE = "table.md", "score_against_time.png"
-HEADER = ("method", "Matthews, best", "Matthews, last", "trained parameters", "training time", "peak memory")
+HEADER = ("method", "Matthews best", "Matthews last", "trained parameters", "training time", "peak memory")
 #: A constant prediction has Matthews correlation 0, whatever the classes' shares.
-MAJORITY = ("always the majority class", "0.000", "0.000", "0", "", "")
+MAJORITY = ("majority class", "0.000", "0.000", "0", "", "")
 MEMORY = {
-    "resident set": ("peak_resident_bytes", "resident in the whole process (CPU)"),
-    "cuda allocator": ("peak_allocated_bytes", "allocated on the GPU"),
+    "resident set": ("peak_resident_bytes", "CPU resident"),
+    "cuda allocator": ("peak_allocated_bytes", "GPU allocator"),
 }
 
 
@@ -92,7 +92,9 @@ def conditions(records: Sequence[RunRecord]) -> str:
 def print_table(rows: Sequence[Sequence[str]], caption: str) -> None:
     table = Table(title="Demonstration task (not GLUE)", caption=caption, box=box.SIMPLE_HEAD)
     for name in HEADER:
-        table.add_column(name, justify="left" if name in ("method", "peak memory") else "right")
+        longest_word = max(map(len, name.split()))
+        justify = "left" if name == "method" else "right"
+        table.add_column(name, justify=justify, min_width=longest_word, no_wrap=name == "method")
     for cells in rows:
         table.add_row(*cells)
     Console().print(table)
@@ -140,6 +142,7 @@ def plot(records: dict[str, RunRecord | None], path: Path) -> None:
         ylabel="Matthews correlation on dev",
         title="Demonstration task (not GLUE)",
     )
+    axes.set_xlim(left=0)
     axes.legend()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_control.memory import kernels
+from peft_control import ControlConfig
+from peft_control.memory import MODES, kernels, set_memory_mode
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -50,3 +53,35 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
     close(kernels.cross_entropy_(ours, labels.cuda()), kernels.cross_entropy_(reference, labels), 1e-5)
     close(ours, reference, tolerance)
     assert not ours[4].any()
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode):
+    """The same steps on the same data: the losses of all modes lie on each other."""
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, vocab_size=32000,
+    )  # fmt: skip
+    ids = torch.randint(32000, (2, 512), generator=torch.Generator().manual_seed(1)).cuda()
+
+    def train(mode):
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            base = LlamaForCausalLM(config).bfloat16()
+        adapter = ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], control_rank=16)
+        model = set_memory_mode(get_peft_model(base, adapter).train(), mode)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert {p.dtype for p in trained} == {torch.float32}
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        for _ in range(12):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            gradients = torch.cat([p.grad.flatten() for p in trained])
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item(), gradients
+
+    (plain, reference), (loss, gradients) = train("plain"), train(mode)
+    assert plain < 10.0
+    assert loss == pytest.approx(plain, rel=2e-3)
+    assert (gradients - reference).norm() <= 0.05 * reference.norm()

@@ -72,15 +72,15 @@ def test_the_table_says_what_the_records_say(tmp_path):
     done = run(tmp_path, *METHODS)
     assert done.returncode == 0, done.stderr
     _, _, control, lora, _, majority = cells(tmp_path)
-    memory = "900 MiB resident in the whole process (CPU)"
+    memory = "900 MiB CPU resident"
     assert control == ["[control](control/record.json)", "0.720", "0.700", "223,106", "60 s", memory]
     assert lora[1:3] == ["0.650", "0.650"]
-    assert majority[:2] == ["always the majority class", "0.000"]
+    assert majority[:2] == ["majority class", "0.000"]
     for shown in (
         "0.720",
         "223,106",
         memory,
-        "always the majority class",
+        "majority class",
         "not GLUE",
         "800 train + 100 validation",
     ):
@@ -106,7 +106,7 @@ def test_gpu_memory_is_labelled_and_unequal_conditions_are_told(tmp_path):
     }
     write(tmp_path, record("control", **gpu), record("lora"))
     done = run(tmp_path, "control", "lora")
-    assert cells(tmp_path)[2][-1] == "1,024 MiB allocated on the GPU"
+    assert cells(tmp_path)[2][-1] == "1,024 MiB GPU allocator"
     assert "DIFFERENT device: 1 x Some GPU, 2 x Some CPU" in " ".join(done.stdout.split())
 
 

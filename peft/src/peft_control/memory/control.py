@@ -52,7 +52,7 @@ def add_control_(control: ControlLayer | None, kept, output) -> None:
 
 def control_backward(control: ControlLayer | None, state, kept, dy, dstate) -> list[torch.Tensor]:
     """Add the control's part of the state's gradient to ``dstate`` in place, unless that is None; return the
-    gradients of :func:`control_parameters` in float32 or the parameters' wider type."""
+    gradients of :func:`control_parameters` in the parameters' dtypes."""
     gradients, kept = [], list(kept)
     for name in _active(control):
         down, up = control.control_A[name], control.control_B[name]
@@ -60,10 +60,10 @@ def control_backward(control: ControlLayer | None, state, kept, dy, dstate) -> l
         dtype = hidden.dtype
         dy_c, state_c = dy.to(dtype), state.to(dtype)
         dhidden = (dy_c @ up.weight.to(dtype)).mul_(control.alpha[name])
-        d_up = _outer(dy_c, hidden, up.weight.dtype).mul_(control.alpha[name])
+        d_up = (dy_c.t() @ hidden).to(up.weight.dtype).mul_(control.alpha[name])
         if _drops(control, name):
             dhidden = dhidden * kept.pop(0) / (1.0 - control.dropout[name])
-        gradients.append(_outer(dhidden, state_c, down.weight.dtype))
+        gradients.append((dhidden.t() @ state_c).to(down.weight.dtype))
         if down.bias is not None:
             gradients.append(dhidden.sum(0, dtype=down.bias.dtype))
         gradients.append(d_up)
@@ -93,13 +93,6 @@ def _compute_dtype(state: torch.Tensor) -> torch.dtype:
 
 def _cast(linear, dtype):
     return linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
-
-
-def _outer(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``left.T @ right`` in ``dtype``: summed over tokens without a rounding to half precision on CUDA."""
-    if left.is_cuda and left.dtype != dtype == torch.float32:
-        return torch.mm(left.t(), right, out_dtype=dtype)
-    return (left.t() @ right).to(dtype)
 
 
 class AddControl(torch.autograd.Function):

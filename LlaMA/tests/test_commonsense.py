@@ -1,0 +1,126 @@
+import json
+
+import pytest
+
+from control_experiments.errors import UserError
+from control_experiments.paths import shared_folder
+from LlaMA.commonsense import (
+    ALL_WORDS,
+    TASKS,
+    Row,
+    extract_answer,
+    offered_words,
+    read_rows,
+    split_rows,
+    tokenize_prompts,
+    tokenize_rows,
+)
+from LlaMA.prompts import prompt
+
+ROW = {"instruction": "Which?", "input": "", "output": "the correct answer is answer1", "answer": "answer1"}
+
+
+def test_prompts_are_the_published_templates():
+    file = shared_folder() / "paper" / "prompts.json"
+    if not file.is_file():
+        pytest.skip("the published templates are not here (PARALLEL_CONTROL_SHARED)")
+    published = json.loads(file.read_text())
+    for name, given in (("with_input", "some input"), ("without_input", "")):
+        training = published["train"][name].format(instruction="I", input=given, output="O")
+        assert prompt("I", given) + "O" == training
+        authors = published["evaluate_authors"][name].format(instruction="I", input=given)
+        assert prompt("I", given, "authors") == authors
+
+
+def test_braces_in_an_instruction_are_text():
+    assert "{input} {x}" in prompt("{input} {x}", "given {instruction}")
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ("[{", "no JSON file"),
+        ("[]", "at least one row"),
+        ("{}", "at least one row"),
+        (json.dumps([ROW, "text"]), "row 1: must be an object"),
+        (
+            json.dumps([ROW, {k: v for k, v in ROW.items() if k != "output"}]),
+            "row 1: the field 'output' is missing",
+        ),
+        (json.dumps([{**ROW, "answer": 3}]), "row 0: the field 'answer' must be text, got int"),
+        (json.dumps([{**ROW, "instruction": " "}]), "row 0: the field 'instruction' is empty"),
+        (
+            json.dumps([ROW, {**ROW, "answer": "maybe"}]),
+            "row 1: the field 'answer' is 'maybe', not one of answer1",
+        ),
+    ],
+)
+def test_a_bad_data_file_is_named_with_row_and_field(tmp_path, contents, message):
+    file = tmp_path / "rows.json"
+    file.write_text(contents)
+    with pytest.raises(UserError) as error:
+        read_rows(file, TASKS["openbookqa"])
+    assert message in str(error.value)
+    assert "rows.json" in str(error.value)
+
+
+def test_the_shared_test_sets_are_valid():
+    folder = shared_folder() / "data" / "commonsense"
+    if not folder.is_dir():
+        pytest.skip("no shared data (PARALLEL_CONTROL_SHARED)")
+    assert len(read_rows(folder / "openbookqa" / "test.json", TASKS["openbookqa"])) == 500
+
+
+@pytest.mark.parametrize(
+    ("text", "task", "answer"),
+    [
+        ("the correct answer is answer3", "ARC-Easy", "answer3"),
+        ("false, not true", "boolq", "false"),
+        ("I do not know", "piqa", None),
+        ("ending4 or ending1", "hellaswag", "ending4"),
+        ("True", "boolq", None),
+    ],
+)
+def test_the_first_answer_word_counts(text, task, answer):
+    assert extract_answer(text, TASKS[task]) == answer
+
+
+def test_only_offered_words_are_ranked():
+    row = Row("Which?\n\nAnswer format: answer1/answer2/answer3", "", "o", "answer1")
+    assert offered_words(row, TASKS["social_i_qa"]) == ["answer1", "answer2", "answer3"]
+    assert offered_words(Row("Which?", "", "o", "true"), TASKS["boolq"]) == ["true", "false"]
+
+
+def test_split_is_seeded_and_disjoint(rows):
+    training, held_out = split_rows(rows, 10, seed=1)
+    assert len(held_out) == 10
+    assert sorted(training + held_out) == sorted(rows)
+    assert split_rows(rows, 10, seed=1) == (training, held_out)
+    assert split_rows(rows, 10, seed=2)[1] != held_out
+    with pytest.raises(UserError, match="held_out"):
+        split_rows(rows, len(rows), seed=1)
+
+
+def test_rows_end_in_eos_unless_they_are_cut(rows, tokenizer):
+    whole = tokenize_rows(rows, tokenizer, cutoff=1000)
+    assert all(row.ids[-1] == tokenizer.eos_token_id and not row.cut for row in whole)
+    text = prompt(rows[0].instruction) + rows[0].output
+    assert tokenizer.decode(whole[0].ids[:-1]) == text
+
+    cutoff = len(whole[0].ids)
+    assert not tokenize_rows(rows[:1], tokenizer, cutoff)[0].cut
+    (cut,) = tokenize_rows(rows[:1], tokenizer, cutoff - 1)
+    assert cut.cut
+    assert cut.ids == whole[0].ids[: cutoff - 1]
+
+
+def test_prompts_are_tokenized_as_in_training(rows, tokenizer):
+    trained = tokenize_rows(rows, tokenizer, cutoff=1000, response_only=True)
+    for ids, row, full in zip(tokenize_prompts(rows, tokenizer), rows, trained, strict=True):
+        assert full.ids[: len(ids)] == ids
+        assert full.loss_from == len(ids)
+        assert tokenizer.decode(full.ids[len(ids) : -1]).strip() == row.output
+
+
+def test_answer_words_cover_all_tasks():
+    assert set(ALL_WORDS) == {word for words in TASKS.values() for word in words}

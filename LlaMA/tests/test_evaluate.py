@@ -1,0 +1,263 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from control_experiments.record import read_record
+from LlaMA import answering, evaluate, finetune
+from LlaMA.answering import Question, generate, rank_words
+from LlaMA.commonsense import ANSWER_LEAD, TASKS, offered_words, tokenize_prompts
+from LlaMA.tests.conftest import one_line, tiny_model
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, model_folder, data):
+    """The output folder of a control+lora run."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    finetune.main(
+        [str(part) for part in (
+            "--method", "control+lora", "--model", model_folder, "--data", data / "train.json", "--output_dir", out,
+            "--device", "cpu", "--max_steps", 60, "--eval_steps", 20, "--held_out", 6, "--warmup_steps", 5, "--lr", "2e-2",
+            "--control_rank", 4, "--lora_rank", 2, "--lora_alpha", 4,
+        )]
+    )  # fmt: skip
+    return out
+
+
+@pytest.fixture
+def run(call, model_folder, data, tmp_path):
+    """Evaluate the tiny model on the CPU into tmp_path/<name>."""
+
+    def start(*more, name="evaluation"):
+        return call(
+            evaluate.main, "--model", model_folder, "--data", data, "--output_dir", tmp_path / name,
+            "--device", "cpu", "--batch_size", 4, *more,
+        )  # fmt: skip
+
+    return start
+
+
+def expected(trained, *more):
+    ranks = ("--control_rank", 4, "--lora_rank", 2, "--lora_alpha", 4)
+    return ("--adapter", trained / "adapter", "--method", "control+lora", *ranks, *more)
+
+
+@pytest.fixture
+def questions(rows, tokenizer, model):
+    """Questions whose answer words are pieces of what this random model says, so that there is something to find."""
+    prompts = tokenize_prompts(rows[:12], tokenizer)
+    said = [reply.text for reply in generate(
+        model, tokenizer, [Question(ids, ("x",), ("x",)) for ids in prompts], stop_when_decided=False
+    )]  # fmt: skip
+    words = tuple(
+        dict.fromkeys(word for text in said for word in text.split()[1:3] if word.isalpha() and len(word) > 2)
+    )
+    assert len(words) >= 2
+    return [Question(ids, words, words[:3]) for ids in prompts]
+
+
+# -- generation ---------------------------------------------------------------------------------------------
+
+
+def test_stopping_when_decided_changes_no_answer_and_takes_fewer_steps(
+    model, tokenizer, questions, monkeypatch
+):
+    steps = []
+    forward = model.forward
+
+    def counted(*args, **kwargs):
+        steps.append(1)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counted)
+    full, count_full = [], 0
+    stopped, count_stopped = [], 0
+    for question in questions:
+        steps.clear()
+        full += generate(model, tokenizer, [question], stop_when_decided=False)
+        count_full += len(steps)
+        steps.clear()
+        stopped += generate(model, tokenizer, [question])
+        count_stopped += len(steps)
+    assert [reply.answer for reply in stopped] == [reply.answer for reply in full]
+    assert sum(reply.answer is not None for reply in full) >= 2
+    assert count_stopped < count_full
+
+
+def test_batches_answer_as_single_questions_do(model, tokenizer, questions):
+    together = generate(model, tokenizer, questions)
+    alone = [generate(model, tokenizer, [question])[0] for question in questions]
+    assert [reply.answer for reply in together] == [reply.answer for reply in alone]
+
+
+def test_search_goes_on_while_one_beam_disagrees(tokenizer):
+    stop = answering.AnswersDecided(tokenizer, 1, [Question([1], TASKS["boolq"], TASKS["boolq"])], beams=2)
+
+    def candidates(*texts):
+        rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        longest = max(map(len, rows))
+        pad = tokenizer(" ", add_special_tokens=False)["input_ids"]
+        return torch.tensor([[1, *row, *(pad * (longest - len(row)))] for row in rows])
+
+    agree, differ = candidates("true", "true", "false", "no"), candidates("true", "false", "true", "true")
+    assert stop(agree, None).all()
+    assert not stop(differ, None).any()
+
+
+def test_a_finished_hypothesis_without_an_answer_keeps_the_search_going(tokenizer):
+    stop = answering.AnswersDecided(tokenizer, 0, [Question([], TASKS["boolq"], TASKS["boolq"])], beams=2)
+    word, end = tokenizer("true", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
+    ended = [*word[:-1], end] if len(word) > 1 else [end]
+    assert not stop(torch.tensor([ended, word, word, word]), None).any()
+    assert not stop(torch.tensor([[*word, word[-1]]] * 4), None).any()
+
+
+# -- likelihood ---------------------------------------------------------------------------------------------
+
+
+def test_likelihood_ranks_as_whole_sequences_do(model, tokenizer, rows):
+    tests = [(row, TASKS["hellaswag"] if "ending" in row.answer else tuple(offered_words(row, TASKS["openbookqa"])))
+             for row in rows[:10]]  # fmt: skip
+    prompts = tokenize_prompts([row for row, _ in tests], tokenizer)
+    questions = [
+        Question(ids, words, words[: 2 + index % 3])
+        for index, (ids, (_, words)) in enumerate(zip(prompts, tests, strict=True))
+    ]
+    best = []
+    model.requires_grad_(False)
+    for question in questions:
+        scores = []
+        for word in question.offered:
+            tail = tokenizer(f" {ANSWER_LEAD} {word}", add_special_tokens=False)["input_ids"]
+            logits = model(input_ids=torch.tensor([question.ids + tail])).logits[
+                0, len(question.ids) - 1 : -1
+            ]
+            scores.append(float(logits.log_softmax(-1).gather(1, torch.tensor(tail)[:, None]).sum()))
+        best.append(question.offered[scores.index(max(scores))])
+    assert [reply.answer for reply in rank_words(model, tokenizer, questions)] == best
+    assert len(set(best)) > 1
+
+
+# -- the run ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_scores_all_tasks_and_keeps_every_answer(run, trained, tmp_path):
+    code, out, err = run(*expected(trained))
+    assert code == 0, err
+    record = read_record(tmp_path / "evaluation" / "record.json")
+    assert record.method == "control+lora"
+    accuracies = []
+    for task in TASKS:
+        lines = [
+            json.loads(line) for line in (tmp_path / "evaluation" / f"{task}.jsonl").read_text().splitlines()
+        ]
+        assert sorted(line["row"] for line in lines) == list(range(7))
+        assert all(line["correct"] == (line["answer"] == line["label"]) for line in lines)
+        accuracies.append(100 * sum(line["correct"] for line in lines) / 7)
+        assert record.metrics["last"][task] == pytest.approx(accuracies[-1])
+        assert f"{task:14} accuracy" in out
+    assert record.metrics["last"]["average"] == pytest.approx(sum(accuracies) / 8)
+    assert (
+        record.adapter["trainable_parameters"]
+        == read_record(trained / "record.json").adapter["trainable_parameters"]
+    )
+
+
+def test_a_killed_run_answers_only_what_is_left(run, tmp_path, monkeypatch):
+    assert run("--tasks", "boolq", "piqa", name="whole")[0] == 0
+    folder = tmp_path / "whole"
+    (folder / "record.json").unlink()
+    (folder / "piqa.jsonl").unlink()
+    kept = (folder / "boolq.jsonl").read_text().splitlines(keepends=True)
+    (folder / "boolq.jsonl").write_text("".join(kept[:3]) + kept[3][:10])  # killed within a line
+
+    asked, real = [], evaluate.generate
+
+    def counted(model, tokenizer, questions, **kwargs):
+        asked.extend(questions)
+        return real(model, tokenizer, questions, **kwargs)
+
+    monkeypatch.setattr(evaluate, "generate", counted)
+    code, _, err = run("--tasks", "boolq", "piqa", name="whole")
+    assert code == 0, err
+    assert len(asked) == 4 + 7
+    assert sorted((folder / "boolq.jsonl").read_text().splitlines()) == sorted(line.strip() for line in kept)
+    code, out, _ = run("--tasks", "boolq", "piqa", name="whole")
+    assert (code, "skipped" in out) == (0, True)
+    code, _, err = run("--tasks", "boolq", "--beams", 1, name="whole")
+    assert (code, "beams 4 there, 1 asked for" in one_line(err)) == (2, True)
+
+
+def test_likelihood_is_recorded_apart(run, trained, tmp_path):
+    code, _, err = run(*expected(trained, "--mode", "likelihood"))
+    assert code == 0, err
+    record = read_record(tmp_path / "evaluation" / "record.json")
+    assert record.task == "commonsense-likelihood"
+    assert record.metrics["last"]["no_match"] == 0
+
+
+def test_comparison_with_batch_one(run, tmp_path):
+    code, _, err = run("--compare_batch_one", 9, "--max_new_tokens", 6)
+    assert code == 0, err
+    result = read_record(tmp_path / "evaluation" / "record.json").metrics["last"]
+    assert result["questions"] == 9
+    assert result["answers_agree"] == 100
+    assert result["speedup"] == pytest.approx(
+        result["questions_per_second"] / result["questions_per_second_batch_one"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--control_rank", 8), "control_rank 4, but control+lora with control_rank 8"),
+        (("--lora_rank", 3), "lora_rank 2, but control+lora with lora_rank 3"),
+        (("--method", "double control"), "control_blocks"),
+        (("--method", "lora"), "method control, but lora"),
+        (("--adapter", "nowhere"), "nowhere is no adapter folder"),
+        (("--tasks", "glue"), "unknown task 'glue'"),
+        (("--data", "nowhere"), "cannot read the data file"),
+        (("--limit", 0), "--limit must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(run, trained, tmp_path, change, message):
+    code, _, err = run(*expected(trained, *change))
+    assert code == 2
+    assert message in one_line(err)
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(call, trained, data, model_folder, tmp_path, tokenizer):
+    other = tmp_path / "tiny-llama"  # the same name and shape, other weights
+    shutil.copytree(model_folder, other)
+    tiny_model(len(tokenizer) + 4, initializer_range=0.1).save_pretrained(other)
+    arguments = ("--data", data, "--output_dir", tmp_path / "out", "--device", "cpu")
+    code, _, err = call(evaluate.main, "--model", other, *arguments, *expected(trained))
+    assert code == 2
+    assert "trained on another base model" in one_line(err)
+
+    bare = tmp_path / "adapter"  # without its record only the shapes can tell
+    shutil.copytree(trained / "adapter", bare)
+    tiny_model(len(tokenizer) + 4, hidden_size=48).save_pretrained(other)
+    code, _, err = call(evaluate.main, "--model", other, *arguments, "--adapter", bare)
+    assert code == 2
+    assert "does not fit" in one_line(err)
+
+
+def test_too_little_gpu_memory_keeps_what_was_answered(run, tmp_path, monkeypatch):
+    real, calls = evaluate.generate, []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "generate", full)
+    code, _, err = run()
+    assert code == 2
+    assert "smaller --batch_size" in one_line(err)
+    assert len((tmp_path / "evaluation" / "boolq.jsonl").read_text().splitlines()) == 4
+    monkeypatch.setattr(evaluate, "generate", real)
+    assert run("--batch_size", 2)[0] == 0

@@ -1,0 +1,296 @@
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from control_experiments.record import read_record
+from LlaMA import finetune
+from LlaMA.models import METHODS, SHAPES, choose_pad_token
+from LlaMA.tests.conftest import one_line
+from peft_control import ControlConfig  # noqa: F401  registers CONTROL
+
+
+def arguments(model, data, out, *more, method="control+lora"):
+    return [
+        "--method", method, "--model", model, "--data", data / "train.json", "--output_dir", out, "--device", "cpu",
+        "--max_steps", 6, "--eval_steps", 2, "--held_out", 6, "--warmup_steps", 1, "--lr", "1e-2", "--control_rank", 4,
+        "--lora_rank", 2, "--lora_alpha", 4, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def run(call, model_folder, data, tmp_path):
+    """Fine-tune the tiny model into tmp_path/<name>."""
+
+    def start(*more, name="run", method="control+lora"):
+        return call(finetune.main, *arguments(model_folder, data, tmp_path / name, *more, method=method))
+
+    return start
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_leaves_an_adapter_and_a_record(run, tmp_path, model_folder, method):
+    code, out, err = run(method=method)
+    assert code == 0, err
+    record = read_record(tmp_path / "run" / "record.json")
+    assert record.method == method
+    width, layers, rank, lora = 32, 2, 4, 2
+    blocks = 2 if method == "double control" else 1 if "control" in method else 0
+    controls = layers * blocks * 2 * width * rank
+    qkv = layers * lora * ((32 + 32) + 2 * (32 + 16))
+    up_down = layers * lora * 2 * (32 + 64)
+    magnitudes = layers * (32 + 16 + 16)
+    per_weight = 0 if method in ("control", "double control") else qkv + (0 if controls else up_down)
+    if "dora" in method:
+        per_weight += magnitudes + (0 if controls else layers * (64 + 32))
+    assert record.adapter["trainable_parameters"] == controls + per_weight
+    assert record.time["real_tokens"] > 0
+    assert [entry["step"] for entry in record.history] == [2, 4, 6]
+    assert record.metrics["best"]["eval_loss"] == min(entry["eval_loss"] for entry in record.history)
+    assert record.metrics["last"]["eval_loss"] < record.history[0]["eval_loss"]
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert "cut at 256 tokens" in out
+
+
+def test_the_best_checkpoint_is_saved_not_the_last(run, tmp_path, monkeypatch):
+    real, seen = finetune.batch_loss, []
+
+    def worse_after_the_second_evaluation(model, batch):
+        value = real(model, batch)
+        if model.training:
+            return value
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+        return value + 10 * max(0, len(seen) - 2)
+
+    monkeypatch.setattr(finetune, "batch_loss", worse_after_the_second_evaluation)
+    code, _, err = run("--token_budget", 10_000, "--max_steps", 10)
+    assert code == 0, err
+    record = read_record(tmp_path / "run" / "record.json")
+    assert (record.metrics["best"]["step"], record.metrics["last"]["step"]) == (4, 10)
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    for name, tensor in seen[1].items():
+        torch.testing.assert_close(saved[name.replace(".default", "")], tensor)
+
+
+def test_a_killed_run_resumes_with_the_same_batches(run, tmp_path, monkeypatch):
+    assert run(name="whole")[0] == 0
+    batches, real = [], finetune.CommonsenseTrainer.training_step
+
+    def dying(self, model, inputs, *rest):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        batches.append([batch.inputs["input_ids"].tolist() for batch in inputs["batches"]])
+        return real(self, model, inputs, *rest)
+
+    monkeypatch.setattr(finetune.CommonsenseTrainer, "training_step", dying)
+    assert run(name="killed")[0] == 130
+    code, _, err = run(name="killed")
+    assert code == 2
+    assert "--resume" in one_line(err)
+    monkeypatch.setattr(finetune.CommonsenseTrainer, "training_step", real)
+    code, out, err = run("--resume", name="killed")
+    assert code == 0, err
+    assert "resumed from checkpoint-4" in out
+    one, other = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "killed")
+    )
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+    assert read_record(tmp_path / "killed" / "record.json").time["resumed_from_step"] == 4
+    code, out, _ = run(name="killed")
+    assert (code, "skipped" in out) == (0, True)
+
+
+def test_padded_and_packed_training_agree(run, tmp_path):
+    assert run("--lora_dropout", 0, name="packed")[0] == 0
+    assert run("--lora_dropout", 0, "--batching", "padded", name="padded")[0] == 0
+    losses = [
+        [entry["eval_loss"] for entry in read_record(tmp_path / name / "record.json").history]
+        for name in ("packed", "padded")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
+    real, calls = finetune.batch_loss, []
+
+    def spoiled(model, batch):
+        calls.append(model.training)
+        value = real(model, batch)
+        return value * math.nan if calls.count(True) > 5 else value
+
+    monkeypatch.setattr(finetune, "batch_loss", spoiled)
+    code, _, err = run("--token_budget", 10_000)
+    assert code == 2
+    assert "loss is nan" in one_line(err)
+    assert "checkpoint-4" in one_line(err)
+    kept = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+    assert not (tmp_path / "run" / "record.json").exists()
+
+
+def test_too_little_gpu_memory_is_one_line_that_says_what_helps(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity"
+        )
+
+    monkeypatch.setattr(finetune, "batch_loss", full)
+    code, _, err = run()
+    assert code == 2
+    assert "asked for 2.50 GiB" in one_line(err)
+    assert "--memory lean" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--control_rank", 0), "control_rank must be an integer of at least 1"),
+        (("--lora_rank", 0), "LoRA rank must be at least 1"),
+        (("--method", "adapter"), "unknown method 'adapter'"),
+        (("--data", "nowhere.json"), "cannot read the data file nowhere.json"),
+        (("--model", "./nowhere"), "there is no model at ./nowhere"),
+        (("--batch_size", 6), "multiple of --micro_batch_size"),
+        (("--token_budget", 8), "--token_budget 8 must be at least --cutoff"),
+        (("--lora_targets", "nothing"), "nothing"),
+        (("--held_out", 64), "--held_out 64"),
+        (("--attention", "varlen"), "--attention varlen needs"),
+        (("--ranks", 3), "unknown argument"),
+        (("--device", "gpu"), "GPU must be an index"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, more, message):
+    code, _, err = run(*more)
+    assert code == 2
+    assert message in one_line(err)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_base_model_without_tokenizer(call, model_folder, data, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(model_folder, bare, ignore=shutil.ignore_patterns("token*", "special*"))
+    code, _, err = call(finetune.main, *arguments(bare, data, tmp_path / "out"))
+    assert code == 2
+    assert "tokenizer" in one_line(err)
+
+
+def test_another_run_in_the_same_folder_is_refused(run):
+    assert run()[0] == 0
+    code, _, err = run("--control_rank", 8)
+    assert code == 2
+    assert "control_rank 4 there, 8 asked for" in one_line(err)
+
+
+@pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
+def test_memory_modes_train_alike(run, tmp_path, memory):
+    pytest.importorskip("peft_control.memory")
+    assert run(name="plain", method="double control")[0] == 0
+    code, _, err = run("--memory", memory, name="other", method="double control")
+    assert code == 0, err
+    plain, other = (read_record(tmp_path / name / "record.json").history for name in ("plain", "other"))
+    assert [entry["eval_loss"] for entry in plain] == pytest.approx(
+        [entry["eval_loss"] for entry in other], rel=1e-4
+    )
+
+
+def test_gradient_checkpointing_changes_nothing(run, tmp_path):
+    assert run("--lora_dropout", 0, name="plain")[0] == 0
+    code, _, err = run("--lora_dropout", 0, "--gradient_checkpointing", name="other")
+    assert code == 0, err
+    plain, other = (read_record(tmp_path / name / "record.json").history for name in ("plain", "other"))
+    assert [entry["eval_loss"] for entry in plain] == pytest.approx(
+        [entry["eval_loss"] for entry in other], rel=1e-5
+    )
+
+
+# -- pad tokens ---------------------------------------------------------------------------------------------
+
+
+class Vocabulary:
+    """As much of a tokenizer as the choice of a pad token looks at."""
+
+    def __init__(self, tokens, pad=None, unk=None, eos="</s>"):
+        self.tokens, self.pad_token, self.unk_token, self.eos_token = list(tokens), pad, unk, eos
+
+    all_special_tokens = property(
+        lambda self: [t for t in (self.unk_token, self.eos_token, self.pad_token) if t]
+    )
+
+    def get_vocab(self):
+        return {token: index for index, token in enumerate(self.tokens)}
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def add_special_tokens(self, tokens):
+        self.tokens.append(tokens["pad_token"])
+        self.pad_token = tokens["pad_token"]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "spare", "pad"),
+    [
+        (
+            Vocabulary(["<unk>", "</s>"], pad="<unk>", unk="<unk>"),
+            0,
+            "</s>",
+        ),  # LLaMA-2, as its recipes padded
+        (Vocabulary(["<unk>", "</s>"], unk="<unk>"), 8, "<|pad|>"),
+        (
+            Vocabulary(["!", "</s>", "<|reserved_special_token_0|>"], pad="!"),
+            0,
+            "<|reserved_special_token_0|>",
+        ),  # LLaMA-3
+        (
+            Vocabulary(["<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "</s>"]),
+            9,
+            "<|finetune_right_pad_id|>",
+        ),
+        (Vocabulary(["</s>", "[pad]"], pad="[pad]"), 0, "[pad]"),
+    ],
+)
+def test_the_pad_token_is_a_real_one(tokenizer, spare, pad):
+    choose_pad_token(tokenizer, len(tokenizer) + spare)
+    assert tokenizer.pad_token == pad
+
+
+def test_shapes_have_the_published_numbers_of_adapter_parameters():
+    from accelerate import init_empty_weights
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from LlaMA.models import add_adapter, expected_config
+
+    for shape, method, count in (
+        ("llama2-7b", "control+lora", 41_943_040),
+        ("llama3-8b", "double control", 33_554_432),
+    ):
+        with init_empty_weights():
+            base = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
+            config = expected_config(method, 64, 1.0, 0.0, 32, 64, 0.05, finetune.MIXED_TARGETS)
+            model = add_adapter(base, config)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+def test_smollm2_gguf_trains(call, data, tmp_path):
+    import os
+
+    cache = Path(os.environ.get("PARALLEL_CONTROL_CACHE", "nowhere")) / "models"
+    files = sorted(cache.rglob("SmolLM2*.gguf"))
+    if not files:
+        pytest.skip("SmolLM2's GGUF file is not in PARALLEL_CONTROL_CACHE/models")
+    more = ("--max_steps", 1, "--eval_steps", 1, "--held_out", 2, "--batch_size", 2, "--micro_batch_size", 2)
+    code, _, err = call(finetune.main, *arguments(files[0], data, tmp_path / "out", *more))
+    assert code == 0, err
+    assert (
+        json.loads((tmp_path / "out" / "record.json").read_text())["model"]["total_parameters"] == 134_515_008
+    )

@@ -1,0 +1,93 @@
+"""The launchers as users type them, from another folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from control_experiments.record import read_record
+
+FOLDER = Path(__file__).resolve().parents[1]
+TRAIN = [
+    f"{model}_{method}.sh"
+    for model in ("llama2_7B", "llama3_8B")
+    for method in ("Control+LoRA", "DoubleControl")
+]
+
+
+def launch(name, *arguments, cwd, **variables):
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment |= {key: str(value) for key, value in variables.items()}
+    command = ["bash", str(FOLDER / name), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def test_a_launcher_trains_and_evaluates(model_folder, data, tmp_path):
+    done = launch(
+        "llama3_8B_DoubleControl.sh", 4, 2, 4, tmp_path / "out", "cpu", "--max_steps", 2, "--held_out", 4,
+        cwd=tmp_path, MODEL=model_folder, DATA=data, TRAIN_DATA=data / "train.json",
+        EVALUATE_ARGS="--limit 1 --max_new_tokens 4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    training = read_record(tmp_path / "out" / "record.json")
+    assert training.method == "double control"
+    assert training.hyperparameters["lr"] == 1e-4
+    assert training.hyperparameters["micro_batch_size"] == 3
+    evaluation = read_record(tmp_path / "out" / "evaluation" / "record.json")
+    assert len(evaluation.data["sizes"]) == 8
+    assert done.stdout.startswith("+ ")
+
+    wrong = launch(
+        "llama3_8B_Evaluate.sh", 8, 2, 4, tmp_path / "out", "cpu", "double control",
+        cwd=tmp_path, MODEL=model_folder, DATA=data,
+    )  # fmt: skip
+    assert wrong.returncode == 2
+    assert "control_rank 4, but double control with control_rank 8" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    "name", [*TRAIN, "llama2_7B_Evaluate.sh", "llama3_8B_Evaluate.sh", "run_smollm2_table.sh"]
+)
+def test_too_few_arguments_print_the_usage(name, tmp_path):
+    done = launch(name, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "usage: bash" in done.stderr
+
+
+@pytest.mark.parametrize("name", [*TRAIN, "llama2_7B_Evaluate.sh", "llama3_8B_Evaluate.sh"])
+def test_what_a_launcher_runs(name, tmp_path):
+    """Each command line parses, with the paper's recipe in it (PYTHON=echo prints instead of running)."""
+    method = "double control" if "Double" in name else "control+lora"
+    extra = ["double control"] if "Evaluate" in name else []
+    done = launch(name, 64, 32, 64, "out", 0, *extra, cwd=tmp_path, PYTHON="echo")
+    assert done.returncode == 0, done.stderr
+    hub = "meta-llama/Llama-2-7b-hf" if "llama2" in name else "meta-llama/Meta-Llama-3-8B"
+    assert f"--model {hub}" in done.stdout
+    printed = [line for line in done.stdout.splitlines() if not line.startswith("+")]
+    if extra:
+        assert len(printed) == 1
+        assert "--control_rank 64 --lora_rank 32 --lora_alpha 64" in printed[0]
+        return
+    recipe = {
+        "llama2_7B_Control+LoRA.sh": "--lr 2e-4 --batch_size 4 --micro_batch_size 4",
+        "llama2_7B_DoubleControl.sh": "--lr 2e-4 --batch_size 8 --micro_batch_size 4",
+        "llama3_8B_Control+LoRA.sh": "--lr 1e-4 --batch_size 6 --micro_batch_size 3",
+        "llama3_8B_DoubleControl.sh": "--lr 1e-4 --batch_size 6 --micro_batch_size 3",
+    }[name]
+    assert f"--method {method}" in printed[0]
+    assert f"--epochs 3 {recipe} --cutoff 256 --warmup_steps 100 --held_out 120 --eval_steps 80" in printed[0]
+    assert "evaluate.py" in printed[1]
+
+
+def test_the_table_script_runs_all_methods(tmp_path):
+    done = launch(
+        "run_smollm2_table.sh", "out", "0", "--max_steps", "3", cwd=tmp_path, PYTHON="echo", QUESTIONS=5
+    )
+    assert done.returncode == 0, done.stderr
+    printed = [line for line in done.stdout.splitlines() if not line.startswith("+")]
+    assert len(printed) == 1 + 2 * 4
+    assert all("--max_steps 3" in line for line in printed if "finetune.py" in line)
+    assert all("--limit 5" in line for line in printed if "evaluate.py" in line)
+    assert "out/double-control-seed42/adapter" in done.stdout

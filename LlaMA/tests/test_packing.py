@@ -1,0 +1,148 @@
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+
+from control_experiments.errors import UserError
+from LlaMA.commonsense import TokenRow, tokenize_rows
+from LlaMA.models import add_adapter, expected_config
+from LlaMA.packing import (
+    IGNORE,
+    VARLEN,
+    batch_loss,
+    check_packing,
+    fused_batch_loss,
+    packed_step,
+    padded_step,
+    varlen_attention,
+)
+
+
+@pytest.fixture
+def step(rows, tokenizer) -> list[TokenRow]:
+    """10 rows of unlike lengths: micro-batches of 4, 4 and 2."""
+    return tokenize_rows(random.Random(0).sample(rows, 10), tokenizer, cutoff=256)
+
+
+def adapted(model, method="control+lora"):
+    model = add_adapter(
+        model, expected_config(method, 4, 1.0, 0.0, 4, 8, 0.0, ("q_proj", "k_proj", "v_proj"))
+    )
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def gradients(model, batches, loss):
+    model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        value = loss(model, batch)
+        value.backward()
+        total += float(value)
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def published_loss(model, step, micro_batch):
+    """The Trainer's own arithmetic: transformers' mean loss of each padded micro-batch, averaged over them."""
+    losses = []
+    for start in range(0, len(step), micro_batch):
+        rows = step[start : start + micro_batch]
+        longest = max(len(row.ids) for row in rows)
+        ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])
+        mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows])
+        losses.append(
+            model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, IGNORE)).loss
+        )
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("method", ["control+lora", "double control"])
+@pytest.mark.parametrize("loss", [batch_loss, fused_batch_loss])
+@pytest.mark.parametrize("budget", [256, 700, 100_000])
+def test_packed_loss_and_gradients_are_the_published_ones(model, step, method, loss, budget):
+    model = adapted(model, method)
+    model.zero_grad()
+    expected = published_loss(model, step, 4)
+    expected.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    total, found = gradients(model, packed_step(step, 4, budget), loss)
+    assert total == pytest.approx(float(expected), rel=1e-5)
+    for name in wanted:
+        torch.testing.assert_close(
+            found[name], wanted[name], rtol=1e-5, atol=1e-5 * float(wanted[name].abs().max())
+        )
+
+
+def test_padded_batches_are_the_published_ones(model, step):
+    model = adapted(model)
+    total, _ = gradients(model, padded_step(step, 4, pad_token_id=0), batch_loss)
+    assert total == pytest.approx(float(published_loss(model, step, 4)), rel=1e-6)
+
+
+def test_response_only_loss_counts_responses_alone(model, rows, tokenizer):
+    rows = tokenize_rows(rows[:3], tokenizer, cutoff=256, response_only=True)
+    expected = 0.0
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row.ids])).logits[0, :-1].log_softmax(-1)
+        chosen = logits.gather(1, torch.tensor(row.ids[1:])[:, None])[row.loss_from - 1 :]
+        expected -= float(chosen.sum())
+    expected /= sum(row.targets for row in rows)
+    (pack,) = packed_step(rows, len(rows), 10_000)
+    assert float(batch_loss(model, pack)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_packs_hold_every_row_once_within_the_budget(step):
+    packs = packed_step(step, 4, 300)
+    assert all(pack.tokens <= 300 for pack in packs)
+    assert sum(pack.rows for pack in packs) == len(step)
+    assert sum(pack.tokens for pack in packs) == sum(len(row.ids) for row in step)
+    found = []
+    for pack in packs:
+        ends = pack.inputs["cu_seq_lens_q"].tolist()
+        ids = pack.inputs["input_ids"][0].tolist()
+        found += [ids[a:b] for a, b in pairwise(ends)]
+    assert sorted(found) == sorted(row.ids for row in step)
+
+
+def test_a_row_over_the_budget_is_refused(step):
+    with pytest.raises(UserError, match="--token_budget 10"):
+        packed_step(step, 4, 10)
+
+
+def test_packing_is_refused_where_rows_would_mix(model, step):
+    check_packing(model, step)
+    forward = model.model.forward
+
+    def without_positions(*args, position_ids=None, **kwargs):
+        return forward(*args, **kwargs)
+
+    model.model.forward = without_positions
+    with pytest.raises(UserError, match="--batching padded"):
+        check_packing(model, step)
+
+
+def test_varlen_attention_equals_the_masked_one(model, step, monkeypatch):
+    """The kernel itself needs a GPU: here each row's attention is computed alone, as its documentation says."""
+
+    def reference(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+        assert window_size == (-1, 0)
+        assert max_q == int(cu_q.diff().max())
+        parts = []
+        for a, b in pairwise(cu_q.tolist()):
+            q, k, v = (states[a:b].transpose(0, 1) for states in (query, key, value))
+            parts.append(
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            )
+        return torch.cat(parts, dim=1).transpose(0, 1)
+
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", reference)
+    (pack,) = packed_step(step, 4, 10_000)
+    expected = model(**pack.inputs, use_cache=False).logits
+    model.set_attn_implementation(VARLEN)
+    torch.testing.assert_close(model(**pack.inputs, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    assert varlen_attention.__name__ == "varlen_attention"

@@ -1,0 +1,250 @@
+"""The programs as their users call them, on tiny inputs."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from control_experiments.record import read_record
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launch(*command, **environment):
+    return subprocess.run(
+        ["bash", *map(str, command)], capture_output=True, text=True, cwd="/", timeout=240,
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["control", "lora", "dora", "probe"])
+def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_path, method):
+    out = tmp_path / "run"
+    code, stdout, stderr = call(
+        "finetune", *options, "--method", method, "--mlp_layers", 4, "--output_dir", out
+    )
+    assert code == 0, stderr
+    record = read_record(out / "record.json")
+    expected = {"control": 6 * (2 * 64 * 16 + 16 + 64), "probe": 0}
+    hidden = load_file(base_model)["blocks.0.mlp.fc1.weight"].shape[0]
+    expected["lora"] = 6 * (2 * (64 + hidden) + 2 * 2 * hidden)
+    expected["dora"] = expected["lora"] + 6 * (64 + 3 * hidden)
+    assert record.adapter["adapter_parameters"] == expected[method]
+    assert record.adapter["head_parameters"] == 3 * 64 + 3
+    assert [row["epoch"] for row in record.history] == [1, 2]
+    assert record.history[1]["learning_rate"] == pytest.approx(0.05 * 0.95)
+    assert record.time["examples"] == 80 and record.data["sizes"] == {"train": 40, "test": 12}
+    assert (
+        "/" not in record.hyperparameters["data"] and str(tmp_path) not in (out / "record.json").read_text()
+    )
+    assert not (out / "checkpoints").exists()
+
+    evaluation = tmp_path / "evaluation"
+    common = ("--device", "cpu", "--model", base_model)
+    code, stdout, stderr = call(
+        "finetune", *common, "--evaluate", out / "adapter", "--data", npz, "--output_dir", evaluation
+    )
+    assert code == 0, stderr
+    again = read_record(evaluation / "record.json").metrics["last"]
+    assert again == pytest.approx({key: record.history[-1][key] for key in again}, rel=1e-4)
+
+    photos = tmp_path / "photos" / "inner"
+    photos.mkdir(parents=True)
+    pixels = np.load(npz)["x_test"]
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(photos / f"{index:02}.png")
+    code, stdout, stderr = call(
+        "finetune", *common, "--predict", tmp_path / "photos", "--adapter", out / "adapter",
+        "--output", tmp_path / "classes.csv",
+    )  # fmt: skip
+    assert code == 0, stderr
+    with (tmp_path / "classes.csv").open() as file, (out / "predictions.csv").open() as trained:
+        rows, tested = list(csv.DictReader(file)), list(csv.DictReader(trained))
+    assert rows[0]["file"] == "inner/00.png"
+    assert [row["predicted"] for row in rows] == [row["predicted"] for row in tested]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(call, options, programs, tmp_path, monkeypatch):
+    longer = (*options, "--epochs", 3)
+    assert call("finetune", *longer, "--output_dir", tmp_path / "whole")[0] == 0
+    save = programs["finetune"].save_checkpoint
+
+    def interrupt(folder, epoch, *rest):
+        save(folder, epoch, *rest)
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(programs["finetune"], "save_checkpoint", interrupt)
+    cut = (*longer, "--output_dir", tmp_path / "cut")
+    assert call("finetune", *cut)[0] == 130
+    monkeypatch.setattr(programs["finetune"], "save_checkpoint", save)
+    code, _, stderr = call("finetune", *cut)
+    assert code == 2 and "--resume" in stderr
+    code, _, stderr = call("finetune", *cut, "--resume", "--control_rank", 8)
+    assert code == 2 and "control_rank 16 there, 8 asked for" in stderr
+    assert call("finetune", *cut, "--resume")[0] == 0
+    ends = [read_record(tmp_path / name / "record.json").history[-1] for name in ("whole", "cut")]
+    assert [e["test_loss"] for e in ends] == pytest.approx([ends[0]["test_loss"]] * 2, abs=1e-7)
+    weights = [
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut")
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    code, stdout, _ = call("finetune", *cut)
+    assert code == 0 and "is finished" in stdout
+
+
+def test_control_learns_colors(call, options, tmp_path):
+    code, _, stderr = call(
+        "finetune", *options, "--epochs", 12, "--lr", 0.01, "--output_dir", tmp_path / "run"
+    )
+    assert code == 0, stderr
+    assert read_record(tmp_path / "run" / "record.json").metrics["last"]["test_accuracy"] > 90
+
+
+def broken_image_folder(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "set" / split / "one").mkdir(parents=True)
+        (tmp_path / "set" / split / "one" / "bad.jpg").write_bytes(b"no image")
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda p: ("--data", broken_image_folder(p)), "bad.jpg is no readable image"),
+        (lambda p: ("--image_size", 40), "not divisible by the patch size"),
+        (lambda p: ("--architecture", "vit_tiny_patch16_224"), "weights of another architecture"),
+        (lambda p: ("--model", p / "none.safetensors"), "there is no model"),
+        (lambda p: ("--method", "magic"), "unknown method"),
+        (lambda p: ("--device", "7"), "no GPU 7"),
+        (lambda p: ("--precision", "fp16"), "needs a GPU"),
+        (lambda p: ("--lr", "fast"), "invalid float value"),
+        (lambda p: ("--epochs", 0), "--epochs must be greater than 0"),
+        (lambda p: ("--model", "tiny"), "made for --data digits"),
+        (lambda p: ("--method", "lora", "--memory", "lean"), "needs --method control"),
+        (lambda p: ("--predict", p), "needs --adapter"),
+        (lambda p: ("--evaluate", p), "no adapter folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(call, options, tmp_path, changed, message):
+    code, _, stderr = call("finetune", *options, "--output_dir", tmp_path / "run", *changed(tmp_path))
+    lines = [line for line in stderr.splitlines() if not line.startswith("warning")]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_and_base_model_must_fit_the_adapter(call, options, npz, base_model, tmp_path):
+    out = tmp_path / "run"
+    assert call("finetune", *options, "--epochs", 1, "--output_dir", out)[0] == 0
+    arrays = dict(np.load(npz))
+    np.savez(tmp_path / "more.npz", **{**arrays, "classes": ["red", "green", "blue", "black"]})
+    np.savez(tmp_path / "other.npz", **{**arrays, "classes": ["cyan", "green", "blue"]})
+    for name, message in (
+        ("more", "4 classes, more than the adapter's head (3)"),
+        ("other", "are not those that"),
+    ):
+        code, _, stderr = call(
+            "finetune", "--device", "cpu", "--evaluate", out / "adapter", "--data", tmp_path / f"{name}.npz"
+        )
+        assert code == 2 and message in stderr
+    state = load_file(base_model)
+    save_file({**state, "norm.bias": state["norm.bias"] + 1}, tmp_path / "model.safetensors")
+    code, _, stderr = call(
+        "finetune", "--device", "cpu", "--evaluate", out / "adapter", "--data", npz,
+        "--model", tmp_path / "model.safetensors",
+    )  # fmt: skip
+    assert code == 2 and "checksums differ" in stderr
+
+
+def test_pictures(call, options, npz, tmp_path):
+    runs = [tmp_path / method for method in ("control", "probe")]
+    for run in runs:
+        assert call("finetune", *options, "--method", run.name, "--output_dir", run)[0] == 0
+    code, _, stderr = call("figures", "--runs", *runs, "--data", npz, "--output_dir", tmp_path / "figures")
+    assert code == 0, stderr
+    for name in ("accuracy_memory", "curves", "control_images"):
+        with Image.open(tmp_path / "figures" / f"{name}.png") as picture:
+            assert min(picture.size) > 200
+    code, _, stderr = call("figures", "--runs", tmp_path / "nothing", "--output_dir", tmp_path / "none")
+    assert code == 2 and "record.json" in stderr and not (tmp_path / "none").exists()
+
+
+def test_memory_table(call, tmp_path):
+    small = ("--architecture", "test_vit", "--image_size", 32, "--batch_size", 2, "--warmup", 1, "--steps", 2)
+    code, _, stderr = call(
+        "memory_table", *small, "--device", "cpu", "--output_dir", tmp_path, "--cell", "sdpa_dora"
+    )
+    assert code == 0, stderr
+    record = json.loads((tmp_path / "sdpa_dora.json").read_text())
+    assert record["metrics"]["milliseconds_per_step"] > 0 and record["hyperparameters"]["mlp_layers"] == 4
+    record["memory"]["peak_allocated_bytes"] = 3000 * 2**20
+    (tmp_path / "sdpa_dora.json").write_text(json.dumps(record))
+    import memory_table
+
+    lines = memory_table.table(tmp_path).splitlines()
+    assert any(line.startswith("| sdpa | dora |") and "[3,000](sdpa_dora.json)" in line for line in lines)
+    assert any("| eager | control |" in line and "11,083" in line and "no record" in line for line in lines)
+
+
+def test_benchmark(call, npz, tmp_path):
+    code, stdout, stderr = call(
+        "benchmark_pipeline", "--data", npz, "--architecture", "test_vit", "--image_size", 32, "--device", "cpu",
+        "--steps", 2, "--rounds", 1, "--workers", 0, "--batch_size", 8, "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert code == 0, stderr
+    assert {"ours", "resident", "published"} <= set(stdout.split())
+    (record,) = tmp_path.glob("*.json")
+    metrics = read_record(record).metrics
+    rates = metrics["images_per_second"]
+    assert metrics["ours_over_resident"] == pytest.approx(rates["ours"] / rates["resident"])
+
+
+def test_launcher_demonstration(tmp_path):
+    done = launch(
+        ROOT / "ViT" / "run_ViT.sh", "control", "cpu", "--seed", "3", "--output_dir", tmp_path / "run",
+        MODEL="tiny", DATA="digits", MLP_LAYERS="2", EPOCHS="4", BATCH="32", LR="0.05",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("control on digits with tiny, device cpu:")
+    record = read_record(tmp_path / "run" / "record.json")
+    assert record.seed == 3 and record.metrics["best"]["test_accuracy"] > 35  # five classes
+    assert (tmp_path / "run" / "adapter" / "base.safetensors").is_file()
+
+
+def test_launchers_explain_themselves():
+    for script in ("ViT/run_ViT.sh", "ViT/run_small_table.sh", "scripts/table_vit_memory.sh"):
+        assert launch(ROOT / script, "-h").returncode == 0
+        assert launch(ROOT / script).returncode == 2
+    done = launch(ROOT / "ViT" / "run_ViT.sh", "magic", "cpu")
+    assert (
+        done.returncode == 2
+        and "unknown method 'magic': choose one of control, lora, dora, probe" in done.stderr
+    )
+
+
+def test_small_table_runs_everything_once(base_model, npz, tmp_path):
+    command = (
+        ROOT / "ViT" / "run_small_table.sh", "cpu", "--image_size", "32", "--batch_size", "16",
+        "--output_dir", tmp_path,
+    )  # fmt: skip
+    settings = {
+        "MODEL": str(base_model), "ARCHITECTURE": "test_vit", "DATA": str(npz), "METHODS": "lora probe",
+        "SEEDS": "1 2", "EPOCHS": "1",
+    }  # fmt: skip
+    done = launch(*command, **settings)
+    assert done.returncode == 0, done.stderr
+    records = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")}
+    assert sorted((r.method, r.seed) for r in map(read_record, records)) == [
+        ("lora", 1), ("lora", 2), ("probe", 1), ("probe", 2),
+    ]  # fmt: skip
+    again = launch(*command, **settings)
+    assert again.stdout.count("is finished") == 4
+    assert records == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")}

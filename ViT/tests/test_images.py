@@ -1,0 +1,143 @@
+"""Image sources: the same images from every kind of source, and clear errors for what is wrong with one."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from images import Decoded, OnDemand, load_data, read_folder
+from PIL import Image
+
+from control_experiments.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes, PNG files (lossless) of unequal sizes."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 3), ("test", 2)):
+        for name in ("cat", "dog"):
+            place = tmp_path / "pets" / split / name
+            place.mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 256, (20 + index, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{index}.png")
+    (tmp_path / "pets" / "README.txt").write_text("no image")
+    return tmp_path / "pets"
+
+
+def pack(folder, path):
+    with tarfile.open(path, "w") as tar:
+        tar.add(folder, "some/prefix")
+    return path
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True)) and torch.equal(
+        a.labels, b.labels
+    )
+
+
+def test_a_folder_and_its_tar_are_the_same(folder, tmp_path):
+    plain, tar = load_data(str(folder)), load_data(str(pack(folder, tmp_path / "pets.tar")))
+    assert plain.classes == tar.classes == ["cat", "dog"]
+    assert equal(plain.train, tar.train) and equal(plain.test, tar.test)
+    assert plain.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    first = np.array(Image.open(folder / "train" / "cat" / "0.png"))
+    assert torch.equal(plain.train.images[0], torch.from_numpy(first).permute(2, 0, 1))
+
+
+def test_images_on_demand_are_the_decoded_ones(folder, tmp_path):
+    indices = torch.tensor([5, 0, 3, 1]).split(3)
+    for source in (folder, pack(folder, tmp_path / "pets.tar")):
+        decoded = load_data(str(source), keep="host").train
+        lazy = load_data(str(source), keep="files", workers=1).train
+        assert isinstance(decoded, Decoded) and isinstance(lazy, OnDemand)
+        for (a, la), (b, lb) in zip(decoded.batches(indices), lazy.batches(indices), strict=True):
+            assert torch.equal(la, lb) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_npz_keeps_pixels_and_labels(npz):
+    data = load_data(str(npz))
+    file = np.load(npz)
+    assert torch.equal(data.train.images, torch.from_numpy(file["x_train"]).permute(0, 3, 1, 2))
+    assert data.test.labels.tolist() == file["y_test"].tolist()
+    assert data.classes == ["red", "green", "blue"] and len(data.identity["sha256"]) == 64
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize("damage", [b"", b"no image", None], ids=["empty", "text", "cut short"])
+def test_a_corrupt_image_stops_or_is_skipped_by_name(folder, tmp_path, capsys, kind, damage):
+    broken = folder / "train" / "dog" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:400] if damage is None else damage)
+    source = str(folder if kind == "folder" else pack(folder, tmp_path / "pets.tar"))
+    with pytest.raises(UserError, match=r"dog/1\.png is no readable image .*--corrupt skip"):
+        load_data(source)
+    data = load_data(source, corrupt="skip")
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert "dog/1.png" in capsys.readouterr().err
+
+
+def test_class_folders_must_agree(folder):
+    (folder / "test" / "dog").rename(folder / "test" / "wolf")
+    with pytest.raises(UserError, match="class folders .* differ: dog only in train"):
+        load_data(str(folder))
+
+
+def test_a_split_must_be_there(folder):
+    (folder / "test").rename(folder / "later")
+    with pytest.raises(UserError, match="has no test images"):
+        load_data(str(folder))
+
+
+def test_a_tar_cannot_reach_out_of_itself(tmp_path):
+    path = tmp_path / "evil.tar"
+    with tarfile.open(path, "w") as tar:
+        member = tarfile.TarInfo("train/../../x/a.png")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"abc"))
+    with pytest.raises(UserError, match="outside of itself"):
+        load_data(str(path))
+
+
+def changed(npz, path, **changes):
+    arrays = {**np.load(npz), **changes}
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y_test": None}, "lacks y_test"),
+        ({"x_train": np.zeros((40, 20, 20), np.uint8)}, "must be uint8 N x H x W x 3"),
+        ({"x_test": np.zeros((12, 20, 20, 3), np.float32)}, "x_test .* is float32"),
+        ({"y_train": np.zeros(39, int)}, "must hold 40 integers"),
+        ({"y_test": np.full(12, 3)}, "labels 3 to 3 for 3 classes"),
+        ({"classes": np.array([{}], dtype=object)}, "no readable .npz"),
+    ],
+)
+def test_npz_errors(npz, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        load_data(changed(npz, tmp_path / "bad.npz", **changes))
+
+
+def test_other_data_errors(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "broken.npz").write_bytes(b"PK broken")
+    for name, message in (
+        ("nowhere", "no data 'nowhere'"),
+        ("notes.txt", "is no .npz"),
+        ("broken.npz", "readable"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_data(str(tmp_path / name) if (tmp_path / name).exists() else name)
+    with pytest.raises(UserError, match="holds no image"):
+        read_folder(str(tmp_path))
+
+
+def test_digits_are_split_without_overlap():
+    data = load_data("digits")
+    assert len(data.train) + len(data.test) == 896 and data.classes == list("56789")
+    assert data.train.images.dtype == torch.uint8 and data.train.images.max() > 200

@@ -1,0 +1,185 @@
+"""Base models, adapters on them, and the weights that do not fit."""
+
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+from classifier import AdapterSettings, add_adapter, build_base, count_parameters
+from safetensors.torch import save_file
+from vision_models import create, load, load_weights, set_attention, set_mlp_layers
+
+from control_experiments.errors import UserError
+from control_experiments.methods import ControlSettings
+from control_experiments.paths import shared_folder
+
+ARCHITECTURE = "test_vit"
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def small(**arguments):
+    torch.manual_seed(0)
+    return timm.create_model(ARCHITECTURE, **{"img_size": 32, "num_classes": 3, **arguments}).eval()
+
+
+@pytest.mark.parametrize(
+    ("method", "trained"), [("control", 381_220), ("lora", 316_516), ("dora", 436_324), ("probe", 76_900)]
+)
+def test_published_parameter_counts(method, trained):
+    with torch.device("meta"):
+        vit = create("vit_base_patch16_224", num_classes=100, image_size=224)
+        set_mlp_layers(vit, 4)
+        model = add_adapter(vit, method, AdapterSettings(), mlp_layers=4)
+    counts = count_parameters(model)
+    assert counts["trainable_parameters"] == trained
+    assert counts["head_parameters"] == 76_900
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize(("architecture", "rank"), [(ARCHITECTURE, 16), ("vit_small_patch16_224", 16)])
+def test_matched_ranks_train_what_the_control_trains(method, architecture, rank):
+    settings = AdapterSettings(ControlSettings(rank, bias=True), lora_rank=0)
+    vit = create(architecture, num_classes=3, image_size=32)
+    control = count_parameters(add_adapter(copy.deepcopy(vit), "control", settings))["adapter_parameters"]
+    model = add_adapter(vit, method, settings)
+    per_weight = count_parameters(model)["adapter_parameters"]
+    assert control - 5 * vit.embed_dim < per_weight <= control
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    assert {scale for layer in layers for scale in layer.scaling.values()} == {2.0}
+
+
+def test_too_small_a_budget_is_refused():
+    with pytest.raises(UserError, match="larger --control_rank"):
+        add_adapter(small(), "dora", AdapterSettings(ControlSettings(1), lora_rank=0))
+
+
+def test_four_layer_mlp_is_the_same_function_and_the_lora_targets_exist():
+    plain, deep = small(), small()
+    set_mlp_layers(deep, 4)
+    torch.testing.assert_close(deep(IMAGES), plain(IMAGES))
+    model = add_adapter(deep, "lora", AdapterSettings(), mlp_layers=4)
+    adapted = {name.split(".")[-2] for name, module in model.named_modules() if name.endswith("lora_A")}
+    assert adapted == {"fc1", "fc2", "eye1", "eye2"}
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "eye" in n and "lora" not in n)
+
+
+def test_eager_and_sdpa_agree():
+    model = small()
+    set_attention(model, "sdpa")
+    fused = model(IMAGES)
+    set_attention(model, "eager")
+    assert not any(block.attn.fused_attn for block in model.blocks)
+    torch.testing.assert_close(model(IMAGES), fused)
+
+
+@pytest.mark.parametrize("init_values", [None, 1e-5])
+def test_layer_scale_does_not_scale_the_control(init_values):
+    model = add_adapter(small(init_values=init_values), "control", AdapterSettings())
+    block = model.base_model.model.blocks[2].eval()
+    state = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        for parameter in block.mlp_control.parameters():
+            parameter.normal_()
+        a, b = block.mlp_control.control_A["default"], block.mlp_control.control_B["default"]
+        h = state + block.ls1(block.attn(block.norm1(state)))
+        expected = h + block.ls2(block.mlp(block.norm2(h))) + b(a(h))
+        torch.testing.assert_close(block(state), expected)
+        assert b(a(h)).abs().mean() > 1  # not the small thing that a scaled one would be
+
+
+def test_position_embeddings_are_resampled_and_the_head_is_new(tmp_path):
+    path = tmp_path / "model.safetensors"
+    source = small(img_size=96)
+    save_file(source.state_dict(), path)
+    model, base = load(str(path), ARCHITECTURE, num_classes=3, image_size=32)
+    assert base.architecture == ARCHITECTURE and len(base.sha256) == 64
+    old, new = source.pos_embed, model.pos_embed
+    assert new.shape[1] == 5 and old.shape[1] == 37
+    torch.testing.assert_close(new[:, 0], old[:, 0])  # the class token's is not a place
+    torch.testing.assert_close(new[:, 1:].mean(), old[:, 1:].mean(), atol=5e-3, rtol=0)
+    torch.testing.assert_close(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+    assert not torch.equal(model.head.weight, source.head.weight) and model.head.bias.eq(0).all()
+
+
+def original_npz(model, path):
+    """The layout of the original JAX checkpoints (google-research/vision_transformer)."""
+    heads, width = model.blocks[0].attn.num_heads, model.embed_dim
+    n = lambda tensor: tensor.detach().numpy()  # noqa: E731
+    arrays = {
+        "embedding/kernel": n(model.patch_embed.proj.weight).transpose(2, 3, 1, 0),
+        "embedding/bias": n(model.patch_embed.proj.bias),
+        "cls": n(model.cls_token),
+        "Transformer/posembed_input/pos_embedding": n(model.pos_embed),
+        "Transformer/encoder_norm/scale": n(model.norm.weight),
+        "Transformer/encoder_norm/bias": n(model.norm.bias),
+    }
+    for index, block in enumerate(model.blocks):
+        at = f"Transformer/encoderblock_{index}"
+        attention = f"{at}/MultiHeadDotProductAttention_1"
+        weights = n(block.attn.qkv.weight).reshape(3, heads, width // heads, width)
+        biases = n(block.attn.qkv.bias).reshape(3, heads, width // heads)
+        for name, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
+            arrays[f"{attention}/{name}/kernel"] = weight.transpose(2, 0, 1)
+            arrays[f"{attention}/{name}/bias"] = bias
+        arrays[f"{attention}/out/kernel"] = n(block.attn.proj.weight).T.reshape(heads, width // heads, width)
+        arrays[f"{attention}/out/bias"] = n(block.attn.proj.bias)
+        for number, linear in enumerate((block.mlp.fc1, block.mlp.fc2)):
+            arrays[f"{at}/MlpBlock_3/Dense_{number}/kernel"] = n(linear.weight).T
+            arrays[f"{at}/MlpBlock_3/Dense_{number}/bias"] = n(linear.bias)
+        for number, norm in ((0, block.norm1), (2, block.norm2)):
+            arrays[f"{at}/LayerNorm_{number}/scale"] = n(norm.weight)
+            arrays[f"{at}/LayerNorm_{number}/bias"] = n(norm.bias)
+    np.savez(path, **arrays)
+
+
+def test_original_npz(tmp_path):
+    source, path = small(), tmp_path / "ViT-test.npz"
+    original_npz(source, path)
+    model, _ = load(str(path), ARCHITECTURE, num_classes=3, image_size=32)
+    torch.testing.assert_close(model.eval().forward_features(IMAGES), source.forward_features(IMAGES))
+    with pytest.raises(UserError, match=r"another architecture .*6 layers, not 12"):
+        load_weights(
+            create("vit_tiny_patch16_224", num_classes=3, image_size=32), path, "vit_tiny_patch16_224"
+        )
+
+
+def test_weights_of_another_architecture(tmp_path):
+    state = small().state_dict()
+    cases = {
+        "has another shape": {**state, "norm.weight": torch.zeros(32)},
+        "lacks blocks.5.norm2.bias": {k: v for k, v in state.items() if k != "blocks.5.norm2.bias"},
+        "has unexpected extra": {**state, "extra": torch.zeros(1)},
+    }
+    for message, weights in cases.items():
+        path = tmp_path / "model.safetensors"
+        save_file(weights, path)
+        with pytest.raises(UserError, match=f"another architecture than test_vit: it {message}"):
+            load(str(path), ARCHITECTURE, num_classes=3, image_size=32)
+    path.write_bytes(b"no weights")
+    with pytest.raises(UserError, match="no readable safetensors"):
+        load(str(path), ARCHITECTURE, num_classes=3, image_size=32)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "message"),
+    [
+        (ARCHITECTURE, 40, "40 is not divisible by the patch size 16 .*choose 32 or 48"),
+        ("resnet18", 32, "no timm VisionTransformer"),
+        ("vit_smal_patch16_224", 224, "near: .*vit_small_patch16_224"),
+    ],
+)
+def test_models_that_cannot_be(architecture, size, message):
+    with pytest.raises(UserError, match=message):
+        create(architecture, num_classes=3, image_size=size)
+
+
+def test_the_real_dinov2_file():
+    folder = shared_folder() / "models" / "dinov2_small_timm"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/models (set PARALLEL_CONTROL_SHARED)")
+    rest = {"mlp_layers": 2, "attention": "sdpa", "num_classes": 100, "image_size": 224}
+    vit, _ = build_base(str(folder), "vit_small_patch14_dinov2", **rest)
+    counts = count_parameters(add_adapter(vit, "control", AdapterSettings()))
+    assert vit.pos_embed.shape == (1, 257, 384)
+    assert counts["adapter_parameters"] == 12 * (2 * 384 * 16 + 16 + 384)
