@@ -3,11 +3,9 @@
 import json
 import os
 import random
-import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import pytest
 import torch

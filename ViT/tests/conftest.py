@@ -1,7 +1,7 @@
 """Small data, a small base model and the programs of ViT/, called as their users call them."""
 
-import importlib.util
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +15,12 @@ sys.path.insert(0, str(VIT))
 ARCHITECTURE = "test_vit"  # timm's own test model: width 64, 6 blocks, patch 16
 
 
-def _load(name: str):
-    # under a name of its own, because other domains have a finetune.py too
-    spec = importlib.util.spec_from_file_location(f"vit_{name}", VIT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def programs():
-    return {name: _load(name) for name in ("finetune", "figures", "memory_table", "benchmark_pipeline")}
+    return {
+        name: import_module(f"ViT.{name}")
+        for name in ("finetune", "figures", "memory_table", "benchmark_pipeline")
+    }
 
 
 @pytest.fixture
