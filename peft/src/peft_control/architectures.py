@@ -48,7 +48,9 @@ class Architecture:
     init: str = "kaiming"
 
     def matches(self, module: nn.Module) -> bool:
-        cls = type(module)
+        return self.matches_class(type(module))
+
+    def matches_class(self, cls: type) -> bool:
         return f".{cls.__module__}.{cls.__qualname__}".endswith(f".{self.layer}")
 
     def check(self, layer: nn.Module) -> None:

@@ -14,22 +14,23 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention import decoder_attention
+from .families import FAMILIES, halves
 from .layers import Plan, training_forward
 from .loss import causal_lm_loss
-from .mlp import GatedMlp
 from .offload import HostStates
 
 MODES = ("plain", "fast", "balanced", "lean")
 
-_DECODER = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+# By default a chunk's intermediate tensor has about so many elements: 2,048 tokens of LLaMA-3-8B's MLP (57 MB in
+# bfloat16), 512 rows of its logits. Larger chunks are no faster there, smaller ones are launch-bound.
+_MLP_ELEMENTS, _LOGITS_ELEMENTS = 2048 * 14336, 512 * 128256
 
 
 def set_memory_mode(
     model: nn.Module,
     mode: str,
     *,
-    chunk_tokens: int = 2048,
+    chunk_tokens: int | None = None,
     offload: bool = True,
     fused_loss: bool = True,
     on_unsupported: str = "error",
@@ -38,9 +39,10 @@ def set_memory_mode(
 
     Args:
         model: a model with a control adapter (LoRA on q, k, v may be in it), or its base model.
-        mode: "plain" (autograd as it is), "fast" (no matmul recomputed), "balanced" (attention and one MLP matmul
-            recomputed) or "lean" (one state per layer kept, the MLP worked in chunks).
-        chunk_tokens: tokens per chunk of the lean MLP; the loss works on a quarter of it at a time.
+        mode: "plain" (autograd as it is), "fast" (no matmul recomputed), "balanced" (one MLP matmul recomputed,
+            in SwiGLU decoders attention too) or "lean" (one state per layer kept, the MLP worked in chunks).
+        chunk_tokens: tokens per chunk of the lean MLP; the loss works on a quarter of it at a time. None: by
+            the layer's width.
         offload: lean keeps its states in pinned host memory (on a GPU).
         fused_loss: causal language models compute their training loss without a batch's logits, so that
             ``outputs.logits`` is None while training with labels.
@@ -51,38 +53,42 @@ def set_memory_mode(
 
     Raises:
         ValueError: unknown mode, an unsupported architecture, gradient checkpointing is on, or trainable
-            parameters inside an MLP.
+            parameters inside an MLP. The model is then in mode "plain".
     """
     if mode not in MODES:
         raise ValueError(f"unknown memory mode {mode!r}: choose from {', '.join(MODES)}")
     _restore(model)
     if mode == "plain":
         return model
-    layers = [module for module in model.modules() if _class_name(module) in _DECODER]
-    if not layers:
+    plans = {}
+    for layer in model.modules():
+        found = halves(layer)
+        if found is not None:
+            plans[layer] = Plan(mode, found, chunk_tokens or max(_MLP_ELEMENTS // found.mlp.width, 1), None)
+    if not plans:
         message = (
-            f"memory mode {mode!r} supports {', '.join(_DECODER)}, and {_class_name(model)} has none of these"
+            f"memory mode {mode!r} supports {', '.join(FAMILIES)}; {_class_name(model)} has no such layer"
         )
         if on_unsupported == "warn":
             warnings.warn(f"{message}; it trains in mode 'plain'", stacklevel=2)
             return model
         raise ValueError(message)
-    if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
-        raise ValueError(
-            f"memory mode {mode!r} replaces gradient checkpointing: call gradient_checkpointing_disable()"
-        )
+    if any(
+        getattr(m, "gradient_checkpointing", getattr(m, "grad_checkpointing", False)) for m in model.modules()
+    ):
+        raise ValueError(f"memory mode {mode!r} replaces gradient checkpointing: switch that off first")
     host = HostStates() if mode == "lean" and offload else None
-    for layer in layers:
-        mlp = GatedMlp(layer.post_attention_layernorm, layer.mlp)
-        mlp.check()
-        layer.memory_plan = Plan(mode, decoder_attention, mlp, chunk_tokens, host)
+    for layer, plan in plans.items():
+        plan.host = host
+        layer.memory_plan = plan
         layer.forward = MethodType(training_forward, layer)
     if fused_loss:
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and isinstance(
                 getattr(module, "lm_head", None), nn.Linear
             ):
-                module.loss_chunk = max(chunk_tokens // 4, 1)
+                rows = chunk_tokens // 4 if chunk_tokens else _LOGITS_ELEMENTS // module.lm_head.out_features
+                module.loss_chunk = max(rows, 1)
                 module.forward = MethodType(causal_lm_forward, module)
     return model
 

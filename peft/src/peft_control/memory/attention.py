@@ -1,4 +1,4 @@
-"""The attention block of each supported layer structure: what it adds to the state, control excluded."""
+"""The attention block of SwiGLU decoders, from its input state to its output state, control included."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import kernels
+from .control import AddControl
 from .mlp import tokens
 
 
@@ -42,7 +43,7 @@ class Rope(torch.autograd.Function):
 
 
 def decoder_attention(layer, hidden_states, attention_mask=None, position_embeddings=None, **named):
-    """``self_attn(input_layernorm(state))`` of LLaMA, Mistral, Qwen2 and Qwen3 layers, without a cache."""
+    """``state + self_attn(input_layernorm(state)) + control`` of LLaMA, Mistral, Qwen2 and Qwen3, without a cache."""
     attention = layer.self_attn
     normal = RmsNorm.apply(hidden_states, layer.input_layernorm)
     shape = (*normal.shape[:-1], -1, attention.head_dim)
@@ -71,4 +72,5 @@ def decoder_attention(layer, hidden_states, attention_mask=None, position_embedd
         sliding_window=window,
         **named,
     )
-    return attention.o_proj(mixed.reshape(*normal.shape[:-1], -1))
+    change = attention.o_proj(mixed.reshape(*normal.shape[:-1], -1))
+    return AddControl.add(hidden_states, change, getattr(layer, "attention_control", None))

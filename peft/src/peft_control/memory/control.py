@@ -101,6 +101,12 @@ class AddControl(torch.autograd.Function):
     Keeps the state, which the block's norm keeps anyway, and A(state).
     """
 
+    @classmethod
+    def add(cls, state, change, control: ControlLayer | None):
+        if not _active(control):
+            return state + change  # keeps nothing
+        return cls.apply(state, change, control, *control_parameters(control))
+
     @staticmethod
     def forward(ctx, state, change, control, *parameters):
         output = state + change

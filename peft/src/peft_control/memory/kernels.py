@@ -64,18 +64,18 @@ def rms_norm_backward(dy, x, weight, rstd, offset=0.0, residual=None):
     return (dx if residual is None else dx + residual).to(x.dtype)
 
 
-# -- LayerNorm: y = (x - mean) * rstd * w + b -------------------------------------------------------------------
+# -- LayerNorm ---------------------------------------------------------------------------------------------------
 
 
-def layer_norm(x, weight, bias, eps):
-    """Return ``(y, mean, rstd)`` of torch's own LayerNorm, statistics of shape ``(tokens, 1)``."""
-    return torch.native_layer_norm(x, (x.shape[-1],), weight, bias, eps)
-
-
-def layer_norm_backward(dy, x, weight, bias, mean, rstd):
-    """Return ``dx`` of :func:`layer_norm` for frozen weight and bias."""
-    mask = [True, False, False]
-    return torch.ops.aten.native_layer_norm_backward(dy, x, (x.shape[-1],), mean, rstd, weight, bias, mask)[0]
+def layer_norm_backward(dy, x, norm):
+    """Return the gradient of the input ``x`` of a frozen ``nn.LayerNorm``; in ``x``'s dtype."""
+    wide = x.to(norm.weight.dtype)  # under autocast the norm's own parameters are the wider ones
+    width, frozen = (x.shape[-1],), (norm.weight, norm.bias)
+    _, mean, rstd = torch.native_layer_norm(wide, width, *frozen, norm.eps)
+    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+        dy.to(wide.dtype), wide, width, mean, rstd, *frozen, [True, False, False]
+    )
+    return dx.to(x.dtype)
 
 
 # -- gated and plain activations --------------------------------------------------------------------------------

@@ -5,14 +5,15 @@ attention kernel and LoRA works as before) and MLP (hand-written, see ``mlp.py``
 
 | mode     | attention half            | MLP half                                                            |
 |----------|---------------------------|---------------------------------------------------------------------|
-| fast     | kept                      | state and pre-activations kept                                      |
-| balanced | recomputed from its state | state and one pre-activation kept                                   |
+| fast     | kept                      | no matmul is recomputed                                             |
+| balanced | kept, or recomputed from its state where the MLP keeps much (SwiGLU) | one matmul is recomputed |
 | lean     | one state per layer kept, on the host if offloaded; the rest recomputed, the MLP in token chunks |
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,11 +21,26 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layer import ControlLayer
-from .control import AddControl, add_control_, control_backward, control_hidden, control_parameters
-from .mlp import tokens
+from .control import add_control_, control_backward, control_hidden, control_parameters
+from .mlp import draws, tokens
 from .offload import HostStates
 
-KEEP = {"fast": 2, "balanced": 1, "lean": 0}
+
+@dataclass
+class Halves:
+    """The two halves of one layer, see ``families.py``.
+
+    Attributes:
+        attention: ``(layer, state, **arguments)`` -> the attention block's output state, control included.
+        mlp: the frozen MLP block (``mlp.py``).
+        recompute_attention: whether mode "balanced" recomputes the attention half.
+        returns_tuple: whether the layer's own forward returns its state in a tuple.
+    """
+
+    attention: Callable
+    mlp: object
+    recompute_attention: bool = False
+    returns_tuple: bool = False
 
 
 @dataclass
@@ -32,34 +48,40 @@ class Plan:
     """How one layer trains; stands on the layer as ``layer.memory_plan``."""
 
     mode: str
-    attention: object  # (layer, state, **arguments) -> what the attention block adds to the state
-    mlp: object  # the frozen MLP block, see mlp.py
+    halves: Halves
     chunk: int
     host: HostStates | None
-    after: object = field(default=lambda output: output)  # what the family's layer returns
+
+    @property
+    def mlp(self):
+        return self.halves.mlp
+
+    @property
+    def keep(self) -> int:
+        return self.mlp.KEEP[self.mode]
 
 
+@torch.compiler.disable  # its kernels are written by hand; what lies between the layers is compiled
 def training_forward(layer: nn.Module, hidden_states: torch.Tensor, *arguments, **named):
     """Replaces ``layer.forward``; without gradients the layer runs as it always did."""
     plan = layer.memory_plan
-    if not torch.is_grad_enabled():
-        return type(layer).forward(layer, hidden_states, *arguments, **named)
+    own = partial(type(layer).forward, layer)
+    if not torch.is_grad_enabled() or named.get("output_attentions"):
+        return own(hidden_states, *arguments, **named)
+    if plan.mlp.draws():  # dropout in the middle of an MLP is rare: recompute the layer as a whole
+        if plan.mode == "fast":
+            return own(hidden_states, *arguments, **named)
+        return checkpoint(own, hidden_states, *arguments, use_reentrant=False, **named)
     if plan.mode == "lean":
         parameters = [p for p in layer.parameters() if p.requires_grad]
-        return plan.after(LeanLayer.apply(hidden_states, layer, arguments, named, *parameters))
-    if plan.mode == "balanced":
-        change = checkpoint(plan.attention, layer, hidden_states, *arguments, use_reentrant=False, **named)
+        output = LeanLayer.apply(hidden_states, layer, arguments, named, *parameters)
     else:
-        change = plan.attention(layer, hidden_states, *arguments, **named)
-    middle = _add(layer, hidden_states, change)
-    control = getattr(layer, "mlp_control", None)
-    return plan.after(MlpHalf.apply(middle, layer, *control_parameters(control)))
-
-
-def _add(layer, state, change):
-    """The attention block's output state, its control included."""
-    control = getattr(layer, "attention_control", None)
-    return AddControl.apply(state, change, control, *control_parameters(control))
+        attention = partial(plan.halves.attention, layer)
+        if plan.mode == "balanced" and plan.halves.recompute_attention:
+            attention = partial(checkpoint, attention, use_reentrant=False)
+        middle = attention(hidden_states, *arguments, **named)
+        output = MlpHalf.apply(middle, layer, *control_parameters(getattr(layer, "mlp_control", None)))
+    return (output,) if plan.halves.returns_tuple else output
 
 
 class MlpHalf(torch.autograd.Function):
@@ -69,7 +91,8 @@ class MlpHalf(torch.autograd.Function):
     def forward(ctx, state, layer, *parameters):
         plan, control = layer.memory_plan, getattr(layer, "mlp_control", None)
         flat = tokens(state)
-        output, kept = plan.mlp.forward(flat, KEEP[plan.mode])
+        keep = plan.keep if ctx.needs_input_grad[0] else 0  # the first layer's state may need no gradient
+        output, kept = plan.mlp.forward(flat, keep)
         control_kept = control_hidden(control, flat)
         add_control_(control, control_kept, output)
         ctx.layer, ctx.split, ctx.autocast = layer, len(kept), _autocast_state(state)
@@ -78,16 +101,14 @@ class MlpHalf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if ctx.layer is None:
-            raise RuntimeError("a memory mode frees what it kept: backward runs once per forward")
-        layer, ctx.layer = ctx.layer, None
+        layer = _take_layer(ctx)
         plan, control = layer.memory_plan, getattr(layer, "mlp_control", None)
         state, *kept = ctx.saved_tensors
         flat, dflat = tokens(state), tokens(dy)
         with ctx.autocast():
-            dstate = plan.mlp.backward(flat, kept[: ctx.split], dflat)
+            dstate = plan.mlp.backward(flat, kept[: ctx.split], dflat) if ctx.needs_input_grad[0] else None
             gradients = control_backward(control, flat, kept[ctx.split :], dflat, dstate)
-        return dstate.view(state.shape), None, *gradients
+        return None if dstate is None else dstate.view(state.shape), None, *gradients
 
 
 class LeanLayer(torch.autograd.Function):
@@ -99,7 +120,7 @@ class LeanLayer(torch.autograd.Function):
         ctx.layer, ctx.arguments, ctx.named = layer, arguments, named
         ctx.autocast = _autocast_state(state)
         ctx.random = _random_state(state) if _draws(layer) else None
-        middle = _add(layer, state, plan.attention(layer, state, *arguments, **named))
+        middle = plan.halves.attention(layer, state, *arguments, **named)
         output = torch.empty_like(middle)
         control = getattr(layer, "mlp_control", None)
         for piece, into in zip(
@@ -116,7 +137,8 @@ class LeanLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        layer, plan = ctx.layer, ctx.layer.memory_plan
+        layer = _take_layer(ctx)
+        plan = layer.memory_plan
         state = ctx.saved_tensors[0] if plan.host is None else plan.host.pop(ctx.ticket)
         control = getattr(layer, "mlp_control", None)
         own = {id(p) for p in control_parameters(control)}
@@ -124,31 +146,34 @@ class LeanLayer(torch.autograd.Function):
         others = [p for p in parameters if id(p) not in own]
 
         state = state.detach().requires_grad_(ctx.needs_input_grad[0])
+        inputs = ([state] if state.requires_grad else []) + others
         with ctx.autocast(), _replayed(ctx.random, state), torch.enable_grad():
-            middle = _add(layer, state, plan.attention(layer, state, *ctx.arguments, **ctx.named))
+            middle = plan.halves.attention(layer, state, *ctx.arguments, **ctx.named)
             flat, dflat = tokens(middle.detach()), tokens(dy)
-            dmiddle = torch.empty_like(flat)
+            dmiddle = torch.empty_like(flat) if inputs else None
             sums = None
             with torch.no_grad():
-                for piece, dpiece, into in zip(
-                    flat.split(plan.chunk), dflat.split(plan.chunk), dmiddle.split(plan.chunk)
-                ):
-                    # in the forward's order, so that dropout draws the same numbers
-                    kept = control_hidden(control, piece)
-                    part = plan.mlp.backward(piece, (), dpiece)
-                    gradients = control_backward(control, piece, kept, dpiece, part)
-                    into.copy_(part)
+                for rows in (slice(start, start + plan.chunk) for start in range(0, len(flat), plan.chunk)):
+                    # MLP, then control, as in the forward: so dropout draws the same numbers
+                    part = plan.mlp.backward(flat[rows], (), dflat[rows]) if inputs or ctx.random else None
+                    kept = control_hidden(control, flat[rows])
+                    gradients = control_backward(control, flat[rows], kept, dflat[rows], part)
+                    if inputs:
+                        dmiddle[rows] = part
                     sums = gradients if sums is None else [a.add_(b) for a, b in zip(sums, gradients)]
-        inputs = ([state] if state.requires_grad else []) + others
-        found = (
-            torch.autograd.grad(middle, inputs, dmiddle.view(middle.shape), allow_unused=True)
-            if inputs
-            else ()
-        )
-        found = list(found)
+        found = []
+        if inputs:
+            found = list(torch.autograd.grad(middle, inputs, dmiddle.view(middle.shape), allow_unused=True))
         dstate = found.pop(0) if state.requires_grad else None
         by_id = dict(zip(map(id, control_parameters(control)), sums)) | dict(zip(map(id, others), found))
         return dstate, None, None, None, *(by_id[id(p)] for p in parameters)
+
+
+def _take_layer(ctx):
+    if ctx.layer is None:
+        raise RuntimeError("a memory mode frees what it kept: backward runs once per forward")
+    layer, ctx.layer = ctx.layer, None
+    return layer
 
 
 def _autocast_state(tensor):
@@ -161,7 +186,7 @@ def _autocast_state(tensor):
 def _draws(layer) -> bool:
     """Whether the layer's forward draws random numbers."""
     return any(
-        (isinstance(module, nn.Dropout) and module.p > 0.0 and module.training)
+        draws(module)
         or (isinstance(module, ControlLayer) and any(module.dropout.values()))
         or getattr(module, "attention_dropout", 0.0)
         for module in layer.modules()

@@ -1,15 +1,18 @@
 """Frozen MLP blocks with hand-written backward passes.
 
 Each class computes ``output = block(state)`` of one frozen block, residual sum included and control excluded,
-on ``(tokens, width)`` tensors. ``forward`` returns the output and the intermediates that its ``keep`` asks
-for; ``backward`` takes those, recomputes what is missing, and returns the state's gradient. Frozen weights
-need no gradients, so nothing else is ever kept.
+on ``(tokens, width)`` tensors. ``forward`` returns the output and what its ``keep`` asks it to keep; ``backward``
+takes that, recomputes what is missing, and returns the state's gradient. Frozen weights need no gradients, so
+nothing else is ever kept. ``keep`` comes from the class's ``KEEP``: how much each memory mode keeps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
+from transformers.activations import GELUActivation, GELUTanh
 
 from . import kernels
 from .linear import input_gradient, is_frozen_linear
@@ -21,17 +24,18 @@ class GatedMlp:
     ``keep``: 2 keeps gate and up (no matmul is recomputed), 1 keeps gate, 0 nothing.
     """
 
+    KEEP = {"fast": 2, "balanced": 1, "lean": 0}
+
     def __init__(self, norm: nn.Module, mlp: nn.Module):
         self.norm, self.mlp = norm, mlp
+        _check_frozen([norm], [mlp.gate_proj, mlp.up_proj, mlp.down_proj])
 
-    def check(self) -> None:
-        if not all(map(is_frozen_linear, (self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj))):
-            raise ValueError(
-                "memory modes need a frozen MLP; it has trainable parameters or an adapter inside"
-            )
+    @property
+    def width(self) -> int:
+        return self.mlp.gate_proj.out_features
 
-    def _normalise(self, state):
-        return kernels.rms_norm(state, self.norm.weight, self.norm.variance_epsilon)
+    def draws(self) -> bool:
+        return False
 
     def forward(self, state, keep):
         normal, _ = self._normalise(state)
@@ -53,7 +57,135 @@ class GatedMlp:
         dnormal = input_gradient(dup, mlp.up_proj, add_to=dnormal)
         return kernels.rms_norm_backward(dnormal, state, self.norm.weight, rstd, residual=dy)
 
+    def _normalise(self, state):
+        return kernels.rms_norm(state, self.norm.weight, self.norm.variance_epsilon)
+
+
+class PreNormMlp:
+    """``state + scale * last(... activation(first(n)))`` with ``n = LayerNorm(state)``: ViT, DINOv2.
+
+    ``scale`` is LayerScale's vector or None; between ``first`` and ``last`` there may be more linear layers.
+    ``keep``: 1 keeps the pre-activation, 0 nothing. ``dropouts`` are the modules that must not draw: while one
+    does, the layer runs its own forward (see ``layers.py``).
+    """
+
+    KEEP = {"fast": 1, "balanced": 0, "lean": 0}
+
+    def __init__(
+        self,
+        norm: nn.LayerNorm,
+        linears: Sequence[nn.Linear],
+        activation: nn.Module,
+        scale: nn.Parameter | None = None,
+        dropouts: Sequence[nn.Module] = (),
+    ):
+        self.norm, self.activation, self.scale, self.dropouts = norm, activation, scale, dropouts
+        self.first, *self.rest = linears
+        _check_frozen([norm, activation], linears, [] if scale is None else [scale])
+
+    @property
+    def width(self) -> int:
+        return self.first.out_features
+
+    def draws(self) -> bool:
+        return any(draws(module) for module in self.dropouts)
+
+    def forward(self, state, keep):
+        inner = self.first(self._normalise(state))
+        change = self.activation(inner)
+        for linear in self.rest:
+            change = linear(change)
+        if self.scale is not None:
+            change = change * self.scale
+        return state + change, (inner,)[:keep]
+
+    def backward(self, state, kept, dy):
+        inner = kept[0] if kept else self.first(self._normalise(state))
+        dchange = (dy if self.scale is None else dy * self.scale).to(inner.dtype)
+        for linear in reversed(self.rest):
+            dchange = input_gradient(dchange, linear)
+        dinner = _activation_backward(self.activation, inner, dchange)
+        del inner, dchange
+        dnormal = input_gradient(dinner, self.first)
+        return kernels.layer_norm_backward(dnormal, state, self.norm).add_(dy)
+
+    def _normalise(self, state):
+        return self.norm.forward(state)  # not its hooks: one of them catches the control's state
+
+
+class PostNormMlp:
+    """``LayerNorm(dropout(second(activation(first(state)))) + state)``: BERT, RoBERTa, MPNet, ELECTRA.
+
+    ``keep``: 2 keeps the pre-activation, what the second layer adds and its dropout mask, 1 all but the
+    pre-activation, 0 nothing: ``backward`` then draws the mask anew, as ``forward`` drew it.
+    """
+
+    KEEP = {"fast": 2, "balanced": 1, "lean": 0}
+
+    def __init__(
+        self, first: nn.Linear, activation: nn.Module, second: nn.Linear, dropout, norm: nn.LayerNorm
+    ):
+        self.first, self.activation, self.second = first, activation, second
+        self.dropout, self.norm = dropout, norm
+        _check_frozen([norm], [first, second])
+
+    @property
+    def width(self) -> int:
+        return self.first.out_features
+
+    def draws(self) -> bool:
+        return False  # it draws its mask itself
+
+    def _change(self, inner):
+        """What is added to the state and, while dropout draws, its mask."""
+        change = self.second(self.activation(inner))
+        return torch.native_dropout(change, self.dropout.p, True) if draws(self.dropout) else (change,)
+
+    def forward(self, state, keep):
+        inner = self.first(state)
+        change = self._change(inner)
+        kept = (*change, inner) if keep == 2 else tuple(change) if keep == 1 else ()
+        return self.norm(change[0] + state), kept
+
+    def backward(self, state, kept, dy):
+        kept, masked = list(kept), draws(self.dropout)
+        if kept:
+            change = [kept.pop(0) for _ in range(1 + masked)]
+            inner = kept[0] if kept else self.first(state)
+        else:
+            inner = self.first(state)
+            change = self._change(inner)
+        dsum = kernels.layer_norm_backward(dy, change[0] + state, self.norm)
+        dchange = dsum.to(change[0].dtype)
+        if masked:
+            dchange = torch.ops.aten.native_dropout_backward(dchange, change[1], 1 / (1 - self.dropout.p))
+        del change
+        dinner = _activation_backward(self.activation, inner, input_gradient(dchange, self.second))
+        return dsum.add_(input_gradient(dinner, self.first))
+
 
 def tokens(x: torch.Tensor) -> torch.Tensor:
     """``x`` as ``(tokens, width)``."""
     return x.reshape(-1, x.shape[-1])
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether a dropout or drop-path module draws random numbers now."""
+    probability = getattr(module, "p", getattr(module, "drop_prob", 0.0))
+    return module.training and isinstance(probability, float) and probability > 0.0
+
+
+def _activation_backward(activation, inner, dy):
+    """Gradient of an elementwise activation's input."""
+    if type(activation) in (GELUActivation, GELUTanh) or isinstance(activation, nn.GELU):
+        tanh = type(activation) is GELUTanh or getattr(activation, "approximate", "none") == "tanh"
+        return torch.ops.aten.gelu_backward(dy, inner, approximate="tanh" if tanh else "none")
+    with torch.enable_grad():
+        inner = inner.detach().requires_grad_()
+        return torch.autograd.grad(activation(inner), inner, dy)[0]
+
+
+def _check_frozen(modules, linears, parameters=()):
+    trained = [p for module in modules for p in module.parameters()] + list(parameters)
+    if not all(map(is_frozen_linear, linears)) or any(p.requires_grad for p in trained):
+        raise ValueError("memory modes need a frozen MLP; it has trainable parameters or an adapter inside")

@@ -1,0 +1,107 @@
+"""The layer structures that have memory modes: one row for each architecture of ``architectures.py`` that does."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..architectures import ARCHITECTURES
+from .attention import decoder_attention
+from .layers import Halves
+from .mlp import GatedMlp, PostNormMlp, PreNormMlp
+
+
+def halves(layer: nn.Module) -> Halves | None:
+    """The halves of ``layer``, or None if it has no memory modes.
+
+    Raises:
+        ValueError: its MLP is of a kind, or has trainable parameters, for which there are none.
+    """
+    bases = [
+        base for base in type(layer).__mro__ if base is not object
+    ]  # FSDP2 puts a class of its own in front
+    for architecture in ARCHITECTURES:
+        if architecture.name in FAMILIES and any(map(architecture.matches_class, bases)):
+            return FAMILIES[architecture.name](layer)
+    return None
+
+
+def _decoder(layer):
+    if any(parameter.requires_grad for parameter in layer.input_layernorm.parameters()):
+        raise ValueError("memory modes need frozen norms; input_layernorm has trainable parameters")
+    mlp = GatedMlp(layer.post_attention_layernorm, layer.mlp)
+    return Halves(decoder_attention, mlp, recompute_attention=True)
+
+
+# The attention halves below call the layer's own modules, whose hooks add the control.
+
+
+def _vit_attention(layer, state, attention_mask=None, **named):
+    change, _ = layer.attention(layer.layernorm_before(state), attention_mask, **named)
+    return layer.dropout(change) + state
+
+
+def _vit(layer):
+    linears = [layer.mlp.fc1, layer.mlp.fc2]
+    mlp = PreNormMlp(layer.layernorm_after, linears, layer.mlp.activation_fn, dropouts=[layer.dropout])
+    return Halves(_vit_attention, mlp)
+
+
+def _dinov2_attention(layer, state, attention_mask=None, **named):
+    change, _ = layer.attention(layer.norm1(state), attention_mask=attention_mask, **named)
+    return layer.drop_path(layer.layer_scale1(change)) + state
+
+
+def _dinov2(layer):
+    if not hasattr(layer.mlp, "fc1"):
+        raise ValueError("memory modes know DINOv2's plain MLP, not its SwiGLU one")
+    linears = [layer.mlp.fc1, layer.mlp.fc2]
+    scale = layer.layer_scale2.lambda1
+    mlp = PreNormMlp(layer.norm2, linears, layer.mlp.activation_fn, scale, dropouts=[layer.drop_path])
+    return Halves(_dinov2_attention, mlp)
+
+
+def _timm_attention(layer, state, *arguments, **named):
+    return state + layer.drop_path1(layer.ls1(layer.attn(layer.norm1(state), *arguments, **named)))
+
+
+def _timm(layer):
+    inner = layer.mlp
+    if not isinstance(getattr(inner, "norm", None), nn.Identity):
+        raise ValueError("memory modes know timm's Mlp without an inner norm")
+    linears = [getattr(inner, name) for name in ("fc1", "eye1", "eye2", "fc2") if hasattr(inner, name)]
+    scale = getattr(layer.ls2, "gamma", None)
+    dropouts = [inner.drop1, inner.drop2, layer.drop_path2]
+    return Halves(_timm_attention, PreNormMlp(layer.norm2, linears, inner.act, scale, dropouts))
+
+
+def _post_norm_attention(layer, state, attention_mask=None, *cross_attention, past_key_values=None, **named):
+    return layer.attention(state, attention_mask, **named)[0]
+
+
+def _mpnet_attention(layer, state, attention_mask=None, position_bias=None, **named):
+    return layer.attention(state, attention_mask, position_bias=position_bias, **named)[0]
+
+
+def _post_norm(layer):
+    if getattr(layer, "is_decoder", False):
+        raise ValueError("memory modes know encoders of this architecture, not decoders")
+    return Halves(_post_norm_attention, _post_norm_mlp(layer))
+
+
+def _mpnet(layer):
+    return Halves(_mpnet_attention, _post_norm_mlp(layer), returns_tuple=True)
+
+
+def _post_norm_mlp(layer):
+    first, last = layer.intermediate, layer.output
+    return PostNormMlp(first.dense, first.intermediate_act_fn, last.dense, last.dropout, last.LayerNorm)
+
+
+FAMILIES = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _decoder),
+    "vit": _vit,
+    "dinov2": _dinov2,
+    "timm-vit": _timm,
+    **dict.fromkeys(("roberta", "xlm-roberta", "bert", "electra"), _post_norm),
+    "mpnet": _mpnet,
+}

@@ -1,0 +1,110 @@
+"""Control models in two processes over gloo: DDP and FSDP2, plain and in every memory mode, against one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+MODES = ("plain", "fast", "balanced", "lean")
+
+
+def build(family):
+    from peft import get_peft_model
+    from tiny_models import build as build_base
+    from tiny_models import randomize_adapters
+
+    from peft_control import ControlConfig
+
+    base = build_base(family)
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    fields = dict(target_modules=["q_proj", "v_proj"], r=2) if family == "llama" else {}
+    config = ControlConfig(control_blocks=["attention", "mlp"], control_rank=4, **fields)
+    return randomize_adapters(get_peft_model(base, config)).train()
+
+
+def losses(model, rows, steps=3):
+    """Train on this process's rows of one fixed batch; return the mean loss of all processes at each step."""
+    from torch import distributed
+
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 61, (4, 9), generator=generator)[rows]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    found = []
+    for _ in range(steps):
+        outputs = model(input_ids=ids)
+        loss = outputs.logits.float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if distributed.is_initialized():
+            distributed.all_reduce(mean)
+            mean /= distributed.get_world_size()
+        found.append(mean.item())
+    return found
+
+
+def worker(results: Path):
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    from peft_control.architectures import find_layers
+    from peft_control.memory import set_memory_mode
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    mesh = init_device_mesh("cpu", (2,))
+    found = {}
+    for family in ("llama", "roberta"):
+        for mode in MODES:
+            for kind in ("ddp", "fsdp2"):
+                model = set_memory_mode(build(family), mode, chunk_tokens=5)
+                if kind == "fsdp2":
+                    for layer, _ in find_layers(model).values():
+                        fully_shard(layer, mesh=mesh)
+                    fully_shard(model, mesh=mesh)
+                    if mode != "plain":  # set before or after sharding
+                        set_memory_mode(model, mode, chunk_tokens=5)
+                else:
+                    model = DistributedDataParallel(model)
+                found[f"{family} {mode} {kind}"] = losses(model, slice(2 * rank, 2 * rank + 2))
+    if rank == 0:
+        results.write_text(json.dumps(found))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes_train_as_one(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        __file__,
+    ]
+    done = subprocess.run(
+        [*command, tmp_path / "losses.json"], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((tmp_path / "losses.json").read_text())
+    assert len(found) == 16
+    expected = {family: losses(build(family), slice(0, 4)) for family in ("llama", "roberta")}
+    for name, values in found.items():
+        assert values == pytest.approx(expected[name.split()[0]], rel=1e-5), name
+    assert expected["llama"][0] > expected["llama"][-1]
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
