@@ -37,6 +37,7 @@ from control_experiments.checksums import fingerprint
 from control_experiments.device import describe_device, seed_everything, select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter
+from control_experiments.methods import set_memory
 from control_experiments.paths import public_path
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
 from control_experiments.runs import RunFolder
@@ -361,13 +362,7 @@ def ready_to_train(model: PeftModel, memory: str, *, half: bool) -> None:
     for module in model.modules():
         if half and isinstance(module, LoraLayer) and not any(module.use_dora.values()):
             module.cast_input_dtype_enabled = False
-    if memory != "plain":
-        from peft_control.memory import set_memory_mode
-
-        try:
-            set_memory_mode(model, memory)
-        except ValueError as error:
-            raise UserError(f"--memory {memory}: {error}; use --memory plain") from error
+    set_memory(model, memory)
 
 
 def summarise(log_history: list[dict]) -> tuple[list[dict], dict]:

@@ -46,7 +46,13 @@ from control_experiments.checksums import fingerprint
 from control_experiments.device import describe_device, seed_everything, select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter
-from control_experiments.methods import ControlSettings, LoraSettings, adapter_config, check_method
+from control_experiments.methods import (
+    ControlSettings,
+    LoraSettings,
+    adapter_config,
+    check_method,
+    set_memory,
+)
 from control_experiments.paths import RESULTS, public_path
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
 from control_experiments.runs import RunFolder
@@ -94,6 +100,9 @@ class Options:
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = field(
         default="auto", metadata={"help": "Autocast type; auto: bf16 or else fp16 on a GPU, fp32 on a CPU."}
+    )
+    memory: Literal["plain", "fast", "balanced", "lean"] = field(
+        default="plain", metadata={"help": "How little the frozen blocks keep for the backward; same results."}
     )
     control_rank: int = field(default=16, metadata={"help": "Rank of the control."})
     control_alpha: float = field(default=1.0, metadata={"help": "Plain multiplier of the control."})
@@ -437,6 +446,7 @@ def train(
     memory.after_load()
     total_parameters = model.num_parameters()
     model = add_adapter(model, options)
+    set_memory(model, options.memory)
     encoded = tokenize(splits, tokenizer, options.max_length)
     dev = {suffix: encoded[split] for suffix, split in zip(task.evaluations, task.dev_splits, strict=True)}
 

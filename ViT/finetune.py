@@ -52,7 +52,7 @@ from control_experiments.checksums import fingerprint
 from control_experiments.device import describe_device, seed_everything, select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter, Throughput
-from control_experiments.methods import ControlSettings, check_method
+from control_experiments.methods import ControlSettings, check_method, set_memory
 from control_experiments.paths import RESULTS, public_path
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now, write_json_atomic
 from control_experiments.runs import RunFolder
@@ -160,8 +160,6 @@ class Options:
         for name in ("crop", "lr_decay"):
             if getattr(self, name) > 1:
                 raise UserError(f"--{name} must be at most 1, got {getattr(self, name)}")
-        if self.memory != "plain" and self.method != "control":
-            raise UserError(f"--memory {self.memory} needs --method control")
         if tiny and self.data != "digits":
             raise UserError("--model tiny is made for --data digits: choose a timm model for other data")
 
@@ -342,18 +340,6 @@ def load_base(options: Options, num_classes: int) -> tuple[nn.Module, Base, dict
 def adapter_settings(options: Options) -> AdapterSettings:
     control = ControlSettings(options.control_rank, options.control_alpha, bias=True)
     return AdapterSettings(control, options.lora_rank, options.lora_alpha, options.lora_dropout)
-
-
-def set_memory(model: nn.Module, mode: str) -> None:
-    """Raises UserError: the model does not support the mode."""
-    if mode == "plain":
-        return
-    from peft_control.memory import set_memory_mode
-
-    try:
-        set_memory_mode(model, mode)
-    except ValueError as error:
-        raise UserError(f"--memory {mode}: {error}") from error
 
 
 def fit(

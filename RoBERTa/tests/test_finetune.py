@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from glue import TASKS, load_task
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 import peft_control  # noqa: F401  (registers CONTROL for PeftModel.from_pretrained)
@@ -121,6 +122,20 @@ def test_mnli_has_two_dev_sets_and_two_prediction_files(arguments, encoders, glu
         expected = [TASKS["mnli"].classes[row.argmax()] for row in logits]
         lines = (tmp_path / "run" / "predictions" / file).read_text().splitlines()
         assert lines == ["index\tprediction", *(f"{i}\t{label}" for i, label in enumerate(expected))]
+
+
+def test_memory_modes_train_alike(arguments, tmp_path):
+    """Dropout included: every mode draws what plain draws."""
+    states = {}
+    for mode in ("plain", "fast", "balanced", "lean"):
+        record = finetune.main(arguments("control", memory=mode, output=mode, epochs=1))
+        assert record.hyperparameters["memory"] == mode
+        states[mode] = load_file(tmp_path / mode / "adapter" / "adapter_model.safetensors")
+    for mode, state in states.items():
+        for name, value in state.items():
+            torch.testing.assert_close(
+                value, states["plain"][name], rtol=1e-3, atol=1e-5, msg=f"{mode} {name}"
+            )
 
 
 def test_padding_to_the_longest_changes_no_logit(encoders):

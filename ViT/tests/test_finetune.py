@@ -72,6 +72,29 @@ def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_pat
     assert [row["predicted"] for row in rows] == [row["predicted"] for row in tested]
 
 
+@pytest.mark.parametrize("mlp_layers", [2, 4])
+def test_memory_modes_train_alike(call, options, tmp_path, mlp_layers):
+    states = {}
+    for mode in ("plain", "fast", "balanced", "lean"):
+        code, _, stderr = call(
+            "finetune",
+            *options,
+            "--memory",
+            mode,
+            "--mlp_layers",
+            mlp_layers,
+            "--output_dir",
+            tmp_path / mode,
+        )
+        assert code == 0, stderr
+        states[mode] = load_file(tmp_path / mode / "adapter" / "adapter_model.safetensors")
+    for mode, state in states.items():
+        for name, value in state.items():
+            torch.testing.assert_close(
+                value, states["plain"][name], rtol=1e-3, atol=1e-5, msg=f"{mode} {name}"
+            )
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(call, options, programs, tmp_path, monkeypatch):
     longer = (*options, "--epochs", 3)
     assert call("finetune", *longer, "--output_dir", tmp_path / "whole")[0] == 0
@@ -129,7 +152,7 @@ def broken_image_folder(tmp_path):
         (lambda p: ("--lr", "fast"), "invalid float value"),
         (lambda p: ("--epochs", 0), "--epochs must be greater than 0"),
         (lambda p: ("--model", "tiny"), "made for --data digits"),
-        (lambda p: ("--method", "lora", "--memory", "lean"), "needs --method control"),
+        (lambda p: ("--method", "lora", "--memory", "lean"), "--memory lean: memory modes need a frozen MLP"),
         (lambda p: ("--predict", p), "needs --adapter"),
         (lambda p: ("--evaluate", p), "no adapter folder"),
     ],

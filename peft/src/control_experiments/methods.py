@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peft import LoraConfig, PeftConfig
+from torch import nn
 
 from .errors import UserError
 
@@ -105,3 +106,19 @@ def adapter_config(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def set_memory(model: nn.Module, mode: str) -> None:
+    """Set how `model` trains (`peft_control.memory`); "plain" changes nothing.
+
+    Raises:
+        UserError: the model or its adapter does not support the mode.
+    """
+    if mode == "plain":
+        return
+    from peft_control.memory import set_memory_mode
+
+    try:
+        set_memory_mode(model, mode)
+    except ValueError as error:
+        raise UserError(f"--memory {mode}: {error}; use --memory plain") from error
