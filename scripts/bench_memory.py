@@ -2,7 +2,9 @@
 """Memory and speed of one training step: LoRA and DoRA as people run them, and control in every memory mode.
 
     python scripts/bench_memory.py                                        # LLaMA-3-8B shape, 4 x 1024 tokens
-    python scripts/bench_memory.py --tokens 256 --methods lora control:fast control:lean
+    python scripts/bench_memory.py --tokens 256 --methods lora control:fast control+graphs:fast control:lean
+    python scripts/bench_memory.py --shape vit-b16 --batch 128            # 4-layer MLP, 197 tokens, fp16 autocast
+    python scripts/bench_memory.py --shape roberta-base --batch 64 --tokens 128
     python scripts/bench_memory.py --limit 23.5 --batch 1 --methods lora+liger+checkpointing control:lean
     python scripts/bench_memory.py --methods control:fast --profile       # where the time goes
 
@@ -10,9 +12,13 @@ Random weights of the true shape: memory and time do not depend on their values.
 of its own, on the same data, and a line is printed as it ends; ratios are to the fastest and to the leanest LoRA
 of the same run. A record per run goes to --output, with a picture of memory against time.
 
-A method is NAME[+liger][+checkpointing][+compile][:MODE] with
-  NAME  lora (q,k,v,up,down), lora-all (every linear layer), dora, control (attention and mlp), control+lora
+A method is NAME[+liger][+checkpointing][+compile][+graphs][:MODE] with
+  NAME  lora, lora-all (every linear layer), dora, control, control+lora, each with the ranks and targets of the
+        paper's recipe for the shape (LLaMA: LoRA r 32 on q,k,v,up,down, control r 64 on attention and mlp;
+        ViT: LoRA r 1 on the MLP's linears, control r 16; RoBERTa: LoRA r 8 on query and value, control r 16)
   MODE  plain, fast, balanced or lean, for control and control+lora (see peft_control.memory)
+The switches liger, compile and graphs (one CUDA graph a step; its memory is what the allocator reserves, because
+it keeps a graph's memory between the steps) are for the LLaMA shapes.
 """
 
 from __future__ import annotations
@@ -23,15 +29,21 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser
+from torch import nn
+
+from control_experiments.arguments import parse_arguments
+from control_experiments.errors import UserError, run_main
+from control_experiments.paths import RESULTS, public_path
+from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 
-SHAPES = {
+LLAMA_SHAPES = {
     "llama3-8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                       num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0),
     "llama2-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
@@ -41,6 +53,13 @@ SHAPES = {
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, vocab_size=512),
 }  # fmt: skip
+ENCODER_SHAPES = {
+    "roberta-base": dict(vocab_size=50265, max_position_embeddings=514),
+    "tiny-roberta": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=4),
+}  # fmt: skip
+VISION_SHAPES = {"vit-b16": "vit_base_patch16_224", "tiny-vit": "test_vit"}  # timm's names
+SHAPES = (*LLAMA_SHAPES, *VISION_SHAPES, *ENCODER_SHAPES)
 
 DEFAULT_METHODS = [
     "dora", "lora", "lora-all", "lora+compile", "lora+liger", "lora+checkpointing", "lora+liger+checkpointing",
@@ -56,7 +75,7 @@ class Options:
         default_factory=lambda: DEFAULT_METHODS, metadata={"help": "Methods to run, in order."}
     )
     batch: int = field(default=4, metadata={"help": "Sequences per step."})
-    tokens: int = field(default=1024, metadata={"help": "Tokens per sequence."})
+    tokens: int = field(default=1024, metadata={"help": "Tokens per sequence; a ViT has as many as it has."})
     steps: int = field(default=8, metadata={"help": "Timed steps; the median is reported."})
     warmup: int = field(default=3, metadata={"help": "Steps before the timed ones."})
     device: str = field(default="cuda", metadata={"help": "cuda, or cpu to try the script out."})
@@ -64,7 +83,7 @@ class Options:
         default=None, metadata={"help": "Instead: the longest sequence that trains within this many GiB."}
     )
     profile: bool = field(default=False, metadata={"help": "Instead: print the kernels that take the time."})
-    output: str = field(default=str(ROOT / "results" / "memory"), metadata={"help": "Folder of the records."})
+    output: str = field(default=str(RESULTS / "memory"), metadata={"help": "Folder of the records."})
     worker: str | None = field(
         default=None, metadata={"help": "Used by the script itself: run this one method."}
     )
@@ -74,7 +93,7 @@ def parse_method(text: str) -> tuple[str, set[str], str]:
     """``"control+lora:fast"`` -> ``("control+lora", set(), "fast")``; raises ValueError."""
     head, _, mode = text.partition(":")
     parts = head.split("+")
-    switches = {part for part in parts if part in ("liger", "checkpointing", "compile")}
+    switches = {part for part in parts if part in ("liger", "checkpointing", "compile", "graphs")}
     name = "+".join(part for part in parts if part not in switches)
     if name not in ("lora", "lora-all", "dora", "control", "control+lora"):
         raise ValueError(f"unknown method {text!r}: see --help")
@@ -85,52 +104,138 @@ def parse_method(text: str) -> tuple[str, set[str], str]:
     return name, switches, mode or "plain"
 
 
-def build(options: Options, method: str):
-    """The model of the method, ready to train, and the bytes of its weights."""
+@dataclass
+class Workload:
+    """A model ready to train and one step's loss on fixed data; ``batch`` and ``tokens`` as measured."""
+
+    model: nn.Module
+    loss: Callable[[], torch.Tensor]
+    batch: int
+    tokens: int
+    autocast: torch.dtype | None = None  # then float32 weights, and a loss scaler
+
+
+def build(options: Options, method: str) -> Workload:
+    name, switches, mode = parse_method(method)
+    torch.manual_seed(0)
+    if options.shape in LLAMA_SHAPES:
+        return build_llama(options, name, switches, mode)
+    return (build_vit if options.shape in VISION_SHAPES else build_roberta)(options, name, switches, mode)
+
+
+def random_tokens(options: Options, vocabulary: int) -> torch.Tensor:
+    generator = torch.Generator(device=options.device).manual_seed(1)
+    shape = (options.batch, options.tokens)
+    return torch.randint(3, vocabulary, shape, generator=generator, device=options.device)
+
+
+def adapt(
+    model: nn.Module,
+    name: str,
+    mode: str,
+    *,
+    lora: dict,
+    every: object,
+    mixed: dict,
+    control: dict,
+    **mode_options,
+):
+    """Add the adapter `name`: LoRA's fields, all its targets, its fields beside a control, and the control's."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, LlamaConfig
 
     from peft_control import ControlConfig
     from peft_control.memory import set_memory_mode
 
-    name, switches, mode = parse_method(method)
+    task = {} if "task_type" not in control else {"task_type": control["task_type"]}
+    config = {
+        "lora": lambda: LoraConfig(**lora, **task),
+        "lora-all": lambda: LoraConfig(**{**lora, "target_modules": every}, **task),
+        "dora": lambda: LoraConfig(**lora, use_dora=True, **task),
+        "control": lambda: ControlConfig(**control),
+        "control+lora": lambda: ControlConfig(**{**control, "control_blocks": ["mlp"]}, **mixed),
+    }[name]()
+    return set_memory_mode(get_peft_model(model, config), mode, **mode_options).train()
+
+
+def build_llama(options, name, switches, mode) -> Workload:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
     if "liger" in switches:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[options.shape], max_position_embeddings=1 << 20, use_cache=False)
+    config = LlamaConfig(**LLAMA_SHAPES[options.shape], max_position_embeddings=1 << 20, use_cache=False)
     with torch.device(options.device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-
-    per_weight = dict(r=32, lora_alpha=64, lora_dropout=0.0)
-    adapters = {
-        "lora": lambda: LoraConfig(
-            target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"], **per_weight
-        ),
-        "lora-all": lambda: LoraConfig(target_modules="all-linear", **per_weight),
-        "dora": lambda: LoraConfig(
-            target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"], use_dora=True, **per_weight
-        ),
-        "control": lambda: ControlConfig(control_blocks=["attention", "mlp"], control_rank=64),
-        "control+lora": lambda: ControlConfig(
-            control_blocks=["mlp"],
-            control_rank=64,
-            target_modules=["q_proj", "k_proj", "v_proj"],
-            **per_weight,
-        ),
-    }
-    config = adapters[name]()
-    config.task_type = "CAUSAL_LM"
-    model = get_peft_model(model, config)
+    ranks = dict(r=32, lora_alpha=64, lora_dropout=0.0)
+    attention = ["q_proj", "k_proj", "v_proj"]
+    model = adapt(
+        model, name, mode, cuda_graphs="graphs" in switches,
+        lora=dict(target_modules=[*attention, "up_proj", "down_proj"], **ranks),
+        every="all-linear",
+        mixed=dict(target_modules=attention, **ranks),
+        control=dict(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], control_rank=64),
+    )  # fmt: skip
     if "checkpointing" in switches:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    set_memory_mode(model, mode)
-    model.train()
     if "compile" in switches:
         model = torch.compile(model)
-    return model
+    ids = random_tokens(options, config.vocab_size)
+    return Workload(model, lambda: model(input_ids=ids, labels=ids).loss, *ids.shape)
+
+
+def build_roberta(options, name, switches, mode) -> Workload:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    config = RobertaConfig(**ENCODER_SHAPES[options.shape], type_vocab_size=1)
+    with torch.device(options.device):
+        model = RobertaForSequenceClassification(config)
+    ranks = dict(r=8, lora_alpha=16, target_modules=["query", "value"])
+    model = adapt(
+        model, name, mode, lora=ranks, mixed=ranks, every=["query", "key", "value", "dense"],
+        control=dict(task_type="SEQ_CLS", control_rank=16),
+    )  # fmt: skip
+    if "checkpointing" in switches:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids = random_tokens(options, config.vocab_size)
+    labels = ids[:, 0] % 2
+    return Workload(
+        model, lambda: model(input_ids=ids, labels=labels).loss, *ids.shape, autocast_dtype(options)
+    )
+
+
+def build_vit(options, name, switches, mode) -> Workload:
+    import timm
+
+    sys.path.append(str(ROOT / "ViT"))
+    from vision_models import mlp_linears, set_mlp_layers
+
+    with torch.device(options.device):
+        model = timm.create_model(VISION_SHAPES[options.shape], num_classes=100)
+        set_mlp_layers(model, 4)
+    model.set_grad_checkpointing("checkpointing" in switches)
+    ranks = dict(r=1, lora_alpha=1, target_modules=list(mlp_linears(4)))
+    every = [*mlp_linears(4), "qkv", "proj"]
+    model = adapt(
+        model, name, mode, lora=dict(**ranks, modules_to_save=["head"]), every=every,
+        mixed=dict(r=1, lora_alpha=1, target_modules=["qkv"]),
+        control=dict(control_rank=16, control_bias=True, modules_to_save=["head"]),
+    )  # fmt: skip
+    generator = torch.Generator(device=options.device).manual_seed(1)
+    size = model.get_submodule("base_model.model.patch_embed").img_size
+    images = torch.randn(options.batch, 3, *size, generator=generator, device=options.device)
+    labels = torch.arange(options.batch, device=options.device) % 100
+    tokens = model.get_base_model().pos_embed.shape[1]
+    loss = nn.CrossEntropyLoss()
+    return Workload(
+        model, lambda: loss(model(images), labels), options.batch, tokens, autocast_dtype(options)
+    )
+
+
+def autocast_dtype(options: Options) -> torch.dtype:
+    return torch.float16 if options.device == "cuda" else torch.bfloat16
 
 
 class Clock:
@@ -154,31 +259,41 @@ def allocated(options: Options) -> int:
     return torch.cuda.memory_allocated() if options.device == "cuda" else 0
 
 
+class Step:
+    """One optimizer step of a workload, as a training script takes it."""
+
+    def __init__(self, options: Options, work: Workload):
+        self.work, self.device = work, options.device
+        self.trained = [parameter for parameter in work.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=options.device == "cuda")
+        scaled = work.autocast == torch.float16
+        self.scaler = torch.amp.GradScaler(options.device, enabled=scaled)
+
+    def __call__(self) -> torch.Tensor:
+        with torch.autocast(self.device, self.work.autocast, enabled=self.work.autocast is not None):
+            loss = self.work.loss()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
 def measure(options: Options, method: str) -> dict:
     """Train a few steps; return memory in bytes, seconds per step and the loss after them."""
-    model = build(options, method)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=options.device == "cuda")
-    generator = torch.Generator(device=options.device).manual_seed(1)
-    vocabulary = SHAPES[options.shape]["vocab_size"]
-    ids = torch.randint(
-        vocabulary, (options.batch, options.tokens), generator=generator, device=options.device
-    )
+    work = build(options, method)
+    step = Step(options, work)
+    graphs = "graphs" in parse_method(method)[1]
+    if graphs:
+        torch.cuda.empty_cache()
     static, clock, seconds = allocated(options), Clock(options.device), []
-
-    def step():
-        start = clock.read()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach(), start, clock.read()
-
     for number in range(options.warmup + options.steps):
         if number == options.warmup and options.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        loss, start, end = step()
+        start = clock.read()
+        loss = step()
+        end = clock.read()
         if options.device == "cuda":
             torch.cuda.synchronize()
         if number >= options.warmup:
@@ -192,44 +307,44 @@ def measure(options: Options, method: str) -> dict:
         print(
             profile.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=70), file=sys.stderr
         )
-    peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
+    peak = 0
+    if options.device == "cuda":
+        peak = torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()
     median = statistics.median(seconds)
     return {
         "method": method,
-        "trained_parameters": sum(parameter.numel() for parameter in trained),
+        "trained_parameters": sum(parameter.numel() for parameter in step.trained),
         "static_bytes": static,
         "peak_bytes": peak,
+        "peak_is": "reserved" if graphs else "allocated",
         "over_static_bytes": peak - static,
         "step_seconds": median,
         "step_seconds_all": seconds,
-        "tokens_per_second": options.batch * options.tokens / median,
+        "tokens_per_second": work.batch * work.tokens / median,
         "loss": loss.item(),
     }
 
 
 def longest(options: Options, method: str) -> dict:
     """The longest sequence, in steps of 512 tokens, whose training step fits ``options.limit`` GiB."""
-    model = build(options, method)
     torch.cuda.set_per_process_memory_fraction(
         options.limit * 2**30 / torch.cuda.get_device_properties(0).total_memory
     )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    vocabulary = SHAPES[options.shape]["vocab_size"]
+    work = build(replace(options, tokens=512), method)
+    step = Step(options, work)
 
     def fits(tokens: int) -> bool:
-        ids = torch.randint(vocabulary, (options.batch, tokens), device="cuda")
+        ids = random_tokens(replace(options, tokens=tokens), work.model.config.vocab_size)
+        work.loss = lambda: work.model(input_ids=ids, labels=ids).loss
         try:
             for _ in range(2):
-                model(input_ids=ids, labels=ids).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                step()
             torch.cuda.synchronize()
             return True
         except torch.OutOfMemoryError:
             return False
         finally:
-            optimizer.zero_grad()
+            step.optimizer.zero_grad()
             torch.cuda.empty_cache()
 
     good, bad = 0, 512
@@ -339,46 +454,68 @@ def draw(results: list[dict], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def check(options: Options) -> None:
+    """Raise a `UserError` for what cannot be, before a minute is spent."""
+    if options.shape not in SHAPES:
+        raise UserError(f"unknown --shape {options.shape!r}: choose from {', '.join(SHAPES)}")
+    for name in ("batch", "tokens", "steps"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.device not in ("cuda", "cpu"):
+        raise UserError(f"--device is cuda or cpu, got {options.device!r}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no GPU here: --device cpu tries the script out")
+    if options.limit and (options.device == "cpu" or options.shape not in LLAMA_SHAPES):
+        raise UserError("--limit needs a GPU and a LLaMA shape")
+    for method in options.methods:
+        try:
+            _, switches, _ = parse_method(method)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if switches - {"checkpointing"} and options.shape not in LLAMA_SHAPES:
+            raise UserError(f"method {method!r}: {options.shape} has no switch but checkpointing")
+
+
 def main() -> None:
-    (options,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses()
-    with contextlib.redirect_stdout(sys.stderr) if options.worker else contextlib.nullcontext():
-        result = None
-        if options.worker:
-            result = (longest if options.limit else measure)(options, options.worker)
+    (options,) = parse_arguments(Options, description=__doc__)
+    check(options)
     if options.worker:
+        with contextlib.redirect_stdout(sys.stderr):
+            result = (longest if options.limit else measure)(options, options.worker)
         print(json.dumps(result))
         return
-    for method in options.methods:
-        parse_method(method)
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     rate = matmul_tflops() if options.device == "cuda" else None
-    torch.cuda.empty_cache() if rate else None
-    print(f"{options.shape}, {options.batch} x {options.tokens} tokens, bf16, {device}"
-          + (f", bf16 matmul {rate:.0f} TFLOP/s" if rate else ""), flush=True)  # fmt: skip
+    if rate:
+        torch.cuda.empty_cache()
+    dtype = torch.bfloat16 if options.shape in LLAMA_SHAPES else autocast_dtype(options)
+    title = f"{options.shape}, {options.batch} x {options.tokens} tokens, {str(dtype)[6:]}, {device}"
+    print(title + (f", bf16 matmul {rate:.0f} TFLOP/s" if rate else ""), flush=True)
     results = run_all(options)
     print(ratios(results))
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{options.shape}_{options.batch}x{options.tokens}" + (
-        f"_limit{options.limit:g}" if options.limit else ""
-    )
+    name = f"{options.shape}_{options.batch}x{options.tokens}"
+    name += f"_limit{options.limit:g}" if options.limit else ""
+    path = Path(options.output) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "schema": 1,
         "device": device,
         "matmul_tflops": rate,
-        "versions": {"torch": torch.__version__},
+        "dtype": str(dtype)[6:],
+        "versions": package_versions(),
+        "git": git_state(),
+        "created": utc_now(),
         "weights": "random",
-        "options": {key: value for key, value in asdict(options).items() if key != "output"},
+        "options": {key: value for key, value in asdict(options).items() if key not in ("output", "worker")},
         "results": results,
     }
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json_atomic(path, record)
     if not options.limit:
-        draw(
-            results,
-            f"{options.shape}, {options.batch} x {options.tokens} tokens, {device}",
-            folder / f"{name}.png",
-        )
+        draw(results, title, path.with_suffix(".png"))
+    print(f"record in {public_path(path)}")
+    if all("error" in result for result in results):
+        raise UserError("no method could be measured")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

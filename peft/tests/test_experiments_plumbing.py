@@ -6,18 +6,27 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from control_experiments import record as record_module
 from control_experiments.arguments import parse_arguments
+from control_experiments.checkpoints import begin, check_adapter_files, find_damage, whole_folder
 from control_experiments.checksums import fingerprint
-from control_experiments.device import describe_device, seed_everything, select_device
-from control_experiments.errors import UserError, run_main
+from control_experiments.device import (
+    describe_device,
+    explain_out_of_memory,
+    seed_everything,
+    select_device,
+)
+from control_experiments.errors import Interrupted, StopRequest, UserError, run_main
+from control_experiments.losses import LossWatch, check_parameters
 from control_experiments.metering import MemoryMeter, Throughput
 from control_experiments.methods import METHODS, ControlSettings, LoraSettings, adapter_config
 from control_experiments.paths import REPOSITORY, public_path
@@ -198,11 +207,11 @@ def test_an_unused_folder_goes_away(tmp_path):
         RunFolder(tmp_path / "file")
 
 
-def checkpoint(folder: RunFolder, step: int, complete: bool = True):
+def checkpoint(folder: RunFolder, step: int, **state):
     path = folder.checkpoints / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    if complete:
-        (path / "trainer_state.json").write_text("{}")
+    with whole_folder(path) as place:
+        (place / "trainer_state.json").write_text(json.dumps({"step": step, **state}))
+        torch.save({"step": torch.tensor(step)}, place / "optimizer.pt")
     return path
 
 
@@ -213,8 +222,9 @@ def test_claims(tmp_path):
         assert folder.claim(dora) is None  # nothing was trained yet
         folder.claim(lora)
         ninth = checkpoint(folder, 9)
-        checkpoint(folder, 10, complete=False)
+        begin(folder.checkpoints / "checkpoint-10")  # where a kill leaves what was being written
         assert folder.claim(lora, resume=True) == ninth
+        assert [path.name for path in folder.checkpoints.iterdir()] == ["checkpoint-9"]
         tenth = checkpoint(folder, 100)
         assert folder.claim(lora, resume=True) == tenth
         with pytest.raises(UserError, match="add --resume"):
@@ -228,6 +238,208 @@ def test_claims(tmp_path):
         (folder.path / "run.json").write_text("{")
         with pytest.raises(UserError, match="missing or broken"):
             folder.claim(lora)
+
+
+class Bomb:
+    """A pickle that leaves a file where it is read."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.mark),))
+
+
+def flip(path):
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+
+
+def resealed(checkpoint):
+    """A manifest that fits what is there, as an attacker would write it."""
+    names = [path.name for path in checkpoint.iterdir() if path.name != "manifest.json"]
+    sums = {name: fingerprint(checkpoint / name) for name in names}
+    write_json_atomic(checkpoint / "manifest.json", {"schema": 1, "sha256": sums})
+
+
+def bombed(checkpoint):
+    torch.save({"step": Bomb(checkpoint.parents[1] / "mark")}, checkpoint / "optimizer.pt")
+    resealed(checkpoint)
+
+
+def with_pickled_adapter(checkpoint):
+    torch.save({}, checkpoint / "adapter_model.bin")
+    resealed(checkpoint)
+
+
+def with_link(checkpoint):
+    (checkpoint / "optimizer.pt").rename(checkpoint.parents[1] / "elsewhere.pt")
+    (checkpoint / "optimizer.pt").symlink_to(checkpoint.parents[1] / "elsewhere.pt")
+    resealed(checkpoint)
+
+
+DAMAGES = {
+    "optimizer.pt is not what was written": lambda c: flip(c / "optimizer.pt"),
+    "optimizer.pt is missing": lambda c: (c / "optimizer.pt").unlink(),
+    "trainer_state.json is not what was written": lambda c: (c / "trainer_state.json").write_text("{"),
+    "more.pt is not in its manifest.json": lambda c: (c / "more.pt").write_bytes(b""),
+    "it has no manifest.json": lambda c: (c / "manifest.json").unlink(),
+    "manifest.json is no JSON file": lambda c: (c / "manifest.json").write_text('{"schema": 1, "sha'),
+    "its manifest.json is of another schema": lambda c: (c / "manifest.json").write_text("{}"),
+    "optimizer.pt holds more than tensors and plain values": bombed,
+    "adapter_model.bin is a pickle": with_pickled_adapter,
+    "optimizer.pt is a pickle or a link": with_link,
+}
+
+
+@pytest.mark.parametrize(("reason", "damage"), DAMAGES.items())
+def test_a_broken_checkpoint_is_set_aside_and_the_one_before_used(reason, damage, tmp_path, capsys):
+    with RunFolder(tmp_path / "run") as folder:
+        folder.claim({})
+        whole, broken = checkpoint(folder, 3), checkpoint(folder, 10)
+        assert find_damage(broken) is None
+        damage(broken)
+        assert folder.claim({}, resume=True) == whole
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: checkpoint-10 is broken") and reason in line
+        assert line.endswith("set aside as checkpoint-10.broken")
+        names = sorted(path.name for path in folder.checkpoints.iterdir())
+        assert names == ["checkpoint-10.broken", "checkpoint-3"]
+        assert not (folder.path / "mark").exists()
+
+        damage(whole)
+        with pytest.raises(UserError, match="no checkpoint in .* is whole.*nothing was changed"):
+            folder.claim({}, resume=True)
+        assert sorted(path.name for path in folder.checkpoints.iterdir()) == names
+
+
+def test_a_checkpoint_is_worth_as_much_as_the_best_one_that_it_names(tmp_path):
+    with RunFolder(tmp_path / "run") as folder:
+        first, best = checkpoint(folder, 2, best_global_step=2), checkpoint(folder, 4, best_global_step=4)
+        last = checkpoint(folder, 6, best_global_step=4)
+        assert find_damage(last) is None
+        flip(best / "optimizer.pt")
+        assert "checkpoint-4, is broken: optimizer.pt" in find_damage(last)
+        write_json_atomic(folder.path / "run.json", {})
+        assert folder.claim({}, resume=True) == first
+
+
+def test_a_whole_folder_is_there_at_once_or_not_at_all(tmp_path):
+    place = tmp_path / "adapter"
+    with whole_folder(place, sealed=False) as aside:
+        (aside / "a").write_text("first")
+        assert not place.exists()
+    with pytest.raises(OSError, match="full"), whole_folder(place) as aside:
+        (aside / "a").write_text("second")
+        raise OSError("full")
+    assert (place / "a").read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["adapter"]
+    with whole_folder(place, sealed=False) as aside:
+        (aside / "b").write_text("third")
+    assert [p.name for p in place.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a small disk needs to be root")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.mark.parametrize("writer", ["python", "torch", "safetensors"])
+def test_a_full_disk_is_one_line_and_costs_only_what_was_being_written(writer, small_disk, capsys):
+    large = torch.zeros(1 << 20)
+    write = {
+        "python": lambda place: (place / "x").write_bytes(large.numpy().tobytes()),
+        "torch": lambda place: torch.save(large, place / "x.pt"),
+        "safetensors": lambda place: save_file({"x": large}, place / "x.safetensors"),
+    }[writer]
+
+    def main():
+        with RunFolder(small_disk / "run") as folder:
+            folder.claim({})
+            checkpoint(folder, 3)
+            with whole_folder(folder.checkpoints / "checkpoint-4") as place:
+                write(place)
+
+    with pytest.raises(SystemExit) as exit_:
+        run_main(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        exit_.value.code == 2 and "is full" in line and "checkpoint-3 is kept" in line and "--resume" in line
+    )
+    with RunFolder(small_disk / "run") as folder:
+        assert folder.claim({}, resume=True).name == "checkpoint-3"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_in_one_line_that_says_how_to_go_on(number, code, tmp_path, capsys):
+    def main():
+        with RunFolder(tmp_path / "run") as folder:
+            folder.claim({})
+            checkpoint(folder, 3)
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit_:
+        run_main(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == code and "checkpoint-3 is kept" in line and "--resume" in line
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_loop_learns_of_the_first_signal_and_is_ended_by_the_second():
+    with StopRequest() as stop:
+        assert stop.number is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+        with pytest.raises(Interrupted) as raised:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        assert raised.value.number == signal.SIGINT
+
+
+def test_losses_are_watched_and_the_first_bad_batch_is_named():
+    watch = LossWatch(torch.device("cpu"))
+    for step, loss in enumerate((1.0, 2.0, float("inf"), float("nan"), 1.0), start=11):
+        watch.add(torch.tensor(loss), step)
+        assert watch.due(step)
+    with pytest.raises(UserError, match=r"at step 13 \(epoch 2, batch 5 of 8\); kept so"):
+        watch.check(8, "kept so")
+    with pytest.raises(UserError, match="parameters are NaN or infinite after step 4"):
+        check_parameters([torch.ones(2), torch.tensor([1.0, torch.inf])], 4, "nothing")
+    LossWatch(torch.device("cpu")).check(8, "nothing")
+    check_parameters([torch.ones(2)], 4, "nothing")
+
+
+@pytest.mark.parametrize("method", ["gpu", "host", "python"])
+def test_too_little_memory_is_explained(method):
+    def fail():
+        if method == "gpu":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
+        torch.empty(1 << 60) if method == "host" else bytearray(1 << 62)
+
+    asked = {"gpu": "2.50 GiB", "host": "4294967296.0 GiB", "python": "more than there is"}[method]
+    with pytest.raises(UserError, match=rf"asked for {asked} \(.* free of .*GiB\); what lowers it: --less"):
+        with explain_out_of_memory(torch.device("cpu"), "--less"):
+            fail()
+    with pytest.raises(RuntimeError, match="other"), explain_out_of_memory(torch.device("cpu"), "--less"):
+        raise RuntimeError("other")
+
+
+def test_adapters_are_safetensors(tmp_path):
+    torch.save({"x": Bomb(tmp_path / "mark")}, tmp_path / "adapter_model.bin")
+    with pytest.raises(UserError, match="never from a pickle"):
+        check_adapter_files(tmp_path)
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    check_adapter_files(tmp_path)
 
 
 def test_throughput_counts_only_what_it_should():

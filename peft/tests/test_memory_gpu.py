@@ -55,8 +55,9 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
     assert not ours[4].any()
 
 
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}], ids=["eager", "graphs"])
 @pytest.mark.parametrize("mode", MODES[1:])
-def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode):
+def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode, options):
     """The same steps on the same data: the losses of all modes lie on each other."""
     config = LlamaConfig(
         hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=8,
@@ -64,12 +65,12 @@ def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode):
     )  # fmt: skip
     ids = torch.randint(32000, (2, 512), generator=torch.Generator().manual_seed(1)).cuda()
 
-    def train(mode):
+    def train(mode, **options):
         torch.manual_seed(0)
         with torch.device("cuda"):
             base = LlamaForCausalLM(config).bfloat16()
         adapter = ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], control_rank=16)
-        model = set_memory_mode(get_peft_model(base, adapter).train(), mode)
+        model = set_memory_mode(get_peft_model(base, adapter).train(), mode, **options)
         trained = [p for p in model.parameters() if p.requires_grad]
         assert {p.dtype for p in trained} == {torch.float32}
         optimizer = torch.optim.AdamW(trained, lr=1e-3)
@@ -81,7 +82,43 @@ def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode):
             optimizer.zero_grad()
         return loss.item(), gradients
 
-    (plain, reference), (loss, gradients) = train("plain"), train(mode)
+    (plain, reference), (loss, gradients) = train("plain"), train(mode, **options)
     assert plain < 10.0
     assert loss == pytest.approx(plain, rel=2e-3)
     assert (gradients - reference).norm() <= 0.05 * reference.norm()
+
+
+def test_graphs_follow_shapes_and_refuse_what_would_be_wrong():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=101,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        base = LlamaForCausalLM(config).bfloat16()
+    adapter = ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], init_weights=False)
+    model = get_peft_model(base, adapter).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(ids, mask=None, **options):
+        set_memory_mode(model, "fast", **options)
+        found = []
+        for _ in range(2):  # the second replays
+            model.zero_grad()
+            model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+            found.append(torch.cat([p.grad.flatten() for p in trained]))
+        assert torch.equal(*found)
+        return found[0]
+
+    for tokens in (16, 40):
+        ids = torch.randint(101, (3, tokens), device="cuda")
+        mask = torch.ones_like(ids)
+        close(gradients(ids, mask, cuda_graphs=True), gradients(ids, mask), 1e-2)
+        mask[0, -5:] = 0
+        close(gradients(ids, mask, cuda_graphs=True), gradients(ids, mask), 1e-2)
+
+    set_memory_mode(model, "fast", cuda_graphs=True)
+    first, second = (model(input_ids=ids, labels=ids).loss for _ in range(2))
+    second.backward()
+    with pytest.raises(RuntimeError, match="before the next forward"):
+        first.backward()

@@ -9,14 +9,13 @@ from __future__ import annotations
 import warnings
 from types import MethodType
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .families import FAMILIES, halves
+from .graphs import StepGraphs
 from .layers import Plan, training_forward
-from .loss import causal_lm_loss
+from .loss import causal_lm_forward
 from .offload import HostStates
 
 MODES = ("plain", "fast", "balanced", "lean")
@@ -33,6 +32,7 @@ def set_memory_mode(
     chunk_tokens: int | None = None,
     offload: bool = True,
     fused_loss: bool = True,
+    cuda_graphs: bool = False,
     on_unsupported: str = "error",
 ) -> nn.Module:
     """Set how ``model`` trains; reversible, and no part of the adapter that is saved.
@@ -46,6 +46,9 @@ def set_memory_mode(
         offload: lean keeps its states in pinned host memory (on a GPU).
         fused_loss: causal language models compute their training loss without a batch's logits, so that
             ``outputs.logits`` is None while training with labels.
+        cuda_graphs: causal language models replay their whole training step as a CUDA graph when its shape was
+            seen before: for small batches of fixed shape without padding, whose time goes into kernel launches.
+            A batch with padding, dropout that draws, or more than eight shapes runs without a graph.
         on_unsupported: "error", or "warn" to stay plain.
 
     Returns:
@@ -82,44 +85,21 @@ def set_memory_mode(
         plan.host = host
         layer.memory_plan = plan
         layer.forward = MethodType(training_forward, layer)
-    if fused_loss:
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel) and isinstance(
-                getattr(module, "lm_head", None), nn.Linear
-            ):
-                rows = chunk_tokens // 4 if chunk_tokens else _LOGITS_ELEMENTS // module.lm_head.out_features
-                module.loss_chunk = max(rows, 1)
-                module.forward = MethodType(causal_lm_forward, module)
+    for module in model.modules() if fused_loss else ():
+        if isinstance(module, PreTrainedModel) and isinstance(getattr(module, "lm_head", None), nn.Linear):
+            rows = chunk_tokens // 4 if chunk_tokens else _LOGITS_ELEMENTS // module.lm_head.out_features
+            module.loss_chunk = max(rows, 1)
+            module.step_graphs = StepGraphs() if cuda_graphs else None
+            module.forward = MethodType(causal_lm_forward, module)
     return model
-
-
-def causal_lm_forward(model, *arguments, labels=None, num_items_in_batch=None, **named):
-    """Replaces a causal language model's ``forward`` while it trains; otherwise the model's own runs."""
-    if labels is None or not torch.is_grad_enabled() or named.get("return_dict") is False:
-        if num_items_in_batch is not None:
-            named["num_items_in_batch"] = num_items_in_batch
-        return type(model).forward(model, *arguments, labels=labels, **named)
-    named.pop("use_cache", None)
-    outputs = getattr(model, model.base_model_prefix)(*arguments, use_cache=False, **named)
-    loss = causal_lm_loss(
-        outputs.last_hidden_state,
-        labels,
-        model.lm_head,
-        chunk=model.loss_chunk,
-        num_items_in_batch=num_items_in_batch,
-        softcap=getattr(model.config, "final_logit_softcapping", None),
-    )
-    return CausalLMOutputWithPast(
-        loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-    )
 
 
 def _restore(model):
     for module in model.modules():
-        for name in ("memory_plan", "loss_chunk"):
+        for name in ("memory_plan", "loss_chunk", "step_graphs"):
             if name in vars(module):
                 delattr(module, name)
-                del module.forward
+                vars(module).pop("forward", None)
 
 
 def _class_name(module):

@@ -78,7 +78,8 @@ def training_forward(layer: nn.Module, hidden_states: torch.Tensor, *arguments, 
     else:
         attention = partial(plan.halves.attention, layer)
         if plan.mode == "balanced" and plan.halves.recompute_attention:
-            attention = partial(checkpoint, attention, use_reentrant=False)
+            replay = draws_random_numbers(layer)
+            attention = partial(checkpoint, attention, use_reentrant=False, preserve_rng_state=replay)
         middle = attention(hidden_states, *arguments, **named)
         output = MlpHalf.apply(middle, layer, *control_parameters(getattr(layer, "mlp_control", None)))
     return (output,) if plan.halves.returns_tuple else output
@@ -119,7 +120,7 @@ class LeanLayer(torch.autograd.Function):
         plan = layer.memory_plan
         ctx.layer, ctx.arguments, ctx.named = layer, arguments, named
         ctx.autocast = _autocast_state(state)
-        ctx.random = _random_state(state) if _draws(layer) else None
+        ctx.random = _random_state(state) if draws_random_numbers(layer) else None
         middle = plan.halves.attention(layer, state, *arguments, **named)
         output = torch.empty_like(middle)
         control = getattr(layer, "mlp_control", None)
@@ -183,12 +184,12 @@ def _autocast_state(tensor):
     return partial(torch.autocast, device, dtype=dtype, enabled=enabled)
 
 
-def _draws(layer) -> bool:
+def draws_random_numbers(layer) -> bool:
     """Whether the layer's forward draws random numbers."""
     return any(
         draws(module)
-        or (isinstance(module, ControlLayer) and any(module.dropout.values()))
-        or getattr(module, "attention_dropout", 0.0)
+        or (isinstance(module, ControlLayer) and module.training and any(module.dropout.values()))
+        or (module.training and getattr(module, "attention_dropout", 0.0))
         for module in layer.modules()
     )
 

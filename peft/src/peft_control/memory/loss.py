@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import kernels
+from .layers import draws_random_numbers
 from .linear import dense_weight
 
 
@@ -58,10 +60,63 @@ def causal_lm_loss(hidden, labels, head, *, chunk, num_items_in_batch=None, igno
         labels: ``(batch, tokens)``; position t is predicted from t-1; ``ignore_index`` counts nothing.
         num_items_in_batch: divisor; None divides by the number of labels that count.
     """
+    total = _total(hidden, labels, head, chunk, ignore_index, softcap)
+    return total / _items(labels, num_items_in_batch, ignore_index)
+
+
+def _total(hidden, labels, head, chunk, ignore_index=-100, softcap=None):
     targets = labels[:, 1:].reshape(-1).to(hidden.device)
     targets = targets.masked_fill(targets == ignore_index, -1)
     states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    total = LinearCrossEntropy.apply(states, targets, head, chunk, softcap)
-    if num_items_in_batch is None:
-        num_items_in_batch = (targets >= 0).sum().clamp(min=1)
-    return total / num_items_in_batch
+    return LinearCrossEntropy.apply(states, targets, head, chunk, softcap)
+
+
+def _items(labels, num_items_in_batch, ignore_index=-100):
+    if num_items_in_batch is not None:
+        return num_items_in_batch
+    return (labels[:, 1:] != ignore_index).sum().clamp(min=1)
+
+
+def causal_lm_forward(model, input_ids=None, attention_mask=None, *arguments, labels=None, **named):
+    """Replaces a causal language model's ``forward`` while it trains; otherwise the model's own runs."""
+    if labels is None or not torch.is_grad_enabled() or named.get("return_dict") is False:
+        return type(model).forward(model, input_ids, attention_mask, *arguments, labels=labels, **named)
+    named.pop("use_cache", None)
+    items = _items(labels, named.pop("num_items_in_batch", None))
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    base = getattr(model, model.base_model_prefix)
+    others = [value for value in (*arguments, *named.values()) if value is not None]
+    if model.step_graphs is not None and not others and _fits_a_graph(base, input_ids, attention_mask):
+        total = model.step_graphs(
+            lambda ids, labels: _total(
+                _states(base, ids), labels, model.lm_head, model.loss_chunk, softcap=softcap
+            ),
+            (input_ids, labels),
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+        )
+        return CausalLMOutputWithPast(loss=total / items)
+    outputs = base(input_ids, attention_mask, *arguments, use_cache=False, **named)
+    total = _total(outputs.last_hidden_state, labels, model.lm_head, model.loss_chunk, softcap=softcap)
+    return CausalLMOutputWithPast(
+        loss=total / items, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+    )
+
+
+def _fits_a_graph(base, ids, mask) -> bool:
+    if ids is None or not ids.is_cuda or draws_random_numbers(base):
+        return False
+    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in base.layers]
+    windows.append(getattr(base.config, "sliding_window", None))
+    return all(window is None or window >= ids.shape[1] for window in windows) and (
+        mask is None or bool(mask.all())
+    )
+
+
+def _states(base, ids):
+    """The decoder's final states, causal and without padding: its own forward reads the device to find that out."""
+    state = base.embed_tokens(ids)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    rotary = base.rotary_emb(state, positions)
+    for layer in base.layers:
+        state = layer(state, attention_mask=None, position_embeddings=rotary)
+    return base.norm(state)
