@@ -76,3 +76,13 @@ def test_snippets_run(block, tmp_path, monkeypatch):
     for config in (names.get("double"), names.get("mixed")):
         if config is not None:
             get_peft_model(build("llama"), config)
+
+
+def test_memory_modes():
+    from peft_control.memory import MODES
+    from peft_control.memory.families import FAMILIES
+
+    assert tuple(row[0].strip("`") for row in table("## Memory modes")) == MODES
+    section = README.split("\n## Memory modes\n", 1)[1].split("\n#", 1)[0]
+    named = re.search(r"They are there for (.*?); the MLP", section, re.DOTALL)[1]
+    assert re.findall(r"`(.*?)`", named) == list(FAMILIES)

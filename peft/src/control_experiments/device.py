@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -45,6 +48,60 @@ def select_device(name: str) -> torch.device:
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's generators (all devices)."""
     set_seed(seed)
+
+
+def make_deterministic() -> None:
+    """Let torch use deterministic kernels alone, so that a seed gives the same bits on the same kind of GPU.
+
+    Call it before anything touches CUDA (cuBLAS reads its workspace's setting once). A kernel that has no deterministic
+    form raises a RuntimeError that names it.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def explain_out_of_memory(device: torch.device, switches: str) -> Iterator[None]:
+    """Turn a lack of memory into one line: what was asked for, what was there, which `switches` need less.
+
+    Raises:
+        UserError: in the place of torch's errors for the GPU's and for the host's memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        asked = _asked_for(error)
+        if asked is None:
+            raise
+        if device.type == "cuda" and isinstance(error, torch.OutOfMemoryError):
+            free, total = torch.cuda.mem_get_info(device)
+            used = torch.cuda.memory_allocated(device)
+            where, there = "GPU's", f"{_gib(used)} in use by this run, {_gib(free)} free of {_gib(total)}"
+        else:
+            memory = psutil.virtual_memory()
+            used = psutil.Process().memory_info().rss
+            where = "host's"
+            there = f"{_gib(used)} in use by this run, {_gib(memory.available)} free of {_gib(memory.total)}"
+        raise UserError(
+            f"the {where} memory is too small: asked for {asked} ({there}); what lowers it: {switches}; "
+            "finished work and the last checkpoint are kept"
+        ) from error
+
+
+def _asked_for(error: BaseException) -> str | None:
+    """How much a failed allocation wanted, in words; None when the error is none."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        found = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
+        return found.group(1) if found else "more than there is"
+    if found := re.search(r"DefaultCPUAllocator: .*tried to allocate (\d+) bytes", text, re.DOTALL):
+        return _gib(int(found.group(1)))
+    return "more than there is" if isinstance(error, MemoryError) else None
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
 
 
 def describe_device(device: torch.device) -> dict:

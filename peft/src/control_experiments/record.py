@@ -75,8 +75,8 @@ def read_record(path: str | os.PathLike) -> RunRecord:
     """
     path = Path(path)
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        contents = read_json(path)
+    except UserError as error:
         raise UserError(f"{path} is no readable run record ({error}): delete it and run again") from error
     if not isinstance(contents, dict) or contents.get("schema") != SCHEMA:
         found = contents.get("schema") if isinstance(contents, dict) else None
@@ -88,6 +88,21 @@ def read_record(path: str | os.PathLike) -> RunRecord:
                 f"{path} is a broken run record: {entry.name!r} is missing or no {expected.__name__}"
             )
     return RunRecord(**{entry.name: contents[entry.name] for entry in fields(RunRecord)})
+
+
+def read_json(path: str | os.PathLike) -> object:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: it is missing, unreadable, no UTF-8 or no JSON, or nested too deeply; the message names it.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON file: {error}") from error
 
 
 def write_json_atomic(path: str | os.PathLike, contents: object) -> Path:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import UserError
-from .record import write_json_atomic
+from . import checkpoints
+from .errors import Interrupted, UserError
+from .record import read_json, write_json_atomic
 
 
 class RunFolder:
@@ -16,13 +22,18 @@ class RunFolder:
 
     Layout: `record.json` (written last), `run.json` (what the run is), `adapter/`, `checkpoints/`, `run.log`, `.lock`.
     A process that dies lets go of the lock by itself. In a distributed run the process of rank 0 holds it for all.
+    As a context it also says what a full disk or an interruption left behind, and how to go on.
+
+    Args:
+        go_on: what to do to go on with an interrupted run.
 
     Raises:
         UserError: another process holds the folder, or the path is no folder that can be written.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, go_on: str = "add --resume to the same command"):
         self.path = Path(path)
+        self.go_on = go_on
         self._lock: int | None = None
         if os.environ.get("RANK", "0") != "0":
             return
@@ -42,8 +53,24 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
+        kept = self._kept
         self.close()
+        if isinstance(error, KeyboardInterrupt):
+            told = f"{str(error) or 'interrupted'}; {kept or 'nothing was saved yet'}: {self.go_on} to go on"
+            raise Interrupted(getattr(error, "number", Interrupted().number), told) from error
+        if checkpoints.is_full_disk(error):
+            raise UserError(
+                f"the disk of {self.path} is full ({shutil.disk_usage(self.path.parent).free / 2**20:.0f} MiB free); "
+                f"{kept or 'nothing was saved yet'}: make room, then {self.go_on} to go on"
+            ) from error
+
+    @property
+    def _kept(self) -> str | None:
+        """What an unfinished run could go on from, in words."""
+        if found := checkpoints.checkpoints(self.checkpoints):
+            return f"{found[0].name} is kept"
+        return "what was answered is kept" if any(self.path.glob("*.jsonl")) else None
 
     def close(self) -> None:
         """Let go of the lock; a folder in which nothing was written but its claim goes away."""
@@ -81,48 +108,103 @@ class RunFolder:
     def log(self) -> Path:
         return self.path / "run.log"
 
-    @property
-    def last_checkpoint(self) -> Path | None:
-        """The newest complete Trainer checkpoint; one that a kill cut short has no trainer_state.json."""
-        complete = [state.parent for state in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
-        return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    @contextmanager
+    def logging_from(self, *names: str, terminal: bool = False) -> Iterator[None]:
+        """Write what the loggers of these names say to the run's log (and, if asked, to stderr) while in the block."""
+        handlers: list[logging.Handler] = [_LogFile(self.log, encoding="utf-8")]
+        handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        if terminal:
+            handlers.append(logging.StreamHandler())
+        loggers = [logging.getLogger(name) for name in names]
+        for logger in loggers:
+            logger.setLevel(logging.INFO)
+            for handler in handlers:
+                logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                for logger in loggers:
+                    logger.removeHandler(handler)
+                handler.close()
 
     def claim(self, identity: dict, *, resume: bool = False) -> Path | None:
         """Make the folder this run's, and say which checkpoint to go on from (None: from the start).
 
+        On `resume` that is the newest whole one; newer ones that are broken are set aside, each with a line on stderr.
         `identity` (JSON values) is everything that decides the run's outcome: method, task, model, ranks, ...
 
         Raises:
-            UserError: the folder holds another run that is finished, or whose checkpoints would be resumed or lost.
+            UserError: the folder holds another run that is finished, or whose checkpoints would be resumed or lost; or
+                none of the checkpoints to resume from is whole (nothing was changed then).
         """
-        identity = json.loads(json.dumps(identity))
-        checkpoint = self.last_checkpoint
-        if self.finished or checkpoint:
-            self._check_same(identity)
-        if checkpoint and not self.finished and not resume:
+        found = checkpoints.checkpoints(self.checkpoints)
+        if self.finished or found:
+            self.check_same(identity)
+        if self.finished:
+            if self._lock is not None:  # it may have died between its record and its last act
+                checkpoints.discard(self.checkpoints)
+            return None
+        if found and not resume:
             raise UserError(
-                f"{self.path} holds an unfinished run ({checkpoint.name}): add --resume to go on with it, "
+                f"{self.path} holds an unfinished run ({found[0].name}): add --resume to go on with it, "
                 "or delete the folder to start over"
             )
-        if not self.finished and self._lock is not None:
+        checkpoint = self._newest_whole(found)
+        if self._lock is not None:
+            checkpoints.sweep(self.path)
+            checkpoints.sweep(self.checkpoints)
             write_json_atomic(self.path / "run.json", identity)
         return checkpoint
 
-    def _check_same(self, identity: dict) -> None:
+    def _newest_whole(self, found: list[Path]) -> Path | None:
+        """The first of `found` that is whole; those before it are set aside."""
+        damage = {}
+        for checkpoint in found:
+            reason = checkpoints.find_damage(checkpoint)
+            if reason is None:
+                break
+            damage[checkpoint] = reason
+        if damage and len(damage) == len(found):
+            reasons = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in damage.items())
+            raise UserError(
+                f"no checkpoint in {self.checkpoints} is whole ({reasons}): nothing was changed; delete {self.path} to "
+                "start over, or put back a copy of a checkpoint"
+            )
+        for broken, reason in damage.items() if self._lock is not None else ():
+            place = checkpoints.set_aside(broken)
+            print(f"warning: {broken.name} is broken ({reason}): set aside as {place.name}", file=sys.stderr)
+        return found[len(damage)] if found else None
+
+    def check_same(self, identity: dict) -> None:
+        """Check that the folder's `run.json` says what `identity` says.
+
+        Raises:
+            UserError: it does not; the message names every difference.
+        """
+        identity = json.loads(json.dumps(identity))
         file = self.path / "run.json"
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = read_json(file)
             names = dict.fromkeys([*identity, *found])
-        except (OSError, ValueError, TypeError) as error:
+            there = {name: found.get(name) for name in names}
+        except (UserError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{file} is missing or broken: delete {self.path} or choose another folder"
             ) from error
         differences = [
-            f"{name} {found.get(name)!r} there, {identity.get(name)!r} asked for"
+            f"{name} {there[name]!r} there, {identity.get(name)!r} asked for"
             for name in names
-            if found.get(name) != identity.get(name)
+            if there[name] != identity.get(name)
         ]
         if differences:
             raise UserError(
                 f"{self.path} belongs to another run ({'; '.join(differences)}): choose another output folder"
             )
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose write errors (a full disk) end the run instead of filling the terminal with tracebacks."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise

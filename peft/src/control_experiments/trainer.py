@@ -1,20 +1,34 @@
-"""transformers' Trainer as the experiments use it: metered, with the papers' weight decay, reproducible on resume."""
+"""transformers' Trainer as the experiments use it: metered, with the papers' weight decay, and losing nothing.
+
+A run that was killed, stopped by a signal or cut off by a full disk goes on from its newest whole checkpoint and ends,
+on a CPU, bit for bit as if nothing had happened.
+"""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import Sampler, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from .checkpoints import begin, checkpoints, keep_newest, publish
+from .errors import Interrupted, StopRequest, UserError
+from .losses import LossWatch, check_parameters
 from .metering import MemoryMeter, Throughput
+from .record import read_json, write_json_atomic
 
 logger = logging.getLogger(__name__)
+
+#: What the Trainer's own checkpoint lacks: its loss since the last entry in the log.
+_PROGRESS = "progress.json"
 
 
 class ResumableLengthSampler(LengthGroupedSampler):
@@ -35,8 +49,11 @@ class ResumableLengthSampler(LengthGroupedSampler):
 
 
 class ExperimentTrainer(Trainer):
-    """A Trainer that decays every trained parameter, biases too (the paper's AdamW), and meters memory and time.
+    """A Trainer that decays every trained parameter, biases too (the paper's AdamW), meters memory and time, and writes
+    checkpoints that are whole or not there.
 
+    SIGINT and SIGTERM are noted: after the step that is under way a checkpoint is written and `train` raises
+    `Interrupted`. A loss or a trained parameter that is NaN or infinite raises `UserError` before it is saved.
     Evaluation and prediction keep the data set's order whatever the sampling strategy: sort by length beforehand.
     With `--train_sampling_strategy group_by_length` the training set needs a `length` column.
 
@@ -48,10 +65,121 @@ class ExperimentTrainer(Trainer):
     def __init__(self, *args, memory: MemoryMeter, **kwargs):
         super().__init__(*args, **kwargs)
         self.throughput = Throughput(self.args.device)
+        self.losses = LossWatch(self.args.device)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Meter(self.throughput, memory))
-        self.add_callback(_ProgressBar())
+        self._bar = _ProgressBar()
+        for callback in (_Meter(self.throughput, memory), _Keeper(self), self._bar):
+            self.add_callback(callback)
+        self._stop = StopRequest()
+        self._stop_group: dist.ProcessGroup | None = None
+        self._aside: Path | None = None
+        self._resumed_from: str | None = None
+
+    # -- what may end it ------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """As the Trainer's.
+
+        Raises:
+            Interrupted: a signal asked the run to end; its checkpoint is written.
+            UserError: the loss is NaN or infinite, or another process of the run died.
+        """
+        self._resumed_from = resume_from_checkpoint
+        try:
+            with self._stop:
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except RuntimeError as error:
+            if self.args.world_size > 1 and _lost_peer(error):
+                raise UserError(
+                    f"another process of this run died or cannot be reached (see above); {self.kept()}: start the run "
+                    "again with --resume"
+                ) from error
+            raise
+        finally:
+            self._bar.close()
+        if self._stop.number is not None:
+            raise Interrupted(self._stop.number)
+        return output
+
+    def stop_requested(self) -> bool:
+        """Whether a signal came, to this process or to any other of the run; all get the same answer."""
+        if self.args.world_size > 1:
+            # over gloo, so that no process waits for its GPU
+            self._stop_group = self._stop_group or dist.new_group(backend="gloo")
+            number = torch.tensor(self._stop.number or 0)
+            dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._stop_group)
+            self._stop.number = int(number) or None
+        return self._stop.number is not None
+
+    def kept(self) -> str:
+        """What there is to go on from, in words."""
+        found = checkpoints(Path(self.args.output_dir))
+        return f"{found[0].name} is the last good state" if found else "no checkpoint was written yet"
+
+    def check_losses(self) -> None:
+        """Raise UserError if a training loss so far was NaN or infinite; this waits for the device."""
+        batches = len(self.callback_handler.train_dataloader)
+        self.losses.check(-(-batches // self.args.gradient_accumulation_steps), self.kept())
+
+    # -- checkpoints ----------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        with self.throughput.left_out():
+            trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+            check_parameters(trained, self.state.global_step, self.kept())
+            root = Path(self.args.output_dir)
+            place = root / f"checkpoint-{self.state.global_step}"
+            self._aside = place.with_name(f".{place.name}.partial")
+            if self.args.should_save:
+                begin(place)
+            try:
+                self._meet()
+                super()._save_checkpoint(model, trial)  # to where `_get_output_dir` says
+                progress = self._progress()
+                self._meet()
+                if self.args.should_save:
+                    self._complete(self._aside / place.name, progress)
+                    publish(self._aside / place.name, place)
+                    keep_newest(root, self.args.save_total_limit, self._best_checkpoint())
+            finally:
+                if self.args.should_save:
+                    shutil.rmtree(self._aside, ignore_errors=True)
+                self._aside = None
+            self._meet()
+
+    def _complete(self, folder: Path, progress: dict) -> None:
+        best = self._best_checkpoint()
+        self.state.best_model_checkpoint = None if best is None else str(best)
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+        write_json_atomic(folder / _PROGRESS, progress)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+
+    def _progress(self) -> dict:
+        loss = self.accelerator.gather(self._tr_loss.reshape(1)).mean()
+        return {"loss_since_log": float(loss), "last_logged": self._globalstep_last_logged}
+
+    def restore_progress(self) -> None:
+        """Take up the loss since the last entry in the log, and find the best checkpoint again if the folder moved."""
+        best = self._best_checkpoint()
+        self.state.best_model_checkpoint = None if best is None else str(best)
+        if self._resumed_from is not None:
+            progress = read_json(Path(self._resumed_from) / _PROGRESS)
+            self._tr_loss.fill_(progress["loss_since_log"])
+            self._globalstep_last_logged = progress["last_logged"]
+
+    def _best_checkpoint(self) -> Path | None:
+        step = self.state.best_global_step
+        return None if step is None else Path(self.args.output_dir) / f"checkpoint-{step}"
+
+    def _meet(self) -> None:
+        if self.args.world_size > 1:
+            dist.barrier()
+
+    # -- what it computes -----------------------------------------------------------------------------------
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -60,21 +188,19 @@ class ExperimentTrainer(Trainer):
         mask = inputs.get("attention_mask")
         examples = len(next(iter(inputs.values())))
         self.throughput.add(examples, 0 if mask is None else mask.sum())
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.losses.add(loss, self.state.global_step + 1)
+        return loss
 
     def evaluate(self, *args, **kwargs):
         with self.throughput.left_out():
             return super().evaluate(*args, **kwargs)
 
-    def _save_checkpoint(self, *args, **kwargs):
-        with self.throughput.left_out():
-            super()._save_checkpoint(*args, **kwargs)
-
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         return ResumableLengthSampler(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             # from the full data set: what arrives here has lost the columns that the model does not take
             lengths=self.train_dataset[self.args.length_column_name],
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
@@ -82,6 +208,50 @@ class ExperimentTrainer(Trainer):
 
     def _get_eval_sampler(self, eval_dataset) -> Sampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    """Whether gloo or NCCL says that another process went away."""
+    words = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "NCCL",
+        "Timed out waiting",
+    )
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+class _Keeper(TrainerCallback):
+    """Decides when to look at the losses and when to save, beside what the arguments ask for."""
+
+    def __init__(self, trainer: ExperimentTrainer):
+        self.trainer = trainer
+        self.save_at_epoch_end = False
+
+    def on_train_begin(self, *_, **__):
+        self.trainer.restore_progress()
+
+    def on_step_end(self, args, state, control, **_):
+        if self.trainer.stop_requested():
+            control.should_save = control.should_training_stop = True
+        looked_at = control.should_log or control.should_evaluate or control.should_save
+        if looked_at or self.trainer.losses.due(state.global_step):
+            self.trainer.check_losses()
+        if self._ends_epoch(state) and control.should_save:
+            # the evaluation that belongs to this step comes after the epoch's end; a checkpoint must hold it
+            control.should_save, self.save_at_epoch_end = False, True
+
+    def on_epoch_end(self, args, state, control, **_):
+        self.trainer.check_losses()
+        if self.save_at_epoch_end:
+            control.should_save, self.save_at_epoch_end = True, False
+        elif not self._ends_epoch(state):  # the Trainer calls this too when a signal stops it within an epoch
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    @staticmethod
+    def _ends_epoch(state) -> bool:
+        return float(state.epoch).is_integer() or state.global_step >= state.max_steps
 
 
 class _Meter(TrainerCallback):
@@ -132,13 +302,13 @@ class _ProgressBar(TrainerCallback):
                 name: value
                 for name, value in figures.items()
                 if name == "loss"
-                or not name.endswith(("loss", "runtime", "per_second", "epoch", "rate", "norm"))
+                or not name.endswith(("loss", "runtime", "per_second", "epoch", "rate", "norm", "flos"))
             }
             self.bar.set_postfix(
                 {name: f"{float(value):.4f}" for name, value in shown.items()}, refresh=False
             )
 
-    def on_train_end(self, args, state, control, **_):
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None

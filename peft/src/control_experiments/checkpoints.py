@@ -1,0 +1,210 @@
+"""Folders that are whole or not there: written aside, flushed to the disk, renamed into place, sealed with checksums.
+
+A checkpoint `checkpoint-STEP` holds a `manifest.json` with the SHA-256 of each of its files. Whatever a kill, a full
+disk or a bad disk leaves behind is either invisible (a hidden folder, removed by `sweep`) or found by `find_damage`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers.trainer_pt_utils import safe_globals
+
+from .checksums import fingerprint
+from .errors import UserError
+from .record import read_json, write_json_atomic
+
+MANIFEST = "manifest.json"
+_SCHEMA = 1
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_TENSOR_FILES = (".pt", ".pth")
+_REFUSED = (".bin", ".pkl", ".pickle", ".ckpt")  # pickles; weights are safetensors here
+
+
+# -- writing ------------------------------------------------------------------------------------------------
+
+
+def begin(place: Path) -> Path:
+    """An empty hidden folder beside `place`, to be filled and then `publish`ed."""
+    aside = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def publish(aside: Path, place: Path, *, sealed: bool = True) -> None:
+    """Flush everything in `aside` to the disk and rename it to `place`, in whose stead it is from then on.
+
+    Args:
+        sealed: add a manifest, which `find_damage` asks for.
+    """
+    if sealed:
+        checksums = {name: fingerprint(aside / name) for name in _files(aside)}
+        write_json_atomic(aside / MANIFEST, {"schema": _SCHEMA, "sha256": checksums})
+    for name in _files(aside):
+        _flush(aside / name)
+    for folder in (aside, *(path for path in aside.rglob("*") if path.is_dir())):
+        _flush(folder)
+    discard(place)
+    os.rename(aside, place)
+    _flush(place.parent)
+
+
+@contextmanager
+def whole_folder(place: Path, *, sealed: bool = True) -> Iterator[Path]:
+    """Yields a folder to write to, which becomes `place` if the block ends well and leaves no trace if not."""
+    aside = begin(place)
+    try:
+        yield aside
+        publish(aside, place, sealed=sealed)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder so that no half of it is ever seen under its name; does nothing when it is not there."""
+    if not folder.exists():
+        return
+    doomed = folder.with_name(f".{folder.name}.discarded")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def sweep(parent: Path) -> None:
+    """Remove what processes that died were writing to, or removing from, `parent`."""
+    for pattern in (".*.partial", ".*.discarded"):
+        for leftover in parent.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def keep_newest(parent: Path, count: int, also: Path | None = None) -> None:
+    """Discard all checkpoints but the newest `count`, and `also`."""
+    for folder in checkpoints(parent)[count:]:
+        if folder != also:
+            discard(folder)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> list[str]:
+    """Relative names of all that is no folder, the manifest aside."""
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+# -- reading ------------------------------------------------------------------------------------------------
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was written, from its name."""
+    return int(_CHECKPOINT.fullmatch(checkpoint.name).group(1))
+
+
+def checkpoints(parent: Path) -> list[Path]:
+    """The folders `checkpoint-STEP` in `parent`, newest first, whole or not."""
+    if not parent.is_dir():
+        return []
+    return sorted((p for p in parent.iterdir() if _CHECKPOINT.fullmatch(p.name)), key=step_of, reverse=True)
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used, in a few words; None when it is whole.
+
+    Checked are the names and checksums of its files, and that the files that torch reads hold nothing but tensors and
+    plain values: a pickle that would run code is refused without running it. A checkpoint that names an earlier one
+    as the best so far (`best_global_step`) is worth as much as that one.
+    """
+    if not (checkpoint / MANIFEST).is_file():
+        return f"it has no {MANIFEST}"
+    try:
+        manifest = read_json(checkpoint / MANIFEST)
+        expected = manifest["sha256"] if manifest.get("schema") == _SCHEMA else None
+        if not isinstance(expected, dict):
+            return f"its {MANIFEST} is of another schema"
+        found = _files(checkpoint)
+        for name in [*expected, *found]:
+            if name not in expected or name not in found:
+                return f"{name} is {'missing' if name in expected else f'not in its {MANIFEST}'}"
+            if Path(name).suffix in _REFUSED or (checkpoint / name).is_symlink():
+                return f"{name} is a pickle or a link, which are never read"
+            if fingerprint(checkpoint / name) != expected[name]:
+                return f"{name} is not what was written"
+            if Path(name).suffix in _TENSOR_FILES and not _holds_only_tensors(checkpoint / name):
+                return f"{name} holds more than tensors and plain values"
+        state = read_json(checkpoint / "trainer_state.json")
+        best = state.get("best_global_step")
+        if type(best) is int and best != step_of(checkpoint):
+            damage = find_damage(checkpoint.with_name(f"checkpoint-{best}"))
+            return damage and f"the best one so far, checkpoint-{best}, is broken: {damage}"
+    except (UserError, OSError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+def _holds_only_tensors(file: Path) -> bool:
+    try:
+        with safe_globals():  # NumPy's generator state, which the Trainer keeps
+            torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # torch and pickle name no common error for what they refuse
+        return False
+    return True
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a broken checkpoint to `<name>.broken` (or `.broken2`, ...), where nothing looks for one."""
+    taken = [path.name for path in checkpoint.parent.iterdir()]
+    names = (f"{checkpoint.name}.broken{number if number > 1 else ''}" for number in range(1, len(taken) + 2))
+    place = checkpoint.with_name(next(name for name in names if name not in taken))
+    os.rename(checkpoint, place)
+    return place
+
+
+# -- adapters and disks -------------------------------------------------------------------------------------
+
+
+def check_adapter_files(folder: str | os.PathLike) -> None:
+    """Check that an adapter folder's weights are safetensors: peft would else fall back to a pickle.
+
+    Raises:
+        UserError: they are not.
+    """
+    folder = Path(folder).expanduser()
+    if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"{folder} has no adapter_model.safetensors: adapters are read from safetensors alone, never from a "
+            "pickle (.bin)"
+        )
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, says that the disk or the quota is full.
+
+    safetensors and torch wrap the system's error in ones of their own, with its text.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        text = str(error)
+        if (
+            f"os error {errno.ENOSPC}" in text
+            or "No space left" in text
+            or "PytorchStreamWriter failed" in text
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,366 @@
+"""The paper's claims and this project's own, each judged by the run records alone.
+
+A claim is tested wherever a control and a baseline were run under equal conditions, as a paired difference over seeds (or
+repeats of a benchmark) with a 95 % t interval. A test supports its claim if the whole interval lies on the claimed side of
+zero, contradicts it if it lies on the other, and decides nothing otherwise, or with fewer than two pairs.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scipy import stats
+
+from .collection import Collection, Comparison, Run
+from .published import Paper
+from .tables import benchmark_settings, write_text
+
+SUPPORTED, CONTRADICTED, NOT_DECIDED, NOT_TESTED = "supported", "contradicted", "not decided", "not tested"
+CONFIDENCE = 0.95
+BASELINES = ("lora", "dora")
+
+#: Domain -> its name, the methods that stand for the paper's, the paper's models, and the command for the paper's scale.
+DOMAINS = {
+    "roberta": ("RoBERTa on GLUE", ("control",), ("roberta-base",), "bash scripts/rerun_glue.sh"),
+    "vit": ("ViT on images", ("control",), ("vit_base_patch16_224",), "bash scripts/rerun_vit.sh"),
+    "llama": (
+        "LLaMA on commonsense reasoning",
+        ("double control", "control+lora", "control"),
+        ("llama-2-7b-hf", "meta-llama-3-8b"),
+        "bash scripts/rerun_commonsense.sh --methods control+lora 'double control' lora dora",
+    ),
+    "qcontrol": ("quantized RoBERTa on GLUE", ("control",), ("roberta-base",), "bash scripts/rerun_quantized.sh"),
+}  # fmt: skip
+#: Quantity -> what is claimed, the unit of a difference, and its sign when the claim holds.
+QUANTITIES = {
+    "quality": ("loses no quality: its last score is at least the baseline's", "points", 1),
+    "memory": ("needs less training memory (peak)", "%", -1),
+    "time": ("trains in less time", "%", -1),
+}
+
+
+@dataclass
+class Test:
+    """One paired comparison.
+
+    Attributes:
+        pairs: seed or repeat -> (control, baseline).
+        unit: of the differences; "%" makes them percent of the baseline.
+        sign: +1 if the claim wants a positive difference, -1 if a negative one.
+    """
+
+    what: str
+    pairs: dict[object, tuple[float, float]]
+    unit: str
+    sign: int
+    links: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def differences(self) -> list[float]:
+        if self.unit == "%":
+            return [100 * (one / other - 1) for one, other in self.pairs.values()]
+        return [one - other for one, other in self.pairs.values()]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The t interval of the mean difference; None for fewer than two pairs."""
+        return t_interval(self.differences)
+
+    @property
+    def verdict(self) -> str:
+        if self.interval is None:
+            return NOT_DECIDED
+        low, high = sorted(self.sign * end for end in self.interval)
+        return SUPPORTED if low > 0 else CONTRADICTED if high < 0 else NOT_DECIDED
+
+    @property
+    def statistic(self) -> str:
+        """Mean difference, its interval and n, for people."""
+        mean, n = statistics.fmean(self.differences), len(self.pairs)
+        if self.interval is None:
+            return f"{mean:+.2f} {self.unit}, n = {n}: no interval"
+        low, high = self.interval
+        return f"{mean:+.2f} {self.unit} [{low:+.2f}, {high:+.2f}], n = {n}"
+
+
+@dataclass
+class Claim:
+    """A statement with its tests from records, what the published figures say, and how to test it at full scale."""
+
+    name: str
+    statement: str
+    whose: str
+    domain: str
+    tests: list[Test]
+    paper_models: Sequence[str] = ()
+    models: Sequence[str] = ()
+    published: list[str] = field(default_factory=list)
+    how: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """Contradicted by one contradicting test; supported if all tests of two or more pairs support."""
+        if not self.tests:
+            return NOT_TESTED
+        voting = [test.verdict for test in self.tests if test.interval is not None]
+        if CONTRADICTED in voting:
+            return CONTRADICTED
+        return SUPPORTED if voting and set(voting) == {SUPPORTED} else NOT_DECIDED
+
+    @property
+    def scope(self) -> str:
+        """Which models the tests are about, and whether the paper's are among them."""
+        if not self.tests:
+            return ""
+        text = ", ".join(dict.fromkeys(self.models))
+        return text if set(self.models) & set(self.paper_models) or not self.paper_models else f"{text}; not the paper's scale"
+
+    @property
+    def tally(self) -> str:
+        counts = Counter(test.verdict for test in self.tests)
+        return ", ".join(f"{counts[v]} {v}" for v in (SUPPORTED, CONTRADICTED, NOT_DECIDED) if counts[v]) or "no test"
+
+
+def t_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+    """Student's t interval of a mean: mean ± t * s / sqrt(n); None for fewer than two values."""
+    n = len(differences)
+    if n < 2:
+        return None
+    mean = statistics.fmean(differences)
+    half = stats.t.ppf((1 + confidence) / 2, n - 1) * statistics.stdev(differences) / n**0.5
+    return (mean - half, mean + half)
+
+
+def judge(collection: Collection, paper: Paper) -> list[Claim]:
+    """Every claim with all tests that the records allow."""
+    claims = [
+        _domain_claim(collection, paper, domain, quantity) for domain in DOMAINS for quantity in QUANTITIES
+    ]
+    return [*claims, *_memory_benchmarks(collection), _padding(collection)]
+
+
+# -- the paper's claims, by domain ------------------------------------------------------------------------------
+
+
+def _domain_claim(collection: Collection, paper: Paper, domain: str, quantity: str) -> Claim:
+    title, methods, models, command = DOMAINS[domain]
+    says, unit, sign = QUANTITIES[quantity]
+    tests, tested = [], []
+    for comparison in collection.of(domain):
+        for test in _tests(comparison, methods, quantity, unit, sign):
+            tests.append(test)
+            tested.append(comparison.model)
+    if (domain, quantity) == ("vit", "memory"):
+        command = "bash scripts/rerun_memory.sh --tasks vit --seeds 1 2 3"
+        for model, test in _vit_memory_tests(collection):
+            tests.append(test)
+            tested.append(model)
+    return Claim(
+        f"{domain}-{quantity}", f"{title}: control {says}.", "paper", domain, tests, models, tested,
+        _published(paper, domain, quantity), command,
+    )  # fmt: skip
+
+
+def _value(run: Run, quantity: str, column: str) -> float | None:
+    if quantity == "quality":
+        return run.last.get(column)
+    return run.peak_bytes if quantity == "memory" else run.seconds
+
+
+def _tests(comparison: Comparison, methods: Sequence[str], quantity: str, unit: str, sign: int) -> Iterable[Test]:
+    """Each control row against each baseline row, without memory modes, which are claims of their own."""
+    # LLaMA's eight test sets come from one training: their average decides, lest one run count eight times
+    column = "average" if comparison.domain == "llama" else comparison.task
+    plain = {label: row for label, row in comparison.rows.items() if row.runs and "," not in label}
+    method_of = {label: next(iter(row.runs.values())).method for label, row in plain.items()}
+    for label in (label for label in plain if method_of[label] in methods):
+        baselines = (other for name in BASELINES for other in plain if method_of[other] == name)
+        for baseline in baselines:
+            pairs, links = {}, []
+            for seed in sorted(plain[label].runs.keys() & plain[baseline].runs.keys()):
+                runs = plain[label].runs[seed], plain[baseline].runs[seed]
+                values = [_value(run, quantity, column) for run in runs]
+                if None not in values and (quantity == "quality" or values[1] > 0):
+                    pairs[seed] = tuple(values)
+                    links += [(f"{name} {seed}", run.links[0]) for name, run in zip((label, baseline), runs)]
+            if pairs:
+                where = f"{comparison.model}, {comparison.setting}" if comparison.setting else comparison.model
+                yield Test(f"{where}, {comparison.task}: {label} against {baseline}", pairs, unit, sign, links)
+
+
+def _vit_memory_tests(collection: Collection) -> Iterable[tuple[str, Test]]:
+    """The memory table's cells; each folder below vit/memory is one repeat."""
+    cells: dict[tuple, dict[str, dict[str, tuple[float, str]]]] = {}
+    for link, record in collection.measurements.items():
+        peak = record.memory.get("peak_allocated_bytes")
+        if record.domain == "vit" and record.task == "memory" and peak:
+            options = record.hyperparameters
+            key = (record.model["class"], record.device["name"], options["batch_size"], options["attention"])
+            cells.setdefault(key, {}).setdefault(record.method, {})[str(Path(link).parent)] = (peak, link)
+    for (model, device, batch, attention), methods in sorted(cells.items()):
+        for baseline in (name for name in BASELINES if name in methods and "control" in methods):
+            shared = sorted(methods["control"].keys() & methods[baseline].keys())
+            both = [(methods["control"][repeat], methods[baseline][repeat]) for repeat in shared]
+            if both:
+                pairs = {repeat: (one[0], other[0]) for repeat, (one, other) in zip(shared, both)}
+                links = [(name, cell[1]) for cells_ in both for name, cell in zip(("control", baseline), cells_)]
+                what = f"{model}, batch {batch}, {attention} attention, {device}: control against {baseline}"
+                yield model, Test(what, pairs, "%", -1, links)
+
+
+def _published(paper: Paper, domain: str, quantity: str) -> list[str]:
+    """What the published figures themselves say on the claim, computed from results/paper.json."""
+    table = {"roberta": "glue", "vit": "vit", "llama": "commonsense", "qcontrol": "quantized"}[domain]
+    kinds = {
+        "quality": ("best score", "score"), "memory": ("peak memory", "memory less than dora"), "time": ("training time",)
+    }[quantity]  # fmt: skip
+    figures = [
+        f for f in paper.figures
+        if f.table == table and f.quantity in kinds and (domain != "llama" or quantity != "quality" or f.column == "average")
+    ]  # fmt: skip
+    lines = []
+    for figure in figures:
+        if figure.quantity == "memory less than dora":
+            lines.append(f"{figure.model}: {figure.row} needs {figure.value:g} {figure.unit} less than dora ({figure.status}).")
+        if not figure.row.startswith(("control", "double control")):
+            continue
+        place = (figure.model, figure.column, figure.quantity)
+        for other in figures:
+            if other.row.startswith(BASELINES) and (other.model, other.column, other.quantity) == place:
+                lines.append(_against(figure, other, quantity))
+    return lines
+
+
+def _against(figure, other, quantity: str) -> str:
+    difference = figure.value - other.value if quantity == "quality" else 100 * (figure.value / other.value - 1)
+    unit = "points" if quantity == "quality" else "%"
+    line = f"{figure.model}, {figure.column}: {figure.row} {figure} against {other.row} {other}: {difference:+.2f} {unit}"
+    if figure.runs and other.runs:
+        shared = sorted(figure.runs.keys() & other.runs.keys())
+        test = Test("", {seed: (figure.runs[seed], other.runs[seed]) for seed in shared}, "points", 1)
+        line += f"; paired over the printed seeds {test.statistic}, which by our rule is: {test.verdict}"
+    elif quantity == "quality" and difference < 0:
+        line += "; the published figures themselves speak against the claim"
+    return line + "."
+
+
+# -- this project's own claims ----------------------------------------------------------------------------------
+
+
+def _memory_benchmarks(collection: Collection) -> list[Claim]:
+    settings = benchmark_settings(collection)
+    command = "bash scripts/rerun_memory.sh --seeds 1 2 3"
+
+    def tests(control: str, quantity: str, baselines=None, best=False) -> list[Test]:
+        """`control` against each of `baselines`, or against the best LoRA of a setting."""
+        found = []
+        for setting, measured in settings.items():
+            points = {name: point for name, point in measured.items() if point.seconds}
+            if control not in points:
+                continue
+            if best:
+                loras = [name for name in points if name.startswith("lora")]
+                rivals = [min(loras, key=lambda name: getattr(points[name], quantity).mean)] if loras else []
+            else:
+                rivals = [name for name in baselines if name in points]
+            for rival in rivals:
+                one, other = points[control], points[rival]
+                values = dict(zip(one.measured_in, one.values[quantity])), dict(zip(other.measured_in, other.values[quantity]))
+                shared = [link for link in values[0] if link in values[1]]
+                pairs = {link: (values[0][link], values[1][link]) for link in shared}
+                if pairs:
+                    links = [(str(number), link) for number, link in enumerate(shared, 1)]
+                    found.append(Test(f"{setting}: {control} against {rival}", pairs, "%", -1, links))
+        return found
+
+    def claim(name: str, statement: str, whose: str, made: list[Test]) -> Claim:
+        return Claim(name, statement, whose, "llama", made, (), ["random weights of the true shape"] * len(made), [], command)
+
+    limits = [
+        (link, result) for link, benchmark in collection.benchmarks.items()
+        if (benchmark["options"].get("limit") or 99) <= 24 and benchmark["options"]["shape"] == "llama3-8b"
+        for result in benchmark["results"] if result["method"].startswith("control") and "longest_tokens" in result
+    ]  # fmt: skip
+    fits = [
+        Test(f"llama3-8b: longest sequence of {method}",
+             {link: (result["longest_tokens"], 0) for link, result in limits if result["method"] == method}, "tokens", 1,
+             [("1", link) for link, result in limits if result["method"] == method])
+        for method in dict.fromkeys(result["method"] for _, result in limits)
+    ]  # fmt: skip
+    fit = claim("llama-24gb", "LLaMA-3-8B trains unquantized within 24 GB with control.", "paper", fits)
+    fit.how = "bash scripts/rerun_memory.sh --tasks llama3-8b-limit --seeds 1 2 3"
+    return [
+        claim("llama-shape-memory", "At LLaMA's shapes double control needs less memory over the weights than LoRA and DoRA.",
+              "paper", tests("control:plain", "over", ("lora", "dora"))),
+        claim("llama-shape-time", "At LLaMA's shapes a step of double control takes less time than one of LoRA and DoRA.",
+              "paper", tests("control:plain", "seconds", ("lora", "dora"))),
+        fit,
+        claim("lean-memory", "Memory mode lean needs less memory over the weights than the leanest LoRA that was measured.",
+              "this project", tests("control:lean", "over", best=True)),
+        claim("fast-time", "Memory mode fast takes less time a step than the fastest LoRA that was measured.",
+              "this project", tests("control:fast", "seconds", best=True)),
+    ]  # fmt: skip
+
+
+def _padding(collection: Collection) -> Claim:
+    tests: dict[tuple, Test] = {}
+    for link, file in collection.paddings.items():
+        key = (file["settings"]["model"], file["device"]["name"])
+        test = tests.setdefault(
+            key, Test(f"{key[0]} on {key[1]}: longest row against 128 tokens", {}, "%", -1)
+        )
+        test.pairs[link] = (file["longest"]["seconds_per_epoch"], file["max_length"]["seconds_per_epoch"])
+        test.links.append((str(len(test.links) + 1), link))
+    return Claim(
+        "padding", "Batches padded to their longest row train in less time than the published padding to 128 tokens.",
+        "this project", "roberta", list(tests.values()), (), [key[0] for key in tests],
+        how="python RoBERTa/benchmark_padding.py --model roberta-base --device 0",
+    )  # fmt: skip
+
+
+# -- claims.md --------------------------------------------------------------------------------------------------
+
+
+def write_claims(claims: Sequence[Claim], path: Path) -> Path:
+    """Write the claims as Markdown into the results folder."""
+    return write_text(path, markdown(claims))
+
+
+def markdown(claims: Sequence[Claim]) -> str:
+    """A summary, then each claim with its tests, records and what to run."""
+    lines = [
+        "# Claims",
+        "",
+        "Made by `scripts/make_tables.py` from run records. Each test is a paired difference, control minus baseline, over "
+        "seeds (or repeats of a benchmark), with a 95 % t interval in brackets, not corrected for the number of tests. It "
+        "*supports* its claim if the whole interval lies on the claimed side of zero, *contradicts* it if it lies on the "
+        "other side, and is *not decided* if it includes zero or has fewer than two pairs. A claim is contradicted by one "
+        "contradicting test, and supported only if every test of two or more pairs supports it; a single pair has no vote. "
+        "\"Not decided\" on quality is no proof of equality. Memory hardly varies between repeats, so its intervals are "
+        "narrow and say nothing about other models, batches or lengths.",
+        "",
+        "| claim | whose | verdict | tests | tested on |",
+        "|---|---|---|---|---|",
+    ]
+    for claim in claims:
+        lines.append(
+            f"| [{claim.statement}](#{claim.name}) | {claim.whose} | **{claim.verdict}** | {claim.tally} | {claim.scope} |"
+        )
+    for claim in claims:
+        lines += ["", f"## {claim.name}", "", f"{claim.statement} Claimed by {claim.whose}.", "", f"**{claim.verdict}**"]
+        if claim.tests:
+            lines[-1] += f" ({claim.tally}; on {claim.scope})."
+            lines += ["", "| test | difference | verdict | records |", "|---|---|---|---|"]
+        else:
+            lines[-1] += ": there are no records of control and a baseline under equal conditions."
+        for test in claim.tests:
+            links = ", ".join(f"[{text}]({link.replace(' ', '%20')})" for text, link in test.links)
+            lines.append(f"| {test.what} | {test.statistic} | {test.verdict} | {links} |")
+        if claim.published:
+            lines += ["", "The published figures:", "", *(f"- {line}" for line in claim.published)]
+        lines += ["", f"At full scale, with hub access and a GPU: `{claim.how}`"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,62 @@
+"""Watching a run's losses for NaN and infinity without waiting for the GPU at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from .errors import UserError
+
+_ADVICE = "try a lower --lr, or bf16 instead of fp16"
+
+
+class LossWatch:
+    """Remembers, on the device, the first step whose loss was not finite.
+
+    Args:
+        device: where the losses are.
+        every: look after so many steps at least, whether or not anything is logged; on a CPU, where looking costs
+            nothing, after every step.
+    """
+
+    def __init__(self, device: torch.device, every: int = 50):
+        self.every = 1 if device.type == "cpu" else every
+        self._first = torch.full((), -1, dtype=torch.long, device=device)
+
+    def add(self, loss: torch.Tensor, step: int) -> None:
+        """Note the loss of optimizer step number `step` (from 1)."""
+        bad = ~torch.isfinite(loss.detach()).all() & (self._first < 0)
+        self._first = torch.where(bad, step, self._first)
+
+    def due(self, step: int) -> bool:
+        """Whether it is time for a look after this step."""
+        return step % self.every == 0
+
+    def check(self, steps_per_epoch: int, kept: str) -> None:
+        """Look; this waits for the device.
+
+        Args:
+            steps_per_epoch: to name the batch within its epoch.
+            kept: what there is to go on from, in words.
+
+        Raises:
+            UserError: a loss was NaN or infinite.
+        """
+        step = int(self._first)
+        if step >= 0:
+            epoch, batch = divmod(step - 1, max(1, steps_per_epoch))
+            raise UserError(
+                f"the training loss is NaN or infinite at step {step} (epoch {epoch + 1}, batch {batch + 1} of "
+                f"{steps_per_epoch}); {kept}; {_ADVICE}"
+            )
+
+
+def check_parameters(parameters: Iterable[torch.Tensor], step: int, kept: str) -> None:
+    """Look at trained parameters before they are saved.
+
+    Raises:
+        UserError: one of them is NaN or infinite, though the losses so far were not.
+    """
+    if not all(torch.isfinite(parameter).all() for parameter in parameters):
+        raise UserError(f"trained parameters are NaN or infinite after step {step}; {kept}; {_ADVICE}")
