@@ -48,7 +48,14 @@ def test_a_launcher_trains_and_evaluates(model_folder, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [*TRAIN, "llama2_7B_Evaluate.sh", "llama3_8B_Evaluate.sh", "run_smollm2_table.sh"]
+    "name",
+    [
+        *TRAIN,
+        "llama2_7B_Evaluate.sh",
+        "llama3_8B_Evaluate.sh",
+        "run_smollm2_table.sh",
+        "compare_memory_modes.sh",
+    ],
 )
 def test_too_few_arguments_print_the_usage(name, tmp_path):
     done = launch(name, cwd=tmp_path)
@@ -91,3 +98,25 @@ def test_the_table_script_runs_all_methods(tmp_path):
     assert all("--max_steps 3" in line for line in printed if "finetune.py" in line)
     assert all("--limit 5" in line for line in printed if "evaluate.py" in line)
     assert "out/double-control-seed42/adapter" in done.stdout
+
+
+def test_memory_modes_are_compared(model_folder, data, tmp_path):
+    done = launch(
+        "compare_memory_modes.sh", tmp_path / "out", "cpu", "--held_out", 4, "--control_rank", 4, "--warmup_steps", 0,
+        cwd=tmp_path, MODEL=model_folder, TRAIN_DATA=data / "train.json", STEPS=4, EVAL_STEPS=2,
+        BATCH=4, MICRO_BATCH=4, LR=0.03,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [
+        line.split(" | ")
+        for line in (tmp_path / "out" / "curves.md").read_text().splitlines()
+        if "record.json" in line
+    ]
+    distances = {row[0].split("]")[0].strip("| ["): float(row[2]) for row in rows}
+    assert list(distances) == ["plain", "fast", "balanced", "lean", "other-seed"]
+    assert (
+        max(distances[mode] for mode in ("plain", "fast", "balanced", "lean"))
+        <= 1e-3
+        < distances["other-seed"]
+    )
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
