@@ -158,14 +158,23 @@ def adapt(
 
 
 def build_llama(options, name, switches, mode) -> Workload:
+    model = llama(LLAMA_SHAPES[options.shape], options.device, name, switches, mode)
+    if "compile" in switches:
+        model = torch.compile(model)
+    ids = random_tokens(options, LLAMA_SHAPES[options.shape]["vocab_size"])
+    return Workload(model, lambda: model(input_ids=ids, labels=ids).loss, *ids.shape)
+
+
+def llama(shape: dict, device: str, name: str, switches: set[str], mode: str) -> nn.Module:
+    """A LLaMA of random weights with the adapter, ready to train."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     if "liger" in switches:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    config = LlamaConfig(**LLAMA_SHAPES[options.shape], max_position_embeddings=1 << 20, use_cache=False)
-    with torch.device(options.device):
+    config = LlamaConfig(**shape, max_position_embeddings=1 << 20, use_cache=False)
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     ranks = dict(r=32, lora_alpha=64, lora_dropout=0.0)
     attention = ["q_proj", "k_proj", "v_proj"]
@@ -179,10 +188,7 @@ def build_llama(options, name, switches, mode) -> Workload:
     if "checkpointing" in switches:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if "compile" in switches:
-        model = torch.compile(model)
-    ids = random_tokens(options, config.vocab_size)
-    return Workload(model, lambda: model(input_ids=ids, labels=ids).loss, *ids.shape)
+    return model
 
 
 def build_roberta(options, name, switches, mode) -> Workload:

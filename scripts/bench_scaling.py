@@ -1,0 +1,380 @@
+#!/usr/bin/env python3
+"""How control and LoRA scale over the GPUs of one host: tokens/s, memory per GPU, bytes sent, and the same losses.
+
+    bash scripts/bench_scaling.sh                                           # 1, 2, 4, ... of this host's GPUs
+    bash scripts/bench_scaling.sh --processes 1 8 --shards fsdp2 --methods control:lean lora+checkpointing
+    bash scripts/bench_scaling.sh --shape llama3-70b --processes 8 --shards fsdp2 --longest --batch 1
+    bash scripts/bench_scaling.sh --device cpu --shape tiny --tokens 16 --processes 1 2      # to try it out
+
+Weak scaling: each process trains on --batch sequences of --tokens tokens, so the work per GPU stays the same. "ddp"
+keeps the frozen weights on every GPU (through accelerate) and sends the adapter's gradients alone; "fsdp2" shards all
+parameters, layer by layer (torch's fully_shard, which accelerate calls too; it does so on GPUs only). Weights are a fixed
+pseudo-random function of their index, the same for every number of processes and every sharding. Therefore
+the losses must be those of one process that accumulates the same global batch, which is run for comparison.
+The methods are those of bench_memory.py. Each cell is one torchrun; a record and a picture go to --output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Optional
+
+import bench_memory
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from control_experiments.arguments import parse_arguments
+from control_experiments.errors import UserError, run_main
+from control_experiments.paths import RESULTS, public_path
+from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
+
+SHAPES = {
+    **bench_memory.LLAMA_SHAPES,
+    "llama3-70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+                       num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0),
+}  # fmt: skip
+SHARDS = ("ddp", "fsdp2")
+
+
+@dataclass
+class Options:
+    shape: str = field(default="llama3-8b", metadata={"help": f"Model shape: {', '.join(SHAPES)}."})
+    methods: list[str] = field(
+        default_factory=lambda: ["lora", "control:fast", "control:lean"],
+        metadata={"help": "As for bench_memory.py."},
+    )
+    shards: list[str] = field(default_factory=lambda: list(SHARDS), metadata={"help": "ddp, fsdp2 or both."})
+    processes: Optional[list[int]] = field(
+        default=None, metadata={"help": "Numbers of GPUs; by default powers of two, up to all of them."}
+    )
+    batch: int = field(default=4, metadata={"help": "Sequences per process and step."})
+    tokens: int = field(default=1024, metadata={"help": "Tokens per sequence."})
+    steps: int = field(default=6, metadata={"help": "Timed steps; the median is reported."})
+    warmup: int = field(default=2, metadata={"help": "Steps before the timed ones."})
+    device: str = field(default="cuda", metadata={"help": "cuda, or cpu (over gloo) to try the script out."})
+    longest: bool = field(
+        default=False, metadata={"help": "Instead: the longest sequence that trains, by doubling --tokens."}
+    )
+    output: str = field(default=str(RESULTS / "scaling"), metadata={"help": "Folder of record and picture."})
+    worker: Optional[str] = field(default=None, metadata={"help": "Used by the script itself: one method."})
+    accumulate: int = field(default=1, metadata={"help": "Used by the script itself: micro-batches a step."})
+    result: Optional[str] = field(default=None, metadata={"help": "Used by the script itself: result file."})
+
+    def check(self) -> None:
+        """Raise a `UserError` for what cannot be."""
+        if self.shape not in SHAPES:
+            raise UserError(f"unknown --shape {self.shape!r}: choose from {', '.join(SHAPES)}")
+        for shard in self.shards:
+            if shard not in SHARDS:
+                raise UserError(f"unknown --shards {shard!r}: choose from {', '.join(SHARDS)}")
+        for method in self.methods:
+            try:
+                switches = bench_memory.parse_method(method)[1]
+            except ValueError as error:
+                raise UserError(str(error)) from None
+            if switches & {"compile", "graphs"}:
+                raise UserError(f"method {method!r}: compile and graphs are for one process")
+        there = torch.cuda.device_count() if self.device == "cuda" else os.cpu_count()
+        if not there:
+            raise UserError("no GPU here: --device cpu tries the script out")
+        for number in self.processes or []:
+            if not 1 <= number <= there:
+                raise UserError(f"--processes {number}: this host has {there}")
+        if self.longest and self.device == "cpu":
+            raise UserError("--longest needs GPUs")
+
+    def counts(self) -> list[int]:
+        there = torch.cuda.device_count() if self.device == "cuda" else 2
+        return self.processes or [1 << power for power in range(there.bit_length())]
+
+
+# -- in each process ------------------------------------------------------------------------------------------------
+
+
+class SentBytes(TorchDispatchMode):
+    """Counts the bytes of this process's tensors that collective operations take in."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            name = function.overloadpacket.__name__
+            # gather and scatter have (output, input); the reductions work in place
+            given = args[1] if "gather" in name or "scatter" in name else args[0]
+            self.bytes += sum(t.nbytes for t in tree_leaves(given) if isinstance(t, torch.Tensor))
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Make every parameter a fixed pseudo-random function of its name and index, whatever part of it is here."""
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        local, offset = parameter, 0
+        if isinstance(parameter, DTensor):
+            local = parameter.to_local()
+            _, starts = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            offset = starts[0] * (parameter.numel() // max(parameter.shape[0], 1))
+        if name.endswith("norm.weight"):
+            local.fill_(1.0)
+        elif "control_B" in name or "lora_B" in name:
+            local.zero_()
+        else:
+            flat = local.view(-1)
+            for start in range(0, flat.numel(), 1 << 24):
+                piece = flat[start : start + (1 << 24)]
+                index = torch.arange(piece.numel(), device=piece.device, dtype=torch.float64)
+                index += offset + start + 1
+                noise = torch.frac(torch.sin(index * 12.9898 + number) * 43758.5453).abs_() - 0.5
+                piece.copy_(noise * (0.02 * 12**0.5))  # the deviation that these models start with
+
+
+def build(options: Options, shard: str, device: torch.device) -> nn.Module:
+    """The adapted model, sharded or not, with the same weights in every run."""
+    name, switches, mode = bench_memory.parse_method(options.worker)
+    model = bench_memory.llama(SHAPES[options.shape], "meta", name, switches, mode)
+    if shard == "fsdp2":
+        mesh = init_device_mesh(options.device, (dist.get_world_size(),))
+        for module in model.modules():
+            if isinstance(module, LlamaDecoderLayer):
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    model.to_empty(device=device)
+    fill(model)
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):  # a buffer that to_empty emptied too
+            with torch.device(device):
+                module.inv_freq = type(module)(model.get_base_model().config).inv_freq
+    return model
+
+
+def work(options: Options, shard: str) -> dict | None:
+    """Train in this process as part of the run; process 0 returns the result."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    cuda = options.device == "cuda"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    accelerator = Accelerator(cpu=not cuda)  # starts the process group
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", **({"device_id": device} if cuda else {}))
+    model = build(options, shard, device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if shard == "ddp" and world > 1:
+        model = accelerator.prepare_model(model)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    vocabulary, losses, seconds = SHAPES[options.shape]["vocab_size"], [], []
+    sent = SentBytes()
+
+    def step(number: int, tokens: int) -> float:
+        total = torch.zeros((), device=device)
+        for part in range(options.accumulate):
+            generator = torch.Generator(device).manual_seed(1000 * number + rank * options.accumulate + part)
+            ids = torch.randint(3, vocabulary, (options.batch, tokens), generator=generator, device=device)
+            loss = model(input_ids=ids, labels=ids).loss / options.accumulate
+            loss.backward()
+            total += loss.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.all_reduce(total)
+        return total.item() / world
+
+    if options.longest:
+        return {"longest_tokens": longest(options, step)}
+    for number in range(options.warmup + options.steps):
+        if number == options.warmup and cuda:
+            torch.cuda.reset_peak_memory_stats()
+        dist.barrier()
+        start = time.perf_counter()
+        losses.append(step(number, options.tokens))  # reading the loss waits for the device
+        if number >= options.warmup:
+            seconds.append(time.perf_counter() - start)
+    with sent:
+        losses.append(step(len(losses), options.tokens))
+    peak = torch.tensor(torch.cuda.max_memory_allocated() if cuda else 0, device=device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    median = statistics.median(seconds)
+    if rank:
+        return None
+    return {
+        "step_seconds": median,
+        "tokens_per_second": world * options.accumulate * options.batch * options.tokens / median,
+        "peak_bytes_per_process": peak.item(),
+        "sent_bytes_per_process": sent.bytes,
+        "losses": losses,
+    }
+
+
+def longest(options: Options, step) -> int:
+    """The longest sequence, in doublings of --tokens, whose step every process has memory for."""
+    good, tokens = 0, options.tokens
+    while True:
+        fits = torch.ones((), device="cuda")
+        try:
+            step(0, tokens)
+        except torch.OutOfMemoryError:
+            fits.zero_()
+        # a process that ran out is not in the others' collectives, so they end by the timeout: ask no further
+        dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+        if not fits.item():
+            return good
+        good, tokens = tokens, tokens * 2
+
+
+# -- in the process that starts them --------------------------------------------------------------------------------
+
+
+def run_cell(options: Options, method: str, shard: str, processes: int, accumulate: int = 1) -> dict:
+    cell = {"method": method, "shard": shard, "processes": processes, "accumulate": accumulate}
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        passed = {
+            **asdict(options),
+            "worker": method,
+            "accumulate": accumulate,
+            "result": str(result),
+            "shards": [shard],
+        }
+        arguments = [
+            word
+            for name, value in passed.items()
+            if value is not None and name not in ("methods", "processes", "output")
+            for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+        ]
+        done = subprocess.run(
+            [*command, __file__, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        if done.returncode or not result.is_file():
+            lines = [line for line in (done.stderr or "").splitlines() if "Error" in line] or ["no result"]
+            return {**cell, "error": lines[0].strip()[:300]}
+        return {**cell, **json.loads(result.read_text())}
+
+
+def line(cell: dict, single: dict | None) -> str:
+    text = f"{cell['method']:24s} {cell['shard']:5s} {cell['processes']} x"
+    if "error" in cell:
+        return f"{text} failed: {cell['error']}"
+    if "longest_tokens" in cell:
+        return f"{text} {cell['longest_tokens']:8d} tokens"
+    efficiency = ""
+    if single and cell["processes"] > 1 and "step_seconds" in single:
+        efficiency = f"  efficiency {single['step_seconds'] / cell['step_seconds']:.1%}"
+    apart = f"  losses apart {cell['loss_distance']:.1e}" if "loss_distance" in cell else ""
+    return (
+        f"{text} {cell['tokens_per_second']:9.0f} tokens/s  {cell['peak_bytes_per_process'] / 1e9:6.2f} GB each  "
+        f"{cell['sent_bytes_per_process'] / 1e6:9.1f} MB sent each{efficiency}{apart}"
+    )
+
+
+def draw(cells: list[dict], title: str, path: Path) -> None:
+    """Tokens/s and memory per process against the number of processes; dotted: as many times one process."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(12, 5))
+    for method, shard in dict.fromkeys((cell["method"], cell["shard"]) for cell in cells):
+        points = sorted(
+            (cell["processes"], cell["tokens_per_second"], cell["peak_bytes_per_process"] / 1e9)
+            for cell in cells
+            if (cell["method"], cell["shard"]) == (method, shard) and "step_seconds" in cell
+        )
+        if points:
+            counts, tokens, gigabytes = zip(*points)
+            (drawn,) = speed.plot(counts, tokens, marker="o", label=f"{method} {shard}")
+            speed.plot(
+                counts, [tokens[0] * count / counts[0] for count in counts], ":", color=drawn.get_color()
+            )
+            memory.plot(counts, gigabytes, marker="o", label=f"{method} {shard}")
+    speed.set(xlabel="processes", ylabel="tokens/s")
+    memory.set(xlabel="processes", ylabel="peak GB of each")
+    speed.legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    (options,) = parse_arguments(Options, description=__doc__)
+    if options.worker:
+        result = work(options, options.shards[0])
+        if result is not None:
+            Path(options.result).write_text(json.dumps(result))
+        dist.destroy_process_group()
+        return
+    options.check()
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    title = f"{options.shape}, {options.batch} x {options.tokens} tokens per process, {device}"
+    print(title, flush=True)
+    cells, singles = [], {}
+    planned = [(m, s, n) for m in options.methods for s in options.shards for n in options.counts()]
+    for number, (method, shard, processes) in enumerate(planned, 1):
+        started = time.time()
+        cell = run_cell(options, method, shard, processes)
+        if processes == 1:
+            singles[method, shard] = cell
+        elif "losses" in cell:
+            reference = run_cell(replace(options, warmup=0), method, "ddp", 1, accumulate=processes)
+            if "losses" in reference:
+                pairs = zip(cell["losses"], reference["losses"])
+                cell["loss_distance"] = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
+        cells.append(cell)
+        print(
+            f"[{number}/{len(planned)}, {time.time() - started:.0f} s] {line(cell, singles.get((method, shard)))}",
+            flush=True,
+        )
+    name = f"{options.shape}_{options.batch}x{options.tokens}" + ("_longest" if options.longest else "")
+    path = Path(options.output) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "schema": 1,
+        "device": device,
+        "devices": torch.cuda.device_count() if options.device == "cuda" else os.cpu_count(),
+        "versions": package_versions(),
+        "git": git_state(),
+        "created": utc_now(),
+        "weights": "pseudo-random",
+        "options": {
+            k: v for k, v in asdict(options).items() if k not in ("output", "worker", "result", "accumulate")
+        },
+        "results": cells,
+    }
+    write_json_atomic(path, record)
+    if not options.longest:
+        draw(cells, title, path.with_suffix(".png"))
+    print(f"record in {public_path(path)}")
+    if all("error" in cell for cell in cells):
+        raise UserError("no cell could be measured")
+
+
+if __name__ == "__main__":
+    run_main(main)

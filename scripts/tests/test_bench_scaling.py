@@ -1,0 +1,51 @@
+"""The scaling benchmark in two processes over gloo, on a tiny shape."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCHER = Path(__file__).resolve().parents[1] / "bench_scaling.sh"
+
+
+def bench(*options):
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", LAUNCHER, "--device", "cpu", "--shape", "tiny", *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=290, env=environment)
+
+
+def test_two_processes_lose_what_one_loses(tmp_path):
+    done = bench(
+        "--processes", 1, 2, "--methods", "control:lean", "--batch", 2, "--tokens", 8, "--steps", 1, "--warmup", 1,
+        "--output", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "tiny_2x8.json").read_text())
+    cells = {(cell["shard"], cell["processes"]): cell for cell in record["results"]}
+    assert set(cells) == {(shard, count) for shard in ("ddp", "fsdp2") for count in (1, 2)}
+    for (_, count), cell in cells.items():
+        assert cell["tokens_per_second"] > 0 and len(cell["losses"]) == 3
+        if count == 2:
+            assert cell["loss_distance"] <= 1e-5
+    adapters = 2 * 2 * 2 * 64 * 64  # two layers, two blocks, A and B of rank 64 and width 64
+    assert cells["ddp", 2]["sent_bytes_per_process"] == pytest.approx(4 * adapters, abs=200)
+    assert cells["fsdp2", 2]["sent_bytes_per_process"] > 2 * 4 * adapters
+    assert (tmp_path / "tiny_2x8.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--shards", "zero"), "unknown --shards 'zero': choose from ddp, fsdp2"),
+        (("--methods", "lora+compile"), "for one process"),
+        (("--processes", 10_000), "this host has"),
+        (("--longest", "true"), "--longest needs GPUs"),
+    ],
+)
+def test_bad_input_is_one_line(options, message, tmp_path):
+    done = bench("--output", tmp_path / "out", *options)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
