@@ -1,5 +1,7 @@
 """The Triton kernels against the pure torch path, and the modes in bf16: needs a GPU."""
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -33,6 +35,16 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
         kernels.rms_norm_backward(dy.double(), x.double(), w.double(), rstd_ref, 1.0, r.double()),
         tolerance,
     )
+
+    norm = torch.nn.LayerNorm(576, dtype=dtype)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    torch.nn.init.normal_(norm.bias)
+    wide = copy.deepcopy(norm).double()
+    got = kernels.layer_norm(x.cuda() + 3, copy.deepcopy(norm).cuda(), torch.float32)
+    assert got.dtype == torch.float32
+    close(got, wide(x.double() + 3), tolerance)
+    got = kernels.layer_norm_backward(dy.cuda(), x.cuda(), copy.deepcopy(norm).cuda(), r.cuda())
+    close(got, kernels.layer_norm_backward(dy.double(), x.double(), wide, r.double()), tolerance)
 
     close(kernels.swiglu(x.cuda(), dy.cuda()), kernels.swiglu(x.double(), dy.double()), tolerance)
     got = kernels.swiglu_backward_(x.cuda(), dy.cuda(), r.cuda())
@@ -122,3 +134,54 @@ def test_graphs_follow_shapes_and_refuse_what_would_be_wrong():
     second.backward()
     with pytest.raises(RuntimeError, match="before the next forward"):
         first.backward()
+
+
+@pytest.mark.parametrize("family", ["timm-vit", "vit", "dinov2", "roberta", "mpnet"])
+def test_half_precision_autocast_is_as_near_to_float32_as_plain(family):
+    """Float32 weights under float16 autocast, as the image and GLUE scripts run on GPUs without bfloat16."""
+    from test_memory_families import control_model, distance
+    from tiny_models import FAMILIES, logits
+
+    model = control_model(family, torch.float32, dropout=0.0).cuda()
+    inputs = {name: value.cuda() for name, value in FAMILIES[family].inputs(torch.float32).items()}
+
+    def gradients(mode, enabled):
+        set_memory_mode(model, mode, chunk_tokens=5)
+        model.zero_grad()
+        with torch.autocast("cuda", torch.float16, enabled=enabled):
+            loss = logits(model, inputs).float().square().sum()
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    reference = gradients("plain", False)
+    plain = distance(gradients("plain", True), reference)
+    for mode in MODES[1:]:
+        assert distance(gradients(mode, False), reference) <= 1e-4
+        assert distance(gradients(mode, True), reference) <= 1.5 * plain, mode
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_dropout_on_the_gpu_is_replayed(mode):
+    """The directional derivative along the gradient, with the masks drawn anew from the same seed."""
+    from test_memory_families import control_model
+    from tiny_models import FAMILIES, logits
+
+    model = control_model("roberta", torch.float32, dropout=0.2, control_dropout=0.1).cuda()
+    inputs = {name: value.cuda() for name, value in FAMILIES["roberta"].inputs().items()}
+    set_memory_mode(model, mode, chunk_tokens=5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def loss():
+        torch.manual_seed(2)
+        return logits(model, inputs).double().square().sum()
+
+    gradients = torch.autograd.grad(loss(), trained)
+    slope = sum(gradient.double().square().sum() for gradient in gradients).item()
+    values = []
+    for step in (1e-3, -1e-3):
+        scale = step / slope**0.5
+        torch._foreach_add_([p.data for p in trained], gradients, alpha=scale)
+        with torch.enable_grad():
+            values.append(loss().item())
+        torch._foreach_add_([p.data for p in trained], gradients, alpha=-scale)
+    assert (values[0] - values[1]) / 2e-3 == pytest.approx(slope**0.5, rel=2e-2)

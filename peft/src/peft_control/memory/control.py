@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..layer import ControlLayer
+from .linear import compute_dtype
 
 
 def control_parameters(control: ControlLayer | None) -> list[torch.Tensor]:
@@ -25,7 +26,7 @@ def control_hidden(control: ControlLayer | None, state) -> list[torch.Tensor]:
     after dropout ``(tokens, rank)`` and, with dropout, the mask."""
     kept = []
     for name in _active(control):
-        dtype = _compute_dtype(state)
+        dtype = compute_dtype(state)
         hidden = F.linear(state.to(dtype), *_cast(control.control_A[name], dtype))
         if _drops(control, name):
             kept += torch.native_dropout(hidden, control.dropout[name], True)
@@ -84,11 +85,6 @@ def _active(control: ControlLayer | None) -> list[str]:
 
 def _drops(control: ControlLayer, name: str) -> bool:
     return control.training and control.dropout[name] > 0.0
-
-
-def _compute_dtype(state: torch.Tensor) -> torch.dtype:
-    device = state.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else state.dtype
 
 
 def _cast(linear, dtype):

@@ -67,15 +67,39 @@ def rms_norm_backward(dy, x, weight, rstd, offset=0.0, residual=None):
 # -- LayerNorm ---------------------------------------------------------------------------------------------------
 
 
-def layer_norm_backward(dy, x, norm):
-    """Return the gradient of the input ``x`` of a frozen ``nn.LayerNorm``; in ``x``'s dtype."""
-    wide = x.to(norm.weight.dtype)  # under autocast the norm's own parameters are the wider ones
-    width, frozen = (x.shape[-1],), (norm.weight, norm.bias)
-    _, mean, rstd = torch.native_layer_norm(wide, width, *frozen, norm.eps)
-    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-        dy.to(wide.dtype), wide, width, mean, rstd, *frozen, [True, False, False]
+def layer_norm(x, norm, dtype):
+    """Return ``norm(x)`` of an ``nn.LayerNorm``; where a kernel makes it, in ``dtype`` at once."""
+    if not _use_triton(x) or norm.weight is None or norm.bias is None:
+        return norm.forward(x)  # not its hooks: one of them catches the control's state
+    x = x.contiguous()
+    y = torch.empty_like(x, dtype=dtype)
+    block, warps = _row_launch(x.shape[1])
+    _layer_norm_kernel[(x.shape[0],)](
+        x, norm.weight, norm.bias, y, x.shape[1], norm.eps, BLOCK=block, num_warps=warps
     )
-    return dx.to(x.dtype)
+    return y
+
+
+def layer_norm_backward(dy, x, norm, residual=None):
+    """Return the gradient of the input ``x`` of a frozen ``nn.LayerNorm``, plus ``residual``; in ``x``'s dtype."""
+    if _use_triton(x) and norm.weight is not None:
+        dy, x = dy.contiguous(), x.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        dx = torch.empty_like(x)
+        block, warps = _row_launch(x.shape[1])
+        _layer_norm_backward_kernel[(x.shape[0],)](
+            dy, x, norm.weight, residual, dx, x.shape[1], norm.eps,
+            HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+        return dx
+    # under autocast the norm's own parameters are the wider ones
+    wide = x if norm.weight is None else x.to(norm.weight.dtype)
+    shape, frozen = (x.shape[-1],), (norm.weight, norm.bias)
+    _, mean, rstd = torch.native_layer_norm(wide, shape, *frozen, norm.eps)
+    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+        dy.to(wide.dtype), wide, shape, mean, rstd, *frozen, [True, False, False]
+    )
+    return (dx if residual is None else dx.add_(residual)).to(x.dtype)
 
 
 # -- gated and plain activations --------------------------------------------------------------------------------
@@ -193,6 +217,37 @@ if triton is not None:
         dn = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32) * w
         scale = tl.load(rstd + row)
         out = scale * dn - scale * scale * scale * value * (tl.sum(dn * value) / width)
+        if HAS_RESIDUAL:
+            out += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + at, out, mask=mask)
+
+    @triton.jit
+    def _layer_norm_kernel(x, weight, bias, y, width, eps, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        mask = column < width
+        value = tl.load(x + row * width + column, mask=mask, other=0.0).to(tl.float32)
+        value = tl.where(mask, value - tl.sum(value) / width, 0.0)
+        scale = 1.0 / tl.sqrt(tl.sum(value * value) / width + eps)
+        w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + row * width + column, value * scale * w + b, mask=mask)
+
+    @triton.jit
+    def _layer_norm_backward_kernel(
+        dy, x, weight, residual, dx, width, eps, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        mask = column < width
+        at = row * width + column
+        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        value = tl.where(mask, value - tl.sum(value) / width, 0.0)
+        scale = 1.0 / tl.sqrt(tl.sum(value * value) / width + eps)
+        value *= scale
+        w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+        dn = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32) * w
+        out = scale * (dn - tl.sum(dn) / width - value * (tl.sum(dn * value) / width))
         if HAS_RESIDUAL:
             out += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + at, out, mask=mask)

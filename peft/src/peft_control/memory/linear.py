@@ -13,6 +13,12 @@ def is_frozen_linear(module: nn.Module) -> bool:
     return known and not any(parameter.requires_grad for parameter in module.parameters())
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a linear layer works on ``x``: autocast's, if that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     """The weight ``(out, in)`` in ``dtype``, dequantized if need be."""
     weight = linear.weight

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.activations import GELUActivation, GELUTanh
 
 from . import kernels
-from .linear import input_gradient, is_frozen_linear
+from .linear import compute_dtype, input_gradient, is_frozen_linear
 
 
 class GatedMlp:
@@ -107,10 +107,10 @@ class PreNormMlp:
         dinner = _activation_backward(self.activation, inner, dchange)
         del inner, dchange
         dnormal = input_gradient(dinner, self.first)
-        return kernels.layer_norm_backward(dnormal, state, self.norm).add_(dy)
+        return kernels.layer_norm_backward(dnormal, state, self.norm, residual=dy)
 
     def _normalise(self, state):
-        return self.norm.forward(state)  # not its hooks: one of them catches the control's state
+        return kernels.layer_norm(state, self.norm, compute_dtype(state))
 
 
 class PostNormMlp:
@@ -145,7 +145,8 @@ class PostNormMlp:
         inner = self.first(state)
         change = self._change(inner)
         kept = (*change, inner) if keep == 2 else tuple(change) if keep == 1 else ()
-        return self.norm(change[0] + state), kept
+        total = change[0] + state
+        return kernels.layer_norm(total, self.norm, total.dtype), kept
 
     def backward(self, state, kept, dy):
         kept, masked = list(kept), draws(self.dropout)
