@@ -117,12 +117,19 @@ class Claim:
         if not self.tests:
             return ""
         text = ", ".join(dict.fromkeys(self.models))
-        return text if set(self.models) & set(self.paper_models) or not self.paper_models else f"{text}; not the paper's scale"
+        return (
+            text
+            if set(self.models) & set(self.paper_models) or not self.paper_models
+            else f"{text}; not the paper's scale"
+        )
 
     @property
     def tally(self) -> str:
         counts = Counter(test.verdict for test in self.tests)
-        return ", ".join(f"{counts[v]} {v}" for v in (SUPPORTED, CONTRADICTED, NOT_DECIDED) if counts[v]) or "no test"
+        return (
+            ", ".join(f"{counts[v]} {v}" for v in (SUPPORTED, CONTRADICTED, NOT_DECIDED) if counts[v])
+            or "no test"
+        )
 
 
 def t_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
@@ -160,7 +167,7 @@ def _domain_claim(collection: Collection, paper: Paper, domain: str, quantity: s
             tests.append(test)
             tested.append(model)
     return Claim(
-        f"{domain}-{quantity}", f"{title}: control {says}.", "paper", domain, tests, models, tested,
+        f"{domain}-{quantity}", f"{title}: control {says}.", "the paper", domain, tests, models, tested,
         _published(paper, domain, quantity), command,
     )  # fmt: skip
 
@@ -168,10 +175,14 @@ def _domain_claim(collection: Collection, paper: Paper, domain: str, quantity: s
 def _value(run: Run, quantity: str, column: str) -> float | None:
     if quantity == "quality":
         return run.last.get(column)
-    return run.peak_bytes if quantity == "memory" else run.seconds
+    if quantity == "memory":  # a CPU's resident memory is mostly the libraries'
+        return None if run.resumed else run.record.memory.get("peak_allocated_bytes")
+    return run.seconds
 
 
-def _tests(comparison: Comparison, methods: Sequence[str], quantity: str, unit: str, sign: int) -> Iterable[Test]:
+def _tests(
+    comparison: Comparison, methods: Sequence[str], quantity: str, unit: str, sign: int
+) -> Iterable[Test]:
     """Each control row against each baseline row, without memory modes, which are claims of their own."""
     # LLaMA's eight test sets come from one training: their average decides, lest one run count eight times
     column = "average" if comparison.domain == "llama" else comparison.task
@@ -188,8 +199,12 @@ def _tests(comparison: Comparison, methods: Sequence[str], quantity: str, unit: 
                     pairs[seed] = tuple(values)
                     links += [(f"{name} {seed}", run.links[0]) for name, run in zip((label, baseline), runs)]
             if pairs:
-                where = f"{comparison.model}, {comparison.setting}" if comparison.setting else comparison.model
-                yield Test(f"{where}, {comparison.task}: {label} against {baseline}", pairs, unit, sign, links)
+                where = (
+                    f"{comparison.model}, {comparison.setting}" if comparison.setting else comparison.model
+                )
+                yield Test(
+                    f"{where}, {comparison.task}: {label} against {baseline}", pairs, unit, sign, links
+                )
 
 
 def _vit_memory_tests(collection: Collection) -> Iterable[tuple[str, Test]]:
@@ -207,7 +222,9 @@ def _vit_memory_tests(collection: Collection) -> Iterable[tuple[str, Test]]:
             both = [(methods["control"][repeat], methods[baseline][repeat]) for repeat in shared]
             if both:
                 pairs = {repeat: (one[0], other[0]) for repeat, (one, other) in zip(shared, both)}
-                links = [(name, cell[1]) for cells_ in both for name, cell in zip(("control", baseline), cells_)]
+                links = [
+                    (name, cell[1]) for cells_ in both for name, cell in zip(("control", baseline), cells_)
+                ]
                 what = f"{model}, batch {batch}, {attention} attention, {device}: control against {baseline}"
                 yield model, Test(what, pairs, "%", -1, links)
 
@@ -225,7 +242,9 @@ def _published(paper: Paper, domain: str, quantity: str) -> list[str]:
     lines = []
     for figure in figures:
         if figure.quantity == "memory less than dora":
-            lines.append(f"{figure.model}: {figure.row} needs {figure.value:g} {figure.unit} less than dora ({figure.status}).")
+            lines.append(
+                f"{figure.model}: {figure.row} needs {figure.value:g} {figure.unit} less than dora ({figure.status})."
+            )
         if not figure.row.startswith(("control", "double control")):
             continue
         place = (figure.model, figure.column, figure.quantity)
@@ -236,7 +255,9 @@ def _published(paper: Paper, domain: str, quantity: str) -> list[str]:
 
 
 def _against(figure, other, quantity: str) -> str:
-    difference = figure.value - other.value if quantity == "quality" else 100 * (figure.value / other.value - 1)
+    difference = (
+        figure.value - other.value if quantity == "quality" else 100 * (figure.value / other.value - 1)
+    )
     unit = "points" if quantity == "quality" else "%"
     line = f"{figure.model}, {figure.column}: {figure.row} {figure} against {other.row} {other}: {difference:+.2f} {unit}"
     if figure.runs and other.runs:
@@ -269,7 +290,10 @@ def _memory_benchmarks(collection: Collection) -> list[Claim]:
                 rivals = [name for name in baselines if name in points]
             for rival in rivals:
                 one, other = points[control], points[rival]
-                values = dict(zip(one.measured_in, one.values[quantity])), dict(zip(other.measured_in, other.values[quantity]))
+                values = (
+                    dict(zip(one.measured_in, one.values[quantity])),
+                    dict(zip(other.measured_in, other.values[quantity])),
+                )
                 shared = [link for link in values[0] if link in values[1]]
                 pairs = {link: (values[0][link], values[1][link]) for link in shared}
                 if pairs:
@@ -278,7 +302,17 @@ def _memory_benchmarks(collection: Collection) -> list[Claim]:
         return found
 
     def claim(name: str, statement: str, whose: str, made: list[Test]) -> Claim:
-        return Claim(name, statement, whose, "llama", made, (), ["random weights of the true shape"] * len(made), [], command)
+        return Claim(
+            name,
+            statement,
+            whose,
+            "llama",
+            made,
+            (),
+            ["random weights of the true shape"] * len(made),
+            [],
+            command,
+        )
 
     limits = [
         (link, result) for link, benchmark in collection.benchmarks.items()
@@ -291,13 +325,13 @@ def _memory_benchmarks(collection: Collection) -> list[Claim]:
              [("1", link) for link, result in limits if result["method"] == method])
         for method in dict.fromkeys(result["method"] for _, result in limits)
     ]  # fmt: skip
-    fit = claim("llama-24gb", "LLaMA-3-8B trains unquantized within 24 GB with control.", "paper", fits)
+    fit = claim("llama-24gb", "LLaMA-3-8B trains unquantized within 24 GB with control.", "the paper", fits)
     fit.how = "bash scripts/rerun_memory.sh --tasks llama3-8b-limit --seeds 1 2 3"
     return [
         claim("llama-shape-memory", "At LLaMA's shapes double control needs less memory over the weights than LoRA and DoRA.",
-              "paper", tests("control:plain", "over", ("lora", "dora"))),
+              "the paper", tests("control:plain", "over", ("lora", "dora"))),
         claim("llama-shape-time", "At LLaMA's shapes a step of double control takes less time than one of LoRA and DoRA.",
-              "paper", tests("control:plain", "seconds", ("lora", "dora"))),
+              "the paper", tests("control:plain", "seconds", ("lora", "dora"))),
         fit,
         claim("lean-memory", "Memory mode lean needs less memory over the weights than the leanest LoRA that was measured.",
               "this project", tests("control:lean", "over", best=True)),
@@ -325,13 +359,13 @@ def _padding(collection: Collection) -> Claim:
 # -- claims.md --------------------------------------------------------------------------------------------------
 
 
-def write_claims(claims: Sequence[Claim], path: Path) -> Path:
+def write_claims(claims: Sequence[Claim], paper: Paper, path: Path) -> Path:
     """Write the claims as Markdown into the results folder."""
-    return write_text(path, markdown(claims))
+    return write_text(path, markdown(claims, paper))
 
 
-def markdown(claims: Sequence[Claim]) -> str:
-    """A summary, then each claim with its tests, records and what to run."""
+def markdown(claims: Sequence[Claim], paper: Paper) -> str:
+    """A summary, each claim with its tests, records and what to run, and what is doubtful in the published figures."""
     lines = [
         "# Claims",
         "",
@@ -340,7 +374,7 @@ def markdown(claims: Sequence[Claim]) -> str:
         "*supports* its claim if the whole interval lies on the claimed side of zero, *contradicts* it if it lies on the "
         "other side, and is *not decided* if it includes zero or has fewer than two pairs. A claim is contradicted by one "
         "contradicting test, and supported only if every test of two or more pairs supports it; a single pair has no vote. "
-        "\"Not decided\" on quality is no proof of equality. Memory hardly varies between repeats, so its intervals are "
+        '"Not decided" on quality is no proof of equality. Memory hardly varies between repeats, so its intervals are '
         "narrow and say nothing about other models, batches or lengths.",
         "",
         "| claim | whose | verdict | tests | tested on |",
@@ -351,7 +385,14 @@ def markdown(claims: Sequence[Claim]) -> str:
             f"| [{claim.statement}](#{claim.name}) | {claim.whose} | **{claim.verdict}** | {claim.tally} | {claim.scope} |"
         )
     for claim in claims:
-        lines += ["", f"## {claim.name}", "", f"{claim.statement} Claimed by {claim.whose}.", "", f"**{claim.verdict}**"]
+        lines += [
+            "",
+            f"## {claim.name}",
+            "",
+            f"{claim.statement} Claimed by {claim.whose}.",
+            "",
+            f"**{claim.verdict}**",
+        ]
         if claim.tests:
             lines[-1] += f" ({claim.tally}; on {claim.scope})."
             lines += ["", "| test | difference | verdict | records |", "|---|---|---|---|"]
@@ -363,4 +404,10 @@ def markdown(claims: Sequence[Claim]) -> str:
         if claim.published:
             lines += ["", "The published figures:", "", *(f"- {line}" for line in claim.published)]
         lines += ["", f"At full scale, with hub access and a GPU: `{claim.how}`"]
+    lines += [
+        "",
+        "## Doubts about the published figures",
+        "",
+        *(f"- {weakness}" for weakness in paper.weaknesses),
+    ]
     return "\n".join(lines) + "\n"

@@ -255,9 +255,13 @@ def _read_benchmark(path: Path, wanted: Sequence[str]) -> dict:
         raise UserError(f"{path} is no readable benchmark ({error}): delete it and measure again") from error
     missing = [name for name in wanted if not isinstance(contents, dict) or name not in contents]
     if missing:
-        raise UserError(f"{path} is a broken benchmark ({missing[0]!r} is missing): delete it and measure again")
+        raise UserError(
+            f"{path} is a broken benchmark ({missing[0]!r} is missing): delete it and measure again"
+        )
     if contents.get("schema", 1) != 1:
-        raise UserError(f"{path} is a benchmark of schema {contents['schema']}, not 1: delete it and measure again")
+        raise UserError(
+            f"{path} is a benchmark of schema {contents['schema']}, not 1: delete it and measure again"
+        )
     return contents
 
 
@@ -360,7 +364,8 @@ def row_label(domain: str, method: str, hyperparameters: dict) -> str:
 def _conditions(record: RunRecord, evaluation: RunRecord | None) -> tuple[dict[str, str], dict[str, str]]:
     shared, own = {}, {}
     for name, value in record.hyperparameters.items():
-        if name.startswith(_METHODS_OWN):
+        # the paper's recipe for LLaMA-2-7B has another batch for control+lora than for double control
+        if name.startswith(_METHODS_OWN) or (record.domain, name) == ("llama", "batch_size"):
             own[name] = str(value)
         elif name not in _NEUTRAL:
             shared[name] = str(value)

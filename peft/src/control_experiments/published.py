@@ -32,7 +32,13 @@ class Figure:
     def __str__(self) -> str:
         """Value, spread as it was printed, and status."""
         spread = "" if self.spread_as_printed is None else f" ± {self.spread_as_printed:g}"
-        value = f"{self.value:,.0f}" if self.value >= 1000 else f"{self.value:.2f}" if self.unit == "%" else f"{self.value:g}"
+        value = (
+            f"{self.value:,.0f}"
+            if self.value >= 1000
+            else f"{self.value:.2f}"
+            if self.unit == "%"
+            else f"{self.value:g}"
+        )
         unit = "" if self.unit == "%" else f" {self.unit}"
         return f"{value}{spread}{unit} ({self.status})"
 
@@ -60,9 +66,7 @@ class Paper:
 
     def rows(self, table: str, model: str) -> list[str]:
         """Rows of the model with a figure in the table."""
-        return list(
-            dict.fromkeys(f.row for f in self.figures if (f.table, f.model) == (table, model))
-        )
+        return list(dict.fromkeys(f.row for f in self.figures if (f.table, f.model) == (table, model)))
 
 
 def read_paper(path: Path) -> Paper:

@@ -115,11 +115,15 @@ def cost_cells(row: Row) -> list[Cell]:
     runs = list(row.runs.values())
     if not runs:
         return [Cell(NO_RECORD) for _ in range(3)]
-    memory = summary_cell(row.over_seeds(lambda run: run.peak_bytes and run.peak_bytes / MEBI), 0, "not measured")
+    memory = summary_cell(
+        row.over_seeds(lambda run: run.peak_bytes and run.peak_bytes / MEBI), 0, "not measured"
+    )
     if memory.value is not None and runs[0].record.memory.get("kind") == "resident set":
         memory.notes.append("Resident memory of the whole process on a CPU, not comparable with a GPU's.")
     seconds = summary_cell(row.over_seeds(lambda run: run.seconds), 1, "not measured")
-    rate = summary_cell(row.over_seeds(lambda run: run.record.time.get("examples_per_second")), 0, "not measured")
+    rate = summary_cell(
+        row.over_seeds(lambda run: run.record.time.get("examples_per_second")), 0, "not measured"
+    )
     resumed = [run.links[0] for run in runs if run.resumed]
     if resumed:
         note = f"{', '.join(resumed)} was resumed, so its record covers only a part of the memory and time."
@@ -132,7 +136,10 @@ def trained_cell(row: Row) -> Cell:
     counts = {run.trained_parameters for run in row.runs.values()}
     if not counts:
         return Cell(NO_RECORD)
-    return Cell(" / ".join(f"{count:,}" for count in sorted(counts, key=str)), counts.pop() if len(counts) == 1 else None)
+    return Cell(
+        " / ".join(f"{count:,}" for count in sorted(counts, key=str)),
+        counts.pop() if len(counts) == 1 else None,
+    )
 
 
 def count_cell(row: Row) -> Cell:
@@ -148,7 +155,9 @@ def runs_cell(row: Row) -> Cell:
     """The records of a row, or why there is none to show."""
     if row.runs:
         return Cell("", links=row.links)
-    return Cell("left out" if row.problems else NO_RECORD, notes=[problem.message for problem in row.problems])
+    return Cell(
+        "left out" if row.problems else NO_RECORD, notes=[problem.message for problem in row.problems]
+    )
 
 
 def conditions_remark(comparisons: Iterable[Comparison]) -> list[str]:
@@ -161,10 +170,16 @@ def conditions_remark(comparisons: Iterable[Comparison]) -> list[str]:
         facts = dict(comparison.conditions)
         first = runs[0].record
         torch = sorted({run.record.versions.get("torch", "?") for run in runs})
-        sizes = " + ".join(f"{size:,} {split}" for split, size in first.data.get("sizes", {}).items() if isinstance(size, int))
+        sizes = " + ".join(
+            f"{size:,} {split}"
+            for split, size in first.data.get("sizes", {}).items()
+            if isinstance(size, int)
+        )
         named = ("epochs", "batch_size", "precision", "autocast", "dtype", "augment")
         settings = ", ".join(f"{name.replace('_', ' ')} {facts[name]}" for name in named if name in facts)
-        lines.append(f"{comparison.task}: {sizes}; {settings}; {facts.get('device', first.device['name'])}, torch {', '.join(torch)}.")
+        lines.append(
+            f"{comparison.task}: {sizes}; {settings}; {facts.get('device', first.device['name'])}, torch {', '.join(torch)}."
+        )
     return lines
 
 
@@ -178,7 +193,11 @@ def glue_table(collection: Collection, paper: Paper) -> Table:
         "Dev-set scores of encoders whose classifier is trained with an adapter: Matthews correlation (cola), accuracy, "
         "or the mean of a task's two official metrics, in percent.",
         _long_sections(
-            "glue", collection.of("roberta"), paper, tasks=GLUE, skip=lambda comparison: comparison.task not in GLUE
+            "glue",
+            collection.of("roberta"),
+            paper,
+            tasks=GLUE,
+            skip=lambda comparison: comparison.task not in GLUE,
         ),
         remarks=_published_memory(paper),
     )
@@ -198,7 +217,9 @@ def quantized_table(collection: Collection, paper: Paper) -> Table:
         "quantized",
         "GLUE on quantized bases",
         "As the GLUE table, with the frozen encoder in 4 or 8 bits.",
-        _long_sections("quantized", collection.of("qcontrol"), paper, tasks=("rte",), model="roberta-base", setting="nf4"),
+        _long_sections(
+            "quantized", collection.of("qcontrol"), paper, tasks=("rte",), model="roberta-base", setting="nf4"
+        ),
         remarks=["The paper's repository has the scripts of this comparison; its results are not published."],
     )
 
@@ -256,7 +277,9 @@ def _without_empty_columns(section: Section) -> Section:
     keep = [
         number
         for number, name in enumerate(section.header)
-        if name in ("paper, best",) or not name.startswith("paper") or any(r[number].value is not None for r in section.rows)
+        if name in ("paper, best",)
+        or not name.startswith("paper")
+        or any(r[number].value is not None for r in section.rows)
     ]
     section.header = [section.header[number] for number in keep]
     section.rows = [[row[number] for number in keep] for row in section.rows]
@@ -266,12 +289,25 @@ def _without_empty_columns(section: Section) -> Section:
 def _published_memory(paper: Paper) -> list[str]:
     figures = [f for f in paper.figures if (f.table, f.column, f.quantity) == ("glue", "all", "peak memory")]
     listed = "; ".join(f"{figure.row} {figure}" for figure in figures)
-    return [f"Published peak memory of RoBERTa-base on GLUE, without the task, batch or length it was measured at: {listed}."]
+    return [
+        f"Published peak memory of RoBERTa-base on GLUE, without the task, batch or length it was measured at: {listed}."
+    ]
 
 
 def commonsense_table(collection: Collection, paper: Paper) -> Table:
     """One row for each method, one column for each test set; the paper's row below ours."""
-    header = ["method", "whose", "trained parameters", "n", *COMMONSENSE, "no match", "peak MiB", "train s", "examples/s", "runs"]
+    header = [
+        "method",
+        "whose",
+        "trained parameters",
+        "n",
+        *COMMONSENSE,
+        "no match",
+        "peak MiB",
+        "train s",
+        "examples/s",
+        "runs",
+    ]
     found = {(c.model, c.setting): c for c in collection.of("llama")}
     always = [(model, "") for model in paper.models("commonsense")]
     if not any(model.startswith("smollm2") for model, _ in found):
@@ -286,21 +322,50 @@ def commonsense_table(collection: Collection, paper: Paper) -> Table:
             row = comparison.rows.get(label, Row())
             scores = [summary_cell(row.summary(column), 2) for column in COMMONSENSE]
             no_match = summary_cell(row.over_seeds(lambda run: run.scored.metrics["last"].get("no_match")), 2)
-            rows.append([Cell(label), Cell("ours"), trained_cell(row), count_cell(row), *scores, no_match, *cost_cells(row), runs_cell(row)])
+            rows.append(
+                [
+                    Cell(label),
+                    Cell("ours"),
+                    trained_cell(row),
+                    count_cell(row),
+                    *scores,
+                    no_match,
+                    *cost_cells(row),
+                    runs_cell(row),
+                ]
+            )
             methods.append(label)
             if label in published:
-                scores = [published_cell(paper, "commonsense", model, label, column, "score") for column in COMMONSENSE]
+                scores = [
+                    published_cell(paper, "commonsense", model, label, column, "score")
+                    for column in COMMONSENSE
+                ]
                 trained = published_cell(paper, "commonsense", model, label, "all", "trained parameters")
                 seconds = published_cell(paper, "commonsense", model, label, "all", "training time")
                 unknown = Cell(NOT_PUBLISHED)
-                rows.append([Cell(label), Cell("paper"), trained, Cell(""), *scores, unknown, unknown, seconds, unknown, Cell("")])
+                rows.append(
+                    [
+                        Cell(label),
+                        Cell("paper"),
+                        trained,
+                        Cell(""),
+                        *scores,
+                        unknown,
+                        unknown,
+                        seconds,
+                        unknown,
+                        Cell(""),
+                    ]
+                )
                 methods.append(label)
         title = f"{model}, {setting}" if setting else model
         remarks = conditions_remark([comparison])
         remarks += [
             f"{figure.row}: {figure.quantity} {figure}."
             for figure in paper.figures
-            if (figure.table, figure.model) == ("commonsense", model) and figure.quantity in _IN_TEXT and not setting
+            if (figure.table, figure.model) == ("commonsense", model)
+            and figure.quantity in _IN_TEXT
+            and not setting
         ]
         sections.append(Section(title, header, rows, "llama", methods, remarks))
     return Table(
@@ -314,17 +379,31 @@ def commonsense_table(collection: Collection, paper: Paper) -> Table:
     )  # fmt: skip
 
 
-
-
 def vit_memory_table(collection: Collection, paper: Paper) -> Table:
     """Peak memory and step time of ViT-B/16 on one batch; one section for each device and batch."""
-    header = ["attention", "method", "trained parameters", "n", "peak MiB", "paper, peak", "paper, as tabulated", "ms a step", "runs"]
+    header = [
+        "attention",
+        "method",
+        "trained parameters",
+        "n",
+        "peak MiB",
+        "paper, peak",
+        "paper, as tabulated",
+        "ms a step",
+        "runs",
+    ]
     groups: dict[tuple, dict[tuple, dict[str, object]]] = {}
     for link, record in collection.measurements.items():
         if record.domain != "vit" or record.task != "memory":
             continue
         options = record.hyperparameters
-        key = (record.device["name"], record.model["class"], options["batch_size"], options["image_size"], options["autocast"])
+        key = (
+            record.device["name"],
+            record.model["class"],
+            options["batch_size"],
+            options["image_size"],
+            options["autocast"],
+        )
         groups.setdefault(key, {}).setdefault((options["attention"], record.method), {})[link] = record
     sections = []
     for key in sorted(groups) or [("no device yet", "vit_base_patch16_224", 128, 224, "fp16")]:
@@ -349,7 +428,11 @@ def vit_memory_table(collection: Collection, paper: Paper) -> Table:
                     Cell("" if records else NO_RECORD, links=[(str(n), link) for n, link in enumerate(records, 1)]),
                 ])  # fmt: skip
                 methods.append(method)
-        sections.append(Section(f"{model}, batch {batch}, {size} pixels, {autocast}, {device}", header, rows, "vit", methods))
+        sections.append(
+            Section(
+                f"{model}, batch {batch}, {size} pixels, {autocast}, {device}", header, rows, "vit", methods
+            )
+        )
     return Table(
         "vit_memory",
         "ViT: memory",
@@ -375,7 +458,9 @@ def memory_speed_table(collection: Collection) -> Table:
             links = [(str(number), link) for number, link in enumerate(point.links, 1)]
             if not point.seconds:
                 failed = Cell("failed", notes=[f"{method}: {point.error}."])
-                rows.append([Cell(method), failed, Cell("0", 0), *[Cell("") for _ in range(7)], Cell("", links=links)])
+                rows.append(
+                    [Cell(method), failed, Cell("0", 0), *[Cell("") for _ in range(7)], Cell("", links=links)]
+                )
                 continue
             rows.append([
                 Cell(method), Cell(f"{point.trained:,}", point.trained), Cell(str(point.seconds.n), point.seconds.n),
@@ -411,7 +496,9 @@ def _longest_section(link: str, benchmark: dict) -> Section:
          Cell("", links=[("1", link)])]
         for r in benchmark["results"]
     ]  # fmt: skip
-    return Section(title, ["method", "tokens", "runs"], rows, "llama", [r["method"] for r in benchmark["results"]])
+    return Section(
+        title, ["method", "tokens", "runs"], rows, "llama", [r["method"] for r in benchmark["results"]]
+    )
 
 
 @dataclass
@@ -447,7 +534,9 @@ def benchmark_settings(collection: Collection) -> dict[str, dict[str, Measured]]
         options = benchmark["options"]
         if options.get("limit"):
             continue
-        setting = f"{options['shape']}, {options['batch']} x {options['tokens']} tokens, {benchmark['device']}"
+        setting = (
+            f"{options['shape']}, {options['batch']} x {options['tokens']} tokens, {benchmark['device']}"
+        )
         for result in benchmark["results"]:
             point = settings.setdefault(setting, {}).setdefault(result["method"], Measured())
             point.links.append(link)
@@ -516,7 +605,9 @@ def markdown(table: Table, up: str = "../") -> str:
         for row in section.rows:
             lines.append("| " + " | ".join(_markdown_cell(cell, notes, up) for cell in row) + " |")
         lines += ["", *(f"{number}. {_escape_bar(note)}" for number, note in enumerate(notes, 1))]
-        lines += [""] * bool(notes) + [f"- {remark}" for remark in section.remarks] + [""] * bool(section.remarks)
+        lines += (
+            [""] * bool(notes) + [f"- {remark}" for remark in section.remarks] + [""] * bool(section.remarks)
+        )
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -546,7 +637,9 @@ def comma_separated(table: Table) -> str:
         for row in section.rows:
             line = {"section": section.title, "notes": " ".join(note for cell in row for note in cell.notes)}
             for name, cell in zip(section.header, row, strict=True):
-                line[name] = " ".join(link for _, link in cell.links) or (cell.text if cell.value is None else cell.value)
+                line[name] = " ".join(link for _, link in cell.links) or (
+                    cell.text if cell.value is None else cell.value
+                )
                 line |= {} if cell.deviation is None else {f"{name} sd": cell.deviation}
                 line |= {f"{name} status": cell.status} if cell.status else {}
             writer.writerow(line)
@@ -576,6 +669,9 @@ def latex(table: Table) -> str:
 
 
 def _latex_cell(cell: Cell, notes: list[str]) -> str:
-    links = ", ".join(f"\\href{{../{link.replace('#', chr(92) + '#').replace('%', chr(92) + '%')}}}{{{text.translate(_LATEX)}}}" for text, link in cell.links)
+    links = ", ".join(
+        f"\\href{{../{link.replace('#', chr(92) + '#').replace('%', chr(92) + '%')}}}{{{text.translate(_LATEX)}}}"
+        for text, link in cell.links
+    )
     marks = "".join(f"$^{{{notes.index(note) + 1}}}$" for note in cell.notes)
     return " ".join(part for part in (cell.text.translate(_LATEX), links) if part) + marks

@@ -1,0 +1,599 @@
+#!/usr/bin/env python3
+"""Run a whole table of the paper: every task x method x seed as one call of the domain's launcher.
+
+    bash scripts/rerun_glue.sh --tasks cola rte --methods control lora --seeds 42 41 40        and rerun_vit.sh,
+    rerun_commonsense.sh, rerun_quantized.sh, rerun_memory.sh: their recipes are the variables at their top
+    bash scripts/rerun_glue.sh --dry_run                                                       only prints the calls
+
+Finished cells are skipped and unfinished ones resumed, so the same command completes an interrupted table. Cells are spread
+over the GPUs, one on each. A failed cell does not stop the others; all of them are listed at the end and the exit code is
+then 1. What a cell prints goes to results/logs/<table>/<cell>.log. The tables are made by scripts/make_tables.py.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from control_experiments.arguments import parse_arguments
+from control_experiments.errors import UserError, run_main
+from control_experiments.paths import REPOSITORY, RESULTS, public_path
+from control_experiments.record import read_record, write_json_atomic
+
+#: What stands for the GPU in a command until one is free.
+GPU = "{gpu}"
+TABLES = ("glue", "vit", "commonsense", "quantized", "memory")
+GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
+IMAGES = ("cifar100", "flowers102", "svhn", "food101", "imagenet")
+#: Base -> the launchers' prefix, or None for the base that only run_smollm2_table.sh knows.
+LLAMAS = {"llama2_7b": "llama2_7B", "llama3_8b": "llama3_8B", "smollm2": None}
+#: Task -> bench_memory.py's options and the name of the file it writes.
+BENCHMARKS = {
+    "llama3-8b": ("--shape llama3-8b --batch 4 --tokens 1024", "llama3-8b_4x1024.json"),
+    "llama3-8b-short": ("--shape llama3-8b --batch 4 --tokens 256", "llama3-8b_4x256.json"),
+    "llama2-7b": ("--shape llama2-7b --batch 4 --tokens 256", "llama2-7b_4x256.json"),
+    "llama3-8b-limit": ("--shape llama3-8b --batch 1 --limit 23.5", "llama3-8b_1x1024_limit23.5.json"),
+}
+#: Methods of the benchmark with a limit: what fits is asked of the leanest LoRA and of control.
+LIMITED = ("lora+liger+checkpointing", "control:plain", "control:lean")
+
+
+@dataclass
+class Options:
+    table: str = field(metadata={"help": f"One of {', '.join(TABLES)}."})
+    tasks: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "GLUE tasks, image data sets, LLaMA bases or benchmarks; default: all of the table."
+        },
+    )
+    methods: Optional[list[str]] = field(default=None, metadata={"help": "Default: all of the table."})
+    seeds: Optional[list[int]] = field(
+        default=None, metadata={"help": "Default: the paper's 42 41 40; repeats 1 2 3 for memory."}
+    )
+    max_hours: Optional[float] = field(
+        default=None, metadata={"help": "Start no cell after so many hours; running ones are finished."}
+    )
+    gpus: Optional[list[str]] = field(
+        default=None, metadata={"help": "GPU indices, or cpu; default: all that are visible."}
+    )
+    grid: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "glue only: learning rates from which each method gets its own, task by task, chosen on a tenth of "
+            "the training data that is held out for it; the dev sets are not looked at."
+        },
+    )
+    results: str = field(default=str(RESULTS), metadata={"help": "Folder for the runs."})
+    extra: str = field(default="", metadata={"help": "More options for every launcher, as one string."})
+    dry_run: bool = field(default=False, metadata={"help": "Print the calls and run nothing."})
+
+
+@dataclass
+class Cell:
+    """One call of a launcher.
+
+    Attributes:
+        record: the file that is there once the cell is finished.
+        settings: hyperparameters that a finished record must have to count as this cell.
+    """
+
+    name: str
+    command: list[str]
+    record: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, float] = field(default_factory=dict)
+
+    def shown(self) -> str:
+        """The call as one would type it in the repository."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        words = map(shlex.quote, self.command)
+        return " ".join([*variables, *words]).replace(f"{REPOSITORY}/", "").replace(shlex.quote(GPU), GPU)
+
+    def finished(self) -> bool:
+        """Whether there is a record of this cell.
+
+        Raises:
+            UserError: the record is broken, or of a run with other settings.
+        """
+        if not self.record.is_file():
+            return False
+        if self.settings:
+            found = read_record(self.record).hyperparameters
+            for name, value in self.settings.items():
+                if found.get(name) != value:
+                    raise UserError(
+                        f"{public_path(self.record)} has {name} {found.get(name)}, not {value:g}: delete its folder or "
+                        "choose another one with --results"
+                    )
+        return True
+
+
+# -- the tables' cells ------------------------------------------------------------------------------------------
+
+
+def variable(name: str, default: str = "") -> str:
+    return os.environ.get(name) or default
+
+
+def per_task(name: str, task: str, default: str) -> str:
+    """The value of a variable such as "cola=80 mnli=30", or such as "80", which holds for every task."""
+    text = variable(name, default)
+    values = dict(part.split("=", 1) for part in text.split() if "=" in part)
+    if not values:
+        return text
+    if task not in values:
+        raise UserError(
+            f"{name}={text!r} says nothing about {task}: add {task}=... or give one value for all"
+        )
+    return values[task]
+
+
+def number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{name} must be a number, got {text!r}") from None
+
+
+def glue_cell(options: Options, task: str, method: str, seed: int, rate: str | None = None) -> Cell:
+    """One run of RoBERTa/run_roberta.sh, or of its quantized sibling."""
+    quantized = options.table == "quantized"
+    launcher = "QControl/run_roberta_quantization.sh" if quantized else "RoBERTa/run_roberta.sh"
+    model = Path(variable("MODEL", "roberta-base")).name
+    name = f"{model}_{task}_{method}_seed{seed}"
+    out = Path(options.results) / ("qcontrol" if quantized else "roberta") / name
+    epochs, rate = per_task("EPOCHS", task, "80"), rate or per_task("LR", task, "3e-4")
+    command = [
+        "bash",
+        f"{REPOSITORY}/{launcher}",
+        method,
+        task,
+        epochs,
+        rate,
+        GPU,
+        "--output_dir",
+        str(out),
+        "--resume",
+    ]
+    settings = {} if rate == CHOSEN else {"epochs": number("EPOCHS", epochs), "lr": number("LR", rate)}
+    return Cell(name, command, out / "record.json", {"SEED": str(seed)}, settings)
+
+
+def vit_cell(options: Options, task: str, method: str, seed: int) -> Cell:
+    model = Path(variable("MODEL", "vit_base_patch16_224.orig_in21k")).name
+    name = f"{model}_{Path(task).stem}_{method}_seed{seed}"
+    out = Path(options.results) / "vit" / name
+    command = [
+        "bash",
+        f"{REPOSITORY}/ViT/run_ViT.sh",
+        method,
+        GPU,
+        "--seed",
+        str(seed),
+        "--output_dir",
+        str(out),
+        "--resume",
+    ]
+    return Cell(name, command, out / "record.json", {"DATA": task})
+
+
+def commonsense_cell(options: Options, base: str, method: str, seed: int) -> Cell:
+    """A training with its evaluation; methods and bases without a launcher of their own go through run_smollm2_table.sh."""
+    place = Path(options.results) / "llama" / base
+    out = place / ("zero-shot" if method == "zero-shot" else f"{method.replace(' ', '-')}-seed{seed}")
+    record = out / "record.json" if method == "zero-shot" else out / "evaluation" / "record.json"
+    ranks = [variable("CONTROL_RANK", "64"), variable("LORA_RANK", "32"), variable("LORA_ALPHA", "64")]
+    own = {"control+lora": "Control+LoRA", "double control": "DoubleControl"}.get(method)
+    prefix = LLAMAS[base]
+    if prefix and own:
+        command = ["bash", f"{REPOSITORY}/LlaMA/{prefix}_{own}.sh", *ranks, str(out), GPU, "--resume"]
+        environment = {"SEED": str(seed)}
+    else:
+        command = ["bash", f"{REPOSITORY}/LlaMA/run_smollm2_table.sh", str(place), GPU]
+        seeds = {} if method == "zero-shot" else {"SEEDS": str(seed)}
+        environment = {"METHODS": method, **seeds, **_COMMON_RECIPE.get(base, {})}
+    return Cell(f"{base}_{out.name}", command, record, environment)
+
+
+#: The bases' recipes as variables of run_smollm2_table.sh; see llama2_7B_*.sh and llama3_8B_*.sh.
+_COMMON_RECIPE = {
+    "llama2_7b": {"MODEL": "meta-llama/Llama-2-7b-hf", "EPOCHS": "3", "LR": "2e-4", "MICRO_BATCH": "4", "BATCH": "8",
+                  "TOKEN_BUDGET": "1024", "EVAL_STEPS": "80"},
+    "llama3_8b": {"MODEL": "meta-llama/Meta-Llama-3-8B", "EPOCHS": "3", "LR": "1e-4", "MICRO_BATCH": "3", "BATCH": "6",
+                  "TOKEN_BUDGET": "768", "EVAL_STEPS": "80"},
+}  # fmt: skip
+
+
+def memory_cell(options: Options, task: str, method: str, repeat: int) -> Cell:
+    """A whole benchmark, which measures all its methods; `method` is the list of them, or empty for its own."""
+    domain = "vit" if task == "vit" else ""
+    folder = Path(options.results) / domain / "memory" / ("" if repeat == 1 else f"repeat{repeat}")
+    name = f"{task}_repeat{repeat}"
+    if task == "vit":
+        command = ["bash", f"{REPOSITORY}/scripts/table_vit_memory.sh", GPU, "--output_dir", str(folder)]
+        return Cell(name, command, folder / "sdpa_dora.json")
+    arguments, file = BENCHMARKS[task]
+    methods = shlex.split(method) or (LIMITED if task.endswith("limit") else ())
+    command = [
+        interpreter(),
+        f"{REPOSITORY}/scripts/bench_memory.py",
+        *arguments.split(),
+        "--output",
+        str(folder),
+    ]
+    return Cell(
+        name,
+        [*command, *(["--methods", *methods] if methods else [])],
+        folder / file,
+        {"CUDA_VISIBLE_DEVICES": GPU},
+    )
+
+
+def interpreter() -> str:
+    return os.environ.get("PYTHON") or sys.executable
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table's axes and how a cell of it is run."""
+
+    tasks: Sequence[str]
+    methods: Sequence[str]
+    seeds: Sequence[int]
+    cell: Callable[[Options, str, str, int], Cell]
+    all_tasks: Sequence[str] = ()
+
+
+PLANS = {
+    "glue": Plan(GLUE_TASKS, ("control", "lora", "dora"), (42, 41, 40), glue_cell),
+    "vit": Plan(("cifar100",), ("control", "lora", "dora"), (42, 41, 40), vit_cell, IMAGES),
+    "commonsense": Plan(
+        tuple(LLAMAS),
+        ("control+lora", "double control", "lora", "dora", "zero-shot"),
+        (42, 43, 44),
+        commonsense_cell,
+    ),
+    "quantized": Plan(("rte",), ("control", "lora", "dora"), (42, 41, 40), glue_cell, GLUE_TASKS),
+    "memory": Plan((*BENCHMARKS, "vit"), ("",), (1, 2, 3), memory_cell),
+}
+
+
+def plan_cells(options: Options) -> list[Cell]:
+    """All cells that the options ask for, in order.
+
+    Raises:
+        UserError: a task or method that the table has not, or MODEL for several bases at once.
+    """
+    plan = PLANS[options.table]
+    tasks = options.tasks or plan.tasks
+    known = plan.all_tasks or plan.tasks
+    if options.table == "vit" and variable("DATA"):
+        tasks = [variable("DATA")]
+    elif unknown := [task for task in tasks if task not in known]:
+        raise UserError(f"the {options.table} table has no {unknown[0]!r}: choose from {', '.join(known)}")
+    if options.table == "memory":
+        methods = [shlex.join(options.methods or [])]
+    else:
+        methods = options.methods or plan.methods
+        if unknown := [
+            method for method in methods if method not in (*plan.methods, "probe" * (options.table == "vit"))
+        ]:
+            raise UserError(
+                f"the {options.table} table has no method {unknown[0]!r}: choose from {', '.join(plan.methods)}"
+            )
+    if options.table == "commonsense" and variable("MODEL") and len(tasks) > 1:
+        raise UserError("MODEL stands for one base: say for which with --tasks, such as --tasks llama3_8b")
+    seeds = options.seeds or plan.seeds
+    cells = [plan.cell(options, task, method, seed) for seed in seeds for task in tasks for method in methods]
+    for cell in cells:
+        cell.environment = {
+            name: value
+            for name, value in cell.environment.items()
+            if name != "MODEL" or not variable("MODEL")
+        }
+        if options.extra:
+            cell.command += shlex.split(options.extra)
+    return list({cell.name: cell for cell in cells}.values())  # zero-shot has no seeds
+
+
+# -- learning rates ---------------------------------------------------------------------------------------------
+
+#: Stands in a dry run for a learning rate that is not chosen yet.
+CHOSEN = "CHOSEN"
+_SEARCH_SEED = 0
+
+
+def search_cells(options: Options, data: Path) -> dict[tuple[str, str], dict[str, Cell]]:
+    """(task, method) -> learning rate -> the run that tries it; all on `data`, with a seed of their own."""
+    plan = PLANS["glue"]
+    found: dict[tuple[str, str], dict[str, Cell]] = {}
+    for task in options.tasks or plan.tasks:
+        for method in options.methods or plan.methods:
+            for rate in options.grid:
+                cell = glue_cell(options, task, method, _SEARCH_SEED, rate)
+                cell.name = f"{cell.name}_lr{rate}"
+                out = Path(options.results) / "roberta" / "learning_rate_search" / cell.name
+                cell.command[cell.command.index("--output_dir") + 1] = str(out)
+                cell.command += shlex.split(options.extra)
+                cell.record = out / "record.json"
+                cell.environment["DATA"] = str(data)
+                found.setdefault((task, method), {})[rate] = cell
+    return found
+
+
+def write_training_splits(tasks: Sequence[str], folder: Path) -> None:
+    """Save each task with a tenth of its training rows (at most 5,000) in the place of its dev sets."""
+    sys.path.append(str(REPOSITORY))
+    from datasets import DatasetDict, disable_progress_bars
+
+    from RoBERTa.glue import get_task, load_task
+
+    disable_progress_bars()
+    for name in tasks:
+        task = get_task(name)
+        rows = load_task(name, variable("DATA") or None)["train"]
+        rows = rows.rename_columns(dict(zip(("first", "second"), task.texts, strict=False)))
+        parts = rows.train_test_split(test_size=max(1, min(len(rows) // 10, 5000)), seed=0)
+        splits = {"train": parts["train"], **dict.fromkeys(task.dev_splits, parts["test"])}
+        DatasetDict(splits).save_to_disk(str(folder / name))
+
+
+def choose_rates(
+    search: dict[tuple[str, str], dict[str, Cell]], file: Path, model: str
+) -> dict[tuple[str, str], str]:
+    """(task, method) -> the learning rate with the best last score, the smallest of equals; also written to `file`.
+
+    A method of which a run is missing has none.
+    """
+    chosen, written = {}, []
+    for (task, method), cells in search.items():
+        if not all(cell.record.is_file() for cell in cells.values()):
+            continue
+        scores = {rate: read_record(cell.record).metrics["last"]["score"] for rate, cell in cells.items()}
+        chosen[task, method] = max(scores, key=lambda rate: (scores[rate], -float(rate)))
+        written.append({"task": task, "method": method, "chosen": chosen[task, method], "scores": scores})
+    write_json_atomic(file, {"model": model, "held out of": "the training data", "rates": written})
+    return chosen
+
+
+def chosen_cells(options: Options, rates: dict[tuple[str, str], str]) -> list[Cell]:
+    """The table's cells with the chosen learning rates."""
+    seeds = options.seeds or PLANS["glue"].seeds
+    cells = [glue_cell(options, *key, seed, rate) for seed in seeds for key, rate in rates.items()]
+    for cell in cells:
+        cell.command += shlex.split(options.extra)
+    return cells
+
+
+# -- running ----------------------------------------------------------------------------------------------------
+
+
+class Scheduler:
+    """Runs cells in a pool of threads, one for each GPU; keeps what failed.
+
+    Attributes:
+        failed: cell name -> why, in one line.
+        left: names of cells that were not started because time was up.
+    """
+
+    def __init__(self, gpus: Sequence[str], logs: Path, deadline: float | None, console: Console):
+        self.gpus: queue.Queue[str] = queue.Queue()
+        for gpu in gpus:
+            self.gpus.put(gpu)
+        self.workers, self.logs, self.deadline, self.console = len(gpus), logs, deadline, console
+        self.failed: dict[str, str] = {}
+        self.left: list[str] = []
+        self._running: set[subprocess.Popen] = set()
+        self._stopped = threading.Event()
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Run all cells that are not finished yet."""
+        waiting = []
+        for cell in cells:
+            try:
+                if not cell.finished():
+                    waiting.append(cell)
+            except UserError as error:
+                self.failed[cell.name] = str(error)
+        skipped = len(cells) - len(waiting)
+        self.console.print(
+            f"{len(cells)} cells, {skipped} of them need no run; {self.workers} at a time", highlight=False
+        )
+        started, durations = time.monotonic(), []
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        with (
+            Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress,
+            ThreadPoolExecutor(self.workers) as pool,
+        ):
+            bar = progress.add_task("cells", total=len(cells), completed=skipped, left="")
+            futures = {pool.submit(self._run_one, cell): cell for cell in waiting}
+            try:
+                for done in as_completed(futures):
+                    cell, seconds = futures[done], done.result()
+                    if seconds is None:
+                        continue
+                    durations.append(seconds)
+                    remaining = len(waiting) - len(durations) - len(self.left)
+                    left = _duration((time.monotonic() - started) / len(durations) * remaining)
+                    outcome = f"failed: {self.failed[cell.name]}" if cell.name in self.failed else "finished"
+                    progress.update(bar, advance=1, left=f"about {left} left")
+                    self.console.print(
+                        f"\\[{skipped + len(durations)}/{len(cells)}] {cell.name} {outcome} in {_duration(seconds)}, "
+                        f"about {left} left", highlight=False, soft_wrap=True,
+                    )  # fmt: skip
+            except BaseException:
+                self._stop()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _run_one(self, cell: Cell) -> float | None:
+        """Run a cell on the next free GPU; its seconds, or None when it was not started."""
+        gpu = self.gpus.get()
+        try:
+            if self._stopped.is_set():
+                return None
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                self.left.append(cell.name)
+                return None
+            started, log = time.monotonic(), self.logs / f"{cell.name}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("w", encoding="utf-8") as output:
+                process = subprocess.Popen(
+                    fill_in(cell.command, gpu), env=environment(cell, gpu), stdin=subprocess.DEVNULL, stdout=output,
+                    stderr=subprocess.STDOUT, start_new_session=True,
+                )  # fmt: skip
+                self._running.add(process)
+                code = process.wait()
+                self._running.discard(process)
+            if code or not cell.record.is_file():
+                self.failed[cell.name] = _last_line(log) + f" (exit code {code}, log: {public_path(log)})"
+            return time.monotonic() - started
+        except OSError as error:
+            self.failed[cell.name] = f"{error}"
+            return 0.0
+        finally:
+            self.gpus.put(gpu)
+
+    def _stop(self) -> None:
+        """Ask all running cells, with what they started, to end; their checkpoints stay."""
+        self._stopped.set()
+        for process in list(self._running):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+
+
+def fill_in(command: Sequence[str], gpu: str) -> list[str]:
+    words = [gpu if word == GPU else word for word in command]
+    if gpu == "cpu" and words[1].endswith("bench_memory.py"):
+        words += ["--device", "cpu"]
+    return words
+
+
+def environment(cell: Cell, gpu: str) -> dict[str, str]:
+    """The process's environment with the cell's variables; a GPU index counts within those that are visible."""
+    visible = variable("CUDA_VISIBLE_DEVICES").split(",") if variable("CUDA_VISIBLE_DEVICES") else None
+    device = "" if gpu == "cpu" else visible[int(gpu)] if visible else gpu
+    own = {name: device if value == GPU else value for name, value in cell.environment.items()}
+    return {**os.environ, "PYTHON": interpreter(), **own}
+
+
+def _last_line(log: Path) -> str:
+    lines = [
+        line.strip()
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
+    errors = [line for line in lines if line.startswith("error:")]
+    return (errors or lines or ["it printed nothing"])[-1][:300].replace("[", "\\[")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def choose_gpus(asked: Sequence[str] | None) -> list[str]:
+    """The GPUs asked for, or all that are visible.
+
+    Raises:
+        UserError: none is visible and cpu was not asked for, or one is neither an index nor cpu.
+    """
+    if asked:
+        for gpu in asked:
+            if gpu != "cpu" and not gpu.isdigit():
+                raise UserError(f"--gpus takes indices or cpu, got {gpu!r}")
+        return list(asked)
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        raise UserError("no GPU is visible: add --gpus cpu to run on the CPU, or --dry_run to see the calls")
+    return [str(index) for index in range(count)]
+
+
+def print_calls(cells: Sequence[Cell]) -> None:
+    for cell in cells:
+        try:
+            print("# finished: " * cell.finished() + cell.shown())
+        except UserError as error:
+            print(f"# {error}")
+
+
+def run(options: Options, scheduler: Scheduler) -> None:
+    """Run the table; with a grid, first the search for each method's learning rate."""
+    cells = plan_cells(options)
+    if options.grid:
+        tasks = options.tasks or PLANS["glue"].tasks
+        with tempfile.TemporaryDirectory() as temporary:
+            data = Path(temporary) / "held_out_of_training"
+            write_training_splits(tasks, data)
+            search = search_cells(options, data)
+            scheduler.run([cell for tried in search.values() for cell in tried.values()])
+        model = Path(variable("MODEL", "roberta-base")).name
+        rates = choose_rates(
+            search, Path(options.results) / "roberta" / "learning_rate_search" / f"{model}.json", model
+        )
+        cells = chosen_cells(options, rates)
+        for task, method in search.keys() - rates.keys():
+            scheduler.failed.setdefault(
+                f"{task} {method}", "no learning rate was chosen: a run of its search is missing"
+            )
+    scheduler.run(cells)
+
+
+def main() -> None:
+    (options,) = parse_arguments(Options, description=__doc__)
+    if options.table not in PLANS:
+        raise UserError(f"there is no table {options.table!r}: choose one of {', '.join(TABLES)}")
+    if options.grid and options.table != "glue":
+        raise UserError("--grid is for the glue table")
+    for rate in options.grid or []:
+        number("--grid", rate)
+    cells = plan_cells(options)
+    if options.dry_run:
+        if options.grid:
+            search = search_cells(options, Path("HELD_OUT_OF_TRAINING"))
+            print_calls([cell for tried in search.values() for cell in tried.values()])
+            cells = chosen_cells(options, dict.fromkeys(search, CHOSEN))
+        print_calls(cells)
+        return
+    gpus = choose_gpus(options.gpus)
+    deadline = None if options.max_hours is None else time.monotonic() + 3600 * options.max_hours
+    scheduler = Scheduler(
+        gpus, Path(options.results) / "logs" / options.table, deadline, Console(soft_wrap=True)
+    )
+    run(options, scheduler)
+    if scheduler.left:
+        print(f"not started, time is up: {', '.join(scheduler.left)}")
+    for name, reason in scheduler.failed.items():
+        print(f"failed: {name}: {reason}".replace("\\[", "["), file=sys.stderr)
+    print("next: python scripts/make_tables.py")
+    if scheduler.failed or scheduler.left:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_main(main)

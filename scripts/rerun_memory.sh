@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Rerun the memory tables on random weights: LLaMA's shapes (scripts/bench_memory.py) and ViT-B/16, three repeats each.
+#   bash scripts/rerun_memory.sh [--tasks llama3-8b llama3-8b-short llama2-7b llama3-8b-limit vit] [--seeds 1 2 3]
+#                                [--methods lora control:fast ...] [--max-hours 2] [--gpus 0 1] [--dry_run]      more: --help
+# --seeds numbers the repeats, --methods are those of bench_memory.py. Nothing is downloaded; it needs about 60 GiB on a GPU
+# (less with fewer methods, or a smaller --tasks).
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-$root/.venv/bin/python}
+if [[ ! -x $PYTHON ]] && ! command -v "$PYTHON" >/dev/null; then PYTHON=python3; fi
+export PYTHON
+echo "rerunning the memory table: scripts/rerun.py --table memory $*"
+exec "$PYTHON" "$root/scripts/rerun.py" --table memory "$@"

@@ -1,0 +1,289 @@
+"""Every command of every README, and every launcher's defaults.
+
+Commands run for real up to the Python script: the interpreter (and torchrun, accelerate) only notes how it is called. Each
+call is then parsed by the script's own options, so that a renamed option or a value of the wrong type fails here.
+"""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from control_experiments.arguments import parse_arguments
+from control_experiments.paths import REPOSITORY, RESULTS
+from control_experiments.published import read_paper
+
+READMES = sorted(path for path in REPOSITORY.glob("*/README.md") if not path.parent.name.startswith("."))
+READMES = [REPOSITORY / "README.md", *READMES]
+RECIPES = read_paper(RESULTS / "paper.json").recipes
+#: Run for real by test_commands.py (they make environments), or no command of this project.
+ELSEWHERE = (
+    "bash scripts/quickstart.sh",
+    "bash scripts/test.sh",
+    "pip install ",
+    "python -m peft_control ",
+    "apt ",
+    "git ",
+)
+#: Scripts that parse without a dataclass of options.
+ARGPARSE = ("download_models.py", "download_glue.py", "quickstart_table.py")
+NOTE = """#!{python}
+import json, os, sys
+with open(os.environ["CALLS"], "a") as file:
+    file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+"""
+
+
+def commands() -> list:
+    """Every line of every bash block, without comments and usage lines such as `run.sh METHOD [GPU]`."""
+    found = []
+    for readme in READMES:
+        for block in re.findall(r"```bash\n(.*?)```", readme.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                text = re.sub(r"\s+#.*", "", line).strip()
+                if text and not text.startswith(("#", *ELSEWHERE)) and not re.search(r"\[|…|\.\.\.", text):
+                    found.append(pytest.param(text, id=f"{readme.parent.name}: {text[:60]}"))
+    return found
+
+
+@pytest.fixture
+def note(tmp_path):
+    """Runs a shell command with stand-ins for every interpreter; returns what they were asked to run."""
+    stubs, calls = tmp_path / "stubs", tmp_path / "calls"
+    stubs.mkdir()
+    for name in ("python", "python3", "torchrun", "accelerate"):
+        (stubs / name).write_text(NOTE.format(python=sys.executable))
+        (stubs / name).chmod(0o755)
+
+    def run(command: str, **variables: str) -> list[list[str]]:
+        calls.write_text("")
+        clean = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
+        environment = {
+            **clean,
+            "PATH": f"{stubs}:/usr/bin:/bin",
+            "PYTHON": str(stubs / "python"),
+            "CALLS": str(calls),
+        }
+        done = subprocess.run(
+            ["bash", "-c", command.replace(".venv/bin/python", "python")], cwd=REPOSITORY, env={**environment, **variables},
+            capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in calls.read_text().splitlines()]
+
+    return run
+
+
+def script_and_arguments(call: list[str]) -> tuple[Path, list[str]]:
+    """The Python script of a call of python, torchrun or accelerate launch, and what is passed on to it."""
+    place = next(number for number, word in enumerate(call) if word.endswith(".py"))
+    path = Path(call[place])
+    return (path if path.is_absolute() else REPOSITORY / path).resolve(), call[place + 1 :]
+
+
+def parsed(call: list[str], monkeypatch):
+    """The script's options as the call sets them."""
+    path, arguments = script_and_arguments(call)
+    assert path.is_file(), f"{path} does not exist"
+    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+    module = importlib.import_module(f"{path.parent.name}.{path.stem}")
+    (options,) = parse_arguments(module.Options, argv=arguments)
+    return options
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_of_the_readmes(command, note, monkeypatch):
+    calls = note(command)
+    assert calls, "nothing was run"
+    for call in calls:
+        path, arguments = script_and_arguments(call)
+        if path.name in ARGPARSE:
+            options = [argument for argument in arguments if argument.startswith("-")]
+            assert all(f'"{option}"' in path.read_text() for option in options)
+            continue
+        options = parsed(call, monkeypatch)
+        if path.name == "finetune.py" and path.parent.name == "RoBERTa":
+            options.check()
+
+
+def test_no_readme_is_forgotten():
+    assert {path.parent.name for path in READMES} >= {"RoBERTa", "ViT", "LlaMA", "peft", "results"}
+    assert len(commands()) >= 25
+
+
+# -- launchers' defaults ----------------------------------------------------------------------------------------
+
+
+def assert_recipe(options, recipe: dict, ours: tuple[str, ...] = ()) -> None:
+    """The options are the recipe's, but for the names in `ours`, which the recipe itself lists as different."""
+    assert set(ours) <= set(recipe.get("ours_differ", {}))
+    for name, value in recipe.items():
+        if name in vars(options) and getattr(options, name) is not None:
+            assert getattr(options, name) == value, (
+                f"{name}: {getattr(options, name)!r}, the paper has {value!r}"
+            )
+
+
+def test_roberta_defaults_are_the_papers(note, monkeypatch):
+    for method in ("control", "lora", "dora"):
+        (call,) = note(f"bash RoBERTa/run_roberta.sh {method} cola")
+        options = parsed(call, monkeypatch)
+        assert_recipe(options, RECIPES["roberta"])
+        assert options == type(options)(method=method, task="cola"), (
+            "launcher and script have different defaults"
+        )
+
+
+def test_roberta_adapts_query_and_value():
+    from RoBERTa import finetune
+
+    assert list(finetune.DEFAULT_QUERY_VALUE) == RECIPES["roberta"]["lora_targets"]
+
+
+def test_vit_defaults_are_the_papers(note, monkeypatch):
+    for method in ("control", "lora", "dora"):
+        (call,) = note(f"bash ViT/run_ViT.sh {method} 0")
+        options = parsed(call, monkeypatch)
+        assert_recipe(options, RECIPES["vit"])
+        # the script's own default is the ordinary ViT, as its head says
+        assert options == type(options)(method=method, mlp_layers=4)
+
+
+@pytest.mark.parametrize("base", ["llama2_7B", "llama3_8B"])
+@pytest.mark.parametrize(
+    ("launcher", "method"), [("Control+LoRA", "control+lora"), ("DoubleControl", "double control")]
+)
+def test_llama_defaults_are_the_papers(base, launcher, method, note, monkeypatch):
+    train, evaluate = note(f"bash LlaMA/{base}_{launcher}.sh 64 32 64 OUT 0")
+    recipe = {**RECIPES["llama"], **RECIPES[base]}
+    if method == "control+lora":
+        recipe["batch_size"] = recipe.get("batch_size_control_lora", recipe["batch_size"])
+    options = parsed(train, monkeypatch)
+    assert_recipe(options, recipe)
+    assert (options.method, options.memory, options.output_dir) == (method, "plain", "OUT")
+    answers = parsed(evaluate, monkeypatch)
+    assert_recipe(
+        answers,
+        {name: recipe[name] for name in ("model", "beams", "max_new_tokens", "control_rank", "lora_rank")},
+    )
+    assert (answers.adapter, answers.method) == ("OUT/adapter", method)
+
+
+@pytest.mark.parametrize("base", ["llama2_7B", "llama3_8B"])
+def test_llama_evaluation_launchers(base, note, monkeypatch):
+    (call,) = note(f'bash LlaMA/{base}_Evaluate.sh 64 32 64 OUT 0 "control+lora"')
+    options = parsed(call, monkeypatch)
+    assert options.model == RECIPES[base]["model"] and options.adapter == "OUT/adapter"
+
+
+@pytest.mark.skipif(
+    not (REPOSITORY / "QControl" / "run_roberta_quantization.sh").is_file(),
+    reason="QControl is not built yet",
+)
+def test_quantized_defaults_are_the_papers(note, monkeypatch):
+    for method in ("control", "lora", "dora"):
+        (call,) = note(f"bash QControl/run_roberta_quantization.sh {method} rte 320 4e-4 0")
+        options = parsed(call, monkeypatch)
+        recipe = RECIPES["qcontrol"]
+        assert options.batch_size == recipe["batch_size"]
+        assert (options.epochs, options.lr) == (recipe["rte"]["epochs"], recipe["rte"]["lr"])
+        rest = {
+            name: value
+            for name, value in RECIPES["roberta"].items()
+            if name not in ("epochs", "lr", "batch_size")
+        }
+        assert_recipe(options, rest)
+
+
+def test_rerun_scripts_start_from_the_papers_recipes():
+    def default(script: str, name: str) -> str:
+        (value,) = re.findall(
+            rf"^export {name}=\$\{{{name}:-\"?([^\"}}]*)", (REPOSITORY / "scripts" / script).read_text(), re.M
+        )
+        return value
+
+    epochs = dict(part.split("=") for part in default("rerun_glue.sh", "EPOCHS").split())
+    assert float(epochs["cola"]) == RECIPES["roberta"]["epochs"]
+    assert float(default("rerun_glue.sh", "LR")) == RECIPES["roberta"]["lr"]
+    assert int(default("rerun_vit.sh", "MLP_LAYERS")) == RECIPES["vit"]["mlp_layers"]
+    assert int(default("rerun_commonsense.sh", "CONTROL_RANK")) == RECIPES["llama"]["control_rank"]
+    assert float(default("rerun_quantized.sh", "EPOCHS")) == RECIPES["qcontrol"]["rte"]["epochs"]
+    assert float(default("rerun_quantized.sh", "LR")) == RECIPES["qcontrol"]["rte"]["lr"]
+
+
+def test_rerun_gives_methods_without_a_launcher_the_bases_own_recipe(note):
+    """What run_smollm2_table.sh is told for LoRA and DoRA is what the base's control launchers have."""
+    from scripts import rerun
+
+    for base, variables in rerun._COMMON_RECIPE.items():
+        launcher = (REPOSITORY / "LlaMA" / f"{rerun.LLAMAS[base]}_DoubleControl.sh").read_text()
+        for name, value in variables.items():
+            if name == "TOKEN_BUDGET":
+                assert int(value) == int(variables["MICRO_BATCH"]) * RECIPES["llama"]["cutoff"]
+            else:
+                assert f"{name}=${{{name}:-{value}}}" in launcher, f"{base}: {name}"
+
+
+def test_every_launcher_variable_can_be_set_from_outside_and_reaches_the_script(note, monkeypatch):
+    for launcher, arguments, options_of in (
+        ("RoBERTa/run_roberta.sh", "control cola", {"BATCH_SIZE": "batch_size", "CONTROL_RANK": "control_rank", "LORA_ALPHA": "lora_alpha", "WARMUP_RATIO": "warmup_ratio", "SEED": "seed"}),
+        ("ViT/run_ViT.sh", "control 0", {"EPOCHS": "epochs", "BATCH": "batch_size", "MLP_LAYERS": "mlp_layers", "LORA_RANK": "lora_rank"}),
+        ("LlaMA/llama3_8B_DoubleControl.sh", "64 32 64 OUT 0", {"EPOCHS": "epochs", "BATCH": "batch_size", "MICRO_BATCH": "micro_batch_size", "CUTOFF": "cutoff", "SEED": "seed"}),
+    ):  # fmt: skip
+        variables = {name: str(number) for number, name in enumerate(options_of, 2)}
+        if "WARMUP_RATIO" in variables:
+            variables["WARMUP_RATIO"] = "0.5"
+        options = parsed(note(f"bash {launcher} {arguments}", **variables)[0], monkeypatch)
+        for name, option in options_of.items():
+            assert float(getattr(options, option)) == float(variables[name]), name
+
+
+#: Launcher -> arguments for the tests above and below, and how many scripts it then starts.
+LAUNCHERS = {
+    "RoBERTa/run_roberta.sh": ("control cola", 1),
+    "ViT/run_ViT.sh": ("control 0", 1),
+    "ViT/run_small_table.sh": ("0", 1),
+    "LlaMA/llama2_7B_Control+LoRA.sh": ("64 32 64 OUT 0", 2),
+    "LlaMA/llama2_7B_DoubleControl.sh": ("64 32 64 OUT 0", 2),
+    "LlaMA/llama2_7B_Evaluate.sh": ('64 32 64 OUT 0 "double control"', 1),
+    "LlaMA/llama3_8B_Control+LoRA.sh": ("64 32 64 OUT 0", 2),
+    "LlaMA/llama3_8B_DoubleControl.sh": ("64 32 64 OUT 0", 2),
+    "LlaMA/llama3_8B_Evaluate.sh": ('64 32 64 OUT 0 "double control"', 1),
+    "LlaMA/run_smollm2_table.sh": ("OUT 0", 9),
+    "LlaMA/compare_memory_modes.sh": ("OUT 0", 6),
+    "QControl/run_roberta_quantization.sh": ("control rte 320 4e-4 0", 1),
+    "scripts/table_vit_memory.sh": ("0", 1),
+}
+SOURCED = ("launch.sh",)
+
+
+def test_no_launcher_is_forgotten():
+    there = {
+        path
+        for folder in ("RoBERTa", "ViT", "LlaMA", "QControl")
+        for path in (REPOSITORY / folder).glob("*.sh")
+    }
+    names = {path.relative_to(REPOSITORY).as_posix() for path in there if path.name not in SOURCED}
+    assert names <= set(LAUNCHERS), "add the new launcher to LAUNCHERS"
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_give_their_scripts_options_that_exist(launcher, note, monkeypatch):
+    if not (REPOSITORY / launcher).is_file():
+        pytest.skip(f"{launcher} is not built yet")
+    arguments, scripts = LAUNCHERS[launcher]
+    calls = note(f"bash {launcher} {arguments}")
+    assert len(calls) == scripts
+    for call in calls:
+        parsed(call, monkeypatch)
+
+
+def test_quoting_of_the_readmes_survives_a_shell():
+    for parameter in commands():
+        assert shlex.split(parameter.values[0])

@@ -1,0 +1,222 @@
+"""rerun_*.sh with an interpreter that writes a record instead of training."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from control_experiments.paths import REPOSITORY
+
+# Runs rerun.py for real; instead of a training it notes the call and writes a record with the learning rate's score.
+INTERPRETER = """#!{python}
+import json, os, sys, time
+arguments = sys.argv[1:]
+if arguments[0].endswith("rerun.py") or arguments[0] == "-c":
+    os.execv({python!r}, [{python!r}, *arguments])
+value = dict(zip(arguments[1:], arguments[2:]))
+with open(os.environ["CALLS"], "a") as file:
+    file.write(json.dumps({{"arguments": arguments, **{{n: os.environ.get(n) for n in ("SEED", "DATA", "CUDA_VISIBLE_DEVICES")}}}}) + "\\n")
+time.sleep(float(os.environ.get("FAKE_SECONDS", 0)))
+if os.environ.get("FAKE_FAIL") in arguments:
+    print("error: out of everything", file=sys.stderr)
+    sys.exit(2)
+from control_experiments.record import RunRecord
+place = value["--output_dir"]
+name = "sdpa_dora.json" if "memory_table.py" in arguments[0] else "record.json"
+lr = float(value.get("--lr", 0))
+fields = dict.fromkeys(("model", "data", "adapter", "memory", "time", "versions", "git", "device"), {{}})
+RunRecord(
+    domain="x", name="x", method="x", task="x", seed=0, command=[], created="", finished="",
+    hyperparameters={{"lr": lr, "epochs": float(value.get("--epochs", 0))}},
+    metrics={{"last": {{"score": 1 - abs(lr - 1e-3)}}}}, **fields,
+).write(os.path.join(place, name))
+"""
+
+
+class Reruns:
+    def __init__(self, root):
+        self.root, self.results, self.calls_file = root, root / "results", root / "calls"
+        self.interpreter = root / "fake-python"
+        self.interpreter.write_text(INTERPRETER.format(python=sys.executable))
+        self.interpreter.chmod(0o755)
+        self.environment = {**os.environ, "PYTHON": str(self.interpreter), "CALLS": str(self.calls_file)}
+        for name in ("MODEL", "DATA", "EPOCHS", "LR", "CUDA_VISIBLE_DEVICES"):
+            self.environment.pop(name, None)
+
+    def command(self, table, *arguments):
+        return [
+            "bash",
+            str(REPOSITORY / "scripts" / f"rerun_{table}.sh"),
+            "--results",
+            str(self.results),
+            *arguments,
+        ]
+
+    def run(self, table, *arguments, **environment):
+        self.calls_file.write_text("")
+        return subprocess.run(
+            self.command(table, *arguments), env={**self.environment, **environment}, cwd=self.root,
+            capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+
+    @property
+    def calls(self):
+        return [json.loads(line) for line in self.calls_file.read_text().splitlines()]
+
+
+@pytest.fixture
+def reruns(tmp_path):
+    return Reruns(tmp_path)
+
+
+def option(call, name):
+    return call["arguments"][call["arguments"].index(name) + 1]
+
+
+def test_a_table_is_run_cell_by_cell_and_then_skipped(reruns):
+    glue = ["glue", *["--tasks", "rte", "wnli", "--methods", "lora", "--seeds", "1", "2", "--gpus", "cpu"]]
+    done = reruns.run(*glue)
+    assert done.returncode == 0, done.stderr
+    cells = [(option(c, "--task"), option(c, "--method"), c["SEED"]) for c in reruns.calls]
+    assert sorted(cells) == [(task, "lora", seed) for task in ("rte", "wnli") for seed in "12"]
+    assert {option(c, "--device") for c in reruns.calls} == {"cpu"}
+    assert "[4/4]" in done.stdout and "left" in done.stdout
+    again = reruns.run(*glue)
+    assert again.returncode == 0 and not reruns.calls and "4 cells, 4 of them need no run" in again.stdout
+
+
+def test_cells_go_to_all_gpus_one_at_a_time_on_each(reruns):
+    reruns.run("glue", "--tasks", "rte", "--seeds", "1", "2", "--gpus", "0", "1", FAKE_SECONDS="0.5")
+    assert sorted(option(c, "--device") for c in reruns.calls) == ["0", "0", "0", "1", "1", "1"]
+
+
+def test_a_failed_cell_is_listed_at_the_end_and_stops_no_other(reruns):
+    done = reruns.run("glue", "--tasks", "rte", "--seeds", "1", "--gpus", "cpu", FAKE_FAIL="lora")
+    assert done.returncode == 1
+    assert [option(c, "--method") for c in reruns.calls] == ["control", "lora", "dora"]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        "failed: roberta-base_rte_lora_seed1: error: out of everything (exit code 2, log: "
+    )
+    assert (reruns.results / "logs" / "glue" / "roberta-base_rte_lora_seed1.log").is_file()
+    assert reruns.run("glue", "--tasks", "rte", "--seeds", "1", "--gpus", "cpu").returncode == 0
+    assert len(reruns.calls) == 1
+
+
+def test_no_cell_starts_when_time_is_up(reruns):
+    done = reruns.run(
+        "glue", "--tasks", "rte", "--seeds", "1", "--gpus", "cpu", "--max-hours", "0.0001", FAKE_SECONDS="1"
+    )
+    assert len(reruns.calls) == 1
+    assert done.returncode == 1 and "not started, time is up: roberta-base_rte_lora_seed1" in done.stdout
+
+
+def test_a_finished_run_with_other_settings_does_not_count(reruns):
+    reruns.run("glue", "--tasks", "rte", "--methods", "lora", "--seeds", "1", "--gpus", "cpu")
+    done = reruns.run(
+        "glue", "--tasks", "rte", "--methods", "lora", "--seeds", "1", "--gpus", "cpu", LR="1e-3"
+    )
+    assert done.returncode == 1 and "has lr 0.0003, not 0.001" in done.stderr and not reruns.calls
+
+
+def test_interrupting_ends_the_running_cell(reruns):
+    command = reruns.command("glue", "--tasks", "rte", "--seeds", "1", "--gpus", "cpu")
+    process = subprocess.Popen(
+        command, env={**reruns.environment, "FAKE_SECONDS": "60"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    deadline = time.time() + 20
+    while not (reruns.calls_file.exists() and reruns.calls) and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert len(reruns.calls) == 1
+
+
+def test_each_methods_learning_rate_is_chosen_on_training_data_only(reruns, tmp_path):
+    data = tmp_path / "glue" / "RTE"
+    data.mkdir(parents=True)
+    header = "index\tsentence1\tsentence2\tlabel"
+    rows = [f"{n}\ttrain {n}\tsecond {n}\t{'entailment' if n % 2 else 'not_entailment'}" for n in range(40)]
+    (data / "train.tsv").write_text("\n".join([header, *rows]) + "\n")
+    (data / "dev.tsv").write_text(f"{header}\n0\tdev\tsecond\tentailment\n")
+    done = reruns.run(
+        "glue", "--tasks", "rte", "--methods", "control", "lora", "--seeds", "1", "--gpus", "cpu", "--grid", "1e-4", "1e-3", "1e-2",
+        DATA=str(data.parent), FAKE_SECONDS="0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    search, final = reruns.calls[:6], reruns.calls[6:]
+    assert all(c["DATA"] != str(data.parent) for c in search) and {c["SEED"] for c in search} == {"0"}
+    assert [(option(c, "--method"), option(c, "--lr"), c["DATA"]) for c in final] == [
+        (method, "1e-3", str(data.parent)) for method in ("control", "lora")
+    ]
+    (written,) = (reruns.results / "roberta" / "learning_rate_search").glob("*.json")
+    rates = json.loads(written.read_text())["rates"]
+    assert [rate["chosen"] for rate in rates] == ["1e-3", "1e-3"] and set(rates[0]["scores"]) == {
+        "1e-4",
+        "1e-3",
+        "1e-2",
+    }
+
+
+def test_the_search_holds_out_a_tenth_of_the_training_rows(tmp_path, monkeypatch):
+    from RoBERTa.glue import load_task
+    from scripts import rerun
+
+    data = tmp_path / "glue" / "WNLI"
+    data.mkdir(parents=True)
+    rows = [f"{n}\tfirst {n}\tsecond {n}\t{n % 2}" for n in range(50)]
+    (data / "train.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
+    (data / "dev.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\tonly in dev\tx\t1\n")
+    monkeypatch.setenv("DATA", str(data.parent))
+    rerun.write_training_splits(["wnli"], tmp_path / "split")
+    split = load_task("wnli", str(tmp_path / "split"))
+    assert (len(split["train"]), len(split["validation"])) == (45, 5)
+    texts = [*split["train"]["first"], *split["validation"]["first"]]
+    assert sorted(texts) == sorted(f"first {n}" for n in range(50))
+
+
+@pytest.mark.parametrize(
+    ("table", "arguments", "environment", "wanted"),
+    [
+        ("vit", ("--methods", "control", "--seeds", "1"), {},
+         r"DATA=cifar100 bash ViT/run_ViT.sh control {gpu} --seed 1 --output_dir \S+/vit/vit_base_patch16_224.orig_in21k_cifar100_control_seed1 --resume"),
+        ("vit", ("--methods", "lora", "--seeds", "1"), {"DATA": "x/flowers.tar", "MODEL": "x/small"}, r"DATA=x/flowers.tar .*/vit/small_flowers_lora_seed1 --resume"),
+        ("commonsense", ("--tasks", "llama3_8b", "--methods", "double control", "--seeds", "5"), {},
+         r"SEED=5 bash LlaMA/llama3_8B_DoubleControl.sh 64 32 64 \S+/llama/llama3_8b/double-control-seed5 {gpu} --resume"),
+        ("commonsense", ("--tasks", "smollm2", "--methods", "lora", "--seeds", "5"), {"MODEL": "x.gguf"},
+         r"METHODS=lora SEEDS=5 bash LlaMA/run_smollm2_table.sh \S+/llama/smollm2 {gpu}"),
+        ("quantized", ("--methods", "dora", "--seeds", "1"), {},
+         r"SEED=1 bash QControl/run_roberta_quantization.sh dora rte 320 4e-4 {gpu} --output_dir \S+/qcontrol/\S+ --resume"),
+        ("memory", ("--tasks", "vit", "--seeds", "2"), {}, r"bash scripts/table_vit_memory.sh {gpu} --output_dir \S+/vit/memory/repeat2"),
+        ("memory", ("--tasks", "llama3-8b-short", "--methods", "lora", "control:lean", "--seeds", "1"), {},
+         r"CUDA_VISIBLE_DEVICES={gpu} \S+ scripts/bench_memory.py --shape llama3-8b --batch 4 --tokens 256 --output \S+/memory --methods lora control:lean"),
+    ],
+)  # fmt: skip
+def test_dry_runs_print_the_calls(reruns, table, arguments, environment, wanted):
+    done = reruns.run(table, *arguments, "--dry_run", **environment)
+    assert done.returncode == 0, done.stderr
+    _, call = done.stdout.splitlines()
+    assert re.fullmatch(wanted, call), call
+
+
+@pytest.mark.parametrize(
+    ("table", "arguments", "message"),
+    [
+        ("glue", ("--tasks", "nope"), "has no 'nope': choose from cola"),
+        ("glue", ("--methods", "nope"), "has no method 'nope'"),
+        ("glue", ("--grid", "fast"), "--grid must be a number"),
+        ("vit", ("--grid", "1e-3"), "--grid is for the glue table"),
+        ("glue", ("--gpus", "x"), "--gpus takes indices or cpu"),
+        ("memory", ("--nonsense",), "--nonsense"),
+    ],
+)
+def test_bad_arguments_are_one_line(reruns, table, arguments, message):
+    done = reruns.run(table, *arguments)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not reruns.results.exists()
