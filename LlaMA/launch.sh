@@ -6,9 +6,7 @@
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname "$HERE")
-if [ -z "${PYTHON:-}" ]; then
-  if [ -x "$ROOT/.venv/bin/python" ]; then PYTHON=$ROOT/.venv/bin/python; else PYTHON=python3; fi
-fi
+source "$ROOT/scripts/interpreter.sh"
 
 DATA=${DATA:-${PARALLEL_CONTROL_SHARED:-$ROOT/../shared}/data/commonsense}   # folder with <task>/test.json
 TRAIN_DATA=${TRAIN_DATA:-}                                                  # by default found in DATA

@@ -2,7 +2,6 @@
 # Fine-tune an encoder on a GLUE task; the variables below are the paper's recipe for RoBERTa-base.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-repository=$(dirname "$here")
 
 usage() {
     cat <<USAGE
@@ -65,10 +64,7 @@ if [[ " $TASKS " != *" $TASK "* ]]; then
     exit 2
 fi
 
-if [[ -z "${PYTHON:-}" ]]; then
-    PYTHON=$repository/.venv/bin/python
-    [[ -x $PYTHON ]] || PYTHON=python3
-fi
+source "$here/../scripts/interpreter.sh"
 command=(
     "$PYTHON" "$here/finetune.py" --method "$METHOD" --task "$TASK" --model "$MODEL"
     --epochs "$EPOCHS" --lr "$LR" --device "$GPU" --seed "$SEED" --batch_size "$BATCH_SIZE"

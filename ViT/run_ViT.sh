@@ -30,9 +30,8 @@ fi
 method=$1 gpu=$2
 shift 2
 
-python=${PYTHON:-$here/../.venv/bin/python}
-if [[ -z ${PYTHON:-} && ! -x $python ]]; then python=python3; fi
-command=("$python" "$here/finetune.py" --method "$method" --device "$gpu" --model "$MODEL" --data "$DATA"
+source "$here/../scripts/interpreter.sh"
+command=("$PYTHON" "$here/finetune.py" --method "$method" --device "$gpu" --model "$MODEL" --data "$DATA"
     --epochs "$EPOCHS" --lr "$LR" --lr_decay "$LR_DECAY" --batch_size "$BATCH" --mlp_layers "$MLP_LAYERS"
     --attention "$ATTENTION" --control_rank "$CONTROL_RANK" --lora_rank "$LORA_RANK" --lora_alpha "$LORA_ALPHA")
 if [[ -n $ARCHITECTURE ]]; then command+=(--architecture "$ARCHITECTURE"); fi

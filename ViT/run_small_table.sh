@@ -21,9 +21,8 @@ if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
 fi
 gpu=$1
 shift
-python=${PYTHON:-$here/../.venv/bin/python}
-if [[ -z ${PYTHON:-} && ! -x $python ]]; then python=python3; fi
+source "$here/../scripts/interpreter.sh"
 echo "$METHODS on $DATA with $MODEL, seeds $SEEDS, $EPOCHS epochs, device $gpu"
 # shellcheck disable=SC2086  # the lists are meant to be split
-exec "$python" "$here/small_table.py" --device "$gpu" --model "$MODEL" --architecture "$ARCHITECTURE" --data $DATA \
+exec "$PYTHON" "$here/small_table.py" --device "$gpu" --model "$MODEL" --architecture "$ARCHITECTURE" --data $DATA \
     --methods $METHODS --seeds $SEEDS --epochs "$EPOCHS" --lr "$LR" "$@"

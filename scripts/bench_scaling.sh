@@ -5,6 +5,5 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-$root/.venv/bin/python}
-if [[ -z ${PYTHON:-} && ! -x $python ]]; then python=python3; fi
-exec "$python" "$root/scripts/bench_scaling.py" "$@"
+source "$root/scripts/interpreter.sh"
+exec "$PYTHON" "$root/scripts/bench_scaling.py" "$@"

@@ -11,8 +11,6 @@ export LORA_RANK=${LORA_RANK:-32}
 export LORA_ALPHA=${LORA_ALPHA:-64}
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=${PYTHON:-$root/.venv/bin/python}
-if [[ ! -x $PYTHON ]] && ! command -v "$PYTHON" >/dev/null; then PYTHON=python3; fi
-export PYTHON
+source "$root/scripts/interpreter.sh"
 echo "rerunning the commonsense table: scripts/rerun.py --table commonsense $*"
 exec "$PYTHON" "$root/scripts/rerun.py" --table commonsense "$@"

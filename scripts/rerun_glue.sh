@@ -10,8 +10,6 @@ export EPOCHS=${EPOCHS:-"cola=80 mnli=30 mrpc=30 qnli=25 qqp=25 rte=80 sst2=60 s
 export LR=${LR:-3e-4}          # or cola=3e-4 rte=1e-3 ...; --grid chooses it for each method
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=${PYTHON:-$root/.venv/bin/python}
-if [[ ! -x $PYTHON ]] && ! command -v "$PYTHON" >/dev/null; then PYTHON=python3; fi
-export PYTHON
+source "$root/scripts/interpreter.sh"
 echo "rerunning the glue table: scripts/rerun.py --table glue $*"
 exec "$PYTHON" "$root/scripts/rerun.py" --table glue "$@"

@@ -7,8 +7,6 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=${PYTHON:-$root/.venv/bin/python}
-if [[ ! -x $PYTHON ]] && ! command -v "$PYTHON" >/dev/null; then PYTHON=python3; fi
-export PYTHON
+source "$root/scripts/interpreter.sh"
 echo "rerunning the memory table: scripts/rerun.py --table memory $*"
 exec "$PYTHON" "$root/scripts/rerun.py" --table memory "$@"

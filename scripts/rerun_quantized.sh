@@ -9,8 +9,6 @@ export EPOCHS=${EPOCHS:-320}    # the paper's for RTE; or rte=320 cola=80 ...
 export LR=${LR:-4e-4}
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=${PYTHON:-$root/.venv/bin/python}
-if [[ ! -x $PYTHON ]] && ! command -v "$PYTHON" >/dev/null; then PYTHON=python3; fi
-export PYTHON
+source "$root/scripts/interpreter.sh"
 echo "rerunning the quantized table: scripts/rerun.py --table quantized $*"
 exec "$PYTHON" "$root/scripts/rerun.py" --table quantized "$@"

@@ -9,8 +9,6 @@ export MLP_LAYERS=${MLP_LAYERS:-4}     # 4: as published; 2: the ordinary ViT
 export ATTENTION=${ATTENTION:-sdpa}    # eager: as published, 3 GB more
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=${PYTHON:-$root/.venv/bin/python}
-if [[ ! -x $PYTHON ]] && ! command -v "$PYTHON" >/dev/null; then PYTHON=python3; fi
-export PYTHON
+source "$root/scripts/interpreter.sh"
 echo "rerunning the vit table: scripts/rerun.py --table vit $*"
 exec "$PYTHON" "$root/scripts/rerun.py" --table vit "$@"

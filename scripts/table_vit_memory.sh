@@ -11,7 +11,6 @@ fi
 gpu=$1
 shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-$root/.venv/bin/python}
-if [[ -z ${PYTHON:-} && ! -x $python ]]; then python=python3; fi
+source "$root/scripts/interpreter.sh"
 echo "measuring the ViT memory table on device $gpu"
-exec "$python" "$root/ViT/memory_table.py" --device "$gpu" "$@"
+exec "$PYTHON" "$root/ViT/memory_table.py" --device "$gpu" "$@"
