@@ -23,7 +23,7 @@ sys.path.append(
 )  # this folder is the package LlaMA, also when run as a script
 
 from control_experiments.arguments import parse_arguments
-from control_experiments.device import describe_device, seed_everything, select_device
+from control_experiments.device import describe_device, explain_out_of_memory, seed_everything, select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
@@ -36,7 +36,6 @@ from LlaMA.models import (
     add_adapter,
     count_parameters,
     expected_config,
-    explain_out_of_memory,
     quieten,
     random_model,
     resolve_dtype,

@@ -25,7 +25,7 @@ sys.path.append(
 
 from control_experiments.arguments import parse_arguments
 from control_experiments.checksums import fingerprint
-from control_experiments.device import describe_device, seed_everything, select_device
+from control_experiments.device import describe_device, explain_out_of_memory, seed_everything, select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter
 from control_experiments.paths import public_path
@@ -41,7 +41,6 @@ from LlaMA.models import (
     count_parameters,
     describe_model,
     expected_config,
-    explain_out_of_memory,
     load_model,
     load_tokenizer,
     quieten,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from control_experiments.errors import UserError
+from control_experiments.record import read_json
 from LlaMA.prompts import Style, prompt
 
 
@@ -54,12 +54,7 @@ def read_rows(path: str | Path, words: Sequence[str] = ALL_WORDS) -> list[Row]:
             `words`; the message names file, row (counted from 0) and field.
     """
     path = Path(path)
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the data file {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON file: {error}") from error
+    contents = read_json(path)
     if not isinstance(contents, list) or not contents:
         raise UserError(f"{path} must hold a JSON list of rows with at least one row")
     return [_check_row(path, number, entry, words) for number, entry in enumerate(contents)]
@@ -74,11 +69,22 @@ def _check_row(path: Path, number: int, entry: object, words: Sequence[str]) -> 
             raise UserError(f"{where}: the field {name!r} is missing")
         if not isinstance(entry[name], str):
             raise UserError(f"{where}: the field {name!r} must be text, got {type(entry[name]).__name__}")
+        if not _is_unicode(entry[name]):
+            raise UserError(f"{where}: the field {name!r} holds half a surrogate pair, which is no character")
         if name != "input" and not entry[name].strip():
             raise UserError(f"{where}: the field {name!r} is empty")
     if entry["answer"] not in words:
         raise UserError(f"{where}: the field 'answer' is {entry['answer']!r}, not one of {'/'.join(words)}")
     return Row(*(entry[name] for name in Row._fields))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a string that JSON may spell is text that a file or a tokenizer can take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_tests(folder: str | Path, tasks: Sequence[str], limit: int | None = None) -> dict[str, list[Row]]:

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, Optional
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
@@ -33,11 +34,13 @@ sys.path.append(
 
 import peft_control  # noqa: F401  registers CONTROL with peft
 from control_experiments.arguments import parse_arguments
+from control_experiments.checkpoints import check_adapter_files
 from control_experiments.checksums import fingerprint
-from control_experiments.device import describe_device, select_device
+from control_experiments.device import describe_device, explain_out_of_memory, select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter
 from control_experiments.paths import public_path
+from control_experiments.quantization import QUANTIZATION_HELP, check_method_runs, quantization_of
 from control_experiments.record import RunRecord, git_state, package_versions, read_record, utc_now
 from control_experiments.runs import RunFolder
 from LlaMA.answering import Question, Reply, generate, rank_words
@@ -46,7 +49,6 @@ from LlaMA.models import (
     choose_pad_token,
     describe_model,
     expected_config,
-    explain_out_of_memory,
     load_model,
     load_tokenizer,
     local_checksum,
@@ -92,6 +94,9 @@ class Options:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = field(
         default="auto", metadata={"help": "Type of all weights."}
     )
+    quantization: Literal["none", "nf4", "fp4", "int8"] = field(
+        default="none", metadata={"help": QUANTIZATION_HELP}
+    )
     compare_batch_one: int = field(
         default=0,
         metadata={
@@ -131,6 +136,7 @@ def check_adapter(options: Options) -> None:
     Raises:
         UserError: it is unreadable, of another method or rank, or was trained on another base model.
     """
+    check_adapter_files(options.adapter)
     try:
         config = PeftConfig.from_pretrained(options.adapter)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -170,6 +176,18 @@ def check_base(options: Options, noted: str | None) -> None:
         )
 
 
+def warn_of_other_quantization(adapter: str, quantization: str) -> None:
+    """Say on stderr when the adapter was trained on a base quantized otherwise; that is legitimate, but not the same."""
+    record = Path(adapter).parent / "record.json"
+    trained = read_record(record).model.get("quantization", "none") if record.is_file() else quantization
+    if trained != quantization:
+        print(
+            f"warning: the adapter in {adapter} was trained with --quantization {trained}, the base here is loaded with "
+            f"{quantization}: answers may differ",
+            file=sys.stderr,
+        )
+
+
 def _identity(config: PeftConfig) -> dict:
     control = hasattr(config, "control_rank")
     identity = {"method": "control" if control else "lora"}
@@ -183,17 +201,22 @@ def _identity(config: PeftConfig) -> dict:
 def load(options: Options, dtype: torch.dtype, device: torch.device):
     """Tokenizer, model (with its adapter, if there is one) and the base's number of parameters."""
     tokenizer = load_tokenizer(options.model)
-    base = load_model(options.model, dtype, device)
+    base = load_model(options.model, dtype, device, quantization=options.quantization)
     choose_pad_token(tokenizer, base.get_input_embeddings().weight.shape[0])
     total = base.num_parameters()
     if options.adapter is None:
         return tokenizer, base, total
+    warn_of_other_quantization(options.adapter, quantization_of(base.config))
     try:
         model = PeftModel.from_pretrained(base, options.adapter, autocast_adapter_dtype=False)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"the adapter in {options.adapter} does not fit {options.model}: {reason}") from error
-    return tokenizer, model.to(dtype).eval(), total
+    check_method_runs(_method(options, model), quantization_of(base.config), device)
+    for parameter in model.parameters():  # not buffers: rotary frequencies stay exact
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return tokenizer, model.eval(), total
 
 
 # -- answering ----------------------------------------------------------------------------------------------
@@ -236,34 +259,46 @@ def read_answers(path: Path, rows: Sequence[Row]) -> dict[int, dict]:
     """
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        os.truncate(path, len(whole.encode()))
+    contents = path.read_bytes()
+    whole = contents[: contents.rfind(b"\n") + 1]
+    if whole != contents:
+        os.truncate(path, len(whole))
     answers = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
         try:
             entry = json.loads(line)
-            answers[entry["row"]] = entry
-            entry["correct"], entry["answer"], rows[entry["row"]]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            row, answer = entry["row"], entry["answer"]
+            if type(row) is not int or row < 0 or entry["label"] != rows[row].answer:
+                raise ValueError("another test set's")
+            if not isinstance(answer, str | None) or entry["correct"] is not (answer == rows[row].answer):
+                raise ValueError("not as it was written")
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number} is no answer to this test set: delete the file"
             ) from error
+        answers[row] = entry
     return answers
 
 
 def answer_task(
     path: Path, rows: Sequence[Row], questions: Sequence[Question], answer: Callable, size: int, bar: tqdm
 ) -> dict[int, dict]:
-    """Answer the questions that `path` lacks and append them to it, batch by batch."""
+    """Answer the questions that `path` lacks and append them to it, batch by batch.
+
+    A batch of which some answers are there is worked on whole: which questions share a batch never depends on where a
+    run died, so that its answers do not either.
+    """
     answers = read_answers(path, rows)
     bar.update(len(answers))
-    left = [index for index in range(len(rows)) if index not in answers]
     with path.open("a", encoding="utf-8") as file:
-        for indices in batches(questions, left, size):
+        for indices in batches(questions, range(len(rows)), size):
+            missing = [index for index in indices if index not in answers]
+            if not missing:
+                continue
             replies = answer([questions[index] for index in indices])
             for index, reply in zip(indices, replies, strict=True):
+                if index not in missing:
+                    continue
                 answers[index] = {
                     "row": index,
                     "label": rows[index].answer,
@@ -273,7 +308,8 @@ def answer_task(
                 }
                 file.write(json.dumps(answers[index], ensure_ascii=False) + "\n")
             file.flush()
-            bar.update(len(indices))
+            os.fsync(file.fileno())
+            bar.update(len(missing))
     return answers
 
 
@@ -414,7 +450,7 @@ def evaluate(
         metrics = {"best": summary, "last": summary}
         print(f"{'average':14} accuracy {summary['average']:6.2f}  no match {summary['no_match']:5.2f}")
     record = RunRecord(
-        domain="llama",
+        domain="llama" if options.quantization == "none" else "qcontrol",
         name=folder.path.name,
         method=_method(options, model),
         task="commonsense-likelihood" if options.mode == "likelihood" else "commonsense",
@@ -438,6 +474,7 @@ def evaluate(
             **options.settings(),
             "batch_size": options.batch_size,
             "stop_when_decided": options.stop_when_decided,
+            "quantization": options.quantization,
             "dtype": str(dtype).removeprefix("torch."),
             "pad_token": tokenizer.pad_token,
         },
@@ -488,17 +525,18 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     quieten()
     if options.adapter is not None:
         check_adapter(options)
-    with RunFolder(options.output_dir) as folder:
+    with RunFolder(options.output_dir, go_on="start the same command again") as folder:
         identity = {
             "model": public_path(options.model),
             "adapter": options.adapter and fingerprint(options.adapter),
             "data": public_path(options.data),
+            "quantization": options.quantization,
             **options.settings(),
             "compare_batch_one": options.compare_batch_one,
             "dtype": str(dtype).removeprefix("torch."),
         }
         if any(folder.path.glob("*.jsonl")):
-            folder._check_same(json.loads(json.dumps(identity)))
+            folder.check_same(identity)
         folder.claim(identity, resume=True)
         if folder.finished:
             print(f"{folder.path} is finished: skipped (delete the folder to run it again)")

@@ -13,8 +13,8 @@ blocks for the backward, with exact gradients. See LlaMA/README.md.
 from __future__ import annotations
 
 import logging
+import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,22 +23,31 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, Optional
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 sys.path.append(
     str(Path(__file__).resolve().parents[1])
 )  # this folder is the package LlaMA, also when run as a script
 
 from control_experiments.arguments import parse_arguments
+from control_experiments.checkpoints import discard, step_of, whole_folder
 from control_experiments.checksums import fingerprint
-from control_experiments.device import describe_device, seed_everything, select_device
+from control_experiments.device import (
+    describe_device,
+    explain_out_of_memory,
+    make_deterministic,
+    seed_everything,
+    select_device,
+)
 from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter
 from control_experiments.methods import set_memory
 from control_experiments.paths import public_path
+from control_experiments.quantization import QUANTIZATION_HELP, check_method_runs, check_paging
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
 from control_experiments.runs import RunFolder
 from control_experiments.trainer import ExperimentTrainer
@@ -50,7 +59,6 @@ from LlaMA.models import (
     count_parameters,
     describe_model,
     expected_config,
-    explain_out_of_memory,
     load_model,
     load_tokenizer,
     quieten,
@@ -88,6 +96,10 @@ class Options:
         metadata={"help": "Hub id, folder or GGUF file of the base model."},
     )
     device: str = field(default="0", metadata={"help": "GPU index, or cpu."})
+    workers: int = field(default=0, metadata={"help": "Processes that make batches; no effect on results."})
+    deterministic: bool = field(
+        default=False, metadata={"help": "Deterministic GPU kernels alone: the same bits again, slower."}
+    )
     seed: int = field(default=42, metadata={"help": "Seeds row order, dropout and the new parameters."})
     epochs: float = field(default=3, metadata={"help": "Passes over the training rows."})
     max_steps: int = field(
@@ -143,6 +155,13 @@ class Options:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = field(
         default="auto", metadata={"help": "The frozen weights and autocast; the adapter is always float32."}
     )
+    quantization: Literal["none", "nf4", "fp4", "int8"] = field(
+        default="none", metadata={"help": QUANTIZATION_HELP}
+    )
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = field(
+        default="adamw",
+        metadata={"help": "paged_adamw_8bit: states in 8 bits, in host memory when the GPU's runs out."},
+    )
     memory: Literal["plain", "fast", "balanced", "lean"] = field(
         default="plain",
         metadata={"help": "How much of the frozen blocks is kept for the backward (control methods)."},
@@ -168,6 +187,8 @@ class Options:
 
     def check(self) -> None:
         """Raise UserError for values that cannot be."""
+        if self.workers < 0:
+            raise UserError(f"--workers must be at least 0, got {self.workers}")
         for name in ("batch_size", "micro_batch_size", "cutoff", "eval_steps", "held_out"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
@@ -192,13 +213,14 @@ class Options:
 
     def hyperparameters(self) -> dict:
         """Every option that can move the result, as it took effect."""
-        elsewhere = ("method", "data", "output_dir", "model", "device", "seed", "resume", "report_to")
+        elsewhere = (
+            "method", "data", "output_dir", "model", "device", "workers", "seed", "resume", "report_to",
+        )  # fmt: skip
         chosen = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         return {
             **chosen,
             "lora_targets": list(self.targets),
             "token_budget": self.budget,
-            "optimizer": "AdamW",
         }
 
 
@@ -214,67 +236,38 @@ class CommonsenseTrainer(ExperimentTrainer):
     def __init__(self, *args, loss: Callable, held_out: list[Batch], **kwargs):
         super().__init__(*args, **kwargs)
         self.loss, self.held_out = loss, held_out
-        self.unchecked = torch.zeros((), device=self.args.device)  # losses since the last look at them
-        self.add_callback(_StopAtNaN(self))
-
-    def train(self, *args, **kwargs):
-        try:
-            return super().train(*args, **kwargs)
-        except BaseException:
-            # closes the progress bar, lest the error go on in its line
-            self.callback_handler.on_train_end(self.args, self.state, self.control)
-            raise
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
-        total = torch.zeros_like(self.unchecked)
-        batches = inputs["batches"]
+        total = torch.zeros((), device=self.args.device)
+        batches, share = inputs["batches"], self.loss_share()
         for number, batch in enumerate(batches, start=1):
             # processes may have unequal numbers of packs, so they meet once a step, at the last one
             with nullcontext() if number == len(batches) else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    loss = self.loss(model, batch)
+                    loss = self.loss(model, batch) * share
                 self.accelerator.backward(loss)
             total += loss.detach()
             self.throughput.add(batch.rows, batch.tokens)
-        self.unchecked += total
+        self.losses.add(total, self.state.global_step + 1)
         return total
 
     def evaluate(self, *_, **__) -> dict:
         self.model.eval()
         with self.throughput.left_out(), torch.no_grad(), self.compute_loss_context_manager():
             loss = float(sum(self.loss(self.model, batch.to(self.args.device)) for batch in self.held_out))
-        self.check_finite(loss, "held-out loss")
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the held-out loss is NaN or infinite after step {self.state.global_step}; {self.kept()}; try a lower --lr, or "
+                "--dtype bf16 instead of fp16"
+            )
         metrics = {"eval_loss": loss}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def check_finite(self, loss: float | torch.Tensor, name: str) -> None:
-        """Raise UserError when `loss` is NaN or infinite; checkpoints so far stay."""
-        if torch.isfinite(torch.as_tensor(loss)):
-            return
-        best = self.state.best_model_checkpoint
-        kept = f"the last good checkpoint is {Path(best).name}" if best else "no checkpoint was written yet"
-        raise UserError(
-            f"the {name} is {float(loss)} at step {self.state.global_step}; {kept} in {self.args.output_dir}; "
-            "try a lower --lr, or --dtype bf16 instead of fp16"
-        )
-
     def floating_point_ops(self, inputs) -> int:
         return 0  # the Trainer would guess it from an input that our batches do not have
-
-
-class _StopAtNaN(TrainerCallback):
-    """Looks at the losses before anything is logged or saved, and only then: each look waits for the GPU."""
-
-    def __init__(self, trainer: CommonsenseTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **_):
-        if control.should_log or control.should_evaluate or control.should_save:
-            self.trainer.check_finite(self.trainer.unchecked, "training loss")
-            self.trainer.unchecked.zero_()
 
 
 def collate(rows: Sequence[TokenRow], *, options: Options, pad_token_id: int) -> dict:
@@ -308,7 +301,7 @@ def training_arguments(
         learning_rate=options.lr,
         warmup_steps=options.warmup_steps,
         weight_decay=0.0,
-        optim="adamw_torch",
+        optim={"adamw": "adamw_torch"}.get(options.optimizer, options.optimizer),
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         seed=options.seed,
@@ -328,6 +321,7 @@ def training_arguments(
         report_to=options.report_to,
         run_name=folder.path.name,
         use_cpu=device.type == "cpu",
+        dataloader_num_workers=options.workers,
         dataloader_pin_memory=False,
         disable_tqdm=True,  # the ExperimentTrainer has its own bar
         ddp_find_unused_parameters=False,
@@ -341,7 +335,7 @@ def prepare_model(
     varlen = options.batching == "packed" and options.attention != "sdpa" and varlen_available(device, dtype)
     if options.attention == "varlen" and not varlen:
         raise UserError("--attention varlen needs packed rows in half precision on an Ampere or newer GPU")
-    base = load_model(options.model, dtype, device, attention=VARLEN if varlen else "sdpa")
+    base = load_model(options.model, dtype, device, VARLEN if varlen else "sdpa", options.quantization)
     memory.after_load()
     total = base.num_parameters()
     model = add_adapter(base, options.config())
@@ -383,16 +377,6 @@ def summarise(log_history: list[dict]) -> tuple[list[dict], dict]:
     return history, {"best": best, "last": history[-1] if history else {}}
 
 
-def log_to(path: Path) -> logging.Handler:
-    """Send our loggers to the run's log file; the handler is to be removed at the end."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    for name in LOGGERS:
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(logging.INFO)
-    return handler
-
-
 def train(
     options: Options,
     folder: RunFolder,
@@ -417,8 +401,7 @@ def train(
     if options.batching == "packed":
         check_packing(model, held_out)
 
-    handler = log_to(folder.log)
-    try:
+    with folder.logging_from(*LOGGERS):
         trainer = CommonsenseTrainer(
             model=model,
             args=training_arguments(options, folder, device, dtype),
@@ -426,6 +409,7 @@ def train(
             data_collator=partial(collate, options=options, pad_token_id=tokenizer.pad_token_id),
             eval_dataset=held_out,
             memory=memory,
+            unit=options.micro_batch_size,
             loss=batch_loss if options.memory == "plain" else fused_batch_loss,
             held_out=held_out_batches(held_out, options, tokenizer.pad_token_id),
         )
@@ -433,20 +417,17 @@ def train(
         line = (
             f"{options.method} on {public_path(options.model)}: {len(training)} training and {len(held_out)} held-out rows, "
             f"{cut} cut at {options.cutoff} tokens; {parameters['trainable_parameters']:,} of {total_parameters:,} "
-            f"parameters trained, {str(dtype).removeprefix('torch.')} on {device}"
+            f"parameters trained, {str(dtype).removeprefix('torch.')}"
+            f"{'' if options.quantization == 'none' else ' over ' + options.quantization} on {device}"
         )
         logger.info("%s", line)
         if trainer.is_world_process_zero():
             print(line + (f", resumed from {checkpoint.name}" if checkpoint else ""), flush=True)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        for name in LOGGERS:
-            logging.getLogger(name).removeHandler(handler)
-        handler.close()
 
     history, metrics = summarise(trainer.state.log_history)
     record = RunRecord(
-        domain="llama",
+        domain="llama" if options.quantization == "none" else "qcontrol",
         name=folder.path.name,
         method=options.method,
         task="commonsense",
@@ -474,14 +455,15 @@ def train(
         memory=memory.summary(),
         time={
             **trainer.throughput.summary(),
-            "resumed_from_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
+            "resumed_from_step": step_of(checkpoint) if checkpoint else None,
         },
         history=history,
     )
     if trainer.is_world_process_zero():
-        model.save_pretrained(folder.adapter)
+        with whole_folder(folder.adapter, sealed=False) as place:
+            model.save_pretrained(place)
         record.write(folder.record)
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        discard(folder.checkpoints)
         rate = record.time["tokens_per_second"]
         print(
             f"held-out loss {metrics['best'].get('eval_loss', float('nan')):.4f} at step {metrics['best'].get('step')}"
@@ -496,8 +478,12 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     command = list(sys.argv[1:] if argv is None else argv)
     (options,) = parse_arguments(Options, argv=command, description=__doc__)
     options.check()
+    if options.deterministic:
+        make_deterministic()
     device = select_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
+    check_paging(options.optimizer, device)
+    check_method_runs(options.method, options.quantization, device)
     quieten()
     with RunFolder(options.output_dir) as folder:
         identity = {

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,13 +10,14 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from control_experiments.checksums import fingerprint
 from control_experiments.errors import UserError
 from control_experiments.methods import ControlSettings, LoraSettings, adapter_config
 from control_experiments.paths import public_path
+from control_experiments.quantization import check_not_quantized, loading_arguments, prepare, quantization_of
 
 METHODS = ("lora", "dora", "control", "double control", "control+lora", "control+dora")
 
@@ -86,17 +85,31 @@ def load_tokenizer(model: str) -> Tokenizer:
 
 
 def load_model(
-    model: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str = "sdpa",
+    quantization: str = "none",
 ) -> PreTrainedModel:
-    """The base model on its device, in evaluation mode.
+    """The base model on its device, in evaluation mode, its linear layers quantized if asked for.
 
     Raises:
-        UserError: there is no such model, or it is no causal language model.
+        UserError: there is no such model, it is no causal language model, or it cannot be quantized.
     """
     name, extra = _source(model)
+    if quantization != "none" and "gguf_file" in extra:
+        raise UserError(
+            f"{model} is a GGUF file, which cannot be quantized on loading: save it as a folder first (QControl/README.md)"
+        )
+    quantized = loading_arguments(quantization, device, dtype)
     try:
+        if quantization != "none":
+            check_not_quantized(quantization, AutoConfig.from_pretrained(name), model)
         base = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention, device_map={"": device}, **extra
+            name,
+            dtype=dtype,
+            attn_implementation=attention,
+            **{"device_map": {"": device}, **quantized, **extra},
         )
     except torch.OutOfMemoryError:
         raise
@@ -105,7 +118,7 @@ def load_model(
     if "gguf_file" in extra:
         _forget_quantization(base)
     base.config._name_or_path = base.name_or_path = model  # what the adapter notes as its base
-    return base.eval()
+    return prepare(base).eval()
 
 
 def _forget_quantization(base: PreTrainedModel) -> None:
@@ -212,6 +225,7 @@ def describe_model(model: str, base: PreTrainedModel, total_parameters: int) -> 
         "id": public_path(model) if checksum else model,
         **version,
         "class": type(base).__name__,
+        "quantization": quantization_of(base.config),
         "total_parameters": total_parameters,
     }
 
@@ -220,28 +234,6 @@ def count_parameters(model: PeftModel) -> dict:
     """The record's counts of trained parameters; there is no task head."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {"trainable_parameters": trained, "adapter_parameters": trained, "head_parameters": 0}
-
-
-@contextmanager
-def explain_out_of_memory(device: torch.device, switches: str) -> Iterator[None]:
-    """Turn a GPU's out-of-memory into one line: what was asked for, what was there, which `switches` need less."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        message = str(error)
-        asked = message.partition("Tried to allocate ")[2].partition(". ")[0] or "more than there is"
-        there = ""
-        if device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(device)
-            used = torch.cuda.memory_allocated(device)
-            there = (
-                f" ({used / 2**30:.1f} GiB in use by this run, {free / 2**30:.1f} GiB free "
-                f"of {total / 2**30:.1f} GiB)"
-            )
-        raise UserError(
-            f"the GPU's memory is too small: asked for {asked}{there}; "
-            f"what lowers it: {switches}; finished work is kept"
-        ) from error
 
 
 def quieten() -> None:

@@ -247,7 +247,9 @@ def check_packing(model: torch.nn.Module, rows: Sequence[TokenRow]) -> None:
     model.train(training)
     part = logits[: len(expected)] if first else logits[-len(expected) :]
     error = (part - expected).abs().max() / expected.abs().max()
-    if not error < (5e-2 if half else 1e-3):
+    # 8-bit layers round their inputs, and which columns they leave exact depends on all rows together
+    coarse = half or any(parameter.dtype == torch.int8 for parameter in model.parameters())
+    if not error < (5e-2 if coarse else 1e-3):
         raise UserError(
             f"{type(_causal_lm(model)).__name__} does not keep packed rows apart (relative difference {error:.1e}): "
             "use --batching padded"

@@ -2,7 +2,7 @@
 
     python RoBERTa/finetune.py --method control --task cola                      the paper's recipe, GPU 0, from the hub
     python RoBERTa/finetune.py --method lora --task demo --model FOLDER --device cpu --epochs 2 --lr 1e-3
-    torchrun --nproc_per_node 2 RoBERTa/finetune.py --method control --task mnli  --batch_size is per process then
+    torchrun --nproc_per_node 2 RoBERTa/finetune.py --method control --task mnli     each step's rows are shared out
 
 What the options trade: `--padding longest` (default) computes only on real tokens and gives the same results as
 `max_length`, which is there to reproduce the authors' timing. `--precision` defaults to bf16 where the GPU has it
@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import datasets
 import huggingface_hub
 import numpy as np
@@ -42,8 +42,15 @@ from transformers import (
 )
 
 from control_experiments.arguments import parse_arguments
+from control_experiments.checkpoints import discard, step_of, whole_folder
 from control_experiments.checksums import fingerprint
-from control_experiments.device import describe_device, seed_everything, select_device
+from control_experiments.device import (
+    describe_device,
+    explain_out_of_memory,
+    make_deterministic,
+    seed_everything,
+    select_device,
+)
 from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter
 from control_experiments.methods import (
@@ -54,12 +61,25 @@ from control_experiments.methods import (
     set_memory,
 )
 from control_experiments.paths import RESULTS, public_path
+from control_experiments.quantization import (
+    QUANTIZATION_HELP,
+    check_method_runs,
+    check_not_quantized,
+    loading_arguments,
+    prepare,
+    quantization_of,
+)
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
 from control_experiments.runs import RunFolder
 from control_experiments.trainer import ExperimentTrainer
 
 logger = logging.getLogger("finetune")
 LOGGERS = ("finetune", "control_experiments")
+LESS_MEMORY = (
+    "--memory lean, a smaller --batch_size, --padding longest, --precision bf16, a smaller --max_length"
+)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 METHODS = ("control", "lora", "dora", "double control", "control+lora", "control+dora")
 
@@ -87,7 +107,7 @@ class Options:
     epochs: float = field(default=80, metadata={"help": "Passes over the training set."})
     lr: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
     seed: int = field(default=42, metadata={"help": "Seeds data order, dropout and the new parameters."})
-    batch_size: int = field(default=64, metadata={"help": "Rows per step and process."})
+    batch_size: int = field(default=64, metadata={"help": "Rows per step, over all processes."})
     eval_batch_size: int = field(
         default=128, metadata={"help": "Rows per step when evaluating; no effect on results."}
     )
@@ -102,7 +122,11 @@ class Options:
         default="auto", metadata={"help": "Autocast type; auto: bf16 or else fp16 on a GPU, fp32 on a CPU."}
     )
     memory: Literal["plain", "fast", "balanced", "lean"] = field(
-        default="plain", metadata={"help": "How little the frozen blocks keep for the backward; same results."}
+        default="plain",
+        metadata={"help": "How little the frozen blocks keep for the backward; same results."},
+    )
+    quantization: Literal["none", "nf4", "fp4", "int8"] = field(
+        default="none", metadata={"help": QUANTIZATION_HELP}
     )
     control_rank: int = field(default=16, metadata={"help": "Rank of the control."})
     control_alpha: float = field(default=1.0, metadata={"help": "Plain multiplier of the control."})
@@ -132,9 +156,16 @@ class Options:
     save_steps: int = field(
         default=0, metadata={"help": "Checkpoint every so many steps; 0: after each epoch."}
     )
+    workers: int = field(default=0, metadata={"help": "Processes that make batches; no effect on results."})
+    deterministic: bool = field(
+        default=False, metadata={"help": "Deterministic GPU kernels alone: the same bits again, slower."}
+    )
     device: str = field(default="0", metadata={"help": "GPU index, or cpu."})
     output_dir: Optional[str] = field(
-        default=None, metadata={"help": "Default: results/roberta/<model>_<task>_<method>_seed<seed>."}
+        default=None,
+        metadata={
+            "help": "Default: results/roberta/<model>_<task>_<method>_seed<seed>; quantized: results/qcontrol/..."
+        },
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the output folder's last checkpoint."})
     predict: bool = field(
@@ -153,6 +184,7 @@ class Options:
         "device",
         "save_steps",
         "eval_batch_size",
+        "workers",
         "data",
     )
 
@@ -171,12 +203,14 @@ class Options:
         ):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} must be greater than 0, got {getattr(self, name)}")
-        for name in ("eval_steps", "save_steps", "weight_decay", "seed"):
+        for name in ("eval_steps", "save_steps", "weight_decay", "seed", "workers"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} must be at least 0, got {getattr(self, name)}")
         for name in ("warmup_ratio", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.batch_size % (processes := int(os.environ.get("WORLD_SIZE", 1))):
+            raise UserError(f"--batch_size {self.batch_size} must be a multiple of the {processes} processes")
         schedules = [kind.value for kind in transformers.SchedulerType]
         if self.scheduler not in schedules:
             raise UserError(f"unknown --scheduler {self.scheduler!r}: choose one of {', '.join(schedules)}")
@@ -189,7 +223,14 @@ class Options:
             return Path(self.output_dir)
         model = Path(self.model).name
         method = self.method.replace(" ", "_")
-        return RESULTS / "roberta" / f"{model}_{self.task}_{method}_seed{self.seed}"
+        if self.quantization != "none":
+            method += f"_{self.quantization}"
+        return RESULTS / self.domain / f"{model}_{self.task}_{method}_seed{self.seed}"
+
+    @property
+    def domain(self) -> str:
+        """Which folder of results the run belongs to."""
+        return "roberta" if self.quantization == "none" else "qcontrol"
 
     def hyperparameters(self) -> dict:
         """Everything that decides the outcome, besides the data."""
@@ -209,11 +250,17 @@ def public_id(name: str) -> str:
     return public_path(name) if Path(name).exists() else name
 
 
-def load_tokenizer_and_model(name: str, task: Task) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The encoder in float32 with a new head for the task.
+def load_tokenizer_and_model(
+    name: str,
+    task: Task,
+    quantization: str = "none",
+    device: torch.device = torch.device("cpu"),  # noqa: B008  immutable
+    precision: str = "fp32",
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The encoder in float32 with a new head for the task, or with its linear layers quantized, then on `device`.
 
     Raises:
-        UserError: there is no such model, or it is no sequence classifier.
+        UserError: there is no such model, it is no sequence classifier, or it cannot be quantized.
     """
     folder = Path(name).expanduser()
     if folder.exists() and not (folder / "config.json").is_file():
@@ -222,14 +269,18 @@ def load_tokenizer_and_model(name: str, task: Task) -> tuple[PreTrainedTokenizer
     if not task.regression:
         names = dict(enumerate(task.classes))
         labels = {"id2label": names, "label2id": {label: index for index, label in names.items()}}
+    quantized = loading_arguments(quantization, device, DTYPES[precision])
     try:
         config = AutoConfig.from_pretrained(name, **labels)
+        check_not_quantized(quantization, config, name)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, config=config, dtype=torch.float32, **quantized
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"cannot load a model from {name!r}: {reason}") from error
-    return tokenizer, model
+    return tokenizer, prepare(model)
 
 
 def add_adapter(model: PreTrainedModel, options: Options) -> PeftModel:
@@ -301,7 +352,7 @@ def training_arguments(
         output_dir=str(folder.checkpoints),
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=options.batch_size // int(os.environ.get("WORLD_SIZE", 1)),
         per_device_eval_batch_size=options.eval_batch_size,
         learning_rate=options.lr,
         lr_scheduler_type=options.scheduler,
@@ -316,6 +367,7 @@ def training_arguments(
         eval_steps=options.eval_steps or None,
         logging_strategy=evaluation,
         logging_steps=options.eval_steps or 500,
+        logging_nan_inf_filter=False,  # the ExperimentTrainer stops at such a loss
         save_strategy="steps" if options.save_steps else "epoch",
         save_steps=options.save_steps or 500,
         save_total_limit=2,
@@ -323,6 +375,7 @@ def training_arguments(
         report_to=options.report_to,
         run_name=folder.path.name,
         use_cpu=device.type == "cpu",
+        dataloader_num_workers=options.workers,
         dataloader_pin_memory=device.type == "cuda",
         disable_tqdm=True,  # the ExperimentTrainer has its own bar
         ddp_find_unused_parameters=False,
@@ -376,16 +429,6 @@ def predict_tests(
             write_predictions(folder / file, task, ordered)
 
 
-def log_to(path: Path) -> logging.Handler:
-    """Send our loggers to the run's log file; the handler is to be removed at the end."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    for name in LOGGERS:
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(logging.INFO)
-    return handler
-
-
 def data_description(options: Options, splits: datasets.DatasetDict) -> dict:
     """The record's `data`: where it came from, which version, how many rows."""
     description = {"sizes": {name: len(split) for name, split in splits.items()}}
@@ -418,6 +461,7 @@ def model_description(options: Options, model: PeftModel, total: int) -> dict:
         "id": public_id(options.model),
         **version,
         "class": type(base).__name__,
+        "quantization": quantization_of(base.config),
         "total_parameters": total,
     }
 
@@ -436,7 +480,7 @@ def train(
     splits = load_task(options.task, options.data, tests=options.predict)
     seed_everything(options.seed)
     memory = MemoryMeter(device)
-    tokenizer, model = load_tokenizer_and_model(options.model, task)
+    tokenizer, model = load_tokenizer_and_model(options.model, task, options.quantization, device, precision)
     longest = getattr(model.config, "max_position_embeddings", options.max_length)
     if options.max_length > longest:
         raise UserError(
@@ -450,8 +494,7 @@ def train(
     encoded = tokenize(splits, tokenizer, options.max_length)
     dev = {suffix: encoded[split] for suffix, split in zip(task.evaluations, task.dev_splits, strict=True)}
 
-    handler = log_to(folder.log)
-    try:
+    with folder.logging_from(*LOGGERS):
         trainer = ExperimentTrainer(
             model=model,
             args=training_arguments(options, folder, device, precision),
@@ -470,16 +513,13 @@ def train(
             print(
                 f"{options.method} on {options.task}: {len(encoded['train'])} training rows, "
                 f"{parameters['trainable_parameters']:,} of {total_parameters:,} parameters trained, "
-                f"{precision} on {device}" + (f", resumed from {checkpoint.name}" if checkpoint else "")
+                f"{precision}{'' if options.quantization == 'none' else ' over ' + options.quantization} on {device}"
+                + (f", resumed from {checkpoint.name}" if checkpoint else "")
             )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         history, metrics = summarise_history(trainer.state.log_history, task)
         if options.predict:
             predict_tests(trainer, encoded, task, folder.path / "predictions")
-    finally:
-        for name in LOGGERS:
-            logging.getLogger(name).removeHandler(handler)
-        handler.close()
 
     adapter = {
         "config": model.peft_config["default"].to_dict(),
@@ -487,7 +527,7 @@ def train(
         **parameters,
     }
     record = RunRecord(
-        domain="roberta",
+        domain=options.domain,
         name=folder.path.name,
         method=options.method,
         task=options.task,
@@ -506,14 +546,15 @@ def train(
         memory=memory.summary(),
         time={
             **trainer.throughput.summary(),
-            "resumed_from_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
+            "resumed_from_step": step_of(checkpoint) if checkpoint else None,
         },
         history=history,
     )
     if trainer.is_world_process_zero():
-        model.save_pretrained(folder.adapter)
+        with whole_folder(folder.adapter, sealed=False) as place:
+            model.save_pretrained(place)
         record.write(folder.record)
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        discard(folder.checkpoints)
         print(
             f"last {_figures(metrics['last'])}; best {_figures(metrics['best'])}; record in {folder.record}"
         )
@@ -541,8 +582,11 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     command = list(sys.argv[1:] if argv is None else argv)
     (options,) = parse_arguments(Options, argv=command, description=__doc__)
     options.check()
+    if options.deterministic:
+        make_deterministic()
     device = select_device(options.device)
     precision = resolve_precision(options.precision, device)
+    check_method_runs(options.method, options.quantization, device)
     quieten()
     with RunFolder(options.folder) as folder:
         checkpoint = folder.claim({**options.identity(), "precision": precision}, resume=options.resume)
@@ -553,7 +597,8 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
             os.environ.setdefault("WANDB_DIR", str(folder.path))
             os.environ.setdefault("WANDB_PROJECT", "parallel-control")
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
-        return train(options, folder, device, precision, checkpoint, command)
+        with explain_out_of_memory(device, LESS_MEMORY):
+            return train(options, folder, device, precision, checkpoint, command)
 
 
 if __name__ == "__main__":

@@ -244,8 +244,10 @@ def read_tsv(path: Path, task: Task) -> list[tuple]:
         lines = _lines(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: DATA (--data) must hold the classic GLUE folders") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+        raise UserError(f"{path} is not UTF-8 text ({error.reason})") from error
     hidden = path.name.startswith("test")
     wanted = task.tsv[:-1] if hidden else task.tsv
     if task.headed or hidden:

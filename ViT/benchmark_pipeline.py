@@ -114,9 +114,7 @@ def images_per_second(step: Step, batches: Batches, options: Options, device: to
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
-    train_epoch(
-        step, itertools.islice(batches, options.steps)
-    )  # it reads the loss and so waits for the device
+    float(train_epoch(step, itertools.islice(batches, options.steps)).total)  # waits for the device
     return options.steps * options.batch_size / (time.perf_counter() - started)
 
 

@@ -6,7 +6,6 @@ which says what base model to rebuild around it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,9 +19,10 @@ from torch import nn
 from vision_models import Base, create, load, load_weights, mlp_linears, set_attention, set_mlp_layers
 
 import peft_control  # noqa: F401  makes peft know the method when it loads an adapter
+from control_experiments.checkpoints import check_adapter_files
 from control_experiments.errors import UserError
 from control_experiments.methods import ControlSettings, LoraSettings, adapter_config
-from control_experiments.record import write_json_atomic
+from control_experiments.record import read_json, write_json_atomic
 
 METHODS = ("control", "lora", "dora", "probe")
 HEAD = "head"
@@ -43,6 +43,16 @@ class Description:
     mlp_layers: int
     crop: float
     classes: list[str]
+
+    def check(self) -> None:
+        """Raises TypeError: a value read from a file is none that `save` writes."""
+        words = [self.method, self.model, self.architecture, *([] if self.sha256 is None else [self.sha256])]
+        words += self.classes if isinstance(self.classes, list) else [None]
+        numbers = [self.image_size, self.mlp_layers, self.crop]
+        if not all(isinstance(word, str) for word in words) or not all(
+            type(number) in (int, float) and 0 < number < 1e6 for number in numbers
+        ):
+            raise TypeError("classifier.json is not as it was written")
 
 
 @dataclass
@@ -161,11 +171,12 @@ def save(model: nn.Module, folder: Path, description: Description, base_weights:
 
 def read_description(folder: str | Path) -> Description:
     """Raises UserError: no adapter of finetune.py is there."""
-    file = Path(folder).expanduser() / "classifier.json"
     try:
-        return Description(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        description = Description(**read_json(Path(folder).expanduser() / "classifier.json"))
+        description.check()
+    except (UserError, TypeError) as error:
         raise UserError(f"{folder} is no adapter folder of ViT/finetune.py ({error})") from error
+    return description
 
 
 def restore(
@@ -190,6 +201,8 @@ def restore(
         )
     set_mlp_layers(vit, description.mlp_layers)
     set_attention(vit, attention)
+    if description.method != "probe":
+        check_adapter_files(folder)
     try:
         if description.method == "probe":
             vit.get_submodule(HEAD).load_state_dict(load_file(folder / "head.safetensors"))

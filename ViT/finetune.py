@@ -13,17 +13,17 @@ and lean lower the control's peak on models that support them; --keep host leave
 from __future__ import annotations
 
 import csv
-import json
+import itertools
 import logging
 import os
-import pickle
-import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, Optional
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import augment
 import torch
 from classifier import (
@@ -44,20 +44,47 @@ from safetensors.torch import load_file, save_file
 from tiny_model import build_tiny
 from torch import nn
 from tqdm import tqdm
-from training import Step, choose_precision, index_batches, predict, prepared, score, train_epoch
+from training import (
+    EpochLoss,
+    Step,
+    choose_precision,
+    index_batches,
+    predict,
+    prepared,
+    score,
+    train_epoch,
+)
 from vision_models import TINY, Base, set_attention, set_mlp_layers
 
 from control_experiments.arguments import parse_arguments
+from control_experiments.checkpoints import checkpoints, discard, keep_newest, whole_folder
 from control_experiments.checksums import fingerprint
-from control_experiments.device import describe_device, seed_everything, select_device
-from control_experiments.errors import UserError, run_main
+from control_experiments.device import (
+    describe_device,
+    explain_out_of_memory,
+    make_deterministic,
+    seed_everything,
+    select_device,
+)
+from control_experiments.errors import Interrupted, StopRequest, UserError, run_main
+from control_experiments.losses import LossWatch, check_parameters
 from control_experiments.metering import MemoryMeter, Throughput
 from control_experiments.methods import ControlSettings, check_method, set_memory
 from control_experiments.paths import RESULTS, public_path
-from control_experiments.record import RunRecord, git_state, package_versions, utc_now, write_json_atomic
+from control_experiments.record import (
+    RunRecord,
+    git_state,
+    package_versions,
+    read_json,
+    utc_now,
+    write_json_atomic,
+)
 from control_experiments.runs import RunFolder
 
 logger = logging.getLogger("vit")
+LESS_MEMORY = (
+    "--memory lean, a smaller --batch_size or --eval_batch_size, --precision fp16 or bf16, --keep host"
+)
 
 
 @dataclass
@@ -123,6 +150,9 @@ class Options:
         default="auto", metadata={"help": "Autocast type; auto: fp16 with a loss scaler on a GPU, else fp32."}
     )
     seed: int = field(default=42, metadata={"help": "Seeds order, crops and the new parameters."})
+    deterministic: bool = field(
+        default=False, metadata={"help": "Deterministic GPU kernels alone: the same bits again, slower."}
+    )
     device: str = field(default="0", metadata={"help": "GPU index, or cpu."})
     output_dir: Optional[str] = field(
         default=None, metadata={"help": "Default: results/vit/<model>_<data>_<method>_seed<seed>."}
@@ -192,9 +222,8 @@ class Options:
 # -- the three programs --------------------------------------------------------------------------------------
 
 
-def train(options: Options) -> None:
+def train(options: Options, device: torch.device) -> None:
     """Train and evaluate after each epoch; leaves record, adapter, predictions and log in the run's folder."""
-    device = select_device(options.device)
     precision = choose_precision(options.precision, device)
     identity = {**options.identity(), "precision": precision}
     with RunFolder(options.folder) as folder:
@@ -220,7 +249,7 @@ def train(options: Options) -> None:
         model = add_adapter(model, options.method, adapter_settings(options), options.mlp_layers).to(device)
         set_memory(model, options.memory)
         checkpoint = folder.claim(identity, resume=options.resume)
-        with logging_to(folder.log):
+        with folder.logging_from("vit", terminal=True):
             counts = count_parameters(model)
             logger.info(
                 "%s: %s trained of %s parameters",
@@ -233,7 +262,8 @@ def train(options: Options) -> None:
             options.method, options.model, base.architecture, base.sha256, options.image_size,
             options.mlp_layers, options.crop, data.classes,
         )  # fmt: skip
-        save(model, folder.adapter, description, base_weights)
+        with whole_folder(folder.adapter, sealed=False) as place:
+            save(model, place, description, base_weights)
         if isinstance(data.test, Decoded):
             write_predictions(
                 folder.path / "predictions.csv",
@@ -252,7 +282,7 @@ def train(options: Options) -> None:
             memory={**memory.summary(), "images_on_device_bytes": resident_bytes(data)},
             time=clock.summary(),
         )  # fmt: skip
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        discard(folder.checkpoints)
         best, last = max(row["test_accuracy"] for row in history), history[-1]["test_accuracy"]
         print(
             f"{options.method}: test accuracy {last:.2f} % (best epoch {best:.2f} %), "
@@ -260,9 +290,8 @@ def train(options: Options) -> None:
         )
 
 
-def evaluate(options: Options) -> None:
+def evaluate(options: Options, device: torch.device) -> None:
     """Test accuracy of a saved adapter on `--data`, printed and recorded."""
-    device = select_device(options.device)
     created = utc_now()
     model, description, base = restore(
         options.evaluate, attention=options.attention, model=moved_model(options)
@@ -305,11 +334,10 @@ def evaluate(options: Options) -> None:
         )
 
 
-def classify_folder(options: Options) -> None:
+def classify_folder(options: Options, device: torch.device) -> None:
     """Classify every image below a folder into a CSV file: file, class, probability."""
     if options.adapter is None:
         raise UserError("--predict needs --adapter with the adapter folder of a finished run")
-    device = select_device(options.device)
     model, description, _ = restore(options.adapter, attention=options.attention, model=moved_model(options))
     adopt(options, description)
     paths, pixels = read_folder(options.predict, options.corrupt, options.workers)
@@ -348,65 +376,105 @@ def fit(
 ) -> tuple[list[dict], Throughput, torch.Tensor]:  # fmt: skip
     """All epochs with their evaluations; returns the history, the clock and the last test logits.
 
-    Order and crops of an epoch follow from the seed and the epoch alone, so a resumed run repeats what an
-    uninterrupted one does.
+    Order, crops and dropout follow from the seed, the epoch and the batch alone, so a resumed run repeats what an
+    uninterrupted one does, wherever in an epoch it stopped.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written after the batch that was under way.
+        UserError: the loss is NaN or infinite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, options.lr, momentum=options.momentum)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, options.lr_decay)
     step = Step(model, optimizer, device, precision)
     parts = {"optimizer": optimizer, "schedule": schedule, "scaler": step.scaler}
-    history = load_checkpoint(checkpoint, model, parts) if checkpoint else []
-    if options.augment == "published":
-        views = augment.random_views
-    else:
-        views = partial(unaugmented, crop=options.crop)
-    clock, logits = Throughput(device), None
     steps = -(-len(data.train) // options.batch_size)
-    bar = tqdm(total=options.epochs * steps, initial=len(history) * steps, desc=options.method, unit="step",
-               disable=None)  # fmt: skip
+    history, losses = load_checkpoint(checkpoint, model, parts, device) if checkpoint else ([], None)
+    done = len(history) * steps + (losses.batches if losses else 0)
+    clock, watch, logits = Throughput(device), LossWatch(device), None
     if len(history) == options.epochs:  # it was stopped after its last checkpoint
         logits, _ = test_logits(step, data, options, device)
-    for epoch in range(len(history), options.epochs):
-        generator = torch.Generator().manual_seed(options.seed * 100_003 + epoch)
-        torch.manual_seed(options.seed * 100_003 + epoch)  # dropout's
-        batches = prepared(
-            data.train,
-            index_batches(len(data.train), options.batch_size, generator),
-            lambda sizes, generator=generator: views(sizes, options.image_size, generator),
-            options.image_size,
-            device,
-        )
 
-        def after_step(examples: int) -> None:
-            memory.after_optimizer()
-            clock.step(examples)
-            bar.update()
+    def save(step_number: int, losses: EpochLoss | None = None) -> None:
+        watch.check(steps, kept(folder))
+        check_parameters(parameters, step_number, kept(folder))
+        save_checkpoint(folder.checkpoints, step_number, model, parts, history, losses)
 
-        rate = optimizer.param_groups[0]["lr"]
-        clock.start()
-        loss = train_epoch(step, batches, after_step)
-        clock.stop()
-        schedule.step()
-        logits, labels = test_logits(step, data, options, device)
-        row = {"step": (epoch + 1) * steps, "epoch": epoch + 1, "learning_rate": rate, "train_loss": loss,
-               "train_seconds": clock.seconds, **score(logits, labels)}  # fmt: skip
-        history.append(row)
-        logger.info(
-            "epoch %d of %d: training loss %.4f, test accuracy %.2f %%",
-            epoch + 1,
-            options.epochs,
-            loss,
-            row["test_accuracy"],
-        )
-        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{row['test_accuracy']:.2f}")
-        save_checkpoint(folder.checkpoints, epoch + 1, model, parts, history)
-    bar.close()
+    bar = tqdm(total=options.epochs * steps, initial=done, desc=options.method, unit="step", disable=None)
+    with bar, StopRequest() as stop:
+        for epoch in range(len(history), options.epochs):
+            first, numbers = epoch * steps, itertools.count(losses.batches if losses else 0)
+
+            def before_step(epoch: int = epoch, numbers: Iterator[int] = numbers) -> None:
+                torch.manual_seed(seed_of(options.seed, epoch, next(numbers)))  # dropout's
+
+            def after_step(loss: torch.Tensor, examples: int) -> bool:
+                nonlocal done
+                done += 1
+                memory.after_optimizer()
+                clock.step(examples)
+                bar.update()
+                watch.add(loss, done)
+                if watch.due(done):
+                    watch.check(steps, kept(folder))
+                return stop.number is not None
+
+            rate = optimizer.param_groups[0]["lr"]
+            clock.start()
+            losses = train_epoch(
+                step, epoch_batches(options, data, device, epoch, losses), after_step, before_step, losses
+            )
+            clock.stop()
+            if stop.number is not None and done < first + steps:
+                save(done, losses)
+                raise Interrupted(stop.number)
+            schedule.step()
+            logits, labels = test_logits(step, data, options, device)
+            row = {"step": first + steps, "epoch": epoch + 1, "learning_rate": rate, "train_loss": losses.mean,
+                   "train_seconds": clock.seconds, **score(logits, labels)}  # fmt: skip
+            losses = None
+            history.append(row)
+            logger.info(
+                "epoch %d of %d: training loss %.4f, test accuracy %.2f %%",
+                epoch + 1,
+                options.epochs,
+                row["train_loss"],
+                row["test_accuracy"],
+            )
+            bar.set_postfix(loss=f"{row['train_loss']:.3f}", accuracy=f"{row['test_accuracy']:.2f}")
+            save(first + steps)
+            if stop.number is not None:
+                raise Interrupted(stop.number)
     return history, clock, logits
 
 
-def unaugmented(sizes: torch.Tensor, size: int, generator: torch.Generator, crop: float) -> augment.Views:
-    return augment.central_views(sizes, size, crop)
+def seed_of(seed: int, epoch: int, batch: int) -> int:
+    """A seed for what is random about one batch."""
+    return ((seed * 100_003 + epoch) * 1_000_003 + batch) % 2**63
+
+
+def epoch_batches(
+    options: Options, data: ImageData, device: torch.device, epoch: int, losses: EpochLoss | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The epoch's batches in its own order, those after `losses.batches` when it is gone on with."""
+    order = torch.Generator().manual_seed(options.seed * 100_003 + epoch)
+    done = losses.batches if losses else 0
+    numbers = itertools.count(done)
+
+    def views(sizes: torch.Tensor) -> augment.Views:
+        if options.augment != "published":
+            return augment.central_views(sizes, options.image_size, options.crop)
+        generator = torch.Generator().manual_seed(seed_of(options.seed, epoch, next(numbers)))
+        return augment.random_views(sizes, options.image_size, generator)
+
+    indices = index_batches(len(data.train), options.batch_size, order)[done:]
+    return prepared(data.train, indices, views, options.image_size, device)
+
+
+def kept(folder: RunFolder) -> str:
+    """What there is to go on from, in words."""
+    found = checkpoints(folder.checkpoints)
+    return f"{found[0].name} is the last good state" if found else "no checkpoint was written yet"
 
 
 def test_logits(step: Step, data: ImageData, options: Options, device: torch.device):
@@ -451,21 +519,25 @@ def resident_bytes(data: ImageData) -> int:
     return sum(part.bytes for part in parts)
 
 
-def save_checkpoint(folder: Path, epoch: int, model: nn.Module, parts: dict, history: list[dict]) -> None:
-    """Write checkpoint-EPOCH and remove the one before; the state file, written last, makes it complete."""
-    place = folder / f"checkpoint-{epoch}"
-    place.mkdir(parents=True, exist_ok=True)
-    save_file({n: v.contiguous() for n, v in trained_state(model).items()}, place / "trained.safetensors")
-    torch.save({name: part.state_dict() for name, part in parts.items()}, place / "state.pt")
-    write_json_atomic(place / "trainer_state.json", {"epoch": epoch, "history": history})
-    shutil.rmtree(folder / f"checkpoint-{epoch - 1}", ignore_errors=True)
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, parts: dict, history: list[dict], losses: EpochLoss | None
+) -> None:
+    """Write checkpoint-STEP and keep one before it; `losses` are those of an epoch that is not at its end."""
+    with whole_folder(folder / f"checkpoint-{step}") as place:
+        save_file({n: v.contiguous() for n, v in trained_state(model).items()}, place / "trained.safetensors")
+        states = {name: part.state_dict() for name, part in parts.items()}
+        torch.save({**states, "losses": None if losses is None else asdict(losses)}, place / "state.pt")
+        write_json_atomic(place / "trainer_state.json", {"step": step, "history": history})
+    keep_newest(folder, 2)
 
 
-def load_checkpoint(place: Path, model: nn.Module, parts: dict) -> list[dict]:
-    """Restore what `save_checkpoint` wrote; returns the history.
+def load_checkpoint(
+    place: Path, model: nn.Module, parts: dict, device: torch.device
+) -> tuple[list[dict], EpochLoss | None]:
+    """Restore what `save_checkpoint` wrote; returns the history and the losses of the epoch to go on with.
 
     Raises:
-        UserError: a file of it is broken.
+        UserError: it does not fit this run.
     """
     try:
         state = load_file(place / "trained.safetensors")
@@ -477,17 +549,12 @@ def load_checkpoint(place: Path, model: nn.Module, parts: dict) -> list[dict]:
         loaded = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(loaded[name])
-        return json.loads((place / "trainer_state.json").read_text(encoding="utf-8"))["history"]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        SafetensorError,
-        pickle.UnpicklingError,
-        EOFError,
-    ) as error:
-        raise UserError(f"{place} is no usable checkpoint ({error}): delete it to start over") from error
+        losses = loaded["losses"] and EpochLoss(**loaded["losses"])
+        if losses:
+            losses.total = losses.total.to(device)
+        return read_json(place / "trainer_state.json")["history"], losses
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{place} is no checkpoint of this run ({error}): delete it to start over") from error
 
 
 def write_predictions(
@@ -541,24 +608,6 @@ def finish_record(
     ).write(folder.record)  # fmt: skip
 
 
-class logging_to:
-    """Send this program's log lines to a file and the terminal while in the block."""
-
-    def __init__(self, path: Path):
-        self.handlers = [logging.FileHandler(path, encoding="utf-8"), logging.StreamHandler()]
-        self.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-
-    def __enter__(self) -> None:
-        logger.setLevel(logging.INFO)
-        for handler in self.handlers:
-            logger.addHandler(handler)
-
-    def __exit__(self, *_) -> None:
-        for handler in self.handlers:
-            logger.removeHandler(handler)
-            handler.close()
-
-
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
     options.complete()
@@ -568,12 +617,12 @@ def main() -> None:
         )  # its tensors are too small to share, and threads that wait for each other are slow
     if options.evaluate and options.predict:
         raise UserError("choose one of --evaluate and --predict")
-    if options.evaluate:
-        evaluate(options)
-    elif options.predict:
-        classify_folder(options)
-    else:
-        train(options)
+    if options.deterministic:
+        make_deterministic()
+    program = evaluate if options.evaluate else classify_folder if options.predict else train
+    device = select_device(options.device)
+    with explain_out_of_memory(device, LESS_MEMORY):
+        program(options, device)
 
 
 if __name__ == "__main__":

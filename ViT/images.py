@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets
 from tqdm import tqdm
@@ -30,6 +30,8 @@ from control_experiments.checksums import fingerprint
 from control_experiments.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
+#: What Pillow may take a file for: it knows more formats, some of which start other programs.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "PPM", "TIFF")
 TEST_NAMES = ("test", "val", "valid", "validation")
 HUB = ("cifar100", "flowers102", "svhn", "food101", "imagenet")
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test", "classes")
@@ -56,8 +58,7 @@ def decode(source, index: int, corrupt: str) -> tuple[torch.Tensor, int] | None:
     try:
         image, label = source[index]
         return to_tensor(image), int(label)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow reports a broken PNG as SyntaxError
+    except Exception as error:  # what Pillow raises for a broken file depends on its format and version
         message = f"{source.name(index)} is no readable image ({error})"
         if corrupt == "stop":
             raise UserError(f"{message}: repair or remove it, or add --corrupt skip") from error
@@ -183,7 +184,7 @@ class Files:
                 offset, length = self.members[str(path)]
                 file.seek(offset)
                 path = io.BytesIO(file.read(length))
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             return image, self.labels[index]
 
@@ -263,12 +264,10 @@ def load_data(
     if path.is_dir():
         files, archive, places = sorted(p for p in path.rglob("*") if p.is_file()), None, {}
         parts = [p.relative_to(path).parts for p in files]
-    elif tarfile.is_tarfile(path):
+    else:
         places = _tar_members(path)
         files, archive = sorted(map(PurePosixPath, places)), path
         parts = [p.parts for p in files]
-    else:
-        raise UserError(f"{path} is no .npz, no tar and no folder of class folders")
     splits = {"train": {}, "test": {}}
     for file, (*folders, _) in zip(files, parts, strict=True):
         if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and len(folders) >= 2:
@@ -328,13 +327,26 @@ def _same_classes(path: Path, splits: dict[str, dict]) -> list[str]:
 
 
 def _tar_members(path: Path) -> dict[str, tuple[int, int]]:
-    """Where in an uncompressed tar each regular file lies: offset and length in bytes by name."""
+    """Where in an uncompressed tar each regular file lies: offset and length in bytes by name.
+
+    Links are no files of their own and never followed.
+
+    Raises:
+        UserError: it is no such tar, or has members outside of itself or of the file.
+    """
+    members, size = [], path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
-            members = [member for member in tar if member.isreg()]
-    except tarfile.ReadError as error:
+            for member in tar:
+                if member.size < 0 or member.offset_data + member.size > size:
+                    # tarfile would go round in circles after a negative size
+                    raise tarfile.ReadError("a member reaches outside of the file")
+                if member.isreg() and not member.issparse() and PurePosixPath(member.name).name:
+                    members.append(member)
+    except Exception as error:  # tarfile lets many kinds through for a broken header
         raise UserError(
-            f"{path} is a compressed or broken tar: unpack it, or pack it without compression"
+            f"{path} is no .npz, no folder of class folders and no tar that can be read ({error}): a compressed tar must "
+            "be unpacked, or packed without compression"
         ) from error
     for member in members:
         if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
@@ -351,13 +363,20 @@ def _npz(path: Path) -> ImageData:
                     "(images uint8 N x H x W x 3, labels integers, class names)"
                 )
             arrays = {key: file[key] for key in NPZ_KEYS}
-    except (ValueError, OSError, EOFError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # NumPy, zipfile and zlib each have their own kinds for a broken file
         raise UserError(f"{path} is no readable .npz ({error})") from error
+    for key, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # NumPy hands out a member that is no .npy file as bytes
+            raise UserError(f"{key} of {path} is no array")
+    if arrays["classes"].ndim != 1:
+        raise UserError(f"classes of {path} must be a list of names")
     classes = [str(name) for name in arrays["classes"]]
     splits = []
     for split in ("train", "test"):
         pixels, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not len(pixels):
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.size:
             raise UserError(
                 f"x_{split} of {path} is {pixels.dtype} {pixels.shape}: it must be uint8 N x H x W x 3"
             )

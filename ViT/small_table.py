@@ -44,18 +44,18 @@ class Options:
 
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
-    device = "cpu" if select_device(options.device).type == "cpu" else "0"  # it is the only one visible now
+    device = select_device(options.device)
     for data, method, seed in itertools.product(options.data, options.methods, options.seeds):
         run = finetune.Options(
             method=method, data=data, model=options.model, architecture=options.architecture, seed=seed,
             epochs=options.epochs, lr=options.lr, batch_size=options.batch_size, image_size=options.image_size,
-            attention=options.attention, lora_rank=0, mlp_layers=2, device=device, resume=True,
+            attention=options.attention, lora_rank=0, mlp_layers=2, resume=True,
         )  # fmt: skip
         if options.output_dir:
             run.output_dir = str(Path(options.output_dir) / run.folder.name)
         print(f"{method} on {Path(data).stem}, seed {seed}", flush=True)
         run.complete()
-        finetune.train(run)
+        finetune.train(run, device)
         gc.collect()  # the model's parts refer to each other; the next run's memory must not hold this one's
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

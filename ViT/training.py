@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import augment
 import torch
@@ -79,24 +80,52 @@ def prepared(
         yield augment.normalise(augment.render(pixels, chosen, size, device)), labels.to(device)
 
 
+@dataclass
+class EpochLoss:
+    """The sum of an epoch's losses so far, over how many images and batches."""
+
+    total: torch.Tensor
+    images: int = 0
+    batches: int = 0
+
+    def add(self, loss: torch.Tensor, images: int) -> None:
+        self.total += loss * images
+        self.images += images
+        self.batches += 1
+
+    @property
+    def mean(self) -> float:
+        return float(self.total) / max(1, self.images)
+
+
 def train_epoch(
     step: Step,
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
-    after_step: Callable[[int], None] = lambda examples: None,
-) -> float:
-    """Train on every batch and return the mean loss; `after_step` is told the size of each batch."""
+    after_step: Callable[[torch.Tensor, int], bool | None] = lambda loss, examples: None,
+    before_step: Callable[[], None] = lambda: None,
+    so_far: EpochLoss | None = None,
+) -> EpochLoss:
+    """Train on the batches and return the epoch's loss.
+
+    Args:
+        after_step: is told the loss and the size of each batch; True ends the epoch there.
+        before_step: called before each forward.
+        so_far: the loss of the epoch's earlier batches, when it is gone on with.
+    """
     step.model.train()
-    total, count = torch.zeros((), device=step.device), 0
+    losses = so_far or EpochLoss(torch.zeros((), device=step.device))
     batch = next(batches, None)
     while batch is not None:
         inputs, labels = batch
-        total += step.backward(inputs, labels) * len(labels)
-        count += len(labels)
+        before_step()
+        loss = step.backward(inputs, labels)
+        losses.add(loss, len(labels))
         examples = len(labels)
         batch = next(batches, None)
         step.update()
-        after_step(examples)
-    return float(total) / max(1, count)
+        if after_step(loss, examples):
+            break
+    return losses
 
 
 @torch.inference_mode()

@@ -132,7 +132,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(run, 
     monkeypatch.setattr(finetune, "batch_loss", spoiled)
     code, _, err = run("--token_budget", 10_000)
     assert code == 2
-    assert "loss is nan" in one_line(err)
+    assert "loss is NaN or infinite at step" in one_line(err)
     assert "checkpoint-4" in one_line(err)
     kept = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
@@ -158,7 +158,7 @@ def test_too_little_gpu_memory_is_one_line_that_says_what_helps(run, tmp_path, m
         (("--control_rank", 0), "control_rank must be an integer of at least 1"),
         (("--lora_rank", 0), "LoRA rank must be at least 1"),
         (("--method", "adapter"), "unknown method 'adapter'"),
-        (("--data", "nowhere.json"), "cannot read the data file nowhere.json"),
+        (("--data", "nowhere.json"), "cannot read nowhere.json"),
         (("--model", "./nowhere"), "there is no model at ./nowhere"),
         (("--batch_size", 6), "multiple of --micro_batch_size"),
         (("--token_budget", 8), "--token_budget 8 must be at least --cutoff"),

@@ -100,9 +100,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(call, options, programs, tmp_pat
     assert call("finetune", *longer, "--output_dir", tmp_path / "whole")[0] == 0
     save = programs["finetune"].save_checkpoint
 
-    def interrupt(folder, epoch, *rest):
-        save(folder, epoch, *rest)
-        if epoch == 2:
+    def interrupt(folder, step, *rest):
+        save(folder, step, *rest)
+        if step == 6:  # the end of the second epoch
             raise KeyboardInterrupt
 
     monkeypatch.setattr(programs["finetune"], "save_checkpoint", interrupt)

@@ -191,20 +191,16 @@ def check_adapter_files(folder: str | os.PathLike) -> None:
         )
 
 
-def is_full_disk(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, says that the disk or the quota is full.
+#: What full disks are called by the system, by safetensors, and by torch.save, which does not say why it failed.
+_FULL_DISK = ("No space left", f"os error {errno.ENOSPC}", "iostream error", "PytorchStreamWriter failed")
 
-    safetensors and torch wrap the system's error in ones of their own, with its text.
-    """
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is that the disk or the quota is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        text = str(error)
-        if (
-            f"os error {errno.ENOSPC}" in text
-            or "No space left" in text
-            or "PytorchStreamWriter failed" in text
-        ):
+        if any(words in str(error) for words in _FULL_DISK):
             return True
         error = error.__cause__ or error.__context__
     return False

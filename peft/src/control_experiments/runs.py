@@ -110,7 +110,13 @@ class RunFolder:
 
     @contextmanager
     def logging_from(self, *names: str, terminal: bool = False) -> Iterator[None]:
-        """Write what the loggers of these names say to the run's log (and, if asked, to stderr) while in the block."""
+        """Write what the loggers of these names say to the run's log (and, if asked, to stderr) while in the block.
+
+        In a distributed run the process of rank 0 does so for all: the folder may not be there yet for the others.
+        """
+        if self._lock is None:
+            yield
+            return
         handlers: list[logging.Handler] = [_LogFile(self.log, encoding="utf-8")]
         handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         if terminal:

@@ -7,13 +7,16 @@ on a CPU, bit for bit as if nothing had happened.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import Sampler, SequentialSampler
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.data import BatchSampler, Sampler, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -48,22 +51,76 @@ class ResumableLengthSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
+class SharedBatches(BatchSampler):
+    """The batches of one process's run, each cut into a part for every process: part 0 of the first batch, part 1, ...
+
+    A short last batch is shared out too, so parts may differ in size; `share` says how much one weighs. Where there are
+    fewer units than processes, those left over get the batch's first unit, which then weighs nothing.
+
+    Args:
+        sampler: yields single rows in the epoch's order, the same in every process.
+        batch_size: rows per batch, over all processes.
+        processes: how many share a batch.
+        unit: so many rows stay together; `batch_size` is a multiple of `unit * processes`.
+    """
+
+    def __init__(self, sampler: Sampler, batch_size: int, processes: int, unit: int = 1):
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.processes, self.unit = processes, unit
+
+    def parts(self, rows: int) -> list[range]:
+        """Which units of a batch of so many rows each process gets."""
+        units = -(-rows // self.unit)
+        edges = [units * process // self.processes for process in range(self.processes + 1)]
+        return [range(first, last) for first, last in pairwise(edges)]
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            for part in self.parts(len(batch)):
+                chosen = part or range(1)
+                yield batch[chosen.start * self.unit : chosen.stop * self.unit]
+
+    def __len__(self) -> int:
+        return super().__len__() * self.processes
+
+    def share(self, step: int, process: int) -> float:
+        """What to multiply a process's mean loss over its part with, for the mean over all processes to be the mean
+        over the batch's units, at the epoch's step of number `step` (from 0)."""
+        rows = min(self.batch_size, len(self.sampler) - step * self.batch_size)
+        parts = self.parts(rows)
+        return len(parts[process]) * self.processes / parts[-1].stop
+
+
 class ExperimentTrainer(Trainer):
     """A Trainer that decays every trained parameter, biases too (the paper's AdamW), meters memory and time, and writes
     checkpoints that are whole or not there.
 
     SIGINT and SIGTERM are noted: after the step that is under way a checkpoint is written and `train` raises
     `Interrupted`. A loss or a trained parameter that is NaN or infinite raises `UserError` before it is saved.
+    Several processes share out each batch of what one process would do, so that losses and gradients are the same.
     Evaluation and prediction keep the data set's order whatever the sampling strategy: sort by length beforehand.
     With `--train_sampling_strategy group_by_length` the training set needs a `length` column.
 
     Args:
         memory: meter that gets its optimizer mark after the first step.
+        unit: so many rows of a batch stay in one process.
         All others are the Trainer's.
+
+    Raises:
+        UserError: accelerate was asked for FSDP.
     """
 
-    def __init__(self, *args, memory: MemoryMeter, **kwargs):
+    def __init__(self, *args, memory: MemoryMeter, unit: int = 1, **kwargs):
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            # accelerate ignores it on CPUs without a word; on GPUs its checkpoints are pickles, which are never read
+            raise UserError(
+                "FSDP is not supported here: start with torchrun, or with accelerate launch without --use_fsdp (DDP)"
+            )
         super().__init__(*args, **kwargs)
+        # else the Trainer multiplies a classifier's mean loss by the number of processes
+        self.model_accepts_loss_kwargs = False
+        self.unit = unit
+        self._shared: SharedBatches | None = None
         self.throughput = Throughput(self.args.device)
         self.losses = LossWatch(self.args.device)
         self.remove_callback(ProgressCallback)
@@ -124,6 +181,13 @@ class ExperimentTrainer(Trainer):
 
     # -- checkpoints ----------------------------------------------------------------------------------------
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # resumed from its last checkpoint, within an epoch: the Trainer would do one more step
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
 
@@ -139,10 +203,12 @@ class ExperimentTrainer(Trainer):
             try:
                 self._meet()
                 super()._save_checkpoint(model, trial)  # to where `_get_output_dir` says
+                self._find_best_checkpoint()
                 progress = self._progress()
                 self._meet()
                 if self.args.should_save:
-                    self._complete(self._aside / place.name, progress)
+                    write_json_atomic(self._aside / place.name / _PROGRESS, progress)
+                    self._complete(self._aside / place.name)
                     publish(self._aside / place.name, place)
                     keep_newest(root, self.args.save_total_limit, self._best_checkpoint())
             finally:
@@ -151,11 +217,8 @@ class ExperimentTrainer(Trainer):
                 self._aside = None
             self._meet()
 
-    def _complete(self, folder: Path, progress: dict) -> None:
-        best = self._best_checkpoint()
-        self.state.best_model_checkpoint = None if best is None else str(best)
+    def _complete(self, folder: Path) -> None:
         self.state.save_to_json(str(folder / "trainer_state.json"))
-        write_json_atomic(folder / _PROGRESS, progress)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
 
     def _progress(self) -> dict:
@@ -164,8 +227,7 @@ class ExperimentTrainer(Trainer):
 
     def restore_progress(self) -> None:
         """Take up the loss since the last entry in the log, and find the best checkpoint again if the folder moved."""
-        best = self._best_checkpoint()
-        self.state.best_model_checkpoint = None if best is None else str(best)
+        self._find_best_checkpoint()
         if self._resumed_from is not None:
             progress = read_json(Path(self._resumed_from) / _PROGRESS)
             self._tr_loss.fill_(progress["loss_since_log"])
@@ -175,11 +237,47 @@ class ExperimentTrainer(Trainer):
         step = self.state.best_global_step
         return None if step is None else Path(self.args.output_dir) / f"checkpoint-{step}"
 
+    def _find_best_checkpoint(self) -> None:
+        best = self._best_checkpoint()
+        self.state.best_model_checkpoint = None if best is None else str(best)
+
     def _meet(self) -> None:
         if self.args.world_size > 1:
             dist.barrier()
 
     # -- what it computes -----------------------------------------------------------------------------------
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if self.args.world_size > 1:
+            shard = (
+                loader.batch_sampler
+            )  # accelerate's: it deals out whole batches of the sampler that it wraps
+            batch_size = self.args.train_batch_size * self.args.world_size
+            self._shared = SharedBatches(
+                shard.batch_sampler.sampler, batch_size, self.args.world_size, self.unit
+            )
+            shard.batch_sampler, shard.batch_size, shard.even_batches = self._shared, None, False
+        return loader
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Tell the sampler, which accelerate does not always find, which epoch it is."""
+        if self._shared is not None and hasattr(self._shared.sampler, "set_epoch"):
+            self._shared.sampler.set_epoch(epoch)
+
+    def loss_share(self) -> float:
+        """What to multiply this process's mean loss with; 1 unless several processes share out a short batch."""
+        if self._shared is None:
+            return 1.0
+        steps = len(self.callback_handler.train_dataloader)
+        return self._shared.share(self.state.global_step % steps, self.args.process_index)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        if not model.training or self._shared is None:
+            return found
+        share = self.loss_share()
+        return (found[0] * share, found[1]) if return_outputs else found * share
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -195,6 +293,17 @@ class ExperimentTrainer(Trainer):
     def evaluate(self, *args, **kwargs):
         with self.throughput.left_out():
             return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        name = f"{metric_key_prefix}_loss"
+        if self.args.world_size > 1 and name in output.metrics:
+            # processes fill their last batch up with rows from the first; the gathered predictions are without them
+            outputs, labels = torch.as_tensor(output.predictions), torch.as_tensor(output.label_ids)
+            regression = outputs.shape[-1] == 1
+            loss = mse_loss(outputs[:, 0], labels) if regression else cross_entropy(outputs, labels)
+            output.metrics[name] = loss.item()
+        return output
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -231,6 +340,9 @@ class _Keeper(TrainerCallback):
 
     def on_train_begin(self, *_, **__):
         self.trainer.restore_progress()
+
+    def on_epoch_begin(self, args, state, control, **_):
+        self.trainer.begin_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **_):
         if self.trainer.stop_requested():

@@ -1,0 +1,307 @@
+"""Quantized training and evaluation through the scripts and launchers, for real, on the CPU."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from control_experiments.errors import UserError
+from control_experiments.quantization import loading_arguments
+from control_experiments.record import read_record
+from control_experiments.trainer import ExperimentTrainer
+from LlaMA import evaluate as llama_evaluate
+from LlaMA import finetune as llama_finetune
+from LlaMA.models import load_model
+from QControl import quantized_memory
+from RoBERTa import finetune as roberta_finetune
+
+CPU = torch.device("cpu")
+
+
+def one_line(error: str) -> str:
+    lines = [line for line in error.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "Traceback" not in error, error
+    return lines[0]
+
+
+@pytest.fixture
+def roberta(encoders, glue_folder, tmp_path, call):
+    """Train a tiny encoder on CoLA's tiny stand-in."""
+
+    def run(method="control", model="bert", output="run", **options):
+        options = {
+            "method": method, "task": "cola", "model": encoders.get(model, model), "data": glue_folder, "device": "cpu",
+            "epochs": 2, "lr": 1e-2, "batch_size": 8, "output_dir": tmp_path / output, **options,
+        }  # fmt: skip
+        words = [
+            word
+            for name, value in options.items()
+            for word in ((f"--{name}",) if value is True else (f"--{name}", value))
+        ]
+        return call(roberta_finetune.main, *words)
+
+    return run
+
+
+@pytest.fixture
+def llama(model_folder, data, tmp_path, call):
+    """Train a tiny LLaMA for two steps."""
+
+    def run(*words, output="llama", quantization="nf4", method="double control"):
+        return call(
+            llama_finetune.main, "--method", method, "--model", model_folder, "--data", data / "train.json",
+            "--output_dir", tmp_path / output, "--device", "cpu", "--max_steps", 2, "--held_out", 4,
+            "--control_rank", 4, "--lora_rank", 2, "--lora_alpha", 4, "--quantization", quantization, *words,
+        )  # fmt: skip
+
+    return run
+
+
+# -- encoders ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method, model, quantization",
+    [
+        ("control", "roberta", "nf4"),
+        ("lora", "bert", "nf4"),
+        ("dora", "mpnet", "nf4"),
+        ("control+dora", "roberta", "fp4"),
+        ("control", "mpnet", "int8"),
+        ("lora", "roberta", "int8"),
+    ],
+)
+def test_encoders_train_quantized(roberta, tmp_path, method, model, quantization):
+    code, out, err = roberta(method, model, quantization=quantization)
+    assert code == 0, err
+    assert f"fp32 over {quantization} on cpu" in out
+    assert "MatMul8bitLt" not in err
+    record = read_record(tmp_path / "run" / "record.json")
+    assert (record.domain, record.model["quantization"]) == ("qcontrol", quantization)
+    assert record.hyperparameters["quantization"] == quantization
+    assert record.adapter["dtype"] == "float32"
+    plain_code, _, _ = roberta(method, model, output="plain", max_steps=1)
+    plain = read_record(tmp_path / "plain" / "record.json")
+    assert plain_code == 0 and (plain.domain, plain.model["quantization"]) == ("roberta", "none")
+    for counts in ("trainable_parameters", "head_parameters"):
+        assert record.adapter[counts] == plain.adapter[counts]
+    assert record.model["total_parameters"] == plain.model["total_parameters"]
+
+
+def test_a_killed_quantized_run_resumes_to_the_same_end(roberta, tmp_path, monkeypatch):
+    """The checkpoint goes onto a freshly quantized base; evaluations before it change nothing."""
+    assert roberta(output="whole", quantization="nf4", save_steps=2)[0] == 0
+    step, calls = ExperimentTrainer.training_step, []
+
+    def dies(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:  # of 6, after the checkpoint of step 4 and the first epoch's evaluation
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(ExperimentTrainer, "training_step", dies)
+    assert roberta(quantization="nf4", save_steps=2)[0] == 130
+    monkeypatch.undo()
+    code, _, err = roberta(quantization="fp4", save_steps=2, resume=True)
+    assert code == 2 and "quantization 'nf4' there, 'fp4' asked for" in one_line(err)
+    assert roberta(quantization="nf4", save_steps=2, resume=True)[0] == 0
+    assert read_record(tmp_path / "run" / "record.json").time["resumed_from_step"] == 4
+    whole, resumed = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "run")
+    )
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=1e-6)
+
+
+def test_a_memory_mode_over_nf4_learns_as_plain(roberta, tmp_path):
+    for mode in ("plain", "lean"):
+        code, _, err = roberta(output=mode, quantization="nf4", memory=mode, max_steps=3)
+        assert code == 0, err
+    plain, lean = (
+        load_file(tmp_path / mode / "adapter" / "adapter_model.safetensors") for mode in ("plain", "lean")
+    )
+    for name in plain:
+        torch.testing.assert_close(lean[name], plain[name], rtol=0, atol=2e-4)
+
+
+def test_a_quantized_encoder_is_not_quantized_again_but_trains_as_it_is(roberta, encoders, tmp_path):
+    stored = tmp_path / "stored"
+    loading = loading_arguments("nf4", CPU, torch.float32)
+    AutoModelForSequenceClassification.from_pretrained(encoders["bert"], **loading).save_pretrained(stored)
+    for file in encoders["bert"].glob("token*"):
+        (stored / file.name).write_bytes(file.read_bytes())
+    code, _, err = roberta(model=str(stored), quantization="int8")
+    assert code == 2 and "is quantized already (nf4)" in one_line(err)
+    assert not (tmp_path / "run").exists()
+    code, _, err = roberta(model=str(stored), max_steps=2)
+    assert code == 0, err
+    assert read_record(tmp_path / "run" / "record.json").model["quantization"] == "nf4"
+
+
+def test_bad_input_is_one_line(roberta, tmp_path, monkeypatch):
+    code, _, err = roberta(quantization="int3")
+    assert code == 2 and "invalid choice: 'int3'" in one_line(err)
+    code, _, err = roberta("dora", quantization="int8")
+    assert code == 2 and "dora over int8 needs a GPU" in one_line(err)
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.functional", None)
+    code, _, err = roberta(quantization="nf4")
+    assert code == 2 and "pip install bitsandbytes" in one_line(err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_roberta_launcher(launch, encoders, glue_folder, tmp_path):
+    done = launch(
+        "run_roberta_quantization.sh", "QControl", "rte", 1, "1e-2", "cpu", "--max_steps", 1, "--output_dir", "out",
+        MODEL=encoders["roberta"], DATA=glue_folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = read_record(tmp_path / "out" / "record.json")
+    assert record.method == "control" and record.domain == "qcontrol"
+    chosen = record.hyperparameters
+    assert (chosen["quantization"], chosen["batch_size"], chosen["precision"]) == ("nf4", 256, "fp32")
+
+
+@pytest.mark.parametrize("name, method", [("QControl", "control"), ("QLoRA", "lora"), ("QDoRA", "dora")])
+def test_the_roberta_launchers_recipe(launch, name, method):
+    done = launch("run_roberta_quantization.sh", name, "rte", PYTHON="echo")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()[-1]
+    for part in (
+        f"--method {method} --task rte --model roberta-base --epochs 320 --lr 4e-4 --device 0 --seed 42",
+        "--batch_size 256 --max_length 128 --warmup_ratio 0.06 --weight_decay 0.1",
+        "--precision fp16",
+        "--quantization nf4",
+    ):
+        assert part in said
+    other = launch("run_roberta_quantization.sh", name, "rte", PYTHON="echo", QUANTIZATION="int8")
+    assert "--quantization int8" in other.stdout.splitlines()[-1]
+
+
+def test_launchers_say_what_is_wrong(launch):
+    for name, arguments, part in (
+        ("run_roberta_quantization.sh", ["QControl"], "METHOD and TASK are needed"),
+        ("run_roberta_quantization.sh", ["QBitFit", "rte"], "choose QControl, QLoRA or QDoRA"),
+        ("run_roberta_quantization.sh", ["QControl", "sst5"], "unknown task 'sst5'"),
+        ("run_llama_quantization.sh", ["control", 4], "METHOD CONTROL_RANK LORA_RANK"),
+    ):
+        done = launch(name, *arguments)
+        assert done.returncode == 2
+        assert part in one_line(done.stderr)
+
+
+# -- LLaMA ------------------------------------------------------------------------------------------------------
+
+
+def test_the_llama_launcher_trains_and_evaluates_over_nf4(launch, model_folder, data, tmp_path):
+    done = launch(
+        "run_llama_quantization.sh", "control+lora", 4, 2, 4, "out", "cpu", "--max_steps", 2, "--held_out", 4,
+        MODEL=model_folder, DATA=data, TRAIN_DATA=data / "train.json", MEMORY="lean",
+        EVALUATE_ARGS="--limit 1 --max_new_tokens 4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    for folder in ("out", "out/evaluation"):
+        record = read_record(tmp_path / folder / "record.json")
+        assert (record.domain, record.model["quantization"]) == ("qcontrol", "nf4")
+        assert record.hyperparameters["quantization"] == "nf4"
+    assert record.adapter["adapter_parameters"] == 2 * (2 * 4 * 32 + 2 * (32 + 32) + 2 * 2 * (32 + 16))
+
+
+def test_evaluating_over_another_quantization_warns(llama, model_folder, data, tmp_path, call):
+    assert llama()[0] == 0
+    words = (
+        "--model", model_folder, "--adapter", tmp_path / "llama" / "adapter", "--data", data, "--device", "cpu",
+        "--limit", 1, "--max_new_tokens", 2, "--beams", 1, "--tasks", "boolq",
+    )  # fmt: skip
+    code, _, err = call(llama_evaluate.main, *words, "--output_dir", tmp_path / "other")
+    assert code == 0
+    assert err.count("warning:") == 1 and "--quantization nf4, the base here is loaded with none" in err
+    code, _, err = call(
+        llama_evaluate.main, *words, "--output_dir", tmp_path / "same", "--quantization", "nf4"
+    )
+    assert code == 0 and "warning:" not in err
+    code, _, err = call(
+        llama_evaluate.main, *words, "--output_dir", tmp_path / "same", "--quantization", "fp4"
+    )
+    assert code == 2 and "quantization" in one_line(err)
+
+
+def test_llama_bad_input_is_one_line(llama, model_folder, tmp_path, call, data):
+    code, _, err = llama("--optimizer", "paged_adamw_8bit")
+    assert code == 2 and "--optimizer paged_adamw_8bit needs a GPU" in one_line(err)
+    code, _, err = llama(method="dora", quantization="int8")
+    assert code == 2 and "needs a GPU" in one_line(err)
+    stored = tmp_path / "stored"
+    loading = loading_arguments("nf4", CPU, torch.float32)
+    AutoModelForCausalLM.from_pretrained(model_folder, **loading).save_pretrained(stored)
+    for file in model_folder.glob("token*"):
+        (stored / file.name).write_bytes(file.read_bytes())
+    code, _, err = llama("--model", stored)
+    assert code == 2 and "is quantized already (nf4)" in one_line(err)
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="cannot be quantized on loading"):
+        load_model(str(tmp_path / "tiny.gguf"), torch.float32, CPU, quantization="nf4")
+    assert not (tmp_path / "llama").exists()
+
+
+def test_int8_and_fp4_train_too(llama, tmp_path):
+    for quantization in ("int8", "fp4"):
+        code, out, err = llama(quantization=quantization, output=quantization)
+        assert code == 0, err
+        assert "MatMul8bitLt" not in err
+        assert f"float32 over {quantization} on cpu" in out
+        assert read_record(tmp_path / quantization / "record.json").model["quantization"] == quantization
+
+
+# -- the benchmark ----------------------------------------------------------------------------------------------
+
+
+def test_benchmark_measures_cells_in_processes_of_their_own(call, tmp_path):
+    words = (
+        "--device", "cpu", "--output_dir", tmp_path, "--steps", 1, "--warmup", 1, "--shape", "tiny-roberta",
+        "--methods", "control", "--weights", "nf4", "--batches", 2, "--tokens", 8,
+    )  # fmt: skip
+    assert call(quantized_memory.main, *words)[0] == 0
+    (path,) = tmp_path.glob("*/record.json")
+    record = read_record(path)
+    assert path.parent.name == "tiny-roberta_control_nf4_plain_2x8"
+    assert record.model["quantization"] == "nf4" and record.adapter["trainable_parameters"] > 0
+    written = path.stat().st_mtime_ns
+    code, out, _ = call(quantized_memory.main, *words, "--worker")  # what the process of a cell does
+    assert code == 0 and path.parent.name in out
+    assert path.stat().st_mtime_ns == written
+    code, _, err = call(quantized_memory.main, "--device", "cpu", "--weights", "nf5")
+    assert code == 2 and "unknown --weights 'nf5'" in one_line(err)
+
+
+def test_benchmarks_random_bases_are_quantized_as_loaded_ones(call, tmp_path):
+    """Same layers, same kind of quantized state as from_pretrained makes."""
+    for shape in ("tiny-roberta", "tiny"):
+        options = quantized_memory.Options(shape=shape, device="cpu").with_defaults()
+        plain = quantized_memory.random_base(options, "fp32", torch.float32, CPU)
+        plain.save_pretrained(tmp_path / shape)
+        for quantization in ("nf4", "int8"):
+            ours = quantized_memory.random_base(options, quantization, torch.float32, CPU)
+            loaded = type(plain).from_pretrained(
+                tmp_path / shape, **loading_arguments(quantization, CPU, torch.float32)
+            )
+            kinds = [
+                {name: (type(module).__name__, str(module)) for name, module in model.named_modules() if not [*module.children()]}
+                for model in (ours, loaded)
+            ]  # fmt: skip
+            assert kinds[0] == kinds[1]
+            assert ours.num_parameters() == plain.num_parameters()
+
+
+def test_benchmarks_tables():
+    encoder = quantized_memory.Options().with_defaults()
+    assert len(list(encoder.cells())) == 2 * 3 * 4
+    llama = quantized_memory.Options(shape="llama3-8b").with_defaults()
+    names = [cell.name for cell in llama.cells()]
+    assert "double-control_nf4_lean_1x2048" in names and "lora_nf4_plain_1x2048" in names
+    assert not any("lora" in name and "lean" in name for name in names)
+    config = llama.config("double control")
+    assert json.dumps([config.control_rank, sorted(config.control_blocks)]) == '[64, ["attention", "mlp"]]'

@@ -1,0 +1,141 @@
+"""Frozen base models in 4 or 8 bits through bitsandbytes (QLoRA, arXiv 2305.14314, with any method on top).
+
+Only the linear layers inside the transformer blocks are quantized. Embeddings, norms and the head stay as they are
+loaded: float32 in encoders, the run's type in decoders, whose RMSNorms compute in float32 inside whatever type their
+weight has. Adapters are float32.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from .errors import UserError
+
+#: What the scripts' `--quantization` takes.
+QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
+QUANTIZATION_HELP = "Frozen linear layers in 4 bits (nf4, fp4; scales quantized again) or 8 (int8) by bitsandbytes; none: as they are."
+
+#: Heads, which are new or small, by the names that transformers gives them.
+_NOT_QUANTIZED = ("classifier", "pre_classifier", "score", "pooler", "lm_head")
+
+
+def loading_arguments(quantization: str, device: torch.device, compute_dtype: torch.dtype) -> dict:
+    """What `from_pretrained` needs beside the model's name to load it quantized onto `device`.
+
+    Args:
+        quantization: one of `QUANTIZATIONS`; "none" needs nothing.
+        compute_dtype: type in which 4-bit weights are multiplied, the run's precision.
+
+    Raises:
+        UserError: bitsandbytes is not there, or cannot quantize on this device.
+    """
+    if quantization == "none":
+        return {}
+    check_available(device)
+    if quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(_NOT_QUANTIZED))
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+            llm_int8_skip_modules=list(_NOT_QUANTIZED),
+        )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def check_available(device: torch.device) -> None:
+    """Try bitsandbytes out on a small tensor.
+
+    Raises:
+        UserError: it is not installed, or does not work on this device.
+    """
+    try:
+        from bitsandbytes.functional import quantize_4bit
+    except ImportError as error:
+        raise UserError(
+            "--quantization needs bitsandbytes: pip install bitsandbytes, or choose --quantization none"
+        ) from error
+    try:
+        quantize_4bit(torch.zeros(64, 64, device=device), quant_type="nf4")
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"bitsandbytes cannot quantize on {device.type} here ({reason}): install a build for this device "
+            "(pip install -U bitsandbytes), or choose --quantization none"
+        ) from error
+
+
+def check_not_quantized(quantization: str, config: PretrainedConfig, model: str) -> None:
+    """Raise UserError when a model that is stored quantized is to be quantized again."""
+    if quantization != "none" and (stored := quantization_of(config)) != "none":
+        raise UserError(
+            f"{model} is quantized already ({stored}): choose --quantization none to train it as it is, "
+            "or give the model that it was made from"
+        )
+
+
+def quantization_of(config: PretrainedConfig) -> str:
+    """How a model's weights are stored, by its configuration: one of `QUANTIZATIONS` or another method's name."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return "none"
+    fields = found if isinstance(found, dict) else found.to_dict()
+    if fields.get("load_in_4bit"):
+        return fields.get("bnb_4bit_quant_type", "fp4")
+    if fields.get("load_in_8bit"):
+        return "int8"
+    return str(fields.get("quant_method", "unknown"))
+
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a quantized model fit for training; returns the model, and does nothing to one that is not quantized.
+
+    Unlike peft's `prepare_model_for_kbit_training` it neither casts the embeddings and the language model's head to
+    float32 (4 GB for LLaMA-3-8B) nor turns gradient checkpointing on.
+    """
+    # each 8-bit layer says at every step that it casts its input
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    for linear in quantized_linears(model):
+        linear.register_forward_pre_hook(_follow_autocast)
+        # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in place, with rounded scales, at the first
+        # evaluation; a training step after that gets no gradient through the layer (bitsandbytes 0.50).
+        linear.support_avx512bf16_for_cpu = False
+    return model
+
+
+def quantized_linears(model: nn.Module) -> list[nn.Linear]:
+    """The layers that bitsandbytes has quantized."""
+    return [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.")]
+
+
+def _follow_autocast(linear: nn.Linear, inputs: tuple) -> tuple:
+    """A forward pre-hook: bitsandbytes' layers return their input's type even under autocast. After a float32 norm
+    that would keep every activation between two layers in float32, twice what a plain linear layer keeps."""
+    (x,) = inputs
+    if not torch.is_autocast_enabled(x.device.type):
+        return inputs
+    return (x.to(torch.get_autocast_dtype(x.device.type)),)
+
+
+def check_method_runs(method: str, quantization: str, device: torch.device) -> None:
+    """Raise UserError for DoRA over 8-bit weights on a CPU: each forward reads the weights' norms, and on a CPU peft
+    (0.21) loses the layer's scales while it does."""
+    if quantization == "int8" and "dora" in method and device.type == "cpu":
+        raise UserError(f"{method} over int8 needs a GPU: choose --quantization nf4, fp4 or none on a CPU")
+
+
+def check_paging(optimizer: str, device: torch.device) -> None:
+    """Raise UserError when a paged optimizer of bitsandbytes is asked for where it cannot page."""
+    if not optimizer.startswith("paged"):
+        return
+    if device.type != "cuda":
+        raise UserError(
+            f"--optimizer {optimizer} needs a GPU (bitsandbytes cannot page on a {device.type}): choose adamw"
+        )
+    check_available(device)

@@ -1,0 +1,317 @@
+"""Control, LoRA and DoRA on bitsandbytes 4-bit and 8-bit bases: real layers and real training steps on the CPU."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import FAMILIES, build, logits, randomize_adapters
+from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
+
+from control_experiments.errors import UserError
+from control_experiments.quantization import (
+    check_method_runs,
+    check_not_quantized,
+    check_paging,
+    loading_arguments,
+    prepare,
+    quantization_of,
+    quantized_linears,
+)
+from peft_control import ControlConfig
+from peft_control.memory import MODES, set_memory_mode
+
+pytest.importorskip("bitsandbytes")
+
+CPU = torch.device("cpu")
+WIDTH = 64  # bitsandbytes scales 64 weights together
+SHAPE = {
+    "vocab_size": 61, "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2,
+}  # fmt: skip
+CLASSES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, "CAUSAL_LM", ["q_proj", "v_proj"], {"num_key_value_heads": 2}),
+    "roberta": (
+        RobertaForSequenceClassification,
+        RobertaConfig,
+        "SEQ_CLS",
+        ["query", "value"],
+        {"pad_token_id": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A saved tiny model of each kind; loading it is what quantizes."""
+    root = tmp_path_factory.mktemp("models")
+    for name, (cls, config, _, _, extra) in CLASSES.items():
+        torch.manual_seed(0)
+        cls(config(**SHAPE, **extra)).save_pretrained(root / name)
+    return root
+
+
+def load(folders, name, quantization, compute_dtype=torch.float32):
+    """As the training scripts do: encoders in float32 under autocast, decoders in the run's type."""
+    cls = CLASSES[name][0]
+    loading = loading_arguments(quantization, CPU, compute_dtype)
+    dtype = compute_dtype if name == "llama" else torch.float32
+    return prepare(cls.from_pretrained(folders / name, dtype=dtype, **loading))
+
+
+def adapter_config(name, method):
+    task, targets = CLASSES[name][2:4]
+    per_weight = dict(target_modules=targets, r=4, lora_alpha=8, use_dora="dora" in method)
+    if "control" not in method:
+        return LoraConfig(task_type=task, **per_weight)
+    control = dict(task_type=task, control_blocks=["attention", "mlp"], control_rank=4)
+    return ControlConfig(**control, **(per_weight if "+" in method else {}))
+
+
+def inputs(name):
+    ids = torch.randint(3, 61, (3, 11), generator=torch.Generator().manual_seed(1))
+    labels = ids if name == "llama" else torch.tensor([0, 1, 1])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def quantized_bytes(model):
+    """Every quantized weight with its scales, as it lies in memory."""
+    found = {}
+    for name, module in model.named_modules():
+        if module in quantized_linears(model):
+            weight = module.weight
+            state = getattr(weight, "quant_state", None)
+            if state is not None:
+                found[name] = [weight.data, state.absmax, state.state2.absmax, state.offset]
+            else:
+                scale = weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB
+                found[name] = [weight.data, scale]
+    return {name: [tensor.clone() for tensor in tensors] for name, tensors in found.items()}
+
+
+def train(model, name, steps=4):
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    losses = []
+    for _ in range(steps):
+        loss = model(**inputs(name)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        with torch.no_grad():  # an evaluation between two steps, as the Trainer makes them
+            model.eval()(**inputs(name))
+            model.train()
+    return losses
+
+
+def gradients(model, name, mode="plain"):
+    set_memory_mode(model, mode, chunk_tokens=8)
+    model.zero_grad()
+    model.train()(**inputs(name)).loss.backward()
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.requires_grad])
+
+
+def relative(found, reference):
+    return ((found - reference).norm() / reference.norm()).item()
+
+
+METHODS = ("control", "lora", "dora", "control+lora", "control+dora")
+CASES = [(q, m) for q in ("nf4", "fp4", "int8") for m in METHODS if not (q == "int8" and "dora" in m)]
+# DoRA over int8 is for GPUs: on a CPU peft 0.21 loses the 8-bit scales (test_dora_over_int8_on_a_cpu_says_so)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("quantization, method", CASES)
+def test_trains_saves_and_reloads_on_a_fresh_base(folders, tmp_path, name, quantization, method):
+    model = get_peft_model(load(folders, name, quantization), adapter_config(name, method))
+    before = quantized_bytes(model)
+    assert len(before) == 2 * (7 if name == "llama" else 6)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+    losses = train(model, name)
+    assert losses[-1] < losses[0]
+    after = quantized_bytes(model)
+    assert before.keys() == after.keys()
+    for key in before:
+        assert all(torch.equal(a, b) for a, b in zip(before[key], after[key])), key
+
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(folders, name, quantization), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs(name)).logits, model(**inputs(name)).logits)
+        with model.disable_adapter():
+            assert not torch.equal(again(**inputs(name)).logits, model(**inputs(name)).logits)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_only_linear_layers_inside_the_blocks_are_quantized(folders, quantization):
+    encoder, decoder = (load(folders, name, quantization) for name in ("roberta", "llama"))
+    assert type(encoder.classifier.dense) is torch.nn.Linear and type(decoder.lm_head) is torch.nn.Linear
+    for model in (encoder, decoder):
+        assert quantization_of(model.config) == quantization
+        floating = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        assert floating == {torch.float32}  # embeddings, norms, biases, head
+        plain = load(folders, "roberta" if model is encoder else "llama", "none")
+        assert model.num_parameters() == plain.num_parameters()
+        if quantization != "int8":
+            assert all(m.weight.quant_state.quant_type == quantization for m in quantized_linears(model))
+            assert all(m.weight.quant_state.nested for m in quantized_linears(model))
+    assert prepare(plain) is plain and not quantized_linears(plain)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_gradient_is_that_of_the_dequantized_weights(folders, quantization):
+    """Control's gradients through the quantized block equal those through plain layers with the same weights."""
+    from peft_control.memory.linear import dense_weight
+
+    quantized = load(folders, "llama", quantization)
+    plain = load(folders, "llama", "none")
+    with torch.no_grad():
+        for name, module in quantized.named_modules():
+            if module in quantized_linears(quantized):
+                plain.get_submodule(name).weight.copy_(dense_weight(module, torch.float32))
+    models = [
+        randomize_adapters(get_peft_model(base, adapter_config("llama", "control")))
+        for base in (quantized, plain)
+    ]
+    assert relative(*(gradients(model, "llama") for model in models)) <= 2e-5
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("method", ["control", "control+lora"])
+def test_memory_modes_give_plains_gradients(folders, name, quantization, method):
+    model = get_peft_model(load(folders, name, quantization), adapter_config(name, method))
+    randomize_adapters(model)
+    reference = gradients(model, name)
+    for mode in MODES[1:]:
+        assert relative(gradients(model, name, mode), reference) <= 1e-5, mode
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_memory_modes_under_bf16_autocast(folders, name):
+    """As near to float32 as plain is."""
+    exact = randomize_adapters(get_peft_model(load(folders, name, "nf4"), adapter_config(name, "control")))
+    reference = gradients(exact, name)
+    base = load(folders, name, "nf4", torch.bfloat16)
+    model = randomize_adapters(get_peft_model(base, adapter_config(name, "control")))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = relative(gradients(model, name), reference)
+        for mode in MODES[1:]:
+            assert relative(gradients(model, name, mode), reference) <= 1.5 * plain, mode
+    assert 0 < plain < 0.2
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet", "electra", "xlm-roberta"])
+def test_other_encoders(family, tmp_path):
+    build(family).save_pretrained(tmp_path)
+    base = type(build(family)).from_pretrained(
+        tmp_path, dtype=torch.float32, **loading_arguments("nf4", CPU, torch.float32)
+    )
+    config = ControlConfig(task_type="SEQ_CLS", control_blocks=["attention", "mlp"], control_rank=4)
+    model = randomize_adapters(get_peft_model(prepare(base), config)).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    found = {}
+    for mode in MODES:
+        set_memory_mode(model, mode, chunk_tokens=5)
+        model.zero_grad()
+        logits(model, FAMILIES[family].inputs()).square().sum().backward()
+        trained = [p for name, p in model.named_parameters() if p.requires_grad]
+        found[mode] = torch.cat([p.grad.flatten().double() for p in trained])
+    assert all(relative(found[mode], found["plain"]) <= 1e-5 for mode in MODES[1:])
+
+
+def test_activations_follow_autocast(folders):
+    """A float32 norm before a quantized layer does not make its output float32 under autocast."""
+    model = load(folders, "roberta", "nf4", torch.bfloat16)
+    seen = []
+    dense = model.roberta.encoder.layer[0].intermediate.dense
+    dense.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**inputs("roberta"))
+    model(**inputs("roberta"))
+    assert seen == [torch.bfloat16, torch.float32]
+
+
+def test_evaluation_leaves_the_weights_as_they_lie(folders):
+    """bitsandbytes would repack them for inference on some CPUs, and training would then get no gradients."""
+    model = get_peft_model(load(folders, "llama", "nf4"), adapter_config("llama", "control"))
+    randomize_adapters(model)
+    reference = gradients(model, "llama")
+    with torch.no_grad():
+        model.eval()(**inputs("llama"))
+    assert torch.equal(gradients(model, "llama"), reference)
+
+
+def test_a_quantized_model_is_not_quantized_again(folders, tmp_path):
+    load(folders, "roberta", "nf4").save_pretrained(tmp_path)
+    stored = RobertaConfig.from_pretrained(tmp_path)
+    assert quantization_of(stored) == "nf4"
+    with pytest.raises(UserError, match="quantized already"):
+        check_not_quantized("int8", stored, "that model")
+    check_not_quantized("none", stored, "that model")
+    check_not_quantized("nf4", RobertaConfig.from_pretrained(folders / "roberta"), "that model")
+    reread = prepare(RobertaForSequenceClassification.from_pretrained(tmp_path, device_map={"": CPU}))
+    assert len(quantized_linears(reread)) == 12
+    model = get_peft_model(reread, adapter_config("roberta", "control"))
+    losses = train(model, "roberta")
+    assert losses[-1] < losses[0]
+
+
+def test_what_is_missing_says_so(monkeypatch):
+    import sys
+
+    import bitsandbytes.functional
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        loading_arguments("nf4", CPU, torch.float32)
+    monkeypatch.undo()
+
+    def lacking(*_, **__):
+        raise RuntimeError("no binary for this device\nlong story")
+
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", lacking)
+    with pytest.raises(UserError, match=r"cannot quantize on cpu here \(no binary for this device\)"):
+        loading_arguments("int8", CPU, torch.float32)
+    assert loading_arguments("none", CPU, torch.float32) == {}
+
+
+def test_dora_over_int8_on_a_cpu_says_so(folders):
+    with pytest.raises(UserError, match="needs a GPU"):
+        check_method_runs("control+dora", "int8", CPU)
+    check_method_runs("control+dora", "nf4", CPU)
+    check_method_runs("dora", "int8", torch.device("cuda"))
+    model = get_peft_model(load(folders, "roberta", "int8"), adapter_config("roberta", "dora"))
+    with pytest.raises(AttributeError):  # when peft no longer fails here, the check above can go
+        train(model, "roberta", steps=2)
+
+
+def test_paged_optimizers_need_a_gpu():
+    with pytest.raises(UserError, match="needs a GPU"):
+        check_paging("paged_adamw_8bit", CPU)
+    check_paging("adamw", CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_on_a_gpu(folders, name, quantization):
+    """Every mode and DoRA with half-precision compute; the quantized weights stay as they are."""
+    device = torch.device("cuda")
+    loading = loading_arguments(quantization, device, torch.bfloat16)
+    dtype = torch.bfloat16 if name == "llama" else torch.float32
+    base = prepare(CLASSES[name][0].from_pretrained(folders / name, dtype=dtype, **loading))
+    model = randomize_adapters(get_peft_model(base, adapter_config(name, "control+dora")))
+    before, batch = quantized_bytes(model), {key: value.cuda() for key, value in inputs(name).items()}
+    found = {}
+    for mode in MODES:
+        set_memory_mode(model, mode, chunk_tokens=8)
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            model.train()(**batch).loss.backward()
+        found[mode] = torch.cat([p.grad.flatten().double() for p in model.parameters() if p.requires_grad])
+    assert all(relative(found[mode], found["plain"]) <= 0.1 for mode in MODES[1:])
+    after = quantized_bytes(model)
+    assert all(torch.equal(a, b) for key in before for a, b in zip(before[key], after[key]))

@@ -1,0 +1,166 @@
+"""A bounded part of the campaign of scripts/inject_faults.py: kills, signals, full disks and broken checkpoints, by run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from control_experiments.checkpoints import checkpoints, find_damage
+from control_experiments.record import RunRecord, read_record, utc_now
+from scripts.faults import kills, tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAINING = ("roberta", "vit", "llama")
+
+
+def error_line(stderr: str) -> str:
+    """The last line of stderr, the only one that is neither a progress bar's nor a library's."""
+    assert "Traceback" not in stderr, stderr
+    return stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("domain", tiny.RUNS)
+def test_killed_runs_end_bit_for_bit_as_undisturbed_ones(domain, tmp_path):
+    result = tmp_path / "result.json"
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "inject_faults.py", "--kills", "3", "--inputs", "0", "--domains", domain,
+         "--seed", "1", "--output", result],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(result.read_text())["kills"][domain]
+    assert found["kills"] == 3 and found["resumed"] >= 1 and found["differences"] == []
+
+
+def test_the_campaign_sees_what_is_lost(tmp_path):
+    # one weight of the adapter, one figure of the record: what the campaign compares
+    run = tiny.Run("x", [], ("adapter/adapter_model.safetensors",))
+    for name in ("one", "other"):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").write_bytes(
+            b"weights of " + name.encode()
+        )
+    for name, loss in (("one", 0.5), ("other", 0.25)):
+        RunRecord(
+            domain="vit", name="a", method="lora", task="t", seed=1, command=[], created=utc_now(), finished=utc_now(),
+            git={}, versions={}, device={}, model={}, data={}, adapter={}, hyperparameters={}, memory={}, time={},
+            metrics={"best": {}, "last": {"loss": loss}}, history=[{"step": 1, "loss": loss, "train_seconds": loss}],
+        ).write(tmp_path / name / "record.json")  # fmt: skip
+    one, other = (kills.results(run, tmp_path / name) for name in ("one", "other"))
+    assert [name for name in one if one[name] != other[name]] == ["history", "metrics", run.results[0]]
+    assert one["history"] == [{"step": 1, "loss": 0.5}]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("domain", TRAINING)
+def test_a_signal_checkpoints_and_the_run_goes_on_to_the_same_end(domain, number, tmp_path):
+    more = {"vit": {"epochs": 40}, "roberta": {"epochs": 30, "save_steps": 0}, "llama": {"max_steps": 60}}[
+        domain
+    ]
+    run, whole, cut = tiny.RUNS[domain](tmp_path, **more), tmp_path / "whole", tmp_path / "cut"
+    assert kills.execute(run, whole).code == 0
+    log, started = tmp_path / "cut.log", time.perf_counter()
+    process = kills.start(run, cut, log)
+    while not (cut / "checkpoints").exists():  # it trains
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(process, number)
+    ended = kills.wait(process, log, started)
+    assert ended.code == 128 + number, ended.output
+    line = error_line(ended.output)
+    (newest, *_) = checkpoints(cut / "checkpoints")
+    assert f"{newest.name} is kept" in line and "--resume" in line
+    assert find_damage(newest) is None and not (cut / "record.json").exists()
+    ended = kills.execute(run, cut, resume=True)
+    assert ended.code == 0, ended.output
+    assert kills.results(run, cut) == kills.results(run, whole)
+
+
+@pytest.mark.parametrize("domain", TRAINING)
+def test_a_broken_checkpoint_costs_only_itself(domain, tmp_path):
+    run, whole, cut = tiny.RUNS[domain](tmp_path), tmp_path / "whole", tmp_path / "cut"
+    assert kills.execute(run, whole).code == 0
+    plan = kills.Plan(change=int(0.8 * kills.count_changes(run, tmp_path / "counted")))
+    assert kills.execute(run, cut, plan).code == -signal.SIGKILL
+    newest, before, *_ = checkpoints(cut / "checkpoints")
+    weights = next(newest.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    ended = kills.execute(run, cut, resume=True)
+    assert ended.code == 0, ended.output
+    assert f"warning: {newest.name} is broken ({weights.name} is not what was written)" in ended.output
+    assert kills.results(run, cut) == kills.results(run, whole)
+
+
+@pytest.mark.parametrize("domain", TRAINING)
+def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(domain, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a small disk needs to be root")
+    try:
+        run = tiny.RUNS[domain](tmp_path, **({"epochs": 30} if domain != "llama" else {"max_steps": 60}))
+        log, started = tmp_path / "run.log", time.perf_counter()
+        process = kills.start(run, disk / "run", log)
+        while not checkpoints(disk / "run" / "checkpoints"):
+            time.sleep(0.01)
+        subprocess.run(["dd", "if=/dev/zero", f"of={disk / 'fill'}", "bs=64k"], capture_output=True)
+        ended = kills.wait(process, log, started)
+        assert ended.code == 2, ended.output
+        line = error_line(ended.output)
+        assert line.startswith("error: ") and "is full" in line and "--resume" in line
+        assert all(
+            find_damage(checkpoint) is None for checkpoint in checkpoints(disk / "run" / "checkpoints")
+        )
+        (disk / "fill").unlink()
+        ended = kills.execute(run, disk / "run", resume=True)
+        assert ended.code == 0, ended.output
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize("domain", TRAINING)
+def test_the_same_seed_gives_the_same_record_whatever_the_workers(domain, tmp_path):
+    workers = {"vit": {"workers": 1}, "roberta": {"workers": 2}, "llama": {"workers": 2}}[domain]
+    runs = [tiny.RUNS[domain](tmp_path), tiny.RUNS[domain](tmp_path), tiny.RUNS[domain](tmp_path, **workers)]
+    found = []
+    for number, run in enumerate(runs):
+        ended = kills.execute(run, tmp_path / f"{number}")
+        assert ended.code == 0, ended.output
+        found.append(kills.results(run, tmp_path / f"{number}"))
+    assert found[0] == found[1] == found[2]
+    one, other = (vars(read_record(tmp_path / name / "record.json")) for name in ("0", "1"))
+    for measured in ("name", "command", "created", "finished", "memory", "time", "history", "metrics"):
+        one.pop(measured), other.pop(measured)
+    assert one == other
+
+
+@pytest.mark.parametrize("domain", TRAINING)
+def test_deterministic_runs_are_accepted(domain, tmp_path):
+    run = tiny.RUNS[domain](tmp_path, deterministic=True)
+    ended = kills.execute(run, tmp_path / "run")
+    assert ended.code == 0, ended.output
+    assert read_record(tmp_path / "run" / "record.json").hyperparameters["deterministic"] is True
+
+
+@pytest.mark.parametrize("domain", TRAINING)
+def test_a_loss_that_is_no_number_stops_the_run(domain, tmp_path):
+    run = tiny.RUNS[domain](tmp_path, lr=1e30)
+    ended = kills.execute(run, tmp_path / "run")
+    assert ended.code == 2, ended.output
+    line = error_line(ended.output)
+    assert (
+        "NaN or infinite" in line
+        and "step" in line
+        and ("is the last good state" in line or "no checkpoint" in line)
+    )
+    assert all(
+        find_damage(checkpoint) is None for checkpoint in checkpoints(tmp_path / "run" / "checkpoints")
+    )
+    assert not (tmp_path / "run" / "record.json").exists()
