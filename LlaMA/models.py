@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -77,7 +78,7 @@ def load_tokenizer(model: str) -> Tokenizer:
     name, extra = _source(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **extra)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, ImportError, struct.error) as error:
         raise UserError(f"no tokenizer can be loaded from {model!r}: {_first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False) or len(tokenizer) == 0:
         raise UserError(f"{model!r} has no fast tokenizer (tokenizer.json): add one to its folder")

@@ -281,6 +281,13 @@ def test_shapes_have_the_published_numbers_of_adapter_parameters():
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 
+def test_a_cut_gguf_file_is_one_line(call, data, tmp_path):
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00\x07")
+    code, _, error = call(finetune.main, *arguments(tmp_path / "cut.gguf", data, tmp_path / "run"))
+    assert code == 2 and "no tokenizer can be loaded from" in one_line(error)
+
+
+
 def test_smollm2_gguf_trains(call, data, tmp_path):
     import os
 

@@ -143,6 +143,16 @@ def test_bf16_is_as_near_to_float32_as_plain_is(mode):
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
+def test_autocast_of_a_float32_model_is_as_near_to_float32_as_plain(mode):
+    model = build(dtype=torch.float32, lora=True)
+    _, reference = loss_and_gradients(model, "plain")
+    with torch.autocast("cpu", torch.bfloat16):
+        _, plain = loss_and_gradients(model, "plain")
+        _, found = loss_and_gradients(model, mode)
+    assert distance(found, reference) <= 1.5 * distance(plain, reference)
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
 def test_two_active_adapters_and_none(mode, exact_norms):
     model = build()
     model.add_adapter("second", ControlConfig(control_rank=3, control_blocks=["mlp"], init_weights=False))

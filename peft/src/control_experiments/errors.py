@@ -94,4 +94,7 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     except KeyboardInterrupt as stop:
         print(prefix + (str(stop) or "interrupted"), file=sys.stderr)
         sys.exit(128 + getattr(stop, "number", signal.SIGINT))
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     sys.exit(0)

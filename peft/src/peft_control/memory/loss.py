@@ -8,7 +8,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import kernels
 from .layers import draws_random_numbers
-from .linear import dense_weight
+from .linear import compute_dtype, dense_weight
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -28,11 +28,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, labels, head: nn.Linear, chunk: int, softcap: float | None):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        weight = dense_weight(head, hidden.dtype)
+        dtype = compute_dtype(hidden)  # under autocast narrower than the states
+        weight, bias = dense_weight(head, dtype), None if head.bias is None else head.bias.to(dtype)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = torch.nn.functional.linear(hidden[rows], weight, head.bias)
+            logits = torch.nn.functional.linear(hidden[rows].to(dtype), weight, bias)
             if softcap is not None:
                 logits = torch.tanh(logits / softcap)
                 slope = 1 - logits.square()
@@ -41,7 +42,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if softcap is not None:
                 logits *= slope
             if gradient is not None:
-                torch.mm(logits, weight, out=gradient[rows])
+                gradient[rows] = logits @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
