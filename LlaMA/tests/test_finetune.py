@@ -287,7 +287,6 @@ def test_a_cut_gguf_file_is_one_line(call, data, tmp_path):
     assert code == 2 and "no tokenizer can be loaded from" in one_line(error)
 
 
-
 def test_smollm2_gguf_trains(call, data, tmp_path):
     import os
 
