@@ -292,18 +292,18 @@ def measure(options: Options, method: str) -> dict:
     graphs = "graphs" in parse_method(method)[1]
     if graphs:
         torch.cuda.empty_cache()
-    static, clock, seconds = allocated(options), Clock(options.device), []
+    static, clock, marks = allocated(options), Clock(options.device), []
     for number in range(options.warmup + options.steps):
         if number == options.warmup and options.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        start = clock.read()
-        loss = step()
-        end = clock.read()
-        if options.device == "cuda":
-            torch.cuda.synchronize()
         if number >= options.warmup:
-            seconds.append(clock.seconds(start, end))
+            marks.append(clock.read())
+        loss = step()
+    marks.append(clock.read())
+    if options.device == "cuda":  # only here: training loops do not wait for each step either
+        torch.cuda.synchronize()
+    seconds = [clock.seconds(start, end) for start, end in zip(marks, marks[1:])]
     if options.profile:
         with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
             step()

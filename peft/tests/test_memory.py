@@ -274,3 +274,26 @@ def test_compiled_models_train_as_others(mode):
     torch.compile(model, backend="aot_eager")(**inputs, labels=labels).loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert distance(found, reference) <= 1e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_control_small_against_the_state_survives_half_precision(mode):
+    """Added to a residual sum that is already rounded, it would be lost in every element at once."""
+    model = set_memory_mode(build(dtype=torch.bfloat16, init_weights=True, control_rank=32), mode)
+    layer = model.get_base_model().model.layers[0]
+    for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        linear.weight.data.mul_(
+            100
+        )  # what the blocks add is far off the state's rounding grid, as in real models
+    state = (4 * torch.randn(1, 512, 32)).bfloat16().requires_grad_()
+    rotary = model.get_base_model().model.rotary_emb(state, torch.arange(512)[None])
+
+    def output(scale):
+        for control in (layer.attention_control, layer.mlp_control):
+            torch.nn.init.eye_(control.control_A["default"].weight)
+            control.control_B["default"].weight.data.copy_(scale * torch.eye(32))
+        result = layer(state, attention_mask=None, position_embeddings=rotary)
+        return (result[0] if isinstance(result, tuple) else result).detach().double()
+
+    change, expected = output(2**-12) - output(0.0), 2 * 2**-12 * state.detach().double()
+    assert (change * expected).sum() / expected.square().sum() == pytest.approx(1, abs=0.2)

@@ -203,7 +203,9 @@ def test_trl_sft_trainer(tmp_path):
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from trl import SFTConfig, SFTTrainer
+
+    trl = pytest.importorskip("trl")
+    SFTConfig, SFTTrainer = trl.SFTConfig, trl.SFTTrainer
 
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>"])}
     vocabulary.update({f"w{index}": index for index in range(3, VOCAB)})

@@ -26,6 +26,7 @@ class MemoryMeter:
         self._weights: int | None = None
         self._with_optimizer: int | None = None
         if self._cuda:
+            torch.cuda.init()  # the first line that touches the device must not be the next
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
 

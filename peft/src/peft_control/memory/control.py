@@ -35,20 +35,30 @@ def control_hidden(control: ControlLayer | None, state) -> list[torch.Tensor]:
     return kept
 
 
-def add_control_(control: ControlLayer | None, kept, output) -> None:
-    """Add ``sum of alpha * B(A(state))`` to ``output`` ``(tokens, width)`` in place."""
+def add_control(control: ControlLayer | None, kept, change):
+    """``change + sum of alpha * B(A(state))``, ``(tokens, width)``.
+
+    ``change`` is what the frozen block adds to the state. The control goes there, and not into the residual sum: a
+    control that is small against the state would be rounded away in half precision, each time and not on average.
+    """
     kept = list(kept)
     for name in _active(control):
         hidden, alpha = kept.pop(0), control.alpha[name]
         if _drops(control, name):
             kept.pop(0)
         weight, bias = _cast(control.control_B[name], hidden.dtype)
-        if output.dtype == hidden.dtype:
-            output.addmm_(hidden, weight.t(), alpha=alpha)
+        if change.dtype == hidden.dtype:
+            change = torch.addmm(change, hidden, weight.t(), alpha=alpha)
         else:
-            output.add_(hidden @ weight.t(), alpha=alpha)
+            change = torch.add(change, hidden @ weight.t(), alpha=alpha)
         if bias is not None:
-            output.add_(bias, alpha=alpha)
+            change.add_(bias, alpha=alpha)
+    return change
+
+
+def add_residual_(change, state):
+    """``state + change``, in ``change``'s memory where the dtypes allow it."""
+    return change.add_(state) if change.dtype == state.dtype else state + change
 
 
 def control_backward(control: ControlLayer | None, state, kept, dy, dstate) -> list[torch.Tensor]:
@@ -105,13 +115,13 @@ class AddControl(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, state, change, control, *parameters):
-        output = state + change
         width = state.shape[-1]
-        kept = control_hidden(control, state.view(-1, width))
-        add_control_(control, kept, output.view(-1, width))
+        flat = state.view(-1, width)
+        kept = control_hidden(control, flat)
+        output = add_residual_(add_control(control, kept, change.reshape(-1, width)), flat)
         ctx.control, ctx.change_dtype = control, change.dtype
         ctx.save_for_backward(state, *kept)
-        return output
+        return output.view(state.shape)
 
     @staticmethod
     def backward(ctx, dy):

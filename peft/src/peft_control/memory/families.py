@@ -40,9 +40,15 @@ def _vit_attention(layer, state, attention_mask=None, **named):
     return layer.dropout(change) + state
 
 
+def _activation(mlp):
+    return (
+        mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.activation
+    )  # its name before transformers 5.2x
+
+
 def _vit(layer):
     linears = [layer.mlp.fc1, layer.mlp.fc2]
-    mlp = PreNormMlp(layer.layernorm_after, linears, layer.mlp.activation_fn, dropouts=[layer.dropout])
+    mlp = PreNormMlp(layer.layernorm_after, linears, _activation(layer.mlp), dropouts=[layer.dropout])
     return Halves(_vit_attention, mlp)
 
 
@@ -56,7 +62,7 @@ def _dinov2(layer):
         raise ValueError("memory modes know DINOv2's plain MLP, not its SwiGLU one")
     linears = [layer.mlp.fc1, layer.mlp.fc2]
     scale = layer.layer_scale2.lambda1
-    mlp = PreNormMlp(layer.norm2, linears, layer.mlp.activation_fn, scale, dropouts=[layer.drop_path])
+    mlp = PreNormMlp(layer.norm2, linears, _activation(layer.mlp), scale, dropouts=[layer.drop_path])
     return Halves(_dinov2_attention, mlp)
 
 

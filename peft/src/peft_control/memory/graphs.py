@@ -85,5 +85,5 @@ class _Replay(torch.autograd.Function):
     def backward(ctx, dtotal):
         if ctx.replay != ctx.graph.replays:
             raise RuntimeError("with cuda_graphs each forward needs its backward before the next forward")
-        found = [None if gradient is None else gradient * dtotal for gradient in ctx.graph.gradients]
-        return None, None, *found
+        found = iter(torch._foreach_mul([g for g in ctx.graph.gradients if g is not None], dtotal))
+        return None, None, *(None if g is None else next(found) for g in ctx.graph.gradients)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layer import ControlLayer
-from .control import add_control_, control_backward, control_hidden, control_parameters
+from .control import control_backward, control_hidden, control_parameters
 from .mlp import draws, tokens
 from .offload import HostStates
 
@@ -93,9 +93,7 @@ class MlpHalf(torch.autograd.Function):
         plan, control = layer.memory_plan, getattr(layer, "mlp_control", None)
         flat = tokens(state)
         keep = plan.keep if ctx.needs_input_grad[0] else 0  # the first layer's state may need no gradient
-        output, kept = plan.mlp.forward(flat, keep)
-        control_kept = control_hidden(control, flat)
-        add_control_(control, control_kept, output)
+        output, kept, control_kept = plan.mlp.forward(flat, keep, control)
         ctx.layer, ctx.split, ctx.autocast = layer, len(kept), _autocast_state(state)
         ctx.save_for_backward(state, *kept, *control_kept)
         return output.view(state.shape)
@@ -127,9 +125,7 @@ class LeanLayer(torch.autograd.Function):
         for piece, into in zip(
             tokens(middle).split(plan.chunk), output.view(-1, output.shape[-1]).split(plan.chunk)
         ):
-            part, _ = plan.mlp.forward(piece, 0)
-            add_control_(control, control_hidden(control, piece), part)
-            into.copy_(part)
+            into.copy_(plan.mlp.forward(piece, 0, control)[0])
         if plan.host is None:
             ctx.save_for_backward(state)
         else:

@@ -1,9 +1,10 @@
 """Frozen MLP blocks with hand-written backward passes.
 
-Each class computes ``output = block(state)`` of one frozen block, residual sum included and control excluded,
-on ``(tokens, width)`` tensors. ``forward`` returns the output and what its ``keep`` asks it to keep; ``backward``
-takes that, recomputes what is missing, and returns the state's gradient. Frozen weights need no gradients, so
-nothing else is ever kept. ``keep`` comes from the class's ``KEEP``: how much each memory mode keeps.
+Each class computes one frozen block, residual sum included, on ``(tokens, width)`` tensors. ``forward`` returns the
+block's output with its control, what its ``keep`` asks it to keep, and what the control's backward needs;
+``backward`` takes the former, recomputes what is missing, and returns the state's gradient, the control's part
+excluded. Frozen weights need no gradients, so nothing else is ever kept. ``keep`` comes from the class's ``KEEP``:
+how much each memory mode keeps.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from transformers.activations import GELUActivation, GELUTanh
 
 from . import kernels
+from .control import add_control, add_residual_, control_hidden
 from .linear import compute_dtype, input_gradient, is_frozen_linear
 
 
@@ -37,12 +39,13 @@ class GatedMlp:
     def draws(self) -> bool:
         return False
 
-    def forward(self, state, keep):
+    def forward(self, state, keep, control=None):
         normal, _ = self._normalise(state)
         gate, up = self.mlp.gate_proj(normal), self.mlp.up_proj(normal)
         del normal
-        output = state + self.mlp.down_proj(kernels.swiglu(gate, up))
-        return output, (gate, up)[:keep]
+        change = self.mlp.down_proj(kernels.swiglu(gate, up))
+        hidden = control_hidden(control, state)
+        return add_residual_(add_control(control, hidden, change), state), (gate, up)[:keep], hidden
 
     def backward(self, state, kept, dy):
         mlp = self.mlp
@@ -90,14 +93,15 @@ class PreNormMlp:
     def draws(self) -> bool:
         return any(draws(module) for module in self.dropouts)
 
-    def forward(self, state, keep):
+    def forward(self, state, keep, control=None):
         inner = self.first(self._normalise(state))
         change = self.activation(inner)
         for linear in self.rest:
             change = linear(change)
         if self.scale is not None:
             change = change * self.scale
-        return state + change, (inner,)[:keep]
+        hidden = control_hidden(control, state)
+        return add_residual_(add_control(control, hidden, change), state), (inner,)[:keep], hidden
 
     def backward(self, state, kept, dy):
         inner = kept[0] if kept else self.first(self._normalise(state))
@@ -141,12 +145,13 @@ class PostNormMlp:
         change = self.second(self.activation(inner))
         return torch.native_dropout(change, self.dropout.p, True) if draws(self.dropout) else (change,)
 
-    def forward(self, state, keep):
+    def forward(self, state, keep, control=None):
         inner = self.first(state)
         change = self._change(inner)
         kept = (*change, inner) if keep == 2 else tuple(change) if keep == 1 else ()
         total = change[0] + state
-        return kernels.layer_norm(total, self.norm, total.dtype), kept
+        hidden = control_hidden(control, state)
+        return add_control(control, hidden, kernels.layer_norm(total, self.norm, total.dtype)), kept, hidden
 
     def backward(self, state, kept, dy):
         kept, masked = list(kept), draws(self.dropout)
