@@ -24,6 +24,7 @@ it keeps a graph's memory between the steps) are for the LLaMA shapes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -303,7 +304,7 @@ def measure(options: Options, method: str) -> dict:
     marks.append(clock.read())
     if options.device == "cuda":  # only here: training loops do not wait for each step either
         torch.cuda.synchronize()
-    seconds = [clock.seconds(start, end) for start, end in zip(marks, marks[1:])]
+    seconds = [clock.seconds(start, end) for start, end in itertools.pairwise(marks)]
     if options.profile:
         with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
             step()
