@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from control_experiments.device import to_device
+
 #: Upper bound of a padded chunk of images of unequal sizes, in values (x 4 bytes when they become floats).
 CHUNK_VALUES = 1 << 26
 
@@ -119,7 +121,7 @@ def render(
     """
     device = torch.device(device)
     if isinstance(images, torch.Tensor):
-        return _resample(_move(images, device), views, size)
+        return _resample(to_device(images, device), views, size)
     result = torch.empty(len(images), 3, size, size, device=device)
     for chunk in _chunks(views.box[:, 2:]):
         part = views[chunk]
@@ -129,7 +131,7 @@ def render(
             top, left, height, width = views.box[index].tolist()
             padded[row, :, :height, :width] = images[index][:, top : top + height, left : left + width]
         part.box = part.box * torch.tensor([0, 0, 1, 1])
-        result[torch.tensor(chunk, device=device)] = _resample(_move(padded, device), part, size)
+        result[to_device(torch.tensor(chunk), device)] = _resample(to_device(padded, device), part, size)
     return result
 
 
@@ -154,16 +156,10 @@ def _chunks(boxes: torch.Tensor) -> list[list[int]]:
     return chunks
 
 
-def _move(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type == "cuda" and pixels.device.type == "cpu":
-        return pixels.pin_memory().to(device, non_blocking=True)
-    return pixels.to(device)
-
-
 def _resample(pixels: torch.Tensor, views: Views, size: int) -> torch.Tensor:
     numbers = torch.cat([views.box, views.scaled, views.window, views.flip[:, None].long()], 1)
     top, left, height, width, high, wide, first_row, first_column, flip = (
-        _move(numbers, pixels.device).float().unbind(1)
+        to_device(numbers, pixels.device).float().unbind(1)
     )
     outputs = torch.arange(size, device=pixels.device, dtype=torch.float32)
     mirrored = torch.where(flip[:, None] > 0, size - 1 - outputs, outputs)

@@ -27,6 +27,7 @@ from torchvision import datasets
 from tqdm import tqdm
 
 from control_experiments.checksums import fingerprint
+from control_experiments.device import to_device
 from control_experiments.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
@@ -88,7 +89,7 @@ class Decoded:
     def batches(self, indices: Sequence[torch.Tensor]) -> Iterator[tuple[Images, torch.Tensor]]:
         """For each index tensor (on the CPU) the uint8 images and their labels."""
         for chosen in indices:
-            on_device = chosen.to(self.labels.device)
+            on_device = to_device(chosen, self.labels.device)
             if isinstance(self.images, torch.Tensor):
                 yield self.images[on_device], self.labels[on_device]
             else:

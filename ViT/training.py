@@ -11,6 +11,7 @@ from images import Decoded, OnDemand
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from control_experiments.device import to_device
 from control_experiments.errors import UserError
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
@@ -77,7 +78,7 @@ def prepared(
     """Normalised inputs `(B, 3, size, size)` and labels `(B,)` on `device`; `views` chooses crops from sizes."""
     for pixels, labels in data.batches(indices):
         chosen = views(augment.sizes_of(pixels))
-        yield augment.normalise(augment.render(pixels, chosen, size, device)), labels.to(device)
+        yield augment.normalise(augment.render(pixels, chosen, size, device)), to_device(labels, device)
 
 
 @dataclass

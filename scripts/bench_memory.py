@@ -17,8 +17,8 @@ A method is NAME[+liger][+checkpointing][+compile][+graphs][:MODE] with
         paper's recipe for the shape (LLaMA: LoRA r 32 on q,k,v,up,down, control r 64 on attention and mlp;
         ViT: LoRA r 1 on the MLP's linears, control r 16; RoBERTa: LoRA r 8 on query and value, control r 16)
   MODE  plain, fast, balanced or lean, for control and control+lora (see peft_control.memory)
-The switches liger, compile and graphs (one CUDA graph a step; its memory is what the allocator reserves, because
-it keeps a graph's memory between the steps) are for the LLaMA shapes.
+The switches liger and compile are for the LLaMA shapes. With graphs (CUDA graphs of the step, see peft_control.memory)
+memory is what the allocator reserves, because it keeps a graph's memory between the steps, in expandable segments.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -200,7 +201,8 @@ def build_roberta(options, name, switches, mode) -> Workload:
         model = RobertaForSequenceClassification(config)
     ranks = dict(r=8, lora_alpha=16, target_modules=["query", "value"])
     model = adapt(
-        model, name, mode, lora=ranks, mixed=ranks, every=["query", "key", "value", "dense"],
+        model, name, mode, cuda_graphs="graphs" in switches,
+        lora=ranks, mixed=ranks, every=["query", "key", "value", "dense"],
         control=dict(task_type="SEQ_CLS", control_rank=16),
     )  # fmt: skip
     if "checkpointing" in switches:
@@ -226,7 +228,8 @@ def build_vit(options, name, switches, mode) -> Workload:
     ranks = dict(r=1, lora_alpha=1, target_modules=list(mlp_linears(4)))
     every = [*mlp_linears(4), "qkv", "proj"]
     model = adapt(
-        model, name, mode, lora=dict(**ranks, modules_to_save=["head"]), every=every,
+        model, name, mode, cuda_graphs="graphs" in switches,
+        lora=dict(**ranks, modules_to_save=["head"]), every=every,
         mixed=dict(r=1, lora_alpha=1, target_modules=["qkv"]),
         control=dict(control_rank=16, control_bias=True, modules_to_save=["head"]),
     )  # fmt: skip
@@ -387,9 +390,11 @@ def run_all(options: Options) -> list[dict]:
     for number, method in enumerate(options.methods, 1):
         started = time.time()
         command = [sys.executable, __file__, *passed_on, "--worker", method]
+        graphs = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if "graphs" in parse_method(method)[1] else {}
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=None if options.profile else subprocess.PIPE, text=True
-        )
+            command, env={**os.environ, **graphs}, stdout=subprocess.PIPE,
+            stderr=None if options.profile else subprocess.PIPE, text=True,
+        )  # fmt: skip
         if done.returncode:
             reason = (done.stderr or "").strip().splitlines()[-1:] or ["see above"]
             result = {"method": method, "error": reason[0][:300]}
@@ -479,8 +484,10 @@ def check(options: Options) -> None:
             _, switches, _ = parse_method(method)
         except ValueError as error:
             raise UserError(str(error)) from None
-        if switches - {"checkpointing"} and options.shape not in LLAMA_SHAPES:
-            raise UserError(f"method {method!r}: {options.shape} has no switch but checkpointing")
+        if switches & {"liger", "compile"} and options.shape not in LLAMA_SHAPES:
+            raise UserError(f"method {method!r}: {options.shape} has no switches but checkpointing and graphs")
+        if "graphs" in switches and options.device == "cpu":
+            raise UserError(f"method {method!r}: CUDA graphs need a GPU")
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ COMMONSENSE = (
 #: Ranks that need no mention in a method's label; other domains always mention them.
 _USUAL_RANKS = {"roberta": (16, 8), "qcontrol": (16, 8), "vit": (16, 1)}
 #: Hyperparameters in which methods may differ from each other, but seeds of one method may not.
-_METHODS_OWN = ("lr", "learning_rate", "memory", "gradient_checkpointing", "lora_", "control_")
+_METHODS_OWN = ("lr", "learning_rate", "memory", "cuda_graphs", "gradient_checkpointing", "lora_", "control_")
 #: Hyperparameters that change neither what is learned nor what it costs, or that name what is compared.
 _NEUTRAL = ("method", "seed", "task", "data", "model", "limit", "mode", "quantization", "mlp_layers")
 
@@ -57,6 +57,7 @@ class Run:
         best, last: column -> score in percent, of the best and of the last evaluation.
         shared: conditions that all runs of a comparison must have in common.
         own: conditions that all seeds of one row must have in common.
+        shared_gpu: whether other processes used its GPU, so that its times say little.
     """
 
     place: Place
@@ -67,6 +68,7 @@ class Run:
     last: dict[str, float]
     shared: dict[str, str]
     own: dict[str, str]
+    shared_gpu: bool = False
 
     @property
     def method(self) -> str:
@@ -91,8 +93,13 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """Training time, evaluations left out; None for a run that was resumed or did not train."""
-        return None if self.resumed else self.record.time.get("train_seconds")
+        """Training time, evaluations left out; None for a run that was resumed, shared its GPU, or did not train."""
+        return None if self.resumed or self.shared_gpu else self.record.time.get("train_seconds")
+
+    @property
+    def examples_per_second(self) -> float | None:
+        """Training examples a second; None where `seconds` is."""
+        return self.seconds and self.record.time.get("examples_per_second")
 
 
 @dataclass(frozen=True)
@@ -239,6 +246,8 @@ def collect(root: Path) -> Collection:
                 found[path.relative_to(root).as_posix()] = _read_benchmark(path, wanted)
             except UserError as error:
                 problems.append(_problem(root, path, str(error)))
+    for run in runs:
+        run.shared_gpu = _shared_gpu(run, runs)
     comparisons = _compare(runs, problems)
     return Collection(root, comparisons, measurements, benchmarks, paddings, problems)
 
@@ -294,6 +303,23 @@ def _run(root: Path, path: Path, record: RunRecord) -> Run:
             f"{path} is a broken run record ({error} is missing): delete it and run again"
         ) from error
     return Run(place, record, scored, links, scores["best"], scores["last"], shared, own)
+
+
+def _shared_gpu(run: Run, runs: Sequence[Run]) -> bool:
+    """What the meter saw; of records older than that, whether another run overlaps with it on a GPU of the name."""
+    one = run.record
+    if one.device.get("kind") != "cuda":
+        return False
+    seen = one.memory.get("other_processes_bytes")
+    if seen is not None:
+        return seen > 0
+    return any(
+        other is not run
+        and other.record.device.get("name") == one.device["name"]
+        and one.created < other.record.finished
+        and other.record.created < one.finished
+        for other in runs
+    )
 
 
 def _scores(record: RunRecord) -> dict[str, dict[str, float]] | None:
@@ -356,6 +382,8 @@ def row_label(domain: str, method: str, hyperparameters: dict) -> str:
     label = f"{method} {'+'.join(ranks)}" if ranks else method
     if hyperparameters.get("memory") not in (None, "plain"):
         label += f", {hyperparameters['memory']}"
+    if hyperparameters.get("cuda_graphs"):
+        label += ", graphs"
     if hyperparameters.get("gradient_checkpointing"):
         label += ", checkpointing"
     return label

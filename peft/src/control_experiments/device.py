@@ -45,6 +45,13 @@ def select_device(name: str) -> torch.device:
     return torch.device("cuda", 0)
 
 
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`tensor` on `device`; from the host to a GPU through pinned memory, so that nobody waits for queued work."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's generators (all devices)."""
     set_seed(seed)

@@ -11,14 +11,18 @@ from contextlib import contextmanager
 
 import torch
 
+# What a process needs on a GPU beside its tensors (context, libraries, kernels) stays below this.
+_OWN_OVERHEAD = 2**30
+
 
 class MemoryMeter:
     """Splits a run's memory into weights, adapter + optimizer, and activations (all in bytes).
 
     On CUDA the numbers are the caching allocator's: `weights` is allocated once the frozen model lies on the device,
     `adapter_and_optimizer` what the first optimizer step left on top of that (adapter, optimizer states, kept
-    gradients), `activations` the peak above both. On a CPU no such split can be measured: the peak resident set of the
-    whole process is given, labelled as such, and the rest is None.
+    gradients), `activations` the peak above both. `other_processes_bytes` is what others were seen to hold there at
+    one of the marks: unless it is 0, the GPU was shared and the run's times say little. On a CPU no such split can be
+    measured: the peak resident set of the whole process is given, labelled as such, and the rest is None.
     """
 
     def __init__(self, device: torch.device):
@@ -29,14 +33,22 @@ class MemoryMeter:
             torch.cuda.init()  # the first line that touches the device must not be the next
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
+            self._others = 0
+            self._look_for_others()
 
     @property
     def _cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    def _look_for_others(self) -> None:
+        free, total = torch.cuda.mem_get_info(self.device)
+        others = total - free - torch.cuda.memory_reserved(self.device) - _OWN_OVERHEAD
+        self._others = max(self._others, others)
+
     def after_load(self) -> None:
         """Call when the base model lies on the device, before the adapter is added."""
         if self._cuda:
+            self._look_for_others()
             self._weights = torch.cuda.memory_allocated(self.device) - self._before
 
     def after_optimizer(self) -> None:
@@ -49,7 +61,7 @@ class MemoryMeter:
         summary = dict.fromkeys(
             (
                 "weights_bytes", "adapter_and_optimizer_bytes", "activations_bytes",
-                "peak_allocated_bytes", "peak_reserved_bytes", "peak_resident_bytes",
+                "peak_allocated_bytes", "peak_reserved_bytes", "peak_resident_bytes", "other_processes_bytes",
             )
         )  # fmt: skip
         if not self._cuda:
@@ -57,6 +69,8 @@ class MemoryMeter:
             unit = 1 if sys.platform == "darwin" else 1024
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
             return {"kind": "resident set", **summary, "peak_resident_bytes": peak}
+        self._look_for_others()
+        summary["other_processes_bytes"] = self._others
         peak = torch.cuda.max_memory_allocated(self.device)
         summary["peak_allocated_bytes"] = peak
         summary["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)

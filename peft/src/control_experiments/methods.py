@@ -108,17 +108,17 @@ def adapter_config(
         raise UserError(str(error)) from error
 
 
-def set_memory(model: nn.Module, mode: str) -> None:
-    """Set how `model` trains (`peft_control.memory`); "plain" changes nothing.
+def set_memory(model: nn.Module, mode: str, cuda_graphs: bool = False) -> None:
+    """Set how `model` trains (`peft_control.memory`); "plain" without graphs changes nothing.
 
     Raises:
         UserError: the model or its adapter does not support the mode.
     """
-    if mode == "plain":
+    if mode == "plain" and not cuda_graphs:
         return
     from peft_control.memory import set_memory_mode
 
     try:
-        set_memory_mode(model, mode)
+        set_memory_mode(model, mode, cuda_graphs=cuda_graphs)
     except ValueError as error:
         raise UserError(f"--memory {mode}: {error}; use --memory plain") from error

@@ -121,14 +121,14 @@ def cost_cells(row: Row) -> list[Cell]:
     if memory.value is not None and runs[0].record.memory.get("kind") == "resident set":
         memory.notes.append("Resident memory of the whole process on a CPU, not comparable with a GPU's.")
     seconds = summary_cell(row.over_seeds(lambda run: run.seconds), 1, "not measured")
-    rate = summary_cell(
-        row.over_seeds(lambda run: run.record.time.get("examples_per_second")), 0, "not measured"
-    )
+    rate = summary_cell(row.over_seeds(lambda run: run.examples_per_second), 0, "not measured")
     resumed = [run.links[0] for run in runs if run.resumed]
     if resumed:
         note = f"{', '.join(resumed)} was resumed, so its record covers only a part of the memory and time."
         memory.notes.append(note)
         seconds.notes.append(note)
+    if any(run.shared_gpu for run in runs):
+        seconds.notes.append("Not shown: other processes used the GPU at the same time.")
     return [memory, seconds, rate]
 
 

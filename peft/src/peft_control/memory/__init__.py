@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .families import FAMILIES, halves
-from .graphs import StepGraphs
+from .graphs import StepGraphs, graphed_forward
 from .layers import Plan, training_forward
 from .loss import causal_lm_forward
 from .offload import HostStates
@@ -46,9 +46,10 @@ def set_memory_mode(
         offload: lean keeps its states in pinned host memory (on a GPU).
         fused_loss: causal language models compute their training loss without a batch's logits, so that
             ``outputs.logits`` is None while training with labels.
-        cuda_graphs: causal language models replay their whole training step as a CUDA graph when its shape was
-            seen before: for small batches of fixed shape without padding, whose time goes into kernel launches.
-            A batch with padding, dropout that draws, or more than eight shapes runs without a graph.
+        cuda_graphs: the training step is replayed as CUDA graphs when its shapes were seen before: for small
+            batches of few shapes, whose time goes into kernel launches; in every mode, "plain" too. Lean then keeps
+            its states on the GPU. What cannot be replayed runs without a graph: more than sixteen shapes, a causal
+            language model's batch with padding, dropout that the mode draws twice ("lean").
         on_unsupported: "error", or "warn" to stay plain.
 
     Returns:
@@ -61,8 +62,16 @@ def set_memory_mode(
     if mode not in MODES:
         raise ValueError(f"unknown memory mode {mode!r}: choose from {', '.join(MODES)}")
     _restore(model)
-    if mode == "plain":
-        return model
+    if mode != "plain":
+        _replace_layers(model, mode, chunk_tokens, offload and not cuda_graphs, on_unsupported)
+        if fused_loss:
+            _fuse_loss(model, chunk_tokens)
+    if cuda_graphs:
+        _replay_steps(model)
+    return model
+
+
+def _replace_layers(model, mode, chunk_tokens, offload, on_unsupported):
     plans = {}
     for layer in model.modules():
         found = halves(layer)
@@ -73,8 +82,8 @@ def set_memory_mode(
             f"memory mode {mode!r} supports {', '.join(FAMILIES)}; {_class_name(model)} has no such layer"
         )
         if on_unsupported == "warn":
-            warnings.warn(f"{message}; it trains in mode 'plain'", stacklevel=2)
-            return model
+            warnings.warn(f"{message}; it trains in mode 'plain'", stacklevel=3)
+            return
         raise ValueError(message)
     if any(
         getattr(m, "gradient_checkpointing", getattr(m, "grad_checkpointing", False)) for m in model.modules()
@@ -85,13 +94,25 @@ def set_memory_mode(
         plan.host = host
         layer.memory_plan = plan
         layer.forward = MethodType(training_forward, layer)
-    for module in model.modules() if fused_loss else ():
+
+
+def _fuse_loss(model, chunk_tokens):
+    trained_in_pieces = any("memory_plan" in vars(module) for module in model.modules())
+    for module in model.modules() if trained_in_pieces else ():
         if isinstance(module, PreTrainedModel) and isinstance(getattr(module, "lm_head", None), nn.Linear):
             rows = chunk_tokens // 4 if chunk_tokens else _LOGITS_ELEMENTS // module.lm_head.out_features
             module.loss_chunk = max(rows, 1)
-            module.step_graphs = StepGraphs() if cuda_graphs else None
             module.forward = MethodType(causal_lm_forward, module)
-    return model
+
+
+def _replay_steps(model):
+    fused = [module for module in model.modules() if "loss_chunk" in vars(module)]
+    for module in fused:
+        module.step_graphs = StepGraphs()
+    if not fused:
+        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        whole.step_graphs = StepGraphs()
+        whole.forward = MethodType(graphed_forward, whole)
 
 
 def _restore(model):

@@ -53,7 +53,9 @@ def _vit(layer):
 
 
 def _dinov2_attention(layer, state, attention_mask=None, **named):
-    change, _ = layer.attention(layer.norm1(state), attention_mask=attention_mask, **named)
+    if attention_mask is not None:  # before transformers 5.2x its attention takes none
+        named["attention_mask"] = attention_mask
+    change, _ = layer.attention(layer.norm1(state), **named)
     return layer.drop_path(layer.layer_scale1(change)) + state
 
 

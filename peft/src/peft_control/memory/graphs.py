@@ -1,21 +1,26 @@
-"""A training step of fixed shape as one CUDA graph: small steps are bound by kernel launches, not by arithmetic."""
+"""A training step of fixed shape as CUDA graphs: small steps are bound by kernel launches, not by arithmetic."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .layers import replays_random_numbers
 
 
 class StepGraphs:
-    """CUDA graphs of a loss and its gradients, one for each shape of its inputs.
+    """CUDA graphs of a forward and its backward, a pair for each shape of the inputs.
 
     The first call with a new shape runs the step a few times, captures it, and keeps the memory that it needs;
-    all shapes share that memory. Later calls copy their inputs in and replay. After ``limit`` shapes new ones run
-    without a graph. A copy of the object starts without graphs.
+    all shapes share that memory. Later calls copy their inputs in and replay; dropout draws new numbers each time.
+    After ``limit`` shapes new ones run without a graph. A copy of the object starts without graphs.
     """
 
-    def __init__(self, limit: int = 8):
+    def __init__(self, limit: int = 16):
         self.limit = limit
         self._graphs: dict[tuple, _Graph] = {}
 
@@ -27,63 +32,124 @@ class StepGraphs:
 
     def __call__(
         self,
-        compute: Callable[..., torch.Tensor],
+        compute: Callable,
         inputs: Sequence[torch.Tensor],
         parameters: Sequence[torch.Tensor],
-    ) -> torch.Tensor:
-        """Return ``compute(*inputs)``, a scalar, with gradients for ``parameters``.
+        setting: object = None,
+    ):
+        """Return ``compute(*inputs)``, a tensor or a structure of tensors, with gradients for ``parameters``.
 
-        ``compute`` must always do the same work for the same shapes: no random numbers, no reads of the device.
+        ``compute`` must do the same work for the same shapes and the same ``setting``, and read nothing from the
+        device.
+
+        Raises:
+            RuntimeError: ``compute`` cannot be captured.
         """
         key = (
             *((x.shape, x.dtype) for x in inputs),
             *map(id, parameters),
             torch.is_autocast_enabled("cuda"),
             torch.get_autocast_dtype("cuda"),
+            setting,
         )
         if key not in self._graphs:
             if len(self._graphs) == self.limit:
                 return compute(*inputs)
-            pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
+            pool = next(iter(self._graphs.values())).forward.pool() if self._graphs else None
             self._graphs[key] = _Graph(compute, inputs, parameters, pool)
-        return _Replay.apply(self._graphs[key], inputs, *parameters)
+        graph = self._graphs[key]
+        return tree_unflatten(list(_Replay.apply(graph, inputs, *parameters)), graph.structure)
+
+
+def graphed_forward(model: nn.Module, *arguments, **named):
+    """Replaces ``model.forward``: replays graphs while training on a GPU, and runs the model's own otherwise."""
+    run = partial(type(model).forward, model)
+    values, structure = tree_flatten((arguments, named))
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if (
+        not (model.training and torch.is_grad_enabled() and tensors)
+        or any(not x.is_cuda or x.requires_grad for x in tensors)
+        or replays_random_numbers(model)
+    ):
+        return run(*arguments, **named)
+
+    def compute(*tensors):
+        fresh = iter(tensors)
+        filled = [next(fresh) if isinstance(value, torch.Tensor) else value for value in values]
+        arguments, named = tree_unflatten(filled, structure)
+        return run(*arguments, **named)
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    others = [value for value in values if not isinstance(value, torch.Tensor)]
+    return model.step_graphs(compute, tensors, trained, f"{structure} {others}")
 
 
 class _Graph:
     def __init__(self, compute, inputs, parameters, pool):
         self.inputs = [x.clone() for x in inputs]
+        self.parameters, self.replays = parameters, 0
 
-        def step():
-            total = compute(*self.inputs)
-            return total.detach(), torch.autograd.grad(total, parameters, allow_unused=True)
+        def forward():
+            outputs, self.structure = tree_flatten(compute(*self.inputs))
+            return outputs
 
+        def gradients_of(outputs, doutputs):
+            return torch.autograd.grad(outputs, parameters, doutputs, allow_unused=True)
+
+        random = torch.cuda.get_rng_state()  # what the runs below draw must not count
         dtype = torch.get_autocast_dtype("cuda")
         autocast = torch.autocast("cuda", dtype, torch.is_autocast_enabled("cuda"), cache_enabled=False)
-        with torch.enable_grad(), autocast:
-            stream = torch.cuda.Stream()  # capture wants work that has run before, on another stream
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    step()
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool):
-                self.total, self.gradients = step()
-        self.replays = 0
+        try:
+            with torch.enable_grad(), autocast:
+                stream = torch.cuda.Stream()  # capture wants work that has run before, on another stream
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(2):
+                        ends = [x for x in forward() if x.requires_grad]
+                        gradients_of(ends, [torch.zeros_like(x) for x in ends])
+                        del ends
+                torch.cuda.current_stream().wait_stream(stream)
+                self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.forward, pool=pool):
+                    outputs = forward()
+                ends = [x for x in outputs if x.requires_grad]
+                self.doutputs = [torch.zeros_like(x) for x in ends]
+                with torch.cuda.graph(self.backward, pool=self.forward.pool()):
+                    self.gradients = gradients_of(ends, self.doutputs)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise RuntimeError(
+                f"this model's training step cannot be captured as a CUDA graph ({reason}): train without cuda_graphs"
+            ) from error
+        self.outputs = [x.detach() for x in outputs]
+        self.differentiable = [x.requires_grad for x in outputs]
+        torch.cuda.set_rng_state(random)
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, graph, inputs, *parameters):
         torch._foreach_copy_(graph.inputs, list(inputs))
-        graph.graph.replay()
+        graph.forward.replay()
         graph.replays += 1
         ctx.graph, ctx.replay = graph, graph.replays
-        return graph.total.clone()
+        outputs = [x.clone() for x in graph.outputs]
+        ctx.mark_non_differentiable(*(x for x, found in zip(outputs, graph.differentiable) if not found))
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx, dtotal):
-        if ctx.replay != ctx.graph.replays:
+    def backward(ctx, *doutputs):
+        graph = ctx.graph
+        if ctx.replay != graph.replays:
             raise RuntimeError("with cuda_graphs each forward needs its backward before the next forward")
-        found = iter(torch._foreach_mul([g for g in ctx.graph.gradients if g is not None], dtotal))
-        return None, None, *(None if g is None else next(found) for g in ctx.graph.gradients)
+        wanted = [dy for dy, found in zip(doutputs, graph.differentiable) if found]
+        torch._foreach_copy_(graph.doutputs, wanted)
+        # The gradients handed out lie in the graph's own memory: one that is still there is being accumulated into.
+        for parameter, gradient in zip(graph.parameters, graph.gradients):
+            if gradient is not None and parameter.grad is not None:
+                if parameter.grad.data_ptr() == gradient.data_ptr():
+                    parameter.grad = parameter.grad.clone()
+        graph.backward.replay()
+        return None, None, *(None if g is None else g.detach() for g in graph.gradients)

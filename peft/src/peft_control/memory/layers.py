@@ -190,6 +190,20 @@ def draws_random_numbers(layer) -> bool:
     )
 
 
+def replays_random_numbers(model) -> bool:
+    """Whether a layer's backward draws its forward's random numbers once more, which no CUDA graph can do."""
+    for layer in model.modules():
+        plan = getattr(layer, "memory_plan", None)
+        recomputes = plan is not None and (
+            plan.mode == "lean"
+            or plan.mlp.draws()
+            or (plan.mode == "balanced" and plan.halves.recompute_attention)
+        )
+        if recomputes and draws_random_numbers(layer):
+            return True
+    return False
+
+
 def _random_state(tensor):
     states = [torch.get_rng_state()]
     if tensor.is_cuda:

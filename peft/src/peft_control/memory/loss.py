@@ -7,7 +7,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import kernels
-from .layers import draws_random_numbers
+from .layers import replays_random_numbers
 from .linear import compute_dtype, dense_weight
 
 
@@ -87,7 +87,7 @@ def causal_lm_forward(model, input_ids=None, attention_mask=None, *arguments, la
     softcap = getattr(model.config, "final_logit_softcapping", None)
     base = getattr(model, model.base_model_prefix)
     others = [value for value in (*arguments, *named.values()) if value is not None]
-    if model.step_graphs is not None and not others and _fits_a_graph(base, input_ids, attention_mask):
+    if "step_graphs" in vars(model) and not others and _fits_a_graph(base, input_ids, attention_mask):
         total = model.step_graphs(
             lambda ids, labels: _total(
                 _states(base, ids), labels, model.lm_head, model.loss_chunk, softcap=softcap
@@ -104,7 +104,7 @@ def causal_lm_forward(model, input_ids=None, attention_mask=None, *arguments, la
 
 
 def _fits_a_graph(base, ids, mask) -> bool:
-    if ids is None or not ids.is_cuda or draws_random_numbers(base):
+    if ids is None or not ids.is_cuda or replays_random_numbers(base):
         return False
     windows = [getattr(layer.self_attn, "sliding_window", None) for layer in base.layers]
     windows.append(getattr(base.config, "sliding_window", None))
