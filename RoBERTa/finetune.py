@@ -118,12 +118,26 @@ class Options:
             "help": "longest: rows of like length together, padded to their longest; max_length: the authors'."
         },
     )
+    random_order: bool = field(
+        default=False,
+        metadata={
+            "help": "Do not bring rows of like length together: more padding, but batches whose lengths say nothing about "
+            "their labels."
+        },
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = field(
         default="auto", metadata={"help": "Autocast type; auto: bf16 or else fp16 on a GPU, fp32 on a CPU."}
     )
     memory: Literal["plain", "fast", "balanced", "lean"] = field(
         default="plain",
         metadata={"help": "How little the frozen blocks keep for the backward; same results."},
+    )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "Replay steps as CUDA graphs: faster where launching kernels takes the time, as with small models; "
+            "rows are then padded to multiples of 16, so that there are few shapes."
+        },
     )
     quantization: Literal["none", "nf4", "fp4", "int8"] = field(
         default="none", metadata={"help": QUANTIZATION_HELP}
@@ -346,7 +360,7 @@ def training_arguments(
     options: Options, folder: RunFolder, device: torch.device, precision: str
 ) -> TrainingArguments:
     """The options in the Trainer's terms."""
-    grouped = options.padding == "longest"
+    grouped = options.padding == "longest" and not options.random_order
     evaluation = "steps" if options.eval_steps else "epoch"
     return TrainingArguments(
         output_dir=str(folder.checkpoints),
@@ -490,7 +504,7 @@ def train(
     memory.after_load()
     total_parameters = model.num_parameters()
     model = add_adapter(model, options)
-    set_memory(model, options.memory)
+    set_memory(model, options.memory, options.cuda_graphs)
     encoded = tokenize(splits, tokenizer, options.max_length)
     dev = {suffix: encoded[split] for suffix, split in zip(task.evaluations, task.dev_splits, strict=True)}
 
@@ -501,7 +515,10 @@ def train(
             train_dataset=encoded["train"],
             eval_dataset=dev if len(dev) > 1 else next(iter(dev.values())),
             data_collator=DataCollatorWithPadding(
-                tokenizer, padding=options.padding, max_length=options.max_length
+                tokenizer,
+                padding=options.padding,
+                max_length=options.max_length,
+                pad_to_multiple_of=16 if options.cuda_graphs else None,
             ),
             processing_class=tokenizer,
             compute_metrics=lambda result: task.metrics(result.predictions, result.label_ids),
@@ -588,7 +605,7 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     precision = resolve_precision(options.precision, device)
     check_method_runs(options.method, options.quantization, device)
     quieten()
-    with RunFolder(options.folder) as folder:
+    with RunFolder(options.folder) as folder, explain_out_of_memory(device, LESS_MEMORY):
         checkpoint = folder.claim({**options.identity(), "precision": precision}, resume=options.resume)
         if folder.finished:
             print(f"{folder.path} is finished: skipped (delete the folder to run it again)")
@@ -597,8 +614,7 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
             os.environ.setdefault("WANDB_DIR", str(folder.path))
             os.environ.setdefault("WANDB_PROJECT", "parallel-control")
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
-        with explain_out_of_memory(device, LESS_MEMORY):
-            return train(options, folder, device, precision, checkpoint, command)
+        return train(options, folder, device, precision, checkpoint, command)
 
 
 if __name__ == "__main__":

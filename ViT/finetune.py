@@ -37,6 +37,7 @@ from classifier import (
     save,
     trained_state,
 )
+from held_out import hold_out
 from images import Decoded, ImageData, load_data, read_folder
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -71,6 +72,7 @@ from control_experiments.losses import LossWatch, check_parameters
 from control_experiments.metering import MemoryMeter, Throughput
 from control_experiments.methods import ControlSettings, check_method, set_memory
 from control_experiments.paths import RESULTS, public_path
+from control_experiments.rates import SEARCH_FOLDER
 from control_experiments.record import (
     RunRecord,
     git_state,
@@ -100,6 +102,13 @@ class Options:
         },
     )
     data_root: str = field(default="data", metadata={"help": "Where torchvision keeps its downloads."})
+    validation_share: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "For choosing hyperparameters: this share of the training images of each class, the same for every "
+            f"seed, is held out and tested on in the place of the test images. Runs lie below {SEARCH_FOLDER}/."
+        },
+    )
     corrupt: Literal["stop", "skip"] = field(
         default="stop", metadata={"help": "At an unreadable image: stop, or warn and skip it."}
     )
@@ -126,6 +135,12 @@ class Options:
     attention: Literal["eager", "sdpa"] = field(default="sdpa", metadata={"help": "sdpa is fused."})
     memory: Literal["plain", "fast", "balanced", "lean"] = field(
         default="plain", metadata={"help": "How little the control keeps for its backward; same results."}
+    )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "Replay steps as CUDA graphs: faster where launching kernels takes the time, as with small models."
+        },
     )
     augment: Optional[Literal["published", "none"]] = field(
         default=None, metadata={"help": "published: random resized crop and flip; none is tiny's default."}
@@ -192,15 +207,42 @@ class Options:
                 raise UserError(f"--{name} must be at most 1, got {getattr(self, name)}")
         if tiny and self.data != "digits":
             raise UserError("--model tiny is made for --data digits: choose a timm model for other data")
+        if self.validation_share is not None:
+            self._check_validation()
+
+    def _check_validation(self) -> None:
+        if not 0 < self.validation_share < 1:
+            raise UserError(
+                f"--validation_share must lie between 0 and 1, both excluded, got {self.validation_share}"
+            )
+        if self.evaluate or self.predict:
+            raise UserError("--validation_share is for training: leave it out with --evaluate and --predict")
+        if SEARCH_FOLDER not in self.folder.resolve().parts:
+            raise UserError(
+                f"--validation_share needs an --output_dir below a folder named {SEARCH_FOLDER}: its scores are not of "
+                "test images, and tables leave that folder out"
+            )
+
+    @property
+    def model_name(self) -> str:
+        """The model in names of runs."""
+        model = Path(self.model)
+        model = model.parent if model.stem == "model" else model
+        return model.stem if model.suffix in (".npz", ".safetensors") else model.name
 
     @property
     def folder(self) -> Path:
         if self.output_dir is not None:
             return Path(self.output_dir)
-        model = Path(self.model)
-        model = model.parent if model.stem == "model" else model
-        name = model.stem if model.suffix in (".npz", ".safetensors") else model.name
-        return RESULTS / "vit" / f"{name}_{Path(self.data).stem}_{self.method}_seed{self.seed}"
+        name = f"{self.model_name}_{Path(self.data).stem}_{self.method}_seed{self.seed}"
+        if self.validation_share is None:
+            return RESULTS / "vit" / name
+        return RESULTS / "vit" / SEARCH_FOLDER / f"{name}_lr{self.lr}"
+
+    @property
+    def scored(self) -> str:
+        """What kind of images accuracies are of, for people."""
+        return "test" if self.validation_share is None else "held-out"
 
     def hyperparameters(self) -> dict:
         """Everything that decides the outcome, paths by their public names."""
@@ -239,6 +281,8 @@ def train(options: Options, device: torch.device) -> None:
             keep=options.keep,
             workers=options.workers,
         )
+        if options.validation_share is not None:
+            data = hold_out(data, options.validation_share)
         data.place(device, options.keep)
         seed_everything(options.seed)
         vit, base, base_weights = load_base(options, len(data.classes))
@@ -247,7 +291,7 @@ def train(options: Options, device: torch.device) -> None:
         total = sum(p.numel() for p in model.parameters())
         memory.after_load()
         model = add_adapter(model, options.method, adapter_settings(options), options.mlp_layers).to(device)
-        set_memory(model, options.memory)
+        set_memory(model, options.memory, options.cuda_graphs)
         checkpoint = folder.claim(identity, resume=options.resume)
         with folder.logging_from("vit", terminal=True):
             counts = count_parameters(model)
@@ -285,7 +329,7 @@ def train(options: Options, device: torch.device) -> None:
         discard(folder.checkpoints)
         best, last = max(row["test_accuracy"] for row in history), history[-1]["test_accuracy"]
         print(
-            f"{options.method}: test accuracy {last:.2f} % (best epoch {best:.2f} %), "
+            f"{options.method}: {options.scored} accuracy {last:.2f} % (best epoch {best:.2f} %), "
             f"{clock.summary()['examples_per_second'] or 0:.0f} images/s; record in {public_path(folder.record)}"
         )
 
@@ -435,10 +479,11 @@ def fit(
             losses = None
             history.append(row)
             logger.info(
-                "epoch %d of %d: training loss %.4f, test accuracy %.2f %%",
+                "epoch %d of %d: training loss %.4f, %s accuracy %.2f %%",
                 epoch + 1,
                 options.epochs,
                 row["train_loss"],
+                options.scored,
                 row["test_accuracy"],
             )
             bar.set_postfix(loss=f"{row['train_loss']:.3f}", accuracy=f"{row['test_accuracy']:.2f}")
@@ -601,7 +646,7 @@ def finish_record(
         versions=package_versions(),
         device=describe_device(device),
         model={"id": base.id, "sha256": base.sha256, "class": base.architecture, "total_parameters": total},
-        data={**data.identity, "sizes": {"train": len(data.train), "test": len(data.test)}},
+        data={**data.identity, "sizes": {"train": len(data.train), options.scored: len(data.test)}},
         hyperparameters={**options.hyperparameters(), "optimizer": "SGD", "weight_decay": 0.0,
                          "autocast": choose_precision(options.precision, device)},
         **results,

@@ -2,6 +2,7 @@
 # The real runs of results/vit: a real ViT-S/14 on two small real data sets, control, LoRA, DoRA and a linear probe,
 # three seeds each, on the ordinary MLP at equal trained parameters.
 #   bash ViT/run_small_table.sh GPU [options of small_table.py ...]
+# GRID="5e-3 2e-2 5e-2" gives each method its own learning rate, chosen on held-out training images.
 # Finished runs are skipped, so the same command completes an interrupted table.
 set -euo pipefail
 
@@ -14,15 +15,16 @@ METHODS=${METHODS:-"control lora dora probe"}
 SEEDS=${SEEDS:-"1 2 3"}
 EPOCHS=${EPOCHS:-10}
 LR=${LR:-5e-3}
+GRID=${GRID:-} # learning rates separated by spaces, in the place of LR
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
-    sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit $(($# < 1 ? 2 : 0))
 fi
 gpu=$1
 shift
 source "$here/../scripts/interpreter.sh"
-echo "$METHODS on $DATA with $MODEL, seeds $SEEDS, $EPOCHS epochs, device $gpu"
+echo "$METHODS on $DATA with $MODEL, seeds $SEEDS, $EPOCHS epochs, learning rate ${GRID:-$LR}, device $gpu"
 # shellcheck disable=SC2086  # the lists are meant to be split
 exec "$PYTHON" "$here/small_table.py" --device "$gpu" --model "$MODEL" --architecture "$ARCHITECTURE" --data $DATA \
-    --methods $METHODS --seeds $SEEDS --epochs "$EPOCHS" --lr "$LR" "$@"
+    --methods $METHODS --seeds $SEEDS --epochs "$EPOCHS" --lr "$LR" ${GRID:+--grid $GRID} "$@"

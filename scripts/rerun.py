@@ -33,7 +33,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from control_experiments.arguments import parse_arguments
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import REPOSITORY, RESULTS, public_path
-from control_experiments.record import read_record, write_json_atomic
+from control_experiments.rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
+from control_experiments.record import read_record
 
 #: What stands for the GPU in a command until one is free.
 GPU = "{gpu}"
@@ -316,7 +317,6 @@ def plan_cells(options: Options) -> list[Cell]:
 
 #: Stands in a dry run for a learning rate that is not chosen yet.
 CHOSEN = "CHOSEN"
-_SEARCH_SEED = 0
 
 
 def search_cells(options: Options, data: Path) -> dict[tuple[str, str], dict[str, Cell]]:
@@ -326,9 +326,9 @@ def search_cells(options: Options, data: Path) -> dict[tuple[str, str], dict[str
     for task in options.tasks or plan.tasks:
         for method in options.methods or plan.methods:
             for rate in options.grid:
-                cell = glue_cell(options, task, method, _SEARCH_SEED, rate)
+                cell = glue_cell(options, task, method, SEARCH_SEED, rate)
                 cell.name = f"{cell.name}_lr{rate}"
-                out = Path(options.results) / "roberta" / "learning_rate_search" / cell.name
+                out = Path(options.results) / "roberta" / SEARCH_FOLDER / cell.name
                 cell.command[cell.command.index("--output_dir") + 1] = str(out)
                 cell.command += shlex.split(options.extra)
                 cell.record = out / "record.json"
@@ -354,22 +354,15 @@ def write_training_splits(tasks: Sequence[str], folder: Path) -> None:
         DatasetDict(splits).save_to_disk(str(folder / name))
 
 
-def choose_rates(
-    search: dict[tuple[str, str], dict[str, Cell]], file: Path, model: str
-) -> dict[tuple[str, str], str]:
-    """(task, method) -> the learning rate with the best last score, the smallest of equals; also written to `file`.
-
-    A method of which a run is missing has none.
-    """
-    chosen, written = {}, []
-    for (task, method), cells in search.items():
-        if not all(cell.record.is_file() for cell in cells.values()):
-            continue
-        scores = {rate: read_record(cell.record).metrics["last"]["score"] for rate, cell in cells.items()}
-        chosen[task, method] = max(scores, key=lambda rate: (scores[rate], -float(rate)))
-        written.append({"task": task, "method": method, "chosen": chosen[task, method], "scores": scores})
-    write_json_atomic(file, {"model": model, "held out of": "the training data", "rates": written})
-    return chosen
+def last_scores(
+    search: dict[tuple[str, str], dict[str, Cell]],
+) -> dict[tuple[str, str], dict[str, float]]:
+    """(task, method) -> learning rate -> last score; a method of which a run is missing is left out."""
+    return {
+        key: {rate: read_record(cell.record).metrics["last"]["score"] for rate, cell in cells.items()}
+        for key, cells in search.items()
+        if all(cell.record.is_file() for cell in cells.values())
+    }
 
 
 def chosen_cells(options: Options, rates: dict[tuple[str, str], str]) -> list[Cell]:
@@ -554,7 +547,7 @@ def run(options: Options, scheduler: Scheduler) -> None:
             scheduler.run([cell for tried in search.values() for cell in tried.values()])
         model = Path(variable("MODEL", "roberta-base")).name
         rates = choose_rates(
-            search, Path(options.results) / "roberta" / "learning_rate_search" / f"{model}.json", model
+            last_scores(search), Path(options.results) / "roberta" / SEARCH_FOLDER / f"{model}.json", model
         )
         cells = chosen_cells(options, rates)
         for task, method in search.keys() - rates.keys():

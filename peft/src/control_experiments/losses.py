@@ -11,6 +11,10 @@ from .errors import UserError
 _ADVICE = "try a lower --lr, or bf16 instead of fp16"
 
 
+class Diverged(UserError):
+    """A training whose loss or parameters are NaN or infinite; it ends the same way when it is repeated."""
+
+
 class LossWatch:
     """Remembers, on the device, the first step whose loss was not finite.
 
@@ -41,12 +45,12 @@ class LossWatch:
             kept: what there is to go on from, in words.
 
         Raises:
-            UserError: a loss was NaN or infinite.
+            Diverged: a loss was NaN or infinite.
         """
         step = int(self._first)
         if step >= 0:
             epoch, batch = divmod(step - 1, max(1, steps_per_epoch))
-            raise UserError(
+            raise Diverged(
                 f"the training loss is NaN or infinite at step {step} (epoch {epoch + 1}, batch {batch + 1} of "
                 f"{steps_per_epoch}); {kept}; {_ADVICE}"
             )
@@ -56,7 +60,7 @@ def check_parameters(parameters: Iterable[torch.Tensor], step: int, kept: str) -
     """Look at trained parameters before they are saved.
 
     Raises:
-        UserError: one of them is NaN or infinite, though the losses so far were not.
+        Diverged: one of them is NaN or infinite, though the losses so far were not.
     """
     if not all(torch.isfinite(parameter).all() for parameter in parameters):
-        raise UserError(f"trained parameters are NaN or infinite after step {step}; {kept}; {_ADVICE}")
+        raise Diverged(f"trained parameters are NaN or infinite after step {step}; {kept}; {_ADVICE}")

@@ -148,8 +148,9 @@ class _Replay(torch.autograd.Function):
         torch._foreach_copy_(graph.doutputs, wanted)
         # The gradients handed out lie in the graph's own memory: one that is still there is being accumulated into.
         for parameter, gradient in zip(graph.parameters, graph.gradients):
-            if gradient is not None and parameter.grad is not None:
-                if parameter.grad.data_ptr() == gradient.data_ptr():
-                    parameter.grad = parameter.grad.clone()
+            if gradient is None or parameter.grad is None:
+                continue
+            if parameter.grad.data_ptr() == gradient.data_ptr():
+                parameter.grad = parameter.grad.clone()
         graph.backward.replay()
         return None, None, *(None if g is None else g.detach() for g in graph.gradients)

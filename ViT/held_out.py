@@ -1,0 +1,46 @@
+"""A part of the training images in the place of the test images: for choosing hyperparameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from images import Decoded, ImageData
+
+from control_experiments.errors import UserError
+
+#: Not a run's own seed: runs that are compared must hold out the same images.
+SEED = 0
+
+
+def hold_out(data: ImageData, share: float) -> ImageData:
+    """The data with `share` of each class's training images, at least one and not all, in the place of its test images.
+
+    Raises:
+        UserError: the training images are decoded on demand, or no class has two of them.
+    """
+    train = data.train
+    if not isinstance(train, Decoded):
+        raise UserError(
+            "--validation_share needs training images that are decoded once: leave out --keep files, or take data that "
+            "fit in memory"
+        )
+    generator = torch.Generator().manual_seed(SEED)
+    held = torch.zeros(len(train), dtype=torch.bool)
+    for label in train.labels.unique():
+        members = (train.labels == label).nonzero().flatten()
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    if not held.any():
+        raise UserError(f"{data.name} has one training image for each class: there is none to hold out")
+    split = f"{share:g} of the training images of each class, drawn with seed {SEED}, in the place of the test images"
+    return replace(
+        data, train=_part(train, ~held), test=_part(train, held), identity={**data.identity, "split": split}
+    )
+
+
+def _part(decoded: Decoded, chosen: torch.Tensor) -> Decoded:
+    images = decoded.images
+    if isinstance(images, torch.Tensor):
+        return Decoded(images[chosen], decoded.labels[chosen])
+    return Decoded([images[i] for i in chosen.nonzero().flatten().tolist()], decoded.labels[chosen])

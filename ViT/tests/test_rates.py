@@ -1,0 +1,261 @@
+"""Learning rates chosen on held-out training images: the split, the search, and the table with what was chosen."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from held_out import hold_out
+from images import load_data
+
+from control_experiments.collection import collect
+from control_experiments.losses import Diverged
+from control_experiments.record import read_record
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def pixels(part):
+    return [image.numpy().tobytes() for image in part.images]
+
+
+def test_the_split_is_of_training_images_alone_and_leaves_none_out(npz):
+    data = load_data(str(npz))
+    split = hold_out(data, 0.25)
+    assert (len(split.train), len(split.test)) == (30, 10)
+    assert sorted(pixels(split.train) + pixels(split.test)) == sorted(pixels(data.train))
+    assert not set(pixels(split.train)) & set(pixels(split.test))
+    # 14, 13 and 13 images of a class
+    assert Counter(split.test.labels.tolist()) == {0: 4, 1: 3, 2: 3}
+    truth = dict(zip(pixels(data.train), data.train.labels.tolist(), strict=True))
+    for part in (split.train, split.test):
+        assert [truth[image] for image in pixels(part)] == part.labels.tolist()
+    assert pixels(hold_out(data, 0.25).test) == pixels(split.test)
+
+
+def test_images_of_unequal_sizes_are_split_too_and_each_class_stays_on_both_sides(npz):
+    data = load_data(str(npz))
+    data.train.images = [image[:, : 10 + index % 3] for index, image in enumerate(data.train.images)]
+    for share in (0.01, 0.99):
+        split = hold_out(data, share)
+        assert set(split.train.labels.tolist()) == set(split.test.labels.tolist()) == {0, 1, 2}
+        assert sorted(pixels(split.train) + pixels(split.test)) == sorted(pixels(data.train))
+
+
+@pytest.fixture
+def blind(npz, tmp_path):
+    """The training images of `npz`, and test images that would change every score."""
+    arrays = dict(np.load(npz))
+    path = tmp_path / "blind.npz"
+    np.savez(path, **{**arrays, "y_test": (arrays["y_test"] + 1) % 3})
+    return path
+
+
+def test_a_run_with_held_out_images_says_so_and_enters_no_table(call, options, npz, blind, tmp_path):
+    results = tmp_path / "results"
+    out = results / "vit" / "learning_rate_search" / "run"
+    share = ("--validation_share", 0.25, "--seed", 3)
+    code, stdout, stderr = call("finetune", *options, *share, "--output_dir", out)
+    assert code == 0, stderr
+    assert "held-out accuracy" in stdout and "test accuracy" not in stdout + stderr
+    record = read_record(out / "record.json")
+    assert record.data["sizes"] == {"train": 30, "held-out": 10}
+    assert record.data["split"].startswith("0.25 of the training images of each class")
+    assert record.hyperparameters["validation_share"] == 0.25
+    assert len((out / "predictions.csv").read_text().splitlines()) == 11
+    assert not collect(results).comparisons
+    # the score does not depend on the test images
+    other = results / "vit" / "learning_rate_search" / "blind"
+    assert call("finetune", *options, *share, "--data", blind, "--output_dir", other)[0] == 0
+    assert read_record(other / "record.json").history[-1]["test_loss"] == record.history[-1]["test_loss"]
+
+
+def test_runs_from_before_the_option_are_still_this_run(call, options, tmp_path):
+    out = tmp_path / "run"
+    assert call("finetune", *options, "--epochs", 1, "--output_dir", out)[0] == 0
+    identity = json.loads((out / "run.json").read_text())
+    for newer in ("validation_share", "deterministic"):  # None and False when they are not used
+        del identity[newer]
+    (out / "run.json").write_text(json.dumps(identity))
+    code, stdout, stderr = call("finetune", *options, "--epochs", 1, "--output_dir", out)
+    assert code == 0 and "is finished" in stdout, stderr
+    code, _, stderr = call("finetune", *options, "--epochs", 1, "--output_dir", out, "--deterministic")
+    assert code == 2 and "(deterministic None there, True asked for)" in stderr
+
+
+def test_the_default_folder_is_one_that_tables_leave_out(programs):
+    run = programs["finetune"].Options(data="x/flowers.tar", model="x/small", lr=0.02, validation_share=0.1)
+    run.complete()
+    assert run.folder.parts[-3:] == ("vit", "learning_rate_search", "small_flowers_control_seed42_lr0.02")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--validation_share", 0), "--validation_share must lie between 0 and 1, both excluded, got 0.0"),
+        (("--validation_share", "nan"), "must lie between 0 and 1"),
+        (("--validation_share", 0.1), "--output_dir below a folder named learning_rate_search"),
+        (("--validation_share", 0.1, "--evaluate", "x"), "is for training"),
+    ],
+)
+def test_bad_shares_are_one_line_and_leave_nothing(call, options, tmp_path, arguments, message):
+    code, _, stderr = call("finetune", *options, "--output_dir", tmp_path / "run", *arguments)
+    assert code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1 and message in stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_decoded_on_demand_are_refused(call, options, npz, tmp_path):
+    from PIL import Image
+
+    arrays = np.load(npz)
+    for split in ("train", "test"):
+        for index, (image, label) in enumerate(zip(arrays[f"x_{split}"], arrays[f"y_{split}"], strict=True)):
+            place = tmp_path / "set" / split / str(label)
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place / f"{index}.png")
+    out = tmp_path / "learning_rate_search" / "run"
+    arguments = ("--data", tmp_path / "set", "--validation_share", 0.2, "--output_dir", out)
+    code, _, stderr = call("finetune", *options, *arguments, "--keep", "files")
+    assert code == 2 and "decoded once" in stderr and stderr.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.fixture
+def table(options, tmp_path):
+    """Arguments of a small table; the second learning rate is far too small, the third is the first again."""
+    return (
+        *[value for value in options if value not in ("--lr", 0.05)],
+        *("--methods", "control", "--seeds", 1, "--grid", 0.01, "1e-6", "1e-2", "--output_dir", tmp_path),
+    )  # fmt: skip
+
+
+def rates(folder):
+    (notes,) = (folder / "learning_rate_search").glob("*.json")
+    entries = json.loads(notes.read_text())["rates"]
+    return {(entry["task"], entry["method"]): entry for entry in entries}
+
+
+def records(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("record.json")}
+
+
+def test_the_table_is_run_with_the_chosen_rates_and_nothing_twice(call, table, base_model, tmp_path):
+    code, stdout, stderr = call("small_table", *table)
+    assert code == 0, stderr
+    lines = [line for line in stdout.splitlines() if line.startswith("[")]
+    assert lines == [
+        "[1/2] control on colors, lr 0.01, seed 0",
+        "[2/2] control on colors, lr 1e-06, seed 0",
+        "[1/1] control on colors, lr 0.01, seed 1",
+    ]
+    found = rates(tmp_path)["colors", "control"]
+    model, search = base_model.parent.name, tmp_path / "learning_rate_search"
+    tried = {
+        lr: read_record(search / f"{model}_colors_control_seed0_lr{lr}" / "record.json")
+        for lr in ("0.01", "1e-06")
+    }
+    assert found["scores"] == {lr: record.metrics["last"]["test_accuracy"] for lr, record in tried.items()}
+    assert found["chosen"] == "0.01" and found["scores"]["0.01"] > found["scores"]["1e-06"]
+    assert all(record.seed == 0 and record.data["sizes"]["held-out"] == 3 for record in tried.values())
+    record = read_record(tmp_path / f"{model}_colors_control_seed1" / "record.json")
+    assert record.hyperparameters["lr"] == 0.01 and record.data["sizes"] == {"train": 40, "test": 12}
+
+    before = records(tmp_path)
+    code, stdout, stderr = call("small_table", *table)
+    assert code == 0 and stdout.count("is finished") == 3 and records(tmp_path) == before, stderr
+
+    # a table whose runs had another learning rate is not mixed with them
+    wanted = f"{model}_colors_control_seed1 has lr 0.01, not 1e-06: delete such folders or choose another"
+    code, stdout, stderr = call("small_table", *table, "--grid", "1e-6")
+    assert code == 2 and wanted in stderr and stderr.count("\n") == 1 and records(tmp_path) == before
+
+
+def test_the_smallest_of_equal_rates_is_chosen_and_one_that_diverges_is_not(
+    call, table, programs, tmp_path, monkeypatch
+):
+    train = programs["finetune"].train
+
+    def diverging(run, device):
+        if run.lr == 3.0:
+            raise Diverged("the training loss is NaN")
+        train(run, device)
+
+    monkeypatch.setattr(programs["finetune"], "train", diverging)
+    grid = ("--grid", "3", "2e-9", "1e-9", "--epochs", 1, "--search_only")
+    code, stdout, stderr = call("small_table", *table, *grid)
+    assert code == 0 and "warning: lr 3.0 is not chosen: the training loss is NaN" in stderr
+    found = rates(tmp_path)["colors", "control"]
+    assert found["scores"]["3.0"] is None and found["scores"]["1e-09"] == found["scores"]["2e-09"]
+    assert found["chosen"] == "1e-09"
+    assert not list(tmp_path.glob("*/record.json")), "only the search was asked for"
+    code, _, stderr = call("small_table", *table, "--methods", "probe", "--grid", 3, "--search_only")
+    assert code == 2 and "probe on colors diverges with every learning rate of --grid" in stderr
+    assert set(rates(tmp_path)) == {("colors", "control"), ("colors", "probe")}
+
+
+def test_the_search_in_two_processes_then_the_table_in_one(base_model, npz, tmp_path):
+    settings = {
+        **os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MODEL": str(base_model),
+        "ARCHITECTURE": "test_vit", "DATA": str(npz), "SEEDS": "1", "EPOCHS": "1", "GRID": "1e-2 1e-4",
+    }  # fmt: skip
+    command = [
+        "bash",
+        ROOT / "ViT" / "run_small_table.sh",
+        "cpu",
+        "--image_size",
+        "32",
+        "--output_dir",
+        tmp_path,
+    ]
+    processes = [
+        subprocess.Popen(
+            [*command, "--search_only"], env={**settings, "METHODS": method}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
+        for method in ("lora", "probe")
+    ]  # fmt: skip
+    for process in processes:
+        printed, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, printed
+    search = records(tmp_path)
+    assert len(search) == 4 and set(rates(tmp_path)) == {("colors", "lora"), ("colors", "probe")}
+    done = subprocess.run(
+        command, env={**settings, "METHODS": "lora probe"}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("is finished") == 4
+    for method in ("lora", "probe"):
+        record = read_record(tmp_path / f"{base_model.parent.name}_colors_{method}_seed1" / "record.json")
+        assert record.hyperparameters["lr"] == float(rates(tmp_path)["colors", method]["chosen"])
+    assert records(tmp_path).items() > search.items()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--grid", "fast"), "invalid float value: 'fast'"),
+        (("--grid", 0.1, -1), "--lr must be greater than 0, got -1.0"),
+        (("--methods", "magic"), "unknown method"),
+    ],
+)
+def test_a_bad_table_is_one_line_and_leaves_nothing(call, table, tmp_path, arguments, message):
+    code, stdout, stderr = call("small_table", *table, "--output_dir", tmp_path / "out", *arguments)
+    assert code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1 and message in stderr
+    assert not (tmp_path / "out").exists() and not stdout
+
+
+def test_search_only_needs_a_grid_and_the_notes_of_a_search_must_be_whole(
+    call, options, table, base_model, tmp_path
+):
+    plain = [value for value in options if value not in ("--lr", 0.05)]
+    code, _, stderr = call("small_table", *plain, "--search_only", "--output_dir", tmp_path / "out")
+    assert code == 2 and "--search_only needs --grid" in stderr and not (tmp_path / "out").exists()
+    notes = tmp_path / "learning_rate_search" / f"{base_model.parent.name}.json"
+    notes.parent.mkdir()
+    notes.write_text('{"rates": ')
+    code, _, stderr = call("small_table", *table, "--grid", 0.01, "--epochs", 1, "--search_only")
+    assert code == 2 and f"{notes.name} is broken" in stderr and notes.read_text() == '{"rates": '
