@@ -485,7 +485,7 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     check_paging(options.optimizer, device)
     check_method_runs(options.method, options.quantization, device)
     quieten()
-    with RunFolder(options.output_dir) as folder:
+    with RunFolder(options.output_dir) as folder, explain_out_of_memory(device, LESS_MEMORY):
         identity = {
             "method": options.method,
             "model": public_path(options.model),
@@ -498,8 +498,7 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
         if folder.finished:
             print(f"{folder.path} is finished: skipped (delete the folder to run it again)")
             return None
-        with explain_out_of_memory(device, LESS_MEMORY):
-            return train(options, folder, device, dtype, checkpoint, command)
+        return train(options, folder, device, dtype, checkpoint, command)
 
 
 if __name__ == "__main__":

@@ -390,7 +390,9 @@ def run_all(options: Options) -> list[dict]:
     for number, method in enumerate(options.methods, 1):
         started = time.time()
         command = [sys.executable, __file__, *passed_on, "--worker", method]
-        graphs = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if "graphs" in parse_method(method)[1] else {}
+        graphs = (
+            {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if "graphs" in parse_method(method)[1] else {}
+        )
         done = subprocess.run(
             command, env={**os.environ, **graphs}, stdout=subprocess.PIPE,
             stderr=None if options.profile else subprocess.PIPE, text=True,
@@ -485,7 +487,9 @@ def check(options: Options) -> None:
         except ValueError as error:
             raise UserError(str(error)) from None
         if switches & {"liger", "compile"} and options.shape not in LLAMA_SHAPES:
-            raise UserError(f"method {method!r}: {options.shape} has no switches but checkpointing and graphs")
+            raise UserError(
+                f"method {method!r}: {options.shape} has no switches but checkpointing and graphs"
+            )
         if "graphs" in switches and options.device == "cpu":
             raise UserError(f"method {method!r}: CUDA graphs need a GPU")
 

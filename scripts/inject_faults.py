@@ -1,11 +1,12 @@
 """Inject faults into every domain and say what was lost; the reliability page (scripts/RELIABILITY.md) reads its result.
 
-    python scripts/inject_faults.py --kills 40 --inputs 100000        the whole campaign, one to two hours on two cores
-    python scripts/inject_faults.py --kills 3 --domains roberta --inputs 0
-    python scripts/inject_faults.py --kills 0 --inputs 2000 --readers npz tar
+    python scripts/inject_faults.py --kills 40 --lost 40 --inputs 100000        the whole campaign
+    python scripts/inject_faults.py --kills 3 --lost 3 --domains roberta --inputs 0
+    python scripts/inject_faults.py --kills 0 --lost 0 --inputs 2000 --readers npz tar
 
 Kills are SIGKILLs at random moments of tiny training and evaluation runs, each of which must then end, bit for bit, as if
-undisturbed. Inputs are generated files, which every reader must take or refuse with a UserError.
+undisturbed. Lost are single processes of training runs of two, which must then go on with 1, 2 and 4 processes and have the
+losses of one undisturbed process. Inputs are generated files, which every reader must take or refuse with a UserError.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -24,8 +26,8 @@ from typing import Optional
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 sys.path.append(str(Path(__file__).resolve().parent))
 
+from faults import kills, processes
 from faults.inputs import READERS, fast_folder, feed
-from faults.kills import campaign
 from faults.tiny import RUNS
 
 from control_experiments.arguments import parse_arguments
@@ -36,6 +38,9 @@ from control_experiments.record import git_state, package_versions, utc_now, wri
 @dataclass
 class Options:
     kills: int = field(default=40, metadata={"help": "Kills per domain; 0: none."})
+    lost: int = field(
+        default=40, metadata={"help": "Lost processes per domain that trains with several; 0: none."}
+    )
     inputs: int = field(default=100_000, metadata={"help": "Generated inputs per reader; 0: none."})
     domains: list[str] = field(
         default_factory=lambda: list(RUNS), metadata={"help": f"Of {', '.join(RUNS)}."}
@@ -55,12 +60,21 @@ class Options:
 
 def kill_domain(name: str, count: int, seed: int) -> dict:
     """The kill campaign of one domain, in words and numbers."""
+    return _campaign(kills.campaign, RUNS[name], count, seed)
+
+
+def lose_processes(name: str, count: int, seed: int) -> dict:
+    """The campaign of one domain against single processes of its runs, in words and numbers."""
+    return _campaign(processes.campaign, processes.RUNS[name], count, seed)
+
+
+def _campaign(campaign: Callable, make_run: Callable, count: int, seed: int) -> dict:
     import torch
 
     torch.set_num_threads(1)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        outcome = campaign(RUNS[name](Path(folder)), Path(folder), count, seed)
+        outcome = campaign(make_run(Path(folder)), Path(folder), count, seed)
     return {**outcome._asdict(), "seconds": round(time.perf_counter() - started)}
 
 
@@ -82,12 +96,18 @@ def main() -> None:
                 ("kills", name, pool.submit(kill_domain, name, options.kills, options.seed))
                 for name in options.domains
             ]
+        if options.lost:
+            tasks += [
+                ("lost", name, pool.submit(lose_processes, name, options.lost, options.seed))
+                for name in options.domains
+                if name in processes.RUNS
+            ]
         if options.inputs:
             tasks += [
                 ("inputs", name, pool.submit(feed_reader, name, options.inputs, options.seed))
                 for name in options.readers
             ]
-        result: dict = {"kills": {}, "inputs": {}}
+        result: dict = {"kills": {}, "lost": {}, "inputs": {}}
         for kind, name, future in tasks:
             result[kind][name] = future.result()
             print(f"{kind:7} {name:15} {json.dumps(result[kind][name])}", flush=True)

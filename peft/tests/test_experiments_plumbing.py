@@ -1,6 +1,7 @@
 """What all domains share: errors, records, run folders, metering, devices, checksums."""
 
 import argparse
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -314,6 +315,40 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_used(reason, damage
         assert sorted(path.name for path in folder.checkpoints.iterdir()) == names
 
 
+@pytest.mark.parametrize(
+    ("place", "problem", "error", "message"),
+    [
+        ("torch.load", MemoryError("none left"), MemoryError, "none left"),
+        ("torch.load", torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "out of memory"),
+        ("torch.load", RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError, "allocate"),
+        ("torch.load", OSError(errno.EIO, "Input/output error"), UserError, "Input/output error.*try again"),
+        (
+            "control_experiments.checkpoints.fingerprint",
+            OSError(errno.EMFILE, "Too many"),
+            UserError,
+            "Too many",
+        ),
+        ("pathlib.Path.read_text", OSError(errno.ENOMEM, "No memory"), UserError, "No memory"),
+    ],
+)
+def test_a_trouble_that_may_pass_sets_no_checkpoint_aside(
+    place, problem, error, message, tmp_path, monkeypatch
+):
+    def fails(path, *_, **__):
+        if path.name != "run.json":
+            raise problem
+        return "{}"
+
+    with RunFolder(tmp_path / "run") as folder:
+        folder.claim({})
+        checkpoint(folder, 3)
+        last = checkpoint(folder, 10)
+        with monkeypatch.context() as patched, pytest.raises(error, match=message):
+            patched.setattr(place, fails)
+            folder.claim({}, resume=True)
+        assert folder.claim({}, resume=True) == last
+
+
 def test_a_checkpoint_is_worth_as_much_as_the_best_one_that_it_names(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
         first, best = checkpoint(folder, 2, best_global_step=2), checkpoint(folder, 4, best_global_step=4)
@@ -393,6 +428,21 @@ def test_a_signal_ends_a_run_in_one_line_that_says_how_to_go_on(number, code, tm
     (line,) = capsys.readouterr().err.splitlines()
     assert exit_.value.code == code and "checkpoint-3 is kept" in line and "--resume" in line
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_does_not_cut_off_the_line_that_says_why(capsys):
+    class Told(UserError):
+        def __str__(self):  # torchrun sends SIGTERM when another process of the run has died
+            os.kill(os.getpid(), signal.SIGTERM)
+            return "another process died"
+
+    def main():
+        raise Told
+
+    with pytest.raises(SystemExit) as stop:
+        run_main(main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: another process died\n"
 
 
 def test_a_loop_learns_of_the_first_signal_and_is_ended_by_the_second():

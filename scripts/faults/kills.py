@@ -14,8 +14,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from safetensors.torch import load_file
@@ -57,8 +58,21 @@ class Outcome(NamedTuple):
     differences: list[str]
 
 
-def start(run: Run, output: Path, log: Path, *, resume: bool = False, change: int | None = None) -> int:
-    """Fork a process that does `run`; returns its id. The modules are imported once, here, which saves most time."""
+def start(
+    run: Run,
+    output: Path,
+    log: Path,
+    *,
+    resume: bool = False,
+    change: int | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> int:
+    """Fork a process that does `run`; returns its id. The modules are imported once, here, which saves most time.
+
+    Args:
+        change: it dies before the change to its folder of this number.
+        environment: variables to set in it.
+    """
     main = run.main
     arguments = [
         *run.arguments,
@@ -75,6 +89,7 @@ def start(run: Run, output: Path, log: Path, *, resume: bool = False, change: in
         os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
         sys.argv = [run.script, *arguments]
+        os.environ.update(environment)
         if change is not None:
             _die_at_change(output, change)
         run_main(main)

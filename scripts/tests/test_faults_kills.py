@@ -6,9 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from control_experiments.checkpoints import checkpoints, find_damage
 from control_experiments.record import RunRecord, read_record, utc_now
@@ -28,13 +32,18 @@ def error_line(stderr: str) -> str:
 def test_killed_runs_end_bit_for_bit_as_undisturbed_ones(domain, tmp_path):
     result = tmp_path / "result.json"
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "inject_faults.py", "--kills", "3", "--inputs", "0", "--domains", domain,
-         "--seed", "1", "--output", result],
+        [sys.executable, ROOT / "scripts" / "inject_faults.py", "--kills", "3", "--lost", "1", "--inputs", "0",
+         "--domains", domain, "--seed", "1", "--output", result],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(result.read_text())["kills"][domain]
-    assert found["kills"] == 3 and found["resumed"] >= 1 and found["differences"] == []
+    found = json.loads(result.read_text())
+    killed, lost = found["kills"][domain], found["lost"]
+    assert killed["kills"] == 3 and killed["resumed"] >= 1 and killed["differences"] == []
+    assert lost.keys() == {domain} & {"roberta", "llama"}  # those that train with several processes
+    assert all(
+        (entry["kills"], entry["resumed"], entry["differences"]) == (1, 3, []) for entry in lost.values()
+    )
 
 
 def test_the_campaign_sees_what_is_lost(tmp_path):
@@ -125,12 +134,44 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(domain, tmp
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-@pytest.mark.parametrize("domain", TRAINING)
+def image_files(folder: Path) -> Path:
+    """The images of `tiny.vit`, in unequal sizes, as a folder of class folders."""
+    tiny.vit(folder)
+    with np.load(folder / "colors.npz") as arrays:
+        for split in ("train", "test"):
+            for number, (pixels, label) in enumerate(
+                zip(arrays[f"x_{split}"], arrays[f"y_{split}"], strict=True)
+            ):
+                place = folder / "images" / split / str(arrays["classes"][label]) / f"{number}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels[: 18 + number % 3]).save(place)
+    return folder / "images"
+
+
+def vit_from_files(folder: Path, **options) -> tiny.Run:
+    run = tiny.vit(folder, data=image_files(folder), **options)
+    # predictions are written beside images in memory alone
+    return replace(run, results=run.results[:2]) if options.get("keep") == "files" else run
+
+
+#: By domain: a run, and two numbers of data workers.
+SEEDED = {
+    "roberta": (tiny.roberta, (0, 2)),
+    "vit": (tiny.vit, (8, 1)),
+    "vit, decoded at the start": (vit_from_files, (8, 1)),
+    "vit, decoded on demand": (partial(vit_from_files, keep="files"), (1, 2)),
+    "llama": (tiny.llama, (0, 2)),
+    "qcontrol, roberta": (partial(tiny.roberta, quantization="nf4"), (0, 2)),
+    "qcontrol, llama": (partial(tiny.llama, quantization="nf4"), (0, 2)),
+}
+
+
+@pytest.mark.parametrize("domain", SEEDED)
 def test_the_same_seed_gives_the_same_record_whatever_the_workers(domain, tmp_path):
-    workers = {"vit": {"workers": 1}, "roberta": {"workers": 2}, "llama": {"workers": 2}}[domain]
-    runs = [tiny.RUNS[domain](tmp_path), tiny.RUNS[domain](tmp_path), tiny.RUNS[domain](tmp_path, **workers)]
+    make_run, (workers, others) = SEEDED[domain]
     found = []
-    for number, run in enumerate(runs):
+    for number, count in enumerate((workers, workers, others)):
+        run = make_run(tmp_path, workers=count)
         ended = kills.execute(run, tmp_path / f"{number}")
         assert ended.code == 0, ended.output
         found.append(kills.results(run, tmp_path / f"{number}"))
@@ -142,11 +183,13 @@ def test_the_same_seed_gives_the_same_record_whatever_the_workers(domain, tmp_pa
 
 
 @pytest.mark.parametrize("domain", TRAINING)
-def test_deterministic_runs_are_accepted(domain, tmp_path):
+def test_deterministic_runs_repeat_too(domain, tmp_path):
     run = tiny.RUNS[domain](tmp_path, deterministic=True)
-    ended = kills.execute(run, tmp_path / "run")
-    assert ended.code == 0, ended.output
-    assert read_record(tmp_path / "run" / "record.json").hyperparameters["deterministic"] is True
+    for name in ("one", "other"):
+        ended = kills.execute(run, tmp_path / name)
+        assert ended.code == 0, ended.output
+    assert read_record(tmp_path / "one" / "record.json").hyperparameters["deterministic"] is True
+    assert kills.results(run, tmp_path / "one") == kills.results(run, tmp_path / "other")
 
 
 @pytest.mark.parametrize("domain", TRAINING)

@@ -128,6 +128,10 @@ def find_damage(checkpoint: Path) -> str | None:
     Checked are the names and checksums of its files, and that the files that torch reads hold nothing but tensors and
     plain values: a pickle that would run code is refused without running it. A checkpoint that names an earlier one
     as the best so far (`best_global_step`) is worth as much as that one.
+
+    Raises:
+        UserError: a file cannot be read just now, which says nothing about what it holds.
+        MemoryError, RuntimeError: there is too little memory to look at it.
     """
     if not (checkpoint / MANIFEST).is_file():
         return f"it has no {MANIFEST}"
@@ -152,6 +156,11 @@ def find_damage(checkpoint: Path) -> str | None:
             damage = find_damage(checkpoint.with_name(f"checkpoint-{best}"))
             return damage and f"the best one so far, checkpoint-{best}, is broken: {damage}"
     except (UserError, OSError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        cause = error.__cause__ if isinstance(error, UserError) else error
+        if _may_pass(cause):
+            raise UserError(
+                f"{checkpoint} cannot be read just now ({cause.strerror}): nothing was changed; try again later"
+            ) from cause
         return str(error) or type(error).__name__
     return None
 
@@ -160,9 +169,20 @@ def _holds_only_tensors(file: Path) -> bool:
     try:
         with safe_globals():  # NumPy's generator state, which the Trainer keeps
             torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # torch and pickle name no common error for what they refuse
+    except Exception as error:  # torch and pickle name no common error for what they refuse
+        if _may_pass(error):
+            raise
         return False
     return True
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether an error is a lack of memory or a trouble of the system's, and not a file's content's fault."""
+    if isinstance(error, OSError):
+        # gone files are missing ones, and a broken index sends torch's reader to an invalid place in the file
+        return error.errno not in (None, errno.ENOENT, errno.EINVAL)
+    # torch calls a lack of the host's memory a plain RuntimeError
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def set_aside(checkpoint: Path) -> Path:

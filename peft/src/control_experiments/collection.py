@@ -17,8 +17,8 @@ from pathlib import Path
 from .errors import UserError
 from .record import RunRecord, read_record
 
-#: Folders below results/ whose runs belong to no comparison of methods: a demonstration, and runs that choose settings.
-LEFT_OUT = ("quickstart", "learning_rate_search")
+#: Folders below results/ whose runs belong to no comparison of methods: a demonstration, and runs that choose or vary settings.
+LEFT_OUT = ("quickstart", "learning_rate_search", "ablations")
 #: Columns of the commonsense tables, in the paper's order.
 COMMONSENSE = (
     "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa", "average",

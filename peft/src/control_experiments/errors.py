@@ -38,10 +38,6 @@ def on_signals(handler: Callable[[int, object], None], *numbers: int) -> Iterato
             signal.signal(number, previous)
 
 
-def _end(number: int, _frame: object) -> NoReturn:
-    raise Interrupted(number)
-
-
 class StopRequest:
     """Notes the first SIGINT or SIGTERM while in the block, for a loop that looks at `number` between its steps; the
     second one raises `Interrupted` on the spot."""
@@ -85,16 +81,26 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     """
     rank = os.environ.get("RANK", "0")
     prefix = "" if rank == "0" else f"[rank {rank}] "
-    try:
-        with _argparse_raises_user_errors(), on_signals(_end, signal.SIGTERM):
-            main()
-    except UserError as error:
-        print(f"{prefix}error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stop:
-        print(prefix + (str(stop) or "interrupted"), file=sys.stderr)
-        sys.exit(128 + getattr(stop, "number", signal.SIGINT))
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+    ended = False
+
+    def end(number: int, _frame: object) -> None:
+        if not ended:  # when a process dies, torchrun sends SIGTERM to those that are just saying so
+            raise Interrupted(number)
+
+    with on_signals(end, signal.SIGTERM):
+        try:
+            try:
+                with _argparse_raises_user_errors():
+                    main()
+            finally:
+                ended = True
+        except UserError as error:
+            print(f"{prefix}error:", " ".join(str(error).split()), file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt as stop:
+            print(prefix + (str(stop) or "interrupted"), file=sys.stderr)
+            sys.exit(128 + getattr(stop, "number", signal.SIGINT))
+        except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
     sys.exit(0)

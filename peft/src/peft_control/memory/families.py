@@ -53,9 +53,10 @@ def _vit(layer):
 
 
 def _dinov2_attention(layer, state, attention_mask=None, **named):
-    if attention_mask is not None:  # before transformers 5.2x its attention takes none
+    if attention_mask is not None:  # before transformers 5.2x its attention takes none and returns no tuple
         named["attention_mask"] = attention_mask
-    change, _ = layer.attention(layer.norm1(state), **named)
+    found = layer.attention(layer.norm1(state), **named)
+    change = found[0] if isinstance(found, tuple) else found
     return layer.drop_path(layer.layer_scale1(change)) + state
 
 

@@ -131,6 +131,12 @@ class _Graph:
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, graph, inputs, *parameters):
+        # Gradients are handed out in the graph's own memory: one that is still there is being accumulated into.
+        for parameter, gradient in zip(graph.parameters, graph.gradients):
+            if gradient is None or parameter.grad is None:
+                continue
+            if parameter.grad.data_ptr() == gradient.data_ptr():
+                parameter.grad = parameter.grad.clone()
         torch._foreach_copy_(graph.inputs, list(inputs))
         graph.forward.replay()
         graph.replays += 1
@@ -146,11 +152,5 @@ class _Replay(torch.autograd.Function):
             raise RuntimeError("with cuda_graphs each forward needs its backward before the next forward")
         wanted = [dy for dy, found in zip(doutputs, graph.differentiable) if found]
         torch._foreach_copy_(graph.doutputs, wanted)
-        # The gradients handed out lie in the graph's own memory: one that is still there is being accumulated into.
-        for parameter, gradient in zip(graph.parameters, graph.gradients):
-            if gradient is None or parameter.grad is None:
-                continue
-            if parameter.grad.data_ptr() == gradient.data_ptr():
-                parameter.grad = parameter.grad.clone()
         graph.backward.replay()
         return None, None, *(None if g is None else g.detach() for g in graph.gradients)

@@ -1,0 +1,177 @@
+"""Runs of several processes that lose one: the others must end in a line, and the run must go on with 1, 2 or 4.
+
+The processes are forked, which spares them the imports, with the environment that torchrun would give them; as torchrun does,
+the others are sent SIGTERM when one has died.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from control_experiments.record import read_record
+
+from . import kills, tiny
+from .kills import UNDISTURBED, Ended, Outcome, Plan
+from .tiny import Run
+
+PROCESSES = 2
+GOES_ON_WITH = (1, 2, 4)
+#: How far losses may be from those of one process, which sums in another order.
+TOLERANCE = 1e-5
+#: Longer than any of these tiny runs takes; torchrun gives processes 30 s from SIGTERM to SIGKILL.
+_LIMIT, _GRACE = 300, 30
+
+
+def _roberta(folder: Path) -> Run:
+    run = tiny.roberta(folder)
+    config, table = folder / "bert" / "config.json", folder / "glue" / "CoLA" / "train.tsv"
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **no_dropout}))
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:22]))
+    return run
+
+
+def _llama(folder: Path) -> Run:
+    return tiny.llama(folder, lora_dropout=0, micro_batch_size=2, held_out=2)
+
+
+#: Runs that 4 processes can share, without dropout, whose masks would differ, and with a short last batch in each epoch.
+RUNS: dict[str, Callable[[Path], Run]] = {"roberta": _roberta, "llama": _llama}
+
+
+def losses(output: Path) -> list[float]:
+    """All losses in a run's record, in order."""
+    history = read_record(output / "record.json").history
+    return [row[name] for row in history for name in ("train_loss", "loss", "eval_loss") if name in row]
+
+
+class Kill(NamedTuple):
+    """Which process is killed, and when."""
+
+    rank: int
+    plan: Plan
+
+
+NOBODY = Kill(0, UNDISTURBED)
+
+
+def execute(
+    run: Run, output: Path, processes: int, kill: Kill = NOBODY, *, resume: bool = False
+) -> list[Ended]:
+    """Do `run` in so many processes, one of which is killed as planned; how each of them ended, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    logs = [output.with_name(f"{output.name}.rank{rank}.log") for rank in range(processes)]
+    started = time.perf_counter()
+    running = {
+        kills.start(
+            run, output, logs[rank], resume=resume, change=kill.plan.change if rank == kill.rank else None,
+            environment={name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()},
+        ): rank
+        for rank in range(processes)
+    }  # fmt: skip
+    victim = next(process for process, rank in running.items() if rank == kill.rank)
+    kill_at = None if kill.plan.seconds is None else started + kill.plan.seconds
+    ended: dict[int, Ended] = {}
+    stop_at = started + _LIMIT
+    while running:
+        for process, rank in list(running.items()):
+            found, status = os.waitpid(process, os.WNOHANG)
+            if found:
+                del running[process]
+                seconds = time.perf_counter() - started
+                ended[rank] = Ended(os.waitstatus_to_exitcode(status), logs[rank].read_text(), seconds)
+                if ended[rank].code and stop_at > started + seconds + _GRACE:
+                    stop_at = started + seconds + _GRACE
+                    for other in running:
+                        os.kill(other, signal.SIGTERM)
+        now = time.perf_counter()
+        if kill_at is not None and now >= kill_at and victim in running:
+            kill_at = None
+            os.kill(victim, signal.SIGKILL)
+        if now > stop_at:
+            for process in running:
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.005)
+    return [ended[rank] for rank in range(processes)]
+
+
+def not_told(output: Path, ended: list[Ended], lost: int) -> list[str]:
+    """Survivors that did not end by themselves, in a line."""
+    log = output / "run.log"
+    # before that they look for each other inside of torch, which only SIGKILL may end
+    began = log.exists() and log.stat().st_size > 0
+    problems = []
+    for rank, (code, told, _) in enumerate(ended):
+        said = code in (0, 2, 128 + signal.SIGTERM) or "--resume" in told
+        if rank != lost and ("Traceback" in told or (began and not said)):
+            problems.append(f"process {rank} ended with {code}: {told[-2000:]}")
+    return problems
+
+
+def campaign(run: Run, folder: Path, count: int, seed: int = 0) -> Outcome:
+    """Kill one process of `run` `count` times, each in a run of its own, let each run go on with 1, 2 and 4 processes, and
+    compare its losses with those of one undisturbed process."""
+    draw = random.Random(seed)
+    whole = kills.execute(run, folder / "whole")
+    if whole.code:
+        raise RuntimeError(f"{run.script} fails undisturbed: {whole.output}")
+    expected = losses(folder / "whole")
+    changes = kills.count_changes(run, folder / "counted")
+    undisturbed = execute(run, folder / "shared", PROCESSES)
+    seconds = max(process.seconds for process in undisturbed)
+    done = runs = resumed = 0
+    differences = _differences(run, folder / "shared", undisturbed, expected)
+    while done < count and not differences:
+        output, runs = folder / f"run{runs}", runs + 1
+        by_time = draw.random() < 0.5
+        kill = (
+            Kill(draw.randrange(PROCESSES), Plan(seconds=draw.uniform(0, seconds)))
+            if by_time
+            else Kill(0, Plan(change=draw.randint(1, changes)))  # the process that writes
+        )
+        ended = execute(run, output, PROCESSES, kill)
+        if ended[kill.rank].code != -signal.SIGKILL:
+            differences += _differences(run, output, ended, expected)  # it came to its end before
+            continue
+        done += 1
+        found = [*not_told(output, ended, kill.rank), *kills.half_written(output)]
+        for processes in GOES_ON_WITH:
+            again = folder / f"{output.name}-on{processes}"
+            if output.exists():
+                shutil.copytree(output, again)
+            ended = execute(run, again, processes, resume=True)
+            found += _differences(run, again, ended, expected)
+            resumed += 1
+            shutil.rmtree(again, ignore_errors=True)
+        differences += [f"{output.name} after {kill}: {what}" for what in found]
+        shutil.rmtree(output, ignore_errors=True)
+    return Outcome(done, runs, resumed, differences)
+
+
+def _differences(run: Run, output: Path, ended: list[Ended], expected: list[float]) -> list[str]:
+    """In what a run that should have come to its end differs from the losses of one process."""
+    if bad := [process for process in ended if process.code]:
+        return [f"{output.name} ended with {bad[0].code}: {bad[0].output[-2000:]}"]
+    found = losses(output)
+    if len(found) != len(expected) or not np.allclose(found, expected, rtol=0, atol=TOLERANCE):
+        return [f"{output.name} has the losses {found} instead of {expected}"]
+    return []
