@@ -7,6 +7,7 @@ import pytest
 from control_experiments.record import RunRecord
 
 DEVICE = {"kind": "cuda", "name": "Some GPU", "count": 1, "total_memory_bytes": 80 * 2**30}
+ALONE = {"kind": "cuda allocator", "other_processes_bytes": 0}
 
 
 class ResultsFolder:
@@ -16,7 +17,7 @@ class ResultsFolder:
         self.path = path
 
     def roberta(self, method, seed, last, best=None, *, task="cola", model="tiny-encoder", peak=100 * 2**20, seconds=10.0,
-                lr=1e-3, folder=None, device="Some GPU", domain="roberta", resumed=None, **hyperparameters):  # fmt: skip
+                lr=1e-3, folder=None, device="Some GPU", domain="roberta", resumed=None, others=0, **hyperparameters):  # fmt: skip
         name = folder or f"{model}_{task}_{method}_seed{seed}"
         score = {"step": 20, "epoch": 2.0, "score": last}
         record = self._record(
@@ -24,7 +25,7 @@ class ResultsFolder:
             hyperparameters={"method": method, "task": task, "model": model, "seed": seed, "lr": lr, "epochs": 2.0,
                              "batch_size": 64, "control_rank": 16, "lora_rank": 8, **hyperparameters},
             metrics={"best": {**score, "score": last if best is None else best}, "last": score},
-            memory={"kind": "cuda allocator", "peak_allocated_bytes": peak},
+            memory={"kind": "cuda allocator", "peak_allocated_bytes": peak, "other_processes_bytes": others},
             time={"train_seconds": seconds, "examples_per_second": 1000 / seconds, "resumed_from_step": resumed},
             history=[{"step": 10, "epoch": 1.0, "score": last - 0.1, "train_loss": 0.6}, {**score, "train_loss": 0.4}],
         )  # fmt: skip
@@ -39,7 +40,7 @@ class ResultsFolder:
         record = self._record(
             domain="vit", name=f"{data}_{method}_{seed}", method=method, task=data, seed=seed, model="vit_tiny",
             hyperparameters={"mlp_layers": mlp_layers, "attention": "sdpa", "control_rank": 16, "lora_rank": 1},
-            metrics={"best": row, "last": row}, memory={"kind": "cuda allocator", "peak_allocated_bytes": 2**30},
+            metrics={"best": row, "last": row}, memory={**ALONE, "peak_allocated_bytes": 2**30},
             time={"train_seconds": 60.0, "examples_per_second": 500.0}, history=[row], **more,
         )  # fmt: skip
         return record.write(self.path / "vit" / record.name / "record.json")
@@ -69,7 +70,7 @@ class ResultsFolder:
         self._record(
             domain="llama", name=place.name, method=method, task="commonsense", seed=seed, model="tiny-llama",
             hyperparameters={"lr": 1e-4, "epochs": 3, "control_rank": ranks[0], "lora_rank": ranks[1]},
-            metrics={"best": loss, "last": loss}, memory={"kind": "cuda allocator", "peak_allocated_bytes": 3 * 2**30},
+            metrics={"best": loss, "last": loss}, memory={**ALONE, "peak_allocated_bytes": 3 * 2**30},
             time={"train_seconds": 100.0, "examples_per_second": 9.0}, history=[loss],
         ).write(place / "record.json")  # fmt: skip
         return evaluation.write(place / "evaluation" / "record.json")

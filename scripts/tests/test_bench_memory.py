@@ -39,7 +39,7 @@ def test_measures_each_method_and_writes_a_record(shape, methods, tmp_path):
         (("--shape", "huge"), "unknown --shape 'huge': choose from llama3-8b"),
         (("--methods", "lora:fast"), "no such memory mode"),
         (("--methods", "prefix"), "unknown method 'prefix'"),
-        (("--shape", "vit-b16", "--methods", "lora+liger"), "no switch but checkpointing"),
+        (("--shape", "vit-b16", "--methods", "lora+liger"), "no switches but checkpointing"),
         (("--limit", 3), "--limit needs a GPU"),
         (("--batch", 0), "--batch must be at least 1"),
     ],

@@ -60,6 +60,16 @@ def test_memory_and_time_want_less(results):
     assert time.verdict == "contradicted" and "+20.00 %" in time.tests[0].statistic
 
 
+@pytest.mark.parametrize("others", [5 * 2**30, None])
+def test_time_is_not_judged_from_gpus_that_others_used(others, results):
+    """None: records older than the meter; they were written at one time, so their runs overlapped."""
+    for seed in (0, 1):
+        results.roberta("control", seed, 0.6, seconds=12.0, others=others)
+        results.roberta("lora", seed, 0.6, seconds=10.0, others=others)
+    assert claim(results, "roberta-time").verdict == "not tested"
+    assert claim(results, "roberta-quality").tests
+
+
 def test_one_contradicting_test_contradicts_and_a_single_pair_has_no_vote(results):
     fill(results, [0.7, 0.71], [0.6, 0.62])
     results.roberta("control", 7, 0.5, task="rte")
