@@ -24,6 +24,7 @@ EVAL_STEPS=${EVAL_STEPS:-200}
 LORA_DROPOUT=${LORA_DROPOUT:-0.05}
 MEMORY=${MEMORY:-plain}
 BATCH_QUESTIONS=${BATCH_QUESTIONS:-256}
+EVALUATE_ARGS=${EVALUATE_ARGS:---dtype fp32}   # so small a model loses no time by it, and batches answer as single questions do
 
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 [ $# -ge 2 ] || usage "OUT GPU [options of finetune.py]"

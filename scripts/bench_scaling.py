@@ -335,7 +335,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     title = f"{options.shape}, {options.batch} x {options.tokens} tokens per process, {device}"
     print(title, flush=True)
-    cells, singles = [], {}
+    cells, singles, references = [], {}, {}
     planned = [(m, s, n) for m in options.methods for s in options.shards for n in options.counts()]
     for number, (method, shard, processes) in enumerate(planned, 1):
         started = time.time()
@@ -343,7 +343,11 @@ def main() -> None:
         if processes == 1:
             singles[method, shard] = cell
         elif "losses" in cell:
-            reference = run_cell(replace(options, warmup=0), method, "ddp", 1, accumulate=processes)
+            if (method, processes) not in references:
+                references[method, processes] = run_cell(
+                    replace(options, warmup=0), method, "ddp", 1, accumulate=processes
+                )
+            reference = references[method, processes]
             if "losses" in reference:
                 pairs = zip(cell["losses"], reference["losses"])
                 cell["loss_distance"] = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)

@@ -157,7 +157,8 @@ def glue_cell(options: Options, task: str, method: str, seed: int, rate: str | N
     quantized = options.table == "quantized"
     launcher = "QControl/run_roberta_quantization.sh" if quantized else "RoBERTa/run_roberta.sh"
     model = Path(variable("MODEL", "roberta-base")).name
-    name = f"{model}_{task}_{method}_seed{seed}"
+    base = f"{model}_{variable('QUANTIZATION', 'nf4')}" if quantized else model
+    name = f"{base}_{task}_{method}_seed{seed}"
     out = Path(options.results) / ("qcontrol" if quantized else "roberta") / name
     epochs, rate = per_task("EPOCHS", task, "80"), rate or per_task("LR", task, "3e-4")
     command = [
