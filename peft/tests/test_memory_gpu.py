@@ -235,7 +235,7 @@ def test_dropout_on_the_gpu_is_replayed(mode, cuda_graphs):
         loss()  # captures
         first, second = (logits(model, inputs) for _ in range(2))
         assert not torch.equal(first, second)  # each replay draws new masks
-    gradients = torch.autograd.grad(loss(), trained)
+    gradients = [g.clone() for g in torch.autograd.grad(loss(), trained)]  # a graph's own memory, used again
     slope = sum(gradient.double().square().sum() for gradient in gradients).item()
     values = []
     for step in (1e-3, -1e-3):
