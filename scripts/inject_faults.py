@@ -99,8 +99,8 @@ def main() -> None:
         if options.lost:
             tasks += [
                 ("lost", name, pool.submit(lose_processes, name, options.lost, options.seed))
-                for name in options.domains
-                if name in processes.RUNS
+                for name in processes.RUNS
+                if name.removesuffix("-fsdp2") in options.domains
             ]
         if options.inputs:
             tasks += [
