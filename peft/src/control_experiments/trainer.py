@@ -248,6 +248,10 @@ class ExperimentTrainer(Trainer):
 
     # -- what it computes -----------------------------------------------------------------------------------
 
+    def _move_model_to_device(self, model, device) -> None:
+        if not is_sharded(model):  # shards are where they belong, and may refuse to be moved
+            super()._move_model_to_device(model, device)
+
     def _wrap_model(self, model, training: bool = True, **kwargs):
         if self.sharded and training:
             # autocast alone, and accelerate then leaves the model as it is: DDP would refuse the shards
