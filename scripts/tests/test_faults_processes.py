@@ -129,8 +129,13 @@ def run_all(run: tiny.Run, output: Path, count: int = 2, **more) -> list[kills.E
 
 @pytest.mark.parametrize(
     ("domain", "options"),
-    # padded, of an epoch's short last step one process has two micro-batches and the other has one
-    [("roberta", ("--memory", "lean")), ("llama", ("--memory", "lean", "--batching", "padded"))],
+    [
+        ("roberta", ("--memory", "lean")),
+        ("roberta", ("--memory", "balanced")),
+        # padded, of an epoch's short last step one process has two micro-batches and the other has one
+        ("llama", ("--memory", "lean", "--batching", "padded")),
+        ("llama", ("--memory", "fast")),
+    ],
 )
 def test_two_processes_that_share_the_weights_have_the_losses_of_one(domain, options, tmp_path, monkeypatch):
     run = processes.with_options(processes.RUNS[domain](tmp_path), *options)
