@@ -123,7 +123,8 @@ class ExperimentTrainer(Trainer):
         for callback in (_Meter(self.throughput, memory), _Keeper(self), self._bar):
             self.add_callback(callback)
         self._stop = StopRequest()
-        self._host_group: dist.ProcessGroup | None = None
+        # over gloo, so that no process waits for its GPU; made now, for who waits here for one that died waits long
+        self._host_group = dist.new_group(backend="gloo") if self.args.world_size > 1 else None
         self._aside: Path | None = None
         self._resumed_from: str | None = None
 
@@ -161,8 +162,6 @@ class ExperimentTrainer(Trainer):
 
     def greatest(self, number: int) -> int:
         """The greatest of the numbers that the processes of the run give."""
-        # over gloo, so that no process waits for its GPU
-        self._host_group = self._host_group or dist.new_group(backend="gloo")
         found = torch.tensor(number)
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._host_group)
         return int(found)
