@@ -3,6 +3,7 @@
     python LlaMA/finetune.py --method "control+lora" --data commonsense_170k.json --output_dir OUT
     python LlaMA/finetune.py --method "double control" --model SmolLM2.gguf --data commonsense_51k.json --output_dir OUT
     torchrun --nproc_per_node 4 LlaMA/finetune.py ...        the batch is shared out over the processes
+    torchrun --nproc_per_node 4 LlaMA/finetune.py ... --shard fsdp2                  the frozen weights too
 
 Defaults are the paper's recipe for LLaMA-2-7B. What the options trade: rows are packed end to end without padding, with
 the gradients of the published micro-batches; `--batching padded` computes on padding too, as published. A larger
@@ -50,6 +51,7 @@ from control_experiments.paths import public_path
 from control_experiments.quantization import QUANTIZATION_HELP, check_method_runs, check_paging
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
 from control_experiments.runs import RunFolder
+from control_experiments.sharding import SHARD_HELP, choose_shard, shard_frozen, shares_weights
 from control_experiments.trainer import ExperimentTrainer
 from LlaMA.commonsense import TokenRow, read_rows, split_rows, tokenize_rows
 from LlaMA.models import (
@@ -96,6 +98,7 @@ class Options:
         metadata={"help": "Hub id, folder or GGUF file of the base model."},
     )
     device: str = field(default="0", metadata={"help": "GPU index, or cpu."})
+    shard: Literal["ddp", "fsdp2"] = field(default="ddp", metadata={"help": SHARD_HELP})
     workers: int = field(default=0, metadata={"help": "Processes that make batches; no effect on results."})
     deterministic: bool = field(
         default=False, metadata={"help": "Deterministic GPU kernels alone: the same bits again, slower."}
@@ -214,7 +217,7 @@ class Options:
     def hyperparameters(self) -> dict:
         """Every option that can move the result, as it took effect."""
         elsewhere = (
-            "method", "data", "output_dir", "model", "device", "workers", "seed", "resume", "report_to",
+            "method", "data", "output_dir", "model", "device", "shard", "workers", "seed", "resume", "report_to",
         )  # fmt: skip
         chosen = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         return {
@@ -241,16 +244,25 @@ class CommonsenseTrainer(ExperimentTrainer):
         model.train()
         total = torch.zeros((), device=self.args.device)
         batches, share = inputs["batches"], self.loss_share()
+        rounds = self.greatest(len(batches)) if self.sharded else len(batches)
         for number, batch in enumerate(batches, start=1):
             # processes may have unequal numbers of packs, so they meet once a step, at the last one
             with nullcontext() if number == len(batches) else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    loss = self.loss(model, batch) * share
-                self.accelerator.backward(loss)
-            total += loss.detach()
+                total += self._learn(model, batch, share)
             self.throughput.add(batch.rows, batch.tokens)
+        for _ in range(rounds - len(batches)):
+            # sharded, they meet in every layer: who has fewer packs keeps the others company with one that weighs nothing
+            self._learn(model, min(batches, key=lambda batch: batch.tokens), 0.0)
+        self.average_gradients()
         self.losses.add(total, self.state.global_step + 1)
         return total
+
+    def _learn(self, model, batch: Batch, share: float) -> torch.Tensor:
+        """Add `share` times the batch's gradients to those of the step; returns its part of the step's loss."""
+        with self.compute_loss_context_manager():
+            loss = self.loss(model, batch) * share
+        self.accelerator.backward(loss)
+        return loss.detach()
 
     def evaluate(self, *_, **__) -> dict:
         self.model.eval()
@@ -335,13 +347,17 @@ def prepare_model(
     varlen = options.batching == "packed" and options.attention != "sdpa" and varlen_available(device, dtype)
     if options.attention == "varlen" and not varlen:
         raise UserError("--attention varlen needs packed rows in half precision on an Ampere or newer GPU")
-    base = load_model(options.model, dtype, device, VARLEN if varlen else "sdpa", options.quantization)
+    shared = shares_weights(options.shard)
+    place = torch.device("cpu") if shared else device
+    base = load_model(options.model, dtype, place, VARLEN if varlen else "sdpa", options.quantization)
     memory.after_load()
     total = base.num_parameters()
     model = add_adapter(base, options.config())
     ready_to_train(model, options.memory, half=dtype != torch.float32)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if shared:
+        shard_frozen(model, device, memory)
     return model, total
 
 
@@ -391,7 +407,9 @@ def train(
     tokenizer = load_tokenizer(options.model)
     seed_everything(options.seed)
     memory = MemoryMeter(device)
-    model, total_parameters = prepare_model(options, device, dtype, memory)
+    arguments = training_arguments(options, folder, device, dtype)
+    # asking for its device starts the process group, if there are several processes
+    model, total_parameters = prepare_model(options, arguments.device, dtype, memory)
     choose_pad_token(tokenizer, model.get_input_embeddings().weight.shape[0])
 
     on_response = options.loss_on == "response"
@@ -404,7 +422,7 @@ def train(
     with folder.logging_from(*LOGGERS):
         trainer = CommonsenseTrainer(
             model=model,
-            args=training_arguments(options, folder, device, dtype),
+            args=arguments,
             train_dataset=training,
             data_collator=partial(collate, options=options, pad_token_id=tokenizer.pad_token_id),
             eval_dataset=held_out,
@@ -447,6 +465,7 @@ def train(
         adapter={"config": model.peft_config["default"].to_dict(), "dtype": "float32", **parameters},
         hyperparameters={
             **options.hyperparameters(),
+            **({"shard": options.shard} if shares_weights(options.shard) else {}),
             "dtype": str(dtype).removeprefix("torch."),
             "attention": model.config._attn_implementation,
             "pad_token": tokenizer.pad_token,
@@ -478,6 +497,7 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     command = list(sys.argv[1:] if argv is None else argv)
     (options,) = parse_arguments(Options, argv=command, description=__doc__)
     options.check()
+    options.shard = choose_shard(options.shard, quantization=options.quantization)
     if options.deterministic:
         make_deterministic()
     device = select_device(options.device)

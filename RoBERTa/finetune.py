@@ -3,6 +3,7 @@
     python RoBERTa/finetune.py --method control --task cola                      the paper's recipe, GPU 0, from the hub
     python RoBERTa/finetune.py --method lora --task demo --model FOLDER --device cpu --epochs 2 --lr 1e-3
     torchrun --nproc_per_node 2 RoBERTa/finetune.py --method control --task mnli     each step's rows are shared out
+    torchrun --nproc_per_node 2 RoBERTa/finetune.py … --shard fsdp2                  the frozen weights too
 
 What the options trade: `--padding longest` (default) computes only on real tokens and gives the same results as
 `max_length`, which is there to reproduce the authors' timing. `--precision` defaults to bf16 where the GPU has it
@@ -71,6 +72,7 @@ from control_experiments.quantization import (
 )
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
 from control_experiments.runs import RunFolder
+from control_experiments.sharding import SHARD_HELP, choose_shard, shard_frozen, shares_weights
 from control_experiments.trainer import ExperimentTrainer
 
 logger = logging.getLogger("finetune")
@@ -174,6 +176,7 @@ class Options:
     deterministic: bool = field(
         default=False, metadata={"help": "Deterministic GPU kernels alone: the same bits again, slower."}
     )
+    shard: Literal["ddp", "fsdp2"] = field(default="ddp", metadata={"help": SHARD_HELP})
     device: str = field(default="0", metadata={"help": "GPU index, or cpu."})
     output_dir: Optional[str] = field(
         default=None,
@@ -196,6 +199,7 @@ class Options:
         "predict",
         "report_to",
         "device",
+        "shard",
         "save_steps",
         "eval_batch_size",
         "workers",
@@ -500,18 +504,23 @@ def train(
         raise UserError(
             f"--max_length {options.max_length} is more than {options.model} can read ({longest})"
         )
-    model.to(device)
-    memory.after_load()
+    arguments = training_arguments(options, folder, device, precision)
+    shared = shares_weights(options.shard)
+    if not shared:
+        model.to(device)
+        memory.after_load()
     total_parameters = model.num_parameters()
     model = add_adapter(model, options)
     set_memory(model, options.memory, options.cuda_graphs)
+    if shared:  # asking for the device starts the process group
+        shard_frozen(model, arguments.device, memory)
     encoded = tokenize(splits, tokenizer, options.max_length)
     dev = {suffix: encoded[split] for suffix, split in zip(task.evaluations, task.dev_splits, strict=True)}
 
     with folder.logging_from(*LOGGERS):
         trainer = ExperimentTrainer(
             model=model,
-            args=training_arguments(options, folder, device, precision),
+            args=arguments,
             train_dataset=encoded["train"],
             eval_dataset=dev if len(dev) > 1 else next(iter(dev.values())),
             data_collator=DataCollatorWithPadding(
@@ -558,7 +567,12 @@ def train(
         model=model_description(options, model, total_parameters),
         data=data_description(options, splits),
         adapter=adapter,
-        hyperparameters={**options.hyperparameters(), "precision": precision, "optimizer": "AdamW"},
+        hyperparameters={
+            **options.hyperparameters(),
+            **({"shard": options.shard} if shared else {}),
+            "precision": precision,
+            "optimizer": "AdamW",
+        },
         metrics=metrics,
         memory=memory.summary(),
         time={
@@ -599,6 +613,9 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     command = list(sys.argv[1:] if argv is None else argv)
     (options,) = parse_arguments(Options, argv=command, description=__doc__)
     options.check()
+    options.shard = choose_shard(
+        options.shard, quantization=options.quantization, cuda_graphs=options.cuda_graphs
+    )
     if options.deterministic:
         make_deterministic()
     device = select_device(options.device)

@@ -45,6 +45,9 @@ class Options:
     domains: list[str] = field(
         default_factory=lambda: list(RUNS), metadata={"help": f"Of {', '.join(RUNS)}."}
     )
+    shards: list[str] = field(
+        default_factory=lambda: ["ddp", "fsdp2"], metadata={"help": "What processes that are lost share."}
+    )
     readers: list[str] = field(
         default_factory=lambda: list(READERS), metadata={"help": f"Of {', '.join(READERS)}."}
     )
@@ -53,7 +56,7 @@ class Options:
     output: Optional[str] = field(default=None, metadata={"help": "JSON file for the result."})
 
     def check(self) -> None:
-        for kind, known in (("domains", RUNS), ("readers", READERS)):
+        for kind, known in (("domains", RUNS), ("shards", ("ddp", "fsdp2")), ("readers", READERS)):
             if unknown := [name for name in getattr(self, kind) if name not in known]:
                 raise UserError(f"unknown --{kind} {unknown[0]!r}: choose from {', '.join(known)}")
 
@@ -99,8 +102,9 @@ def main() -> None:
         if options.lost:
             tasks += [
                 ("lost", name, pool.submit(lose_processes, name, options.lost, options.seed))
-                for name in options.domains
-                if name in processes.RUNS
+                for name in processes.RUNS
+                if name.removesuffix("-fsdp2") in options.domains
+                and ("fsdp2" if name.endswith("-fsdp2") else "ddp") in options.shards
             ]
         if options.inputs:
             tasks += [

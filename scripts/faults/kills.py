@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from safetensors.torch import load_file
 
 from control_experiments.checkpoints import checkpoints, find_damage
@@ -90,6 +91,9 @@ def start(
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
         sys.argv = [run.script, *arguments]
         os.environ.update(environment)
+        # torch renews a forked process's thread pool when it first wants it, and fails if two threads (gloo's, autograd's)
+        # do so at once
+        torch.set_num_threads(torch.get_num_threads())
         if change is not None:
             _die_at_change(output, change)
         run_main(main)

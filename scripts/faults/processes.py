@@ -14,6 +14,8 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,8 +48,22 @@ def _llama(folder: Path) -> Run:
     return tiny.llama(folder, lora_dropout=0, micro_batch_size=2, held_out=2)
 
 
+def with_options(run: Run, *words: str) -> Run:
+    """The run with more options, which count instead of those of the same name before them."""
+    return replace(run, arguments=[*run.arguments, *words])
+
+
+def _sharded(make_run: Callable[[Path], Run], folder: Path) -> Run:
+    return with_options(make_run(folder), "--shard", "fsdp2", "--memory", "lean")
+
+
 #: Runs that 4 processes can share, without dropout, whose masks would differ, and with a short last batch in each epoch.
-RUNS: dict[str, Callable[[Path], Run]] = {"roberta": _roberta, "llama": _llama}
+RUNS: dict[str, Callable[[Path], Run]] = {
+    "roberta": _roberta,
+    "llama": _llama,
+    "roberta-fsdp2": partial(_sharded, _roberta),
+    "llama-fsdp2": partial(_sharded, _llama),
+}
 
 
 def losses(output: Path) -> list[float]:
@@ -67,9 +83,13 @@ NOBODY = Kill(0, UNDISTURBED)
 
 
 def execute(
-    run: Run, output: Path, processes: int, kill: Kill = NOBODY, *, resume: bool = False
+    run: Run, output: Path, processes: int, kill: Kill = NOBODY, *, resume: bool = False, alone: float = 0.0
 ) -> list[Ended]:
-    """Do `run` in so many processes, one of which is killed as planned; how each of them ended, by rank."""
+    """Do `run` in so many processes, one of which is killed as planned; how each of them ended, by rank.
+
+    Args:
+        alone: seconds from the first failure to the others' SIGTERM, in which they should end by themselves.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -91,7 +111,7 @@ def execute(
     victim = next(process for process, rank in running.items() if rank == kill.rank)
     kill_at = None if kill.plan.seconds is None else started + kill.plan.seconds
     ended: dict[int, Ended] = {}
-    stop_at = started + _LIMIT
+    stop_at, terminate_at = started + _LIMIT, None
     while running:
         for process, rank in list(running.items()):
             found, status = os.waitpid(process, os.WNOHANG)
@@ -99,11 +119,14 @@ def execute(
                 del running[process]
                 seconds = time.perf_counter() - started
                 ended[rank] = Ended(os.waitstatus_to_exitcode(status), logs[rank].read_text(), seconds)
-                if ended[rank].code and stop_at > started + seconds + _GRACE:
-                    stop_at = started + seconds + _GRACE
-                    for other in running:
-                        os.kill(other, signal.SIGTERM)
+                if ended[rank].code and stop_at > started + seconds + alone + _GRACE:
+                    terminate_at = started + seconds + alone
+                    stop_at = terminate_at + _GRACE
         now = time.perf_counter()
+        if terminate_at is not None and now >= terminate_at:
+            terminate_at = None
+            for other in running:
+                os.kill(other, signal.SIGTERM)
         if kill_at is not None and now >= kill_at and victim in running:
             kill_at = None
             os.kill(victim, signal.SIGKILL)

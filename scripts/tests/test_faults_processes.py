@@ -6,14 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from control_experiments.checkpoints import checkpoints
-from control_experiments.trainer import SharedBatches
+from control_experiments.errors import UserError
+from control_experiments.metering import MemoryMeter
+from control_experiments.record import read_record
+from control_experiments.sharding import choose_shard, shard_frozen
+from control_experiments.trainer import ExperimentTrainer, SharedBatches
 from scripts.faults import kills, processes, tiny
 from scripts.faults.processes import losses
 
@@ -95,12 +102,128 @@ def test_a_lost_process_ends_the_run_which_goes_on_with_any_number(domain, tmp_p
         assert losses(again) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
+# -- FSDP2: the processes are forked, so what is patched here is patched in them -----------------------------
+
+
+def check_shards(run: tiny.Run, monkeypatch) -> None:
+    """Have each process of the run look at what it holds, and say so."""
+    module = import_module(run.script.removesuffix(".py").replace("/", "."))
+
+    def shard_and_look(model, *arguments):
+        shard_frozen(model, *arguments)
+        frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        assert all(isinstance(parameter, DTensor) for parameter in frozen)
+        assert not any(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad)
+        assert sum(p.to_local().numel() for p in frozen) < 0.6 * sum(p.numel() for p in frozen)
+        print("looked at the shards")
+
+    monkeypatch.setattr(module, "shard_frozen", shard_and_look)
+
+
+def run_all(run: tiny.Run, output: Path, count: int = 2, **more) -> list[kills.Ended]:
+    """Do the run in so many processes, all of which must come to its end."""
+    ended = processes.execute(run, output, count, **more)
+    assert [process.code for process in ended] == [0] * count, ended[0].output + ended[-1].output
+    return ended
+
+
+@pytest.mark.parametrize(
+    ("domain", "options"),
+    [
+        ("roberta", ("--memory", "lean")),
+        ("roberta", ("--memory", "balanced")),
+        # padded, of an epoch's short last step one process has two micro-batches and the other has one
+        ("llama", ("--memory", "lean", "--batching", "padded")),
+        ("llama", ("--memory", "fast")),
+    ],
+)
+def test_two_processes_that_share_the_weights_have_the_losses_of_one(domain, options, tmp_path, monkeypatch):
+    run = processes.with_options(processes.RUNS[domain](tmp_path), *options)
+    assert kills.execute(run, tmp_path / "one").code == 0
+    check_shards(run, monkeypatch)
+    if domain == "roberta":
+        run = processes.with_options(run, "--shard", "fsdp2")
+    else:  # as accelerate launch asks for it
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+    ended = run_all(run, tmp_path / "two")
+    assert all("looked at the shards" in process.output for process in ended)
+    assert "".join(process.output for process in ended).count("record in") == 1
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) >= 8 and two == pytest.approx(one, abs=1e-5)
+    assert read_record(tmp_path / "two" / "record.json").hyperparameters["shard"] == "fsdp2"
+    weights = [
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert (value - weights[1][name]).abs().max() < 1e-4
+
+
+def test_a_sharded_half_precision_base_trains_float32_adapters_as_ddp_does(tmp_path, monkeypatch):
+    run = processes.with_options(processes.RUNS["llama"](tmp_path), "--dtype", "bf16")
+    run_all(run, tmp_path / "ddp")
+    check_shards(run, monkeypatch)
+    run_all(processes.with_options(run, "--shard", "fsdp2"), tmp_path / "fsdp2")
+    # the same computations on the same rows in the same processes
+    assert losses(tmp_path / "fsdp2") == pytest.approx(losses(tmp_path / "ddp"), abs=1e-6)
+
+
 @pytest.mark.parametrize("domain", ["roberta", "llama"])
-def test_fsdp_is_refused_rather_than_quietly_left_out(domain, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    ended = kills.execute(processes.RUNS[domain](tmp_path), tmp_path / "run")
-    assert ended.code == 2 and "FSDP is not supported here" in ended.output
+def test_a_lost_process_ends_a_sharded_run_which_goes_on_with_any_number(domain, tmp_path, monkeypatch):
+    run, cut = processes.RUNS[f"{domain}-fsdp2"](tmp_path), tmp_path / "cut"
+    assert kills.execute(run, tmp_path / "one").code == 0
+    share = ExperimentTrainer.loss_share
+
+    def die(trainer):  # within a step, in which the other waits for shards or gradients
+        if trainer.args.process_index == 1 and trainer.state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return share(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExperimentTrainer, "loss_share", die)
+        ended = processes.execute(run, cut, 2, alone=60)
+    assert ended[1].code == -signal.SIGKILL and ended[0].code == 2
+    assert "error: another process of this run died" in ended[0].output and "--resume" in ended[0].output
+    for count, shard in ((1, "fsdp2"), (2, "fsdp2"), (4, "fsdp2"), (2, "ddp")):
+        again = shutil.copytree(cut, tmp_path / f"{shard} on {count}")
+        first, *_ = run_all(processes.with_options(run, "--shard", shard), again, count, resume=True)
+        assert "resumed from checkpoint-" in first.output
+        assert losses(again) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "told"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, (), "FSDP1 is not supported: add --fsdp_version 2"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            (),
+            "--fsdp_offload_params true is not supported",
+        ),
+        ({}, ("--shard", "fsdp2", "--quantization", "nf4"), "--quantization nf4 cannot be sharded"),
+    ],
+)
+@pytest.mark.parametrize("domain", ["roberta", "llama"])
+def test_what_cannot_be_sharded_is_refused(domain, environment, options, told, tmp_path, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    run = processes.with_options(processes.RUNS[domain](tmp_path), *options)
+    ended = kills.execute(run, tmp_path / "run")
+    assert ended.code == 2 and told in ended.output
     assert not (tmp_path / "run" / "record.json").exists()
+
+
+def test_models_that_cannot_be_sharded_are_refused():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    for model, told in (
+        (torch.nn.Sequential(bitsandbytes.nn.Linear4bit(4, 4)), "quantized"),
+        (torch.nn.Sequential(torch.nn.Linear(4, 4)), "no layer that Control knows"),
+    ):
+        with pytest.raises(UserError, match=told):
+            shard_frozen(model, torch.device("cpu"), MemoryMeter(torch.device("cpu")))
+    with pytest.raises(UserError, match="cuda_graphs"):
+        choose_shard("fsdp2", cuda_graphs=True)
 
 
 def test_sigterm_to_torchrun_checkpoints_and_the_run_goes_on(tmp_path):

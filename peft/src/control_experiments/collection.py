@@ -26,7 +26,9 @@ COMMONSENSE = (
 #: Ranks that need no mention in a method's label; other domains always mention them.
 _USUAL_RANKS = {"roberta": (16, 8), "qcontrol": (16, 8), "vit": (16, 1)}
 #: Hyperparameters in which methods may differ from each other, but seeds of one method may not.
-_METHODS_OWN = ("lr", "learning_rate", "memory", "cuda_graphs", "gradient_checkpointing", "lora_", "control_")
+_METHODS_OWN = (
+    "lr", "learning_rate", "memory", "cuda_graphs", "gradient_checkpointing", "shard", "lora_", "control_",
+)  # fmt: skip
 #: Hyperparameters that change neither what is learned nor what it costs, or that name what is compared.
 _NEUTRAL = ("method", "seed", "task", "data", "model", "limit", "mode", "quantization", "mlp_layers")
 
@@ -370,7 +372,7 @@ def _place(
 
 
 def row_label(domain: str, method: str, hyperparameters: dict) -> str:
-    """A method's name with what tells its rows apart: ranks other than the domain's usual ones, and the memory mode."""
+    """A method's name with what tells its rows apart: ranks other than the domain's usual ones, memory mode, shards."""
     ranks = []
     for part, option, usual in zip(
         ("control", "lora"), ("control_rank", "lora_rank"), _USUAL_RANKS.get(domain, (None, None))
@@ -386,6 +388,8 @@ def row_label(domain: str, method: str, hyperparameters: dict) -> str:
         label += ", graphs"
     if hyperparameters.get("gradient_checkpointing"):
         label += ", checkpointing"
+    if hyperparameters.get("shard"):
+        label += f", {hyperparameters['shard']}"
     return label
 
 

@@ -7,7 +7,6 @@ on a CPU, bit for bit as if nothing had happened.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import sys
 from itertools import pairwise
@@ -27,6 +26,7 @@ from .errors import Interrupted, StopRequest, UserError
 from .losses import LossWatch, check_parameters
 from .metering import MemoryMeter, Throughput
 from .record import read_json, write_json_atomic
+from .sharding import average_gradients, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ class ExperimentTrainer(Trainer):
 
     SIGINT and SIGTERM are noted: after the step that is under way a checkpoint is written and `train` raises
     `Interrupted`. A loss or a trained parameter that is NaN or infinite raises `UserError` before it is saved.
-    Several processes share out each batch of what one process would do, so that losses and gradients are the same.
+    Several processes share out each batch of what one process would do, so that losses and gradients are the same; each
+    holds the whole model (DDP) unless it comes sharded (`sharding.shard_frozen`).
     Evaluation and prediction keep the data set's order whatever the sampling strategy: sort by length beforehand.
     With `--train_sampling_strategy group_by_length` the training set needs a `length` column.
 
@@ -105,18 +106,11 @@ class ExperimentTrainer(Trainer):
         memory: meter that gets its optimizer mark after the first step.
         unit: so many rows of a batch stay in one process.
         All others are the Trainer's.
-
-    Raises:
-        UserError: accelerate was asked for FSDP.
     """
 
     def __init__(self, *args, memory: MemoryMeter, unit: int = 1, **kwargs):
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-            # accelerate ignores it on CPUs without a word; on GPUs its checkpoints are pickles, which are never read
-            raise UserError(
-                "FSDP is not supported here: start with torchrun, or with accelerate launch without --use_fsdp (DDP)"
-            )
         super().__init__(*args, **kwargs)
+        self.sharded = is_sharded(self.model)
         # else the Trainer multiplies a classifier's mean loss by the number of processes
         self.model_accepts_loss_kwargs = False
         self.unit = unit
@@ -129,7 +123,8 @@ class ExperimentTrainer(Trainer):
         for callback in (_Meter(self.throughput, memory), _Keeper(self), self._bar):
             self.add_callback(callback)
         self._stop = StopRequest()
-        self._stop_group: dist.ProcessGroup | None = None
+        # over gloo, so that no process waits for its GPU; made now, for who waits here for one that died waits long
+        self._host_group = dist.new_group(backend="gloo") if self.args.world_size > 1 else None
         self._aside: Path | None = None
         self._resumed_from: str | None = None
 
@@ -162,12 +157,14 @@ class ExperimentTrainer(Trainer):
     def stop_requested(self) -> bool:
         """Whether a signal came, to this process or to any other of the run; all get the same answer."""
         if self.args.world_size > 1:
-            # over gloo, so that no process waits for its GPU
-            self._stop_group = self._stop_group or dist.new_group(backend="gloo")
-            number = torch.tensor(self._stop.number or 0)
-            dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._stop_group)
-            self._stop.number = int(number) or None
+            self._stop.number = self.greatest(self._stop.number or 0) or None
         return self._stop.number is not None
+
+    def greatest(self, number: int) -> int:
+        """The greatest of the numbers that the processes of the run give."""
+        found = torch.tensor(number)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._host_group)
+        return int(found)
 
     def kept(self) -> str:
         """What there is to go on from, in words."""
@@ -200,6 +197,9 @@ class ExperimentTrainer(Trainer):
             self._aside = place.with_name(f".{place.name}.partial")
             if self.args.should_save:
                 begin(place)
+            if self.sharded:
+                # saving would do so in the process that saves alone, and then it alone would gather again
+                self.model.reshard()
             try:
                 self._meet()
                 super()._save_checkpoint(model, trial)  # to where `_get_output_dir` says
@@ -247,6 +247,21 @@ class ExperimentTrainer(Trainer):
 
     # -- what it computes -----------------------------------------------------------------------------------
 
+    def _move_model_to_device(self, model, device) -> None:
+        if not is_sharded(model):  # shards are where they belong, and may refuse to be moved
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model, training: bool = True, **kwargs):
+        if self.sharded and training:
+            # autocast alone, and accelerate then leaves the model as it is: DDP would refuse the shards
+            return self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        return super()._wrap_model(model, training=training, **kwargs)
+
+    def average_gradients(self) -> None:
+        """What DDP does within the last backward of a step; of a sharded model, frozen weights alone are FSDP's."""
+        if self.sharded:
+            average_gradients(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
         if self.args.world_size > 1:
@@ -287,6 +302,7 @@ class ExperimentTrainer(Trainer):
         examples = len(next(iter(inputs.values())))
         self.throughput.add(examples, 0 if mask is None else mask.sum())
         loss = super().training_step(model, inputs, *args, **kwargs)
+        self.average_gradients()
         self.losses.add(loss, self.state.global_step + 1)
         return loss
 

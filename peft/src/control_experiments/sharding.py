@@ -1,0 +1,116 @@
+"""Several processes that share out the frozen weights (FSDP2, torch's `fully_shard`), beside DDP.
+
+The frozen base is sharded layer by layer. What is trained stays whole in every process, as under DDP, and its gradients
+are averaged once a step (`average_gradients`). An adapter is below one percent of its base, so sharding it too would save
+next to nothing, while whole it costs no gathering: checkpoints, optimizer states and the final adapter are plain tensors
+that one process writes and any number of processes, sharded or not, reads. A unit of FSDP is then of one dtype and
+without gradients too, whatever the dtypes of base and adapter.
+
+accelerate is not asked to shard: it leaves FSDP out on CPUs without a word (1.15), and on GPUs its checkpoints are pickles.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from .errors import UserError
+from .metering import MemoryMeter
+from .quantization import quantized_linears
+
+SHARD_HELP = "What several processes share beside the rows: ddp: nothing, each holds the whole model; fsdp2: the frozen weights."
+#: What accelerate launch can ask FSDP for that is not done here, by the variable that it sets.
+_NOT_DONE = {
+    "FSDP_OFFLOAD_PARAMS": "--fsdp_offload_params",
+    "FSDP_ACTIVATION_CHECKPOINTING": "--fsdp_activation_checkpointing",
+}
+
+
+def choose_shard(shard: str, *, quantization: str = "none", cuda_graphs: bool = False) -> str:
+    """What `--shard` comes to: "fsdp2" also when accelerate launch asks for it (`--use_fsdp --fsdp_version 2`).
+
+    accelerate and transformers are then told that nobody did, for both would act on it: call it before a model is loaded.
+
+    Raises:
+        UserError: FSDP1, or what of FSDP2 is not done here, was asked for, or a model that cannot be sharded.
+    """
+    if _is_set("ACCELERATE_USE_FSDP"):
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError(
+                "FSDP1 is not supported: add --fsdp_version 2 to accelerate launch, or start with torchrun and --shard fsdp2"
+            )
+        for variable, option in _NOT_DONE.items():
+            if _is_set(variable):
+                raise UserError(f"{option} true is not supported: leave it out; --memory lean needs less too")
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
+        shard = "fsdp2"
+    if shard == "fsdp2" and quantization != "none":
+        raise UserError(f"--quantization {quantization} cannot be sharded: choose --shard ddp")
+    if shard == "fsdp2" and cuda_graphs:
+        raise UserError(
+            "--cuda_graphs cannot replay the gathering of shards: leave it out, or choose --shard ddp"
+        )
+    return shard
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+def shares_weights(shard: str) -> bool:
+    """Whether a model is to be given to `shard_frozen`: load it into the host's memory then, since the whole of it may
+    not fit on one GPU. A single process has nobody to share with."""
+    return shard == "fsdp2" and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard_frozen` was here."""
+    return isinstance(model, FSDPModule)
+
+
+def shard_frozen(model: nn.Module, device: torch.device, memory: MemoryMeter) -> None:
+    """Shard the frozen parameters of a model over all processes, and put its trained ones whole on each one's device.
+
+    Call it in every process, with the process group running and memory modes set; each layer is moved as it is sharded.
+
+    Args:
+        model: with its adapter; in the host's memory or on the device.
+        device: this process's.
+        memory: gets its mark for the weights, which are this process's shards.
+
+    Raises:
+        UserError: the base is quantized, or has no transformer layers that are known.
+    """
+    from peft_control.architectures import find_layers
+
+    if quantized_linears(model):
+        raise UserError("a quantized base model cannot be sharded: choose --shard ddp")
+    try:
+        layers = [layer for layer, _ in find_layers(model).values()]
+    except ValueError as error:
+        raise UserError(f"--shard fsdp2: {error}; or choose --shard ddp") from error
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, ignored_params=set(trained))
+    # embeddings and output layer stay gathered after the forward: the fused loss reads the latter from outside of it
+    fully_shard(model, mesh=mesh, ignored_params=set(trained), reshard_after_forward=False)
+    memory.after_load()
+    for parameter in trained:
+        parameter.data = parameter.data.to(device)
+        dist.broadcast(parameter.data, src=0)  # as DDP does: the processes start from one adapter
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace the gradients of parameters that every process holds by their mean over the processes."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])  # one message instead of hundreds
+    dist.all_reduce(together.div_(dist.get_world_size()))
+    for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
