@@ -9,10 +9,12 @@ import sys
 
 import pytest
 
+from control_experiments.benchmark_tables import frontier_of
+from control_experiments.cells import markdown, write_tables
 from control_experiments.collection import collect
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.published import read_paper
-from control_experiments.tables import all_tables, frontier_of, markdown, write_tables
+from control_experiments.tables import all_tables
 
 PAPER = read_paper(RESULTS / "paper.json")
 
@@ -130,6 +132,114 @@ def test_memory_against_speed(results):
         "control:lean",
     ]
     assert lines["dora"]["trained parameters"].notes == ["dora: out of memory."]
+
+
+def test_a_vits_tokens_are_those_that_were_measured(results):
+    """Older files note bench_memory.py's default, 1,024, instead of the 197 that a ViT-B/16 has."""
+    results.benchmark(
+        "vit-b16_128x1024.json", shape="vit-b16", batch=128, tokens=197, noted=1024, lora=(0.4, 9.0)
+    )
+    (section,) = table(results, "memory_speed").sections
+    assert section.title == "vit-b16, 128 x 197 tokens, Some GPU" and section.domain == "vit"
+
+
+def test_memory_over_quantized_bases(results):
+    for repeat in (1, 2):
+        results.step(
+            f"qcontrol/memory/repeat{repeat}/a",
+            "lora",
+            stored="nf4",
+            seconds=0.1 * repeat,
+            peak=(7 + repeat) * 2**30,
+        )
+    results.step("qcontrol/memory/repeat1/b", "double control", stored="nf4", mode="lean", others=2**30)
+    title = "llama3-8b, 1 x 2048 tokens, bfloat16, ranks 64 and 32, Some GPU, torch 2.14"
+    line = row(results, "quantized_memory", title, method="lora", weights="nf4", mode="plain")
+    assert line["n"].text == "2" and line["weights MiB"].text == "4,096 ± 0"
+    assert line["peak MiB"].text == "8,704 ± 724" and line["ms a step"].text == "150.0 ± 70.7"
+    assert line["adapter + optimizer MiB"].text == "1,024 ± 0" and line["activations MiB"].value == 3.5 * 1024
+    shared = row(results, "quantized_memory", title, method="double control")
+    assert shared["ms a step"].text == "not measured" and "other processes" in shared["ms a step"].notes[0]
+
+
+def test_the_recipes_steps_at_llamas_shapes(results):
+    results.step("llama/shapes/a", "dora", seconds=0.25)
+    title = "llama3-8b, 3 x 256 tokens, bfloat16, ranks 64 and 32, Some GPU, torch 2.14"
+    line = row(results, "llama_shapes", title, method="dora")
+    assert (line["memory mode"].text, line["ms a step"].text, line["tokens/s"].text) == (
+        "plain",
+        "250.0",
+        "3,072",
+    )
+    assert line["runs"].links == [("1", "llama/shapes/a/record.json")]
+
+
+def test_throughput_and_answers_in_batches(results):
+    results.throughput(2.0)
+    (section,) = table(results, "throughput").sections
+    lines = [dict(zip(section.header, r, strict=True)) for r in section.rows]
+    assert [line["times published"].text for line in lines] == ["1.00", "2.00", "5.00"]
+    assert lines[1]["real tokens/s"].text == "2,000" and section.title.startswith(
+        "random llama3-8b, control+lora, memory mode fast"
+    )
+    results.batches(12.0, 99.9)
+    line = row(results, "batches", "smollm2, bfloat16, Some GPU, torch 2.14", method="zero-shot")
+    assert (line["times one by one"].text, line["times published"].text, line["same answers %"].text) == (
+        "12.0",
+        "24.0",
+        "99.90",
+    )
+
+
+def test_scaling(results):
+    results.scaling([("lora", "ddp", 1, 0.4, 30.0), ("lora", "ddp", 2, 0.5, 30.0)])
+    title = "llama3-8b, 4 x 1024 tokens a process, Some GPU, torch 2.14"
+    line = row(results, "scaling", title, processes="2")
+    assert (line["efficiency %"].text, line["peak GB each"].text, line["losses apart"].text) == (
+        "80.0",
+        "30.00",
+        "1.0e-05",
+    )
+    results.scaling([("lora", "fsdp2", 8, 65536, 0)], repeat="longest", longest=True)
+    line = row(results, "scaling", title.replace("process,", "process, longest sequence,"), processes="8")
+    assert line["longest tokens"].text == "65,536"
+
+
+@pytest.mark.parametrize("write", ["step", "throughput", "batches"])
+def test_a_measurement_that_lacks_something_is_named_and_left_out(results, write):
+    make = {"step": lambda: results.step("llama/shapes/a", "lora"), "throughput": lambda: results.throughput(2.0),
+            "batches": lambda: results.batches(12.0, 100.0)}  # fmt: skip
+    path = make[write]()
+    contents = json.loads(path.read_text())
+    del contents["hyperparameters"]["dtype"]
+    path.write_text(json.dumps(contents))
+    assert f"{path.relative_to(results.path)} is a broken measurement ('dtype' is missing)" in only_problem(
+        results
+    )
+
+
+def test_real_measurements_reach_their_tables(tmp_path):
+    """The domains' benchmarks on the CPU at their smallest: a renamed field would leave a table empty."""
+    root = tmp_path / "results"
+    small = ["--device", "cpu", "--steps", "1", "--warmup", "0"]
+    for command in (
+        ["LlaMA/benchmark_methods.py", "--output_dir", f"{root}/llama/shapes", "--shapes", "tiny", "--methods", "lora",
+         "--cutoff", "8", "--control_rank", "2", "--lora_rank", "2"],
+        ["QControl/quantized_memory.py", "--output_dir", f"{root}/qcontrol/memory", "--shape", "tiny-roberta",
+         "--methods", "lora", "--weights", "fp32", "--batches", "2", "--tokens", "8"],
+    ):  # fmt: skip
+        subprocess.run(
+            [sys.executable, str(REPOSITORY / command[0]), *command[1:], *small],
+            check=True,
+            capture_output=True,
+        )
+    collection = collect(root)
+    assert not collection.problems
+    found = {table.name: table for table in all_tables(collection, PAPER)}
+    for name in ("llama_shapes", "quantized_memory"):
+        (section,) = found[name].sections
+        (line,) = section.rows
+        assert line[0].text == "lora" and line[section.header.index("ms a step")].value > 0
 
 
 def test_frontier():
@@ -268,7 +378,8 @@ def test_the_command_writes_everything_and_says_what_it_left_out(results):
     done = subprocess.run([*command, "--strict"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("left out: roberta/tiny-encoder_cola_lora_seed1/record.json")
-    for name in ("glue", "vit_accuracy", "vit_memory", "commonsense", "quantized", "memory_speed"):
+    for name in ("glue", "vit_accuracy", "vit_memory", "commonsense", "quantized", "memory_speed", "quantized_memory",
+                 "llama_shapes", "throughput", "batches", "scaling"):  # fmt: skip
         for suffix in ("md", "csv", "tex"):
             assert (results.path / "tables" / f"{name}.{suffix}").is_file()
     page = (results.path / "tables" / "glue.md").read_text()

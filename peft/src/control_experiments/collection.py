@@ -192,6 +192,7 @@ class Collection:
         measurements: records without a score, such as ViT's memory table, by their path relative to `root`.
         benchmarks: files of scripts/bench_memory.py, by their path relative to `root`.
         paddings: files of RoBERTa/benchmark_padding.py, likewise.
+        scalings: files of scripts/bench_scaling.py, likewise.
         problems: of all kinds; those with a place also stand in its row.
     """
 
@@ -200,6 +201,7 @@ class Collection:
     measurements: dict[str, RunRecord]
     benchmarks: dict[str, dict]
     paddings: dict[str, dict]
+    scalings: dict[str, dict]
     problems: list[Problem]
 
     def of(self, domain: str) -> list[Comparison]:
@@ -228,7 +230,7 @@ def collect(root: Path) -> Collection:
             if (_scores(record) and not retested) or answers.is_file():
                 runs.append(_run(root, path, record))
             else:
-                measurements[link.as_posix()] = record
+                measurements[link.as_posix()] = _checked_measurement(path, record)
         except UserError as error:
             problems.append(_problem(root, path, str(error)))
     for path in sorted(root.glob("vit/memory/**/*.json")):
@@ -236,10 +238,11 @@ def collect(root: Path) -> Collection:
             measurements[path.relative_to(root).as_posix()] = read_record(path)
         except UserError as error:
             problems.append(_problem(root, path, str(error)))
-    benchmarks, paddings = {}, {}
+    benchmarks, paddings, scalings = {}, {}, {}
     for found, pattern, wanted in (
         (benchmarks, "memory/**/*.json", ("schema", "device", "options", "results")),
         (paddings, "roberta/**/benchmark_padding*.json", ("device", "settings", "max_length", "longest")),
+        (scalings, "scaling/**/*.json", ("schema", "device", "options", "results")),
     ):
         for path in sorted(root.glob(pattern)):
             try:
@@ -249,7 +252,7 @@ def collect(root: Path) -> Collection:
     for run in runs:
         run.shared_gpu = _shared_gpu(run, runs)
     comparisons = _compare(runs, problems)
-    return Collection(root, comparisons, measurements, benchmarks, paddings, problems)
+    return Collection(root, comparisons, measurements, benchmarks, paddings, scalings, problems)
 
 
 def _read_benchmark(path: Path, wanted: Sequence[str]) -> dict:
@@ -272,6 +275,44 @@ def _read_benchmark(path: Path, wanted: Sequence[str]) -> dict:
             f"{path} is a benchmark of schema {contents['schema']}, not 1: delete it and measure again"
         )
     return contents
+
+
+#: Kind of measurement -> hyperparameters and last metrics that its record must have.
+_MEASURED = {
+    "shape benchmark": (("memory", "micro_batch_size", "cutoff", "dtype", "control_rank", "lora_rank"), ("seconds_per_step",)),
+    "memory benchmark": (
+        ("shape", "weights", "mode", "batch", "tokens", "dtype", "control_rank", "lora_rank"), ("seconds_per_step",),
+    ),
+    "throughput": (("memory", "batch_size", "cutoff", "dtype"), ("published", "packed", "large")),
+    "batches": (("mode", "quantization", "dtype"), ("questions", "batch_size", "speedup", "answers_agree")),
+}  # fmt: skip
+
+
+def measurement_kind(record: RunRecord) -> str | None:
+    """Which benchmark's the record is, or None: of ViT's memory table, or of no benchmark."""
+    if "questions_per_second_batch_one" in (record.metrics.get("last") or {}):
+        return "batches"
+    return record.task if record.task in _MEASURED else None
+
+
+def _checked_measurement(path: Path, record: RunRecord) -> RunRecord:
+    """Raises UserError: the record lacks what its table needs."""
+    for wanted, there in zip(
+        _MEASURED.get(measurement_kind(record), ()),
+        (record.hyperparameters, record.metrics.get("last") or {}),
+    ):
+        missing = [name for name in wanted if name not in there]
+        if missing:
+            raise UserError(
+                f"{path} is a broken measurement ({missing[0]!r} is missing): delete it and measure again"
+            )
+    return record
+
+
+def torch_minor(versions: dict | None) -> str | None:
+    """torch's version without its patch, such as 2.14; None where it was not noted."""
+    version = (versions or {}).get("torch")
+    return version and ".".join(version.split(".")[:2])
 
 
 # -- one run --------------------------------------------------------------------------------------------------
