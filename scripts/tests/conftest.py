@@ -17,11 +17,11 @@ class ResultsFolder:
         self.path = path
 
     def roberta(self, method, seed, last, best=None, *, task="cola", model="tiny-encoder", peak=100 * 2**20, seconds=10.0,
-                lr=1e-3, folder=None, device="Some GPU", domain="roberta", resumed=None, others=0, **hyperparameters):  # fmt: skip
+                lr=1e-3, folder=None, device="Some GPU", domain="roberta", resumed=None, others=0, torch="2.14.1", **hyperparameters):  # fmt: skip
         name = folder or f"{model}_{task}_{method}_seed{seed}"
         score = {"step": 20, "epoch": 2.0, "score": last}
         record = self._record(
-            domain=domain, name=name, method=method, task=task, seed=seed, model=model, device=device,
+            domain=domain, name=name, method=method, task=task, seed=seed, model=model, device=device, torch=torch,
             hyperparameters={"method": method, "task": task, "model": model, "seed": seed, "lr": lr, "epochs": 2.0,
                              "batch_size": 64, "control_rank": 16, "lora_rank": 8, **hyperparameters},
             metrics={"best": {**score, "score": last if best is None else best}, "last": score},
@@ -35,17 +35,19 @@ class ResultsFolder:
         (path.parent / "run.json").write_text(json.dumps(run))
         return path
 
-    def vit(self, method, seed, last, *, data="cifar100", mlp_layers=2, **more):
+    def vit(self, method, seed, last, *, data="cifar100", mlp_layers=2, lora_rank=1, **more):
         row = {"step": 10, "epoch": 1, "test_accuracy": last, "train_loss": 1.0}
         record = self._record(
             domain="vit", name=f"{data}_{method}_{seed}", method=method, task=data, seed=seed, model="vit_tiny",
-            hyperparameters={"mlp_layers": mlp_layers, "attention": "sdpa", "control_rank": 16, "lora_rank": 1},
+            hyperparameters={"mlp_layers": mlp_layers, "attention": "sdpa", "control_rank": 16, "lora_rank": lora_rank},
             metrics={"best": row, "last": row}, memory={**ALONE, "peak_allocated_bytes": 2**30},
             time={"train_seconds": 60.0, "examples_per_second": 500.0}, history=[row], **more,
         )  # fmt: skip
         return record.write(self.path / "vit" / record.name / "record.json")
 
-    def llama(self, method, seed, average, *, folder=None, limit=None, ranks=(64, 32)):
+    def llama(
+        self, method, seed, average, *, folder=None, limit=None, ranks=(64, 32), domain="llama", **more
+    ):
         """A training with its evaluation below it; `seed` None: zero-shot, which has no training."""
         columns = (
             "boolq",
@@ -61,15 +63,15 @@ class ResultsFolder:
         answered = {"mode": "generate", "beams": 4, "limit": limit, "tasks": list(columns), "batch_size": 64}
         place = self.path / "llama" / (folder or f"{method.replace(' ', '-')}-seed{seed}")
         evaluation = self._record(
-            domain="llama", name="evaluation", method=method, task="commonsense", seed=42, model="tiny-llama",
+            domain=domain, name="evaluation", method=method, task="commonsense", seed=42, model="tiny-llama",
             hyperparameters=answered, metrics={"best": metrics, "last": metrics}, memory={}, time={"evaluate_seconds": 5.0},
         )  # fmt: skip
         if seed is None:
             return evaluation.write(place / "record.json")
         loss = {"step": 10, "epoch": 1.0, "train_loss": 1.0, "eval_loss": 1.1}
         self._record(
-            domain="llama", name=place.name, method=method, task="commonsense", seed=seed, model="tiny-llama",
-            hyperparameters={"lr": 1e-4, "epochs": 3, "control_rank": ranks[0], "lora_rank": ranks[1]},
+            domain=domain, name=place.name, method=method, task="commonsense", seed=seed, model="tiny-llama",
+            hyperparameters={"lr": 1e-4, "epochs": 3, "control_rank": ranks[0], "lora_rank": ranks[1], **more},
             metrics={"best": loss, "last": loss}, memory={**ALONE, "peak_allocated_bytes": 3 * 2**30},
             time={"train_seconds": 100.0, "examples_per_second": 9.0}, history=[loss],
         ).write(place / "record.json")  # fmt: skip
@@ -184,10 +186,10 @@ class ResultsFolder:
         path.write_text(json.dumps(contents))
         return path
 
-    def _record(self, *, device="Some GPU", model, history=(), **fields):
+    def _record(self, *, device="Some GPU", model, history=(), torch="2.14.1", **fields):
         return RunRecord(
             command=["python", "x.py"], created="2026-01-01T00:00:00+00:00", finished="2026-01-01T01:00:00+00:00",
-            git={"commit": None, "dirty": None}, versions={"torch": "2.14.1"}, device={**DEVICE, "name": device},
+            git={"commit": None, "dirty": None}, versions={"torch": torch}, device={**DEVICE, "name": device},
             model={"id": model, "sha256": "ab" * 32, "class": "Tiny" if fields["domain"] != "vit" else model},
             data={"id": "data", "sha256": "cd" * 32, "sizes": {"train": 100, "validation": 10}},
             adapter={"trainable_parameters": 1234}, history=list(history), **fields,

@@ -72,6 +72,7 @@ def test_published_figures_stand_beside_ours_with_their_status(results):
     line = row(results, "glue", "roberta-base", task="cola", method="control")
     assert line["best"].text == "60.00"
     assert line["paper, best"].text == "65.32 ± 0.44 (exact)"
+    results.roberta("control", 42, 0.6, model="roberta-base", task="mnli")
     assert (
         row(results, "glue", "roberta-base", task="mnli", method="control")["paper, best"].text
         == "not published"
@@ -81,8 +82,34 @@ def test_published_figures_stand_beside_ours_with_their_status(results):
     assert row(results, "vit_accuracy", at_scale, method="lora")["paper, peak"].text == "17,067 MiB (exact)"
 
 
-def test_all_glue_tasks_are_listed_at_the_papers_scale(results):
-    assert len(rows(results, "glue", "roberta-base")) == 9 * 3
+def test_what_was_measured_comes_first_and_the_papers_scale_without_records_compactly_last(results):
+    results.roberta("control", 42, 0.6)
+    results.llama("lora", 1, 50.0)
+    *_, last = table(results, "glue").sections
+    assert table(results, "glue").sections[0].title == "tiny-encoder" and last.title == "roberta-base"
+    assert [r[0].text for r in last.rows] == ["cola"] * 3  # what was published
+    assert last.remarks[-1] == "No record yet: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli."
+    first, *_, last = table(results, "commonsense").sections
+    assert first.title == "tiny-llama" and {r[1].text for r in last.rows} == {"paper"}
+    assert "No record of ours yet: double control r64, control+lora r64+r32" in last.remarks[0]
+
+
+def test_a_method_with_other_ranks_has_no_empty_row_beside_them(results):
+    results.vit("control", 1, 80.0)
+    results.vit("lora", 1, 80.0, lora_rank=0)
+    lines = rows(results, "vit_accuracy", "vit_tiny, 2-layer MLP")
+    assert [(line["method"].text, line["n"].text) for line in lines] == [
+        ("control", "1"),
+        ("dora", "0"),
+        ("lora matched", "1"),
+    ]
+
+
+def test_a_quantized_llama_stands_beside_the_others_in_a_setting_of_its_own(results):
+    results.llama("lora", 1, 50.0)
+    results.llama("lora", 1, 49.0, folder="nf4", domain="qcontrol", quantization="nf4")
+    assert row(results, "commonsense", "tiny-llama, nf4", method="lora r32")["average"].text == "49.00"
+    assert row(results, "commonsense", "tiny-llama", method="lora r32")["average"].text == "50.00"
 
 
 def test_commonsense_joins_a_training_with_its_evaluation(results):
@@ -299,7 +326,7 @@ def test_two_runs_that_claim_one_cell_leave_it_empty(results):
     assert row(results, "glue", "tiny-encoder", method="lora")["last"].text == "50.00"
 
 
-@pytest.mark.parametrize("change", [{"device": "Other GPU"}, {"batch_size": 8}])
+@pytest.mark.parametrize("change", [{"device": "Other GPU"}, {"batch_size": 8}, {"torch": "2.11.0"}])
 def test_a_run_under_other_conditions_is_not_mixed_in(results, change):
     for seed in (1, 2):
         results.roberta("control", seed, 0.6)
@@ -307,8 +334,26 @@ def test_a_run_under_other_conditions_is_not_mixed_in(results, change):
     odd = results.roberta("dora", 1, 0.7, **change)
     message = only_problem(results)
     assert odd.parent.name in message and next(iter(change)).replace("device", "device Other GPU") in message
+    assert (
+        "torch" not in change
+        or "with torch 2.11, the others it would be compared with have torch 2.14" in message
+    )
     assert row(results, "glue", "tiny-encoder", method="dora")["last"].text == "no record"
     assert row(results, "glue", "tiny-encoder", method="control")["last"].text == "60.00 ± 0.00"
+
+
+def test_a_patch_of_torch_is_no_other_condition(results):
+    results.roberta("control", 1, 0.6)
+    results.roberta("control", 2, 0.6, torch="2.14.3")
+    assert not collect(results.path).problems
+
+
+def test_benchmarks_of_two_torch_versions_are_no_repeats_of_each_other(results):
+    for repeat, torch in (("", "2.11.0"), ("repeat2", "2.14.1")):
+        path = results.benchmark(repeat=repeat, lora=(0.4, 40.0))
+        path.write_text(json.dumps({**json.loads(path.read_text()), "versions": {"torch": torch}}))
+    titles = [section.title for section in table(results, "memory_speed").sections]
+    assert titles == [f"llama3-8b, 4 x 1024 tokens, Some GPU, torch {torch}" for torch in ("2.11", "2.14")]
 
 
 def test_methods_may_have_their_own_learning_rate_but_not_seeds(results):

@@ -322,7 +322,7 @@ def _run(root: Path, path: Path, record: RunRecord) -> Run:
     """Raises UserError: the record, or the evaluation that belongs to it, lacks what a table needs."""
     links, scored, evaluation = [path.relative_to(root).as_posix()], record, None
     answers = path.parent / "evaluation" / "record.json"
-    if record.domain == "llama" and answers.is_file():
+    if answers.is_file():
         scored = evaluation = read_record(answers)
         links.append(answers.relative_to(root).as_posix())
     scores = _scores(scored)
@@ -331,7 +331,7 @@ def _run(root: Path, path: Path, record: RunRecord) -> Run:
     try:
         shared, own = _conditions(record, evaluation)
         place = _place(
-            record.domain,
+            _table_of(record),
             record.model,
             record.hyperparameters,
             record.method,
@@ -344,6 +344,11 @@ def _run(root: Path, path: Path, record: RunRecord) -> Run:
             f"{path} is a broken run record ({error} is missing): delete it and run again"
         ) from error
     return Run(place, record, scored, links, scores["best"], scores["last"], shared, own)
+
+
+def _table_of(record: RunRecord) -> str:
+    """The domain whose table a run belongs to: a quantized LLaMA stands beside the others, in a setting of its own."""
+    return "llama" if record.task.startswith("commonsense") else record.domain
 
 
 def _shared_gpu(run: Run, runs: Sequence[Run]) -> bool:
@@ -431,18 +436,22 @@ def row_label(domain: str, method: str, hyperparameters: dict) -> str:
 
 
 def _conditions(record: RunRecord, evaluation: RunRecord | None) -> tuple[dict[str, str], dict[str, str]]:
-    shared, own = {}, {}
+    shared, own, llama = {}, {}, _table_of(record) == "llama"
     for name, value in record.hyperparameters.items():
         # the paper's recipe for LLaMA-2-7B has another batch for control+lora than for double control
-        if name.startswith(_METHODS_OWN) or (record.domain, name) == ("llama", "batch_size"):
+        if name.startswith(_METHODS_OWN) or (llama and name == "batch_size"):
             own[name] = str(value)
         elif name not in _NEUTRAL:
             shared[name] = str(value)
     shared["device"] = record.device["name"]
+    if torch := torch_minor(record.versions):  # another one may have other kernels
+        shared["torch"] = torch
     shared["model"] = str(record.model.get("sha256") or record.model.get("revision"))[:12]
     shared["data"] = str(record.data.get("sha256") or record.data.get("revision"))[:12]
-    if evaluation is None and record.domain == "llama":  # zero-shot: nothing of it is training
-        shared = {f"evaluation {name}": value for name, value in shared.items() if name != "device"}
+    if evaluation is None and llama:  # zero-shot: nothing of it is training
+        shared = {
+            f"evaluation {name}": value for name, value in shared.items() if name not in ("device", "torch")
+        }
     elif evaluation is not None:
         answered = {
             name: str(value) for name, value in evaluation.hyperparameters.items() if name not in _NEUTRAL

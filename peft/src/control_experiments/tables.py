@@ -15,8 +15,6 @@ from .published import NOT_PUBLISHED, Paper
 
 #: Published figures that belong to no cell.
 _IN_TEXT = ("score stated in the text", "memory less than dora", "fits on a GPU of")
-#: Rows of a commonsense table without any record.
-_COMMONSENSE_ROWS = ("control+lora r64+r32", "double control r64", "lora r32", "dora r32")
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 METHODS = ("control", "lora", "dora")
 
@@ -170,24 +168,27 @@ def _long_sections(
 ) -> list[Section]:
     """One section for each model and setting, one row for each task and method.
 
-    The paper's own model (or `model`) in its `setting` has all `tasks`, with or without records; other models have those
-    with a record.
+    Sections with records come first. The paper's own model (or `model`) in its `setting` names the `tasks` without one.
     """
     header = ["task", "method", "trained parameters", "learning rate", "n", "last", "best", "paper, best",
               "peak MiB", "paper, peak", "train s", "paper, time", "examples/s", "runs"]  # fmt: skip
     found = {(c.model, c.setting, c.task): c for c in comparisons if not skip(c)}
     at_scale = [(name, setting) for name in paper.models(table) or [model]]
-    sections = []
-    for key in dict.fromkeys([*at_scale, *((m, s) for m, s, _ in found)]):
+    domain = {"glue": "roberta", "vit": "vit", "quantized": "qcontrol"}[table]
+    measured, empty = [], []
+    for key in dict.fromkeys([*((m, s) for m, s, _ in found), *at_scale]):
         name, its_setting = key
-        shown = list(tasks) if key in at_scale else []
-        shown += [task for m, s, task in found if (m, s) == key and task not in shown]
-        shown.sort(key=lambda task: (tasks.index(task) if task in tasks else len(tasks), task))
+        mine = {task: comparison for (*place, task), comparison in found.items() if tuple(place) == key}
+        shown, missing = set(mine), []
+        if key in at_scale:  # tasks without records have rows only for what was published of them
+            shown |= {task for task in tasks if any(paper.of_task(table, name, task))}
+            missing = [task for task in tasks if task not in mine]
         rows, methods = [], []
-        for task in shown:
-            comparison = found.get((*key, task), Comparison("", *key, task, {}, {}))
-            labels = [*METHODS, *(label for label in sorted(comparison.rows) if label not in METHODS)]
-            for label in labels:
+        for task in sorted(
+            shown, key=lambda task: (tasks.index(task) if task in tasks else len(tasks), task)
+        ):
+            comparison = mine.get(task, Comparison("", *key, task, {}, {}))
+            for label in _labels(comparison, always=key in at_scale):
                 row = comparison.rows.get(label, Row())
                 memory, seconds, rate = cost_cells(row)
                 where = (table, name, label, task)
@@ -200,10 +201,25 @@ def _long_sections(
                 ])  # fmt: skip
                 methods.append(label)
         title = f"{name}, {its_setting}" if its_setting else name
-        mine = [found[m, s, t] for m, s, t in found if (m, s) == key]
-        domain = {"glue": "roberta", "vit": "vit", "quantized": "qcontrol"}[table]
-        sections.append(Section(title, header, rows, domain, methods, conditions_remark(mine)))
-    return [_without_empty_columns(section) for section in sections]
+        remarks = conditions_remark(mine.values())
+        remarks += [f"No record yet: {', '.join(missing)}."] if missing else []
+        section = _without_empty_columns(Section(title, header, rows, domain, methods, remarks))
+        (measured if mine else empty).append(section)
+    return [*measured, *empty]
+
+
+def _labels(comparison: Comparison, always: bool) -> list[str]:
+    """The rows of a comparison: the table's methods, then others.
+
+    A method of which there are only rows with something added (other ranks, a memory mode) has no empty row beside them,
+    unless `always`: beside the published figures.
+    """
+    there = {label for label, row in comparison.rows.items() if row.runs or row.problems}
+    of_method = {
+        method: any(label.split(",")[0].split(" ")[0] == method for label in there) for method in METHODS
+    }
+    usual = [method for method in METHODS if always or method in there or not of_method[method]]
+    return [*usual, *(label for label in sorted(comparison.rows) if label not in METHODS)]
 
 
 def _without_empty_columns(section: Section) -> Section:
@@ -244,31 +260,31 @@ def commonsense_table(collection: Collection, paper: Paper) -> Table:
     ]
     found = {(c.model, c.setting): c for c in collection.of("llama")}
     always = [(model, "") for model in paper.models("commonsense")]
-    if not any(model.startswith("smollm2") for model, _ in found):
-        always.append(("smollm2-135m-instruct", ""))
     sections = []
-    for key in dict.fromkeys([*always, *found]):
+    for key in dict.fromkeys([*found, *always]):
         model, setting = key
         comparison = found.get(key, Comparison("llama", model, setting, "commonsense", {}, {}))
         published = [label for label in paper.rows("commonsense", model) if not setting]
-        rows, methods = [], []
-        for label in dict.fromkeys([*published, *sorted(comparison.rows)] or _COMMONSENSE_ROWS):
+        rows, methods, missing = [], [], []
+        for label in dict.fromkeys([*published, *sorted(comparison.rows)]):
+            if label not in comparison.rows:
+                missing.append(label)
             row = comparison.rows.get(label, Row())
             scores = [summary_cell(row.summary(column), 2) for column in COMMONSENSE]
             no_match = summary_cell(row.over_seeds(lambda run: run.scored.metrics["last"].get("no_match")), 2)
-            rows.append(
-                [
-                    Cell(label),
-                    Cell("ours"),
-                    trained_cell(row),
-                    count_cell(row),
-                    *scores,
-                    no_match,
-                    *cost_cells(row),
-                    runs_cell(row),
-                ]
-            )
-            methods.append(label)
+            ours = [
+                Cell(label),
+                Cell("ours"),
+                trained_cell(row),
+                count_cell(row),
+                *scores,
+                no_match,
+                *cost_cells(row),
+                runs_cell(row),
+            ]
+            if label in comparison.rows:
+                rows.append(ours)
+                methods.append(label)
             if label in published:
                 scores = [
                     published_cell(paper, "commonsense", model, label, column, "score")
@@ -294,6 +310,7 @@ def commonsense_table(collection: Collection, paper: Paper) -> Table:
                 methods.append(label)
         title = f"{model}, {setting}" if setting else model
         remarks = conditions_remark([comparison])
+        remarks += [f"No record of ours yet: {', '.join(missing)}."] if missing else []
         remarks += [
             f"{figure.row}: {figure.quantity} {figure}."
             for figure in paper.figures
