@@ -14,21 +14,19 @@ from __future__ import annotations
 
 import itertools
 import os
-import queue
 import re
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
+from joblib import Parallel, delayed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -499,7 +497,7 @@ def chosen_cells(options: Options, rates: dict[tuple[str, str], str]) -> list[Ce
 
 
 class Scheduler:
-    """Runs cells in a pool of threads, one for each GPU; keeps what failed.
+    """Runs cells through joblib, one at a time on each GPU; keeps what failed.
 
     Attributes:
         failed: cell name -> why, in one line.
@@ -507,14 +505,12 @@ class Scheduler:
     """
 
     def __init__(self, gpus: Sequence[str], logs: Path, deadline: float | None, console: Console):
-        self.gpus: queue.Queue[str] = queue.Queue()
-        for gpu in gpus:
-            self.gpus.put(gpu)
+        self.gpus = list(gpus)
         self.workers, self.logs, self.deadline, self.console = len(gpus), logs, deadline, console
         self.failed: dict[str, str] = {}
         self.left: list[str] = []
-        self._running: set[subprocess.Popen] = set()
-        self._stopped = threading.Event()
+        self._running: list[subprocess.Popen] = []
+        self._stopped = False
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Run all cells that are not finished yet."""
@@ -537,15 +533,14 @@ class Scheduler:
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
         )
-        with (
-            Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress,
-            ThreadPoolExecutor(self.workers) as pool,
-        ):
+        # as many at a time as there are GPUs; results come as cells end
+        pool = Parallel(
+            self.workers, backend="threading", pre_dispatch="n_jobs", return_as="generator_unordered"
+        )
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             bar = progress.add_task("cells", total=len(cells), completed=skipped, left="")
-            futures = {pool.submit(self._run_one, cell): cell for cell in waiting}
             try:
-                for done in as_completed(futures):
-                    cell, seconds = futures[done], done.result()
+                for cell, seconds in pool(map(delayed(self._run_one), waiting)):
                     if seconds is None:
                         continue
                     durations.append(seconds)
@@ -559,40 +554,36 @@ class Scheduler:
                     )  # fmt: skip
             except BaseException:
                 self._stop()
-                pool.shutdown(cancel_futures=True)
                 raise
 
-    def _run_one(self, cell: Cell) -> float | None:
-        """Run a cell on the next free GPU; its seconds, or None when it was not started."""
-        gpu = self.gpus.get()
+    def _run_one(self, cell: Cell) -> tuple[Cell, float | None]:
+        """Run a cell on a free GPU; with its seconds, or None when it was not started."""
+        if self._stopped or (self.deadline is not None and time.monotonic() > self.deadline):
+            self.left.append(cell.name)
+            return cell, None
+        gpu, started, log = self.gpus.pop(), time.monotonic(), self.logs / f"{cell.name}.log"
         try:
-            if self._stopped.is_set():
-                return None
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                self.left.append(cell.name)
-                return None
-            started, log = time.monotonic(), self.logs / f"{cell.name}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("w", encoding="utf-8") as output:
                 process = subprocess.Popen(
                     fill_in(cell.command, gpu), env=environment(cell, gpu), stdin=subprocess.DEVNULL, stdout=output,
                     stderr=subprocess.STDOUT, start_new_session=True,
                 )  # fmt: skip
-                self._running.add(process)
+                self._running.append(process)
+                if self._stopped:
+                    self._stop()
                 code = process.wait()
-                self._running.discard(process)
             if code or not cell.record.is_file():
                 self.failed[cell.name] = _last_line(log) + f" (exit code {code}, log: {public_path(log)})"
-            return time.monotonic() - started
         except OSError as error:
             self.failed[cell.name] = f"{error}"
-            return 0.0
         finally:
-            self.gpus.put(gpu)
+            self.gpus.append(gpu)
+        return cell, time.monotonic() - started
 
     def _stop(self) -> None:
-        """Ask all running cells, with what they started, to end; their checkpoints stay."""
-        self._stopped.set()
+        """Start no more cells and ask the running ones, with what they started, to end; their checkpoints stay."""
+        self._stopped = True
         for process in list(self._running):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
