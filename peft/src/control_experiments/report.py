@@ -303,12 +303,14 @@ def _curve(run: Run) -> list[tuple[float, float]]:
 
 def _claims(claims: Sequence[Claim]) -> str:
     rows = "".join(
-        f'<tr{_of_domain(claim.domain)}><td class="wide">{escape(claim.statement)}</td><td>{claim.whose}</td>'
+        f'<tr{_of_domain(claim.domain)}><td class="wide">{escape(claim.statement)}</td><td class="whose">{claim.whose}</td>'
         f'<td class="{claim.verdict.replace(" ", "-")}">{claim.verdict}</td><td>{claim.tally}</td><td>{escape(claim.scope)}</td></tr>'
         for claim in claims
     )
     head = "<tr><th>claim</th><th>whose</th><th>verdict</th><th>tests</th><th>tested on</th></tr>"
-    return f'<div class="table"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    return (
+        f'<div class="table"><table class="claims"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    )
 
 
 def _of_domain(domain: str) -> str:
@@ -329,9 +331,7 @@ def _section(section: Section) -> str:
         f'<tr data-method="{escape(family(method))}">{"".join(_cell(cell, notes) for cell in row)}</tr>'
         for method, row in zip(section.methods, section.rows, strict=True)
     )
-    below = (
-        f"<ol>{''.join(f'<li><small>{escape(note)}</small></li>' for note in notes)}</ol>" if notes else ""
-    )
+    below = f"<ol>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ol>" if notes else ""
     below += "".join(f"<p><small>{escape(remark)}</small></p>" for remark in section.remarks)
     return (
         f'<section data-domain="{section.domain}"><h3>{escape(section.title)}</h3><div class="table"><table><thead><tr>{head}'
@@ -345,7 +345,7 @@ def _cell(cell: Cell, notes: list[str]) -> str:
     css = (
         "figure"
         if cell.value is not None
-        else ""
+        else "links"
         if cell.links
         else "empty"
         if cell.text.startswith(("no", "left"))

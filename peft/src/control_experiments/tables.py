@@ -209,17 +209,22 @@ def _long_sections(
 
 
 def _labels(comparison: Comparison, always: bool) -> list[str]:
-    """The rows of a comparison: the table's methods, then others.
+    """The rows of a comparison: the table's methods, each with its variants, then others.
 
     A method of which there are only rows with something added (other ranks, a memory mode) has no empty row beside them,
     unless `always`: beside the published figures.
     """
     there = {label for label, row in comparison.rows.items() if row.runs or row.problems}
-    of_method = {
-        method: any(label.split(",")[0].split(" ")[0] == method for label in there) for method in METHODS
-    }
-    usual = [method for method in METHODS if always or method in there or not of_method[method]]
-    return [*usual, *(label for label in sorted(comparison.rows) if label not in METHODS)]
+
+    def method_of(label: str) -> str:
+        return label.split(",")[0].split(" ")[0]
+
+    of_method = {method_of(label) for label in there}
+    usual = {method for method in METHODS if always or method in there or method not in of_method}
+    order = {method: number for number, method in enumerate(METHODS)}
+    return sorted(
+        {*usual, *comparison.rows}, key=lambda label: (order.get(method_of(label), len(order)), label)
+    )
 
 
 def _without_empty_columns(section: Section) -> Section:
