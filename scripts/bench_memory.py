@@ -221,9 +221,12 @@ def build_roberta(options, name, switches, mode) -> Workload:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = random_tokens(options, config.vocab_size)
     labels = ids[:, 0] % 2
-    return Workload(
-        model, lambda: model(input_ids=ids, labels=labels).loss, *ids.shape, autocast_dtype(options)
-    )
+    mask = torch.ones_like(ids)  # a tokenizer's collator always gives one
+
+    def loss():
+        return model(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+    return Workload(model, loss, *ids.shape, autocast_dtype(options))
 
 
 def build_vit(options, name, switches, mode) -> Workload:

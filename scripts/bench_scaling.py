@@ -152,7 +152,11 @@ def fill(model: nn.Module) -> None:
 def build(options: Options, shard: str, device: torch.device) -> nn.Module:
     """The adapted model, sharded or not, with the same weights in every run."""
     name, switches, mode = bench_memory.parse_method(options.worker)
-    model = bench_memory.llama(SHAPES[options.shape], "meta", name, switches, mode)
+    shape = {
+        **SHAPES[options.shape],
+        "tie_word_embeddings": False,
+    }  # to_empty would part them, sharded or not
+    model = bench_memory.llama(shape, "meta", name, switches, mode)
     if shard == "fsdp2":
         mesh = init_device_mesh(options.device, (dist.get_world_size(),))
         for module in model.modules():

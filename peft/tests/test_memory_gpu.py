@@ -67,10 +67,13 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
     assert not ours[4].any()
 
 
-@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}], ids=["eager", "graphs"])
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
+@pytest.mark.parametrize("cuda_graphs", [False, True], ids=["eager", "graphs"])
 @pytest.mark.parametrize("mode", MODES[1:])
-def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode, options):
+def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode, cuda_graphs, offload):
     """The same steps on the same data: the losses of all modes lie on each other."""
+    if offload and mode != "lean":
+        pytest.skip("lean alone moves states to the host")
     config = LlamaConfig(
         hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=2, vocab_size=32000,
@@ -94,7 +97,10 @@ def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode, options):
             optimizer.zero_grad()
         return loss.item(), gradients
 
-    (plain, reference), (loss, gradients) = train("plain"), train(mode, **options)
+    (plain, reference), (loss, gradients) = (
+        train("plain"),
+        train(mode, cuda_graphs=cuda_graphs, offload=offload),
+    )
     assert plain < 10.0
     assert loss == pytest.approx(plain, rel=2e-3)
     assert (gradients - reference).norm() <= 0.05 * reference.norm()
@@ -145,7 +151,7 @@ def test_graphs_follow_shapes_and_refuse_what_would_be_wrong():
         first.backward()
 
 
-@pytest.mark.parametrize("mode", ["plain", "fast", "balanced"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["timm-vit", "vit", "dinov2", "roberta", "bert"])
 def test_graphs_of_encoders_take_the_same_steps(family, mode):
     """With float16 autocast, a loss scaler's factor, and dropout that draws the same numbers as without graphs."""
@@ -156,7 +162,9 @@ def test_graphs_of_encoders_take_the_same_steps(family, mode):
 
     def train(**options):
         torch.manual_seed(0)
-        dropout = 0.3 if family in ("roberta", "bert") else 0.0
+        dropout = (
+            0.3 if family in ("roberta", "bert") and mode != "lean" else 0.0
+        )  # lean's graphs draw others
         model = control_model(family, torch.float32, dropout=dropout).cuda()
         set_memory_mode(model, mode, **options)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -205,22 +213,29 @@ def test_half_precision_autocast_is_as_near_to_float32_as_plain(family):
         assert distance(gradients(mode, True), reference) <= 1.5 * plain, mode
 
 
+@pytest.mark.parametrize("cuda_graphs", [False, True], ids=["eager", "graphs"])
 @pytest.mark.parametrize("mode", MODES[1:])
-def test_dropout_on_the_gpu_is_replayed(mode):
+def test_dropout_on_the_gpu_is_replayed(mode, cuda_graphs):
     """The directional derivative along the gradient, with the masks drawn anew from the same seed."""
     from test_memory_families import control_model
     from tiny_models import FAMILIES, logits
 
     model = control_model("roberta", torch.float32, dropout=0.2, control_dropout=0.1).cuda()
     inputs = {name: value.cuda() for name, value in FAMILIES["roberta"].inputs().items()}
-    set_memory_mode(model, mode, chunk_tokens=5)
+    set_memory_mode(model, mode, chunk_tokens=5, cuda_graphs=cuda_graphs)
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def loss():
         torch.manual_seed(2)
+        for twins in model.get_base_model().step_graphs._twins.values() if cuda_graphs else ():
+            twins.forward.set_offset(0)
         return logits(model, inputs).double().square().sum()
 
-    gradients = torch.autograd.grad(loss(), trained)
+    if cuda_graphs:
+        loss()  # captures
+        first, second = (logits(model, inputs) for _ in range(2))
+        assert not torch.equal(first, second)  # each replay draws new masks
+    gradients = [g.clone() for g in torch.autograd.grad(loss(), trained)]  # a graph's own memory, used again
     slope = sum(gradient.double().square().sum() for gradient in gradients).item()
     values = []
     for step in (1e-3, -1e-3):
@@ -230,3 +245,24 @@ def test_dropout_on_the_gpu_is_replayed(mode):
             values.append(loss().item())
         torch._foreach_add_([p.data for p in trained], gradients, alpha=-scale)
     assert (values[0] - values[1]) / 2e-3 == pytest.approx(slope**0.5, rel=2e-2)
+
+
+def test_layers_of_a_lean_graph_draw_numbers_of_their_own():
+    from peft_control.memory.replay import Twins
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    one, other = Twins(device, 0), Twins(device, 1)
+
+    def drawn(context):
+        with context:
+            return torch.rand(8, device=device)
+
+    assert not torch.equal(drawn(one.first()), drawn(other.first()))
+    drawn(one.first())
+    one.backward.set_offset(0)
+    one.forward.set_offset(0)
+    first = drawn(one.first())
+    assert torch.equal(first, drawn(one.again()))
+    assert not torch.equal(first, drawn(one.first()))
+    one.align()
+    assert torch.equal(drawn(one.first()), drawn(one.again()))

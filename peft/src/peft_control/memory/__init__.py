@@ -20,9 +20,13 @@ from .offload import HostStates
 
 MODES = ("plain", "fast", "balanced", "lean")
 
-# By default a chunk's intermediate tensor has about so many elements: 2,048 tokens of LLaMA-3-8B's MLP (57 MB in
-# bfloat16), 512 rows of its logits. Larger chunks are no faster there, smaller ones are launch-bound.
-_MLP_ELEMENTS, _LOGITS_ELEMENTS = 2048 * 14336, 512 * 128256
+# By default a chunk's logits have about so many elements: 512 rows of LLaMA-3-8B's (131 MB in bfloat16). Larger chunks
+# are no faster there, smaller ones are launch-bound. ``mlp.py`` has the same for intermediate tensors.
+_LOGITS_ELEMENTS = 512 * 128256
+
+# Host memory is slow: about 50 GB/s over PCIe 5, against 400 TFLOP/s in bfloat16. So a layer computes for at least as long
+# as its state travels if it has 4,000 parameters or more for each byte of a token's state.
+_PARAMETERS_PER_BYTE = 4000
 
 
 def set_memory_mode(
@@ -30,7 +34,7 @@ def set_memory_mode(
     mode: str,
     *,
     chunk_tokens: int | None = None,
-    offload: bool = True,
+    offload: bool | None = None,
     fused_loss: bool = True,
     cuda_graphs: bool = False,
     on_unsupported: str = "error",
@@ -41,15 +45,16 @@ def set_memory_mode(
         model: a model with a control adapter (LoRA on q, k, v may be in it), or its base model.
         mode: "plain" (autograd as it is), "fast" (no matmul recomputed), "balanced" (one MLP matmul recomputed,
             in SwiGLU decoders attention too) or "lean" (one state per layer kept, the MLP worked in chunks).
-        chunk_tokens: tokens per chunk of the lean MLP; the loss works on a quarter of it at a time. None: by
-            the layer's width.
-        offload: lean keeps its states in pinned host memory (on a GPU).
+        chunk_tokens: tokens per chunk of an MLP of which nothing is kept; the loss works on a quarter of it at a
+            time. None: by the layer's width.
+        offload: lean keeps its states in pinned host memory (on a GPU). None: where the layers are so large that
+            the copies take less time than the computation, as in a LLaMA of 7 or 8 billion parameters.
         fused_loss: causal language models compute their training loss without a batch's logits, so that
             ``outputs.logits`` is None while training with labels.
         cuda_graphs: the training step is replayed as CUDA graphs when its shapes were seen before: for small
-            batches of few shapes, whose time goes into kernel launches; in every mode, "plain" too. Lean then keeps
-            its states on the GPU. What cannot be replayed runs without a graph: more than sixteen shapes, a causal
-            language model's batch with padding, dropout that the mode draws twice ("lean").
+            batches of few shapes, whose time goes into kernel launches; in every mode, "plain" too. What cannot be
+            replayed runs without a graph: more than sixteen shapes, a causal language model's batch with padding,
+            dropout in a layer that torch's checkpointing recomputes (decoders in "balanced", ViTs with dropout).
         on_unsupported: "error", or "warn" to stay plain.
 
     Returns:
@@ -63,7 +68,7 @@ def set_memory_mode(
         raise ValueError(f"unknown memory mode {mode!r}: choose from {', '.join(MODES)}")
     _restore(model)
     if mode != "plain":
-        _replace_layers(model, mode, chunk_tokens, offload and not cuda_graphs, on_unsupported)
+        _replace_layers(model, mode, chunk_tokens, offload, on_unsupported)
         if fused_loss:
             _fuse_loss(model, chunk_tokens)
     if cuda_graphs:
@@ -76,7 +81,8 @@ def _replace_layers(model, mode, chunk_tokens, offload, on_unsupported):
     for layer in model.modules():
         found = halves(layer)
         if found is not None:
-            plans[layer] = Plan(mode, found, chunk_tokens or max(_MLP_ELEMENTS // found.mlp.width, 1), None)
+            chunk = chunk_tokens or max(found.mlp.CHUNK_ELEMENTS // found.mlp.width, 1)
+            plans[layer] = Plan(mode, found, chunk, None)
     if not plans:
         message = (
             f"memory mode {mode!r} supports {', '.join(FAMILIES)}; {_class_name(model)} has no such layer"
@@ -89,11 +95,18 @@ def _replace_layers(model, mode, chunk_tokens, offload, on_unsupported):
         getattr(m, "gradient_checkpointing", getattr(m, "grad_checkpointing", False)) for m in model.modules()
     ):
         raise ValueError(f"memory mode {mode!r} replaces gradient checkpointing: switch that off first")
-    host = HostStates() if mode == "lean" and offload else None
+    host = HostStates() if mode == "lean" else None
     for layer, plan in plans.items():
-        plan.host = host
+        if offload or (offload is None and _hides_copies(layer, plan.mlp.norm)):
+            plan.host = host
         layer.memory_plan = plan
         layer.forward = MethodType(training_forward, layer)
+
+
+def _hides_copies(layer, norm):
+    parameters = sum(parameter.numel() for parameter in layer.parameters())
+    state_bytes = sum(weight.nbytes for weight in (norm.weight,) if weight is not None)  # of one token
+    return 0 < _PARAMETERS_PER_BYTE * state_bytes <= parameters
 
 
 def _fuse_loss(model, chunk_tokens):

@@ -87,6 +87,11 @@ def control_backward(control: ControlLayer | None, state, kept, dy, dstate) -> l
     return gradients
 
 
+def control_draws(control: ControlLayer | None) -> bool:
+    """Whether the control's dropout draws random numbers now."""
+    return any(_drops(control, name) for name in _active(control))
+
+
 def _active(control: ControlLayer | None) -> list[str]:
     if control is None or control.disable_adapters:
         return []

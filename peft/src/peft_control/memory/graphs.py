@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .layers import replays_random_numbers
+from .layers import replaying_layers, replays_random_numbers
+from .replay import Twins, capturing
 
 
 class StepGraphs:
@@ -23,6 +24,7 @@ class StepGraphs:
     def __init__(self, limit: int = 16):
         self.limit = limit
         self._graphs: dict[tuple, _Graph] = {}
+        self._twins: dict[nn.Module, Twins] = {}
 
     def __deepcopy__(self, memo):
         return StepGraphs(self.limit)
@@ -34,10 +36,11 @@ class StepGraphs:
         self,
         compute: Callable,
         inputs: Sequence[torch.Tensor],
-        parameters: Sequence[torch.Tensor],
+        model: nn.Module,
         setting: object = None,
     ):
-        """Return ``compute(*inputs)``, a tensor or a structure of tensors, with gradients for ``parameters``.
+        """Return ``compute(*inputs)``, a tensor or a structure of tensors, with gradients for ``model``'s trained
+        parameters.
 
         ``compute`` must do the same work for the same shapes and the same ``setting``, and read nothing from the
         device.
@@ -45,6 +48,7 @@ class StepGraphs:
         Raises:
             RuntimeError: ``compute`` cannot be captured.
         """
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         key = (
             *((x.shape, x.dtype) for x in inputs),
             *map(id, parameters),
@@ -56,7 +60,9 @@ class StepGraphs:
             if len(self._graphs) == self.limit:
                 return compute(*inputs)
             pool = next(iter(self._graphs.values())).forward.pool() if self._graphs else None
-            self._graphs[key] = _Graph(compute, inputs, parameters, pool)
+            for number, layer in enumerate(replaying_layers(model)):
+                self._twins.setdefault(layer, Twins(inputs[0].device, number))
+            self._graphs[key] = _Graph(compute, inputs, parameters, self._twins, pool)
         graph = self._graphs[key]
         return tree_unflatten(list(_Replay.apply(graph, inputs, *parameters)), graph.structure)
 
@@ -79,15 +85,15 @@ def graphed_forward(model: nn.Module, *arguments, **named):
         arguments, named = tree_unflatten(filled, structure)
         return run(*arguments, **named)
 
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     others = [value for value in values if not isinstance(value, torch.Tensor)]
-    return model.step_graphs(compute, tensors, trained, f"{structure} {others}")
+    return model.step_graphs(compute, tensors, model, f"{structure} {others}")
 
 
 class _Graph:
-    def __init__(self, compute, inputs, parameters, pool):
+    def __init__(self, compute, inputs, parameters, twins, pool):
         self.inputs = [x.clone() for x in inputs]
         self.parameters, self.replays = parameters, 0
+        self.twins = list(twins.values())
 
         def forward():
             outputs, self.structure = tree_flatten(compute(*self.inputs))
@@ -110,11 +116,14 @@ class _Graph:
                         del ends
                 torch.cuda.current_stream().wait_stream(stream)
                 self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.forward, pool=pool):
+                for pair in self.twins:
+                    self.forward.register_generator_state(pair.forward)
+                    self.backward.register_generator_state(pair.backward)
+                with capturing(twins), torch.cuda.graph(self.forward, pool=pool):
                     outputs = forward()
                 ends = [x for x in outputs if x.requires_grad]
                 self.doutputs = [torch.zeros_like(x) for x in ends]
-                with torch.cuda.graph(self.backward, pool=self.forward.pool()):
+                with capturing(twins), torch.cuda.graph(self.backward, pool=self.forward.pool()):
                     self.gradients = gradients_of(ends, self.doutputs)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -138,6 +147,8 @@ class _Replay(torch.autograd.Function):
             if parameter.grad.data_ptr() == gradient.data_ptr():
                 parameter.grad = parameter.grad.clone()
         torch._foreach_copy_(graph.inputs, list(inputs))
+        for pair in graph.twins:
+            pair.align()
         graph.forward.replay()
         graph.replays += 1
         ctx.graph, ctx.replay = graph, graph.replays

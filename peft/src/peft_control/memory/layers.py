@@ -6,13 +6,14 @@ attention kernel and LoRA works as before) and MLP (hand-written, see ``mlp.py``
 | mode     | attention half            | MLP half                                                            |
 |----------|---------------------------|---------------------------------------------------------------------|
 | fast     | kept                      | no matmul is recomputed                                             |
-| balanced | kept, or recomputed from its state where the MLP keeps much (SwiGLU) | one matmul is recomputed |
+| balanced | kept, or recomputed from its state where the MLP keeps much (SwiGLU) | one matmul is recomputed, in token chunks where nothing is kept |
 | lean     | one state per layer kept, on the host if offloaded; the rest recomputed, the MLP in token chunks |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,9 +22,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layer import ControlLayer
-from .control import control_backward, control_hidden, control_parameters
+from .control import control_backward, control_draws, control_hidden, control_parameters
 from .mlp import draws, tokens
 from .offload import HostStates
+from .replay import draw
 
 
 @dataclass
@@ -91,10 +93,14 @@ class MlpHalf(torch.autograd.Function):
     @staticmethod
     def forward(ctx, state, layer, *parameters):
         plan, control = layer.memory_plan, getattr(layer, "mlp_control", None)
-        flat = tokens(state)
+        ctx.layer, ctx.autocast = layer, _autocast_state(state)
+        ctx.in_chunks = plan.keep == 0 and not control_draws(control)
+        if ctx.in_chunks:
+            ctx.save_for_backward(state)
+            return forward_in_chunks(plan, state, control)
         keep = plan.keep if ctx.needs_input_grad[0] else 0  # the first layer's state may need no gradient
-        output, kept, control_kept = plan.mlp.forward(flat, keep, control)
-        ctx.layer, ctx.split, ctx.autocast = layer, len(kept), _autocast_state(state)
+        output, kept, control_kept = plan.mlp.forward(tokens(state), keep, control)
+        ctx.split = len(kept)
         ctx.save_for_backward(state, *kept, *control_kept)
         return output.view(state.shape)
 
@@ -105,8 +111,12 @@ class MlpHalf(torch.autograd.Function):
         state, *kept = ctx.saved_tensors
         flat, dflat = tokens(state), tokens(dy)
         with ctx.autocast():
-            dstate = plan.mlp.backward(flat, kept[: ctx.split], dflat) if ctx.needs_input_grad[0] else None
-            gradients = control_backward(control, flat, kept[ctx.split :], dflat, dstate)
+            if ctx.in_chunks:
+                dstate, gradients = backward_in_chunks(plan, flat, dflat, control, ctx.needs_input_grad[0])
+            else:
+                needed = ctx.needs_input_grad[0]
+                dstate = plan.mlp.backward(flat, kept[: ctx.split], dflat) if needed else None
+                gradients = control_backward(control, flat, kept[ctx.split :], dflat, dstate)
         return None if dstate is None else dstate.view(state.shape), None, *gradients
 
 
@@ -118,18 +128,16 @@ class LeanLayer(torch.autograd.Function):
         plan = layer.memory_plan
         ctx.layer, ctx.arguments, ctx.named = layer, arguments, named
         ctx.autocast = _autocast_state(state)
-        ctx.random = _random_state(state) if draws_random_numbers(layer) else None
-        middle = plan.halves.attention(layer, state, *arguments, **named)
-        output = torch.empty_like(middle)
-        control = getattr(layer, "mlp_control", None)
-        for piece, into in zip(
-            tokens(middle).split(plan.chunk), output.view(-1, output.shape[-1]).split(plan.chunk)
-        ):
-            into.copy_(plan.mlp.forward(piece, 0, control)[0])
+        ctx.random = draw(layer, state.device) if draws_random_numbers(layer) else None
         if plan.host is None:
             ctx.save_for_backward(state)
         else:
             ctx.ticket = plan.host.push(state.detach())
+        with nullcontext() if ctx.random is None else ctx.random.first():
+            middle = plan.halves.attention(layer, state, *arguments, **named)
+            output = forward_in_chunks(plan, middle, getattr(layer, "mlp_control", None))
+        if plan.host is not None:
+            plan.host.settle()
         return output
 
     @staticmethod
@@ -144,26 +152,46 @@ class LeanLayer(torch.autograd.Function):
 
         state = state.detach().requires_grad_(ctx.needs_input_grad[0])
         inputs = ([state] if state.requires_grad else []) + others
-        with ctx.autocast(), _replayed(ctx.random, state), torch.enable_grad():
+        replayed = nullcontext() if ctx.random is None else ctx.random.again()
+        with ctx.autocast(), replayed, torch.enable_grad():
             middle = plan.halves.attention(layer, state, *ctx.arguments, **ctx.named)
             flat, dflat = tokens(middle.detach()), tokens(dy)
-            dmiddle = torch.empty_like(flat) if inputs else None
-            sums = None
-            with torch.no_grad():
-                for rows in (slice(start, start + plan.chunk) for start in range(0, len(flat), plan.chunk)):
-                    # MLP, then control, as in the forward: so dropout draws the same numbers
-                    part = plan.mlp.backward(flat[rows], (), dflat[rows]) if inputs or ctx.random else None
-                    kept = control_hidden(control, flat[rows])
-                    gradients = control_backward(control, flat[rows], kept, dflat[rows], part)
-                    if inputs:
-                        dmiddle[rows] = part
-                    sums = gradients if sums is None else [a.add_(b) for a, b in zip(sums, gradients)]
+            # what the MLP drew must be drawn again even where its gradient is not wanted
+            needed = bool(inputs) or ctx.random is not None
+            dmiddle, sums = backward_in_chunks(plan, flat, dflat, control, needed)
         found = []
         if inputs:
             found = list(torch.autograd.grad(middle, inputs, dmiddle.view(middle.shape), allow_unused=True))
         dstate = found.pop(0) if state.requires_grad else None
         by_id = dict(zip(map(id, control_parameters(control)), sums)) | dict(zip(map(id, others), found))
         return dstate, None, None, None, *(by_id[id(p)] for p in parameters)
+
+
+def forward_in_chunks(plan: Plan, state: torch.Tensor, control: ControlLayer | None) -> torch.Tensor:
+    """The MLP block's output with its control, ``plan.chunk`` tokens at a time; nothing is kept."""
+    output = torch.empty_like(state)
+    for piece, into in zip(
+        tokens(state).split(plan.chunk), output.view(-1, output.shape[-1]).split(plan.chunk)
+    ):
+        into.copy_(plan.mlp.forward(piece, 0, control)[0])
+    return output
+
+
+@torch.no_grad()
+def backward_in_chunks(
+    plan: Plan, state: torch.Tensor, dy: torch.Tensor, control: ControlLayer | None, needed: bool
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """The gradient of :func:`forward_in_chunks`'s state ``(tokens, width)``, if ``needed``, and of the control."""
+    dstate, sums = torch.empty_like(state) if needed else None, None
+    for rows in (slice(start, start + plan.chunk) for start in range(0, len(state), plan.chunk)):
+        # MLP, then control, as in the forward: so dropout draws the same numbers
+        part = plan.mlp.backward(state[rows], (), dy[rows]) if needed else None
+        kept = control_hidden(control, state[rows])
+        gradients = control_backward(control, state[rows], kept, dy[rows], part)
+        if needed:
+            dstate[rows] = part
+        sums = gradients if sums is None else [a.add_(b) for a, b in zip(sums, gradients)]
+    return dstate, sums
 
 
 def _take_layer(ctx):
@@ -191,42 +219,23 @@ def draws_random_numbers(layer) -> bool:
 
 
 def replays_random_numbers(model) -> bool:
-    """Whether a layer's backward draws its forward's random numbers once more, which no CUDA graph can do."""
+    """Whether a layer's backward draws its forward's random numbers once more in a way that no CUDA graph can."""
     for layer in model.modules():
         plan = getattr(layer, "memory_plan", None)
-        recomputes = plan is not None and (
-            plan.mode == "lean"
-            or plan.mlp.draws()
-            or (plan.mode == "balanced" and plan.halves.recompute_attention)
-        )
-        if recomputes and draws_random_numbers(layer):
+        if plan is None or plan.mode == "fast":
+            continue
+        checkpointed = plan.mlp.draws() or (plan.mode == "balanced" and plan.halves.recompute_attention)
+        if checkpointed and draws_random_numbers(layer):
             return True
     return False
 
 
-def _random_state(tensor):
-    states = [torch.get_rng_state()]
-    if tensor.is_cuda:
-        states.append(torch.cuda.get_rng_state(tensor.device))
-    return states
-
-
-class _replayed:
-    """Run with the generators as they were (None: as they are); leave them as they are."""
-
-    def __init__(self, states, tensor):
-        self.states, self.device = states, tensor.device
-
-    def _set(self, states):
-        torch.set_rng_state(states[0])
-        if len(states) > 1:
-            torch.cuda.set_rng_state(states[1], self.device)
-
-    def __enter__(self):
-        if self.states is not None:
-            self.now = _random_state(torch.empty(0, device=self.device))
-            self._set(self.states)
-
-    def __exit__(self, *_):
-        if self.states is not None:
-            self._set(self.now)
+def replaying_layers(model) -> list[nn.Module]:
+    """The layers whose backward draws random numbers again through ``replay.py``."""
+    return [
+        layer
+        for layer in model.modules()
+        if getattr(layer, "memory_plan", None) is not None
+        and layer.memory_plan.mode == "lean"
+        and draws_random_numbers(layer)
+    ]

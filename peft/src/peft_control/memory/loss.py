@@ -43,6 +43,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 logits *= slope
             if gradient is not None:
                 gradient[rows] = logits @ weight
+            del logits  # before the next chunk's are made
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
@@ -93,7 +94,7 @@ def causal_lm_forward(model, input_ids=None, attention_mask=None, *arguments, la
                 _states(base, ids), labels, model.lm_head, model.loss_chunk, softcap=softcap
             ),
             (input_ids, labels),
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            model,
         )
         return CausalLMOutputWithPast(loss=total / items)
     outputs = base(input_ids, attention_mask, *arguments, use_cache=False, **named)

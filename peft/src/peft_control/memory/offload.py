@@ -8,18 +8,25 @@ import torch
 class HostStates:
     """A stack of tensors: pushed in the forward, popped in the backward in the opposite order.
 
-    Copies run on a stream of their own: a push starts the copy to the host and returns, a pop waits for a copy
-    back that the pop before it has started. The pinned buffers are reused from step to step.
-    On the CPU the tensors are simply kept.
+    Copies run on a stream of their own. ``push`` starts the copy to the host, ``settle`` lets the computation wait for
+    it, after which the tensor may go; ``pop`` waits for a copy back that the pop before it has started. Memory on the
+    device is taken and given back by the computing stream alone, so that the allocator reuses it at once, within
+    CUDA graphs too. The pinned buffers are reused from step to step. On the CPU the tensors are simply kept.
     """
 
     def __init__(self):
         self._entries: list[_Entry | None] = []
         self._free: dict[tuple, list[torch.Tensor]] = {}
-        self._stream = None
+        self._stream = self._leaving = None
+
+    def __deepcopy__(self, memo):
+        return HostStates()
+
+    def __reduce__(self):
+        return HostStates, ()
 
     def push(self, tensor: torch.Tensor) -> int:
-        """Keep ``tensor``; return the ticket with which to pop it."""
+        """Keep ``tensor``, which must not change before ``settle``; return the ticket with which to pop it."""
         if not tensor.is_cuda:
             self._entries.append(_Entry(None, tensor, None))
             return len(self._entries) - 1
@@ -29,38 +36,38 @@ class HostStates:
         buffer = self._buffer(tensor)
         with torch.cuda.stream(self._stream):
             buffer.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self._stream)
+        self._leaving = tensor, self._stream.record_event()
         self._entries.append(_Entry(buffer, None, tensor.device))
         return len(self._entries) - 1
+
+    def settle(self) -> None:
+        """Let the computation wait for the copy that the last push has started."""
+        if self._leaving is not None:
+            tensor, copied = self._leaving
+            torch.cuda.current_stream(tensor.device).wait_event(copied)
+            self._leaving = None
 
     def pop(self, ticket: int) -> torch.Tensor:
         """Return the tensor of ``ticket`` on its device and start fetching the one below it."""
         entry = self._fetch(ticket)
+        if entry.buffer is not None:
+            torch.cuda.current_stream(entry.device).wait_event(entry.arrived)
+            self._free.setdefault(_key(entry.buffer), []).append(entry.buffer)
         if ticket > 0:
             self._fetch(ticket - 1)
-        if entry.buffer is not None:
-            current = torch.cuda.current_stream(entry.device)
-            current.wait_event(entry.arrived)
-            entry.tensor.record_stream(current)
-            self._free.setdefault(_key(entry.buffer), []).append(entry.buffer)
-        tensor = entry.tensor
         self._entries[ticket] = None
         while self._entries and self._entries[-1] is None:
             self._entries.pop()
-        return tensor
-
-    def clear(self) -> None:
-        """Forget what a forward without a backward has left."""
-        for entry in self._entries:
-            if entry is not None and entry.buffer is not None:
-                self._free.setdefault(_key(entry.buffer), []).append(entry.buffer)
-        self._entries.clear()
+        return entry.tensor
 
     def _fetch(self, ticket):
         entry = self._entries[ticket]
         if entry is not None and entry.tensor is None:
+            entry.tensor = torch.empty(entry.buffer.shape, dtype=entry.buffer.dtype, device=entry.device)
+            # what used this memory before may still run
+            self._stream.wait_stream(torch.cuda.current_stream(entry.device))
             with torch.cuda.stream(self._stream):
-                entry.tensor = entry.buffer.to(entry.device, non_blocking=True)
+                entry.tensor.copy_(entry.buffer, non_blocking=True)
             entry.arrived = self._stream.record_event()
         return entry
 

@@ -1,0 +1,96 @@
+"""Random numbers that a backward draws once more, eagerly and within CUDA graphs."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+
+class Drawn:
+    """What a forward draws from here on, to be drawn ``again`` in its backward."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.states = device, _states(device)
+
+    def first(self) -> AbstractContextManager:
+        """Wraps the forward."""
+        return nullcontext()
+
+    @contextmanager
+    def again(self):
+        """Draw as the forward did, and leave the generators as they are."""
+        now = _states(self.device)
+        _set_states(self.states, self.device)
+        try:
+            yield
+        finally:
+            _set_states(now, self.device)
+
+
+class Twins:
+    """Two states of the GPU's generator in step: one for a layer's forward in a graph, one for the graph of its backward.
+
+    A captured kernel draws from the state that its capture ran with, at an offset that each replay moves on. So both
+    graphs draw the same numbers as long as their states take turns; ``align`` brings them back in step.
+    """
+
+    def __init__(self, device: torch.device, number: int):
+        self.generator = torch.cuda.default_generators[device.index]
+        self.forward, self.backward = self.generator.clone_state(), self.generator.clone_state()
+        seed = (self.generator.initial_seed() + 0x9E3779B97F4A7C15 * (number + 1)) % (1 << 63)
+        for state in (self.forward, self.backward):
+            state.manual_seed(seed)  # layers must not draw each other's numbers
+
+    def align(self) -> None:
+        self.backward.set_offset(self.forward.get_offset())
+
+    def first(self) -> AbstractContextManager:
+        return self._drawing_from(self.forward)
+
+    def again(self) -> AbstractContextManager:
+        return self._drawing_from(self.backward)
+
+    @contextmanager
+    def _drawing_from(self, state):
+        before = self.generator.graphsafe_get_state()
+        self.generator.graphsafe_set_state(state)
+        try:
+            yield
+        finally:
+            self.generator.graphsafe_set_state(before)
+
+
+_captured: dict[nn.Module, Twins] = {}  # not thread-local: autograd's own threads run the backward
+
+
+@contextmanager
+def capturing(twins: dict[nn.Module, Twins]):
+    """While a graph is captured, layers draw from their twins."""
+    global _captured
+    _captured, before = twins, _captured
+    try:
+        yield
+    finally:
+        _captured = before
+
+
+def draw(layer: nn.Module, device: torch.device) -> Drawn | Twins:
+    """To be called at the start of a layer's forward that draws random numbers."""
+    if device.type == "cuda" and layer in _captured and torch.cuda.is_current_stream_capturing():
+        return _captured[layer]
+    return Drawn(device)
+
+
+def _states(device):
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _set_states(states, device):
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
