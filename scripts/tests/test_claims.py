@@ -1,5 +1,6 @@
 """Claims are judged by paired t intervals: checked against scipy's own test and by hand."""
 
+import json
 import re
 
 import pytest
@@ -181,6 +182,9 @@ def test_packing_and_answers_in_batches_need_repeats_for_speed_but_not_for_answe
     assert claim(results, "packing").verdict == claim(results, "batches-speed").verdict == "not decided"
     assert claim(results, "batches-answers").verdict == "supported"  # none of 1,000: at least 99.63 %
     results.throughput(2.01, folder="throughput-y")
+    on_cpu = results.throughput(1.0, folder="throughput-cpu")  # decides nothing
+    contents = json.loads(on_cpu.read_text())
+    on_cpu.write_text(json.dumps({**contents, "device": {"kind": "cpu", "name": "Some CPU"}}))
     results.batches(12.1, 99.2, folder="batches-y")
     assert claim(results, "packing").verdict == claim(results, "batches-speed").verdict == "supported"
     assert claim(results, "batches-answers").verdict == "not decided"  # 1,992 of 2,000: 99.2 to 99.8
