@@ -17,7 +17,7 @@ A method is NAME[+liger][+checkpointing][+compile][+graphs][:MODE] with
         paper's recipe for the shape (LLaMA: LoRA r 32 on q,k,v,up,down, control r 64 on attention and mlp;
         ViT: LoRA r 1 on the MLP's linears, control r 16; RoBERTa: LoRA r 8 on query and value, control r 16)
   MODE  plain, fast, balanced or lean, for control and control+lora (see peft_control.memory)
-The switches liger and compile are for the LLaMA shapes. With graphs (CUDA graphs of the step, see peft_control.memory)
+By default all of them run that the shape has; liger and compile are for the LLaMA shapes. With graphs (CUDA graphs of the step, see peft_control.memory)
 memory is what the allocator reserves, because it keeps a graph's memory between the steps, in expandable segments.
 """
 
@@ -27,6 +27,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Optional
 
 import torch
 from torch import nn
@@ -63,21 +65,30 @@ ENCODER_SHAPES = {
 VISION_SHAPES = {"vit-b16": "vit_base_patch16_224", "tiny-vit": "test_vit"}  # timm's names
 SHAPES = (*LLAMA_SHAPES, *VISION_SHAPES, *ENCODER_SHAPES)
 
+#: The methods of a LLaMA shape and of the others, whose models have neither of the switches liger and compile.
 DEFAULT_METHODS = [
     "dora", "lora", "lora-all", "lora+compile", "lora+liger", "lora+checkpointing", "lora+liger+checkpointing",
     "control:plain", "control+liger:plain", "control:fast", "control:balanced", "control:lean",
     "control+lora:plain", "control+lora:fast", "control+lora:balanced", "control+lora:lean",
 ]  # fmt: skip
+OTHER_METHODS = [
+    method for method in DEFAULT_METHODS if not {"liger", "compile"} & set(re.split("[+:]", method))
+]
 
 
 @dataclass
 class Options:
     shape: str = field(default="llama3-8b", metadata={"help": f"Model shape: {', '.join(SHAPES)}."})
-    methods: list[str] = field(
-        default_factory=lambda: DEFAULT_METHODS, metadata={"help": "Methods to run, in order."}
+    methods: Optional[list[str]] = field(
+        default=None, metadata={"help": "Methods to run, in order; default: all that the shape has."}
     )
     batch: int = field(default=4, metadata={"help": "Sequences per step."})
-    tokens: int = field(default=1024, metadata={"help": "Tokens per sequence; a ViT has as many as it has."})
+    tokens: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Tokens per sequence; default: 1024 for a LLaMA, 128 for a RoBERTa. A ViT has as many as it has."
+        },
+    )
     steps: int = field(default=8, metadata={"help": "Timed steps; the median is reported."})
     warmup: int = field(default=3, metadata={"help": "Steps before the timed ones."})
     device: str = field(default="cuda", metadata={"help": "cuda, or cpu to try the script out."})
@@ -471,10 +482,33 @@ def draw(results: list[dict], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def check(options: Options) -> None:
-    """Raise a `UserError` for what cannot be, before a minute is spent."""
+def vision_tokens(shape: str) -> int:
+    """How many tokens a ViT makes of an image: its patches and the class token."""
+    import timm
+
+    with torch.device("meta"):
+        return timm.create_model(VISION_SHAPES[shape]).pos_embed.shape[1]
+
+
+def with_defaults(options: Options) -> Options:
+    """The options with what was left out as the shape has it.
+
+    Raises:
+        UserError: there is no such shape, or a ViT was to have another number of tokens than it has.
+    """
     if options.shape not in SHAPES:
         raise UserError(f"unknown --shape {options.shape!r}: choose from {', '.join(SHAPES)}")
+    tokens = 1024 if options.shape in LLAMA_SHAPES else 128
+    if options.shape in VISION_SHAPES:
+        tokens = vision_tokens(options.shape)
+        if options.tokens not in (None, tokens):
+            raise UserError(f"{options.shape} has {tokens} tokens, not {options.tokens}: leave --tokens out")
+    methods = options.methods or (DEFAULT_METHODS if options.shape in LLAMA_SHAPES else OTHER_METHODS)
+    return replace(options, methods=methods, tokens=tokens if options.tokens is None else options.tokens)
+
+
+def check(options: Options) -> None:
+    """Raise a `UserError` for what cannot be, before a minute is spent."""
     for name in ("batch", "tokens", "steps"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
@@ -499,6 +533,7 @@ def check(options: Options) -> None:
 
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
+    options = with_defaults(options)
     check(options)
     if options.worker:
         with contextlib.redirect_stdout(sys.stderr):

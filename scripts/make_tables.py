@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Optional
 
 from control_experiments.arguments import parse_arguments
+from control_experiments.cells import write_tables
 from control_experiments.claims import judge, write_claims
 from control_experiments.collection import collect
 from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
 from control_experiments.published import read_paper
 from control_experiments.report import write_report
-from control_experiments.tables import all_tables, write_tables
+from control_experiments.tables import all_tables
 
 
 @dataclass

@@ -12,29 +12,30 @@ then 1. What a cell prints goes to results/logs/<table>/<cell>.log. The tables a
 
 from __future__ import annotations
 
+import itertools
 import os
-import queue
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
+from joblib import Parallel, delayed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from control_experiments.arguments import parse_arguments
+from control_experiments.benchmark_tables import tokens_of
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import REPOSITORY, RESULTS, public_path
 from control_experiments.rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
-from control_experiments.record import read_record
+from control_experiments.record import read_json, read_record
 
 #: What stands for the GPU in a command until one is free.
 GPU = "{gpu}"
@@ -48,6 +49,8 @@ BENCHMARKS = {
     "llama3-8b": ("--shape llama3-8b --batch 4 --tokens 1024", "llama3-8b_4x1024.json"),
     "llama3-8b-short": ("--shape llama3-8b --batch 4 --tokens 256", "llama3-8b_4x256.json"),
     "llama2-7b": ("--shape llama2-7b --batch 4 --tokens 256", "llama2-7b_4x256.json"),
+    "roberta-base": ("--shape roberta-base --batch 64 --tokens 128", "roberta-base_64x128.json"),
+    "vit-b16": ("--shape vit-b16 --batch 128", "vit-b16_128x197.json"),
     "llama3-8b-limit": ("--shape llama3-8b --batch 1 --limit 23.5", "llama3-8b_1x1024_limit23.5.json"),
 }
 #: Methods of the benchmark with a limit: what fits is asked of the leanest LoRA and of control.
@@ -91,14 +94,16 @@ class Cell:
 
     Attributes:
         record: the file that is there once the cell is finished.
-        settings: hyperparameters that a finished record must have to count as this cell.
+        settings: what that file must say to be this cell's: method, task, seed, hyperparameters.
+        trained: the file that says it, where `record` is an evaluation's.
     """
 
     name: str
     command: list[str]
     record: Path
     environment: dict[str, str] = field(default_factory=dict)
-    settings: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
+    trained: Optional[Path] = None
 
     def shown(self) -> str:
         """The call as one would type it in the repository."""
@@ -114,15 +119,46 @@ class Cell:
         """
         if not self.record.is_file():
             return False
-        if self.settings:
-            found = read_record(self.record).hyperparameters
-            for name, value in self.settings.items():
-                if found.get(name) != value:
-                    raise UserError(
-                        f"{public_path(self.record)} has {name} {found.get(name)}, not {value:g}: delete its folder or "
-                        "choose another one with --results"
-                    )
+        place = self.trained or self.record
+        found = said_by(place)
+        for name, value in self.settings.items():
+            if not alike(found.get(name), value):
+                raise UserError(
+                    f"{public_path(place)} has {name} {found.get(name)}, not {value}: delete its folder or choose "
+                    "another one with --results"
+                )
         return True
+
+
+def said_by(path: Path) -> dict:
+    """What a run's record, or a file of bench_memory.py, says of the run's settings.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    contents = read_json(path)
+    if isinstance(contents, dict) and "domain" not in contents and isinstance(contents.get("options"), dict):
+        try:
+            methods = [result["method"] for result in contents["results"]]
+            return {**contents["options"], "tokens": tokens_of(contents), "methods": shlex.join(methods)}
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is a broken benchmark ({error}): delete it and measure again") from error
+    record = read_record(path)
+    of_run = {
+        "method": record.method,
+        "task": record.task,
+        "seed": record.seed,
+        "model": record.model.get("id"),
+    }
+    return {**record.hyperparameters, **of_run}
+
+
+def alike(found: object, wanted: object) -> bool:
+    """Whether two settings are the same, be they numbers or their spelling on a command line."""
+    try:
+        return float(found) == float(wanted)
+    except (TypeError, ValueError):
+        return str(found) == str(wanted)
 
 
 # -- the tables' cells ------------------------------------------------------------------------------------------
@@ -152,6 +188,30 @@ def number(name: str, text: str) -> float:
         raise UserError(f"{name} must be a number, got {text!r}") from None
 
 
+def launcher_settings(
+    launchers: Sequence[str], names: dict[str, str], own: dict[str, str] | None = None
+) -> dict[str, str]:
+    """The hyperparameters that launchers set by their variables, `names` (variable -> hyperparameter).
+
+    A variable is what the cell gives it (`own`), else the caller's, else the default at the top of the first launcher
+    that has one.
+    """
+    texts = [(REPOSITORY / launcher).read_text(encoding="utf-8") for launcher in launchers]
+    found = {}
+    for name, setting in names.items():
+        defaults = [re.search(rf'^(?:export )?{name}=\$\{{{name}:-"?([^}}"]*)', text, re.M) for text in texts]
+        default = next((match.group(1) for match in defaults if match), "")
+        if value := (own or {}).get(name) or variable(name, default):
+            found[setting] = value
+    return found
+
+
+def asked_model(default: str) -> str:
+    """The model as records name it."""
+    model = variable("MODEL", default)
+    return public_path(model) if Path(model).exists() else model
+
+
 def glue_cell(options: Options, task: str, method: str, seed: int, rate: str | None = None) -> Cell:
     """One run of RoBERTa/run_roberta.sh, or of its quantized sibling."""
     quantized = options.table == "quantized"
@@ -173,13 +233,25 @@ def glue_cell(options: Options, task: str, method: str, seed: int, rate: str | N
         str(out),
         "--resume",
     ]
-    settings = {} if rate == CHOSEN else {"epochs": number("EPOCHS", epochs), "lr": number("LR", rate)}
+    number("EPOCHS", epochs)
+    settings = {
+        "method": method,
+        "task": task,
+        "seed": seed,
+        "model": asked_model("roberta-base"),
+        "epochs": epochs,
+    }
+    if rate != CHOSEN:
+        number("LR", rate)
+        settings["lr"] = rate
+    if quantized:
+        settings["quantization"] = variable("QUANTIZATION", "nf4")
+    settings |= launcher_settings([launcher, "RoBERTa/run_roberta.sh"], GLUE_VARIABLES)
     return Cell(name, command, out / "record.json", {"SEED": str(seed)}, settings)
 
 
 def vit_cell(options: Options, task: str, method: str, seed: int) -> Cell:
-    model = Path(variable("MODEL", "vit_base_patch16_224.orig_in21k")).name
-    name = f"{model}_{Path(task).stem}_{method}_seed{seed}"
+    name = vit_run_name(variable("MODEL", "vit_base_patch16_224.orig_in21k"), task, method, seed)
     out = Path(options.results) / "vit" / name
     command = [
         "bash",
@@ -192,7 +264,19 @@ def vit_cell(options: Options, task: str, method: str, seed: int) -> Cell:
         str(out),
         "--resume",
     ]
-    return Cell(name, command, out / "record.json", {"DATA": task})
+    settings = {"method": method, "task": Path(task).stem, "seed": seed}
+    settings |= launcher_settings(["ViT/run_ViT.sh"], VIT_VARIABLES)
+    return Cell(name, command, out / "record.json", {"DATA": task}, settings)
+
+
+def vit_run_name(model: str, data: str, method: str, seed: int) -> str:
+    """The folder's name that ViT/finetune.py itself gives a run."""
+    for folder in (str(REPOSITORY), str(REPOSITORY / "ViT")):
+        if folder not in sys.path:
+            sys.path.append(folder)
+    from ViT.finetune import Options as ViTOptions
+
+    return ViTOptions(model=model, data=data, method=method, seed=seed).folder.name
 
 
 def commonsense_cell(options: Options, base: str, method: str, seed: int) -> Cell:
@@ -210,9 +294,26 @@ def commonsense_cell(options: Options, base: str, method: str, seed: int) -> Cel
         command = ["bash", f"{REPOSITORY}/LlaMA/run_smollm2_table.sh", str(place), GPU]
         seeds = {} if method == "zero-shot" else {"SEEDS": str(seed)}
         environment = {"METHODS": method, **seeds, **_COMMON_RECIPE.get(base, {})}
-    return Cell(f"{base}_{out.name}", command, record, environment)
+    settings = {"method": method}
+    if variable("MODEL"):
+        settings["model"] = asked_model("")
+    if method == "zero-shot":
+        return Cell(f"{base}_{out.name}", command, record, environment, settings)
+    launcher = Path(command[1]).relative_to(REPOSITORY)
+    settings |= {"seed": seed, "control_rank": ranks[0], "lora_rank": ranks[1], "lora_alpha": ranks[2]}
+    settings |= launcher_settings([str(launcher)], LLAMA_VARIABLES, environment)
+    return Cell(f"{base}_{out.name}", command, record, environment, settings, out / "record.json")
 
 
+#: Variables of the launchers -> hyperparameters in the records of the runs that they start.
+GLUE_VARIABLES = {"BATCH_SIZE": "batch_size", "MAX_LENGTH": "max_length", "WARMUP_RATIO": "warmup_ratio",
+                  "WEIGHT_DECAY": "weight_decay", "CONTROL_RANK": "control_rank", "CONTROL_ALPHA": "control_alpha",
+                  "LORA_RANK": "lora_rank", "LORA_ALPHA": "lora_alpha", "LORA_DROPOUT": "lora_dropout"}  # fmt: skip
+VIT_VARIABLES = {"EPOCHS": "epochs", "LR": "lr", "LR_DECAY": "lr_decay", "BATCH": "batch_size", "MLP_LAYERS": "mlp_layers",
+                 "ATTENTION": "attention", "CONTROL_RANK": "control_rank", "LORA_RANK": "lora_rank",
+                 "LORA_ALPHA": "lora_alpha"}  # fmt: skip
+LLAMA_VARIABLES = {"EPOCHS": "epochs", "LR": "lr", "BATCH": "batch_size", "MICRO_BATCH": "micro_batch_size",
+                   "CUTOFF": "cutoff", "WARMUP": "warmup_steps", "LORA_DROPOUT": "lora_dropout", "MEMORY": "memory"}  # fmt: skip
 #: The bases' recipes as variables of run_smollm2_table.sh; see llama2_7B_*.sh and llama3_8B_*.sh.
 _COMMON_RECIPE = {
     "llama2_7b": {"MODEL": "meta-llama/Llama-2-7b-hf", "EPOCHS": "3", "LR": "2e-4", "MICRO_BATCH": "4", "BATCH": "8",
@@ -229,7 +330,8 @@ def memory_cell(options: Options, task: str, method: str, repeat: int) -> Cell:
     name = f"{task}_repeat{repeat}"
     if task == "vit":
         command = ["bash", f"{REPOSITORY}/scripts/table_vit_memory.sh", GPU, "--output_dir", str(folder)]
-        return Cell(name, command, folder / "sdpa_dora.json")
+        settings = {"method": "dora", "task": "memory", "attention": "sdpa"}
+        return Cell(name, command, folder / "sdpa_dora.json", settings=settings)
     arguments, file = BENCHMARKS[task]
     methods = shlex.split(method) or (LIMITED if task.endswith("limit") else ())
     command = [
@@ -239,12 +341,12 @@ def memory_cell(options: Options, task: str, method: str, repeat: int) -> Cell:
         "--output",
         str(folder),
     ]
-    return Cell(
-        name,
-        [*command, *(["--methods", *methods] if methods else [])],
-        folder / file,
-        {"CUDA_VISIBLE_DEVICES": GPU},
-    )
+    words = arguments.split()
+    settings = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+    if methods:
+        command += ["--methods", *methods]
+        settings["methods"] = shlex.join(methods)
+    return Cell(name, command, folder / file, {"CUDA_VISIBLE_DEVICES": GPU}, settings)
 
 
 def interpreter() -> str:
@@ -253,25 +355,33 @@ def interpreter() -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """A table's axes and how a cell of it is run."""
+    """A table's axes and how a cell of it is run; `more_tasks` and `more_methods` are run only when they are named."""
 
     tasks: Sequence[str]
     methods: Sequence[str]
     seeds: Sequence[int]
     cell: Callable[[Options, str, str, int], Cell]
-    all_tasks: Sequence[str] = ()
+    more_tasks: Sequence[str] = ()
+    more_methods: Sequence[str] = ()
 
 
 PLANS = {
     "glue": Plan(GLUE_TASKS, ("control", "lora", "dora"), (42, 41, 40), glue_cell),
-    "vit": Plan(("cifar100",), ("control", "lora", "dora"), (42, 41, 40), vit_cell, IMAGES),
+    "vit": Plan(("cifar100",), ("control", "lora", "dora"), (42, 41, 40), vit_cell, IMAGES[1:], ("probe",)),
     "commonsense": Plan(
         tuple(LLAMAS),
         ("control+lora", "double control", "lora", "dora", "zero-shot"),
         (42, 43, 44),
         commonsense_cell,
+        more_methods=("control", "control+dora"),
     ),
-    "quantized": Plan(("rte",), ("control", "lora", "dora"), (42, 41, 40), glue_cell, GLUE_TASKS),
+    "quantized": Plan(
+        ("rte",),
+        ("control", "lora", "dora"),
+        (42, 41, 40),
+        glue_cell,
+        tuple(task for task in GLUE_TASKS if task != "rte"),
+    ),
     "memory": Plan((*BENCHMARKS, "vit"), ("",), (1, 2, 3), memory_cell),
 }
 
@@ -284,21 +394,20 @@ def plan_cells(options: Options) -> list[Cell]:
     """
     plan = PLANS[options.table]
     tasks = options.tasks or plan.tasks
-    known = plan.all_tasks or plan.tasks
+    known = {"": (*plan.tasks, *plan.more_tasks), "method ": (*plan.methods, *plan.more_methods)}
+    methods = options.methods or plan.methods
     if options.table == "vit" and variable("DATA"):
         tasks = [variable("DATA")]
-    elif unknown := [task for task in tasks if task not in known]:
-        raise UserError(f"the {options.table} table has no {unknown[0]!r}: choose from {', '.join(known)}")
-    if options.table == "memory":
+        del known[""]
+    if options.table == "memory":  # bench_memory.py knows its methods
         methods = [shlex.join(options.methods or [])]
-    else:
-        methods = options.methods or plan.methods
-        if unknown := [
-            method for method in methods if method not in (*plan.methods, "probe" * (options.table == "vit"))
-        ]:
-            raise UserError(
-                f"the {options.table} table has no method {unknown[0]!r}: choose from {', '.join(plan.methods)}"
-            )
+        del known["method "]
+    for kind, names in known.items():
+        for name in methods if kind else tasks:
+            if name not in names:
+                raise UserError(
+                    f"the {options.table} table has no {kind}{name!r}: choose from {', '.join(names)}"
+                )
     if options.table == "commonsense" and variable("MODEL") and len(tasks) > 1:
         raise UserError("MODEL stands for one base: say for which with --tasks, such as --tasks llama3_8b")
     seeds = options.seeds or plan.seeds
@@ -309,9 +418,18 @@ def plan_cells(options: Options) -> list[Cell]:
             for name, value in cell.environment.items()
             if name != "MODEL" or not variable("MODEL")
         }
-        if options.extra:
-            cell.command += shlex.split(options.extra)
+        add_extra(cell, options)
     return list({cell.name: cell for cell in cells}.values())  # zero-shot has no seeds
+
+
+def add_extra(cell: Cell, options: Options) -> None:
+    """Give the cell's launcher the --extra options, and its record what they change."""
+    words = shlex.split(options.extra)
+    cell.command += words
+    for word, value in itertools.pairwise(words):
+        name, equals, given = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name in cell.settings:
+            cell.settings[name] = given if equals else value
 
 
 # -- learning rates ---------------------------------------------------------------------------------------------
@@ -331,7 +449,7 @@ def search_cells(options: Options, data: Path) -> dict[tuple[str, str], dict[str
                 cell.name = f"{cell.name}_lr{rate}"
                 out = Path(options.results) / "roberta" / SEARCH_FOLDER / cell.name
                 cell.command[cell.command.index("--output_dir") + 1] = str(out)
-                cell.command += shlex.split(options.extra)
+                add_extra(cell, options)
                 cell.record = out / "record.json"
                 cell.environment["DATA"] = str(data)
                 found.setdefault((task, method), {})[rate] = cell
@@ -371,7 +489,7 @@ def chosen_cells(options: Options, rates: dict[tuple[str, str], str]) -> list[Ce
     seeds = options.seeds or PLANS["glue"].seeds
     cells = [glue_cell(options, *key, seed, rate) for seed in seeds for key, rate in rates.items()]
     for cell in cells:
-        cell.command += shlex.split(options.extra)
+        add_extra(cell, options)
     return cells
 
 
@@ -379,7 +497,7 @@ def chosen_cells(options: Options, rates: dict[tuple[str, str], str]) -> list[Ce
 
 
 class Scheduler:
-    """Runs cells in a pool of threads, one for each GPU; keeps what failed.
+    """Runs cells through joblib, one at a time on each GPU; keeps what failed.
 
     Attributes:
         failed: cell name -> why, in one line.
@@ -387,14 +505,12 @@ class Scheduler:
     """
 
     def __init__(self, gpus: Sequence[str], logs: Path, deadline: float | None, console: Console):
-        self.gpus: queue.Queue[str] = queue.Queue()
-        for gpu in gpus:
-            self.gpus.put(gpu)
+        self.gpus = list(gpus)
         self.workers, self.logs, self.deadline, self.console = len(gpus), logs, deadline, console
         self.failed: dict[str, str] = {}
         self.left: list[str] = []
-        self._running: set[subprocess.Popen] = set()
-        self._stopped = threading.Event()
+        self._running: list[subprocess.Popen] = []
+        self._stopped = False
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Run all cells that are not finished yet."""
@@ -417,15 +533,14 @@ class Scheduler:
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
         )
-        with (
-            Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress,
-            ThreadPoolExecutor(self.workers) as pool,
-        ):
+        # as many at a time as there are GPUs; results come as cells end
+        pool = Parallel(
+            self.workers, backend="threading", pre_dispatch="n_jobs", return_as="generator_unordered"
+        )
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             bar = progress.add_task("cells", total=len(cells), completed=skipped, left="")
-            futures = {pool.submit(self._run_one, cell): cell for cell in waiting}
             try:
-                for done in as_completed(futures):
-                    cell, seconds = futures[done], done.result()
+                for cell, seconds in pool(map(delayed(self._run_one), waiting)):
                     if seconds is None:
                         continue
                     durations.append(seconds)
@@ -439,40 +554,36 @@ class Scheduler:
                     )  # fmt: skip
             except BaseException:
                 self._stop()
-                pool.shutdown(cancel_futures=True)
                 raise
 
-    def _run_one(self, cell: Cell) -> float | None:
-        """Run a cell on the next free GPU; its seconds, or None when it was not started."""
-        gpu = self.gpus.get()
+    def _run_one(self, cell: Cell) -> tuple[Cell, float | None]:
+        """Run a cell on a free GPU; with its seconds, or None when it was not started."""
+        if self._stopped or (self.deadline is not None and time.monotonic() > self.deadline):
+            self.left.append(cell.name)
+            return cell, None
+        gpu, started, log = self.gpus.pop(), time.monotonic(), self.logs / f"{cell.name}.log"
         try:
-            if self._stopped.is_set():
-                return None
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                self.left.append(cell.name)
-                return None
-            started, log = time.monotonic(), self.logs / f"{cell.name}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("w", encoding="utf-8") as output:
                 process = subprocess.Popen(
                     fill_in(cell.command, gpu), env=environment(cell, gpu), stdin=subprocess.DEVNULL, stdout=output,
                     stderr=subprocess.STDOUT, start_new_session=True,
                 )  # fmt: skip
-                self._running.add(process)
+                self._running.append(process)
+                if self._stopped:
+                    self._stop()
                 code = process.wait()
-                self._running.discard(process)
             if code or not cell.record.is_file():
                 self.failed[cell.name] = _last_line(log) + f" (exit code {code}, log: {public_path(log)})"
-            return time.monotonic() - started
         except OSError as error:
             self.failed[cell.name] = f"{error}"
-            return 0.0
         finally:
-            self.gpus.put(gpu)
+            self.gpus.append(gpu)
+        return cell, time.monotonic() - started
 
     def _stop(self) -> None:
-        """Ask all running cells, with what they started, to end; their checkpoints stay."""
-        self._stopped.set()
+        """Start no more cells and ask the running ones, with what they started, to end; their checkpoints stay."""
+        self._stopped = True
         for process in list(self._running):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)

@@ -17,11 +17,11 @@ class ResultsFolder:
         self.path = path
 
     def roberta(self, method, seed, last, best=None, *, task="cola", model="tiny-encoder", peak=100 * 2**20, seconds=10.0,
-                lr=1e-3, folder=None, device="Some GPU", domain="roberta", resumed=None, others=0, **hyperparameters):  # fmt: skip
+                lr=1e-3, folder=None, device="Some GPU", domain="roberta", resumed=None, others=0, torch="2.14.1", **hyperparameters):  # fmt: skip
         name = folder or f"{model}_{task}_{method}_seed{seed}"
         score = {"step": 20, "epoch": 2.0, "score": last}
         record = self._record(
-            domain=domain, name=name, method=method, task=task, seed=seed, model=model, device=device,
+            domain=domain, name=name, method=method, task=task, seed=seed, model=model, device=device, torch=torch,
             hyperparameters={"method": method, "task": task, "model": model, "seed": seed, "lr": lr, "epochs": 2.0,
                              "batch_size": 64, "control_rank": 16, "lora_rank": 8, **hyperparameters},
             metrics={"best": {**score, "score": last if best is None else best}, "last": score},
@@ -35,17 +35,19 @@ class ResultsFolder:
         (path.parent / "run.json").write_text(json.dumps(run))
         return path
 
-    def vit(self, method, seed, last, *, data="cifar100", mlp_layers=2, **more):
+    def vit(self, method, seed, last, *, data="cifar100", mlp_layers=2, lora_rank=1, **more):
         row = {"step": 10, "epoch": 1, "test_accuracy": last, "train_loss": 1.0}
         record = self._record(
             domain="vit", name=f"{data}_{method}_{seed}", method=method, task=data, seed=seed, model="vit_tiny",
-            hyperparameters={"mlp_layers": mlp_layers, "attention": "sdpa", "control_rank": 16, "lora_rank": 1},
+            hyperparameters={"mlp_layers": mlp_layers, "attention": "sdpa", "control_rank": 16, "lora_rank": lora_rank},
             metrics={"best": row, "last": row}, memory={**ALONE, "peak_allocated_bytes": 2**30},
             time={"train_seconds": 60.0, "examples_per_second": 500.0}, history=[row], **more,
         )  # fmt: skip
         return record.write(self.path / "vit" / record.name / "record.json")
 
-    def llama(self, method, seed, average, *, folder=None, limit=None, ranks=(64, 32)):
+    def llama(
+        self, method, seed, average, *, folder=None, limit=None, ranks=(64, 32), domain="llama", **more
+    ):
         """A training with its evaluation below it; `seed` None: zero-shot, which has no training."""
         columns = (
             "boolq",
@@ -61,41 +63,133 @@ class ResultsFolder:
         answered = {"mode": "generate", "beams": 4, "limit": limit, "tasks": list(columns), "batch_size": 64}
         place = self.path / "llama" / (folder or f"{method.replace(' ', '-')}-seed{seed}")
         evaluation = self._record(
-            domain="llama", name="evaluation", method=method, task="commonsense", seed=42, model="tiny-llama",
+            domain=domain, name="evaluation", method=method, task="commonsense", seed=42, model="tiny-llama",
             hyperparameters=answered, metrics={"best": metrics, "last": metrics}, memory={}, time={"evaluate_seconds": 5.0},
         )  # fmt: skip
         if seed is None:
             return evaluation.write(place / "record.json")
         loss = {"step": 10, "epoch": 1.0, "train_loss": 1.0, "eval_loss": 1.1}
         self._record(
-            domain="llama", name=place.name, method=method, task="commonsense", seed=seed, model="tiny-llama",
-            hyperparameters={"lr": 1e-4, "epochs": 3, "control_rank": ranks[0], "lora_rank": ranks[1]},
+            domain=domain, name=place.name, method=method, task="commonsense", seed=seed, model="tiny-llama",
+            hyperparameters={"lr": 1e-4, "epochs": 3, "control_rank": ranks[0], "lora_rank": ranks[1], **more},
             metrics={"best": loss, "last": loss}, memory={**ALONE, "peak_allocated_bytes": 3 * 2**30},
             time={"train_seconds": 100.0, "examples_per_second": 9.0}, history=[loss],
         ).write(place / "record.json")  # fmt: skip
         return evaluation.write(place / "evaluation" / "record.json")
 
-    def benchmark(self, name="llama3-8b_4x1024.json", repeat="", **methods):
-        """A file of scripts/bench_memory.py; methods are name=(seconds a step, GB over the weights) or None: failed."""
+    def benchmark(
+        self,
+        name="llama3-8b_4x1024.json",
+        repeat="",
+        shape="llama3-8b",
+        batch=4,
+        tokens=1024,
+        noted=None,
+        **methods,
+    ):
+        """A file of scripts/bench_memory.py; methods are name=(seconds a step, GB over the weights) or None: failed.
+
+        `noted`: what its options say of tokens, where that is not what was measured.
+        """
         results = []
         for method, point in methods.items():
             result = {"method": method.replace("_", ":"), "error": "out of memory"}
             if point:
                 seconds, over = point
                 result = {"method": result["method"], "trained_parameters": 7, "static_bytes": 16e9, "peak_bytes": 0,
-                          "over_static_bytes": over * 1e9, "step_seconds": seconds, "tokens_per_second": 4096 / seconds}  # fmt: skip
+                          "over_static_bytes": over * 1e9, "step_seconds": seconds, "tokens_per_second": batch * tokens / seconds}  # fmt: skip
             results.append(result)
-        contents = {"schema": 1, "device": "Some GPU", "options": {"shape": "llama3-8b", "batch": 4, "tokens": 1024, "limit": None},
+        contents = {"schema": 1, "device": "Some GPU", "options": {"shape": shape, "batch": batch, "tokens": noted or tokens, "limit": None},
                     "results": results}  # fmt: skip
         path = self.path / "memory" / repeat / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(contents))
         return path
 
-    def _record(self, *, device="Some GPU", model, history=(), **fields):
+    def step(
+        self,
+        folder,
+        method,
+        *,
+        seconds=0.2,
+        peak=12 * 2**30,
+        weights=4 * 2**30,
+        others=0,
+        device="Some GPU",
+        **labels,
+    ):
+        """A record of LlaMA/benchmark_methods.py, or (with `stored`, how its weights are) of QControl/quantized_memory.py."""
+        quantized = "stored" in labels
+        options = {
+            "control_rank": 64,
+            "lora_rank": 32,
+            "dtype": "bfloat16",
+            "micro_batch_size": 3,
+            "cutoff": 256,
+            "memory": "plain",
+        }
+        if quantized:
+            options |= {
+                "shape": "llama3-8b",
+                "weights": labels.pop("stored"),
+                "mode": "plain",
+                "batch": 1,
+                "tokens": 2048,
+            }
+        options |= labels
+        return self._record(
+            domain="qcontrol" if quantized else "llama", name="cell", method=method, seed=42, model="random llama3-8b",
+            task="memory benchmark" if quantized else "shape benchmark", device=device, hyperparameters=options,
+            metrics={"best": {}, "last": {"seconds_per_step": seconds}},
+            memory={"kind": "cuda allocator", "weights_bytes": weights, "adapter_and_optimizer_bytes": 2**30,
+                    "activations_bytes": peak - weights - 2**30, "peak_allocated_bytes": peak, "other_processes_bytes": others},
+            time={"train_seconds": 10 * seconds, "steps": 10, "tokens_per_second": 768 / seconds},
+        ).write(self.path / folder / "record.json")  # fmt: skip
+
+    def throughput(self, packed, large=5.0, *, folder="throughput-x"):
+        """A record of LlaMA/benchmark_throughput.py; the ways' rates in times the published."""
+        ways = {
+            way: {"real_tokens_per_second": 1000.0 * times, "speedup": times, "rows_per_step": rows, "forwards_per_step": 2.0,
+                  "memory_mode": "plain", "attention": "sdpa", "seconds_per_step": 0.1}
+            for way, times, rows in (("published", 1.0, 8), ("packed", packed, 8), ("large", large, 64))
+        }  # fmt: skip
+        return self._record(
+            domain="llama", name=folder, method="control+lora", task="throughput", seed=42, model="random llama3-8b",
+            hyperparameters={"memory": "fast", "batch_size": 8, "cutoff": 256, "dtype": "bfloat16"}, memory=ALONE, time={},
+            metrics={"best": {}, "last": ways},
+        ).write(self.path / "llama" / folder / "record.json")  # fmt: skip
+
+    def batches(self, speedup, agree, *, questions=1000, folder="batches-x"):
+        """A record of LlaMA/evaluate.py --compare_batch_one."""
+        last = {"questions": questions, "batch_size": 64, "questions_per_second": 10.0 * speedup,
+                "questions_per_second_batch_one": 10.0, "speedup": speedup, "answers_agree": agree,
+                "speedup_over_published": 2 * speedup, "answers_agree_with_published": agree, "differing": []}  # fmt: skip
+        return self._record(
+            domain="llama", name=folder, method="zero-shot", task="commonsense", seed=42, model="smollm2",
+            hyperparameters={"mode": "generate", "quantization": "none", "dtype": "bfloat16", "batch_size": 64, "limit": None},
+            metrics={"best": {}, "last": last}, memory=ALONE, time={},
+        ).write(self.path / "llama" / folder / "record.json")  # fmt: skip
+
+    def scaling(self, cells, repeat="", longest=False):
+        """A file of scripts/bench_scaling.py; `cells` are (method, shard, processes, seconds a step, GB each)."""
+        results = [
+            {"method": method, "shard": shard, "processes": processes, "accumulate": 1,
+             **({"longest_tokens": seconds} if longest else {
+                 "step_seconds": seconds, "tokens_per_second": 4096 * processes / seconds, "peak_bytes_per_process": size * 1e9,
+                 "sent_bytes_per_process": 7e6, **({"loss_distance": 1e-5} if processes > 1 else {})})}
+            for method, shard, processes, seconds, size in cells
+        ]  # fmt: skip
+        options = {"shape": "llama3-8b", "batch": 4, "tokens": 1024, "longest": longest}
+        contents = {"schema": 1, "device": "Some GPU", "devices": 8, "versions": {"torch": "2.14.1"}, "options": options, "results": results}  # fmt: skip
+        path = self.path / "scaling" / repeat / "llama3-8b_4x1024.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(contents))
+        return path
+
+    def _record(self, *, device="Some GPU", model, history=(), torch="2.14.1", **fields):
         return RunRecord(
             command=["python", "x.py"], created="2026-01-01T00:00:00+00:00", finished="2026-01-01T01:00:00+00:00",
-            git={"commit": None, "dirty": None}, versions={"torch": "2.14.1"}, device={**DEVICE, "name": device},
+            git={"commit": None, "dirty": None}, versions={"torch": torch}, device={**DEVICE, "name": device},
             model={"id": model, "sha256": "ab" * 32, "class": "Tiny" if fields["domain"] != "vit" else model},
             data={"id": "data", "sha256": "cd" * 32, "sizes": {"train": 100, "validation": 10}},
             adapter={"trainable_parameters": 1234}, history=list(history), **fields,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from control_experiments.benchmark_tables import tokens_of
+
 SCRIPT = Path(__file__).resolve().parents[1] / "bench_memory.py"
 
 
@@ -16,21 +18,44 @@ def bench(*options):
 
 
 @pytest.mark.parametrize(
-    "shape, methods",
-    [("tiny", ("lora", "control:fast")), ("tiny-vit", ("control:lean",)), ("tiny-roberta", ("dora",))],
+    "shape, tokens, methods",
+    [
+        ("tiny", 8, ("lora", "control:fast")),
+        ("tiny-vit", None, ("control:lean",)),
+        ("tiny-roberta", 8, ("dora",)),
+    ],
 )
-def test_measures_each_method_and_writes_a_record(shape, methods, tmp_path):
-    done = bench("--shape", shape, "--batch", 2, "--tokens", 8, "--output", tmp_path, "--methods", *methods)
+def test_measures_each_method_and_writes_a_record(shape, tokens, methods, tmp_path):
+    asked = ("--tokens", tokens) if tokens else ()
+    done = bench("--shape", shape, "--batch", 2, *asked, "--output", tmp_path, "--methods", *methods)
     assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / f"{shape}_2x8.json").read_text())
+    tokens = tokens or 101  # of timm's test_vit: 160 pixels in patches of 16, and the class token
+    assert f"{shape}, 2 x {tokens} tokens" in done.stdout
+    record = json.loads((tmp_path / f"{shape}_2x{tokens}.json").read_text())
+    assert record["options"]["tokens"] == tokens == tokens_of(record)
     assert [result["method"] for result in record["results"]] == list(methods)
     for result in record["results"]:
         assert (
             result["trained_parameters"] > 0 and result["loss"] > 0 and len(result["step_seconds_all"]) == 2
         )
-    assert (tmp_path / f"{shape}_2x8.png").stat().st_size > 1000
+    assert (tmp_path / f"{shape}_2x{tokens}.png").stat().st_size > 1000
     if shape == "tiny":
         assert "control:fast" in done.stdout.split("against lora (fastest)")[1]
+
+
+@pytest.mark.parametrize(
+    "shape, batch, tokens", [("llama3-8b", 4, 1024), ("vit-b16", 128, 197), ("roberta-base", 64, 128)]
+)
+def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, tokens):
+    """Without --methods; workloads of the true size are for a GPU, so only what would run is looked at."""
+    from scripts import bench_memory
+
+    options = bench_memory.with_defaults(bench_memory.Options(shape=shape, batch=batch, device="cpu"))
+    bench_memory.check(options)
+    assert options.tokens == tokens and {"dora", "lora", "control:plain", "control:lean"} <= set(
+        options.methods
+    )
+    assert ("lora+liger" in options.methods) == (shape == "llama3-8b")
 
 
 @pytest.mark.parametrize(
@@ -40,6 +65,7 @@ def test_measures_each_method_and_writes_a_record(shape, methods, tmp_path):
         (("--methods", "lora:fast"), "no such memory mode"),
         (("--methods", "prefix"), "unknown method 'prefix'"),
         (("--shape", "vit-b16", "--methods", "lora+liger"), "no switches but checkpointing"),
+        (("--shape", "tiny-vit", "--tokens", 8), "tiny-vit has 101 tokens, not 8"),
         (("--limit", 3), "--limit needs a GPU"),
         (("--batch", 0), "--batch must be at least 1"),
     ],

@@ -1,10 +1,10 @@
-"""Every command of every README, and every launcher's defaults.
+"""Every command of every README and of the scripts' own help, and every launcher's defaults.
 
 Commands run for real up to the Python script: the interpreter (and torchrun, accelerate) only notes how it is called. Each
-call is then parsed by the script's own options, so that a renamed option or a value of the wrong type fails here.
+call is then parsed by the script's own options, so that a renamed option or a value of the wrong type fails here, and run in
+this process in its smallest form (smallest.py).
 """
 
-import importlib
 import json
 import os
 import re
@@ -18,6 +18,10 @@ import pytest
 from control_experiments.arguments import parse_arguments
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.published import read_paper
+from LlaMA.tests.conftest import data, model_folder, rows, tokenizer  # noqa: F401
+from RoBERTa.tests.conftest import encoders, write_glue  # noqa: F401
+from scripts.tests.smallest import ONLY_PARSED, SMALL, Inputs, Runner, import_script
+from ViT.tests.conftest import base_model, npz  # noqa: F401
 
 READMES = sorted(path for path in REPOSITORY.glob("*/README.md") if not path.parent.name.startswith("."))
 READMES = [REPOSITORY / "README.md", *READMES]
@@ -32,7 +36,7 @@ ELSEWHERE = (
     "git ",
 )
 #: Scripts that parse without a dataclass of options.
-ARGPARSE = ("download_models.py", "download_glue.py", "quickstart_table.py")
+ARGPARSE = ("download_models.py", "quickstart_table.py", "demo_task.py")
 NOTE = """#!{python}
 import json, os, sys
 with open(os.environ["CALLS"], "a") as file:
@@ -49,6 +53,25 @@ def commands() -> list:
                 text = re.sub(r"\s+#.*", "", line).strip()
                 if text and not text.startswith(("#", *ELSEWHERE)) and not re.search(r"\[|…|\.\.\.", text):
                     found.append(pytest.param(text, id=f"{readme.parent.name}: {text[:60]}"))
+    return found
+
+
+def shown_by_scripts() -> list:
+    """The commands at the heads of scripts (which --help prints) and launchers; what follows two blanks says what they do."""
+    found = []
+    for folder in ("scripts", "RoBERTa", "ViT", "LlaMA", "QControl"):
+        for script in sorted((REPOSITORY / folder).glob("*.*")):
+            if script.suffix == ".py":
+                head, sign = script.read_text().partition('"""\n\nfrom ')[0], "    "
+            elif script.suffix == ".sh":
+                head, sign = script.read_text().partition("\nset -euo")[0], r"#\s+"
+            else:
+                continue
+            for line in re.findall(rf"^{sign}((?:[A-Z_]+=\S+ )*(?:python|bash|torchrun) .*)", head, re.M):
+                text = re.split(r"\s{2,}", line)[0].strip()
+                usage = re.search(r"\[|\.\.\.|\b(GPU|METHOD|CONTROL_RANK|FOLDER METHOD)\b", text)
+                if not usage and not text.startswith(ELSEWHERE):
+                    found.append(pytest.param(text, id=f"{folder}/{script.name}: {text[:60]}"))
     return found
 
 
@@ -91,30 +114,49 @@ def parsed(call: list[str], monkeypatch):
     """The script's options as the call sets them."""
     path, arguments = script_and_arguments(call)
     assert path.is_file(), f"{path} does not exist"
-    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
-    module = importlib.import_module(f"{path.parent.name}.{path.stem}")
-    (options,) = parse_arguments(module.Options, argv=arguments)
+    (options,) = parse_arguments(import_script(path, monkeypatch).Options, argv=arguments)
     return options
 
 
-@pytest.mark.parametrize("command", commands())
-def test_commands_of_the_readmes(command, note, monkeypatch):
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory, encoders, data, model_folder, base_model, npz):  # noqa: F811
+    glue = tmp_path_factory.mktemp("glue")
+    for folder in ("CoLA", "RTE", "MNLI"):
+        write_glue(glue, folder)
+    vit = f"--data {npz} --model {base_model} --architecture test_vit --image_size 32"
+    inputs = Inputs(encoders["roberta"], glue, model_folder, data, npz, vit)
+    return Runner(inputs, tmp_path_factory.mktemp("commands"))
+
+
+@pytest.mark.parametrize("command", [*commands(), *shown_by_scripts()])
+def test_commands_run_in_their_smallest_form(command, note, runner, monkeypatch):
+    """Each is parsed as it stands; then the script runs here, small. ONLY_PARSED says which do not, and why.
+
+    What torchrun and accelerate start runs as one process; the domains' tests run it as several.
+    """
     calls = note(command)
     assert calls, "nothing was run"
     for call in calls:
         path, arguments = script_and_arguments(call)
+        name = path.relative_to(REPOSITORY).as_posix()
         if path.name in ARGPARSE:
             options = [argument for argument in arguments if argument.startswith("-")]
             assert all(f'"{option}"' in path.read_text() for option in options)
-            continue
-        options = parsed(call, monkeypatch)
-        if path.name == "finetune.py" and path.parent.name == "RoBERTa":
-            options.check()
+        else:
+            options = parsed(call, monkeypatch)
+            if name == "RoBERTa/finetune.py":
+                options.check()
+        if name in SMALL:
+            with pytest.MonkeyPatch.context() as patch:
+                runner.run(path, arguments, patch)
+        else:
+            assert name in ONLY_PARSED
 
 
 def test_no_readme_is_forgotten():
     assert {path.parent.name for path in READMES} >= {"RoBERTa", "ViT", "LlaMA", "peft", "results"}
-    assert len(commands()) >= 25
+    assert len(commands()) >= 25 and len(shown_by_scripts()) >= 40
+    assert all((REPOSITORY / script).is_file() for script in (*SMALL, *ONLY_PARSED))
 
 
 # -- launchers' defaults ----------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_a_tap_on_a_mark_shows_its_figures(page, tmp_path):
 @pytest.mark.parametrize("width", [1280, 500])
 def test_it_is_drawn_at_desktop_and_phone_width(page, tmp_path, width):
     picture = tmp_path / "page.png"
-    chromium(page, f"--window-size={width},2600", f"--screenshot={picture}", profile=tmp_path / "profile")
+    chromium(page, f"--window-size={width},5200", f"--screenshot={picture}", profile=tmp_path / "profile")
     image = Image.open(picture).convert("RGB")
     assert image.size[0] == width
     colours = {colour: count for count, colour in image.getcolors(maxcolors=2**24)}
@@ -92,9 +92,22 @@ def test_it_is_drawn_at_desktop_and_phone_width(page, tmp_path, width):
         assert colours.get(drawn, 0) > 50
 
 
+@browser
+def test_only_tables_are_wider_than_a_phone(page, tmp_path):
+    """They scroll within themselves; the page does not."""
+    measure = (
+        "<script>document.title = document.documentElement.scrollWidth + ' of ' + window.innerWidth</script>"
+    )
+    measured = page.with_name("measured.html")
+    measured.write_text(page.read_text().replace("</body>", f"{measure}</body>"))
+    dom = chromium(measured, "--window-size=500,2600", "--dump-dom", profile=tmp_path / "profile").stdout
+    (found,) = re.findall(r"<title>(\d+) of (\d+)</title>", dom)
+    assert int(found[0]) <= int(found[1]) == 500
+
+
 @pytest.mark.parametrize(
     ("label", "name"),
-    [("control r64, lean", "control"), ("control+liger:plain", "control"), ("control+lora r64+r32", "control+lora"),
+    [("control r64, lean", "control"), ("control+liger:plain", "control"), ("control+graphs:fast", "control"), ("control+lora r64+r32", "control+lora"),
      ("lora+liger+checkpointing", "lora"), ("lora matched", "lora"), ("double control r32", "double control"),
      ("zero-shot", "other")],
 )  # fmt: skip

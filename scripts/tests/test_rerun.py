@@ -20,19 +20,29 @@ if arguments[0].endswith("rerun.py") or arguments[0] == "-c":
     os.execv({python!r}, [{python!r}, *arguments])
 value = dict(zip(arguments[1:], arguments[2:]))
 with open(os.environ["CALLS"], "a") as file:
-    file.write(json.dumps({{"arguments": arguments, **{{n: os.environ.get(n) for n in ("SEED", "DATA", "CUDA_VISIBLE_DEVICES")}}}}) + "\\n")
+    file.write(json.dumps({{"pid": os.getpid(), "arguments": arguments, **{{n: os.environ.get(n) for n in ("SEED", "DATA", "CUDA_VISIBLE_DEVICES")}}}}) + "\\n")
 time.sleep(float(os.environ.get("FAKE_SECONDS", 0)))
 if os.environ.get("FAKE_FAIL") in arguments:
     print("error: out of everything", file=sys.stderr)
     sys.exit(2)
 from control_experiments.record import RunRecord
-place = value["--output_dir"]
+place = value.get("--output_dir")
 name = "sdpa_dora.json" if "memory_table.py" in arguments[0] else "record.json"
+if "bench_memory.py" in arguments[0]:
+    tokens, batch = int(value.get("--tokens", 197)), int(value["--batch"])
+    options = {{"shape": value["--shape"], "batch": batch}}
+    result = {{"method": "lora", "step_seconds": 1.0, "tokens_per_second": batch * tokens}}
+    os.makedirs(value["--output"], exist_ok=True)
+    with open(os.path.join(value["--output"], f"{{options['shape']}}_{{batch}}x{{tokens}}.json"), "w") as file:
+        json.dump({{"options": options, "results": [result]}}, file)
+    sys.exit()
+task = value.get("--task") or os.path.basename(value.get("--data", "memory")).split(".")[0]
 lr = float(value.get("--lr", 0))
-fields = dict.fromkeys(("model", "data", "adapter", "memory", "time", "versions", "git", "device"), {{}})
+fields = dict.fromkeys(("data", "adapter", "memory", "time", "versions", "git", "device"), {{}})
 RunRecord(
-    domain="x", name="x", method="x", task="x", seed=0, command=[], created="", finished="",
-    hyperparameters={{"lr": lr, "epochs": float(value.get("--epochs", 0))}},
+    domain="x", name="x", method=value.get("--method", "zero-shot"), task=task, seed=int(value.get("--seed", 0)), command=[],
+    created="", finished="", model={{"id": value.get("--model")}},
+    hyperparameters={{name[2:]: text for name, text in value.items()}},
     metrics={{"last": {{"score": 1 - abs(lr - 1e-3)}}}}, **fields,
 ).write(os.path.join(place, name))
 """
@@ -116,26 +126,85 @@ def test_no_cell_starts_when_time_is_up(reruns):
     assert done.returncode == 1 and "not started, time is up: roberta-base_rte_lora_seed1" in done.stdout
 
 
-def test_a_finished_run_with_other_settings_does_not_count(reruns):
-    reruns.run("glue", "--tasks", "rte", "--methods", "lora", "--seeds", "1", "--gpus", "cpu")
-    done = reruns.run(
-        "glue", "--tasks", "rte", "--methods", "lora", "--seeds", "1", "--gpus", "cpu", LR="1e-3"
-    )
-    assert done.returncode == 1 and "has lr 0.0003, not 0.001" in done.stderr and not reruns.calls
+GLUE = ("glue", "--tasks", "rte", "--methods", "lora", "--seeds", "1", "--gpus", "cpu")
+VIT = ("vit", "--methods", "control", "--seeds", "1", "--gpus", "cpu")
+LLAMA = (
+    "commonsense",
+    "--tasks",
+    "llama3_8b",
+    "--methods",
+    "double control",
+    "--seeds",
+    "1",
+    "--gpus",
+    "cpu",
+)
+SMOL = ("commonsense", "--tasks", "smollm2", "--methods", "lora", "--seeds", "1", "--gpus", "cpu")
 
 
-def test_interrupting_ends_the_running_cell(reruns):
-    command = reruns.command("glue", "--tasks", "rte", "--seeds", "1", "--gpus", "cpu")
+@pytest.mark.parametrize(
+    ("table", "changed", "message"),
+    [
+        (GLUE, {"LR": "1e-3"}, "has lr 3e-4, not 1e-3"),
+        (GLUE, {"EPOCHS": "7"}, "has epochs 80, not 7"),
+        (GLUE, {"LORA_RANK": "4"}, "has lora_rank 8, not 4"),
+        (("quantized", *GLUE[1:]), {"BATCH_SIZE": "32"}, "has batch_size 256, not 32"),
+        (VIT, {"CONTROL_RANK": "4"}, "has control_rank 16, not 4"),
+        (LLAMA, {"CONTROL_RANK": "4"}, "has control_rank 64, not 4"),
+        (LLAMA, {"LR": "3e-3"}, "has lr 1e-4, not 3e-3"),
+        (SMOL, {"EPOCHS": "2"}, "has epochs 1, not 2"),
+        (("memory", "--tasks", "llama3-8b-short", "--methods", "lora", "--seeds", "1", "--gpus", "cpu"), {}, "has methods lora, not dora"),
+    ],
+)  # fmt: skip
+def test_a_finished_run_with_other_settings_does_not_count(reruns, table, changed, message):
+    first = reruns.run(*table)
+    assert first.returncode == 0 and reruns.calls, first.stderr
+    if not changed:
+        assert reruns.run(*table).returncode == 0 and not reruns.calls
+        table = [word.replace("lora", "dora") for word in table]
+    done = reruns.run(*table, **changed)
+    assert done.returncode == 1 and message in done.stderr and not reruns.calls, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "value"),
+    [
+        (GLUE, "method", "dora"),
+        (GLUE, "task", "cola"),
+        (GLUE, "seed", 2),
+        (LLAMA, "method", "lora"),
+    ],
+)
+def test_another_runs_record_in_a_cells_folder_does_not_count(reruns, table, name, value):
+    reruns.run(*table)
+    (path,) = [path for path in reruns.results.rglob("record.json") if path.parent.name != "evaluation"]
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    done = reruns.run(*table)
+    assert done.returncode == 1 and f"has {name} {value}, not" in done.stderr and not reruns.calls
+
+
+def test_what_extra_options_change_is_expected_of_the_record(reruns):
+    assert reruns.run(*GLUE, "--extra", "--batch_size 8").returncode == 0
+    assert reruns.run(*GLUE, "--extra", "--batch_size 8").returncode == 0 and not reruns.calls
+    assert "has batch_size 8, not 64" in reruns.run(*GLUE).stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupting_ends_the_running_cells_and_starts_no_other(reruns, number, code):
+    command = reruns.command("glue", "--tasks", "rte", "--seeds", "1", "--gpus", "0", "1")
     process = subprocess.Popen(
         command, env={**reruns.environment, "FAKE_SECONDS": "60"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )  # fmt: skip
-    deadline = time.time() + 20
-    while not (reruns.calls_file.exists() and reruns.calls) and time.time() < deadline:
+    deadline = time.time() + 30
+    while not (reruns.calls_file.exists() and len(reruns.calls) == 2) and time.time() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130 and "Traceback" not in errors
-    assert len(reruns.calls) == 1
+    assert process.returncode == code and "Traceback" not in errors
+    assert len(reruns.calls) == 2
+    for call in reruns.calls:
+        with pytest.raises(ProcessLookupError):
+            os.kill(call["pid"], 0)
 
 
 def test_each_methods_learning_rate_is_chosen_on_training_data_only(reruns, tmp_path):
@@ -186,7 +255,8 @@ def test_the_search_holds_out_a_tenth_of_the_training_rows(tmp_path, monkeypatch
     [
         ("vit", ("--methods", "control", "--seeds", "1"), {},
          r"DATA=cifar100 bash ViT/run_ViT.sh control {gpu} --seed 1 --output_dir \S+/vit/vit_base_patch16_224.orig_in21k_cifar100_control_seed1 --resume"),
-        ("vit", ("--methods", "lora", "--seeds", "1"), {"DATA": "x/flowers.tar", "MODEL": "x/small"}, r"DATA=x/flowers.tar .*/vit/small_flowers_lora_seed1 --resume"),
+        ("vit", ("--methods", "lora", "--seeds", "1"), {"DATA": "x/flowers.tar", "MODEL": "x/small/model.safetensors"},  # as ViT/finetune.py names it: by the file's folder
+         r"DATA=x/flowers.tar .*/vit/small_flowers_lora_seed1 --resume"),
         ("commonsense", ("--tasks", "llama3_8b", "--methods", "double control", "--seeds", "5"), {},
          r"SEED=5 bash LlaMA/llama3_8B_DoubleControl.sh 64 32 64 \S+/llama/llama3_8b/double-control-seed5 {gpu} --resume"),
         ("commonsense", ("--tasks", "smollm2", "--methods", "lora", "--seeds", "5"), {"MODEL": "x.gguf"},
@@ -194,6 +264,12 @@ def test_the_search_holds_out_a_tenth_of_the_training_rows(tmp_path, monkeypatch
         ("quantized", ("--methods", "dora", "--seeds", "1"), {},
          r"SEED=1 bash QControl/run_roberta_quantization.sh dora rte 320 4e-4 {gpu} --output_dir \S+/qcontrol/\S+ --resume"),
         ("memory", ("--tasks", "vit", "--seeds", "2"), {}, r"bash scripts/table_vit_memory.sh {gpu} --output_dir \S+/vit/memory/repeat2"),
+        ("memory", ("--tasks", "roberta-base", "--seeds", "1"), {},
+         r"CUDA_VISIBLE_DEVICES={gpu} \S+ scripts/bench_memory.py --shape roberta-base --batch 64 --tokens 128 --output \S+/memory"),
+        ("memory", ("--tasks", "vit-b16", "--seeds", "2"), {},
+         r"CUDA_VISIBLE_DEVICES={gpu} \S+ scripts/bench_memory.py --shape vit-b16 --batch 128 --output \S+/memory/repeat2"),
+        ("commonsense", ("--tasks", "llama3_8b", "--methods", "control+dora", "--seeds", "5"), {},
+         r"METHODS=control\+dora SEEDS=5 MODEL=meta-llama/Meta-Llama-3-8B .* bash LlaMA/run_smollm2_table.sh \S+/llama/llama3_8b {gpu}"),
         ("memory", ("--tasks", "llama3-8b-short", "--methods", "lora", "control:lean", "--seeds", "1"), {},
          r"CUDA_VISIBLE_DEVICES={gpu} \S+ scripts/bench_memory.py --shape llama3-8b --batch 4 --tokens 256 --output \S+/memory --methods lora control:lean"),
     ],
@@ -210,6 +286,11 @@ def test_dry_runs_print_the_calls(reruns, table, arguments, environment, wanted)
     [
         ("glue", ("--tasks", "nope"), "has no 'nope': choose from cola"),
         ("glue", ("--methods", "nope"), "has no method 'nope'"),
+        (
+            "glue",
+            ("--methods", "control+dora"),
+            "has no method 'control+dora': choose from control, lora, dora",
+        ),
         ("glue", ("--grid", "fast"), "--grid must be a number"),
         ("vit", ("--grid", "1e-3"), "--grid is for the glue table"),
         ("glue", ("--gpus", "x"), "--gpus takes indices or cpu"),

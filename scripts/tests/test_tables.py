@@ -9,10 +9,12 @@ import sys
 
 import pytest
 
+from control_experiments.benchmark_tables import frontier_of
+from control_experiments.cells import markdown, write_tables
 from control_experiments.collection import collect
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.published import read_paper
-from control_experiments.tables import all_tables, frontier_of, markdown, write_tables
+from control_experiments.tables import all_tables
 
 PAPER = read_paper(RESULTS / "paper.json")
 
@@ -70,6 +72,7 @@ def test_published_figures_stand_beside_ours_with_their_status(results):
     line = row(results, "glue", "roberta-base", task="cola", method="control")
     assert line["best"].text == "60.00"
     assert line["paper, best"].text == "65.32 ± 0.44 (exact)"
+    results.roberta("control", 42, 0.6, model="roberta-base", task="mnli")
     assert (
         row(results, "glue", "roberta-base", task="mnli", method="control")["paper, best"].text
         == "not published"
@@ -79,8 +82,34 @@ def test_published_figures_stand_beside_ours_with_their_status(results):
     assert row(results, "vit_accuracy", at_scale, method="lora")["paper, peak"].text == "17,067 MiB (exact)"
 
 
-def test_all_glue_tasks_are_listed_at_the_papers_scale(results):
-    assert len(rows(results, "glue", "roberta-base")) == 9 * 3
+def test_what_was_measured_comes_first_and_the_papers_scale_without_records_compactly_last(results):
+    results.roberta("control", 42, 0.6)
+    results.llama("lora", 1, 50.0)
+    *_, last = table(results, "glue").sections
+    assert table(results, "glue").sections[0].title == "tiny-encoder" and last.title == "roberta-base"
+    assert [r[0].text for r in last.rows] == ["cola"] * 3  # what was published
+    assert last.remarks[-1] == "No record yet: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb, wnli."
+    first, *_, last = table(results, "commonsense").sections
+    assert first.title == "tiny-llama" and {r[1].text for r in last.rows} == {"paper"}
+    assert "No record of ours yet: double control r64, control+lora r64+r32" in last.remarks[0]
+
+
+def test_a_method_with_other_ranks_has_no_empty_row_beside_them(results):
+    results.vit("control", 1, 80.0)
+    results.vit("lora", 1, 80.0, lora_rank=0)
+    lines = rows(results, "vit_accuracy", "vit_tiny, 2-layer MLP")
+    assert [(line["method"].text, line["n"].text) for line in lines] == [
+        ("control", "1"),
+        ("lora matched", "1"),
+        ("dora", "0"),
+    ]
+
+
+def test_a_quantized_llama_stands_beside_the_others_in_a_setting_of_its_own(results):
+    results.llama("lora", 1, 50.0)
+    results.llama("lora", 1, 49.0, folder="nf4", domain="qcontrol", quantization="nf4")
+    assert row(results, "commonsense", "tiny-llama, nf4", method="lora r32")["average"].text == "49.00"
+    assert row(results, "commonsense", "tiny-llama", method="lora r32")["average"].text == "50.00"
 
 
 def test_commonsense_joins_a_training_with_its_evaluation(results):
@@ -130,6 +159,114 @@ def test_memory_against_speed(results):
         "control:lean",
     ]
     assert lines["dora"]["trained parameters"].notes == ["dora: out of memory."]
+
+
+def test_a_vits_tokens_are_those_that_were_measured(results):
+    """Older files note bench_memory.py's default, 1,024, instead of the 197 that a ViT-B/16 has."""
+    results.benchmark(
+        "vit-b16_128x1024.json", shape="vit-b16", batch=128, tokens=197, noted=1024, lora=(0.4, 9.0)
+    )
+    (section,) = table(results, "memory_speed").sections
+    assert section.title == "vit-b16, 128 x 197 tokens, Some GPU" and section.domain == "vit"
+
+
+def test_memory_over_quantized_bases(results):
+    for repeat in (1, 2):
+        results.step(
+            f"qcontrol/memory/repeat{repeat}/a",
+            "lora",
+            stored="nf4",
+            seconds=0.1 * repeat,
+            peak=(7 + repeat) * 2**30,
+        )
+    results.step("qcontrol/memory/repeat1/b", "double control", stored="nf4", mode="lean", others=2**30)
+    title = "llama3-8b, 1 x 2048 tokens, bfloat16, ranks 64 and 32, Some GPU, torch 2.14"
+    line = row(results, "quantized_memory", title, method="lora", weights="nf4", mode="plain")
+    assert line["n"].text == "2" and line["weights MiB"].text == "4,096 ± 0"
+    assert line["peak MiB"].text == "8,704 ± 724" and line["ms a step"].text == "150.0 ± 70.7"
+    assert line["adapter + optimizer MiB"].text == "1,024 ± 0" and line["activations MiB"].value == 3.5 * 1024
+    shared = row(results, "quantized_memory", title, method="double control")
+    assert shared["ms a step"].text == "not measured" and "other processes" in shared["ms a step"].notes[0]
+
+
+def test_the_recipes_steps_at_llamas_shapes(results):
+    results.step("llama/shapes/a", "dora", seconds=0.25)
+    title = "llama3-8b, 3 x 256 tokens, bfloat16, ranks 64 and 32, Some GPU, torch 2.14"
+    line = row(results, "llama_shapes", title, method="dora")
+    assert (line["memory mode"].text, line["ms a step"].text, line["tokens/s"].text) == (
+        "plain",
+        "250.0",
+        "3,072",
+    )
+    assert line["runs"].links == [("1", "llama/shapes/a/record.json")]
+
+
+def test_throughput_and_answers_in_batches(results):
+    results.throughput(2.0)
+    (section,) = table(results, "throughput").sections
+    lines = [dict(zip(section.header, r, strict=True)) for r in section.rows]
+    assert [line["times published"].text for line in lines] == ["1.00", "2.00", "5.00"]
+    assert lines[1]["real tokens/s"].text == "2,000" and section.title.startswith(
+        "random llama3-8b, control+lora, memory mode fast"
+    )
+    results.batches(12.0, 99.9)
+    line = row(results, "batches", "smollm2, bfloat16, Some GPU, torch 2.14", method="zero-shot")
+    assert (line["times one by one"].text, line["times published"].text, line["same answers %"].text) == (
+        "12.0",
+        "24.0",
+        "99.90",
+    )
+
+
+def test_scaling(results):
+    results.scaling([("lora", "ddp", 1, 0.4, 30.0), ("lora", "ddp", 2, 0.5, 30.0)])
+    title = "llama3-8b, 4 x 1024 tokens a process, Some GPU, torch 2.14"
+    line = row(results, "scaling", title, processes="2")
+    assert (line["efficiency %"].text, line["peak GB each"].text, line["losses apart"].text) == (
+        "80.0",
+        "30.00",
+        "1.0e-05",
+    )
+    results.scaling([("lora", "fsdp2", 8, 65536, 0)], repeat="longest", longest=True)
+    line = row(results, "scaling", title.replace("process,", "process, longest sequence,"), processes="8")
+    assert line["longest tokens"].text == "65,536"
+
+
+@pytest.mark.parametrize("write", ["step", "throughput", "batches"])
+def test_a_measurement_that_lacks_something_is_named_and_left_out(results, write):
+    make = {"step": lambda: results.step("llama/shapes/a", "lora"), "throughput": lambda: results.throughput(2.0),
+            "batches": lambda: results.batches(12.0, 100.0)}  # fmt: skip
+    path = make[write]()
+    contents = json.loads(path.read_text())
+    del contents["hyperparameters"]["dtype"]
+    path.write_text(json.dumps(contents))
+    assert f"{path.relative_to(results.path)} is a broken measurement ('dtype' is missing)" in only_problem(
+        results
+    )
+
+
+def test_real_measurements_reach_their_tables(tmp_path):
+    """The domains' benchmarks on the CPU at their smallest: a renamed field would leave a table empty."""
+    root = tmp_path / "results"
+    small = ["--device", "cpu", "--steps", "1", "--warmup", "0"]
+    for command in (
+        ["LlaMA/benchmark_methods.py", "--output_dir", f"{root}/llama/shapes", "--shapes", "tiny", "--methods", "lora",
+         "--cutoff", "8", "--control_rank", "2", "--lora_rank", "2"],
+        ["QControl/quantized_memory.py", "--output_dir", f"{root}/qcontrol/memory", "--shape", "tiny-roberta",
+         "--methods", "lora", "--weights", "fp32", "--batches", "2", "--tokens", "8"],
+    ):  # fmt: skip
+        subprocess.run(
+            [sys.executable, str(REPOSITORY / command[0]), *command[1:], *small],
+            check=True,
+            capture_output=True,
+        )
+    collection = collect(root)
+    assert not collection.problems
+    found = {table.name: table for table in all_tables(collection, PAPER)}
+    for name in ("llama_shapes", "quantized_memory"):
+        (section,) = found[name].sections
+        (line,) = section.rows
+        assert line[0].text == "lora" and line[section.header.index("ms a step")].value > 0
 
 
 def test_frontier():
@@ -189,7 +326,7 @@ def test_two_runs_that_claim_one_cell_leave_it_empty(results):
     assert row(results, "glue", "tiny-encoder", method="lora")["last"].text == "50.00"
 
 
-@pytest.mark.parametrize("change", [{"device": "Other GPU"}, {"batch_size": 8}])
+@pytest.mark.parametrize("change", [{"device": "Other GPU"}, {"batch_size": 8}, {"torch": "2.11.0"}])
 def test_a_run_under_other_conditions_is_not_mixed_in(results, change):
     for seed in (1, 2):
         results.roberta("control", seed, 0.6)
@@ -197,8 +334,26 @@ def test_a_run_under_other_conditions_is_not_mixed_in(results, change):
     odd = results.roberta("dora", 1, 0.7, **change)
     message = only_problem(results)
     assert odd.parent.name in message and next(iter(change)).replace("device", "device Other GPU") in message
+    assert (
+        "torch" not in change
+        or "with torch 2.11, the others it would be compared with have torch 2.14" in message
+    )
     assert row(results, "glue", "tiny-encoder", method="dora")["last"].text == "no record"
     assert row(results, "glue", "tiny-encoder", method="control")["last"].text == "60.00 ± 0.00"
+
+
+def test_a_patch_of_torch_is_no_other_condition(results):
+    results.roberta("control", 1, 0.6)
+    results.roberta("control", 2, 0.6, torch="2.14.3")
+    assert not collect(results.path).problems
+
+
+def test_benchmarks_of_two_torch_versions_are_no_repeats_of_each_other(results):
+    for repeat, torch in (("", "2.11.0"), ("repeat2", "2.14.1")):
+        path = results.benchmark(repeat=repeat, lora=(0.4, 40.0))
+        path.write_text(json.dumps({**json.loads(path.read_text()), "versions": {"torch": torch}}))
+    titles = [section.title for section in table(results, "memory_speed").sections]
+    assert titles == [f"llama3-8b, 4 x 1024 tokens, Some GPU, torch {torch}" for torch in ("2.11", "2.14")]
 
 
 def test_methods_may_have_their_own_learning_rate_but_not_seeds(results):
@@ -268,7 +423,8 @@ def test_the_command_writes_everything_and_says_what_it_left_out(results):
     done = subprocess.run([*command, "--strict"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("left out: roberta/tiny-encoder_cola_lora_seed1/record.json")
-    for name in ("glue", "vit_accuracy", "vit_memory", "commonsense", "quantized", "memory_speed"):
+    for name in ("glue", "vit_accuracy", "vit_memory", "commonsense", "quantized", "memory_speed", "quantized_memory",
+                 "llama_shapes", "throughput", "batches", "scaling"):  # fmt: skip
         for suffix in ("md", "csv", "tex"):
             assert (results.path / "tables" / f"{name}.{suffix}").is_file()
     page = (results.path / "tables" / "glue.md").read_text()

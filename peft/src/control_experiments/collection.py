@@ -194,6 +194,7 @@ class Collection:
         measurements: records without a score, such as ViT's memory table, by their path relative to `root`.
         benchmarks: files of scripts/bench_memory.py, by their path relative to `root`.
         paddings: files of RoBERTa/benchmark_padding.py, likewise.
+        scalings: files of scripts/bench_scaling.py, likewise.
         problems: of all kinds; those with a place also stand in its row.
     """
 
@@ -202,6 +203,7 @@ class Collection:
     measurements: dict[str, RunRecord]
     benchmarks: dict[str, dict]
     paddings: dict[str, dict]
+    scalings: dict[str, dict]
     problems: list[Problem]
 
     def of(self, domain: str) -> list[Comparison]:
@@ -230,7 +232,7 @@ def collect(root: Path) -> Collection:
             if (_scores(record) and not retested) or answers.is_file():
                 runs.append(_run(root, path, record))
             else:
-                measurements[link.as_posix()] = record
+                measurements[link.as_posix()] = _checked_measurement(path, record)
         except UserError as error:
             problems.append(_problem(root, path, str(error)))
     for path in sorted(root.glob("vit/memory/**/*.json")):
@@ -238,10 +240,11 @@ def collect(root: Path) -> Collection:
             measurements[path.relative_to(root).as_posix()] = read_record(path)
         except UserError as error:
             problems.append(_problem(root, path, str(error)))
-    benchmarks, paddings = {}, {}
+    benchmarks, paddings, scalings = {}, {}, {}
     for found, pattern, wanted in (
         (benchmarks, "memory/**/*.json", ("schema", "device", "options", "results")),
         (paddings, "roberta/**/benchmark_padding*.json", ("device", "settings", "max_length", "longest")),
+        (scalings, "scaling/**/*.json", ("schema", "device", "options", "results")),
     ):
         for path in sorted(root.glob(pattern)):
             try:
@@ -251,7 +254,7 @@ def collect(root: Path) -> Collection:
     for run in runs:
         run.shared_gpu = _shared_gpu(run, runs)
     comparisons = _compare(runs, problems)
-    return Collection(root, comparisons, measurements, benchmarks, paddings, problems)
+    return Collection(root, comparisons, measurements, benchmarks, paddings, scalings, problems)
 
 
 def _read_benchmark(path: Path, wanted: Sequence[str]) -> dict:
@@ -276,6 +279,44 @@ def _read_benchmark(path: Path, wanted: Sequence[str]) -> dict:
     return contents
 
 
+#: Kind of measurement -> hyperparameters and last metrics that its record must have.
+_MEASURED = {
+    "shape benchmark": (("memory", "micro_batch_size", "cutoff", "dtype", "control_rank", "lora_rank"), ("seconds_per_step",)),
+    "memory benchmark": (
+        ("shape", "weights", "mode", "batch", "tokens", "dtype", "control_rank", "lora_rank"), ("seconds_per_step",),
+    ),
+    "throughput": (("memory", "batch_size", "cutoff", "dtype"), ("published", "packed", "large")),
+    "batches": (("mode", "quantization", "dtype"), ("questions", "batch_size", "speedup", "answers_agree")),
+}  # fmt: skip
+
+
+def measurement_kind(record: RunRecord) -> str | None:
+    """Which benchmark's the record is, or None: of ViT's memory table, or of no benchmark."""
+    if "questions_per_second_batch_one" in (record.metrics.get("last") or {}):
+        return "batches"
+    return record.task if record.task in _MEASURED else None
+
+
+def _checked_measurement(path: Path, record: RunRecord) -> RunRecord:
+    """Raises UserError: the record lacks what its table needs."""
+    for wanted, there in zip(
+        _MEASURED.get(measurement_kind(record), ()),
+        (record.hyperparameters, record.metrics.get("last") or {}),
+    ):
+        missing = [name for name in wanted if name not in there]
+        if missing:
+            raise UserError(
+                f"{path} is a broken measurement ({missing[0]!r} is missing): delete it and measure again"
+            )
+    return record
+
+
+def torch_minor(versions: dict | None) -> str | None:
+    """torch's version without its patch, such as 2.14; None where it was not noted."""
+    version = (versions or {}).get("torch")
+    return version and ".".join(version.split(".")[:2])
+
+
 # -- one run --------------------------------------------------------------------------------------------------
 
 
@@ -283,7 +324,7 @@ def _run(root: Path, path: Path, record: RunRecord) -> Run:
     """Raises UserError: the record, or the evaluation that belongs to it, lacks what a table needs."""
     links, scored, evaluation = [path.relative_to(root).as_posix()], record, None
     answers = path.parent / "evaluation" / "record.json"
-    if record.domain == "llama" and answers.is_file():
+    if answers.is_file():
         scored = evaluation = read_record(answers)
         links.append(answers.relative_to(root).as_posix())
     scores = _scores(scored)
@@ -292,7 +333,7 @@ def _run(root: Path, path: Path, record: RunRecord) -> Run:
     try:
         shared, own = _conditions(record, evaluation)
         place = _place(
-            record.domain,
+            _table_of(record),
             record.model,
             record.hyperparameters,
             record.method,
@@ -305,6 +346,11 @@ def _run(root: Path, path: Path, record: RunRecord) -> Run:
             f"{path} is a broken run record ({error} is missing): delete it and run again"
         ) from error
     return Run(place, record, scored, links, scores["best"], scores["last"], shared, own)
+
+
+def _table_of(record: RunRecord) -> str:
+    """The domain whose table a run belongs to: a quantized LLaMA stands beside the others, in a setting of its own."""
+    return "llama" if record.task.startswith("commonsense") else record.domain
 
 
 def _shared_gpu(run: Run, runs: Sequence[Run]) -> bool:
@@ -394,18 +440,22 @@ def row_label(domain: str, method: str, hyperparameters: dict) -> str:
 
 
 def _conditions(record: RunRecord, evaluation: RunRecord | None) -> tuple[dict[str, str], dict[str, str]]:
-    shared, own = {}, {}
+    shared, own, llama = {}, {}, _table_of(record) == "llama"
     for name, value in record.hyperparameters.items():
         # the paper's recipe for LLaMA-2-7B has another batch for control+lora than for double control
-        if name.startswith(_METHODS_OWN) or (record.domain, name) == ("llama", "batch_size"):
+        if name.startswith(_METHODS_OWN) or (llama and name == "batch_size"):
             own[name] = str(value)
         elif name not in _NEUTRAL:
             shared[name] = str(value)
     shared["device"] = record.device["name"]
+    if torch := torch_minor(record.versions):  # another one may have other kernels
+        shared["torch"] = torch
     shared["model"] = str(record.model.get("sha256") or record.model.get("revision"))[:12]
     shared["data"] = str(record.data.get("sha256") or record.data.get("revision"))[:12]
-    if evaluation is None and record.domain == "llama":  # zero-shot: nothing of it is training
-        shared = {f"evaluation {name}": value for name, value in shared.items() if name != "device"}
+    if evaluation is None and llama:  # zero-shot: nothing of it is training
+        shared = {
+            f"evaluation {name}": value for name, value in shared.items() if name not in ("device", "torch")
+        }
     elif evaluation is not None:
         answered = {
             name: str(value) for name, value in evaluation.hyperparameters.items() if name not in _NEUTRAL

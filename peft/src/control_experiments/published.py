@@ -60,6 +60,10 @@ class Paper:
                 return figure
         return None
 
+    def of_task(self, table: str, model: str, column: str) -> list[Figure]:
+        """All figures of a model on a task."""
+        return [f for f in self.figures if (f.table, f.model, f.column) == (table, model, column)]
+
     def models(self, table: str) -> list[str]:
         """Models with a figure in the table, in the paper's order."""
         return list(dict.fromkeys(figure.model for figure in self.figures if figure.table == table))

@@ -16,24 +16,26 @@ from string import Template
 
 from matplotlib.ticker import MaxNLocator
 
+from .benchmark_tables import benchmark_settings, frontier_of, shape_domain
+from .cells import MEBI, Cell, Section, Table, write_text
 from .claims import Claim
 from .collection import Collection, Comparison, Run
-from .tables import Cell, Section, Table, benchmark_settings, frontier_of, write_text
 
 PAGE = Path(__file__).with_name("report_page.html")
 DOMAINS = {"roberta": "RoBERTa", "vit": "ViT", "llama": "LLaMA", "qcontrol": "quantized"}
 #: Method families of the filter, each with a colour in report_page.html and a marker, for those who see no colours.
 FAMILIES = ("control", "double control", "control+lora", "control+dora", "lora", "dora", "other")
+#: Parts of a benchmark label that are no method.
+_SWITCHES = ("liger", "checkpointing", "compile", "graphs")
 _MARKERS = {"control": "circle", "double control": "circle", "lora": "square", "dora": "triangle"}
 WIDTH, HEIGHT = 400, 290
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 40
-MEBI = 2**20
 
 
 def family(label: str) -> str:
     """The filter's family of a row or benchmark label: "control r64, lean" and "control+liger:plain" are control."""
     name = re.split(r"[,:]| r\d| matched", label)[0]
-    name = "+".join(part for part in name.split("+") if part not in ("liger", "checkpointing", "compile"))
+    name = "+".join(part for part in name.split("+") if part not in _SWITCHES)
     name = {"lora-all": "lora"}.get(name, name)
     return name if name in FAMILIES else "other"
 
@@ -191,7 +193,7 @@ def _frontiers(collection: Collection) -> Iterable[Figure]:
             continue
         xs, ys = zip(*points.values(), strict=True)
         x, y = _axes(xs, "milliseconds a step", ys, "GB over the weights", logarithmic=True)
-        figure = Figure(setting, "llama", x, y)
+        figure = Figure(setting, shape_domain(setting), x, y)
         steps = ""  # a step reaches as far as the next point that needs less memory
         for name in frontier_of(points):
             left, top = x.place(points[name][0]), y.place(points[name][1])
@@ -301,12 +303,19 @@ def _curve(run: Run) -> list[tuple[float, float]]:
 
 def _claims(claims: Sequence[Claim]) -> str:
     rows = "".join(
-        f'<tr data-domain="{claim.domain}"><td class="wide">{escape(claim.statement)}</td><td>{claim.whose}</td>'
+        f'<tr{_of_domain(claim.domain)}><td class="wide">{escape(claim.statement)}</td><td class="whose">{claim.whose}</td>'
         f'<td class="{claim.verdict.replace(" ", "-")}">{claim.verdict}</td><td>{claim.tally}</td><td>{escape(claim.scope)}</td></tr>'
         for claim in claims
     )
     head = "<tr><th>claim</th><th>whose</th><th>verdict</th><th>tests</th><th>tested on</th></tr>"
-    return f'<div class="table"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    return (
+        f'<div class="table"><table class="claims"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    )
+
+
+def _of_domain(domain: str) -> str:
+    """The attribute that the filter looks at; what belongs to no single domain has none and stays."""
+    return f' data-domain="{domain}"' if domain else ""
 
 
 def _table(table: Table) -> str:
@@ -322,9 +331,7 @@ def _section(section: Section) -> str:
         f'<tr data-method="{escape(family(method))}">{"".join(_cell(cell, notes) for cell in row)}</tr>'
         for method, row in zip(section.methods, section.rows, strict=True)
     )
-    below = (
-        f"<ol>{''.join(f'<li><small>{escape(note)}</small></li>' for note in notes)}</ol>" if notes else ""
-    )
+    below = f"<ol>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ol>" if notes else ""
     below += "".join(f"<p><small>{escape(remark)}</small></p>" for remark in section.remarks)
     return (
         f'<section data-domain="{section.domain}"><h3>{escape(section.title)}</h3><div class="table"><table><thead><tr>{head}'
@@ -338,7 +345,7 @@ def _cell(cell: Cell, notes: list[str]) -> str:
     css = (
         "figure"
         if cell.value is not None
-        else ""
+        else "links"
         if cell.links
         else "empty"
         if cell.text.startswith(("no", "left"))

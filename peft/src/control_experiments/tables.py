@@ -1,80 +1,22 @@
 """The paper's tables made from run records, with the published figures beside ours, in Markdown, CSV and LaTeX.
 
-`all_tables(collection, paper)` builds them as data; `write_tables` writes the files. Scores are percent, as mean ± sample
+`all_tables(collection, paper)` builds them as data; `cells.write_tables` writes the files. Scores are percent, as mean ± sample
 standard deviation over seeds; memory is MiB (2**20 bytes) and time seconds, from the same runs.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
+from .benchmark_tables import benchmark_tables
+from .cells import MEBI, NO_RECORD, Cell, Section, Table, summary_cell
 from .collection import COMMONSENSE, Collection, Comparison, Row, Summary
 from .published import NOT_PUBLISHED, Paper
 
-NO_RECORD = "no record"
 #: Published figures that belong to no cell.
 _IN_TEXT = ("score stated in the text", "memory less than dora", "fits on a GPU of")
-#: Rows of a commonsense table without any record.
-_COMMONSENSE_ROWS = ("control+lora r64+r32", "double control r64", "lora r32", "dora r32")
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 METHODS = ("control", "lora", "dora")
-MEBI = 2**20
-
-
-@dataclass
-class Cell:
-    """What one place of a table shows.
-
-    Attributes:
-        text: for people.
-        value, deviation: for CSV; None where there is no figure.
-        status: of a published figure, exact or inferred.
-        links: (text, file relative to the results folder) of the records behind it.
-        notes: footnotes, which say why the cell is empty or not what one would expect.
-    """
-
-    text: str
-    value: float | int | None = None
-    deviation: float | None = None
-    links: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    status: str | None = None
-
-
-@dataclass
-class Section:
-    """A part of a table under its own heading: one model in one setting.
-
-    `domain` and `methods` (one a row) are what the report filters by; `remarks` are printed below the rows.
-    """
-
-    title: str
-    header: list[str]
-    rows: list[list[Cell]]
-    domain: str
-    methods: list[str]
-    remarks: list[str] = field(default_factory=list)
-
-    def notes(self) -> list[str]:
-        """All footnotes in the order in which cells refer to them, each once."""
-        return list(dict.fromkeys(note for row in self.rows for cell in row for note in cell.notes))
-
-
-@dataclass
-class Table:
-    """One file of results/tables."""
-
-    name: str
-    title: str
-    about: str
-    sections: list[Section]
-    remarks: list[str] = field(default_factory=list)
 
 
 def all_tables(collection: Collection, paper: Paper) -> list[Table]:
@@ -85,21 +27,11 @@ def all_tables(collection: Collection, paper: Paper) -> list[Table]:
         vit_memory_table(collection, paper),
         commonsense_table(collection, paper),
         quantized_table(collection, paper),
-        memory_speed_table(collection),
+        *benchmark_tables(collection),
     ]
 
 
 # -- cells ----------------------------------------------------------------------------------------------------
-
-
-def summary_cell(summary: Summary | None, digits: int, empty: str = NO_RECORD) -> Cell:
-    """Mean ± sample standard deviation; a single run has no deviation and shows none."""
-    if summary is None:
-        return Cell(empty)
-    text = f"{summary.mean:,.{digits}f}"
-    if summary.deviation is not None:
-        text += f" ± {summary.deviation:,.{digits}f}"
-    return Cell(text, summary.mean, summary.deviation)
 
 
 def published_cell(paper: Paper, *where: str) -> Cell:
@@ -236,24 +168,27 @@ def _long_sections(
 ) -> list[Section]:
     """One section for each model and setting, one row for each task and method.
 
-    The paper's own model (or `model`) in its `setting` has all `tasks`, with or without records; other models have those
-    with a record.
+    Sections with records come first. The paper's own model (or `model`) in its `setting` names the `tasks` without one.
     """
     header = ["task", "method", "trained parameters", "learning rate", "n", "last", "best", "paper, best",
               "peak MiB", "paper, peak", "train s", "paper, time", "examples/s", "runs"]  # fmt: skip
     found = {(c.model, c.setting, c.task): c for c in comparisons if not skip(c)}
     at_scale = [(name, setting) for name in paper.models(table) or [model]]
-    sections = []
-    for key in dict.fromkeys([*at_scale, *((m, s) for m, s, _ in found)]):
+    domain = {"glue": "roberta", "vit": "vit", "quantized": "qcontrol"}[table]
+    measured, empty = [], []
+    for key in dict.fromkeys([*((m, s) for m, s, _ in found), *at_scale]):
         name, its_setting = key
-        shown = list(tasks) if key in at_scale else []
-        shown += [task for m, s, task in found if (m, s) == key and task not in shown]
-        shown.sort(key=lambda task: (tasks.index(task) if task in tasks else len(tasks), task))
+        mine = {task: comparison for (*place, task), comparison in found.items() if tuple(place) == key}
+        shown, missing = set(mine), []
+        if key in at_scale:  # tasks without records have rows only for what was published of them
+            shown |= {task for task in tasks if any(paper.of_task(table, name, task))}
+            missing = [task for task in tasks if task not in mine]
         rows, methods = [], []
-        for task in shown:
-            comparison = found.get((*key, task), Comparison("", *key, task, {}, {}))
-            labels = [*METHODS, *(label for label in sorted(comparison.rows) if label not in METHODS)]
-            for label in labels:
+        for task in sorted(
+            shown, key=lambda task: (tasks.index(task) if task in tasks else len(tasks), task)
+        ):
+            comparison = mine.get(task, Comparison("", *key, task, {}, {}))
+            for label in _labels(comparison, always=key in at_scale):
                 row = comparison.rows.get(label, Row())
                 memory, seconds, rate = cost_cells(row)
                 where = (table, name, label, task)
@@ -266,10 +201,30 @@ def _long_sections(
                 ])  # fmt: skip
                 methods.append(label)
         title = f"{name}, {its_setting}" if its_setting else name
-        mine = [found[m, s, t] for m, s, t in found if (m, s) == key]
-        domain = {"glue": "roberta", "vit": "vit", "quantized": "qcontrol"}[table]
-        sections.append(Section(title, header, rows, domain, methods, conditions_remark(mine)))
-    return [_without_empty_columns(section) for section in sections]
+        remarks = conditions_remark(mine.values())
+        remarks += [f"No record yet: {', '.join(missing)}."] if missing else []
+        section = _without_empty_columns(Section(title, header, rows, domain, methods, remarks))
+        (measured if mine else empty).append(section)
+    return [*measured, *empty]
+
+
+def _labels(comparison: Comparison, always: bool) -> list[str]:
+    """The rows of a comparison: the table's methods, each with its variants, then others.
+
+    A method of which there are only rows with something added (other ranks, a memory mode) has no empty row beside them,
+    unless `always`: beside the published figures.
+    """
+    there = {label for label, row in comparison.rows.items() if row.runs or row.problems}
+
+    def method_of(label: str) -> str:
+        return label.split(",")[0].split(" ")[0]
+
+    of_method = {method_of(label) for label in there}
+    usual = {method for method in METHODS if always or method in there or method not in of_method}
+    order = {method: number for number, method in enumerate(METHODS)}
+    return sorted(
+        {*usual, *comparison.rows}, key=lambda label: (order.get(method_of(label), len(order)), label)
+    )
 
 
 def _without_empty_columns(section: Section) -> Section:
@@ -310,31 +265,31 @@ def commonsense_table(collection: Collection, paper: Paper) -> Table:
     ]
     found = {(c.model, c.setting): c for c in collection.of("llama")}
     always = [(model, "") for model in paper.models("commonsense")]
-    if not any(model.startswith("smollm2") for model, _ in found):
-        always.append(("smollm2-135m-instruct", ""))
     sections = []
-    for key in dict.fromkeys([*always, *found]):
+    for key in dict.fromkeys([*found, *always]):
         model, setting = key
         comparison = found.get(key, Comparison("llama", model, setting, "commonsense", {}, {}))
         published = [label for label in paper.rows("commonsense", model) if not setting]
-        rows, methods = [], []
-        for label in dict.fromkeys([*published, *sorted(comparison.rows)] or _COMMONSENSE_ROWS):
+        rows, methods, missing = [], [], []
+        for label in dict.fromkeys([*published, *sorted(comparison.rows)]):
+            if label not in comparison.rows:
+                missing.append(label)
             row = comparison.rows.get(label, Row())
             scores = [summary_cell(row.summary(column), 2) for column in COMMONSENSE]
             no_match = summary_cell(row.over_seeds(lambda run: run.scored.metrics["last"].get("no_match")), 2)
-            rows.append(
-                [
-                    Cell(label),
-                    Cell("ours"),
-                    trained_cell(row),
-                    count_cell(row),
-                    *scores,
-                    no_match,
-                    *cost_cells(row),
-                    runs_cell(row),
-                ]
-            )
-            methods.append(label)
+            ours = [
+                Cell(label),
+                Cell("ours"),
+                trained_cell(row),
+                count_cell(row),
+                *scores,
+                no_match,
+                *cost_cells(row),
+                runs_cell(row),
+            ]
+            if label in comparison.rows:
+                rows.append(ours)
+                methods.append(label)
             if label in published:
                 scores = [
                     published_cell(paper, "commonsense", model, label, column, "score")
@@ -360,6 +315,7 @@ def commonsense_table(collection: Collection, paper: Paper) -> Table:
                 methods.append(label)
         title = f"{model}, {setting}" if setting else model
         remarks = conditions_remark([comparison])
+        remarks += [f"No record of ours yet: {', '.join(missing)}."] if missing else []
         remarks += [
             f"{figure.row}: {figure.quantity} {figure}."
             for figure in paper.figures
@@ -440,238 +396,3 @@ def vit_memory_table(collection: Collection, paper: Paper) -> Table:
         "published runs used eager attention.",
         sections,
     )
-
-
-def memory_speed_table(collection: Collection) -> Table:
-    """What scripts/bench_memory.py measured: memory over the weights against time, one section for each setting."""
-    header = ["method", "trained parameters", "n", "weights GB", "over weights GB", "ms a step", "tokens/s",
-              "time / fastest LoRA", "memory / leanest LoRA", "on the frontier", "runs"]  # fmt: skip
-    sections = []
-    for setting, measured in benchmark_settings(collection).items():
-        points = {method: point for method, point in measured.items() if point.seconds}
-        loras = [point for method, point in points.items() if method.startswith("lora")]
-        fastest = min((point.seconds.mean for point in loras), default=None)
-        leanest = min((point.over.mean for point in loras), default=None)
-        frontier = frontier_of({method: (p.seconds.mean, p.over.mean) for method, p in points.items()})
-        rows = []
-        for method, point in measured.items():
-            links = [(str(number), link) for number, link in enumerate(point.links, 1)]
-            if not point.seconds:
-                failed = Cell("failed", notes=[f"{method}: {point.error}."])
-                rows.append(
-                    [Cell(method), failed, Cell("0", 0), *[Cell("") for _ in range(7)], Cell("", links=links)]
-                )
-                continue
-            rows.append([
-                Cell(method), Cell(f"{point.trained:,}", point.trained), Cell(str(point.seconds.n), point.seconds.n),
-                summary_cell(point.static, 2), summary_cell(point.over, 2),
-                summary_cell(Summary.of([1000 * value for value in point.values["seconds"]]), 1),
-                summary_cell(Summary.of(point.values["tokens"]), 0),
-                _ratio(point.seconds.mean, fastest), _ratio(point.over.mean, leanest),
-                Cell("yes" if method in frontier else "no"), Cell("", links=links),
-            ])  # fmt: skip
-        sections.append(Section(setting, header, rows, "llama", list(measured)))
-    for link, benchmark in collection.benchmarks.items():
-        if benchmark["options"].get("limit"):
-            sections.append(_longest_section(link, benchmark))
-    return Table(
-        "memory_speed",
-        "Memory against speed",
-        "One training step on random weights of the true shape; every method in a process of its own. The frontier are "
-        "the methods that no other beats in both memory and time. GB are 10^9 bytes.",
-        sections,
-        remarks=[] if sections else ["No record yet: bash scripts/rerun_memory.sh"],
-    )
-
-
-def _ratio(value: float, reference: float | None) -> Cell:
-    return Cell(f"{value / reference:.2f}", value / reference) if reference else Cell("")
-
-
-def _longest_section(link: str, benchmark: dict) -> Section:
-    options = benchmark["options"]
-    title = f"{options['shape']}, batch {options['batch']}: longest sequence within {options['limit']:g} GiB, {benchmark['device']}"
-    rows = [
-        [Cell(r["method"]), Cell(f"{r['longest_tokens']:,}", r["longest_tokens"]) if "longest_tokens" in r else Cell("failed"),
-         Cell("", links=[("1", link)])]
-        for r in benchmark["results"]
-    ]  # fmt: skip
-    return Section(
-        title, ["method", "tokens", "runs"], rows, "llama", [r["method"] for r in benchmark["results"]]
-    )
-
-
-@dataclass
-class Measured:
-    """One method of the benchmark over its repeats: seconds a step and GB.
-
-    `links` are all files that name it, `measured_in` those in which it did not fail, one for each value.
-    """
-
-    links: list[str] = field(default_factory=list)
-    measured_in: list[str] = field(default_factory=list)
-    values: dict[str, list[float]] = field(default_factory=dict)
-    trained: int = 0
-    error: str = ""
-
-    @property
-    def seconds(self) -> Summary | None:
-        return Summary.of(self.values.get("seconds", []))
-
-    @property
-    def over(self) -> Summary | None:
-        return Summary.of(self.values.get("over", []))
-
-    @property
-    def static(self) -> Summary | None:
-        return Summary.of(self.values.get("static", []))
-
-
-def benchmark_settings(collection: Collection) -> dict[str, dict[str, Measured]]:
-    """Setting -> method -> what was measured; files of one setting on one device are repeats of each other."""
-    settings: dict[str, dict[str, Measured]] = {}
-    for link, benchmark in collection.benchmarks.items():
-        options = benchmark["options"]
-        if options.get("limit"):
-            continue
-        setting = (
-            f"{options['shape']}, {options['batch']} x {options['tokens']} tokens, {benchmark['device']}"
-        )
-        for result in benchmark["results"]:
-            point = settings.setdefault(setting, {}).setdefault(result["method"], Measured())
-            point.links.append(link)
-            if "step_seconds" not in result:
-                point.error = result.get("error", "no result")
-                continue
-            point.measured_in.append(link)
-            point.trained = result["trained_parameters"]
-            for name, value in (
-                ("seconds", result["step_seconds"]),
-                ("tokens", result["tokens_per_second"]),
-                ("over", result["over_static_bytes"] / 1e9),
-                ("static", result["static_bytes"] / 1e9),
-            ):
-                point.values.setdefault(name, []).append(value)
-    return settings
-
-
-def frontier_of(points: dict[str, tuple[float, float]]) -> list[str]:
-    """Names of the points that no other equals or beats in both coordinates (smaller is better), by the first one."""
-    chosen, best = [], float("inf")
-    for name, (_, second) in sorted(points.items(), key=lambda item: item[1]):
-        if second < best:
-            chosen.append(name)
-            best = second
-    return chosen
-
-
-# -- files ----------------------------------------------------------------------------------------------------
-
-
-def write_tables(tables: Sequence[Table], folder: Path) -> list[Path]:
-    """Write each table as .md, .csv and .tex into `folder`, which lies directly in the results folder."""
-    written = []
-    for table in tables:
-        for suffix, render in (("md", markdown), ("csv", comma_separated), ("tex", latex)):
-            written.append(write_text(folder / f"{table.name}.{suffix}", render(table)))
-    return written
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a file so that readers see the old or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
-
-
-def markdown(table: Table, up: str = "../") -> str:
-    """The table for GitHub; `up` leads from its folder to the results folder, where links start."""
-    lines = [f"# {table.title}", "", table.about, *(f"\n{remark}" for remark in table.remarks), ""]
-    lines += ["All figures in a row come from the runs (by seed) that its last column links to.", ""]
-    for section in table.sections:
-        notes = section.notes()
-        lines += [f"## {section.title}", ""]
-        lines.append("| " + " | ".join(section.header) + " |")
-        numeric = [any(row[n].value is not None for row in section.rows) for n in range(len(section.header))]
-        lines.append("|" + "|".join("--:" if right else "---" for right in numeric) + "|")
-        for row in section.rows:
-            lines.append("| " + " | ".join(_markdown_cell(cell, notes, up) for cell in row) + " |")
-        lines += ["", *(f"{number}. {_escape_bar(note)}" for number, note in enumerate(notes, 1))]
-        lines += (
-            [""] * bool(notes) + [f"- {remark}" for remark in section.remarks] + [""] * bool(section.remarks)
-        )
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _markdown_cell(cell: Cell, notes: list[str], up: str) -> str:
-    links = ", ".join(f"[{text}]({(up + link).replace(' ', '%20')})" for text, link in cell.links)
-    marks = "".join(f" <sup>{notes.index(note) + 1}</sup>" for note in cell.notes)
-    return _escape_bar(" ".join(part for part in (cell.text, links) if part)) + marks
-
-
-def _escape_bar(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def comma_separated(table: Table) -> str:
-    """One line a row; a figure's deviation and a published figure's status have columns of their own, notes come last."""
-    columns = {"section": None}
-    for section in table.sections:
-        for number, name in enumerate(section.header):
-            cells = [row[number] for row in section.rows]
-            columns[name] = None
-            columns |= {f"{name} sd": None} if any(cell.deviation is not None for cell in cells) else {}
-            columns |= {f"{name} status": None} if any(cell.status for cell in cells) else {}
-    output = io.StringIO()
-    writer = csv.DictWriter(output, [*columns, "notes"], lineterminator="\n")
-    writer.writeheader()
-    for section in table.sections:
-        for row in section.rows:
-            line = {"section": section.title, "notes": " ".join(note for cell in row for note in cell.notes)}
-            for name, cell in zip(section.header, row, strict=True):
-                line[name] = " ".join(link for _, link in cell.links) or (
-                    cell.text if cell.value is None else cell.value
-                )
-                line |= {} if cell.deviation is None else {f"{name} sd": cell.deviation}
-                line |= {f"{name} status": cell.status} if cell.status else {}
-            writer.writerow(line)
-    return output.getvalue()
-
-
-_LATEX = str.maketrans({
-    "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "±": r"$\pm$", "×": r"$\times$", "α": r"$\alpha$",
-})  # fmt: skip
-
-
-def latex(table: Table) -> str:
-    """Plain tabulars, one a section, to be included in a document that loads hyperref."""
-    parts = [f"% {table.title}; made by scripts/make_tables.py, needs \\usepackage{{hyperref}}"]
-    for section in table.sections:
-        notes = section.notes()
-        numeric = [any(row[n].value is not None for row in section.rows) for n in range(len(section.header))]
-        parts.append(f"\n\\paragraph{{{section.title.translate(_LATEX)}}}\\mbox{{}}\\\\")
-        parts.append(f"\\begin{{tabular}}{{{''.join('r' if right else 'l' for right in numeric)}}}\n\\hline")
-        parts.append(" & ".join(name.translate(_LATEX) for name in section.header) + r" \\ \hline")
-        parts += [" & ".join(_latex_cell(cell, notes) for cell in row) + r" \\" for row in section.rows]
-        parts.append("\\hline\n\\end{tabular}")
-        parts += [f"\n\\noindent {number}. {note.translate(_LATEX)}" for number, note in enumerate(notes, 1)]
-        parts += [f"\n\\noindent {remark.translate(_LATEX)}" for remark in section.remarks]
-    return "\n".join(parts) + "\n"
-
-
-def _latex_cell(cell: Cell, notes: list[str]) -> str:
-    links = ", ".join(
-        f"\\href{{../{link.replace('#', chr(92) + '#').replace('%', chr(92) + '%')}}}{{{text.translate(_LATEX)}}}"
-        for text, link in cell.links
-    )
-    marks = "".join(f"$^{{{notes.index(note) + 1}}}$" for note in cell.notes)
-    return " ".join(part for part in (cell.text.translate(_LATEX), links) if part) + marks

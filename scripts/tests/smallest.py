@@ -1,0 +1,201 @@
+"""The smallest form of every script's command: the arguments to add so that it runs here, on tiny models and data.
+
+What a command asks for stays where it costs nothing (method, task, memory mode); sizes, models, data and devices are
+replaced, because the last value of an option counts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+
+from control_experiments.paths import REPOSITORY
+
+#: Scripts whose commands are only parsed here, and why.
+ONLY_PARSED = {
+    "scripts/download_models.py": "needs a package index; scripts/tests/test_download_models.py has one of its own",
+    "RoBERTa/download_glue.py": "needs a network",
+    "scripts/bench_scaling.py": "starts several processes for each cell; scripts/tests/test_bench_scaling.py runs it",
+    "scripts/inject_faults.py": "takes minutes at its smallest; scripts/tests/test_faults_*.py run its parts",
+    "scripts/quickstart_table.py": "needs the quickstart's runs; scripts/tests/test_quickstart_table.py makes some",
+}
+CPU = ("--device", "cpu")
+#: Scripts that have no --device.
+NO_DEVICE = ("scripts/make_tables.py", "scripts/rerun.py", "ViT/figures.py", "RoBERTa/demo_task.py")
+#: Scripts -> arguments that make their commands small; {name} stands for an input, {out} for a folder of the test's own.
+SMALL = {
+    "RoBERTa/finetune.py": "--model {encoder} --max_steps 1 --epochs 1 --batch_size 4 --precision fp32 --output_dir {out}",
+    "RoBERTa/benchmark_padding.py": "--model {encoder} --data {glue} --batch_size 4 --steps 1 --output {out}/padding.json",
+    "ViT/finetune.py": "{vit} --epochs 1 --batch_size 16",
+    "ViT/small_table.py": "{vit} --methods control --seeds 1 --epochs 1 --batch_size 16 --output_dir {out}",
+    "ViT/memory_table.py": "--architecture test_vit --image_size 32 --batch_size 2 --warmup 0 --steps 1 --cell eager_control "
+    "--output_dir {out}",
+    "ViT/benchmark_pipeline.py": "--data {images} --architecture test_vit --image_size 32 --batch_size 4 --steps 1 --rounds 1 "
+    "--workers 1 --output_dir {out}",
+    "LlaMA/finetune.py": "--model {llama} --data {questions}/train.json --max_steps 1 --epochs 1 --eval_steps 1 --warmup_steps 0 "
+    "--held_out 8 --batch_size 4 --micro_batch_size 2 --cutoff 64 --token_budget 128 --control_rank 4 --lora_rank 2 "
+    "--optimizer adamw --output_dir {out}",
+    "LlaMA/evaluate.py": "--model {llama} --data {questions} --tasks boolq --limit 2 --beams 1 --max_new_tokens 2 "
+    "--control_rank 4 --lora_rank 2",
+    "LlaMA/benchmark_methods.py": "--shapes tiny --steps 1 --warmup 0 --cutoff 8 --memories plain --control_rank 4 --lora_rank 2 "
+    "--output_dir {out}",
+    "LlaMA/benchmark_throughput.py": "--data {questions}/train.json --steps 1 --warmup 0 --batch_size 4 --large_batch 8 "
+    "--micro_batch_size 2 --cutoff 64 --control_rank 4 --lora_rank 2 --output_dir {out}",
+    "QControl/quantized_memory.py": "--weights fp32 --modes plain --batches 2 --tokens 8 --steps 1 --warmup 0 --worker "
+    "--output_dir {out}",
+    "scripts/bench_memory.py": "--batch 1 --steps 1 --warmup 0",
+    "scripts/bench_kernels.py": "--peers torch --tokens 8 --vocabulary 99 --repeats 2 --output {out}/kernels.json",
+    "scripts/make_tables.py": "--results {out}",
+    "scripts/rerun.py": "--dry_run",  # its cells are run by scripts/tests/test_rerun.py
+    "ViT/figures.py": "",
+    "RoBERTa/demo_task.py": "",
+}  # fmt: skip
+
+
+def import_script(path: Path, monkeypatch):
+    """The module of a script, whose neighbours have names that other folders' have too, as if it ran on its own."""
+    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+    if path.name != "finetune.py" and (path.parent / "finetune.py").is_file():
+        neighbour = importlib.import_module(f"{path.parent.name}.finetune")
+        monkeypatch.setitem(sys.modules, "finetune", neighbour)
+    return importlib.import_module(f"{path.parent.name}.{path.stem}")
+
+
+@dataclass
+class Inputs:
+    """Tiny models and data."""
+
+    encoder: Path
+    glue: Path
+    llama: Path
+    questions: Path
+    images: Path
+    vit: str
+
+
+class Runner:
+    """Runs calls of scripts in this process; the same call is run once."""
+
+    def __init__(self, inputs: Inputs, root: Path):
+        self.inputs, self.root, self.done, self.count = inputs, root, set(), 0
+
+    def run(self, path: Path, arguments: list[str], monkeypatch) -> None:
+        """Run the script at `path` in its smallest form; an error of it is raised."""
+        name = path.relative_to(REPOSITORY).as_posix()
+        self.count += 1
+        out = self.root / f"out{self.count}"
+        out.mkdir()
+        fill = {**asdict(self.inputs), "out": out}
+        arguments = [*arguments, *(word.format(**fill) for word in self._spread(SMALL[name], fill))]
+        if name not in NO_DEVICE:
+            arguments += CPU
+        arguments = getattr(self, f"_{path.parent.name}_{path.stem}", lambda given, out: given)(
+            arguments, out
+        )
+        monkeypatch.chdir(out)
+        self._call(path, arguments, monkeypatch)
+
+    @staticmethod
+    def _spread(text: str, fill: dict) -> list[str]:
+        return text.replace("{vit}", fill["vit"]).split()
+
+    def _call(self, path: Path, arguments: list[str], monkeypatch, again: bool = False) -> None:
+        key = (path, *(word for word in arguments if not word.startswith(str(self.root / "out"))))
+        if key in self.done and not again:
+            return
+        self.done.add(key)
+        module = import_script(path, monkeypatch)
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        module.main()
+
+    # -- what depends on the call
+
+    def _RoBERTa_finetune(self, given: list[str], out: Path) -> list[str]:
+        demo = given[given.index("--task") + 1] == "demo"
+        return given if demo else [*given, "--data", str(self.inputs.glue)]
+
+    def _ViT_finetune(self, given: list[str], out: Path) -> list[str]:
+        for option in ("--evaluate", "--adapter"):
+            if option in given:
+                given[given.index(option) + 1] = str(self._trained_vit() / "adapter")
+        if "--predict" in given:
+            from PIL import Image
+
+            Image.new("RGB", (20, 20), (200, 0, 0)).save(out / "photo.png")
+            given[given.index("--predict") + 1] = str(out)
+            given += ["--output", str(out / "classes.csv")]
+        return [*given, "--output_dir", str(out / "run")]
+
+    def _ViT_figures(self, given: list[str], out: Path) -> list[str]:
+        data = ["--data", str(self.inputs.images)] if "--data" in given else []
+        return ["--runs", str(self._trained_vit()), "--output_dir", str(out), *data]
+
+    def _trained_vit(self) -> Path:
+        """A run of ViT/finetune.py."""
+        folder = self.root / "trained_vit"
+        if not folder.exists():
+            with pytest.MonkeyPatch.context() as patch:
+                words = [
+                    *self._spread(SMALL["ViT/finetune.py"], asdict(self.inputs)),
+                    *CPU,
+                    "--output_dir",
+                    str(folder),
+                ]
+                self._call(REPOSITORY / "ViT" / "finetune.py", words, patch)
+        return folder
+
+    def _LlaMA_evaluate(self, given: list[str], out: Path) -> list[str]:
+        """Over an adapter of the method; LlaMA/tests/test_launchers.py evaluates what a launcher has trained."""
+        if "--adapter" in given:
+            method = given[given.index("--method") + 1] if "--method" in given else "lora"
+            folder = self.root / f"trained_{method.replace(' ', '_')}"
+            if not folder.exists():
+                with pytest.MonkeyPatch.context() as patch:
+                    text = SMALL["LlaMA/finetune.py"].format(**asdict(self.inputs), out=folder)
+                    self._call(
+                        REPOSITORY / "LlaMA" / "finetune.py",
+                        [*text.split(), *CPU, "--method", method],
+                        patch,
+                        again=True,
+                    )
+            given[given.index("--adapter") + 1] = str(folder / "adapter")
+        return [*given, "--output_dir", str(out / "evaluation")]
+
+    def _LlaMA_benchmark_throughput(self, given: list[str], out: Path) -> list[str]:
+        return [*given, *(["--model", str(self.inputs.llama)] if "--model" in given else ["--shape", "tiny"])]
+
+    def _LlaMA_benchmark_methods(self, given: list[str], out: Path) -> list[str]:
+        return [
+            *given,
+            "--methods",
+            given[given.index("--methods") + 1] if "--methods" in given else "double control",
+        ]
+
+    def _QControl_quantized_memory(self, given: list[str], out: Path) -> list[str]:
+        return [
+            *given,
+            "--shape",
+            "tiny-roberta" if "roberta" in given[given.index("--shape") + 1] else "tiny",
+        ]
+
+    def _scripts_bench_memory(self, given: list[str], out: Path) -> list[str]:
+        shape = given[given.index("--shape") + 1] if "--shape" in given else "llama3-8b"
+        tiny = {"vit-b16": "tiny-vit", "roberta-base": "tiny-roberta"}.get(shape, "tiny")
+        method = given[given.index("--methods") + 1] if "--methods" in given else "control:lean"
+        if "--limit" in given:  # of a GPU's memory
+            place = given.index("--limit")
+            del given[place : place + 2]
+        given = [
+            *given,
+            "--shape",
+            tiny,
+            "--methods",
+            method.replace("+liger", ""),
+            "--worker",
+            method.replace("+liger", ""),
+        ]
+        return given if tiny == "tiny-vit" else [*given, "--tokens", "8"]
