@@ -25,7 +25,6 @@ from images import Decoded, load_data
 
 from control_experiments.arguments import parse_arguments
 from control_experiments.errors import UserError, run_main
-from control_experiments.paths import public_path
 from control_experiments.record import RunRecord, read_record
 
 COLORS = {"control": "tab:blue", "lora": "tab:orange", "dora": "tab:green", "probe": "tab:gray"}
@@ -152,7 +151,7 @@ def save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
-    print(public_path(path))
+    print(path)
 
 
 def main() -> None:

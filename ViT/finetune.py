@@ -78,6 +78,7 @@ from control_experiments.record import (
     git_state,
     package_versions,
     read_json,
+    read_record,
     utc_now,
     write_json_atomic,
 )
@@ -271,7 +272,7 @@ def train(options: Options, device: torch.device) -> None:
     with RunFolder(options.folder) as folder:
         if folder.finished:
             folder.claim(identity)
-            print(f"{public_path(folder.path)} is finished: nothing to do")
+            print(f"{folder.path} is finished: nothing to do")
             return
         created = utc_now()
         data = load_data(
@@ -330,13 +331,16 @@ def train(options: Options, device: torch.device) -> None:
         best, last = max(row["test_accuracy"] for row in history), history[-1]["test_accuracy"]
         print(
             f"{options.method}: {options.scored} accuracy {last:.2f} % (best epoch {best:.2f} %), "
-            f"{clock.summary()['examples_per_second'] or 0:.0f} images/s; record in {public_path(folder.record)}"
+            f"{clock.summary()['examples_per_second'] or 0:.0f} images/s; record in {folder.record}"
         )
 
 
 def evaluate(options: Options, device: torch.device) -> None:
     """Test accuracy of a saved adapter on `--data`, printed and recorded."""
     created = utc_now()
+    if options.output_dir:
+        with RunFolder(options.output_dir) as folder:
+            check_no_training(folder)
     model, description, base = restore(
         options.evaluate, attention=options.attention, model=moved_model(options)
     )
@@ -374,8 +378,16 @@ def evaluate(options: Options, device: torch.device) -> None:
         )  # fmt: skip
         print(
             f"test accuracy {result['test_accuracy']:.2f} % on {len(labels)} images; "
-            f"record in {public_path(folder.record)}"
+            f"record in {folder.record}"
         )
+
+
+def check_no_training(folder: RunFolder) -> None:
+    """Raises UserError: a training's record, adapter or checkpoints are in the folder, which the evaluation's files would
+    overwrite or be taken for."""
+    trained = folder.adapter.exists() or folder.checkpoints.exists()
+    if trained or (folder.finished and read_record(folder.record).history):
+        raise UserError(f"{folder.path} holds a training run: choose another --output_dir for its evaluation")
 
 
 def classify_folder(options: Options, device: torch.device) -> None:

@@ -26,7 +26,7 @@ from control_experiments.arguments import parse_arguments
 from control_experiments.device import select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.losses import Diverged
-from control_experiments.paths import RESULTS, public_path
+from control_experiments.paths import RESULTS
 from control_experiments.rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
 from control_experiments.record import read_record
 
@@ -135,7 +135,7 @@ def check_rates(runs: Sequence[finetune.Options]) -> None:
     """Raises UserError: a finished run has another learning rate than the table's."""
     finished = [(run, run.folder / "record.json") for run in runs if (run.folder / "record.json").is_file()]
     other = [
-        f"{public_path(run.folder)} has lr {lr}, not {run.lr}"
+        f"{run.folder} has lr {lr}, not {run.lr}"
         for run, record in finished
         if (lr := read_record(record).hyperparameters.get("lr")) != run.lr
     ]

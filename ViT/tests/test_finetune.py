@@ -49,10 +49,18 @@ def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_pat
 
     evaluation = tmp_path / "evaluation"
     common = ("--device", "cpu", "--model", base_model)
+    assert f"record in {out / 'record.json'}\n" in stdout
+    contents = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, _, stderr = call(
+        "finetune", *common, "--evaluate", out / "adapter", "--data", npz, "--output_dir", out
+    )
+    assert (code, stderr.count("\n")) == (2, 1) and "holds a training run" in stderr
+    assert contents == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     code, stdout, stderr = call(
         "finetune", *common, "--evaluate", out / "adapter", "--data", npz, "--output_dir", evaluation
     )
     assert code == 0, stderr
+    assert f"record in {evaluation / 'record.json'}\n" in stdout
     again = read_record(evaluation / "record.json").metrics["last"]
     assert again == pytest.approx({key: record.history[-1][key] for key in again}, rel=1e-4)
 
