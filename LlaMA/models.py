@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import warnings
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from control_experiments.checksums import fingerprint
+from control_experiments.checksums import local_fingerprint
 from control_experiments.errors import UserError
 from control_experiments.methods import ControlSettings, LoraSettings, adapter_config
 from control_experiments.paths import public_path
@@ -211,16 +210,9 @@ def add_adapter(base: PreTrainedModel, config) -> PeftModel:
         raise UserError(f"{type(base).__name__}: {error}") from error
 
 
-@lru_cache
-def local_checksum(model: str) -> str | None:
-    """A local model's checksum (read once per process), or None for a hub id."""
-    path = Path(model).expanduser()
-    return fingerprint(path) if path.exists() else None
-
-
 def describe_model(model: str, base: PreTrainedModel, total_parameters: int) -> dict:
     """The record's `model`: where it came from, which version, what it is."""
-    checksum = local_checksum(model)
+    checksum = local_fingerprint(model)
     version = {"sha256": checksum} if checksum else {"revision": getattr(base.config, "_commit_hash", None)}
     return {
         "id": public_path(model) if checksum else model,

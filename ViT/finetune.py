@@ -57,7 +57,7 @@ from training import (
 )
 from vision_models import TINY, Base, set_attention, set_mlp_layers
 
-from control_experiments.arguments import parse_arguments
+from control_experiments.arguments import LARGEST_SEED, check_numbers, parse_arguments
 from control_experiments.checkpoints import checkpoints, discard, keep_newest, whole_folder
 from control_experiments.checksums import fingerprint
 from control_experiments.device import (
@@ -196,16 +196,13 @@ class Options:
         self.image_size = self.image_size or (8 if tiny else 224)
         self.augment = self.augment or ("none" if tiny else "published")
         self.crop = self.crop or (1.0 if tiny else 224 / 256)
-        positive = ("epochs", "lr", "batch_size", "eval_batch_size", "workers", "image_size", "control_rank")
-        for name in (*positive, "lr_decay", "crop"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} must be greater than 0, got {getattr(self, name)}")
-        for name in ("lora_rank", "seed", "momentum"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("crop", "lr_decay"):
-            if getattr(self, name) > 1:
-                raise UserError(f"--{name} must be at most 1, got {getattr(self, name)}")
+        sizes = ("batch_size", "eval_batch_size", "workers", "image_size", "control_rank")
+        check_numbers(self, "epochs", "lr", *sizes, above=0)
+        check_numbers(self, "lr_decay", "crop", above=0, at_most=1)
+        check_numbers(self, "lora_rank", "momentum", at_least=0)
+        check_numbers(self, "lora_dropout", at_least=0, below=1)
+        check_numbers(self, "seed", at_least=0, at_most=LARGEST_SEED)
+        check_numbers(self, "control_alpha", "lora_alpha")
         if tiny and self.data != "digits":
             raise UserError("--model tiny is made for --data digits: choose a timm model for other data")
         if self.validation_share is not None:
