@@ -41,6 +41,7 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter
 from control_experiments.paths import public_path
 from control_experiments.quantization import QUANTIZATION_HELP, check_method_runs, quantization_of
+from control_experiments.quiet import quieten
 from control_experiments.record import RunRecord, git_state, package_versions, read_record, utc_now
 from control_experiments.runs import RunFolder
 from LlaMA.answering import Question, Reply, generate, rank_words
@@ -51,7 +52,6 @@ from LlaMA.models import (
     expected_config,
     load_model,
     load_tokenizer,
-    quieten,
     resolve_dtype,
 )
 

@@ -49,6 +49,7 @@ from control_experiments.metering import MemoryMeter
 from control_experiments.methods import set_memory
 from control_experiments.paths import public_path
 from control_experiments.quantization import QUANTIZATION_HELP, check_method_runs, check_paging
+from control_experiments.quiet import quieten
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
 from control_experiments.runs import RunFolder
 from control_experiments.sharding import SHARD_HELP, choose_shard, shard_frozen, shares_weights
@@ -63,7 +64,6 @@ from LlaMA.models import (
     expected_config,
     load_model,
     load_tokenizer,
-    quieten,
     resolve_dtype,
 )
 from LlaMA.packing import (

@@ -17,7 +17,6 @@ import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +24,6 @@ from typing import Literal, Optional
 
 import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import datasets
-import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -71,6 +69,7 @@ from control_experiments.quantization import (
     prepare,
     quantization_of,
 )
+from control_experiments.quiet import quieten
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
 from control_experiments.runs import RunFolder
 from control_experiments.sharding import SHARD_HELP, choose_shard, shard_frozen, shares_weights
@@ -651,15 +650,6 @@ def _figures(row: dict) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in shown.items() if not name.endswith("loss"))
 
 
-def quieten() -> None:
-    """Leave the terminal to the progress bar and to errors."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    huggingface_hub.utils.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
 def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     """Train as the command line says and write the run's record; None when the run was finished before."""
     command = list(sys.argv[1:] if argv is None else argv)
@@ -674,6 +664,7 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     precision = resolve_precision(options.precision, device)
     check_method_runs(options.method, options.quantization, device)
     quieten()
+    datasets.disable_progress_bars()
     server_files = get_task(options.task).server_files.values()
     with RunFolder(options.folder) as folder, explain_out_of_memory(device, LESS_MEMORY):
         checkpoint = folder.claim({**options.identity(), "precision": precision}, resume=options.resume)

@@ -72,6 +72,7 @@ from control_experiments.losses import LossWatch, check_parameters
 from control_experiments.metering import MemoryMeter, Throughput
 from control_experiments.methods import ControlSettings, check_method, set_memory
 from control_experiments.paths import RESULTS, public_path
+from control_experiments.quiet import quieten
 from control_experiments.rates import SEARCH_FOLDER
 from control_experiments.record import (
     RunRecord,
@@ -671,6 +672,7 @@ def main() -> None:
         )  # its tensors are too small to share, and threads that wait for each other are slow
     if options.evaluate and options.predict:
         raise UserError("choose one of --evaluate and --predict")
+    quieten()
     if options.deterministic:
         make_deterministic()
     program = evaluate if options.evaluate else classify_folder if options.predict else train

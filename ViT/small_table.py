@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import finetune
 import torch
 
@@ -27,6 +28,7 @@ from control_experiments.device import select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.losses import Diverged
 from control_experiments.paths import RESULTS
+from control_experiments.quiet import quieten
 from control_experiments.rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
 from control_experiments.record import read_record
 
@@ -150,6 +152,7 @@ def main() -> None:
         raise UserError("--search_only needs --grid with the learning rates to choose from")
     axes = (options.data, options.methods, options.seeds)
     runs = [plan_run(options, *cell, options.lr) for cell in itertools.product(*axes)]
+    quieten()
     device = select_device(options.device)
     if options.grid:
         rates = search(options, device)

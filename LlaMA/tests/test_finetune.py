@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -191,7 +192,20 @@ def test_a_base_model_without_tokenizer(call, model_folder, data, tmp_path):
     shutil.copytree(model_folder, bare, ignore=shutil.ignore_patterns("token*", "special*"))
     code, _, err = call(finetune.main, *arguments(bare, data, tmp_path / "out"))
     assert code == 2
-    assert "tokenizer" in one_line(err)
+    assert "it holds no tokenizer.json: copy the files of the model's tokenizer there" in one_line(err)
+
+
+def test_an_encoder_is_no_causal_language_model(call, model_folder, data, tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(vocab_size=600, **shape)).save_pretrained(tmp_path / "bert")
+    for file in model_folder.glob("token*"):
+        shutil.copy(file, tmp_path / "bert")
+    code, _, err = call(finetune.main, *arguments(tmp_path / "bert", data, tmp_path / "out"))
+    assert code == 2
+    assert "is a bert model, no causal language model" in one_line(err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_run_in_the_same_folder_is_refused(run):
@@ -330,8 +344,11 @@ def test_smollm2_gguf_trains(call, data, tmp_path):
     if not files:
         pytest.skip("SmolLM2's GGUF file is not in PARALLEL_CONTROL_CACHE/models")
     more = ("--max_steps", 1, "--eval_steps", 1, "--held_out", 2, "--batch_size", 2, "--micro_batch_size", 2)
-    code, _, err = call(finetune.main, *arguments(files[0], data, tmp_path / "out", *more))
+    with warnings.catch_warnings(record=True) as warned:
+        code, _, err = call(finetune.main, *arguments(files[0], data, tmp_path / "out", *more))
     assert code == 0, err
+    assert not [str(warning.message) for warning in warned if "config" in str(warning.message)]
+    assert "GGUF" not in err  # transformers' own bar
     assert (
         json.loads((tmp_path / "out" / "record.json").read_text())["model"]["total_parameters"] == 134_515_008
     )

@@ -71,6 +71,80 @@ def test_too_few_arguments_print_the_usage(name, tmp_path):
     assert "usage: bash" in done.stderr
 
 
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *TRAIN,
+        "llama2_7B_Evaluate.sh",
+        "llama3_8B_Evaluate.sh",
+        "run_smollm2_table.sh",
+        "compare_memory_modes.sh",
+        "../QControl/run_llama_quantization.sh",
+    ],
+)
+def test_help(name, option, tmp_path):
+    done = launch(name, option, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"bash {Path('LlaMA', name) if '..' not in name else name[3:]} " in done.stdout
+    assert "  MODEL=" in done.stdout and "  DATA=" in done.stdout
+
+
+def test_data_is_looked_for_where_it_is(tmp_path):
+    """In what PARALLEL_CONTROL_SHARED names, else in ../shared if that is there, else in the checkout's own data/."""
+
+    def answered(**variables):
+        done = launch(
+            "llama3_8B_Evaluate.sh",
+            4,
+            2,
+            4,
+            "out",
+            "cpu",
+            "control",
+            cwd=tmp_path,
+            PYTHON="echo",
+            **variables,
+        )
+        return done.stdout.splitlines()[-1].partition("--data ")[2].partition(" --output_dir")[0]
+
+    root = FOLDER.parent
+    shared = root.parent / "shared" / "data" / "commonsense"
+    assert answered(PARALLEL_CONTROL_SHARED="/srv/shared") == "/srv/shared/data/commonsense"
+    assert answered(DATA="/srv/my data") == "/srv/my data"
+    own = answered(PARALLEL_CONTROL_SHARED="")
+    assert Path(own).resolve() == (shared if shared.is_dir() else root / "data" / "commonsense")
+
+
+def test_missing_data_says_where_it_comes_from(model_folder, tmp_path):
+    done = launch(
+        "llama3_8B_DoubleControl.sh", 4, 2, 4, "out", "cpu", cwd=tmp_path, MODEL=model_folder, DATA="nowhere"
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: cannot read nowhere/commonsense_170k.json")
+    assert "AGI-Edgerunners/LLM-Adapters" in line and "TRAIN_DATA=" in line and "DATA=" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_answers_ranked_by_likelihood_have_a_folder_of_their_own(tmp_path):
+    def folder(*more, name="llama3_8B_Evaluate.sh", first=(4, 2, 4, "out", "cpu", "control"), **variables):
+        done = launch(name, *first, *more, cwd=tmp_path, PYTHON="echo", **variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-1].partition("--output_dir ")[2].split()[0]
+
+    assert folder() == folder("--mode", "generate") == "out/evaluation"
+    assert (
+        folder("--mode", "likelihood")
+        == folder(EVALUATE_ARGS="--limit 3 --mode=likelihood")
+        == "out/likelihood"
+    )
+    assert folder("--mode", "likelihood", EVALUATION="other") == "out/other"
+    table = {"name": "run_smollm2_table.sh", "first": ("out", "cpu"), "METHODS": "zero-shot"}
+    assert folder(**table) == "out/zero-shot"
+    assert folder(**table, EVALUATE_ARGS="--mode likelihood") == "out/zero-shot-likelihood"
+
+
 @pytest.mark.parametrize("name", [*TRAIN, "llama2_7B_Evaluate.sh", "llama3_8B_Evaluate.sh"])
 def test_what_a_launcher_runs(name, tmp_path):
     """Each command line parses, with the paper's recipe in it (PYTHON=echo prints instead of running)."""

@@ -294,6 +294,15 @@ def test_launcher_defaults_are_the_papers_recipe():
     }
 
 
+def test_launcher_takes_every_method():
+    for method in finetune.METHODS:
+        done = launch(method, "cola", 3, PYTHON="echo", MODEL="", DATA="")
+        assert done.returncode == 0, done.stderr
+        assert (
+            f"--method {method} --task cola --model roberta-base --epochs 3 " in done.stdout.splitlines()[-1]
+        )
+
+
 def test_launcher_refuses_in_one_line(tmp_path):
     one_line_error(launch("adapter", "cola"), "unknown method 'adapter'", "control, lora, dora")
     one_line_error(launch("lora", "snli"), "unknown task 'snli'", "cola, mnli, mrpc")
