@@ -82,7 +82,8 @@ def accuracy_against_memory(records: list[RunRecord], path: Path) -> None:
         axis.margins(0.1, 0.2)
         axis.set_xlim(left=0)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+            # below the axes, beside no point
+            axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
         axis.set(
             title=task,
             xlabel=f"peak memory, MiB ({runs[0].memory['kind']})",
