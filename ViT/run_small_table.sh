@@ -2,7 +2,7 @@
 # The real runs of results/vit: a real ViT-S/14 on two small real data sets, control, LoRA, DoRA and a linear probe,
 # three seeds each, on the ordinary MLP at equal trained parameters.
 #   bash ViT/run_small_table.sh GPU [options of small_table.py ...]
-# GRID="5e-3 2e-2 5e-2" gives each method its own learning rate, chosen on held-out training images.
+# GRID="5e-4 1e-3 2e-3 5e-3 2e-2" gives each method its own learning rate, chosen on held-out training images.
 # Finished runs are skipped, so the same command completes an interrupted table.
 set -euo pipefail
 

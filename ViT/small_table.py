@@ -1,7 +1,7 @@
 """All real runs of results/vit in one process: data sets x methods x seeds, at equal trained parameters.
 
-    python ViT/small_table.py --data DATA --model MODEL --grid 5e-3 2e-2 5e-2        each method's own learning rate
-    python ViT/small_table.py --data DATA --model MODEL --grid 5e-3 2e-2 5e-2 --methods lora --search_only
+    python ViT/small_table.py --data DATA --model MODEL --grid 5e-4 1e-3 2e-3 5e-3 2e-2        each method's own learning rate
+    python ViT/small_table.py --data DATA --model MODEL --grid 5e-4 1e-3 2e-3 5e-3 2e-2 --methods lora --search_only
 
 `run_small_table.sh` calls it with the recipe. Finished runs are skipped and unfinished ones are resumed, so the same
 command completes an interrupted table. With --grid a search comes first: one run for each data set, method and learning
