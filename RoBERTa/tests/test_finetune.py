@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 import peft_control  # noqa: F401  (registers CONTROL for PeftModel.from_pretrained)
 from control_experiments.errors import UserError
+from control_experiments.paths import RESULTS
 from control_experiments.record import read_record
 from control_experiments.runs import RunFolder
 from control_experiments.trainer import ExperimentTrainer
@@ -413,6 +414,18 @@ def test_a_run_is_told_by_what_its_data_and_model_hold(arguments, encoders, glue
     older = {name: value for name, value in json.loads(claim.read_text()).items() if "sha256" not in name}
     claim.write_text(json.dumps(older))
     assert finetune.main(command) is None
+
+
+def test_committed_runs_are_still_taken_for_what_their_commands_ask_for(tmp_path, capsys):
+    """Whatever options and checksums came after them."""
+    runs = [path.parent for path in sorted((RESULTS / "roberta").glob("minilm_*/record.json"))]
+    assert runs
+    for run in runs:
+        shutil.copytree(run, tmp_path / run.name)
+        precision = json.loads((run / "run.json").read_text())["precision"]
+        here = ("--device", "cpu", "--precision", precision, "--output_dir", str(tmp_path / run.name))
+        assert finetune.main([*read_record(run / "record.json").command[2:], *here]) is None
+        assert "is finished: skipped" in capsys.readouterr().out
 
 
 def test_the_longest_input_of_each_family(tmp_path):
