@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 
 sys.path.append(
@@ -26,6 +27,7 @@ from control_experiments.arguments import parse_arguments
 from control_experiments.device import describe_device, explain_out_of_memory, seed_everything, select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter
+from control_experiments.quiet import quieten
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
 from control_experiments.runs import RunFolder
 from LlaMA.commonsense import TokenRow
@@ -36,7 +38,6 @@ from LlaMA.models import (
     add_adapter,
     count_parameters,
     expected_config,
-    quieten,
     random_model,
     resolve_dtype,
 )

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 
 sys.path.append(
@@ -29,6 +30,7 @@ from control_experiments.device import describe_device, explain_out_of_memory, s
 from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter
 from control_experiments.paths import public_path
+from control_experiments.quiet import quieten
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
 from control_experiments.runs import RunFolder
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
@@ -43,7 +45,6 @@ from LlaMA.models import (
     expected_config,
     load_model,
     load_tokenizer,
-    quieten,
     random_model,
     resolve_dtype,
 )

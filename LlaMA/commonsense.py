@@ -46,14 +46,27 @@ class Row(NamedTuple):
     answer: str
 
 
-def read_rows(path: str | Path, words: Sequence[str] = ALL_WORDS) -> list[Row]:
-    """Read and check a JSON list of rows.
+#: Where the data is from, for those who do not have it yet.
+SOURCE = "AGI-Edgerunners/LLM-Adapters on GitHub"
+WHERE_TRAINING = (
+    f"{SOURCE} has commonsense_170k.json in ft-training_set/: name it with --data (a launcher: TRAIN_DATA=FILE, or "
+    "DATA=FOLDER with the test sets)"
+)
+WHERE_TESTS = (
+    f"{SOURCE} has the test sets in dataset/: name that folder with --data (a launcher: DATA=FOLDER)"
+)
+
+
+def read_rows(path: str | Path, words: Sequence[str] = ALL_WORDS, where: str = WHERE_TRAINING) -> list[Row]:
+    """Read and check a JSON list of rows; `where` says what to do if there is no such file.
 
     Raises:
         UserError: no file, no JSON, no rows, a field that is missing or no text, or an answer that is not one of
             `words`; the message names file, row (counted from 0) and field.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"cannot read {path}: there is no such file; {where}")
     contents = read_json(path)
     if not isinstance(contents, list) or not contents:
         raise UserError(f"{path} must hold a JSON list of rows with at least one row")
@@ -95,7 +108,8 @@ def read_tests(folder: str | Path, tasks: Sequence[str], limit: int | None = Non
     """
     if unknown := [task for task in tasks if task not in TASKS]:
         raise UserError(f"unknown task {unknown[0]!r}: choose from {', '.join(TASKS)}")
-    return {task: read_rows(Path(folder) / task / "test.json", TASKS[task])[:limit] for task in tasks}
+    files = {task: Path(folder) / task / "test.json" for task in tasks}
+    return {task: read_rows(file, TASKS[task], WHERE_TESTS)[:limit] for task, file in files.items()}
 
 
 def extract_answer(text: str, words: Sequence[str]) -> str | None:

@@ -33,14 +33,15 @@ sys.path.append(
 )  # this folder is the package LlaMA, also when run as a script
 
 import peft_control  # noqa: F401  registers CONTROL with peft
-from control_experiments.arguments import parse_arguments
+from control_experiments.arguments import check_numbers, parse_arguments
 from control_experiments.checkpoints import check_adapter_files
-from control_experiments.checksums import fingerprint
+from control_experiments.checksums import fingerprint, local_fingerprint
 from control_experiments.device import describe_device, explain_out_of_memory, select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter
 from control_experiments.paths import public_path
 from control_experiments.quantization import QUANTIZATION_HELP, check_method_runs, quantization_of
+from control_experiments.quiet import quieten
 from control_experiments.record import RunRecord, git_state, package_versions, read_record, utc_now
 from control_experiments.runs import RunFolder
 from LlaMA.answering import Question, Reply, generate, rank_words
@@ -51,8 +52,6 @@ from LlaMA.models import (
     expected_config,
     load_model,
     load_tokenizer,
-    local_checksum,
-    quieten,
     resolve_dtype,
 )
 
@@ -113,11 +112,8 @@ class Options:
 
     def check(self) -> None:
         """Raise UserError for values that cannot be."""
-        for name in ("batch_size", "beams", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit must be at least 1, got {self.limit}")
+        check_numbers(self, "batch_size", "beams", "max_new_tokens", "limit", at_least=1)
+        check_numbers(self, "compare_batch_one", at_least=0)
         if self.adapter is not None and not (Path(self.adapter) / "adapter_config.json").is_file():
             raise UserError(f"{self.adapter} is no adapter folder: it has no adapter_config.json")
 
@@ -125,6 +121,10 @@ class Options:
         """What is to be answered, and how. Batches are left out: a run may go on with smaller ones."""
         names = ("mode", "beams", "max_new_tokens", "prompt_style", "limit", "tasks")
         return {name: getattr(self, name) for name in names}
+
+    def checksums(self) -> dict[str, str | None]:
+        """Of each test set."""
+        return {task: local_fingerprint(Path(self.data) / task / "test.json") for task in self.tasks}
 
 
 # -- the adapter --------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def check_base(options: Options, noted: str | None) -> None:
     """
     record = Path(options.adapter).parent / "record.json"
     trained = read_record(record).model if record.is_file() else {"id": noted}
-    checksum = local_checksum(options.model)
+    checksum = local_fingerprint(options.model)
     if checksum and trained.get("sha256"):
         same = trained["sha256"] == checksum
     else:  # a folder may have moved: only its name counts
@@ -466,7 +466,7 @@ def evaluate(
         ),
         data={
             "id": public_path(options.data),
-            "sha256": {task: fingerprint(Path(options.data) / task / "test.json") for task in tests},
+            "sha256": options.checksums(),
             "sizes": {task: len(rows) for task, rows in tests.items()},
         },
         adapter=adapter,
@@ -528,8 +528,10 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     with RunFolder(options.output_dir, go_on="start the same command again") as folder:
         identity = {
             "model": public_path(options.model),
+            "model_sha256": local_fingerprint(options.model),
             "adapter": options.adapter and fingerprint(options.adapter),
             "data": public_path(options.data),
+            "data_sha256": options.checksums(),
             "quantization": options.quantization,
             **options.settings(),
             "compare_batch_one": options.compare_batch_one,

@@ -34,9 +34,9 @@ sys.path.append(
     str(Path(__file__).resolve().parents[1])
 )  # this folder is the package LlaMA, also when run as a script
 
-from control_experiments.arguments import parse_arguments
+from control_experiments.arguments import LARGEST_SEED, check_max_steps, check_numbers, parse_arguments
 from control_experiments.checkpoints import discard, step_of, whole_folder
-from control_experiments.checksums import fingerprint
+from control_experiments.checksums import local_fingerprint
 from control_experiments.device import (
     describe_device,
     explain_out_of_memory,
@@ -49,6 +49,7 @@ from control_experiments.metering import MemoryMeter
 from control_experiments.methods import set_memory
 from control_experiments.paths import public_path
 from control_experiments.quantization import QUANTIZATION_HELP, check_method_runs, check_paging
+from control_experiments.quiet import quieten
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
 from control_experiments.runs import RunFolder
 from control_experiments.sharding import SHARD_HELP, choose_shard, shard_frozen, shares_weights
@@ -63,7 +64,6 @@ from LlaMA.models import (
     expected_config,
     load_model,
     load_tokenizer,
-    quieten,
     resolve_dtype,
 )
 from LlaMA.packing import (
@@ -190,11 +190,14 @@ class Options:
 
     def check(self) -> None:
         """Raise UserError for values that cannot be."""
-        if self.workers < 0:
-            raise UserError(f"--workers must be at least 0, got {self.workers}")
-        for name in ("batch_size", "micro_batch_size", "cutoff", "eval_steps", "held_out"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        sizes = ("batch_size", "micro_batch_size", "cutoff", "token_budget", "eval_steps", "held_out")
+        check_numbers(self, *sizes, at_least=1)
+        check_numbers(self, "epochs", "lr", above=0)
+        check_numbers(self, "workers", "warmup_steps", at_least=0)
+        check_numbers(self, "seed", at_least=0, at_most=LARGEST_SEED)
+        check_numbers(self, "control_dropout", "lora_dropout", at_least=0, below=1)
+        check_numbers(self, "control_alpha", "lora_alpha")
+        check_max_steps(self)
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if self.batch_size % (self.micro_batch_size * processes):
             raise UserError(
@@ -459,7 +462,7 @@ def train(
         model=describe_model(options.model, model.get_base_model(), total_parameters),
         data={
             "id": public_path(options.data),
-            "sha256": fingerprint(options.data),
+            "sha256": local_fingerprint(options.data),
             "sizes": {"train": len(training), "held_out": len(held_out), "cut": cut},
         },
         adapter={"config": model.peft_config["default"].to_dict(), "dtype": "float32", **parameters},
@@ -509,7 +512,9 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
         identity = {
             "method": options.method,
             "model": public_path(options.model),
+            "model_sha256": local_fingerprint(options.model),
             "data": public_path(options.data),
+            "data_sha256": local_fingerprint(options.data),
             "seed": options.seed,
             **options.hyperparameters(),
             "dtype": str(dtype).removeprefix("torch."),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import matplotlib
 
 matplotlib.use("Agg")

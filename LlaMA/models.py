@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import struct
-import warnings
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    modeling_gguf_pytorch_utils,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from control_experiments.checksums import fingerprint
+from control_experiments.checksums import local_fingerprint
 from control_experiments.errors import UserError
 from control_experiments.methods import ControlSettings, LoraSettings, adapter_config
 from control_experiments.paths import public_path
@@ -73,16 +81,46 @@ def load_tokenizer(model: str) -> Tokenizer:
     """The base model's tokenizer.
 
     Raises:
-        UserError: the model has none, or one that cannot tell where its tokens stand in the text.
+        UserError: the model is no causal language model, or has no tokenizer, or one that cannot tell where its tokens
+            stand in the text.
     """
     name, extra = _source(model)
+    if not extra:
+        _check_causal(model, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **extra)
     except (OSError, ValueError, LookupError, AttributeError, TypeError, ImportError, struct.error) as error:
-        raise UserError(f"no tokenizer can be loaded from {model!r}: {_first_line(error)}") from error
+        reason = _first_line(error)
+        if Path(name).is_dir() and not extra and not any(Path(name).glob("tokenizer*")):
+            reason = "it holds no tokenizer.json: copy the files of the model's tokenizer there"
+        raise UserError(f"no tokenizer can be loaded from {model!r}: {reason}") from error
     if not getattr(tokenizer, "is_fast", False) or len(tokenizer) == 0:
         raise UserError(f"{model!r} has no fast tokenizer (tokenizer.json): add one to its folder")
     return tokenizer
+
+
+def _check_causal(model: str, name: str) -> None:
+    """Raise UserError when the configuration is of an encoder or of another model that predicts no next token."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load a model from {model!r}: {_first_line(error)}") from error
+    # encoders such as BERT can be asked to be decoders, which says nothing about how they were trained
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_decoder", True) is False:
+        raise UserError(
+            f"{model} is a {config.model_type} model, no causal language model: give one such as LLaMA, Mistral or Qwen"
+        )
+
+
+@contextmanager
+def _without_conversion_bar() -> Iterator[None]:
+    """transformers shows a bar while it takes a GGUF file apart, whatever the switch of its other bars says."""
+    shown = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = shown
 
 
 def load_model(
@@ -106,12 +144,13 @@ def load_model(
     try:
         if quantization != "none":
             check_not_quantized(quantization, AutoConfig.from_pretrained(name), model)
-        base = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            attn_implementation=attention,
-            **{"device_map": {"": device}, **quantized, **extra},
-        )
+        with _without_conversion_bar():
+            base = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=dtype,
+                attn_implementation=attention,
+                **{"device_map": {"": device}, **quantized, **extra},
+            )
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -211,16 +250,9 @@ def add_adapter(base: PreTrainedModel, config) -> PeftModel:
         raise UserError(f"{type(base).__name__}: {error}") from error
 
 
-@lru_cache
-def local_checksum(model: str) -> str | None:
-    """A local model's checksum (read once per process), or None for a hub id."""
-    path = Path(model).expanduser()
-    return fingerprint(path) if path.exists() else None
-
-
 def describe_model(model: str, base: PreTrainedModel, total_parameters: int) -> dict:
     """The record's `model`: where it came from, which version, what it is."""
-    checksum = local_checksum(model)
+    checksum = local_fingerprint(model)
     version = {"sha256": checksum} if checksum else {"revision": getattr(base.config, "_commit_hash", None)}
     return {
         "id": public_path(model) if checksum else model,
@@ -235,13 +267,6 @@ def count_parameters(model: PeftModel) -> dict:
     """The record's counts of trained parameters; there is no task head."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {"trainable_parameters": trained, "adapter_parameters": trained, "head_parameters": 0}
-
-
-def quieten() -> None:
-    """Leave the terminal to our own lines, the progress bar and errors."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _first_line(error: Exception) -> str:

@@ -34,8 +34,11 @@ if [ -n "$QUESTIONS" ]; then EVALUATE_ARGS="$EVALUATE_ARGS --limit $QUESTIONS"; 
 IFS=';' read -ra METHOD_LIST <<<"$METHODS"
 for method in "${METHOD_LIST[@]}"; do
   if [ "$method" = zero-shot ]; then
+    zero_shot=$OUT/zero-shot
     # shellcheck disable=SC2086
-    run "$PYTHON" "$HERE/evaluate.py" --model "$MODEL" --data "$DATA" --output_dir "$OUT/zero-shot" --device "$GPU" \
+    if [ "$(answers_folder $EVALUATE_ARGS)" = likelihood ]; then zero_shot=$zero_shot-likelihood; fi
+    # shellcheck disable=SC2086
+    run "$PYTHON" "$HERE/evaluate.py" --model "$MODEL" --data "$DATA" --output_dir "$zero_shot" --device "$GPU" \
       --batch_size "$BATCH_QUESTIONS" $EVALUATE_ARGS
     continue
   fi

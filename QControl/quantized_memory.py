@@ -1,8 +1,8 @@
 """Measure memory and time per step of the methods over 16-bit and quantized bases with random weights of a known shape.
 
-    python QControl/quantized_memory.py --shape roberta-base              table (a): batches 64 and 256 of 128 tokens
-    python QControl/quantized_memory.py --shape llama3-8b                 table (b): 1 row of 256 and of 2048 tokens
-    python QControl/quantized_memory.py --shape tiny-roberta --device cpu --steps 2 --output_dir OUT     to try it out
+    python QControl/quantized_memory.py --shape roberta-base              the encoder's: batches 64 and 256 of 128 tokens
+    python QControl/quantized_memory.py --shape llama3-8b                 LLaMA's: 1 row of 256 and of 2048 tokens
+    python QControl/quantized_memory.py --shape tiny-roberta --device cpu --steps 2 --output_dir OUT     to try it out: 4 cells
 
 Every cell runs in a process of its own and leaves one record under results/qcontrol/memory; finished cells are skipped.
 `fp32` is what RoBERTa/finetune.py keeps without --quantization; every cell computes under --dtype autocast.
@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 from peft import get_peft_model
 from torch import nn
@@ -37,12 +38,13 @@ from control_experiments.metering import MemoryMeter
 from control_experiments.methods import ControlSettings, LoraSettings, adapter_config, set_memory
 from control_experiments.paths import RESULTS
 from control_experiments.quantization import QUANTIZATIONS, loading_arguments, prepare
+from control_experiments.quiet import quieten
 from control_experiments.record import RunRecord, git_state, package_versions, read_record, utc_now
 from control_experiments.runs import RunFolder
 from LlaMA.finetune import ready_to_train
 from LlaMA.measuring import run_steps
 from LlaMA.models import SHAPES as LLAMA_SHAPES
-from LlaMA.models import quieten, random_model, resolve_dtype
+from LlaMA.models import random_model, resolve_dtype
 from LlaMA.packing import Batch, batch_loss, fused_batch_loss
 
 ENCODER_SHAPES: dict[str, dict] = {
@@ -111,6 +113,11 @@ class Options:
     def encoder(self) -> bool:
         return self.shape in ENCODER_SHAPES
 
+    @property
+    def tiny(self) -> bool:
+        """Whether the shape is there to try the script out, so that its table is small too."""
+        return self.shape.startswith("tiny")
+
     def with_defaults(self) -> Options:
         """The same with every option that was left out as the shape's table has it.
 
@@ -130,6 +137,9 @@ class Options:
             "control_rank": 16 if self.encoder else 64,
             "lora_rank": 8 if self.encoder else 32,
         }
+        if self.tiny:
+            small = {"methods": ["control", "lora"], "weights": ["fp32", "nf4"]} if self.encoder else {}
+            table |= {**small, "batches": [2], "tokens": [16]}
         given = asdict(self)
         options = Options(**{**given, **{key: table[key] for key in table if given[key] is None}})
         for name, known in (("weights", WEIGHTS), ("modes", MODES)):

@@ -22,13 +22,12 @@ EVAL_STEPS=${EVAL_STEPS:-80}
 LORA_DROPOUT=${LORA_DROPOUT:-0.05}
 SEED=${SEED:-42}
 
+source "$(dirname "${BASH_SOURCE[0]}")/../LlaMA/launch.sh"
 if [ $# -lt 6 ]; then
   echo "error: METHOD CONTROL_RANK LORA_RANK LORA_ALPHA OUT GPU are needed, such as \"double control\" 64 32 64 OUT 0" >&2
   exit 2
 fi
 METHOD=$1
 shift
-EVALUATE_ARGS="--quantization $QUANTIZATION ${EVALUATE_ARGS:-}"   # answers come from the base that was trained on
-
-source "$(dirname "${BASH_SOURCE[0]}")/../LlaMA/launch.sh"
+EVALUATE_ARGS="--quantization $QUANTIZATION $EVALUATE_ARGS"   # answers come from the base that was trained on
 train_and_evaluate "$METHOD" "$@" --quantization "$QUANTIZATION" --optimizer "$OPTIMIZER"

@@ -7,7 +7,7 @@ repository=$(dirname "$here")
 usage() {
     cat <<USAGE
 usage: bash QControl/run_roberta_quantization.sh METHOD TASK [EPOCHS] [LR] [GPU] [options of RoBERTa/finetune.py ...]
-  METHOD  QControl | QLoRA | QDoRA (or control | lora | dora, the same)
+  METHOD  QControl | QLoRA | QDoRA (or control | lora | dora, the same), "double control" | control+lora | control+dora
   TASK    cola | mnli | mrpc | qnli | qqp | rte | sst2 | stsb | wnli | demo (made on the spot, not GLUE)
   EPOCHS  default 320
   LR      default 4e-4
@@ -37,8 +37,9 @@ case ${positionals[0]:-} in
     QControl | control) METHOD=control ;;
     QLoRA | lora) METHOD=lora ;;
     QDoRA | dora) METHOD=dora ;;
+    "double control" | control+lora | control+dora) METHOD=${positionals[0]} ;;
     *)
-        echo "error: unknown method '${positionals[0]:-}': choose QControl, QLoRA or QDoRA" >&2
+        echo "error: unknown method '${positionals[0]:-}': choose QControl, QLoRA or QDoRA, or a mixture (-h lists them)" >&2
         exit 2
         ;;
 esac

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Optional
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
+import datasets
 import finetune
 import torch
 from datasets import Dataset
@@ -29,6 +31,7 @@ from control_experiments.arguments import parse_arguments
 from control_experiments.device import describe_device, seed_everything, select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
+from control_experiments.quiet import quieten
 from control_experiments.record import git_state, package_versions, public_command, utc_now, write_json_atomic
 from control_experiments.trainer import ResumableLengthSampler
 
@@ -139,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         raise UserError(f"--steps must be at least 0, got {options.steps}")
     device = select_device(options.device)
     precision = finetune.resolve_precision(options.precision, device)
-    finetune.quieten()
+    quieten()
+    datasets.disable_progress_bars()
     splits = load_task("cola", options.data)
     seed_everything(training.seed)
     tokenizer, model = finetune.load_tokenizer_and_model(options.model, get_task("cola"))

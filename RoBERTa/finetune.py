@@ -17,7 +17,6 @@ import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +24,6 @@ from typing import Literal, Optional
 
 import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import datasets
-import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -42,9 +40,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from control_experiments.arguments import parse_arguments
-from control_experiments.checkpoints import discard, step_of, whole_folder
-from control_experiments.checksums import fingerprint
+import peft_control  # noqa: F401  registers CONTROL with peft
+from control_experiments.arguments import LARGEST_SEED, check_max_steps, check_numbers, parse_arguments
+from control_experiments.checkpoints import check_adapter_files, discard, step_of, whole_folder
+from control_experiments.checksums import local_fingerprint
 from control_experiments.device import (
     describe_device,
     explain_out_of_memory,
@@ -70,6 +69,7 @@ from control_experiments.quantization import (
     prepare,
     quantization_of,
 )
+from control_experiments.quiet import quieten
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
 from control_experiments.runs import RunFolder
 from control_experiments.sharding import SHARD_HELP, choose_shard, shard_frozen, shares_weights
@@ -80,6 +80,9 @@ LOGGERS = ("finetune", "control_experiments")
 LESS_MEMORY = (
     "--memory lean, a smaller --batch_size, --padding longest, --precision bf16, a smaller --max_length"
 )
+
+#: Folder of a run for the GLUE server's files.
+PREDICTIONS = "predictions"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -210,23 +213,13 @@ class Options:
         """Raise a `UserError` for a value that cannot be, before anything is loaded or written."""
         check_method(self.method, METHODS)
         get_task(self.task)
-        for name in (
-            "epochs",
-            "lr",
-            "batch_size",
-            "eval_batch_size",
-            "max_length",
-            "control_rank",
-            "lora_rank",
-        ):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} must be greater than 0, got {getattr(self, name)}")
-        for name in ("eval_steps", "save_steps", "weight_decay", "seed", "workers"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("warmup_ratio", "lora_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} must lie in [0, 1), got {getattr(self, name)}")
+        sizes = ("batch_size", "eval_batch_size", "max_length", "control_rank", "lora_rank")
+        check_numbers(self, "epochs", "lr", *sizes, above=0)
+        check_numbers(self, "eval_steps", "save_steps", "weight_decay", "workers", at_least=0)
+        check_numbers(self, "warmup_ratio", "lora_dropout", at_least=0, below=1)
+        check_numbers(self, "seed", at_least=0, at_most=LARGEST_SEED)
+        check_numbers(self, "control_alpha", "lora_alpha")
+        check_max_steps(self)
         if self.batch_size % (processes := int(os.environ.get("WORLD_SIZE", 1))):
             raise UserError(f"--batch_size {self.batch_size} must be a multiple of the {processes} processes")
         schedules = [kind.value for kind in transformers.SchedulerType]
@@ -250,16 +243,24 @@ class Options:
         """Which folder of results the run belongs to."""
         return "roberta" if self.quantization == "none" else "qcontrol"
 
+    @property
+    def data_folder(self) -> Path:
+        """The part of --data that holds the task."""
+        folders = [Path(self.data) / name for name in (self.task, TASKS[self.task].folder)]
+        return next((folder for folder in folders if folder.is_dir()), Path(self.data))
+
     def hyperparameters(self) -> dict:
         """Everything that decides the outcome, besides the data."""
         return {name: value for name, value in asdict(self).items() if name not in self._NEUTRAL}
 
     def identity(self) -> dict:
-        """What a run in the same folder must share to be this run (paths by their public names)."""
+        """What a run in the same folder must share to be this run: paths by their public names, and what they hold."""
         return {
             **self.hyperparameters(),
             "model": public_id(self.model),
+            "model_sha256": local_fingerprint(self.model),
             "data": public_id(self.data) if self.data else None,
+            "data_sha256": local_fingerprint(self.data_folder) if self.data else None,
         }
 
 
@@ -301,6 +302,22 @@ def load_tokenizer_and_model(
     return tokenizer, prepare(model)
 
 
+def check_length(options: Options, model: PreTrainedModel) -> None:
+    """Raise UserError for a `max_length` of more tokens than the model has positions for.
+
+    RoBERTa and its kin (XLM-RoBERTa, MPNet, ...) count positions from behind that of the padding token, so that they read
+    that many fewer; their table of positions is known by its `padding_idx`.
+    """
+    longest = getattr(model.config, "max_position_embeddings", options.max_length)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            longest = min(longest, module.num_embeddings - module.padding_idx - 1)
+    if options.max_length > longest:
+        raise UserError(
+            f"--max_length {options.max_length} is more than {options.model} can read ({longest} tokens)"
+        )
+
+
 def add_adapter(model: PreTrainedModel, options: Options) -> PeftModel:
     """The model with the method's adapter; the adapter and the classifier are what trains.
 
@@ -336,7 +353,7 @@ def tokenize(
         encoded = tokenizer(rows["first"], pair, truncation=True, max_length=max_length)
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]], "row": indices}
 
-    texts = [column for column in splits["train"].column_names if column != "label"]
+    texts = [column for column in next(iter(splits.values())).column_names if column != "label"]
     encoded = splits.map(encode, batched=True, with_indices=True, remove_columns=texts, keep_in_memory=True)
     for name in encoded:
         if name != "train":
@@ -447,13 +464,56 @@ def predict_tests(
             write_predictions(folder / file, task, ordered)
 
 
+def predict_finished(options: Options, folder: RunFolder, device: torch.device, precision: str) -> None:
+    """Write the server's files with the adapter of a finished run.
+
+    Raises:
+        UserError: its adapter is not there, or does not fit the model.
+    """
+    if not (folder.adapter / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder.path} is finished but holds no adapter to --predict with: train again with another --output_dir"
+        )
+    check_adapter_files(folder.adapter)
+    task = get_task(options.task)
+    splits = load_task(options.task, options.data, tests=True)
+    tokenizer, model = load_tokenizer_and_model(options.model, task, options.quantization, device, precision)
+    try:
+        model = PeftModel.from_pretrained(model, folder.adapter)
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"the adapter in {folder.adapter} does not fit {options.model}: {reason}") from error
+    tests = datasets.DatasetDict({split: splits[split] for split in task.test_splits})
+    encoded = tokenize(tests, tokenizer, options.max_length)
+    trainer = ExperimentTrainer(
+        model=model.to(device),
+        args=training_arguments(options, folder, device, precision),
+        eval_dataset=encoded[task.test_splits[0]],
+        data_collator=collator(options, tokenizer),
+        processing_class=tokenizer,
+        memory=MemoryMeter(device),
+    )
+    predict_tests(trainer, encoded, task, folder.path / PREDICTIONS)
+    if trainer.is_world_process_zero():
+        discard(folder.checkpoints)
+        print(f"predictions of the finished run in {folder.path / PREDICTIONS}")
+
+
+def collator(options: Options, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
+    return DataCollatorWithPadding(
+        tokenizer,
+        padding=options.padding,
+        max_length=options.max_length,
+        pad_to_multiple_of=16 if options.cuda_graphs else None,
+    )
+
+
 def data_description(options: Options, splits: datasets.DatasetDict) -> dict:
     """The record's `data`: where it came from, which version, how many rows."""
     description = {"sizes": {name: len(split) for name, split in splits.items()}}
     if options.data is not None:
-        task_folders = [Path(options.data) / name for name in (options.task, TASKS[options.task].folder)]
-        root = next((folder for folder in task_folders if folder.is_dir()), Path(options.data))
-        return {"id": public_path(root), "sha256": fingerprint(root), **description}
+        root = options.data_folder
+        return {"id": public_path(root), "sha256": local_fingerprint(root), **description}
     if options.task == "demo":
         from demo_task import demo_checksum, make_demo
 
@@ -470,7 +530,7 @@ def data_description(options: Options, splits: datasets.DatasetDict) -> dict:
 def model_description(options: Options, model: PeftModel, total: int) -> dict:
     """The record's `model`; `total` counts the encoder and its head without the adapter."""
     version = (
-        {"sha256": fingerprint(options.model)}
+        {"sha256": local_fingerprint(options.model)}
         if Path(options.model).is_dir()
         else {"revision": getattr(model.config, "_commit_hash", None)}
     )
@@ -499,11 +559,7 @@ def train(
     seed_everything(options.seed)
     memory = MemoryMeter(device)
     tokenizer, model = load_tokenizer_and_model(options.model, task, options.quantization, device, precision)
-    longest = getattr(model.config, "max_position_embeddings", options.max_length)
-    if options.max_length > longest:
-        raise UserError(
-            f"--max_length {options.max_length} is more than {options.model} can read ({longest})"
-        )
+    check_length(options, model)
     arguments = training_arguments(options, folder, device, precision)
     shared = shares_weights(options.shard)
     if not shared:
@@ -523,12 +579,7 @@ def train(
             args=arguments,
             train_dataset=encoded["train"],
             eval_dataset=dev if len(dev) > 1 else next(iter(dev.values())),
-            data_collator=DataCollatorWithPadding(
-                tokenizer,
-                padding=options.padding,
-                max_length=options.max_length,
-                pad_to_multiple_of=16 if options.cuda_graphs else None,
-            ),
+            data_collator=collator(options, tokenizer),
             processing_class=tokenizer,
             compute_metrics=lambda result: task.metrics(result.predictions, result.label_ids),
             memory=memory,
@@ -545,7 +596,7 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         history, metrics = summarise_history(trainer.state.log_history, task)
         if options.predict:
-            predict_tests(trainer, encoded, task, folder.path / "predictions")
+            predict_tests(trainer, encoded, task, folder.path / PREDICTIONS)
 
     adapter = {
         "config": model.peft_config["default"].to_dict(),
@@ -599,15 +650,6 @@ def _figures(row: dict) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in shown.items() if not name.endswith("loss"))
 
 
-def quieten() -> None:
-    """Leave the terminal to the progress bar and to errors."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    huggingface_hub.utils.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
 def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     """Train as the command line says and write the run's record; None when the run was finished before."""
     command = list(sys.argv[1:] if argv is None else argv)
@@ -622,9 +664,16 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     precision = resolve_precision(options.precision, device)
     check_method_runs(options.method, options.quantization, device)
     quieten()
+    datasets.disable_progress_bars()
+    server_files = get_task(options.task).server_files.values()
     with RunFolder(options.folder) as folder, explain_out_of_memory(device, LESS_MEMORY):
         checkpoint = folder.claim({**options.identity(), "precision": precision}, resume=options.resume)
         if folder.finished:
+            if options.predict and not all(
+                (folder.path / PREDICTIONS / name).is_file() for name in server_files
+            ):
+                predict_finished(options, folder, device, precision)
+                return None
             print(f"{folder.path} is finished: skipped (delete the folder to run it again)")
             return None
         if options.report_to != "none":

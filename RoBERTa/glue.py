@@ -5,6 +5,7 @@ Source: Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform for Nat
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,4 +317,6 @@ def write_predictions(path: Path, task: Task, outputs: np.ndarray) -> None:
         values = [task.classes[value] if task.server_names else str(value) for value in predictions]
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ["index\tprediction", *(f"{index}\t{value}" for index, value in enumerate(values))]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -6,7 +6,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 usage() {
     cat <<USAGE
 usage: bash RoBERTa/run_roberta.sh METHOD TASK [EPOCHS] [LR] [GPU] [options of finetune.py ...]
-  METHOD  control | lora | dora
+  METHOD  control | lora | dora | "double control" | control+lora | control+dora
   TASK    cola | mnli | mrpc | qnli | qqp | rte | sst2 | stsb | wnli | demo (made on the spot, not GLUE)
   EPOCHS  default 80
   LR      default 3e-4
@@ -16,7 +16,7 @@ All options: python RoBERTa/finetune.py --help
 USAGE
 }
 
-METHODS="control lora dora"
+METHODS=(control lora dora "double control" control+lora control+dora)
 TASKS="cola mnli mrpc qnli qqp rte sst2 stsb wnli demo"
 
 MODEL=${MODEL:-roberta-base}
@@ -55,8 +55,9 @@ EPOCHS=${positionals[2]:-80}
 LR=${positionals[3]:-3e-4}
 GPU=${positionals[4]:-0}
 
-if [[ " $METHODS " != *" $METHOD "* ]]; then
-    echo "error: unknown method '$METHOD': choose one of ${METHODS// /, }" >&2
+known=$(printf ', %s' "${METHODS[@]}")
+if [[ "$known, " != *", $METHOD, "* ]]; then
+    echo "error: unknown method '$METHOD': choose one of ${known#, }" >&2
     exit 2
 fi
 if [[ " $TASKS " != *" $TASK "* ]]; then

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Optional
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import augment
 import torch
 from classifier import AdapterSettings, add_adapter, count_parameters
@@ -36,7 +37,7 @@ from control_experiments.arguments import parse_arguments
 from control_experiments.device import describe_device, seed_everything, select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter
-from control_experiments.paths import RESULTS, public_path
+from control_experiments.paths import RESULTS
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
@@ -169,7 +170,7 @@ def main() -> None:
         print(f"{name:<12}{rate:>10.0f}")
     print(
         f"ours is {100 * metrics['ours_over_resident']:.1f} % of the resident batch and "
-        f"{metrics['ours_over_published']:.2f} times the published pipeline; record in {public_path(record)}"
+        f"{metrics['ours_over_published']:.2f} times the published pipeline; record in {record}"
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import matplotlib
 
 matplotlib.use("Agg")
@@ -25,7 +26,6 @@ from images import Decoded, load_data
 
 from control_experiments.arguments import parse_arguments
 from control_experiments.errors import UserError, run_main
-from control_experiments.paths import public_path
 from control_experiments.record import RunRecord, read_record
 
 COLORS = {"control": "tab:blue", "lora": "tab:orange", "dora": "tab:green", "probe": "tab:gray"}
@@ -52,7 +52,8 @@ def peak_mib(record: RunRecord) -> float | None:
 
 
 def accuracy_against_memory(records: list[RunRecord], path: Path) -> None:
-    """One point per method (mean over seeds, bars from the lowest to the highest), one panel per task."""
+    """One point per method (mean over seeds, bars from the lowest to the highest), one panel per task. Memory starts at 0, so
+    that distances are not larger than they are; a legend names the methods, whose points may lie close together."""
     by_task: dict[str, dict[str, list[RunRecord]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         by_task[record.task][record.method].append(record)
@@ -65,17 +66,24 @@ def accuracy_against_memory(records: list[RunRecord], path: Path) -> None:
                 continue
             mean = statistics.fmean(accuracy)
             bars = [[mean - min(accuracy)], [max(accuracy) - mean]]
-            axis.errorbar(
-                statistics.fmean(memory), mean, yerr=bars, fmt="o", capsize=4, color=COLORS.get(method)
-            )
             trained = runs[0].adapter["trainable_parameters"]
             label = (
                 f"{method} ({trained / 1000:.0f}k trained, {len(runs)} seed{'s' if len(runs) > 1 else ''})"
             )
-            axis.annotate(
-                label, (statistics.fmean(memory), mean), xytext=(6, 6), textcoords="offset points", fontsize=8
+            axis.errorbar(
+                statistics.fmean(memory),
+                mean,
+                yerr=bars,
+                fmt="o",
+                capsize=4,
+                color=COLORS.get(method),
+                label=label,
             )
-        axis.margins(0.35, 0.2)
+        axis.margins(0.1, 0.2)
+        axis.set_xlim(left=0)
+        if axis.get_legend_handles_labels()[0]:
+            # below the axes, beside no point
+            axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
         axis.set(
             title=task,
             xlabel=f"peak memory, MiB ({runs[0].memory['kind']})",
@@ -152,7 +160,7 @@ def save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
-    print(public_path(path))
+    print(path)
 
 
 def main() -> None:

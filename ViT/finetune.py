@@ -57,7 +57,7 @@ from training import (
 )
 from vision_models import TINY, Base, set_attention, set_mlp_layers
 
-from control_experiments.arguments import parse_arguments
+from control_experiments.arguments import LARGEST_SEED, check_numbers, parse_arguments
 from control_experiments.checkpoints import checkpoints, discard, keep_newest, whole_folder
 from control_experiments.checksums import fingerprint
 from control_experiments.device import (
@@ -72,12 +72,14 @@ from control_experiments.losses import LossWatch, check_parameters
 from control_experiments.metering import MemoryMeter, Throughput
 from control_experiments.methods import ControlSettings, check_method, set_memory
 from control_experiments.paths import RESULTS, public_path
+from control_experiments.quiet import quieten
 from control_experiments.rates import SEARCH_FOLDER
 from control_experiments.record import (
     RunRecord,
     git_state,
     package_versions,
     read_json,
+    read_record,
     utc_now,
     write_json_atomic,
 )
@@ -195,16 +197,13 @@ class Options:
         self.image_size = self.image_size or (8 if tiny else 224)
         self.augment = self.augment or ("none" if tiny else "published")
         self.crop = self.crop or (1.0 if tiny else 224 / 256)
-        positive = ("epochs", "lr", "batch_size", "eval_batch_size", "workers", "image_size", "control_rank")
-        for name in (*positive, "lr_decay", "crop"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} must be greater than 0, got {getattr(self, name)}")
-        for name in ("lora_rank", "seed", "momentum"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("crop", "lr_decay"):
-            if getattr(self, name) > 1:
-                raise UserError(f"--{name} must be at most 1, got {getattr(self, name)}")
+        sizes = ("batch_size", "eval_batch_size", "workers", "image_size", "control_rank")
+        check_numbers(self, "epochs", "lr", *sizes, above=0)
+        check_numbers(self, "lr_decay", "crop", above=0, at_most=1)
+        check_numbers(self, "lora_rank", "momentum", at_least=0)
+        check_numbers(self, "lora_dropout", at_least=0, below=1)
+        check_numbers(self, "seed", at_least=0, at_most=LARGEST_SEED)
+        check_numbers(self, "control_alpha", "lora_alpha")
         if tiny and self.data != "digits":
             raise UserError("--model tiny is made for --data digits: choose a timm model for other data")
         if self.validation_share is not None:
@@ -271,7 +270,7 @@ def train(options: Options, device: torch.device) -> None:
     with RunFolder(options.folder) as folder:
         if folder.finished:
             folder.claim(identity)
-            print(f"{public_path(folder.path)} is finished: nothing to do")
+            print(f"{folder.path} is finished: nothing to do")
             return
         created = utc_now()
         data = load_data(
@@ -330,13 +329,16 @@ def train(options: Options, device: torch.device) -> None:
         best, last = max(row["test_accuracy"] for row in history), history[-1]["test_accuracy"]
         print(
             f"{options.method}: {options.scored} accuracy {last:.2f} % (best epoch {best:.2f} %), "
-            f"{clock.summary()['examples_per_second'] or 0:.0f} images/s; record in {public_path(folder.record)}"
+            f"{clock.summary()['examples_per_second'] or 0:.0f} images/s; record in {folder.record}"
         )
 
 
 def evaluate(options: Options, device: torch.device) -> None:
     """Test accuracy of a saved adapter on `--data`, printed and recorded."""
     created = utc_now()
+    if options.output_dir:
+        with RunFolder(options.output_dir) as folder:
+            check_no_training(folder)
     model, description, base = restore(
         options.evaluate, attention=options.attention, model=moved_model(options)
     )
@@ -374,8 +376,16 @@ def evaluate(options: Options, device: torch.device) -> None:
         )  # fmt: skip
         print(
             f"test accuracy {result['test_accuracy']:.2f} % on {len(labels)} images; "
-            f"record in {public_path(folder.record)}"
+            f"record in {folder.record}"
         )
+
+
+def check_no_training(folder: RunFolder) -> None:
+    """Raises UserError: a training's record, adapter or checkpoints are in the folder, which the evaluation's files would
+    overwrite or be taken for."""
+    trained = folder.adapter.exists() or folder.checkpoints.exists()
+    if trained or (folder.finished and read_record(folder.record).history):
+        raise UserError(f"{folder.path} holds a training run: choose another --output_dir for its evaluation")
 
 
 def classify_folder(options: Options, device: torch.device) -> None:
@@ -662,6 +672,7 @@ def main() -> None:
         )  # its tensors are too small to share, and threads that wait for each other are slow
     if options.evaluate and options.predict:
         raise UserError("choose one of --evaluate and --predict")
+    quieten()
     if options.deterministic:
         make_deterministic()
     program = evaluate if options.evaluate else classify_folder if options.predict else train

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Optional
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 from classifier import AdapterSettings, add_adapter, count_parameters
 from training import Step, choose_precision
@@ -24,7 +25,7 @@ from control_experiments.arguments import parse_arguments
 from control_experiments.device import describe_device, seed_everything, select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter, Throughput
-from control_experiments.paths import RESULTS, public_path
+from control_experiments.paths import RESULTS
 from control_experiments.record import RunRecord, git_state, package_versions, read_record, utc_now
 
 METHODS = ("lora", "control", "dora")
@@ -170,7 +171,7 @@ def main() -> None:
     text = table(folder)
     (folder / "table.md").write_text(text, encoding="utf-8")
     print(text)
-    print(f"written to {public_path(folder / 'table.md')}")
+    print(f"written to {folder / 'table.md'}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # The real runs of results/vit: a real ViT-S/14 on two small real data sets, control, LoRA, DoRA and a linear probe,
 # three seeds each, on the ordinary MLP at equal trained parameters.
 #   bash ViT/run_small_table.sh GPU [options of small_table.py ...]
-# GRID="5e-3 2e-2 5e-2" gives each method its own learning rate, chosen on held-out training images.
+# GRID="5e-4 1e-3 2e-3 5e-3 2e-2" gives each method its own learning rate, chosen on held-out training images.
 # Finished runs are skipped, so the same command completes an interrupted table.
 set -euo pipefail
 
@@ -10,7 +10,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 SHARED=${PARALLEL_CONTROL_SHARED:-$here/../../shared}
 MODEL=${MODEL:-$SHARED/models/dinov2_small_timm}
 ARCHITECTURE=${ARCHITECTURE:-vit_small_patch14_dinov2}
-DATA=${DATA:-"$SHARED/data/vision/cifar100_7k.npz $SHARED/data/vision/flowers12.tar"} # separated by spaces
+DATA=${DATA:-} # separated by spaces, paths with spaces in quotes; default: cifar100_7k.npz and flowers12.tar of ../shared
 METHODS=${METHODS:-"control lora dora probe"}
 SEEDS=${SEEDS:-"1 2 3"}
 EPOCHS=${EPOCHS:-10}
@@ -23,8 +23,19 @@ if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
 fi
 gpu=$1
 shift
+if [[ -z $DATA ]]; then
+    data=("$SHARED/data/vision/cifar100_7k.npz" "$SHARED/data/vision/flowers12.tar")
+elif [[ -e $DATA ]]; then
+    data=("$DATA")
+else
+    words=$(xargs printf '%s\n' <<<"$DATA") || {
+        echo "error: a quote in DATA is not closed: $DATA" >&2
+        exit 2
+    }
+    mapfile -t data <<<"$words"
+fi
 source "$here/../scripts/interpreter.sh"
-echo "$METHODS on $DATA with $MODEL, seeds $SEEDS, $EPOCHS epochs, learning rate ${GRID:-$LR}, device $gpu"
+echo "$METHODS on ${data[*]} with $MODEL, seeds $SEEDS, $EPOCHS epochs, learning rate ${GRID:-$LR}, device $gpu"
 # shellcheck disable=SC2086  # the lists are meant to be split
-exec "$PYTHON" "$here/small_table.py" --device "$gpu" --model "$MODEL" --architecture "$ARCHITECTURE" --data $DATA \
+exec "$PYTHON" "$here/small_table.py" --device "$gpu" --model "$MODEL" --architecture "$ARCHITECTURE" --data "${data[@]}" \
     --methods $METHODS --seeds $SEEDS --epochs "$EPOCHS" --lr "$LR" ${GRID:+--grid $GRID} "$@"

@@ -1,7 +1,7 @@
 """All real runs of results/vit in one process: data sets x methods x seeds, at equal trained parameters.
 
-    python ViT/small_table.py --data DATA --model MODEL --grid 5e-3 2e-2 5e-2        each method's own learning rate
-    python ViT/small_table.py --data DATA --model MODEL --grid 5e-3 2e-2 5e-2 --methods lora --search_only
+    python ViT/small_table.py --data DATA --model MODEL --grid 5e-4 1e-3 2e-3 5e-3 2e-2        each method's own learning rate
+    python ViT/small_table.py --data DATA --model MODEL --grid 5e-4 1e-3 2e-3 5e-3 2e-2 --methods lora --search_only
 
 `run_small_table.sh` calls it with the recipe. Finished runs are skipped and unfinished ones are resumed, so the same
 command completes an interrupted table. With --grid a search comes first: one run for each data set, method and learning
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import finetune
 import torch
 
@@ -26,7 +27,8 @@ from control_experiments.arguments import parse_arguments
 from control_experiments.device import select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.losses import Diverged
-from control_experiments.paths import RESULTS, public_path
+from control_experiments.paths import RESULTS
+from control_experiments.quiet import quieten
 from control_experiments.rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
 from control_experiments.record import read_record
 
@@ -135,7 +137,7 @@ def check_rates(runs: Sequence[finetune.Options]) -> None:
     """Raises UserError: a finished run has another learning rate than the table's."""
     finished = [(run, run.folder / "record.json") for run in runs if (run.folder / "record.json").is_file()]
     other = [
-        f"{public_path(run.folder)} has lr {lr}, not {run.lr}"
+        f"{run.folder} has lr {lr}, not {run.lr}"
         for run, record in finished
         if (lr := read_record(record).hyperparameters.get("lr")) != run.lr
     ]
@@ -150,6 +152,7 @@ def main() -> None:
         raise UserError("--search_only needs --grid with the learning rates to choose from")
     axes = (options.data, options.methods, options.seeds)
     runs = [plan_run(options, *cell, options.lr) for cell in itertools.product(*axes)]
+    quieten()
     device = select_device(options.device)
     if options.grid:
         rates = search(options, device)

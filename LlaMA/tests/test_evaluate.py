@@ -189,6 +189,16 @@ def test_a_killed_run_answers_only_what_is_left(run, tmp_path, monkeypatch):
     assert (code, "beams 4 there, 1 asked for" in one_line(err)) == (2, True)
 
 
+def test_other_test_sets_of_the_same_name_are_another_evaluation(run, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    words = ("--data", tmp_path / "data", "--tasks", "boolq", "piqa", "--max_new_tokens", 2, "--beams", 1)
+    assert run(*words)[0] == 0
+    file = tmp_path / "data" / "piqa" / "test.json"
+    file.write_text(json.dumps(json.loads(file.read_text())[1:]))
+    code, _, err = run(*words)
+    assert code == 2 and "belongs to another run (data_sha256" in one_line(err)
+
+
 def test_likelihood_is_recorded_apart(run, trained, tmp_path):
     code, _, err = run(*expected(trained, "--mode", "likelihood"))
     assert code == 0, err

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,16 @@ def test_too_little_gpu_memory_is_one_line_that_says_what_helps(run, tmp_path, m
         (("--held_out", 64), "--held_out 64"),
         (("--attention", "varlen"), "--attention varlen needs"),
         (("--ranks", 3), "unknown argument"),
+        (("--lr", "nan"), "--lr must be a finite number, got nan"),
+        (("--lr", -1), "--lr must be greater than 0, got -1.0"),
+        (("--epochs", 0), "--epochs must be greater than 0, got 0"),
+        (("--epochs", "inf"), "--epochs must be a finite number, got inf"),
+        (("--epochs", "nan"), "--epochs must be a finite number, got nan"),
+        (("--max_steps", 0), "--max_steps must be at least 1, or -1 for no limit, got 0"),
+        (("--warmup_steps", -1), "--warmup_steps must be at least 0, got -1"),
+        (("--lora_dropout", "nan"), "--lora_dropout must be a finite number"),
+        (("--control_dropout", 1), "--control_dropout must be less than 1"),
+        (("--seed", -1), "--seed must be at least 0"),
         (("--device", "gpu"), "GPU must be an index"),
     ],
 )
@@ -173,7 +184,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, more, message):
     code, _, err = run(*more)
     assert code == 2
     assert message in one_line(err)
-    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_base_model_without_tokenizer(call, model_folder, data, tmp_path):
@@ -181,7 +192,20 @@ def test_a_base_model_without_tokenizer(call, model_folder, data, tmp_path):
     shutil.copytree(model_folder, bare, ignore=shutil.ignore_patterns("token*", "special*"))
     code, _, err = call(finetune.main, *arguments(bare, data, tmp_path / "out"))
     assert code == 2
-    assert "tokenizer" in one_line(err)
+    assert "it holds no tokenizer.json: copy the files of the model's tokenizer there" in one_line(err)
+
+
+def test_an_encoder_is_no_causal_language_model(call, model_folder, data, tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(vocab_size=600, **shape)).save_pretrained(tmp_path / "bert")
+    for file in model_folder.glob("token*"):
+        shutil.copy(file, tmp_path / "bert")
+    code, _, err = call(finetune.main, *arguments(tmp_path / "bert", data, tmp_path / "out"))
+    assert code == 2
+    assert "is a bert model, no causal language model" in one_line(err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_run_in_the_same_folder_is_refused(run):
@@ -189,6 +213,31 @@ def test_another_run_in_the_same_folder_is_refused(run):
     code, _, err = run("--control_rank", 8)
     assert code == 2
     assert "control_rank 4 there, 8 asked for" in one_line(err)
+
+
+def test_a_run_is_told_by_what_its_data_and_model_hold(call, model_folder, data, tmp_path):
+    """Files of the same name with other contents are another run, but for a record that is older than this check."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    shutil.copy(data / "train.json", tmp_path / "train.json")
+
+    def run(out="run"):
+        more = ("--max_steps", 1, "--eval_steps", 1)
+        return call(finetune.main, *arguments(tmp_path / "model", tmp_path, tmp_path / out, *more))
+
+    assert run()[0] == 0
+    rows = json.loads((tmp_path / "train.json").read_text())
+    (tmp_path / "train.json").write_text(json.dumps(rows[1:]))
+    code, _, err = run()
+    assert code == 2 and "belongs to another run (data_sha256" in one_line(err)
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    (tmp_path / "model" / "chat_template.jinja").write_text("other")
+    code, _, err = run()
+    assert code == 2 and "belongs to another run (model_sha256" in one_line(err)
+    claim = tmp_path / "run" / "run.json"
+    older = {name: value for name, value in json.loads(claim.read_text()).items() if "sha256" not in name}
+    claim.write_text(json.dumps(older))
+    code, out, _ = run()
+    assert code == 0 and "skipped" in out
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
@@ -295,8 +344,11 @@ def test_smollm2_gguf_trains(call, data, tmp_path):
     if not files:
         pytest.skip("SmolLM2's GGUF file is not in PARALLEL_CONTROL_CACHE/models")
     more = ("--max_steps", 1, "--eval_steps", 1, "--held_out", 2, "--batch_size", 2, "--micro_batch_size", 2)
-    code, _, err = call(finetune.main, *arguments(files[0], data, tmp_path / "out", *more))
+    with warnings.catch_warnings(record=True) as warned:
+        code, _, err = call(finetune.main, *arguments(files[0], data, tmp_path / "out", *more))
     assert code == 0, err
+    assert not [str(warning.message) for warning in warned if "config" in str(warning.message)]
+    assert "GGUF" not in err  # transformers' own bar
     assert (
         json.loads((tmp_path / "out" / "record.json").read_text())["model"]["total_parameters"] == 134_515_008
     )

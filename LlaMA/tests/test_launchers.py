@@ -1,12 +1,16 @@
 """The launchers as users type them, from another folder."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from control_experiments.checkpoints import checkpoints
 from control_experiments.record import read_record
 
 FOLDER = Path(__file__).resolve().parents[1]
@@ -17,11 +21,15 @@ TRAIN = [
 ]
 
 
-def launch(name, *arguments, cwd, **variables):
+def called(name, *arguments, **variables) -> dict:
+    """What to give to subprocess for a launcher's call."""
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     environment |= {key: str(value) for key, value in variables.items()}
-    command = ["bash", str(FOLDER / name), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
+    return {"args": ["bash", str(FOLDER / name), *map(str, arguments)], "env": environment, "text": True}
+
+
+def launch(name, *arguments, cwd, **variables):
+    return subprocess.run(**called(name, *arguments, **variables), cwd=cwd, capture_output=True, timeout=280)
 
 
 def test_a_launcher_trains_and_evaluates(model_folder, data, tmp_path):
@@ -61,6 +69,80 @@ def test_too_few_arguments_print_the_usage(name, tmp_path):
     done = launch(name, cwd=tmp_path)
     assert done.returncode == 2
     assert "usage: bash" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *TRAIN,
+        "llama2_7B_Evaluate.sh",
+        "llama3_8B_Evaluate.sh",
+        "run_smollm2_table.sh",
+        "compare_memory_modes.sh",
+        "../QControl/run_llama_quantization.sh",
+    ],
+)
+def test_help(name, option, tmp_path):
+    done = launch(name, option, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"bash {Path('LlaMA', name) if '..' not in name else name[3:]} " in done.stdout
+    assert "  MODEL=" in done.stdout and "  DATA=" in done.stdout
+
+
+def test_data_is_looked_for_where_it_is(tmp_path):
+    """In what PARALLEL_CONTROL_SHARED names, else in ../shared if that is there, else in the checkout's own data/."""
+
+    def answered(**variables):
+        done = launch(
+            "llama3_8B_Evaluate.sh",
+            4,
+            2,
+            4,
+            "out",
+            "cpu",
+            "control",
+            cwd=tmp_path,
+            PYTHON="echo",
+            **variables,
+        )
+        return done.stdout.splitlines()[-1].partition("--data ")[2].partition(" --output_dir")[0]
+
+    root = FOLDER.parent
+    shared = root.parent / "shared" / "data" / "commonsense"
+    assert answered(PARALLEL_CONTROL_SHARED="/srv/shared") == "/srv/shared/data/commonsense"
+    assert answered(DATA="/srv/my data") == "/srv/my data"
+    own = answered(PARALLEL_CONTROL_SHARED="")
+    assert Path(own).resolve() == (shared if shared.is_dir() else root / "data" / "commonsense")
+
+
+def test_missing_data_says_where_it_comes_from(model_folder, tmp_path):
+    done = launch(
+        "llama3_8B_DoubleControl.sh", 4, 2, 4, "out", "cpu", cwd=tmp_path, MODEL=model_folder, DATA="nowhere"
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: cannot read nowhere/commonsense_170k.json")
+    assert "AGI-Edgerunners/LLM-Adapters" in line and "TRAIN_DATA=" in line and "DATA=" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_answers_ranked_by_likelihood_have_a_folder_of_their_own(tmp_path):
+    def folder(*more, name="llama3_8B_Evaluate.sh", first=(4, 2, 4, "out", "cpu", "control"), **variables):
+        done = launch(name, *first, *more, cwd=tmp_path, PYTHON="echo", **variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-1].partition("--output_dir ")[2].split()[0]
+
+    assert folder() == folder("--mode", "generate") == "out/evaluation"
+    assert (
+        folder("--mode", "likelihood")
+        == folder(EVALUATE_ARGS="--limit 3 --mode=likelihood")
+        == "out/likelihood"
+    )
+    assert folder("--mode", "likelihood", EVALUATION="other") == "out/other"
+    table = {"name": "run_smollm2_table.sh", "first": ("out", "cpu"), "METHODS": "zero-shot"}
+    assert folder(**table) == "out/zero-shot"
+    assert folder(**table, EVALUATE_ARGS="--mode likelihood") == "out/zero-shot-likelihood"
 
 
 @pytest.mark.parametrize("name", [*TRAIN, "llama2_7B_Evaluate.sh", "llama3_8B_Evaluate.sh"])
@@ -120,3 +202,63 @@ def test_memory_modes_are_compared(model_folder, data, tmp_path):
         < distances["other-seed"]
     )
     assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
+
+
+# -- signals ------------------------------------------------------------------------------------------------
+
+#: In the place of the interpreter: says that it runs, and upon a signal which one, a moment later.
+STUB = """#!{python}
+import signal, sys, time
+def end(number, _):
+    time.sleep(0.3)
+    print("saved", number, flush=True)
+    sys.exit(128 + number)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, end)
+print("running", flush=True)
+time.sleep(60)
+"""
+LAUNCHERS = {
+    "llama2_7B_Control+LoRA.sh": (4, 2, 4, "out", "cpu"),
+    "llama3_8B_Evaluate.sh": (4, 2, 4, "out", "cpu", "control+lora"),
+    "run_smollm2_table.sh": ("out", "cpu"),
+    "compare_memory_modes.sh": ("out", "cpu"),
+    "../QControl/run_llama_quantization.sh": ("control", 4, 2, 4, "out", "cpu"),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_signal_reaches_the_program_whose_end_is_waited_for(name, number, tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text(STUB.format(python=sys.executable))
+    stub.chmod(0o755)
+    call = called(name, *LAUNCHERS[name], PYTHON=stub)
+    with subprocess.Popen(**call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as launcher:
+        command, program = (launcher.stdout.readline() for _ in range(2))
+        assert command.startswith("+ ") and program == "running\n"
+        launcher.send_signal(number)
+        said = launcher.stdout.read()
+    assert launcher.returncode == 128 + number
+    assert said == f"saved {number}\n"  # and nothing was started after it
+
+
+def test_a_terminated_launcher_leaves_a_checkpoint_and_no_process(model_folder, data, tmp_path):
+    call = called(
+        "llama3_8B_DoubleControl.sh", 4, 2, 4, tmp_path / "out", "cpu", "--max_steps", 2000, "--held_out", 4,
+        MODEL=model_folder, DATA=data, TRAIN_DATA=data / "train.json", EVAL_STEPS=5,
+    )  # fmt: skip
+    with subprocess.Popen(**call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as launcher:
+        while not checkpoints(tmp_path / "out" / "checkpoints"):
+            assert launcher.poll() is None, launcher.stderr.read()
+            time.sleep(0.05)
+        (program,) = psutil.Process(launcher.pid).children()
+        # as a scheduler does that signals every process of a job: with what the launcher passes on it comes twice
+        program.send_signal(signal.SIGTERM)
+        launcher.send_signal(signal.SIGTERM)
+        _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 143
+    (newest, *_) = checkpoints(tmp_path / "out" / "checkpoints")
+    assert f"terminated; {newest.name} is kept: add --resume" in said
+    assert not program.is_running()
+    assert not (tmp_path / "out" / "evaluation").exists()

@@ -164,7 +164,10 @@ def test_the_roberta_launcher(launch, encoders, glue_folder, tmp_path):
     assert (chosen["quantization"], chosen["batch_size"], chosen["precision"]) == ("nf4", 256, "fp32")
 
 
-@pytest.mark.parametrize("name, method", [("QControl", "control"), ("QLoRA", "lora"), ("QDoRA", "dora")])
+@pytest.mark.parametrize(
+    "name, method",
+    [("QControl", "control"), ("QLoRA", "lora"), ("QDoRA", "dora"), ("double control", "double control")],
+)
 def test_the_roberta_launchers_recipe(launch, name, method):
     done = launch("run_roberta_quantization.sh", name, "rte", PYTHON="echo")
     assert done.returncode == 0, done.stderr
@@ -297,6 +300,9 @@ def test_benchmarks_random_bases_are_quantized_as_loaded_ones(call, tmp_path):
 
 
 def test_benchmarks_tables():
+    tiny = [quantized_memory.Options(shape=shape).with_defaults() for shape in ("tiny-roberta", "tiny")]
+    assert [len(list(options.cells())) for options in tiny] == [4, 4]
+    assert all((cell.batch, cell.tokens) == (2, 16) for options in tiny for cell in options.cells())
     encoder = quantized_memory.Options().with_defaults()
     assert len(list(encoder.cells())) == 2 * 3 * 4
     llama = quantized_memory.Options(shape="llama3-8b").with_defaults()

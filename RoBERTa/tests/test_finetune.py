@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 import peft_control  # noqa: F401  (registers CONTROL for PeftModel.from_pretrained)
 from control_experiments.errors import UserError
+from control_experiments.paths import RESULTS
 from control_experiments.record import read_record
 from control_experiments.runs import RunFolder
 from control_experiments.trainer import ExperimentTrainer
@@ -122,6 +124,25 @@ def test_mnli_has_two_dev_sets_and_two_prediction_files(arguments, encoders, glu
         expected = [TASKS["mnli"].classes[row.argmax()] for row in logits]
         lines = (tmp_path / "run" / "predictions" / file).read_text().splitlines()
         assert lines == ["index\tprediction", *(f"{i}\t{label}" for i, label in enumerate(expected))]
+
+
+def test_a_finished_run_can_still_predict(arguments, encoders, tmp_path, capsys):
+    command = arguments("control", "rte", model="roberta", epochs=1)
+    finetune.main(arguments("control", "rte", model="roberta", epochs=1, predict=True, output="at once"))
+    finetune.main(command)
+    contents = (tmp_path / "run" / "record.json").read_bytes()
+    assert finetune.main([*command, "--predict"]) is None
+    assert f"in {tmp_path / 'run' / 'predictions'}" in capsys.readouterr().out
+    later, at_once = (tmp_path / run / "predictions" / "RTE.tsv" for run in ("run", "at once"))
+    assert later.read_text() == at_once.read_text()
+    assert (tmp_path / "run" / "record.json").read_bytes() == contents
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert finetune.main([*command, "--predict"]) is None
+    assert "is finished: skipped" in capsys.readouterr().out
+    later.unlink()
+    (tmp_path / "run" / "adapter").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="holds no adapter to --predict with"):
+        finetune.main([*command, "--predict"])
 
 
 def test_memory_modes_train_alike(arguments, tmp_path):
@@ -274,13 +295,22 @@ def test_launcher_defaults_are_the_papers_recipe():
     }
 
 
+def test_launcher_takes_every_method():
+    for method in finetune.METHODS:
+        done = launch(method, "cola", 3, PYTHON="echo", MODEL="", DATA="")
+        assert done.returncode == 0, done.stderr
+        assert (
+            f"--method {method} --task cola --model roberta-base --epochs 3 " in done.stdout.splitlines()[-1]
+        )
+
+
 def test_launcher_refuses_in_one_line(tmp_path):
     one_line_error(launch("adapter", "cola"), "unknown method 'adapter'", "control, lora, dora")
     one_line_error(launch("lora", "snli"), "unknown task 'snli'", "cola, mnli, mrpc")
     one_line_error(launch("lora"), "METHOD and TASK")
     assert launch("-h").stdout.startswith("usage:")
     refused = launch("lora", "cola", 1, "1e-3", 99, "--output_dir", tmp_path / "run")
-    one_line_error(refused, "no GPU 99")
+    one_line_error(refused, "no GPU 99" if torch.cuda.is_available() else "no GPU is visible, choose cpu")
     one_line_error(launch("lora", "cola", 1, "abc", "cpu"), "--lr")
     assert not (tmp_path / "run").exists()
 
@@ -299,7 +329,16 @@ def test_launcher_refuses_in_one_line(tmp_path):
         ({"control_blocks": "memory"}, "memory"),
         ({"method": "lora", "lora_targets": "nowhere"}, "nowhere"),
         ({"data": "/nonexistent"}, "no data for cola"),
-        ({"max_length": 4096}, "more than .* can read"),
+        ({"epochs": "inf"}, "--epochs must be a finite number, got inf"),
+        ({"epochs": "nan"}, "--epochs must be a finite number, got nan"),
+        ({"lr": "nan"}, "--lr must be a finite number, got nan"),
+        ({"lr": -1}, "--lr must be greater than 0, got -1"),
+        ({"max_steps": 0}, "--max_steps must be at least 1, or -1 for no limit, got 0"),
+        ({"warmup_ratio": 1}, "--warmup_ratio must be less than 1"),
+        ({"lora_alpha": "inf"}, "--lora_alpha must be a finite number"),
+        ({"seed": 2**32}, "--seed must be at most 4294967295"),
+        ({"max_length": 131}, r"more than .* can read \(130 tokens\)"),
+        ({"max_length": 131, "model": "roberta"}, r"more than .* can read \(130 tokens\)"),
         ({"task": "demo", "predict": True}, "no test set"),
     ],
 )
@@ -353,6 +392,60 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(arguments):
     finetune.main(arguments(max_steps=1))
     with pytest.raises(UserError, match=r"lr 0\.01 there, 0\.02 asked for"):
         finetune.main(arguments(max_steps=1, lr=2e-2))
+
+
+def test_a_run_is_told_by_what_its_data_and_model_hold(arguments, encoders, glue_folder, tmp_path):
+    """Folders of the same name with other contents are another run, but for a record that is older than this check."""
+    for name, source in (("glue", glue_folder / "RTE"), ("bert", encoders["bert"])):
+        shutil.copytree(source, tmp_path / name / ("RTE" if name == "glue" else ""))
+    command = arguments("lora", "rte", max_steps=1, data=tmp_path / "glue")
+    command[command.index("--model") + 1] = str(tmp_path / "bert")
+    finetune.main(command)
+    train = tmp_path / "glue" / "RTE" / "train.tsv"
+    whole = train.read_text()
+    train.write_text(whole.replace("cat", "dog"))
+    with pytest.raises(UserError, match="belongs to another run .data_sha256"):
+        finetune.main(command)
+    train.write_text(whole)
+    (tmp_path / "bert" / "vocabulary.txt").write_text("another tokenizer")
+    with pytest.raises(UserError, match="belongs to another run .model_sha256"):
+        finetune.main(command)
+    claim = tmp_path / "run" / "run.json"
+    older = {name: value for name, value in json.loads(claim.read_text()).items() if "sha256" not in name}
+    claim.write_text(json.dumps(older))
+    assert finetune.main(command) is None
+
+
+def test_committed_runs_are_still_taken_for_what_their_commands_ask_for(tmp_path, capsys):
+    """Whatever options and checksums came after them."""
+    runs = [path.parent for path in sorted((RESULTS / "roberta").glob("minilm_*/record.json"))]
+    assert runs
+    for run in runs:
+        shutil.copytree(run, tmp_path / run.name)
+        precision = json.loads((run / "run.json").read_text())["precision"]
+        here = ("--device", "cpu", "--precision", precision, "--output_dir", str(tmp_path / run.name))
+        assert finetune.main([*read_record(run / "record.json").command[2:], *here]) is None
+        assert "is finished: skipped" in capsys.readouterr().out
+
+
+def test_the_longest_input_of_each_family(tmp_path):
+    """One forward of the longest input that is let through, and an error of torch's for one token more."""
+    from transformers import BertConfig, ElectraConfig, MPNetConfig, RobertaConfig, XLMRobertaConfig
+
+    shape = {
+        "vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 16, "max_position_embeddings": 40,
+    }  # fmt: skip
+    for kind in (BertConfig, ElectraConfig, MPNetConfig, RobertaConfig, XLMRobertaConfig):
+        config = kind(**shape, **({"embedding_size": 16} if kind is ElectraConfig else {}))
+        model = AutoModelForSequenceClassification.from_config(config).eval()
+        longest = 40 if kind in (BertConfig, ElectraConfig) else 38
+        finetune.check_length(finetune.Options("control", "cola", max_length=longest), model)
+        model(input_ids=torch.full((1, longest), 7))
+        with pytest.raises(UserError, match=rf"can read \({longest} tokens\)"):
+            finetune.check_length(finetune.Options("control", "cola", max_length=longest + 1), model)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, longest + 1), 7))
 
 
 def test_padding_benchmark(encoders, glue_folder, tmp_path):

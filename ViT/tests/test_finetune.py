@@ -2,11 +2,13 @@
 
 import csv
 import json
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -49,10 +51,18 @@ def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_pat
 
     evaluation = tmp_path / "evaluation"
     common = ("--device", "cpu", "--model", base_model)
+    assert f"record in {out / 'record.json'}\n" in stdout
+    contents = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, _, stderr = call(
+        "finetune", *common, "--evaluate", out / "adapter", "--data", npz, "--output_dir", out
+    )
+    assert (code, stderr.count("\n")) == (2, 1) and "holds a training run" in stderr
+    assert contents == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     code, stdout, stderr = call(
         "finetune", *common, "--evaluate", out / "adapter", "--data", npz, "--output_dir", evaluation
     )
     assert code == 0, stderr
+    assert f"record in {evaluation / 'record.json'}\n" in stdout
     again = read_record(evaluation / "record.json").metrics["last"]
     assert again == pytest.approx({key: record.history[-1][key] for key in again}, rel=1e-4)
 
@@ -198,6 +208,74 @@ def test_pictures(call, options, npz, tmp_path):
             assert min(picture.size) > 200
     code, _, stderr = call("figures", "--runs", tmp_path / "nothing", "--output_dir", tmp_path / "none")
     assert code == 2 and "record.json" in stderr and not (tmp_path / "none").exists()
+
+
+def test_the_memory_picture_names_methods_beside_the_points_and_starts_at_nothing(
+    call, programs, options, tmp_path, monkeypatch
+):
+    # two that need nearly the same: labels at their points would cover each other
+    for method in ("control", "probe"):
+        code, _, stderr = call(
+            "finetune", *options, "--epochs", 1, "--method", method, "--output_dir", tmp_path / method
+        )
+        assert code == 0, stderr
+    drawn = []
+    monkeypatch.setattr(programs["figures"].plt, "close", drawn.append)
+    runs = (tmp_path / "control", tmp_path / "probe")
+    assert call("figures", "--runs", *runs, "--output_dir", tmp_path / "figures")[0] == 0
+    figure = drawn[0]
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    assert axis.get_xlim()[0] == 0 and not axis.texts
+    legend = axis.get_legend()
+    assert [text.get_text().split()[0] for text in legend.get_texts()] == ["control", "probe"]
+    box = legend.get_window_extent()
+    assert box.y1 <= axis.get_window_extent().y0  # below the axes, and within the picture
+    assert min(box.x0, box.y0) >= 0 and box.x1 <= figure.bbox.x1
+
+
+def test_an_unreachable_hub_is_one_line(call, options, tmp_path, monkeypatch):
+    import timm
+
+    told = []
+
+    def unreachable(*_, **__):
+        told.append(
+            logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
+        )  # of each retry
+        raise OSError("cannot reach the hub")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    more = ("--model", "vit_tiny_patch16_224", "--output_dir", tmp_path / "run")
+    huggingface_hub.utils.logging.set_verbosity_warning()
+    code, _, stderr = call("finetune", *options, *more)
+    assert (code, stderr.count("\n"), told) == (2, 1, [False]) and "cannot reach the hub" in stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_small_tables_data_may_have_spaces_in_its_paths(tmp_path):
+    def data(value):
+        done = launch(
+            ROOT / "ViT" / "run_small_table.sh",
+            "cpu",
+            PYTHON=printer,
+            DATA=value,
+            PARALLEL_CONTROL_SHARED="/shared",
+        )
+        assert done.returncode == 0, done.stderr
+        words = done.stdout.splitlines()[1:]
+        return words[words.index("--data") + 1 : words.index("--methods")]
+
+    printer = tmp_path / "printer"
+    printer.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    printer.chmod(0o755)
+    (tmp_path / "my data").mkdir()
+    assert data(str(tmp_path / "my data")) == [str(tmp_path / "my data")]
+    assert data("a.npz b.tar") == ["a.npz", "b.tar"]
+    assert data("'my data/a.npz' digits") == ["my data/a.npz", "digits"]
+    assert data("") == ["/shared/data/vision/cifar100_7k.npz", "/shared/data/vision/flowers12.tar"]
+    refused = launch(ROOT / "ViT" / "run_small_table.sh", "cpu", DATA="it's")
+    assert refused.returncode == 2 and "a quote in DATA is not closed" in refused.stderr
 
 
 def test_memory_table(call, tmp_path):

@@ -1,6 +1,7 @@
 """What all domains share: errors, records, run folders, metering, devices, checksums."""
 
 import argparse
+import ast
 import errno
 import hashlib
 import json
@@ -8,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -450,6 +452,7 @@ def test_a_loop_learns_of_the_first_signal_and_is_ended_by_the_second():
         assert stop.number is None
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.number == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)  # sent to every process of a job, and passed on by the launcher
         with pytest.raises(Interrupted) as raised:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
@@ -586,3 +589,22 @@ def test_methods_are_the_configurations_they_say():
 def test_impossible_methods(method, changes, message):
     with pytest.raises(UserError, match=message):
         config(method, **changes)
+
+
+@pytest.mark.parametrize("domain", ["RoBERTa", "ViT", "LlaMA", "QControl"])
+def test_entry_points_import_control_experiments_first(domain):
+    """It quiets what bitsandbytes would print as soon as transformers, peft or timm is imported."""
+    for path in (REPOSITORY / domain).glob("*.py"):
+        source = path.read_text()
+        if "run_main(main)" not in source:
+            continue
+        names = [
+            name
+            for node in ast.parse(source).body
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in (
+                [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            )
+        ]
+        others = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
+        assert others[0].partition(".")[0] == "control_experiments", path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 from .errors import UserError
@@ -31,3 +32,21 @@ def fingerprint(path: str | Path) -> str:
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def local_fingerprint(name: str | Path) -> str | None:
+    """The fingerprint of a file or folder that a command line names, or None if nothing is there, as for a hub id.
+
+    It is read once per process, unless a size or a time of change there is another.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    states = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return _read_once(path.resolve(), states)
+
+
+@lru_cache
+def _read_once(path: Path, _states: tuple) -> str:
+    return fingerprint(path)

@@ -33,6 +33,8 @@ def select_device(name: str) -> torch.device:
         raise UserError(f"GPU must be an index such as 0, or cpu; got {name!r}")
     index, count = int(os.environ.get("LOCAL_RANK", name)), torch.cuda.device_count()
     if index >= count:
+        if not count:
+            raise UserError(f"there is no GPU {index} here: no GPU is visible, choose cpu")
         raise UserError(f"there is no GPU {index} here ({count} visible): choose a smaller index, or cpu")
     if "LOCAL_RANK" in os.environ or count == 1:
         return torch.device("cuda", index)

@@ -7,9 +7,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
+
+#: Within so many seconds the same signal again is the same request: a terminal and schedulers send one to every process
+#: of a job, and a launcher passes its own on.
+_ONE_REQUEST = 1.0
 
 
 class UserError(Exception):
@@ -40,10 +45,11 @@ def on_signals(handler: Callable[[int, object], None], *numbers: int) -> Iterato
 
 class StopRequest:
     """Notes the first SIGINT or SIGTERM while in the block, for a loop that looks at `number` between its steps; the
-    second one raises `Interrupted` on the spot."""
+    second one raises `Interrupted` on the spot, unless it is the first one again within a second."""
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._noted: tuple[int, float] | None = None
 
     def __enter__(self) -> StopRequest:
         self._handling = on_signals(self._note, signal.SIGINT, signal.SIGTERM)
@@ -54,9 +60,16 @@ class StopRequest:
         self._handling.__exit__(*error)
 
     def _note(self, number: int, _frame: object) -> None:
-        if self.number is not None:
+        if self._noted is None:
+            self._noted = (number, time.monotonic())
+            self.number = self.number or number  # another process of the run may have told of it
+        elif not _is_repeated(number, self._noted):
             raise Interrupted(number)
-        self.number = number
+
+
+def _is_repeated(number: int, noted: tuple[int, float]) -> bool:
+    """Whether a signal that comes now is the one noted before (its number and when it came), delivered once more."""
+    return number == noted[0] and time.monotonic() - noted[1] < _ONE_REQUEST
 
 
 @contextmanager
@@ -81,13 +94,19 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     """
     rank = os.environ.get("RANK", "0")
     prefix = "" if rank == "0" else f"[rank {rank}] "
-    ended = False
+    ended, noted = False, None
 
     def end(number: int, _frame: object) -> None:
-        if not ended:  # when a process dies, torchrun sends SIGTERM to those that are just saying so
-            raise Interrupted(number)
+        nonlocal noted
+        if ended or (noted and _is_repeated(number, noted)):
+            return  # when a process dies, torchrun sends SIGTERM to those that are just saying so
+        noted = (number, time.monotonic())
+        raise Interrupted(number)
 
-    with on_signals(end, signal.SIGTERM):
+    heeded = [
+        number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN
+    ]
+    with on_signals(end, *heeded):
         try:
             try:
                 with _argparse_raises_user_errors():

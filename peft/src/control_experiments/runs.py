@@ -16,6 +16,9 @@ from . import checkpoints
 from .errors import Interrupted, UserError
 from .record import read_json, write_json_atomic
 
+#: What an option says that is not used; None is left out of `run.json`'s comparison by itself.
+_NOT_USED = (False, "none", "plain")
+
 
 class RunFolder:
     """A run's output folder, held by an exclusive lock for as long as the object is open.
@@ -185,7 +188,8 @@ class RunFolder:
     def check_same(self, identity: dict) -> None:
         """Check that the folder's `run.json` says what `identity` says.
 
-        An option that is newer than the run is missing there, which says the same as None or False: not used.
+        An option that is newer than the run is missing there, which says the same as not used (`_NOT_USED`). Nor is a
+        checksum (`..._sha256`) compared that was not noted there yet.
 
         Raises:
             UserError: it does not; the message names every difference.
@@ -203,7 +207,8 @@ class RunFolder:
         differences = [
             f"{name} {there[name]!r} there, {identity.get(name)!r} asked for"
             for name in names
-            if there[name] != identity.get(name) and not (name not in found and identity[name] is False)
+            if there[name] != identity.get(name)
+            and not (name not in found and (identity[name] in _NOT_USED or name.endswith("_sha256")))
         ]
         if differences:
             raise UserError(
