@@ -3,7 +3,7 @@
     python RoBERTa/finetune.py --method control --task cola                      the paper's recipe, GPU 0, from the hub
     python RoBERTa/finetune.py --method lora --task demo --model FOLDER --device cpu --epochs 2 --lr 1e-3
     torchrun --nproc_per_node 2 RoBERTa/finetune.py --method control --task mnli     each step's rows are shared out
-    torchrun --nproc_per_node 2 RoBERTa/finetune.py … --shard fsdp2                  the frozen weights too
+    torchrun --nproc_per_node 2 RoBERTa/finetune.py --method control --task mnli --shard fsdp2        the frozen weights too
 
 What the options trade: `--padding longest` (default) computes only on real tokens and gives the same results as
 `max_length`, which is there to reproduce the authors' timing. `--precision` defaults to bf16 where the GPU has it
