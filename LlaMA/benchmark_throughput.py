@@ -48,7 +48,16 @@ from LlaMA.models import (
     random_model,
     resolve_dtype,
 )
-from LlaMA.packing import VARLEN, batch_loss, fused_batch_loss, packed_step, padded_step, varlen_available
+from LlaMA.packing import (
+    VARLEN,
+    GraphedLoss,
+    batch_loss,
+    fixed_shape,
+    fused_batch_loss,
+    packed_step,
+    padded_step,
+    varlen_available,
+)
 
 
 @dataclass
@@ -65,6 +74,10 @@ class Options:
     method: str = field(default="control+lora", metadata={"help": "Method that is trained."})
     memory: Literal["plain", "fast", "balanced", "lean"] = field(
         default="plain", metadata={"help": "Memory mode of our two ways; the published one is always plain."}
+    )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={"help": "Replay our two ways as CUDA graphs, as finetune.py's --cuda_graphs."},
     )
     attention: Literal["auto", "sdpa"] = field(
         default="auto", metadata={"help": "auto: variable-length flash attention over packs where it runs."}
@@ -133,7 +146,12 @@ def measure(
         return [make(tokens[start : start + size]) for start in range(0, len(tokens), size)]
 
     def packed(step):
-        return packed_step(step, options.micro_batch_size, options.token_budget)
+        packs = packed_step(step, options.micro_batch_size, options.token_budget)
+        if not options.cuda_graphs:
+            return packs
+        quantum = -(-options.token_budget // 16)
+        pad = tokenizer.pad_token_id
+        return [fixed_shape(pack, quantum, len(step), options.cutoff, pad) for pack in packs]
 
     def padded(step):
         return padded_step(step, options.micro_batch_size, tokenizer.pad_token_id)
@@ -150,6 +168,8 @@ def measure(
         ready_to_train(model, mode, half=dtype != torch.float32)
         steps = steps_of(size, make)
         loss = batch_loss if mode == "plain" else fused_batch_loss
+        if options.cuda_graphs and make is packed:
+            loss = GraphedLoss(loss)
         summary = run_steps(model, steps, loss, device, dtype, warmup=options.warmup, memory=memory).summary()
         results[name] = {
             "real_tokens_per_second": summary["tokens_per_second"],

@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, Optional
@@ -69,8 +69,10 @@ from LlaMA.models import (
 from LlaMA.packing import (
     VARLEN,
     Batch,
+    GraphedLoss,
     batch_loss,
     check_packing,
+    fixed_shape,
     fused_batch_loss,
     packed_step,
     padded_step,
@@ -169,6 +171,13 @@ class Options:
         default="plain",
         metadata={"help": "How much of the frozen blocks is kept for the backward (control methods)."},
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "Replay steps as CUDA graphs, on packs filled up to one of 16 lengths: for small models, whose steps "
+            "are bound by kernel launches. One process, packed rows."
+        },
+    )
     gradient_checkpointing: bool = field(
         default=False,
         metadata={"help": "Recompute every layer in the backward (any method, with --memory plain)."},
@@ -208,6 +217,12 @@ class Options:
             raise UserError(f"--token_budget {self.budget} must be at least --cutoff {self.cutoff}")
         if self.memory != "plain" and self.gradient_checkpointing:
             raise UserError("--gradient_checkpointing needs --memory plain: choose one of the two")
+        if self.cuda_graphs and self.batching == "padded":
+            raise UserError("--cuda_graphs needs packed rows: leave out --batching padded")
+        if self.cuda_graphs and self.gradient_checkpointing:
+            raise UserError("--cuda_graphs cannot replay --gradient_checkpointing: choose one of the two")
+        if self.cuda_graphs and processes > 1:
+            raise UserError("--cuda_graphs is for one process: leave it out")
         self.config()
 
     def config(self):
@@ -289,7 +304,14 @@ def collate(rows: Sequence[TokenRow], *, options: Options, pad_token_id: int) ->
     """One optimizer step's rows (of one process) as the batches to work on."""
     if options.batching == "padded":
         return {"batches": padded_step(rows, options.micro_batch_size, pad_token_id)}
-    return {"batches": packed_step(rows, options.micro_batch_size, options.budget)}
+    packs = packed_step(rows, options.micro_batch_size, options.budget)
+    if options.cuda_graphs:
+        # a sixteenth of the budget: at most as many shapes as graphs are kept of
+        quantum = -(-options.budget // 16)
+        packs = [
+            fixed_shape(pack, quantum, options.batch_size, options.cutoff, pad_token_id) for pack in packs
+        ]
+    return {"batches": packs}
 
 
 def held_out_batches(rows: Sequence[TokenRow], options: Options, pad_token_id: int) -> list[Batch]:
@@ -298,9 +320,7 @@ def held_out_batches(rows: Sequence[TokenRow], options: Options, pad_token_id: i
         return packed_step(rows, len(rows), options.budget)
     batches = padded_step(rows, options.micro_batch_size, pad_token_id)
     tokens = max(1, sum(row.targets for row in rows))
-    for batch in batches:
-        batch.segments = [(*part, tokens) for *part, _ in batch.segments]
-    return batches
+    return [replace(batch, divisor=torch.tensor(float(tokens))) for batch in batches]
 
 
 def training_arguments(
@@ -422,6 +442,7 @@ def train(
     if options.batching == "packed":
         check_packing(model, held_out)
 
+    loss = batch_loss if options.memory == "plain" else fused_batch_loss
     with folder.logging_from(*LOGGERS):
         trainer = CommonsenseTrainer(
             model=model,
@@ -431,7 +452,7 @@ def train(
             eval_dataset=held_out,
             memory=memory,
             unit=options.micro_batch_size,
-            loss=batch_loss if options.memory == "plain" else fused_batch_loss,
+            loss=GraphedLoss(loss) if options.cuda_graphs else loss,
             held_out=held_out_batches(held_out, options, tokenizer.pad_token_id),
         )
         parameters = count_parameters(model)

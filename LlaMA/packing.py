@@ -1,15 +1,14 @@
 """Batches without padding: rows laid end to end, each attending to itself alone, each weighted as published.
 
 The published recipe takes micro-batches of padded rows, averages each one's loss over its tokens, and averages the
-micro-batches of an optimizer step. A *pack* holds whole rows of one optimizer step up to a token budget. Its rows are
-grouped by the micro-batch they would have been in, and every group's summed loss has the divisor that the published
-average would have given it: gradients of a step are the published ones, whatever the packing.
+micro-batches of an optimizer step. A *pack* holds whole rows of one optimizer step up to a token budget. Each label's loss
+weighs what the published averages would have given it: gradients of a step are the published ones, whatever the packing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,8 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 
 from control_experiments.errors import UserError
 from LlaMA.commonsense import TokenRow
+from peft_control.memory.graphs import StepGraphs
+from peft_control.memory.layers import replays_random_numbers
 
 IGNORE = -100
 
@@ -29,23 +30,35 @@ class Batch:
     Attributes:
         inputs: keyword arguments of the model; ids are `(1, tokens)` packed, `(rows, tokens)` padded.
         labels: like the ids, `IGNORE` where nothing is to be predicted (a row's first token always).
-        segments: (rows, tokens, divisor): the parts of `labels` whose summed loss is divided by `divisor`.
+        weights: like the labels; each label's loss counts so much, divided by `divisor`.
+        divisor: a number, as a tensor without dimensions.
         rows, tokens: how many rows and real (non-padding) tokens there are.
+        fixed: whether its shapes are those of `fixed_shape`.
     """
 
     inputs: dict
     labels: torch.Tensor
-    segments: list[tuple[slice, slice, float]]
+    weights: torch.Tensor
+    divisor: torch.Tensor
     rows: int
     tokens: int
+    fixed: bool = False
+
+    @classmethod
+    def uniform(cls, inputs: dict, labels: torch.Tensor, divisor: float, rows: int, tokens: int) -> Batch:
+        """A batch whose labels all weigh the same."""
+        weights = torch.ones(labels.shape, dtype=torch.float32)
+        return cls(inputs, labels, weights, torch.tensor(float(divisor)), rows, tokens)
 
     def to(self, device: torch.device) -> Batch:
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in self.inputs.items()
-        }
-        labels = self.labels.to(device, non_blocking=True)
-        return Batch(moved, labels, self.segments, self.rows, self.tokens)
+        def moved(value):
+            return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+        return replace(
+            self,
+            inputs={name: moved(value) for name, value in self.inputs.items()},
+            labels=moved(self.labels), weights=moved(self.weights), divisor=moved(self.divisor),
+        )  # fmt: skip
 
 
 def micro_batches(rows: Sequence[TokenRow], size: int) -> list[tuple[list[TokenRow], float]]:
@@ -67,9 +80,7 @@ def padded_step(rows: Sequence[TokenRow], micro_batch: int, pad_token_id: int) -
             mask[index, : len(row.ids)] = 1
             labels[index, row.loss_from : len(row.ids)] = torch.tensor(row.ids[row.loss_from :])
         inputs = {"input_ids": ids, "attention_mask": mask}
-        batches.append(
-            Batch(inputs, labels, [(slice(None), slice(None), divisor)], len(group), int(mask.sum()))
-        )
+        batches.append(Batch.uniform(inputs, labels, divisor, len(group), int(mask.sum())))
     return batches
 
 
@@ -99,46 +110,74 @@ def packed_step(rows: Sequence[TokenRow], micro_batch: int, token_budget: int) -
 
 
 def _pack(pack: list[tuple[int, TokenRow]], groups: list[tuple[list[TokenRow], float]]) -> Batch:
-    ids, positions, labels, ends, segments = [], [], [], [0], []
+    ids, positions, labels, weights, ends = [], [], [], [], [0]
+    divisor = min(groups[number][1] for number, _ in pack)
     for number, row in pack:
-        if not segments or segments[-1][0] != number:
-            segments.append([number, len(ids), len(ids)])
         ids += row.ids
         positions += range(len(row.ids))
         labels += [IGNORE] * min(row.loss_from, len(row.ids)) + row.ids[row.loss_from :]
+        weights += [divisor / groups[number][1]] * len(row.ids)
         ends.append(len(ids))
-        segments[-1][2] = len(ids)
     longest = max(len(row.ids) for _, row in pack)
+    return Batch(
+        _packed_inputs(torch.tensor([ids]), torch.tensor([positions]), ends, longest), torch.tensor([labels]),
+        torch.tensor([weights], dtype=torch.float32), torch.tensor(float(divisor)), len(pack), len(ids),
+    )  # fmt: skip
+
+
+def _packed_inputs(ids: torch.Tensor, positions: torch.Tensor, ends: Sequence[int], longest: int) -> dict:
     cumulative = torch.tensor(ends, dtype=torch.int32)
-    inputs = {
-        "input_ids": torch.tensor([ids]),
-        "position_ids": torch.tensor([positions]),
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
         # transformers' names for what variable-length attention kernels take
         "cu_seq_lens_q": cumulative,
         "cu_seq_lens_k": cumulative,
         "max_length_q": longest,
         "max_length_k": longest,
     }
-    parts = [(slice(None), slice(first, last), groups[number][1]) for number, first, last in segments]
-    return Batch(inputs, torch.tensor([labels]), parts, len(pack), len(ids))
+
+
+def fixed_shape(pack: Batch, quantum: int, rows: int, longest: int, pad_token_id: int) -> Batch:
+    """A pack of the same loss in one of few shapes, as CUDA graphs need them.
+
+    Its tokens are filled up to a multiple of `quantum` with rows of padding that weigh nothing, and its list of rows to
+    `rows` plus as many as that padding may need, with empty ones.
+
+    Args:
+        rows: the most that a pack has.
+        longest: the most tokens that a row has.
+    """
+    tokens = pack.labels.shape[1]
+    whole = -(-tokens // quantum) * quantum
+    ends = pack.inputs["cu_seq_lens_q"].tolist()
+    ends += [*range(ends[-1] + longest, whole, longest), whole]
+    ends += [whole] * (rows + -(-quantum // longest) + 1 - len(ends))
+    missing = (0, whole - tokens)
+    positions = torch.cat([pack.inputs["position_ids"], torch.arange(missing[1])[None] % longest], dim=1)
+    ids = F.pad(pack.inputs["input_ids"], missing, value=pad_token_id)
+    return replace(
+        pack,
+        inputs=_packed_inputs(ids, positions, ends, longest),
+        labels=F.pad(pack.labels, missing, value=IGNORE),
+        weights=F.pad(pack.weights, missing),
+        fixed=True,
+    )
 
 
 # -- the loss -----------------------------------------------------------------------------------------------
 
 
 def batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The batch's share of its optimizer step's loss: the sum over segments of summed cross entropy / divisor."""
+    """The batch's share of its optimizer step's loss: the weighted sum of its labels' cross entropies / divisor."""
     logits = model(**batch.inputs, use_cache=False).logits
-    return _over_segments(
-        batch,
-        logits,
-        lambda part, labels: F.cross_entropy(
-            part[:, :-1].reshape(-1, part.shape[-1]).float(),
-            labels[:, 1:].reshape(-1),
-            ignore_index=IGNORE,
-            reduction="sum",
-        ),
+    losses = F.cross_entropy(
+        logits[:, :-1].reshape(-1, logits.shape[-1]).float(),
+        batch.labels[:, 1:].reshape(-1),
+        ignore_index=IGNORE,
+        reduction="none",
     )
+    return losses @ batch.weights[:, 1:].reshape(-1) / batch.divisor
 
 
 def fused_batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -146,7 +185,6 @@ def fused_batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     from peft_control.memory.loss import causal_lm_loss
 
     base = _causal_lm(model)
-    head = base.get_output_embeddings()
     found = []
     handle = base.base_model.register_forward_hook(lambda module, args, output: found.append(output[0]))
     try:
@@ -154,21 +192,36 @@ def fused_batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         model(**batch.inputs, use_cache=False, logits_to_keep=batch.labels.new_empty(0))
     finally:
         handle.remove()
-    softcap = getattr(base.config, "final_logit_softcapping", None)
-    return _over_segments(
-        batch,
-        found[0],
-        lambda part, labels: causal_lm_loss(
-            part, labels, head, chunk=1024, num_items_in_batch=1, softcap=softcap
-        ),
-    )
+    return causal_lm_loss(
+        found[0], batch.labels, base.get_output_embeddings(), chunk=1024, num_items_in_batch=batch.divisor,
+        softcap=getattr(base.config, "final_logit_softcapping", None), weights=batch.weights,
+    )  # fmt: skip
 
 
-def _over_segments(batch: Batch, values: torch.Tensor, summed: Callable) -> torch.Tensor:
-    return sum(
-        summed(values[rows, tokens], batch.labels[rows, tokens]) / divisor
-        for rows, tokens, divisor in batch.segments
-    )
+class GraphedLoss:
+    """A batch loss that is replayed as CUDA graphs while training, for packs of `fixed_shape`.
+
+    Small models' steps are bound by kernel launches, which a replay spares. Other batches, evaluation, CPUs, and dropout
+    that a memory mode draws twice in a way that no graph can, run as they are.
+    """
+
+    def __init__(self, loss: Callable):
+        self.loss, self.graphs = loss, StepGraphs()
+
+    def __call__(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        training = model.training and torch.is_grad_enabled()
+        if not (batch.fixed and training and batch.labels.is_cuda) or replays_random_numbers(model):
+            return self.loss(model, batch)
+        names = [name for name, value in batch.inputs.items() if isinstance(value, torch.Tensor)]
+
+        def compute(labels, weights, divisor, *values):
+            inputs = {**batch.inputs, **dict(zip(names, values, strict=True))}
+            return self.loss(
+                model, replace(batch, inputs=inputs, labels=labels, weights=weights, divisor=divisor)
+            )
+
+        tensors = [batch.labels, batch.weights, batch.divisor, *(batch.inputs[name] for name in names)]
+        return self.graphs(compute, tensors, model, batch.inputs["max_length_q"])
 
 
 def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:

@@ -249,10 +249,8 @@ def random_batch(options: Options, cell: Cell, vocabulary: int) -> Batch:
     """Rows of real tokens only."""
     ids = torch.randint(3, vocabulary, (cell.batch, cell.tokens))
     labels = torch.randint(2, (cell.batch,)) if options.encoder else ids
-    parts = [(slice(None), slice(None), cell.batch * cell.tokens)]
-    return Batch(
-        {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels, parts, cell.batch, ids.numel()
-    )
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return Batch.uniform(inputs, labels, ids.numel(), cell.batch, ids.numel())
 
 
 def classifier_loss(model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -17,13 +17,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from control_experiments.arguments import parse_arguments
 from control_experiments.errors import UserError, run_main
-from control_experiments.paths import RESULTS, public_path
+from control_experiments.paths import RESULTS
 from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
 from peft_control.memory import kernels
 from peft_control.memory.loss import LinearCrossEntropy
@@ -237,7 +238,7 @@ def main() -> None:
             "results": results,
         },
     )
-    print(f"record in {public_path(path)}")
+    print(f"record in {path}")
 
 
 if __name__ == "__main__":

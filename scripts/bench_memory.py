@@ -32,17 +32,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Optional
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 from torch import nn
 
 from control_experiments.arguments import parse_arguments
 from control_experiments.errors import UserError, run_main
-from control_experiments.paths import RESULTS, public_path
+from control_experiments.paths import RESULTS
 from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -398,8 +399,8 @@ def matmul_tflops() -> float:
     return 10 * 2 * 8192**3 / (start.elapsed_time(end) / 1000) / 1e12
 
 
-def run_all(options: Options) -> list[dict]:
-    results = []
+def run_all(options: Options) -> Iterator[dict]:
+    """Measure each method in a process of its own."""
     passed_on = list(sys.argv[1:])
     for number, method in enumerate(options.methods, 1):
         started = time.time()
@@ -416,9 +417,8 @@ def run_all(options: Options) -> list[dict]:
             result = {"method": method, "error": reason[0][:300]}
         else:
             result = json.loads(done.stdout.strip().splitlines()[-1])
-        results.append(result)
         print(f"[{number}/{len(options.methods)}, {time.time() - started:.0f} s] {line(result)}", flush=True)
-    return results
+        yield result
 
 
 def line(result: dict) -> str:
@@ -547,8 +547,6 @@ def main() -> None:
     dtype = torch.bfloat16 if options.shape in LLAMA_SHAPES else autocast_dtype(options)
     title = f"{options.shape}, {options.batch} x {options.tokens} tokens, {str(dtype)[6:]}, {device}"
     print(title + (f", bf16 matmul {rate:.0f} TFLOP/s" if rate else ""), flush=True)
-    results = run_all(options)
-    print(ratios(results))
     name = f"{options.shape}_{options.batch}x{options.tokens}"
     name += f"_limit{options.limit:g}" if options.limit else ""
     path = Path(options.output) / f"{name}.json"
@@ -563,12 +561,17 @@ def main() -> None:
         "created": utc_now(),
         "weights": "random",
         "options": {key: value for key, value in asdict(options).items() if key not in ("output", "worker")},
-        "results": results,
+        "results": (results := []),
     }
-    write_json_atomic(path, record)
+    unfinished = path.with_suffix(".json.partial")  # what a killed run leaves; no table reads it
+    for result in run_all(options):
+        results.append(result)
+        write_json_atomic(unfinished, record)
+    unfinished.replace(path)
+    print(ratios(results))
     if not options.limit:
         draw(results, title, path.with_suffix(".png"))
-    print(f"record in {public_path(path)}")
+    print(f"record in {path}")
     if all("error" in result for result in results):
         raise UserError("no method could be measured")
 

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Optional
 
+import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import bench_memory
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from control_experiments.arguments import parse_arguments
 from control_experiments.errors import UserError, run_main
-from control_experiments.paths import RESULTS, public_path
+from control_experiments.paths import RESULTS
 from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
 
 SHAPES = {
@@ -339,7 +340,24 @@ def main() -> None:
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     title = f"{options.shape}, {options.batch} x {options.tokens} tokens per process, {device}"
     print(title, flush=True)
-    cells, singles, references = [], {}, {}
+    name = f"{options.shape}_{options.batch}x{options.tokens}" + ("_longest" if options.longest else "")
+    path = Path(options.output) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "schema": 1,
+        "device": device,
+        "devices": torch.cuda.device_count() if options.device == "cuda" else os.cpu_count(),
+        "versions": package_versions(),
+        "git": git_state(),
+        "created": utc_now(),
+        "weights": "pseudo-random",
+        "options": {
+            k: v for k, v in asdict(options).items() if k not in ("output", "worker", "result", "accumulate")
+        },
+        "results": (cells := []),
+    }
+    unfinished = path.with_suffix(".json.partial")  # what a killed run leaves; no table reads it
+    singles, references = {}, {}
     planned = [(m, s, n) for m in options.methods for s in options.shards for n in options.counts()]
     for number, (method, shard, processes) in enumerate(planned, 1):
         started = time.time()
@@ -356,30 +374,15 @@ def main() -> None:
                 pairs = zip(cell["losses"], reference["losses"])
                 cell["loss_distance"] = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
         cells.append(cell)
+        write_json_atomic(unfinished, record)
         print(
             f"[{number}/{len(planned)}, {time.time() - started:.0f} s] {line(cell, singles.get((method, shard)))}",
             flush=True,
         )
-    name = f"{options.shape}_{options.batch}x{options.tokens}" + ("_longest" if options.longest else "")
-    path = Path(options.output) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "schema": 1,
-        "device": device,
-        "devices": torch.cuda.device_count() if options.device == "cuda" else os.cpu_count(),
-        "versions": package_versions(),
-        "git": git_state(),
-        "created": utc_now(),
-        "weights": "pseudo-random",
-        "options": {
-            k: v for k, v in asdict(options).items() if k not in ("output", "worker", "result", "accumulate")
-        },
-        "results": cells,
-    }
-    write_json_atomic(path, record)
+    unfinished.replace(path)
     if not options.longest:
         draw(cells, title, path.with_suffix(".png"))
-    print(f"record in {public_path(path)}")
+    print(f"record in {path}")
     if all("error" in cell for cell in cells):
         raise UserError("no cell could be measured")
 

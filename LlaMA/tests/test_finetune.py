@@ -252,6 +252,31 @@ def test_memory_modes_train_alike(run, tmp_path, memory):
     )
 
 
+def test_packs_of_fixed_shape_train_alike(run, tmp_path):
+    """What --cuda_graphs replays on a GPU; here the same packs run as they are."""
+    assert run("--lora_dropout", 0, name="plain")[0] == 0
+    code, _, err = run("--lora_dropout", 0, "--cuda_graphs", name="other")
+    assert code == 0, err
+    plain, other = (read_record(tmp_path / name / "record.json") for name in ("plain", "other"))
+    assert [entry["eval_loss"] for entry in plain.history] == pytest.approx(
+        [entry["eval_loss"] for entry in other.history], rel=1e-4
+    )
+    assert plain.time["real_tokens"] == other.time["real_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batching", "padded"), "needs packed rows"),
+        (("--gradient_checkpointing",), "choose one of the two"),
+    ],
+)
+def test_what_graphs_cannot_replay_is_said(run, tmp_path, options, message):
+    code, _, err = run("--cuda_graphs", *options)
+    assert code == 2 and message in one_line(err)
+    assert not (tmp_path / "run").exists()
+
+
 def test_gradient_checkpointing_changes_nothing(run, tmp_path):
     assert run("--lora_dropout", 0, name="plain")[0] == 0
     code, _, err = run("--lora_dropout", 0, "--gradient_checkpointing", name="other")

@@ -10,8 +10,10 @@ from LlaMA.models import add_adapter, expected_config
 from LlaMA.packing import (
     IGNORE,
     VARLEN,
+    GraphedLoss,
     batch_loss,
     check_packing,
+    fixed_shape,
     fused_batch_loss,
     packed_step,
     padded_step,
@@ -75,6 +77,49 @@ def test_packed_loss_and_gradients_are_the_published_ones(model, step, method, l
         torch.testing.assert_close(
             found[name], wanted[name], rtol=1e-5, atol=1e-5 * float(wanted[name].abs().max())
         )
+
+
+@pytest.mark.parametrize("loss", [batch_loss, fused_batch_loss])
+def test_packs_of_fixed_shape_lose_the_same(model, step, loss):
+    model = adapted(model)
+    packs = packed_step(step, 4, 700)
+    fixed = [fixed_shape(pack, 128, len(step), 256, pad_token_id=0) for pack in packs]
+    for pack, whole in zip(packs, fixed, strict=True):
+        tokens = whole.labels.shape[1]
+        assert tokens % 128 == 0 and 0 <= tokens - pack.labels.shape[1] < 128
+        ends = whole.inputs["cu_seq_lens_q"]
+        assert len(ends) == len(step) + 2 and ends[-1] == tokens and (ends.diff() >= 0).all()
+        starts = ends[:-1][ends.diff() > 0]
+        assert torch.equal((whole.inputs["position_ids"][0] == 0).nonzero()[:, 0], starts.long())
+    expected, wanted = gradients(model, packs, loss)
+    total, found = gradients(model, fixed, GraphedLoss(loss))
+    assert total == pytest.approx(expected, rel=1e-5)
+    for name in wanted:
+        torch.testing.assert_close(
+            found[name], wanted[name], rtol=1e-5, atol=1e-5 * float(wanted[name].abs().max())
+        )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("loss", [batch_loss, fused_batch_loss])
+def test_graphs_replay_the_packs_of_a_step(model, step, loss):
+    """Packs of two shapes whose gradients add up, replayed with other rows than the graphs were captured with."""
+    from LlaMA.finetune import ready_to_train
+
+    model = adapted(model.bfloat16(), "double control").cuda().train()
+    model.base_model.model.set_attn_implementation(VARLEN)
+    ready_to_train(model, "plain" if loss is batch_loss else "fast", half=True)
+    graphed = GraphedLoss(loss)
+    for rows in (step, step[::-1][:9], step):
+        packs = [pack.to("cuda") for pack in packed_step(rows, 4, 700)]
+        fixed = [fixed_shape(pack, 128, len(step), 256, 0).to("cuda") for pack in packed_step(rows, 4, 700)]
+        with torch.autocast("cuda", torch.bfloat16):
+            expected, wanted = gradients(model, packs, loss)
+            total, found = gradients(model, fixed, graphed)
+        assert total == pytest.approx(expected, rel=1e-2)
+        for name in wanted:
+            assert (found[name] - wanted[name]).norm() <= 0.05 * wanted[name].norm(), name
+    assert 1 <= len(graphed.graphs._graphs) <= 4
 
 
 def test_padded_batches_are_the_published_ones(model, step):

@@ -22,10 +22,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         head: frozen linear layer ``width -> classes``.
         chunk: rows worked on at a time.
         softcap: Gemma-2's ``cap * tanh(logits / cap)``, or None.
+        weights: ``(tokens,)`` factors of the tokens' losses, or None.
     """
 
     @staticmethod
-    def forward(ctx, hidden, labels, head: nn.Linear, chunk: int, softcap: float | None):
+    def forward(ctx, hidden, labels, head: nn.Linear, chunk: int, softcap: float | None, weights=None):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         dtype = compute_dtype(hidden)  # under autocast narrower than the states
@@ -38,11 +39,13 @@ class LinearCrossEntropy(torch.autograd.Function):
                 logits = torch.tanh(logits / softcap)
                 slope = 1 - logits.square()
                 logits = logits * softcap
-            total += kernels.cross_entropy_(logits, labels[rows]).sum()
+            losses = kernels.cross_entropy_(logits, labels[rows])
+            total += losses.sum() if weights is None else losses @ weights[rows].to(losses.dtype)
             if softcap is not None:
                 logits *= slope
             if gradient is not None:
-                gradient[rows] = logits @ weight
+                part = logits @ weight
+                gradient[rows] = part if weights is None else part * weights[rows, None]
             del logits  # before the next chunk's are made
         if gradient is not None:
             ctx.save_for_backward(gradient)
@@ -51,26 +54,31 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         (gradient,) = ctx.saved_tensors
-        return gradient * dloss.to(gradient.dtype), None, None, None, None
+        return gradient * dloss.to(gradient.dtype), None, None, None, None, None
 
 
-def causal_lm_loss(hidden, labels, head, *, chunk, num_items_in_batch=None, ignore_index=-100, softcap=None):
+def causal_lm_loss(
+    hidden, labels, head, *, chunk, num_items_in_batch=None, ignore_index=-100, softcap=None, weights=None
+):
     """Next-token loss of a causal language model, averaged as transformers' ``ForCausalLMLoss`` does.
 
     Args:
         hidden: ``(batch, tokens, width)`` final states.
         labels: ``(batch, tokens)``; position t is predicted from t-1; ``ignore_index`` counts nothing.
         num_items_in_batch: divisor; None divides by the number of labels that count.
+        weights: ``(batch, tokens)``, the factor of each label's loss; None: 1.
     """
-    total = _total(hidden, labels, head, chunk, ignore_index, softcap)
+    total = _total(hidden, labels, head, chunk, ignore_index, softcap, weights)
     return total / _items(labels, num_items_in_batch, ignore_index)
 
 
-def _total(hidden, labels, head, chunk, ignore_index=-100, softcap=None):
+def _total(hidden, labels, head, chunk, ignore_index=-100, softcap=None, weights=None):
     targets = labels[:, 1:].reshape(-1).to(hidden.device)
     targets = targets.masked_fill(targets == ignore_index, -1)
     states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    return LinearCrossEntropy.apply(states, targets, head, chunk, softcap)
+    if weights is not None:
+        weights = weights[:, 1:].reshape(-1)
+    return LinearCrossEntropy.apply(states, targets, head, chunk, softcap, weights)
 
 
 def _items(labels, num_items_in_batch, ignore_index=-100):
