@@ -126,7 +126,7 @@ class Workload:
     loss: Callable[[], torch.Tensor]
     batch: int
     tokens: int
-    autocast: torch.dtype | None = None  # then float32 weights, and a loss scaler
+    autocast: torch.dtype  # float16: float32 weights, and a loss scaler
 
 
 def build(options: Options, method: str) -> Workload:
@@ -176,7 +176,8 @@ def build_llama(options, name, switches, mode) -> Workload:
     if "compile" in switches:
         model = torch.compile(model)
     ids = random_tokens(options, LLAMA_SHAPES[options.shape]["vocab_size"])
-    return Workload(model, lambda: model(input_ids=ids, labels=ids).loss, *ids.shape)
+    # as the Trainer runs it with bf16=True; without autocast peft would keep a float32 copy of each of LoRA's inputs
+    return Workload(model, lambda: model(input_ids=ids, labels=ids).loss, *ids.shape, torch.bfloat16)
 
 
 def llama(shape: dict, device: str, name: str, switches: set[str], mode: str) -> nn.Module:
@@ -295,7 +296,7 @@ class Step:
         self.scaler = torch.amp.GradScaler(options.device, enabled=scaled)
 
     def __call__(self) -> torch.Tensor:
-        with torch.autocast(self.device, self.work.autocast, enabled=self.work.autocast is not None):
+        with torch.autocast(self.device, self.work.autocast):
             loss = self.work.loss()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)

@@ -196,7 +196,8 @@ def work(options: Options, shard: str) -> dict | None:
         for part in range(options.accumulate):
             generator = torch.Generator(device).manual_seed(1000 * number + rank * options.accumulate + part)
             ids = torch.randint(3, vocabulary, (options.batch, tokens), generator=generator, device=device)
-            loss = model(input_ids=ids, labels=ids).loss / options.accumulate
+            with torch.autocast(device.type, torch.bfloat16):  # as bench_memory.py
+                loss = model(input_ids=ids, labels=ids).loss / options.accumulate
             loss.backward()
             total += loss.detach()
         optimizer.step()

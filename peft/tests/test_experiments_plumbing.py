@@ -432,6 +432,19 @@ def test_a_signal_ends_a_run_in_one_line_that_says_how_to_go_on(number, code, tm
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("processes, told", [("2", True), ("1", False)])
+def test_a_peer_lost_before_training_begins_is_said_in_a_line(processes, told, monkeypatch, capsys):
+    def main():
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9")
+
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(SystemExit if told else RuntimeError) as ended:
+        run_main(main)
+    if told:
+        (line,) = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2 and "another process of this run died" in line and "--resume" in line
+
+
 def test_sigterm_does_not_cut_off_the_line_that_says_why(capsys):
     class Told(UserError):
         def __str__(self):  # torchrun sends SIGTERM when another process of the run has died

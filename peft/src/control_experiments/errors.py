@@ -72,6 +72,23 @@ def _is_repeated(number: int, noted: tuple[int, float]) -> bool:
     return number == noted[0] and time.monotonic() - noted[1] < _ONE_REQUEST
 
 
+def lost_peer(error: Exception) -> bool:
+    """Whether gloo or NCCL says that another process of the run went away."""
+    words = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "NCCL",
+        "Timed out waiting",
+    )
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return (
+        several
+        and isinstance(error, RuntimeError)
+        and (type(error).__name__.startswith("Dist") or any(word in str(error) for word in words))
+    )
+
+
 @contextmanager
 def _argparse_raises_user_errors() -> Iterator[None]:
     """Let argparse report through `UserError` instead of printing its usage; HfArgumentParser is one too."""
@@ -89,8 +106,8 @@ def _argparse_raises_user_errors() -> Iterator[None]:
 
 def run_main(main: Callable[[], object]) -> NoReturn:
     """Run an entry point and exit: 0 when it returns, 2 after one line on stderr for a `UserError` or an option that
-    does not parse, 130 after Ctrl-C and 143 after SIGTERM, with one line too. Any other exception is a bug and keeps
-    its traceback. In a distributed run each process but the first puts its rank before its line.
+    does not parse, or when another process of the run died, 130 after Ctrl-C and 143 after SIGTERM, with one line too. Any
+    other exception is a bug and keeps its traceback. In a distributed run each process but the first puts its rank before its line.
     """
     rank = os.environ.get("RANK", "0")
     prefix = "" if rank == "0" else f"[rank {rank}] "
@@ -111,6 +128,12 @@ def run_main(main: Callable[[], object]) -> NoReturn:
             try:
                 with _argparse_raises_user_errors():
                     main()
+            except RuntimeError as error:
+                if not lost_peer(error):
+                    raise
+                raise UserError(
+                    "another process of this run died or cannot be reached (see above): start the run again with --resume"
+                ) from error
             finally:
                 ended = True
         except UserError as error:

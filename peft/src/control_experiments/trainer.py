@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .checkpoints import begin, checkpoints, keep_newest, publish
-from .errors import Interrupted, StopRequest, UserError
+from .errors import Interrupted, StopRequest, UserError, lost_peer
 from .losses import LossWatch, check_parameters
 from .metering import MemoryMeter, Throughput
 from .record import read_json, write_json_atomic
@@ -142,7 +142,7 @@ class ExperimentTrainer(Trainer):
             with self._stop:
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except RuntimeError as error:
-            if self.args.world_size > 1 and _lost_peer(error):
+            if lost_peer(error):
                 raise UserError(
                     f"another process of this run died or cannot be reached (see above); {self.kept()}: start the run "
                     "again with --resume"
@@ -333,18 +333,6 @@ class ExperimentTrainer(Trainer):
 
     def _get_eval_sampler(self, eval_dataset) -> Sampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
-
-
-def _lost_peer(error: RuntimeError) -> bool:
-    """Whether gloo or NCCL says that another process went away."""
-    words = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "NCCL",
-        "Timed out waiting",
-    )
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 class _Keeper(TrainerCallback):
