@@ -109,7 +109,7 @@ def test_data_is_looked_for_where_it_is(tmp_path):
         return done.stdout.splitlines()[-1].partition("--data ")[2].partition(" --output_dir")[0]
 
     root = FOLDER.parent
-    shared = root.parent / "shared" / "data" / "commonsense"
+    shared = (root.parent / "shared" / "data" / "commonsense").resolve()
     assert answered(PARALLEL_CONTROL_SHARED="/srv/shared") == "/srv/shared/data/commonsense"
     assert answered(DATA="/srv/my data") == "/srv/my data"
     own = answered(PARALLEL_CONTROL_SHARED="")

@@ -135,7 +135,7 @@ def test_arguments_reach_pytest_and_its_exit_code_and_last_line_come_back(checko
     done = checkout.run("checkout/scripts/test.sh", "RoBERTa/tests", "-k", "stsb", FAKE_PYTEST_EXIT="5")
     assert done.returncode == 5
     assert done.stdout.splitlines()[-1] == "1 passed in 0.01s"
-    assert checkout.called("-m pytest") == ["-m pytest -n 2 RoBERTa/tests -k stsb"]
+    assert checkout.called("-m pytest") == ["-m pytest -n 2 --dist worksteal RoBERTa/tests -k stsb"]
     assert checkout.called("-m ruff check") and checkout.called("-m ruff format --check")
 
 
@@ -146,7 +146,7 @@ def test_bad_style_fails_before_the_tests(checkout):
 
 def test_ci_runs_the_same_command(checkout):
     assert checkout.run("checkout/.ci/run").returncode == 0
-    assert checkout.called("-m pytest") == ["-m pytest -n 2"]
+    assert checkout.called("-m pytest") == ["-m pytest -n 2 --dist worksteal"]
 
 
 def test_the_quickstart_trains_three_methods_alike_and_then_makes_the_table(checkout):
