@@ -64,6 +64,7 @@ ENCODER_SHAPES = {
                          num_attention_heads=4),
 }  # fmt: skip
 VISION_SHAPES = {"vit-b16": "vit_base_patch16_224", "tiny-vit": "test_vit"}  # timm's names
+LONGEST = 1 << 17  # tokens: where the search of --limit ends
 SHAPES = (*LLAMA_SHAPES, *VISION_SHAPES, *ENCODER_SHAPES)
 
 #: The methods of a LLaMA shape and of the others, whose models have neither of the switches liger and compile.
@@ -352,7 +353,10 @@ def measure(options: Options, method: str) -> dict:
 
 
 def longest(options: Options, method: str) -> dict:
-    """The longest sequence, in steps of 512 tokens, whose training step fits ``options.limit`` GiB."""
+    """The longest sequence, in steps of 512 tokens and up to LONGEST, whose training step fits ``options.limit`` GiB.
+
+    The optimizer's states are there from the second length on, which is what the others are measured with.
+    """
     torch.cuda.set_per_process_memory_fraction(
         options.limit * 2**30 / torch.cuda.get_device_properties(0).total_memory
     )
@@ -363,8 +367,7 @@ def longest(options: Options, method: str) -> dict:
         ids = random_tokens(replace(options, tokens=tokens), work.model.config.vocab_size)
         work.loss = lambda: work.model(input_ids=ids, labels=ids).loss
         try:
-            for _ in range(2):
-                step()
+            step()
             torch.cuda.synchronize()
             return True
         except torch.OutOfMemoryError:
@@ -374,11 +377,9 @@ def longest(options: Options, method: str) -> dict:
             torch.cuda.empty_cache()
 
     good, bad = 0, 512
-    while fits(bad):
+    while good < LONGEST and fits(bad):
         good, bad = bad, bad * 2
-        if bad > 1 << 18:
-            break
-    while bad - good > max(512, good // 16):
+    while good < LONGEST and bad - good > max(512, good // 16):
         middle = (good + bad) // 2 // 512 * 512
         if middle in (good, bad):
             break

@@ -377,3 +377,9 @@ def test_smollm2_gguf_trains(call, data, tmp_path):
     assert (
         json.loads((tmp_path / "out" / "record.json").read_text())["model"]["total_parameters"] == 134_515_008
     )
+    readme = (Path(finetune.__file__).parents[1] / "QControl" / "README.md").read_text()
+    lines = readme.split("```python\n")[-1].split("```")[0]  # the weights as a folder, which can be quantized
+    exec(lines.replace("model.gguf", str(files[0])).replace("model-folder", str(tmp_path / "folder")))
+    more += ("--quantization", "nf4")
+    code, _, err = call(finetune.main, *arguments(tmp_path / "folder", data, tmp_path / "nf4", *more))
+    assert code == 0, err

@@ -119,7 +119,7 @@ def test_graphs_replay_the_packs_of_a_step(model, step, loss):
         assert total == pytest.approx(expected, rel=1e-2)
         for name in wanted:
             assert (found[name] - wanted[name]).norm() <= 0.05 * wanted[name].norm(), name
-    assert 1 <= len(graphed.graphs._graphs) <= 4
+    assert 2 <= len(graphed.graphs._graphs) <= 4  # also while the loss of the pack before is still there
 
 
 def test_padded_batches_are_the_published_ones(model, step):

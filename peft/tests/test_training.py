@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from tiny_models import FAMILIES, VOCAB, build, is_adapter, logits, randomize_adapters
+from transformers.models.llama import modeling_llama
 
 from peft_control import ControlConfig
 
@@ -254,7 +255,6 @@ def liger(monkeypatch):
     """Liger's own patching and patched forwards, with torch in place of the two Triton kernels."""
     pytest.importorskip("liger_kernel")
     from liger_kernel.transformers import rms_norm, swiglu
-    from transformers.models.llama import modeling_llama
 
     calls = []
 
@@ -270,9 +270,14 @@ def liger(monkeypatch):
 
     monkeypatch.setattr(rms_norm, "LigerRMSNormFunction", RMSNorm)
     monkeypatch.setattr(swiglu, "_swiglu_dispatch", silu_mul)
-    for name in ("LlamaRMSNorm", "LlamaMLP"):  # Liger replaces them for good; monkeypatch puts them back
-        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    put_back(monkeypatch)
     return calls
+
+
+def put_back(monkeypatch):
+    """Have monkeypatch put back, after the test, the classes that Liger replaces for good."""
+    for name in ("LlamaRMSNorm", "LlamaMLP"):
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
 
 
 @pytest.mark.parametrize("saved_norm", [None, ["post_attention_layernorm"]], ids=["", "saved norm"])
@@ -304,7 +309,8 @@ def test_liger_before_the_adapter(liger):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a GPU")
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-def test_liger_kernels(before):
+def test_liger_kernels(before, monkeypatch):
+    put_back(monkeypatch)
     apply = pytest.importorskip("liger_kernel.transformers").apply_liger_kernel_to_llama
     inputs = {name: value.cuda() for name, value in INPUTS.items()}
     expected_model = adapted(**DOUBLE).cuda().eval()

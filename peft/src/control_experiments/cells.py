@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .collection import Summary
+from .record import write_text_atomic
 
 NO_RECORD = "no record"
 MEBI = 2**20
@@ -87,23 +86,8 @@ def write_tables(tables: Sequence[Table], folder: Path) -> list[Path]:
     written = []
     for table in tables:
         for suffix, render in (("md", markdown), ("csv", comma_separated), ("tex", latex)):
-            written.append(write_text(folder / f"{table.name}.{suffix}", render(table)))
+            written.append(write_text_atomic(folder / f"{table.name}.{suffix}", render(table)))
     return written
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a file so that readers see the old or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
 
 
 def markdown(table: Table, up: str = "../") -> str:

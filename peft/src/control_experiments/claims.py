@@ -29,10 +29,9 @@ from .benchmark_tables import (
     shape_steps,
     throughputs,
 )
-from .cells import write_text
 from .collection import Collection, Comparison, Run
 from .published import Paper
-from .record import RunRecord
+from .record import RunRecord, write_text_atomic
 
 SUPPORTED, CONTRADICTED, NOT_DECIDED, NOT_TESTED = "supported", "contradicted", "not decided", "not tested"
 CONFIDENCE = 0.95
@@ -573,7 +572,7 @@ def _scaling(collection: Collection) -> list[Claim]:
 
 def write_claims(claims: Sequence[Claim], paper: Paper, path: Path) -> Path:
     """Write the claims as Markdown into the results folder."""
-    return write_text(path, markdown(claims, paper))
+    return write_text_atomic(path, markdown(claims, paper))
 
 
 def markdown(claims: Sequence[Claim], paper: Paper) -> str:

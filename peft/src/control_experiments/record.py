@@ -107,12 +107,18 @@ def read_json(path: str | os.PathLike) -> object:
 
 def write_json_atomic(path: str | os.PathLike, contents: object) -> Path:
     """Write JSON so that `path` holds either what it held before or all of `contents`, even if the machine stops."""
+    return write_text_atomic(
+        path, json.dumps(_finite(contents), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+
+
+def write_text_atomic(path: str | os.PathLike, text: str) -> Path:
+    """Write a file so that `path` holds either what it held before or all of `text`, even if the machine stops."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(contents), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -17,9 +17,10 @@ from string import Template
 from matplotlib.ticker import MaxNLocator
 
 from .benchmark_tables import benchmark_settings, frontier_of, shape_domain
-from .cells import MEBI, Cell, Section, Table, write_text
+from .cells import MEBI, Cell, Section, Table
 from .claims import Claim
 from .collection import Collection, Comparison, Run
+from .record import write_text_atomic
 
 PAGE = Path(__file__).with_name("report_page.html")
 DOMAINS = {"roberta": "RoBERTa", "vit": "ViT", "llama": "LLaMA", "qcontrol": "quantized"}
@@ -66,7 +67,7 @@ def write_report(
         curves=_figures(_training_curves(collection.comparisons)),
         tables="".join(_table(table) for table in tables),
     )
-    return write_text(path, page)
+    return write_text_atomic(path, page)
 
 
 def _box(kind: str, value: str, text: str, css: str = "") -> str:

@@ -105,6 +105,8 @@ class _Graph:
         random = torch.cuda.get_rng_state()  # what the runs below draw must not count
         dtype = torch.get_autocast_dtype("cuda")
         autocast = torch.autocast("cuda", dtype, torch.is_autocast_enabled("cuda"), cache_enabled=False)
+        # casts that autocast keeps hold the parameters' gradient nodes on this stream, where no capture can reach them
+        torch.clear_autocast_cache()
         try:
             with torch.enable_grad(), autocast:
                 stream = torch.cuda.Stream()  # capture wants work that has run before, on another stream
