@@ -14,6 +14,7 @@ import gc
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
@@ -339,18 +340,25 @@ def line(record: RunRecord) -> str:
     return f"{record.name:44} {shown}  {1e3 * record.metrics['last']['seconds_per_step']:9.1f} ms/step"
 
 
+@contextmanager
+def claimed(options: Options, cell: Cell) -> Iterator[RunFolder]:
+    """The cell's folder; raises UserError if it holds another measurement, or is in use."""
+    ranks = {"control_rank": options.control_rank, "lora_rank": options.lora_rank}
+    with RunFolder(Path(options.output_dir) / f"{options.shape}_{cell.name}") as folder:
+        folder.claim({**asdict(cell), **ranks, "shape": options.shape, "seed": options.seed})
+        yield folder
+
+
 def measure_here(options: Options, cell: Cell, command: Sequence[str]) -> RunRecord:
-    """Measure one cell in this process, or read the record of one that is finished."""
+    """Measure one cell in this process."""
     device = select_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     quieten()
-    with RunFolder(Path(options.output_dir) / f"{options.shape}_{cell.name}") as folder:
-        ranks = {"control_rank": options.control_rank, "lora_rank": options.lora_rank}
-        folder.claim({**asdict(cell), **ranks, "shape": options.shape, "seed": options.seed})
-        if folder.finished:
-            return read_record(folder.record)
-        with explain_out_of_memory(device, "--modes lean, smaller --batches or --tokens"):
-            return measure(options, cell, folder, device, dtype, command)
+    with (
+        claimed(options, cell) as folder,
+        explain_out_of_memory(device, "--modes lean, smaller --batches or --tokens"),
+    ):
+        return measure(options, cell, folder, device, dtype, command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -367,6 +375,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     select_device(options.device)
     failed = []
     for cell in cells:
+        try:
+            with claimed(options, cell) as folder:
+                record = read_record(folder.record) if folder.finished else None
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed.append(cell.name)
+            continue
+        if record:
+            print(line(record), flush=True)
+            continue
         chosen = {
             "methods": cell.method, "weights": cell.weights, "modes": cell.mode, "batches": cell.batch,
             "tokens": cell.tokens,

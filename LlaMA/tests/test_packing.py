@@ -100,26 +100,52 @@ def test_packs_of_fixed_shape_lose_the_same(model, step, loss):
         )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", ["double control", "control+lora", "lora", "dora"])
 @pytest.mark.parametrize("loss", [batch_loss, fused_batch_loss])
-def test_graphs_replay_the_packs_of_a_step(model, step, loss):
-    """Packs of two shapes whose gradients add up, replayed with other rows than the graphs were captured with."""
+def test_graphs_replay_the_packs_of_a_step(model, step, loss, method):
+    """Packs of several shapes whose gradients add up, in any order, replayed with other rows than they were captured with."""
     from LlaMA.finetune import ready_to_train
 
-    model = adapted(model.bfloat16(), "double control").cuda().train()
+    model = adapted(model.bfloat16(), method).cuda().train()
     model.base_model.model.set_attn_implementation(VARLEN)
-    ready_to_train(model, "plain" if loss is batch_loss else "fast", half=True)
+    ready_to_train(model, "fast" if loss is fused_batch_loss and "control" in method else "plain", half=True)
     graphed = GraphedLoss(loss)
-    for rows in (step, step[::-1][:9], step):
+    for turn, rows in enumerate((step, step[::-1][:9], step, step[:4])):
         packs = [pack.to("cuda") for pack in packed_step(rows, 4, 700)]
         fixed = [fixed_shape(pack, 128, len(step), 256, 0).to("cuda") for pack in packed_step(rows, 4, 700)]
         with torch.autocast("cuda", torch.bfloat16):
             expected, wanted = gradients(model, packs, loss)
-            total, found = gradients(model, fixed, graphed)
+            total, found = gradients(model, fixed[:: -1 if turn % 2 else 1], graphed)
         assert total == pytest.approx(expected, rel=1e-2)
         for name in wanted:
             assert (found[name] - wanted[name]).norm() <= 0.05 * wanted[name].norm(), name
-    assert 2 <= len(graphed.graphs._graphs) <= 4  # also while the loss of the pack before is still there
+    assert 2 <= len(graphed.graphs._graphs) <= 6  # also while the loss of the pack before is still there
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", ["control+lora", "lora", "dora"])
+def test_lora_dropout_draws_anew_in_each_replay(model, step, method):
+    from LlaMA.finetune import ready_to_train
+
+    config = expected_config(method, 4, 1.0, 0.0, 4, 8, 0.5, ("q_proj", "k_proj", "v_proj"))
+    model = add_adapter(model.bfloat16(), config).cuda().train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.base_model.model.set_attn_implementation(VARLEN)
+    ready_to_train(model, "plain", half=True)
+    graphed, totals = GraphedLoss(batch_loss), []
+    fixed = [fixed_shape(pack, 128, len(step), 256, 0).to("cuda") for pack in packed_step(step, 4, 700)]
+    for _ in range(6):
+        with torch.autocast("cuda", torch.bfloat16):
+            total, found = gradients(model, fixed, graphed)
+        totals.append(total)
+        assert all(torch.isfinite(gradient).all() for gradient in found.values())
+    assert len(set(totals)) == len(totals) and max(totals) < 2 * min(totals)
 
 
 def test_padded_batches_are_the_published_ones(model, step):

@@ -273,8 +273,11 @@ def test_benchmark_measures_cells_in_processes_of_their_own(call, tmp_path):
     assert path.parent.name == "tiny-roberta_control_nf4_plain_2x8"
     assert record.model["quantization"] == "nf4" and record.adapter["trainable_parameters"] > 0
     written = path.stat().st_mtime_ns
-    code, out, _ = call(quantized_memory.main, *words, "--worker")  # what the process of a cell does
+    code, out, _ = call(quantized_memory.main, *words)
     assert code == 0 and path.parent.name in out
+    assert path.stat().st_mtime_ns == written
+    code, _, err = call(quantized_memory.main, *words, "--control_rank", 3)
+    assert code == 2 and "error: not measured: control_nf4_plain_2x8 (reasons above)" in err
     assert path.stat().st_mtime_ns == written
     code, _, err = call(quantized_memory.main, "--device", "cpu", "--weights", "nf5")
     assert code == 2 and "unknown --weights 'nf5'" in one_line(err)

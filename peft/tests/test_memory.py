@@ -297,3 +297,29 @@ def test_a_control_small_against_the_state_survives_half_precision(mode):
 
     change, expected = output(2**-12) - output(0.0), 2 * 2**-12 * state.detach().double()
     assert (change * expected).sum() / expected.square().sum() == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("lora", [False, True], ids=["control", "control+lora"])
+def test_gradients_can_be_taken_at_leaves_put_in_the_parameters_places(mode, lora):
+    """What a capture of CUDA graphs does, in every mode."""
+    from peft_control.memory.graphs import _copied, _own_leaves
+
+    model = build(lora=lora)
+    set_memory_mode(model, mode, chunk_tokens=5)
+    inputs, labels = batch()
+    model(**inputs, labels=labels).loss.backward()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    names = list(model.state_dict())
+    with _own_leaves(model, parameters) as leaves:
+        assert not {id(leaf) for leaf in leaves} & {id(parameter) for parameter in parameters}
+        found = torch.autograd.grad(model(**inputs, labels=labels).loss, leaves)
+    assert all(torch.equal(gradient, parameter.grad) for gradient, parameter in zip(found, parameters))
+    after = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(map(lambda a, b: a is b, after, parameters)) and list(model.state_dict()) == names
+
+    before = [torch.zeros_like(gradient) for gradient in found]
+    places = _copied([None, *found[1:]], before)
+    assert places[0] is None and not before[0].any() and torch.equal(before[1], found[1])
+    with pytest.raises(RuntimeError, match="some steps only"):
+        _copied(found, [None, *before[1:]])

@@ -112,6 +112,18 @@ def test_a_quantized_llama_stands_beside_the_others_in_a_setting_of_its_own(resu
     assert row(results, "commonsense", "tiny-llama", method="lora r32")["average"].text == "50.00"
 
 
+def test_unquantized_runs_stand_with_the_quantized_ones_that_they_are_compared_with(results):
+    results.roberta("control", 1, 0.6)
+    results.roberta("control", 1, 0.4, domain="qcontrol", quantization="nf4")
+    path = results.roberta("control", 1, 0.5, domain="qcontrol", folder="none", quantization="none")
+    path.write_text(path.read_text().replace('"domain": "qcontrol"', '"domain": "roberta"'))
+    for table, section, last in (
+        ("glue", "tiny-encoder", "60.00"), ("quantized", "tiny-encoder, nf4", "40.00"),
+        ("quantized", "tiny-encoder, not quantized", "50.00"),
+    ):  # fmt: skip
+        assert row(results, table, section, task="cola", method="control")["last"].text == last
+
+
 def test_commonsense_joins_a_training_with_its_evaluation(results):
     results.llama("double control", 43, 51.0)
     results.llama("double control", 44, 53.0)

@@ -29,7 +29,7 @@ from .benchmark_tables import (
     shape_steps,
     throughputs,
 )
-from .collection import Collection, Comparison, Run
+from .collection import UNQUANTIZED, Collection, Comparison, Run
 from .published import Paper
 from .record import RunRecord, write_text_atomic
 
@@ -190,6 +190,8 @@ def _domain_claim(collection: Collection, paper: Paper, domain: str, quantity: s
     says, unit, sign = QUANTITIES[quantity]
     tests, tested = [], []
     for comparison in collection.of(domain):
+        if comparison.setting == UNQUANTIZED:  # there for comparison, not what QControl claims
+            continue
         for test in _tests(comparison, methods, quantity, unit, sign):
             tests.append(test)
             tested.append(comparison.model)

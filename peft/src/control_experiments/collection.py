@@ -23,6 +23,8 @@ LEFT_OUT = ("quickstart", "learning_rate_search", "ablations")
 COMMONSENSE = (
     "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa", "average",
 )  # fmt: skip
+#: The setting of the runs that quantized ones are compared with.
+UNQUANTIZED = "not quantized"
 #: Ranks that need no mention in a method's label; other domains always mention them.
 _USUAL_RANKS = {"roberta": (16, 8), "qcontrol": (16, 8), "vit": (16, 1)}
 #: Hyperparameters in which methods may differ from each other, but seeds of one method may not.
@@ -333,7 +335,7 @@ def _run(root: Path, path: Path, record: RunRecord) -> Run:
     try:
         shared, own = _conditions(record, evaluation)
         place = _place(
-            _table_of(record),
+            _table_of(record, links[0]),
             record.model,
             record.hyperparameters,
             record.method,
@@ -348,9 +350,15 @@ def _run(root: Path, path: Path, record: RunRecord) -> Run:
     return Run(place, record, scored, links, scores["best"], scores["last"], shared, own)
 
 
-def _table_of(record: RunRecord) -> str:
-    """The domain whose table a run belongs to: a quantized LLaMA stands beside the others, in a setting of its own."""
-    return "llama" if record.task.startswith("commonsense") else record.domain
+def _table_of(record: RunRecord, link: str) -> str:
+    """The domain whose table a run belongs to.
+
+    A quantized LLaMA stands beside the others, in a setting of its own, and QControl's launcher also makes the runs in
+    16 bits that the quantized ones are compared with, which say "roberta" but lie beside those.
+    """
+    if record.task.startswith("commonsense"):
+        return "llama"
+    return "qcontrol" if link.startswith("qcontrol/") else record.domain
 
 
 def _shared_gpu(run: Run, runs: Sequence[Run]) -> bool:
@@ -404,6 +412,8 @@ def _place(
     settings = []
     if hyperparameters.get("quantization") not in (None, "none"):
         settings.append(str(hyperparameters["quantization"]))
+    elif domain == "qcontrol":
+        settings.append(UNQUANTIZED)
     if domain == "vit":
         settings.append(f"{hyperparameters.get('mlp_layers', 2)}-layer MLP")
     if scored is not None and scored.hyperparameters.get("limit"):
@@ -440,7 +450,7 @@ def row_label(domain: str, method: str, hyperparameters: dict) -> str:
 
 
 def _conditions(record: RunRecord, evaluation: RunRecord | None) -> tuple[dict[str, str], dict[str, str]]:
-    shared, own, llama = {}, {}, _table_of(record) == "llama"
+    shared, own, llama = {}, {}, record.task.startswith("commonsense")
     for name, value in record.hyperparameters.items():
         # the paper's recipe for LLaMA-2-7B has another batch for control+lora than for double control
         if name.startswith(_METHODS_OWN) or (llama and name == "batch_size"):

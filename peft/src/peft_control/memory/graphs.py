@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -59,10 +60,12 @@ class StepGraphs:
         if key not in self._graphs:
             if len(self._graphs) == self.limit:
                 return compute(*inputs)
-            pool = next(iter(self._graphs.values())).forward.pool() if self._graphs else None
             for number, layer in enumerate(replaying_layers(model)):
-                self._twins.setdefault(layer, Twins(inputs[0].device, number))
-            self._graphs[key] = _Graph(compute, inputs, parameters, self._twins, pool)
+                if layer not in self._twins:
+                    self._twins[layer] = Twins(inputs[0].device, number)
+            first = next(iter(self._graphs.values()), None)
+            with _own_leaves(model, parameters) as leaves:
+                self._graphs[key] = _Graph(compute, inputs, parameters, leaves, self._twins, first)
         graph = self._graphs[key]
         return tree_unflatten(list(_Replay.apply(graph, inputs, *parameters)), graph.structure)
 
@@ -89,8 +92,37 @@ def graphed_forward(model: nn.Module, *arguments, **named):
     return model.step_graphs(compute, tensors, model, f"{structure} {others}")
 
 
+@contextmanager
+def _own_leaves(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """New leaves of autograd with the parameters' memory, in their places.
+
+    A leaf's gradient node remembers the stream that it was made on, and lives as long as any graph of autograd (the last
+    step's loss, a cast that autocast keeps); a capture must not wait for another stream.
+    """
+    leaves = {id(parameter): nn.Parameter(parameter.detach()) for parameter in parameters}
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in leaves
+    ]
+    for module, name, parameter in places:
+        module._parameters[name] = leaves[id(parameter)]
+    try:
+        yield list(leaves.values())
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+
 class _Graph:
-    def __init__(self, compute, inputs, parameters, twins, pool):
+    """Forward and backward of one shape.
+
+    All graphs share the memory pool of the ``first``, and hand out gradients in its memory for them: what one keeps for
+    longer than its own replay must not lie where an earlier one works.
+    """
+
+    def __init__(self, compute, inputs, parameters, leaves, twins, first):
         self.inputs = [x.clone() for x in inputs]
         self.parameters, self.replays = parameters, 0
         self.twins = list(twins.values())
@@ -100,13 +132,11 @@ class _Graph:
             return outputs
 
         def gradients_of(outputs, doutputs):
-            return torch.autograd.grad(outputs, parameters, doutputs, allow_unused=True)
+            return torch.autograd.grad(outputs, leaves, doutputs, allow_unused=True)
 
         random = torch.cuda.get_rng_state()  # what the runs below draw must not count
         dtype = torch.get_autocast_dtype("cuda")
         autocast = torch.autocast("cuda", dtype, torch.is_autocast_enabled("cuda"), cache_enabled=False)
-        # casts that autocast keeps hold the parameters' gradient nodes on this stream, where no capture can reach them
-        torch.clear_autocast_cache()
         try:
             with torch.enable_grad(), autocast:
                 stream = torch.cuda.Stream()  # capture wants work that has run before, on another stream
@@ -121,12 +151,14 @@ class _Graph:
                 for pair in self.twins:
                     self.forward.register_generator_state(pair.forward)
                     self.backward.register_generator_state(pair.backward)
-                with capturing(twins), torch.cuda.graph(self.forward, pool=pool):
+                with capturing(twins), torch.cuda.graph(self.forward, pool=first and first.forward.pool()):
                     outputs = forward()
                 ends = [x for x in outputs if x.requires_grad]
                 self.doutputs = [torch.zeros_like(x) for x in ends]
                 with capturing(twins), torch.cuda.graph(self.backward, pool=self.forward.pool()):
                     self.gradients = gradients_of(ends, self.doutputs)
+                    if first:
+                        self.gradients = _copied(self.gradients, first.gradients)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -139,15 +171,31 @@ class _Graph:
         torch.cuda.set_rng_state(random)
 
 
+def _copied(found: Sequence[torch.Tensor | None], into: Sequence[torch.Tensor | None]) -> list:
+    """``found`` in the memory of ``into``; a gradient may be missing from ``found`` alone."""
+    places = [None if gradient is None else place for gradient, place in zip(found, into)]
+    if any(gradient is not None and place is None for gradient, place in zip(found, places)):
+        raise RuntimeError("parameters take part in some steps only")
+    torch._foreach_copy_([x for x in places if x is not None], [x for x in found if x is not None])
+    return places
+
+
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, graph, inputs, *parameters):
-        # Gradients are handed out in the graph's own memory: one that is still there is being accumulated into.
-        for parameter, gradient in zip(graph.parameters, graph.gradients):
-            if gradient is None or parameter.grad is None:
-                continue
-            if parameter.grad.data_ptr() == gradient.data_ptr():
-                parameter.grad = parameter.grad.clone()
+        # Gradients are handed out in the graphs' own memory: one that is still there is being accumulated into.
+        kept = [
+            parameter
+            for parameter, gradient in zip(graph.parameters, graph.gradients)
+            if gradient is not None
+            and parameter.grad is not None
+            and parameter.grad.data_ptr() == gradient.data_ptr()
+        ]
+        if kept:
+            before = [parameter.grad for parameter in kept]
+            for parameter in kept:
+                parameter.grad = torch.empty_like(parameter)
+            torch._foreach_copy_([parameter.grad for parameter in kept], before)
         torch._foreach_copy_(graph.inputs, list(inputs))
         for pair in graph.twins:
             pair.align()
