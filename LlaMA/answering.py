@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from LlaMA.commonsense import ANSWER_LEAD, extract_answer
@@ -94,6 +100,23 @@ class AnswersDecided(StoppingCriteria):
         )
 
 
+def read_prompts(model: PreTrainedModel, batch: dict[str, torch.Tensor], beams: int) -> DynamicCache:
+    """Keys and values of all tokens but each prompt's last, once for every beam, though computed once a prompt."""
+    cache = DynamicCache(config=model.config)
+    ids, mask = (batch[name][:, :-1] for name in ("input_ids", "attention_mask"))
+    if ids.shape[1]:
+        model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.batch_repeat_interleave(beams)
+    return cache
+
+
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -121,7 +144,12 @@ def generate(
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    output = model.generate(**batch, generation_config=config, stopping_criteria=stops)
+    output = model.generate(
+        **batch,
+        past_key_values=read_prompts(model, batch, beams),
+        generation_config=config,
+        stopping_criteria=stops,
+    )
     texts = tokenizer.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
     return [
         Reply(text.strip(), extract_answer(text, question.words))

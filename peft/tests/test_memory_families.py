@@ -125,6 +125,20 @@ def test_under_autocast_as_near_to_float32_as_plain(family):
             assert distance(found, reference) <= 1.5 * distance(plain, reference), mode
 
 
+@pytest.mark.parametrize("family", ["timm-vit", "dinov2", "roberta", "mpnet"])
+def test_chunks_share_one_cast_of_the_frozen_weights(family):
+    model = control_model(family, torch.float32)
+    set_memory_mode(model, "lean", chunk_tokens=5)
+    (mlp, *_) = (vars(layer)["memory_plan"].mlp for layer in model.modules() if "memory_plan" in vars(layer))
+    state = torch.randn(7, mlp.first.in_features)
+    assert mlp.for_chunks(state).first is mlp.first  # nothing to cast
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = mlp.for_chunks(state)
+        assert cast.first.weight.dtype == torch.bfloat16 and mlp.first.weight.dtype == torch.float32
+        assert torch.equal(cast.forward(state, 0)[0], mlp.forward(state, 0)[0])
+        assert torch.equal(cast.backward(state, (), state), mlp.backward(state, (), state))
+
+
 @pytest.mark.parametrize("family", ["vit", "timm-vit", "mpnet"])
 def test_plain_restores_everything_and_inference_is_untouched(family):
     model = control_model(family, torch.float32).eval()

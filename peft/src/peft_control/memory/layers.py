@@ -169,11 +169,11 @@ class LeanLayer(torch.autograd.Function):
 
 def forward_in_chunks(plan: Plan, state: torch.Tensor, control: ControlLayer | None) -> torch.Tensor:
     """The MLP block's output with its control, ``plan.chunk`` tokens at a time; nothing is kept."""
-    output = torch.empty_like(state)
+    output, mlp = torch.empty_like(state), plan.mlp.for_chunks(state)
     for piece, into in zip(
         tokens(state).split(plan.chunk), output.view(-1, output.shape[-1]).split(plan.chunk)
     ):
-        into.copy_(plan.mlp.forward(piece, 0, control)[0])
+        into.copy_(mlp.forward(piece, 0, control)[0])
     return output
 
 
@@ -182,10 +182,10 @@ def backward_in_chunks(
     plan: Plan, state: torch.Tensor, dy: torch.Tensor, control: ControlLayer | None, needed: bool
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """The gradient of :func:`forward_in_chunks`'s state ``(tokens, width)``, if ``needed``, and of the control."""
-    dstate, sums = torch.empty_like(state) if needed else None, None
+    dstate, sums, mlp = torch.empty_like(state) if needed else None, None, plan.mlp.for_chunks(state)
     for rows in (slice(start, start + plan.chunk) for start in range(0, len(state), plan.chunk)):
         # MLP, then control, as in the forward: so dropout draws the same numbers
-        part = plan.mlp.backward(state[rows], (), dy[rows]) if needed else None
+        part = mlp.backward(state[rows], (), dy[rows]) if needed else None
         kept = control_hidden(control, state[rows])
         gradients = control_backward(control, state[rows], kept, dy[rows], part)
         if needed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -17,6 +19,18 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which a linear layer works on ``x``: autocast's, if that is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def cast_once(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    """``linear`` with its dense weights in ``dtype``, for many uses: autocast casts a frozen weight at each of them."""
+    if type(linear) is not nn.Linear or linear.weight.dtype == dtype:
+        return linear
+    twin = copy.copy(linear)
+    twin._parameters = {
+        name: None if parameter is None else nn.Parameter(parameter.to(dtype), requires_grad=False)
+        for name, parameter in linear._parameters.items()
+    }
+    return twin
 
 
 def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:

@@ -5,11 +5,13 @@ block's output with its control, what its ``keep`` asks it to keep, and what the
 ``backward`` takes the former, recomputes what is missing, and returns the state's gradient, the control's part
 excluded. Frozen weights need no gradients, so nothing else is ever kept. ``keep`` comes from the class's ``KEEP``:
 how much each memory mode keeps. Where that is nothing, tokens are worked in chunks whose intermediate tensor has about
-``CHUNK_ELEMENTS`` elements: larger chunks are no faster on an H100, smaller ones are launch-bound.
+``CHUNK_ELEMENTS`` elements (larger chunks are no faster on an H100, smaller ones are launch-bound) by the block that
+``for_chunks`` returns, whose weights are cast once for all of them.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +20,7 @@ from transformers.activations import GELUActivation, GELUTanh
 
 from . import kernels
 from .control import add_control, add_residual_, control_hidden
-from .linear import compute_dtype, input_gradient, is_frozen_linear
+from .linear import cast_once, compute_dtype, input_gradient, is_frozen_linear
 
 
 class GatedMlp:
@@ -40,6 +42,9 @@ class GatedMlp:
 
     def draws(self) -> bool:
         return False
+
+    def for_chunks(self, state):
+        return self  # such models hold their weights in the dtype in which they work
 
     def forward(self, state, keep, control=None):
         normal, _ = self._normalise(state)
@@ -96,6 +101,11 @@ class PreNormMlp:
     def draws(self) -> bool:
         return any(draws(module) for module in self.dropouts)
 
+    def for_chunks(self, state):
+        twin = copy.copy(self)
+        twin.first, *twin.rest = (cast_once(x, compute_dtype(state)) for x in (self.first, *self.rest))
+        return twin
+
     def forward(self, state, keep, control=None):
         inner = self.first(self._normalise(state))
         change = self.activation(inner)
@@ -143,6 +153,11 @@ class PostNormMlp:
 
     def draws(self) -> bool:
         return False  # it draws its mask itself
+
+    def for_chunks(self, state):
+        twin = copy.copy(self)
+        twin.first, twin.second = (cast_once(x, compute_dtype(state)) for x in (self.first, self.second))
+        return twin
 
     def _change(self, inner):
         """What is added to the state and, while dropout draws, its mask."""
