@@ -24,7 +24,7 @@ import finetune
 import torch
 
 from control_experiments.arguments import parse_arguments
-from control_experiments.device import select_device
+from control_experiments.device import explain_out_of_memory, select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.losses import Diverged
 from control_experiments.paths import RESULTS
@@ -90,7 +90,8 @@ def train(run: finetune.Options, number: str, device: torch.device) -> None:
     """Train unless the run is finished."""
     print(f"[{number}] {run.method} on {Path(run.data).stem}, lr {run.lr}, seed {run.seed}", flush=True)
     try:
-        finetune.train(run, device)
+        with explain_out_of_memory(device, finetune.LESS_MEMORY):
+            finetune.train(run, device)
     finally:
         gc.collect()  # the model's parts refer to each other; the next run's memory must not hold this one's
         if torch.cuda.is_available():

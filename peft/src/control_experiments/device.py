@@ -15,6 +15,9 @@ from transformers import set_seed
 
 from .errors import UserError
 
+#: A GPU with fewer free bytes is full: libraries work in a few dozen MiB.
+_FULL = 2**27
+
 
 def select_device(name: str) -> torch.device:
     """The device that a launcher's GPU argument names: a GPU index ("0", "1", ...) or "cpu".
@@ -80,10 +83,12 @@ def explain_out_of_memory(device: torch.device, switches: str) -> Iterator[None]
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        asked = _asked_for(error)
+        asked, on_gpu = _asked_for(error), isinstance(error, torch.OutOfMemoryError)
+        if asked is None and _library_lacked_memory(error, device):
+            asked, on_gpu = "what a library of CUDA works in", True
         if asked is None:
             raise
-        if device.type == "cuda" and isinstance(error, torch.OutOfMemoryError):
+        if device.type == "cuda" and on_gpu:
             free, total = torch.cuda.mem_get_info(device)
             used = torch.cuda.memory_allocated(device)
             where, there = "GPU's", f"{_gib(used)} in use by this run, {_gib(free)} free of {_gib(total)}"
@@ -107,6 +112,16 @@ def _asked_for(error: BaseException) -> str | None:
     if found := re.search(r"DefaultCPUAllocator: .*tried to allocate (\d+) bytes", text, re.DOTALL):
         return _gib(int(found.group(1)))
     return "more than there is" if isinstance(error, MemoryError) else None
+
+
+def _library_lacked_memory(error: BaseException, device: torch.device) -> bool:
+    """Whether cuBLAS or cuDNN failed while the GPU was full: they say only that something went wrong."""
+    if device.type != "cuda" or not re.search("CUBLAS_STATUS|CUDNN_STATUS|mha_graph", str(error)):
+        return False
+    try:
+        return torch.cuda.mem_get_info(device)[0] < _FULL
+    except RuntimeError:  # the failure left the device unusable
+        return False
 
 
 def _gib(count: float) -> str:
