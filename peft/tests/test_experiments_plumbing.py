@@ -510,7 +510,7 @@ def test_a_library_that_fails_on_a_full_gpu_is_explained_too(monkeypatch):
     for message in ("CUDA error: CUBLAS_STATUS_INTERNAL_ERROR when", "Expected mha_graph.execute(handle"):
         free[0] = 2**20
         full = pytest.raises(
-            UserError, match="the GPU's memory is too small: .* 1.0 GiB in use by this run, 0.0 GiB free"
+            UserError, match="the GPU's memory is too small: .*1.0 GiB in use by this run, 0.0 GiB free"
         )
         with full, explain_out_of_memory(gpu, "--less"):
             raise RuntimeError(message)
