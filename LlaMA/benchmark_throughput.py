@@ -24,7 +24,7 @@ sys.path.append(
     str(Path(__file__).resolve().parents[1])
 )  # this folder is the package LlaMA, also when run as a script
 
-from control_experiments.arguments import parse_arguments
+from control_experiments.arguments import check_numbers, parse_arguments
 from control_experiments.checksums import fingerprint
 from control_experiments.device import describe_device, explain_out_of_memory, seed_everything, select_device
 from control_experiments.errors import UserError, run_main
@@ -52,6 +52,7 @@ from LlaMA.packing import (
     VARLEN,
     GraphedLoss,
     batch_loss,
+    check_replayable,
     fixed_shape,
     fused_batch_loss,
     packed_step,
@@ -91,6 +92,7 @@ class Options:
     cutoff: int = field(default=256, metadata={"help": "Longer rows are cut to this many tokens."})
     control_rank: int = field(default=64, metadata={"help": "Rank of the control."})
     lora_rank: int = field(default=32, metadata={"help": "Rank of LoRA and DoRA."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of LoRA and DoRA."})
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = field(
         default="auto", metadata={"help": "Frozen weights and autocast."}
     )
@@ -106,6 +108,9 @@ class Options:
         for name in ("steps", "batch_size", "large_batch", "micro_batch_size", "cutoff"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        check_numbers(self, "lora_dropout", at_least=0, below=1)
+        if self.cuda_graphs:
+            check_replayable(self.method, self.lora_dropout)
 
 
 def measure(
@@ -134,7 +139,7 @@ def measure(
         0.0,
         options.lora_rank,
         2 * options.lora_rank,
-        0.05,
+        options.lora_dropout,
         targets,
     )
     model = add_adapter(base, config)
