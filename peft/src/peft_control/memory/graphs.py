@@ -25,6 +25,7 @@ class StepGraphs:
     def __init__(self, limit: int = 16):
         self.limit = limit
         self._graphs: dict[tuple, _Graph] = {}
+        self._stream: torch.cuda.Stream | None = None
         self._twins: dict[nn.Module, Twins] = {}
 
     def __deepcopy__(self, memo):
@@ -64,8 +65,11 @@ class StepGraphs:
                 if layer not in self._twins:
                     self._twins[layer] = Twins(inputs[0].device, number)
             first = next(iter(self._graphs.values()), None)
+            self._stream = self._stream or torch.cuda.Stream()
             with _own_leaves(model, parameters) as leaves:
-                self._graphs[key] = _Graph(compute, inputs, parameters, leaves, self._twins, first)
+                self._graphs[key] = _Graph(
+                    compute, inputs, parameters, leaves, self._twins, first, self._stream
+                )
         graph = self._graphs[key]
         return tree_unflatten(list(_Replay.apply(graph, inputs, *parameters)), graph.structure)
 
@@ -119,10 +123,11 @@ class _Graph:
     """Forward and backward of one shape.
 
     All graphs share the memory pool of the ``first``, and hand out gradients in its memory for them: what one keeps for
-    longer than its own replay must not lie where an earlier one works.
+    longer than its own replay must not lie where an earlier one works. The runs before a capture are on its own ``stream``:
+    there they make what cuBLAS works in, which would otherwise lie in the pool.
     """
 
-    def __init__(self, compute, inputs, parameters, leaves, twins, first):
+    def __init__(self, compute, inputs, parameters, leaves, twins, first, stream):
         self.inputs = [x.clone() for x in inputs]
         self.parameters, self.replays = parameters, 0
         self.twins = list(twins.values())
@@ -139,7 +144,6 @@ class _Graph:
         autocast = torch.autocast("cuda", dtype, torch.is_autocast_enabled("cuda"), cache_enabled=False)
         try:
             with torch.enable_grad(), autocast:
-                stream = torch.cuda.Stream()  # capture wants work that has run before, on another stream
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
                     for _ in range(2):
@@ -151,11 +155,17 @@ class _Graph:
                 for pair in self.twins:
                     self.forward.register_generator_state(pair.forward)
                     self.backward.register_generator_state(pair.backward)
-                with capturing(twins), torch.cuda.graph(self.forward, pool=first and first.forward.pool()):
+                with (
+                    capturing(twins),
+                    torch.cuda.graph(self.forward, pool=first and first.forward.pool(), stream=stream),
+                ):
                     outputs = forward()
                 ends = [x for x in outputs if x.requires_grad]
                 self.doutputs = [torch.zeros_like(x) for x in ends]
-                with capturing(twins), torch.cuda.graph(self.backward, pool=self.forward.pool()):
+                with (
+                    capturing(twins),
+                    torch.cuda.graph(self.backward, pool=self.forward.pool(), stream=stream),
+                ):
                     self.gradients = gradients_of(ends, self.doutputs)
                     if first:
                         self.gradients = _copied(self.gradients, first.gradients)
