@@ -417,12 +417,15 @@ def test_a_run_is_told_by_what_its_data_and_model_hold(arguments, encoders, glue
 
 
 def test_committed_runs_are_still_taken_for_what_their_commands_ask_for(tmp_path, capsys):
-    """Whatever options and checksums came after them."""
+    """Whatever options came after them; the models and data of their checksums are not here."""
     runs = [path.parent for path in sorted((RESULTS / "roberta").glob("minilm_*/record.json"))]
     assert runs
     for run in runs:
         shutil.copytree(run, tmp_path / run.name)
-        precision = json.loads((run / "run.json").read_text())["precision"]
+        claim = json.loads((run / "run.json").read_text())
+        named = {name: value for name, value in claim.items() if "sha256" not in name}
+        (tmp_path / run.name / "run.json").write_text(json.dumps(named))
+        precision = claim["precision"]
         here = ("--device", "cpu", "--precision", precision, "--output_dir", str(tmp_path / run.name))
         assert finetune.main([*read_record(run / "record.json").command[2:], *here]) is None
         assert "is finished: skipped" in capsys.readouterr().out
