@@ -239,7 +239,11 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     dtype = resolve_dtype(options.dtype, device)
     quieten()
     with RunFolder(options.output_dir) as folder:
-        folder.claim(asdict(options))
+        named = {
+            name: value and public_path(value)
+            for name, value in (("data", options.data), ("model", options.model))
+        }
+        folder.claim({**asdict(options), **named, "output_dir": folder.path.name})
         if folder.finished:
             print(f"{folder.path} is finished: skipped (delete the folder to run it again)")
             return None
