@@ -8,6 +8,7 @@ set -euo pipefail
 MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 STEPS=${STEPS:-300}
 EVAL_STEPS=${EVAL_STEPS:-10}
+MODES=${MODES:-fast balanced lean}    # beside plain
 SEED=${SEED:-42}
 LR=${LR:-5e-4}    # at 1e-3 the training is so close to unstable that roundings make spikes
 MICRO_BATCH=${MICRO_BATCH:-32}
@@ -24,6 +25,6 @@ train() {
     --memory "$memory" --seed "$seed" --max_steps "$STEPS" --eval_steps "$EVAL_STEPS" --lr "$LR" --batch_size "$BATCH" \
     --micro_batch_size "$MICRO_BATCH" --token_budget "$TOKEN_BUDGET" --output_dir "$OUT/$name" --resume "$@"
 }
-for memory in plain fast balanced lean; do train "$memory" "$memory" "$SEED" "$@"; done
+for memory in plain $MODES; do train "$memory" "$memory" "$SEED" "$@"; done
 train other-seed plain $((SEED + 1)) "$@"
 run "$PYTHON" "$HERE/memory_mode_curves.py" --folder "$OUT"

@@ -75,7 +75,9 @@ def draw(records: dict[str, RunRecord], path: Path) -> None:
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
     folder = Path(options.folder)
-    records = {name: read_record(folder / name / "record.json") for name in (*MODES, OTHER)}
+    places = {name: folder / name / "record.json" for name in (*MODES, OTHER)}
+    needed = (MODES[0], OTHER)
+    records = {name: read_record(path) for name, path in places.items() if path.is_file() or name in needed}
     used = records["plain"]
     text = (
         "# One training in every memory mode\n\n"
