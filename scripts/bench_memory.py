@@ -17,8 +17,9 @@ A method is NAME[+liger][+checkpointing][+compile][+graphs][:MODE] with
         paper's recipe for the shape (LLaMA: LoRA r 32 on q,k,v,up,down, control r 64 on attention and mlp;
         ViT: LoRA r 1 on the MLP's linears, control r 16; RoBERTa: LoRA r 8 on query and value, control r 16)
   MODE  plain, fast, balanced or lean, for control and control+lora (see peft_control.memory)
-By default all of them run that the shape has; liger and compile are for the LLaMA shapes. With graphs (CUDA graphs of the step, see peft_control.memory)
-memory is what the allocator reserves, because it keeps a graph's memory between the steps, in expandable segments.
+By default those run that suit the shape; liger and compile are for the LLaMA shapes. With graphs (CUDA graphs of the
+step, see peft_control.memory) memory is what the allocator reserves, in expandable segments, because a graph keeps its
+memory between the steps.
 """
 
 from __future__ import annotations
@@ -67,15 +68,17 @@ VISION_SHAPES = {"vit-b16": "vit_base_patch16_224", "tiny-vit": "test_vit"}  # t
 LONGEST = 1 << 17  # tokens: where the search of --limit ends
 SHAPES = (*LLAMA_SHAPES, *VISION_SHAPES, *ENCODER_SHAPES)
 
-#: The methods of a LLaMA shape and of the others, whose models have neither of the switches liger and compile.
+#: The methods of a LLaMA shape and of the others, whose models have neither of the switches liger and compile, and whose steps
+#: are short enough to be bound by launches.
 DEFAULT_METHODS = [
     "dora", "lora", "lora-all", "lora+compile", "lora+liger", "lora+checkpointing", "lora+liger+checkpointing",
     "control:plain", "control+liger:plain", "control:fast", "control:balanced", "control:lean",
     "control+lora:plain", "control+lora:fast", "control+lora:balanced", "control+lora:lean",
 ]  # fmt: skip
 OTHER_METHODS = [
-    method for method in DEFAULT_METHODS if not {"liger", "compile"} & set(re.split("[+:]", method))
-]
+    *(method for method in DEFAULT_METHODS if not {"liger", "compile"} & set(re.split("[+:]", method))),
+    "lora+graphs", "control+graphs:fast", "control+graphs:balanced", "control+graphs:lean",
+]  # fmt: skip
 
 
 @dataclass
@@ -506,6 +509,8 @@ def with_defaults(options: Options) -> Options:
         if options.tokens not in (None, tokens):
             raise UserError(f"{options.shape} has {tokens} tokens, not {options.tokens}: leave --tokens out")
     methods = options.methods or (DEFAULT_METHODS if options.shape in LLAMA_SHAPES else OTHER_METHODS)
+    if not options.methods and options.device == "cpu":
+        methods = [method for method in methods if "graphs" not in method]
     return replace(options, methods=methods, tokens=tokens if options.tokens is None else options.tokens)
 
 
