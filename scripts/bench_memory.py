@@ -465,6 +465,8 @@ def draw(results: list[dict], title: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.transforms import Bbox
 
     points = sorted(
         (result["step_seconds"] * 1e3, result["over_static_bytes"] / 1e9, result["method"])
@@ -477,13 +479,30 @@ def draw(results: list[dict], title: str, path: Path) -> None:
             frontier.append(point)
             best = point[1]
     figure, axes = plt.subplots(figsize=(9, 6))
-    for ms, gigabytes, method in points:
-        colour = "tab:blue" if method.startswith("control") else "tab:orange"
-        axes.scatter(ms, gigabytes, color=colour)
-        axes.annotate(method, (ms, gigabytes), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.step([p[0] for p in frontier], [p[1] for p in frontier], where="post", color="grey", linewidth=0.8)
     axes.set(xlabel="ms per step", ylabel="GB over the weights", title=title, yscale="log")
+    axes.margins(x=0.2, y=0.08)  # room for labels
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.step([p[0] for p in frontier], [p[1] for p in frontier], where="post", color="grey", linewidth=0.8)
+    for ms, gigabytes, method in points:
+        axes.scatter(ms, gigabytes, color="tab:blue" if method.startswith("control") else "tab:orange")
     figure.tight_layout()
+    figure.canvas.draw()
+    taken = [
+        Bbox.from_extents(x - 4, y - 4, x + 4, y + 4)
+        for x, y in axes.transData.transform([p[:2] for p in points])
+    ]
+    for ms, gigabytes, method in points:
+        label = axes.annotate(method, (ms, gigabytes), xytext=(0, 0), textcoords="offset points", fontsize=8)
+        for down, side in itertools.product((4, -11, 14, -21), ("left", "right")):
+            label.xyann = (6 if side == "left" else -6, down)
+            label.set_horizontalalignment(side)
+            place = label.get_window_extent()
+            inside = axes.bbox.x0 < place.x0 and place.x1 < axes.bbox.x1
+            if inside and not any(place.overlaps(other) for other in taken):
+                break
+        taken.append(label.get_window_extent())
     figure.savefig(path, dpi=150)
 
 
