@@ -3,10 +3,11 @@ import shutil
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from control_experiments.record import read_record
 from LlaMA import answering, evaluate, finetune
-from LlaMA.answering import Question, generate, rank_words
+from LlaMA.answering import Question, generate, pad_left, rank_words
 from LlaMA.commonsense import ANSWER_LEAD, TASKS, offered_words, tokenize_prompts
 from LlaMA.tests.conftest import one_line, tiny_model
 
@@ -58,6 +59,21 @@ def questions(rows, tokenizer, model):
 
 
 # -- generation ---------------------------------------------------------------------------------------------
+
+
+def test_prompts_read_once_for_all_beams_say_what_the_published_search_says(model, tokenizer, questions):
+    longest_first = sorted(questions, key=lambda question: -len(question.ids))
+    assert len(longest_first[0].ids) > len(longest_first[-1].ids)  # so that some are padded
+    batch = pad_left([question.ids for question in longest_first], tokenizer.pad_token_id, model.device)
+    length = batch["input_ids"].shape[1]
+    config = GenerationConfig(
+        num_beams=4, do_sample=False, max_new_tokens=32, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    published = model.generate(**batch, generation_config=config)[:, length:]
+    texts = [text.strip() for text in tokenizer.batch_decode(published, skip_special_tokens=True)]
+    said = generate(model, tokenizer, longest_first, stop_when_decided=False)
+    assert [reply.text for reply in said] == texts
 
 
 def test_stopping_when_decided_changes_no_answer_and_takes_fewer_steps(

@@ -69,6 +69,11 @@ def roberta(folder: Path, **changes: object) -> Run:
     return Run("RoBERTa/finetune.py", words(**options), ("adapter/adapter_model.safetensors",))
 
 
+def qcontrol(folder: Path, **changes: object) -> Run:
+    """The same over 4-bit weights."""
+    return roberta(folder, quantization="nf4", **changes)
+
+
 def vit(folder: Path, **changes: object) -> Run:
     """Control on timm's test ViT and 40 images of three colors: 15 steps in 3 epochs."""
     import timm
@@ -134,5 +139,5 @@ def llama_evaluate(folder: Path, **changes: object) -> Run:
 
 
 RUNS: dict[str, Callable[..., Run]] = {
-    "roberta": roberta, "vit": vit, "llama": llama, "llama-evaluate": llama_evaluate,
+    "roberta": roberta, "qcontrol": qcontrol, "vit": vit, "llama": llama, "llama-evaluate": llama_evaluate,
 }  # fmt: skip
