@@ -15,6 +15,4 @@ cd "$REPOSITORY"
 # The tests need no network and do not try any. Two workers with one thread each: tiny models gain nothing from more.
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# A job in the background starts with Ctrl-C ignored, and so would what the tests of Ctrl-C start.
-heed="import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-exec "$PYTHON" -c "$heed" -m pytest -n 2 --dist worksteal "$@"
+exec "$PYTHON" -m pytest -n 2 --dist worksteal "$@"

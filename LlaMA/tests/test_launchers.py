@@ -226,6 +226,7 @@ LAUNCHERS = {
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_a_signal_reaches_the_program_whose_end_is_waited_for(name, number, tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
     stub = tmp_path / "python"
     stub.write_text(STUB.format(python=sys.executable))
     stub.chmod(0o755)

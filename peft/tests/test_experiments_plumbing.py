@@ -418,6 +418,8 @@ def test_a_full_disk_is_one_line_and_costs_only_what_was_being_written(writer, s
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_in_one_line_that_says_how_to_go_on(number, code, tmp_path, capsys):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
+
     def main():
         with RunFolder(tmp_path / "run") as folder:
             folder.claim({})

@@ -189,6 +189,7 @@ def test_what_extra_options_change_is_expected_of_the_record(reruns):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupting_ends_the_running_cells_and_starts_no_other(reruns, number, code):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
     command = reruns.command("glue", "--tasks", "rte", "--seeds", "1", "--gpus", "0", "1")
     process = subprocess.Popen(
         command, env={**reruns.environment, "FAKE_SECONDS": "60"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
