@@ -72,7 +72,6 @@ from LlaMA.packing import (
     GraphedLoss,
     batch_loss,
     check_packing,
-    check_replayable,
     fixed_shape,
     fused_batch_loss,
     packed_step,
@@ -224,8 +223,6 @@ class Options:
             raise UserError("--cuda_graphs cannot replay --gradient_checkpointing: choose one of the two")
         if self.cuda_graphs and processes > 1:
             raise UserError("--cuda_graphs is for one process: leave it out")
-        if self.cuda_graphs:
-            check_replayable(self.method, self.lora_dropout)
         self.config()
 
     def config(self):

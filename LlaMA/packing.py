@@ -224,14 +224,6 @@ class GraphedLoss:
         return self.graphs(compute, tensors, model, batch.inputs["max_length_q"])
 
 
-def check_replayable(method: str, lora_dropout: float) -> None:
-    """Raise UserError for LoRA or DoRA with dropout: such replays crashed on an H100 with torch 2.11, the cause is not known."""
-    if lora_dropout and method not in ("control", "double control"):
-        raise UserError(
-            "--cuda_graphs with dropout in LoRA crashes: add --lora_dropout 0, or leave --cuda_graphs out"
-        )
-
-
 def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     """The causal language model inside peft's and DDP's wrappers."""
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))

@@ -269,7 +269,6 @@ def test_packs_of_fixed_shape_train_alike(run, tmp_path):
     [
         (("--batching", "padded"), "needs packed rows"),
         (("--gradient_checkpointing",), "choose one of the two"),
-        (("--lora_dropout", 0.05), "add --lora_dropout 0"),
     ],
 )
 def test_what_graphs_cannot_replay_is_said(run, tmp_path, options, message):

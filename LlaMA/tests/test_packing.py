@@ -112,6 +112,8 @@ def test_graphs_replay_the_packs_of_a_step(model, step, loss, method):
 
     model = adapted(model.bfloat16(), method).cuda().train()
     model.base_model.model.set_attn_implementation(VARLEN)
+    # as accelerate does: inside, autocast keeps casts even though the capture asks it not to
+    model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
     ready_to_train(model, "fast" if loss is fused_batch_loss and "control" in method else "plain", half=True)
     graphed = GraphedLoss(loss)
     for turn, rows in enumerate((step, step[::-1][:9], step, step[:4])):
@@ -138,14 +140,14 @@ def test_lora_dropout_draws_anew_in_each_replay(model, step, method):
             torch.nn.init.normal_(parameter, std=0.1)
     model.base_model.model.set_attn_implementation(VARLEN)
     ready_to_train(model, "plain", half=True)
-    graphed, totals = GraphedLoss(batch_loss), []
+    graphed, seen = GraphedLoss(batch_loss), []
     fixed = [fixed_shape(pack, 128, len(step), 256, 0).to("cuda") for pack in packed_step(step, 4, 700)]
     for _ in range(6):
         with torch.autocast("cuda", torch.bfloat16):
             total, found = gradients(model, fixed, graphed)
-        totals.append(total)
-        assert all(torch.isfinite(gradient).all() for gradient in found.values())
-    assert len(set(totals)) == len(totals) and max(totals) < 2 * min(totals)
+        assert total < 10 and all(torch.isfinite(gradient).all() for gradient in found.values())
+        seen.append(torch.cat([gradient.flatten() for gradient in found.values()]))
+    assert not any(torch.equal(one, other) for one, other in pairwise(seen))
 
 
 def test_padded_batches_are_the_published_ones(model, step):

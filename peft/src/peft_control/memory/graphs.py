@@ -133,11 +133,15 @@ class _Graph:
         self.twins = list(twins.values())
 
         def forward():
+            torch.clear_autocast_cache()  # a replay must not read casts that were made, and are kept, outside of it
             outputs, self.structure = tree_flatten(compute(*self.inputs))
+            torch.clear_autocast_cache()
             return outputs
 
         def gradients_of(outputs, doutputs):
-            return torch.autograd.grad(outputs, leaves, doutputs, allow_unused=True)
+            found = torch.autograd.grad(outputs, leaves, doutputs, allow_unused=True)
+            torch.clear_autocast_cache()
+            return found
 
         random = torch.cuda.get_rng_state()  # what the runs below draw must not count
         dtype = torch.get_autocast_dtype("cuda")
