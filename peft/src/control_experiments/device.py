@@ -84,8 +84,8 @@ def explain_out_of_memory(device: torch.device, switches: str) -> Iterator[None]
         yield
     except (RuntimeError, MemoryError) as error:
         asked, on_gpu = _asked_for(error), isinstance(error, torch.OutOfMemoryError)
-        if asked is None and _library_lacked_memory(error, device):
-            asked, on_gpu = "what a library of CUDA works in", True
+        if asked is None and _cuda_lacked_memory(error, device):
+            asked, on_gpu = "what CUDA or a library of it works in", True
         if asked is None:
             raise
         if device.type == "cuda" and on_gpu:
@@ -114,9 +114,14 @@ def _asked_for(error: BaseException) -> str | None:
     return "more than there is" if isinstance(error, MemoryError) else None
 
 
-def _library_lacked_memory(error: BaseException, device: torch.device) -> bool:
-    """Whether cuBLAS or cuDNN failed while the GPU was full: they say only that something went wrong."""
-    if device.type != "cuda" or not re.search("CUBLAS_STATUS|CUDNN_STATUS|mha_graph", str(error)):
+def _cuda_lacked_memory(error: BaseException, device: torch.device) -> bool:
+    """Whether CUDA itself wanted memory (to load a kernel, say), or cuBLAS or cuDNN failed while the GPU was full: they say
+    only that something went wrong."""
+    if device.type != "cuda":
+        return False
+    if "CUDA error: out of memory" in str(error):
+        return True
+    if not re.search("CUBLAS_STATUS|CUDNN_STATUS|mha_graph", str(error)):
         return False
     try:
         return torch.cuda.mem_get_info(device)[0] < _FULL
