@@ -1,6 +1,7 @@
 """Memory modes: exact gradients in every mode, reversible, and clear about what they cannot do."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -43,9 +44,8 @@ def build(family="llama", dtype=torch.float64, lora=False, **control):
         hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=VOCABULARY, **extra,
     )  # fmt: skip
-    per_weight = (
-        dict(target_modules=["q_proj", "k_proj", "v_proj"], r=2, init_lora_weights=False) if lora else {}
-    )
+    targets = ["q_proj", "k_proj", "v_proj", *(["o_proj"] if lora == "attention" else [])]
+    per_weight = dict(target_modules=targets, r=2, init_lora_weights=False) if lora else {}
     config_control = ControlConfig(
         task_type="CAUSAL_LM",
         **{"control_blocks": ["attention", "mlp"], "control_rank": 4, "init_weights": False, **control},
@@ -92,7 +92,7 @@ def distance(gradients, reference):
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, True, "attention"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_exact(family, lora, mode, exact_norms):
     model = build(family, lora=lora, control_bias=True, control_alpha=0.7)
@@ -101,6 +101,27 @@ def test_gradients_are_exact(family, lora, mode, exact_norms):
     assert abs(found_loss - loss) <= 1e-10
     assert found.keys() == reference.keys()
     assert distance(found, reference) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("mode", "twice"),
+    [
+        ("fast", ()),
+        ("balanced", ("q_proj", "k_proj", "v_proj", "up_proj")),
+        ("lean", ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")),
+    ],
+)
+def test_what_is_computed_twice(mode, twice):
+    model = build()
+    set_memory_mode(model, mode)
+    calls = Counter()
+    for name, module in model.get_base_model().model.layers[1].named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_hook(lambda *_, name=name: calls.update([name.partition(".")[2]]))
+    inputs, labels = batch()
+    model(**inputs, labels=labels).loss.backward()
+    assert len(calls) == 7 and max(calls.values()) <= 2
+    assert {name for name, count in calls.items() if count == 2} == set(twice)
 
 
 @pytest.mark.parametrize("mode", MODES[1:])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import kernels
 from .control import AddControl
+from .linear import compute_dtype, is_frozen_linear
 from .mlp import tokens
 
 
@@ -42,8 +44,22 @@ class Rope(torch.autograd.Function):
         return kernels.rope(dy, *ctx.saved_tensors, backward=True), None, None
 
 
-def decoder_attention(layer, hidden_states, attention_mask=None, position_embeddings=None, **named):
-    """``state + self_attn(input_layernorm(state)) + control`` of LLaMA, Mistral, Qwen2 and Qwen3, without a cache."""
+def decoder_attention(layer, hidden_states, *arguments, recompute=None, **named):
+    """``state + self_attn(input_layernorm(state)) + control`` of LLaMA, Mistral, Qwen2 and Qwen3, without a cache.
+
+    What ``recompute`` (torch's ``checkpoint``) is given runs once more in the backward. The output projection is not, where
+    it keeps nothing that would have to be computed.
+    """
+    project = layer.self_attn.o_proj
+    if recompute and not (is_frozen_linear(project) and project.weight.dtype == compute_dtype(hidden_states)):
+        return recompute(decoder_attention, layer, hidden_states, *arguments, **named)
+    mix = partial(recompute, _mixed_values) if recompute else _mixed_values
+    change = project(mix(layer, hidden_states, *arguments, **named))
+    return AddControl.add(hidden_states, change, getattr(layer, "attention_control", None))
+
+
+def _mixed_values(layer, hidden_states, attention_mask=None, position_embeddings=None, **named):
+    """What the output projection takes: ``(batch, tokens, heads * head_dim)``."""
     attention = layer.self_attn
     normal = RmsNorm.apply(hidden_states, layer.input_layernorm)
     shape = (*normal.shape[:-1], -1, attention.head_dim)
@@ -72,5 +88,4 @@ def decoder_attention(layer, hidden_states, attention_mask=None, position_embedd
         sliding_window=window,
         **named,
     )
-    change = attention.o_proj(mixed.reshape(*normal.shape[:-1], -1))
-    return AddControl.add(hidden_states, change, getattr(layer, "attention_control", None))
+    return mixed.reshape(*normal.shape[:-1], -1)

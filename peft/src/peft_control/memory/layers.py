@@ -6,7 +6,7 @@ attention kernel and LoRA works as before) and MLP (hand-written, see ``mlp.py``
 | mode     | attention half            | MLP half                                                            |
 |----------|---------------------------|---------------------------------------------------------------------|
 | fast     | kept                      | no matmul is recomputed                                             |
-| balanced | kept, or recomputed from its state where the MLP keeps much (SwiGLU) | one matmul is recomputed, in token chunks where nothing is kept |
+| balanced | kept, or recomputed up to the output projection where the MLP keeps much (SwiGLU) | one matmul is recomputed, in token chunks where nothing is kept |
 | lean     | one state per layer kept, on the host if offloaded; the rest recomputed, the MLP in token chunks |
 """
 
@@ -35,7 +35,7 @@ class Halves:
     Attributes:
         attention: ``(layer, state, **arguments)`` -> the attention block's output state, control included.
         mlp: the frozen MLP block (``mlp.py``).
-        recompute_attention: whether mode "balanced" recomputes the attention half.
+        recompute_attention: whether mode "balanced" recomputes the attention half, whose ``recompute`` then says how.
         returns_tuple: whether the layer's own forward returns its state in a tuple.
     """
 
@@ -81,7 +81,8 @@ def training_forward(layer: nn.Module, hidden_states: torch.Tensor, *arguments, 
         attention = partial(plan.halves.attention, layer)
         if plan.mode == "balanced" and plan.halves.recompute_attention:
             replay = draws_random_numbers(layer)
-            attention = partial(checkpoint, attention, use_reentrant=False, preserve_rng_state=replay)
+            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=replay)
+            attention = partial(attention, recompute=again)
         middle = attention(hidden_states, *arguments, **named)
         output = MlpHalf.apply(middle, layer, *control_parameters(getattr(layer, "mlp_control", None)))
     return (output,) if plan.halves.returns_tuple else output
