@@ -10,7 +10,8 @@
 
 Random weights of the true shape: memory and time do not depend on their values. Every method runs in a process
 of its own, on the same data, and a line is printed as it ends; ratios are to the fastest and to the leanest LoRA
-of the same run. A record per run goes to --output, with a picture of memory against time.
+of the same run. A record per run goes to --output, with a picture of memory against time. A killed run goes on after
+what it has measured.
 
 A method is NAME[+liger][+checkpointing][+compile][+graphs][:MODE] with
   NAME  lora, lora-all (every linear layer), dora, control, control+lora, each with the ranks and targets of the
@@ -33,7 +34,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Optional
@@ -404,10 +405,32 @@ def matmul_tflops() -> float:
     return 10 * 2 * 8192**3 / (start.elapsed_time(end) / 1000) / 1e12
 
 
-def run_all(options: Options) -> Iterator[dict]:
-    """Measure each method in a process of its own."""
+def finished_before(unfinished: Path, record: dict) -> list[dict]:
+    """The results that a killed run of the same benchmark has left, without its failures; no table reads that file.
+
+    The same are options, device, versions and code: everything in ``record`` but what each run says anew.
+    """
+    try:
+        found = json.loads(unfinished.read_text())
+        anew = ("created", "matmul_tflops", "results")
+        if any(found[key] != value for key, value in record.items() if key not in anew):
+            return []
+        kept = [result for result in found["results"] if "error" not in result]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # there is none, or it is no such file
+    if kept:
+        print(
+            f"going on after {len(kept)} measurements in {unfinished} (delete it to start again)", flush=True
+        )
+    return kept
+
+
+def run_all(options: Options, finished: Collection[str] = ()) -> Iterator[dict]:
+    """Measure each method that is not ``finished`` in a process of its own."""
     passed_on = list(sys.argv[1:])
     for number, method in enumerate(options.methods, 1):
+        if method in finished:
+            continue
         started = time.time()
         command = [sys.executable, __file__, *passed_on, "--worker", method]
         graphs = (
@@ -589,10 +612,13 @@ def main() -> None:
         "options": {key: value for key, value in asdict(options).items() if key not in ("output", "worker")},
         "results": (results := []),
     }
-    unfinished = path.with_suffix(".json.partial")  # what a killed run leaves; no table reads it
-    for result in run_all(options):
+    unfinished = path.with_suffix(".json.partial")
+    results += finished_before(unfinished, record)
+    for result in run_all(options, {result["method"] for result in results}):
         results.append(result)
         write_json_atomic(unfinished, record)
+    results.sort(key=lambda result: options.methods.index(result["method"]))
+    write_json_atomic(unfinished, record)
     unfinished.replace(path)
     print(ratios(results))
     if not options.limit:

@@ -11,7 +11,8 @@ keeps the frozen weights on every GPU (through accelerate) and sends the adapter
 parameters, layer by layer (torch's fully_shard, which accelerate calls too; it does so on GPUs only). Weights are a fixed
 pseudo-random function of their index, the same for every number of processes and every sharding. Therefore
 the losses must be those of one process that accumulates the same global batch, which is run for comparison.
-The methods are those of bench_memory.py. Each cell is one torchrun; a record and a picture go to --output.
+The methods are those of bench_memory.py. Each cell is one torchrun; a record and a picture go to --output. A killed run
+goes on after what it has measured.
 """
 
 from __future__ import annotations
@@ -357,10 +358,15 @@ def main() -> None:
         },
         "results": (cells := []),
     }
-    unfinished = path.with_suffix(".json.partial")  # what a killed run leaves; no table reads it
-    singles, references = {}, {}
+    unfinished = path.with_suffix(".json.partial")
+    cells += bench_memory.finished_before(unfinished, record)
+    finished = {(cell["method"], cell["shard"], cell["processes"]) for cell in cells}
+    singles = {(cell["method"], cell["shard"]): cell for cell in cells if cell["processes"] == 1}
+    references = {}
     planned = [(m, s, n) for m in options.methods for s in options.shards for n in options.counts()]
     for number, (method, shard, processes) in enumerate(planned, 1):
+        if (method, shard, processes) in finished:
+            continue
         started = time.time()
         cell = run_cell(options, method, shard, processes)
         if processes == 1:
@@ -380,6 +386,8 @@ def main() -> None:
             f"[{number}/{len(planned)}, {time.time() - started:.0f} s] {line(cell, singles.get((method, shard)))}",
             flush=True,
         )
+    cells.sort(key=lambda cell: planned.index((cell["method"], cell["shard"], cell["processes"])))
+    write_json_atomic(unfinished, record)
     unfinished.replace(path)
     if not options.longest:
         draw(cells, title, path.with_suffix(".png"))

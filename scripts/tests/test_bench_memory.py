@@ -43,6 +43,42 @@ def test_measures_each_method_and_writes_a_record(shape, tokens, methods, tmp_pa
         assert "control:fast" in done.stdout.split("against lora (fastest)")[1]
 
 
+def test_a_killed_run_goes_on(tmp_path):
+    from scripts.bench_memory import finished_before
+
+    asked = (
+        "--shape",
+        "tiny",
+        "--batch",
+        1,
+        "--tokens",
+        8,
+        "--output",
+        tmp_path,
+        "--methods",
+        "lora",
+        "control:lean",
+    )
+    path = tmp_path / "tiny_1x8.json"
+    assert bench(*asked).returncode == 0
+    record = json.loads(path.read_text())
+    left = tmp_path / "tiny_1x8.json.partial"
+    first, second = record["results"]
+    left.write_text(json.dumps({**record, "results": [{"method": "lora", "error": "no memory"}, second]}))
+    done = bench(*asked)
+    assert done.returncode == 0 and "going on after 1 measurements" in done.stdout
+    again = json.loads(path.read_text())["results"]
+    assert again[1] == second and again[0]["method"] == "lora" and again[0] != first
+    assert not left.exists()
+
+    left.write_text(json.dumps(record))
+    assert finished_before(left, {**record, "created": "later"}) == [first, second]
+    assert finished_before(left, {**record, "device": "another"}) == []
+    for broken in ("{", "[]", "{}", '{"results": 1}'):
+        left.write_text(broken)
+        assert finished_before(left, record) == []
+
+
 @pytest.mark.parametrize(
     "shape, batch, tokens", [("llama3-8b", 4, 1024), ("vit-b16", 128, 197), ("roberta-base", 64, 128)]
 )

@@ -20,10 +20,11 @@ def bench(*options):
 
 
 def test_two_processes_lose_what_one_loses(tmp_path):
-    done = bench(
+    asked = (
         "--processes", 2, "--methods", "control:lean", "--batch", 2, "--tokens", 8, "--steps", 1, "--warmup", 1,
         "--output", tmp_path,
     )  # fmt: skip
+    done = bench(*asked)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "tiny_2x8.json").read_text())
     cells = {(cell["shard"], cell["processes"]): cell for cell in record["results"]}
@@ -35,6 +36,12 @@ def test_two_processes_lose_what_one_loses(tmp_path):
     assert cells["ddp", 2]["sent_bytes_per_process"] == pytest.approx(4 * adapters, abs=200)
     assert cells["fsdp2", 2]["sent_bytes_per_process"] > 2 * 4 * adapters
     assert (tmp_path / "tiny_2x8.png").stat().st_size > 1000
+
+    # a run that was killed after both measurements
+    (tmp_path / "tiny_2x8.json").rename(tmp_path / "tiny_2x8.json.partial")
+    done = bench(*asked)
+    assert done.returncode == 0 and "going on after 2 measurements" in done.stdout
+    assert json.loads((tmp_path / "tiny_2x8.json").read_text())["results"] == record["results"]
 
 
 def test_bad_input_is_one_line(tmp_path):
