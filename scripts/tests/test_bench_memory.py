@@ -41,42 +41,33 @@ def test_measures_each_method_and_writes_a_record(shape, tokens, methods, tmp_pa
     assert (tmp_path / f"{shape}_2x{tokens}.png").stat().st_size > 1000
     if shape == "tiny":
         assert "control:fast" in done.stdout.split("against lora (fastest)")[1]
+        # a run that was killed after the second of both
+        path = tmp_path / f"{shape}_2x{tokens}.json"
+        left = {**record, "results": record["results"][1:]}
+        path.rename(f"{path}.partial").write_text(json.dumps(left))
+        done = bench("--shape", shape, "--batch", 2, *asked, "--output", tmp_path, "--methods", *methods)
+        assert done.returncode == 0 and "going on after 1 measurements" in done.stdout
+        again = json.loads(path.read_text())["results"]
+        assert (
+            again[1] == record["results"][1]
+            and again[0]["method"] == "lora"
+            and again[0] != record["results"][0]
+        )
 
 
-def test_a_killed_run_goes_on(tmp_path):
+def test_what_a_killed_run_has_left_counts_for_the_same_run_alone(tmp_path):
     from scripts.bench_memory import finished_before
 
-    asked = (
-        "--shape",
-        "tiny",
-        "--batch",
-        1,
-        "--tokens",
-        8,
-        "--output",
-        tmp_path,
-        "--methods",
-        "lora",
-        "control:lean",
-    )
-    path = tmp_path / "tiny_1x8.json"
-    assert bench(*asked).returncode == 0
-    record = json.loads(path.read_text())
+    failed, measured = {"method": "lora", "error": "no memory"}, {"method": "control:lean", "loss": 1.0}
     left = tmp_path / "tiny_1x8.json.partial"
-    first, second = record["results"]
-    left.write_text(json.dumps({**record, "results": [{"method": "lora", "error": "no memory"}, second]}))
-    done = bench(*asked)
-    assert done.returncode == 0 and "going on after 1 measurements" in done.stdout
-    again = json.loads(path.read_text())["results"]
-    assert again[1] == second and again[0]["method"] == "lora" and again[0] != first
-    assert not left.exists()
-
+    record = {"device": "cpu", "options": {"tokens": 8}, "created": "now", "results": [failed, measured]}
     left.write_text(json.dumps(record))
-    assert finished_before(left, {**record, "created": "later"}) == [first, second]
+    assert finished_before(left, {**record, "created": "later"}) == [measured]
     assert finished_before(left, {**record, "device": "another"}) == []
     for broken in ("{", "[]", "{}", '{"results": 1}'):
         left.write_text(broken)
         assert finished_before(left, record) == []
+    assert finished_before(tmp_path / "none", record) == []
 
 
 @pytest.mark.parametrize(
