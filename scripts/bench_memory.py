@@ -419,9 +419,7 @@ def finished_before(unfinished: Path, record: dict) -> list[dict]:
     except (OSError, ValueError, KeyError, TypeError):
         return []  # there is none, or it is no such file
     if kept:
-        print(
-            f"going on after {len(kept)} measurements in {unfinished} (delete it to start again)", flush=True
-        )
+        print(f"{len(kept)} measured before, in {unfinished} (delete it to start again)", flush=True)
     return kept
 
 

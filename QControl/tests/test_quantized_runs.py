@@ -232,6 +232,21 @@ def test_evaluating_over_another_quantization_warns(llama, model_folder, data, t
     assert code == 2 and "quantization" in one_line(err)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_paged_optimizer_trains_nearly_as_adamw_does(llama, tmp_path):
+    losses = {}
+    for optimizer in ("adamw", "paged_adamw_8bit"):
+        words = ("--device", 0, "--optimizer", optimizer, "--max_steps", 6, "--eval_steps", 2, "--lr", 1e-2)
+        code, _, err = llama(*words, output=optimizer)
+        assert code == 0, err
+        losses[optimizer] = [
+            entry["eval_loss"] for entry in read_record(tmp_path / optimizer / "record.json").history
+        ]
+    exact, paged = losses.values()
+    assert len(exact) == 3 and paged[-1] < paged[0]
+    assert paged == pytest.approx(exact, rel=0.05)
+
+
 def test_llama_bad_input_is_one_line(llama, model_folder, tmp_path, call, data):
     code, _, err = llama("--optimizer", "paged_adamw_8bit")
     assert code == 2 and "--optimizer paged_adamw_8bit needs a GPU" in one_line(err)

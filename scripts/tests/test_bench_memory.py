@@ -46,7 +46,7 @@ def test_measures_each_method_and_writes_a_record(shape, tokens, methods, tmp_pa
         left = {**record, "results": record["results"][1:]}
         path.rename(f"{path}.partial").write_text(json.dumps(left))
         done = bench("--shape", shape, "--batch", 2, *asked, "--output", tmp_path, "--methods", *methods)
-        assert done.returncode == 0 and "going on after 1 measurements" in done.stdout
+        assert done.returncode == 0 and "1 measured before" in done.stdout
         again = json.loads(path.read_text())["results"]
         assert (
             again[1] == record["results"][1]
