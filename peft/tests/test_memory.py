@@ -91,29 +91,30 @@ def distance(gradients, reference):
     return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
 
 
-@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize(("mode", "offload"), [*((mode, None) for mode in MODES[1:]), ("lean", True)])
 @pytest.mark.parametrize("lora", [False, True, "attention"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_exact(family, lora, mode, exact_norms):
+def test_gradients_are_exact(family, lora, mode, offload, exact_norms):
     model = build(family, lora=lora, control_bias=True, control_alpha=0.7)
     loss, reference = loss_and_gradients(model, "plain", padded=True)
-    found_loss, found = loss_and_gradients(model, mode, padded=True)
+    found_loss, found = loss_and_gradients(model, mode, padded=True, offload=offload)
     assert abs(found_loss - loss) <= 1e-10
     assert found.keys() == reference.keys()
     assert distance(found, reference) <= 1e-10
 
 
 @pytest.mark.parametrize(
-    ("mode", "twice"),
+    ("mode", "offload", "twice"),
     [
-        ("fast", ()),
-        ("balanced", ("q_proj", "k_proj", "v_proj", "up_proj")),
-        ("lean", ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")),
+        ("fast", None, ()),
+        ("balanced", None, ("q_proj", "k_proj", "v_proj", "up_proj")),
+        ("lean", None, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")),
+        ("lean", True, ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")),
     ],
 )
-def test_what_is_computed_twice(mode, twice):
+def test_what_is_computed_twice(mode, offload, twice):
     model = build()
-    set_memory_mode(model, mode)
+    set_memory_mode(model, mode, offload=offload)
     calls = Counter()
     for name, module in model.get_base_model().model.layers[1].named_modules():
         if name.endswith("_proj"):
@@ -122,6 +123,15 @@ def test_what_is_computed_twice(mode, twice):
     model(**inputs, labels=labels).loss.backward()
     assert len(calls) == 7 and max(calls.values()) <= 2
     assert {name for name, count in calls.items() if count == 2} == set(twice)
+
+
+@pytest.mark.parametrize(("mode", "offload"), [*((mode, None) for mode in MODES[1:]), ("lean", True)])
+@pytest.mark.parametrize("blocks", [["mlp"], ["attention"]])
+def test_gradients_are_exact_with_one_block(blocks, mode, offload, exact_norms):
+    model = build(control_blocks=blocks)
+    _, reference = loss_and_gradients(model, "plain")
+    _, found = loss_and_gradients(model, mode, offload=offload)
+    assert distance(found, reference) <= 1e-10
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
@@ -159,8 +169,9 @@ def test_lean_replays_its_dropout(exact_norms):
 def test_bf16_is_as_near_to_float32_as_plain_is(mode):
     _, reference = loss_and_gradients(build(dtype=torch.float32), "plain")
     _, plain = loss_and_gradients(build(dtype=torch.bfloat16), "plain")
-    _, found = loss_and_gradients(build(dtype=torch.bfloat16), mode)
-    assert distance(found, reference) <= 1.5 * distance(plain, reference)
+    for offload in (None, True) if mode == "lean" else (None,):
+        _, found = loss_and_gradients(build(dtype=torch.bfloat16), mode, offload=offload)
+        assert distance(found, reference) <= 1.5 * distance(plain, reference)
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
@@ -169,7 +180,7 @@ def test_autocast_of_a_float32_model_is_as_near_to_float32_as_plain(mode):
     _, reference = loss_and_gradients(model, "plain")
     with torch.autocast("cpu", torch.bfloat16):
         _, plain = loss_and_gradients(model, "plain")
-        _, found = loss_and_gradients(model, mode)
+        _, found = loss_and_gradients(model, mode, offload=True if mode == "lean" else None)
     assert distance(found, reference) <= 1.5 * distance(plain, reference)
 
 
@@ -180,8 +191,9 @@ def test_two_active_adapters_and_none(mode, exact_norms):
     model.double()
     model.base_model.set_adapter(["default", "second"])
     loss, reference = loss_and_gradients(model, "plain")
-    found_loss, found = loss_and_gradients(model, mode)
-    assert abs(found_loss - loss) <= 1e-10 and distance(found, reference) <= 1e-10
+    for offload in (None, True) if mode == "lean" else (None,):
+        found_loss, found = loss_and_gradients(model, mode, offload=offload)
+        assert abs(found_loss - loss) <= 1e-10 and distance(found, reference) <= 1e-10
 
     inputs, labels = batch()
     with model.disable_adapter():

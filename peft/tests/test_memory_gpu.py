@@ -46,6 +46,22 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
     got = kernels.layer_norm_backward(dy.cuda(), x.cuda(), copy.deepcopy(norm).cuda(), r.cuda())
     close(got, kernels.layer_norm_backward(dy.double(), x.double(), wide, r.double()), tolerance)
 
+    for rank in (3, 64, 80):
+        hidden, weight, bias = (
+            torch.randn(*shape, dtype=dtype) for shape in ((37, rank), (rank, 576), (576,))
+        )
+        for up in (weight, weight.float().t().contiguous().t()):  # the backward's and the forward's
+            for residual in (None, r, r.float()):
+                tensors = x, hidden, up, 0.7, bias, residual
+                on_gpu = [t.cuda() if torch.is_tensor(t) else t for t in tensors]
+                wide = [t.double() if torch.is_tensor(t) else t for t in tensors]
+                got, reference = kernels.add_low_rank(*on_gpu), kernels.add_low_rank(*wide)
+                assert got.dtype == (x if residual is None else residual).dtype
+                close(got, reference, tolerance)
+                if residual is None:
+                    assert kernels.add_low_rank(*on_gpu, out=on_gpu[0]) is on_gpu[0]
+                    close(on_gpu[0], reference, tolerance)
+
     close(kernels.swiglu(x.cuda(), dy.cuda()), kernels.swiglu(x.double(), dy.double()), tolerance)
     got = kernels.swiglu_backward_(x.cuda(), dy.cuda(), r.cuda())
     for a, b in zip(got, kernels.swiglu_backward_(x.double(), dy.double(), r.double())):

@@ -25,8 +25,8 @@ MODES = ("plain", "fast", "balanced", "lean")
 _LOGITS_ELEMENTS = 512 * 128256
 
 # Host memory is slow: about 50 GB/s over PCIe 5, against 400 TFLOP/s in bfloat16. So a layer computes for at least as long
-# as its state travels if it has 4,000 parameters or more for each byte of a token's state.
-_PARAMETERS_PER_BYTE = 4000
+# as its two states travel if it has 8,000 parameters or more for each byte of a token's state.
+_PARAMETERS_PER_BYTE = 8000
 
 
 def set_memory_mode(
@@ -47,8 +47,9 @@ def set_memory_mode(
             in SwiGLU decoders attention too) or "lean" (one state per layer kept, the MLP worked in chunks).
         chunk_tokens: tokens per chunk of an MLP of which nothing is kept; the loss works on a quarter of it at a
             time. None: by the layer's width.
-        offload: lean keeps its states in pinned host memory (on a GPU). None: where the layers are so large that
-            the copies take less time than the computation, as in a LLaMA of 7 or 8 billion parameters.
+        offload: lean keeps its states in pinned host memory (on a GPU), in SwiGLU decoders two of each layer instead
+            of one. None: where the layers are so large that the copies take less time than the computation, as in a
+            LLaMA of 7 or 8 billion parameters.
         fused_loss: causal language models compute their training loss without a batch's logits, so that
             ``outputs.logits`` is None while training with labels.
         cuda_graphs: the training step is replayed as CUDA graphs when its shapes were seen before: for small

@@ -9,26 +9,49 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import kernels
-from .control import AddControl
-from .linear import compute_dtype, is_frozen_linear
+from .control import AddControl, control_backward, control_hidden
+from .linear import compute_dtype, input_gradient, is_frozen_linear
 from .mlp import tokens
 
 
 class RmsNorm(torch.autograd.Function):
-    """RMSNorm with a frozen weight: keeps the state, which is kept anyway, and one number per token."""
+    """RMSNorm with a frozen weight, and its state handed on: keeps the state, which is kept anyway, and one number per
+    token. What uses the state besides takes it from here, so that the backward adds up their gradients in one pass."""
 
     @staticmethod
     def forward(ctx, state, norm):
         normal, rstd = kernels.rms_norm(tokens(state), norm.weight, norm.variance_epsilon)
         ctx.norm = norm
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(state, rstd)
-        return normal.view(state.shape)
+        return normal.view(state.shape), state
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy, dstate):
+        if dy is None:
+            return dstate, None
         state, rstd = ctx.saved_tensors
-        dstate = kernels.rms_norm_backward(tokens(dy), tokens(state), ctx.norm.weight, rstd)
+        others = None if dstate is None else tokens(dstate)
+        dstate = kernels.rms_norm_backward(tokens(dy), tokens(state), ctx.norm.weight, rstd, residual=others)
         return dstate.view(state.shape), None
+
+
+class FrozenProjections(torch.autograd.Function):
+    """Frozen linear layers of one input, whose gradients the backward's matmuls add up."""
+
+    @staticmethod
+    def forward(ctx, x, *linears):
+        ctx.linears, ctx.shape, ctx.dtype = linears, x.shape, x.dtype
+        ctx.set_materialize_grads(False)
+        return tuple(linear(x) for linear in linears)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        dx = None
+        for dy, linear in zip(gradients, ctx.linears):
+            if dy is not None:
+                dx = input_gradient(tokens(dy), linear, add_to=dx)
+        return None if dx is None else dx.to(ctx.dtype).view(ctx.shape), *(None for _ in ctx.linears)
 
 
 class Rope(torch.autograd.Function):
@@ -54,19 +77,44 @@ def decoder_attention(layer, hidden_states, *arguments, recompute=None, **named)
     if recompute and not (is_frozen_linear(project) and project.weight.dtype == compute_dtype(hidden_states)):
         return recompute(decoder_attention, layer, hidden_states, *arguments, **named)
     mix = partial(recompute, _mixed_values) if recompute else _mixed_values
-    change = project(mix(layer, hidden_states, *arguments, **named))
-    return AddControl.add(hidden_states, change, getattr(layer, "attention_control", None))
+    mixed, state = mix(layer, hidden_states, *arguments, **named)
+    return AddControl.add(state, project(mixed), getattr(layer, "attention_control", None))
+
+
+def decoder_attention_gradients(layer, state, dy, inputs, *arguments, **named):
+    """The gradients of :func:`decoder_attention`'s ``inputs`` for its output's gradient ``dy``, without the output.
+
+    Returns ``(gradients, control_gradients)``: of the ``inputs``, among them ``state`` if that needs one, and of the
+    block's control's parameters. ``dy`` is overwritten: long sequences need its memory.
+    """
+    control, flat, dflat = getattr(layer, "attention_control", None), tokens(state), tokens(dy)
+    with torch.no_grad():
+        dmixed = input_gradient(dflat.to(compute_dtype(state)), layer.self_attn.o_proj) if inputs else None
+        dstate = dflat if state.requires_grad else None
+        _, of_control = control_backward(control, flat, control_hidden(control, flat), dflat, dstate)
+    if not inputs:
+        return [], of_control
+    mixed, through = _mixed_values(layer, state, *arguments, **named)
+    outputs, gradients = [mixed], [dmixed.view(mixed.shape)]
+    del dmixed
+    if state.requires_grad:
+        outputs.append(through)
+        gradients.append(dy)
+    return list(torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)), of_control
 
 
 def _mixed_values(layer, hidden_states, attention_mask=None, position_embeddings=None, **named):
-    """What the output projection takes: ``(batch, tokens, heads * head_dim)``."""
+    """What the output projection takes, ``(batch, tokens, heads * head_dim)``, and the state for what is added to it."""
     attention = layer.self_attn
-    normal = RmsNorm.apply(hidden_states, layer.input_layernorm)
+    normal, state = RmsNorm.apply(hidden_states, layer.input_layernorm)
     shape = (*normal.shape[:-1], -1, attention.head_dim)
-    query, key, value = (
-        projection(normal).view(shape)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    linears = attention.q_proj, attention.k_proj, attention.v_proj
+    if all(map(is_frozen_linear, linears)):
+        projected = FrozenProjections.apply(normal, *linears)
+    else:
+        projected = [linear(normal) for linear in linears]
+    query, key, value = (x.view(shape) for x in projected)
+    del normal, projected
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     cos, sin = position_embeddings
@@ -88,4 +136,4 @@ def _mixed_values(layer, hidden_states, attention_mask=None, position_embeddings
         sliding_window=window,
         **named,
     )
-    return mixed.reshape(*normal.shape[:-1], -1)
+    return mixed.reshape(*state.shape[:-1], -1), state

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..layer import ControlLayer
+from . import kernels
 from .linear import compute_dtype
 
 
@@ -35,36 +36,33 @@ def control_hidden(control: ControlLayer | None, state) -> list[torch.Tensor]:
     return kept
 
 
-def add_control(control: ControlLayer | None, kept, change):
-    """``change + sum of alpha * B(A(state))``, ``(tokens, width)``.
+def add_control(control: ControlLayer | None, kept, change, state=None, out=None):
+    """``change + sum of alpha * B(A(state))`` and, for a pre-norm block, ``+ state``; ``(tokens, width)``, in ``out`` if
+    given.
 
-    ``change`` is what the frozen block adds to the state. The control goes there, and not into the residual sum: a
-    control that is small against the state would be rounded away in half precision, each time and not on average.
+    ``change`` is what the frozen block adds to the state. The control goes there first, and not into the residual sum:
+    a control that is small against the state would be rounded away in half precision, each time and not on average.
     """
-    kept = list(kept)
-    for name in _active(control):
-        hidden, alpha = kept.pop(0), control.alpha[name]
+    kept, names = list(kept), _active(control)
+    for name in names:
+        hidden, up = kept.pop(0), control.control_B[name]
         if _drops(control, name):
             kept.pop(0)
-        weight, bias = _cast(control.control_B[name], hidden.dtype)
-        if change.dtype == hidden.dtype:
-            change = torch.addmm(change, hidden, weight.t(), alpha=alpha)
-        else:
-            change = torch.add(change, hidden @ weight.t(), alpha=alpha)
-        if bias is not None:
-            change.add_(bias, alpha=alpha)
-    return change
+        last = {"residual": state, "out": out} if name == names[-1] else {}
+        change = kernels.add_low_rank(
+            change, hidden, up.weight.t(), scale=control.alpha[name], bias=up.bias, **last
+        )
+    if names:
+        return change
+    if state is not None:
+        change = change.add_(state) if change.dtype == state.dtype else state + change
+    return change if out is None else out.copy_(change)
 
 
-def add_residual_(change, state):
-    """``state + change``, in ``change``'s memory where the dtypes allow it."""
-    return change.add_(state) if change.dtype == state.dtype else state + change
-
-
-def control_backward(control: ControlLayer | None, state, kept, dy, dstate) -> list[torch.Tensor]:
-    """Add the control's part of the state's gradient to ``dstate`` in place, unless that is None; return the
-    gradients of :func:`control_parameters` in the parameters' dtypes."""
-    gradients, kept = [], list(kept)
+def control_backward(control: ControlLayer | None, state, kept, dy, dstate, in_place=True):
+    """Add the control's part of the state's gradient to ``dstate``, which may be ``dy`` itself, unless that is None;
+    return the sum, and the gradients of :func:`control_parameters` in the parameters' dtypes."""
+    gradients, through, kept = [], [], list(kept)
     for name in _active(control):
         down, up = control.control_A[name], control.control_B[name]
         hidden = kept.pop(0)
@@ -80,11 +78,11 @@ def control_backward(control: ControlLayer | None, state, kept, dy, dstate) -> l
         gradients.append(d_up)
         if up.bias is not None:
             gradients.append(dy.sum(0, dtype=up.bias.dtype).mul_(control.alpha[name]))
-        if dstate is not None and dstate.dtype == dtype:
-            dstate.addmm_(dhidden, down.weight.to(dtype))
-        elif dstate is not None:
-            dstate.add_(dhidden @ down.weight.to(dtype))
-    return gradients
+        through.append((dhidden, down.weight))
+    for dhidden, weight in through if dstate is not None else ():
+        dstate = kernels.add_low_rank(dstate, dhidden, weight, out=dstate if in_place else None)
+        in_place = True  # it is ours from here on
+    return dstate, gradients
 
 
 def control_draws(control: ControlLayer | None) -> bool:
@@ -123,7 +121,7 @@ class AddControl(torch.autograd.Function):
         width = state.shape[-1]
         flat = state.view(-1, width)
         kept = control_hidden(control, flat)
-        output = add_residual_(add_control(control, kept, change.reshape(-1, width)), flat)
+        output = add_control(control, kept, change.reshape(-1, width), flat)
         ctx.control, ctx.change_dtype = control, change.dtype
         ctx.save_for_backward(state, *kept)
         return output.view(state.shape)
@@ -131,13 +129,14 @@ class AddControl(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         state, *kept = ctx.saved_tensors
-        width = state.shape[-1]
-        dstate = dy.clone(memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        gradients = control_backward(
+        flat = dy.reshape(-1, dy.shape[-1])
+        dstate, gradients = control_backward(
             ctx.control,
-            state.view(-1, width),
+            state.view(flat.shape),
             kept,
-            dy.reshape(-1, width),
-            None if dstate is None else dstate.view(-1, width),
+            flat,
+            flat if ctx.needs_input_grad[0] else None,
+            in_place=False,
         )
+        dstate = None if dstate is None else dstate.view(dy.shape)
         return dstate, dy.to(ctx.change_dtype), None, *gradients

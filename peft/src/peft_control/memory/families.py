@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from ..architectures import ARCHITECTURES
-from .attention import decoder_attention
+from .attention import decoder_attention, decoder_attention_gradients
 from .layers import Halves
+from .linear import is_frozen_linear
 from .mlp import GatedMlp, PostNormMlp, PreNormMlp
 
 
@@ -29,7 +30,8 @@ def _decoder(layer):
     if any(parameter.requires_grad for parameter in layer.input_layernorm.parameters()):
         raise ValueError("memory modes need frozen norms; input_layernorm has trainable parameters")
     mlp = GatedMlp(layer.post_attention_layernorm, layer.mlp)
-    return Halves(decoder_attention, mlp, recompute_attention=True)
+    gradients = decoder_attention_gradients if is_frozen_linear(layer.self_attn.o_proj) else None
+    return Halves(decoder_attention, mlp, recompute_attention=True, attention_gradients=gradients)
 
 
 # The attention halves below call the layer's own modules, whose hooks add the control.

@@ -46,12 +46,12 @@ def rms_norm(x, weight, eps, offset=0.0):
     return y.to(x.dtype), rstd
 
 
-def rms_norm_backward(dy, x, weight, rstd, offset=0.0, residual=None):
-    """Return ``dx`` of :func:`rms_norm` for a frozen weight, plus ``residual`` if given."""
+def rms_norm_backward(dy, x, weight, rstd, offset=0.0, residual=None, out=None):
+    """Return ``dx`` of :func:`rms_norm` for a frozen weight, plus ``residual`` if given; in ``out`` if given."""
     if _use_triton(x):
         dy, x = dy.contiguous(), x.contiguous()
         residual = None if residual is None else residual.contiguous()
-        dx = torch.empty_like(x)
+        dx = torch.empty_like(x) if out is None else out
         block, warps = _row_launch(x.shape[1])
         _rms_norm_backward_kernel[(x.shape[0],)](
             dy, x, weight, rstd, residual, dx, x.shape[1], offset,
@@ -61,7 +61,7 @@ def rms_norm_backward(dy, x, weight, rstd, offset=0.0, residual=None):
     wide, dn = _wide(x), _wide(dy) * (_wide(weight) + offset)
     rstd = rstd[:, None]
     dx = rstd * dn - rstd**3 * wide * (dn * wide).mean(-1, keepdim=True)
-    return (dx if residual is None else dx + residual).to(x.dtype)
+    return _into(out, (dx if residual is None else dx + residual).to(x.dtype))
 
 
 # -- LayerNorm ---------------------------------------------------------------------------------------------------
@@ -80,12 +80,13 @@ def layer_norm(x, norm, dtype):
     return y
 
 
-def layer_norm_backward(dy, x, norm, residual=None):
-    """Return the gradient of the input ``x`` of a frozen ``nn.LayerNorm``, plus ``residual``; in ``x``'s dtype."""
+def layer_norm_backward(dy, x, norm, residual=None, out=None):
+    """Return the gradient of the input ``x`` of a frozen ``nn.LayerNorm``, plus ``residual``; in ``x``'s dtype, in
+    ``out`` if given."""
     if _use_triton(x) and norm.weight is not None:
         dy, x = dy.contiguous(), x.contiguous()
         residual = None if residual is None else residual.contiguous()
-        dx = torch.empty_like(x)
+        dx = torch.empty_like(x) if out is None else out
         block, warps = _row_launch(x.shape[1])
         _layer_norm_backward_kernel[(x.shape[0],)](
             dy, x, norm.weight, residual, dx, x.shape[1], norm.eps,
@@ -99,7 +100,50 @@ def layer_norm_backward(dy, x, norm, residual=None):
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(
         dy.to(wide.dtype), wide, shape, mean, rstd, *frozen, [True, False, False]
     )
-    return (dx if residual is None else dx.add_(residual)).to(x.dtype)
+    return _into(out, (dx if residual is None else dx.add_(residual)).to(x.dtype))
+
+
+# -- the control: y = base + scale * (hidden W + bias) + residual, for a W of few rows ---------------------------
+
+
+def add_low_rank(base, hidden, weight, scale=1.0, bias=None, residual=None, out=None):
+    """Return ``base + scale * (hidden @ weight + bias) + residual``, in ``out`` (which may be ``base``) if given.
+
+    Args:
+        base: ``(tokens, width)``; with ``residual``, ``hidden @ weight`` is added to ``base`` first.
+        hidden: ``(tokens, rank)``; the product is made in its dtype.
+        weight: ``(rank, width)`` of any strides and dtype.
+        bias: ``(width,)`` or None.
+        residual: ``(tokens, width)`` or None; the result has the wider dtype of it and ``base``.
+    """
+    dtype = base.dtype if residual is None else torch.promote_types(base.dtype, residual.dtype)
+    small = hidden.dtype in (torch.float16, torch.bfloat16)
+    if small and _use_triton(base) and (out is None or out.is_contiguous()):
+        base, hidden = base.contiguous(), hidden.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        out = torch.empty_like(base, dtype=dtype) if out is None else out
+        (tokens, width), rank = base.shape, hidden.shape[1]
+        _add_low_rank_kernel[(triton.cdiv(width, 128), triton.cdiv(tokens, 128))](
+            base, hidden, weight, bias, residual, out, tokens, width, rank, weight.stride(0), weight.stride(1), scale,
+            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+            RANK_BLOCK=min(max(triton.next_power_of_2(rank), 16), 64), num_warps=8,
+        )  # fmt: skip
+        return out
+    weight = weight.to(hidden.dtype)
+    if base.dtype == hidden.dtype:
+        total = base.addmm_ if out is base else base.addmm
+        y = total(hidden, weight, alpha=scale)
+    else:
+        y = torch.add(base, hidden @ weight, alpha=scale)
+    if bias is not None:
+        y.add_(bias, alpha=scale)
+    if residual is not None:
+        y = y.add_(residual) if y.dtype == dtype else y + residual
+    return _into(out, y)
+
+
+def _into(out, y):
+    return y if out is None or out is y else out.copy_(y)
 
 
 # -- gated and plain activations --------------------------------------------------------------------------------
@@ -251,6 +295,33 @@ if triton is not None:
         if HAS_RESIDUAL:
             out += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + at, out, mask=mask)
+
+    @triton.jit
+    def _add_low_rank_kernel(
+        base, hidden, weight, bias, residual, out, tokens, width, rank, stride_rank, stride_width, scale,
+        HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128)[:, None]
+        column = tl.program_id(0) * 128 + tl.arange(0, 128)[None, :]
+        total = tl.zeros((128, 128), dtype=tl.float32)
+        for start in range(0, rank, RANK_BLOCK):
+            k = start + tl.arange(0, RANK_BLOCK)
+            h = tl.load(
+                hidden + row * rank + k[None, :], mask=(row < tokens) & (k[None, :] < rank), other=0.0
+            )
+            w = tl.load(
+                weight + k[:, None] * stride_rank + column * stride_width,
+                mask=(k[:, None] < rank) & (column < width),
+                other=0.0,
+            )
+            total += tl.dot(h, w.to(h.dtype))
+        if HAS_BIAS:
+            total += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
+        at, mask = row * width + column, (row < tokens) & (column < width)
+        total = total * scale + tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            total += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + at, total, mask=mask)
 
     @triton.jit
     def _swiglu_kernel(gate, up, act, count, BLOCK: tl.constexpr):

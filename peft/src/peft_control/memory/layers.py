@@ -7,7 +7,7 @@ attention kernel and LoRA works as before) and MLP (hand-written, see ``mlp.py``
 |----------|---------------------------|---------------------------------------------------------------------|
 | fast     | kept                      | no matmul is recomputed                                             |
 | balanced | kept, or recomputed up to the output projection where the MLP keeps much (SwiGLU) | one matmul is recomputed, in token chunks where nothing is kept |
-| lean     | one state per layer kept, on the host if offloaded; the rest recomputed, the MLP in token chunks |
+| lean     | one state per layer kept, or two on the host if offloaded; the rest recomputed, the MLP in token chunks |
 """
 
 from __future__ import annotations
@@ -36,12 +36,16 @@ class Halves:
         attention: ``(layer, state, **arguments)`` -> the attention block's output state, control included.
         mlp: the frozen MLP block (``mlp.py``).
         recompute_attention: whether mode "balanced" recomputes the attention half, whose ``recompute`` then says how.
+        attention_gradients: ``(layer, state, dy, inputs, **arguments)`` -> the gradients of ``inputs`` and of the
+            block's control's parameters, for a backward that need not compute the attention block's output; ``dy`` is
+            overwritten. Or None.
         returns_tuple: whether the layer's own forward returns its state in a tuple.
     """
 
     attention: Callable
     mlp: object
     recompute_attention: bool = False
+    attention_gradients: Callable | None = None
     returns_tuple: bool = False
 
 
@@ -117,12 +121,16 @@ class MlpHalf(torch.autograd.Function):
             else:
                 needed = ctx.needs_input_grad[0]
                 dstate = plan.mlp.backward(flat, kept[: ctx.split], dflat) if needed else None
-                gradients = control_backward(control, flat, kept[ctx.split :], dflat, dstate)
+                dstate, gradients = control_backward(control, flat, kept[ctx.split :], dflat, dstate)
         return None if dstate is None else dstate.view(state.shape), None, *gradients
 
 
 class LeanLayer(torch.autograd.Function):
-    """A whole layer that keeps its input state alone and works the MLP in token chunks."""
+    """A whole layer that keeps its input state alone and works the MLP in token chunks.
+
+    Where states wait on the host, the one between the halves does too if the attention block's output then need not be
+    computed again.
+    """
 
     @staticmethod
     def forward(ctx, state, layer, arguments, named, *parameters):
@@ -130,12 +138,15 @@ class LeanLayer(torch.autograd.Function):
         ctx.layer, ctx.arguments, ctx.named = layer, arguments, named
         ctx.autocast = _autocast_state(state)
         ctx.random = draw(layer, state.device) if draws_random_numbers(layer) else None
+        ctx.tickets = ()
         if plan.host is None:
             ctx.save_for_backward(state)
         else:
-            ctx.ticket = plan.host.push(state.detach())
+            ctx.tickets = (plan.host.push(state.detach()),)
         with nullcontext() if ctx.random is None else ctx.random.first():
             middle = plan.halves.attention(layer, state, *arguments, **named)
+            if plan.host is not None and plan.halves.attention_gradients and ctx.random is None:
+                ctx.tickets += (plan.host.push(middle.detach()),)
             output = forward_in_chunks(plan, middle, getattr(layer, "mlp_control", None))
         if plan.host is not None:
             plan.host.settle()
@@ -144,37 +155,48 @@ class LeanLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         layer = _take_layer(ctx)
-        plan = layer.memory_plan
-        state = ctx.saved_tensors[0] if plan.host is None else plan.host.pop(ctx.ticket)
+        plan, random = layer.memory_plan, ctx.random
+        middle = plan.host.pop(ctx.tickets[1]) if len(ctx.tickets) > 1 else None
+        state = plan.host.pop(ctx.tickets[0]) if ctx.tickets else ctx.saved_tensors[0]
         control = getattr(layer, "mlp_control", None)
-        own = {id(p) for p in control_parameters(control)}
+        controls = [control] if middle is None else [control, getattr(layer, "attention_control", None)]
+        own = [p for c in controls for p in control_parameters(c)]
         parameters = [p for p in layer.parameters() if p.requires_grad]
-        others = [p for p in parameters if id(p) not in own]
+        others = [p for p in parameters if all(p is not other for other in own)]
 
         state = state.detach().requires_grad_(ctx.needs_input_grad[0])
         inputs = ([state] if state.requires_grad else []) + others
-        replayed = nullcontext() if ctx.random is None else ctx.random.again()
-        with ctx.autocast(), replayed, torch.enable_grad():
-            middle = plan.halves.attention(layer, state, *ctx.arguments, **ctx.named)
-            flat, dflat = tokens(middle.detach()), tokens(dy)
-            # what the MLP drew must be drawn again even where its gradient is not wanted
-            needed = bool(inputs) or ctx.random is not None
-            dmiddle, sums = backward_in_chunks(plan, flat, dflat, control, needed)
-        found = []
-        if inputs:
-            found = list(torch.autograd.grad(middle, inputs, dmiddle.view(middle.shape), allow_unused=True))
-        dstate = found.pop(0) if state.requires_grad else None
-        by_id = dict(zip(map(id, control_parameters(control)), sums)) | dict(zip(map(id, others), found))
+        with ctx.autocast(), nullcontext() if random is None else random.again(), torch.enable_grad():
+            if middle is None:
+                middle = plan.halves.attention(layer, state, *ctx.arguments, **ctx.named)
+                # what the MLP drew must be drawn again even where its gradient is not wanted
+                needed = bool(inputs) or random is not None
+                dmiddle, found = backward_in_chunks(
+                    plan, tokens(middle.detach()), tokens(dy), control, needed
+                )
+                wanted = []
+                if inputs:
+                    dmiddle = dmiddle.view(middle.shape)
+                    wanted = torch.autograd.grad(middle, inputs, dmiddle, allow_unused=True)
+            else:
+                dmiddle, found = backward_in_chunks(
+                    plan, tokens(middle), tokens(dy), control, bool(inputs or own)
+                )
+                del middle  # not needed any more, and long sequences need its memory
+                wanted, of_control = plan.halves.attention_gradients(
+                    layer, state, dmiddle.view(state.shape), inputs, *ctx.arguments, **ctx.named
+                )
+                found = found + of_control
+        by_id = dict(zip(map(id, [*own, *inputs]), [*found, *wanted]))
+        dstate = by_id.get(id(state))
         return dstate, None, None, None, *(by_id[id(p)] for p in parameters)
 
 
 def forward_in_chunks(plan: Plan, state: torch.Tensor, control: ControlLayer | None) -> torch.Tensor:
     """The MLP block's output with its control, ``plan.chunk`` tokens at a time; nothing is kept."""
-    output, mlp = torch.empty_like(state), plan.mlp.for_chunks(state)
-    for piece, into in zip(
-        tokens(state).split(plan.chunk), output.view(-1, output.shape[-1]).split(plan.chunk)
-    ):
-        into.copy_(mlp.forward(piece, 0, control)[0])
+    output, mlp = torch.empty_like(state, memory_format=torch.contiguous_format), plan.mlp.for_chunks(state)
+    for piece, into in zip(tokens(state).split(plan.chunk), tokens(output).split(plan.chunk)):
+        mlp.forward(piece, 0, control, out=into)
     return output
 
 
@@ -183,14 +205,13 @@ def backward_in_chunks(
     plan: Plan, state: torch.Tensor, dy: torch.Tensor, control: ControlLayer | None, needed: bool
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """The gradient of :func:`forward_in_chunks`'s state ``(tokens, width)``, if ``needed``, and of the control."""
-    dstate, sums, mlp = torch.empty_like(state) if needed else None, None, plan.mlp.for_chunks(state)
+    dstate = torch.empty_like(state, memory_format=torch.contiguous_format) if needed else None
+    sums, mlp = None, plan.mlp.for_chunks(state)
     for rows in (slice(start, start + plan.chunk) for start in range(0, len(state), plan.chunk)):
         # MLP, then control, as in the forward: so dropout draws the same numbers
-        part = mlp.backward(state[rows], (), dy[rows]) if needed else None
+        part = mlp.backward(state[rows], (), dy[rows], out=dstate[rows]) if needed else None
         kept = control_hidden(control, state[rows])
-        gradients = control_backward(control, state[rows], kept, dy[rows], part)
-        if needed:
-            dstate[rows] = part
+        _, gradients = control_backward(control, state[rows], kept, dy[rows], part)
         sums = gradients if sums is None else [a.add_(b) for a, b in zip(sums, gradients)]
     return dstate, sums
 

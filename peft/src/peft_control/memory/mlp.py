@@ -3,7 +3,7 @@
 Each class computes one frozen block, residual sum included, on ``(tokens, width)`` tensors. ``forward`` returns the
 block's output with its control, what its ``keep`` asks it to keep, and what the control's backward needs;
 ``backward`` takes the former, recomputes what is missing, and returns the state's gradient, the control's part
-excluded. Frozen weights need no gradients, so nothing else is ever kept. ``keep`` comes from the class's ``KEEP``:
+excluded; both write into ``out`` if given. Frozen weights need no gradients, so nothing else is ever kept. ``keep`` comes from the class's ``KEEP``:
 how much each memory mode keeps. Where that is nothing, tokens are worked in chunks whose intermediate tensor has about
 ``CHUNK_ELEMENTS`` elements (larger chunks are no faster on an H100, smaller ones are launch-bound) by the block that
 ``for_chunks`` returns, whose weights are cast once for all of them.
@@ -19,14 +19,14 @@ from torch import nn
 from transformers.activations import GELUActivation, GELUTanh
 
 from . import kernels
-from .control import add_control, add_residual_, control_hidden
+from .control import add_control, control_hidden
 from .linear import cast_once, compute_dtype, input_gradient, is_frozen_linear
 
 
 class GatedMlp:
     """``state + down(silu(gate(n)) * up(n))`` with ``n = RMSNorm(state)``: LLaMA, Mistral, Qwen.
 
-    ``keep``: 2 keeps gate and up (no matmul is recomputed), 1 keeps gate, 0 nothing.
+    ``keep``: 2 keeps gate, up and the norm's factors (no matmul is recomputed), 1 keeps gate, 0 nothing.
     """
 
     KEEP = {"fast": 2, "balanced": 1, "lean": 0}
@@ -46,26 +46,30 @@ class GatedMlp:
     def for_chunks(self, state):
         return self  # such models hold their weights in the dtype in which they work
 
-    def forward(self, state, keep, control=None):
-        normal, _ = self._normalise(state)
+    def forward(self, state, keep, control=None, out=None):
+        normal, rstd = self._normalise(state)
         gate, up = self.mlp.gate_proj(normal), self.mlp.up_proj(normal)
         del normal
         change = self.mlp.down_proj(kernels.swiglu(gate, up))
         hidden = control_hidden(control, state)
-        return add_residual_(add_control(control, hidden, change), state), (gate, up)[:keep], hidden
+        kept = (gate, up, rstd) if keep == 2 else (gate,)[:keep]
+        return add_control(control, hidden, change, state, out), kept, hidden
 
-    def backward(self, state, kept, dy):
+    def backward(self, state, kept, dy, out=None):
         mlp = self.mlp
-        normal, rstd = self._normalise(state)
-        gate = kept[0] if len(kept) > 0 else mlp.gate_proj(normal)
-        up = kept[1] if len(kept) > 1 else mlp.up_proj(normal)
-        del normal
+        if len(kept) == 3:
+            gate, up, rstd = kept
+        else:
+            normal, rstd = self._normalise(state)
+            gate = kept[0] if kept else mlp.gate_proj(normal)
+            up = mlp.up_proj(normal)
+            del normal
         dact = input_gradient(dy.to(gate.dtype), mlp.down_proj)
         dgate, dup = kernels.swiglu_backward_(gate, up, dact)
         del dact
         dnormal = input_gradient(dgate, mlp.gate_proj)
         dnormal = input_gradient(dup, mlp.up_proj, add_to=dnormal)
-        return kernels.rms_norm_backward(dnormal, state, self.norm.weight, rstd, residual=dy)
+        return kernels.rms_norm_backward(dnormal, state, self.norm.weight, rstd, residual=dy, out=out)
 
     def _normalise(self, state):
         return kernels.rms_norm(state, self.norm.weight, self.norm.variance_epsilon)
@@ -106,7 +110,7 @@ class PreNormMlp:
         twin.first, *twin.rest = (cast_once(x, compute_dtype(state)) for x in (self.first, *self.rest))
         return twin
 
-    def forward(self, state, keep, control=None):
+    def forward(self, state, keep, control=None, out=None):
         inner = self.first(self._normalise(state))
         change = self.activation(inner)
         for linear in self.rest:
@@ -114,9 +118,9 @@ class PreNormMlp:
         if self.scale is not None:
             change = change * self.scale
         hidden = control_hidden(control, state)
-        return add_residual_(add_control(control, hidden, change), state), (inner,)[:keep], hidden
+        return add_control(control, hidden, change, state, out), (inner,)[:keep], hidden
 
-    def backward(self, state, kept, dy):
+    def backward(self, state, kept, dy, out=None):
         inner = kept[0] if kept else self.first(self._normalise(state))
         dchange = (dy if self.scale is None else dy * self.scale).to(inner.dtype)
         for linear in reversed(self.rest):
@@ -124,7 +128,7 @@ class PreNormMlp:
         dinner = _activation_backward(self.activation, inner, dchange)
         del inner, dchange
         dnormal = input_gradient(dinner, self.first)
-        return kernels.layer_norm_backward(dnormal, state, self.norm, residual=dy)
+        return kernels.layer_norm_backward(dnormal, state, self.norm, residual=dy, out=out)
 
     def _normalise(self, state):
         return kernels.layer_norm(state, self.norm, compute_dtype(state))
@@ -164,15 +168,16 @@ class PostNormMlp:
         change = self.second(self.activation(inner))
         return torch.native_dropout(change, self.dropout.p, True) if draws(self.dropout) else (change,)
 
-    def forward(self, state, keep, control=None):
+    def forward(self, state, keep, control=None, out=None):
         inner = self.first(state)
         change = self._change(inner)
         kept = (*change, inner) if keep == 2 else tuple(change) if keep == 1 else ()
         total = change[0] + state
         hidden = control_hidden(control, state)
-        return add_control(control, hidden, kernels.layer_norm(total, self.norm, total.dtype)), kept, hidden
+        normal = kernels.layer_norm(total, self.norm, total.dtype)
+        return add_control(control, hidden, normal, out=out), kept, hidden
 
-    def backward(self, state, kept, dy):
+    def backward(self, state, kept, dy, out=None):
         kept, masked = list(kept), draws(self.dropout)
         if kept:
             change = [kept.pop(0) for _ in range(1 + masked)]
@@ -180,7 +185,7 @@ class PostNormMlp:
         else:
             inner = self.first(state)
             change = self._change(inner)
-        dsum = kernels.layer_norm_backward(dy, change[0] + state, self.norm)
+        dsum = kernels.layer_norm_backward(dy, change[0] + state, self.norm, out=out)
         dchange = dsum.to(change[0].dtype)
         if masked:
             dchange = torch.ops.aten.native_dropout_backward(dchange, change[1], 1 / (1 - self.dropout.p))

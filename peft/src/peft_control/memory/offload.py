@@ -17,7 +17,8 @@ class HostStates:
     def __init__(self):
         self._entries: list[_Entry | None] = []
         self._free: dict[tuple, list[torch.Tensor]] = {}
-        self._stream = self._leaving = None
+        self._leaving: list[tuple] = []
+        self._stream = None
 
     def __deepcopy__(self, memo):
         return HostStates()
@@ -36,16 +37,15 @@ class HostStates:
         buffer = self._buffer(tensor)
         with torch.cuda.stream(self._stream):
             buffer.copy_(tensor, non_blocking=True)
-        self._leaving = tensor, self._stream.record_event()
+        self._leaving.append((tensor, self._stream.record_event()))
         self._entries.append(_Entry(buffer, None, tensor.device))
         return len(self._entries) - 1
 
     def settle(self) -> None:
-        """Let the computation wait for the copy that the last push has started."""
-        if self._leaving is not None:
-            tensor, copied = self._leaving
+        """Let the computation wait for the copies that the pushes since the last time have started."""
+        for tensor, copied in self._leaving:
             torch.cuda.current_stream(tensor.device).wait_event(copied)
-            self._leaving = None
+        self._leaving.clear()
 
     def pop(self, ticket: int) -> torch.Tensor:
         """Return the tensor of ``ticket`` on its device and start fetching the one below it."""
