@@ -39,6 +39,7 @@ from classifier import (
 )
 from held_out import hold_out
 from images import Decoded, ImageData, load_data, read_folder
+from names import model_name, run_name
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -225,15 +226,13 @@ class Options:
     @property
     def model_name(self) -> str:
         """The model in names of runs."""
-        model = Path(self.model)
-        model = model.parent if model.stem == "model" else model
-        return model.stem if model.suffix in (".npz", ".safetensors") else model.name
+        return model_name(self.model)
 
     @property
     def folder(self) -> Path:
         if self.output_dir is not None:
             return Path(self.output_dir)
-        name = f"{self.model_name}_{Path(self.data).stem}_{self.method}_seed{self.seed}"
+        name = run_name(self.model, self.data, self.method, self.seed)
         if self.validation_share is None:
             return RESULTS / "vit" / name
         return RESULTS / "vit" / SEARCH_FOLDER / f"{name}_lr{self.lr}"

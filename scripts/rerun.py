@@ -271,12 +271,11 @@ def vit_cell(options: Options, task: str, method: str, seed: int) -> Cell:
 
 def vit_run_name(model: str, data: str, method: str, seed: int) -> str:
     """The folder's name that ViT/finetune.py itself gives a run."""
-    for folder in (str(REPOSITORY), str(REPOSITORY / "ViT")):
-        if folder not in sys.path:
-            sys.path.append(folder)
-    from ViT.finetune import Options as ViTOptions
+    if str(REPOSITORY) not in sys.path:
+        sys.path.append(str(REPOSITORY))
+    from ViT.names import run_name
 
-    return ViTOptions(model=model, data=data, method=method, seed=seed).folder.name
+    return run_name(model, data, method, seed)
 
 
 def commonsense_cell(options: Options, base: str, method: str, seed: int) -> Cell:
