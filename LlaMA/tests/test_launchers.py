@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import psutil
@@ -32,7 +33,24 @@ def launch(name, *arguments, cwd, **variables):
     return subprocess.run(**called(name, *arguments, **variables), cwd=cwd, capture_output=True, timeout=280)
 
 
-def test_a_launcher_trains_and_evaluates(model_folder, data, tmp_path):
+@pytest.fixture
+def launch_here(call, noting, monkeypatch, tmp_path):
+    """Call a launcher and run the programs that it starts in this process: (exit code, stdout, stderr) of each."""
+
+    def run(name, *arguments, **variables):
+        done = launch(name, *arguments, cwd=tmp_path, PYTHON=noting.interpreter, **variables)
+        assert done.returncode == 0, done.stderr
+        ended = []
+        for command in noting.calls:
+            monkeypatch.setattr(sys, "argv", command)
+            program = import_module(f"LlaMA.{Path(command[0]).stem}")
+            ended.append(call(lambda _, main=program.main: main()))
+        return ended
+
+    return run
+
+
+def test_a_launcher_trains_and_evaluates(launch_here, model_folder, data, tmp_path):
     done = launch(
         "llama3_8B_DoubleControl.sh", 4, 2, 4, tmp_path / "out", "cpu", "--max_steps", 2, "--held_out", 4,
         cwd=tmp_path, MODEL=model_folder, DATA=data, TRAIN_DATA=data / "train.json",
@@ -47,12 +65,11 @@ def test_a_launcher_trains_and_evaluates(model_folder, data, tmp_path):
     assert len(evaluation.data["sizes"]) == 8
     assert done.stdout.startswith("+ ")
 
-    wrong = launch(
-        "llama3_8B_Evaluate.sh", 8, 2, 4, tmp_path / "out", "cpu", "double control",
-        cwd=tmp_path, MODEL=model_folder, DATA=data,
+    ((code, _, error),) = launch_here(
+        "llama3_8B_Evaluate.sh", 8, 2, 4, tmp_path / "out", "cpu", "double control", MODEL=model_folder, DATA=data,
     )  # fmt: skip
-    assert wrong.returncode == 2
-    assert "control_rank 4, but double control with control_rank 8" in wrong.stderr
+    assert code == 2
+    assert "control_rank 4, but double control with control_rank 8" in error
 
 
 @pytest.mark.parametrize(
@@ -182,13 +199,13 @@ def test_the_table_script_runs_all_methods(tmp_path):
     assert "out/double-control-seed42/adapter" in done.stdout
 
 
-def test_memory_modes_are_compared(model_folder, data, tmp_path):
-    done = launch(
+def test_memory_modes_are_compared(launch_here, model_folder, data, tmp_path):
+    ended = launch_here(
         "compare_memory_modes.sh", tmp_path / "out", "cpu", "--held_out", 4, "--control_rank", 4, "--warmup_steps", 0,
-        cwd=tmp_path, MODEL=model_folder, TRAIN_DATA=data / "train.json", STEPS=4, EVAL_STEPS=2,
-        BATCH=4, MICRO_BATCH=4, LR=0.03, MODES="lean",
+        MODEL=model_folder, TRAIN_DATA=data / "train.json", STEPS=4, EVAL_STEPS=2, BATCH=4, MICRO_BATCH=4, LR=0.03,
+        MODES="lean",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert [code for code, _, _ in ended] == [0, 0, 0, 0], ended
     rows = [
         line.split(" | ")
         for line in (tmp_path / "out" / "curves.md").read_text().splitlines()

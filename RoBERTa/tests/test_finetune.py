@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 import peft_control  # noqa: F401  (registers CONTROL for PeftModel.from_pretrained)
-from control_experiments.errors import UserError
+from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import read_record
 from control_experiments.runs import RunFolder
@@ -304,14 +305,18 @@ def test_launcher_takes_every_method():
         )
 
 
-def test_launcher_refuses_in_one_line(tmp_path):
+def test_launcher_refuses_in_one_line(noting, tmp_path, capsys):
     one_line_error(launch("adapter", "cola"), "unknown method 'adapter'", "control, lora, dora")
     one_line_error(launch("lora", "snli"), "unknown task 'snli'", "cola, mnli, mrpc")
     one_line_error(launch("lora"), "METHOD and TASK")
     assert launch("-h").stdout.startswith("usage:")
     refused = launch("lora", "cola", 1, "1e-3", 99, "--output_dir", tmp_path / "run")
     one_line_error(refused, "no GPU 99" if torch.cuda.is_available() else "no GPU is visible, choose cpu")
-    one_line_error(launch("lora", "cola", 1, "abc", "cpu"), "--lr")
+    assert launch("lora", "cola", 1, "abc", "cpu", PYTHON=str(noting.interpreter)).returncode == 0
+    ((_, *words),) = noting.calls
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: finetune.main(words))
+    one_line_error(SimpleNamespace(returncode=stop.value.code, stderr=capsys.readouterr().err), "--lr")
     assert not (tmp_path / "run").exists()
 
 

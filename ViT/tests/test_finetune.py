@@ -320,18 +320,17 @@ def test_launcher_demonstration(tmp_path):
     assert (tmp_path / "run" / "adapter" / "base.safetensors").is_file()
 
 
-def test_launchers_explain_themselves():
+def test_launchers_explain_themselves(call, noting):
     for script in ("ViT/run_ViT.sh", "ViT/run_small_table.sh", "scripts/table_vit_memory.sh"):
         assert launch(ROOT / script, "-h").returncode == 0
         assert launch(ROOT / script).returncode == 2
-    done = launch(ROOT / "ViT" / "run_ViT.sh", "magic", "cpu")
-    assert (
-        done.returncode == 2
-        and "unknown method 'magic': choose one of control, lora, dora, probe" in done.stderr
-    )
+    assert launch(ROOT / "ViT" / "run_ViT.sh", "magic", "cpu", PYTHON=str(noting.interpreter)).returncode == 0
+    ((_, *words),) = noting.calls
+    code, _, stderr = call("finetune", *words)
+    assert code == 2 and "unknown method 'magic': choose one of control, lora, dora, probe" in stderr
 
 
-def test_small_table_runs_everything_once(base_model, npz, tmp_path):
+def test_small_table_runs_everything_once(call, base_model, npz, noting, tmp_path):
     command = (
         ROOT / "ViT" / "run_small_table.sh", "cpu", "--image_size", "32", "--batch_size", "16",
         "--output_dir", tmp_path,
@@ -346,6 +345,8 @@ def test_small_table_runs_everything_once(base_model, npz, tmp_path):
     assert sorted((r.method, r.seed) for r in map(read_record, records)) == [
         ("lora", 1), ("lora", 2), ("probe", 1), ("probe", 2),
     ]  # fmt: skip
-    again = launch(*command, **settings)
-    assert again.stdout.count("is finished") == 4
+    assert launch(*command, **settings, PYTHON=str(noting.interpreter)).returncode == 0
+    ((script, *words),) = noting.calls
+    code, stdout, stderr = call(Path(script).stem, *words)
+    assert code == 0 and stdout.count("is finished") == 4, stderr
     assert records == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")}

@@ -197,7 +197,7 @@ def test_the_smallest_of_equal_rates_is_chosen_and_one_that_diverges_is_not(
     assert set(rates(tmp_path)) == {("colors", "control"), ("colors", "probe")}
 
 
-def test_the_search_in_two_processes_then_the_table_in_one(base_model, npz, tmp_path):
+def test_the_search_in_two_processes_then_the_table_in_one(call, base_model, npz, noting, tmp_path):
     settings = {
         **os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MODEL": str(base_model),
         "ARCHITECTURE": "test_vit", "DATA": str(npz), "SEEDS": "1", "EPOCHS": "1", "GRID": "1e-2 1e-4",
@@ -223,11 +223,12 @@ def test_the_search_in_two_processes_then_the_table_in_one(base_model, npz, tmp_
         assert process.returncode == 0, printed
     search = records(tmp_path)
     assert len(search) == 4 and set(rates(tmp_path)) == {("colors", "lora"), ("colors", "probe")}
-    done = subprocess.run(
-        command, env={**settings, "METHODS": "lora probe"}, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("is finished") == 4
+    table = {**settings, "METHODS": "lora probe", "PYTHON": str(noting.interpreter)}
+    subprocess.run(command, env=table, check=True, capture_output=True)
+    ((script, *words),) = noting.calls
+    code, stdout, stderr = call(Path(script).stem, *words)
+    assert code == 0, stderr
+    assert stdout.count("is finished") == 4
     for method in ("lora", "probe"):
         record = read_record(tmp_path / f"{base_model.parent.name}_colors_{method}_seed1" / "record.json")
         assert record.hyperparameters["lr"] == float(rates(tmp_path)["colors", method]["chosen"])
