@@ -1,4 +1,7 @@
-"""rerun_*.sh with an interpreter that writes a record instead of training."""
+"""rerun_*.sh with an interpreter that writes a record instead of training.
+
+What the launchers start, rerun.py, mostly runs in the tests' own process, which spares it the imports.
+"""
 
 import json
 import os
@@ -7,15 +10,22 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import patch
 
 import pytest
 
+from control_experiments.errors import run_main
 from control_experiments.paths import REPOSITORY
+from scripts import rerun
 
 # Runs rerun.py for real; instead of a training it notes the call and writes a record with the learning rate's score.
 INTERPRETER = """#!{python}
 import json, os, sys, time
 arguments = sys.argv[1:]
+if arguments[0].endswith("rerun.py") and "NOTED" in os.environ:
+    with open(os.environ.pop("NOTED"), "w") as file:
+        json.dump({{"arguments": arguments, "environment": dict(os.environ)}}, file)
+    sys.exit()
 if arguments[0].endswith("rerun.py") or arguments[0] == "-c":
     os.execv({python!r}, [{python!r}, *arguments])
 value = dict(zip(arguments[1:], arguments[2:]))
@@ -49,7 +59,8 @@ RunRecord(
 
 
 class Reruns:
-    def __init__(self, root):
+    def __init__(self, root, capfd):
+        self.capfd = capfd
         self.root, self.results, self.calls_file = root, root / "results", root / "calls"
         self.interpreter = root / "fake-python"
         self.interpreter.write_text(INTERPRETER.format(python=sys.executable))
@@ -68,6 +79,32 @@ class Reruns:
         ]
 
     def run(self, table, *arguments, **environment):
+        """The launcher in a process, then what it asks of rerun.py in this one."""
+        self.calls_file.write_text("")
+        noted = self.root / "noted"
+        variables = {**self.environment, **environment, "NOTED": str(noted)}
+        launcher = subprocess.run(
+            self.command(table, *arguments),
+            env=variables,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        asked = json.loads(noted.read_text())
+        self.capfd.readouterr()
+        with (
+            patch.dict(os.environ, asked["environment"], clear=True),
+            patch.object(sys, "argv", asked["arguments"]),
+            pytest.raises(SystemExit) as stop,
+        ):
+            run_main(rerun.main)
+        printed = self.capfd.readouterr()
+        out, err = launcher.stdout + printed.out, launcher.stderr + printed.err
+        return subprocess.CompletedProcess(launcher.args, stop.value.code, out, err)
+
+    def run_for_real(self, table, *arguments, **environment):
+        """All of it in processes."""
         self.calls_file.write_text("")
         return subprocess.run(
             self.command(table, *arguments), env={**self.environment, **environment}, cwd=self.root,
@@ -80,8 +117,9 @@ class Reruns:
 
 
 @pytest.fixture
-def reruns(tmp_path):
-    return Reruns(tmp_path)
+def reruns(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return Reruns(tmp_path, capfd)
 
 
 def option(call, name):
@@ -90,7 +128,7 @@ def option(call, name):
 
 def test_a_table_is_run_cell_by_cell_and_then_skipped(reruns):
     glue = ["glue", *["--tasks", "rte", "wnli", "--methods", "lora", "--seeds", "1", "2", "--gpus", "cpu"]]
-    done = reruns.run(*glue)
+    done = reruns.run_for_real(*glue)
     assert done.returncode == 0, done.stderr
     cells = [(option(c, "--task"), option(c, "--method"), c["SEED"]) for c in reruns.calls]
     assert sorted(cells) == [(task, "lora", seed) for task in ("rte", "wnli") for seed in "12"]
@@ -106,7 +144,7 @@ def test_cells_go_to_all_gpus_one_at_a_time_on_each(reruns):
 
 
 def test_a_failed_cell_is_listed_at_the_end_and_stops_no_other(reruns):
-    done = reruns.run("glue", "--tasks", "rte", "--seeds", "1", "--gpus", "cpu", FAKE_FAIL="lora")
+    done = reruns.run_for_real("glue", "--tasks", "rte", "--seeds", "1", "--gpus", "cpu", FAKE_FAIL="lora")
     assert done.returncode == 1
     assert [option(c, "--method") for c in reruns.calls] == ["control", "lora", "dora"]
     (line,) = done.stderr.splitlines()
@@ -234,7 +272,6 @@ def test_each_methods_learning_rate_is_chosen_on_training_data_only(reruns, tmp_
 
 def test_the_search_holds_out_a_tenth_of_the_training_rows(tmp_path, monkeypatch):
     from RoBERTa.glue import load_task
-    from scripts import rerun
 
     data = tmp_path / "glue" / "WNLI"
     data.mkdir(parents=True)
@@ -297,6 +334,7 @@ def test_dry_runs_print_the_calls(reruns, table, arguments, environment, wanted)
     ],
 )
 def test_bad_arguments_are_one_line(reruns, table, arguments, message):
-    done = reruns.run(table, *arguments)
+    run = reruns.run_for_real if table == "memory" else reruns.run
+    done = run(table, *arguments)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert not reruns.results.exists()
