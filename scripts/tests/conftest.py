@@ -1,9 +1,13 @@
-"""Results folders made of small records, for the tests of tables, claims and report."""
+"""Results folders made of small records, for the tests of tables, claims and report; scripts called in this process."""
 
 import json
+import sys
+from importlib import import_module
 
 import pytest
 
+from control_experiments.errors import run_main
+from control_experiments.paths import REPOSITORY
 from control_experiments.record import RunRecord
 
 DEVICE = {"kind": "cuda", "name": "Some GPU", "count": 1, "total_memory_bytes": 80 * 2**30}
@@ -211,3 +215,19 @@ def results(new_results):
     folder = new_results()
     folder.path.mkdir()
     return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """call("bench_memory", "--shape", ...) -> (exit code, stdout, stderr), spared a process's start and imports."""
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+
+    def run(script, *arguments):
+        module = import_module(f"scripts.{script}")
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            run_main(module.main)
+        captured = capfd.readouterr()
+        return exit_.value.code, captured.out, captured.err
+
+    return run

@@ -259,19 +259,21 @@ def test_a_measurement_that_lacks_something_is_named_and_left_out(results, write
 
 def test_real_measurements_reach_their_tables(tmp_path):
     """The domains' benchmarks on the CPU at their smallest: a renamed field would leave a table empty."""
+    from QControl import quantized_memory
+
     root = tmp_path / "results"
     small = ["--device", "cpu", "--steps", "1", "--warmup", "0"]
-    for command in (
-        ["LlaMA/benchmark_methods.py", "--output_dir", f"{root}/llama/shapes", "--shapes", "tiny", "--methods", "lora",
-         "--cutoff", "8", "--control_rank", "2", "--lora_rank", "2"],
-        ["QControl/quantized_memory.py", "--output_dir", f"{root}/qcontrol/memory", "--shape", "tiny-roberta",
-         "--methods", "lora", "--weights", "fp32", "--batches", "2", "--tokens", "8"],
-    ):  # fmt: skip
-        subprocess.run(
-            [sys.executable, str(REPOSITORY / command[0]), *command[1:], *small],
-            check=True,
-            capture_output=True,
-        )
+    command = [sys.executable, str(REPOSITORY / "LlaMA" / "benchmark_methods.py"), *small]
+    subprocess.run(
+        [*command, "--output_dir", f"{root}/llama/shapes", "--shapes", "tiny", "--methods", "lora", "--cutoff", "8",
+         "--control_rank", "2", "--lora_rank", "2"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    # starts a process for what it measures
+    quantized_memory.main(
+        [*small, "--output_dir", f"{root}/qcontrol/memory", "--shape", "tiny-roberta", "--methods", "lora",
+         "--weights", "fp32", "--batches", "2", "--tokens", "8"]
+    )  # fmt: skip
     collection = collect(root)
     assert not collection.problems
     found = {table.name: table for table in all_tables(collection, PAPER)}
