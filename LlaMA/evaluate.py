@@ -251,6 +251,37 @@ def answerer(options: Options, model, tokenizer) -> Callable[[Sequence[Question]
     )
 
 
+def in_parts(
+    answer: Callable[[Sequence[Question]], list[Reply]],
+) -> Callable[[Sequence[Question]], list[Reply]]:
+    """`answer`, which halves a batch that the GPU's memory does not hold until it does.
+
+    Raises:
+        torch.OutOfMemoryError: it does not hold a single question.
+    """
+    said = []
+
+    def answered(questions: Sequence[Question]) -> list[Reply]:
+        try:
+            return answer(questions)
+        except torch.OutOfMemoryError:
+            if len(questions) == 1:
+                raise
+        # outside of the except clause, which keeps what the failed batch had on the GPU
+        torch.cuda.empty_cache()
+        if not said:
+            said.append(True)
+            tqdm.write(
+                f"warning: {len(questions)} questions at once need more memory than the GPU has: answered in parts "
+                "(a smaller --batch_size saves the attempts)",
+                file=sys.stderr,
+            )
+        middle = len(questions) // 2
+        return [*answered(questions[:middle]), *answered(questions[middle:])]
+
+    return answered
+
+
 def read_answers(path: Path, rows: Sequence[Row]) -> dict[int, dict]:
     """The answers that a task's file holds, by row; a last line that a kill cut short is taken off the file.
 
@@ -430,7 +461,7 @@ def evaluate(
             json.dumps({name: value for name, value in comparison.items() if name != "differing"}, indent=2)
         )
     else:
-        answer, scores = answerer(options, model, tokenizer), {}
+        answer, scores = in_parts(answerer(options, model, tokenizer)), {}
         with tqdm(
             total=count, unit="question", disable=None, mininterval=0.2 if sys.stderr.isatty() else 20
         ) as bar:

@@ -374,7 +374,9 @@ def longest(options: Options, method: str) -> dict:
             step()
             torch.cuda.synchronize()
             return True
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # torch's own, or CUDA's when pinned memory runs out
+            if "out of memory" not in str(error):
+                raise
             return False
         finally:
             step.optimizer.zero_grad()

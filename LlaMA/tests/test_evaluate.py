@@ -271,6 +271,27 @@ def test_an_adapter_of_another_base_is_refused(call, trained, data, model_folder
     assert "does not fit" in one_line(err)
 
 
+def test_batches_that_the_gpus_memory_does_not_hold_are_halved(run, tmp_path, monkeypatch):
+    real, sizes = evaluate.generate, []
+
+    def small(model, tokenizer, questions, **named):
+        sizes.append(len(questions))
+        if len(questions) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0")
+        return real(model, tokenizer, questions, **named)
+
+    monkeypatch.setattr(evaluate, "generate", small)
+    code, _, err = run()
+    assert code == 0 and err.count("answered in parts") == 1
+    assert sizes[:7] == [4, 2, 1, 1, 2, 1, 1]
+    path = tmp_path / "evaluation" / "boolq.jsonl"
+    halved = path.read_text()
+    shutil.rmtree(path.parent)
+    monkeypatch.setattr(evaluate, "generate", real)
+    assert run("--batch_size", 1)[0] == 0
+    assert path.read_text() == halved
+
+
 def test_too_little_gpu_memory_keeps_what_was_answered(run, tmp_path, monkeypatch):
     real, calls = evaluate.generate, []
 

@@ -222,11 +222,38 @@ def test_half_precision_autocast_is_as_near_to_float32_as_plain(family):
         loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
-    reference = gradients("plain", False)
-    plain = distance(gradients("plain", True), reference)
-    for mode in MODES[1:]:
-        assert distance(gradients(mode, False), reference) <= 1e-4
-        assert distance(gradients(mode, True), reference) <= 1.5 * plain, mode
+    apart = {mode: [] for mode in MODES}
+    for _ in range(8):  # of one set of weights alone the rounding may happen to be small
+        reference = gradients("plain", False)
+        for mode in MODES:
+            assert distance(gradients(mode, False), reference) <= 1e-4
+            apart[mode].append(distance(gradients(mode, True), reference))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+    apart = {mode: torch.tensor(found).square().mean().sqrt() for mode, found in apart.items()}
+    assert max(apart.values()) <= 1.5 * apart["plain"], apart
+
+
+def test_lengths_and_forwards_without_a_backward_need_no_more_pinned_memory():
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=97,
+    )  # fmt: skip
+    model = get_peft_model(
+        LlamaForCausalLM(config), ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"])
+    )
+    set_memory_mode(model.cuda().train(), "lean", offload=True)
+    host = next(module.memory_plan.host for module in model.modules() if hasattr(module, "memory_plan"))
+    for length in (8, 40, 16, 100, 24, 60):
+        ids = torch.randint(97, (2, length), device="cuda")
+        model(input_ids=ids, labels=ids)  # and no backward
+        loss, other = (model(input_ids=ids, labels=ids).loss for _ in range(2))
+        loss.backward()  # not the last one's first
+        other.backward()
+    assert len(host._free) <= 3 * 2 * 3  # three forwards' at once, two states of three layers
+    assert sum(buffer.numel() for buffer in host._free) <= 18 * 2 * 100 * 64 * 4
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True], ids=["eager", "graphs"])

@@ -40,8 +40,8 @@ def add_control(control: ControlLayer | None, kept, change, state=None, out=None
     """``change + sum of alpha * B(A(state))`` and, for a pre-norm block, ``+ state``; ``(tokens, width)``, in ``out`` if
     given.
 
-    ``change`` is what the frozen block adds to the state. The control goes there first, and not into the residual sum:
-    a control that is small against the state would be rounded away in half precision, each time and not on average.
+    ``change`` is what the frozen block adds to the state. All of it is summed before it is rounded once: a control that is
+    small against the other two would else be rounded away in half precision, each time and not on average.
     """
     kept, names = list(kept), _active(control)
     for name in names:

@@ -110,9 +110,9 @@ def add_low_rank(base, hidden, weight, scale=1.0, bias=None, residual=None, out=
     """Return ``base + scale * (hidden @ weight + bias) + residual``, in ``out`` (which may be ``base``) if given.
 
     Args:
-        base: ``(tokens, width)``; with ``residual``, ``hidden @ weight`` is added to ``base`` first.
-        hidden: ``(tokens, rank)``; the product is made in its dtype.
-        weight: ``(rank, width)`` of any strides and dtype.
+        base: ``(tokens, width)``.
+        hidden: ``(tokens, rank)``.
+        weight: ``(rank, width)`` of any strides and dtype, rounded to ``hidden``'s.
         bias: ``(width,)`` or None.
         residual: ``(tokens, width)`` or None; the result has the wider dtype of it and ``base``.
     """
@@ -129,17 +129,12 @@ def add_low_rank(base, hidden, weight, scale=1.0, bias=None, residual=None, out=
             RANK_BLOCK=min(max(triton.next_power_of_2(rank), 16), 64), num_warps=8,
         )  # fmt: skip
         return out
-    weight = weight.to(hidden.dtype)
-    if base.dtype == hidden.dtype:
-        total = base.addmm_ if out is base else base.addmm
-        y = total(hidden, weight, alpha=scale)
-    else:
-        y = torch.add(base, hidden @ weight, alpha=scale)
+    y = torch.addmm(_wide(base), _wide(hidden), _wide(weight.to(hidden.dtype)), alpha=scale)
     if bias is not None:
         y.add_(bias, alpha=scale)
     if residual is not None:
-        y = y.add_(residual) if y.dtype == dtype else y + residual
-    return _into(out, y)
+        y.add_(residual)
+    return _into(out, y.to(dtype))
 
 
 def _into(out, y):

@@ -155,41 +155,61 @@ class LeanLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         layer = _take_layer(ctx)
-        plan, random = layer.memory_plan, ctx.random
-        middle = plan.host.pop(ctx.tickets[1]) if len(ctx.tickets) > 1 else None
-        state = plan.host.pop(ctx.tickets[0]) if ctx.tickets else ctx.saved_tensors[0]
-        control = getattr(layer, "mlp_control", None)
-        controls = [control] if middle is None else [control, getattr(layer, "attention_control", None)]
-        own = [p for c in controls for p in control_parameters(c)]
+        backward = _backward_from_the_middle if len(ctx.tickets) > 1 else _backward_from_the_start
+        dstate, gradients = backward(ctx, layer, dy)
+        by_id = {id(parameter): gradient for parameter, gradient in gradients}
         parameters = [p for p in layer.parameters() if p.requires_grad]
-        others = [p for p in parameters if all(p is not other for other in own)]
+        return dstate, None, None, None, *(by_id[id(p)] for p in parameters)
 
-        state = state.detach().requires_grad_(ctx.needs_input_grad[0])
-        inputs = ([state] if state.requires_grad else []) + others
-        with ctx.autocast(), nullcontext() if random is None else random.again(), torch.enable_grad():
-            if middle is None:
-                middle = plan.halves.attention(layer, state, *ctx.arguments, **ctx.named)
-                # what the MLP drew must be drawn again even where its gradient is not wanted
-                needed = bool(inputs) or random is not None
-                dmiddle, found = backward_in_chunks(
-                    plan, tokens(middle.detach()), tokens(dy), control, needed
-                )
-                wanted = []
-                if inputs:
-                    dmiddle = dmiddle.view(middle.shape)
-                    wanted = torch.autograd.grad(middle, inputs, dmiddle, allow_unused=True)
-            else:
-                dmiddle, found = backward_in_chunks(
-                    plan, tokens(middle), tokens(dy), control, bool(inputs or own)
-                )
-                del middle  # not needed any more, and long sequences need its memory
-                wanted, of_control = plan.halves.attention_gradients(
+
+def _backward_from_the_start(ctx, layer, dy):
+    """The gradient of the layer's state, if that needs one, and pairs of a parameter and its gradient."""
+    plan, control = layer.memory_plan, getattr(layer, "mlp_control", None)
+    state = plan.host.pop(ctx.tickets[0]) if ctx.tickets else ctx.saved_tensors[0]
+    state = state.detach().requires_grad_(ctx.needs_input_grad[0])
+    own, others = control_parameters(control), _trained_besides(layer, control)
+    inputs = [*([state] if state.requires_grad else []), *others]
+    replayed = nullcontext() if ctx.random is None else ctx.random.again()
+    with ctx.autocast(), replayed, torch.enable_grad():
+        middle = plan.halves.attention(layer, state, *ctx.arguments, **ctx.named)
+        # what the MLP drew must be drawn again even where its gradient is not wanted
+        needed = bool(inputs) or ctx.random is not None
+        dmiddle, sums = backward_in_chunks(plan, tokens(middle.detach()), tokens(dy), control, needed)
+    found = []
+    if inputs:
+        found = list(torch.autograd.grad(middle, inputs, dmiddle.view(middle.shape), allow_unused=True))
+    dstate = found.pop(0) if state.requires_grad else None
+    return dstate, [*zip(own, sums), *zip(others, found)]
+
+
+def _backward_from_the_middle(ctx, layer, dy):
+    """The same where the state between the halves waits on the host too. Each state is popped when it is needed: the copy
+    of the next one travels meanwhile."""
+    plan, controls = (
+        layer.memory_plan,
+        [getattr(layer, f"{half}_control", None) for half in ("mlp", "attention")],
+    )
+    own, others = [*map(control_parameters, controls)], _trained_besides(layer, *controls)
+    middle = plan.host.pop(ctx.tickets[1])
+    needed = ctx.needs_input_grad[0] or bool(others or own[1])
+    with ctx.autocast():
+        dmiddle, sums = backward_in_chunks(plan, tokens(middle), tokens(dy), controls[0], needed)
+        del middle  # long sequences need its memory
+        state = plan.host.pop(ctx.tickets[0]).requires_grad_(ctx.needs_input_grad[0])
+        found, more = [], []
+        if needed:
+            inputs = [*([state] if state.requires_grad else []), *others]
+            with torch.enable_grad():
+                found, more = plan.halves.attention_gradients(
                     layer, state, dmiddle.view(state.shape), inputs, *ctx.arguments, **ctx.named
                 )
-                found = found + of_control
-        by_id = dict(zip(map(id, [*own, *inputs]), [*found, *wanted]))
-        dstate = by_id.get(id(state))
-        return dstate, None, None, None, *(by_id[id(p)] for p in parameters)
+    dstate = found.pop(0) if state.requires_grad else None
+    return dstate, [*zip(own[0], sums), *zip(own[1], more), *zip(others, found)]
+
+
+def _trained_besides(layer, *controls):
+    own = {id(parameter) for control in controls for parameter in control_parameters(control)}
+    return [p for p in layer.parameters() if p.requires_grad and id(p) not in own]
 
 
 def forward_in_chunks(plan: Plan, state: torch.Tensor, control: ControlLayer | None) -> torch.Tensor:

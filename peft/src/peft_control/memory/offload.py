@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import weakref
+from bisect import bisect_left
+
 import torch
 
 
 class HostStates:
-    """A stack of tensors: pushed in the forward, popped in the backward in the opposite order.
+    """Tensors pushed in the forward and popped in the backward, mostly in the opposite order.
 
     Copies run on a stream of their own. ``push`` starts the copy to the host, ``settle`` lets the computation wait for
     it, after which the tensor may go; ``pop`` waits for a copy back that the pop before it has started. Memory on the
     device is taken and given back by the computing stream alone, so that the allocator reuses it at once, within
-    CUDA graphs too. The pinned buffers are reused from step to step. On the CPU the tensors are simply kept.
+    CUDA graphs too. The pinned buffers are reused from step to step by tensors of any shape: there are as many as tensors
+    at a time. On the CPU the tensors are simply kept.
     """
 
     def __init__(self):
-        self._entries: list[_Entry | None] = []
-        self._free: dict[tuple, list[torch.Tensor]] = {}
+        self._last = _nothing  # the tensor pushed last of those that were not popped
+        self._free: list[torch.Tensor] = []  # buffers, of bytes
+        self._captured: list[torch.Tensor] = []  # what CUDA graphs copy into lives as long as they may
         self._leaving: list[tuple] = []
         self._stream = None
 
@@ -26,20 +31,28 @@ class HostStates:
     def __reduce__(self):
         return HostStates, ()
 
-    def push(self, tensor: torch.Tensor) -> int:
-        """Keep ``tensor``, which must not change before ``settle``; return the ticket with which to pop it."""
+    def push(self, tensor: torch.Tensor) -> Waiting:
+        """Keep ``tensor``, which must not change before ``settle``, until it is popped or nobody holds what is returned."""
+        waiting = Waiting(self._last)
+        self._last = weakref.ref(waiting)
         if not tensor.is_cuda:
-            self._entries.append(_Entry(None, tensor, None))
-            return len(self._entries) - 1
+            waiting.tensor = tensor
+            return waiting
         if self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
         self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        buffer = self._buffer(tensor)
+        buffer = self._buffer(tensor.nbytes)
+        if torch.cuda.is_current_stream_capturing():
+            self._captured.append(buffer)
+        waiting.place = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        waiting.device, waiting.give_back = (
+            tensor.device,
+            weakref.finalize(waiting, self._free.append, buffer),
+        )
         with torch.cuda.stream(self._stream):
-            buffer.copy_(tensor, non_blocking=True)
+            waiting.place.copy_(tensor, non_blocking=True)
         self._leaving.append((tensor, self._stream.record_event()))
-        self._entries.append(_Entry(buffer, None, tensor.device))
-        return len(self._entries) - 1
+        return waiting
 
     def settle(self) -> None:
         """Let the computation wait for the copies that the pushes since the last time have started."""
@@ -47,40 +60,48 @@ class HostStates:
             torch.cuda.current_stream(tensor.device).wait_event(copied)
         self._leaving.clear()
 
-    def pop(self, ticket: int) -> torch.Tensor:
-        """Return the tensor of ``ticket`` on its device and start fetching the one below it."""
-        entry = self._fetch(ticket)
-        if entry.buffer is not None:
-            torch.cuda.current_stream(entry.device).wait_event(entry.arrived)
-            self._free.setdefault(_key(entry.buffer), []).append(entry.buffer)
-        if ticket > 0:
-            self._fetch(ticket - 1)
-        self._entries[ticket] = None
-        while self._entries and self._entries[-1] is None:
-            self._entries.pop()
-        return entry.tensor
+    def pop(self, waiting: Waiting) -> torch.Tensor:
+        """Return the tensor on its device and start fetching the one that was pushed before it."""
+        tensor = self._fetch(waiting)
+        if waiting.give_back is not None:
+            torch.cuda.current_stream(waiting.device).wait_event(waiting.arrived)
+            waiting.give_back()
+        below = waiting.below()
+        if below is not None:
+            self._fetch(below)
+        if self._last() is waiting:
+            self._last = waiting.below
+        waiting.tensor = waiting.place = None
+        return tensor
 
-    def _fetch(self, ticket):
-        entry = self._entries[ticket]
-        if entry is not None and entry.tensor is None:
-            entry.tensor = torch.empty(entry.buffer.shape, dtype=entry.buffer.dtype, device=entry.device)
+    def _fetch(self, waiting):
+        if waiting.tensor is None and waiting.place is not None:
+            waiting.tensor = torch.empty_like(waiting.place, device=waiting.device)
             # what used this memory before may still run
-            self._stream.wait_stream(torch.cuda.current_stream(entry.device))
+            self._stream.wait_stream(torch.cuda.current_stream(waiting.device))
             with torch.cuda.stream(self._stream):
-                entry.tensor.copy_(entry.buffer, non_blocking=True)
-            entry.arrived = self._stream.record_event()
-        return entry
+                waiting.tensor.copy_(waiting.place, non_blocking=True)
+            waiting.arrived = self._stream.record_event()
+        return waiting.tensor
 
-    def _buffer(self, tensor):
-        free = self._free.get(_key(tensor))
-        # A buffer freed by a pop may still be read by its copy; the copy into it runs on the same stream.
-        return free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    def _buffer(self, size):
+        """The smallest free buffer of at least ``size`` bytes, or a new one in the place of one that is too small."""
+        # A buffer just given back may still be read by its copy; the copy into it runs on the same stream.
+        self._free.sort(key=torch.numel)
+        at = bisect_left(self._free, size, key=torch.numel)
+        if at < len(self._free):
+            return self._free.pop(at)
+        del self._free[:1]
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
-class _Entry:
-    def __init__(self, buffer, tensor, device):
-        self.buffer, self.tensor, self.device, self.arrived = buffer, tensor, device, None
+def _nothing():
+    """A weak reference's answer when what it referred to is gone."""
 
 
-def _key(tensor: torch.Tensor) -> tuple:
-    return tensor.shape, tensor.dtype
+class Waiting:
+    """A tensor on the host, to be popped."""
+
+    def __init__(self, below):
+        self.below = below
+        self.tensor = self.place = self.device = self.arrived = self.give_back = None
