@@ -189,16 +189,19 @@ def test_memory_modes_give_plains_gradients(folders, name, quantization, method)
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_memory_modes_under_bf16_autocast(folders, name):
-    """As near to float32 as plain is."""
-    exact = randomize_adapters(get_peft_model(load(folders, name, "nf4"), adapter_config(name, "control")))
-    reference = gradients(exact, name)
-    base = load(folders, name, "nf4", torch.bfloat16)
-    model = randomize_adapters(get_peft_model(base, adapter_config(name, "control")))
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = relative(gradients(model, name), reference)
-        for mode in MODES[1:]:
-            assert relative(gradients(model, name, mode), reference) <= 1.5 * plain, mode
-    assert 0 < plain < 0.2
+    """As near to float32 as plain is; in the mean, since of one adapter alone the rounding may happen to be small."""
+    exact = get_peft_model(load(folders, name, "nf4"), adapter_config(name, "control"))
+    model = get_peft_model(load(folders, name, "nf4", torch.bfloat16), adapter_config(name, "control"))
+    apart = {mode: [] for mode in MODES}
+    for seed in range(8):
+        reference = gradients(randomize_adapters(exact, seed=seed), name)
+        randomize_adapters(model, seed=seed)
+        with torch.autocast("cpu", torch.bfloat16):
+            for mode in MODES:
+                apart[mode].append(relative(gradients(model, name, mode), reference))
+    apart = {mode: torch.tensor(found).square().mean().sqrt().item() for mode, found in apart.items()}
+    assert max(apart.values()) <= 1.5 * apart["plain"], apart
+    assert 0 < apart["plain"] < 0.2
 
 
 @pytest.mark.parametrize("family", ["bert", "mpnet", "electra", "xlm-roberta"])
