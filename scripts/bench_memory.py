@@ -36,6 +36,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Optional
 
@@ -101,7 +102,12 @@ class Options:
     limit: float | None = field(
         default=None, metadata={"help": "Instead: the longest sequence that trains within this many GiB."}
     )
-    profile: bool = field(default=False, metadata={"help": "Instead: print the kernels that take the time."})
+    profile: bool = field(
+        default=False,
+        metadata={
+            "help": "Instead: the kernels of a step and their times, printed and in a record of their own."
+        },
+    )
     output: str = field(default=str(RESULTS / "memory"), metadata={"help": "Folder of the records."})
     worker: str | None = field(
         default=None, metadata={"help": "Used by the script itself: run this one method."}
@@ -329,15 +335,6 @@ def measure(options: Options, method: str) -> dict:
     if options.device == "cuda":  # only here: training loops do not wait for each step either
         torch.cuda.synchronize()
     seconds = [clock.seconds(start, end) for start, end in itertools.pairwise(marks)]
-    if options.profile:
-        with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
-            step()
-            if options.device == "cuda":
-                torch.cuda.synchronize()
-        key = f"self_{options.device}_time_total"
-        print(
-            profile.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=70), file=sys.stderr
-        )
     peak = 0
     if options.device == "cuda":
         peak = torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()
@@ -353,7 +350,23 @@ def measure(options: Options, method: str) -> dict:
         "step_seconds_all": seconds,
         "tokens_per_second": work.batch * work.tokens / median,
         "loss": loss.item(),
+        **({"kernels": profiled(options, step)} if options.profile else {}),
     }
+
+
+def profiled(options: Options, step: Step) -> list[dict]:
+    """Seconds of one step by kernel (on the CPU: by operation), the longest first."""
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+        step()
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+    seconds = attrgetter(f"self_{'device' if options.device == 'cuda' else 'cpu'}_time_total")
+    found = [
+        {"name": event.key[:200], "calls": event.count, "seconds": seconds(event) / 1e6}
+        for event in profile.key_averages()
+        if event.device_type.name.lower() == options.device and seconds(event) > 0
+    ]
+    return sorted(found, key=lambda kernel: -kernel["seconds"])
 
 
 def longest(options: Options, method: str) -> dict:
@@ -436,16 +449,18 @@ def run_all(options: Options, finished: Collection[str] = ()) -> Iterator[dict]:
         graphs = (
             {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if "graphs" in parse_method(method)[1] else {}
         )
-        done = subprocess.run(
-            command, env={**os.environ, **graphs}, stdout=subprocess.PIPE,
-            stderr=None if options.profile else subprocess.PIPE, text=True,
-        )  # fmt: skip
+        done = subprocess.run(command, env={**os.environ, **graphs}, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr or "").strip().splitlines()[-1:] or ["see above"]
             result = {"method": method, "error": reason[0][:300]}
         else:
             result = json.loads(done.stdout.strip().splitlines()[-1])
         print(f"[{number}/{len(options.methods)}, {time.time() - started:.0f} s] {line(result)}", flush=True)
+        for kernel in result.get("kernels", [])[:20]:
+            print(
+                f"    {kernel['seconds'] * 1e3:8.2f} ms {kernel['calls']:5d} x {kernel['name'][:90]}",
+                flush=True,
+            )
         yield result
 
 
@@ -565,6 +580,8 @@ def check(options: Options) -> None:
         raise UserError(f"--device is cuda or cpu, got {options.device!r}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("no GPU here: --device cpu tries the script out")
+    if options.limit and options.profile:
+        raise UserError("--limit and --profile are two runs: leave one out")
     if options.limit and (options.device == "cpu" or options.shape not in LLAMA_SHAPES):
         raise UserError("--limit needs a GPU and a LLaMA shape")
     for method in options.methods:
@@ -597,7 +614,7 @@ def main() -> None:
     title = f"{options.shape}, {options.batch} x {options.tokens} tokens, {str(dtype)[6:]}, {device}"
     print(title + (f", bf16 matmul {rate:.0f} TFLOP/s" if rate else ""), flush=True)
     name = f"{options.shape}_{options.batch}x{options.tokens}"
-    name += f"_limit{options.limit:g}" if options.limit else ""
+    name += f"_limit{options.limit:g}" if options.limit else "_profile" if options.profile else ""
     path = Path(options.output) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
@@ -621,7 +638,7 @@ def main() -> None:
     write_json_atomic(unfinished, record)
     unfinished.replace(path)
     print(ratios(results))
-    if not options.limit:
+    if not options.limit and not options.profile:
         draw(results, title, path.with_suffix(".png"))
     print(f"record in {path}")
     if all("error" in result for result in results):

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Optional
@@ -53,6 +54,7 @@ SHAPES = {
                        num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0),
 }  # fmt: skip
 SHARDS = ("ddp", "fsdp2")
+LONGEST = 1 << 20  # tokens: where --longest ends
 
 
 @dataclass
@@ -207,7 +209,8 @@ def work(options: Options, shard: str) -> dict | None:
         return total.item() / world
 
     if options.longest:
-        return {"longest_tokens": longest(options, step)}
+        longest(options, step, Path(options.result) if rank == 0 else None)
+        return None
     for number in range(options.warmup + options.steps):
         if number == options.warmup and cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -232,20 +235,17 @@ def work(options: Options, shard: str) -> dict | None:
     }
 
 
-def longest(options: Options, step) -> int:
-    """The longest sequence, in doublings of --tokens, whose step every process has memory for."""
-    good, tokens = 0, options.tokens
-    while True:
-        fits = torch.ones((), device="cuda")
-        try:
-            step(0, tokens)
-        except torch.OutOfMemoryError:
-            fits.zero_()
-        # a process that ran out is not in the others' collectives, so they end by the timeout: ask no further
-        dist.all_reduce(fits, op=dist.ReduceOp.MIN)
-        if not fits.item():
-            return good
-        good, tokens = tokens, tokens * 2
+def longest(options: Options, step: Callable, result: Path | None) -> None:
+    """Train on one sequence length after another, each twice the one before, and write down which went through.
+
+    Ends with the error of the first that does not fit: torchrun then stops the processes that still wait for this one.
+    """
+    tokens = options.tokens
+    while tokens <= LONGEST:
+        step(0, tokens)
+        if result:
+            write_json_atomic(result, {"longest_tokens": tokens})
+        tokens *= 2
 
 
 # -- in the process that starts them --------------------------------------------------------------------------------
@@ -279,10 +279,11 @@ def run_cell(options: Options, method: str, shard: str, processes: int, accumula
         done = subprocess.run(
             [*command, __file__, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        if done.returncode or not result.is_file():
+        found = json.loads(result.read_text()) if result.is_file() else {}
+        if done.returncode or not found:
             lines = [line for line in (done.stderr or "").splitlines() if "Error" in line] or ["no result"]
-            return {**cell, "error": lines[0].strip()[:300]}
-        return {**cell, **json.loads(result.read_text())}
+            found["ended_by" if found else "error"] = lines[0].strip()[:300]
+        return {**cell, **found}
 
 
 def line(cell: dict, single: dict | None) -> str:
@@ -290,7 +291,7 @@ def line(cell: dict, single: dict | None) -> str:
     if "error" in cell:
         return f"{text} failed: {cell['error']}"
     if "longest_tokens" in cell:
-        return f"{text} {cell['longest_tokens']:8d} tokens"
+        return f"{text} {cell['longest_tokens']:8d} tokens, then {cell.get('ended_by', 'no attempt')}"
     efficiency = ""
     if single and cell["processes"] > 1 and "step_seconds" in single:
         efficiency = f"  efficiency {single['step_seconds'] / cell['step_seconds']:.1%}"

@@ -52,9 +52,16 @@ BENCHMARKS = {
     "roberta-base": ("--shape roberta-base --batch 64 --tokens 128", "roberta-base_64x128.json"),
     "vit-b16": ("--shape vit-b16 --batch 128", "vit-b16_128x197.json"),
     "llama3-8b-limit": ("--shape llama3-8b --batch 1 --limit 23.5", "llama3-8b_1x1024_limit23.5.json"),
+    "llama3-8b-profile": (
+        "--shape llama3-8b --batch 4 --tokens 1024 --profile True",
+        "llama3-8b_4x1024_profile.json",
+    ),
 }
-#: Methods of the benchmark with a limit: what fits is asked of the leanest LoRA and of control.
-LIMITED = ("lora+liger+checkpointing", "control:plain", "control:lean")
+#: Methods of the benchmarks of something else than memory against time: which the question is about.
+SUBSETS = {
+    "llama3-8b-limit": ("lora+liger+checkpointing", "control:plain", "control:lean"),
+    "llama3-8b-profile": ("control:fast", "control:balanced", "control:lean"),
+}
 
 
 @dataclass
@@ -332,7 +339,7 @@ def memory_cell(options: Options, task: str, method: str, repeat: int) -> Cell:
         settings = {"method": "dora", "task": "memory", "attention": "sdpa"}
         return Cell(name, command, folder / "sdpa_dora.json", settings=settings)
     arguments, file = BENCHMARKS[task]
-    methods = shlex.split(method) or (LIMITED if task.endswith("limit") else ())
+    methods = shlex.split(method) or (SUBSETS.get(task, ()))
     command = [
         interpreter(),
         f"{REPOSITORY}/scripts/bench_memory.py",

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Rerun the memory tables on random weights, three repeats each: LLaMA's, RoBERTa-base's and ViT-B/16's shapes
 # (scripts/bench_memory.py) and the published ViT table (vit).
-#   bash scripts/rerun_memory.sh [--tasks llama3-8b llama3-8b-short llama2-7b llama3-8b-limit roberta-base vit-b16 vit]
+#   bash scripts/rerun_memory.sh [--tasks llama3-8b llama3-8b-short llama2-7b llama3-8b-limit llama3-8b-profile roberta-base
+#                                 vit-b16 vit]
 #                                [--seeds 1 2 3] [--methods lora control:fast ...] [--max-hours 2] [--gpus 0 1] [--dry_run]      more: --help
 # --seeds numbers the repeats, --methods are those of bench_memory.py. Nothing is downloaded; it needs about 60 GiB on a GPU
 # (less with fewer methods, or a smaller --tasks).

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from control_experiments.benchmark_tables import tokens_of
+from control_experiments.benchmark_tables import memory_speed_table, step_profile_table, tokens_of
+from control_experiments.collection import collect
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench_memory.py"
 BRIEFLY = ("--device", "cpu", "--steps", "2", "--warmup", "1")
@@ -62,6 +63,37 @@ def test_measures_each_method_and_writes_a_record(shape, tokens, methods, tmp_pa
         )
 
 
+def test_a_profile_is_a_record_of_its_own(tmp_path, call):
+    asked = (
+        *BRIEFLY,
+        "--shape",
+        "tiny",
+        "--batch",
+        2,
+        "--tokens",
+        8,
+        "--methods",
+        "control:fast",
+        "--profile",
+    )
+    code, stdout, stderr = call("bench_memory", *asked, "--output", tmp_path / "memory")
+    assert code == 0 and "ms" in stdout.splitlines()[2], stderr
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["tiny_2x8_profile.json"]
+    (result,) = json.loads((tmp_path / "memory" / "tiny_2x8_profile.json").read_text())["results"]
+    seconds = [kernel["seconds"] for kernel in result["kernels"]]
+    assert seconds == sorted(seconds, reverse=True) and seconds[-1] > 0
+    assert {"aten::mm", "aten::addmm"} <= {kernel["name"] for kernel in result["kernels"]}
+
+    profiles = step_profile_table(collect(tmp_path))
+    (section,) = profiles.sections
+    line = dict(zip(section.header, section.rows[0], strict=True))
+    assert (
+        section.title.startswith("tiny, 2 x 8 tokens, cpu, torch") and line["method"].text == "control:fast"
+    )
+    assert line["all ms"].value == pytest.approx(1000 * sum(seconds)) and line["matmuls ms"].value > 0
+    assert not memory_speed_table(collect(tmp_path)).sections
+
+
 def test_what_a_killed_run_has_left_counts_for_the_same_run_alone(tmp_path):
     from scripts.bench_memory import finished_before
 
@@ -101,6 +133,7 @@ def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, toke
         (("--shape", "vit-b16", "--methods", "lora+liger"), "no switches but checkpointing"),
         (("--shape", "tiny-vit", "--tokens", 8), "tiny-vit has 101 tokens, not 8"),
         (("--limit", 3), "--limit needs a GPU"),
+        (("--limit", 3, "--profile"), "two runs"),
     ],
 )
 def test_bad_input_is_one_line(options, message, tmp_path, call):

@@ -65,3 +65,39 @@ def test_what_cannot_be_is_said(options, message, monkeypatch):
 
     with pytest.raises(UserError, match=message):
         bench_scaling.Options(device="cpu", shape="tiny", **options).check()
+
+
+def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch, tmp_path):
+    """Of the worker, which runs out of memory or is killed, and of what its parent makes of that."""
+    monkeypatch.syspath_prepend(LAUNCHER.parent)
+    import bench_scaling
+
+    options = bench_scaling.Options(shape="tiny", longest=True, tokens=512, worker="lora")
+
+    def step_within(limit):
+        def step(number, tokens):
+            if tokens > limit:
+                raise MemoryError(f"{tokens} tokens")
+
+        return step
+
+    def torchrun(command, **_):
+        result = Path(command[command.index("--result") + 1])
+        with pytest.raises(MemoryError) as error:
+            bench_scaling.longest(options, step_within(limit), result)
+        return subprocess.CompletedProcess(
+            command, 1, stderr=f"Traceback:\n{error.type.__name__}: {error.value}\n"
+        )
+
+    monkeypatch.setattr(bench_scaling.subprocess, "run", torchrun)
+    limit = 5000
+    cell = bench_scaling.run_cell(options, "lora", "fsdp2", 2)
+    assert (cell["longest_tokens"], cell["ended_by"]) == (4096, "MemoryError: 8192 tokens")
+    assert "4096 tokens, then MemoryError: 8192 tokens" in bench_scaling.line(cell, None)
+    limit = 100
+    cell = bench_scaling.run_cell(options, "lora", "fsdp2", 2)
+    assert cell["error"] == "MemoryError: 512 tokens" and "longest_tokens" not in cell
+
+    limit = bench_scaling.LONGEST
+    bench_scaling.longest(options, step_within(limit), tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text()) == {"longest_tokens": limit}

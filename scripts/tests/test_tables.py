@@ -437,7 +437,7 @@ def test_the_command_writes_everything_and_says_what_it_left_out(results):
     done = subprocess.run([*command, "--strict"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("left out: roberta/tiny-encoder_cola_lora_seed1/record.json")
-    for name in ("glue", "vit_accuracy", "vit_memory", "commonsense", "quantized", "memory_speed", "quantized_memory",
+    for name in ("glue", "vit_accuracy", "vit_memory", "commonsense", "quantized", "memory_speed", "step_profile", "quantized_memory",
                  "llama_shapes", "throughput", "batches", "scaling"):  # fmt: skip
         for suffix in ("md", "csv", "tex"):
             assert (results.path / "tables" / f"{name}.{suffix}").is_file()

@@ -4,6 +4,7 @@ batches, scaling over GPUs. Files or records of one setting (shape, batch, token
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ def benchmark_tables(collection: Collection) -> list[Table]:
     """Every benchmark's table, whether or not there are records for it yet."""
     return [
         memory_speed_table(collection),
+        step_profile_table(collection),
         quantized_memory_table(collection),
         llama_shapes_table(collection),
         throughput_table(collection),
@@ -98,6 +100,55 @@ def _longest_section(link: str, benchmark: dict) -> Section:
     )
 
 
+def step_profile_table(collection: Collection) -> Table:
+    """What scripts/bench_memory.py --profile saw: the kernels of one step by what they do, one section for each file."""
+    header = ["method", *(f"{kind} ms" for kind in (*KERNELS, "others")), "all ms", "ms a step", "runs"]
+    sections = []
+    for link, benchmark in collection.benchmarks.items():
+        options = benchmark["options"]
+        measured = [result for result in benchmark["results"] if "kernels" in result]
+        if not options.get("profile") or not measured:
+            continue
+        rows = []
+        for result in measured:
+            times = dict.fromkeys((*KERNELS, "others"), 0.0)
+            for kernel in result["kernels"]:
+                times[kernel_kind(kernel["name"])] += 1000 * kernel["seconds"]
+            numbers = [*times.values(), sum(times.values()), 1000 * result["step_seconds"]]
+            rows.append([
+                Cell(result["method"]), *(Cell(f"{ms:.1f}", ms) for ms in numbers), Cell("", links=[("1", link)])
+            ])  # fmt: skip
+        setting = (
+            f"{options['shape']}, {options['batch']} x {tokens_of(benchmark)} tokens, {_where(benchmark)}"
+        )
+        methods = [result["method"] for result in measured]
+        sections.append(Section(setting, header, rows, shape_domain(setting), methods))
+    return Table(
+        "step_profile",
+        "Where a step's time goes",
+        "Kernels of one step by what they do. Copies from and to the host run beside the others. The step of the last column was "
+        "timed among others, without the profiler: on a GPU at its power limit it takes longer than the kernels of a single one.",
+        sections,
+        remarks=_none_yet(sections, "bash scripts/rerun_memory.sh --tasks llama3-8b-profile --seeds 1"),
+    )
+
+
+#: What a kernel does -> how the names of such kernels are recognised, in this order.
+KERNELS = {
+    "attention": "flash|fmha|attention",
+    "matmuls": "gemm|nvjet|cutlass|xmma|splitk|::mm$|::addmm|::bmm",
+    "control and residual sums": "add_low_rank",
+    "norms, activations, positions, loss": "norm|swiglu|silu|gelu|rope|rotary|softmax|cross_entropy",
+    "host copies": "memcpy (dtoh|htod)",
+    "optimizer": "adam|multi_tensor",
+}
+
+
+def kernel_kind(name: str) -> str:
+    """What a kernel of this name does, one of `KERNELS` or "others"."""
+    return next((kind for kind, names in KERNELS.items() if re.search(names, name.lower())), "others")
+
+
 @dataclass
 class Measured:
     """One method of the benchmark over its repeats: seconds a step and GB.
@@ -129,7 +180,7 @@ def benchmark_settings(collection: Collection) -> dict[str, dict[str, Measured]]
     settings: dict[str, dict[str, Measured]] = {}
     for link, benchmark in collection.benchmarks.items():
         options = benchmark["options"]
-        if options.get("limit"):
+        if options.get("limit") or options.get("profile"):
             continue
         setting = (
             f"{options['shape']}, {options['batch']} x {tokens_of(benchmark)} tokens, {_where(benchmark)}"

@@ -123,10 +123,12 @@ def add_low_rank(base, hidden, weight, scale=1.0, bias=None, residual=None, out=
         residual = None if residual is None else residual.contiguous()
         out = torch.empty_like(base, dtype=dtype) if out is None else out
         (tokens, width), rank = base.shape, hidden.shape[1]
-        _add_low_rank_kernel[(triton.cdiv(width, 128), triton.cdiv(tokens, 128))](
+        block_tokens, block_width, warps = _LOW_RANK_TILE
+        _add_low_rank_kernel[(triton.cdiv(width, block_width), triton.cdiv(tokens, block_tokens))](
             base, hidden, weight, bias, residual, out, tokens, width, rank, weight.stride(0), weight.stride(1), scale,
             HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-            RANK_BLOCK=min(max(triton.next_power_of_2(rank), 16), 64), num_warps=8,
+            RANK_BLOCK=min(max(triton.next_power_of_2(rank), 16), 64), BLOCK_TOKENS=block_tokens,
+            BLOCK_WIDTH=block_width, num_warps=warps,
         )  # fmt: skip
         return out
     y = torch.addmm(_wide(base), _wide(hidden), _wide(weight.to(hidden.dtype)), alpha=scale)
@@ -218,6 +220,7 @@ def cross_entropy_(logits, labels):
 # -- Triton -----------------------------------------------------------------------------------------------------
 
 _BLOCK = 2048
+_LOW_RANK_TILE = (128, 128, 8)  # tokens, width, warps
 
 
 def _grid(x: torch.Tensor) -> tuple[int]:
@@ -295,10 +298,11 @@ if triton is not None:
     def _add_low_rank_kernel(
         base, hidden, weight, bias, residual, out, tokens, width, rank, stride_rank, stride_width, scale,
         HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RANK_BLOCK: tl.constexpr,
+        BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     ):  # fmt: skip
-        row = tl.program_id(1).to(tl.int64) * 128 + tl.arange(0, 128)[:, None]
-        column = tl.program_id(0) * 128 + tl.arange(0, 128)[None, :]
-        total = tl.zeros((128, 128), dtype=tl.float32)
+        row = tl.program_id(1).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
+        column = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)[None, :]
+        total = tl.zeros((BLOCK_TOKENS, BLOCK_WIDTH), dtype=tl.float32)
         for start in range(0, rank, RANK_BLOCK):
             k = start + tl.arange(0, RANK_BLOCK)
             h = tl.load(

@@ -7,6 +7,11 @@ from bisect import bisect_left
 
 import torch
 
+# public in the torch that is pinned here, not yet in 2.11
+_empty_host_cache = getattr(torch.accelerator.memory, "empty_host_cache", None) or getattr(
+    torch._C, "_host_emptyCache", None
+)
+
 
 class HostStates:
     """Tensors pushed in the forward and popped in the backward, mostly in the opposite order.
@@ -91,7 +96,9 @@ class HostStates:
         at = bisect_left(self._free, size, key=torch.numel)
         if at < len(self._free):
             return self._free.pop(at)
-        del self._free[:1]
+        if self._free and not torch.cuda.is_current_stream_capturing():
+            del self._free[0]
+            _empty_host_cache()  # torch would keep it, and a search for the longest sequence fill the host
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
