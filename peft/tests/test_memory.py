@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from peft_control import ControlConfig
+from peft_control import ControlConfig, memory
 from peft_control.memory import MODES, set_memory_mode
 from peft_control.memory.loss import causal_lm_loss
 
@@ -91,10 +91,21 @@ def distance(gradients, reference):
     return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
 
 
-@pytest.mark.parametrize(("mode", "offload"), [*((mode, None) for mode in MODES[1:]), ("lean", True)])
+@pytest.fixture
+def large_layers(monkeypatch, request):
+    """With the parameter "all" of `offload`, layers count as large enough to hide all copies."""
+    if request.node.callspec.params.get("offload") == "all":
+        monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", 0)
+
+
+#: A mode and whether the states wait on the host, "all" with queries, keys and values.
+WAYS = [*((mode, None) for mode in MODES[1:]), ("lean", True), ("lean", "all")]
+
+
+@pytest.mark.parametrize(("mode", "offload"), WAYS)
 @pytest.mark.parametrize("lora", [False, True, "attention"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_exact(family, lora, mode, offload, exact_norms):
+def test_gradients_are_exact(family, lora, mode, offload, exact_norms, large_layers):
     model = build(family, lora=lora, control_bias=True, control_alpha=0.7)
     loss, reference = loss_and_gradients(model, "plain", padded=True)
     found_loss, found = loss_and_gradients(model, mode, padded=True, offload=offload)
@@ -110,9 +121,14 @@ def test_gradients_are_exact(family, lora, mode, offload, exact_norms):
         ("balanced", None, ("q_proj", "k_proj", "v_proj", "up_proj")),
         ("lean", None, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")),
         ("lean", True, ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")),
+        ("lean", "all", ("gate_proj", "up_proj")),
+        ("lean", "too much", ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")),
     ],
 )
-def test_what_is_computed_twice(mode, offload, twice):
+def test_what_is_computed_twice(mode, offload, twice, large_layers, monkeypatch):
+    if offload == "too much":
+        monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", 0)
+        monkeypatch.setattr(memory.offload, "_SPARE_BYTES", 1000)
     model = build()
     set_memory_mode(model, mode, offload=offload)
     calls = Counter()
@@ -122,12 +138,16 @@ def test_what_is_computed_twice(mode, offload, twice):
     inputs, labels = batch()
     model(**inputs, labels=labels).loss.backward()
     assert len(calls) == 7 and max(calls.values()) <= 2
+    assert not any(
+        layer.memory_plan.host and layer.memory_plan.host._held
+        for layer in model.get_base_model().model.layers
+    )
     assert {name for name, count in calls.items() if count == 2} == set(twice)
 
 
-@pytest.mark.parametrize(("mode", "offload"), [*((mode, None) for mode in MODES[1:]), ("lean", True)])
+@pytest.mark.parametrize(("mode", "offload"), WAYS)
 @pytest.mark.parametrize("blocks", [["mlp"], ["attention"]])
-def test_gradients_are_exact_with_one_block(blocks, mode, offload, exact_norms):
+def test_gradients_are_exact_with_one_block(blocks, mode, offload, exact_norms, large_layers):
     model = build(control_blocks=blocks)
     _, reference = loss_and_gradients(model, "plain")
     _, found = loss_and_gradients(model, mode, offload=offload)
@@ -166,7 +186,8 @@ def test_lean_replays_its_dropout(exact_norms):
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
-def test_bf16_is_as_near_to_float32_as_plain_is(mode):
+def test_bf16_is_as_near_to_float32_as_plain_is(mode, monkeypatch):
+    monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", 0)
     _, reference = loss_and_gradients(build(dtype=torch.float32), "plain")
     _, plain = loss_and_gradients(build(dtype=torch.bfloat16), "plain")
     for offload in (None, True) if mode == "lean" else (None,):

@@ -24,9 +24,9 @@ MODES = ("plain", "fast", "balanced", "lean")
 # are no faster there, smaller ones are launch-bound. ``mlp.py`` has the same for intermediate tensors.
 _LOGITS_ELEMENTS = 512 * 128256
 
-# Host memory is slow: about 50 GB/s over PCIe 5, against 400 TFLOP/s in bfloat16. So a layer computes for at least as long
-# as its two states travel if it has 8,000 parameters or more for each byte of a token's state.
-_PARAMETERS_PER_BYTE = 8000
+# Host memory is slow: 50 GB/s over PCIe 5, against 700 TFLOP/s in bfloat16. So a layer's forward takes as long as what is
+# copied travels if it has 7,000 parameters for each byte a token.
+_PARAMETERS_PER_BYTE = 7000
 
 
 def set_memory_mode(
@@ -49,7 +49,8 @@ def set_memory_mode(
             time. None: by the layer's width.
         offload: lean keeps its states in pinned host memory (on a GPU), in SwiGLU decoders two of each layer instead
             of one. None: where the layers are so large that the copies take less time than the computation, as in a
-            LLaMA of 7 or 8 billion parameters.
+            LLaMA of 7 or 8 billion parameters. Where copies of queries, keys and values do too (LLaMA-3, whose keys and
+            values are few), they wait there as well, until 8 GiB do.
         fused_loss: causal language models compute their training loss without a batch's logits, so that
             ``outputs.logits`` is None while training with labels.
         cuda_graphs: the training step is replayed as CUDA graphs when its shapes were seen before: for small
@@ -83,7 +84,7 @@ def _replace_layers(model, mode, chunk_tokens, offload, on_unsupported):
         found = halves(layer)
         if found is not None:
             chunk = chunk_tokens or max(found.mlp.CHUNK_ELEMENTS // found.mlp.width, 1)
-            plans[layer] = Plan(mode, found, chunk, None)
+            plans[layer] = Plan(mode, found, chunk)
     if not plans:
         message = (
             f"memory mode {mode!r} supports {', '.join(FAMILIES)}; {_class_name(model)} has no such layer"
@@ -98,16 +99,20 @@ def _replace_layers(model, mode, chunk_tokens, offload, on_unsupported):
         raise ValueError(f"memory mode {mode!r} replaces gradient checkpointing: switch that off first")
     host = HostStates() if mode == "lean" else None
     for layer, plan in plans.items():
-        if offload or (offload is None and _hides_copies(layer, plan.mlp.norm)):
-            plan.host = host
+        if offload or (offload is None and _hides_copies(layer, plan)):
+            plan.host, kept = host, plan.halves.attention_kept
+            plan.attention_on_host = kept > 0 and _hides_copies(layer, plan, kept)
         layer.memory_plan = plan
         layer.forward = MethodType(training_forward, layer)
 
 
-def _hides_copies(layer, norm):
-    parameters = sum(parameter.numel() for parameter in layer.parameters())
-    state_bytes = sum(weight.nbytes for weight in (norm.weight,) if weight is not None)  # of one token
-    return 0 < _PARAMETERS_PER_BYTE * state_bytes <= parameters
+def _hides_copies(layer, plan, more=0):
+    """Whether the layer computes for as long as two states of each token and ``more`` numbers travel."""
+    weight = plan.mlp.norm.weight
+    if weight is None:
+        return False
+    token_bytes = (2 * weight.numel() + more) * weight.element_size()
+    return _PARAMETERS_PER_BYTE * token_bytes <= sum(parameter.numel() for parameter in layer.parameters())
 
 
 def _fuse_loss(model, chunk_tokens):

@@ -71,7 +71,8 @@ def decoder_attention(layer, hidden_states, *arguments, recompute=None, **named)
     """``state + self_attn(input_layernorm(state)) + control`` of LLaMA, Mistral, Qwen2 and Qwen3, without a cache.
 
     What ``recompute`` (torch's ``checkpoint``) is given runs once more in the backward. The output projection is not, where
-    it keeps nothing that would have to be computed.
+    it keeps nothing that would have to be computed. ``keep`` is called with what spares
+    :func:`decoder_attention_gradients` the projections: with queries, keys and values, or with nothing.
     """
     project = layer.self_attn.o_proj
     if recompute and not (is_frozen_linear(project) and project.weight.dtype == compute_dtype(hidden_states)):
@@ -81,11 +82,11 @@ def decoder_attention(layer, hidden_states, *arguments, recompute=None, **named)
     return AddControl.add(state, project(mixed), getattr(layer, "attention_control", None))
 
 
-def decoder_attention_gradients(layer, state, dy, inputs, *arguments, **named):
+def decoder_attention_gradients(layer, state, dy, inputs, *arguments, kept=(), **named):
     """The gradients of :func:`decoder_attention`'s ``inputs`` for its output's gradient ``dy``, without the output.
 
     Returns ``(gradients, control_gradients)``: of the ``inputs``, among them ``state`` if that needs one, and of the
-    block's control's parameters. ``dy`` is overwritten: long sequences need its memory.
+    block's control's parameters. ``dy`` is overwritten: long sequences need its memory. ``kept`` is what ``keep`` got.
     """
     control, flat, dflat = getattr(layer, "attention_control", None), tokens(state), tokens(dy)
     with torch.no_grad():
@@ -94,6 +95,8 @@ def decoder_attention_gradients(layer, state, dy, inputs, *arguments, **named):
         _, of_control = control_backward(control, flat, control_hidden(control, flat), dflat, dstate)
     if not inputs:
         return [], of_control
+    if kept:
+        return [_through_projections(layer, state, dy, dmixed, kept, *arguments, **named)], of_control
     mixed, through = _mixed_values(layer, state, *arguments, **named)
     outputs, gradients = [mixed], [dmixed.view(mixed.shape)]
     del dmixed
@@ -103,13 +106,37 @@ def decoder_attention_gradients(layer, state, dy, inputs, *arguments, **named):
     return list(torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)), of_control
 
 
-def _mixed_values(layer, hidden_states, attention_mask=None, position_embeddings=None, **named):
+def _through_projections(
+    layer, state, dy, dmixed, kept, attention_mask=None, position_embeddings=None, **named
+):
+    """The state's gradient where the projections are frozen and what they gave was kept; in ``dy``."""
+    attention, kept = layer.self_attn, [tensor.requires_grad_() for tensor in kept]
+    mixed = _attend(attention, *kept, attention_mask, **named)
+    query, key, value = torch.autograd.grad(mixed, kept, dmixed.view(mixed.shape))
+    del mixed, dmixed
+    with torch.no_grad():
+        query, key = (kernels.rope(x, *position_embeddings, backward=True) for x in (query, key))
+        dnormal = None
+        for gradient, linear in (
+            (query, attention.q_proj),
+            (key, attention.k_proj),
+            (value, attention.v_proj),
+        ):
+            dnormal = input_gradient(gradient.reshape(-1, linear.out_features), linear, add_to=dnormal)
+        norm, flat, dflat = layer.input_layernorm, tokens(state), tokens(dy)
+        _, rstd = kernels.rms_norm(flat, norm.weight, norm.variance_epsilon)
+        kernels.rms_norm_backward(dnormal, flat, norm.weight, rstd, residual=dflat, out=dflat)
+    return dflat.view(state.shape)
+
+
+def _mixed_values(layer, hidden_states, attention_mask=None, position_embeddings=None, keep=None, **named):
     """What the output projection takes, ``(batch, tokens, heads * head_dim)``, and the state for what is added to it."""
     attention = layer.self_attn
     normal, state = RmsNorm.apply(hidden_states, layer.input_layernorm)
     shape = (*normal.shape[:-1], -1, attention.head_dim)
     linears = attention.q_proj, attention.k_proj, attention.v_proj
-    if all(map(is_frozen_linear, linears)):
+    frozen = all(map(is_frozen_linear, linears))
+    if frozen:
         projected = FrozenProjections.apply(normal, *linears)
     else:
         projected = [linear(normal) for linear in linears]
@@ -119,7 +146,13 @@ def _mixed_values(layer, hidden_states, attention_mask=None, position_embeddings
         query, key = attention.q_norm(query), attention.k_norm(key)
     cos, sin = position_embeddings
     query, key = Rope.apply(query, cos, sin), Rope.apply(key, cos, sin)
+    if keep is not None:
+        keep(*((query, key, value) if frozen and not hasattr(attention, "q_norm") else ()))
+    return _attend(attention, query, key, value, attention_mask, **named), state
 
+
+def _attend(attention, query, key, value, attention_mask, **named):
+    """Attention of ``(batch, tokens, heads, head_dim)`` by the model's own code, as ``(batch, tokens, heads * head_dim)``."""
     for unused in ("past_key_values", "use_cache", "position_ids"):
         named.pop(unused, None)
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
@@ -136,4 +169,4 @@ def _mixed_values(layer, hidden_states, attention_mask=None, position_embeddings
         sliding_window=window,
         **named,
     )
-    return mixed.reshape(*state.shape[:-1], -1), state
+    return mixed.reshape(*query.shape[:2], -1)

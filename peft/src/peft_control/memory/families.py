@@ -30,8 +30,10 @@ def _decoder(layer):
     if any(parameter.requires_grad for parameter in layer.input_layernorm.parameters()):
         raise ValueError("memory modes need frozen norms; input_layernorm has trainable parameters")
     mlp = GatedMlp(layer.post_attention_layernorm, layer.mlp)
-    gradients = decoder_attention_gradients if is_frozen_linear(layer.self_attn.o_proj) else None
-    return Halves(decoder_attention, mlp, recompute_attention=True, attention_gradients=gradients)
+    attention = layer.self_attn
+    gradients = decoder_attention_gradients if is_frozen_linear(attention.o_proj) else None
+    kept = sum(linear.out_features for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
+    return Halves(decoder_attention, mlp, True, gradients, attention_kept=kept)
 
 
 # The attention halves below call the layer's own modules, whose hooks add the control.

@@ -220,7 +220,7 @@ def cross_entropy_(logits, labels):
 # -- Triton -----------------------------------------------------------------------------------------------------
 
 _BLOCK = 2048
-_LOW_RANK_TILE = (128, 128, 8)  # tokens, width, warps
+_LOW_RANK_TILE = (128, 64, 8)  # tokens, width, warps
 
 
 def _grid(x: torch.Tensor) -> tuple[int]:

@@ -7,7 +7,7 @@ attention kernel and LoRA works as before) and MLP (hand-written, see ``mlp.py``
 |----------|---------------------------|---------------------------------------------------------------------|
 | fast     | kept                      | no matmul is recomputed                                             |
 | balanced | kept, or recomputed up to the output projection where the MLP keeps much (SwiGLU) | one matmul is recomputed, in token chunks where nothing is kept |
-| lean     | one state per layer kept, or two on the host if offloaded; the rest recomputed, the MLP in token chunks |
+| lean     | one state per layer kept, or two on the host if offloaded, where there is room with queries, keys and values; the rest recomputed, the MLP in token chunks |
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ class Halves:
         attention: ``(layer, state, **arguments)`` -> the attention block's output state, control included.
         mlp: the frozen MLP block (``mlp.py``).
         recompute_attention: whether mode "balanced" recomputes the attention half, whose ``recompute`` then says how.
-        attention_gradients: ``(layer, state, dy, inputs, **arguments)`` -> the gradients of ``inputs`` and of the
-            block's control's parameters, for a backward that need not compute the attention block's output; ``dy`` is
-            overwritten. Or None.
+        attention_gradients: ``(layer, state, dy, inputs, kept=..., **arguments)`` -> the gradients of ``inputs`` and of
+            the block's control's parameters, for a backward that need not compute the attention block's output; ``dy``
+            is overwritten, ``kept`` is what ``attention`` gave to its argument ``keep``. Or None.
+        attention_kept: how many numbers a token that is.
         returns_tuple: whether the layer's own forward returns its state in a tuple.
     """
 
@@ -46,17 +47,22 @@ class Halves:
     mlp: object
     recompute_attention: bool = False
     attention_gradients: Callable | None = None
+    attention_kept: int = 0
     returns_tuple: bool = False
 
 
 @dataclass
 class Plan:
-    """How one layer trains; stands on the layer as ``layer.memory_plan``."""
+    """How one layer trains; stands on the layer as ``layer.memory_plan``.
+
+    ``host``: where lean's states wait, ``attention_on_host``: with what spares attention's backward a computation.
+    """
 
     mode: str
     halves: Halves
     chunk: int
-    host: HostStates | None
+    host: HostStates | None = None
+    attention_on_host: bool = False
 
     @property
     def mlp(self):
@@ -129,7 +135,7 @@ class LeanLayer(torch.autograd.Function):
     """A whole layer that keeps its input state alone and works the MLP in token chunks.
 
     Where states wait on the host, the one between the halves does too if the attention block's output then need not be
-    computed again.
+    computed again, and queries, keys and values while there is room.
     """
 
     @staticmethod
@@ -138,15 +144,26 @@ class LeanLayer(torch.autograd.Function):
         ctx.layer, ctx.arguments, ctx.named = layer, arguments, named
         ctx.autocast = _autocast_state(state)
         ctx.random = draw(layer, state.device) if draws_random_numbers(layer) else None
-        ctx.tickets = ()
+        ctx.tickets = []
+
+        def wait_on_host(*tensors):
+            ctx.tickets.append(plan.host.push(*(tensor.detach() for tensor in tensors)))
+
+        def keep(*more):
+            wanted = plan.attention_on_host and ctx.needs_input_grad[0] and plan.host.has_room(state, *more)
+            wait_on_host(state, *(more if wanted else ()))
+
+        from_the_middle = plan.host is not None and plan.halves.attention_gradients and ctx.random is None
         if plan.host is None:
             ctx.save_for_backward(state)
+        elif from_the_middle:
+            named = {**named, "keep": keep}
         else:
-            ctx.tickets = (plan.host.push(state.detach()),)
+            wait_on_host(state)
         with nullcontext() if ctx.random is None else ctx.random.first():
             middle = plan.halves.attention(layer, state, *arguments, **named)
-            if plan.host is not None and plan.halves.attention_gradients and ctx.random is None:
-                ctx.tickets += (plan.host.push(middle.detach()),)
+            if from_the_middle:
+                wait_on_host(middle)
             output = forward_in_chunks(plan, middle, getattr(layer, "mlp_control", None))
         if plan.host is not None:
             plan.host.settle()
@@ -165,7 +182,7 @@ class LeanLayer(torch.autograd.Function):
 def _backward_from_the_start(ctx, layer, dy):
     """The gradient of the layer's state, if that needs one, and pairs of a parameter and its gradient."""
     plan, control = layer.memory_plan, getattr(layer, "mlp_control", None)
-    state = plan.host.pop(ctx.tickets[0]) if ctx.tickets else ctx.saved_tensors[0]
+    (state,) = plan.host.pop(ctx.tickets[0]) if ctx.tickets else ctx.saved_tensors
     state = state.detach().requires_grad_(ctx.needs_input_grad[0])
     own, others = control_parameters(control), _trained_besides(layer, control)
     inputs = [*([state] if state.requires_grad else []), *others]
@@ -183,25 +200,24 @@ def _backward_from_the_start(ctx, layer, dy):
 
 
 def _backward_from_the_middle(ctx, layer, dy):
-    """The same where the state between the halves waits on the host too. Each state is popped when it is needed: the copy
-    of the next one travels meanwhile."""
-    plan, controls = (
-        layer.memory_plan,
-        [getattr(layer, f"{half}_control", None) for half in ("mlp", "attention")],
-    )
+    """The same where the state between the halves waits on the host too. What waits is popped when it is needed: the copy
+    of what comes next travels meanwhile."""
+    plan = layer.memory_plan
+    controls = [getattr(layer, f"{half}_control", None) for half in ("mlp", "attention")]
     own, others = [*map(control_parameters, controls)], _trained_besides(layer, *controls)
-    middle = plan.host.pop(ctx.tickets[1])
+    (middle,) = plan.host.pop(ctx.tickets[1])
     needed = ctx.needs_input_grad[0] or bool(others or own[1])
     with ctx.autocast():
         dmiddle, sums = backward_in_chunks(plan, tokens(middle), tokens(dy), controls[0], needed)
         del middle  # long sequences need its memory
-        state = plan.host.pop(ctx.tickets[0]).requires_grad_(ctx.needs_input_grad[0])
+        state, *kept = plan.host.pop(ctx.tickets[0])
+        state.requires_grad_(ctx.needs_input_grad[0])
         found, more = [], []
         if needed:
             inputs = [*([state] if state.requires_grad else []), *others]
             with torch.enable_grad():
                 found, more = plan.halves.attention_gradients(
-                    layer, state, dmiddle.view(state.shape), inputs, *ctx.arguments, **ctx.named
+                    layer, state, dmiddle.view(state.shape), inputs, *ctx.arguments, kept=kept, **ctx.named
                 )
     dstate = found.pop(0) if state.requires_grad else None
     return dstate, [*zip(own[0], sums), *zip(own[1], more), *zip(others, found)]
@@ -226,14 +242,13 @@ def backward_in_chunks(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """The gradient of :func:`forward_in_chunks`'s state ``(tokens, width)``, if ``needed``, and of the control."""
     dstate = torch.empty_like(state, memory_format=torch.contiguous_format) if needed else None
-    sums, mlp = None, plan.mlp.for_chunks(state)
+    mlp, hidden = plan.mlp.for_chunks(state), []
     for rows in (slice(start, start + plan.chunk) for start in range(0, len(state), plan.chunk)):
         # MLP, then control, as in the forward: so dropout draws the same numbers
-        part = mlp.backward(state[rows], (), dy[rows], out=dstate[rows]) if needed else None
-        kept = control_hidden(control, state[rows])
-        _, gradients = control_backward(control, state[rows], kept, dy[rows], part)
-        sums = gradients if sums is None else [a.add_(b) for a, b in zip(sums, gradients)]
-    return dstate, sums
+        if needed:
+            mlp.backward(state[rows], (), dy[rows], out=dstate[rows])
+        hidden.append(control_hidden(control, state[rows]))
+    return control_backward(control, state, [*map(torch.cat, zip(*hidden))], dy, dstate)
 
 
 def _take_layer(ctx):

@@ -12,19 +12,23 @@ _empty_host_cache = getattr(torch.accelerator.memory, "empty_host_cache", None) 
     torch._C, "_host_emptyCache", None
 )
 
+#: Beside the states themselves, a host is given what saves computing only until so much waits there.
+_SPARE_BYTES = 8 << 30
+
 
 class HostStates:
     """Tensors pushed in the forward and popped in the backward, mostly in the opposite order.
 
-    Copies run on a stream of their own. ``push`` starts the copy to the host, ``settle`` lets the computation wait for
-    it, after which the tensor may go; ``pop`` waits for a copy back that the pop before it has started. Memory on the
+    Copies run on a stream of their own. ``push`` starts the copies to the host, ``settle`` lets the computation wait for
+    them, after which the tensors may go; ``pop`` waits for copies back that the pop before it has started. Memory on the
     device is taken and given back by the computing stream alone, so that the allocator reuses it at once, within
-    CUDA graphs too. The pinned buffers are reused from step to step by tensors of any shape: there are as many as tensors
+    CUDA graphs too. The pinned buffers are reused from step to step by tensors of any shape: there are as many as pushes
     at a time. On the CPU the tensors are simply kept.
     """
 
     def __init__(self):
-        self._last = _nothing  # the tensor pushed last of those that were not popped
+        self._last = _nothing  # what was pushed last of what was not popped
+        self._held = 0  # bytes
         self._free: list[torch.Tensor] = []  # buffers, of bytes
         self._captured: list[torch.Tensor] = []  # what CUDA graphs copy into lives as long as they may
         self._leaving: list[tuple] = []
@@ -36,58 +40,70 @@ class HostStates:
     def __reduce__(self):
         return HostStates, ()
 
-    def push(self, tensor: torch.Tensor) -> Waiting:
-        """Keep ``tensor``, which must not change before ``settle``, until it is popped or nobody holds what is returned."""
+    def has_room(self, *tensors: torch.Tensor) -> bool:
+        """Whether with ``tensors`` there would still be no more here than what a host surely has to spare."""
+        return self._held + sum(tensor.nbytes for tensor in tensors) <= _SPARE_BYTES
+
+    def push(self, *tensors: torch.Tensor) -> Waiting:
+        """Keep ``tensors``, which must not change before ``settle``, until they are popped or nobody holds what is
+        returned."""
         waiting = Waiting(self._last)
         self._last = weakref.ref(waiting)
-        if not tensor.is_cuda:
-            waiting.tensor = tensor
-            return waiting
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(tensor.device)
-        self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        buffer = self._buffer(tensor.nbytes)
-        if torch.cuda.is_current_stream_capturing():
-            self._captured.append(buffer)
-        waiting.place = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        waiting.device, waiting.give_back = (
-            tensor.device,
-            weakref.finalize(waiting, self._free.append, buffer),
-        )
-        with torch.cuda.stream(self._stream):
-            waiting.place.copy_(tensor, non_blocking=True)
-        self._leaving.append((tensor, self._stream.record_event()))
+        device, size = tensors[0].device, sum(_aligned(tensor.nbytes) for tensor in tensors)
+        buffer = None
+        if device.type == "cuda":
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+            buffer = self._buffer(size)
+            if torch.cuda.is_current_stream_capturing():
+                self._captured.append(buffer)
+            waiting.device, waiting.places = device, list(_pieces(buffer, tensors))
+            with torch.cuda.stream(self._stream):
+                for place, tensor in zip(waiting.places, tensors):
+                    place.copy_(tensor, non_blocking=True)
+            self._leaving.append((tensors, self._stream.record_event()))
+        else:
+            waiting.tensors = list(tensors)
+        self._held += size
+        waiting.release = weakref.finalize(waiting, self._release, size, buffer)
         return waiting
 
     def settle(self) -> None:
         """Let the computation wait for the copies that the pushes since the last time have started."""
-        for tensor, copied in self._leaving:
-            torch.cuda.current_stream(tensor.device).wait_event(copied)
+        for tensors, copied in self._leaving:
+            torch.cuda.current_stream(tensors[0].device).wait_event(copied)
         self._leaving.clear()
 
-    def pop(self, waiting: Waiting) -> torch.Tensor:
-        """Return the tensor on its device and start fetching the one that was pushed before it."""
-        tensor = self._fetch(waiting)
-        if waiting.give_back is not None:
+    def pop(self, waiting: Waiting) -> list[torch.Tensor]:
+        """Return the tensors on their device and start fetching what was pushed before them."""
+        tensors = self._fetch(waiting)
+        if waiting.arrived is not None:
             torch.cuda.current_stream(waiting.device).wait_event(waiting.arrived)
-            waiting.give_back()
+        waiting.release()
         below = waiting.below()
         if below is not None:
             self._fetch(below)
         if self._last() is waiting:
             self._last = waiting.below
-        waiting.tensor = waiting.place = None
-        return tensor
+        waiting.tensors = waiting.places = None
+        return tensors
 
     def _fetch(self, waiting):
-        if waiting.tensor is None and waiting.place is not None:
-            waiting.tensor = torch.empty_like(waiting.place, device=waiting.device)
+        if waiting.tensors is None and waiting.places is not None:
+            waiting.tensors = [torch.empty_like(place, device=waiting.device) for place in waiting.places]
             # what used this memory before may still run
             self._stream.wait_stream(torch.cuda.current_stream(waiting.device))
             with torch.cuda.stream(self._stream):
-                waiting.tensor.copy_(waiting.place, non_blocking=True)
+                for tensor, place in zip(waiting.tensors, waiting.places):
+                    tensor.copy_(place, non_blocking=True)
             waiting.arrived = self._stream.record_event()
-        return waiting.tensor
+        return waiting.tensors
+
+    def _release(self, size, buffer):
+        self._held -= size
+        if buffer is not None:
+            self._free.append(buffer)
 
     def _buffer(self, size):
         """The smallest free buffer of at least ``size`` bytes, or a new one in the place of one that is too small."""
@@ -102,13 +118,25 @@ class HostStates:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
+def _pieces(buffer, tensors):
+    """A part of ``buffer`` for each of ``tensors``, of its shape and dtype."""
+    start = 0
+    for tensor in tensors:
+        yield buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        start += _aligned(tensor.nbytes)
+
+
+def _aligned(size):
+    return -(-size // 256) * 256
+
+
 def _nothing():
     """A weak reference's answer when what it referred to is gone."""
 
 
 class Waiting:
-    """A tensor on the host, to be popped."""
+    """Tensors on the host, to be popped."""
 
     def __init__(self, below):
         self.below = below
-        self.tensor = self.place = self.device = self.arrived = self.give_back = None
+        self.tensors = self.places = self.device = self.arrived = self.release = None
