@@ -7,8 +7,8 @@
     bash scripts/bench_scaling.sh --device cpu --shape tiny --tokens 16 --processes 1 2      # to try it out
 
 Weak scaling: each process trains on --batch sequences of --tokens tokens, so the work per GPU stays the same. "ddp"
-keeps the frozen weights on every GPU (through accelerate) and sends the adapter's gradients alone; "fsdp2" shards all
-parameters, layer by layer (torch's fully_shard, which accelerate calls too; it does so on GPUs only). Weights are a fixed
+keeps the frozen weights on every GPU (through accelerate) and sends the adapter's gradients alone; "fsdp2" shards the frozen
+weights, layer by layer, as --shard fsdp2 of the training scripts does. Weights are a fixed
 pseudo-random function of their index, the same for every number of processes and every sharding. Therefore
 the losses must be those of one process that accumulates the same global batch, which is run for comparison.
 The methods are those of bench_memory.py. Each cell is one torchrun; a record and a picture go to --output. A killed run
@@ -35,18 +35,16 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from control_experiments.arguments import parse_arguments
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
+from control_experiments.sharding import average_gradients, split_into_units
 
 SHAPES = {
     **bench_memory.LLAMA_SHAPES,
@@ -162,11 +160,7 @@ def build(options: Options, shard: str, device: torch.device) -> nn.Module:
     }  # to_empty would part them, sharded or not
     model = bench_memory.llama(shape, "meta", name, switches, mode)
     if shard == "fsdp2":
-        mesh = init_device_mesh(options.device, (dist.get_world_size(),))
-        for module in model.modules():
-            if isinstance(module, LlamaDecoderLayer):
-                fully_shard(module, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        split_into_units(model, options.device)
     model.to_empty(device=device)
     fill(model)
     for module in model.modules():
@@ -203,6 +197,8 @@ def work(options: Options, shard: str) -> dict | None:
                 loss = model(input_ids=ids, labels=ids).loss / options.accumulate
             loss.backward()
             total += loss.detach()
+        if shard == "fsdp2":
+            average_gradients(trained)
         optimizer.step()
         optimizer.zero_grad()
         dist.all_reduce(total)

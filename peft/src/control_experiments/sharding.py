@@ -1,6 +1,6 @@
 """Several processes that share out the frozen weights (FSDP2, torch's `fully_shard`), beside DDP.
 
-The frozen base is sharded layer by layer. What is trained stays whole in every process, as under DDP, and its gradients
+The frozen base is sharded layer by layer, its embeddings and its output layer by themselves. What is trained stays whole in every process, as under DDP, and its gradients
 are averaged once a step (`average_gradients`). An adapter is below one percent of its base, so sharding it too would save
 next to nothing, while whole it costs no gathering: checkpoints, optimizer states and the final adapter are plain tensors
 that one process writes and any number of processes, sharded or not, reads. A unit of FSDP is then of one dtype and
@@ -87,6 +87,19 @@ def shard_frozen(model: nn.Module, device: torch.device, memory: MemoryMeter) ->
     Raises:
         UserError: the base is quantized, or has no transformer layers that are known.
     """
+    trained = split_into_units(model, device.type)
+    memory.after_load()
+    for parameter in trained:
+        parameter.data = parameter.data.to(device)
+        dist.broadcast(parameter.data, src=0)  # as DDP does: the processes start from one adapter
+
+
+def split_into_units(model: nn.Module, device_type: str) -> list[nn.Parameter]:
+    """Make FSDP units of the frozen parameters, which may be on the meta device; return the trained ones, left alone.
+
+    Raises:
+        UserError: as `shard_frozen`.
+    """
     from peft_control.architectures import find_layers
 
     if quantized_linears(model):
@@ -96,15 +109,19 @@ def shard_frozen(model: nn.Module, device: torch.device, memory: MemoryMeter) ->
     except ValueError as error:
         raise UserError(f"--shard fsdp2: {error}; or choose --shard ddp") from error
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, ignored_params=set(trained))
-    # embeddings and output layer stay gathered after the forward: the fused loss reads the latter from outside of it
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    for unit in (*layers, *_ends(model)):
+        fully_shard(unit, mesh=mesh, ignored_params=set(trained))
     fully_shard(model, mesh=mesh, ignored_params=set(trained), reshard_after_forward=False)
-    memory.after_load()
-    for parameter in trained:
-        parameter.data = parameter.data.to(device)
-        dist.broadcast(parameter.data, src=0)  # as DDP does: the processes start from one adapter
+    return trained
+
+
+def _ends(model):
+    """Embeddings and output layer, if they do not share their weight: they are large where vocabularies are."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ends = [end for end in (base.get_input_embeddings(), base.get_output_embeddings()) if end is not None]
+    weights = {id(end.weight) for end in ends}
+    return ends if len(weights) == len(ends) else []
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -78,7 +80,21 @@ def _total(hidden, labels, head, chunk, ignore_index=-100, softcap=None, weights
     states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     if weights is not None:
         weights = weights[:, 1:].reshape(-1)
-    return LinearCrossEntropy.apply(states, targets, head, chunk, softcap, weights)
+    with _gathered(head):
+        return LinearCrossEntropy.apply(states, targets, head, chunk, softcap, weights)
+
+
+@contextmanager
+def _gathered(head):
+    """The weights of an output layer that is an FSDP2 unit, which gathers them by itself only for its own forward."""
+    if not hasattr(head, "unshard"):
+        yield
+        return
+    head.unshard()
+    try:
+        yield
+    finally:
+        head.reshard()
 
 
 def _items(labels, num_items_in_batch, ignore_index=-100):
