@@ -70,17 +70,16 @@ VISION_SHAPES = {"vit-b16": "vit_base_patch16_224", "tiny-vit": "test_vit"}  # t
 LONGEST = 1 << 17  # tokens: where the search of --limit ends
 SHAPES = (*LLAMA_SHAPES, *VISION_SHAPES, *ENCODER_SHAPES)
 
-#: The methods of a LLaMA shape and of the others, whose models have neither of the switches liger and compile, and whose steps
-#: are short enough to be bound by launches.
+#: The methods of a LLaMA shape; other models have neither of the switches liger and compile.
 DEFAULT_METHODS = [
-    "dora", "lora", "lora-all", "lora+compile", "lora+liger", "lora+checkpointing", "lora+liger+checkpointing",
+    "dora", "lora", "lora-all", "lora+compile", "lora+liger", "lora+checkpointing", "lora+liger+checkpointing", "lora+graphs",
     "control:plain", "control+liger:plain", "control:fast", "control:balanced", "control:lean",
+    "control+graphs:fast", "control+graphs:balanced", "control+graphs:lean",
     "control+lora:plain", "control+lora:fast", "control+lora:balanced", "control+lora:lean",
 ]  # fmt: skip
 OTHER_METHODS = [
-    *(method for method in DEFAULT_METHODS if not {"liger", "compile"} & set(re.split("[+:]", method))),
-    "lora+graphs", "control+graphs:fast", "control+graphs:balanced", "control+graphs:lean",
-]  # fmt: skip
+    method for method in DEFAULT_METHODS if not {"liger", "compile"} & set(re.split("[+:]", method))
+]
 
 
 @dataclass

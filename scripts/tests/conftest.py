@@ -77,7 +77,7 @@ class ResultsFolder:
             domain=domain, name=place.name, method=method, task="commonsense", seed=seed, model="tiny-llama",
             hyperparameters={"lr": 1e-4, "epochs": 3, "control_rank": ranks[0], "lora_rank": ranks[1], **more},
             metrics={"best": loss, "last": loss}, memory={**ALONE, "peak_allocated_bytes": 3 * 2**30},
-            time={"train_seconds": 100.0, "examples_per_second": 9.0}, history=[loss],
+            time={"train_seconds": 100.0, "tokens_per_second": 900.0}, history=[loss],
         ).write(place / "record.json")  # fmt: skip
         return evaluation.write(place / "evaluation" / "record.json")
 

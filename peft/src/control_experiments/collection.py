@@ -100,10 +100,9 @@ class Run:
         """Training time, evaluations left out; None for a run that was resumed, shared its GPU, or did not train."""
         return None if self.resumed or self.shared_gpu else self.record.time.get("train_seconds")
 
-    @property
-    def examples_per_second(self) -> float | None:
-        """Training examples a second; None where `seconds` is."""
-        return self.seconds and self.record.time.get("examples_per_second")
+    def per_second(self, what: str) -> float | None:
+        """Training "examples" or (without padding) "tokens" a second; None where `seconds` is."""
+        return self.seconds and self.record.time.get(f"{what}_per_second")
 
 
 @dataclass(frozen=True)

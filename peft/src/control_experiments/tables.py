@@ -42,8 +42,8 @@ def published_cell(paper: Paper, *where: str) -> Cell:
     return Cell(str(figure), figure.value, figure.spread_as_printed, notes=notes, status=figure.status)
 
 
-def cost_cells(row: Row) -> list[Cell]:
-    """Peak memory (MiB), training time (s) and examples a second of a row's runs."""
+def cost_cells(row: Row, rate: str = "examples") -> list[Cell]:
+    """Peak memory (MiB), training time (s) and examples, or tokens, a second of a row's runs."""
     runs = list(row.runs.values())
     if not runs:
         return [Cell(NO_RECORD) for _ in range(3)]
@@ -53,7 +53,7 @@ def cost_cells(row: Row) -> list[Cell]:
     if memory.value is not None and runs[0].record.memory.get("kind") == "resident set":
         memory.notes.append("Resident memory of the whole process on a CPU, not comparable with a GPU's.")
     seconds = summary_cell(row.over_seeds(lambda run: run.seconds), 1, "not measured")
-    rate = summary_cell(row.over_seeds(lambda run: run.examples_per_second), 0, "not measured")
+    speed = summary_cell(row.over_seeds(lambda run: run.per_second(rate)), 0, "not measured")
     resumed = [run.links[0] for run in runs if run.resumed]
     if resumed:
         note = f"{', '.join(resumed)} was resumed, so its record covers only a part of the memory and time."
@@ -61,7 +61,7 @@ def cost_cells(row: Row) -> list[Cell]:
         seconds.notes.append(note)
     if any(run.shared_gpu for run in runs):
         seconds.notes.append("Not shown: other processes used the GPU at the same time.")
-    return [memory, seconds, rate]
+    return [memory, seconds, speed]
 
 
 def trained_cell(row: Row) -> Cell:
@@ -260,7 +260,7 @@ def commonsense_table(collection: Collection, paper: Paper) -> Table:
         "no match",
         "peak MiB",
         "train s",
-        "examples/s",
+        "tokens/s",
         "runs",
     ]
     found = {(c.model, c.setting): c for c in collection.of("llama")}
@@ -284,7 +284,7 @@ def commonsense_table(collection: Collection, paper: Paper) -> Table:
                 count_cell(row),
                 *scores,
                 no_match,
-                *cost_cells(row),
+                *cost_cells(row, "tokens"),
                 runs_cell(row),
             ]
             if label in comparison.rows:

@@ -68,16 +68,17 @@ def control_backward(control: ControlLayer | None, state, kept, dy, dstate, in_p
         hidden = kept.pop(0)
         dtype = hidden.dtype
         dy_c, state_c = dy.to(dtype), state.to(dtype)
-        dhidden = (dy_c @ up.weight.to(dtype)).mul_(control.alpha[name])
-        d_up = (dy_c.t() @ hidden).to(up.weight.dtype).mul_(control.alpha[name])
+        alpha = control.alpha[name]
+        dhidden = _scaled(dy_c @ up.weight.to(dtype), alpha)
+        d_up = _scaled(_product(dy_c.t(), hidden, up.weight.dtype), alpha)
         if _drops(control, name):
             dhidden = dhidden * kept.pop(0) / (1.0 - control.dropout[name])
-        gradients.append((dhidden.t() @ state_c).to(down.weight.dtype))
+        gradients.append(_product(dhidden.t(), state_c, down.weight.dtype))
         if down.bias is not None:
             gradients.append(dhidden.sum(0, dtype=down.bias.dtype))
         gradients.append(d_up)
         if up.bias is not None:
-            gradients.append(dy.sum(0, dtype=up.bias.dtype).mul_(control.alpha[name]))
+            gradients.append(dy.sum(0, dtype=up.bias.dtype).mul_(alpha))
         through.append((dhidden, down.weight))
     for dhidden, weight in through if dstate is not None else ():
         dstate = kernels.add_low_rank(dstate, dhidden, weight, out=dstate if in_place else None)
@@ -102,6 +103,17 @@ def _drops(control: ControlLayer, name: str) -> bool:
 
 def _cast(linear, dtype):
     return linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
+
+
+def _product(a, b, dtype):
+    """``a @ b`` in ``dtype``, not rounded to a narrower one first where cuBLAS can do that, which saves a kernel too."""
+    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+def _scaled(x, alpha):
+    return x if alpha == 1 else x.mul_(alpha)
 
 
 class AddControl(torch.autograd.Function):

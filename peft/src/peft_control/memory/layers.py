@@ -85,8 +85,7 @@ def training_forward(layer: nn.Module, hidden_states: torch.Tensor, *arguments, 
             return own(hidden_states, *arguments, **named)
         return checkpoint(own, hidden_states, *arguments, use_reentrant=False, **named)
     if plan.mode == "lean":
-        parameters = [p for p in layer.parameters() if p.requires_grad]
-        output = LeanLayer.apply(hidden_states, layer, arguments, named, *parameters)
+        output = LeanLayer.apply(hidden_states, layer, arguments, named, *_trained(layer))
     else:
         attention = partial(plan.halves.attention, layer)
         if plan.mode == "balanced" and plan.halves.recompute_attention:
@@ -141,7 +140,7 @@ class LeanLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, state, layer, arguments, named, *parameters):
         plan = layer.memory_plan
-        ctx.layer, ctx.arguments, ctx.named = layer, arguments, named
+        ctx.layer, ctx.arguments, ctx.named, ctx.trained = layer, arguments, named, parameters
         ctx.autocast = _autocast_state(state)
         ctx.random = draw(layer, state.device) if draws_random_numbers(layer) else None
         ctx.tickets = []
@@ -175,8 +174,7 @@ class LeanLayer(torch.autograd.Function):
         backward = _backward_from_the_middle if len(ctx.tickets) > 1 else _backward_from_the_start
         dstate, gradients = backward(ctx, layer, dy)
         by_id = {id(parameter): gradient for parameter, gradient in gradients}
-        parameters = [p for p in layer.parameters() if p.requires_grad]
-        return dstate, None, None, None, *(by_id[id(p)] for p in parameters)
+        return dstate, None, None, None, *(by_id[id(p)] for p in ctx.trained)
 
 
 def _backward_from_the_start(ctx, layer, dy):
@@ -184,7 +182,8 @@ def _backward_from_the_start(ctx, layer, dy):
     plan, control = layer.memory_plan, getattr(layer, "mlp_control", None)
     (state,) = plan.host.pop(ctx.tickets[0]) if ctx.tickets else ctx.saved_tensors
     state = state.detach().requires_grad_(ctx.needs_input_grad[0])
-    own, others = control_parameters(control), _trained_besides(layer, control)
+    own = control_parameters(control)
+    others = _besides(ctx.trained, own)
     inputs = [*([state] if state.requires_grad else []), *others]
     replayed = nullcontext() if ctx.random is None else ctx.random.again()
     with ctx.autocast(), replayed, torch.enable_grad():
@@ -204,7 +203,8 @@ def _backward_from_the_middle(ctx, layer, dy):
     of what comes next travels meanwhile."""
     plan = layer.memory_plan
     controls = [getattr(layer, f"{half}_control", None) for half in ("mlp", "attention")]
-    own, others = [*map(control_parameters, controls)], _trained_besides(layer, *controls)
+    own = [*map(control_parameters, controls)]
+    others = _besides(ctx.trained, *own)
     (middle,) = plan.host.pop(ctx.tickets[1])
     needed = ctx.needs_input_grad[0] or bool(others or own[1])
     with ctx.autocast():
@@ -223,9 +223,15 @@ def _backward_from_the_middle(ctx, layer, dy):
     return dstate, [*zip(own[0], sums), *zip(own[1], more), *zip(others, found)]
 
 
-def _trained_besides(layer, *controls):
-    own = {id(parameter) for control in controls for parameter in control_parameters(control)}
-    return [p for p in layer.parameters() if p.requires_grad and id(p) not in own]
+def _trained(layer):
+    # layer.parameters() takes several times as long, and small steps are bound by what Python does
+    found = (p for module in layer.modules() for p in module._parameters.values())
+    return list({id(p): p for p in found if p is not None and p.requires_grad}.values())
+
+
+def _besides(parameters, *others):
+    known = {id(parameter) for some in others for parameter in some}
+    return [parameter for parameter in parameters if id(parameter) not in known]
 
 
 def forward_in_chunks(plan: Plan, state: torch.Tensor, control: ControlLayer | None) -> torch.Tensor:
