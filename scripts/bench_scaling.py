@@ -72,7 +72,7 @@ class Options:
     warmup: int = field(default=2, metadata={"help": "Steps before the timed ones."})
     device: str = field(default="cuda", metadata={"help": "cuda, or cpu (over gloo) to try the script out."})
     longest: bool = field(
-        default=False, metadata={"help": "Instead: the longest sequence that trains, by doubling --tokens."}
+        default=False, metadata={"help": "Instead: the longest sequence that trains, from --tokens on."}
     )
     output: str = field(default=str(RESULTS / "scaling"), metadata={"help": "Folder of record and picture."})
     worker: Optional[str] = field(default=None, metadata={"help": "Used by the script itself: one method."})
@@ -232,15 +232,16 @@ def work(options: Options, shard: str) -> dict | None:
 
 
 def longest(options: Options, step: Callable, result: Path | None) -> None:
-    """Train on one sequence length after another, each twice the one before, and write down which went through.
+    """Train on sequences of --tokens, then 3/2, 2, 3, 4, 6, ... times as many, and write down which went through.
 
     Ends with the error of the first that does not fit: torchrun then stops the processes that still wait for this one.
     """
     tokens = options.tokens
     while tokens <= LONGEST:
-        step(0, tokens)
-        if result:
-            write_json_atomic(result, {"longest_tokens": tokens})
+        for length in (tokens, tokens * 3 // 2):
+            step(0, length)
+            if result:
+                write_json_atomic(result, {"longest_tokens": length})
         tokens *= 2
 
 

@@ -69,8 +69,10 @@ def worker(results: Path):
             for kind in ("ddp", "fsdp2"):
                 model = set_memory_mode(build(family), mode, chunk_tokens=5)
                 if kind == "fsdp2":
-                    for layer, _ in find_layers(model).values():
-                        fully_shard(layer, mesh=mesh)
+                    head = model.get_base_model().get_output_embeddings()
+                    units = [layer for layer, _ in find_layers(model).values()]
+                    for unit in (*units, *([] if head is None else [head])):
+                        fully_shard(unit, mesh=mesh)
                     fully_shard(model, mesh=mesh)
                     if mode != "plain":  # set before or after sharding
                         set_memory_mode(model, mode, chunk_tokens=5)
