@@ -99,7 +99,7 @@ def large_layers(monkeypatch, request):
 
 
 #: A mode and whether the states wait on the host, "all" with queries, keys and values.
-WAYS = [*((mode, None) for mode in MODES[1:]), ("lean", True), ("lean", "all")]
+WAYS = [*((mode, None) for mode in MODES[1:]), ("lean", True), ("lean", "all"), ("balanced", "all")]
 
 
 @pytest.mark.parametrize(("mode", "offload"), WAYS)
@@ -119,6 +119,8 @@ def test_gradients_are_exact(family, lora, mode, offload, exact_norms, large_lay
     [
         ("fast", None, ()),
         ("balanced", None, ("q_proj", "k_proj", "v_proj", "up_proj")),
+        ("balanced", "all", ("up_proj",)),
+        ("balanced", "too much", ("q_proj", "k_proj", "v_proj", "up_proj")),
         ("lean", None, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")),
         ("lean", True, ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")),
         ("lean", "all", ("gate_proj", "up_proj")),

@@ -85,7 +85,8 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
 
 @pytest.mark.parametrize("cuda_graphs", [False, True], ids=["eager", "graphs"])
 @pytest.mark.parametrize(
-    ("mode", "offload"), [*((mode, False) for mode in MODES[1:]), ("lean", True), ("lean", "all")]
+    ("mode", "offload"),
+    [*((mode, False) for mode in MODES[1:]), ("lean", True), ("lean", "all"), ("balanced", "all")],
 )
 def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode, cuda_graphs, offload, monkeypatch):
     """The same steps on the same data: the losses of all modes lie on each other."""

@@ -7,6 +7,7 @@ autograd keeps. :func:`set_memory_mode` chooses the trade; gradients are exact i
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from types import MethodType
 
 from torch import nn
@@ -44,13 +45,13 @@ def set_memory_mode(
     Args:
         model: a model with a control adapter (LoRA on q, k, v may be in it), or its base model.
         mode: "plain" (autograd as it is), "fast" (no matmul recomputed), "balanced" (one MLP matmul recomputed,
-            in SwiGLU decoders attention too) or "lean" (one state per layer kept, the MLP worked in chunks).
+            in SwiGLU decoders attention too, or what that needs waits on the host) or "lean" (one state per layer kept, the MLP worked in chunks).
         chunk_tokens: tokens per chunk of an MLP of which nothing is kept; the loss works on a quarter of it at a
             time. None: by the layer's width.
         offload: lean keeps its states in pinned host memory (on a GPU), in SwiGLU decoders two of each layer instead
             of one. None: where the layers are so large that the copies take less time than the computation, as in a
             LLaMA of 7 or 8 billion parameters. Where copies of queries, keys and values do too (LLaMA-3, whose keys and
-            values are few), they wait there as well, until 8 GiB do.
+            values are few), lean and balanced have them wait there as well, until 8 GiB do; not if False.
         fused_loss: causal language models compute their training loss without a batch's logits, so that
             ``outputs.logits`` is None while training with labels.
         cuda_graphs: the training step is replayed as CUDA graphs when its shapes were seen before: for small
@@ -97,11 +98,13 @@ def _replace_layers(model, mode, chunk_tokens, offload, on_unsupported):
         getattr(m, "gradient_checkpointing", getattr(m, "grad_checkpointing", False)) for m in model.modules()
     ):
         raise ValueError(f"memory mode {mode!r} replaces gradient checkpointing: switch that off first")
-    host = HostStates() if mode == "lean" else None
+    host = HostStates()
     for layer, plan in plans.items():
-        if offload or (offload is None and _hides_copies(layer, plan)):
-            plan.host, kept = host, plan.halves.attention_kept
-            plan.attention_on_host = kept > 0 and _hides_copies(layer, plan, kept)
+        kept, hides_copies = plan.halves.attention_kept, partial(_hides_copies, layer, plan)
+        plan.attention_on_host = mode != "fast" and offload is not False and kept > 0 and hides_copies(kept)
+        states_on_host = mode == "lean" and (hides_copies() if offload is None else offload)
+        if plan.attention_on_host or states_on_host:
+            plan.host = host
         layer.memory_plan = plan
         layer.forward = MethodType(training_forward, layer)
 

@@ -6,7 +6,7 @@ attention kernel and LoRA works as before) and MLP (hand-written, see ``mlp.py``
 | mode     | attention half            | MLP half                                                            |
 |----------|---------------------------|---------------------------------------------------------------------|
 | fast     | kept                      | no matmul is recomputed                                             |
-| balanced | kept, or recomputed up to the output projection where the MLP keeps much (SwiGLU) | one matmul is recomputed, in token chunks where nothing is kept |
+| balanced | kept, or where the MLP keeps much (SwiGLU) recomputed up to the output projection; or its state, queries, keys and values wait on the host | one matmul is recomputed, in token chunks where nothing is kept |
 | lean     | one state per layer kept, or two on the host if offloaded, where there is room with queries, keys and values; the rest recomputed, the MLP in token chunks |
 """
 
@@ -87,14 +87,50 @@ def training_forward(layer: nn.Module, hidden_states: torch.Tensor, *arguments, 
     if plan.mode == "lean":
         output = LeanLayer.apply(hidden_states, layer, arguments, named, *_trained(layer))
     else:
-        attention = partial(plan.halves.attention, layer)
-        if plan.mode == "balanced" and plan.halves.recompute_attention:
-            replay = draws_random_numbers(layer)
-            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=replay)
-            attention = partial(attention, recompute=again)
-        middle = attention(hidden_states, *arguments, **named)
-        output = MlpHalf.apply(middle, layer, *control_parameters(getattr(layer, "mlp_control", None)))
+        control = getattr(layer, "mlp_control", None)
+        if plan.mode != "balanced" or not plan.halves.recompute_attention:
+            middle = plan.halves.attention(layer, hidden_states, *arguments, **named)
+        elif plan.halves.attention_gradients and not draws_random_numbers(layer):
+            trained = _besides(_trained(layer), control_parameters(control))
+            middle = AttentionHalf.apply(hidden_states, layer, arguments, named, *trained)
+        else:
+            again = partial(checkpoint, use_reentrant=False)
+            middle = plan.halves.attention(layer, hidden_states, *arguments, recompute=again, **named)
+        output = MlpHalf.apply(middle, layer, *control_parameters(control))
+        if plan.host is not None:
+            plan.host.settle()
     return (output,) if plan.halves.returns_tuple else output
+
+
+class AttentionHalf(torch.autograd.Function):
+    """The attention block with its control, as one autograd node whose backward does not compute the block's output (mode
+    balanced)."""
+
+    @staticmethod
+    def forward(ctx, state, layer, arguments, named, *parameters):
+        plan = layer.memory_plan
+        ctx.layer, ctx.arguments, ctx.named, ctx.trained = layer, arguments, named, parameters
+        ctx.autocast, ctx.ticket = _autocast_state(state), None
+
+        def keep(*more):
+            if _spares_projections(ctx, plan, state, more):
+                ctx.ticket = _wait_on_host(plan, state, *more)
+
+        middle = plan.halves.attention(layer, state, *arguments, keep=keep, **named)
+        if ctx.ticket is None:
+            ctx.save_for_backward(state)
+        return middle
+
+    @staticmethod
+    def backward(ctx, dy):
+        layer = _take_layer(ctx)
+        state, *kept = layer.memory_plan.host.pop(ctx.ticket) if ctx.ticket else ctx.saved_tensors
+        state = state.detach().requires_grad_(ctx.needs_input_grad[0])
+        with ctx.autocast():
+            # nothing but this node uses the state between the halves, so its gradient may be overwritten
+            dstate, found = _attention_backward(ctx, layer, ctx.trained, state, kept, dy.contiguous())
+        by_id = {id(parameter): gradient for parameter, gradient in found}
+        return dstate, None, None, None, *(by_id[id(p)] for p in ctx.trained)
 
 
 class MlpHalf(torch.autograd.Function):
@@ -145,12 +181,9 @@ class LeanLayer(torch.autograd.Function):
         ctx.random = draw(layer, state.device) if draws_random_numbers(layer) else None
         ctx.tickets = []
 
-        def wait_on_host(*tensors):
-            ctx.tickets.append(plan.host.push(*(tensor.detach() for tensor in tensors)))
-
         def keep(*more):
-            wanted = plan.attention_on_host and ctx.needs_input_grad[0] and plan.host.has_room(state, *more)
-            wait_on_host(state, *(more if wanted else ()))
+            more = more if _spares_projections(ctx, plan, state, more) else ()
+            ctx.tickets.append(_wait_on_host(plan, state, *more))
 
         from_the_middle = plan.host is not None and plan.halves.attention_gradients and ctx.random is None
         if plan.host is None:
@@ -158,11 +191,11 @@ class LeanLayer(torch.autograd.Function):
         elif from_the_middle:
             named = {**named, "keep": keep}
         else:
-            wait_on_host(state)
+            ctx.tickets.append(_wait_on_host(plan, state))
         with nullcontext() if ctx.random is None else ctx.random.first():
             middle = plan.halves.attention(layer, state, *arguments, **named)
             if from_the_middle:
-                wait_on_host(middle)
+                ctx.tickets.append(_wait_on_host(plan, middle))
             output = forward_in_chunks(plan, middle, getattr(layer, "mlp_control", None))
         if plan.host is not None:
             plan.host.settle()
@@ -201,26 +234,46 @@ def _backward_from_the_start(ctx, layer, dy):
 def _backward_from_the_middle(ctx, layer, dy):
     """The same where the state between the halves waits on the host too. What waits is popped when it is needed: the copy
     of what comes next travels meanwhile."""
-    plan = layer.memory_plan
-    controls = [getattr(layer, f"{half}_control", None) for half in ("mlp", "attention")]
-    own = [*map(control_parameters, controls)]
-    others = _besides(ctx.trained, *own)
+    plan, control = layer.memory_plan, getattr(layer, "mlp_control", None)
+    own = control_parameters(control)
+    others = _besides(ctx.trained, own)
     (middle,) = plan.host.pop(ctx.tickets[1])
-    needed = ctx.needs_input_grad[0] or bool(others or own[1])
+    needed = ctx.needs_input_grad[0] or bool(others)
     with ctx.autocast():
-        dmiddle, sums = backward_in_chunks(plan, tokens(middle), tokens(dy), controls[0], needed)
+        dmiddle, sums = backward_in_chunks(plan, tokens(middle), tokens(dy), control, needed)
         del middle  # long sequences need its memory
         state, *kept = plan.host.pop(ctx.tickets[0])
+        if not needed:
+            return None, [*zip(own, sums)]
         state.requires_grad_(ctx.needs_input_grad[0])
-        found, more = [], []
-        if needed:
-            inputs = [*([state] if state.requires_grad else []), *others]
-            with torch.enable_grad():
-                found, more = plan.halves.attention_gradients(
-                    layer, state, dmiddle.view(state.shape), inputs, *ctx.arguments, kept=kept, **ctx.named
-                )
+        dmiddle = dmiddle.view(state.shape)
+        dstate, found = _attention_backward(ctx, layer, others, state, kept, dmiddle)
+    return dstate, [*zip(own, sums), *found]
+
+
+def _attention_backward(ctx, layer, trained, state, kept, dy):
+    """The gradient of the attention half's state, if that needs one, and pairs of what is trained there and its gradient.
+    ``dy`` is overwritten."""
+    own = control_parameters(getattr(layer, "attention_control", None))
+    others = _besides(trained, own)
+    inputs = [*([state] if state.requires_grad else []), *others]
+    with torch.enable_grad():
+        found, of_control = layer.memory_plan.halves.attention_gradients(
+            layer, state, dy, inputs, *ctx.arguments, kept=kept, **ctx.named
+        )
     dstate = found.pop(0) if state.requires_grad else None
-    return dstate, [*zip(own[0], sums), *zip(own[1], more), *zip(others, found)]
+    return dstate, [*zip(own, of_control), *zip(others, found)]
+
+
+def _spares_projections(ctx, plan, state, more):
+    """Whether ``more`` is worth waiting on the host with the state, and there is room."""
+    return (
+        bool(more) and plan.attention_on_host and ctx.needs_input_grad[0] and plan.host.has_room(state, *more)
+    )
+
+
+def _wait_on_host(plan, *tensors):
+    return plan.host.push(*(tensor.detach() for tensor in tensors))
 
 
 def _trained(layer):
