@@ -450,7 +450,7 @@ def run_all(options: Options, finished: Collection[str] = ()) -> Iterator[dict]:
         )
         done = subprocess.run(command, env={**os.environ, **graphs}, capture_output=True, text=True)
         if done.returncode:
-            reason = (done.stderr or "").strip().splitlines()[-1:] or ["see above"]
+            reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
             result = {"method": method, "error": reason[0][:300]}
         else:
             result = json.loads(done.stdout.strip().splitlines()[-1])

@@ -17,6 +17,7 @@ goes on after what it has measured.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -236,13 +237,12 @@ def longest(options: Options, step: Callable, result: Path | None) -> None:
 
     Ends with the error of the first that does not fit: torchrun then stops the processes that still wait for this one.
     """
-    tokens = options.tokens
-    while tokens <= LONGEST:
-        for length in (tokens, tokens * 3 // 2):
-            step(0, length)
-            if result:
-                write_json_atomic(result, {"longest_tokens": length})
-        tokens *= 2
+    doublings = itertools.count()
+    lengths = (options.tokens * part << doubling >> 1 for doubling in doublings for part in (2, 3))
+    for length in itertools.takewhile(lambda length: length <= LONGEST, lengths):
+        step(0, length)
+        if result:
+            write_json_atomic(result, {"longest_tokens": length})
 
 
 # -- in the process that starts them --------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def run_cell(options: Options, method: str, shard: str, processes: int, accumula
         found = json.loads(result.read_text()) if result.is_file() else {}
         if done.returncode or not found:
             lines = [line for line in (done.stderr or "").splitlines() if "Error" in line] or ["no result"]
-            found["ended_by" if found else "error"] = lines[0].strip()[:300]
+            found["ended_by" if found and options.longest else "error"] = lines[0].strip()[:300]
         return {**cell, **found}
 
 

@@ -35,10 +35,14 @@ def losses(model, rows, steps=3):
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(3, 61, (4, 9), generator=generator)[rows]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    found = []
+    causal, found = any(name.endswith("lm_head") for name, _ in model.named_modules()), []
     for _ in range(steps):
-        outputs = model(input_ids=ids)
-        loss = outputs.logits.float().square().mean()
+        if (
+            causal
+        ):  # with labels, a mode computes the loss without logits, reading the output layer's weight itself
+            loss = model(input_ids=ids, labels=ids).loss
+        else:
+            loss = model(input_ids=ids).logits.float().square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

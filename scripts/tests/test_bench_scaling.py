@@ -100,4 +100,4 @@ def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch
 
     monkeypatch.setattr(bench_scaling, "LONGEST", 2048)
     bench_scaling.longest(options, step_within(10_000), tmp_path / "result.json")
-    assert json.loads((tmp_path / "result.json").read_text()) == {"longest_tokens": 3072}
+    assert json.loads((tmp_path / "result.json").read_text()) == {"longest_tokens": 2048}

@@ -545,6 +545,10 @@ def scaling_table(collection: Collection) -> Table:
         for (method, shard, processes), cell in cells.items():
             if longest:
                 shown = [summary_cell(cell.summary("longest_tokens"), 0, "")]
+                ends = {result["ended_by"] for result in cell.results.values() if "ended_by" in result}
+                shown[0].notes += [
+                    f"{method}, {shard}, {processes}: the next attempt ended by {end}." for end in ends
+                ]
             else:
                 apart = max(cell.values("loss_distance"), default=None)
                 shown = [

@@ -51,7 +51,7 @@ def set_memory_mode(
         offload: lean keeps its states in pinned host memory (on a GPU), in SwiGLU decoders two of each layer instead
             of one. None: where the layers are so large that the copies take less time than the computation, as in a
             LLaMA of 7 or 8 billion parameters. Where copies of queries, keys and values do too (LLaMA-3, whose keys and
-            values are few), lean and balanced have them wait there as well, until 8 GiB do; not if False.
+            values are few), lean and balanced have them wait there as well, until a process has 8 GiB there; not if False.
         fused_loss: causal language models compute their training loss without a batch's logits, so that
             ``outputs.logits`` is None while training with labels.
         cuda_graphs: the training step is replayed as CUDA graphs when its shapes were seen before: for small
@@ -115,7 +115,11 @@ def _hides_copies(layer, plan, more=0):
     if weight is None:
         return False
     token_bytes = (2 * weight.numel() + more) * weight.element_size()
-    return _PARAMETERS_PER_BYTE * token_bytes <= sum(parameter.numel() for parameter in layer.parameters())
+    linears = [
+        module for module in layer.modules() if isinstance(module, nn.Linear)
+    ]  # 4-bit weights are packed
+    parameters = sum(linear.in_features * linear.out_features for linear in linears)
+    return _PARAMETERS_PER_BYTE * token_bytes <= parameters
 
 
 def _fuse_loss(model, chunk_tokens):

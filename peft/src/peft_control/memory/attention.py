@@ -96,8 +96,16 @@ def decoder_attention_gradients(layer, state, dy, inputs, *arguments, kept=(), *
     if not inputs:
         return [], of_control
     if kept:
-        return [_through_projections(layer, state, dy, dmixed, kept, *arguments, **named)], of_control
+        gradients = _attend_gradients(layer.self_attn, kept, dmixed, *arguments, **named)
+        del dmixed
+        dstate = _through_projections(layer, state, dy, gradients, *arguments, **named)
+        return [
+            dstate,
+            *[None] * (len(inputs) - 1),
+        ], of_control  # the others take no part, or nothing was kept
     mixed, through = _mixed_values(layer, state, *arguments, **named)
+    if not mixed.requires_grad:  # the inputs are an inactive adapter's
+        return [None] * len(inputs), of_control
     outputs, gradients = [mixed], [dmixed.view(mixed.shape)]
     del dmixed
     if state.requires_grad:
@@ -106,26 +114,26 @@ def decoder_attention_gradients(layer, state, dy, inputs, *arguments, kept=(), *
     return list(torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)), of_control
 
 
-def _through_projections(
-    layer, state, dy, dmixed, kept, attention_mask=None, position_embeddings=None, **named
-):
-    """The state's gradient where the projections are frozen and what they gave was kept; in ``dy``."""
-    attention, kept = layer.self_attn, [tensor.requires_grad_() for tensor in kept]
-    mixed = _attend(attention, *kept, attention_mask, **named)
-    query, key, value = torch.autograd.grad(mixed, kept, dmixed.view(mixed.shape))
-    del mixed, dmixed
-    with torch.no_grad():
-        query, key = (kernels.rope(x, *position_embeddings, backward=True) for x in (query, key))
-        dnormal = None
-        for gradient, linear in (
-            (query, attention.q_proj),
-            (key, attention.k_proj),
-            (value, attention.v_proj),
-        ):
-            dnormal = input_gradient(gradient.reshape(-1, linear.out_features), linear, add_to=dnormal)
-        norm, flat, dflat = layer.input_layernorm, tokens(state), tokens(dy)
-        _, rstd = kernels.rms_norm(flat, norm.weight, norm.variance_epsilon)
-        kernels.rms_norm_backward(dnormal, flat, norm.weight, rstd, residual=dflat, out=dflat)
+def _attend_gradients(attention, kept, dmixed, attention_mask=None, position_embeddings=None, **named):
+    """The gradients of queries, keys and values, which leave the list ``kept``."""
+    leaves = [tensor.requires_grad_() for tensor in kept]
+    kept.clear()
+    mixed = _attend(attention, *leaves, attention_mask, **named)
+    return list(torch.autograd.grad(mixed, leaves, dmixed.view(mixed.shape)))
+
+
+@torch.no_grad()
+def _through_projections(layer, state, dy, gradients, attention_mask=None, position_embeddings=None, **named):
+    """The state's gradient for those of queries, keys and values of frozen projections, added up in ``dy``."""
+    attention, norm, dnormal = layer.self_attn, layer.input_layernorm, None
+    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+        gradient = gradients.pop(0)
+        if linear is not attention.v_proj:
+            gradient = kernels.rope(gradient, *position_embeddings, backward=True)
+        dnormal = input_gradient(gradient.reshape(-1, linear.out_features), linear, add_to=dnormal)
+    flat, dflat = tokens(state), tokens(dy)
+    _, rstd = kernels.rms_norm(flat, norm.weight, norm.variance_epsilon)
+    kernels.rms_norm_backward(dnormal, flat, norm.weight, rstd, residual=dflat, out=dflat)
     return dflat.view(state.shape)
 
 

@@ -32,7 +32,9 @@ def _decoder(layer):
     mlp = GatedMlp(layer.post_attention_layernorm, layer.mlp)
     attention = layer.self_attn
     gradients = decoder_attention_gradients if is_frozen_linear(attention.o_proj) else None
-    kept = sum(linear.out_features for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
+    simple = all(map(is_frozen_linear, projections)) and not hasattr(attention, "q_norm")
+    kept = sum(linear.out_features for linear in projections) if gradients and simple else 0
     return Halves(decoder_attention, mlp, True, gradients, attention_kept=kept)
 
 

@@ -55,7 +55,8 @@ class Halves:
 class Plan:
     """How one layer trains; stands on the layer as ``layer.memory_plan``.
 
-    ``host``: where lean's states wait, ``attention_on_host``: with what spares attention's backward a computation.
+    ``host``: where states wait in modes lean and balanced, or None; ``attention_on_host``: whether what spares attention's
+    backward the projections does too.
     """
 
     mode: str
@@ -94,7 +95,8 @@ def training_forward(layer: nn.Module, hidden_states: torch.Tensor, *arguments, 
             trained = _besides(_trained(layer), control_parameters(control))
             middle = AttentionHalf.apply(hidden_states, layer, arguments, named, *trained)
         else:
-            again = partial(checkpoint, use_reentrant=False)
+            replay = draws_random_numbers(layer)
+            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=replay)
             middle = plan.halves.attention(layer, hidden_states, *arguments, recompute=again, **named)
         output = MlpHalf.apply(middle, layer, *control_parameters(control))
         if plan.host is not None:
@@ -224,8 +226,8 @@ def _backward_from_the_start(ctx, layer, dy):
         # what the MLP drew must be drawn again even where its gradient is not wanted
         needed = bool(inputs) or ctx.random is not None
         dmiddle, sums = backward_in_chunks(plan, tokens(middle.detach()), tokens(dy), control, needed)
-    found = []
-    if inputs:
+    found = [None] * len(inputs)
+    if inputs and middle.requires_grad:  # else they are an inactive adapter's
         found = list(torch.autograd.grad(middle, inputs, dmiddle.view(middle.shape), allow_unused=True))
     dstate = found.pop(0) if state.requires_grad else None
     return dstate, [*zip(own, sums), *zip(others, found)]

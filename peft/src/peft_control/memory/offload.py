@@ -22,15 +22,15 @@ class HostStates:
     Copies run on a stream of their own. ``push`` starts the copies to the host, ``settle`` lets the computation wait for
     them, after which the tensors may go; ``pop`` waits for copies back that the pop before it has started. Memory on the
     device is taken and given back by the computing stream alone, so that the allocator reuses it at once, within
-    CUDA graphs too. The pinned buffers are reused from step to step by tensors of any shape: there are as many as pushes
+    CUDA graphs too. The pinned buffers are reused from step to step by tensors of any shape: there are as many as tensors
     at a time. On the CPU the tensors are simply kept.
     """
 
     def __init__(self):
         self._last = _nothing  # what was pushed last of what was not popped
         self._held = 0  # bytes
-        self._free: list[torch.Tensor] = []  # buffers, of bytes
-        self._captured: list[torch.Tensor] = []  # what CUDA graphs copy into lives as long as they may
+        # Buffers of bytes, those that CUDA graphs copy into apart: a replay writes to them at any time.
+        self._free: dict[bool, list[torch.Tensor]] = {False: [], True: []}
         self._leaving: list[tuple] = []
         self._stream = None
 
@@ -42,31 +42,37 @@ class HostStates:
 
     def has_room(self, *tensors: torch.Tensor) -> bool:
         """Whether with ``tensors`` there would still be no more here than what a host surely has to spare."""
-        return self._held + sum(tensor.nbytes for tensor in tensors) <= _SPARE_BYTES
+        return self._held + sum(_buffer_size(tensor) for tensor in tensors) <= _SPARE_BYTES
 
     def push(self, *tensors: torch.Tensor) -> Waiting:
         """Keep ``tensors``, which must not change before ``settle``, until they are popped or nobody holds what is
         returned."""
         waiting = Waiting(self._last)
         self._last = weakref.ref(waiting)
-        device, size = tensors[0].device, sum(_aligned(tensor.nbytes) for tensor in tensors)
-        buffer = None
+        device, captured, buffers = tensors[0].device, False, []
         if device.type == "cuda":
             if self._stream is None:
                 self._stream = torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
-            buffer = self._buffer(size)
-            if torch.cuda.is_current_stream_capturing():
-                self._captured.append(buffer)
-            waiting.device, waiting.places = device, list(_pieces(buffer, tensors))
+            captured = torch.cuda.is_current_stream_capturing()
+            buffers = [self._buffer(_buffer_size(tensor), captured) for tensor in tensors]
+            waiting.device, waiting.places = (
+                device,
+                [
+                    buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                    for buffer, tensor in zip(buffers, tensors)
+                ],
+            )
             with torch.cuda.stream(self._stream):
                 for place, tensor in zip(waiting.places, tensors):
                     place.copy_(tensor, non_blocking=True)
             self._leaving.append((tensors, self._stream.record_event()))
         else:
             waiting.tensors = list(tensors)
+        size = sum(map(_buffer_size, tensors))
         self._held += size
-        waiting.release = weakref.finalize(waiting, self._release, size, buffer)
+        waiting.release = weakref.finalize(waiting, self._release, size, buffers, captured, waiting.fetched)
+        waiting.release.atexit = False
         return waiting
 
     def settle(self) -> None:
@@ -80,6 +86,7 @@ class HostStates:
         tensors = self._fetch(waiting)
         if waiting.arrived is not None:
             torch.cuda.current_stream(waiting.device).wait_event(waiting.arrived)
+        waiting.fetched.clear()
         waiting.release()
         below = waiting.below()
         if below is not None:
@@ -98,36 +105,32 @@ class HostStates:
                 for tensor, place in zip(waiting.tensors, waiting.places):
                     tensor.copy_(place, non_blocking=True)
             waiting.arrived = self._stream.record_event()
+            waiting.fetched.append(waiting.device)
         return waiting.tensors
 
-    def _release(self, size, buffer):
+    def _release(self, size, buffers, captured, fetched):
         self._held -= size
-        if buffer is not None:
-            self._free.append(buffer)
+        self._free[captured] += buffers
+        for device in fetched:  # and never popped: the memory that the copy writes to is about to be free
+            torch.cuda.current_stream(device).wait_stream(self._stream)
 
-    def _buffer(self, size):
+    def _buffer(self, size, captured):
         """The smallest free buffer of at least ``size`` bytes, or a new one in the place of one that is too small."""
         # A buffer just given back may still be read by its copy; the copy into it runs on the same stream.
-        self._free.sort(key=torch.numel)
-        at = bisect_left(self._free, size, key=torch.numel)
-        if at < len(self._free):
-            return self._free.pop(at)
-        if self._free and not torch.cuda.is_current_stream_capturing():
-            del self._free[0]
+        for free in (self._free[True], self._free[False]) if captured else (self._free[False],):
+            free.sort(key=torch.numel)
+            at = bisect_left(free, size, key=torch.numel)
+            if at < len(free):
+                return free.pop(at)
+        if self._free[False] and not captured:
+            del self._free[False][0]
             _empty_host_cache()  # torch would keep it, and a search for the longest sequence fill the host
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
-def _pieces(buffer, tensors):
-    """A part of ``buffer`` for each of ``tensors``, of its shape and dtype."""
-    start = 0
-    for tensor in tensors:
-        yield buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        start += _aligned(tensor.nbytes)
-
-
-def _aligned(size):
-    return -(-size // 256) * 256
+def _buffer_size(tensor):
+    """Bytes of a power of two, as torch allocates pinned memory."""
+    return 1 << (max(tensor.nbytes, 1) - 1).bit_length()
 
 
 def _nothing():
@@ -140,3 +143,4 @@ class Waiting:
     def __init__(self, below):
         self.below = below
         self.tensors = self.places = self.device = self.arrived = self.release = None
+        self.fetched = []  # the device, while a copy back to it is under way
