@@ -59,8 +59,15 @@ BENCHMARKS = {
 }
 #: Methods of the benchmarks of something else than memory against time: which the question is about.
 SUBSETS = {
-    "llama3-8b-limit": ("lora+liger+checkpointing", "control:plain", "control:lean"),
-    "llama3-8b-profile": ("control:fast", "control:balanced", "control:lean"),
+    "llama3-8b-limit": (
+        "control:lean",
+        "lora+liger+checkpointing",
+        "lora+checkpointing",
+        "lora+liger",
+        "lora",
+        "control:plain",
+    ),
+    "llama3-8b-profile": ("lora+liger", "control:fast", "control:balanced", "control:lean"),
 }
 
 

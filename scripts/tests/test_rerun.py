@@ -302,6 +302,8 @@ def test_the_search_holds_out_a_tenth_of_the_training_rows(tmp_path, monkeypatch
         ("memory", ("--tasks", "vit", "--seeds", "2"), {}, r"bash scripts/table_vit_memory.sh {gpu} --output_dir \S+/vit/memory/repeat2"),
         ("memory", ("--tasks", "roberta-base", "--seeds", "1"), {},
          r"CUDA_VISIBLE_DEVICES={gpu} \S+ scripts/bench_memory.py --shape roberta-base --batch 64 --tokens 128 --output \S+/memory"),
+        ("memory", ("--tasks", "llama3-8b-profile", "--seeds", "1"), {},
+         r"\S+ \S+ scripts/bench_memory.py --shape llama3-8b .* --profile True --output \S+ --methods lora\+liger control:fast .*"),
         ("memory", ("--tasks", "vit-b16", "--seeds", "2"), {},
          r"CUDA_VISIBLE_DEVICES={gpu} \S+ scripts/bench_memory.py --shape vit-b16 --batch 128 --output \S+/memory/repeat2"),
         ("commonsense", ("--tasks", "llama3_8b", "--methods", "control+dora", "--seeds", "5"), {},

@@ -20,6 +20,16 @@ WAYS = {
     "large": "packed, more rows a step",
 }
 
+#: What a kernel does -> how the names of such kernels are recognised, in this order.
+KERNELS = {
+    "attention": "flash|fmha|attention",
+    "matmuls": "gemm|nvjet|cutlass|xmma|splitk|::mm$|::addmm|::bmm",
+    "control and residual sums": "add_low_rank",
+    "norms, activations, positions, loss": "norm|swiglu|silu|gelu|rope|rotary|softmax|cross_entropy",
+    "host copies": "memcpy (dtoh|htod)",
+    "optimizer": "adam|multi_tensor",
+}
+
 
 def benchmark_tables(collection: Collection) -> list[Table]:
     """Every benchmark's table, whether or not there are records for it yet."""
@@ -131,17 +141,6 @@ def step_profile_table(collection: Collection) -> Table:
         sections,
         remarks=_none_yet(sections, "bash scripts/rerun_memory.sh --tasks llama3-8b-profile --seeds 1"),
     )
-
-
-#: What a kernel does -> how the names of such kernels are recognised, in this order.
-KERNELS = {
-    "attention": "flash|fmha|attention",
-    "matmuls": "gemm|nvjet|cutlass|xmma|splitk|::mm$|::addmm|::bmm",
-    "control and residual sums": "add_low_rank",
-    "norms, activations, positions, loss": "norm|swiglu|silu|gelu|rope|rotary|softmax|cross_entropy",
-    "host copies": "memcpy (dtoh|htod)",
-    "optimizer": "adam|multi_tensor",
-}
 
 
 def kernel_kind(name: str) -> str:

@@ -1,10 +1,11 @@
 """Several processes that share out the frozen weights (FSDP2, torch's `fully_shard`), beside DDP.
 
-The frozen base is sharded layer by layer, embeddings and output layer by themselves unless they share their weight. What is trained stays whole in every process, as under DDP, and its gradients
-are averaged once a step (`average_gradients`). An adapter is below one percent of its base, so sharding it too would save
-next to nothing, while whole it costs no gathering: checkpoints, optimizer states and the final adapter are plain tensors
-that one process writes and any number of processes, sharded or not, reads. A unit of FSDP is then of one dtype and
-without gradients too, whatever the dtypes of base and adapter.
+The frozen base is sharded layer by layer, embeddings and output layer by themselves unless they share their weight.
+What is trained stays whole in every process, as under DDP, and its gradients are averaged once a step
+(`average_gradients`). An adapter is below one percent of its base, so sharding it too would save next to nothing, while
+whole it costs no gathering: checkpoints, optimizer states and the final adapter are plain tensors that one process
+writes and any number of processes, sharded or not, reads. A unit of FSDP is then of one dtype and without gradients
+too, whatever the dtypes of base and adapter.
 
 accelerate is not asked to shard: it leaves FSDP out on CPUs without a word (1.15), and on GPUs its checkpoints are pickles.
 """

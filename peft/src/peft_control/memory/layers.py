@@ -130,9 +130,8 @@ class AttentionHalf(torch.autograd.Function):
         state = state.detach().requires_grad_(ctx.needs_input_grad[0])
         with ctx.autocast():
             # nothing but this node uses the state between the halves, so its gradient may be overwritten
-            dstate, found = _attention_backward(ctx, layer, ctx.trained, state, kept, dy.contiguous())
-        by_id = {id(parameter): gradient for parameter, gradient in found}
-        return dstate, None, None, None, *(by_id[id(p)] for p in ctx.trained)
+            dstate, gradients = _attention_backward(ctx, layer, ctx.trained, state, kept, dy.contiguous())
+        return dstate, None, None, None, *_in_order(ctx.trained, gradients)
 
 
 class MlpHalf(torch.autograd.Function):
@@ -208,8 +207,7 @@ class LeanLayer(torch.autograd.Function):
         layer = _take_layer(ctx)
         backward = _backward_from_the_middle if len(ctx.tickets) > 1 else _backward_from_the_start
         dstate, gradients = backward(ctx, layer, dy)
-        by_id = {id(parameter): gradient for parameter, gradient in gradients}
-        return dstate, None, None, None, *(by_id[id(p)] for p in ctx.trained)
+        return dstate, None, None, None, *_in_order(ctx.trained, gradients)
 
 
 def _backward_from_the_start(ctx, layer, dy):
@@ -282,6 +280,11 @@ def _trained(layer):
     # layer.parameters() takes several times as long, and small steps are bound by what Python does
     found = (p for module in layer.modules() for p in module._parameters.values())
     return list({id(p): p for p in found if p is not None and p.requires_grad}.values())
+
+
+def _in_order(parameters, gradients):
+    by_id = {id(parameter): gradient for parameter, gradient in gradients}
+    return [by_id[id(parameter)] for parameter in parameters]
 
 
 def _besides(parameters, *others):
