@@ -45,7 +45,8 @@ def set_memory_mode(
     Args:
         model: a model with a control adapter (LoRA on q, k, v may be in it), or its base model.
         mode: "plain" (autograd as it is), "fast" (no matmul recomputed), "balanced" (one MLP matmul recomputed,
-            in SwiGLU decoders attention too, or what that needs waits on the host) or "lean" (one state per layer kept, the MLP worked in chunks).
+            in SwiGLU decoders attention too, or what that needs waits on the host) or "lean" (one state per layer
+            kept, the MLP worked in chunks).
         chunk_tokens: tokens per chunk of an MLP of which nothing is kept; the loss works on a quarter of it at a
             time. None: by the layer's width.
         offload: lean keeps its states in pinned host memory (on a GPU), in SwiGLU decoders two of each layer instead
@@ -115,9 +116,8 @@ def _hides_copies(layer, plan, more=0):
     if weight is None:
         return False
     token_bytes = (2 * weight.numel() + more) * weight.element_size()
-    linears = [
-        module for module in layer.modules() if isinstance(module, nn.Linear)
-    ]  # 4-bit weights are packed
+    # not their numel: 4-bit weights are packed
+    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
     parameters = sum(linear.in_features * linear.out_features for linear in linears)
     return _PARAMETERS_PER_BYTE * token_bytes <= parameters
 
