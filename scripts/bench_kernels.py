@@ -127,9 +127,8 @@ def rope(tokens: int, device: str) -> dict[str, Callable[[], Step]]:
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
 
     def ours() -> None:
-        for x in (query, key):
-            kernels.rope(x, cos, sin)
-            kernels.rope(x, cos, sin, backward=True)
+        kernels.rope(query, key, cos, sin)
+        kernels.rope(query, key, cos, sin, backward=True)
 
     def through(function) -> Step:
         def both(q, k):

@@ -20,7 +20,7 @@ A method is NAME[+liger][+checkpointing][+compile][+graphs][:MODE] with
   MODE  plain, fast, balanced or lean, for control and control+lora (see peft_control.memory)
 By default those run that suit the shape; liger and compile are for the LLaMA shapes. With graphs (CUDA graphs of the
 step, see peft_control.memory) memory is what the allocator reserves, in expandable segments, because a graph keeps its
-memory between the steps.
+memory between the steps. --limit uses expandable segments for every method, as the LLaMA launchers do.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ ENCODER_SHAPES = {
 }  # fmt: skip
 VISION_SHAPES = {"vit-b16": "vit_base_patch16_224", "tiny-vit": "test_vit"}  # timm's names
 LONGEST = 1 << 17  # tokens: where the search of --limit ends
+EXPANDABLE = {
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True"
+}  # for a process whose tensors change their sizes
 SHAPES = (*LLAMA_SHAPES, *VISION_SHAPES, *ENCODER_SHAPES)
 
 #: The methods of a LLaMA shape; other models have neither of the switches liger and compile.
@@ -445,10 +448,9 @@ def run_all(options: Options, finished: Collection[str] = ()) -> Iterator[dict]:
             continue
         started = time.time()
         command = [sys.executable, __file__, *passed_on, "--worker", method]
-        graphs = (
-            {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if "graphs" in parse_method(method)[1] else {}
-        )
-        done = subprocess.run(command, env={**os.environ, **graphs}, capture_output=True, text=True)
+        expandable = options.limit or "graphs" in parse_method(method)[1]
+        environment = {**os.environ, **(EXPANDABLE if expandable else {})}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
             result = {"method": method, "error": reason[0][:300]}

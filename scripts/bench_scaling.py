@@ -274,7 +274,11 @@ def run_cell(options: Options, method: str, shard: str, processes: int, accumula
             str(processes),
         ]
         done = subprocess.run(
-            [*command, __file__, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            [*command, __file__, *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(bench_memory.EXPANDABLE if options.longest else {})},
         )
         found = json.loads(result.read_text()) if result.is_file() else {}
         if done.returncode or not found:

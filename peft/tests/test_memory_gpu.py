@@ -67,13 +67,13 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
     for a, b in zip(got, kernels.swiglu_backward_(x.double(), dy.double(), r.double())):
         close(a, b, tolerance)
 
-    heads = torch.randn(2, 5, 3, 64, dtype=dtype)
+    query, key = torch.randn(2, 5, 6, 64, dtype=dtype), torch.randn(2, 2, 5, 64, dtype=dtype).transpose(1, 2)
     angle = torch.randn(1, 5, 32).repeat(1, 1, 2)
+    tensors = query, key, angle.cos(), angle.sin()
     for backward in (False, True):
-        got = kernels.rope(heads.cuda(), angle.cos().cuda(), angle.sin().cuda(), backward)
-        close(
-            got, kernels.rope(heads.double(), angle.cos().double(), angle.sin().double(), backward), tolerance
-        )
+        found = kernels.rope(*(x.cuda() for x in tensors), backward)
+        for got, reference in zip(found, kernels.rope(*(x.double() for x in tensors), backward)):
+            close(got, reference, tolerance)
 
     logits, labels = torch.randn(19, 20011, dtype=dtype) * 3, torch.randint(20011, (19,))
     labels[4] = -1

@@ -13,6 +13,7 @@ from types import MethodType
 from torch import nn
 from transformers import PreTrainedModel
 
+from .attention import last_norm
 from .families import FAMILIES, halves
 from .graphs import StepGraphs, graphed_forward
 from .layers import Plan, training_forward
@@ -129,6 +130,16 @@ def _fuse_loss(model, chunk_tokens):
             rows = chunk_tokens // 4 if chunk_tokens else _LOGITS_ELEMENTS // module.lm_head.out_features
             module.loss_chunk = max(rows, 1)
             module.forward = MethodType(causal_lm_forward, module)
+            _replace_last_norm(getattr(module, module.base_model_prefix))
+
+
+def _replace_last_norm(decoder):
+    norm, layers = getattr(decoder, "norm", None), getattr(decoder, "layers", ())
+    if any(
+        type(norm) is type(getattr(layer, "input_layernorm", None)) for layer in layers if norm is not None
+    ):
+        norm.is_last_norm = True
+        norm.forward = MethodType(last_norm, norm)
 
 
 def _replay_steps(model):
@@ -143,7 +154,7 @@ def _replay_steps(model):
 
 def _restore(model):
     for module in model.modules():
-        for name in ("memory_plan", "loss_chunk", "step_graphs"):
+        for name in ("memory_plan", "loss_chunk", "is_last_norm", "step_graphs"):
             if name in vars(module):
                 delattr(module, name)
                 vars(module).pop("forward", None)

@@ -55,16 +55,24 @@ class FrozenProjections(torch.autograd.Function):
 
 
 class Rope(torch.autograd.Function):
-    """Rotary embedding of ``(batch, tokens, heads, head_dim)``: keeps only the tables."""
+    """Rotary embedding of queries and keys ``(batch, tokens, heads, head_dim)``: keeps only the tables."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx, query, key, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return kernels.rope(x, cos, sin)
+        return tuple(kernels.rope(query, key, cos, sin))
 
     @staticmethod
-    def backward(ctx, dy):
-        return kernels.rope(dy, *ctx.saved_tensors, backward=True), None, None
+    def backward(ctx, dquery, dkey):
+        return *kernels.rope(dquery, dkey, *ctx.saved_tensors, backward=True), None, None
+
+
+@torch.compiler.disable
+def last_norm(norm, state):
+    """Replaces the forward of the frozen RMSNorm behind the last layer, which else keeps its state in float32."""
+    if not torch.is_grad_enabled() or norm.weight.requires_grad:
+        return type(norm).forward(norm, state)
+    return RmsNorm.apply(state, norm)[0]
 
 
 def decoder_attention(layer, hidden_states, *arguments, recompute=None, **named):
@@ -126,11 +134,10 @@ def _attend_gradients(attention, kept, dmixed, attention_mask=None, position_emb
 def _through_projections(layer, state, dy, gradients, attention_mask=None, position_embeddings=None, **named):
     """The state's gradient for those of queries, keys and values of frozen projections, added up in ``dy``."""
     attention, norm, dnormal = layer.self_attn, layer.input_layernorm, None
+    gradients[:2] = kernels.rope(*gradients[:2], *position_embeddings, backward=True)
     for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-        gradient = gradients.pop(0)
-        if linear is not attention.v_proj:
-            gradient = kernels.rope(gradient, *position_embeddings, backward=True)
-        dnormal = input_gradient(gradient.reshape(-1, linear.out_features), linear, add_to=dnormal)
+        gradient = gradients.pop(0).reshape(-1, linear.out_features)
+        dnormal = input_gradient(gradient, linear, add_to=dnormal)
     flat, dflat = tokens(state), tokens(dy)
     _, rstd = kernels.rms_norm(flat, norm.weight, norm.variance_epsilon)
     kernels.rms_norm_backward(dnormal, flat, norm.weight, rstd, residual=dflat, out=dflat)
@@ -153,7 +160,7 @@ def _mixed_values(layer, hidden_states, attention_mask=None, position_embeddings
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     cos, sin = position_embeddings
-    query, key = Rope.apply(query, cos, sin), Rope.apply(key, cos, sin)
+    query, key = Rope.apply(query, key, cos, sin)
     if keep is not None:
         keep(*((query, key, value) if frozen and not hasattr(attention, "q_norm") else ()))
     return _attend(attention, query, key, value, attention_mask, **named), state

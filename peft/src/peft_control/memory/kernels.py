@@ -122,13 +122,14 @@ def add_low_rank(base, hidden, weight, scale=1.0, bias=None, residual=None, out=
         base, hidden = base.contiguous(), hidden.contiguous()
         residual = None if residual is None else residual.contiguous()
         out = torch.empty_like(base, dtype=dtype) if out is None else out
+        weight = weight.to(hidden.dtype)  # once, and not in every tile
         (tokens, width), rank = base.shape, hidden.shape[1]
         block_tokens, block_width, warps = _LOW_RANK_TILE
         _add_low_rank_kernel[(triton.cdiv(width, block_width), triton.cdiv(tokens, block_tokens))](
             base, hidden, weight, bias, residual, out, tokens, width, rank, weight.stride(0), weight.stride(1), scale,
             HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
             RANK_BLOCK=min(max(triton.next_power_of_2(rank), 16), 64), BLOCK_TOKENS=block_tokens,
-            BLOCK_WIDTH=block_width, num_warps=warps,
+            BLOCK_WIDTH=block_width, num_warps=warps, num_stages=2,
         )  # fmt: skip
         return out
     y = torch.addmm(_wide(base), _wide(hidden), _wide(weight.to(hidden.dtype)), alpha=scale)
@@ -169,28 +170,35 @@ def swiglu_backward_(gate, up, dact):
 # -- rotary position embedding ----------------------------------------------------------------------------------
 
 
-def rope(x, cos, sin, backward=False):
-    """Rotate ``x`` of shape ``(batch, tokens, heads, head_dim)`` as Hugging Face's half-split RoPE does.
+def rope(query, key, cos, sin, backward=False):
+    """Rotate ``query`` and ``key`` of shape ``(batch, tokens, heads, head_dim)``, of keys perhaps fewer heads, as Hugging
+    Face's half-split RoPE does.
 
     ``cos`` and ``sin`` have shape ``(1 or batch, tokens, head_dim)``, both halves equal. The backward is the
     rotation by the opposite angle.
     """
-    if _use_triton(x) and x.shape[-1] == cos.shape[-1]:
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        batch, tokens, heads, dim = x.shape
+    if _use_triton(query) and query.shape[-1] == cos.shape[-1]:
+        turned = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key)]
+        batch, tokens, heads, dim = query.shape
         cos, sin = cos.contiguous(), sin.contiguous()
-        _rope_kernel[(batch * tokens,)](
-            x, y, cos, sin, x.stride(0), x.stride(1), x.stride(2), tokens, 0 if cos.shape[0] == 1 else tokens * dim,
-            HEADS=heads, HEADS_BLOCK=triton.next_power_of_2(heads), HALF=dim // 2,
+        _rope_kernel[(batch * tokens, 2)](
+            query, key, *turned, cos, sin, *query.stride()[:3], *key.stride()[:3], tokens,
+            0 if cos.shape[0] == 1 else tokens * dim, heads, key.shape[2],
+            HEADS_BLOCK=triton.next_power_of_2(heads), HALF=dim // 2,
             HALF_BLOCK=triton.next_power_of_2(dim // 2), SIGN=-1.0 if backward else 1.0,
         )  # fmt: skip
-        return y
-    wide, half = _wide(x), x.shape[-1] // 2
+        return turned
+    half = query.shape[-1] // 2
     cos, sin = _wide(cos)[:, :, None], _wide(sin)[:, :, None]
     if backward:
         sin = -sin
-    rotated = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
-    return (wide * cos + rotated * sin).to(x.dtype)
+
+    def turn(x):
+        wide = _wide(x)
+        rotated = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
+        return (wide * cos + rotated * sin).to(x.dtype)
+
+    return [turn(query), turn(key)]
 
 
 # -- cross entropy ----------------------------------------------------------------------------------------------
@@ -220,7 +228,7 @@ def cross_entropy_(logits, labels):
 # -- Triton -----------------------------------------------------------------------------------------------------
 
 _BLOCK = 2048
-_LOW_RANK_TILE = (128, 64, 8)  # tokens, width, warps
+_LOW_RANK_TILE = (64, 128, 4)  # tokens, width, warps
 
 
 def _grid(x: torch.Tensor) -> tuple[int]:
@@ -302,6 +310,11 @@ if triton is not None:
     ):  # fmt: skip
         row = tl.program_id(1).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
         column = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)[None, :]
+        at, mask = row * width + column, (row < tokens) & (column < width)
+        # what takes longest is asked for first
+        wide = tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            added = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
         total = tl.zeros((BLOCK_TOKENS, BLOCK_WIDTH), dtype=tl.float32)
         for start in range(0, rank, RANK_BLOCK):
             k = start + tl.arange(0, RANK_BLOCK)
@@ -313,13 +326,12 @@ if triton is not None:
                 mask=(k[:, None] < rank) & (column < width),
                 other=0.0,
             )
-            total += tl.dot(h, w.to(h.dtype))
+            total += tl.dot(h, w)
         if HAS_BIAS:
             total += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
-        at, mask = row * width + column, (row < tokens) & (column < width)
-        total = total * scale + tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
+        total = total * scale + wide
         if HAS_RESIDUAL:
-            total += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+            total += added
         tl.store(out + at, total, mask=mask)
 
     @triton.jit
@@ -343,21 +355,37 @@ if triton is not None:
 
     @triton.jit
     def _rope_kernel(
-        x, y, cos, sin, stride_batch, stride_token, stride_head, tokens, cos_stride_batch,
-        HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
-        SIGN: tl.constexpr,
+        query, key, query_out, key_out, cos, sin, query_stride_batch, query_stride_token, query_stride_head,
+        key_stride_batch, key_stride_token, key_stride_head, tokens, cos_stride_batch, query_heads, key_heads,
+        HEADS_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, SIGN: tl.constexpr,
     ):  # fmt: skip
         program = tl.program_id(0).to(tl.int64)
+        if tl.program_id(1) == 0:
+            _turn(
+                query, query_out, cos, sin, query_stride_batch, query_stride_token, query_stride_head, program, tokens,
+                cos_stride_batch, query_heads, HEADS_BLOCK, HALF, HALF_BLOCK, SIGN,
+            )  # fmt: skip
+        else:
+            _turn(
+                key, key_out, cos, sin, key_stride_batch, key_stride_token, key_stride_head, program, tokens,
+                cos_stride_batch, key_heads, HEADS_BLOCK, HALF, HALF_BLOCK, SIGN,
+            )  # fmt: skip
+
+    @triton.jit
+    def _turn(
+        x, y, cos, sin, stride_batch, stride_token, stride_head, program, tokens, cos_stride_batch, heads,
+        HEADS_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, SIGN: tl.constexpr,
+    ):  # fmt: skip
         batch, token = program // tokens, program % tokens
         head, column = tl.arange(0, HEADS_BLOCK)[:, None], tl.arange(0, HALF_BLOCK)[None, :]
-        mask = (head < HEADS) & (column < HALF)
+        mask = (head < heads) & (column < HALF)
         angle = batch * cos_stride_batch + token * 2 * HALF + column
         c = tl.load(cos + angle, mask=column < HALF, other=0.0).to(tl.float32)
         s = tl.load(sin + angle, mask=column < HALF, other=0.0).to(tl.float32) * SIGN
         source = x + batch * stride_batch + token * stride_token + head * stride_head + column
         first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
         second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
-        target = y + program * HEADS * 2 * HALF + head * 2 * HALF + column
+        target = y + (program * heads + head) * 2 * HALF + column
         tl.store(target, first * c - second * s, mask=mask)
         tl.store(target + HALF, second * c + first * s, mask=mask)
 
@@ -366,14 +394,17 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         label = tl.load(labels + row)
         logits += row * stride
-        largest, total = -float("inf"), 0.0
+        # each lane of the block sums for itself: no step waits for the others
+        lanes = tl.full((BLOCK,), -1e38, dtype=tl.float32)
+        sums = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, classes, BLOCK):
             column = start + tl.arange(0, BLOCK)
             value = tl.load(logits + column, mask=column < classes, other=-float("inf")).to(tl.float32)
-            new = tl.maximum(largest, tl.max(value))
-            total = total * tl.exp(largest - new) + tl.sum(tl.exp(value - new))
-            largest = new
-        log_sum = largest + tl.log(total)
+            less = tl.exp(-tl.abs(lanes - value))
+            sums = tl.where(value > lanes, sums * less + 1.0, sums + less)
+            lanes = tl.maximum(lanes, value)
+        largest = tl.max(lanes)
+        log_sum = largest + tl.log(tl.sum(sums * tl.exp(lanes - largest)))
         counts = tl.where(label >= 0, 1.0, 0.0)
         tl.store(loss + row, counts * (log_sum - tl.load(logits + tl.maximum(label, 0)).to(tl.float32)))
         tl.debug_barrier()  # the label's logit is read before any thread overwrites it

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -36,7 +37,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = torch.nn.functional.linear(hidden[rows].to(dtype), weight, bias)
+            logits = F.linear(hidden[rows].to(dtype), weight, bias)
             if softcap is not None:
                 logits = torch.tanh(logits / softcap)
                 slope = 1 - logits.square()
@@ -75,13 +76,15 @@ def causal_lm_loss(
 
 
 def _total(hidden, labels, head, chunk, ignore_index=-100, softcap=None, weights=None):
-    targets = labels[:, 1:].reshape(-1).to(hidden.device)
+    # the last state predicts nothing; leaving it out would copy all the others
+    targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index).reshape(-1).to(hidden.device)
     targets = targets.masked_fill(targets == ignore_index, -1)
-    states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     if weights is not None:
-        weights = weights[:, 1:].reshape(-1)
+        weights = F.pad(weights[:, 1:], (0, 1)).reshape(-1)
     with _gathered(head):
-        return LinearCrossEntropy.apply(states, targets, head, chunk, softcap, weights)
+        return LinearCrossEntropy.apply(
+            hidden.reshape(-1, hidden.shape[-1]), targets, head, chunk, softcap, weights
+        )
 
 
 @contextmanager
