@@ -114,6 +114,38 @@ def test_gradients_are_exact(family, lora, mode, offload, exact_norms, large_lay
     assert distance(found, reference) <= 1e-10
 
 
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stacked_weights_are_one_matmul_and_the_same_model(family, mode, exact_norms, monkeypatch):
+    """What set_memory_mode does on a GPU."""
+    model = build(family)
+    _, reference = loss_and_gradients(model, "plain")
+    before = copy.deepcopy(model.state_dict())
+    set_memory_mode(model, mode)
+    blocks = [layer.memory_plan.mlp for layer in model.modules() if hasattr(layer, "memory_plan")]
+    for block in blocks:
+        block.stack()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def shapes(model):
+        found, linear = Counter(), F.linear
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "linear", lambda x, w, *b: found.update([tuple(w.shape)]) or linear(x, w, *b))
+            _, gradients = loss_and_gradients(model, mode)
+        assert distance(gradients, reference) <= 1e-10
+        return found
+
+    apart, together = (48, 32), (96, 32)
+    found = shapes(model)
+    assert (found[apart] == 0) == (found[together] > 0) == (mode != "balanced")
+    handle = blocks[0].mlp.gate_proj.register_forward_hook(
+        lambda *_: None
+    )  # which a stacked matmul would pass by
+    assert shapes(model)[apart] > 0
+    handle.remove()
+    assert shapes(copy.deepcopy(model))[apart] > 0  # a copy's weights, as a moved model's, are where they are
+
+
 @pytest.mark.parametrize(
     ("mode", "offload", "twice"),
     [

@@ -18,6 +18,7 @@ from .families import FAMILIES, halves
 from .graphs import StepGraphs, graphed_forward
 from .layers import Plan, training_forward
 from .loss import causal_lm_forward
+from .mlp import GatedMlp
 from .offload import HostStates
 
 MODES = ("plain", "fast", "balanced", "lean")
@@ -107,6 +108,8 @@ def _replace_layers(model, mode, chunk_tokens, offload, on_unsupported):
         states_on_host = mode == "lean" and (hides_copies() if offload is None else offload)
         if plan.attention_on_host or states_on_host:
             plan.host = host
+        if mode != "balanced" and isinstance(plan.mlp, GatedMlp) and plan.mlp.norm.weight.is_cuda:
+            plan.mlp.stack()
         layer.memory_plan = plan
         layer.forward = MethodType(training_forward, layer)
 

@@ -69,8 +69,7 @@ def control_backward(control: ControlLayer | None, state, kept, dy, dstate, in_p
         dtype = hidden.dtype
         dy_c, state_c = dy.to(dtype), state.to(dtype)
         alpha = control.alpha[name]
-        down_c, up_c = _in_one_kernel([down.weight, up.weight], dtype)
-        dhidden = _scaled(dy_c @ up_c, alpha)
+        dhidden = _scaled(dy_c @ up.weight.to(dtype), alpha)
         d_up = _scaled(_product(dy_c.t(), hidden, up.weight.dtype), alpha)
         if _drops(control, name):
             dhidden = dhidden * kept.pop(0) / (1.0 - control.dropout[name])
@@ -80,7 +79,7 @@ def control_backward(control: ControlLayer | None, state, kept, dy, dstate, in_p
         gradients.append(d_up)
         if up.bias is not None:
             gradients.append(dy.sum(0, dtype=up.bias.dtype).mul_(alpha))
-        through.append((dhidden, down_c))
+        through.append((dhidden, down.weight))
     for dhidden, weight in through if dstate is not None else ():
         dstate = kernels.add_low_rank(dstate, dhidden, weight, out=dstate if in_place else None)
         in_place = True  # it is ours from here on
@@ -104,15 +103,6 @@ def _drops(control: ControlLayer, name: str) -> bool:
 
 def _cast(linear, dtype):
     return linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
-
-
-def _in_one_kernel(weights, dtype):
-    """``weights``, which have one dtype, in ``dtype``."""
-    if weights[0].dtype == dtype:
-        return weights
-    cast = [torch.empty_like(weight, dtype=dtype) for weight in weights]
-    torch._foreach_copy_(cast, weights)
-    return cast
 
 
 def _product(a, b, dtype):

@@ -122,14 +122,15 @@ def add_low_rank(base, hidden, weight, scale=1.0, bias=None, residual=None, out=
         base, hidden = base.contiguous(), hidden.contiguous()
         residual = None if residual is None else residual.contiguous()
         out = torch.empty_like(base, dtype=dtype) if out is None else out
-        weight = weight.to(hidden.dtype)  # once, and not in every tile
         (tokens, width), rank = base.shape, hidden.shape[1]
-        block_tokens, block_width, warps = _LOW_RANK_TILE
+        if tokens >= 2048:  # for fewer a cast takes longer than it saves
+            weight = weight.to(hidden.dtype)
+        block_tokens, block_width = _LOW_RANK_TILE if weight.dtype == hidden.dtype else _LOW_RANK_CAST_TILE
         _add_low_rank_kernel[(triton.cdiv(width, block_width), triton.cdiv(tokens, block_tokens))](
             base, hidden, weight, bias, residual, out, tokens, width, rank, weight.stride(0), weight.stride(1), scale,
             HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
             RANK_BLOCK=min(max(triton.next_power_of_2(rank), 16), 64), BLOCK_TOKENS=block_tokens,
-            BLOCK_WIDTH=block_width, num_warps=warps, num_stages=2,
+            BLOCK_WIDTH=block_width, num_warps=4, num_stages=2,
         )  # fmt: skip
         return out
     y = torch.addmm(_wide(base), _wide(hidden), _wide(weight.to(hidden.dtype)), alpha=scale)
@@ -148,10 +149,10 @@ def _into(out, y):
 
 
 def swiglu(gate, up):
-    """Return ``silu(gate) * up``."""
+    """Return ``silu(gate) * up``; both may be parts of wider rows."""
     if _use_triton(gate):
-        act = torch.empty_like(gate)
-        _swiglu_kernel[_grid(gate)](gate, up, act, gate.numel(), BLOCK=_BLOCK)
+        act = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        _swiglu_kernel[_grid(gate)](gate, up, act, gate.stride(0), up.stride(0), gate.shape[1], BLOCK=_BLOCK)
         return act
     return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
 
@@ -159,7 +160,10 @@ def swiglu(gate, up):
 def swiglu_backward_(gate, up, dact):
     """Overwrite ``gate`` with the gradient of gate and ``up`` with that of up."""
     if _use_triton(gate):
-        _swiglu_backward_kernel[_grid(gate)](gate, up, dact, gate.numel(), BLOCK=_BLOCK)
+        dact = dact.contiguous()
+        _swiglu_backward_kernel[_grid(gate)](
+            gate, up, dact, gate.stride(0), up.stride(0), gate.shape[1], BLOCK=_BLOCK
+        )
         return gate, up
     g, u, d = _wide(gate), _wide(up), _wide(dact)
     s = torch.sigmoid(g)
@@ -212,7 +216,7 @@ def cross_entropy_(logits, labels):
     if _use_triton(logits):
         loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
         _cross_entropy_kernel[(logits.shape[0],)](
-            logits, labels, loss, logits.stride(0), logits.shape[1], BLOCK=8192, num_warps=16
+            logits, labels, loss, logits.stride(0), logits.shape[1], BLOCK=16384, num_warps=32
         )
         return loss
     wide, counts = _wide(logits), labels >= 0
@@ -228,11 +232,11 @@ def cross_entropy_(logits, labels):
 # -- Triton -----------------------------------------------------------------------------------------------------
 
 _BLOCK = 2048
-_LOW_RANK_TILE = (64, 128, 4)  # tokens, width, warps
+_LOW_RANK_TILE, _LOW_RANK_CAST_TILE = (64, 128), (64, 64)  # tokens, width; where each tile casts the weight
 
 
-def _grid(x: torch.Tensor) -> tuple[int]:
-    return (triton.cdiv(x.numel(), _BLOCK),)
+def _grid(x: torch.Tensor) -> tuple[int, int]:
+    return x.shape[0], triton.cdiv(x.shape[1], _BLOCK)
 
 
 def _row_launch(width: int) -> tuple[int, int]:
@@ -326,7 +330,7 @@ if triton is not None:
                 mask=(k[:, None] < rank) & (column < width),
                 other=0.0,
             )
-            total += tl.dot(h, w)
+            total += tl.dot(h, w.to(h.dtype))
         if HAS_BIAS:
             total += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
         total = total * scale + wide
@@ -335,23 +339,27 @@ if triton is not None:
         tl.store(out + at, total, mask=mask)
 
     @triton.jit
-    def _swiglu_kernel(gate, up, act, count, BLOCK: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = at < count
-        g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(act + at, g * tl.sigmoid(g) * u, mask=mask)
+    def _swiglu_kernel(gate, up, act, stride_gate, stride_up, width, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        mask = column < width
+        g = tl.load(gate + row * stride_gate + column, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(up + row * stride_up + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(act + row * width + column, g * tl.sigmoid(g) * u, mask=mask)
 
     @triton.jit
-    def _swiglu_backward_kernel(gate, up, dact, count, BLOCK: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = at < count
-        g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
-        d = tl.load(dact + at, mask=mask, other=0.0).to(tl.float32)
+    def _swiglu_backward_kernel(gate, up, dact, stride_gate, stride_up, width, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        mask = column < width
+        gate += row * stride_gate
+        up += row * stride_up
+        g = tl.load(gate + column, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(up + column, mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(dact + row * width + column, mask=mask, other=0.0).to(tl.float32)
         s = tl.sigmoid(g)
-        tl.store(gate + at, d * u * s * (1 + g * (1 - s)), mask=mask)
-        tl.store(up + at, d * g * s, mask=mask)
+        tl.store(gate + column, d * u * s * (1 + g * (1 - s)), mask=mask)
+        tl.store(up + column, d * g * s, mask=mask)
 
     @triton.jit
     def _rope_kernel(

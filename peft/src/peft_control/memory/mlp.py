@@ -15,6 +15,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import GELUActivation, GELUTanh
 
@@ -46,9 +47,37 @@ class GatedMlp:
     def for_chunks(self, state):
         return self  # such models hold their weights in the dtype in which they work
 
+    def stack(self) -> None:
+        """Store the weights of gate and up one behind the other: each pair of matmuls is one then, which fills a GPU better.
+        Values, names and shapes stay what they are."""
+        weights = [linear.weight for linear in (self.mlp.gate_proj, self.mlp.up_proj)]
+        dense = all(type(weight.data) is torch.Tensor and weight.is_floating_point() for weight in weights)
+        if dense and self._stacked() is None:
+            for weight, half in zip(weights, torch.cat([weight.data for weight in weights]).chunk(2)):
+                weight.data = half
+
+    def _stacked(self) -> torch.Tensor | None:
+        """The weights of gate and up as one, while they lie so and belong to layers that do nothing else."""
+        linears = gate, up = self.mlp.gate_proj, self.mlp.up_proj
+        if any(
+            type(linear) is not nn.Linear
+            or linear.bias is not None
+            or linear._forward_hooks
+            or linear._forward_pre_hooks
+            for linear in linears
+        ):
+            return None
+        gate, up = gate.weight, up.weight
+        rows, columns = gate.shape
+        adjacent = gate.is_contiguous() and up.data_ptr() == gate.data_ptr() + gate.nbytes
+        if not adjacent or gate.untyped_storage().data_ptr() != up.untyped_storage().data_ptr():
+            return None
+        return gate.as_strided((2 * rows, columns), (columns, 1))
+
     def forward(self, state, keep, control=None, out=None):
         normal, rstd = self._normalise(state)
-        gate, up = self.mlp.gate_proj(normal), self.mlp.up_proj(normal)
+        # where gate alone is kept, it must not be a part of something larger
+        gate, up = self._pre_activations(normal, self._stacked() if keep != 1 else None)
         del normal
         change = self.mlp.down_proj(kernels.swiglu(gate, up))
         hidden = control_hidden(control, state)
@@ -56,20 +85,31 @@ class GatedMlp:
         return add_control(control, hidden, change, state, out), kept, hidden
 
     def backward(self, state, kept, dy, out=None):
-        mlp = self.mlp
+        mlp, stacked = self.mlp, self._stacked()
         if len(kept) == 3:
             gate, up, rstd = kept
         else:
             normal, rstd = self._normalise(state)
-            gate = kept[0] if kept else mlp.gate_proj(normal)
-            up = mlp.up_proj(normal)
+            if kept:
+                gate, up = kept[0], mlp.up_proj(normal)
+            else:
+                gate, up = self._pre_activations(normal, stacked)
             del normal
         dact = input_gradient(dy.to(gate.dtype), mlp.down_proj)
         dgate, dup = kernels.swiglu_backward_(gate, up, dact)
         del dact
-        dnormal = input_gradient(dgate, mlp.gate_proj)
-        dnormal = input_gradient(dup, mlp.up_proj, add_to=dnormal)
+        both = None if stacked is None else _as_one(dgate, dup)
+        if both is not None:
+            dnormal = both @ stacked.to(both.dtype)
+        else:
+            dnormal = input_gradient(dgate, mlp.gate_proj)
+            dnormal = input_gradient(dup, mlp.up_proj, add_to=dnormal)
         return kernels.rms_norm_backward(dnormal, state, self.norm.weight, rstd, residual=dy, out=out)
+
+    def _pre_activations(self, normal, stacked):
+        if stacked is None:
+            return self.mlp.gate_proj(normal), self.mlp.up_proj(normal)
+        return F.linear(normal, stacked).chunk(2, dim=-1)
 
     def _normalise(self, state):
         return kernels.rms_norm(state, self.norm.weight, self.norm.variance_epsilon)
@@ -192,6 +232,14 @@ class PostNormMlp:
         del change
         dinner = _activation_backward(self.activation, inner, input_gradient(dchange, self.second))
         return dsum.add_(input_gradient(dinner, self.first))
+
+
+def _as_one(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+    """``(tokens, 2 * width)`` of two that are halves of the same rows, else None."""
+    width = left.shape[1]
+    if left.stride() != (2 * width, 1) or right.data_ptr() != left.data_ptr() + width * left.element_size():
+        return None
+    return left.as_strided((len(left), 2 * width), (2 * width, 1))
 
 
 def tokens(x: torch.Tensor) -> torch.Tensor:
