@@ -108,7 +108,7 @@ def _replace_layers(model, mode, chunk_tokens, offload, on_unsupported):
         states_on_host = mode == "lean" and (hides_copies() if offload is None else offload)
         if plan.attention_on_host or states_on_host:
             plan.host = host
-        if mode != "balanced" and isinstance(plan.mlp, GatedMlp) and plan.mlp.norm.weight.is_cuda:
+        if mode == "fast" and isinstance(plan.mlp, GatedMlp) and plan.mlp.norm.weight.is_cuda:
             plan.mlp.stack()
         layer.memory_plan = plan
         layer.forward = MethodType(training_forward, layer)

@@ -48,36 +48,47 @@ class GatedMlp:
         return self  # such models hold their weights in the dtype in which they work
 
     def stack(self) -> None:
-        """Store the weights of gate and up one behind the other: each pair of matmuls is one then, which fills a GPU better.
-        Values, names and shapes stay what they are."""
-        weights = [linear.weight for linear in (self.mlp.gate_proj, self.mlp.up_proj)]
-        dense = all(type(weight.data) is torch.Tensor and weight.is_floating_point() for weight in weights)
-        if dense and self._stacked() is None:
+        """Store the weights of gate and up one behind the other, so that each pair of matmuls is one where gate and up are
+        both kept: 1 % of a step of LLaMA-3-8B on an H100. Values, names and shapes stay what they are."""
+        weights = self._plain_weights()
+        if weights and self._stacked() is None:
             for weight, half in zip(weights, torch.cat([weight.data for weight in weights]).chunk(2)):
                 weight.data = half
 
     def _stacked(self) -> torch.Tensor | None:
-        """The weights of gate and up as one, while they lie so and belong to layers that do nothing else."""
-        linears = gate, up = self.mlp.gate_proj, self.mlp.up_proj
-        if any(
-            type(linear) is not nn.Linear
-            or linear.bias is not None
-            or linear._forward_hooks
-            or linear._forward_pre_hooks
-            for linear in linears
-        ):
+        """The weights of gate and up as one, while they lie so."""
+        weights = self._plain_weights()
+        if weights is None:
             return None
-        gate, up = gate.weight, up.weight
-        rows, columns = gate.shape
+        gate, up = weights
         adjacent = gate.is_contiguous() and up.data_ptr() == gate.data_ptr() + gate.nbytes
         if not adjacent or gate.untyped_storage().data_ptr() != up.untyped_storage().data_ptr():
             return None
+        rows, columns = gate.shape
         return gate.as_strided((2 * rows, columns), (columns, 1))
+
+    def _plain_weights(self) -> list[torch.Tensor] | None:
+        """The weights of gate and up where their layers do nothing but multiply by them."""
+        linears = self.mlp.gate_proj, self.mlp.up_proj
+        weights = [linear.weight for linear in linears]
+        plain = weights[0].dtype == weights[1].dtype and all(
+            type(linear) is nn.Linear
+            and type(linear.weight.data) is torch.Tensor
+            and linear.bias is None
+            and not linear._forward_hooks
+            and not linear._forward_pre_hooks
+            for linear in linears
+        )
+        return weights if plain else None
 
     def forward(self, state, keep, control=None, out=None):
         normal, rstd = self._normalise(state)
-        # where gate alone is kept, it must not be a part of something larger
-        gate, up = self._pre_activations(normal, self._stacked() if keep != 1 else None)
+        # In chunks two matmuls are faster than one, and what is kept alone must not be a part of something larger.
+        weight = self._stacked() if keep == 2 else None
+        if weight is None:
+            gate, up = self.mlp.gate_proj(normal), self.mlp.up_proj(normal)
+        else:
+            gate, up = F.linear(normal, weight).chunk(2, dim=-1)
         del normal
         change = self.mlp.down_proj(kernels.swiglu(gate, up))
         hidden = control_hidden(control, state)
@@ -85,31 +96,25 @@ class GatedMlp:
         return add_control(control, hidden, change, state, out), kept, hidden
 
     def backward(self, state, kept, dy, out=None):
-        mlp, stacked = self.mlp, self._stacked()
+        mlp = self.mlp
         if len(kept) == 3:
             gate, up, rstd = kept
         else:
             normal, rstd = self._normalise(state)
-            if kept:
-                gate, up = kept[0], mlp.up_proj(normal)
-            else:
-                gate, up = self._pre_activations(normal, stacked)
+            gate = kept[0] if kept else mlp.gate_proj(normal)
+            up = mlp.up_proj(normal)
             del normal
         dact = input_gradient(dy.to(gate.dtype), mlp.down_proj)
         dgate, dup = kernels.swiglu_backward_(gate, up, dact)
         del dact
-        both = None if stacked is None else _as_one(dgate, dup)
-        if both is not None:
-            dnormal = both @ stacked.to(both.dtype)
+        both = _as_one(dgate, dup)
+        weight = None if both is None else self._stacked()
+        if weight is not None:
+            dnormal = both @ weight.to(both.dtype)
         else:
             dnormal = input_gradient(dgate, mlp.gate_proj)
             dnormal = input_gradient(dup, mlp.up_proj, add_to=dnormal)
         return kernels.rms_norm_backward(dnormal, state, self.norm.weight, rstd, residual=dy, out=out)
-
-    def _pre_activations(self, normal, stacked):
-        if stacked is None:
-            return self.mlp.gate_proj(normal), self.mlp.up_proj(normal)
-        return F.linear(normal, stacked).chunk(2, dim=-1)
 
     def _normalise(self, state):
         return kernels.rms_norm(state, self.norm.weight, self.norm.variance_epsilon)
