@@ -233,16 +233,18 @@ def work(options: Options, shard: str) -> dict | None:
 
 
 def longest(options: Options, step: Callable, result: Path | None) -> None:
-    """Train on sequences of --tokens, then 3/2, 2, 3, 4, 6, ... times as many, and write down which went through.
+    """Train on sequences of --tokens, then 3/2, 2, 3, 4, 6, ... times as many, and say and write down which went through.
 
     Ends with the error of the first that does not fit: torchrun then stops the processes that still wait for this one.
     """
     doublings = itertools.count()
     lengths = (options.tokens * part << doubling >> 1 for doubling in doublings for part in (2, 3))
     for length in itertools.takewhile(lambda length: length <= LONGEST, lengths):
+        started = time.time()
         step(0, length)
         if result:
             write_json_atomic(result, {"longest_tokens": length})
+            print(f"    {options.worker}: {length} tokens, {time.time() - started:.0f} s", flush=True)
 
 
 # -- in the process that starts them --------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ def run_cell(options: Options, method: str, shard: str, processes: int, accumula
         ]
         done = subprocess.run(
             [*command, __file__, *arguments],
-            stdout=subprocess.DEVNULL,
+            stdout=None if options.longest else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **(bench_memory.EXPANDABLE if options.longest else {})},

@@ -67,7 +67,7 @@ def test_what_cannot_be_is_said(options, message, monkeypatch):
         bench_scaling.Options(device="cpu", shape="tiny", **options).check()
 
 
-def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch, tmp_path):
+def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch, tmp_path, capfd):
     """Of the worker, which runs out of memory or is killed, and of what its parent makes of that."""
     monkeypatch.syspath_prepend(LAUNCHER.parent)
     import bench_scaling
@@ -94,6 +94,8 @@ def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch
     cell = bench_scaling.run_cell(options, "lora", "fsdp2", 2)
     assert (cell["longest_tokens"], cell["ended_by"]) == (4096, "MemoryError: 6144 tokens")
     assert "4096 tokens, then MemoryError: 6144 tokens" in bench_scaling.line(cell, None)
+    said = capfd.readouterr().out
+    assert "lora: 4096 tokens, 0 s" in said and "6144" not in said
     limit = 100
     cell = bench_scaling.run_cell(options, "lora", "fsdp2", 2)
     assert cell["error"] == "MemoryError: 512 tokens" and "longest_tokens" not in cell

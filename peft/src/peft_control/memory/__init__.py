@@ -48,7 +48,8 @@ def set_memory_mode(
         model: a model with a control adapter (LoRA on q, k, v may be in it), or its base model.
         mode: "plain" (autograd as it is), "fast" (no matmul recomputed), "balanced" (one MLP matmul recomputed,
             in SwiGLU decoders attention too, or what that needs waits on the host) or "lean" (one state per layer
-            kept, the MLP worked in chunks).
+            kept, the MLP worked in chunks). On a GPU "fast" moves the frozen weights of a SwiGLU's gate and up into one
+            piece of memory, layer by layer, where they stay: values and names do not change.
         chunk_tokens: tokens per chunk of an MLP of which nothing is kept; the loss works on a quarter of it at a
             time. None: by the layer's width.
         offload: lean keeps its states in pinned host memory (on a GPU), in SwiGLU decoders two of each layer instead
