@@ -68,9 +68,8 @@ ENCODER_SHAPES = {
 }  # fmt: skip
 VISION_SHAPES = {"vit-b16": "vit_base_patch16_224", "tiny-vit": "test_vit"}  # timm's names
 LONGEST = 1 << 17  # tokens: where the search of --limit ends
-EXPANDABLE = {
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True"
-}  # for a process whose tensors change their sizes
+#: The environment of a process whose tensors change their sizes.
+EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 SHAPES = (*LLAMA_SHAPES, *VISION_SHAPES, *ENCODER_SHAPES)
 
 #: The methods of a LLaMA shape; other models have neither of the switches liger and compile.

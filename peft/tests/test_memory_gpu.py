@@ -62,10 +62,17 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
                     assert kernels.add_low_rank(*on_gpu, out=on_gpu[0]) is on_gpu[0]
                     close(on_gpu[0], reference, tolerance)
 
-    close(kernels.swiglu(x.cuda(), dy.cuda()), kernels.swiglu(x.double(), dy.double()), tolerance)
-    got = kernels.swiglu_backward_(x.cuda(), dy.cuda(), r.cuda())
-    for a, b in zip(got, kernels.swiglu_backward_(x.double(), dy.double(), r.double())):
-        close(a, b, tolerance)
+    # with many tokens the weight is cast first
+    tensors = torch.randn(2050, 96, dtype=dtype), torch.randn(2050, 16, dtype=dtype), torch.randn(16, 96)
+    got = kernels.add_low_rank(*(t.cuda() for t in tensors))
+    close(got, kernels.add_low_rank(*(t.double() for t in tensors)), tolerance)
+
+    halves = torch.cat((x, dy), dim=-1).cuda().chunk(2, dim=-1)  # stacked weights make such
+    for gate, up in ((x.cuda(), dy.cuda()), halves):
+        close(kernels.swiglu(gate, up), kernels.swiglu(x.double(), dy.double()), tolerance)
+        got = kernels.swiglu_backward_(gate, up, r.cuda())
+        for a, b in zip(got, kernels.swiglu_backward_(x.double(), dy.double(), r.double())):
+            close(a, b, tolerance)
 
     query, key = torch.randn(2, 5, 6, 64, dtype=dtype), torch.randn(2, 2, 5, 64, dtype=dtype).transpose(1, 2)
     angle = torch.randn(1, 5, 32).repeat(1, 1, 2)
