@@ -13,19 +13,23 @@ of its own, on the same data, and a line is printed as it ends; ratios are to th
 of the same run. A record per run goes to --output, with a picture of memory against time. A killed run goes on after
 what it has measured.
 
-A method is NAME[+liger][+checkpointing][+compile][+graphs][:MODE] with
+A method is NAME[+liger|+unsloth][+checkpointing][+compile][+graphs][:MODE] with
   NAME  lora, lora-all (every linear layer), dora, control, control+lora, each with the ranks and targets of the
         paper's recipe for the shape (LLaMA: LoRA r 32 on q,k,v,up,down, control r 64 on attention and mlp;
         ViT: LoRA r 1 on the MLP's linears, control r 16; RoBERTa: LoRA r 8 on query and value, control r 16)
   MODE  plain, fast, balanced or lean, for control and control+lora (see peft_control.memory)
-By default those run that suit the shape; liger and compile are for the LLaMA shapes. With graphs (CUDA graphs of the
-step, see peft_control.memory) memory is what the allocator reserves, in expandable segments, because a graph keeps its
-memory between the steps. --limit uses expandable segments for every method, as the LLaMA launchers do.
+By default those run that suit the shape; liger, unsloth and compile are for the LLaMA shapes. Unsloth, for lora and lora-all,
+takes models from a folder alone, which is made for it (16 GB of LLaMA-3-8B, in TMPDIR); by default it runs where it is
+installed, for which results/README.md has a command. With graphs (CUDA graphs of the step, see peft_control.memory) memory
+is what the allocator reserves, in expandable segments, because a graph keeps its memory between the steps. --limit uses
+expandable segments for every method, as the LLaMA launchers do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib.util
 import itertools
 import json
 import os
@@ -33,6 +37,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -61,18 +66,24 @@ LLAMA_SHAPES = {
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, vocab_size=512),
 }  # fmt: skip
+LLAMA_RANKS = dict(r=32, lora_alpha=64, lora_dropout=0.0)
+LLAMA_TARGETS = {
+    "lora": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+    "lora-all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
 ENCODER_SHAPES = {
     "roberta-base": dict(vocab_size=50265, max_position_embeddings=514),
     "tiny-roberta": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                          num_attention_heads=4),
 }  # fmt: skip
 VISION_SHAPES = {"vit-b16": "vit_base_patch16_224", "tiny-vit": "test_vit"}  # timm's names
+SWITCHES = ("liger", "unsloth", "checkpointing", "compile", "graphs")
 LONGEST = 1 << 17  # tokens: where the search of --limit ends
 #: The environment of a process whose tensors change their sizes.
 EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 SHAPES = (*LLAMA_SHAPES, *VISION_SHAPES, *ENCODER_SHAPES)
 
-#: The methods of a LLaMA shape; other models have neither of the switches liger and compile.
+#: The methods of a LLaMA shape; other models have none of the switches liger, unsloth and compile.
 DEFAULT_METHODS = [
     "dora", "lora", "lora-all", "lora+compile", "lora+liger", "lora+checkpointing", "lora+liger+checkpointing", "lora+graphs",
     "control:plain", "control+liger:plain", "control:fast", "control:balanced", "control:lean",
@@ -82,6 +93,18 @@ DEFAULT_METHODS = [
 OTHER_METHODS = [
     method for method in DEFAULT_METHODS if not {"liger", "compile"} & set(re.split("[+:]", method))
 ]
+UNSLOTH_METHODS = [
+    "lora+unsloth",
+    "lora-all+unsloth",
+    "lora+unsloth+checkpointing",
+    "lora-all+unsloth+checkpointing",
+]
+
+
+#: `python -c` this SCRIPT ... runs the script.
+UNSLOTH_FIRST = (
+    "import runpy, sys, unsloth; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 
 
 @dataclass
@@ -119,7 +142,7 @@ def parse_method(text: str) -> tuple[str, set[str], str]:
     """``"control+lora:fast"`` -> ``("control+lora", set(), "fast")``; raises ValueError."""
     head, _, mode = text.partition(":")
     parts = head.split("+")
-    switches = {part for part in parts if part in ("liger", "checkpointing", "compile", "graphs")}
+    switches = {part for part in parts if part in SWITCHES}
     name = "+".join(part for part in parts if part not in switches)
     if name not in ("lora", "lora-all", "dora", "control", "control+lora"):
         raise ValueError(f"unknown method {text!r}: see --help")
@@ -127,6 +150,10 @@ def parse_method(text: str) -> tuple[str, set[str], str]:
         mode not in ("", "plain") and "control" not in name
     ):
         raise ValueError(f"method {text!r}: no such memory mode")
+    if "unsloth" in switches and (
+        name not in ("lora", "lora-all") or switches - {"unsloth", "checkpointing"}
+    ):
+        raise ValueError(f"method {text!r}: unsloth is for lora and lora-all, with checkpointing or without")
     return name, switches, mode or "plain"
 
 
@@ -184,10 +211,15 @@ def adapt(
 
 
 def build_llama(options, name, switches, mode) -> Workload:
-    model = llama(LLAMA_SHAPES[options.shape], options.device, name, switches, mode)
+    shape = LLAMA_SHAPES[options.shape]
+    if "unsloth" in switches:
+        tokens = LONGEST if options.limit else options.tokens
+        model = unsloth_llama(shape, options.device, name, tokens, "checkpointing" in switches)
+    else:
+        model = llama(shape, options.device, name, switches, mode)
     if "compile" in switches:
         model = torch.compile(model)
-    ids = random_tokens(options, LLAMA_SHAPES[options.shape]["vocab_size"])
+    ids = random_tokens(options, shape["vocab_size"])
     # as the Trainer runs it with bf16=True; without autocast peft would keep a float32 copy of each of LoRA's inputs
     return Workload(model, lambda: model(input_ids=ids, labels=ids).loss, *ids.shape, torch.bfloat16)
 
@@ -203,19 +235,55 @@ def llama(shape: dict, device: str, name: str, switches: set[str], mode: str) ->
     config = LlamaConfig(**shape, max_position_embeddings=1 << 20, use_cache=False)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    ranks = dict(r=32, lora_alpha=64, lora_dropout=0.0)
-    attention = ["q_proj", "k_proj", "v_proj"]
     model = adapt(
         model, name, mode, cuda_graphs="graphs" in switches,
-        lora=dict(target_modules=[*attention, "up_proj", "down_proj"], **ranks),
-        every="all-linear",
-        mixed=dict(target_modules=attention, **ranks),
+        lora=dict(target_modules=LLAMA_TARGETS["lora"], **LLAMA_RANKS),
+        every=LLAMA_TARGETS["lora-all"],
+        mixed=dict(target_modules=["q_proj", "k_proj", "v_proj"], **LLAMA_RANKS),
         control=dict(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], control_rank=64),
     )  # fmt: skip
     if "checkpointing" in switches:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def unsloth_llama(shape: dict, device: str, name: str, tokens: int, checkpointing: bool) -> nn.Module:
+    """The same with LoRA as unsloth makes and trains it, for sequences of up to so many ``tokens``."""
+    from unsloth import FastLanguageModel  # imported before this script, see run_all
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_llama(shape, device, folder)
+        model, _ = FastLanguageModel.from_pretrained(
+            folder, max_seq_length=tokens, dtype=torch.bfloat16, load_in_4bit=False, local_files_only=True
+        )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        **LLAMA_RANKS,
+        target_modules=LLAMA_TARGETS[name],
+        use_gradient_checkpointing="unsloth" if checkpointing else False,
+    )
+    gc.collect()
+    return model.train()
+
+
+def write_llama(shape: dict, device: str, folder: str) -> None:
+    """A LLaMA of random weights, and a tokenizer of as many words, as people have them in a folder."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    special = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    words = [*special.values(), *(f"w{number}" for number in range(shape["vocab_size"] - len(special)))]
+    tokenizer = Tokenizer(WordLevel(dict(zip(words, range(len(words)))), unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    config = LlamaConfig(
+        **shape, max_position_embeddings=LONGEST, bos_token_id=1, eos_token_id=2, pad_token_id=3
+    )
+    with torch.device(device):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
 def build_roberta(options, name, switches, mode) -> Workload:
@@ -447,8 +515,16 @@ def run_all(options: Options, finished: Collection[str] = ()) -> Iterator[dict]:
             continue
         started = time.time()
         command = [sys.executable, __file__, *passed_on, "--worker", method]
-        expandable = options.limit or "graphs" in parse_method(method)[1]
-        environment = {**os.environ, **(EXPANDABLE if expandable else {})}
+        switches = parse_method(method)[1]
+        environment = {**os.environ, **(EXPANDABLE if options.limit or "graphs" in switches else {})}
+        if (
+            "unsloth" in switches
+        ):  # which wants to be imported before transformers, and writes what it compiles
+            command[1:2] = ["-c", UNSLOTH_FIRST, __file__]
+            environment |= {
+                "UNSLOTH_DISABLE_STATISTICS": "1",
+                "UNSLOTH_COMPILE_LOCATION": str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"),
+            }
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
@@ -565,7 +641,8 @@ def with_defaults(options: Options) -> Options:
         tokens = vision_tokens(options.shape)
         if options.tokens not in (None, tokens):
             raise UserError(f"{options.shape} has {tokens} tokens, not {options.tokens}: leave --tokens out")
-    methods = options.methods or (DEFAULT_METHODS if options.shape in LLAMA_SHAPES else OTHER_METHODS)
+    llama_methods = DEFAULT_METHODS + (UNSLOTH_METHODS if importlib.util.find_spec("unsloth") else [])
+    methods = options.methods or (llama_methods if options.shape in LLAMA_SHAPES else OTHER_METHODS)
     if not options.methods and options.device == "cpu":
         methods = [method for method in methods if "graphs" not in method]
     return replace(options, methods=methods, tokens=tokens if options.tokens is None else options.tokens)
@@ -589,9 +666,13 @@ def check(options: Options) -> None:
             _, switches, _ = parse_method(method)
         except ValueError as error:
             raise UserError(str(error)) from None
-        if switches & {"liger", "compile"} and options.shape not in LLAMA_SHAPES:
+        if switches & {"liger", "unsloth", "compile"} and options.shape not in LLAMA_SHAPES:
             raise UserError(
                 f"method {method!r}: {options.shape} has no switches but checkpointing and graphs"
+            )
+        if "unsloth" in switches and not importlib.util.find_spec("unsloth"):
+            raise UserError(
+                f"method {method!r}: unsloth is not installed (pip install unsloth, in an environment of its own)"
             )
         if "graphs" in switches and options.device == "cpu":
             raise UserError(f"method {method!r}: CUDA graphs need a GPU")

@@ -1,11 +1,15 @@
 """The memory benchmark on tiny shapes on the CPU: the workers, the record, the picture, bad input."""
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from control_experiments.benchmark_tables import memory_speed_table, step_profile_table, tokens_of
 from control_experiments.collection import collect
@@ -131,6 +135,11 @@ def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, toke
         (("--methods", "lora:fast"), "no such memory mode"),
         (("--methods", "prefix"), "unknown method 'prefix'"),
         (("--shape", "vit-b16", "--methods", "lora+liger"), "no switches but checkpointing"),
+        (
+            ("--methods", "lora+unsloth+compile"),
+            "unsloth is for lora and lora-all, with checkpointing or without",
+        ),
+        (("--methods", "control+unsloth"), "unsloth is for lora and lora-all"),
         (("--shape", "tiny-vit", "--tokens", 8), "tiny-vit has 101 tokens, not 8"),
         (("--limit", 3), "--limit needs a GPU"),
         (("--limit", 3, "--profile"), "two runs"),
@@ -147,3 +156,35 @@ def test_bad_input_is_one_line_of_the_whole_process(tmp_path):
     done = bench("--output", tmp_path / "out", "--batch", 0)
     assert done.returncode == 2 and "--batch must be at least 1" in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_unsloth_is_asked_for_by_name_or_where_it_is_installed(tmp_path, call, monkeypatch):
+    found = importlib.util.find_spec
+
+    def installed(there):
+        unsloth = SimpleNamespace() if there else None
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: unsloth if name == "unsloth" else found(name)
+        )
+
+    installed(False)
+    code, _, stderr = call(
+        "bench_memory", *BRIEFLY, "--output", tmp_path / "out", "--methods", "lora+unsloth"
+    )
+    assert code == 2 and "unsloth is not installed" in stderr and stderr.count("\n") == 1
+    from scripts import bench_memory
+
+    options = bench_memory.Options(device="cpu")
+    assert not set(bench_memory.UNSLOTH_METHODS) & set(bench_memory.with_defaults(options).methods)
+    installed(True)
+    assert set(bench_memory.UNSLOTH_METHODS) < set(bench_memory.with_defaults(options).methods)
+
+
+def test_the_folder_for_unsloth_is_one_that_others_load(tmp_path):
+    from scripts import bench_memory
+
+    bench_memory.write_llama(bench_memory.LLAMA_SHAPES["tiny"], "cpu", str(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert model.dtype == torch.bfloat16 and len(tokenizer) == model.config.vocab_size == 512
+    assert tokenizer("w7 w1").input_ids == [11, 5]

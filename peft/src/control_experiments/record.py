@@ -21,7 +21,7 @@ from .paths import REPOSITORY, public_path
 SCHEMA = 1
 _PACKAGES = (
     "torch", "transformers", "peft", "peft-control", "accelerate", "datasets",
-    "timm", "torchvision", "bitsandbytes", "trl", "numpy", "liger-kernel",
+    "timm", "torchvision", "bitsandbytes", "trl", "numpy", "liger-kernel", "unsloth",
 )  # fmt: skip
 _SECRET_OPTION = re.compile(r"(token|secret|password|api[-_]?key)", re.IGNORECASE)
 _SECRET_VALUE = re.compile(

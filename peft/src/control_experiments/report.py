@@ -27,7 +27,7 @@ DOMAINS = {"roberta": "RoBERTa", "vit": "ViT", "llama": "LLaMA", "qcontrol": "qu
 #: Method families of the filter, each with a colour in report_page.html and a marker, for those who see no colours.
 FAMILIES = ("control", "double control", "control+lora", "control+dora", "lora", "dora", "other")
 #: Parts of a benchmark label that are no method.
-_SWITCHES = ("liger", "checkpointing", "compile", "graphs")
+_SWITCHES = ("liger", "unsloth", "checkpointing", "compile", "graphs")
 _MARKERS = {"control": "circle", "double control": "circle", "lora": "square", "dora": "triangle"}
 WIDTH, HEIGHT = 400, 290
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 40
