@@ -593,11 +593,13 @@ def draw(results: list[dict], title: str, path: Path) -> None:
             frontier.append(point)
             best = point[1]
     figure, axes = plt.subplots(figsize=(9, 6))
-    axes.set(xlabel="ms per step", ylabel="GB over the weights", title=title, yscale="log")
+    axes.set(xlabel="ms per step", ylabel="GB over the weights", title=title)
     axes.margins(x=0.2, y=0.08)  # room for labels
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    if all(gigabytes > 0 for _, gigabytes, _ in points):  # on a CPU they are not measured
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.step([p[0] for p in frontier], [p[1] for p in frontier], where="post", color="grey", linewidth=0.8)
     for ms, gigabytes, method in points:
         axes.scatter(ms, gigabytes, color="tab:blue" if method.startswith("control") else "tab:orange")
