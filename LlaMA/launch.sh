@@ -14,7 +14,7 @@ EVALUATE_ARGS=${EVALUATE_ARGS:-}    # more options for evaluate.py
 EVALUATION=${EVALUATION:-}          # folder of the answers in OUT; by default evaluation, or likelihood by --mode
 BATCH_QUESTIONS=${BATCH_QUESTIONS:-64}
 # batches of many lengths leave fewer gaps in the GPU's memory
-export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}
 
 if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then   # the launcher's first lines, and the variables at its top
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"

@@ -19,8 +19,8 @@ A method is NAME[+liger|+unsloth][+checkpointing][+compile][+graphs][:MODE] with
         ViT: LoRA r 1 on the MLP's linears, control r 16; RoBERTa: LoRA r 8 on query and value, control r 16)
   MODE  plain, fast, balanced or lean, for control and control+lora (see peft_control.memory)
 By default those run that suit the shape; liger, unsloth and compile are for the LLaMA shapes. Unsloth, for lora and lora-all,
-takes models from a folder alone, which is made for it (16 GB of LLaMA-3-8B, in TMPDIR); by default it runs where it is
-installed, for which results/README.md has a command. With graphs (CUDA graphs of the step, see peft_control.memory) memory
+only loads models from folders, so one is written for it (16 GB for LLaMA-3-8B, in TMPDIR); by default it runs on a GPU where
+it is installed, for which results/README.md has a command. With graphs (CUDA graphs of the step, see peft_control.memory) memory
 is what the allocator reserves, in expandable segments, because a graph keeps its memory between the steps. --limit uses
 expandable segments for every method, as the LLaMA launchers do.
 """
@@ -643,7 +643,8 @@ def with_defaults(options: Options) -> Options:
         tokens = vision_tokens(options.shape)
         if options.tokens not in (None, tokens):
             raise UserError(f"{options.shape} has {tokens} tokens, not {options.tokens}: leave --tokens out")
-    llama_methods = DEFAULT_METHODS + (UNSLOTH_METHODS if importlib.util.find_spec("unsloth") else [])
+    with_unsloth = options.device == "cuda" and importlib.util.find_spec("unsloth")
+    llama_methods = DEFAULT_METHODS + (UNSLOTH_METHODS if with_unsloth else [])
     methods = options.methods or (llama_methods if options.shape in LLAMA_SHAPES else OTHER_METHODS)
     if not options.methods and options.device == "cpu":
         methods = [method for method in methods if "graphs" not in method]

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, load_model, save_model
 
 from peft_control import ControlConfig, memory
 from peft_control.memory import MODES, set_memory_mode
@@ -114,36 +116,76 @@ def test_gradients_are_exact(family, lora, mode, offload, exact_norms, large_lay
     assert distance(found, reference) <= 1e-10
 
 
+@pytest.fixture
+def stacked(monkeypatch):
+    """Mode fast has gate and up as one matmul, as on a GPU."""
+    monkeypatch.setattr(memory, "_STACKED_ON", "cpu")
+
+
+def matmuls(model, mode, monkeypatch, **options):
+    """How often `F.linear` saw gate's and up's weights apart and together in a step, and the step's gradients."""
+    found, linear = Counter(), F.linear
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "linear", lambda x, w, *b: found.update([tuple(w.shape)]) or linear(x, w, *b))
+        _, gradients = loss_and_gradients(model, mode, **options)
+    return found[48, 32], found[96, 32], gradients
+
+
 @pytest.mark.parametrize("mode", MODES[1:])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stacked_weights_are_one_matmul_and_the_same_model(family, mode, exact_norms, monkeypatch):
-    """What set_memory_mode does on a GPU."""
+def test_stacked_weights_are_one_matmul_and_the_same_model(family, mode, exact_norms, stacked, monkeypatch):
     model = build(family)
-    _, reference = loss_and_gradients(model, "plain")
     before = copy.deepcopy(model.state_dict())
-    set_memory_mode(model, mode)
-    blocks = [layer.memory_plan.mlp for layer in model.modules() if hasattr(layer, "memory_plan")]
-    for block in blocks:
-        block.stack()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-    def shapes(model):
-        found, linear = Counter(), F.linear
-        with monkeypatch.context() as patch:
-            patch.setattr(F, "linear", lambda x, w, *b: found.update([tuple(w.shape)]) or linear(x, w, *b))
-            _, gradients = loss_and_gradients(model, mode)
+    _, reference = loss_and_gradients(model, "plain")
+    for one in (model, copy.deepcopy(model), copy.deepcopy(set_memory_mode(model, mode))):
+        apart, together, gradients = matmuls(one, mode, monkeypatch)
+        assert (apart == 0) == (together > 0) == (mode == "fast")
         assert distance(gradients, reference) <= 1e-10
-        return found
+        assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
 
-    apart, together = (48, 32), (96, 32)
-    found = shapes(model)
-    assert (found[apart] == 0) == (found[together] > 0) == (mode == "fast")
-    handle = blocks[0].mlp.gate_proj.register_forward_hook(
-        lambda *_: None
-    )  # which a stacked matmul would pass by
-    assert shapes(model)[apart] > 0
-    handle.remove()
-    assert shapes(copy.deepcopy(model))[apart] > 0  # a copy's weights, as a moved model's, are where they are
+
+@pytest.mark.parametrize("change", ["hook", "pre_hook", "forward", "moved", "loaded"])
+def test_stacked_weights_part_where_they_must(change, exact_norms, stacked):
+    """After the mode was set: what runs is what the layers say."""
+    model = build()
+    _, reference = loss_and_gradients(model, "plain")
+    set_memory_mode(model, "fast", chunk_tokens=8)
+    linear = next(m for name, m in model.named_modules() if name.endswith("gate_proj"))
+    seen = []
+    if change == "hook":
+        linear.register_forward_hook(lambda *_: seen.append(1))
+    elif change == "pre_hook":
+        linear.register_forward_pre_hook(lambda *_: seen.append(1))
+    elif change == "forward":
+        own = linear.forward
+        linear.forward = lambda x: seen.append(1) or own(x)
+    elif change == "moved":
+        linear.weight.data = linear.weight.data.clone()
+    else:
+        model.load_state_dict(model.state_dict(), assign=True)
+    inputs, labels = batch()
+    model.zero_grad()
+    model(**inputs, labels=labels).loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert distance(found, reference) <= 1e-10
+    assert bool(seen) == (change in ("hook", "pre_hook", "forward"))
+
+
+def test_stacked_weights_are_saved_and_loaded_as_any(tmp_path, stacked):
+    """Libraries look at storages to find weights that are tied."""
+    model = build(dtype=torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    set_memory_mode(model, "fast")
+    ups = {name for name in before if "up_proj" in name}
+    Accelerator().save_model(model, tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() >= ups
+    save_model(model, tmp_path / "whole.safetensors")
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    load_model(model, tmp_path / "whole.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    up = next(p for name, p in model.named_parameters() if "up_proj" in name)
+    assert up.untyped_storage().nbytes() == up.nbytes
 
 
 @pytest.mark.parametrize(
@@ -333,6 +375,37 @@ def test_chunked_loss_equals_the_whole(chunk, softcap):
     (found,) = torch.autograd.grad(3 * chunked, hidden)
     torch.testing.assert_close(chunked, whole)
     torch.testing.assert_close(found, expected)
+
+    with torch.no_grad():  # which predict nothing
+        hidden[:, -1] = float("nan")
+        hidden[0, 1:4] = float("inf")
+    chunked = causal_lm_loss(hidden, labels, head, chunk=chunk, softcap=softcap)
+    torch.testing.assert_close(chunked, whole)
+    (found,) = torch.autograd.grad(3 * chunked, hidden)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("trained", ["model.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_a_trained_last_norm_or_output_layer_gets_its_gradient(mode, trained, exact_norms):
+    model = build()
+    model.get_base_model().get_parameter(trained).requires_grad_(True)
+    _, reference = loss_and_gradients(model, "plain")
+    _, found = loss_and_gradients(model, mode)
+    assert any(name.endswith(trained) for name in found)
+    # transformers' own loss, which an output layer that is trained has, is float32 whatever the model's dtype
+    assert distance(found, reference) <= (1e-6 if trained.startswith("lm_head") else 1e-10)
+
+
+def test_a_last_norm_with_a_forward_of_its_own_keeps_it():
+    model = build(dtype=torch.float32)
+    norm = model.get_base_model().model.norm
+    seen, own = [], norm.forward
+    norm.forward = lambda x: seen.append(1) or own(x)
+    loss_and_gradients(model, "fast")
+    assert seen and "forward" in vars(norm)
+    set_memory_mode(model, "plain")
+    assert "forward" in vars(norm)
 
 
 def test_what_cannot_be_done_says_so():

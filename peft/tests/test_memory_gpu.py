@@ -76,11 +76,12 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
 
     query, key = torch.randn(2, 5, 6, 64, dtype=dtype), torch.randn(2, 2, 5, 64, dtype=dtype).transpose(1, 2)
     angle = torch.randn(1, 5, 32).repeat(1, 1, 2)
-    tensors = query, key, angle.cos(), angle.sin()
-    for backward in (False, True):
-        found = kernels.rope(*(x.cuda() for x in tensors), backward)
-        for got, reference in zip(found, kernels.rope(*(x.double() for x in tensors), backward)):
-            close(got, reference, tolerance)
+    mixed = key.transpose(2, 3).contiguous().transpose(2, 3)  # as attention may give gradients
+    for tensors in ((query, key, angle.cos(), angle.sin()), (query, mixed, angle.cos(), angle.sin())):
+        for backward in (False, True):
+            found = kernels.rope(*(x.cuda() for x in tensors), backward)
+            for got, reference in zip(found, kernels.rope(*(x.double() for x in tensors), backward)):
+                close(got, reference, tolerance)
 
     logits, labels = torch.randn(19, 20011, dtype=dtype) * 3, torch.randint(20011, (19,))
     labels[4] = -1
@@ -129,6 +130,35 @@ def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode, cuda_graphs, of
     assert plain < 10.0
     assert loss == pytest.approx(plain, rel=2e-3)
     assert (gradients - reference).norm() <= 0.05 * reference.norm()
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_eager_attention_with_as_many_keys_as_queries(mode):
+    """Its gradients of the keys have other strides than their heads; sharp attention shows it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=101,
+        attn_implementation="eager",
+    )  # fmt: skip
+    with torch.device("cuda"):
+        base = LlamaForCausalLM(config)
+    for name, parameter in base.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            parameter.data *= 10
+    adapter = ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], init_weights=False)
+    model = get_peft_model(base, adapter).train()
+    ids = torch.randint(101, (2, 33), device="cuda")
+
+    def gradients(mode):
+        set_memory_mode(model, mode)
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    reference, found = gradients("plain"), gradients(mode)
+    assert (found - reference).norm() <= 1e-3 * reference.norm()
+    blocks = [layer.memory_plan.mlp for layer in base.model.layers]
+    assert all((block.stacked is not None) == (mode == "fast") for block in blocks)
 
 
 def test_graphs_follow_shapes_and_refuse_what_would_be_wrong():

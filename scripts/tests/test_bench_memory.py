@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +20,11 @@ SCRIPT = Path(__file__).resolve().parents[1] / "bench_memory.py"
 BRIEFLY = ("--device", "cpu", "--steps", "2", "--warmup", "1")
 
 
-def bench(*options):
+def bench(*options, **environment):
     command = [sys.executable, SCRIPT, *BRIEFLY, *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env={**os.environ, **environment}
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,10 +178,12 @@ def test_unsloth_is_asked_for_by_name_or_where_it_is_installed(tmp_path, call, m
     assert code == 2 and "unsloth is not installed" in stderr and stderr.count("\n") == 1
     from scripts import bench_memory
 
-    options = bench_memory.Options(device="cpu")
-    assert not set(bench_memory.UNSLOTH_METHODS) & set(bench_memory.with_defaults(options).methods)
+    options, unsloth = bench_memory.Options(), set(bench_memory.UNSLOTH_METHODS)
+    assert not unsloth & set(bench_memory.with_defaults(options).methods)
     installed(True)
-    assert set(bench_memory.UNSLOTH_METHODS) < set(bench_memory.with_defaults(options).methods)
+    assert unsloth < set(bench_memory.with_defaults(options).methods)
+    # on a CPU for whoever asks for it
+    assert not unsloth & set(bench_memory.with_defaults(replace(options, device="cpu")).methods)
 
 
 def test_the_folder_for_unsloth_is_one_that_others_load(tmp_path):
@@ -188,3 +194,37 @@ def test_the_folder_for_unsloth_is_one_that_others_load(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert model.dtype == torch.bfloat16 and len(tokenizer) == model.config.vocab_size == 512
     assert tokenizer("w7 w1").input_ids == [11, 5]
+
+
+def test_unsloth_is_imported_first_and_given_a_folder(tmp_path):
+    """By a stand-in with unsloth's names, made of transformers and peft."""
+    (tmp_path / "unsloth.py").write_text(
+        """
+import sys
+
+assert "transformers" not in sys.modules and "peft" not in sys.modules
+
+
+class FastLanguageModel:
+    def from_pretrained(folder, max_seq_length, dtype, load_in_4bit, local_files_only):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        assert max_seq_length == 8 and not load_in_4bit and local_files_only
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return model, AutoTokenizer.from_pretrained(folder)
+
+    def get_peft_model(model, use_gradient_checkpointing, **lora):
+        from peft import LoraConfig, get_peft_model
+
+        assert use_gradient_checkpointing == "unsloth"
+        return get_peft_model(model, LoraConfig(**lora))
+"""
+    )
+    asked = ["--shape", "tiny", "--batch", 2, "--tokens", 8, "--output", tmp_path]
+    done = bench(*asked, "--methods", "lora-all+unsloth+checkpointing", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "tiny_2x8.json").read_text())["results"]
+    rank, (width, inner, keys, layers) = 32, (64, 128, 32, 2)
+    sides = 2 * (width + width) + 2 * (width + keys) + 3 * (width + inner)  # of q, o; k, v; gate, up, down
+    assert result["trained_parameters"] == layers * rank * sides
+    assert result["loss"] == pytest.approx(6.24, abs=0.1)  # near log(512)

@@ -31,6 +31,9 @@ _LOGITS_ELEMENTS = 512 * 128256
 # copied travels if it has 7,000 parameters for each byte a token.
 _PARAMETERS_PER_BYTE = 7000
 
+# Where one matmul for gate and up is faster than two.
+_STACKED_ON = "cuda"
+
 
 def set_memory_mode(
     model: nn.Module,
@@ -49,7 +52,7 @@ def set_memory_mode(
         mode: "plain" (autograd as it is), "fast" (no matmul recomputed), "balanced" (one MLP matmul recomputed,
             in SwiGLU decoders attention too, or what that needs waits on the host) or "lean" (one state per layer
             kept, the MLP worked in chunks). On a GPU "fast" moves the frozen weights of a SwiGLU's gate and up into one
-            piece of memory, layer by layer, where they stay: values and names do not change.
+            piece of memory, layer by layer; they stay the parameters that they are.
         chunk_tokens: tokens per chunk of an MLP of which nothing is kept; the loss works on a quarter of it at a
             time. None: by the layer's width.
         offload: lean keeps its states in pinned host memory (on a GPU), in SwiGLU decoders two of each layer instead
@@ -57,7 +60,8 @@ def set_memory_mode(
             LLaMA of 7 or 8 billion parameters. Where copies of queries, keys and values do too (LLaMA-3, whose keys and
             values are few), lean and balanced have them wait there as well, until a process has 8 GiB there; not if False.
         fused_loss: causal language models compute their training loss without a batch's logits, so that
-            ``outputs.logits`` is None while training with labels.
+            ``outputs.logits`` is None while training with labels, and their last norm by the layers' kernel. Not where the
+            output layer is trained.
         cuda_graphs: the training step is replayed as CUDA graphs when its shapes were seen before: for small
             batches of few shapes, whose time goes into kernel launches; in every mode, "plain" too. What cannot be
             replayed runs without a graph: more than sixteen shapes, a causal language model's batch with padding,
@@ -109,10 +113,11 @@ def _replace_layers(model, mode, chunk_tokens, offload, on_unsupported):
         states_on_host = mode == "lean" and (hides_copies() if offload is None else offload)
         if plan.attention_on_host or states_on_host:
             plan.host = host
-        if mode == "fast" and isinstance(plan.mlp, GatedMlp) and plan.mlp.norm.weight.is_cuda:
-            plan.mlp.stack()
         layer.memory_plan = plan
         layer.forward = MethodType(training_forward, layer)
+    for plan in plans.values() if mode == "fast" else ():
+        if isinstance(plan.mlp, GatedMlp) and plan.mlp.norm.weight.device.type == _STACKED_ON:
+            plan.mlp.stack()
 
 
 def _hides_copies(layer, plan, more=0):
@@ -139,9 +144,8 @@ def _fuse_loss(model, chunk_tokens):
 
 def _replace_last_norm(decoder):
     norm, layers = getattr(decoder, "norm", None), getattr(decoder, "layers", ())
-    if any(
-        type(norm) is type(getattr(layer, "input_layernorm", None)) for layer in layers if norm is not None
-    ):
+    kinds = {type(getattr(layer, "input_layernorm", None)) for layer in layers}
+    if norm is not None and type(norm) in kinds and "forward" not in vars(norm):
         norm.is_last_norm = True
         norm.forward = MethodType(last_norm, norm)
 

@@ -1,9 +1,9 @@
 """Elementwise and row-wise pieces of a frozen block, forward and backward, each in one pass over memory.
 
-Every function has a pure torch path (CPU, and the reference for tests) and, for CUDA tensors where Triton is
-installed, a kernel with the same arithmetic: both compute in float32 (float64 for float64 input) and round once
-at the end. All take two-dimensional tensors ``(tokens, width)``. Functions whose name ends in ``_`` overwrite
-an argument, because a backward can reuse the buffers it has just consumed.
+Every function has a pure torch path (CPU, and the reference for tests; in float64 for float64 input) and, for CUDA
+tensors where Triton is installed, a kernel with the same arithmetic: both compute in float32 and round once at the end.
+All but ``rope`` take two-dimensional tensors ``(tokens, width)``. Functions whose name ends in ``_`` overwrite an argument,
+because a backward can reuse the buffers it has just consumed.
 """
 
 from __future__ import annotations
@@ -182,6 +182,8 @@ def rope(query, key, cos, sin, backward=False):
     rotation by the opposite angle.
     """
     if _use_triton(query) and query.shape[-1] == cos.shape[-1]:
+        # as gradients, attention may give any strides
+        query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
         turned = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key)]
         batch, tokens, heads, dim = query.shape
         cos, sin = cos.contiguous(), sin.contiguous()
@@ -216,8 +218,9 @@ def cross_entropy_(logits, labels):
     if _use_triton(logits):
         loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
         _cross_entropy_kernel[(logits.shape[0],)](
-            logits, labels, loss, logits.stride(0), logits.shape[1], BLOCK=16384, num_warps=32
-        )
+            logits, labels, loss, logits.stride(0), logits.shape[1], BLOCK=16384,
+            num_warps=16 if torch.version.hip else 32,
+        )  # fmt: skip
         return loss
     wide, counts = _wide(logits), labels >= 0
     labels = labels.clamp(min=0)[:, None]
@@ -225,8 +228,8 @@ def cross_entropy_(logits, labels):
     loss = log_sum - wide.gather(1, labels)[:, 0]
     gradient = torch.exp(wide - log_sum[:, None])
     gradient.scatter_add_(1, labels, gradient.new_full((len(labels), 1), -1.0))
-    logits.copy_(gradient * counts[:, None])
-    return loss * counts
+    logits.copy_(gradient.masked_fill_(~counts[:, None], 0.0))
+    return loss.masked_fill_(~counts, 0.0)
 
 
 # -- Triton -----------------------------------------------------------------------------------------------------
@@ -403,7 +406,7 @@ if triton is not None:
         label = tl.load(labels + row)
         logits += row * stride
         # each lane of the block sums for itself: no step waits for the others
-        lanes = tl.full((BLOCK,), -1e38, dtype=tl.float32)
+        lanes = tl.full((BLOCK,), -3.4028234663852886e38, dtype=tl.float32)
         sums = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, classes, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -413,11 +416,12 @@ if triton is not None:
             lanes = tl.maximum(lanes, value)
         largest = tl.max(lanes)
         log_sum = largest + tl.log(tl.sum(sums * tl.exp(lanes - largest)))
-        counts = tl.where(label >= 0, 1.0, 0.0)
-        tl.store(loss + row, counts * (log_sum - tl.load(logits + tl.maximum(label, 0)).to(tl.float32)))
+        counts = label >= 0
+        of_label = tl.load(logits + tl.maximum(label, 0)).to(tl.float32)
+        tl.store(loss + row, tl.where(counts, log_sum - of_label, 0.0))
         tl.debug_barrier()  # the label's logit is read before any thread overwrites it
         for start in range(0, classes, BLOCK):
             column = start + tl.arange(0, BLOCK)
             value = tl.load(logits + column, mask=column < classes, other=-float("inf")).to(tl.float32)
             gradient = tl.exp(value - log_sum) - tl.where(column == label, 1.0, 0.0)
-            tl.store(logits + column, counts * gradient, mask=column < classes)
+            tl.store(logits + column, tl.where(counts, gradient, 0.0), mask=column < classes)

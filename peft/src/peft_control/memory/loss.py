@@ -40,7 +40,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = F.linear(hidden[rows].to(dtype), weight, bias)
             if softcap is not None:
                 logits = torch.tanh(logits / softcap)
-                slope = 1 - logits.square()
+                slope = (1 - logits.square()).masked_fill_(labels[rows, None] < 0, 0.0)
                 logits = logits * softcap
             losses = kernels.cross_entropy_(logits, labels[rows])
             total += losses.sum() if weights is None else losses @ weights[rows].to(losses.dtype)
@@ -108,7 +108,8 @@ def _items(labels, num_items_in_batch, ignore_index=-100):
 
 def causal_lm_forward(model, input_ids=None, attention_mask=None, *arguments, labels=None, **named):
     """Replaces a causal language model's ``forward`` while it trains; otherwise the model's own runs."""
-    if labels is None or not torch.is_grad_enabled() or named.get("return_dict") is False:
+    trained = any(parameter.requires_grad for parameter in model.lm_head.parameters())
+    if labels is None or trained or not torch.is_grad_enabled() or named.get("return_dict") is False:
         return type(model).forward(model, input_ids, attention_mask, *arguments, labels=labels, **named)
     named.pop("use_cache", None)
     items = _items(labels, named.pop("num_items_in_batch", None))

@@ -34,7 +34,7 @@ class GatedMlp:
     CHUNK_ELEMENTS = 2048 * 14336  # tokens of LLaMA-3-8B; 57 MB in bfloat16
 
     def __init__(self, norm: nn.Module, mlp: nn.Module):
-        self.norm, self.mlp = norm, mlp
+        self.norm, self.mlp, self.stacked = norm, mlp, None
         _check_frozen([norm], [mlp.gate_proj, mlp.up_proj, mlp.down_proj])
 
     @property
@@ -49,41 +49,37 @@ class GatedMlp:
 
     def stack(self) -> None:
         """Store the weights of gate and up one behind the other, so that each pair of matmuls is one where gate and up are
-        both kept: 1 % of a step of LLaMA-3-8B on an H100. Values, names and shapes stay what they are."""
-        weights = self._plain_weights()
-        if weights and self._stacked() is None:
-            for weight, half in zip(weights, torch.cat([weight.data for weight in weights]).chunk(2)):
-                weight.data = half
+        both kept. They stay two parameters with storages of their own, which is how they are saved, loaded and moved."""
+        weights = [linear.weight for linear in self._plain_linears()]
+        if len({(weight.shape, weight.dtype) for weight in weights}) == 1 and weights[0].numel():
+            self.stacked = torch.cat([weight.data for weight in weights])
+            for weight, half in zip(weights, self.stacked.chunk(2)):
+                weight.data = torch.from_dlpack(half)
 
     def _stacked(self) -> torch.Tensor | None:
-        """The weights of gate and up as one, while they lie so."""
-        weights = self._plain_weights()
-        if weights is None:
-            return None
-        gate, up = weights
-        adjacent = gate.is_contiguous() and up.data_ptr() == gate.data_ptr() + gate.nbytes
-        if not adjacent or gate.untyped_storage().data_ptr() != up.untyped_storage().data_ptr():
-            return None
-        rows, columns = gate.shape
-        return gate.as_strided((2 * rows, columns), (columns, 1))
+        """The weights of gate and up as one, while they are where ``stack`` has put them."""
+        if self.stacked is not None:
+            ends = [weight.data_ptr() for weight in self.stacked.chunk(2)]
+            if [linear.weight.data_ptr() for linear in self._plain_linears()] == ends:
+                return self.stacked
+            self.stacked = None
+        return None
 
-    def _plain_weights(self) -> list[torch.Tensor] | None:
-        """The weights of gate and up where their layers do nothing but multiply by them."""
-        linears = self.mlp.gate_proj, self.mlp.up_proj
-        weights = [linear.weight for linear in linears]
-        plain = weights[0].dtype == weights[1].dtype and all(
+    def _plain_linears(self) -> list[nn.Linear]:
+        """gate_proj and up_proj, where they do nothing but multiply by their weights."""
+        linears = [self.mlp.gate_proj, self.mlp.up_proj]
+        plain = all(
             type(linear) is nn.Linear
             and type(linear.weight.data) is torch.Tensor
             and linear.bias is None
-            and not linear._forward_hooks
-            and not linear._forward_pre_hooks
+            and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
             for linear in linears
         )
-        return weights if plain else None
+        return linears if plain else []
 
     def forward(self, state, keep, control=None, out=None):
         normal, rstd = self._normalise(state)
-        # In chunks two matmuls are faster than one, and what is kept alone must not be a part of something larger.
+        # what is kept alone must not be a part of something larger, and chunks are no faster
         weight = self._stacked() if keep == 2 else None
         if weight is None:
             gate, up = self.mlp.gate_proj(normal), self.mlp.up_proj(normal)
