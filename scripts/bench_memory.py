@@ -264,7 +264,7 @@ def unsloth_llama(shape: dict, device: str, name: str, tokens: int, checkpointin
         use_gradient_checkpointing="unsloth" if checkpointing else False,
     )
     gc.collect()
-    return model.train()
+    return FastLanguageModel.for_training(model)
 
 
 def write_llama(shape: dict, device: str, folder: str) -> None:

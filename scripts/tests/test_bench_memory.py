@@ -218,6 +218,9 @@ class FastLanguageModel:
 
         assert use_gradient_checkpointing == "unsloth"
         return get_peft_model(model, LoraConfig(**lora))
+
+    def for_training(model):
+        return model.train()
 """
     )
     asked = ["--shape", "tiny", "--batch", 2, "--tokens", 8, "--output", tmp_path]
