@@ -10,6 +10,7 @@ import transformers
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, load_model, save_model
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_control import ControlConfig, memory
 from peft_control.memory import MODES, set_memory_mode
@@ -505,3 +506,203 @@ def test_gradients_can_be_taken_at_leaves_put_in_the_parameters_places(mode, lor
     assert places[0] is None and not before[0].any() and torch.equal(before[1], found[1])
     with pytest.raises(RuntimeError, match="some steps only"):
         _copied(found, [None, *before[1:]])
+
+
+# -- what users do that the layers' own code would have noticed ---------------------------------------------------
+
+
+def step(model, **inputs):
+    """The gradients of a training step."""
+    model.zero_grad()
+    inputs = {
+        **dict(zip(("input_ids", "attention_mask"), batch()[0].values())),
+        "labels": batch()[1],
+        **inputs,
+    }
+    model(**{name: value for name, value in inputs.items() if value is not None}).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def as_in_plain(model, mode, **inputs):
+    set_memory_mode(model, "plain")
+    reference = step(model, **inputs)
+    set_memory_mode(model, mode, chunk_tokens=8)
+    # transformers' own loss is float32 whatever the model's dtype
+    assert distance(step(model, **inputs), reference) <= 1e-6
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_attention_is_told_the_positions(mode, monkeypatch):
+    """Flash attention finds packed sequences by them."""
+    seen = []
+
+    def attention(module, *arguments, position_ids=None, **named):
+        seen.append(position_ids)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *arguments, **named)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "noting", attention)
+    model = build()
+    for module in model.modules():
+        if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
+            module.config._attn_implementation = "noting"
+    set_memory_mode(model, mode)
+    positions = torch.arange(19).repeat(2, 1) % 7
+    step(model, position_ids=positions, attention_mask=None)
+    assert seen and all(torch.equal(found, positions) for found in seen)
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("what", ["LoRA on o_proj", "LoRA on q_proj", "norm", "LoRA on up_proj", "down_proj"])
+def test_what_is_trained_only_after_the_mode_was_set(mode, what, exact_norms):
+    def changed(model):
+        if what.startswith("LoRA"):
+            config = ControlConfig(
+                task_type="CAUSAL_LM", control_blocks=["mlp"], control_rank=2, init_weights=False,
+                target_modules=[what.split()[-1]], r=2, init_lora_weights=False,
+            )  # fmt: skip
+            model.add_adapter("later", config)
+            model.base_model.set_adapter(["default", "later"])
+            return model.double()
+        name = "input_layernorm" if what == "norm" else what
+        for path, parameter in model.named_parameters():
+            if name in path:
+                parameter.requires_grad_(True)
+        return model
+
+    torch.manual_seed(3)
+    model = build(lora=True)
+    set_memory_mode(model, mode, chunk_tokens=8)
+    step(model)
+    if what in ("LoRA on o_proj", "LoRA on q_proj"):
+        changed(model)
+        found = step(model)
+        set_memory_mode(model, "plain")
+        assert distance(found, step(model)) <= 1e-6
+    else:
+        changed(model)
+        with pytest.raises(ValueError, match="memory modes need"):
+            step(model)
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("change", ["adapter", "evaluation"])
+def test_a_backward_of_another_adapter_is_refused(mode, change):
+    model = build(control_dropout=0.1)
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    set_memory_mode(model, mode, chunk_tokens=8)
+    inputs, labels = batch()
+    loss = model(**inputs, labels=labels).loss
+    if change == "adapter":
+        model.set_adapter("other")
+    else:
+        model.eval()
+    with pytest.raises(RuntimeError, match="between a forward and its backward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_the_mode_may_be_left_between_forward_and_backward(mode, exact_norms):
+    model = build()
+    _, reference = loss_and_gradients(model, "plain")
+    set_memory_mode(model, mode, chunk_tokens=8)
+    inputs, labels = batch()
+    model.zero_grad()
+    loss = model(**inputs, labels=labels).loss
+    set_memory_mode(model, "plain")
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert distance(found, reference) <= 1e-10
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_losses_that_are_not_the_usual_one(mode):
+    inputs, labels = batch()
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    as_in_plain(build(), mode, shift_labels=shifted)
+    as_in_plain(build(), mode, ignore_index=7, labels=labels.masked_fill(labels == -100, 7))
+    model = build()
+    model.get_base_model().loss_function = lambda logits, labels, vocab_size, **_: logits.square().mean()
+    as_in_plain(model, mode)
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_inputs_of_any_strides_and_masks_that_are_trained(mode, offload=None):
+    torch.manual_seed(0)
+    wide = torch.randn(19, 3, 32, dtype=torch.float64)
+    for states in (wide.transpose(0, 1)[1:], wide[:, :1].transpose(0, 1).expand(2, 19, 32)):
+        as_in_plain(build(), mode, input_ids=None, attention_mask=None, inputs_embeds=states)
+    causal = torch.full((19, 19), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1)
+
+    def of_mask(mode):
+        model = set_memory_mode(build(), mode)
+        bias = torch.zeros(2, 1, 19, 19, dtype=torch.float64, requires_grad=True)
+        return torch.autograd.grad(
+            model(batch()[0]["input_ids"], causal + bias, labels=batch()[1]).loss, bias
+        )[0]
+
+    torch.testing.assert_close(of_mask(mode), of_mask("plain"), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_caches_are_used_with_gradients_too(mode):
+    model = set_memory_mode(build(dtype=torch.float32).eval(), mode)
+    ids = batch()[0]["input_ids"]
+    whole = model(ids).logits
+    first = model(ids[:, :10], use_cache=True)
+    rest = model(ids[:, 10:], past_key_values=first.past_key_values, use_cache=True)
+    torch.testing.assert_close(rest.logits, whole[:, 10:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_second_derivatives_are_refused_and_outputs_may_be_changed_in_place(mode):
+    model = set_memory_mode(build(), mode)
+    inputs, labels = batch()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(model(**inputs, labels=labels).loss, trained, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        sum(g.square().sum() for g in gradients).backward()
+    for layer in model.get_base_model().model.layers:
+        layer.register_forward_hook(lambda module, inputs, output: output.mul_(1.5))
+    as_in_plain(model, mode)
+
+
+def test_a_forward_that_others_have_replaced_comes_back():
+    model = build(dtype=torch.float32)
+    layer = model.get_base_model().model.layers[0]
+    own = layer.forward
+    layer.forward = mine = lambda *arguments, **named: own(*arguments, **named)
+    for mode in MODES[1:]:
+        set_memory_mode(model, mode)
+        assert layer.forward is not mine
+    set_memory_mode(model, "plain")
+    assert layer.forward is mine and not hasattr(layer, "forward_before")
+
+
+def test_layers_that_only_look_like_those_known_are_refused():
+    def refused(model, message):
+        with pytest.raises(ValueError, match=message):
+            set_memory_mode(model, "fast")
+        with pytest.warns(UserWarning, match=message):
+            set_memory_mode(model, "fast", on_unsupported="warn")
+        assert not any("memory_plan" in vars(module) for module in model.modules())
+
+    model = build()
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.act_fn = torch.nn.GELU()
+    refused(model, "know decoders with SwiGLU, not GELU")
+
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return F.linear(x, 2 * self.weight)
+
+    model = build()
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.up_proj.__class__ = Scaled
+    refused(model, "need a frozen MLP")
+
+    row = {
+        "layer": "LlamaDecoderLayer",
+        "norm": "input_layernorm",
+        "blocks": {"mlp": {"read": "mlp", "write": "mlp"}},
+    }
+    refused(build(control_architecture=row, control_blocks=["mlp"]), "not mlp_control")

@@ -4,11 +4,14 @@ import pytest
 import timm
 import torch
 from peft import get_peft_model
+from timm.layers import GluMlp, RmsNorm, SwiGLU
+from timm.models.vision_transformer import Block
 from tiny_models import FAMILIES, TimmImages, build, logits, randomize_adapters
 from torch import nn
 
 from peft_control import ControlConfig
 from peft_control.memory import MODES, set_memory_mode
+from peft_control.memory.families import halves
 
 VISION = ("vit", "dinov2", "timm-vit")
 POST_NORM = ("roberta", "xlm-roberta", "bert", "mpnet", "electra")
@@ -200,3 +203,10 @@ def test_what_cannot_be_done_says_so():
     )
     with pytest.raises(ValueError, match="without an inner norm"):
         set_memory_mode(get_peft_model(normed, ControlConfig()), "fast")
+
+
+@pytest.mark.parametrize("kind", [{"mlp_layer": SwiGLU}, {"mlp_layer": GluMlp}, {"norm_layer": RmsNorm}])
+def test_timm_blocks_that_only_look_like_those_known_are_refused(kind):
+    block = Block(32, 4, **kind)
+    with pytest.raises(ValueError, match="memory modes know timm's"):
+        halves(block.requires_grad_(False))

@@ -17,6 +17,7 @@ from .attention import last_norm
 from .families import FAMILIES, halves
 from .graphs import StepGraphs, graphed_forward
 from .layers import Plan, training_forward
+from .linear import is_known_linear
 from .loss import causal_lm_forward
 from .mlp import GatedMlp
 from .offload import HostStates
@@ -68,6 +69,11 @@ def set_memory_mode(
             dropout in a layer that torch's checkpointing recomputes (decoders in "balanced", ViTs with dropout).
         on_unsupported: "error", or "warn" to stay plain.
 
+    Adapters may come or go later; between a forward and its backward they may not be switched, nor training and evaluation. A
+    loss of one's own, ``shift_labels`` or ``ignore_index``, and what needs a cache or attention's weights, run the model's own
+    code. Forward hooks on a decoder layer's attention, norms and MLP do not run; those on its linear layers see values but must
+    not change them.
+
     Returns:
         The model.
 
@@ -88,16 +94,20 @@ def set_memory_mode(
 
 
 def _replace_layers(model, mode, chunk_tokens, offload, on_unsupported):
-    plans = {}
-    for layer in model.modules():
-        found = halves(layer)
-        if found is not None:
-            chunk = chunk_tokens or max(found.mlp.CHUNK_ELEMENTS // found.mlp.width, 1)
-            plans[layer] = Plan(mode, found, chunk)
-    if not plans:
+    plans, message = {}, None
+    try:
+        for layer in model.modules():
+            found = halves(layer)
+            if found is not None:
+                chunk = chunk_tokens or max(found.mlp.CHUNK_ELEMENTS // found.mlp.width, 1)
+                plans[layer] = Plan(mode, found, chunk)
+    except ValueError as error:
+        message = str(error)
+    if not plans and message is None:
         message = (
             f"memory mode {mode!r} supports {', '.join(FAMILIES)}; {_class_name(model)} has no such layer"
         )
+    if message is not None:
         if on_unsupported == "warn":
             warnings.warn(f"{message}; it trains in mode 'plain'", stacklevel=3)
             return
@@ -108,13 +118,14 @@ def _replace_layers(model, mode, chunk_tokens, offload, on_unsupported):
         raise ValueError(f"memory mode {mode!r} replaces gradient checkpointing: switch that off first")
     host = HostStates()
     for layer, plan in plans.items():
+        plan.watch(layer, halves)
         kept, hides_copies = plan.halves.attention_kept, partial(_hides_copies, layer, plan)
         plan.attention_on_host = mode != "fast" and offload is not False and kept > 0 and hides_copies(kept)
         states_on_host = mode == "lean" and (hides_copies() if offload is None else offload)
         if plan.attention_on_host or states_on_host:
             plan.host = host
         layer.memory_plan = plan
-        layer.forward = MethodType(training_forward, layer)
+        _replace_forward(layer, training_forward)
     for plan in plans.values() if mode == "fast" else ():
         if isinstance(plan.mlp, GatedMlp) and plan.mlp.norm.weight.device.type == _STACKED_ON:
             plan.mlp.stack()
@@ -135,11 +146,15 @@ def _hides_copies(layer, plan, more=0):
 def _fuse_loss(model, chunk_tokens):
     trained_in_pieces = any("memory_plan" in vars(module) for module in model.modules())
     for module in model.modules() if trained_in_pieces else ():
-        if isinstance(module, PreTrainedModel) and isinstance(getattr(module, "lm_head", None), nn.Linear):
+        if not isinstance(module, PreTrainedModel):
+            continue
+        base, head = getattr(module, module.base_model_prefix, None), getattr(module, "lm_head", None)
+        decodes = any("memory_plan" in vars(layer) for layer in getattr(base, "layers", ()))
+        if decodes and is_known_linear(head):
             rows = chunk_tokens // 4 if chunk_tokens else _LOGITS_ELEMENTS // module.lm_head.out_features
             module.loss_chunk = max(rows, 1)
-            module.forward = MethodType(causal_lm_forward, module)
-            _replace_last_norm(getattr(module, module.base_model_prefix))
+            _replace_forward(module, causal_lm_forward)
+            _replace_last_norm(base)
 
 
 def _replace_last_norm(decoder):
@@ -147,7 +162,7 @@ def _replace_last_norm(decoder):
     kinds = {type(getattr(layer, "input_layernorm", None)) for layer in layers}
     if norm is not None and type(norm) in kinds and "forward" not in vars(norm):
         norm.is_last_norm = True
-        norm.forward = MethodType(last_norm, norm)
+        _replace_forward(norm, last_norm)
 
 
 def _replay_steps(model):
@@ -157,15 +172,25 @@ def _replay_steps(model):
     if not fused:
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model
         whole.step_graphs = StepGraphs()
-        whole.forward = MethodType(graphed_forward, whole)
+        _replace_forward(whole, graphed_forward)
 
 
 def _restore(model):
     for module in model.modules():
         for name in ("memory_plan", "loss_chunk", "is_last_norm", "step_graphs"):
-            if name in vars(module):
-                delattr(module, name)
-                vars(module).pop("forward", None)
+            vars(module).pop(name, None)
+        if "forward_before" in vars(module):
+            del module.forward
+            if module.forward_before is not None:
+                module.forward = module.forward_before
+            del module.forward_before
+
+
+def _replace_forward(module, forward):
+    """Have ``forward(module, ...)`` called instead, and remember a forward that others have put in its place."""
+    if "forward_before" not in vars(module):
+        module.forward_before = vars(module).get("forward")
+    module.forward = MethodType(forward, module)
 
 
 def _class_name(module):

@@ -6,6 +6,7 @@ import sys
 from functools import partial
 
 import torch
+from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import kernels
@@ -27,6 +28,7 @@ class RmsNorm(torch.autograd.Function):
         return normal.view(state.shape), state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dstate):
         if dy is None:
             return dstate, None
@@ -46,6 +48,7 @@ class FrozenProjections(torch.autograd.Function):
         return tuple(linear(x) for linear in linears)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients):
         dx = None
         for dy, linear in zip(gradients, ctx.linears):
@@ -63,6 +66,7 @@ class Rope(torch.autograd.Function):
         return tuple(kernels.rope(query, key, cos, sin))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dquery, dkey):
         return *kernels.rope(dquery, dkey, *ctx.saved_tensors, backward=True), None, None
 
@@ -168,7 +172,7 @@ def _mixed_values(layer, hidden_states, attention_mask=None, position_embeddings
 
 def _attend(attention, query, key, value, attention_mask, **named):
     """Attention of ``(batch, tokens, heads, head_dim)`` by the model's own code, as ``(batch, tokens, heads * head_dim)``."""
-    for unused in ("past_key_values", "use_cache", "position_ids"):
+    for unused in ("past_key_values", "use_cache"):  # position_ids tell flash attention of packed sequences
         named.pop(unused, None)
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     eager = sys.modules[type(attention).__module__].eager_attention_forward

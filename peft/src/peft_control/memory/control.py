@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from ..layer import ControlLayer
 from . import kernels
@@ -131,7 +132,7 @@ class AddControl(torch.autograd.Function):
     @staticmethod
     def forward(ctx, state, change, control, *parameters):
         width = state.shape[-1]
-        flat = state.view(-1, width)
+        flat = state.reshape(-1, width)
         kept = control_hidden(control, flat)
         output = add_control(control, kept, change.reshape(-1, width), flat)
         ctx.control, ctx.change_dtype = control, change.dtype
@@ -139,12 +140,13 @@ class AddControl(torch.autograd.Function):
         return output.view(state.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         state, *kept = ctx.saved_tensors
         flat = dy.reshape(-1, dy.shape[-1])
         dstate, gradients = control_backward(
             ctx.control,
-            state.view(flat.shape),
+            state.reshape(flat.shape),
             kept,
             flat,
             flat if ctx.needs_input_grad[0] else None,

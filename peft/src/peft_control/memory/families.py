@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import nn
+from transformers.activations import SiLUActivation
 
 from ..architectures import ARCHITECTURES
+from ..layer import ControlLayer
 from .attention import decoder_attention, decoder_attention_gradients
 from .layers import Halves
 from .linear import is_frozen_linear
@@ -15,13 +19,21 @@ def halves(layer: nn.Module) -> Halves | None:
     """The halves of ``layer``, or None if it has no memory modes.
 
     Raises:
-        ValueError: its MLP is of a kind, or has trainable parameters, for which there are none.
+        ValueError: its MLP is of a kind, or has trainable parameters, for which there are none, or a control is parallel
+            to another block than its architecture's.
     """
     bases = [
         base for base in type(layer).__mro__ if base is not object
     ]  # FSDP2 puts a class of its own in front
     for architecture in ARCHITECTURES:
         if architecture.name in FAMILIES and any(map(architecture.matches_class, bases)):
+            for name, child in layer.named_children():
+                block = architecture.blocks.get(name.removesuffix("_control"))
+                if isinstance(child, ControlLayer) and child.block != block:
+                    known = ", ".join(architecture.blocks)
+                    raise ValueError(
+                        f"memory modes know the blocks of {architecture.name} ({known}), not {name}"
+                    )
             return FAMILIES[architecture.name](layer)
     return None
 
@@ -29,6 +41,9 @@ def halves(layer: nn.Module) -> Halves | None:
 def _decoder(layer):
     if any(parameter.requires_grad for parameter in layer.input_layernorm.parameters()):
         raise ValueError("memory modes need frozen norms; input_layernorm has trainable parameters")
+    activation = getattr(layer.mlp, "act_fn", None)  # Liger's has none
+    if not isinstance(activation, (nn.SiLU, SiLUActivation, type(None))):
+        raise ValueError(f"memory modes know decoders with SwiGLU, not {type(activation).__name__}")
     mlp = GatedMlp(layer.post_attention_layernorm, layer.mlp)
     attention = layer.self_attn
     gradients = decoder_attention_gradients if is_frozen_linear(attention.o_proj) else None
@@ -81,9 +96,12 @@ def _timm_attention(layer, state, *arguments, **named):
 
 def _timm(layer):
     inner = layer.mlp
-    if not isinstance(getattr(inner, "norm", None), nn.Identity):
-        raise ValueError("memory modes know timm's Mlp without an inner norm")
     linears = [getattr(inner, name) for name in ("fc1", "eye1", "eye2", "fc2") if hasattr(inner, name)]
+    chained = all(a.out_features == b.in_features for a, b in pairwise(linears))
+    if not isinstance(getattr(inner, "norm", None), nn.Identity) or not hasattr(inner, "fc1") or not chained:
+        raise ValueError("memory modes know timm's Mlp without an inner norm or gate")
+    if not isinstance(layer.norm2, nn.LayerNorm):
+        raise ValueError(f"memory modes know timm's blocks with LayerNorm, not {type(layer.norm2).__name__}")
     scale = getattr(layer.ls2, "gamma", None)
     dropouts = [inner.drop1, inner.drop2, layer.drop_path2]
     return Halves(_timm_attention, PreNormMlp(layer.norm2, linears, inner.act, scale, dropouts))

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..layer import ControlLayer
@@ -65,6 +67,38 @@ class Plan:
     host: HostStates | None = None
     attention_on_host: bool = False
 
+    def watch(self, layer: nn.Module, find: Callable) -> None:
+        """Remember of what ``layer`` consists; ``find`` is what has found its halves."""
+        self.find = find
+        self.modules = [
+            (parent._modules, name, child)
+            for parent in layer.modules()
+            if not isinstance(parent, BaseTunerLayer)
+            for name, child in parent._modules.items()
+            if child is not None
+        ]
+        self.tuners = [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
+        self.frozen = [parameter for parameter in layer.parameters() if not parameter.requires_grad]
+
+    def renew(self, layer: nn.Module) -> None:
+        """Find the halves again where an adapter has come or a parameter is trained since.
+
+        Raises:
+            ValueError: the memory mode does not know what ``layer`` is now.
+        """
+        same = all(modules.get(name) is child for modules, name, child in self.modules)
+        if not same or any(parameter.requires_grad for parameter in self.frozen):
+            self.halves = self.find(layer)
+            self.attention_on_host = self.attention_on_host and self.halves.attention_kept > 0
+            self.watch(layer, self.find)
+
+    def adapters(self, layer: nn.Module) -> list:
+        """What must be the same in a forward and its backward."""
+        return [
+            layer.training,
+            *((x.training, x.disable_adapters, list(x.active_adapters)) for x in self.tuners),
+        ]
+
     @property
     def mlp(self):
         return self.halves.mlp
@@ -79,9 +113,16 @@ def training_forward(layer: nn.Module, hidden_states: torch.Tensor, *arguments, 
     """Replaces ``layer.forward``; without gradients the layer runs as it always did."""
     plan = layer.memory_plan
     own = partial(type(layer).forward, layer)
-    if not torch.is_grad_enabled() or named.get("output_attentions"):
+    cache = named.get("past_key_values")
+    cached = cache is not None and (not layer.training or cache.get_seq_length() > 0)
+    if not torch.is_grad_enabled() or named.get("output_attentions") or cached:
         return own(hidden_states, *arguments, **named)
-    if plan.mlp.draws():  # dropout in the middle of an MLP is rare: recompute the layer as a whole
+    plan.renew(layer)
+    differentiable = any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in (*arguments, *named.values())
+    )
+    # dropout in the middle of an MLP and trained masks are rare: recompute the layer as a whole
+    if plan.mlp.draws() or differentiable:
         if plan.mode == "fast":
             return own(hidden_states, *arguments, **named)
         return checkpoint(own, hidden_states, *arguments, use_reentrant=False, **named)
@@ -110,8 +151,8 @@ class AttentionHalf(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, state, layer, arguments, named, *parameters):
-        plan = layer.memory_plan
-        ctx.layer, ctx.arguments, ctx.named, ctx.trained = layer, arguments, named, parameters
+        _keep_layer(ctx, layer)
+        plan, ctx.arguments, ctx.named, ctx.trained = ctx.plan, arguments, named, parameters
         ctx.autocast, ctx.ticket = _autocast_state(state), None
 
         def keep(*more):
@@ -124,14 +165,15 @@ class AttentionHalf(torch.autograd.Function):
         return middle
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         layer = _take_layer(ctx)
-        state, *kept = layer.memory_plan.host.pop(ctx.ticket) if ctx.ticket else ctx.saved_tensors
+        state, *kept = ctx.plan.host.pop(ctx.ticket) if ctx.ticket else ctx.saved_tensors
         state = state.detach().requires_grad_(ctx.needs_input_grad[0])
         with ctx.autocast():
             # nothing but this node uses the state between the halves, so its gradient may be overwritten
             dstate, gradients = _attention_backward(ctx, layer, ctx.trained, state, kept, dy.contiguous())
-        return dstate, None, None, None, *_in_order(ctx.trained, gradients)
+        return dstate, None, None, None, *_in_order(ctx, gradients)
 
 
 class MlpHalf(torch.autograd.Function):
@@ -139,22 +181,25 @@ class MlpHalf(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, state, layer, *parameters):
-        plan, control = layer.memory_plan, getattr(layer, "mlp_control", None)
-        ctx.layer, ctx.autocast = layer, _autocast_state(state)
+        _keep_layer(ctx, layer)
+        plan, control = ctx.plan, getattr(layer, "mlp_control", None)
+        ctx.autocast = _autocast_state(state)
         ctx.in_chunks = plan.keep == 0 and not control_draws(control)
         if ctx.in_chunks:
             ctx.save_for_backward(state)
             return forward_in_chunks(plan, state, control)
         keep = plan.keep if ctx.needs_input_grad[0] else 0  # the first layer's state may need no gradient
-        output, kept, control_kept = plan.mlp.forward(tokens(state), keep, control)
+        output = torch.empty_like(state, memory_format=torch.contiguous_format)
+        _, kept, control_kept = plan.mlp.forward(tokens(state), keep, control, out=tokens(output))
         ctx.split = len(kept)
         ctx.save_for_backward(state, *kept, *control_kept)
-        return output.view(state.shape)
+        return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         layer = _take_layer(ctx)
-        plan, control = layer.memory_plan, getattr(layer, "mlp_control", None)
+        plan, control = ctx.plan, getattr(layer, "mlp_control", None)
         state, *kept = ctx.saved_tensors
         flat, dflat = tokens(state), tokens(dy)
         with ctx.autocast():
@@ -176,8 +221,8 @@ class LeanLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, state, layer, arguments, named, *parameters):
-        plan = layer.memory_plan
-        ctx.layer, ctx.arguments, ctx.named, ctx.trained = layer, arguments, named, parameters
+        _keep_layer(ctx, layer)
+        plan, ctx.arguments, ctx.named, ctx.trained = ctx.plan, arguments, named, parameters
         ctx.autocast = _autocast_state(state)
         ctx.random = draw(layer, state.device) if draws_random_numbers(layer) else None
         ctx.tickets = []
@@ -203,16 +248,17 @@ class LeanLayer(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         layer = _take_layer(ctx)
         backward = _backward_from_the_middle if len(ctx.tickets) > 1 else _backward_from_the_start
         dstate, gradients = backward(ctx, layer, dy)
-        return dstate, None, None, None, *_in_order(ctx.trained, gradients)
+        return dstate, None, None, None, *_in_order(ctx, gradients)
 
 
 def _backward_from_the_start(ctx, layer, dy):
     """The gradient of the layer's state, if that needs one, and pairs of a parameter and its gradient."""
-    plan, control = layer.memory_plan, getattr(layer, "mlp_control", None)
+    plan, control = ctx.plan, getattr(layer, "mlp_control", None)
     (state,) = plan.host.pop(ctx.tickets[0]) if ctx.tickets else ctx.saved_tensors
     state = state.detach().requires_grad_(ctx.needs_input_grad[0])
     own = control_parameters(control)
@@ -234,7 +280,7 @@ def _backward_from_the_start(ctx, layer, dy):
 def _backward_from_the_middle(ctx, layer, dy):
     """The same where the state between the halves waits on the host too. What waits is popped when it is needed: the copy
     of what comes next travels meanwhile."""
-    plan, control = layer.memory_plan, getattr(layer, "mlp_control", None)
+    plan, control = ctx.plan, getattr(layer, "mlp_control", None)
     own = control_parameters(control)
     others = _besides(ctx.trained, own)
     (middle,) = plan.host.pop(ctx.tickets[1])
@@ -258,7 +304,7 @@ def _attention_backward(ctx, layer, trained, state, kept, dy):
     others = _besides(trained, own)
     inputs = [*([state] if state.requires_grad else []), *others]
     with torch.enable_grad():
-        found, of_control = layer.memory_plan.halves.attention_gradients(
+        found, of_control = ctx.plan.halves.attention_gradients(
             layer, state, dy, inputs, *ctx.arguments, kept=kept, **ctx.named
         )
     dstate = found.pop(0) if state.requires_grad else None
@@ -282,9 +328,11 @@ def _trained(layer):
     return list({id(p): p for p in found if p is not None and p.requires_grad}.values())
 
 
-def _in_order(parameters, gradients):
+def _in_order(ctx, gradients):
+    """The gradients in the order of what is trained; the last use of what the forward was called with."""
     by_id = {id(parameter): gradient for parameter, gradient in gradients}
-    return [by_id[id(parameter)] for parameter in parameters]
+    trained, ctx.trained, ctx.arguments, ctx.named = ctx.trained, None, None, None
+    return [by_id[id(parameter)] for parameter in trained]
 
 
 def _besides(parameters, *others):
@@ -315,10 +363,20 @@ def backward_in_chunks(
     return control_backward(control, state, [*map(torch.cat, zip(*hidden))], dy, dstate)
 
 
+def _keep_layer(ctx, layer):
+    ctx.layer, ctx.plan = layer, layer.memory_plan
+    ctx.adapters = ctx.plan.adapters(layer)
+
+
 def _take_layer(ctx):
     if ctx.layer is None:
         raise RuntimeError("a memory mode frees what it kept: backward runs once per forward")
     layer, ctx.layer = ctx.layer, None
+    if ctx.adapters != ctx.plan.adapters(layer):
+        raise RuntimeError(
+            "between a forward and its backward adapters were switched, or training and evaluation: that takes memory mode "
+            "'plain'"
+        )
     return layer
 
 

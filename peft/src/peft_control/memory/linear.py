@@ -11,8 +11,15 @@ from torch import nn
 
 def is_frozen_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer of a kind known here, without trainable parameters or adapter."""
-    known = isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer)
-    return known and not any(parameter.requires_grad for parameter in module.parameters())
+    return is_known_linear(module) and not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def is_known_linear(module: nn.Module | None) -> bool:
+    """Whether ``module`` computes ``x @ weight.T`` with a weight as it is, or as bitsandbytes packs it."""
+    if not isinstance(module, nn.Linear) or isinstance(module, BaseTunerLayer):
+        return False
+    kind = type(module)
+    return kind.forward is nn.Linear.forward or kind.__module__.startswith("bitsandbytes")
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

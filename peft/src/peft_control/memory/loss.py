@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import kernels
@@ -55,6 +57,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         (gradient,) = ctx.saved_tensors
         return gradient * dloss.to(gradient.dtype), None, None, None, None, None
@@ -109,7 +112,12 @@ def _items(labels, num_items_in_batch, ignore_index=-100):
 def causal_lm_forward(model, input_ids=None, attention_mask=None, *arguments, labels=None, **named):
     """Replaces a causal language model's ``forward`` while it trains; otherwise the model's own runs."""
     trained = any(parameter.requires_grad for parameter in model.lm_head.parameters())
-    if labels is None or trained or not torch.is_grad_enabled() or named.get("return_dict") is False:
+    other_loss = model.loss_function is not ForCausalLMLoss or any(
+        isinstance(named.get(name), torch.Tensor) or named.get(name)
+        for name in ("shift_labels", "ignore_index", "logits_to_keep")
+    )
+    training = model.training and torch.is_grad_enabled() and labels is not None
+    if not training or trained or other_loss or named.get("return_dict") is False:
         return type(model).forward(model, input_ids, attention_mask, *arguments, labels=labels, **named)
     named.pop("use_cache", None)
     items = _items(labels, named.pop("num_items_in_batch", None))
