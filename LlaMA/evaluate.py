@@ -209,7 +209,7 @@ def load(options: Options, dtype: torch.dtype, device: torch.device):
     warn_of_other_quantization(options.adapter, quantization_of(base.config))
     try:
         model = PeftModel.from_pretrained(base, options.adapter, autocast_adapter_dtype=False)
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+    except (RuntimeError, ValueError, TypeError, OSError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"the adapter in {options.adapter} does not fit {options.model}: {reason}") from error
     check_method_runs(_method(options, model), quantization_of(base.config), device)

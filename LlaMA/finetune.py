@@ -438,6 +438,9 @@ def train(
     on_response = options.loss_on == "response"
     training = tokenize_rows(training, tokenizer, options.cutoff, response_only=on_response)
     held_out = tokenize_rows(held_out, tokenizer, options.cutoff, response_only=on_response)
+    for name, part in (("training", training), ("held-out", held_out)):
+        if part and not any(row.targets for row in part):
+            raise UserError(f"no {name} row has a token to learn within --cutoff {options.cutoff}: raise it")
     cut = sum(row.cut for row in [*training, *held_out])
     if options.batching == "packed":
         check_packing(model, held_out)

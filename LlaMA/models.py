@@ -103,7 +103,7 @@ def _check_causal(model: str, name: str) -> None:
     """Raise UserError when the configuration is of an encoder or of another model that predicts no next token."""
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers' checks of a config.json raise a dozen kinds
         raise UserError(f"cannot load a model from {model!r}: {_first_line(error)}") from error
     # encoders such as BERT can be asked to be decoders, which says nothing about how they were trained
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_decoder", True) is False:
@@ -244,6 +244,9 @@ def add_adapter(base: PreTrainedModel, config) -> PeftModel:
     Raises:
         UserError: the architecture has no such blocks or target modules.
     """
+    for target in config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else ():
+        if not any(f".{name}".endswith(f".{target}") for name, _ in base.named_modules()):
+            raise UserError(f"{type(base).__name__} has no module {target!r} for LoRA")
     try:
         return get_peft_model(base, config)
     except ValueError as error:

@@ -164,6 +164,8 @@ def test_too_little_gpu_memory_is_one_line_that_says_what_helps(run, tmp_path, m
         (("--batch_size", 6), "multiple of --micro_batch_size"),
         (("--token_budget", 8), "--token_budget 8 must be at least --cutoff"),
         (("--lora_targets", "nothing"), "nothing"),
+        (("--method", "control+lora", "--lora_targets", "q_proj", "vproj"), "no module 'vproj' for LoRA"),
+        (("--cutoff", 1), "no training row has a token to learn within --cutoff 1"),
         (("--held_out", 64), "--held_out 64"),
         (("--attention", "varlen"), "--attention varlen needs"),
         (("--ranks", 3), "unknown argument"),

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -378,6 +379,30 @@ def test_a_forward_that_a_control_cannot_follow_is_an_error():
 # -- copies -------------------------------------------------------------------------------------------------
 
 
+def test_threads_share_a_model():
+    model = llama("double control")
+    batches = [torch.randint(0, 32, (1, length)) for length in (5, 9, 17, 33)]
+    with torch.no_grad():
+        expected = [model(ids).logits for ids in batches]
+
+    def answer(number):
+        with torch.no_grad():
+            return number % 4, model(batches[number % 4]).logits
+
+    with ThreadPoolExecutor(4) as pool:
+        for number, found in pool.map(answer, range(80)):
+            torch.testing.assert_close(found, expected[number])
+
+
+def test_a_block_may_be_called_on_its_own_while_its_control_is_off():
+    model = llama()
+    block, states = model.get_base_model().model.layers[0].mlp, torch.randn(1, 3, model.config.hidden_size)
+    with pytest.raises(RuntimeError, match="without calling"):
+        block(states)
+    with model.disable_adapter():
+        assert block(states).shape == states.shape
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_are_independent(method, duplicate):
@@ -462,6 +487,9 @@ def test_own_architecture(tmp_path):
             r"control_rank_pattern\['mlp'\] must be an integer of at least 1",
         ),
         ({"control_rank_pattern": [1]}, "control_rank_pattern must be a dict"),
+        ({"control_rank_pattern": {"(": 4}}, r"control_rank_pattern: '\(' is no regular expression"),
+        ({"control_alpha": 10**400}, "control_alpha must be a finite number"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
         ({"control_alpha": "1"}, "control_alpha must be a finite number"),
         ({"control_alpha": float("nan")}, "control_alpha must be a finite number"),
         ({"control_alpha_pattern": {"mlp": None}}, r"control_alpha_pattern\['mlp'\] must be a finite number"),

@@ -63,7 +63,10 @@ def test_without_it_the_tool_cannot_load_the_adapter(folder):
         (["-m"], "usage: python -m peft_control"),
         (["-m", "no_such_module"], "no_such_module"),
         (["-m", "no_such_package.module"], "no_such_package.module"),
+        (["-m", "json"], "'json' that can be run"),
+        (["-m", ".relative"], ".relative"),
         (["no_such_script.py"], "no_such_script.py"),
+        (["/"], "no script '/'"),
     ],
 )
 def test_what_cannot_run(arguments, text, monkeypatch, capsys):

@@ -35,6 +35,8 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike, go_on: str = "add --resume to the same command"):
+        if not os.fspath(path):
+            raise UserError("the output folder's name is empty: give one")
         self.path = Path(path)
         self.go_on = go_on
         self._lock: int | None = None

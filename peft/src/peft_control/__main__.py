@@ -23,11 +23,13 @@ def main() -> None:
         sys.argv = arguments[1:]
         sys.path.insert(0, os.getcwd())
         if not _exists(arguments[1]):
-            _refuse(f"there is no module {arguments[1]!r}")
+            _refuse(f"there is no module {arguments[1]!r} that can be run")
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     elif not arguments or arguments[0] == "-m":
         _refuse(USAGE)
-    elif not os.path.exists(arguments[0]):
+    elif not os.path.exists(arguments[0]) or (
+        os.path.isdir(arguments[0]) and not os.path.exists(os.path.join(arguments[0], "__main__.py"))
+    ):
         _refuse(f"there is no script {arguments[0]!r}; {USAGE}")
     else:
         sys.argv = arguments
@@ -37,8 +39,11 @@ def main() -> None:
 
 def _exists(module: str) -> bool:
     try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a dotted name's parent
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.submodule_search_locations is not None:  # a package
+            spec = importlib.util.find_spec(f"{module}.__main__")
+        return spec is not None
+    except (ImportError, ValueError):  # of a dotted name's parent; a relative name
         return False
 
 

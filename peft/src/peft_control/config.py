@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal, Optional, Union
 
@@ -77,12 +78,16 @@ class ControlConfig(LoraConfig):
             if not _is_number(rank, int) or rank < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {rank!r}")
         for name, alpha in self._values("control_alpha"):
-            if not _is_number(alpha, (int, float)) or not math.isfinite(alpha):
+            if not _is_number(alpha, (int, float)) or not _is_finite(alpha):
                 raise ValueError(f"{name} must be a finite number, got {alpha!r}")
         if not _is_number(self.control_dropout, (int, float)) or not 0.0 <= self.control_dropout < 1.0:
             raise ValueError(f"control_dropout must lie in [0, 1), got {self.control_dropout!r}")
         if self.control_init not in (None, *INITS):
             raise ValueError(f"control_init must be 'kaiming', 'normal' or None, got {self.control_init!r}")
+        if self.layer_replication:
+            raise ValueError(
+                "layer_replication makes new layers, which a control cannot follow: replicate them first"
+            )
         if self.control_architecture is not None:
             Architecture.from_dict(self.control_architecture)
 
@@ -91,7 +96,19 @@ class ControlConfig(LoraConfig):
         pattern = getattr(self, f"{name}_pattern")
         if not isinstance(pattern, dict):
             raise ValueError(f"{name}_pattern must be a dict of block names to values, got {pattern!r}")
+        for key in pattern:
+            try:
+                re.compile(key)
+            except (re.error, TypeError) as error:
+                raise ValueError(f"{name}_pattern: {key!r} is no regular expression: {error}") from error
         return [(name, getattr(self, name)), *((f"{name}_pattern[{k!r}]", v) for k, v in pattern.items())]
+
+
+def _is_finite(value) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _is_number(value, kind) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._layer = (layer,)  # in a tuple, lest the layer become a submodule of its own child
         self._hooks = []
-        self._state = None
+        self._states = {}  # by thread: servers run one model in several
 
     # -- the computation ------------------------------------------------------------------------------------
 
@@ -61,15 +62,19 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         return output
 
     def _forget_state(self, module, args):
-        self._state = None  # of a forward that an exception or an early-stopped recomputation cut short
+        self._states.pop(
+            _thread(), None
+        )  # of a forward that an exception or an early-stopped recomputation cut short
 
     def _catch_state(self, module, args, kwargs):
-        self._state = args[0] if args else kwargs["hidden_states"]
+        given = [*args, *kwargs.values()]
+        self._states[_thread()] = next(x for x in given if isinstance(x, torch.Tensor))
 
     def _add_control(self, module, args, output):
-        state, self._state = self._state, None
+        state = self._states.pop(_thread(), None)
         if state is None:
-            if self.write_is_shared:  # this call is the other block's
+            off = self.disable_adapters or not any(name in self.control_A for name in self.active_adapters)
+            if self.write_is_shared or off:  # if shared, this call is the other block's
                 return output
             raise RuntimeError(
                 f"{type(self.layer).__name__} wrote to {self.block.write!r} without calling {self.block.read!r}: "
@@ -106,7 +111,7 @@ class ControlLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name, rank, alpha, dropout, bias, init, std, identity, inference_mode):
         """Add an adapter. ``std`` is the deviation of the normal initialisation; see ``ControlConfig``."""
         self.rank[adapter_name] = rank
-        self.alpha[adapter_name] = alpha
+        self.alpha[adapter_name] = float(alpha)
         self.dropout[adapter_name] = dropout
         down = nn.Linear(self.width, rank, bias=bias)
         up = nn.Linear(rank, self.width, bias=bias)
@@ -162,3 +167,7 @@ CANNOT_MERGE = (
 def _linear(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
     bias = linear.bias if linear.bias is None else linear.bias.to(x.dtype)
     return F.linear(x, linear.weight.to(x.dtype), bias)
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
