@@ -250,6 +250,13 @@ def longest(options: Options, step: Callable, result: Path | None) -> None:
 # -- in the process that starts them --------------------------------------------------------------------------------
 
 
+def cause(stderr: str) -> str:
+    """The line of torchrun's output that says why a process ended: its own error, or the signal that ended it."""
+    lines = [line for line in stderr.splitlines() if "ChildFailedError" not in line]
+    errors = [line for word in ("Error: ", "Signal ") for line in lines if word in line]
+    return (errors or ["no result"])[0].strip()[:300]
+
+
 def run_cell(options: Options, method: str, shard: str, processes: int, accumulate: int = 1) -> dict:
     cell = {"method": method, "shard": shard, "processes": processes, "accumulate": accumulate}
     with tempfile.TemporaryDirectory() as folder:
@@ -284,8 +291,7 @@ def run_cell(options: Options, method: str, shard: str, processes: int, accumula
         )
         found = json.loads(result.read_text()) if result.is_file() else {}
         if done.returncode or not found:
-            lines = [line for line in (done.stderr or "").splitlines() if "Error" in line] or ["no result"]
-            found["ended_by" if found and options.longest else "error"] = lines[0].strip()[:300]
+            found["ended_by" if found and options.longest else "error"] = cause(done.stderr)
         return {**cell, **found}
 
 

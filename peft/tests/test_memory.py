@@ -2,6 +2,8 @@
 
 import copy
 from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,6 +236,85 @@ def test_gradients_are_exact_where_room_on_the_host_runs_out(mode, exact_norms, 
         layer.self_attn.q_proj.register_forward_hook(lambda *_, number=number: calls.update([number]))
     _, found = loss_and_gradients(model, mode)
     assert distance(found, reference) <= 1e-10 and dict(calls) == {0: 1, 1: 1, 2: 2}
+
+
+@pytest.mark.parametrize(
+    ("states", "waiting", "once"),
+    [(6, 96, {0, 1, 2}), (5, 80, {0, 1}), (4, 64, {0}), (3, 48, set()), (2, 32, set()), (0, 0, set())],
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_lean_takes_no_more_of_the_host_than_it_can_spare(
+    states, waiting, once, processes, exact_norms, monkeypatch
+):
+    """First each layer's own state, then those between the halves, whose layers need no output projection again."""
+    model = build()
+    _, reference = loss_and_gradients(model, "plain")
+    host = SimpleNamespace(available=processes * (states * 16 << 10) / 0.75)
+    monkeypatch.setattr(memory.offload.psutil, "virtual_memory", lambda: host)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    calls, held, push = Counter(), [], memory.offload.HostStates.push
+
+    def measured(self, *tensors, **own):
+        ticket = push(self, *tensors, **own)
+        held.append(self._held)
+        return ticket
+
+    monkeypatch.setattr(memory.offload.HostStates, "push", measured)
+    for number, layer in enumerate(model.get_base_model().model.layers):
+        layer.self_attn.o_proj.register_forward_hook(lambda *_, number=number: calls.update([number]))
+    _, found = loss_and_gradients(model, "lean", offload=True)
+    assert distance(found, reference) <= 1e-10
+    assert max(held, default=0) == waiting << 10  # a state of 38 tokens of 32 numbers in float64 takes 16 KiB
+    assert {number for number, count in calls.items() if count == 1} == once
+    assert set(calls.values()) <= {1, 2} and len(calls) == 3
+
+
+@pytest.fixture
+def copied_in_pieces(monkeypatch):
+    """Tensors are copied as from a GPU, in pieces of 4 KiB; returns the buffers that were made."""
+    made, stream = [], SimpleNamespace(record_event=lambda: None)
+    stream.wait_stream = stream.wait_event = lambda _: None
+
+    def buffer(size):
+        made.append(torch.full((size,), 77, dtype=torch.uint8))
+        return made[-1]
+
+    monkeypatch.setattr(memory.offload, "_COPIED_FROM", "cpu")
+    monkeypatch.setattr(memory.offload, "_PIECE", 4 << 10)
+    monkeypatch.setattr(memory.offload, "_pinned", buffer)
+    monkeypatch.setattr(memory.offload, "_empty_host_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return made
+
+
+@pytest.mark.parametrize(("mode", "offload"), [("lean", True), ("lean", "all"), ("balanced", "all")])
+def test_states_come_back_from_the_pieces_that_they_wait_in(
+    mode, offload, copied_in_pieces, exact_norms, large_layers
+):
+    model = build()
+    _, reference = loss_and_gradients(model, "plain")
+    for _ in range(2):  # a state is 9,728 bytes: two pieces and one of 2 KiB
+        _, found = loss_and_gradients(model, mode, offload=offload)
+        assert distance(found, reference) <= 1e-10
+    assert {len(buffer) for buffer in copied_in_pieces} >= {4096, 2048}
+
+
+def test_the_host_gives_no_more_than_the_longest_sequence_takes(copied_in_pieces):
+    host = memory.offload.HostStates(3)
+    for shape in ((3,), (2, 3500), (9000,), (2, 20), (4096,), (12_289,), (64, 128), (5000,)):
+        tensors = [torch.randn(shape) for _ in range(3)]
+        tensors[1] = torch.stack([tensors[1]] * 2, -1)[..., 0]  # not contiguous
+        waiting = [host.push(tensor) for tensor in tensors]
+        host.settle()
+        for ticket, tensor in zip(waiting[::-1], tensors[::-1]):
+            (back,) = host.pop(ticket)
+            assert torch.equal(back, tensor) and back.dtype == tensor.dtype
+    assert host._held == 0
+    # 12,289 numbers of 4 bytes: twelve pieces of 4 KiB and one of 4 bytes
+    assert sum(map(len, host._free[False])) <= 3 * (12 * 4096 + 4096)
 
 
 @pytest.mark.parametrize(("mode", "offload"), WAYS)

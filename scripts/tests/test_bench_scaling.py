@@ -103,3 +103,21 @@ def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch
     monkeypatch.setattr(bench_scaling, "LONGEST", 2048)
     bench_scaling.longest(options, step_within(10_000), tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text()) == {"longest_tokens": 2048}
+
+
+@pytest.mark.parametrize(
+    "ends, said",
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
+        ("raise RuntimeError('out of memory')", "RuntimeError: out of memory"),
+    ],
+)
+def test_a_cell_says_why_a_process_ended(ends, said, tmp_path):
+    from bench_scaling import cause
+
+    script = tmp_path / "ends.py"
+    script.write_text(f"import os, signal\n{ends}\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode and said in cause(done.stderr)
+    assert cause("") == "no result"

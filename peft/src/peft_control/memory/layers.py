@@ -216,7 +216,7 @@ class LeanLayer(torch.autograd.Function):
     """A whole layer that keeps its input state alone and works the MLP in token chunks.
 
     Where states wait on the host, the one between the halves does too if the attention block's output then need not be
-    computed again, and queries, keys and values while there is room.
+    computed again, and queries, keys and values, both while there is room. Where there is none at all the state stays.
     """
 
     @staticmethod
@@ -231,8 +231,9 @@ class LeanLayer(torch.autograd.Function):
             more = more if _spares_projections(ctx, plan, state, more) else ()
             ctx.tickets.append(_wait_on_host(plan, state, *more))
 
-        from_the_middle = plan.host is not None and plan.halves.attention_gradients and ctx.random is None
-        if plan.host is None:
+        room = plan.host.room_for(state) if plan.host is not None else 0
+        from_the_middle = room == 2 and plan.halves.attention_gradients and ctx.random is None
+        if room == 0:
             ctx.save_for_backward(state)
         elif from_the_middle:
             named = {**named, "keep": keep}
@@ -241,7 +242,7 @@ class LeanLayer(torch.autograd.Function):
         with nullcontext() if ctx.random is None else ctx.random.first():
             middle = plan.halves.attention(layer, state, *arguments, **named)
             if from_the_middle:
-                ctx.tickets.append(_wait_on_host(plan, middle))
+                ctx.tickets.append(_wait_on_host(plan, middle, own=0))
             output = forward_in_chunks(plan, middle, getattr(layer, "mlp_control", None))
         if plan.host is not None:
             plan.host.settle()
@@ -318,8 +319,8 @@ def _spares_projections(ctx, plan, state, more):
     )
 
 
-def _wait_on_host(plan, *tensors):
-    return plan.host.push(*(tensor.detach() for tensor in tensors))
+def _wait_on_host(plan, *tensors, own=1):
+    return plan.host.push(*(tensor.detach() for tensor in tensors), own=own)
 
 
 def _trained(layer):

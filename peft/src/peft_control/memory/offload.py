@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import weakref
-from bisect import bisect_left
+from bisect import bisect_left, insort
+from typing import NamedTuple
 
+import psutil
 import torch
 
 # public in the torch that is pinned here, not yet in 2.11
@@ -15,6 +18,16 @@ _empty_host_cache = getattr(torch.accelerator.memory, "empty_host_cache", None) 
 #: Beside the states themselves, a host is given what saves computing only until so much waits there.
 _SPARE_BYTES = 8 << 30
 
+#: Of the memory that a host has to spare before the first state waits there, its processes take so much together at most.
+_SHARE = 0.75
+
+#: Tensors wait in pieces of so many bytes, which tensors of all lengths share. What is left of each takes a power of two, as
+#: torch allocates pinned memory: a whole tensor would waste a third on average.
+_PIECE = 32 << 20
+
+# Where tensors are copied from.
+_COPIED_FROM = "cuda"
+
 
 class HostStates:
     """Tensors pushed in the forward and popped in the backward, mostly in the opposite order.
@@ -22,56 +35,71 @@ class HostStates:
     Copies run on a stream of their own. ``push`` starts the copies to the host, ``settle`` lets the computation wait for
     them, after which the tensors may go; ``pop`` waits for copies back that the pop before it has started. Memory on the
     device is taken and given back by the computing stream alone, so that the allocator reuses it at once, within
-    CUDA graphs too. The pinned buffers are reused from step to step by tensors of any shape: there are as many as tensors
-    at a time. On the CPU the tensors are simply kept.
+    CUDA graphs too. The pinned buffers are reused from step to step by tensors of any shape: there are as many as pieces of
+    tensors at a time. On the CPU the tensors are simply kept.
+
+    ``layers``: how many have a state that is to wait here before anything else may.
     """
 
-    def __init__(self):
+    def __init__(self, layers: int = 0):
+        self._layers = layers
         self._last = _nothing  # what was pushed last of what was not popped
-        self._held = 0  # bytes
+        self._held = self._extra = 0  # bytes: all, and those that are no layer's own state
+        self._limit = None
         # Buffers of bytes, those that CUDA graphs copy into apart: a replay writes to them at any time.
         self._free: dict[bool, list[torch.Tensor]] = {False: [], True: []}
         self._leaving: list[tuple] = []
         self._stream = None
 
     def __deepcopy__(self, memo):
-        return HostStates()
+        return HostStates(self._layers)
 
     def __reduce__(self):
-        return HostStates, ()
+        return HostStates, (self._layers,)
 
-    def has_room(self, *tensors: torch.Tensor) -> bool:
-        """Whether with ``tensors`` there would still be no more here than what a host surely has to spare."""
-        return self._held + sum(_buffer_size(tensor) for tensor in tensors) <= _SPARE_BYTES
+    def has_room(self, state: torch.Tensor, *more: torch.Tensor) -> bool:
+        """Whether with these of one layer there would still be no more here than what a host surely has to spare."""
+        extra = sum(map(_buffer_size, more))
+        small = self._held + _buffer_size(state) + extra <= _SPARE_BYTES
+        return small and self._fits(_buffer_size(state), extra)
 
-    def push(self, *tensors: torch.Tensor) -> Waiting:
+    def room_for(self, state: torch.Tensor) -> int:
+        """How many tensors like a layer's ``state`` may wait here for that layer: 2, 1 or, where the host is full, 0."""
+        size = _buffer_size(state)
+        return 2 if self._fits(size, size) else int(self._fits(size, 0, layers=0))
+
+    def _fits(self, size, extra, layers=None):
+        """Whether ``extra`` bytes leave room for a state of ``size`` bytes, now and in each of ``layers``."""
+        if self._limit is None:
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            self._limit = _SHARE * psutil.virtual_memory().available / processes
+        layers = self._layers if layers is None else layers
+        return max(self._held + size, self._extra + layers * size) + extra <= self._limit
+
+    def push(self, *tensors: torch.Tensor, own: int = 1) -> Waiting:
         """Keep ``tensors``, which must not change before ``settle``, until they are popped or nobody holds what is
-        returned."""
+        returned. The first ``own`` of them are a layer's own state."""
         waiting = Waiting(self._last)
         self._last = weakref.ref(waiting)
         device, captured, buffers = tensors[0].device, False, []
-        if device.type == "cuda":
+        if device.type == _COPIED_FROM:
+            tensors = [tensor.contiguous() for tensor in tensors]
             if self._stream is None:
                 self._stream = torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
             captured = torch.cuda.is_current_stream_capturing()
-            buffers = [self._buffer(_buffer_size(tensor), captured) for tensor in tensors]
-            waiting.device, waiting.places = (
-                device,
-                [
-                    buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-                    for buffer, tensor in zip(buffers, tensors)
-                ],
-            )
+            waiting.device, waiting.places = device, [self._place(tensor, captured) for tensor in tensors]
             with torch.cuda.stream(self._stream):
-                for place, tensor in zip(waiting.places, tensors):
-                    place.copy_(tensor, non_blocking=True)
+                for tensor, place in zip(tensors, waiting.places):
+                    for piece, buffer in zip(_pieces(tensor), place.buffers):
+                        buffer[: len(piece)].copy_(piece, non_blocking=True)
             self._leaving.append((tensors, self._stream.record_event()))
+            buffers = [buffer for place in waiting.places for buffer in place.buffers]
         else:
             waiting.tensors = list(tensors)
-        size = sum(map(_buffer_size, tensors))
-        self._held += size
-        waiting.release = weakref.finalize(waiting, self._release, size, buffers, captured, waiting.fetched)
+        sizes = sum(map(_buffer_size, tensors)), sum(map(_buffer_size, tensors[own:]))
+        self._held, self._extra = self._held + sizes[0], self._extra + sizes[1]
+        waiting.release = weakref.finalize(waiting, self._release, sizes, buffers, captured, waiting.fetched)
         waiting.release.atexit = False
         return waiting
 
@@ -98,43 +126,71 @@ class HostStates:
 
     def _fetch(self, waiting):
         if waiting.tensors is None and waiting.places is not None:
-            waiting.tensors = [torch.empty_like(place, device=waiting.device) for place in waiting.places]
+            waiting.tensors = [
+                torch.empty(place.shape, dtype=place.dtype, device=waiting.device) for place in waiting.places
+            ]
             # what used this memory before may still run
             self._stream.wait_stream(torch.cuda.current_stream(waiting.device))
             with torch.cuda.stream(self._stream):
                 for tensor, place in zip(waiting.tensors, waiting.places):
-                    tensor.copy_(place, non_blocking=True)
+                    for piece, buffer in zip(_pieces(tensor), place.buffers):
+                        piece.copy_(buffer[: len(piece)], non_blocking=True)
             waiting.arrived = self._stream.record_event()
             waiting.fetched.append(waiting.device)
         return waiting.tensors
 
-    def _release(self, size, buffers, captured, fetched):
-        self._held -= size
-        self._free[captured] += buffers
+    def _release(self, sizes, buffers, captured, fetched):
+        self._held, self._extra = self._held - sizes[0], self._extra - sizes[1]
+        for buffer in buffers:
+            insort(self._free[captured], buffer, key=torch.numel)
         for device in fetched:  # and never popped: the memory that the copy writes to is about to be free
             torch.cuda.current_stream(device).wait_stream(self._stream)
+
+    def _place(self, tensor, captured):
+        return Place(tensor.shape, tensor.dtype, [self._buffer(size, captured) for size in _sizes(tensor)])
 
     def _buffer(self, size, captured):
         """The smallest free buffer of at least ``size`` bytes, or a new one in the place of one that is too small."""
         # A buffer just given back may still be read by its copy; the copy into it runs on the same stream.
         for free in (self._free[True], self._free[False]) if captured else (self._free[False],):
-            free.sort(key=torch.numel)
             at = bisect_left(free, size, key=torch.numel)
             if at < len(free):
                 return free.pop(at)
         if self._free[False] and not captured:
             del self._free[False][0]
             _empty_host_cache()  # torch would keep it, and a search for the longest sequence fill the host
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return _pinned(size)
+
+
+def _pinned(size):
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def _pieces(tensor):
+    """The bytes of a contiguous tensor, piece by piece."""
+    return tensor.view(-1).view(torch.uint8).split(_PIECE)
+
+
+def _sizes(tensor):
+    """The bytes of the buffers for a tensor's pieces."""
+    pieces, rest = divmod(max(tensor.nbytes, 1), _PIECE)
+    return [_PIECE] * pieces + ([1 << (rest - 1).bit_length()] if rest else [])
 
 
 def _buffer_size(tensor):
-    """Bytes of a power of two, as torch allocates pinned memory."""
-    return 1 << (max(tensor.nbytes, 1) - 1).bit_length()
+    return sum(_sizes(tensor))
 
 
 def _nothing():
     """A weak reference's answer when what it referred to is gone."""
+
+
+class Place(NamedTuple):
+    """Where a tensor waits, piece by piece."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    buffers: list[torch.Tensor]
 
 
 class Waiting:
