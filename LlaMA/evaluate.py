@@ -25,7 +25,6 @@ from typing import Literal, Optional
 import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 sys.path.append(
@@ -39,6 +38,7 @@ from control_experiments.checksums import fingerprint, local_fingerprint
 from control_experiments.device import describe_device, explain_out_of_memory, select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.metering import MemoryMeter
+from control_experiments.methods import load_adapter
 from control_experiments.paths import public_path
 from control_experiments.quantization import QUANTIZATION_HELP, check_method_runs, quantization_of
 from control_experiments.quiet import quieten
@@ -207,11 +207,7 @@ def load(options: Options, dtype: torch.dtype, device: torch.device):
     if options.adapter is None:
         return tokenizer, base, total
     warn_of_other_quantization(options.adapter, quantization_of(base.config))
-    try:
-        model = PeftModel.from_pretrained(base, options.adapter, autocast_adapter_dtype=False)
-    except (RuntimeError, ValueError, TypeError, OSError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"the adapter in {options.adapter} does not fit {options.model}: {reason}") from error
+    model = load_adapter(base, options.adapter, options.model, autocast_adapter_dtype=False)
     check_method_runs(_method(options, model), quantization_of(base.config), device)
     for parameter in model.parameters():  # not buffers: rotary frequencies stay exact
         if parameter.is_floating_point():

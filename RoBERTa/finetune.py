@@ -58,6 +58,7 @@ from control_experiments.methods import (
     LoraSettings,
     adapter_config,
     check_method,
+    load_adapter,
     set_memory,
 )
 from control_experiments.paths import RESULTS, public_path
@@ -478,11 +479,7 @@ def predict_finished(options: Options, folder: RunFolder, device: torch.device, 
     task = get_task(options.task)
     splits = load_task(options.task, options.data, tests=True)
     tokenizer, model = load_tokenizer_and_model(options.model, task, options.quantization, device, precision)
-    try:
-        model = PeftModel.from_pretrained(model, folder.adapter)
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"the adapter in {folder.adapter} does not fit {options.model}: {reason}") from error
+    model = load_adapter(model, folder.adapter, options.model)
     tests = datasets.DatasetDict({split: splits[split] for split in task.test_splits})
     encoded = tokenize(tests, tokenizer, options.max_length)
     trainer = ExperimentTrainer(

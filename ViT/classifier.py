@@ -21,7 +21,7 @@ from vision_models import Base, create, load, load_weights, mlp_linears, set_att
 import peft_control  # noqa: F401  makes peft know the method when it loads an adapter
 from control_experiments.checkpoints import check_adapter_files
 from control_experiments.errors import UserError
-from control_experiments.methods import ControlSettings, LoraSettings, adapter_config
+from control_experiments.methods import ControlSettings, LoraSettings, adapter_config, load_adapter
 from control_experiments.record import read_json, write_json_atomic
 
 METHODS = ("control", "lora", "dora", "probe")
@@ -203,13 +203,12 @@ def restore(
     set_attention(vit, attention)
     if description.method != "probe":
         check_adapter_files(folder)
+        return load_adapter(vit, folder, base.id), description, base
     try:
-        if description.method == "probe":
-            vit.get_submodule(HEAD).load_state_dict(load_file(folder / "head.safetensors"))
-            return vit, description, base
-        return PeftModel.from_pretrained(vit, str(folder)), description, base
+        vit.get_submodule(HEAD).load_state_dict(load_file(folder / "head.safetensors"))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} is no readable adapter ({error})") from error
+    return vit, description, base
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:

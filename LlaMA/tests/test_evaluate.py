@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from control_experiments.record import read_record
@@ -269,6 +270,28 @@ def test_an_adapter_of_another_base_is_refused(call, trained, data, model_folder
     code, _, err = call(evaluate.main, "--model", other, *arguments, "--adapter", bare)
     assert code == 2
     assert "does not fit" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    "damage, said", [("missing", "missing adapter keys"), ("nan", "has numbers that are not finite")]
+)
+def test_an_adapter_of_which_something_is_missing_is_refused(
+    call, trained, data, model_folder, tmp_path, damage, said
+):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained / "adapter", adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = sorted(tensors)[1]
+    tensors[name][0] = float("nan")
+    if damage == "missing":
+        del tensors[name]
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    code, _, err = call(
+        evaluate.main, "--model", model_folder, "--data", data, "--output_dir", tmp_path / "out", "--device", "cpu",
+        "--adapter", adapter,
+    )  # fmt: skip
+    assert code == 2 and said in one_line(err) and str(adapter) in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_batches_that_the_gpus_memory_does_not_hold_are_halved(run, tmp_path, monkeypatch):

@@ -522,6 +522,9 @@ def test_bad_configurations(fields, message):
     [
         ({"control_blocks": ["conv"]}, "llama has no block 'conv': choose from attention, mlp"),
         ({"layers_to_transform": [0, 9]}, r"layers_to_transform names layers that do not exist: \[9\]"),
+        ({"layers_to_transform": []}, "layers_to_transform is empty"),
+        ({"control_rank_pattern": {"mpl": 2}}, "control_rank_pattern .mpl. matches no block"),
+        ({"control_alpha_pattern": {"layers.9.mlp": 2}}, "they are called as .*layers.0.mlp. is"),
         ({"target_modules": ["q_porj"]}, r"target_modules \{'q_porj'\} not found in LlamaForCausalLM"),
         ({"exclude_modules": ".*layers.*"}, "exclude_modules leaves no layer to control"),
         ({"control_architecture": ROW}, r"LlamaForCausalLM has no layer of class 'OwnLayer'"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import nn
 
 from .errors import UserError
@@ -106,6 +109,25 @@ def adapter_config(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike, base: str, **options) -> PeftModel:
+    """`model`, which is the one called `base`, with the adapter in `folder`; `options` are peft's.
+
+    Raises:
+        UserError: the adapter cannot be read, is another model's, lacks tensors, or holds numbers that are not finite.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(model, str(folder), **options)
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError, UserWarning) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise UserError(f"the adapter in {folder} does not fit {base}: {reason}") from error
+    for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"the adapter in {folder} is broken: {name} has numbers that are not finite")
+    return model
 
 
 def set_memory(model: nn.Module, mode: str, cuda_graphs: bool = False) -> None:

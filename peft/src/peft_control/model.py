@@ -54,6 +54,8 @@ class ControlModel(LoraModel):
         if config.layers_to_transform is not None:
             wanted = config.layers_to_transform
             wanted = {wanted} if isinstance(wanted, int) else set(wanted)
+            if not wanted:
+                raise ValueError("layers_to_transform is empty: leave it out to control all layers")
             layers = {name: entry for name, entry in layers.items() if _index(name) in wanted}
             if missing := wanted - {_index(name) for name in layers}:
                 raise ValueError(f"layers_to_transform names layers that do not exist: {sorted(missing)}")
@@ -61,6 +63,13 @@ class ControlModel(LoraModel):
             layers = {name: entry for name, entry in layers.items() if not _excluded(config, name)}
         if not layers:
             raise ValueError("exclude_modules leaves no layer to control")
+        keys = [f"{name}.{block}" for name in layers for block in config.control_blocks]
+        for name in ("control_rank_pattern", "control_alpha_pattern"):
+            for pattern in getattr(config, name):
+                if not any(_by_pattern({pattern: True}, key, False) for key in keys):
+                    raise ValueError(
+                        f"{name} {pattern!r} matches no block; they are called as {keys[0]!r} is"
+                    )
         targets = config.target_modules
         if targets and targets != "all-linear":  # upstream's own check is content with the controlled layers
             matches = LoraModel._check_target_module_exists
