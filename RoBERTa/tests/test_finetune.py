@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 import peft_control  # noqa: F401  (registers CONTROL for PeftModel.from_pretrained)
 from control_experiments.errors import UserError, run_main
-from control_experiments.paths import RESULTS
+from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.record import read_record
 from control_experiments.runs import RunFolder
 from control_experiments.trainer import ExperimentTrainer
@@ -259,6 +259,19 @@ def test_wandb_offline(arguments, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     finetune.main(arguments(report_to="wandb", max_steps=2))
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_wandb_without_an_account_is_one_line(arguments, tmp_path):
+    """In a process of its own: wandb reads its settings once."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_SILENT": "true"}
+    command = [sys.executable, "RoBERTa/finetune.py", *arguments(report_to="wandb", max_steps=2)]
+    done = subprocess.run(
+        [*map(str, command)], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: --report_to wandb:" in done.stderr and "WANDB_MODE=offline" in done.stderr
 
 
 def test_launcher_end_to_end(encoders, glue_folder, tmp_path):

@@ -135,7 +135,7 @@ class ExperimentTrainer(Trainer):
 
         Raises:
             Interrupted: a signal asked the run to end; its checkpoint is written.
-            UserError: the loss is NaN or infinite, or another process of the run died.
+            UserError: the loss is NaN or infinite, another process of the run died, or Weights & Biases refuses.
         """
         self._resumed_from = resume_from_checkpoint
         try:
@@ -148,6 +148,10 @@ class ExperimentTrainer(Trainer):
                     "again with --resume"
                 ) from error
             raise
+        except Exception as error:
+            if not type(error).__module__.startswith("wandb."):
+                raise
+            raise UserError(f"--report_to wandb: {error} (WANDB_MODE=offline needs no account)") from error
         finally:
             self._bar.close()
         if self._stop.number is not None:
