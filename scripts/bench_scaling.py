@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -251,10 +252,17 @@ def longest(options: Options, step: Callable, result: Path | None) -> None:
 
 
 def cause(stderr: str) -> str:
-    """The line of torchrun's output that says why a process ended: its own error, or the signal that ended it."""
-    lines = [line for line in stderr.splitlines() if "ChildFailedError" not in line]
-    errors = [line for word in ("Error: ", "Signal ") for line in lines if word in line]
-    return (errors or ["no result"])[0].strip()[:300]
+    """The line of torchrun's output that says why the first process ended: the signal that ended it, or its error."""
+    before, _, first = stderr.partition("Root Cause")
+    signals = re.findall(r"Signal .*", first)
+    rank = re.search(r"rank *: (\d+)", first)
+    errors = [
+        line
+        for line in before.splitlines()
+        if re.search(r"(?<!ChildFailed)Error\b", line) and not re.match(r"(\[rank\d+\]:)?\s*raise ", line)
+    ]
+    own = [line for line in errors if rank and line.startswith(f"[rank{rank[1]}]:")]
+    return (signals or own or errors or ["no result"])[0].strip()[:300]
 
 
 def run_cell(options: Options, method: str, shard: str, processes: int, accumulate: int = 1) -> dict:

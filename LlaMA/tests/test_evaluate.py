@@ -273,7 +273,12 @@ def test_an_adapter_of_another_base_is_refused(call, trained, data, model_folder
 
 
 @pytest.mark.parametrize(
-    "damage, said", [("missing", "missing adapter keys"), ("nan", "has numbers that are not finite")]
+    "damage, said",
+    [
+        ("missing", "it has no base_model"),
+        ("more", "mlp_control.more has no place in it"),
+        ("nan", "has numbers that are not finite"),
+    ],
 )
 def test_an_adapter_of_which_something_is_missing_is_refused(
     call, trained, data, model_folder, tmp_path, damage, said
@@ -283,8 +288,10 @@ def test_an_adapter_of_which_something_is_missing_is_refused(
     tensors = load_file(adapter / "adapter_model.safetensors")
     name = sorted(tensors)[1]
     tensors[name][0] = float("nan")
-    if damage == "missing":
-        del tensors[name]
+    if damage != "nan":
+        tensor = tensors.pop(name).nan_to_num()
+    if damage == "more":
+        tensors |= {name: tensor, "base_model.model.model.layers.9.mlp_control.more": tensor.clone()}
     save_file(tensors, adapter / "adapter_model.safetensors")
     code, _, err = call(
         evaluate.main, "--model", model_folder, "--data", data, "--output_dir", tmp_path / "out", "--device", "cpu",

@@ -281,6 +281,17 @@ def test_a_saved_norm_that_a_control_reads(tmp_path):
     assert torch.equal(outputs(unloaded), outputs(base_with_norms(1.5)))
 
 
+def test_a_saved_pattern_that_matches_nothing_does_no_harm(tmp_path):
+    model = get_peft_model(build("llama"), config_of("control"))
+    model.save_pretrained(tmp_path)
+    place = tmp_path / "adapter_config.json"
+    place.write_text(
+        json.dumps({**json.loads(place.read_text()), "control_rank_pattern": {"layers.9.mlp": 2}})
+    )
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path)
+    assert torch.equal(outputs(loaded.eval()), outputs(model.eval()))
+
+
 def test_rank_and_alpha_patterns(tmp_path):
     config = config_of(
         "double control",

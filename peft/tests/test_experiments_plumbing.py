@@ -17,7 +17,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import build
 
 from control_experiments import record as record_module
 from control_experiments.arguments import parse_arguments
@@ -32,7 +34,7 @@ from control_experiments.device import (
 from control_experiments.errors import Interrupted, StopRequest, UserError, run_main
 from control_experiments.losses import LossWatch, check_parameters
 from control_experiments.metering import MemoryMeter, Throughput
-from control_experiments.methods import METHODS, ControlSettings, LoraSettings, adapter_config
+from control_experiments.methods import METHODS, ControlSettings, LoraSettings, adapter_config, load_adapter
 from control_experiments.paths import REPOSITORY, public_path
 from control_experiments.record import RunRecord, public_command, read_record, utc_now, write_json_atomic
 from control_experiments.runs import RunFolder
@@ -647,3 +649,24 @@ def test_entry_points_import_control_experiments_first(domain):
         ]
         others = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
         assert others[0].partition(".")[0] == "control_experiments", path
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_magnitude_vector", "control_B"])
+def test_an_adapter_must_be_whole(part, tmp_path, recwarn):
+    """Of a mixed adapter peft misses no LoRA tensor."""
+    config = adapter_config(
+        "control+dora",
+        task_type="CAUSAL_LM",
+        control=ControlSettings(),
+        lora=LoraSettings(targets=["q_proj"]),
+    )
+    get_peft_model(build("llama"), config).save_pretrained(tmp_path)
+    model = load_adapter(build("llama"), tmp_path, "llama")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    lost = next(name for name in tensors if part in name)
+    save_file({k: v for k, v in tensors.items() if k != lost}, tmp_path / "adapter_model.safetensors")
+    recwarn.clear()
+    with pytest.raises(UserError, match=f"does not fit llama: it has no {re.escape(lost)}"):
+        load_adapter(build("llama"), tmp_path, "llama")
+    assert not [w for w in recwarn if "missing adapter keys" in str(w.message)]

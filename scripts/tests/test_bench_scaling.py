@@ -109,15 +109,23 @@ def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch
     "ends, said",
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
+        (
+            "print('MildError: a line of a log', file=sys.stderr); os.kill(os.getpid(), signal.SIGKILL)",
+            "Signal 9",
+        ),
         ("raise RuntimeError('out of memory')", "RuntimeError: out of memory"),
+        ("assert 0", "AssertionError"),
     ],
 )
-def test_a_cell_says_why_a_process_ended(ends, said, tmp_path):
+def test_a_cell_says_why_the_first_process_ended(ends, said, tmp_path, monkeypatch):
+    """The other one waits for it, and is ended by torchrun."""
+    monkeypatch.syspath_prepend(LAUNCHER.parent)
     from bench_scaling import cause
 
     script = tmp_path / "ends.py"
-    script.write_text(f"import os, signal\n{ends}\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", script]
+    lines = ("import os, signal, sys, time", "if os.environ['RANK'] == '0':", "    time.sleep(60)", ends)
+    script.write_text("\n".join(lines))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode and said in cause(done.stderr)
+    assert done.returncode and said in cause(done.stderr), done.stderr
     assert cause("") == "no result"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
 
@@ -119,12 +120,18 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, base: str, **optio
     """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(model, str(folder), **options)
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError, UserWarning) as error:
-        reason = str(error).strip().split("\n")[0][:300]
+        stored = load_peft_weights(str(folder), device="cpu")
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
         raise UserError(f"the adapter in {folder} does not fit {base}: {reason}") from error
-    for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+    # peft passes over what is missing or left over
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name in sorted({*wanted} ^ {name for name in stored if "embed" not in name or name in wanted}):
+        what = f"it has no {name}" if name in wanted else f"{name} has no place in it"
+        raise UserError(f"the adapter in {folder} does not fit {base}: {what}")
+    for name, tensor in stored.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"the adapter in {folder} is broken: {name} has numbers that are not finite")
     return model

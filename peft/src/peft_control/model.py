@@ -65,7 +65,7 @@ class ControlModel(LoraModel):
             raise ValueError("exclude_modules leaves no layer to control")
         keys = [f"{name}.{block}" for name in layers for block in config.control_blocks]
         for name in ("control_rank_pattern", "control_alpha_pattern"):
-            for pattern in getattr(config, name):
+            for pattern in () if config.inference_mode else getattr(config, name):
                 if not any(_by_pattern({pattern: True}, key, False) for key in keys):
                     raise ValueError(
                         f"{name} {pattern!r} matches no block; they are called as {keys[0]!r} is"

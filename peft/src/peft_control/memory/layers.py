@@ -228,7 +228,8 @@ class LeanLayer(torch.autograd.Function):
         ctx.tickets = []
 
         def keep(*more):
-            more = more if _spares_projections(ctx, plan, state, more) else ()
+            # the state between the halves comes too
+            more = more if _spares_projections(ctx, plan, state, more, state) else ()
             ctx.tickets.append(_wait_on_host(plan, state, *more))
 
         room = plan.host.room_for(state) if plan.host is not None else 0
@@ -312,11 +313,10 @@ def _attention_backward(ctx, layer, trained, state, kept, dy):
     return dstate, [*zip(own, of_control), *zip(others, found)]
 
 
-def _spares_projections(ctx, plan, state, more):
-    """Whether ``more`` is worth waiting on the host with the state, and there is room."""
-    return (
-        bool(more) and plan.attention_on_host and ctx.needs_input_grad[0] and plan.host.has_room(state, *more)
-    )
+def _spares_projections(ctx, plan, state, more, *besides):
+    """Whether ``more`` is worth waiting on the host with the state and what comes ``besides``, and there is room."""
+    wanted = bool(more) and plan.attention_on_host and ctx.needs_input_grad[0]
+    return wanted and plan.host.has_room(state, *more, *besides)
 
 
 def _wait_on_host(plan, *tensors, own=1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from bisect import bisect_left, insort
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -48,6 +49,7 @@ class HostStates:
         self._limit = None
         # Buffers of bytes, those that CUDA graphs copy into apart: a replay writes to them at any time.
         self._free: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+        self._returned: dict[bool, list[torch.Tensor]] = {False: [], True: []}
         self._leaving: list[tuple] = []
         self._stream = None
 
@@ -71,8 +73,7 @@ class HostStates:
     def _fits(self, size, extra, layers=None):
         """Whether ``extra`` bytes leave room for a state of ``size`` bytes, now and in each of ``layers``."""
         if self._limit is None:
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            self._limit = _SHARE * psutil.virtual_memory().available / processes
+            self._limit = _SHARE * _free_memory() / _local_processes()
         layers = self._layers if layers is None else layers
         return max(self._held + size, self._extra + layers * size) + extra <= self._limit
 
@@ -141,8 +142,7 @@ class HostStates:
 
     def _release(self, sizes, buffers, captured, fetched):
         self._held, self._extra = self._held - sizes[0], self._extra - sizes[1]
-        for buffer in buffers:
-            insort(self._free[captured], buffer, key=torch.numel)
+        self._returned[captured] += buffers  # not sorted in here: the collector may call this at any time
         for device in fetched:  # and never popped: the memory that the copy writes to is about to be free
             torch.cuda.current_stream(device).wait_stream(self._stream)
 
@@ -152,6 +152,9 @@ class HostStates:
     def _buffer(self, size, captured):
         """The smallest free buffer of at least ``size`` bytes, or a new one in the place of one that is too small."""
         # A buffer just given back may still be read by its copy; the copy into it runs on the same stream.
+        for kind, returned in self._returned.items():
+            while returned:
+                insort(self._free[kind], returned.pop(0), key=torch.numel)
         for free in (self._free[True], self._free[False]) if captured else (self._free[False],):
             at = bisect_left(free, size, key=torch.numel)
             if at < len(free):
@@ -160,6 +163,31 @@ class HostStates:
             del self._free[False][0]
             _empty_host_cache()  # torch would keep it, and a search for the longest sequence fill the host
         return _pinned(size)
+
+
+def _free_memory():
+    """Bytes that the host has to spare, or the container that this process runs in."""
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    try:
+        most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(parts["inactive_file"]) + int(parts["active_file"])
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit
+        return free
+    return max(min(free, most - used + cached), 0)
+
+
+def _local_processes():
+    """How many processes of this run there are on the host, as torchrun, Slurm or MPI say."""
+    for name in (
+        "LOCAL_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "MPI_LOCALNRANKS",
+        "SLURM_NTASKS_PER_NODE",
+    ):
+        if os.environ.get(name, "").isdigit():
+            return max(int(os.environ[name]), 1)
+    return 1
 
 
 def _pinned(size):
