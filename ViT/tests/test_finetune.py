@@ -195,6 +195,11 @@ def test_data_and_base_model_must_fit_the_adapter(call, options, npz, base_model
         "--model", tmp_path / "model.safetensors",
     )  # fmt: skip
     assert code == 2 and "checksums differ" in stderr
+    weights = out / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}, weights)
+    code, _, stderr = call("finetune", "--device", "cpu", "--evaluate", out / "adapter", "--data", npz)
+    assert code == 2 and "numbers that are not finite" in stderr
 
 
 def test_pictures(call, options, npz, tmp_path):

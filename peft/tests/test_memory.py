@@ -281,7 +281,14 @@ def test_memory_that_a_container_has_to_spare(monkeypatch):
     for most, expected in (("max", 5000), ("9000", 5000), ("500", 0)):
         files["memory.max"] = most
         assert memory.offload._free_memory() == expected
-    for name, processes in (("SLURM_NTASKS_PER_NODE", 4), ("LOCAL_WORLD_SIZE", 2)):
+
+
+def test_processes_that_share_a_host(monkeypatch):
+    names = ("SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE", "LOCAL_WORLD_SIZE")
+    for name in (*names, "MPI_LOCALNRANKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert memory.offload._local_processes() == 1
+    for processes, name in enumerate(names, 2):  # torchrun's own word counts most
         monkeypatch.setenv(name, str(processes))
         assert memory.offload._local_processes() == processes
 

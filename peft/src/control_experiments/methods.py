@@ -124,11 +124,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, base: str, **optio
             model = PeftModel.from_pretrained(model, str(folder), **options)
         stored = load_peft_weights(str(folder), device="cpu")
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+        lacks = isinstance(error, KeyError)  # a tensor of a module that is trained whole
+        reason = f"it has no {error.args[0]}" if lacks else str(error).strip().split("\n")[0]
         raise UserError(f"the adapter in {folder} does not fit {base}: {reason}") from error
-    # peft passes over what is missing or left over
+    # peft passes over what is missing or left over; beside some adapters it stores the base's embeddings
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    for name in sorted({*wanted} ^ {name for name in stored if "embed" not in name or name in wanted}):
+    known = {name for name in stored if name in wanted or "embed" not in name}
+    for name in sorted({*wanted} ^ known):
         what = f"it has no {name}" if name in wanted else f"{name} has no place in it"
         raise UserError(f"the adapter in {folder} does not fit {base}: {what}")
     for name, tensor in stored.items():

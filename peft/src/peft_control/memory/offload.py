@@ -23,7 +23,7 @@ _SPARE_BYTES = 8 << 30
 _SHARE = 0.75
 
 #: Tensors wait in pieces of so many bytes, which tensors of all lengths share. What is left of each takes a power of two, as
-#: torch allocates pinned memory: a whole tensor would waste a third on average.
+#: torch allocates pinned memory, which for a whole tensor would be up to twice its size.
 _PIECE = 32 << 20
 
 # Where tensors are copied from.
