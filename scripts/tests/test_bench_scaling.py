@@ -40,7 +40,7 @@ def test_two_processes_lose_what_one_loses(call, tmp_path):
     # a run that was killed after both measurements
     (tmp_path / "tiny_2x8.json").rename(tmp_path / "tiny_2x8.json.partial")
     code, stdout, stderr = call("bench_scaling", "--device", "cpu", "--shape", "tiny", *asked)
-    assert code == 0 and "2 measured before" in stdout, stderr
+    assert code == 0 and "2 measured before" in stdout, f"{code}: {stdout}{stderr}"
     assert json.loads((tmp_path / "tiny_2x8.json").read_text())["results"] == record["results"]
 
 
