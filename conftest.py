@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Several domains have a script of the same name; tests say which they mean: `from RoBERTa import finetune`.
 sys.path.append(str(Path(__file__).parent))
@@ -13,6 +14,10 @@ sys.path.append(str(Path(__file__).parent))
 # On CPUs with AVX512-BF16 bitsandbytes warns at import that an optional kernel package is absent; pytest would print
 # what conftest files logged below its own closing line.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+# A machine that is busy is no error.
+settings.register_profile("untimed", settings.default, deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
