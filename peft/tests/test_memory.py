@@ -12,6 +12,7 @@ import transformers
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, load_model, save_model
+from streams import Event, Stream
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_control import ControlConfig, memory
@@ -293,22 +294,38 @@ def test_processes_that_share_a_host(monkeypatch):
         assert memory.offload._local_processes() == processes
 
 
+STATE_BYTES = 38 * 32 * 8
+
+
+class Buffers(list):
+    pass
+
+
 @pytest.fixture
 def copied_in_pieces(monkeypatch):
-    """Tensors are copied as from a GPU, in pieces of 4 KiB; returns the buffers that were made."""
-    made, stream = [], SimpleNamespace(record_event=lambda: None)
-    stream.wait_stream = stream.wait_event = lambda _: None
+    """Tensors are copied as from a GPU, in pieces of 4 KiB; returns the buffers that were made.
+
+    A layer's forward takes ``computing.step`` milliseconds and the copy of a state one.
+    """
+    made, computing, copying = Buffers(), Stream(), Stream()
+    made.computing, made.copying = computing, copying
 
     def buffer(size):
         made.append(torch.full((size,), 77, dtype=torch.uint8))
         return made[-1]
 
+    def pieces(tensor, pieces=memory.offload._pieces):
+        copying.time += tensor.nbytes / STATE_BYTES
+        return pieces(tensor)
+
     monkeypatch.setattr(memory.offload, "_COPIED_FROM", "cpu")
+    monkeypatch.setattr(memory.offload, "_pieces", pieces)
     monkeypatch.setattr(memory.offload, "_PIECE", 4 << 10)
     monkeypatch.setattr(memory.offload, "_pinned", buffer)
     monkeypatch.setattr(memory.offload, "_empty_host_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: copying)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computing)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return made
@@ -324,6 +341,46 @@ def test_states_come_back_from_the_pieces_that_they_wait_in(
         _, found = loss_and_gradients(model, mode, offload=offload)
         assert distance(found, reference) <= 1e-10
     assert {len(buffer) for buffer in copied_in_pieces} >= {4096, 2048}
+
+
+@pytest.mark.parametrize(
+    ("mode", "offload", "deterministic", "computing", "again"),
+    [
+        # with queries, keys and values four states a layer, two, one
+        ("lean", None, False, 3.7, ()),
+        ("lean", None, False, 3.5, ("q_proj",)),
+        ("lean", None, False, 1.9, ("q_proj",)),
+        ("lean", None, False, 1.7, ("q_proj", "o_proj")),
+        ("lean", None, False, 0.1, ("q_proj", "o_proj")),
+        ("lean", None, True, 0.1, ()),
+        ("lean", True, False, 0.1, ()),
+        # three
+        ("balanced", None, False, 2.8, ()),
+        ("balanced", None, False, 2.6, ("q_proj",)),
+        ("balanced", None, True, 0.1, ()),
+    ],
+)
+def test_what_waits_on_the_host_depends_on_how_fast_copies_are(
+    mode, offload, deterministic, computing, again, copied_in_pieces, exact_norms, monkeypatch
+):
+    model = build()
+    _, reference = loss_and_gradients(model, "plain")
+    monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", 0)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    copied_in_pieces.computing.step = computing
+    set_memory_mode(model, mode, offload=offload)
+    calls = Counter()
+    for layer in model.get_base_model().model.layers[1:]:
+        for name in ("q_proj", "o_proj"):
+            getattr(layer.self_attn, name).register_forward_hook(lambda *_, name=name: calls.update([name]))
+    inputs, labels = batch()
+    for _ in range(3):  # in the first nothing is known yet
+        calls.clear()
+        model.zero_grad()
+        model(**inputs, labels=labels).loss.backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        assert distance(found, reference) <= 1e-10
+    assert {name for name, count in calls.items() if count == 4} == set(again)
 
 
 def test_the_host_gives_no_more_than_the_longest_sequence_takes(copied_in_pieces):

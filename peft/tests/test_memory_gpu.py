@@ -1,6 +1,7 @@
 """The Triton kernels against the pure torch path, and the modes in bf16: needs a GPU."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -292,6 +293,38 @@ def test_balanced_with_lora_on_the_output_projection_is_captured():
         losses += [model(input_ids=ids, labels=ids).loss for _ in range(3)]
         losses[-1].backward()
     assert max(losses) - min(losses) < 1e-4
+
+
+@pytest.mark.parametrize("slack", [0.0, float("inf")])
+@pytest.mark.parametrize("mode", ["lean", "balanced"])
+def test_copies_that_are_measured_to_be_slow_give_way_to_computing(mode, slack, monkeypatch):
+    monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", 0)
+    monkeypatch.setattr(memory.pace, "_SLACK", slack)
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, vocab_size=97,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config).bfloat16()
+    model = get_peft_model(base, ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"]))
+    ids, calls, gradients = torch.randint(97, (2, 1024), device="cuda"), Counter(), []
+    trained = [p for p in model.cuda().train().parameters() if p.requires_grad]
+    for name in ("q_proj", "o_proj"):
+        linear = getattr(model.get_base_model().model.layers[2].self_attn, name)
+        linear.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    for used in ("plain", mode):
+        set_memory_mode(model, used)
+        for _ in range(3):
+            calls.clear()
+            model.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            torch.cuda.synchronize()  # so that the next forward knows
+        gradients.append(torch.cat([p.grad.flatten() for p in trained]))
+    assert (gradients[1] - gradients[0]).norm() <= 0.05 * gradients[0].norm()
+    twice = ({"q_proj", "o_proj"} if mode == "lean" else {"q_proj"}) if slack == 0 else set()
+    assert {name for name, count in calls.items() if count == 2} == twice
+    pace = model.get_base_model().model.layers[0].memory_plan.host._pace
+    speed, seconds = (memory.pace._low(found) for found in (pace._bytes_per_second, pace._seconds_per_token))
+    assert 1e8 < speed < 1e12 and 1e-9 < seconds < 1e-3
 
 
 def test_lengths_and_forwards_without_a_backward_need_no_more_pinned_memory(monkeypatch):

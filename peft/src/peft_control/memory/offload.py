@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import weakref
 from bisect import bisect_left, insort
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import torch
+
+from .pace import Pace
 
 # public in the torch that is pinned here, not yet in 2.11
 _empty_host_cache = getattr(torch.accelerator.memory, "empty_host_cache", None) or getattr(
@@ -39,11 +42,12 @@ class HostStates:
     CUDA graphs too. The pinned buffers are reused from step to step by tensors of any shape: there are as many as pieces of
     tensors at a time. On the CPU the tensors are simply kept.
 
-    ``layers``: how many have a state that is to wait here before anything else may.
+    ``layers``: how many have a state that is to wait here before anything else may. ``paced``: whether what spares computing
+    may wait only where its copies hide behind the computation, as measured, see ``pace.py``.
     """
 
-    def __init__(self, layers: int = 0):
-        self._layers = layers
+    def __init__(self, layers: int = 0, paced: bool = False):
+        self._layers, self._pace = layers, Pace() if paced else None
         self._last = _nothing  # what was pushed last of what was not popped
         self._held = self._extra = 0  # bytes: all, and those that are no layer's own state
         self._limit = None
@@ -54,21 +58,29 @@ class HostStates:
         self._stream = None
 
     def __deepcopy__(self, memo):
-        return HostStates(self._layers)
+        return HostStates(self._layers, self._pace is not None)
 
     def __reduce__(self):
-        return HostStates, (self._layers,)
+        return HostStates, (self._layers, self._pace is not None)
 
     def has_room(self, state: torch.Tensor, *more: torch.Tensor) -> bool:
-        """Whether with these of one layer there would still be no more here than what a host surely has to spare."""
+        """Whether these of one layer may wait here: their copies hide, and there would still be no more here than what a host
+        surely has to spare."""
         extra = sum(map(_buffer_size, more))
         small = self._held + _buffer_size(state) + extra <= _SPARE_BYTES
-        return small and self._fits(_buffer_size(state), extra)
+        return small and self._fits(_buffer_size(state), extra) and self._hides(state, *more)
 
     def room_for(self, state: torch.Tensor) -> int:
-        """How many tensors like a layer's ``state`` may wait here for that layer: 2, 1 or, where the host is full, 0."""
+        """How many tensors like a layer's ``state`` may wait here for that layer: 2, 1 or, where the host is full, 0.
+
+        One always may, so that a slow host costs time and no memory of the GPU's."""
         size = _buffer_size(state)
-        return 2 if self._fits(size, size) else int(self._fits(size, 0, layers=0))
+        two = self._fits(size, size) and self._hides(state, state)
+        return 2 if two else int(self._fits(size, 0, layers=0))
+
+    def _hides(self, *tensors):
+        """Whether one layer's forward takes as long as the copies of these."""
+        return self._pace is None or self._pace.hides(sum(t.nbytes for t in tensors), _tokens(tensors[0]))
 
     def _fits(self, size, extra, layers=None):
         """Whether ``extra`` bytes leave room for a state of ``size`` bytes, now and in each of ``layers``."""
@@ -89,8 +101,13 @@ class HostStates:
                 self._stream = torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
             captured = torch.cuda.is_current_stream_capturing()
+            timed = self._pace is not None and not captured
+            if timed and waiting.below() is None:
+                self._pace.interrupt()  # a first layer: the loss and the backward came before
             waiting.device, waiting.places = device, [self._place(tensor, captured) for tensor in tensors]
-            with torch.cuda.stream(self._stream):
+            size = sum(tensor.nbytes for tensor in tensors)
+            timing = self._pace.copying(self._stream, size, _tokens(tensors[0])) if timed else nullcontext()
+            with torch.cuda.stream(self._stream), timing:
                 for tensor, place in zip(tensors, waiting.places):
                     for piece, buffer in zip(_pieces(tensor), place.buffers):
                         buffer[: len(piece)].copy_(piece, non_blocking=True)
@@ -105,10 +122,20 @@ class HostStates:
         return waiting
 
     def settle(self) -> None:
-        """Let the computation wait for the copies that the pushes since the last time have started."""
+        """At the end of a layer, let the computation wait for the copies that it has started."""
+        if not self._leaving:
+            if self._pace is not None:
+                self._pace.interrupt()
+            return
+        timed = self._pace is not None and not torch.cuda.is_current_stream_capturing()
+        stream = torch.cuda.current_stream(self._leaving[-1][0][0].device)
+        if timed:
+            self._pace.ends_layer(stream)
         for tensors, copied in self._leaving:
             torch.cuda.current_stream(tensors[0].device).wait_event(copied)
         self._leaving.clear()
+        if timed:
+            self._pace.starts_layer(stream)
 
     def pop(self, waiting: Waiting) -> list[torch.Tensor]:
         """Return the tensors on their device and start fetching what was pushed before them."""
@@ -203,6 +230,10 @@ def _sizes(tensor):
     """The bytes of the buffers for a tensor's pieces."""
     pieces, rest = divmod(max(tensor.nbytes, 1), _PIECE)
     return [_PIECE] * pieces + ([1 << (rest - 1).bit_length()] if rest else [])
+
+
+def _tokens(state):
+    return state.numel() // state.shape[-1]
 
 
 def _buffer_size(tensor):
