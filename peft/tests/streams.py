@@ -2,28 +2,33 @@
 
 
 class Event:
-    def __init__(self, enable_timing):
-        assert enable_timing
+    time, finished = 0.0, True
+
+    def __init__(self, enable_timing=False):
+        self.timed = enable_timing
 
     def query(self):
-        return True
+        return self.finished
 
     def elapsed_time(self, later):
+        assert self.timed and later.timed
         return later.time - self.time
 
 
 class Stream:
-    """Takes ``step`` milliseconds before each event that is recorded."""
+    """Takes ``step`` milliseconds before each timed event that is recorded."""
 
-    time, step = 0.0, 1e-6
+    def __init__(self, step=0.0):
+        self.time, self.step = 0.0, step
 
     def record_event(self, event=None):
-        self.time += self.step
-        if event is not None:
-            event.time = self.time
+        event = event or Event()
+        self.time += self.step if event.timed else 0
+        event.time = self.time
         return event
 
-    def wait_stream(self, _):
-        pass
+    def wait_event(self, event):
+        self.time = max(self.time, event.time)
 
-    wait_event = wait_stream
+    def wait_stream(self, other):
+        self.time = max(self.time, other.time)

@@ -295,11 +295,14 @@ def test_balanced_with_lora_on_the_output_projection_is_captured():
     assert max(losses) - min(losses) < 1e-4
 
 
-@pytest.mark.parametrize("slack", [0.0, float("inf")])
+@pytest.mark.parametrize("slower", [1e9, 1e-9])
 @pytest.mark.parametrize("mode", ["lean", "balanced"])
-def test_copies_that_are_measured_to_be_slow_give_way_to_computing(mode, slack, monkeypatch):
+def test_copies_that_are_measured_to_be_slow_give_way_to_computing(mode, slower, monkeypatch):
     monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", 0)
-    monkeypatch.setattr(memory.pace, "_SLACK", slack)
+    hides = memory.pace.Pace.hides
+    monkeypatch.setattr(
+        memory.pace.Pace, "hides", lambda pace, size, tokens: hides(pace, size * slower, tokens)
+    )
     config = LlamaConfig(
         hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=2, vocab_size=97,
@@ -313,18 +316,17 @@ def test_copies_that_are_measured_to_be_slow_give_way_to_computing(mode, slack, 
         linear.register_forward_hook(lambda *_, name=name: calls.update([name]))
     for used in ("plain", mode):
         set_memory_mode(model, used)
-        for _ in range(3):
+        for _ in range(4):
             calls.clear()
             model.zero_grad()
             model(input_ids=ids, labels=ids).loss.backward()
             torch.cuda.synchronize()  # so that the next forward knows
         gradients.append(torch.cat([p.grad.flatten() for p in trained]))
     assert (gradients[1] - gradients[0]).norm() <= 0.05 * gradients[0].norm()
-    twice = ({"q_proj", "o_proj"} if mode == "lean" else {"q_proj"}) if slack == 0 else set()
+    twice = ({"q_proj", "o_proj"} if mode == "lean" else {"q_proj"}) if slower > 1 else set()
     assert {name for name, count in calls.items() if count == 2} == twice
-    pace = model.get_base_model().model.layers[0].memory_plan.host._pace
-    speed, seconds = (memory.pace._low(found) for found in (pace._bytes_per_second, pace._seconds_per_token))
-    assert 1e8 < speed < 1e12 and 1e-9 < seconds < 1e-3
+    measured = model.get_base_model().model.layers[0].memory_plan.host._pace._bytes_per_token
+    assert len(measured) > 1 and all(1 < bytes_per_token < 1e9 for bytes_per_token in measured)
 
 
 def test_lengths_and_forwards_without_a_backward_need_no_more_pinned_memory(monkeypatch):

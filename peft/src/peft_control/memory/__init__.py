@@ -60,8 +60,9 @@ def set_memory_mode(
             of one. None: where the layers are so large that the copies take less time than the computation, as in a
             LLaMA of 7 or 8 billion parameters. Where copies of queries, keys and values do too (LLaMA-3, whose keys and
             values are few), lean and balanced have them wait there as well, until a process has 8 GiB there; not if False.
-            The speeds of a GPU of 2023 are assumed at first; what spares computing waits there only while the copies are
-            measured to hide behind the computation, as they may not where several GPUs share a host.
+            At first an H100's speeds are assumed. Then what spares computing waits there only while copies are measured
+            to take no longer than a layer's forward: those of several GPUs of one host may. Nothing is measured with
+            ``cuda_graphs``, nor used under ``torch.use_deterministic_algorithms``.
             All processes of a host together use at most three quarters of its free memory: if that is less than two states
             of each layer, some layers keep one there, and if it is less than one, some on the GPU.
         fused_loss: causal language models compute their training loss without a batch's logits, so that
@@ -89,7 +90,9 @@ def set_memory_mode(
         raise ValueError(f"unknown memory mode {mode!r}: choose from {', '.join(MODES)}")
     _restore(model)
     if mode != "plain":
-        _replace_layers(model, mode, chunk_tokens, offload, on_unsupported)
+        # graphs are replayed with what they were captured with
+        paced = offload is None and not cuda_graphs
+        _replace_layers(model, mode, chunk_tokens, offload, paced, on_unsupported)
         if fused_loss:
             _fuse_loss(model, chunk_tokens)
     if cuda_graphs:
@@ -97,7 +100,7 @@ def set_memory_mode(
     return model
 
 
-def _replace_layers(model, mode, chunk_tokens, offload, on_unsupported):
+def _replace_layers(model, mode, chunk_tokens, offload, paced, on_unsupported):
     plans, message = {}, None
     try:
         for layer in model.modules():
@@ -120,7 +123,7 @@ def _replace_layers(model, mode, chunk_tokens, offload, on_unsupported):
         getattr(m, "gradient_checkpointing", getattr(m, "grad_checkpointing", False)) for m in model.modules()
     ):
         raise ValueError(f"memory mode {mode!r} replaces gradient checkpointing: switch that off first")
-    host = HostStates(len(plans) if mode == "lean" else 0, paced=offload is None)
+    host = HostStates(len(plans) if mode == "lean" else 0, paced)
     for layer, plan in plans.items():
         plan.watch(layer, halves)
         kept, hides_copies = plan.halves.attention_kept, partial(_hides_copies, layer, plan)

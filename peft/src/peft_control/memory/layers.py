@@ -156,7 +156,9 @@ class AttentionHalf(torch.autograd.Function):
         ctx.autocast, ctx.ticket = _autocast_state(state), None
 
         def keep(*more):
-            if _spares_projections(ctx, plan, state, more):
+            if _may_wait(ctx, plan, state, more):
+                # the state does anyway, so that a slow host costs time and no memory of the GPU's
+                more = more if plan.host.hides(state, *more) else ()
                 ctx.ticket = _wait_on_host(plan, state, *more)
 
         middle = plan.halves.attention(layer, state, *arguments, keep=keep, **named)
@@ -229,7 +231,8 @@ class LeanLayer(torch.autograd.Function):
 
         def keep(*more):
             # the state between the halves comes too
-            more = more if _spares_projections(ctx, plan, state, more, state) else ()
+            may_wait = _may_wait(ctx, plan, state, more, state) and plan.host.hides(state, *more, state)
+            more = more if may_wait else ()
             ctx.tickets.append(_wait_on_host(plan, state, *more))
 
         room = plan.host.room_for(state) if plan.host is not None else 0
@@ -313,8 +316,9 @@ def _attention_backward(ctx, layer, trained, state, kept, dy):
     return dstate, [*zip(own, of_control), *zip(others, found)]
 
 
-def _spares_projections(ctx, plan, state, more, *besides):
-    """Whether ``more`` is worth waiting on the host with the state and what comes ``besides``, and there is room."""
+def _may_wait(ctx, plan, state, more, *besides):
+    """Whether ``more``, which spares the projections, is wanted on the host with the state and what comes ``besides``, and
+    there is room."""
     wanted = bool(more) and plan.attention_on_host and ctx.needs_input_grad[0]
     return wanted and plan.host.has_room(state, *more, *besides)
 

@@ -64,22 +64,21 @@ class HostStates:
         return HostStates, (self._layers, self._pace is not None)
 
     def has_room(self, state: torch.Tensor, *more: torch.Tensor) -> bool:
-        """Whether these of one layer may wait here: their copies hide, and there would still be no more here than what a host
-        surely has to spare."""
+        """Whether with these of one layer there would still be no more here than what a host surely has to spare."""
         extra = sum(map(_buffer_size, more))
         small = self._held + _buffer_size(state) + extra <= _SPARE_BYTES
-        return small and self._fits(_buffer_size(state), extra) and self._hides(state, *more)
+        return small and self._fits(_buffer_size(state), extra)
 
     def room_for(self, state: torch.Tensor) -> int:
         """How many tensors like a layer's ``state`` may wait here for that layer: 2, 1 or, where the host is full, 0.
 
         One always may, so that a slow host costs time and no memory of the GPU's."""
         size = _buffer_size(state)
-        two = self._fits(size, size) and self._hides(state, state)
+        two = self._fits(size, size) and self.hides(state, state)
         return 2 if two else int(self._fits(size, 0, layers=0))
 
-    def _hides(self, *tensors):
-        """Whether one layer's forward takes as long as the copies of these."""
+    def hides(self, *tensors: torch.Tensor) -> bool:
+        """Whether a layer's forward takes as long as the copies of these, of which the first is its state."""
         return self._pace is None or self._pace.hides(sum(t.nbytes for t in tensors), _tokens(tensors[0]))
 
     def _fits(self, size, extra, layers=None):
@@ -101,13 +100,8 @@ class HostStates:
                 self._stream = torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
             captured = torch.cuda.is_current_stream_capturing()
-            timed = self._pace is not None and not captured
-            if timed and waiting.below() is None:
-                self._pace.interrupt()  # a first layer: the loss and the backward came before
             waiting.device, waiting.places = device, [self._place(tensor, captured) for tensor in tensors]
-            size = sum(tensor.nbytes for tensor in tensors)
-            timing = self._pace.copying(self._stream, size, _tokens(tensors[0])) if timed else nullcontext()
-            with torch.cuda.stream(self._stream), timing:
+            with torch.cuda.stream(self._stream), self._timed(tensors, waiting.below() is None):
                 for tensor, place in zip(tensors, waiting.places):
                     for piece, buffer in zip(_pieces(tensor), place.buffers):
                         buffer[: len(piece)].copy_(piece, non_blocking=True)
@@ -120,6 +114,14 @@ class HostStates:
         waiting.release = weakref.finalize(waiting, self._release, sizes, buffers, captured, waiting.fetched)
         waiting.release.atexit = False
         return waiting
+
+    def _timed(self, tensors, first):
+        """A context of the copies of these to the host, ``first`` of all."""
+        if self._pace is None:
+            return nullcontext()
+        if first:
+            self._pace.interrupt()  # the loss and the backward were computed before
+        return self._pace.copying(self._stream, sum(t.nbytes for t in tensors), _tokens(tensors[0]))
 
     def settle(self) -> None:
         """At the end of a layer, let the computation wait for the copies that it has started."""

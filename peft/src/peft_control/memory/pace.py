@@ -9,23 +9,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-# Copies may take so much longer than the layer's forward: what waits on the host instead of being computed again, the
-# projections before or after attention, is about a tenth of a layer.
-_SLACK = 1.1
-
 # Of so many measurements the lowest but one counts: copies of several GPUs that hold each other up do not start again as
 # soon as they stop, and a single hindrance stops none.
 _WINDOW = 8
 
 
 class Pace:
-    """How fast tensors travel to the host and how long a layer's forward takes a token, from one layer at a time.
+    """How many bytes a token travel to the host during a layer's forward, from one layer at a time.
 
     The events that say so are read when the GPU has come to them; nothing waits for them.
     """
 
     def __init__(self):
-        self._bytes_per_second, self._seconds_per_token = deque(maxlen=_WINDOW), deque(maxlen=_WINDOW)
+        self._bytes_per_token = deque(maxlen=_WINDOW)
         self._timing: Sample | None = None
         self._timed: Sample | None = None
 
@@ -34,9 +30,8 @@ class Pace:
 
         Where every run must give the same bits nothing may depend on what was measured.
         """
-        if torch.are_deterministic_algorithms_enabled():
-            return True
-        return size <= _SLACK * _low(self._bytes_per_second) * _low(self._seconds_per_token) * tokens
+        known = len(self._bytes_per_token) > 1 and not torch.are_deterministic_algorithms_enabled()
+        return not known or size <= sorted(self._bytes_per_token)[1] * tokens
 
     def interrupt(self) -> None:
         """Something else than one layer is computed between the calls before and after this one."""
@@ -44,7 +39,7 @@ class Pace:
 
     def starts_layer(self, stream: torch.cuda.Stream) -> None:
         """The computing stream starts on a layer."""
-        if self._timing is None and self._read():
+        if self._read():
             self._timing = Sample(stream, _event(stream))
 
     @contextmanager
@@ -72,11 +67,10 @@ class Pace:
         if not all(event.query() for event in (timed.ended, *(ended for *_, ended in timed.copies))):
             return False
         self._timed = None
-        layer = timed.started.elapsed_time(timed.ended) / 1e3
-        copies = sum(started.elapsed_time(ended) for _, started, ended in timed.copies) / 1e3
-        if layer > 0 and copies > 0:
-            self._bytes_per_second.append(sum(size for size, *_ in timed.copies) / copies)
-            self._seconds_per_token.append(layer / timed.tokens)
+        computed = timed.started.elapsed_time(timed.ended)
+        copied = sum(started.elapsed_time(ended) for _, started, ended in timed.copies)
+        size = sum(size for size, *_ in timed.copies)
+        self._bytes_per_token.append(size * computed / copied / timed.tokens if copied > 0 else math.inf)
         return True
 
 
@@ -89,10 +83,6 @@ class Sample:
     ended: torch.cuda.Event | None = None
     tokens: int = 0
     copies: list[tuple] = field(default_factory=list)
-
-
-def _low(measured):
-    return sorted(measured)[:2][-1] if measured else math.inf
 
 
 def _event(stream):
