@@ -1,5 +1,6 @@
 """Settings of all tests, and what those of several domains need."""
 
+import gc
 import json
 import logging
 import sys
@@ -18,6 +19,12 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # A machine that is busy is no error.
 settings.register_profile("untimed", settings.default, deadline=None)
 settings.load_profile("untimed")
+
+
+def pytest_collection_finish():
+    """The million objects of what is imported are no garbage: going through them takes a sixth of the tests' time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

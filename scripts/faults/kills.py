@@ -7,6 +7,7 @@ its end; after each kill everything that can be seen in its folder must be whole
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -91,6 +92,7 @@ def start(
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
         sys.argv = [run.script, *arguments]
         os.environ.update(environment)
+        gc.freeze()  # or every collection goes through all that was imported, and copies its pages
         # torch renews a forked process's thread pool when it first wants it, and fails if two threads (gloo's, autograd's)
         # do so at once
         torch.set_num_threads(torch.get_num_threads())

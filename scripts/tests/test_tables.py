@@ -240,6 +240,14 @@ def test_scaling(results):
         "30.00",
         "1.0e-05",
     )
+    results.scaling([("lora", "ddp", 1, 0.5, 30.0), ("control:fast", "ddp", 1, 0.3, 20.0)], repeat="b")
+    results.scaling([("lora", "fsdp2", 1, 0.5, 30.0), ("lora", "ddp", 8, 0.5, 30.0)], repeat="c")
+    cells = [(line["method"].text, line["sharding"].text, line["processes"].text) for line in rows(results, "scaling", title)]  # fmt: skip
+    lora = [("lora", "ddp", "1"), ("lora", "ddp", "2"), ("lora", "ddp", "8"), ("lora", "fsdp2", "1")]
+    assert cells == [
+        *lora,
+        ("control:fast", "ddp", "1"),
+    ]  # one method after another, whichever files they come from
     results.scaling([("lora", "fsdp2", 8, 65536, 0)], repeat="longest", longest=True)
     line = row(results, "scaling", title.replace("process,", "process, longest sequence,"), processes="8")
     assert line["longest tokens"].text == "65,536"
@@ -260,15 +268,14 @@ def test_a_measurement_that_lacks_something_is_named_and_left_out(results, write
 
 def test_real_measurements_reach_their_tables(tmp_path):
     """The domains' benchmarks on the CPU at their smallest: a renamed field would leave a table empty."""
+    from LlaMA import benchmark_methods
     from QControl import quantized_memory
 
     root = tmp_path / "results"
     small = ["--device", "cpu", "--steps", "1", "--warmup", "0"]
-    command = [sys.executable, str(REPOSITORY / "LlaMA" / "benchmark_methods.py"), *small]
-    subprocess.run(
-        [*command, "--output_dir", f"{root}/llama/shapes", "--shapes", "tiny", "--methods", "lora", "--cutoff", "8",
-         "--control_rank", "2", "--lora_rank", "2"],
-        check=True, capture_output=True,
+    benchmark_methods.main(
+        [*small, "--output_dir", f"{root}/llama/shapes", "--shapes", "tiny", "--methods", "lora", "--cutoff", "8",
+         "--control_rank", "2", "--lora_rank", "2"]
     )  # fmt: skip
     # starts a process for what it measures
     quantized_memory.main(

@@ -515,7 +515,7 @@ class Scaled:
 
 
 def scaling_settings(collection: Collection) -> dict[str, dict[tuple[str, str, int], Scaled]]:
-    """Setting -> (method, shard, processes) -> what was measured."""
+    """Setting -> (method, shard, processes) -> what was measured; methods in the order of the files, then by size."""
     settings: dict[str, dict[tuple[str, str, int], Scaled]] = {}
     for link, benchmark in collection.scalings.items():
         options = benchmark["options"]
@@ -532,6 +532,11 @@ def scaling_settings(collection: Collection) -> dict[str, dict[tuple[str, str, i
             alone = single.get((result["method"], result["shard"]), {})
             if result["processes"] > 1 and "step_seconds" in result and "step_seconds" in alone:
                 cell.efficiency[link] = 100 * alone["step_seconds"] / result["step_seconds"]
+    for setting, cells in settings.items():
+        methods = list(dict.fromkeys(method for method, _, _ in cells))
+        settings[setting] = dict(
+            sorted(cells.items(), key=lambda item: (methods.index(item[0][0]), *item[0][1:]))
+        )
     return settings
 
 
