@@ -3,11 +3,21 @@
 import gc
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# The tests need no network and do not try any. Tiny models gain nothing from a second thread, and OpenMP's threads would not
+# live on in the processes that tests fork.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+}
 
 # Several domains have a script of the same name; tests say which they mean: `from RoBERTa import finetune`.
 sys.path.append(str(Path(__file__).parent))

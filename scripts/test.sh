@@ -12,7 +12,4 @@ cd "$REPOSITORY"
     exit 1
 }
 
-# The tests need no network and do not try any. Two workers with one thread each: tiny models gain nothing from more.
-export HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$PYTHON" -m pytest -n 2 --dist worksteal "$@"

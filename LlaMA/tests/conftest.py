@@ -1,11 +1,8 @@
 """A tiny random LLaMA with its own tokenizer, a small data set, and a way to run entry points in this process."""
 
 import json
-import os
 import random
 from pathlib import Path
-
-os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch

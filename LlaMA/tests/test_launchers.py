@@ -24,7 +24,7 @@ TRAIN = [
 
 def called(name, *arguments, **variables) -> dict:
     """What to give to subprocess for a launcher's call."""
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHON": sys.executable}
     environment |= {key: str(value) for key, value in variables.items()}
     return {"args": ["bash", str(FOLDER / name), *map(str, arguments)], "env": environment, "text": True}
 

@@ -48,7 +48,7 @@ def launch(tmp_path):
     """Run a launcher of this folder as users do, from another folder."""
 
     def run(name, *arguments, **variables) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHON": sys.executable}
         environment |= {key: str(value) for key, value in variables.items()}
         command = ["bash", str(FOLDER / name), *map(str, arguments)]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def launch(*command, **environment):
     return subprocess.run(
         ["bash", *map(str, command)], capture_output=True, text=True, cwd="/", timeout=240,
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "PYTHON": sys.executable, **environment},
     )  # fmt: skip
 
 

@@ -199,7 +199,7 @@ def test_the_smallest_of_equal_rates_is_chosen_and_one_that_diverges_is_not(
 
 def test_the_search_in_two_processes_then_the_table_in_one(call, base_model, npz, noting, tmp_path):
     settings = {
-        **os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MODEL": str(base_model),
+        **os.environ, "PYTHON": sys.executable, "MODEL": str(base_model),
         "ARCHITECTURE": "test_vit", "DATA": str(npz), "SEEDS": "1", "EPOCHS": "1", "GRID": "1e-2 1e-4",
     }  # fmt: skip
     command = [

@@ -13,8 +13,6 @@ if getattr(sys.modules.get("peft"), "__file__", None) is None:
     sys.modules.pop("peft", None)
     importlib.import_module("peft")
 
-torch.set_num_threads(1)  # the tensors are tiny; with pytest -n, more threads only fight for the cores
-
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode does not: for tiny_models
 
 

@@ -14,7 +14,7 @@ LAUNCHER = Path(__file__).resolve().parents[1] / "bench_scaling.sh"
 
 
 def bench(*options):
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHON": sys.executable}
     command = ["bash", LAUNCHER, "--device", "cpu", "--shape", "tiny", *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, timeout=290, env=environment)
 

@@ -26,7 +26,6 @@ from scripts.faults import kills, processes, tiny
 from scripts.faults.processes import losses
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
 def command(run: tiny.Run, output: Path, count: int, *more: str) -> list[str]:
@@ -66,9 +65,7 @@ def test_two_processes_have_the_losses_of_one_and_save_one_adapter(domain, tmp_p
     run = processes.RUNS[domain](tmp_path)
     assert kills.execute(run, tmp_path / "one").code == 0
     if domain == "roberta":  # LlaMA's goes through torchrun below
-        done = subprocess.run(
-            command(run, tmp_path / "two", 2), capture_output=True, text=True, env=ENVIRONMENT
-        )
+        done = subprocess.run(command(run, tmp_path / "two", 2), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         told = done.stdout
     else:
@@ -105,7 +102,7 @@ def test_torchrun_is_terminated_then_loses_a_process_and_the_run_goes_on_with_an
 
     def torchrun(*more: str) -> subprocess.Popen:
         with log.open("w") as file:
-            return subprocess.Popen(command(run, cut, 2, *more), stdout=file, stderr=file, env=ENVIRONMENT)
+            return subprocess.Popen(command(run, cut, 2, *more), stdout=file, stderr=file)
 
     def step_of(checkpoint: Path) -> int:
         return int(checkpoint.name.partition("-")[2])

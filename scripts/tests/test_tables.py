@@ -249,7 +249,12 @@ def test_scaling(results):
         ("control:fast", "ddp", "1"),
     ]  # one method after another, whichever files they come from
     results.scaling([("lora", "fsdp2", 8, 65536, 0)], repeat="longest", longest=True)
-    line = row(results, "scaling", title.replace("process,", "process, longest sequence,"), processes="8")
+    line = row(
+        results,
+        "scaling",
+        "llama3-8b, longest sequence, batch 4 a process, Some GPU, torch 2.14",
+        processes="8",
+    )
     assert line["longest tokens"].text == "65,536"
 
 

@@ -519,8 +519,10 @@ def scaling_settings(collection: Collection) -> dict[str, dict[tuple[str, str, i
     settings: dict[str, dict[tuple[str, str, int], Scaled]] = {}
     for link, benchmark in collection.scalings.items():
         options = benchmark["options"]
-        what = f"{options['shape']}, {options['batch']} x {options['tokens']} tokens a process"
-        what += ", longest sequence" if options.get("longest") else ""
+        if options.get("longest"):  # from whichever length on it was looked for
+            what = f"{options['shape']}, longest sequence, batch {options['batch']} a process"
+        else:
+            what = f"{options['shape']}, {options['batch']} x {options['tokens']} tokens a process"
         cells = settings.setdefault(f"{what}, {_where(benchmark)}", {})
         single = {(r["method"], r["shard"]): r for r in benchmark["results"] if r["processes"] == 1}
         for result in benchmark["results"]:
