@@ -242,19 +242,13 @@ def test_scaling(results):
     )
     results.scaling([("lora", "ddp", 1, 0.5, 30.0), ("control:fast", "ddp", 1, 0.3, 20.0)], repeat="b")
     results.scaling([("lora", "fsdp2", 1, 0.5, 30.0), ("lora", "ddp", 8, 0.5, 30.0)], repeat="c")
-    cells = [(line["method"].text, line["sharding"].text, line["processes"].text) for line in rows(results, "scaling", title)]  # fmt: skip
+    # one method after another, whichever files they come from
+    cells = [tuple(line[name].text for name in ("method", "sharding", "processes")) for line in rows(results, "scaling", title)]  # fmt: skip
     lora = [("lora", "ddp", "1"), ("lora", "ddp", "2"), ("lora", "ddp", "8"), ("lora", "fsdp2", "1")]
-    assert cells == [
-        *lora,
-        ("control:fast", "ddp", "1"),
-    ]  # one method after another, whichever files they come from
+    assert cells == [*lora, ("control:fast", "ddp", "1")]
     results.scaling([("lora", "fsdp2", 8, 65536, 0)], repeat="longest", longest=True)
-    line = row(
-        results,
-        "scaling",
-        "llama3-8b, longest sequence, batch 4 a process, Some GPU, torch 2.14",
-        processes="8",
-    )
+    title = "llama3-8b, longest sequence, batch 4 a process, Some GPU, torch 2.14"
+    line = row(results, "scaling", title, processes="8")
     assert line["longest tokens"].text == "65,536"
 
 
