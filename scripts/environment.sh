@@ -37,7 +37,7 @@ _install() {
         _fail "the installation failed after $((SECONDS - start)) s: see $log, then run the same command again"
     fi
     # pip compiles on one core, and tests too; some packages hold templates that are no Python
-    "$REPOSITORY/.venv/bin/python" -m compileall -q -j 0 -x '/tests?/' "$REPOSITORY/.venv/lib" >>"$log" 2>&1 || true
+    "$REPOSITORY/.venv/bin/python" -m compileall -q -j 0 -x '/site-packages/.*/tests?/' "$REPOSITORY/.venv/lib" >>"$log" 2>&1 || true
     echo "Installed in $((SECONDS - start)) s"
 }
 
