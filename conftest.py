@@ -20,7 +20,11 @@ os.environ |= {
 }
 
 # Several domains have a script of the same name; tests say which they mean: `from RoBERTa import finetune`.
-sys.path.append(str(Path(__file__).parent))
+ROOT = str(Path(__file__).parent)
+sys.path.append(ROOT)
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+).rstrip(os.pathsep)
 
 # On CPUs with AVX512-BF16 bitsandbytes warns at import that an optional kernel package is absent; pytest would print
 # what conftest files logged below its own closing line.

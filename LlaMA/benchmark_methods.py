@@ -1,7 +1,7 @@
 """Measure peak memory and seconds per step of the methods on full-size LLaMA shapes with random weights.
 
-    python LlaMA/benchmark_methods.py --output_dir results/llama/shapes                       both shapes, four methods
-    python LlaMA/benchmark_methods.py --output_dir OUT --shapes llama3-8b --methods "double control" --memories plain fast lean
+    python -m LlaMA.benchmark_methods --output_dir results/llama/shapes                       both shapes, four methods
+    python -m LlaMA.benchmark_methods --output_dir OUT --shapes llama3-8b --methods "double control" --memories plain fast lean
 
 Each measurement is one folder with one record. Every step trains on one micro-batch in which all rows are `--cutoff`
 tokens long, the largest that the launchers' recipes can meet; micro-batches are theirs (4 for LLaMA-2-7B, 3 for LLaMA-3-8B).
@@ -19,17 +19,18 @@ from typing import Literal, Optional
 import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[1])
-)  # this folder is the package LlaMA, also when run as a script
-
-from control_experiments.arguments import parse_arguments
-from control_experiments.device import describe_device, explain_out_of_memory, seed_everything, select_device
 from control_experiments.errors import UserError, run_main
-from control_experiments.metering import MemoryMeter
-from control_experiments.quiet import quieten
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
-from control_experiments.runs import RunFolder
+from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.device import (
+    describe_device,
+    explain_out_of_memory,
+    seed_everything,
+    select_device,
+)
+from control_experiments.training.metering import MemoryMeter
+from control_experiments.training.quiet import quieten
+from control_experiments.training.runs import RunFolder
 from LlaMA.commonsense import TokenRow
 from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS, ready_to_train
 from LlaMA.measuring import run_steps
@@ -120,7 +121,7 @@ def measure(
         method=method,
         task="shape benchmark",
         seed=options.seed,
-        command=["python", "LlaMA/benchmark_methods.py", *command],
+        command=["python", "-m", "LlaMA.benchmark_methods", *command],
         created=created,
         finished=utc_now(),
         git=git_state(),

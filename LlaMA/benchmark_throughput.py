@@ -1,7 +1,7 @@
 """Measure real (non-padding) tokens per second of the published batching and of ours, in one run.
 
-    python LlaMA/benchmark_throughput.py --shape llama3-8b --data commonsense_51k.json --output_dir OUT
-    python LlaMA/benchmark_throughput.py --model SmolLM2.gguf --data commonsense_51k.json --output_dir OUT --memory fast
+    python -m LlaMA.benchmark_throughput --shape llama3-8b --data commonsense_51k.json --output_dir OUT
+    python -m LlaMA.benchmark_throughput --model SmolLM2.gguf --data commonsense_51k.json --output_dir OUT --memory fast
 
 Three ways to train on the same rows of the data:
     published   micro-batches of 4 padded to their longest row, autograd as it is
@@ -14,25 +14,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Literal, Optional
 
 import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[1])
-)  # this folder is the package LlaMA, also when run as a script
-
-from control_experiments.arguments import check_numbers, parse_arguments
-from control_experiments.checksums import fingerprint
-from control_experiments.device import describe_device, explain_out_of_memory, seed_everything, select_device
 from control_experiments.errors import UserError, run_main
-from control_experiments.metering import MemoryMeter
 from control_experiments.paths import public_path
-from control_experiments.quiet import quieten
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
-from control_experiments.runs import RunFolder
+from control_experiments.training.arguments import check_numbers, parse_arguments
+from control_experiments.training.checksums import fingerprint
+from control_experiments.training.device import (
+    describe_device,
+    explain_out_of_memory,
+    seed_everything,
+    select_device,
+)
+from control_experiments.training.metering import MemoryMeter
+from control_experiments.training.quiet import quieten
+from control_experiments.training.runs import RunFolder
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
 from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS, ready_to_train
 from LlaMA.measuring import run_steps, train_tokenizer
@@ -194,7 +194,7 @@ def measure(
         method=options.method,
         task="throughput",
         seed=options.seed,
-        command=["python", "LlaMA/benchmark_throughput.py", *command],
+        command=["python", "-m", "LlaMA.benchmark_throughput", *command],
         created=created,
         finished=utc_now(),
         git=git_state(),

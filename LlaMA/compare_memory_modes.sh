@@ -21,10 +21,10 @@ OUT=$1 GPU=$2; shift 2
 
 train() {
   local name=$1 memory=$2 seed=$3; shift 3
-  run "$PYTHON" "$HERE/finetune.py" --method "double control" --model "$MODEL" --data "$TRAIN_DATA" --device "$GPU" \
+  run "$PYTHON" -m LlaMA.finetune --method "double control" --model "$MODEL" --data "$TRAIN_DATA" --device "$GPU" \
     --memory "$memory" --seed "$seed" --max_steps "$STEPS" --eval_steps "$EVAL_STEPS" --lr "$LR" --batch_size "$BATCH" \
     --micro_batch_size "$MICRO_BATCH" --token_budget "$TOKEN_BUDGET" --output_dir "$OUT/$name" --resume "$@"
 }
 for memory in plain $MODES; do train "$memory" "$memory" "$SEED" "$@"; done
 train other-seed plain $((SEED + 1)) "$@"
-run "$PYTHON" "$HERE/memory_mode_curves.py" --folder "$OUT"
+run "$PYTHON" -m LlaMA.memory_mode_curves --folder "$OUT"

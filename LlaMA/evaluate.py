@@ -1,9 +1,9 @@
 """Answer the 8 commonsense test sets with a base model, with or without an adapter, and write a run record.
 
-    python LlaMA/evaluate.py --adapter OUT/adapter --data FOLDER_OF_TEST_SETS --output_dir OUT/evaluation
-    python LlaMA/evaluate.py --model SmolLM2.gguf --data FOLDER --output_dir zero-shot          no adapter: zero-shot
-    python LlaMA/evaluate.py ... --mode likelihood                    rank the answer words instead of generating
-    python LlaMA/evaluate.py ... --compare_batch_one 200              only measure batches against batch 1
+    python -m LlaMA.evaluate --adapter OUT/adapter --data FOLDER_OF_TEST_SETS --output_dir OUT/evaluation
+    python -m LlaMA.evaluate --model SmolLM2.gguf --data FOLDER --output_dir zero-shot          no adapter: zero-shot
+    python -m LlaMA.evaluate ... --mode likelihood                    rank the answer words instead of generating
+    python -m LlaMA.evaluate ... --compare_batch_one 200              only measure batches against batch 1
 
 Generation is as published (4 beams, 32 new tokens, no sampling), in left-padded batches of like length that end once
 every answer is decided. Each raw answer goes to <task>.jsonl as soon as it is there; a run that was killed goes on with
@@ -27,23 +27,19 @@ import torch
 from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[1])
-)  # this folder is the package LlaMA, also when run as a script
-
 import peft_control  # noqa: F401  registers CONTROL with peft
-from control_experiments.arguments import check_numbers, parse_arguments
-from control_experiments.checkpoints import check_adapter_files
-from control_experiments.checksums import fingerprint, local_fingerprint
-from control_experiments.device import describe_device, explain_out_of_memory, select_device
 from control_experiments.errors import UserError, run_main
-from control_experiments.metering import MemoryMeter
-from control_experiments.methods import load_adapter
 from control_experiments.paths import public_path
-from control_experiments.quantization import QUANTIZATION_HELP, check_method_runs, quantization_of
-from control_experiments.quiet import quieten
 from control_experiments.record import RunRecord, git_state, package_versions, read_record, utc_now
-from control_experiments.runs import RunFolder
+from control_experiments.training.arguments import check_numbers, parse_arguments
+from control_experiments.training.checkpoints import check_adapter_files
+from control_experiments.training.checksums import fingerprint, local_fingerprint
+from control_experiments.training.device import describe_device, explain_out_of_memory, select_device
+from control_experiments.training.metering import MemoryMeter
+from control_experiments.training.methods import load_adapter
+from control_experiments.training.quantization import QUANTIZATION_HELP, check_method_runs, quantization_of
+from control_experiments.training.quiet import quieten
+from control_experiments.training.runs import RunFolder
 from LlaMA.answering import Question, Reply, generate, rank_words
 from LlaMA.commonsense import TASKS, Row, offered_words, read_tests, tokenize_prompts
 from LlaMA.models import (
@@ -482,7 +478,7 @@ def evaluate(
         method=_method(options, model),
         task="commonsense-likelihood" if options.mode == "likelihood" else "commonsense",
         seed=options.seed,
-        command=["python", "LlaMA/evaluate.py", *command],
+        command=["python", "-m", "LlaMA.evaluate", *command],
         created=created,
         finished=utc_now(),
         git=git_state(),

@@ -1,9 +1,9 @@
 """Fine-tune a causal language model on commonsense questions with control, LoRA, DoRA or both, and write a run record.
 
-    python LlaMA/finetune.py --method "control+lora" --data commonsense_170k.json --output_dir OUT
-    python LlaMA/finetune.py --method "double control" --model SmolLM2.gguf --data commonsense_51k.json --output_dir OUT
-    torchrun --nproc_per_node 4 LlaMA/finetune.py ...        the batch is shared out over the processes
-    torchrun --nproc_per_node 4 LlaMA/finetune.py ... --shard fsdp2                  the frozen weights too
+    python -m LlaMA.finetune --method "control+lora" --data commonsense_170k.json --output_dir OUT
+    python -m LlaMA.finetune --method "double control" --model SmolLM2.gguf --data commonsense_51k.json --output_dir OUT
+    torchrun --nproc_per_node 4 -m LlaMA.finetune ...        the batch is shared out over the processes
+    torchrun --nproc_per_node 4 -m LlaMA.finetune ... --shard fsdp2                  the frozen weights too
 
 Defaults are the paper's recipe for LLaMA-2-7B. What the options trade: rows are packed end to end without padding, with
 the gradients of the published micro-batches; `--batching padded` computes on padding too, as published. A larger
@@ -30,30 +30,31 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import TrainingArguments
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[1])
-)  # this folder is the package LlaMA, also when run as a script
-
-from control_experiments.arguments import LARGEST_SEED, check_max_steps, check_numbers, parse_arguments
-from control_experiments.checkpoints import discard, step_of, whole_folder
-from control_experiments.checksums import local_fingerprint
-from control_experiments.device import (
+from control_experiments.errors import UserError, run_main
+from control_experiments.paths import public_path
+from control_experiments.record import RunRecord, git_state, package_versions, utc_now
+from control_experiments.training.arguments import (
+    LARGEST_SEED,
+    check_max_steps,
+    check_numbers,
+    parse_arguments,
+)
+from control_experiments.training.checkpoints import discard, step_of, whole_folder
+from control_experiments.training.checksums import local_fingerprint
+from control_experiments.training.device import (
     describe_device,
     explain_out_of_memory,
     make_deterministic,
     seed_everything,
     select_device,
 )
-from control_experiments.errors import UserError, run_main
-from control_experiments.metering import MemoryMeter
-from control_experiments.methods import set_memory
-from control_experiments.paths import public_path
-from control_experiments.quantization import QUANTIZATION_HELP, check_method_runs, check_paging
-from control_experiments.quiet import quieten
-from control_experiments.record import RunRecord, git_state, package_versions, utc_now
-from control_experiments.runs import RunFolder
-from control_experiments.sharding import SHARD_HELP, choose_shard, shard_frozen, shares_weights
-from control_experiments.trainer import ExperimentTrainer
+from control_experiments.training.metering import MemoryMeter
+from control_experiments.training.methods import set_memory
+from control_experiments.training.quantization import QUANTIZATION_HELP, check_method_runs, check_paging
+from control_experiments.training.quiet import quieten
+from control_experiments.training.runs import RunFolder
+from control_experiments.training.sharding import SHARD_HELP, choose_shard, shard_frozen, shares_weights
+from control_experiments.training.trainer import ExperimentTrainer
 from LlaMA.commonsense import TokenRow, read_rows, split_rows, tokenize_rows
 from LlaMA.models import (
     METHODS,
@@ -477,7 +478,7 @@ def train(
         method=options.method,
         task="commonsense",
         seed=options.seed,
-        command=["python", "LlaMA/finetune.py", *command],
+        command=["python", "-m", "LlaMA.finetune", *command],
         created=created,
         finished=utc_now(),
         git=git_state(),

@@ -69,7 +69,7 @@ train_and_evaluate() {
   local method=$1; shift
   [ $# -ge 5 ] || usage "CONTROL_RANK LORA_RANK LORA_ALPHA OUT GPU [options of finetune.py]"
   local control_rank=$1 lora_rank=$2 lora_alpha=$3 out=$4 gpu=$5; shift 5
-  run "$PYTHON" "$HERE/finetune.py" --method "$method" --model "$MODEL" --data "$TRAIN_DATA" --output_dir "$out" \
+  run "$PYTHON" -m LlaMA.finetune --method "$method" --model "$MODEL" --data "$TRAIN_DATA" --output_dir "$out" \
     --device "$gpu" --control_rank "$control_rank" --lora_rank "$lora_rank" --lora_alpha "$lora_alpha" \
     --lora_dropout "$LORA_DROPOUT" --epochs "$EPOCHS" --lr "$LR" --batch_size "$BATCH" \
     --micro_batch_size "$MICRO_BATCH" --cutoff "$CUTOFF" --warmup_steps "$WARMUP" --held_out "$HELD_OUT" \
@@ -84,7 +84,7 @@ evaluate() {
   # shellcheck disable=SC2086
   local answers=$out/$(answers_folder $EVALUATE_ARGS "$@")
   # shellcheck disable=SC2086
-  run "$PYTHON" "$HERE/evaluate.py" --model "$MODEL" --adapter "$out/adapter" --method "$method" --data "$DATA" \
+  run "$PYTHON" -m LlaMA.evaluate --model "$MODEL" --adapter "$out/adapter" --method "$method" --data "$DATA" \
     --output_dir "$answers" --device "$gpu" --control_rank "$control_rank" --lora_rank "$lora_rank" \
     --lora_alpha "$lora_alpha" --batch_size "$BATCH_QUESTIONS" $EVALUATE_ARGS "$@"
 }

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from control_experiments.metering import MemoryMeter, Throughput
+from control_experiments.training.metering import MemoryMeter, Throughput
 from LlaMA.commonsense import Row
 from LlaMA.packing import Batch
 from LlaMA.prompts import prompt

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Table and picture of compare_memory_modes.sh's runs, from their records alone.
 
-python LlaMA/memory_mode_curves.py --folder OUT
+python -m LlaMA.memory_mode_curves --folder OUT
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from control_experiments.arguments import parse_arguments
 from control_experiments.errors import run_main
 from control_experiments.record import RunRecord, read_record
+from control_experiments.training.arguments import parse_arguments
 
 MODES = ("plain", "fast", "balanced", "lean")
 OTHER = "other-seed"  # plain with another seed: how far apart two equally good runs lie

@@ -22,11 +22,16 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from control_experiments.checksums import local_fingerprint
 from control_experiments.errors import UserError
-from control_experiments.methods import ControlSettings, LoraSettings, adapter_config
 from control_experiments.paths import public_path
-from control_experiments.quantization import check_not_quantized, loading_arguments, prepare, quantization_of
+from control_experiments.training.checksums import local_fingerprint
+from control_experiments.training.methods import ControlSettings, LoraSettings, adapter_config
+from control_experiments.training.quantization import (
+    check_not_quantized,
+    loading_arguments,
+    prepare,
+    quantization_of,
+)
 
 METHODS = ("lora", "dora", "control", "double control", "control+lora", "control+dora")
 

@@ -38,7 +38,7 @@ for method in "${METHOD_LIST[@]}"; do
     # shellcheck disable=SC2086
     if [ "$(answers_folder $EVALUATE_ARGS)" = likelihood ]; then zero_shot=$zero_shot-likelihood; fi
     # shellcheck disable=SC2086
-    run "$PYTHON" "$HERE/evaluate.py" --model "$MODEL" --data "$DATA" --output_dir "$zero_shot" --device "$GPU" \
+    run "$PYTHON" -m LlaMA.evaluate --model "$MODEL" --data "$DATA" --output_dir "$zero_shot" --device "$GPU" \
       --batch_size "$BATCH_QUESTIONS" $EVALUATE_ARGS
     continue
   fi

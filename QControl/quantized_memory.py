@@ -1,8 +1,8 @@
 """Measure memory and time per step of the methods over 16-bit and quantized bases with random weights of a known shape.
 
-    python QControl/quantized_memory.py --shape roberta-base              the encoder's: batches 64 and 256 of 128 tokens
-    python QControl/quantized_memory.py --shape llama3-8b                 LLaMA's: 1 row of 256 and of 2048 tokens
-    python QControl/quantized_memory.py --shape tiny-roberta --device cpu --steps 2 --output_dir OUT     to try it out: 4 cells
+    python -m QControl.quantized_memory --shape roberta-base              the encoder's: batches 64 and 256 of 128 tokens
+    python -m QControl.quantized_memory --shape llama3-8b                 LLaMA's: 1 row of 256 and of 2048 tokens
+    python -m QControl.quantized_memory --shape tiny-roberta --device cpu --steps 2 --output_dir OUT     to try it out: 4 cells
 
 Every cell runs in a process of its own and leaves one record under results/qcontrol/memory; finished cells are skipped.
 `fp32` is what RoBERTa/finetune.py keeps without --quantization; every cell computes under --dtype autocast.
@@ -25,23 +25,21 @@ from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, RobertaConfig, RobertaForSequenceClassification
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the package LlaMA, also when run as a script
-
-from control_experiments.arguments import parse_arguments
-from control_experiments.device import (
+from control_experiments.errors import UserError, run_main
+from control_experiments.paths import RESULTS
+from control_experiments.record import RunRecord, git_state, package_versions, read_record, utc_now
+from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.device import (
     describe_device,
     explain_out_of_memory,
     seed_everything,
     select_device,
 )
-from control_experiments.errors import UserError, run_main
-from control_experiments.metering import MemoryMeter
-from control_experiments.methods import ControlSettings, LoraSettings, adapter_config, set_memory
-from control_experiments.paths import RESULTS
-from control_experiments.quantization import QUANTIZATIONS, loading_arguments, prepare
-from control_experiments.quiet import quieten
-from control_experiments.record import RunRecord, git_state, package_versions, read_record, utc_now
-from control_experiments.runs import RunFolder
+from control_experiments.training.metering import MemoryMeter
+from control_experiments.training.methods import ControlSettings, LoraSettings, adapter_config, set_memory
+from control_experiments.training.quantization import QUANTIZATIONS, loading_arguments, prepare
+from control_experiments.training.quiet import quieten
+from control_experiments.training.runs import RunFolder
 from LlaMA.finetune import ready_to_train
 from LlaMA.measuring import run_steps
 from LlaMA.models import SHAPES as LLAMA_SHAPES
@@ -285,7 +283,7 @@ def measure(
         method=cell.method,
         task="memory benchmark",
         seed=options.seed,
-        command=["python", "QControl/quantized_memory.py", *command],
+        command=["python", "-m", "QControl.quantized_memory", *command],
         created=created,
         finished=utc_now(),
         git=git_state(),
@@ -402,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         arguments = {name: getattr(options, name) for name in shared} | chosen
         flags = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-        if subprocess.run([sys.executable, __file__, *flags, "--worker"]).returncode:
+        if subprocess.run([sys.executable, "-m", "QControl.quantized_memory", *flags, "--worker"]).returncode:
             failed.append(cell.name)
     if failed:
         raise UserError(f"not measured: {', '.join(failed)} (reasons above)")

@@ -1,6 +1,6 @@
 """Seconds of one CoLA epoch padded to 128, as the authors pad, and to each batch's longest row, as we do.
 
-    python RoBERTa/benchmark_padding.py --model FOLDER --data GLUE_FOLDER --device cpu
+    python -m RoBERTa.benchmark_padding --model FOLDER --data GLUE_FOLDER --device cpu
 
 Both are timed in one process on the same rows, model, batch size and precision, step by step in turn, after warm-up
 steps. Without --steps
@@ -22,18 +22,18 @@ import datasets
 import finetune
 import torch
 from datasets import Dataset
-from glue import get_task, load_task
 from peft import PeftModel
 from torch.utils.data import RandomSampler, Sampler
 from transformers import BatchEncoding, DataCollatorWithPadding
 
-from control_experiments.arguments import parse_arguments
-from control_experiments.device import describe_device, seed_everything, select_device
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
-from control_experiments.quiet import quieten
 from control_experiments.record import git_state, package_versions, public_command, utc_now, write_json_atomic
-from control_experiments.trainer import ResumableLengthSampler
+from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.device import describe_device, seed_everything, select_device
+from control_experiments.training.quiet import quieten
+from control_experiments.training.trainer import ResumableLengthSampler
+from RoBERTa.glue import get_task, load_task
 
 WARM_UP_STEPS = 2
 
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     print(f"     ratio: {ratio:8.3f}")
     result = {
         "created": utc_now(),
-        "command": public_command(["python", "RoBERTa/benchmark_padding.py", *command]),
+        "command": public_command(["python", "-m", "RoBERTa.benchmark_padding", *command]),
         "git": git_state(),
         "versions": package_versions(),
         "device": describe_device(device),

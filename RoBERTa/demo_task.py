@@ -8,7 +8,7 @@ run of words is shuffled) and agreement (a verb, article or pronoun takes the wr
 different topics, and a sentence that several topics share is kept once, so no text crosses. The text differs between
 Python versions, so a run's record holds the checksum of what was made.
 
-    python RoBERTa/demo_task.py FOLDER      writes FOLDER/Demo/train.tsv and dev.tsv, to look at
+    python -m RoBERTa.demo_task FOLDER      writes FOLDER/Demo/train.tsv and dev.tsv, to look at
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _tsv(rows: list[tuple[str, int]]) -> str:
 
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise UserError("usage: python RoBERTa/demo_task.py FOLDER")
+        raise UserError("usage: python -m RoBERTa.demo_task FOLDER")
     splits = make_demo()
     folder = Path(sys.argv[1]) / "Demo"
     folder.mkdir(parents=True, exist_ok=True)

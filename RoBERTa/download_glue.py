@@ -1,7 +1,7 @@
 """Download GLUE tasks from the hub into folders that need no network afterwards.
 
-    python RoBERTa/download_glue.py                                   all nine tasks into RoBERTa/data/glue
-    python RoBERTa/download_glue.py --tasks cola rte --output FOLDER
+    python -m RoBERTa.download_glue                                   all nine tasks into RoBERTa/data/glue
+    python -m RoBERTa.download_glue --tasks cola rte --output FOLDER
     DATA=FOLDER bash RoBERTa/run_roberta.sh control cola
 
 Each task becomes a `datasets.save_to_disk` folder; a task that is there already is left as it is.
@@ -18,10 +18,10 @@ from pathlib import Path
 import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import huggingface_hub
 from datasets import load_dataset
-from glue import GLUE_TASKS, HUB_ID
 
-from control_experiments.arguments import parse_arguments
 from control_experiments.errors import UserError, run_main
+from control_experiments.training.arguments import parse_arguments
+from RoBERTa.glue import GLUE_TASKS, HUB_ID
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Fine-tune an encoder on a GLUE task with control, LoRA or DoRA, and write a run record.
 
-    python RoBERTa/finetune.py --method control --task cola                      the paper's recipe, GPU 0, from the hub
-    python RoBERTa/finetune.py --method lora --task demo --model FOLDER --device cpu --epochs 2 --lr 1e-3
-    torchrun --nproc_per_node 2 RoBERTa/finetune.py --method control --task mnli     each step's rows are shared out
-    torchrun --nproc_per_node 2 RoBERTa/finetune.py --method control --task mnli --shard fsdp2        the frozen weights too
+    python -m RoBERTa.finetune --method control --task cola                      the paper's recipe, GPU 0, from the hub
+    python -m RoBERTa.finetune --method lora --task demo --model FOLDER --device cpu --epochs 2 --lr 1e-3
+    torchrun --nproc_per_node 2 -m RoBERTa.finetune --method control --task mnli     each step's rows are shared out
+    torchrun --nproc_per_node 2 -m RoBERTa.finetune --method control --task mnli --shard fsdp2        the frozen weights too
 
 What the options trade: `--padding longest` (default) computes only on real tokens and gives the same results as
 `max_length`, which is there to reproduce the authors' timing. `--precision` defaults to bf16 where the GPU has it
@@ -27,7 +27,6 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from glue import HUB_ID, TASKS, Task, get_task, load_task, write_predictions
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
@@ -41,19 +40,26 @@ from transformers import (
 )
 
 import peft_control  # noqa: F401  registers CONTROL with peft
-from control_experiments.arguments import LARGEST_SEED, check_max_steps, check_numbers, parse_arguments
-from control_experiments.checkpoints import check_adapter_files, discard, step_of, whole_folder
-from control_experiments.checksums import local_fingerprint
-from control_experiments.device import (
+from control_experiments.errors import UserError, run_main
+from control_experiments.paths import RESULTS, public_path
+from control_experiments.record import RunRecord, git_state, package_versions, utc_now
+from control_experiments.training.arguments import (
+    LARGEST_SEED,
+    check_max_steps,
+    check_numbers,
+    parse_arguments,
+)
+from control_experiments.training.checkpoints import check_adapter_files, discard, step_of, whole_folder
+from control_experiments.training.checksums import local_fingerprint
+from control_experiments.training.device import (
     describe_device,
     explain_out_of_memory,
     make_deterministic,
     seed_everything,
     select_device,
 )
-from control_experiments.errors import UserError, run_main
-from control_experiments.metering import MemoryMeter
-from control_experiments.methods import (
+from control_experiments.training.metering import MemoryMeter
+from control_experiments.training.methods import (
     ControlSettings,
     LoraSettings,
     adapter_config,
@@ -61,8 +67,7 @@ from control_experiments.methods import (
     load_adapter,
     set_memory,
 )
-from control_experiments.paths import RESULTS, public_path
-from control_experiments.quantization import (
+from control_experiments.training.quantization import (
     QUANTIZATION_HELP,
     check_method_runs,
     check_not_quantized,
@@ -70,11 +75,11 @@ from control_experiments.quantization import (
     prepare,
     quantization_of,
 )
-from control_experiments.quiet import quieten
-from control_experiments.record import RunRecord, git_state, package_versions, utc_now
-from control_experiments.runs import RunFolder
-from control_experiments.sharding import SHARD_HELP, choose_shard, shard_frozen, shares_weights
-from control_experiments.trainer import ExperimentTrainer
+from control_experiments.training.quiet import quieten
+from control_experiments.training.runs import RunFolder
+from control_experiments.training.sharding import SHARD_HELP, choose_shard, shard_frozen, shares_weights
+from control_experiments.training.trainer import ExperimentTrainer
+from RoBERTa.glue import HUB_ID, TASKS, Task, get_task, load_task, write_predictions
 
 logger = logging.getLogger("finetune")
 LOGGERS = ("finetune", "control_experiments")
@@ -512,7 +517,7 @@ def data_description(options: Options, splits: datasets.DatasetDict) -> dict:
         root = options.data_folder
         return {"id": public_path(root), "sha256": local_fingerprint(root), **description}
     if options.task == "demo":
-        from demo_task import demo_checksum, make_demo
+        from RoBERTa.demo_task import demo_checksum, make_demo
 
         return {"id": "pydoc_data.topics (demo_task.py)", "sha256": demo_checksum(make_demo()), **description}
     sources = " ".join(splits["train"].info.download_checksums or {})
@@ -606,7 +611,7 @@ def train(
         method=options.method,
         task=options.task,
         seed=options.seed,
-        command=["python", "RoBERTa/finetune.py", *command],
+        command=["python", "-m", "RoBERTa.finetune", *command],
         created=created,
         finished=utc_now(),
         git=git_state(),

@@ -166,7 +166,7 @@ def load_task(name: str, data: str | None = None, *, tests: bool = False) -> Dat
     if data is not None:
         splits = _load_folder(name, task, Path(data), wanted)
     elif name == "demo":
-        from demo_task import make_demo
+        from RoBERTa.demo_task import make_demo
 
         splits = {split: _dataset(task, rows) for split, rows in make_demo().items()}
     else:

@@ -12,7 +12,7 @@ usage: bash RoBERTa/run_roberta.sh METHOD TASK [EPOCHS] [LR] [GPU] [options of f
   LR      default 3e-4
   GPU     index of a GPU, or cpu; default 0
 MODEL=... and DATA=... name a model and a data folder instead of the hub's; SEED=... the seed (default 42).
-All options: python RoBERTa/finetune.py --help
+All options: python -m RoBERTa.finetune --help
 USAGE
 }
 
@@ -67,7 +67,7 @@ fi
 
 source "$here/../scripts/interpreter.sh"
 command=(
-    "$PYTHON" "$here/finetune.py" --method "$METHOD" --task "$TASK" --model "$MODEL"
+    "$PYTHON" -m RoBERTa.finetune --method "$METHOD" --task "$TASK" --model "$MODEL"
     --epochs "$EPOCHS" --lr "$LR" --device "$GPU" --seed "$SEED" --batch_size "$BATCH_SIZE"
     --max_length "$MAX_LENGTH" --warmup_ratio "$WARMUP_RATIO" --weight_decay "$WEIGHT_DECAY"
     --control_rank "$CONTROL_RANK" --control_alpha "$CONTROL_ALPHA"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from control_experiments.device import to_device
+from control_experiments.training.device import to_device
 
 #: Upper bound of a padded chunk of images of unequal sizes, in values (x 4 bytes when they become floats).
 CHUNK_VALUES = 1 << 26

@@ -1,6 +1,6 @@
 """Does the data pipeline hold the GPU back? Images per second of training, three ways, in one run.
 
-    python ViT/benchmark_pipeline.py --data cifar100 --device 0
+    python -m ViT.benchmark_pipeline --data cifar100 --device 0
 
 - ours:      batches cropped, resized, flipped and normalised on the device (augment.py)
 - resident:  the same training step fed from one batch that already lies there: the most a pipeline could reach
@@ -21,24 +21,24 @@ from pathlib import Path
 from typing import Optional
 
 import control_experiments  # noqa: F401  # isort: skip  (first, see there)
-import augment
 import torch
-from classifier import AdapterSettings, add_adapter, count_parameters
-from images import Decoded, ImageData, load_data
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
-from training import Step, choose_precision, index_batches, prepared, train_epoch
-from vision_models import create, set_attention
 
-from control_experiments.arguments import parse_arguments
-from control_experiments.device import describe_device, seed_everything, select_device
 from control_experiments.errors import UserError, run_main
-from control_experiments.metering import MemoryMeter
 from control_experiments.paths import RESULTS
 from control_experiments.record import RunRecord, git_state, package_versions, utc_now
+from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.device import describe_device, seed_everything, select_device
+from control_experiments.training.metering import MemoryMeter
+from ViT import augment
+from ViT.classifier import AdapterSettings, add_adapter, count_parameters
+from ViT.images import Decoded, ImageData, load_data
+from ViT.training import Step, choose_precision, index_batches, prepared, train_epoch
+from ViT.vision_models import create, set_attention
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 

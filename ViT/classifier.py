@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer
 from torch import nn
-from vision_models import Base, create, load, load_weights, mlp_linears, set_attention, set_mlp_layers
 
 import peft_control  # noqa: F401  makes peft know the method when it loads an adapter
-from control_experiments.checkpoints import check_adapter_files
 from control_experiments.errors import UserError
-from control_experiments.methods import ControlSettings, LoraSettings, adapter_config, load_adapter
 from control_experiments.record import read_json, write_json_atomic
+from control_experiments.training.checkpoints import check_adapter_files
+from control_experiments.training.methods import ControlSettings, LoraSettings, adapter_config, load_adapter
+from ViT.vision_models import Base, create, load, load_weights, mlp_linears, set_attention, set_mlp_layers
 
 METHODS = ("control", "lora", "dora", "probe")
 HEAD = "head"

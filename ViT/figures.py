@@ -1,7 +1,7 @@
 """Pictures of finished runs: accuracy against peak memory, training curves, and test images with their labels.
 
-    python ViT/figures.py --runs results/vit/*_seed1 results/vit/*_seed2 --output_dir results/vit/figures
-    python ViT/figures.py --runs results/vit/RUN --data DATA --output_dir results/vit/figures     also the image grid
+    python -m ViT.figures --runs results/vit/*_seed1 results/vit/*_seed2 --output_dir results/vit/figures
+    python -m ViT.figures --runs results/vit/RUN --data DATA --output_dir results/vit/figures     also the image grid
 
 Everything but the grid is made from records alone; the grid reads the run's predictions.csv and shows the images of
 --data, the test images of the run.
@@ -22,11 +22,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from images import Decoded, load_data
 
-from control_experiments.arguments import parse_arguments
 from control_experiments.errors import UserError, run_main
 from control_experiments.record import RunRecord, read_record
+from control_experiments.training.arguments import parse_arguments
+from ViT.images import Decoded, load_data
 
 COLORS = {"control": "tab:blue", "lora": "tab:orange", "dora": "tab:green", "probe": "tab:gray"}
 

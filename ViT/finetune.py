@@ -1,9 +1,9 @@
 """Fine-tune a timm Vision Transformer on images with control, LoRA, DoRA or a linear probe; write a run record.
 
-    python ViT/finetune.py --method control                                    ViT-B/16 on CIFAR-100 from the hubs
-    python ViT/finetune.py --method control --data digits --model tiny --device cpu --epochs 20 --batch_size 32 --lr 0.05   no hub
-    python ViT/finetune.py --evaluate results/vit/RUN/adapter --data flowers102         test accuracy of an adapter
-    python ViT/finetune.py --predict PHOTOS --adapter results/vit/RUN/adapter --output classes.csv
+    python -m ViT.finetune --method control                                    ViT-B/16 on CIFAR-100 from the hubs
+    python -m ViT.finetune --method control --data digits --model tiny --device cpu --epochs 20 --batch_size 32 --lr 0.05   no hub
+    python -m ViT.finetune --evaluate results/vit/RUN/adapter --data flowers102         test accuracy of an adapter
+    python -m ViT.finetune --predict PHOTOS --adapter results/vit/RUN/adapter --output classes.csv
 
 The defaults are the paper's recipe, except that --mlp_layers 4 and --attention eager give its exact model. What
 the options trade: --attention sdpa needs 3 GB less than eager and gives the same results; --memory fast, balanced
@@ -24,9 +24,42 @@ from pathlib import Path
 from typing import Literal, Optional
 
 import control_experiments  # noqa: F401  # isort: skip  (first, see there)
-import augment
 import torch
-from classifier import (
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+from control_experiments.errors import Interrupted, StopRequest, UserError, run_main
+from control_experiments.paths import RESULTS, public_path
+from control_experiments.record import (
+    RunRecord,
+    git_state,
+    package_versions,
+    read_json,
+    read_record,
+    utc_now,
+    write_json_atomic,
+)
+from control_experiments.training.arguments import LARGEST_SEED, check_numbers, parse_arguments
+from control_experiments.training.checkpoints import checkpoints, discard, keep_newest, whole_folder
+from control_experiments.training.checksums import fingerprint
+from control_experiments.training.device import (
+    describe_device,
+    explain_out_of_memory,
+    make_deterministic,
+    seed_everything,
+    select_device,
+)
+from control_experiments.training.losses import LossWatch, check_parameters
+from control_experiments.training.metering import MemoryMeter, Throughput
+from control_experiments.training.methods import ControlSettings, check_method, set_memory
+from control_experiments.training.quiet import quieten
+from control_experiments.training.rates import SEARCH_FOLDER
+from control_experiments.training.runs import RunFolder
+from ViT import augment
+from ViT.classifier import (
     METHODS,
     AdapterSettings,
     Description,
@@ -37,16 +70,11 @@ from classifier import (
     save,
     trained_state,
 )
-from held_out import hold_out
-from images import Decoded, ImageData, load_data, read_folder
-from names import model_name, run_name
-from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tiny_model import build_tiny
-from torch import nn
-from tqdm import tqdm
-from training import (
+from ViT.held_out import hold_out
+from ViT.images import Decoded, ImageData, load_data, read_folder
+from ViT.names import model_name, run_name
+from ViT.tiny_model import build_tiny
+from ViT.training import (
     EpochLoss,
     Step,
     choose_precision,
@@ -56,35 +84,7 @@ from training import (
     score,
     train_epoch,
 )
-from vision_models import TINY, Base, set_attention, set_mlp_layers
-
-from control_experiments.arguments import LARGEST_SEED, check_numbers, parse_arguments
-from control_experiments.checkpoints import checkpoints, discard, keep_newest, whole_folder
-from control_experiments.checksums import fingerprint
-from control_experiments.device import (
-    describe_device,
-    explain_out_of_memory,
-    make_deterministic,
-    seed_everything,
-    select_device,
-)
-from control_experiments.errors import Interrupted, StopRequest, UserError, run_main
-from control_experiments.losses import LossWatch, check_parameters
-from control_experiments.metering import MemoryMeter, Throughput
-from control_experiments.methods import ControlSettings, check_method, set_memory
-from control_experiments.paths import RESULTS, public_path
-from control_experiments.quiet import quieten
-from control_experiments.rates import SEARCH_FOLDER
-from control_experiments.record import (
-    RunRecord,
-    git_state,
-    package_versions,
-    read_json,
-    read_record,
-    utc_now,
-    write_json_atomic,
-)
-from control_experiments.runs import RunFolder
+from ViT.vision_models import TINY, Base, set_attention, set_mlp_layers
 
 logger = logging.getLogger("vit")
 LESS_MEMORY = (

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from images import Decoded, ImageData
 
 from control_experiments.errors import UserError
+from ViT.images import Decoded, ImageData
 
 #: Not a run's own seed: runs that are compared must hold out the same images.
 SEED = 0

@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from tqdm import tqdm
 
-from control_experiments.checksums import fingerprint
-from control_experiments.device import to_device
 from control_experiments.errors import UserError
+from control_experiments.training.checksums import fingerprint
+from control_experiments.training.device import to_device
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
 #: What Pillow may take a file for: it knows more formats, some of which start other programs.

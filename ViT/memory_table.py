@@ -1,6 +1,6 @@
 """Measure the published memory table: ViT-B/16, batch 128, random weights, MLPs of four layers.
 
-    python ViT/memory_table.py --device 0            all six cells, each in a process of its own, then table.md
+    python -m ViT.memory_table --device 0            all six cells, each in a process of its own, then table.md
 
 Peak memory is the CUDA allocator's largest allocation over whole training steps (forward, backward, SGD) under fp16
 autocast with a loss scaler; a batch lies on the device, as in the published loop. Random weights need no download
@@ -17,16 +17,16 @@ from typing import Optional
 
 import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
-from classifier import AdapterSettings, add_adapter, count_parameters
-from training import Step, choose_precision
-from vision_models import create, set_attention, set_mlp_layers
 
-from control_experiments.arguments import parse_arguments
-from control_experiments.device import describe_device, seed_everything, select_device
 from control_experiments.errors import UserError, run_main
-from control_experiments.metering import MemoryMeter, Throughput
 from control_experiments.paths import RESULTS
 from control_experiments.record import RunRecord, git_state, package_versions, read_record, utc_now
+from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.device import describe_device, seed_everything, select_device
+from control_experiments.training.metering import MemoryMeter, Throughput
+from ViT.classifier import AdapterSettings, add_adapter, count_parameters
+from ViT.training import Step, choose_precision
+from ViT.vision_models import create, set_attention, set_mlp_layers
 
 METHODS = ("lora", "control", "dora")
 ATTENTIONS = ("eager", "sdpa")
@@ -165,7 +165,9 @@ def main() -> None:
         for method in METHODS:
             cell = f"{attention}_{method}"
             print(f"measuring {cell}", flush=True)
-            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--cell", cell], check=False)
+            done = subprocess.run(
+                [sys.executable, "-m", "ViT.memory_table", *sys.argv[1:], "--cell", cell], check=False
+            )
             if done.returncode:
                 raise UserError(f"{cell} could not be measured (see above); needs about 32 GiB free for dora")
     text = table(folder)

@@ -31,7 +31,7 @@ method=$1 gpu=$2
 shift 2
 
 source "$here/../scripts/interpreter.sh"
-command=("$PYTHON" "$here/finetune.py" --method "$method" --device "$gpu" --model "$MODEL" --data "$DATA"
+command=("$PYTHON" -m ViT.finetune --method "$method" --device "$gpu" --model "$MODEL" --data "$DATA"
     --epochs "$EPOCHS" --lr "$LR" --lr_decay "$LR_DECAY" --batch_size "$BATCH" --mlp_layers "$MLP_LAYERS"
     --attention "$ATTENTION" --control_rank "$CONTROL_RANK" --lora_rank "$LORA_RANK" --lora_alpha "$LORA_ALPHA")
 if [[ -n $ARCHITECTURE ]]; then command+=(--architecture "$ARCHITECTURE"); fi

@@ -37,5 +37,5 @@ fi
 source "$here/../scripts/interpreter.sh"
 echo "$METHODS on ${data[*]} with $MODEL, seeds $SEEDS, $EPOCHS epochs, learning rate ${GRID:-$LR}, device $gpu"
 # shellcheck disable=SC2086  # the lists are meant to be split
-exec "$PYTHON" "$here/small_table.py" --device "$gpu" --model "$MODEL" --architecture "$ARCHITECTURE" --data "${data[@]}" \
+exec "$PYTHON" -m ViT.small_table --device "$gpu" --model "$MODEL" --architecture "$ARCHITECTURE" --data "${data[@]}" \
     --methods $METHODS --seeds $SEEDS --epochs "$EPOCHS" --lr "$LR" ${GRID:+--grid $GRID} "$@"

@@ -1,7 +1,7 @@
 """All real runs of results/vit in one process: data sets x methods x seeds, at equal trained parameters.
 
-    python ViT/small_table.py --data DATA --model MODEL --grid 5e-4 1e-3 2e-3 5e-3 2e-2        each method's own learning rate
-    python ViT/small_table.py --data DATA --model MODEL --grid 5e-4 1e-3 2e-3 5e-3 2e-2 --methods lora --search_only
+    python -m ViT.small_table --data DATA --model MODEL --grid 5e-4 1e-3 2e-3 5e-3 2e-2        each method's own learning rate
+    python -m ViT.small_table --data DATA --model MODEL --grid 5e-4 1e-3 2e-3 5e-3 2e-2 --methods lora --search_only
 
 `run_small_table.sh` calls it with the recipe. Finished runs are skipped and unfinished ones are resumed, so the same
 command completes an interrupted table. With --grid a search comes first: one run for each data set, method and learning
@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Optional
 
 import control_experiments  # noqa: F401  # isort: skip  (first, see there)
-import finetune
 import torch
 
-from control_experiments.arguments import parse_arguments
-from control_experiments.device import explain_out_of_memory, select_device
 from control_experiments.errors import UserError, run_main
-from control_experiments.losses import Diverged
 from control_experiments.paths import RESULTS
-from control_experiments.quiet import quieten
-from control_experiments.rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
 from control_experiments.record import read_record
+from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.device import explain_out_of_memory, select_device
+from control_experiments.training.losses import Diverged
+from control_experiments.training.quiet import quieten
+from control_experiments.training.rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
+from ViT import finetune
 
 #: Share of the training images on which the search scores learning rates.
 HELD_OUT = 0.1

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 
-import augment
 import torch
-from images import load_digits_data
 from timm.models import VisionTransformer
 from torch.nn.functional import cross_entropy
-from vision_models import TINY, Base, create
+
+from ViT import augment
+from ViT.images import load_digits_data
+from ViT.vision_models import TINY, Base, create
 
 SEED, STEPS, BATCH, LEARNING_RATE = 0, 300, 32, 2e-3
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import augment
 import torch
-from images import Decoded, OnDemand
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from control_experiments.device import to_device
 from control_experiments.errors import UserError
+from control_experiments.training.device import to_device
+from ViT import augment
+from ViT.images import Decoded, OnDemand
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 

@@ -19,8 +19,8 @@ from timm.models import VisionTransformer, is_model_in_modules
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from control_experiments.checksums import fingerprint
 from control_experiments.errors import UserError
+from control_experiments.training.checksums import fingerprint
 
 #: The architecture of the CPU demonstration (`tiny_model.py`), beside timm's own.
 TINY = "tiny"

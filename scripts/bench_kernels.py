@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Our elementwise kernels against Liger's and torch's: forward and backward of each, at LLaMA-3-8B's and ViT-B's widths.
 
-    python scripts/bench_kernels.py                      # needs a GPU and liger-kernel
-    python scripts/bench_kernels.py --device cpu --tokens 64 --peers torch      # to try it out
+    python -m scripts.bench_kernels                      # needs a GPU and liger-kernel
+    python -m scripts.bench_kernels --device cpu --tokens 64 --peers torch      # to try it out
 
 Each row is one operation with a frozen weight, forward and then the gradient of its input, median of --repeats; memory
 is the peak over the inputs. Ratios below 1: ours is faster, or needs less. A Triton kernel of ours earns its place in
@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from control_experiments.arguments import parse_arguments
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
+from control_experiments.training.arguments import parse_arguments
 from peft_control.memory import kernels
 from peft_control.memory.loss import LinearCrossEntropy
 

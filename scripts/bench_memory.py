@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Memory and speed of one training step: LoRA and DoRA as people run them, and control in every memory mode.
 
-    python scripts/bench_memory.py                                        # LLaMA-3-8B shape, 4 x 1024 tokens
-    python scripts/bench_memory.py --tokens 256 --methods lora control:fast control+graphs:fast control:lean
-    python scripts/bench_memory.py --shape vit-b16 --batch 128            # 4-layer MLP, 197 tokens, fp16 autocast
-    python scripts/bench_memory.py --shape roberta-base --batch 64 --tokens 128
-    python scripts/bench_memory.py --limit 23.5 --batch 1 --methods lora+liger+checkpointing control:lean
-    python scripts/bench_memory.py --methods control:fast --profile       # where the time goes
+    python -m scripts.bench_memory                                        # LLaMA-3-8B shape, 4 x 1024 tokens
+    python -m scripts.bench_memory --tokens 256 --methods lora control:fast control+graphs:fast control:lean
+    python -m scripts.bench_memory --shape vit-b16 --batch 128            # 4-layer MLP, 197 tokens, fp16 autocast
+    python -m scripts.bench_memory --shape roberta-base --batch 64 --tokens 128
+    python -m scripts.bench_memory --limit 23.5 --batch 1 --methods lora+liger+checkpointing control:lean
+    python -m scripts.bench_memory --methods control:fast --profile       # where the time goes
 
 Random weights of the true shape: memory and time do not depend on their values. Every method runs in a process
 of its own, on the same data, and a line is printed as it ends; ratios are to the fastest and to the leanest LoRA
@@ -49,10 +49,10 @@ import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 from torch import nn
 
-from control_experiments.arguments import parse_arguments
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
+from control_experiments.training.arguments import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,9 +101,9 @@ UNSLOTH_METHODS = [
 ]
 
 
-#: `python -c` this SCRIPT ... runs the script.
+#: `python -c` this ... runs this module.
 UNSLOTH_FIRST = (
-    "import runpy, sys, unsloth; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    "import runpy, unsloth; runpy.run_module('scripts.bench_memory', run_name='__main__', alter_sys=True)"
 )
 
 
@@ -314,8 +314,7 @@ def build_roberta(options, name, switches, mode) -> Workload:
 def build_vit(options, name, switches, mode) -> Workload:
     import timm
 
-    sys.path.append(str(ROOT / "ViT"))
-    from vision_models import mlp_linears, set_mlp_layers
+    from ViT.vision_models import mlp_linears, set_mlp_layers
 
     with torch.device(options.device):
         model = timm.create_model(VISION_SHAPES[options.shape], num_classes=100)
@@ -514,13 +513,13 @@ def run_all(options: Options, finished: Collection[str] = ()) -> Iterator[dict]:
         if method in finished:
             continue
         started = time.time()
-        command = [sys.executable, __file__, *passed_on, "--worker", method]
+        command = [sys.executable, "-m", "scripts.bench_memory", *passed_on, "--worker", method]
         switches = parse_method(method)[1]
         environment = {**os.environ, **(EXPANDABLE if options.limit or "graphs" in switches else {})}
         if (
             "unsloth" in switches
         ):  # which wants to be imported before transformers, and writes what it compiles
-            command[1:2] = ["-c", UNSLOTH_FIRST, __file__]
+            command[1:3] = ["-c", UNSLOTH_FIRST]
             environment |= {
                 "UNSLOTH_DISABLE_STATISTICS": "1",
                 "UNSLOTH_COMPILE_LOCATION": str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"),

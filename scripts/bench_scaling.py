@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Optional
 
 import control_experiments  # noqa: F401  # isort: skip  (first, see there)
-import bench_memory
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -42,11 +41,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from control_experiments.arguments import parse_arguments
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
-from control_experiments.sharding import average_gradients, split_into_units
+from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.sharding import average_gradients, split_into_units
+from scripts import bench_memory
 
 SHAPES = {
     **bench_memory.LLAMA_SHAPES,
@@ -291,7 +291,7 @@ def run_cell(options: Options, method: str, shard: str, processes: int, accumula
             str(processes),
         ]
         done = subprocess.run(
-            [*command, __file__, *arguments],
+            [*command, "-m", "scripts.bench_scaling", *arguments],
             stdout=None if options.longest else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

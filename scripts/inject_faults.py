@@ -1,8 +1,8 @@
 """Inject faults into every domain and say what was lost; the reliability page (scripts/RELIABILITY.md) reads its result.
 
-    python scripts/inject_faults.py --kills 40 --lost 40 --inputs 100000        the whole campaign
-    python scripts/inject_faults.py --kills 3 --lost 3 --domains roberta --inputs 0
-    python scripts/inject_faults.py --kills 0 --lost 0 --inputs 2000 --readers npz tar
+    python -m scripts.inject_faults --kills 40 --lost 40 --inputs 100000        the whole campaign
+    python -m scripts.inject_faults --kills 3 --lost 3 --domains roberta --inputs 0
+    python -m scripts.inject_faults --kills 0 --lost 0 --inputs 2000 --readers npz tar
 
 Kills are SIGKILLs at random moments of tiny training and evaluation runs, each of which must then end, bit for bit, as if
 undisturbed. Lost are single processes of training runs of two, which must then go on with 1, 2 and 4 processes and have the
@@ -24,15 +24,13 @@ from pathlib import Path
 from typing import Optional
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-sys.path.append(str(Path(__file__).resolve().parent))
 
-from faults import kills, processes
-from faults.inputs import READERS, fast_folder, feed
-from faults.tiny import RUNS
-
-from control_experiments.arguments import parse_arguments
 from control_experiments.errors import UserError, run_main
 from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
+from control_experiments.training.arguments import parse_arguments
+from scripts.faults import kills, processes
+from scripts.faults.inputs import READERS, fast_folder, feed
+from scripts.faults.tiny import RUNS
 
 
 @dataclass

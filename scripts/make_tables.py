@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Make every table, the judged claims and the report from the run records below a results folder.
 
-    python scripts/make_tables.py                         results/tables/*.md|csv|tex, results/claims.md, results/report.html
-    python scripts/make_tables.py --results OTHER_FOLDER --strict
+    python -m scripts.make_tables                         results/tables/*.md|csv|tex, results/claims.md, results/report.html
+    python -m scripts.make_tables --results OTHER_FOLDER --strict
 
 Nothing is trained or measured here and no figure is typed in: ours come from records, the published ones from
 results/paper.json. A record that is broken or must not be compared with the others leaves its cell empty with a footnote
@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from control_experiments.arguments import parse_arguments
-from control_experiments.cells import write_tables
-from control_experiments.claims import judge, write_claims
-from control_experiments.collection import collect
 from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
-from control_experiments.published import read_paper
-from control_experiments.report import write_report
-from control_experiments.tables import all_tables
+from control_experiments.reporting.cells import write_tables
+from control_experiments.reporting.claims import judge, write_claims
+from control_experiments.reporting.collection import collect
+from control_experiments.reporting.published import read_paper
+from control_experiments.reporting.report import write_report
+from control_experiments.reporting.tables import all_tables
+from control_experiments.training.arguments import parse_arguments
 
 
 @dataclass

@@ -14,7 +14,7 @@ GPU=${1:-$("$PYTHON" -c 'import torch; print(0 if torch.cuda.is_available() else
 METHODS=(control lora dora)
 OUT=$REPOSITORY/results/quickstart
 
-MODEL=${MODEL:-$("$PYTHON" "$REPOSITORY/scripts/download_models.py" minilm)}
+MODEL=${MODEL:-$("$PYTHON" -m scripts.download_models minilm)}
 export MODEL
 
 for index in "${!METHODS[@]}"; do
@@ -22,4 +22,4 @@ for index in "${!METHODS[@]}"; do
     echo "$((index + 1))/${#METHODS[@]} $method: $EPOCHS epochs, learning rate $LR, device $GPU"
     bash "$REPOSITORY/RoBERTa/run_roberta.sh" "$method" demo "$EPOCHS" "$LR" "$GPU" --output_dir "$OUT/$method" --resume
 done
-"$PYTHON" "$REPOSITORY/scripts/quickstart_table.py" "$OUT" "${METHODS[@]}"
+"$PYTHON" -m scripts.quickstart_table "$OUT" "${METHODS[@]}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare the quickstart's runs: one table on the terminal and in table.md, and one picture.
 
-    python scripts/quickstart_table.py FOLDER METHOD...
+    python -m scripts.quickstart_table FOLDER METHOD...
 
 Every number comes from FOLDER/METHOD/record.json; a method without a record keeps its row, which says so.
 """

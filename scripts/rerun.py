@@ -30,12 +30,12 @@ from joblib import Parallel, delayed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from control_experiments.arguments import parse_arguments
-from control_experiments.benchmark_tables import tokens_of
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import REPOSITORY, RESULTS, public_path
-from control_experiments.rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
 from control_experiments.record import read_json, read_record
+from control_experiments.reporting.benchmark_tables import tokens_of
+from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
 
 #: What stands for the GPU in a command until one is free.
 GPU = "{gpu}"
@@ -285,8 +285,6 @@ def vit_cell(options: Options, task: str, method: str, seed: int) -> Cell:
 
 def vit_run_name(model: str, data: str, method: str, seed: int) -> str:
     """The folder's name that ViT/finetune.py itself gives a run."""
-    if str(REPOSITORY) not in sys.path:
-        sys.path.append(str(REPOSITORY))
     from ViT.names import run_name
 
     return run_name(model, data, method, seed)
@@ -349,7 +347,8 @@ def memory_cell(options: Options, task: str, method: str, repeat: int) -> Cell:
     methods = shlex.split(method) or (SUBSETS.get(task, ()))
     command = [
         interpreter(),
-        f"{REPOSITORY}/scripts/bench_memory.py",
+        "-m",
+        "scripts.bench_memory",
         *arguments.split(),
         "--output",
         str(folder),
@@ -471,7 +470,6 @@ def search_cells(options: Options, data: Path) -> dict[tuple[str, str], dict[str
 
 def write_training_splits(tasks: Sequence[str], folder: Path) -> None:
     """Save each task with a tenth of its training rows (at most 5,000) in the place of its dev sets."""
-    sys.path.append(str(REPOSITORY))
     from datasets import DatasetDict, disable_progress_bars
 
     from RoBERTa.glue import get_task, load_task
@@ -604,7 +602,7 @@ class Scheduler:
 
 def fill_in(command: Sequence[str], gpu: str) -> list[str]:
     words = [gpu if word == GPU else word for word in command]
-    if gpu == "cpu" and words[1].endswith("bench_memory.py"):
+    if gpu == "cpu" and "scripts.bench_memory" in words:
         words += ["--device", "cpu"]
     return words
 
@@ -708,7 +706,7 @@ def main() -> None:
         print(f"not started, time is up: {', '.join(scheduler.left)}")
     for name, reason in scheduler.failed.items():
         print(f"failed: {name}: {reason}".replace("\\[", "["), file=sys.stderr)
-    print("next: python scripts/make_tables.py")
+    print("next: python -m scripts.make_tables")
     if scheduler.failed or scheduler.left:
         sys.exit(1)
 

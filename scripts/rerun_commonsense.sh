@@ -14,4 +14,4 @@ export LORA_ALPHA=${LORA_ALPHA:-64}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/interpreter.sh"
 echo "rerunning the commonsense table: scripts/rerun.py --table commonsense $*"
-exec "$PYTHON" "$root/scripts/rerun.py" --table commonsense "$@"
+exec "$PYTHON" -m scripts.rerun --table commonsense "$@"

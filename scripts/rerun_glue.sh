@@ -12,4 +12,4 @@ export LR=${LR:-3e-4}          # or cola=3e-4 rte=1e-3 ...; --grid chooses it fo
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/interpreter.sh"
 echo "rerunning the glue table: scripts/rerun.py --table glue $*"
-exec "$PYTHON" "$root/scripts/rerun.py" --table glue "$@"
+exec "$PYTHON" -m scripts.rerun --table glue "$@"

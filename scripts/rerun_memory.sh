@@ -11,4 +11,4 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/interpreter.sh"
 echo "rerunning the memory table: scripts/rerun.py --table memory $*"
-exec "$PYTHON" "$root/scripts/rerun.py" --table memory "$@"
+exec "$PYTHON" -m scripts.rerun --table memory "$@"

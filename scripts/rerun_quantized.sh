@@ -11,4 +11,4 @@ export LR=${LR:-4e-4}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/interpreter.sh"
 echo "rerunning the quantized table: scripts/rerun.py --table quantized $*"
-exec "$PYTHON" "$root/scripts/rerun.py" --table quantized "$@"
+exec "$PYTHON" -m scripts.rerun --table quantized "$@"

@@ -11,4 +11,4 @@ export ATTENTION=${ATTENTION:-sdpa}    # eager: as published, 3 GB more
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/interpreter.sh"
 echo "rerunning the vit table: scripts/rerun.py --table vit $*"
-exec "$PYTHON" "$root/scripts/rerun.py" --table vit "$@"
+exec "$PYTHON" -m scripts.rerun --table vit "$@"

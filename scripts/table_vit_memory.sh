@@ -13,4 +13,4 @@ shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/interpreter.sh"
 echo "measuring the ViT memory table on device $gpu"
-exec "$PYTHON" "$root/ViT/memory_table.py" --device "$gpu" "$@"
+exec "$PYTHON" -m ViT.memory_table --device "$gpu" "$@"

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from control_experiments.checkpoints import checkpoints
 from control_experiments.record import read_record
+from control_experiments.training.checkpoints import checkpoints
 
 FOLDER = Path(__file__).resolve().parents[1]
 TRAIN = [

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from control_experiments.errors import UserError
-from control_experiments.quantization import loading_arguments
 from control_experiments.record import read_record
-from control_experiments.trainer import ExperimentTrainer
+from control_experiments.training.quantization import loading_arguments
+from control_experiments.training.trainer import ExperimentTrainer
 from LlaMA import evaluate as llama_evaluate
 from LlaMA import finetune as llama_finetune
 from LlaMA.models import load_model

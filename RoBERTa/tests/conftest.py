@@ -1,17 +1,12 @@
 """Tiny random encoders and tiny GLUE folders, made on the fly."""
 
 import random
-import sys
 from pathlib import Path
 
 import pytest
-
-ROBERTA = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROBERTA))
-
-import torch  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel  # noqa: E402
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 WORDS = [
     "the",

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from glue import TASKS, load_task
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
@@ -21,9 +20,10 @@ import peft_control  # noqa: F401  (registers CONTROL for PeftModel.from_pretrai
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.record import read_record
-from control_experiments.runs import RunFolder
-from control_experiments.trainer import ExperimentTrainer
+from control_experiments.training.runs import RunFolder
+from control_experiments.training.trainer import ExperimentTrainer
 from RoBERTa import finetune
+from RoBERTa.glue import TASKS, load_task
 
 LAUNCHER = Path(finetune.__file__).with_name("run_roberta.sh")
 

@@ -2,7 +2,6 @@
 
 import math
 
-import glue
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -10,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from control_experiments.errors import UserError
+from RoBERTa import glue
 
 FOLDERS = {
     "cola": "CoLA", "mnli": "MNLI", "mrpc": "MRPC", "qnli": "QNLI", "qqp": "QQP",
@@ -174,7 +174,7 @@ def test_prediction_file(name, outputs, expected, tmp_path):
 
 
 def test_demo_is_balanced_repeatable_and_split_without_overlap():
-    import demo_task
+    from RoBERTa import demo_task
 
     splits = demo_task.make_demo()
     assert demo_task.demo_checksum(splits) == demo_task.demo_checksum(demo_task.make_demo())

@@ -2,7 +2,6 @@
 
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,18 +9,13 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-VIT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(VIT))
 ARCHITECTURE = "test_vit"  # timm's own test model: width 64, 6 blocks, patch 16
 
 
 @pytest.fixture(scope="session")
 def programs():
     names = ("finetune", "figures", "memory_table", "benchmark_pipeline", "small_table")
-    with pytest.MonkeyPatch.context() as patch:
-        # small_table.py imports its neighbour by the name that other domains' scripts have too
-        patch.setitem(sys.modules, "finetune", import_module("ViT.finetune"))
-        return {name: import_module(f"ViT.{name}") for name in names}
+    return {name: import_module(f"ViT.{name}") for name in names}
 
 
 @pytest.fixture

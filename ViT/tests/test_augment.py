@@ -1,12 +1,13 @@
 """The batched augmentations are Pillow's and torchvision's."""
 
-import augment
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as pillow
+
+from ViT import augment
 
 SIZE = 48
 

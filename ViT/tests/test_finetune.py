@@ -293,7 +293,7 @@ def test_memory_table(call, tmp_path):
     assert record["metrics"]["milliseconds_per_step"] > 0 and record["hyperparameters"]["mlp_layers"] == 4
     record["memory"]["peak_allocated_bytes"] = 3000 * 2**20
     (tmp_path / "sdpa_dora.json").write_text(json.dumps(record))
-    import memory_table
+    from ViT import memory_table
 
     lines = memory_table.table(tmp_path).splitlines()
     assert any(line.startswith("| sdpa | dora |") and "[3,000](sdpa_dora.json)" in line for line in lines)

@@ -6,10 +6,10 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from images import Decoded, OnDemand, load_data, read_folder
 from PIL import Image
 
 from control_experiments.errors import UserError
+from ViT.images import Decoded, OnDemand, load_data, read_folder
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from held_out import hold_out
-from images import load_data
 
-from control_experiments.collection import collect
-from control_experiments.losses import Diverged
 from control_experiments.record import read_record
+from control_experiments.reporting.collection import collect
+from control_experiments.training.losses import Diverged
+from ViT.held_out import hold_out
+from ViT.images import load_data
 
 ROOT = Path(__file__).resolve().parents[2]
 

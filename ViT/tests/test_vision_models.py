@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from classifier import AdapterSettings, add_adapter, build_base, count_parameters
 from safetensors.torch import save_file
-from vision_models import create, load, load_weights, set_attention, set_mlp_layers
 
 from control_experiments.errors import UserError
-from control_experiments.methods import ControlSettings
 from control_experiments.paths import shared_folder
+from control_experiments.training.methods import ControlSettings
+from ViT.classifier import AdapterSettings, add_adapter, build_base, count_parameters
+from ViT.vision_models import create, load, load_weights, set_attention, set_mlp_layers
 
 ARCHITECTURE = "test_vit"
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

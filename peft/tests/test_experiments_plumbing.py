@@ -22,22 +22,28 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build
 
 from control_experiments import record as record_module
-from control_experiments.arguments import parse_arguments
-from control_experiments.checkpoints import begin, check_adapter_files, find_damage, whole_folder
-from control_experiments.checksums import fingerprint
-from control_experiments.device import (
+from control_experiments.errors import Interrupted, StopRequest, UserError, run_main
+from control_experiments.paths import REPOSITORY, public_path
+from control_experiments.record import RunRecord, public_command, read_record, utc_now, write_json_atomic
+from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.checkpoints import begin, check_adapter_files, find_damage, whole_folder
+from control_experiments.training.checksums import fingerprint
+from control_experiments.training.device import (
     describe_device,
     explain_out_of_memory,
     seed_everything,
     select_device,
 )
-from control_experiments.errors import Interrupted, StopRequest, UserError, run_main
-from control_experiments.losses import LossWatch, check_parameters
-from control_experiments.metering import MemoryMeter, Throughput
-from control_experiments.methods import METHODS, ControlSettings, LoraSettings, adapter_config, load_adapter
-from control_experiments.paths import REPOSITORY, public_path
-from control_experiments.record import RunRecord, public_command, read_record, utc_now, write_json_atomic
-from control_experiments.runs import RunFolder
+from control_experiments.training.losses import LossWatch, check_parameters
+from control_experiments.training.metering import MemoryMeter, Throughput
+from control_experiments.training.methods import (
+    METHODS,
+    ControlSettings,
+    LoraSettings,
+    adapter_config,
+    load_adapter,
+)
+from control_experiments.training.runs import RunFolder
 
 
 def make_record(**changes) -> RunRecord:
@@ -328,7 +334,7 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_used(reason, damage
         ("torch.load", RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError, "allocate"),
         ("torch.load", OSError(errno.EIO, "Input/output error"), UserError, "Input/output error.*try again"),
         (
-            "control_experiments.checkpoints.fingerprint",
+            "control_experiments.training.checkpoints.fingerprint",
             OSError(errno.EMFILE, "Too many"),
             UserError,
             "Too many",

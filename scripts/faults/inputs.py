@@ -24,10 +24,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from control_experiments.checkpoints import find_damage, whole_folder
 from control_experiments.errors import UserError
 from control_experiments.record import RunRecord, read_record, utc_now
-from control_experiments.runs import RunFolder
+from control_experiments.training.checkpoints import find_damage, whole_folder
+from control_experiments.training.runs import RunFolder
 
 from . import tiny  # noqa: F401  puts the domains' folders on the path
 

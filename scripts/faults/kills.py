@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from control_experiments.checkpoints import checkpoints, find_damage
 from control_experiments.errors import run_main
 from control_experiments.record import read_record
+from control_experiments.training.checkpoints import checkpoints, find_damage
 
 from .tiny import Run
 

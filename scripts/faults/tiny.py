@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,9 +12,6 @@ import numpy as np
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-for place in (REPOSITORY, REPOSITORY / "RoBERTa", REPOSITORY / "ViT"):
-    if str(place) not in sys.path:
-        sys.path.append(str(place))
 
 
 @dataclass

@@ -7,7 +7,6 @@ from importlib import import_module
 import pytest
 
 from control_experiments.errors import run_main
-from control_experiments.paths import REPOSITORY
 from control_experiments.record import RunRecord
 
 DEVICE = {"kind": "cuda", "name": "Some GPU", "count": 1, "total_memory_bytes": 80 * 2**30}
@@ -220,7 +219,6 @@ def results(new_results):
 @pytest.fixture
 def call(monkeypatch, capfd):
     """call("bench_memory", "--shape", ...) -> (exit code, stdout, stderr), spared a process's start and imports."""
-    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
 
     def run(script, *arguments):
         module = import_module(f"scripts.{script}")

@@ -56,12 +56,8 @@ SMALL = {
 }  # fmt: skip
 
 
-def import_script(path: Path, monkeypatch):
-    """The module of a script, whose neighbours have names that other folders' have too, as if it ran on its own."""
-    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
-    if path.name != "finetune.py" and (path.parent / "finetune.py").is_file():
-        neighbour = importlib.import_module(f"{path.parent.name}.finetune")
-        monkeypatch.setitem(sys.modules, "finetune", neighbour)
+def import_script(path: Path):
+    """The module of a script."""
     return importlib.import_module(f"{path.parent.name}.{path.stem}")
 
 
@@ -108,7 +104,7 @@ class Runner:
         if key in self.done and not again:
             return
         self.done.add(key)
-        module = import_script(path, monkeypatch)
+        module = import_script(path)
         monkeypatch.setattr(sys, "argv", [str(path), *arguments])
         module.main()
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from control_experiments.benchmark_tables import memory_speed_table, step_profile_table, tokens_of
-from control_experiments.collection import collect
+from control_experiments.reporting.benchmark_tables import memory_speed_table, step_profile_table, tokens_of
+from control_experiments.reporting.collection import collect
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench_memory.py"
 BRIEFLY = ("--device", "cpu", "--steps", "2", "--warmup", "1")

@@ -62,7 +62,7 @@ def test_bad_input_is_one_line(tmp_path):
 )
 def test_what_cannot_be_is_said(options, message, monkeypatch):
     monkeypatch.syspath_prepend(LAUNCHER.parent)
-    import bench_scaling
+    from scripts import bench_scaling
 
     with pytest.raises(UserError, match=message):
         bench_scaling.Options(device="cpu", shape="tiny", **options).check()
@@ -71,7 +71,7 @@ def test_what_cannot_be_is_said(options, message, monkeypatch):
 def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch, tmp_path, capfd):
     """Of the worker, which runs out of memory or is killed, and of what its parent makes of that."""
     monkeypatch.syspath_prepend(LAUNCHER.parent)
-    import bench_scaling
+    from scripts import bench_scaling
 
     options = bench_scaling.Options(shape="tiny", longest=True, tokens=512, worker="lora")
 
@@ -121,7 +121,7 @@ def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch
 def test_a_cell_says_why_the_first_process_ended(ends, said, tmp_path, monkeypatch):
     """The other one waits for it, and is ended by torchrun."""
     monkeypatch.syspath_prepend(LAUNCHER.parent)
-    from bench_scaling import cause
+    from scripts.bench_scaling import cause
 
     script = tmp_path / "ends.py"
     lines = ("import os, signal, sys, time", "if os.environ['RANK'] == '0':", "    time.sleep(60)", ends)

@@ -6,10 +6,10 @@ import re
 import pytest
 from scipy import stats
 
-from control_experiments.claims import Claim, Test, judge, markdown, t_interval
-from control_experiments.collection import collect
 from control_experiments.paths import REPOSITORY, RESULTS
-from control_experiments.published import read_paper
+from control_experiments.reporting.claims import Claim, Test, judge, markdown, t_interval
+from control_experiments.reporting.collection import collect
+from control_experiments.reporting.published import read_paper
 
 Test.__test__ = False  # a class of ours, no tests
 PAPER = read_paper(RESULTS / "paper.json")

@@ -141,7 +141,7 @@ def test_an_adapter_in_a_pickle_is_refused_and_does_not_run(domain, tmp_path):
             "architecture": "test_vit",
             "model": str(tmp_path / "vit.safetensors"),
         }
-        from control_experiments.checksums import fingerprint
+        from control_experiments.training.checksums import fingerprint
 
         description["sha256"] = fingerprint(tmp_path / "vit.safetensors")
         (adapter / "classifier.json").write_text(json.dumps(description))

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from control_experiments.checkpoints import checkpoints, find_damage
 from control_experiments.record import RunRecord, read_record, utc_now
+from control_experiments.training.checkpoints import checkpoints, find_damage
 from scripts.faults import kills, tiny
 
 ROOT = Path(__file__).resolve().parents[2]

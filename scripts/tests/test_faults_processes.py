@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from control_experiments.checkpoints import checkpoints
 from control_experiments.errors import UserError
-from control_experiments.metering import MemoryMeter
 from control_experiments.record import read_record
-from control_experiments.sharding import choose_shard, shard_frozen
-from control_experiments.trainer import ExperimentTrainer, SharedBatches
+from control_experiments.training.checkpoints import checkpoints
+from control_experiments.training.metering import MemoryMeter
+from control_experiments.training.sharding import choose_shard, shard_frozen
+from control_experiments.training.trainer import ExperimentTrainer, SharedBatches
 from scripts.faults import kills, processes, tiny
 from scripts.faults.processes import losses
 

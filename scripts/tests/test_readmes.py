@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from control_experiments.arguments import parse_arguments
 from control_experiments.paths import REPOSITORY, RESULTS
-from control_experiments.published import read_paper
+from control_experiments.reporting.published import read_paper
+from control_experiments.training.arguments import parse_arguments
 from LlaMA.tests.conftest import data, model_folder, rows, tokenizer  # noqa: F401
 from RoBERTa.tests.conftest import encoders, write_glue  # noqa: F401
 from scripts.tests.smallest import ONLY_PARSED, SMALL, Inputs, Runner, import_script
@@ -105,16 +105,15 @@ def note(tmp_path):
 
 def script_and_arguments(call: list[str]) -> tuple[Path, list[str]]:
     """The Python script of a call of python, torchrun or accelerate launch, and what is passed on to it."""
-    place = next(number for number, word in enumerate(call) if word.endswith(".py"))
-    path = Path(call[place])
-    return (path if path.is_absolute() else REPOSITORY / path).resolve(), call[place + 1 :]
+    place = call.index("-m") + 1
+    return REPOSITORY / (call[place].replace(".", "/") + ".py"), call[place + 1 :]
 
 
 def parsed(call: list[str], monkeypatch):
     """The script's options as the call sets them."""
     path, arguments = script_and_arguments(call)
     assert path.is_file(), f"{path} does not exist"
-    (options,) = parse_arguments(import_script(path, monkeypatch).Options, argv=arguments)
+    (options,) = parse_arguments(import_script(path).Options, argv=arguments)
     return options
 
 

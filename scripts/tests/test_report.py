@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from control_experiments.paths import REPOSITORY
-from control_experiments.report import Axis, family
+from control_experiments.reporting.report import Axis, family
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian: apt install chromium)")

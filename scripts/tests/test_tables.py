@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from control_experiments.benchmark_tables import frontier_of
-from control_experiments.cells import markdown, write_tables
-from control_experiments.collection import collect
 from control_experiments.paths import REPOSITORY, RESULTS
-from control_experiments.published import read_paper
-from control_experiments.tables import all_tables
+from control_experiments.reporting.benchmark_tables import frontier_of
+from control_experiments.reporting.cells import markdown, write_tables
+from control_experiments.reporting.collection import collect
+from control_experiments.reporting.published import read_paper
+from control_experiments.reporting.tables import all_tables
 
 PAPER = read_paper(RESULTS / "paper.json")
 

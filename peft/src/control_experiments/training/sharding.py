@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from .errors import UserError
+from ..errors import UserError
 from .metering import MemoryMeter
 from .quantization import quantized_linears
 

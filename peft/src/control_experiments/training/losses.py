@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .errors import UserError
+from ..errors import UserError
 
 _ADVICE = "try a lower --lr, or bf16 instead of fp16"
 

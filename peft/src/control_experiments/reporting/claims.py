@@ -17,6 +17,7 @@ from pathlib import Path
 
 from scipy import stats
 
+from ..record import RunRecord, write_text_atomic
 from .benchmark_tables import (
     alone,
     answer_batches,
@@ -31,7 +32,6 @@ from .benchmark_tables import (
 )
 from .collection import UNQUANTIZED, Collection, Comparison, Run
 from .published import Paper
-from .record import RunRecord, write_text_atomic
 
 SUPPORTED, CONTRADICTED, NOT_DECIDED, NOT_TESTED = "supported", "contradicted", "not decided", "not tested"
 CONFIDENCE = 0.95
@@ -441,7 +441,7 @@ def _quantized_fit(collection: Collection) -> Claim:
             tests.append(bound(f"{setting}: peak against 8 GiB", peaks, "GiB", -1, _numbered(peaks)))
     return _shape_claim(
         "nf4-8gib", "LLaMA-3-8B in NF4 trains with double control and memory mode lean within 8 GiB at 2,048 tokens.",
-        "this project", "qcontrol", tests, "python QControl/quantized_memory.py --shape llama3-8b",
+        "this project", "qcontrol", tests, "python -m QControl.quantized_memory --shape llama3-8b",
     )  # fmt: skip
 
 
@@ -457,7 +457,7 @@ def _padding(collection: Collection) -> Claim:
     return Claim(
         "padding", "Batches padded to their longest row train in less time than the published padding to 128 tokens.",
         "this project", "roberta", list(tests.values()), (), [key[0] for key in tests],
-        how="python RoBERTa/benchmark_padding.py --model roberta-base --device 0",
+        how="python -m RoBERTa.benchmark_padding --model roberta-base --device 0",
     )  # fmt: skip
 
 
@@ -488,7 +488,7 @@ def _packing(collection: Collection) -> Claim:
     return Claim(
         "packing", "Packed, the published steps train on at least 1.8 times as many real tokens a second.", "this project",
         "llama", tests, (), models,
-        how="for run in 1 2; do python LlaMA/benchmark_throughput.py --shape llama3-8b --data commonsense_170k.json "
+        how="for run in 1 2; do python -m LlaMA.benchmark_throughput --shape llama3-8b --data commonsense_170k.json "
         "--output_dir results/llama/throughput-llama3-8b-$run; done",
     )  # fmt: skip
 
@@ -518,7 +518,7 @@ def _answers(collection: Collection) -> list[Claim]:
         )  # fmt: skip
         models.append(key[0])
     how = (
-        "for run in 1 2; do python LlaMA/evaluate.py --compare_batch_one 1000 --model MODEL --data DATA "
+        "for run in 1 2; do python -m LlaMA.evaluate --compare_batch_one 1000 --model MODEL --data DATA "
         "--output_dir results/llama/batches-NAME-$run; done"
     )
     return [

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..record import RunRecord
 from .cells import MEBI, Cell, Section, Table, summary_cell
 from .collection import Collection, Summary, measurement_kind, torch_minor
-from .record import RunRecord
 
 #: Ways of batching in LlaMA/benchmark_throughput.py, and what they are.
 WAYS = {
@@ -356,7 +356,7 @@ def quantized_memory_table(collection: Collection) -> Table:
         ("method", "weights", "mode"),
         quantized_steps(collection),
         lambda setting: "qcontrol",
-        "python QControl/quantized_memory.py --shape roberta-base, and --shape llama3-8b",
+        "python -m QControl.quantized_memory --shape roberta-base, and --shape llama3-8b",
     )
 
 
@@ -370,7 +370,7 @@ def llama_shapes_table(collection: Collection) -> Table:
         ("method", "memory mode"),
         shape_steps(collection),
         lambda setting: "llama",
-        "python LlaMA/benchmark_methods.py --output_dir results/llama/shapes",
+        "python -m LlaMA.benchmark_methods --output_dir results/llama/shapes",
     )
 
 
@@ -435,7 +435,7 @@ def throughput_table(collection: Collection) -> Table:
         sections,
         remarks=_none_yet(
             sections,
-            "python LlaMA/benchmark_throughput.py --shape llama3-8b --data commonsense_51k.json --output_dir "
+            "python -m LlaMA.benchmark_throughput --shape llama3-8b --data commonsense_51k.json --output_dir "
             "results/llama/throughput-llama3-8b",
         ),
     )
@@ -488,7 +488,7 @@ def batches_table(collection: Collection) -> Table:
         list(sections.values()),
         remarks=_none_yet(
             list(sections.values()),
-            "python LlaMA/evaluate.py --compare_batch_one 1000 --model MODEL --data DATA --output_dir results/llama/batches-NAME",
+            "python -m LlaMA.evaluate --compare_batch_one 1000 --model MODEL --data DATA --output_dir results/llama/batches-NAME",
         ),
     )
 

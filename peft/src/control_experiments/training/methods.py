@@ -12,7 +12,7 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
 
-from .errors import UserError
+from ..errors import UserError
 
 #: Every method by the name that launchers take, and what it is.
 METHODS = {

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..record import write_text_atomic
 from .collection import Summary
-from .record import write_text_atomic
 
 NO_RECORD = "no record"
 MEBI = 2**20

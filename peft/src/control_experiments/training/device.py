@@ -13,7 +13,7 @@ import psutil
 import torch
 from transformers import set_seed
 
-from .errors import UserError
+from ..errors import UserError
 
 #: A GPU with fewer free bytes is full: libraries work in a few dozen MiB.
 _FULL = 2**27

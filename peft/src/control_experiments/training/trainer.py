@@ -21,11 +21,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..errors import Interrupted, StopRequest, UserError, lost_peer
+from ..record import read_json, write_json_atomic
 from .checkpoints import begin, checkpoints, keep_newest, publish
-from .errors import Interrupted, StopRequest, UserError, lost_peer
 from .losses import LossWatch, check_parameters
 from .metering import MemoryMeter, Throughput
-from .record import read_json, write_json_atomic
 from .sharding import average_gradients, is_sharded
 
 logger = logging.getLogger(__name__)

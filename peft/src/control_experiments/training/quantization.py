@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from .errors import UserError
+from ..errors import UserError
 
 #: What the scripts' `--quantization` takes.
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..errors import Interrupted, UserError
+from ..record import read_json, write_json_atomic
 from . import checkpoints
-from .errors import Interrupted, UserError
-from .record import read_json, write_json_atomic
 
 #: What an option says that is not used; None is left out of `run.json`'s comparison by itself.
 _NOT_USED = (False, "none", "plain")

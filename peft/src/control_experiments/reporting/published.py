@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UserError
+from ..errors import UserError
 
 #: What tables print where nothing was found; never zero.
 NOT_PUBLISHED = "not published"

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from transformers.trainer_pt_utils import safe_globals
 
+from ..errors import UserError
+from ..record import read_json, write_json_atomic
 from .checksums import fingerprint
-from .errors import UserError
-from .record import read_json, write_json_atomic
 
 MANIFEST = "manifest.json"
 _SCHEMA = 1

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from transformers import HfArgumentParser
 
-from .errors import UserError
+from ..errors import UserError
 
 #: The largest seed that NumPy takes.
 LARGEST_SEED = 2**32 - 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import fcntl
 from pathlib import Path
 
-from .errors import UserError
-from .record import read_json, write_json_atomic
+from ..errors import UserError
+from ..record import read_json, write_json_atomic
 
 #: Folder below a domain's results for the runs that choose; tables leave it out.
 SEARCH_FOLDER = "learning_rate_search"

@@ -16,11 +16,11 @@ from string import Template
 
 from matplotlib.ticker import MaxNLocator
 
+from ..record import write_text_atomic
 from .benchmark_tables import benchmark_settings, frontier_of, shape_domain
 from .cells import MEBI, Cell, Section, Table
 from .claims import Claim
 from .collection import Collection, Comparison, Run
-from .record import write_text_atomic
 
 PAGE = Path(__file__).with_name("report_page.html")
 DOMAINS = {"roberta": "RoBERTa", "vit": "ViT", "llama": "LLaMA", "qcontrol": "quantized"}

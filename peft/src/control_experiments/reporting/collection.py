@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import UserError
-from .record import RunRecord, read_record
+from ..errors import UserError
+from ..record import RunRecord, read_record
 
 #: Folders below results/ whose runs belong to no comparison of methods: a demonstration, and runs that choose or vary settings.
 LEFT_OUT = ("quickstart", "learning_rate_search", "ablations")

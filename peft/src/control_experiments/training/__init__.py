@@ -1,0 +1,1 @@
+"""How a run trains: options, methods, devices, metering, checkpoints, and the trainer that ties them together."""
