@@ -1,11 +1,11 @@
 """The Triton kernels against the pure torch path, and the modes in bf16: needs a GPU."""
 
 import copy
-from collections import Counter
 
 import pytest
 import torch
 from peft import get_peft_model
+from test_memory import count_calls
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_control import ControlConfig, memory
@@ -309,11 +309,10 @@ def test_copies_that_are_measured_to_be_slow_give_way_to_computing(mode, slower,
     )  # fmt: skip
     base = LlamaForCausalLM(config).bfloat16()
     model = get_peft_model(base, ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"]))
-    ids, calls, gradients = torch.randint(97, (2, 1024), device="cuda"), Counter(), []
+    ids, gradients = torch.randint(97, (2, 1024), device="cuda"), []
     trained = [p for p in model.cuda().train().parameters() if p.requires_grad]
-    for name in ("q_proj", "o_proj"):
-        linear = getattr(model.get_base_model().model.layers[2].self_attn, name)
-        linear.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    attention = model.get_base_model().model.layers[2].self_attn
+    calls = count_calls({getattr(attention, name): name for name in ("q_proj", "o_proj")}, monkeypatch)
     for used in ("plain", mode):
         set_memory_mode(model, used)
         for _ in range(4):

@@ -62,9 +62,10 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         return output
 
     def _forget_state(self, module, args):
-        self._states.pop(
-            _thread(), None
-        )  # of a forward that an exception or an early-stopped recomputation cut short
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(NO_REPLICAS)
+        # of a forward that an exception or an early-stopped recomputation cut short
+        self._states.pop(_thread(), None)
 
     def _catch_state(self, module, args, kwargs):
         given = [*args, *kwargs.values()]
@@ -157,6 +158,11 @@ class ControlLayer(nn.Module, BaseTunerLayer):
             f"read={self.block.read!r}, write={self.block.write!r}"
         )
 
+
+NO_REPLICAS = (
+    "a control does not run in nn.DataParallel, whose copies share the hooks of the first GPU: start one process for each GPU "
+    "(torchrun, accelerate launch) or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
+)
 
 CANNOT_MERGE = (
     "a control runs parallel to a nonlinear block and cannot be merged into its weights; "

@@ -123,6 +123,9 @@ def _follow_autocast(linear: nn.Linear, inputs: tuple) -> tuple:
     return (x.to(torch.get_autocast_dtype(x.device.type)),)
 
 
+_follow_autocast.keeps_formula = True  # memory modes need not make way for it
+
+
 def check_method_runs(method: str, quantization: str, device: torch.device) -> None:
     """Raise UserError for DoRA over 8-bit weights on a CPU: each forward reads the weights' norms, and on a CPU peft
     (0.21) loses the layer's scales while it does."""

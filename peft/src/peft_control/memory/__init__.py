@@ -6,19 +6,22 @@ autograd keeps. :func:`set_memory_mode` chooses the trade; gradients are exact i
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from functools import partial
-from types import MethodType
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import last_norm
-from .families import FAMILIES, halves
-from .graphs import StepGraphs, graphed_forward
-from .layers import Plan, training_forward
-from .linear import is_known_linear
-from .loss import causal_lm_forward
+from ..architectures import ARCHITECTURES
+from ..layer import ControlLayer
+from .attention import NormPlan
+from .exact import is_as_written, kind_of
+from .families import FAMILIES, halves, is_known_model
+from .forward import enter, leave
+from .graphs import StepGraphs, StepPlan
+from .layers import LayerPlan
+from .loss import DecoderPlan, LossPlan
 from .mlp import GatedMlp
 from .offload import HostStates
 
@@ -74,50 +77,54 @@ def set_memory_mode(
             dropout in a layer that torch's checkpointing recomputes (decoders in "balanced", ViTs with dropout).
         on_unsupported: "error", or "warn" to stay plain.
 
-    Adapters may come or go later; between a forward and its backward they may not be switched, nor training and evaluation. A
-    loss of one's own, ``shift_labels`` or ``ignore_index``, and what needs a cache or attention's weights, run the model's own
-    code. Forward hooks on a decoder layer's attention, norms and MLP do not run; those on its linear layers see values but must
-    not change them.
+    The hand-written paths know the layers of ``families.py`` exactly as their library has them. A layer that is anything else
+    (another class, a forward or hook of somebody else's on it or inside it, a trained norm or MLP) trains through its own
+    forward: in mode "lean" inside torch's checkpointing, while "fast" and "balanced" refuse it. One that becomes so later
+    does that too, with a warning. A loss of one's own, ``shift_labels`` or ``ignore_index``, and what needs a cache or
+    attention's weights, run the model's own code. Decoders make no cache while they train unless ``use_cache=True`` is
+    given with the call. Between a forward and its backward adapters may not be switched, nor training and evaluation, nor
+    parameters be changed in place.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: unknown mode, an unsupported architecture, gradient checkpointing is on, or trainable
-            parameters inside an MLP. The model is then in mode "plain".
+        ValueError: unknown mode or size, gradient checkpointing is on, no layer to be found, or ("fast" and "balanced") a layer
+            for which nothing is written by hand. The model is then in mode "plain".
     """
     if mode not in MODES:
         raise ValueError(f"unknown memory mode {mode!r}: choose from {', '.join(MODES)}")
-    _restore(model)
+    if chunk_tokens is not None and (type(chunk_tokens) is not int or chunk_tokens < 1):
+        raise ValueError(f"chunk_tokens must be an integer of at least 1, got {chunk_tokens!r}")
+    for module in model.modules():
+        leave(module)
     if mode != "plain":
         # graphs are replayed with what they were captured with
         paced = offload is None and not cuda_graphs
-        _replace_layers(model, mode, chunk_tokens, offload, paced, on_unsupported)
-        if fused_loss:
-            _fuse_loss(model, chunk_tokens)
+        plans = _plan_layers(model, mode, chunk_tokens, offload, paced, on_unsupported)
+        if plans:
+            _plan_models(model, plans, chunk_tokens, fused_loss)
     if cuda_graphs:
         _replay_steps(model)
     return model
 
 
-def _replace_layers(model, mode, chunk_tokens, offload, paced, on_unsupported):
-    plans, message = {}, None
-    try:
-        for layer in model.modules():
-            found = halves(layer)
-            if found is not None:
-                chunk = chunk_tokens or max(found.mlp.CHUNK_ELEMENTS // found.mlp.width, 1)
-                plans[layer] = Plan(mode, found, chunk)
-    except ValueError as error:
-        message = str(error)
-    if not plans and message is None:
-        message = (
-            f"memory mode {mode!r} supports {', '.join(FAMILIES)}; {_class_name(model)} has no such layer"
-        )
+def _plan_layers(model, mode, chunk_tokens, offload, paced, on_unsupported):
+    plans = {
+        layer: LayerPlan(layer, mode, halves, chunk_tokens) for layer in model.modules() if _is_layer(layer)
+    }
+    message = None
+    if not plans:
+        message = f"{type(model).__name__} has no layer that Control knows and no control"
+    elif mode != "lean":
+        # lean recomputes whatever stands in a layer
+        known = f"memory mode {mode!r} supports {', '.join(FAMILIES)}; {{}} has none of their layers (lean takes any)"
+        reasons = [plan.reason for plan in plans.values() if plan.halves is None]
+        message = (reasons[0] or known.format(type(model).__name__)) if reasons else None
     if message is not None:
         if on_unsupported == "warn":
             warnings.warn(f"{message}; it trains in mode 'plain'", stacklevel=3)
-            return
+            return {}
         raise ValueError(message)
     if any(
         getattr(m, "gradient_checkpointing", getattr(m, "grad_checkpointing", False)) for m in model.modules()
@@ -125,17 +132,28 @@ def _replace_layers(model, mode, chunk_tokens, offload, paced, on_unsupported):
         raise ValueError(f"memory mode {mode!r} replaces gradient checkpointing: switch that off first")
     host = HostStates(len(plans) if mode == "lean" else 0, paced)
     for layer, plan in plans.items():
-        plan.watch(layer, halves)
-        kept, hides_copies = plan.halves.attention_kept, partial(_hides_copies, layer, plan)
-        plan.attention_on_host = mode != "fast" and offload is not False and kept > 0 and hides_copies(kept)
-        states_on_host = mode == "lean" and (hides_copies() if offload is None else offload)
-        if plan.attention_on_host or states_on_host:
-            plan.host = host
-        layer.memory_plan = plan
-        _replace_forward(layer, training_forward)
-    for plan in plans.values() if mode == "fast" else ():
-        if isinstance(plan.mlp, GatedMlp) and plan.mlp.norm.weight.device.type == _STACKED_ON:
-            plan.mlp.stack()
+        if plan.halves is not None:
+            kept, hides_copies = plan.halves.attention_kept, partial(_hides_copies, layer, plan)
+            plan.attention_on_host = (
+                mode != "fast" and offload is not False and kept > 0 and hides_copies(kept)
+            )
+            states_on_host = mode == "lean" and (hides_copies() if offload is None else offload)
+            if plan.attention_on_host or states_on_host:
+                plan.host = host
+            if (
+                mode == "fast"
+                and isinstance(plan.mlp, GatedMlp)
+                and plan.mlp.norm.weight.device.type == _STACKED_ON
+            ):
+                plan.mlp.stack()
+        enter(layer, plan)
+    return plans
+
+
+def _is_layer(module):
+    """Whether ``module`` is a transformer layer: one with a row of its own, or with a control."""
+    controlled = any(isinstance(child, ControlLayer) for child in module.children())
+    return controlled or any(row.matches_class(kind_of(module)) for row in ARCHITECTURES)
 
 
 def _hides_copies(layer, plan, more=0):
@@ -150,55 +168,37 @@ def _hides_copies(layer, plan, more=0):
     return _PARAMETERS_PER_BYTE * token_bytes <= parameters
 
 
-def _fuse_loss(model, chunk_tokens):
-    trained_in_pieces = any("memory_plan" in vars(module) for module in model.modules())
-    for module in model.modules() if trained_in_pieces else ():
-        if not isinstance(module, PreTrainedModel):
+def _plan_models(model, plans, chunk_tokens, fused_loss):
+    """What surrounds the layers: no cache while training, the last norm, the loss."""
+    by_hand = {layer for layer, plan in plans.items() if plan.halves is not None}
+    for module in model.modules():
+        layers = getattr(module, "layers", ())
+        if not isinstance(module, PreTrainedModel) or not any(layer in plans for layer in layers):
             continue
-        base, head = getattr(module, module.base_model_prefix, None), getattr(module, "lm_head", None)
-        decodes = any("memory_plan" in vars(layer) for layer in getattr(base, "layers", ()))
-        if decodes and is_known_linear(head):
+        if "use_cache" in inspect.signature(type(module).forward).parameters:
+            enter(module, DecoderPlan())
+        norm = getattr(module, "norm", None)
+        kinds = {
+            type(layer.input_layernorm)
+            for layer in layers
+            if layer in by_hand and hasattr(layer, "input_layernorm")
+        }
+        if fused_loss and type(norm) in kinds and is_as_written(norm):
+            enter(norm, NormPlan())
+    for module in model.modules() if fused_loss else ():
+        if not is_known_model(module) or not is_as_written(module, hooks=False):
+            continue
+        if any(layer in by_hand for layer in module.base_model.layers):
             rows = chunk_tokens // 4 if chunk_tokens else _LOGITS_ELEMENTS // module.lm_head.out_features
-            module.loss_chunk = max(rows, 1)
-            _replace_forward(module, causal_lm_forward)
-            _replace_last_norm(base)
-
-
-def _replace_last_norm(decoder):
-    norm, layers = getattr(decoder, "norm", None), getattr(decoder, "layers", ())
-    kinds = {type(getattr(layer, "input_layernorm", None)) for layer in layers}
-    if norm is not None and type(norm) in kinds and "forward" not in vars(norm):
-        norm.is_last_norm = True
-        _replace_forward(norm, last_norm)
+            enter(module, LossPlan(max(rows, 1)))
 
 
 def _replay_steps(model):
-    fused = [module for module in model.modules() if "loss_chunk" in vars(module)]
-    for module in fused:
-        module.step_graphs = StepGraphs()
-    if not fused:
+    losses = [
+        plan for module in model.modules() if isinstance(plan := vars(module).get("memory_plan"), LossPlan)
+    ]
+    for plan in losses:
+        plan.graphs = StepGraphs()
+    if not losses:
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-        whole.step_graphs = StepGraphs()
-        _replace_forward(whole, graphed_forward)
-
-
-def _restore(model):
-    for module in model.modules():
-        for name in ("memory_plan", "loss_chunk", "is_last_norm", "step_graphs"):
-            vars(module).pop(name, None)
-        if "forward_before" in vars(module):
-            del module.forward
-            if module.forward_before is not None:
-                module.forward = module.forward_before
-            del module.forward_before
-
-
-def _replace_forward(module, forward):
-    """Have ``forward(module, ...)`` called instead, and remember a forward that others have put in its place."""
-    if "forward_before" not in vars(module):
-        module.forward_before = vars(module).get("forward")
-    module.forward = MethodType(forward, module)
-
-
-def _class_name(module):
-    return type(module).__name__.removeprefix("FSDP")
+        enter(whole, StepPlan(vars(whole).get("memory_plan")))

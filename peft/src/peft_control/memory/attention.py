@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import kernels
 from .control import AddControl, control_backward, control_hidden
+from .exact import Parameters
 from .linear import compute_dtype, input_gradient, is_frozen_linear
 from .mlp import tokens
 
@@ -22,9 +23,8 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, state, norm):
         normal, rstd = kernels.rms_norm(tokens(state), norm.weight, norm.variance_epsilon)
-        ctx.norm = norm
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(state, rstd)
+        ctx.save_for_backward(state, rstd, norm.weight)
         return normal.view(state.shape), state
 
     @staticmethod
@@ -32,9 +32,9 @@ class RmsNorm(torch.autograd.Function):
     def backward(ctx, dy, dstate):
         if dy is None:
             return dstate, None
-        state, rstd = ctx.saved_tensors
+        state, rstd, weight = ctx.saved_tensors
         others = None if dstate is None else tokens(dstate)
-        dstate = kernels.rms_norm_backward(tokens(dy), tokens(state), ctx.norm.weight, rstd, residual=others)
+        dstate = kernels.rms_norm_backward(tokens(dy), tokens(state), weight, rstd, residual=others)
         return dstate.view(state.shape), None
 
 
@@ -44,6 +44,8 @@ class FrozenProjections(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *linears):
         ctx.linears, ctx.shape, ctx.dtype = linears, x.shape, x.dtype
+        ctx.parameters = Parameters(linears)
+        ctx.save_for_backward(*ctx.parameters.now())
         ctx.set_materialize_grads(False)
         return tuple(linear(x) for linear in linears)
 
@@ -51,9 +53,10 @@ class FrozenProjections(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *gradients):
         dx = None
-        for dy, linear in zip(gradients, ctx.linears):
-            if dy is not None:
-                dx = input_gradient(tokens(dy), linear, add_to=dx)
+        with ctx.parameters.put_back(ctx.saved_tensors):
+            for dy, linear in zip(gradients, ctx.linears):
+                if dy is not None:
+                    dx = input_gradient(tokens(dy), linear, add_to=dx)
         return None if dx is None else dx.to(ctx.dtype).view(ctx.shape), *(None for _ in ctx.linears)
 
 
@@ -71,12 +74,15 @@ class Rope(torch.autograd.Function):
         return *kernels.rope(dquery, dkey, *ctx.saved_tensors, backward=True), None, None
 
 
-@torch.compiler.disable
-def last_norm(norm, state):
-    """Replaces the forward of the frozen RMSNorm behind the last layer, which else keeps its state in float32."""
-    if not torch.is_grad_enabled() or norm.weight.requires_grad:
-        return type(norm).forward(norm, state)
-    return RmsNorm.apply(state, norm)[0]
+class NormPlan:
+    """The frozen RMSNorm behind the last layer, which else keeps its state in float32."""
+
+    @torch.compiler.disable
+    def run(self, norm, own, state):
+        """Replaces ``norm.forward``."""
+        if not torch.is_grad_enabled() or norm.weight.requires_grad:
+            return own(state)
+        return RmsNorm.apply(state, norm)[0]
 
 
 def decoder_attention(layer, hidden_states, *arguments, recompute=None, **named):

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.autograd.function import once_differentiable
 
 from ..layer import ControlLayer
 from . import kernels
+from .exact import Parameters
 from .linear import compute_dtype
+
+
+def tuner_setting(tuner: BaseTunerLayer) -> tuple:
+    """What an adapter's layer computes besides its parameters."""
+    scales = getattr(tuner, "alpha", None) or getattr(tuner, "scaling", {})
+    if isinstance(tuner, ControlLayer):
+        drops = dict(tuner.dropout)
+    else:
+        drops = {name: getattr(drop, "p", 0.0) for name, drop in getattr(tuner, "lora_dropout", {}).items()}
+    return tuner.training, tuner.disable_adapters, list(tuner.active_adapters), dict(scales), drops
+
+
+SWITCHED = "between a forward and its backward adapters were switched, or training and evaluation: that takes memory mode 'plain'"
 
 
 def control_parameters(control: ControlLayer | None) -> list[torch.Tensor]:
@@ -135,22 +150,23 @@ class AddControl(torch.autograd.Function):
         flat = state.reshape(-1, width)
         kept = control_hidden(control, flat)
         output = add_control(control, kept, change.reshape(-1, width), flat)
-        ctx.control, ctx.change_dtype = control, change.dtype
-        ctx.save_for_backward(state, *kept)
+        ctx.control, ctx.change_dtype, ctx.kept = control, change.dtype, len(kept)
+        ctx.parameters, ctx.setting = Parameters(control.modules()), tuner_setting(control)
+        ctx.save_for_backward(state, *kept, *ctx.parameters.now())
         return output.view(state.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        state, *kept = ctx.saved_tensors
+        if ctx.setting != tuner_setting(ctx.control):
+            raise RuntimeError(SWITCHED)
+        state, *rest = ctx.saved_tensors
+        kept, parameters = rest[: ctx.kept], rest[ctx.kept :]
         flat = dy.reshape(-1, dy.shape[-1])
-        dstate, gradients = control_backward(
-            ctx.control,
-            state.reshape(flat.shape),
-            kept,
-            flat,
-            flat if ctx.needs_input_grad[0] else None,
-            in_place=False,
-        )
+        dstate = flat if ctx.needs_input_grad[0] else None
+        with ctx.parameters.put_back(parameters):
+            dstate, gradients = control_backward(
+                ctx.control, state.reshape(flat.shape), kept, flat, dstate, in_place=False
+            )
         dstate = None if dstate is None else dstate.view(dy.shape)
         return dstate, dy.to(ctx.change_dtype), None, *gradients

@@ -2,55 +2,116 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.activations import SiLUActivation
 
 from ..architectures import ARCHITECTURES
 from ..layer import ControlLayer
 from .attention import decoder_attention, decoder_attention_gradients
+from .exact import is_as_written, kind_of, path_of
 from .layers import Halves
 from .linear import is_frozen_linear
 from .mlp import GatedMlp, PostNormMlp, PreNormMlp
 
+#: Whose modules a layer may consist of, besides those of its own module.
+_LIBRARIES = (
+    "torch.nn.modules.",
+    "transformers.activations.",
+    "timm.layers.",
+    "bitsandbytes.nn.",
+    "liger_kernel.",
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture whose layers are written by hand.
+
+    Attributes:
+        home: the module that defines its classes.
+        layer: the class of its layers.
+        halves: ``(layer)`` -> the layer's halves; raises ValueError if it consists of something else.
+        model: the class of its causal language model, or None.
+    """
+
+    home: str
+    layer: str
+    halves: Callable[[nn.Module], Halves]
+    model: str | None = None
+
 
 def halves(layer: nn.Module) -> Halves | None:
-    """The halves of ``layer``, or None if it has no memory modes.
+    """The halves of ``layer``, or None if it is of no family.
 
     Raises:
-        ValueError: its MLP is of a kind, or has trainable parameters, for which there are none, or a control is parallel
-            to another block than its architecture's.
+        ValueError: the layer, or a part of it that is not called as a module, is not exactly what the family has: another
+            class, a forward or hook of somebody else's, trainable parameters, a control parallel to another block.
     """
-    bases = [
-        base for base in type(layer).__mro__ if base is not object
-    ]  # FSDP2 puts a class of its own in front
-    for architecture in ARCHITECTURES:
-        if architecture.name in FAMILIES and any(map(architecture.matches_class, bases)):
-            for name, child in layer.named_children():
-                block = architecture.blocks.get(name.removesuffix("_control"))
-                if isinstance(child, ControlLayer) and child.block != block:
-                    known = ", ".join(architecture.blocks)
-                    raise ValueError(
-                        f"memory modes know the blocks of {architecture.name} ({known}), not {name}"
-                    )
-            return FAMILIES[architecture.name](layer)
-    return None
+    path = path_of(kind_of(layer))
+    names = [name for name, family in FAMILIES.items() if path == f"{family.home}.{family.layer}"]
+    if not names:
+        return None
+    name, family = names[0], FAMILIES[names[0]]
+    (blocks,) = (row.blocks for row in ARCHITECTURES if row.name == name)
+    for child_name, child in layer.named_children():
+        if isinstance(child, ControlLayer) and child.block != blocks.get(child_name.removesuffix("_control")):
+            raise ValueError(
+                f"memory modes know the blocks of {name} ({', '.join(blocks)}), not {child_name}"
+            )
+    found = family.halves(layer)
+    parts = {module for part in found.mlp_modules for module in part.modules()} | set(found.by_hand)
+    for part in parts:
+        where = path_of(type(part))
+        if not where.startswith((*_LIBRARIES, f"{family.home}.")) or not is_as_written(part):
+            raise ValueError(
+                f"memory modes run no {type(part).__name__} with a forward or hook of somebody else's"
+            )
+    if not is_as_written(layer, hooks=False):
+        raise ValueError(f"memory modes run no {family.layer} with a forward of somebody else's")
+    return found
+
+
+def is_known_model(model: nn.Module) -> bool:
+    """Whether ``model`` is exactly a causal language model of a family."""
+    return path_of(type(model)) in {f"{family.home}.{family.model}" for family in FAMILIES.values()}
+
+
+def _plain(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if not isinstance(module, BaseTunerLayer)]
 
 
 def _decoder(layer):
+    attention, inner = layer.self_attn, layer.mlp
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    if not all(
+        type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon") for norm in norms
+    ):
+        raise ValueError("memory modes know decoders with RMSNorm")
     if any(parameter.requires_grad for parameter in layer.input_layernorm.parameters()):
         raise ValueError("memory modes need frozen norms; input_layernorm has trainable parameters")
-    activation = getattr(layer.mlp, "act_fn", None)  # Liger's has none
+    activation = getattr(inner, "act_fn", None)  # Liger's has none
     if not isinstance(activation, (nn.SiLU, SiLUActivation, type(None))):
         raise ValueError(f"memory modes know decoders with SwiGLU, not {type(activation).__name__}")
-    mlp = GatedMlp(layer.post_attention_layernorm, layer.mlp)
-    attention = layer.self_attn
+    mlp = GatedMlp(layer.post_attention_layernorm, inner)
     gradients = decoder_attention_gradients if is_frozen_linear(attention.o_proj) else None
     projections = attention.q_proj, attention.k_proj, attention.v_proj
     simple = all(map(is_frozen_linear, projections)) and not hasattr(attention, "q_norm")
     kept = sum(linear.out_features for linear in projections) if gradients and simple else 0
-    return Halves(decoder_attention, mlp, True, gradients, attention_kept=kept)
+    by_hand = [layer.input_layernorm, attention, *_plain([*projections, attention.o_proj])]
+    return Halves(
+        decoder_attention,
+        mlp,
+        [layer.post_attention_layernorm, inner],
+        by_hand,
+        True,
+        gradients,
+        attention_kept=kept,
+    )
 
 
 # The attention halves below call the layer's own modules, whose hooks add the control.
@@ -70,7 +131,7 @@ def _activation(mlp):
 def _vit(layer):
     linears = [layer.mlp.fc1, layer.mlp.fc2]
     mlp = PreNormMlp(layer.layernorm_after, linears, _activation(layer.mlp), dropouts=[layer.dropout])
-    return Halves(_vit_attention, mlp)
+    return Halves(_vit_attention, mlp, [layer.layernorm_after, layer.mlp], [layer.dropout])
 
 
 def _dinov2_attention(layer, state, attention_mask=None, **named):
@@ -87,7 +148,8 @@ def _dinov2(layer):
     linears = [layer.mlp.fc1, layer.mlp.fc2]
     scale = layer.layer_scale2.lambda1
     mlp = PreNormMlp(layer.norm2, linears, _activation(layer.mlp), scale, dropouts=[layer.drop_path])
-    return Halves(_dinov2_attention, mlp)
+    modules = [layer.norm2, layer.mlp, layer.layer_scale2]
+    return Halves(_dinov2_attention, mlp, modules, [layer.drop_path])
 
 
 def _timm_attention(layer, state, *arguments, **named):
@@ -104,7 +166,8 @@ def _timm(layer):
         raise ValueError(f"memory modes know timm's blocks with LayerNorm, not {type(layer.norm2).__name__}")
     scale = getattr(layer.ls2, "gamma", None)
     dropouts = [inner.drop1, inner.drop2, layer.drop_path2]
-    return Halves(_timm_attention, PreNormMlp(layer.norm2, linears, inner.act, scale, dropouts))
+    mlp = PreNormMlp(layer.norm2, linears, inner.act, scale, dropouts)
+    return Halves(_timm_attention, mlp, [layer.norm2, inner, layer.ls2], [layer.drop_path2])
 
 
 def _post_norm_attention(layer, state, attention_mask=None, *cross_attention, past_key_values=None, **named):
@@ -118,11 +181,12 @@ def _mpnet_attention(layer, state, attention_mask=None, position_bias=None, **na
 def _post_norm(layer):
     if getattr(layer, "is_decoder", False):
         raise ValueError("memory modes know encoders of this architecture, not decoders")
-    return Halves(_post_norm_attention, _post_norm_mlp(layer))
+    return Halves(_post_norm_attention, _post_norm_mlp(layer), [layer.intermediate, layer.output])
 
 
 def _mpnet(layer):
-    return Halves(_mpnet_attention, _post_norm_mlp(layer), returns_tuple=True)
+    modules = [layer.intermediate, layer.output]
+    return Halves(_mpnet_attention, _post_norm_mlp(layer), modules, returns_tuple=True)
 
 
 def _post_norm_mlp(layer):
@@ -130,11 +194,28 @@ def _post_norm_mlp(layer):
     return PostNormMlp(first.dense, first.intermediate_act_fn, last.dense, last.dropout, last.LayerNorm)
 
 
+def _of_transformers(
+    name: str, prefix: str, build: Callable, layer: str = "Layer", model: str | None = None
+) -> Family:
+    home = f"transformers.models.{name}.modeling_{name}"
+    return Family(home, prefix + layer, build, model and prefix + model)
+
+
+def _decoders(name: str, prefix: str) -> Family:
+    return _of_transformers(name, prefix, _decoder, "DecoderLayer", "ForCausalLM")
+
+
 FAMILIES = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _decoder),
-    "vit": _vit,
-    "dinov2": _dinov2,
-    "timm-vit": _timm,
-    **dict.fromkeys(("roberta", "xlm-roberta", "bert", "electra"), _post_norm),
-    "mpnet": _mpnet,
+    "llama": _decoders("llama", "Llama"),
+    "mistral": _decoders("mistral", "Mistral"),
+    "qwen2": _decoders("qwen2", "Qwen2"),
+    "qwen3": _decoders("qwen3", "Qwen3"),
+    "vit": _of_transformers("vit", "ViT", _vit),
+    "dinov2": _of_transformers("dinov2", "Dinov2", _dinov2),
+    "timm-vit": Family("timm.models.vision_transformer", "Block", _timm),
+    "roberta": _of_transformers("roberta", "Roberta", _post_norm),
+    "xlm-roberta": _of_transformers("xlm_roberta", "XLMRoberta", _post_norm),
+    "bert": _of_transformers("bert", "Bert", _post_norm),
+    "electra": _of_transformers("electra", "Electra", _post_norm),
+    "mpnet": _of_transformers("mpnet", "MPNet", _mpnet),
 }

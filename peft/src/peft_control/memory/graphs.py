@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .layers import replaying_layers, replays_random_numbers
+from .control import tuner_setting
+from .layers import planned_layers, replaying_layers, replays_random_numbers
 from .replay import Twins, capturing
 
 
@@ -27,6 +29,7 @@ class StepGraphs:
         self._graphs: dict[tuple, _Graph] = {}
         self._stream: torch.cuda.Stream | None = None
         self._twins: dict[nn.Module, Twins] = {}
+        self._places: list[int] = []
 
     def __deepcopy__(self, memo):
         return StepGraphs(self.limit)
@@ -44,18 +47,25 @@ class StepGraphs:
         """Return ``compute(*inputs)``, a tensor or a structure of tensors, with gradients for ``model``'s trained
         parameters.
 
-        ``compute`` must do the same work for the same shapes and the same ``setting``, and read nothing from the
+        ``compute`` must do the same work for the same shapes, adapters and ``setting``, and read nothing from the
         device.
 
         Raises:
             RuntimeError: ``compute`` cannot be captured.
         """
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        everything = [*model.parameters(), *model.buffers()]
+        parameters = [parameter for parameter in everything if parameter.requires_grad]
+        # a replay reads and writes where the tensors lay at its capture
+        places = [tensor.data_ptr() for tensor in everything]
+        if places != self._places:
+            self._graphs.clear()
+            self._places = places
         key = (
             *((x.shape, x.dtype) for x in inputs),
             *map(id, parameters),
             torch.is_autocast_enabled("cuda"),
             torch.get_autocast_dtype("cuda"),
+            _settings(model),
             setting,
         )
         if key not in self._graphs:
@@ -74,26 +84,41 @@ class StepGraphs:
         return tree_unflatten(list(_Replay.apply(graph, inputs, *parameters)), graph.structure)
 
 
-def graphed_forward(model: nn.Module, *arguments, **named):
-    """Replaces ``model.forward``: replays graphs while training on a GPU, and runs the model's own otherwise."""
-    run = partial(type(model).forward, model)
-    values, structure = tree_flatten((arguments, named))
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    if (
-        not (model.training and torch.is_grad_enabled() and tensors)
-        or any(not x.is_cuda or x.requires_grad for x in tensors)
-        or replays_random_numbers(model)
-    ):
-        return run(*arguments, **named)
+def _settings(model: nn.Module) -> str:
+    """What a step depends on besides its inputs and parameters: adapters, and how much dropout there is."""
+    modules = list(model.modules())
+    tuners = [tuner_setting(module) for module in modules if isinstance(module, BaseTunerLayer)]
+    drops = [module.p for module in modules if isinstance(module, nn.modules.dropout._DropoutNd)]
+    others = [state[name] for layer in planned_layers(model) for state, name in layer.memory_plan.dropouts]
+    return repr((tuners, drops, others))
 
-    def compute(*tensors):
-        fresh = iter(tensors)
-        filled = [next(fresh) if isinstance(value, torch.Tensor) else value for value in values]
-        arguments, named = tree_unflatten(filled, structure)
-        return run(*arguments, **named)
 
-    others = [value for value in values if not isinstance(value, torch.Tensor)]
-    return model.step_graphs(compute, tensors, model, f"{structure} {others}")
+class StepPlan:
+    """A whole model whose training step is replayed; ``inner`` is the plan that it has besides, or None."""
+
+    def __init__(self, inner=None):
+        self.inner, self.graphs = inner, StepGraphs()
+
+    def run(self, model, own, *arguments, **named):
+        """Replaces ``model.forward``: replays graphs while training on a GPU, and runs the model's own otherwise."""
+        run = own if self.inner is None else partial(self.inner.run, model, own)
+        values, structure = tree_flatten((arguments, named))
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        if (
+            not (model.training and torch.is_grad_enabled() and tensors)
+            or any(not x.is_cuda or x.requires_grad for x in tensors)
+            or replays_random_numbers(model)
+        ):
+            return run(*arguments, **named)
+
+        def compute(*tensors):
+            fresh = iter(tensors)
+            filled = [next(fresh) if isinstance(value, torch.Tensor) else value for value in values]
+            arguments, named = tree_unflatten(filled, structure)
+            return run(*arguments, **named)
+
+        others = [value for value in values if not isinstance(value, torch.Tensor)]
+        return self.graphs(compute, tensors, model, f"{structure} {others}")
 
 
 @contextmanager

@@ -12,8 +12,9 @@ attention kernel and LoRA works as before) and MLP (hand-written, see ``mlp.py``
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,10 +23,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache
 
 from ..layer import ControlLayer
-from .control import control_backward, control_draws, control_hidden, control_parameters
-from .mlp import draws, tokens
+from .control import (
+    SWITCHED,
+    control_backward,
+    control_draws,
+    control_hidden,
+    control_parameters,
+    tuner_setting,
+)
+from .exact import Parameters, touches
+from .mlp import probabilities, tokens
 from .offload import HostStates
 from .replay import draw
 
@@ -37,6 +47,8 @@ class Halves:
     Attributes:
         attention: ``(layer, state, **arguments)`` -> the attention block's output state, control included.
         mlp: the frozen MLP block (``mlp.py``).
+        mlp_modules: the modules that it consists of.
+        by_hand: what else is not called as a module.
         recompute_attention: whether mode "balanced" recomputes the attention half, whose ``recompute`` then says how.
         attention_gradients: ``(layer, state, dy, inputs, kept=..., **arguments)`` -> the gradients of ``inputs`` and of
             the block's control's parameters, for a backward that need not compute the attention block's output; ``dy``
@@ -47,102 +59,145 @@ class Halves:
 
     attention: Callable
     mlp: object
+    mlp_modules: Sequence[nn.Module]
+    by_hand: Sequence[nn.Module] = ()
     recompute_attention: bool = False
     attention_gradients: Callable | None = None
     attention_kept: int = 0
     returns_tuple: bool = False
 
 
-@dataclass
-class Plan:
+class LayerPlan:
     """How one layer trains; stands on the layer as ``layer.memory_plan``.
 
-    ``host``: where states wait in modes lean and balanced, or None; ``attention_on_host``: whether what spares attention's
-    backward the projections does too.
+    Attributes:
+        mode: the memory mode.
+        halves: what is written by hand for the layer, or None: it then runs its own forward, in modes balanced and lean inside
+            torch's checkpointing.
+        chunk: tokens of an MLP's chunk, or None for the MLP's own.
+        host: where states wait in modes lean and balanced, or None.
+        attention_on_host: whether the tensors that let attention's backward skip its projections wait there too.
     """
 
-    mode: str
-    halves: Halves
-    chunk: int
-    host: HostStates | None = None
-    attention_on_host: bool = False
+    def __init__(self, layer: nn.Module, mode: str, find: Callable, chunk: int | None):
+        self.mode, self.find, self.chosen_chunk = mode, find, chunk
+        self.host: HostStates | None = None
+        self.attention_on_host = False
+        self.look_at(layer)
 
-    def watch(self, layer: nn.Module, find: Callable) -> None:
-        """Remember of what ``layer`` consists; ``find`` is what has found its halves."""
-        self.find = find
-        self.modules = [
-            (parent._modules, name, child)
-            for parent in layer.modules()
-            if not isinstance(parent, BaseTunerLayer)
-            for name, child in parent._modules.items()
-            if child is not None
+    def look_at(self, layer: nn.Module) -> None:
+        """Find out what ``layer`` is, and remember by what one sees that it has changed.
+
+        ``reason`` says why nothing is written by hand for it.
+        """
+        before = getattr(self, "halves", None)
+        stacked = getattr(before and before.mlp, "stacked", None)
+        try:
+            self.halves, self.reason = self.find(layer), None
+        except ValueError as error:
+            self.halves, self.reason = None, str(error)
+        modules = list(layer.modules())
+        self.children = [
+            (module._modules, list(module._modules.values()))
+            for module in modules
+            if module._modules or isinstance(module, (nn.ModuleDict, nn.ModuleList))
         ]
-        self.tuners = [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
-        self.frozen = [parameter for parameter in layer.parameters() if not parameter.requires_grad]
+        self.tuners = [module for module in modules if isinstance(module, BaseTunerLayer)]
+        self.controls = [module for module in self.tuners if isinstance(module, ControlLayer)]
+        self.dropouts = [place for module in modules for place in probabilities(module)]
+        self.all = Parameters(modules)
+        if self.halves is None:
+            self.parts, self.frozen = [], []
+            if before is not None:
+                warnings.warn(
+                    f"{self.reason}: {type(layer).__name__} runs its own forward from here on", stacklevel=4
+                )
+            return
+        self.mlp = self.halves.mlp
+        if stacked is not None:  # the weights still lie where they were put
+            self.mlp.stacked = stacked
+        self.chunk = self.chosen_chunk or max(self.mlp.CHUNK_ELEMENTS // self.mlp.width, 1)
+        self.keep = self.mlp.KEEP[self.mode]
+        of_mlp = {module for part in self.halves.mlp_modules for module in part.modules()}
+        self.parts = [(part, touches(part)) for part in (*of_mlp, *self.halves.by_hand)]
+        self.frozen = [p for part, _ in self.parts for p in part._parameters.values() if p is not None]
+        control = getattr(layer, "mlp_control", None)
+        of_mlp.update(control.modules() if control is not None else ())
+        self.of_mlp = Parameters(module for module in modules if module in of_mlp)
+        self.of_attention = Parameters(module for module in modules if module not in of_mlp)
+        self.attention_on_host = self.attention_on_host and self.halves.attention_kept > 0
 
     def renew(self, layer: nn.Module) -> None:
-        """Find the halves again where an adapter has come or a parameter is trained since.
+        """Look again where an adapter, a hook or a forward has come or gone, or a parameter is trained since."""
+        if (
+            any(list(modules.values()) != children for modules, children in self.children)
+            or any(touches(part) != before for part, before in self.parts)
+            or any(parameter.requires_grad for parameter in self.frozen)
+        ):
+            self.look_at(layer)
 
-        Raises:
-            ValueError: the memory mode does not know what ``layer`` is now.
-        """
-        same = all(modules.get(name) is child for modules, name, child in self.modules)
-        if not same or any(parameter.requires_grad for parameter in self.frozen):
-            self.halves = self.find(layer)
-            self.attention_on_host = self.attention_on_host and self.halves.attention_kept > 0
-            self.watch(layer, self.find)
-
-    def adapters(self, layer: nn.Module) -> list:
+    def setting(self, layer: nn.Module) -> list:
         """What must be the same in a forward and its backward."""
-        return [
-            layer.training,
-            *((x.training, x.disable_adapters, list(x.active_adapters)) for x in self.tuners),
-        ]
+        return [layer.training, *map(tuner_setting, self.tuners)]
 
-    @property
-    def mlp(self):
-        return self.halves.mlp
-
-    @property
-    def keep(self) -> int:
-        return self.mlp.KEEP[self.mode]
-
-
-@torch.compiler.disable  # its kernels are written by hand; what lies between the layers is compiled
-def training_forward(layer: nn.Module, hidden_states: torch.Tensor, *arguments, **named):
-    """Replaces ``layer.forward``; without gradients the layer runs as it always did."""
-    plan = layer.memory_plan
-    own = partial(type(layer).forward, layer)
-    cache = named.get("past_key_values")
-    cached = cache is not None and (not layer.training or cache.get_seq_length() > 0)
-    if not torch.is_grad_enabled() or named.get("output_attentions") or cached:
-        return own(hidden_states, *arguments, **named)
-    plan.renew(layer)
-    differentiable = any(
-        isinstance(x, torch.Tensor) and x.requires_grad for x in (*arguments, *named.values())
-    )
-    # dropout in the middle of an MLP and trained masks are rare: recompute the layer as a whole
-    if plan.mlp.draws() or differentiable:
-        if plan.mode == "fast":
+    @torch.compiler.disable  # its kernels are written by hand; what lies between the layers is compiled
+    def run(self, layer: nn.Module, own: Callable, hidden_states: torch.Tensor, *arguments, **named):
+        """Replaces ``layer.forward``; without gradients, or with a cache, the layer runs as it always did."""
+        given = (*arguments, *named.values())
+        cached = any(isinstance(value, Cache) for value in given)
+        if not torch.is_grad_enabled() or cached or named.get("output_attentions"):
             return own(hidden_states, *arguments, **named)
-        return checkpoint(own, hidden_states, *arguments, use_reentrant=False, **named)
-    if plan.mode == "lean":
-        output = LeanLayer.apply(hidden_states, layer, arguments, named, *_trained(layer))
-    else:
-        control = getattr(layer, "mlp_control", None)
-        if plan.mode != "balanced" or not plan.halves.recompute_attention:
-            middle = plan.halves.attention(layer, hidden_states, *arguments, **named)
-        elif plan.halves.attention_gradients and not draws_random_numbers(layer):
-            trained = _besides(_trained(layer), control_parameters(control))
-            middle = AttentionHalf.apply(hidden_states, layer, arguments, named, *trained)
+        self.renew(layer)
+        # dropout in the middle of an MLP and trained masks are rare: recompute the layer as a whole
+        trained_input = any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
+        if self.halves is None or self.mlp.draws() or trained_input:
+            if self.mode == "fast":
+                return own(hidden_states, *arguments, **named)
+            return recomputed(self, layer, own, hidden_states, *arguments, **named)
+        if self.mode == "lean":
+            output = LeanLayer.apply(hidden_states, layer, arguments, named, *_trained(self.all))
         else:
-            replay = draws_random_numbers(layer)
-            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=replay)
-            middle = plan.halves.attention(layer, hidden_states, *arguments, recompute=again, **named)
-        output = MlpHalf.apply(middle, layer, *control_parameters(control))
-        if plan.host is not None:
-            plan.host.settle()
-    return (output,) if plan.halves.returns_tuple else output
+            if self.mode != "balanced" or not self.halves.recompute_attention:
+                middle = self.halves.attention(layer, hidden_states, *arguments, **named)
+            elif self.halves.attention_gradients and not draws_random_numbers(layer):
+                trained = _trained(self.of_attention)
+                middle = AttentionHalf.apply(hidden_states, layer, arguments, named, *trained)
+            else:
+                again = partial(recomputed, self, layer)
+                middle = self.halves.attention(layer, hidden_states, *arguments, recompute=again, **named)
+            output = MlpHalf.apply(middle, layer, *_trained(self.of_mlp))
+            if self.host is not None:
+                self.host.settle()
+        return (output,) if self.halves.returns_tuple else output
+
+
+def recomputed(plan: LayerPlan, layer: nn.Module, function: Callable, *arguments, **named):
+    """torch's checkpointing of ``function``, whose second run reads the parameters that the first has read.
+
+    Raises:
+        RuntimeError: (in the backward) a parameter was changed in place in between, or adapters were switched.
+    """
+    parameters, setting = plan.all.now(), plan.setting(layer)
+    versions, runs = [parameter._version for parameter in parameters], 0
+
+    def run(*arguments, **named):
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            return function(*arguments, **named)
+        if versions != [parameter._version for parameter in parameters]:
+            raise RuntimeError(
+                "a parameter was modified by an inplace operation between a forward and its backward"
+            )
+        if setting != plan.setting(layer):
+            raise RuntimeError(SWITCHED)
+        with plan.all.put_back(parameters):
+            return function(*arguments, **named)
+
+    # no CUDA graph can draw again, nor is one captured where that would be needed (see ``replays_random_numbers``)
+    on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in arguments)
+    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+    return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=not capturing, **named)
 
 
 class AttentionHalf(torch.autograd.Function):
@@ -150,9 +205,8 @@ class AttentionHalf(torch.autograd.Function):
     balanced)."""
 
     @staticmethod
-    def forward(ctx, state, layer, arguments, named, *parameters):
-        _keep_layer(ctx, layer)
-        plan, ctx.arguments, ctx.named, ctx.trained = ctx.plan, arguments, named, parameters
+    def forward(ctx, state, layer, arguments, named, *trained):
+        plan = _remember(ctx, layer, layer.memory_plan.of_attention, arguments, named)
         ctx.autocast, ctx.ticket = _autocast_state(state), None
 
         def keep(*more):
@@ -162,56 +216,54 @@ class AttentionHalf(torch.autograd.Function):
                 ctx.ticket = _wait_on_host(plan, state, *more)
 
         middle = plan.halves.attention(layer, state, *arguments, keep=keep, **named)
-        if ctx.ticket is None:
-            ctx.save_for_backward(state)
+        _save(ctx, *([] if ctx.ticket else [state]))
         return middle
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        layer = _take_layer(ctx)
-        state, *kept = ctx.plan.host.pop(ctx.ticket) if ctx.ticket else ctx.saved_tensors
-        state = state.detach().requires_grad_(ctx.needs_input_grad[0])
-        with ctx.autocast():
-            # nothing but this node uses the state between the halves, so its gradient may be overwritten
-            dstate, gradients = _attention_backward(ctx, layer, ctx.trained, state, kept, dy.contiguous())
-        return dstate, None, None, None, *_in_order(ctx, gradients)
+        with _as_in_forward(ctx) as (layer, saved, trained):
+            state, *kept = ctx.plan.host.pop(ctx.ticket) if ctx.ticket else saved
+            state = state.detach().requires_grad_(ctx.needs_input_grad[0])
+            with ctx.autocast():
+                # nothing but this node uses the state between the halves, so its gradient may be overwritten
+                dstate, gradients = _attention_backward(ctx, layer, trained, state, kept, dy.contiguous())
+        return dstate, None, None, None, *_in_order(trained, gradients)
 
 
 class MlpHalf(torch.autograd.Function):
     """The MLP block with its control, as one autograd node (modes fast and balanced)."""
 
     @staticmethod
-    def forward(ctx, state, layer, *parameters):
-        _keep_layer(ctx, layer)
-        plan, control = ctx.plan, getattr(layer, "mlp_control", None)
+    def forward(ctx, state, layer, *trained):
+        plan = _remember(ctx, layer, layer.memory_plan.of_mlp)
+        control = getattr(layer, "mlp_control", None)
         ctx.autocast = _autocast_state(state)
         ctx.in_chunks = plan.keep == 0 and not control_draws(control)
         if ctx.in_chunks:
-            ctx.save_for_backward(state)
+            _save(ctx, state)
             return forward_in_chunks(plan, state, control)
         keep = plan.keep if ctx.needs_input_grad[0] else 0  # the first layer's state may need no gradient
         output = torch.empty_like(state, memory_format=torch.contiguous_format)
         _, kept, control_kept = plan.mlp.forward(tokens(state), keep, control, out=tokens(output))
         ctx.split = len(kept)
-        ctx.save_for_backward(state, *kept, *control_kept)
+        _save(ctx, state, *kept, *control_kept)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        layer = _take_layer(ctx)
-        plan, control = ctx.plan, getattr(layer, "mlp_control", None)
-        state, *kept = ctx.saved_tensors
-        flat, dflat = tokens(state), tokens(dy)
-        with ctx.autocast():
-            if ctx.in_chunks:
-                dstate, gradients = backward_in_chunks(plan, flat, dflat, control, ctx.needs_input_grad[0])
-            else:
-                needed = ctx.needs_input_grad[0]
-                dstate = plan.mlp.backward(flat, kept[: ctx.split], dflat) if needed else None
-                dstate, gradients = control_backward(control, flat, kept[ctx.split :], dflat, dstate)
-        return None if dstate is None else dstate.view(state.shape), None, *gradients
+        with _as_in_forward(ctx) as (layer, (state, *kept), trained):
+            plan, control = ctx.plan, getattr(layer, "mlp_control", None)
+            flat, dflat, needed = tokens(state), tokens(dy), ctx.needs_input_grad[0]
+            with ctx.autocast():
+                if ctx.in_chunks:
+                    dstate, sums = backward_in_chunks(plan, flat, dflat, control, needed)
+                else:
+                    dstate = plan.mlp.backward(flat, kept[: ctx.split], dflat) if needed else None
+                    dstate, sums = control_backward(control, flat, kept[ctx.split :], dflat, dstate)
+            gradients = zip(control_parameters(control), sums)
+        return None if dstate is None else dstate.view(state.shape), None, *_in_order(trained, gradients)
 
 
 class LeanLayer(torch.autograd.Function):
@@ -222,9 +274,8 @@ class LeanLayer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, state, layer, arguments, named, *parameters):
-        _keep_layer(ctx, layer)
-        plan, ctx.arguments, ctx.named, ctx.trained = ctx.plan, arguments, named, parameters
+    def forward(ctx, state, layer, arguments, named, *trained):
+        plan = _remember(ctx, layer, layer.memory_plan.all, arguments, named)
         ctx.autocast = _autocast_state(state)
         ctx.random = draw(layer, state.device) if draws_random_numbers(layer) else None
         ctx.tickets = []
@@ -237,12 +288,11 @@ class LeanLayer(torch.autograd.Function):
 
         room = plan.host.room_for(state) if plan.host is not None else 0
         from_the_middle = room == 2 and plan.halves.attention_gradients and ctx.random is None
-        if room == 0:
-            ctx.save_for_backward(state)
-        elif from_the_middle:
+        if from_the_middle:
             named = {**named, "keep": keep}
-        else:
+        elif room:
             ctx.tickets.append(_wait_on_host(plan, state))
+        _save(ctx, *([] if room else [state]))
         with nullcontext() if ctx.random is None else ctx.random.first():
             middle = plan.halves.attention(layer, state, *arguments, **named)
             if from_the_middle:
@@ -255,19 +305,19 @@ class LeanLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        layer = _take_layer(ctx)
-        backward = _backward_from_the_middle if len(ctx.tickets) > 1 else _backward_from_the_start
-        dstate, gradients = backward(ctx, layer, dy)
-        return dstate, None, None, None, *_in_order(ctx, gradients)
+        with _as_in_forward(ctx) as (layer, saved, trained):
+            backward = _backward_from_the_middle if len(ctx.tickets) > 1 else _backward_from_the_start
+            dstate, gradients = backward(ctx, layer, saved, trained, dy)
+        return dstate, None, None, None, *_in_order(trained, gradients)
 
 
-def _backward_from_the_start(ctx, layer, dy):
+def _backward_from_the_start(ctx, layer, saved, trained, dy):
     """The gradient of the layer's state, if that needs one, and pairs of a parameter and its gradient."""
     plan, control = ctx.plan, getattr(layer, "mlp_control", None)
-    (state,) = plan.host.pop(ctx.tickets[0]) if ctx.tickets else ctx.saved_tensors
+    (state,) = plan.host.pop(ctx.tickets[0]) if ctx.tickets else saved
     state = state.detach().requires_grad_(ctx.needs_input_grad[0])
     own = control_parameters(control)
-    others = _besides(ctx.trained, own)
+    others = _besides(trained, own)
     inputs = [*([state] if state.requires_grad else []), *others]
     replayed = nullcontext() if ctx.random is None else ctx.random.again()
     with ctx.autocast(), replayed, torch.enable_grad():
@@ -282,12 +332,12 @@ def _backward_from_the_start(ctx, layer, dy):
     return dstate, [*zip(own, sums), *zip(others, found)]
 
 
-def _backward_from_the_middle(ctx, layer, dy):
+def _backward_from_the_middle(ctx, layer, saved, trained, dy):
     """The same where the state between the halves waits on the host too. What waits is popped when it is needed: the copy
     of what comes next travels meanwhile."""
     plan, control = ctx.plan, getattr(layer, "mlp_control", None)
     own = control_parameters(control)
-    others = _besides(ctx.trained, own)
+    others = _besides(trained, own)
     (middle,) = plan.host.pop(ctx.tickets[1])
     needed = ctx.needs_input_grad[0] or bool(others)
     with ctx.autocast():
@@ -327,17 +377,13 @@ def _wait_on_host(plan, *tensors, own=1):
     return plan.host.push(*(tensor.detach() for tensor in tensors), own=own)
 
 
-def _trained(layer):
-    # layer.parameters() takes several times as long, and small steps are bound by what Python does
-    found = (p for module in layer.modules() for p in module._parameters.values())
-    return list({id(p): p for p in found if p is not None and p.requires_grad}.values())
+def _trained(parameters: Parameters) -> list[torch.Tensor]:
+    return [parameter for parameter in parameters.now() if parameter.requires_grad]
 
 
-def _in_order(ctx, gradients):
-    """The gradients in the order of what is trained; the last use of what the forward was called with."""
+def _in_order(trained, gradients):
     by_id = {id(parameter): gradient for parameter, gradient in gradients}
-    trained, ctx.trained, ctx.arguments, ctx.named = ctx.trained, None, None, None
-    return [by_id[id(parameter)] for parameter in trained]
+    return [by_id.get(id(parameter)) for parameter in trained]
 
 
 def _besides(parameters, *others):
@@ -345,7 +391,7 @@ def _besides(parameters, *others):
     return [parameter for parameter in parameters if id(parameter) not in known]
 
 
-def forward_in_chunks(plan: Plan, state: torch.Tensor, control: ControlLayer | None) -> torch.Tensor:
+def forward_in_chunks(plan: LayerPlan, state: torch.Tensor, control: ControlLayer | None) -> torch.Tensor:
     """The MLP block's output with its control, ``plan.chunk`` tokens at a time; nothing is kept."""
     output, mlp = torch.empty_like(state, memory_format=torch.contiguous_format), plan.mlp.for_chunks(state)
     for piece, into in zip(tokens(state).split(plan.chunk), tokens(output).split(plan.chunk)):
@@ -355,7 +401,7 @@ def forward_in_chunks(plan: Plan, state: torch.Tensor, control: ControlLayer | N
 
 @torch.no_grad()
 def backward_in_chunks(
-    plan: Plan, state: torch.Tensor, dy: torch.Tensor, control: ControlLayer | None, needed: bool
+    plan: LayerPlan, state: torch.Tensor, dy: torch.Tensor, control: ControlLayer | None, needed: bool
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """The gradient of :func:`forward_in_chunks`'s state ``(tokens, width)``, if ``needed``, and of the control."""
     dstate = torch.empty_like(state, memory_format=torch.contiguous_format) if needed else None
@@ -368,21 +414,37 @@ def backward_in_chunks(
     return control_backward(control, state, [*map(torch.cat, zip(*hidden))], dy, dstate)
 
 
-def _keep_layer(ctx, layer):
-    ctx.layer, ctx.plan = layer, layer.memory_plan
-    ctx.adapters = ctx.plan.adapters(layer)
+def _remember(ctx, layer: nn.Module, parameters: Parameters, arguments=(), named=None) -> LayerPlan:
+    """Put into ``ctx`` all that the backward must find as it is now; :func:`_save` the tensors among it."""
+    ctx.layer, ctx.plan, ctx.parameters = layer, layer.memory_plan, parameters
+    ctx.arguments, ctx.named = arguments, named
+    ctx.setting, ctx.read = ctx.plan.setting(layer), parameters.now()
+    return ctx.plan
 
 
-def _take_layer(ctx):
+def _save(ctx, *tensors: torch.Tensor) -> None:
+    ctx.save_for_backward(*tensors, *ctx.read)
+    ctx.kept = len(tensors)
+    del ctx.read
+
+
+@contextmanager
+def _as_in_forward(ctx):
+    """The layer with the parameters of the forward in their places, what was saved beside them, and those that are trained.
+
+    Raises:
+        RuntimeError: it is the second backward, adapters were switched, or (by autograd) a parameter was changed in place.
+    """
     if ctx.layer is None:
         raise RuntimeError("a memory mode frees what it kept: backward runs once per forward")
     layer, ctx.layer = ctx.layer, None
-    if ctx.adapters != ctx.plan.adapters(layer):
-        raise RuntimeError(
-            "between a forward and its backward adapters were switched, or training and evaluation: that takes memory mode "
-            "'plain'"
-        )
-    return layer
+    if ctx.setting != ctx.plan.setting(layer):
+        raise RuntimeError(SWITCHED)
+    saved = ctx.saved_tensors
+    parameters = saved[ctx.kept :]
+    with ctx.parameters.put_back(parameters):
+        yield layer, saved[: ctx.kept], [p for p in parameters if p.requires_grad]
+    ctx.arguments = ctx.named = None
 
 
 def _autocast_state(tensor):
@@ -392,34 +454,36 @@ def _autocast_state(tensor):
     return partial(torch.autocast, device, dtype=dtype, enabled=enabled)
 
 
-def draws_random_numbers(layer) -> bool:
-    """Whether the layer's forward draws random numbers."""
-    return any(
-        draws(module)
-        or (isinstance(module, ControlLayer) and module.training and any(module.dropout.values()))
-        or (module.training and getattr(module, "attention_dropout", 0.0))
-        for module in layer.modules()
+def draws_random_numbers(layer: nn.Module) -> bool:
+    """Whether the forward of a layer with a plan draws random numbers."""
+    plan = layer.memory_plan
+    return any(state["training"] and state[name] > 0.0 for state, name in plan.dropouts) or any(
+        map(control_draws, plan.controls)
     )
 
 
-def replays_random_numbers(model) -> bool:
+def planned_layers(model: nn.Module) -> list[nn.Module]:
+    return [layer for layer in model.modules() if isinstance(vars(layer).get("memory_plan"), LayerPlan)]
+
+
+def replays_random_numbers(model: nn.Module) -> bool:
     """Whether a layer's backward draws its forward's random numbers once more in a way that no CUDA graph can."""
-    for layer in model.modules():
-        plan = getattr(layer, "memory_plan", None)
-        if plan is None or plan.mode == "fast":
-            continue
-        checkpointed = plan.mlp.draws() or (plan.mode == "balanced" and plan.halves.recompute_attention)
-        if checkpointed and draws_random_numbers(layer):
+    for layer in planned_layers(model):
+        plan = layer.memory_plan
+        checkpointed = (
+            plan.halves is None
+            or plan.mlp.draws()
+            or (plan.mode == "balanced" and plan.halves.recompute_attention)
+        )
+        if plan.mode != "fast" and checkpointed and draws_random_numbers(layer):
             return True
     return False
 
 
-def replaying_layers(model) -> list[nn.Module]:
+def replaying_layers(model: nn.Module) -> list[nn.Module]:
     """The layers whose backward draws random numbers again through ``replay.py``."""
     return [
         layer
-        for layer in model.modules()
-        if getattr(layer, "memory_plan", None) is not None
-        and layer.memory_plan.mode == "lean"
-        and draws_random_numbers(layer)
+        for layer in planned_layers(model)
+        if layer.memory_plan.mode == "lean" and draws_random_numbers(layer)
     ]

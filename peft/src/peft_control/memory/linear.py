@@ -8,6 +8,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .exact import is_as_written
+
 
 def is_frozen_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer of a kind known here, without trainable parameters or adapter."""
@@ -15,11 +17,12 @@ def is_frozen_linear(module: nn.Module) -> bool:
 
 
 def is_known_linear(module: nn.Module | None) -> bool:
-    """Whether ``module`` computes ``x @ weight.T`` with a weight as it is, or as bitsandbytes packs it."""
+    """Whether ``module`` computes ``x @ weight.T`` with a weight as it is, or as bitsandbytes packs it, and nothing else."""
     if not isinstance(module, nn.Linear) or isinstance(module, BaseTunerLayer):
         return False
     kind = type(module)
-    return kind.forward is nn.Linear.forward or kind.__module__.startswith("bitsandbytes")
+    known = kind.forward is nn.Linear.forward or kind.__module__.startswith("bitsandbytes")
+    return known and is_as_written(module)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import kernels
+from .exact import is_as_written
+from .graphs import StepGraphs
 from .layers import replays_random_numbers
-from .linear import compute_dtype, dense_weight
+from .linear import compute_dtype, dense_weight, is_known_linear
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -81,6 +85,7 @@ def causal_lm_loss(
 def _total(hidden, labels, head, chunk, ignore_index=-100, softcap=None, weights=None):
     # the last state predicts nothing; leaving it out would copy all the others
     targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index).reshape(-1).to(hidden.device)
+    _check_labels(targets, ignore_index, head.out_features)
     targets = targets.masked_fill(targets == ignore_index, -1)
     if weights is not None:
         weights = F.pad(weights[:, 1:], (0, 1)).reshape(-1)
@@ -88,6 +93,15 @@ def _total(hidden, labels, head, chunk, ignore_index=-100, softcap=None, weights
         return LinearCrossEntropy.apply(
             hidden.reshape(-1, hidden.shape[-1]), targets, head, chunk, softcap, weights
         )
+
+
+def _check_labels(targets, ignore_index, classes):
+    """Refuse labels that are no classes, as torch's cross entropy does; on a GPU nothing waits for the answer."""
+    wrong = ((targets < 0) | (targets >= classes)) & (targets != ignore_index)
+    if targets.is_cuda:
+        torch._assert_async(~wrong.any(), "a label is out of bounds")
+    elif wrong.any():
+        raise IndexError(f"Target {targets[wrong][0].item()} is out of bounds.")
 
 
 @contextmanager
@@ -106,42 +120,86 @@ def _gathered(head):
 def _items(labels, num_items_in_batch, ignore_index=-100):
     if num_items_in_batch is not None:
         return num_items_in_batch
-    return (labels[:, 1:] != ignore_index).sum().clamp(min=1)
+    return (labels[:, 1:] != ignore_index).sum()
 
 
-def causal_lm_forward(model, input_ids=None, attention_mask=None, *arguments, labels=None, **named):
-    """Replaces a causal language model's ``forward`` while it trains; otherwise the model's own runs."""
-    trained = any(parameter.requires_grad for parameter in model.lm_head.parameters())
-    other_loss = model.loss_function is not ForCausalLMLoss or any(
-        isinstance(named.get(name), torch.Tensor) or named.get(name)
-        for name in ("shift_labels", "ignore_index", "logits_to_keep")
-    )
-    training = model.training and torch.is_grad_enabled() and labels is not None
-    if not training or trained or other_loss or named.get("return_dict") is False:
-        return type(model).forward(model, input_ids, attention_mask, *arguments, labels=labels, **named)
-    named.pop("use_cache", None)
-    items = _items(labels, named.pop("num_items_in_batch", None))
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    base = getattr(model, model.base_model_prefix)
-    others = [value for value in (*arguments, *named.values()) if value is not None]
-    if "step_graphs" in vars(model) and not others and _fits_a_graph(base, input_ids, attention_mask):
-        total = model.step_graphs(
-            lambda ids, labels: _total(
-                _states(base, ids), labels, model.lm_head, model.loss_chunk, softcap=softcap
-            ),
-            (input_ids, labels),
-            model,
+class DecoderPlan:
+    """A stack of decoder layers, which asks for no cache while it trains unless its caller does."""
+
+    def run(self, model, own, *arguments, **named):
+        """Replaces ``model.forward``.
+
+        Without a cache packed ``position_ids`` alone tell documents apart, with one they do not: what the model would do
+        with them is left as it is.
+        """
+        if model.training and torch.is_grad_enabled():
+            arguments, named = (), _by_name(own, arguments, named)
+            packed = named.get("position_ids") is not None and named.get("attention_mask") is None
+            if named.get("use_cache") is None and named.get("past_key_values") is None and not packed:
+                named["use_cache"] = False
+        return own(*arguments, **named)
+
+
+@dataclass
+class LossPlan:
+    """A causal language model's training loss without a batch's logits.
+
+    Attributes:
+        chunk: rows of logits that exist at once.
+        graphs: CUDA graphs of the step, or None.
+    """
+
+    chunk: int
+    graphs: StepGraphs | None = None
+
+    def run(self, model, own, *arguments, **named):
+        """Replaces ``model.forward`` while it trains; otherwise the model's own runs."""
+        given = _by_name(own, arguments, named)
+        labels = given.get("labels")
+        usual = model.loss_function is ForCausalLMLoss and not any(
+            isinstance(given.get(name), torch.Tensor) or given.get(name)
+            for name in ("shift_labels", "ignore_index", "logits_to_keep", "use_cache")
         )
-        return CausalLMOutputWithPast(loss=total / items)
-    outputs = base(input_ids, attention_mask, *arguments, use_cache=False, **named)
-    total = _total(outputs.last_hidden_state, labels, model.lm_head, model.loss_chunk, softcap=softcap)
-    return CausalLMOutputWithPast(
-        loss=total / items, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-    )
+        frozen = is_known_linear(model.lm_head) and not model.lm_head.weight.requires_grad
+        if (
+            not (model.training and torch.is_grad_enabled() and usual and frozen)
+            or getattr(labels, "dtype", None) != torch.long
+            or given.get("return_dict") is False
+        ):
+            return own(*arguments, **named)
+        named = {name: value for name, value in given.items() if name not in ("labels", "num_items_in_batch")}
+        items = _items(labels, given.get("num_items_in_batch"))
+        ids, mask = named.get("input_ids"), named.get("attention_mask")
+        others = [name for name, value in named.items() if value is not None]
+        if (
+            self.graphs
+            and {*others} <= {"input_ids", "attention_mask"}
+            and _fits_a_graph(model.model, ids, mask)
+        ):
+            total = self.graphs(
+                lambda ids, labels: _total(_states(model.model, ids), labels, model.lm_head, self.chunk),
+                (ids, labels),
+                model,
+            )
+            return CausalLMOutputWithPast(loss=total / items)
+        outputs = model.model(**{name: named[name] for name in others})
+        return CausalLMOutputWithPast(
+            loss=_total(outputs.last_hidden_state, labels, model.lm_head, self.chunk) / items,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _by_name(forward, arguments, named) -> dict:
+    """What a call gives to ``forward``, by the names of its parameters."""
+    if not arguments:
+        return named
+    names = [*inspect.signature(forward).parameters]
+    return {**dict(zip(names, arguments)), **named}
 
 
 def _fits_a_graph(base, ids, mask) -> bool:
-    if ids is None or not ids.is_cuda or replays_random_numbers(base):
+    if ids is None or not ids.is_cuda or replays_random_numbers(base) or not is_as_written(base):
         return False
     windows = [getattr(layer.self_attn, "sliding_window", None) for layer in base.layers]
     windows.append(getattr(base.config, "sliding_window", None))

@@ -249,9 +249,18 @@ def tokens(x: torch.Tensor) -> torch.Tensor:
 
 
 def draws(module: nn.Module) -> bool:
-    """Whether a dropout or drop-path module draws random numbers now."""
-    probability = getattr(module, "p", getattr(module, "drop_prob", 0.0))
-    return module.training and isinstance(probability, float) and probability > 0.0
+    """Whether a dropout or drop-path module, or an attention that calls such a function, draws random numbers now."""
+    return module.training and any(state[name] > 0.0 for state, name in probabilities(module))
+
+
+def probabilities(module: nn.Module) -> list[tuple[dict, str]]:
+    """Where ``module`` has the probability of its dropout: at ``p`` or a name with "drop" in it, as the version has it."""
+    state = vars(module)
+    return [
+        (state, name)
+        for name, value in state.items()
+        if isinstance(value, float) and (name == "p" or "drop" in name)
+    ]
 
 
 def _activation_backward(activation, inner, dy):

@@ -194,16 +194,43 @@ class HostStates:
         return _pinned(size)
 
 
-def _free_memory():
-    """Bytes that the host has to spare, or the container that this process runs in."""
-    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+#: Where Linux tells of control groups, and of those that this process is in.
+_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def _free_memory() -> int:
+    """Bytes that the host has to spare, or the tightest of the control groups (container, Slurm job) around this process."""
+    free = psutil.virtual_memory().available
+    for group, names in _memory_groups():
+        most, used, cached = names
+        try:
+            limit, now = (int((group / name).read_text()) for name in (most, used))
+            parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            free = min(
+                free, limit - now + sum(int(parts[f"{cached}{kind}_file"]) for kind in ("inactive", "active"))
+            )
+        except (OSError, ValueError, KeyError):  # the group does not exist here, or has no limit
+            continue
+    return max(free, 0)
+
+
+def _memory_groups():
+    """The folder of each control group of memory around this process, and the names of its files (versions 2 and 1)."""
+    two, one = (
+        ("memory.max", "memory.current", ""),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    )
     try:
-        most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = int(parts["inactive_file"]) + int(parts["active_file"])
-    except (OSError, ValueError, KeyError):  # no container, or one without a limit
-        return free
-    return max(min(free, most - used + cached), 0)
+        lines = [line.split(":", 2) for line in _OWN_GROUPS.read_text().splitlines()]
+    except OSError:  # no Linux
+        return
+    for _, controllers, path in lines:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, names = (_GROUPS / "memory", one) if controllers else (_GROUPS, two)
+        inner = Path(path.strip("/"))
+        for folder in (inner, *inner.parents) if inner.parts else (inner,):
+            yield root / folder, names
 
 
 def _local_processes():
