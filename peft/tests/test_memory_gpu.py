@@ -366,7 +366,7 @@ def test_dropout_on_the_gpu_is_replayed(mode, cuda_graphs):
 
     def loss():
         torch.manual_seed(2)
-        for twins in model.get_base_model().step_graphs._twins.values() if cuda_graphs else ():
+        for twins in model.get_base_model().memory_plan.graphs._twins.values() if cuda_graphs else ():
             twins.forward.set_offset(0)
         return logits(model, inputs).double().square().sum()
 
@@ -405,3 +405,88 @@ def test_layers_of_a_lean_graph_draw_numbers_of_their_own():
     assert not torch.equal(first, drawn(one.first()))
     one.align()
     assert torch.equal(drawn(one.first()), drawn(one.again()))
+
+
+def tiny_llama(**extra):
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=101, **extra,
+    )  # fmt: skip
+    adapter = ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], init_weights=False)
+    return get_peft_model(LlamaForCausalLM(config), adapter).train()
+
+
+def gradients_of(model, ids):
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    return torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("change", ["moved", "assigned", "alpha", "dropout", "adapter"])
+@pytest.mark.parametrize("mode", ["plain", "fast", "lean"])
+def test_graphs_notice_what_they_were_not_captured_with(mode, change):
+    torch.manual_seed(0)
+    model = tiny_llama().cuda()
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    model.cuda()
+    ids = torch.randint(101, (3, 24), device="cuda")
+    set_memory_mode(model, mode, cuda_graphs=True)
+    for _ in range(3):
+        before = gradients_of(model, ids)
+    controls = [module for module in model.modules() if hasattr(module, "control_A")]
+    if change == "moved":
+        model.cpu()
+        taken = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(8)]  # where the weights were
+        model.cuda()
+        del taken
+    elif change == "assigned":
+        model.load_state_dict({name: 1.5 * x for name, x in model.state_dict().items()}, assign=True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("control_" in name and ".default." in name)
+    elif change == "alpha":
+        for control in controls:
+            control.alpha["default"] = 3.0
+    elif change == "dropout":
+        for control in controls:
+            control.dropout["default"] = 0.5
+        assert not torch.equal(gradients_of(model, ids), gradients_of(model, ids))
+        return
+    else:
+        model.set_adapter("other")
+    found = [gradients_of(model, ids) for _ in range(2)][1]
+    set_memory_mode(model, "plain")
+    close(found, gradients_of(model, ids), 1e-4)
+    assert change == "moved" or (found - before).norm() > 1e-2 * before.norm()
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+
+
+@two_gpus
+@pytest.mark.parametrize("mode", MODES)
+def test_dataparallel_is_refused_in_one_line(mode):
+    model = set_memory_mode(tiny_llama().cuda(), mode)
+    ids = torch.randint(101, (4, 24), device="cuda")
+    with pytest.raises(RuntimeError, match="nn.DataParallel.*torchrun"):
+        torch.nn.DataParallel(model)(input_ids=ids, labels=ids)
+
+
+@two_gpus
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_a_model_dispatched_over_two_gpus(mode):
+    """accelerate's hooks move what each module is given; fast and balanced refuse them, lean runs them."""
+    from accelerate import dispatch_model
+
+    torch.manual_seed(0)
+    model = tiny_llama()
+    ids = torch.randint(101, (3, 24))
+    reference = gradients_of(model, ids)
+    base = model.get_base_model()
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    dispatch_model(base, {**places, **{f"model.layers.{number}": number // 2 for number in range(4)}})
+    close(gradients_of(model, ids.cuda()), reference, 1e-4)
+    try:
+        set_memory_mode(model, mode)
+    except ValueError as refusal:
+        assert mode != "lean" and "somebody else's" in str(refusal)
+    close(gradients_of(model, ids.cuda()), reference, 1e-4)
