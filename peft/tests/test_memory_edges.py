@@ -4,6 +4,7 @@ Everything is compared with the model in mode "plain", in float64.
 """
 
 import functools
+import importlib
 import io
 import random
 
@@ -288,15 +289,15 @@ def test_lean_replays_attentions_dropout_whatever_its_name(name, monkeypatch):
     assert distance(gradients(), reference) <= 1e-10
 
 
-def test_dataparallel_is_refused():
-    """As torch's ``replicate`` copies modules, which here has one device only."""
-    model = build()
-    layer = layers(model)[0]
-    replica = layer._replicate_for_data_parallel()
-    for name, child in layer._modules.items():
-        replica._modules[name] = child
+def test_dataparallel_is_refused(monkeypatch):
+    """``replicate`` copies modules before it copies what they hold, so that one device shows it."""
+    module = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(module, "_get_device_index", lambda device, *_: device)
+    monkeypatch.setattr(
+        module, "_broadcast_coalesced_reshape", lambda tensors, devices, detach=False: [tensors] * 2
+    )
     with pytest.raises(RuntimeError, match="nn.DataParallel.*torchrun"):
-        replica(torch.zeros(1, 3, 32, dtype=torch.float64))
+        module.replicate(build(), [0, 1])
 
 
 @pytest.mark.parametrize("mode", MODES[1:])

@@ -423,7 +423,7 @@ def gradients_of(model, ids):
 
 
 @pytest.mark.parametrize("change", ["moved", "assigned", "alpha", "dropout", "adapter"])
-@pytest.mark.parametrize("mode", ["plain", "fast", "lean"])
+@pytest.mark.parametrize("mode", ["fast", "lean"])
 def test_graphs_notice_what_they_were_not_captured_with(mode, change):
     torch.manual_seed(0)
     model = tiny_llama().cuda()
@@ -488,5 +488,5 @@ def test_a_model_dispatched_over_two_gpus(mode):
     try:
         set_memory_mode(model, mode)
     except ValueError as refusal:
-        assert mode != "lean" and "somebody else's" in str(refusal)
+        assert mode != "lean" and "somebody else" in str(refusal)
     close(gradients_of(model, ids.cuda()), reference, 1e-4)

@@ -62,8 +62,6 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         return output
 
     def _forget_state(self, module, args):
-        if getattr(module, "_is_replica", False):
-            raise RuntimeError(NO_REPLICAS)
         # of a forward that an exception or an early-stopped recomputation cut short
         self._states.pop(_thread(), None)
 
@@ -84,6 +82,14 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         if isinstance(output, tuple):
             return (self.control(output[0], state), *output[1:])
         return self.control(output, state)
+
+    def _replicate_for_data_parallel(self):
+        """torch asks it of each module at the first forward; the hooks of a copy would be the first GPU's.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(NO_REPLICAS)
 
     # -- attachment -----------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .control import tuner_setting
-from .layers import planned_layers, replaying_layers, replays_random_numbers
+from .layers import LayerPlan, replaying_layers, replays_random_numbers
 from .replay import Twins, capturing
 
 
@@ -30,6 +30,13 @@ class StepGraphs:
         self._stream: torch.cuda.Stream | None = None
         self._twins: dict[nn.Module, Twins] = {}
         self._places: list[int] = []
+        self._settings: list[list] = []
+
+    def _number_of(self, settings: list) -> int:
+        """A number for settings, which are compared faster than hashed."""
+        if settings not in self._settings:
+            self._settings.append(settings)
+        return self._settings.index(settings)
 
     def __deepcopy__(self, memo):
         return StepGraphs(self.limit)
@@ -53,10 +60,11 @@ class StepGraphs:
         Raises:
             RuntimeError: ``compute`` cannot be captured.
         """
-        everything = [*model.parameters(), *model.buffers()]
-        parameters = [parameter for parameter in everything if parameter.requires_grad]
+        modules = list(model.modules())
+        tensors = [x for module in modules for x in (*module._parameters.values(), *module._buffers.values())]
+        parameters = list({id(x): x for x in tensors if x is not None and x.requires_grad}.values())
         # a replay reads and writes where the tensors lay at its capture
-        places = [tensor.data_ptr() for tensor in everything]
+        places = [x.data_ptr() for x in tensors if x is not None]
         if places != self._places:
             self._graphs.clear()
             self._places = places
@@ -65,7 +73,7 @@ class StepGraphs:
             *map(id, parameters),
             torch.is_autocast_enabled("cuda"),
             torch.get_autocast_dtype("cuda"),
-            _settings(model),
+            self._number_of(_settings(modules)),
             setting,
         )
         if key not in self._graphs:
@@ -84,13 +92,12 @@ class StepGraphs:
         return tree_unflatten(list(_Replay.apply(graph, inputs, *parameters)), graph.structure)
 
 
-def _settings(model: nn.Module) -> str:
+def _settings(modules: Sequence[nn.Module]) -> list:
     """What a step depends on besides its inputs and parameters: adapters, and how much dropout there is."""
-    modules = list(model.modules())
     tuners = [tuner_setting(module) for module in modules if isinstance(module, BaseTunerLayer)]
     drops = [module.p for module in modules if isinstance(module, nn.modules.dropout._DropoutNd)]
-    others = [state[name] for layer in planned_layers(model) for state, name in layer.memory_plan.dropouts]
-    return repr((tuners, drops, others))
+    plans = [plan for module in modules if isinstance(plan := vars(module).get("memory_plan"), LayerPlan)]
+    return [tuners, drops, [state[name] for plan in plans for state, name in plan.dropouts]]
 
 
 class StepPlan:

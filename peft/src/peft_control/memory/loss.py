@@ -49,7 +49,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 slope = (1 - logits.square()).masked_fill_(labels[rows, None] < 0, 0.0)
                 logits = logits * softcap
             losses = kernels.cross_entropy_(logits, labels[rows])
-            total += losses.sum() if weights is None else losses @ weights[rows].to(losses.dtype)
+            total += losses.sum() if weights is None else (losses * weights[rows]).sum()
             if softcap is not None:
                 logits *= slope
             if gradient is not None:

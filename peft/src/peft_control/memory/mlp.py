@@ -276,4 +276,6 @@ def _activation_backward(activation, inner, dy):
 def _check_frozen(modules, linears, parameters=()):
     trained = [p for module in modules for p in module.parameters()] + list(parameters)
     if not all(map(is_frozen_linear, linears)) or any(p.requires_grad for p in trained):
-        raise ValueError("memory modes need a frozen MLP; it has trainable parameters or an adapter inside")
+        raise ValueError(
+            "memory modes need a frozen MLP; inside are trainable parameters, an adapter or a forward or hook of somebody else"
+        )
