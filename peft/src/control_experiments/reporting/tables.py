@@ -1,398 +1,391 @@
-"""The paper's tables made from run records, with the published figures beside ours, in Markdown, CSV and LaTeX.
+"""Tables as pivots of the records: which rows, by what they are told apart, which figures. `TABLES` lists them all.
 
-`all_tables(collection, paper)` builds them as data; `cells.write_tables` writes the files. Scores are percent, as mean ± sample
-standard deviation over seeds; memory is MiB (2**20 bytes) and time seconds, from the same runs.
+A figure is the mean ± sample standard deviation over the records of its row (seeds, or repeats of a benchmark). All figures of a row
+come from the records that its last column links to. Memory is MiB (2**20 bytes) or GB (10**9), time seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from .benchmark_tables import benchmark_tables
-from .cells import MEBI, NO_RECORD, Cell, Section, Table, summary_cell
-from .collection import COMMONSENSE, Collection, Comparison, Row, Summary
-from .published import NOT_PUBLISHED, Paper
+import pandas as pd
 
-#: Published figures that belong to no cell.
-_IN_TEXT = ("score stated in the text", "memory less than dora", "fits on a GPU of")
-GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
-METHODS = ("control", "lora", "dora")
+from ..record import write_text_atomic
+from .records import COMMONSENSE, GLUE, KERNELS, MEBI, Paper
 
-
-def all_tables(collection: Collection, paper: Paper) -> list[Table]:
-    """Every table, whether or not there are records for it yet."""
-    return [
-        glue_table(collection, paper),
-        vit_table(collection, paper),
-        vit_memory_table(collection, paper),
-        commonsense_table(collection, paper),
-        quantized_table(collection, paper),
-        *benchmark_tables(collection),
-    ]
+NO_RECORD, NOT_PUBLISHED, NOT_MEASURED = "no record", "not published", "not measured"
+METHODS = ("control", "double control", "control+lora", "control+dora", "lora", "dora")
+WHOSE = ("ours", "yours", "paper")
+#: Figures that not every row can have: of one process there is no efficiency.
+_PARTLY = ("efficiency %", "losses apart", "time / fastest LoRA", "memory / leanest LoRA", "times published", "same as published %")
 
 
-# -- cells ----------------------------------------------------------------------------------------------------
+@dataclass
+class Section:
+    """A part of a table under its own heading, one model in one setting.
+
+    Attributes:
+        shown: for people, a row of texts each; `runs` holds (text, file) pairs.
+        data: for CSV: figures with their deviations, and files.
+        methods: of each row, for the page's filter.
+        notes, remarks: numbered footnotes of `shown`, and lines below it.
+    """
+
+    title: str
+    domain: str
+    shown: pd.DataFrame
+    data: pd.DataFrame
+    methods: list[str]
+    notes: list[str]
+    remarks: list[str]
 
 
-def published_cell(paper: Paper, *where: str) -> Cell:
-    figure = paper.find(*where)
-    if figure is None:
-        return Cell(NOT_PUBLISHED)
-    notes = [f"{figure.note[0].upper()}{figure.note[1:]}."] if figure.note else []
-    return Cell(str(figure), figure.value, figure.spread_as_printed, notes=notes, status=figure.status)
+@dataclass
+class Table:
+    """One file of results/tables: which rows of the records it shows, and how.
+
+    Attributes:
+        select: the records' rows; may add columns to them.
+        keys: header -> column that tells rows apart.
+        figures: header -> (column, factor, format).
+        command: what makes its records.
+    """
+
+    name: str
+    title: str
+    about: str
+    select: Callable[[pd.DataFrame], pd.DataFrame]
+    keys: dict[str, str]
+    figures: dict[str, tuple[str, float, str]]
+    command: str
+    remarks: list[str] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
 
 
-def cost_cells(row: Row, rate: str = "examples") -> list[Cell]:
-    """Peak memory (MiB), training time (s) and examples, or tokens, a second of a row's runs."""
-    runs = list(row.runs.values())
-    if not runs:
-        return [Cell(NO_RECORD) for _ in range(3)]
-    memory = summary_cell(
-        row.over_seeds(lambda run: run.peak_bytes and run.peak_bytes / MEBI), 0, "not measured"
-    )
-    if memory.value is not None and runs[0].record.memory.get("kind") == "resident set":
-        memory.notes.append("Resident memory of the whole process on a CPU, not comparable with a GPU's.")
-    seconds = summary_cell(row.over_seeds(lambda run: run.seconds), 1, "not measured")
-    speed = summary_cell(row.over_seeds(lambda run: run.per_second(rate)), 0, "not measured")
-    resumed = [run.links[0] for run in runs if run.resumed]
-    if resumed:
-        note = f"{', '.join(resumed)} was resumed, so its record covers only a part of the memory and time."
-        memory.notes.append(note)
-        seconds.notes.append(note)
-    if any(run.shared_gpu for run in runs):
-        seconds.notes.append("Not shown: other processes used the GPU at the same time.")
-    return [memory, seconds, speed]
+# -- pivot ----------------------------------------------------------------------------------------------------
 
 
-def trained_cell(row: Row) -> Cell:
-    counts = {run.trained_parameters for run in row.runs.values()}
-    if not counts:
-        return Cell(NO_RECORD)
-    return Cell(
-        " / ".join(f"{count:,}" for count in sorted(counts, key=str)),
-        counts.pop() if len(counts) == 1 else None,
-    )
+def fill(table: Table, frame: pd.DataFrame) -> Table:
+    """The table with its sections: one for each `section` of the selected rows, those with records first."""
+    rows = table.select(frame)
+    measured = rows.groupby("section", sort=False).n.sum() if len(rows) else pd.Series(dtype=float)
+    for title in sorted(measured.index, key=lambda title: measured[title] == 0):
+        part = rows[rows.section == title]
+        shown, data, methods, notes = [], [], [], []
+        for _, group in part.groupby([*table.keys.values(), "whose"], sort=False, dropna=False):
+            line, figures = _line(table, group, notes)
+            shown.append(line)
+            data.append({"section": title, **figures})
+            methods.append(group.row.iloc[0])
+        shown = pd.DataFrame(shown)
+        if set(shown.whose) == {"ours"}:
+            shown = shown.drop(columns="whose")
+        table.sections.append(
+            Section(title, part.domain.iloc[0], shown, pd.DataFrame(data), methods, notes, _conditions(part))
+        )
+    if not table.sections:
+        table.remarks.append(f"No record yet: {table.command}")
+    return table
 
 
-def count_cell(row: Row) -> Cell:
-    return Cell(str(len(row.runs)), len(row.runs))
+def _line(table: Table, group: pd.DataFrame, notes: list[str]) -> tuple[dict, dict]:
+    """A row's texts and its figures; notes that it needs are added to `notes`."""
+
+    def marked(text: str, reasons) -> str:
+        for reason in dict.fromkeys(reasons):
+            notes.append(reason) if reason not in notes else None
+            text += f" <sup>{notes.index(reason) + 1}</sup>"
+        return text
+
+    first, whose = group.iloc[0], group.whose.iloc[0]
+    links = [(text or str(number), file) for number, part in enumerate(group.links, 1) for text, file in part]
+    files = " ".join(dict.fromkeys(file for _, file in links))
+    line = {header: str(first[column]) for header, column in table.keys.items()} | {"whose": whose}
+    data, problems = dict(line), [problem for problem in group.problem if problem]
+    measured = group[group.error.fillna("") == ""] if "error" in group else group
+    count = 0 if problems or whose == "paper" or not files else len(measured)
+    line["n"] = data["n"] = "" if whose == "paper" else count
+    printed: list[str] = []
+    for header, (column, factor, form) in table.figures.items():
+        values = measured[column].dropna().astype(float) * factor if column in group else pd.Series(dtype=float)
+        if whose == "paper":
+            published = first.published.get(header)
+            said = [f"{published.note[0].upper()}{published.note[1:]}."] if published and isinstance(published.note, str) else []
+            line[header] = marked(published.text, said) if published else NOT_PUBLISHED
+            data |= {header: published.value, f"{header} status": published.status} if published else {header: NOT_PUBLISHED}
+            printed += said
+        elif count and len(values) == count:
+            constant = count == 1 or values.nunique() == 1
+            line[header] = f"{values.mean():{form}}" + ("" if constant else f" ± {values.std():{form}}")
+            data |= {header: values.mean()} | ({f"{header} sd": values.std()} if count > 1 else {})
+        else:
+            there = "" if header in _PARTLY else NOT_MEASURED if count else "failed" if files and not problems else NO_RECORD
+            data[header] = line[header] = there
+    line["runs"] = links if count or not problems else marked("left out", problems)
+    if not files and whose != "paper":
+        line["runs"] = NO_RECORD
+    reasons = list(dict.fromkeys(note for part in group.notes for note in part))
+    if not len(measured):
+        reasons += [f"{first.row}: {error}." for error in group.error]
+    noted = [header for header in ("peak MiB", "train s", "ms a step", "longest tokens", "tokens/s") if header in line]
+    if reasons and noted:  # at the figure that is missing, else at the first that the note can be about
+        at = next((header for header in noted if line[header] in (NOT_MEASURED, "failed")), noted[0])
+        line[at] = marked(line[at], reasons)
+    return line, data | {"runs": files or ("" if whose == "paper" else NO_RECORD), "notes": " ".join(dict.fromkeys([*problems, *reasons, *printed]))}
 
 
-def rate_cell(row: Row) -> Cell:
-    rates = {run.record.hyperparameters.get("lr") for run in row.runs.values()}
-    return Cell(f"{rates.pop():g}") if len(rates) == 1 and None not in rates else Cell("")
-
-
-def runs_cell(row: Row) -> Cell:
-    """The records of a row, or why there is none to show."""
-    if row.runs:
-        return Cell("", links=row.links)
-    return Cell(
-        "left out" if row.problems else NO_RECORD, notes=[problem.message for problem in row.problems]
-    )
-
-
-def conditions_remark(comparisons: Iterable[Comparison]) -> list[str]:
-    """One line on what the runs of each comparison have in common."""
+def _conditions(part: pd.DataFrame) -> list[str]:
+    """One line on what the runs of each task have in common."""
     lines = []
-    for comparison in comparisons:
-        runs = list(comparison.runs())
-        if not runs:
-            continue
-        facts = dict(comparison.conditions)
-        first = runs[0].record
-        torch = sorted({run.record.versions.get("torch", "?") for run in runs})
-        sizes = " + ".join(
-            f"{size:,} {split}"
-            for split, size in first.data.get("sizes", {}).items()
-            if isinstance(size, int)
-        )
-        named = ("epochs", "batch_size", "precision", "autocast", "dtype", "augment")
+    runs = part[(part.kind == "run") & part.record.notna() & (part.problem == "")]
+    for (task, whose), group in runs.groupby(["task", "whose"], sort=False):
+        record, facts = group.record.iloc[0], group["shared"].iloc[0]
+        torch = sorted({record.versions.get("torch", "?") for record in group.record})
+        sizes = " + ".join(f"{n:,} {split}" for split, n in record.data.get("sizes", {}).items() if isinstance(n, int))
+        named = ("epochs", "batch_size", "precision", "autocast", "dtype", "augment", "optimizer")
         settings = ", ".join(f"{name.replace('_', ' ')} {facts[name]}" for name in named if name in facts)
-        lines.append(
-            f"{comparison.task}: {sizes}; {settings}; {facts.get('device', first.device['name'])}, torch {', '.join(torch)}."
-        )
+        mark = "" if whose == "ours" else f" ({whose})"
+        lines.append(f"{task}{mark}: {sizes}; {settings}; {record.device['name']}, torch {', '.join(torch)}.")
     return lines
+
+
+# -- selections -----------------------------------------------------------------------------------------------
+
+
+def _runs(frame: pd.DataFrame, paper: Paper, domain: str, published: str, always: tuple[str, ...] = ()) -> pd.DataFrame:
+    """A domain's runs, empty rows for methods of `always` that lack one, and the paper's rows below ours."""
+    runs = frame[(frame.kind == "run") & (frame.domain == domain)]
+    printed = _printed(paper, published)
+    keys = ["domain", "section", "task"]
+    missing = [
+        dict(zip(keys, place)) | {"whose": "ours", "row": method, "n": 0}
+        for place, group in pd.concat([runs, printed]).groupby(keys)
+        for method in always if not (group.row[group.whose != "paper"].str.split(r",| r\d| matched", regex=True).str[0] == method).any()
+    ]  # fmt: skip
+    rows = pd.concat([part for part in (runs, printed, pd.DataFrame(missing)) if len(part)], ignore_index=True) if len(runs) or len(printed) else runs
+    for column in ("links", "notes"):
+        rows[column] = [value if isinstance(value, (list, tuple)) else () for value in rows[column]]
+    rows["problem"] = rows.problem.fillna("")
+    order = {name: number for number, name in enumerate([*GLUE, *METHODS, *WHOSE])}
+    bare = rows.row.str.split(r",| r\d| matched", regex=True).str[0]
+    rows["_order"] = list(zip(rows.task.map(order).fillna(99), rows.task, bare.map(order).fillna(99), rows.row, rows.whose.map(order), rows.seed.fillna(0)))
+    rows["rate of learning"] = rows.lr.map(lambda lr: "" if pd.isna(lr) else f"{lr:g}")
+    usual = rows.groupby([*keys, "row", "whose"])["rate of learning"].transform(lambda rates: " / ".join(sorted(set(rates))))
+    rows["rate of learning"] = usual
+    return rows.sort_values("_order")
+
+
+#: Quantity of a published figure -> the header that it belongs under.
+_HEADERS = {"best score": "best", "peak memory": "peak MiB", "training time": "train s", "trained parameters": "trained parameters"}
+
+
+def _printed(paper: Paper, table: str) -> pd.DataFrame:
+    """The paper's figures of a table, a row for each model, task and method, with the figures in column `published`."""
+    rows: dict[tuple, dict] = {}
+    for figure in paper.figures[paper.figures.table == table].itertuples():
+        header = figure.column if figure.quantity == "score" else _HEADERS.get(figure.quantity)
+        if header is None or (table == "glue" and figure.column == "all"):
+            continue
+        task = "commonsense" if table == "commonsense" else figure.column
+        domain = {"glue": "roberta", "vit": "vit", "commonsense": "llama"}[table]
+        section = f"{figure.model}, 4-layer MLP" if table == "vit" else figure.model
+        row = rows.setdefault((figure.model, task, figure.row), {
+            "whose": "paper", "kind": "run", "n": 0, "domain": domain, "section": section, "task": task, "row": figure.row, "published": {}})  # fmt: skip
+        row["published"][header] = figure
+    return pd.DataFrame(rows.values())
+
+
+def _in_text(paper: Paper, table: str, quantities: tuple[str, ...]) -> list[str]:
+    """Published figures that belong to no row."""
+    figures = paper.figures[(paper.figures.table == table) & paper.figures.quantity.isin(quantities)]
+    if table == "glue":
+        figures = figures[figures.column == "all"]
+    return [f"Published: {f.model}, {f.row}: {f.quantity} {f.text}." for f in figures.itertuples()]
+
+
+def _vit_steps(frame: pd.DataFrame, paper: Paper) -> pd.DataFrame:
+    """Steps of ViT-B/16, with the published peaks below those in the paper's batch."""
+    steps = frame[frame.kind == "vit step"]
+    printed = _printed(paper, "vit").drop(columns=["section", "kind"]).assign(attention="eager", problem="")
+    printed["links"] = printed["notes"] = [()] * len(printed)
+    sections = steps.section[steps.section.str.startswith("vit_base_patch16_224, batch 128")].unique()
+    rows = pd.concat([steps, *(printed.assign(section=section) for section in sections)], ignore_index=True)
+    methods = {"lora": 0, "control": 1, "dora": 2}
+    return rows.sort_values(["attention", "row", "whose"], key=lambda column: column.map(methods).fillna(9) if column.name == "row" else column)
+
+
+def _kind(kind: str) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    return lambda frame: frame[frame.kind == kind]
+
+
+def on_frontier(points: pd.DataFrame) -> pd.Series:
+    """Whether no other row equals or beats a row in both columns (smaller is better)."""
+    ordered = points.sort_values(list(points.columns))
+    best = ordered.iloc[:, 1].cummin()
+    return (ordered.iloc[:, 1] < best.shift(fill_value=float("inf"))).reindex(points.index)
+
+
+def step_means(frame: pd.DataFrame) -> pd.DataFrame:
+    """Mean seconds and bytes over the weights of each method of each setting of scripts/bench_memory.py, and `frontier`."""
+    steps = frame[(frame.kind == "step") & frame.seconds.notna()]
+    means = steps.groupby(["section", "row"], sort=False)[["seconds", "over"]].mean()
+    means["frontier"] = means.groupby("section", group_keys=False)[["seconds", "over"]].apply(on_frontier) if len(means) else None
+    return means
+
+
+def _steps(frame: pd.DataFrame) -> pd.DataFrame:
+    """Steps of scripts/bench_memory.py with their distances from the best LoRA; a failure only where nothing was measured."""
+    steps = frame[(frame.kind == "step")]
+    steps = steps[steps.seconds.notna() | ~steps.duplicated(["section", "row"], keep=False)]
+    means = step_means(frame)
+    loras = means[means.index.get_level_values("row").str.startswith("lora")].groupby("section")[["seconds", "over"]].min()
+    joined = steps.join(means, on=["section", "row"], rsuffix="_mean").join(loras, on="section", rsuffix="_lora")
+    joined["time ratio"] = joined.seconds_mean / joined.get("seconds_lora")
+    joined["memory ratio"] = joined.over_mean / joined.get("over_lora")
+    joined["frontier"] = joined.frontier.map({True: "yes", False: "no"}).fillna("")
+    return joined
+
+
+WAYS = {
+    "published": "the published micro-batches, padded", "packed": "the same steps, packed", "large": "packed, more rows a step",
+}  # fmt: skip
+
+
+def _ways(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row for each way of batching of LlaMA/benchmark_throughput.py."""
+    rows = frame[frame.kind == "throughput"]
+    long = [{**row, **row["ways"][way], "way": f"{way}: {what}"} for row in rows.to_dict("records") for way, what in WAYS.items()]
+    return pd.DataFrame(long) if long else rows
+
+
+def _scaling(longest: bool) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    def select(frame: pd.DataFrame) -> pd.DataFrame:
+        rows = frame[(frame.kind == "scaling") & (frame.section.str.contains("longest sequence") == longest)]
+        rows = rows[(rows.error == "") | ~rows.duplicated(["section", "row", "shard", "processes"], keep=False)]
+        first = {row: number for number, row in enumerate(dict.fromkeys(rows.row))}  # methods in the order of the files
+        order = list(zip(rows.row.map(first), rows["shard"], rows.processes)) if len(rows) else []
+        return rows.assign(order=order, processes=rows.processes.astype("Int64")).sort_values("order")
+
+    return select
 
 
 # -- the tables -----------------------------------------------------------------------------------------------
 
-
-def glue_table(collection: Collection, paper: Paper) -> Table:
-    return Table(
-        "glue",
-        "GLUE",
-        "Dev-set scores of encoders whose classifier is trained with an adapter: Matthews correlation (cola), accuracy, "
-        "or the mean of a task's two official metrics, in percent.",
-        _long_sections(
-            "glue",
-            collection.of("roberta"),
-            paper,
-            tasks=GLUE,
-            skip=lambda comparison: comparison.task not in GLUE,
-        ),
-        remarks=_published_memory(paper),
-    )
+_COST = {"peak MiB": ("peak", 1 / MEBI, ",.0f"), "train s": ("seconds", 1, ",.1f")}
+_TRAINED = {"trained parameters": ("trained", 1, ",.0f")}
+_SCORES = {"last": ("last", 1, ".2f"), "best": ("best", 1, ".2f"), **_COST, "examples/s": ("rate", 1, ",.0f")}
+_TASKS = {"task": "task", "method": "row", "learning rate": "rate of learning"}
+_PARTS = {
+    "weights MiB": ("weights", 1 / MEBI, ",.0f"), "adapter + optimizer MiB": ("state", 1 / MEBI, ",.0f"),
+    "activations MiB": ("activations", 1 / MEBI, ",.0f"), "peak MiB": ("peak", 1 / MEBI, ",.0f"),
+    "ms a step": ("seconds", 1000, ",.1f"), "tokens/s": ("rate", 1, ",.0f"),
+}  # fmt: skip
+_BASIC = ("control", "lora", "dora")
 
 
-def vit_table(collection: Collection, paper: Paper) -> Table:
-    return Table(
-        "vit_accuracy",
-        "ViT: accuracy",
-        "Test accuracy in percent; after each epoch the test images are looked at, so best is optimistic.",
-        _long_sections("vit", collection.of("vit"), paper, tasks=("cifar100",), setting="4-layer MLP"),
-    )
+def all_tables(frame: pd.DataFrame, paper: Paper) -> list[Table]:
+    """Every table, filled, whether or not there are records for it yet."""
+    tables = [
+        Table("glue", "GLUE", "Dev-set scores of encoders whose classifier is trained with an adapter: Matthews correlation (cola), accuracy, "
+              "or the mean of a task's two official metrics, in percent.",
+              lambda f: _runs(f, paper, "roberta", "glue", _BASIC), _TASKS, {**_TRAINED, **_SCORES}, "bash scripts/rerun_glue.sh",
+              _in_text(paper, "glue", ("peak memory",))),
+        Table("vit_accuracy", "ViT: accuracy", "Test accuracy in percent; after each epoch the test images are looked at, so best is optimistic.",
+              lambda f: _runs(f, paper, "vit", "vit", _BASIC), _TASKS, {**_TRAINED, **_SCORES}, "bash scripts/rerun_vit.sh"),
+        Table("vit_memory", "ViT: memory", "Peak of the CUDA allocator over whole training steps of ViT-B/16 with four-layer MLPs and random "
+              "weights. The published runs used eager attention.", lambda f: _vit_steps(f, paper), {"attention": "attention", "method": "row"},
+              {**_TRAINED, "peak MiB": ("peak", 1 / MEBI, ",.0f"), "ms a step": ("seconds", 1000, ",.1f")},
+              "bash scripts/rerun_memory.sh --tasks vit", _in_text(paper, "vit", ("peak memory as tabulated",))),
+        Table("commonsense", "Commonsense reasoning", "Accuracy in percent on eight test sets after training on commonsense data. One checkpoint of a "
+              "run is answered with, the best by held-out loss, so there is no separate best and last. No match: answers without an answer "
+              "word, which count as wrong.", lambda f: _runs(f, paper, "llama", "commonsense"), {"method": "row"},
+              {**_TRAINED, **{name: (name, 1, ".2f") for name in COMMONSENSE}, "no match": ("no match", 1, ".2f"), **_COST,
+               "tokens/s": ("rate", 1, ",.0f")}, "bash scripts/rerun_commonsense.sh",
+              ["Rows named lora and dora of the paper are those that it compares with, from DoRA's repository.",
+               *_in_text(paper, "commonsense", ("score stated in the text", "memory less than dora", "fits on a GPU of"))]),
+        Table("quantized", "GLUE on quantized bases", "As the GLUE table, with the frozen encoder in 4 or 8 bits, and in 16 under the same recipe. The "
+              "paper's repository has the scripts of this comparison; its results are not published.",
+              lambda f: _runs(f, paper, "qcontrol", "quantized", _BASIC), _TASKS, {**_TRAINED, **_SCORES}, "bash scripts/rerun_quantized.sh"),
+        Table("memory_speed", "Memory against speed", "One training step on random weights of the true shape; every method in a process of its own. The "
+              "frontier are the methods that no other beats in both memory and time. GB are 10^9 bytes.", _steps,
+              {"method": "row", "on the frontier": "frontier"},
+              {**_TRAINED, "weights GB": ("weights", 1e-9, ",.2f"), "over weights GB": ("over", 1e-9, ",.2f"), "ms a step": ("seconds", 1000, ",.1f"),
+               "tokens/s": ("rate", 1, ",.0f"), "time / fastest LoRA": ("time ratio", 1, ".2f"), "memory / leanest LoRA": ("memory ratio", 1, ".2f")},
+              "bash scripts/rerun_memory.sh"),
+        Table("longest", "Longest sequence", "The longest sequence of which a training step fits into a limit of GPU memory.", _kind("longest"),
+              {"method": "row"}, {"tokens": ("longest", 1, ",.0f")}, "bash scripts/rerun_memory.sh --tasks llama3-8b-limit --seeds 1"),
+        Table("step_profile", "Where a step's time goes", "Kernels of one step by what they do, in milliseconds. Copies from and to the host run beside "
+              "the others. The step of the last column was timed among others, without the profiler: on a GPU at its power limit it takes "
+              "longer than the kernels of a single one.", _kind("profile"), {"method": "row"},
+              {**{f"{kind} ms": (kind, 1000, ",.1f") for kind in KERNELS}, "all ms": ("all", 1000, ",.1f"), "ms a step": ("seconds", 1000, ",.1f")},
+              "bash scripts/rerun_memory.sh --tasks llama3-8b-profile --seeds 1"),
+        Table("quantized_memory", "Memory over quantized bases", "One training step on random weights of the true shape, whose frozen linear layers are "
+              "stored as the column weights says; checkpointing is gradient checkpointing, the other modes are the control's.",
+              _kind("quantized step"), {"method": "row", "weights": "stored", "mode": "mode"}, {**_TRAINED, **_PARTS},
+              "python -m QControl.quantized_memory --shape roberta-base, and --shape llama3-8b"),
+        Table("llama_shapes", "LLaMA's shapes: the recipes' steps", "One training step on random weights of the true shape and the largest micro-batch "
+              "that the launchers' recipes can meet: every row as long as the cutoff.", _kind("recipe step"),
+              {"method": "row", "memory mode": "mode"}, {**_TRAINED, **_PARTS}, "python -m LlaMA.benchmark_methods --output_dir results/llama/shapes"),
+        Table("throughput", "Throughput of batching", "Real (non-padding) tokens a second of three ways to train on the same rows, measured in one "
+              "process. Packed gives the published steps' gradients; large is another recipe with fewer, larger steps.", _ways,
+              {"batching": "way", "attention": "attention"},
+              {"rows a step": ("rows_per_step", 1, ",.0f"), "forwards a step": ("forwards_per_step", 1, ",.1f"),
+               "real tokens/s": ("real_tokens_per_second", 1, ",.0f"), "times published": ("speedup", 1, ".2f")},
+              "python -m LlaMA.benchmark_throughput --shape llama3-8b --data commonsense_51k.json --output_dir results/llama/throughput-llama3-8b"),
+        Table("batches", "Answers in batches", "The same commonsense questions answered in batches, one by one, and one by one without stopping early (as "
+              "published), in one process. Same answers: in percent of the questions, against those of one by one.", _kind("batches"),
+              {"method": "row", "batch": "batch", "mode": "mode"},
+              {"questions": ("questions", 1, ",.0f"), "questions/s": ("questions_per_second", 1, ",.1f"),
+               "questions/s, one by one": ("questions_per_second_batch_one", 1, ",.2f"), "times one by one": ("speedup", 1, ",.1f"),
+               "times published": ("speedup_over_published", 1, ",.1f"), "same answers %": ("answers_agree", 1, ".2f"),
+               "same as published %": ("answers_agree_with_published", 1, ".2f")},
+              "python -m LlaMA.evaluate --compare_batch_one 1000 --model MODEL --data DATA --output_dir results/llama/batches-NAME"),
+        Table("scaling", "Scaling over GPUs", "Weak scaling: every process has the same work. Efficiency is the step time of one process over that of so "
+              "many; ddp keeps the frozen weights on every GPU, fsdp2 shards them. Losses apart: the largest relative distance from one "
+              "process that accumulates the same global batch.", _scaling(False), {"method": "row", "sharding": "shard", "processes": "processes"},
+              {"tokens/s": ("rate", 1, ",.0f"), "efficiency %": ("efficiency", 1, ".1f"), "peak GB each": ("peak", 1e-9, ".2f"),
+               "sent MB each": ("sent", 1e-6, ",.1f"), "losses apart": ("apart", 1, ".1e")}, "bash scripts/bench_scaling.sh"),
+        Table("scaling_longest", "Longest sequence over GPUs", "The longest sequence of which a training step fits.", _scaling(True),
+              {"method": "row", "sharding": "shard", "processes": "processes"}, {"longest tokens": ("longest", 1, ",.0f")},
+              "bash scripts/bench_scaling.sh --longest"),
+    ]  # fmt: skip
+    return [fill(table, frame) for table in tables]
 
 
-def quantized_table(collection: Collection, paper: Paper) -> Table:
-    return Table(
-        "quantized",
-        "GLUE on quantized bases",
-        "As the GLUE table, with the frozen encoder in 4 or 8 bits, and in 16 under the same recipe.",
-        _long_sections(
-            "quantized", collection.of("qcontrol"), paper, tasks=("rte",), model="roberta-base", setting="nf4"
-        ),
-        remarks=["The paper's repository has the scripts of this comparison; its results are not published."],
-    )
+# -- files ----------------------------------------------------------------------------------------------------
 
 
-def _long_sections(
-    table: str,
-    comparisons: Sequence[Comparison],
-    paper: Paper,
-    *,
-    tasks: Sequence[str],
-    model: str | None = None,
-    setting: str = "",
-    skip=lambda comparison: False,
-) -> list[Section]:
-    """One section for each model and setting, one row for each task and method.
-
-    Sections with records come first. The paper's own model (or `model`) in its `setting` names the `tasks` without one.
-    """
-    header = ["task", "method", "trained parameters", "learning rate", "n", "last", "best", "paper, best",
-              "peak MiB", "paper, peak", "train s", "paper, time", "examples/s", "runs"]  # fmt: skip
-    found = {(c.model, c.setting, c.task): c for c in comparisons if not skip(c)}
-    at_scale = [(name, setting) for name in paper.models(table) or [model]]
-    domain = {"glue": "roberta", "vit": "vit", "quantized": "qcontrol"}[table]
-    measured, empty = [], []
-    for key in dict.fromkeys([*((m, s) for m, s, _ in found), *at_scale]):
-        name, its_setting = key
-        mine = {task: comparison for (*place, task), comparison in found.items() if tuple(place) == key}
-        shown, missing = set(mine), []
-        if key in at_scale:  # tasks without records have rows only for what was published of them
-            shown |= {task for task in tasks if any(paper.of_task(table, name, task))}
-            missing = [task for task in tasks if task not in mine]
-        rows, methods = [], []
-        for task in sorted(
-            shown, key=lambda task: (tasks.index(task) if task in tasks else len(tasks), task)
-        ):
-            comparison = mine.get(task, Comparison("", *key, task, {}, {}))
-            for label in _labels(comparison, always=key in at_scale):
-                row = comparison.rows.get(label, Row())
-                memory, seconds, rate = cost_cells(row)
-                where = (table, name, label, task)
-                rows.append([
-                    Cell(task), Cell(label), trained_cell(row), rate_cell(row), count_cell(row),
-                    summary_cell(row.summary(task, "last"), 2), summary_cell(row.summary(task, "best"), 2),
-                    published_cell(paper, *where, "best score"),
-                    memory, published_cell(paper, *where, "peak memory"),
-                    seconds, published_cell(paper, *where, "training time"), rate, runs_cell(row),
-                ])  # fmt: skip
-                methods.append(label)
-        title = f"{name}, {its_setting}" if its_setting else name
-        remarks = conditions_remark(mine.values())
-        remarks += [f"No record yet: {', '.join(missing)}."] if missing else []
-        section = _without_empty_columns(Section(title, header, rows, domain, methods, remarks))
-        (measured if mine else empty).append(section)
-    return [*measured, *empty]
+def linked(links: list[tuple[str, str]] | str, up: str) -> str:
+    """A cell of links for Markdown; `up` leads from the page to the results folder."""
+    return links if isinstance(links, str) else ", ".join(f"[{text}]({(up + file).replace(' ', '%20')})" for text, file in links)
 
 
-def _labels(comparison: Comparison, always: bool) -> list[str]:
-    """The rows of a comparison: the table's methods, each with its variants, then others.
-
-    A method of which there are only rows with something added (other ranks, a memory mode) has no empty row beside them,
-    unless `always`: beside the published figures.
-    """
-    there = {label for label, row in comparison.rows.items() if row.runs or row.problems}
-
-    def method_of(label: str) -> str:
-        return label.split(",")[0].split(" ")[0]
-
-    of_method = {method_of(label) for label in there}
-    usual = {method for method in METHODS if always or method in there or method not in of_method}
-    order = {method: number for number, method in enumerate(METHODS)}
-    return sorted(
-        {*usual, *comparison.rows}, key=lambda label: (order.get(method_of(label), len(order)), label)
-    )
+def markdown_rows(frame: pd.DataFrame) -> list[str]:
+    """A frame of texts as the lines of a Markdown table."""
+    cells = [list(frame.columns), ["---"] * len(frame.columns), *frame.values.tolist()]
+    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells]
 
 
-def _without_empty_columns(section: Section) -> Section:
-    """Leave out columns of published figures in which nothing was published for this model."""
-    keep = [
-        number
-        for number, name in enumerate(section.header)
-        if name in ("paper, best",)
-        or not name.startswith("paper")
-        or any(r[number].value is not None for r in section.rows)
-    ]
-    section.header = [section.header[number] for number in keep]
-    section.rows = [[row[number] for number in keep] for row in section.rows]
-    return section
+def markdown(table: Table, up: str) -> str:
+    """The table for GitHub."""
+    lines = [f"# {table.title}", "", table.about, *(f"\n{remark}" for remark in table.remarks), ""]
+    lines += ["All figures in a row come from the records (by seed) that its last column links to.", ""]
+    for section in table.sections:
+        shown = section.shown.assign(runs=[linked(links, up) for links in section.shown.runs])
+        lines += [f"## {section.title}", "", *markdown_rows(shown), "", *(f"{n}. {note}" for n, note in enumerate(section.notes, 1))]
+        lines += [""] * bool(section.notes) + [f"- {remark}" for remark in section.remarks] + [""] * bool(section.remarks)
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def _published_memory(paper: Paper) -> list[str]:
-    figures = [f for f in paper.figures if (f.table, f.column, f.quantity) == ("glue", "all", "peak memory")]
-    listed = "; ".join(f"{figure.row} {figure}" for figure in figures)
-    return [
-        f"Published peak memory of RoBERTa-base on GLUE, without the task, batch or length it was measured at: {listed}."
-    ]
-
-
-def commonsense_table(collection: Collection, paper: Paper) -> Table:
-    """One row for each method, one column for each test set; the paper's row below ours."""
-    header = [
-        "method",
-        "whose",
-        "trained parameters",
-        "n",
-        *COMMONSENSE,
-        "no match",
-        "peak MiB",
-        "train s",
-        "tokens/s",
-        "runs",
-    ]
-    found = {(c.model, c.setting): c for c in collection.of("llama")}
-    always = [(model, "") for model in paper.models("commonsense")]
-    sections = []
-    for key in dict.fromkeys([*found, *always]):
-        model, setting = key
-        comparison = found.get(key, Comparison("llama", model, setting, "commonsense", {}, {}))
-        published = [label for label in paper.rows("commonsense", model) if not setting]
-        rows, methods, missing = [], [], []
-        for label in dict.fromkeys([*published, *sorted(comparison.rows)]):
-            if label not in comparison.rows:
-                missing.append(label)
-            row = comparison.rows.get(label, Row())
-            scores = [summary_cell(row.summary(column), 2) for column in COMMONSENSE]
-            no_match = summary_cell(row.over_seeds(lambda run: run.scored.metrics["last"].get("no_match")), 2)
-            ours = [
-                Cell(label),
-                Cell("ours"),
-                trained_cell(row),
-                count_cell(row),
-                *scores,
-                no_match,
-                *cost_cells(row, "tokens"),
-                runs_cell(row),
-            ]
-            if label in comparison.rows:
-                rows.append(ours)
-                methods.append(label)
-            if label in published:
-                scores = [
-                    published_cell(paper, "commonsense", model, label, column, "score")
-                    for column in COMMONSENSE
-                ]
-                trained = published_cell(paper, "commonsense", model, label, "all", "trained parameters")
-                seconds = published_cell(paper, "commonsense", model, label, "all", "training time")
-                unknown = Cell(NOT_PUBLISHED)
-                rows.append(
-                    [
-                        Cell(label),
-                        Cell("paper"),
-                        trained,
-                        Cell(""),
-                        *scores,
-                        unknown,
-                        unknown,
-                        seconds,
-                        unknown,
-                        Cell(""),
-                    ]
-                )
-                methods.append(label)
-        title = f"{model}, {setting}" if setting else model
-        remarks = conditions_remark([comparison])
-        remarks += [f"No record of ours yet: {', '.join(missing)}."] if missing else []
-        remarks += [
-            f"{figure.row}: {figure.quantity} {figure}."
-            for figure in paper.figures
-            if (figure.table, figure.model) == ("commonsense", model)
-            and figure.quantity in _IN_TEXT
-            and not setting
+def write_tables(tables: list[Table], folder: Path, up: str) -> list[Path]:
+    """Write each table as .md and .csv."""
+    written = []
+    for table in tables:
+        data = pd.concat([section.data for section in table.sections]) if table.sections else pd.DataFrame(columns=["section"])
+        written += [
+            write_text_atomic(folder / f"{table.name}.md", markdown(table, up)),
+            write_text_atomic(folder / f"{table.name}.csv", data.to_csv(index=False, lineterminator="\n")),
         ]
-        sections.append(Section(title, header, rows, "llama", methods, remarks))
-    return Table(
-        "commonsense",
-        "Commonsense reasoning",
-        "Accuracy in percent on eight test sets after training on commonsense data. One checkpoint of a run is answered "
-        "with, the best by held-out loss, so there is no separate best and last. No match: answers without an answer word, "
-        "which count as wrong.",
-        sections,
-        remarks=["Rows named lora and dora of the paper are those that it compares with, from DoRA's repository."],
-    )  # fmt: skip
-
-
-def vit_memory_table(collection: Collection, paper: Paper) -> Table:
-    """Peak memory and step time of ViT-B/16 on one batch; one section for each device and batch."""
-    header = [
-        "attention",
-        "method",
-        "trained parameters",
-        "n",
-        "peak MiB",
-        "paper, peak",
-        "paper, as tabulated",
-        "ms a step",
-        "runs",
-    ]
-    groups: dict[tuple, dict[tuple, dict[str, object]]] = {}
-    for link, record in collection.measurements.items():
-        if record.domain != "vit" or record.task != "memory":
-            continue
-        options = record.hyperparameters
-        key = (
-            record.device["name"],
-            record.model["class"],
-            options["batch_size"],
-            options["image_size"],
-            options["autocast"],
-        )
-        groups.setdefault(key, {}).setdefault((options["attention"], record.method), {})[link] = record
-    sections = []
-    for key in sorted(groups) or [("no device yet", "vit_base_patch16_224", 128, 224, "fp16")]:
-        device, model, batch, size, autocast = key
-        rows, methods = [], []
-        for attention in ("eager", "sdpa"):
-            for method in ("lora", "control", "dora"):
-                records = groups.get(key, {}).get((attention, method), {})
-                peaks = [record.memory["peak_allocated_bytes"] for record in records.values()]
-                times = [record.metrics["milliseconds_per_step"] for record in records.values()]
-                trained = [record.adapter["trainable_parameters"] for record in records.values()]
-                where = ("vit", model, method, "cifar100")
-                same = attention == "eager" and batch == 128
-                rows.append([
-                    Cell(attention), Cell(method), Cell(f"{trained[0]:,}", trained[0]) if trained else Cell(NO_RECORD),
-                    Cell(str(len(records)), len(records)),
-                    summary_cell(Summary.of([peak / MEBI for peak in peaks]) if None not in peaks else None, 0,
-                                 "not measured" if records else NO_RECORD),
-                    published_cell(paper, *where, "peak memory") if same else Cell(NOT_PUBLISHED),
-                    published_cell(paper, *where, "peak memory as tabulated") if same else Cell(NOT_PUBLISHED),
-                    summary_cell(Summary.of(times), 1),
-                    Cell("" if records else NO_RECORD, links=[(str(n), link) for n, link in enumerate(records, 1)]),
-                ])  # fmt: skip
-                methods.append(method)
-        sections.append(
-            Section(
-                f"{model}, batch {batch}, {size} pixels, {autocast}, {device}", header, rows, "vit", methods
-            )
-        )
-    return Table(
-        "vit_memory",
-        "ViT: memory",
-        "Peak of the CUDA allocator over whole training steps of ViT-B/16 with four-layer MLPs and random weights. The "
-        "published runs used eager attention.",
-        sections,
-    )
+    return written
