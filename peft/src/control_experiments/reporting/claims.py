@@ -1,627 +1,387 @@
-"""The paper's claims and this project's own, each judged by the run records alone.
+"""The paper's claims and this project's own, each judged by the records alone, and claims.md.
 
-A claim is tested wherever a control and a baseline were run under equal conditions, as a paired difference over seeds (or
-repeats of a benchmark) with a 95 % t interval. A test supports its claim if the whole interval lies on the claimed side of
-zero, contradicts it if it lies on the other, and decides nothing otherwise, or with fewer than two pairs. Two kinds of test
-have another interval: whether something fits into a memory is decided by one measurement, since the allocator's peak does
-not vary, and a share of questions has the exact binomial interval.
+`statistics` has the rules. A claim is a statement with tests; how its tests are found in the records is said once for each kind.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+import pandas as pd
 from scipy import stats
 
-from ..record import RunRecord, write_text_atomic
-from .benchmark_tables import (
-    alone,
-    answer_batches,
-    benchmark_settings,
-    peak_of,
-    quantized_steps,
-    scaling_settings,
-    seconds_of,
-    shape_domain,
-    shape_steps,
-    throughputs,
+from .records import UNQUANTIZED, Paper
+from .statistics import (
+    CONFIDENCE,
+    CONTRADICTED,
+    MARGIN,
+    NOT_DECIDED,
+    NOT_TESTED,
+    REPEATS,
+    SUPPORTED,
+    Pool,
+    Test,
+    example_variance,
+    more_seeds,
 )
-from .collection import UNQUANTIZED, Collection, Comparison, Run
-from .published import Paper
+from .statistics import MAJORITY as FLOORS
+from .tables import markdown_rows, step_means
 
-SUPPORTED, CONTRADICTED, NOT_DECIDED, NOT_TESTED = "supported", "contradicted", "not decided", "not tested"
-CONFIDENCE = 0.95
 BASELINES = ("lora", "dora")
-
 #: Domain -> its name, the methods that stand for the paper's, the paper's models, and the command for the paper's scale.
 DOMAINS = {
     "roberta": ("RoBERTa on GLUE", ("control",), ("roberta-base",), "bash scripts/rerun_glue.sh"),
     "vit": ("ViT on images", ("control",), ("vit_base_patch16_224",), "bash scripts/rerun_vit.sh"),
-    "llama": (
-        "LLaMA on commonsense reasoning",
-        ("double control", "control+lora", "control"),
-        ("llama-2-7b-hf", "meta-llama-3-8b"),
-        "bash scripts/rerun_commonsense.sh --methods control+lora 'double control' lora dora",
-    ),
+    "llama": ("LLaMA on commonsense reasoning", ("double control", "control+lora", "control"), ("llama-2-7b-hf", "meta-llama-3-8b"),
+              "bash scripts/rerun_commonsense.sh --methods control+lora 'double control' lora dora"),
     "qcontrol": ("quantized RoBERTa on GLUE", ("control",), ("roberta-base",), "bash scripts/rerun_quantized.sh"),
 }  # fmt: skip
-#: Quantity -> what is claimed, the unit of a difference, and its sign when the claim holds.
+#: Quantity -> what is claimed, its column, unit, sign and rule.
 QUANTITIES = {
-    "quality": ("loses no quality: its last score is at least the baseline's", "points", 1),
-    "memory": ("needs less training memory (peak)", "%", -1),
-    "time": ("trains in less time", "%", -1),
+    "quality": (f"loses no quality: its last score is at most {MARGIN:g} point below the baseline's", "last", "points", 1, "quality"),
+    "memory": ("needs less training memory (peak)", "allocated", "%", -1, "peak"),
+    "time": ("trains in less time", "seconds", "%", -1, "time"),
+}  # fmt: skip
+#: Domain -> where its shape claims hold, the method that stands for the paper's, and the tasks of scripts/rerun_memory.sh.
+SHAPES = {
+    "llama": ("At LLaMA's shapes", "double control", "llama3-8b llama2-7b"),
+    "roberta": ("At RoBERTa-base's shape", "control", "roberta-base"),
+    "vit": ("At ViT-B/16's shape", "control", "vit-b16"),
 }
-
-
-@dataclass
-class Test:
-    """One paired comparison.
-
-    Attributes:
-        pairs: seed or repeat -> (control, baseline).
-        unit: of the differences; "%" makes them percent of the baseline.
-        sign: +1 if the claim wants a positive difference, -1 if a negative one.
-        known: interval of the difference where it is no t interval over the pairs.
-    """
-
-    what: str
-    pairs: dict[object, tuple[float, float]]
-    unit: str
-    sign: int
-    links: list[tuple[str, str]] = field(default_factory=list)
-    known: tuple[float, float] | None = None
-
-    @property
-    def differences(self) -> list[float]:
-        if self.unit == "%":
-            return [100 * (one / other - 1) for one, other in self.pairs.values()]
-        return [one - other for one, other in self.pairs.values()]
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The interval of the mean difference; None for fewer than two pairs that have no other."""
-        return self.known or t_interval(self.differences)
-
-    @property
-    def verdict(self) -> str:
-        if self.interval is None:
-            return NOT_DECIDED
-        low, high = sorted(self.sign * end for end in self.interval)
-        return SUPPORTED if low > 0 else CONTRADICTED if high < 0 else NOT_DECIDED
-
-    @property
-    def statistic(self) -> str:
-        """Mean difference, its interval and n, for people."""
-        mean, n = statistics.fmean(self.differences), len(self.pairs)
-        if self.interval is None:
-            return f"{mean:+.2f} {self.unit}, n = {n}: no interval"
-        if self.known and self.known[0] == self.known[1]:
-            return f"{self.known[0]:+,.2f} {self.unit} at worst, n = {n}"
-        low, high = self.interval
-        return f"{mean:+.2f} {self.unit} [{low:+.2f}, {high:+.2f}], n = {n}"
+#: Beginnings of shapes that the paper has; smaller ones are there to try things out.
+_OF_PAPER = ("llama", "roberta-base", "vit-b16")
 
 
 @dataclass
 class Claim:
-    """A statement with its tests from records, what the published figures say, and how to test it at full scale."""
+    """A statement with its tests, what the published figures say, and how to test it at full scale."""
 
     name: str
     statement: str
     whose: str
     domain: str
     tests: list[Test]
-    paper_models: Sequence[str] = ()
-    models: Sequence[str] = ()
+    how: str
+    scope: str = ""
+    pools: list[Pool] = field(default_factory=list)
     published: list[str] = field(default_factory=list)
-    how: str = ""
 
     @property
     def verdict(self) -> str:
-        """Contradicted by one contradicting test; supported if all tests that have an interval support."""
-        if not self.tests:
+        """Of its pools where it has some, else of its tests: contradicted by one, supported only by all that can decide."""
+        judged = self.pools or self.tests
+        if not judged:
             return NOT_TESTED
-        voting = [test.verdict for test in self.tests if test.interval is not None]
-        if CONTRADICTED in voting:
-            return CONTRADICTED
-        return SUPPORTED if voting and set(voting) == {SUPPORTED} else NOT_DECIDED
-
-    @property
-    def scope(self) -> str:
-        """Which models the tests are about, and whether the paper's are among them."""
-        if not self.tests:
-            return ""
-        text = ", ".join(dict.fromkeys(self.models))
-        return (
-            text
-            if set(self.models) & set(self.paper_models) or not self.paper_models
-            else f"{text}; not the paper's scale"
-        )
+        verdicts = {one.verdict for one in judged if one.interval is not None}
+        return CONTRADICTED if CONTRADICTED in verdicts else SUPPORTED if verdicts == {SUPPORTED} else NOT_DECIDED
 
     @property
     def tally(self) -> str:
-        counts = Counter(test.verdict for test in self.tests)
-        return (
-            ", ".join(f"{counts[v]} {v}" for v in (SUPPORTED, CONTRADICTED, NOT_DECIDED) if counts[v])
-            or "no test"
-        )
+        counts = Counter("below the majority class" if test.below_majority else test.verdict for test in self.tests)
+        order = (SUPPORTED, CONTRADICTED, NOT_DECIDED, "below the majority class")
+        return ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if counts[verdict]) or "no test"
 
 
-def bound(what: str, pairs: dict, unit: str, sign: int, links: list[tuple[str, str]]) -> Test:
-    """A test of something that does not vary, such as the allocator's peak: the worst measurement decides."""
-    worst = sign * min(sign * (one - other) for one, other in pairs.values())
-    return Test(what, pairs, unit, sign, links, (worst, worst))
-
-
-def t_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """Student's t interval of a mean: mean ± t * s / sqrt(n); None for fewer than two values."""
-    n = len(differences)
-    if n < 2:
-        return None
-    mean = statistics.fmean(differences)
-    half = stats.t.ppf((1 + confidence) / 2, n - 1) * statistics.stdev(differences) / n**0.5
-    return (mean - half, mean + half)
-
-
-def judge(collection: Collection, paper: Paper) -> list[Claim]:
+def judge(frame: pd.DataFrame, paper: Paper) -> list[Claim]:
     """Every claim with all tests that the records allow."""
-    claims = [
-        _domain_claim(collection, paper, domain, quantity) for domain in DOMAINS for quantity in QUANTITIES
-    ]
-    return [
-        *claims,
-        *_memory_benchmarks(collection),
-        _quantized_fit(collection),
-        _padding(collection),
-        _packing(collection),
-        *_answers(collection),
-        *_scaling(collection),
-    ]
-
-
-# -- the paper's claims, by domain ------------------------------------------------------------------------------
-
-
-def _domain_claim(collection: Collection, paper: Paper, domain: str, quantity: str) -> Claim:
-    title, methods, models, command = DOMAINS[domain]
-    says, unit, sign = QUANTITIES[quantity]
-    tests, tested = [], []
-    for comparison in collection.of(domain):
-        if comparison.setting == UNQUANTIZED:  # there for comparison, not what QControl claims
-            continue
-        for test in _tests(comparison, methods, quantity, unit, sign):
-            tests.append(test)
-            tested.append(comparison.model)
-    if (domain, quantity) == ("vit", "memory"):
-        command = "bash scripts/rerun_memory.sh --tasks vit --seeds 1 2 3"
-        for model, test in _vit_memory_tests(collection):
-            tests.append(test)
-            tested.append(model)
-    return Claim(
-        f"{domain}-{quantity}", f"{title}: control {says}.", "the paper", domain, tests, models, tested,
-        _published(paper, domain, quantity), command,
-    )  # fmt: skip
-
-
-def _value(run: Run, quantity: str, column: str) -> float | None:
-    if quantity == "quality":
-        return run.last.get(column)
-    if quantity == "memory":  # a CPU's resident memory is mostly the libraries'
-        return None if run.resumed else run.record.memory.get("peak_allocated_bytes")
-    return run.seconds
-
-
-def _tests(
-    comparison: Comparison, methods: Sequence[str], quantity: str, unit: str, sign: int
-) -> Iterable[Test]:
-    """Each control row against each baseline row, without memory modes, which are claims of their own."""
-    # LLaMA's eight test sets come from one training: their average decides, lest one run count eight times
-    column = "average" if comparison.domain == "llama" else comparison.task
-    plain = {label: row for label, row in comparison.rows.items() if row.runs and "," not in label}
-    method_of = {label: next(iter(row.runs.values())).method for label, row in plain.items()}
-    for label in (label for label in plain if method_of[label] in methods):
-        baselines = (other for name in BASELINES for other in plain if method_of[other] == name)
-        for baseline in baselines:
-            pairs, links = {}, []
-            for seed in sorted(plain[label].runs.keys() & plain[baseline].runs.keys()):
-                runs = plain[label].runs[seed], plain[baseline].runs[seed]
-                values = [_value(run, quantity, column) for run in runs]
-                if None not in values and (quantity == "quality" or values[1] > 0):
-                    pairs[seed] = tuple(values)
-                    links += [(f"{name} {seed}", run.links[0]) for name, run in zip((label, baseline), runs)]
-            if pairs:
-                where = (
-                    f"{comparison.model}, {comparison.setting}" if comparison.setting else comparison.model
-                )
-                yield Test(
-                    f"{where}, {comparison.task}: {label} against {baseline}", pairs, unit, sign, links
-                )
-
-
-def _vit_memory_tests(collection: Collection) -> Iterable[tuple[str, Test]]:
-    """The memory table's cells; each folder below vit/memory is one repeat."""
-    cells: dict[tuple, dict[str, dict[str, tuple[float, str]]]] = {}
-    for link, record in collection.measurements.items():
-        peak = record.memory.get("peak_allocated_bytes")
-        if record.domain == "vit" and record.task == "memory" and peak:
-            options = record.hyperparameters
-            key = (record.model["class"], record.device["name"], options["batch_size"], options["attention"])
-            cells.setdefault(key, {}).setdefault(record.method, {})[str(Path(link).parent)] = (peak, link)
-    for (model, device, batch, attention), methods in sorted(cells.items()):
-        for baseline in (name for name in BASELINES if name in methods and "control" in methods):
-            shared = sorted(methods["control"].keys() & methods[baseline].keys())
-            both = [(methods["control"][repeat], methods[baseline][repeat]) for repeat in shared]
-            if both:
-                pairs = {repeat: (one[0], other[0]) for repeat, (one, other) in zip(shared, both)}
-                links = [
-                    (name, cell[1]) for cells_ in both for name, cell in zip(("control", baseline), cells_)
-                ]
-                what = f"{model}, batch {batch}, {attention} attention, {device}: control against {baseline}"
-                yield model, Test(what, pairs, "%", -1, links)
-
-
-def _published(paper: Paper, domain: str, quantity: str) -> list[str]:
-    """What the published figures themselves say on the claim, computed from results/paper.json."""
-    table = {"roberta": "glue", "vit": "vit", "llama": "commonsense", "qcontrol": "quantized"}[domain]
-    kinds = {
-        "quality": ("best score", "score"), "memory": ("peak memory", "memory less than dora"), "time": ("training time",)
-    }[quantity]  # fmt: skip
-    figures = [
-        f for f in paper.figures
-        if f.table == table and f.quantity in kinds and (domain != "llama" or quantity != "quality" or f.column == "average")
-    ]  # fmt: skip
-    lines = []
-    for figure in figures:
-        if figure.quantity == "memory less than dora":
-            lines.append(
-                f"{figure.model}: {figure.row} needs {figure.value:g} {figure.unit} less than dora ({figure.status})."
-            )
-        if not figure.row.startswith(("control", "double control")):
-            continue
-        place = (figure.model, figure.column, figure.quantity)
-        for other in figures:
-            if other.row.startswith(BASELINES) and (other.model, other.column, other.quantity) == place:
-                lines.append(_against(figure, other, quantity))
-    return lines
-
-
-def _against(figure, other, quantity: str) -> str:
-    difference = (
-        figure.value - other.value if quantity == "quality" else 100 * (figure.value / other.value - 1)
-    )
-    unit = "points" if quantity == "quality" else "%"
-    line = f"{figure.model}, {figure.column}: {figure.row} {figure} against {other.row} {other}: {difference:+.2f} {unit}"
-    if figure.runs and other.runs:
-        shared = sorted(figure.runs.keys() & other.runs.keys())
-        test = Test("", {seed: (figure.runs[seed], other.runs[seed]) for seed in shared}, "points", 1)
-        line += f"; paired over the printed seeds {test.statistic}, which by our rule is: {test.verdict}"
-    elif quantity == "quality" and difference < 0:
-        line += "; the published figures themselves speak against the claim"
-    return line + "."
-
-
-# -- this project's own claims ----------------------------------------------------------------------------------
-
-
-#: Domain -> what its claims at true shapes are about: words, the method that stands for the paper's, and the command.
-SHAPES = {
-    "llama": ("At LLaMA's shapes", "double control", "bash scripts/rerun_memory.sh --tasks llama3-8b llama2-7b --seeds 1 2 3"),
-    "roberta": ("At RoBERTa-base's shape", "control", "bash scripts/rerun_memory.sh --tasks roberta-base --seeds 1 2 3"),
-    "vit": ("At ViT-B/16's shape", "control", "bash scripts/rerun_memory.sh --tasks vit-b16 --seeds 1 2 3"),
-}  # fmt: skip
-#: Beginnings of shapes that the paper has; smaller ones are there to try things out.
-_OF_PAPER = ("llama", "roberta-base", "vit-b16")
-
-
-def _memory_benchmarks(collection: Collection) -> list[Claim]:
     claims = []
-    for domain, (where, method, command) in SHAPES.items():
-        for quantity, statement in (
-            ("over", f"{where} {method} needs less memory over the weights than LoRA and DoRA."),
-            ("seconds", f"{where} a step of {method} takes less time than one of LoRA and DoRA."),
-        ):
-            name = f"{domain}-shape-{'memory' if quantity == 'over' else 'time'}"
-            tests = _shape_tests(collection, "control:plain", quantity, BASELINES, domain=domain)
+    for domain, (title, methods, models, command) in DOMAINS.items():
+        for quantity, (says, *_) in QUANTITIES.items():
+            tests = list(_run_tests(frame, domain, methods, quantity))
+            how = command
+            if (domain, quantity) == ("vit", "memory"):
+                tests += _paired(_vit_steps(frame), "control", BASELINES, "peak", "peak", "%", -1)
+                how = "bash scripts/rerun_memory.sh --tasks vit --seeds 1"
+            claim = Claim(f"{domain}-{quantity}", f"{title}: control {says}.", "the paper", domain, tests, how)
+            names = dict.fromkeys(test.what.partition(",")[0] for test in tests)
+            claim.scope = ", ".join(names) + ("; not the paper's scale" if names and not set(names) & set(models) else "")
+            claim.published = _published(paper, domain, quantity)
+            if quantity == "quality":
+                claim.pools = _pools(tests)
+            claims.append(claim)
+    return [*claims, *_shapes(frame), *_bounds(frame)]
+
+
+# -- how tests are found --------------------------------------------------------------------------------------
+
+
+def _run_tests(frame: pd.DataFrame, domain: str, methods: Sequence[str], quantity: str) -> Iterable[Test]:
+    """Each control row against each baseline row that was run alike (with or without graphs), without memory modes."""
+    _, column, unit, sign, rule = QUANTITIES[quantity]
+    runs = frame[(frame.kind == "run") & (frame.domain == domain) & frame.usable]
+    runs = runs[runs[column].notna()].astype({"seed": int}) if column in runs else runs[:0]
+    for (section, task), group in runs.groupby(["section", "task"], sort=True):
+        if section.endswith(UNQUANTIZED):  # there for comparison, not what QControl claims
+            continue
+        rows = {label: part.drop_duplicates("seed").set_index("seed") for label, part in group.groupby("row")}
+        how = {label: set(label.split(", ")[1:]) for label in rows}
+        for label, one in rows.items():
+            if one.method.iloc[0] not in methods or how[label] - {"graphs"}:
+                continue
+            for other_label, other in sorted(rows.items(), key=lambda item: item[1].method.iloc[0] != "lora"):
+                seeds = sorted(one.index.intersection(other.index))
+                if other.method.iloc[0] not in BASELINES or how[other_label] != how[label] or not seeds:
+                    continue
+                test = Test(f"{section}, {task}: {label} against {other_label}",
+                            {seed: (one[column][seed], other[column][seed]) for seed in seeds}, rule, unit, sign)  # fmt: skip
+                for seed in seeds:
+                    test.links += [(f"{name} {seed}", part.links[seed][0][1]) for name, part in ((label, one), (other_label, other))]
+                test.size = one.record.iloc[0].model.get("total_parameters") or 0
+                if quantity == "quality":
+                    test.examples = example_variance([(one.folder[seed], other.folder[seed]) for seed in seeds])
+                    test.floor = FLOORS.get(task)
+                yield test
+
+
+def _pools(tests: list[Test]) -> list[Pool]:
+    """A pool for each model and baseline: all its tasks."""
+    pools: dict[str, list[Test]] = {}
+    for test in tests:
+        where, _, what = test.what.partition(": ")
+        pools.setdefault(f"{where.rpartition(', ')[0]}, all tasks: {what}", []).append(test)
+    return [Pool(what, part) for what, part in pools.items()]
+
+
+def _vit_steps(frame: pd.DataFrame) -> pd.DataFrame:
+    steps = frame[frame.kind == "vit step"]
+    return steps.assign(section=steps.section + ", " + steps.attention + " attention") if len(steps) else steps
+
+
+def _paired(steps: pd.DataFrame, control: str, baselines: Sequence[str], column: str, rule: str, unit: str, sign: int) -> Iterable[Test]:
+    """`control` against each baseline within each section, paired by the folder (a repeat) that both lie in."""
+    steps = steps[steps[column].notna() & (steps[column] != 0)] if len(steps) else steps  # on a CPU memory is not measured: zero
+    for section, group in steps.groupby("section", sort=False):
+        rows = {label: {_repeat(links[0][1]): (value, links[0][1]) for links, value in zip(part.links, part[column])}
+                for label, part in group.groupby("row")}  # fmt: skip
+        for baseline in (name for name in baselines if name in rows and control in rows):
+            shared = sorted(rows[control].keys() & rows[baseline].keys())
+            if shared:
+                both = [(rows[control][repeat], rows[baseline][repeat]) for repeat in shared]
+                links = [(name, cell[1]) for pair in both for name, cell in zip((control, baseline), pair)]
+                test = Test(f"{section}: {control} against {baseline}", {r: (a[0], b[0]) for r, (a, b) in zip(shared, both)}, rule, unit, sign)
+                test.links = list(dict((file, (text, file)) for text, file in links).values())
+                yield test
+
+
+def _repeat(file: str) -> str:
+    """What both methods of a pair have in common: their file, or the folder of their records' folders."""
+    return file.rpartition("/")[0].rpartition("/")[0] if file.endswith("/record.json") else file.rpartition("/")[0] if "/vit/memory/" in f"/{file}" else file
+
+
+def _bound(rows: pd.DataFrame, column: str, bound: float, what: str, unit: str, sign: int, rule: str, scale: float = 1) -> Iterable[Test]:
+    """Each section and row against a bound."""
+    rows = rows[rows[column].notna()] if column in rows else rows[:0]
+    for (section, label), group in rows.groupby(["section", "row"], sort=False):
+        files = [links[0][1] for links in group.links]
+        pairs = {file: (scale * value, bound) for file, value in zip(files, group[column])}
+        yield Test(f"{section}: {what.format(label)}", pairs, rule, unit, sign, [(str(n), file) for n, file in enumerate(files, 1)])
+
+
+def _shapes(frame: pd.DataFrame) -> list[Claim]:
+    """Claims on a training step over random weights of true shapes."""
+    steps, means = frame[(frame.kind == "step") & frame.seconds.notna()], step_means(frame).droplevel("whose")
+    recipe = frame[(frame.kind == "recipe step") & (frame["mode"] == "plain")] if "mode" in frame else frame[:0]
+    timed = recipe[recipe.timed.fillna(False).astype(bool)] if len(recipe) else recipe
+    claims = []
+    for domain, (where, method, tasks) in SHAPES.items():
+        mine = steps[(steps.domain == domain) & steps.section.str.startswith(_OF_PAPER)]
+        for quantity, says, column, rule in (("memory", f"{where} {method} needs less memory over the weights than LoRA and DoRA.", "over", "peak"),
+                                             ("time", f"{where} a step of {method} takes less time than one of LoRA and DoRA.", "seconds", "time")):  # fmt: skip
+            tests = list(_paired(mine, "control:plain", BASELINES, column, rule, "%", -1))
             if domain == "llama":
-                tests += _recipe_step_tests(collection, quantity)
-            claims.append(_shape_claim(name, statement, "the paper", domain, tests, command))
-    limits: dict[str, dict[str, tuple[float, float]]] = {}
-    for link, benchmark in collection.benchmarks.items():
-        options = benchmark["options"]
-        if (options.get("limit") or 99) <= 24 and options["shape"] == "llama3-8b":
-            for result in benchmark["results"]:
-                if result["method"].startswith("control") and "longest_tokens" in result:
-                    limits.setdefault(result["method"], {})[link] = (result["longest_tokens"], 0)
-    fits = [
-        bound(f"llama3-8b: longest sequence of {method}", pairs, "tokens", 1, _numbered(pairs))
-        for method, pairs in limits.items()
-    ]
-    command = "bash scripts/rerun_memory.sh --seeds 1 2 3"
-    claims.append(
-        _shape_claim(
-            "llama-24gb", "LLaMA-3-8B trains unquantized within 24 GB with control.", "the paper", "llama", fits,
-            "bash scripts/rerun_memory.sh --tasks llama3-8b-limit --seeds 1 2 3",
-        )
-    )  # fmt: skip
-    for name, statement, control, quantity in (
-        ("lean-memory", "Memory mode lean needs less memory over the weights than the leanest LoRA that was measured.", "control:lean", "over"),
-        ("fast-time", "Memory mode fast takes less time a step than the fastest LoRA that was measured.", "control:fast", "seconds"),
-    ):  # fmt: skip
-        tests = _shape_tests(collection, control, quantity, None)
-        claims.append(_shape_claim(name, statement, "this project", "", tests, command))
+                tests += _paired(recipe if column == "over" else timed, "double control", BASELINES, column, rule, "%", -1)
+            repeats = f"--seeds {'1' if rule == 'peak' else '1 2 3'}"
+            claims.append(_claim(f"{domain}-shape-{quantity}", says, "the paper", domain, tests, f"bash scripts/rerun_memory.sh --tasks {tasks} {repeats}"))
+
+    def best(control: str, column: str, graphs: bool) -> Iterable[Test]:
+        for section, part in steps.groupby("section", sort=False):
+            loras = [row for row in dict.fromkeys(part.row) if row.startswith("lora") and ("graphs" in row) == graphs]
+            if loras:
+                rival = min(loras, key=lambda row: means[column][section, row])
+                yield from _paired(part, control, [rival], column, "peak" if column == "over" else "time", "%", -1)
+
+    claims.append(_claim("lean-memory", "Memory mode lean needs less memory over the weights than the leanest LoRA that was measured.", "this project",
+                         "", list(best("control:lean", "over", False)), "bash scripts/rerun_memory.sh --seeds 1"))  # fmt: skip
+    claims.append(_claim("fast-time", "Memory mode fast takes less time a step than the fastest LoRA that was measured; both without CUDA graphs, or both with.",
+                         "this project", "", [*best("control:fast", "seconds", False), *best("control+graphs:fast", "seconds", True)],
+                         "bash scripts/rerun_memory.sh --seeds 1 2 3"))  # fmt: skip
     return claims
 
 
-def _shape_claim(
-    name: str, statement: str, whose: str, domain: str, tests: list[Test], command: str
-) -> Claim:
+def _claim(name: str, statement: str, whose: str, domain: str, tests: Iterable[Test], how: str) -> Claim:
     """A claim on random weights of true shapes; says so where no record of DoRA tests a statement that names it."""
-    scope = [
-        f"{shape} with random weights"
-        for shape in (test.what.partition(",")[0].partition(":")[0] for test in tests)
-    ]
-    if tests and "DoRA" in statement and not any(test.what.endswith("dora") for test in tests):
+    claim = Claim(name, statement, whose, domain, list(tests), how)
+    scope = list(dict.fromkeys(test.what.partition(",")[0].partition(":")[0] for test in claim.tests))
+    if scope and "DoRA" in statement and not any(test.what.endswith("dora") for test in claim.tests):
         scope.append("no record of DoRA yet")
-    return Claim(name, statement, whose, domain, tests, (), scope, [], command)
+    claim.scope = ", ".join(scope)
+    return claim
 
 
-def _numbered(links: Iterable[str]) -> list[tuple[str, str]]:
-    return [(str(number), link) for number, link in enumerate(links, 1)]
+def _bounds(frame: pd.DataFrame) -> list[Claim]:
+    """Claims that hold a measurement against a number."""
 
+    def rows(kind: str) -> pd.DataFrame:
+        return frame[frame.kind == kind]
 
-def _shape_tests(
-    collection: Collection,
-    control: str,
-    quantity: str,
-    baselines: Sequence[str] | None,
-    domain: str | None = None,
-) -> list[Test]:
-    """`control` of scripts/bench_memory.py against each of `baselines`, or (None) against the best LoRA of a setting."""
-    found = []
-    for setting, measured in benchmark_settings(collection).items():
-        if domain and not (shape_domain(setting) == domain and setting.startswith(_OF_PAPER)):
-            continue
-        points = {name: point for name, point in measured.items() if point.seconds}
-        if control not in points:
-            continue
-        rivals = [name for name in baselines or () if name in points]
-        if baselines is None:
-            loras = [name for name in points if name.startswith("lora")]
-            rivals = [min(loras, key=lambda name: getattr(points[name], quantity).mean)] if loras else []
-        for rival in rivals:
-            one, other = (
-                dict(zip(points[n].measured_in, points[n].values[quantity])) for n in (control, rival)
-            )
-            # on a CPU memory is not measured: zero
-            pairs = {link: (one[link], other[link]) for link in one if other.get(link)}
-            if pairs:
-                found.append(Test(f"{setting}: {control} against {rival}", pairs, "%", -1, _numbered(pairs)))
-    return found
+    def timed(part: pd.DataFrame) -> pd.DataFrame:
+        return part[part.timed.fillna(False).astype(bool)] if len(part) else part
 
-
-def _recipe_step_tests(collection: Collection, quantity: str) -> Iterable[Test]:
-    """Double control against LoRA and DoRA in LlaMA/benchmark_methods.py, both as the paper has them."""
-
-    def value(record: RunRecord) -> float | None:
-        if quantity == "seconds":
-            return seconds_of(record) if _timed(record) else None
-        weights = record.memory.get("weights_bytes")
-        return None if peak_of(record) is None or weights is None else peak_of(record) - weights
-
-    for setting, rows in shape_steps(collection).items():
-        control = rows.get(("double control", "plain"), {}) if setting.startswith(_OF_PAPER) else {}
-        for baseline in BASELINES:
-            other = rows.get((baseline, "plain"), {})
-            pairs, links = {}, []
-            for repeat in control.keys() & other.keys():
-                values = value(control[repeat][1]), value(other[repeat][1])
-                if None not in values:
-                    pairs[repeat] = values
-                    links += [("double control", control[repeat][0]), (baseline, other[repeat][0])]
-            if pairs:
-                yield Test(f"{setting}: double control against {baseline}", pairs, "%", -1, links)
-
-
-def _quantized_fit(collection: Collection) -> Claim:
-    """LLaMA-3-8B's shape over an NF4 base, lean, rows of 2,048 tokens, within 8 GiB."""
-    tests = []
-    for setting, rows in quantized_steps(collection).items():
-        repeats = rows.get(("double control", "nf4", "lean"), {})
-        peaks = {
-            link: (peak_of(record) / 2**30, 8.0)
-            for link, record in repeats.values()
-            if peak_of(record)
-            and record.hyperparameters["shape"] == "llama3-8b"
-            and record.hyperparameters["tokens"] >= 2048
-        }
-        if peaks:
-            tests.append(bound(f"{setting}: peak against 8 GiB", peaks, "GiB", -1, _numbered(peaks)))
-    return _shape_claim(
-        "nf4-8gib", "LLaMA-3-8B in NF4 trains with double control and memory mode lean within 8 GiB at 2,048 tokens.",
-        "this project", "qcontrol", tests, "python -m QControl.quantized_memory --shape llama3-8b",
-    )  # fmt: skip
-
-
-def _padding(collection: Collection) -> Claim:
-    tests: dict[tuple, Test] = {}
-    for link, file in collection.paddings.items():
-        key = (file["settings"]["model"], file["device"]["name"])
-        test = tests.setdefault(
-            key, Test(f"{key[0]} on {key[1]}: longest row against 128 tokens", {}, "%", -1)
-        )
-        test.pairs[link] = (file["longest"]["seconds_per_epoch"], file["max_length"]["seconds_per_epoch"])
-        test.links.append((str(len(test.links) + 1), link))
-    return Claim(
-        "padding", "Batches padded to their longest row train in less time than the published padding to 128 tokens.",
-        "this project", "roberta", list(tests.values()), (), [key[0] for key in tests],
-        how="python -m RoBERTa.benchmark_padding --model roberta-base --device 0",
-    )  # fmt: skip
-
-
-def _timed(record: RunRecord) -> bool:
-    """Whether the record's times decide anything: of a GPU that no other process used."""
-    return record.device.get("kind") == "cuda" and alone(record)
-
-
-def _packing(collection: Collection) -> Claim:
-    tests, models = [], []
-    for key, runs in throughputs(collection).items():
-        pairs = {
-            link: (record.metrics["last"]["packed"]["speedup"], 1.8)
-            for link, record in runs.items()
-            if _timed(record)
-        }
-        if pairs:
-            tests.append(
-                Test(
-                    f"{', '.join(key)}: packed, times published, against 1.8",
-                    pairs,
-                    "times",
-                    1,
-                    _numbered(pairs),
-                )
-            )
-            models.append(key[0])
-    return Claim(
-        "packing", "Packed, the published steps train on at least 1.8 times as many real tokens a second.", "this project",
-        "llama", tests, (), models,
-        how="for run in 1 2; do python -m LlaMA.benchmark_throughput --shape llama3-8b --data commonsense_170k.json "
-        "--output_dir results/llama/throughput-llama3-8b-$run; done",
-    )  # fmt: skip
-
-
-def _answers(collection: Collection) -> list[Claim]:
-    """Answers in batches: how fast, and whether they are the ones of single questions."""
-    speeds, same, models = [], [], []
-    for key, runs in answer_batches(collection).items():
-        what = ", ".join(key)
-        pairs = {
-            link: (record.metrics["last"]["speedup"], 10.0) for link, record in runs.items() if _timed(record)
-        }
-        if pairs:
-            speeds.append(Test(f"{what}: times one by one against 10", pairs, "times", 1, _numbered(pairs)))
-        asked = sum(record.metrics["last"]["questions"] for record in runs.values())
-        agreeing = sum(
-            round(record.metrics["last"]["questions"] * record.metrics["last"]["answers_agree"] / 100)
-            for record in runs.values()
-        )
-        share = stats.binomtest(agreeing, asked).proportion_ci(CONFIDENCE)
-        same.append(
-            Test(
-                f"{what}: same answers of {asked:,} questions, against 99.5 %",
-                {link: (record.metrics["last"]["answers_agree"], 99.5) for link, record in runs.items()},
-                "points", 1, _numbered(runs), (100 * share.low - 99.5, 100 * share.high - 99.5),
-            )
-        )  # fmt: skip
-        models.append(key[0])
-    how = (
-        "for run in 1 2; do python -m LlaMA.evaluate --compare_batch_one 1000 --model MODEL --data DATA "
-        "--output_dir results/llama/batches-NAME-$run; done"
-    )
+    longest, nf4, scaling = rows("longest"), rows("quantized step"), rows("scaling")
+    if len(longest):
+        longest = longest[(longest.limit <= 24) & (longest.task == "llama3-8b") & longest.row.str.startswith("control")]
+    if len(nf4):
+        nf4 = nf4[(nf4.task == "llama3-8b") & (nf4.tokens >= 2048) & (nf4.stored == "nf4") & (nf4["mode"] == "lean") & (nf4.row == "double control")]
+    fast = small = scaling
+    if len(scaling):
+        scaling = scaling[~scaling.on_cpu.astype(bool)].assign(row=lambda f: f.row + " on " + f.processes.astype(int).astype(str))
+        fast = scaling[(scaling["shard"] == "ddp") & scaling.row.str.startswith("control")]
+        keys = scaling.links.map(lambda links: links[0][1]) + scaling["shard"] + scaling.processes.astype(str)
+        lora = scaling[scaling.method == "lora"].peak.groupby(keys).first()
+        small = scaling.assign(share=100 * scaling.peak / keys.map(lora))
+        small = small[(small["shard"] == "fsdp2") & (small.method == "control:lean") & (small.processes > 1)]
+    padding = [
+        Test(f"{part.section.iloc[0]}: longest row against 128 tokens", {links[0][1]: (one, other) for links, one, other in zip(part.links, part.seconds, part.baseline)},
+             "time", "%", -1, [(str(n), links[0][1]) for n, links in enumerate(part.links, 1)])
+        for _, part in rows("padding").groupby("section")
+    ]  # fmt: skip
+    answers = "for run in 1 2 3; do python -m LlaMA.evaluate --compare_batch_one 1000 --model MODEL --data DATA --output_dir results/llama/batches-NAME-$run; done"
+    scale = "bash scripts/bench_scaling.sh && bash scripts/bench_scaling.sh --output results/scaling/repeat2"
     return [
-        Claim("batches-speed", "In batches at least 10 times as many questions a second are answered as one by one.",
-              "this project", "llama", speeds, (), models, how=how),
-        Claim("batches-answers", "At least 99.5 % of the answers in batches are those of single questions.",
-              "this project", "llama", same, (), models, how=how),
+        _claim("llama-24gb", "LLaMA-3-8B trains unquantized within 24 GB with control.", "the paper", "llama",
+               _bound(longest, "longest", 0, "longest sequence of {}", "tokens", 1, "peak"), "bash scripts/rerun_memory.sh --tasks llama3-8b-limit --seeds 1"),
+        _claim("nf4-8gib", "LLaMA-3-8B in NF4 trains with double control and memory mode lean within 8 GiB at 2,048 tokens.", "this project", "qcontrol",
+               _bound(nf4, "allocated", 8, "peak of {} against 8 GiB", "GiB", -1, "peak", 2**-30), "python -m QControl.quantized_memory --shape llama3-8b"),
+        _claim("padding", "Batches padded to their longest row train in less time than the published padding to 128 tokens.", "this project", "roberta",
+               padding, "python -m RoBERTa.benchmark_padding --model roberta-base --device 0"),
+        _claim("packing", "Packed, the published steps train on at least 1.8 times as many real tokens a second.", "this project", "llama",
+               _bound(timed(rows("throughput")), "speedup", 1.8, "packed, times published, against 1.8", "times", 1, "time"),
+               "for run in 1 2 3; do python -m LlaMA.benchmark_throughput --shape llama3-8b --data commonsense_170k.json "
+               "--output_dir results/llama/throughput-llama3-8b-$run; done"),
+        _claim("batches-speed", "In batches at least 10 times as many questions a second are answered as one by one.", "this project", "llama",
+               _bound(timed(rows("batches")), "speedup", 10, "{}, times one by one against 10", "times", 1, "time"), answers),
+        _claim("batches-answers", "At least 99.5 % of the answers in batches are those of single questions.", "this project", "llama",
+               [_share(test, rows("batches")) for test in _bound(rows("batches"), "answers_agree", 99.5, "same answers of {}, against 99.5 %", "points", 1, "share")],
+               answers),
+        _claim("ddp-efficiency", "With DDP control keeps at least 95 % of one GPU's speed on each of several GPUs.", "this project", "llama",
+               _bound(fast, "efficiency", 95, "{}, efficiency against 95 %", "points", 1, "time"), scale),
+        _claim("fsdp2-memory", "With FSDP2 a GPU needs at most 0.6 of LoRA's memory for control in memory mode lean.", "this project", "llama",
+               _bound(small, "share", 60, "{}, memory in percent of LoRA's, against 60", "points", -1, "peak"), scale),
     ]  # fmt: skip
 
 
-def _scaling(collection: Collection) -> list[Claim]:
-    """DDP's efficiency, and control's memory when everything is sharded; both per number of GPUs."""
-    fast, small = [], []
-    for setting, cells in scaling_settings(collection).items():
-        if setting.partition(", ")[2].startswith("longest") or ", cpu" in setting:
-            continue
-        for (method, shard, processes), cell in cells.items():
-            if not method.startswith("control") or processes == 1:
-                continue
-            what = f"{setting}: {method} on {processes}"
-            if shard == "ddp" and cell.efficiency:
-                pairs = {link: (value, 95.0) for link, value in cell.efficiency.items()}
-                fast.append(Test(f"{what}, efficiency against 95 %", pairs, "points", 1, _numbered(pairs)))
-            lora = cells.get(("lora", shard, processes))
-            if shard == "fsdp2" and method == "control:lean" and lora:
-                peak = "peak_bytes_per_process"
-                pairs = {
-                    link: (100 * result[peak] / lora.results[link][peak], 60.0)
-                    for link, result in cell.results.items()
-                    if lora.results.get(link, {}).get(peak) and result.get(peak)
-                }
-                if pairs:
-                    small.append(
-                        bound(
-                            f"{what}, memory in percent of LoRA's, against 60",
-                            pairs,
-                            "points",
-                            -1,
-                            _numbered(pairs),
-                        )
-                    )
-    how = "bash scripts/bench_scaling.sh && bash scripts/bench_scaling.sh --output results/scaling/repeat2"
-    return [
-        _shape_claim("ddp-efficiency", "With DDP control keeps at least 95 % of one GPU's speed on each of several GPUs.",
-                     "this project", "llama", fast, how),
-        _shape_claim("fsdp2-memory", "With FSDP2 a GPU needs at most 0.6 of LoRA's memory for control in memory mode lean.",
-                     "this project", "llama", small, how),
-    ]  # fmt: skip
+def _share(test: Test, rows: pd.DataFrame) -> Test:
+    """A share of questions has the exact binomial interval."""
+    asked = rows[rows.links.map(lambda links: links[0][1] in test.pairs)]
+    agreeing = (asked.questions * asked.answers_agree / 100).round().sum()
+    share = stats.binomtest(int(agreeing), int(asked.questions.sum())).proportion_ci(CONFIDENCE)
+    test.known = (100 * share.low - 99.5, 100 * share.high - 99.5)
+    return test
 
 
-# -- claims.md --------------------------------------------------------------------------------------------------
+# -- the published figures ------------------------------------------------------------------------------------
 
 
-def write_claims(claims: Sequence[Claim], paper: Paper, path: Path) -> Path:
-    """Write the claims as Markdown into the results folder."""
-    return write_text_atomic(path, markdown(claims, paper))
+def _published(paper: Paper, domain: str, quantity: str) -> list[str]:
+    """What the published figures themselves say on the claim."""
+    table = {"roberta": "glue", "vit": "vit", "llama": "commonsense", "qcontrol": "quantized"}[domain]
+    kinds = {"quality": ("best score", "score"), "memory": ("peak memory",), "time": ("training time",)}[quantity]
+    figures = paper.figures[paper.figures.table == table]
+    lines = []
+    if quantity == "memory":
+        less = figures[figures.quantity == "memory less than dora"]
+        lines = [f"{f.model}: {f.row} needs {f.value:g} {f.unit} less than dora ({f.status})." for f in less.itertuples()]
+    figures = figures[figures.quantity.isin(kinds) & ((figures.column == "average") | (domain != "llama") | (quantity != "quality"))]
+    for (model, column, _), group in figures.groupby(["model", "column", "quantity"], sort=False):
+        for one in group[group.row.str.startswith(("control", "double control"))].itertuples():
+            for other in group[group.row.str.startswith(BASELINES)].itertuples():
+                lines.append(f"{model}, {column}: {one.row} {one.text} against {other.row} {other.text}: {_against(one, other, quantity)}.")
+    return lines
 
 
-def markdown(claims: Sequence[Claim], paper: Paper) -> str:
-    """A summary, each claim with its tests, records and what to run, and what is doubtful in the published figures."""
-    lines = [
-        "# Claims",
-        "",
-        "Made by `scripts/make_tables.py` from run records. Each test is a paired difference, control minus baseline, over "
-        "seeds (or repeats of a benchmark), with a 95 % t interval in brackets, not corrected for the number of tests. It "
-        "*supports* its claim if the whole interval lies on the claimed side of zero, *contradicts* it if it lies on the "
-        "other side, and is *not decided* if it includes zero or has fewer than two pairs. A claim is contradicted by one "
-        "contradicting test, and supported only if every test that has an interval supports it; a single pair has no vote. Whether "
-        "something fits into a memory is decided by its worst measurement, and a share of questions by the exact binomial interval. "
-        '"Not decided" on quality is no proof of equality. Memory hardly varies between repeats, so its intervals are '
-        "narrow and say nothing about other models, batches or lengths.",
-        "",
-        "| claim | whose | verdict | tests | tested on |",
-        "|---|---|---|---|---|",
-    ]
+def _against(one, other, quantity: str) -> str:
+    if quantity != "quality":
+        return f"{100 * (one.value / other.value - 1):+.2f} %"
+    line = f"{one.value - other.value:+.2f} points"
+    if isinstance(one.runs, dict) and isinstance(other.runs, dict):
+        seeds = sorted(one.runs.keys() & other.runs.keys())
+        test = Test("", {seed: (one.runs[seed], other.runs[seed]) for seed in seeds}, "quality")
+        line += f"; paired over the printed seeds {test.statistic}, which by our rule is: {test.verdict}"
+    return line
+
+
+# -- claims.md ------------------------------------------------------------------------------------------------
+
+
+def overview(claims: Sequence[Claim]) -> pd.DataFrame:
+    """A row for each domain: quality, memory and time of its main control against LoRA, on the largest model with tests."""
+    by_name = {claim.name: claim for claim in claims}
+    rows = []
+    for domain, (title, *_) in DOMAINS.items():
+        quality = by_name[f"{domain}-quality"]
+        pools = [pool for pool in quality.pools if " against lora" in pool.what]
+        pool = max(pools, key=lambda pool: (len(pool.counting), pool.tests[0].size), default=None)
+        more = more_seeds(pool.tests) if pool else ""
+        rows.append({
+            "control against LoRA": f"[{title}](#{domain}-quality)" + (f" ({pool.what.partition(', all tasks')[0]})" if pool else ""),
+            "quality": f"{pool.statistic}: **{pool.verdict}**" if pool else NOT_TESTED,
+            "seeds that would decide": f"{more} more" if more.isdigit() else more or "",
+            "memory": _range(by_name, domain, "memory"), "time": _range(by_name, domain, "time"),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _range(by_name: dict[str, Claim], domain: str, quantity: str) -> str:
+    """From the smallest to the largest difference of a domain's tests against LoRA, and what they decide together."""
+    for name in (f"{domain}-{quantity}", f"{domain}-shape-{quantity}"):  # whole trainings, else steps at true shapes
+        tests = [test for test in by_name[name].tests if " against lora" in test.what] if name in by_name else []
+        if tests:
+            break
+    else:
+        return NOT_TESTED
+    means = [test.differences.mean() for test in tests]
+    claim = Claim("", "", "", domain, tests, "")
+    n = min(len(test.pairs) for test in tests)
+    few = f", {n} of {REPEATS} repeats" if quantity == "time" and n < REPEATS else ""
+    between = f"{max(means):+.0f} to {min(means):+.0f} %" if round(max(means)) != round(min(means)) else f"{min(means):+.0f} %"
+    return f"{between}{few}: **[{claim.verdict}](#{name})**"
+
+
+ABOUT = f"""Made by `scripts/make_tables.py` from run records. Differences are control minus baseline, with 95 % intervals in brackets.
+
+- **Quality** asks whether control loses anything, with a margin of {MARGIN:g} point. The answer is *supported* if the interval's lower end lies
+  above -{MARGIN:.1f}. It is *contradicted* if the upper end lies below 0 and the lower end not above -{MARGIN:.1f}. Else it is *not decided*.
+- Runs are paired by seed, and example by example where outcomes lie beside the records. A model's tasks are judged one by one and pooled.
+- A test in which neither method is above the most frequent class is flagged and does not count.
+- **Memory** is the allocator's peak, which is deterministic: one measurement decides, the worst of several.
+- **Time** needs {REPEATS} repeats and an interval on one side of zero.
+- Intervals are not corrected for the number of tests."""
+
+
+def markdown(claims: Sequence[Claim], paper: Paper, up: str = "") -> str:
+    """The overview, all claims, each with its tests, records and what to run, and what is doubtful in the published figures."""
+    lines = ["# Claims", "", *markdown_rows(overview(claims)), "", ABOUT, "", "## All claims", ""]
+    lines += markdown_rows(pd.DataFrame([
+        {"claim": f"[{claim.statement}](#{claim.name})", "whose": claim.whose, "verdict": f"**{claim.verdict}**", "tests": claim.tally, "tested on": claim.scope}
+        for claim in claims
+    ]))  # fmt: skip
     for claim in claims:
-        lines.append(
-            f"| [{claim.statement}](#{claim.name}) | {claim.whose} | **{claim.verdict}** | {claim.tally} | {claim.scope} |"
-        )
-    for claim in claims:
-        lines += [
-            "",
-            f"## {claim.name}",
-            "",
-            f"{claim.statement} Claimed by {claim.whose}.",
-            "",
-            f"**{claim.verdict}**",
-        ]
-        if claim.tests:
-            lines[-1] += f" ({claim.tally}; on {claim.scope})."
-            lines += ["", "| test | difference | verdict | records |", "|---|---|---|---|"]
-        else:
-            lines[-1] += ": no record tests it yet."
-        for test in claim.tests:
-            links = ", ".join(f"[{text}]({link.replace(' ', '%20')})" for text, link in test.links)
-            lines.append(f"| {test.what} | {test.statistic} | {test.verdict} | {links} |")
+        lines += ["", f"## {claim.name}", "", f"{claim.statement} Claimed by {claim.whose}.", ""]
+        lines.append(f"**{claim.verdict}**" + (f" ({claim.tally}; on {claim.scope})." if claim.tests else ": no record tests it yet."))
+        rows = [_shown(pool.what, pool, pool.tests, "the tests below") for pool in claim.pools if len(pool.tests) > 1]
+        rows += [_shown(test.what, test, [test], ", ".join(f"[{text}]({(up + file).replace(' ', '%20')})" for text, file in test.links)) for test in claim.tests]
+        if rows:
+            table = pd.DataFrame(rows)
+            lines += ["", *markdown_rows(table if claim.pools else table.drop(columns="more seeds"))]
         if claim.published:
             lines += ["", "The published figures:", "", *(f"- {line}" for line in claim.published)]
         lines += ["", f"At full scale, with hub access and a GPU: `{claim.how}`"]
-    lines += [
-        "",
-        "## Doubts about the published figures",
-        "",
-        *(f"- {weakness}" for weakness in paper.weaknesses),
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", "## Doubts about the published figures", "", *(f"- {doubt}" for doubt in paper.weaknesses)]) + "\n"
+
+
+def _shown(what: str, judged: Test | Pool, tests: list[Test], links: str) -> dict[str, str]:
+    below = isinstance(judged, Test) and judged.below_majority
+    decided = "below the majority class: does not count" if below else judged.verdict
+    return {"test": what, "difference": judged.statistic, "verdict": decided, "more seeds": "" if below else more_seeds(tests) if tests[0].rule == "quality" else "", "records": links}

@@ -13,7 +13,7 @@ Columns (missing where a kind has no such thing):
   `activations`, `over` (peak over the weights): bytes. `seconds`: of the training, or of a step. `rate`: examples or
   tokens a second.
 - `shared`, `own`: conditions that all runs of a comparison, or all seeds of a row, must have in common.
-- `problem`: why the row must not be shown. `notes`: what a reader has to know about its figures.
+- `problem`: why the record must not be shown, and `usable`: whether all of its row may be. `notes`: what a reader has to know about its figures.
 - `record`, `folder`: the RunRecord and where it lies, for what only pictures and statistics need.
 """
 
@@ -88,6 +88,8 @@ def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*columns.split(), *(key for row in rows for key in row)])))
     _mark_shared_gpus(frame)
     problems += _mark_unequal(frame)
+    places = [frame[name].fillna("") for name in ("whose", "domain", "section", "task", "row", "kind")]
+    frame["usable"] = frame.problem.groupby(places).transform("max") == "" if len(frame) else True
     return frame, problems
 
 
@@ -208,15 +210,15 @@ def _conditions(record: RunRecord, evaluation: RunRecord | None) -> tuple[dict[s
 
 def _mark_shared_gpus(frame: pd.DataFrame) -> None:
     """Take the times of runs that shared their GPU: as the meter saw, or (older records) overlapping another's."""
-    runs = frame[(frame.kind == "run") & frame.record.notna()]
-    for index, one in runs.record.items():
-        seen = one.memory.get("other_processes_bytes")
-        if one.device.get("kind") == "cuda" and (seen > 0 if seen is not None else any(
-            other is not one and other.device.get("name") == one.device["name"]
-            and one.created < other.finished and other.created < one.finished for other in runs.record
-        )):  # fmt: skip
-            frame.loc[index, ["seconds", "rate"]] = None
-            frame.at[index, "notes"] += ("Not shown: other processes used the GPU at the same time.",)
+    for _, records in frame[frame.kind == "run"].groupby("whose").record:
+        for index, one in records.items():
+            seen = one.memory.get("other_processes_bytes")
+            if one.device.get("kind") == "cuda" and (seen > 0 if seen is not None else any(
+                other is not one and other.device.get("name") == one.device["name"]
+                and one.created < other.finished and other.created < one.finished for other in records
+            )):  # fmt: skip
+                frame.loc[index, ["seconds", "rate"]] = None
+                frame.at[index, "notes"] += ("Not shown: other processes used the GPU at the same time.",)
 
 
 def _mark_unequal(frame: pd.DataFrame) -> list[str]:
@@ -372,7 +374,7 @@ def _scaling(file: dict) -> Iterator[dict]:
         single = alone.get((r["method"], r["shard"]))
         row = {"kind": "scaling", "domain": "llama", "section": f"{o['shape']}, {what} a process, {where}", "row": r["method"], "method": r["method"],
                "task": o["shape"], "shard": r["shard"], "processes": r["processes"], "error": r.get("error", ""), "longest": r.get("longest_tokens"),
-               "rate": r.get("tokens_per_second"), "peak": r.get("peak_bytes_per_process"), "sent": r.get("sent_bytes_per_process"),
+               "rate": r.get("tokens_per_second"), "seconds": r.get("step_seconds"), "peak": r.get("peak_bytes_per_process"), "sent": r.get("sent_bytes_per_process"),
                "apart": r.get("loss_distance"), "on_cpu": file["device"] == "cpu"}  # fmt: skip
         if r["processes"] > 1 and single and "step_seconds" in r:
             row["efficiency"] = 100 * single / r["step_seconds"]

@@ -51,6 +51,7 @@ class Test:
         sign: +1 if the claim wants a positive difference, -1 if a negative one.
         examples: variance of the mean difference that the choice of test examples causes; None without outcomes.
         floor: score of always answering the most frequent class; None if unknown.
+        size: parameters of the model.
     """
 
     what: str
@@ -62,6 +63,7 @@ class Test:
     known: tuple[float, float] | None = None
     examples: float | None = None
     floor: float | None = None
+    size: int = 0
 
     @property
     def differences(self) -> np.ndarray:
@@ -123,17 +125,35 @@ def interval(tests: Sequence[Test], more: int = 0) -> tuple[float, float] | None
     return (mean - half, mean + half)
 
 
-def pooled(tests: Sequence[Test], what: str) -> Test | None:
-    """The mean of several tests as a test of its own; those below the majority class do not count."""
-    tests = [test for test in tests if not test.below_majority]
-    if not tests:
-        return None
-    first, means = tests[0], {test.what: (float(test.differences.mean()), 0.0) for test in tests}
-    unit = "% " if first.unit == "%" else first.unit  # its pairs are differences already
-    one = Test(what, means, first.rule, unit, first.sign, [link for test in tests for link in test.links])
-    one.known = first.interval if len(tests) == 1 else interval(tests) if first.rule != "peak" else None
-    one.tests = tests
-    return one
+@dataclass
+class Pool:
+    """The mean of several tests, such as a model's on all tasks; those below the majority class do not count."""
+
+    what: str
+    tests: list[Test]
+
+    @property
+    def counting(self) -> list[Test]:
+        return [test for test in self.tests if not test.below_majority]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return interval(self.counting)
+
+    @property
+    def verdict(self) -> str:
+        fewest = min((len(test.pairs) for test in self.counting), default=0)
+        return verdict(self.tests[0].rule, self.interval, self.tests[0].sign, fewest)
+
+    @property
+    def statistic(self) -> str:
+        if not self.counting:
+            return "no test above the majority class"
+        mean, ends = np.mean([test.differences.mean() for test in self.counting]), self.interval
+        n = sorted({len(test.pairs) for test in self.counting})
+        over = f"{len(self.counting)} task{'s' * (len(self.counting) > 1)} x {' or '.join(map(str, n))} seed{'s' * (n != [1])}"
+        between = f"[{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else "no interval"
+        return f"{mean:+.2f} {self.tests[0].unit} {between}, {over}"
 
 
 def more_seeds(tests: Sequence[Test]) -> str:

@@ -228,20 +228,20 @@ def on_frontier(points: pd.DataFrame) -> pd.Series:
 
 
 def step_means(frame: pd.DataFrame) -> pd.DataFrame:
-    """Mean seconds and bytes over the weights of each method of each setting of scripts/bench_memory.py, and `frontier`."""
+    """Mean seconds and bytes over the weights by whose, setting and method of scripts/bench_memory.py, and `frontier`."""
     steps = frame[(frame.kind == "step") & frame.seconds.notna()]
-    means = steps.groupby(["section", "row"], sort=False)[["seconds", "over"]].mean()
-    means["frontier"] = means.groupby("section", group_keys=False)[["seconds", "over"]].apply(on_frontier) if len(means) else None
+    means = steps.groupby(["whose", "section", "row"], sort=False)[["seconds", "over"]].mean()
+    means["frontier"] = means.groupby(["whose", "section"], group_keys=False)[["seconds", "over"]].apply(on_frontier) if len(means) else None
     return means
 
 
 def _steps(frame: pd.DataFrame) -> pd.DataFrame:
     """Steps of scripts/bench_memory.py with their distances from the best LoRA; a failure only where nothing was measured."""
     steps = frame[(frame.kind == "step")]
-    steps = steps[steps.seconds.notna() | ~steps.duplicated(["section", "row"], keep=False)]
+    steps = steps[steps.seconds.notna() | ~steps.duplicated(["whose", "section", "row"], keep=False)]
     means = step_means(frame)
-    loras = means[means.index.get_level_values("row").str.startswith("lora")].groupby("section")[["seconds", "over"]].min()
-    joined = steps.join(means, on=["section", "row"], rsuffix="_mean").join(loras, on="section", rsuffix="_lora")
+    loras = means[means.index.get_level_values("row").str.startswith("lora")].groupby(["whose", "section"])[["seconds", "over"]].min()
+    joined = steps.join(means, on=["whose", "section", "row"], rsuffix="_mean").join(loras, on=["whose", "section"], rsuffix="_lora")
     joined["time ratio"] = joined.seconds_mean / joined.get("seconds_lora")
     joined["memory ratio"] = joined.over_mean / joined.get("over_lora")
     joined["frontier"] = joined.frontier.map({True: "yes", False: "no"}).fillna("")
@@ -263,7 +263,7 @@ def _ways(frame: pd.DataFrame) -> pd.DataFrame:
 def _scaling(longest: bool) -> Callable[[pd.DataFrame], pd.DataFrame]:
     def select(frame: pd.DataFrame) -> pd.DataFrame:
         rows = frame[(frame.kind == "scaling") & (frame.section.str.contains("longest sequence") == longest)]
-        rows = rows[(rows.error == "") | ~rows.duplicated(["section", "row", "shard", "processes"], keep=False)]
+        rows = rows[(rows.error == "") | ~rows.duplicated(["whose", "section", "row", "shard", "processes"], keep=False)]
         first = {row: number for number, row in enumerate(dict.fromkeys(rows.row))}  # methods in the order of the files
         order = list(zip(rows.row.map(first), rows["shard"], rows.processes)) if len(rows) else []
         return rows.assign(order=order, processes=rows.processes.astype("Int64")).sort_values("order")
