@@ -16,11 +16,10 @@ from markupsafe import Markup, escape
 
 from ..record import write_text_atomic
 from . import pictures
-from .claims import DOMAINS, Claim, overview
+from .claims import Claim, overview
 from .tables import Table, linked, step_means
 
 NAMES = {"roberta": "RoBERTa", "vit": "ViT", "llama": "LLaMA", "qcontrol": "quantized"}
-assert NAMES.keys() == DOMAINS.keys()
 
 
 def write_page(frame: pd.DataFrame, tables: Sequence[Table], claims: Sequence[Claim], problems: Sequence[str], path: Path, up: str) -> Path:
@@ -67,7 +66,7 @@ def _drawn(figures: Iterable[tuple[str, str, object]]) -> list[tuple[str, str, M
 def frontiers(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
     """(domain, setting, picture) of each setting of scripts/bench_memory.py."""
     domains = frame[frame.kind == "step"].groupby("section").domain.first()
-    for (whose, section), part in step_means(frame).groupby(["whose", "section"], sort=False):
+    for (whose, section), part in step_means(frame[frame.kind == "step"]).groupby(["whose", "section"], sort=False):
         points = {row: (means.seconds, means.over) for (*_, row), means in part.iterrows()}
         title = section if whose == "ours" else f"{section} ({whose})"
         yield domains[section], title, pictures.memory_against_time(points, title)
@@ -76,7 +75,7 @@ def frontiers(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
 def scalings(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
     """(domain, setting, picture) of each setting of scripts/bench_scaling.py."""
     rows = frame[(frame.kind == "scaling") & frame.rate.notna()]
-    names = {"row": "method", "shard": "shard", "processes": "processes", "rate": "tokens_per_second", "peak": "peak_bytes_per_process", "seconds": "step_seconds"}
+    names = {"row": "method", "shard": "shard", "processes": "processes", "rate": "tokens_per_second", "peak": "peak_bytes_per_process", "seconds": "step_seconds", "efficiency": "efficiency"}
     for section, part in rows.groupby("section"):
         yield "llama", section, pictures.scaling(part[list(names)].rename(columns=names).to_dict("records"), section)
 

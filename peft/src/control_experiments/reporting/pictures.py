@@ -115,8 +115,11 @@ def scaling(cells: Sequence[Mapping], title: str) -> Figure:
     """Bars for each method, sharding and number of processes (cells as scripts/bench_scaling.py writes them): tokens/s of each
     GPU, with the share of one GPU's speed that is kept, and peak memory of each GPU."""
     measured = pd.DataFrame(cell for cell in cells if "step_seconds" in cell)
+    if "efficiency" not in measured:
+        alone = measured[measured.processes == 1].set_index(["method", "shard"]).step_seconds
+        measured["efficiency"] = [100 * alone.get((cell.method, cell.shard), float("nan")) / cell.step_seconds for cell in measured.itertuples()]
     place = ["method", "shard", "processes"]  # measured in several files: their mean
-    numbers = ["step_seconds", "tokens_per_second", "peak_bytes_per_process"]
+    numbers = ["tokens_per_second", "peak_bytes_per_process", "efficiency"]
     cells = measured.groupby(place, sort=False, as_index=False)[numbers].mean().to_dict("records")
     kinds = list(dict.fromkeys((cell["method"], cell["shard"]) for cell in cells))
     counts = sorted({int(cell["processes"]) for cell in cells})
@@ -130,9 +133,8 @@ def scaling(cells: Sequence[Mapping], title: str) -> Figure:
         look = dict(height=0.9 * thick, color=shades(0.35 + 0.6 * number / len(counts)), label=f"{count} GPU{'s' * (count > 1)}")
         speed = left.barh(rows, [cell["tokens_per_second"] / count for cell in mine], **look)
         size = right.barh(rows, [cell["peak_bytes_per_process"] / 1e9 for cell in mine], **look)
-        alone = {(cell["method"], cell["shard"]): cell["step_seconds"] for cell in cells if cell["processes"] == 1}
-        kept = [alone.get((cell["method"], cell["shard"]), 0) / cell["step_seconds"] for cell in mine]
-        left.bar_label(speed, [f"{share:.0%}" if share and count > 1 else "" for share in kept], padding=2, fontsize=8)
+        kept = [f"{cell['efficiency']:.0f} %" if count > 1 and cell["efficiency"] > 0 else "" for cell in mine]
+        left.bar_label(speed, kept, padding=2, fontsize=8)
         right.bar_label(size, fmt="%.1f", padding=2, fontsize=8)
     middle = thick * (len(counts) - 1) / 2
     left.set_yticks([number + middle for number in range(len(kinds))], [f"{method}\n{shard}" for method, shard in kinds], fontsize=9)

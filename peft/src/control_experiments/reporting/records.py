@@ -48,7 +48,7 @@ _METHODS_OWN = ("lr", "learning_rate", "memory", "cuda_graphs", "gradient_checkp
 _NEUTRAL = ("method", "seed", "task", "data", "model", "limit", "mode", "quantization", "mlp_layers")
 #: What a kernel does -> how the names of such kernels are recognised, in this order.
 KERNELS = {
-    "attention": "flash|fmha|attention",
+    "attention_kernels": "flash|fmha|attention",
     "matmuls": "gemm|nvjet|cutlass|xmma|splitk|::mm$|::addmm|::bmm",
     "control and residual sums": "add_low_rank",
     "norms, activations, positions, loss": "norm|swiglu|silu|gelu|rope|rotary|softmax|cross_entropy",
@@ -84,7 +84,8 @@ def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             problems.append(f"{file.as_posix()} is a broken record ({error} is missing): delete it and run again")
     columns = "whose kind links n domain section task row method seed last best trained peak weights state activations over seconds rate " \
-              "shared own problem notes record folder lr"  # fmt: skip
+              "shared own problem notes record folder lr error limit longest stored mode attention way batch shard processes tokens timed gib " \
+              "allocated no_match baseline speedup answers_agree questions efficiency share apart sent published"  # fmt: skip
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*columns.split(), *(key for row in rows for key in row)])))
     _mark_shared_gpus(frame)
     problems += _mark_unequal(frame)
@@ -101,7 +102,8 @@ def _rows(path: Path, place: tuple[str, ...]) -> Iterator[dict]:
             return  # an evaluation, read with its training
         record = read_record(path)
         if record.task in _MEASUREMENTS and record.domain in ("vit", "llama", "qcontrol"):
-            yield _MEASUREMENTS[record.task](record) | {"record": record}
+            found = _MEASUREMENTS[record.task](record)
+            yield from (row | {"record": record} for row in ([found] if isinstance(found, dict) else found))
         elif "questions_per_second_batch_one" in (record.metrics.get("last") or {}):
             yield _batches(record) | {"record": record}
         else:
@@ -152,7 +154,7 @@ def _run(path: Path, record: RunRecord, place: tuple[str, ...]) -> Iterator[dict
         "lr": options.get("lr"), "peak": None if resumed else measured or memory.get("peak_resident_bytes"),
         "allocated": None if resumed else measured, "seconds": None if resumed else time.get("train_seconds"),
         "rate": None if resumed else time.get("tokens_per_second" if llama else "examples_per_second"),
-        "no match": scored.metrics["last"].get("no_match"), "shared": shared, "own": own, "notes": tuple(notes),
+        "no_match": scored.metrics["last"].get("no_match"), "shared": shared, "own": own, "notes": tuple(notes),
         "record": record, "folder": (answers if answers.is_file() else path).parent,
     }  # fmt: skip
 
@@ -304,7 +306,7 @@ def _recorded_step(kind: str):
             "trained": record.adapter["trainable_parameters"], "weights": memory.get("weights_bytes"),
             "state": memory.get("adapter_and_optimizer_bytes"), "activations": memory.get("activations_bytes"),
             "peak": peak or memory.get("peak_resident_bytes"), "allocated": peak, "notes": tuple(notes),
-            "over": peak - memory["weights_bytes"] if peak and memory.get("weights_bytes") is not None else None,
+            "gib": peak and peak / 2**30, "over": peak - memory["weights_bytes"] if peak and memory.get("weights_bytes") is not None else None,
             "seconds": record.metrics["last"]["seconds_per_step"] if alone else None,
             "timed": alone and record.device.get("kind") == "cuda",
             "rate": record.time.get("tokens_per_second") if alone else None,
@@ -323,14 +325,19 @@ def _vit_step(record: RunRecord) -> dict:
     }  # fmt: skip
 
 
-def _throughput(record: RunRecord) -> dict:
-    o, last = record.hyperparameters, record.metrics["last"]
-    return {
-        "kind": "throughput", "domain": "llama", "row": record.method, "method": record.method, "task": _name(record),
-        "section": f"{_name(record)}, {record.method}, memory mode {o['memory']}, {o['batch_size']} rows a step, at most {o['cutoff']} tokens "
-        f"each, {o['dtype']}, " + _where(record.device["name"], record.versions),
-        "ways": {way: last[way] for way in ("published", "packed", "large")}, "timed": _timed(record), "speedup": last["packed"]["speedup"],
-    }  # fmt: skip
+WAYS = {"published": "the published micro-batches, padded", "packed": "the same steps, packed", "large": "packed, more rows a step"}
+
+
+def _throughput(record: RunRecord) -> Iterator[dict]:
+    """A row for each way of batching."""
+    o = record.hyperparameters
+    section = (
+        f"{_name(record)}, {record.method}, memory mode {o['memory']}, {o['batch_size']} rows a step, at most {o['cutoff']} "
+        f"tokens each, {o['dtype']}, {_where(record.device['name'], record.versions)}"
+    )
+    for way, what in WAYS.items():
+        yield {"kind": "throughput", "domain": "llama", "section": section, "task": _name(record), "row": record.method,
+               "method": record.method, "way": f"{way}: {what}", "timed": _timed(record), **record.metrics["last"][way]}  # fmt: skip
 
 
 def _batches(record: RunRecord) -> dict:
@@ -370,14 +377,17 @@ def _scaling(file: dict) -> Iterator[dict]:
     o, where = file["options"], _where(file["device"], file.get("versions"))
     what = f"longest sequence, batch {o['batch']}" if o.get("longest") else f"{o['batch']} x {o['tokens']} tokens"
     alone = {(r["method"], r["shard"]): r.get("step_seconds") for r in file["results"] if r["processes"] == 1}
+    lora = {(r["shard"], r["processes"]): r.get("peak_bytes_per_process") for r in file["results"] if r["method"] == "lora"}
     for r in file["results"]:
         single = alone.get((r["method"], r["shard"]))
         row = {"kind": "scaling", "domain": "llama", "section": f"{o['shape']}, {what} a process, {where}", "row": r["method"], "method": r["method"],
                "task": o["shape"], "shard": r["shard"], "processes": r["processes"], "error": r.get("error", ""), "longest": r.get("longest_tokens"),
                "rate": r.get("tokens_per_second"), "seconds": r.get("step_seconds"), "peak": r.get("peak_bytes_per_process"), "sent": r.get("sent_bytes_per_process"),
-               "apart": r.get("loss_distance"), "on_cpu": file["device"] == "cpu"}  # fmt: skip
+               "apart": r.get("loss_distance")}  # fmt: skip
         if r["processes"] > 1 and single and "step_seconds" in r:
             row["efficiency"] = 100 * single / r["step_seconds"]
+        if (other := lora.get((r["shard"], r["processes"]))) and r.get("peak_bytes_per_process"):
+            row["share"] = 100 * r["peak_bytes_per_process"] / other
         if "ended_by" in r:
             row["notes"] = (f"{r['method']}, {r['shard']}, {r['processes']}: the next attempt ended by {r['ended_by']}.",)
         yield row

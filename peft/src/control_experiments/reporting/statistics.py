@@ -159,7 +159,7 @@ class Pool:
 def more_seeds(tests: Sequence[Test]) -> str:
     """How many seeds more would decide on quality if differences and spread stayed as they are, for people."""
     tests = [test for test in tests if not test.below_majority]
-    if not tests or verdict("quality", interval(tests), 1, 0) != NOT_DECIDED:
+    if not tests or tests[0].rule != "quality" or verdict("quality", interval(tests), 1, 0) != NOT_DECIDED:
         return ""
     if any(len(test.pairs) < 2 for test in tests):
         return "two seeds first"
@@ -167,6 +167,13 @@ def more_seeds(tests: Sequence[Test]) -> str:
         if verdict("quality", interval(tests, more), 1, 0) != NOT_DECIDED:
             return str(more)
     return f"more than {MOST_SEEDS}, or more test examples"
+
+
+def share_interval(asked: Sequence[int], percent: Sequence[float], bound: float) -> tuple[float, float]:
+    """The exact binomial interval of a share, in points above `bound` percent."""
+    agreeing = sum(round(n * share / 100) for n, share in zip(asked, percent))
+    share = stats.binomtest(int(agreeing), int(sum(asked))).proportion_ci(CONFIDENCE)
+    return (100 * share.low - bound, 100 * share.high - bound)
 
 
 # -- outcomes of single examples ------------------------------------------------------------------------------
