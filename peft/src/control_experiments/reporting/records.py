@@ -31,9 +31,10 @@ from ..record import RunRecord, read_json, read_record
 
 #: Folders whose runs belong to no comparison of methods: a demonstration, runs that vary settings, and our own tables.
 LEFT_OUT = ("quickstart", "ablations", "mine", "logs")
-_COLUMNS = """whose kind links n domain section task row method seed last best trained peak weights state activations over
-seconds rate shared own problem notes record folder lr error limit longest stored mode attention way batch shard processes tokens
-timed gib allocated no_match baseline speedup answers_agree questions efficiency share sent apart published"""
+_TEXTS = "whose kind domain section task row method stored mode attention way batch shard error problem".split()
+_NUMBERS = """n seed last best trained lr peak allocated gib weights state activations over seconds rate no_match limit longest
+processes tokens baseline speedup answers_agree questions efficiency share sent apart""".split()
+_OBJECTS = "links notes shared own record folder published".split()
 SEARCH = "learning_rate_search"
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 #: Columns of the commonsense tables, in the paper's order.
@@ -96,12 +97,14 @@ def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
             problems.append(
                 f"{file.as_posix()} is a broken record ({error} is missing): delete it and run again"
             )
-    columns = dict.fromkeys([*_COLUMNS.split(), *(key for row in rows for key in row)])
-    frame = pd.DataFrame(rows, columns=list(columns))
+    columns = dict.fromkeys([*_TEXTS, *_NUMBERS, *_OBJECTS, "timed", *(key for row in rows for key in row)])
+    frame = pd.DataFrame(rows, columns=list(columns)).astype(dict.fromkeys(_NUMBERS, float))
+    frame[_TEXTS] = frame[_TEXTS].astype(object).where(frame[_TEXTS].notna(), "")
+    frame["timed"] = [value is True for value in frame.timed]
     _mark_shared_gpus(frame)
     problems += _mark_unequal(frame)
-    places = [frame[name].fillna("") for name in ("whose", "domain", "section", "task", "row", "kind")]
-    frame["usable"] = frame.problem.groupby(places).transform("max") == "" if len(frame) else True
+    place = ["whose", "kind", "domain", "section", "task", "row"]
+    frame["usable"] = ~(frame.problem != "").groupby([frame[name] for name in place]).transform("any") if len(frame) else True
     return frame, problems
 
 

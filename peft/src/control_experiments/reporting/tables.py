@@ -119,7 +119,7 @@ def _runs(frame: pd.DataFrame, paper: Paper, specification: dict) -> pd.DataFram
         ]
         rows = pd.concat([rows, pd.DataFrame(missing)]) if missing else rows
     rows = rows.reset_index(drop=True)
-    for column, nothing in (("links", ()), ("notes", ()), ("problem", "")):
+    for column, nothing in (("links", ()), ("notes", ()), ("problem", ""), ("error", "")):
         rows[column] = rows[column].where(rows[column].notna(), pd.Series([nothing] * len(rows)))
     lr = rows.lr.map(lambda rate: "" if pd.isna(rate) else f"{rate:g}")
     rows["rates"] = lr.groupby([rows[key] for key in (*keys, "row", "whose")]).transform(
@@ -166,9 +166,8 @@ def step_means(steps: pd.DataFrame) -> pd.DataFrame:
         .mean()
     )
     ordered = means.sort_values(["seconds", "over"])
-    leanest = ordered.groupby(["whose", "section"]).over.transform(
-        lambda over: over.cummin().shift(fill_value=float("inf"))
-    )
+    leanest = ordered.groupby(["whose", "section"]).over.cummin()
+    leanest = leanest.groupby(["whose", "section"]).shift(fill_value=float("inf"))
     means["frontier"] = ordered.over < leanest
     return means
 
@@ -214,9 +213,9 @@ def _line(
 
     first, paper = group.iloc[0], group.whose.iloc[0] == "paper"
     links = [(text or str(number), file) for number, part in enumerate(group.links, 1) for text, file in part]
-    problems = [problem for problem in group.problem if problem]
+    problems = list(dict.fromkeys(filter(None, group.problem)))
     reasons = list(dict.fromkeys(note for part in group.notes for note in part))
-    measured = group[group.error.fillna("") == ""] if "error" in group else group
+    measured = group[group.error == ""]
     count = len(measured) if links and not problems else 0
     reasons += [] if len(measured) else [f"{first.row}: {error}." for error in group.error]
     line = {
