@@ -287,4 +287,5 @@ def svg(figure: Figure) -> str:
     output = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results"}):
         figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
-    return re.sub(r' (?:width|height)="[\d.]+pt"', "", output.getvalue()[output.getvalue().index("<svg") :])
+    text = output.getvalue()
+    return re.sub(r' (?:width|height)="[\d.]+pt"|\s*<metadata>.*?</metadata>', "", text[text.index("<svg") :], flags=re.DOTALL)
