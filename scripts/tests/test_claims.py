@@ -72,7 +72,10 @@ def test_more_seeds_are_those_after_which_the_interval_decides():
 
 
 def test_a_pool_is_the_mean_over_tasks_without_those_below_the_majority_class():
-    tests = [quality((61.0, 60.0), (62.5, 60.0), (60.5, 60.0)), quality((70.0, 71.0), (71.0, 71.5), (69.0, 70.0))]
+    tests = [
+        quality((61.0, 60.0), (62.5, 60.0), (60.5, 60.0)),
+        quality((70.0, 71.0), (71.0, 71.5), (69.0, 70.0)),
+    ]
     parts = [test.differences.var(ddof=1) / 3 / 4 for test in tests]
     half = stats.t.ppf(0.975, sum(parts) ** 2 / sum(part**2 / 2 for part in parts)) * sum(parts) ** 0.5
     mean = np.mean([test.differences.mean() for test in tests])
@@ -91,12 +94,20 @@ def outcomes(folder, arrays, **more):
 def test_examples_are_paired_too(tmp_path):
     generator = np.random.default_rng(0)
     correct = [generator.random((2, 500)) < 0.7 for _ in range(3)]
-    pairs = [tuple(outcomes(tmp_path / f"{seed}{n}", {"correct": row}) for n, row in enumerate(rows)) for seed, rows in enumerate(correct)]
+    pairs = [
+        tuple(outcomes(tmp_path / f"{seed}{n}", {"correct": row}) for n, row in enumerate(rows))
+        for seed, rows in enumerate(correct)
+    ]
     differences = 100 * np.mean([rows[0].astype(float) - rows[1] for rows in correct], axis=0)
     assert example_variance(pairs) == pytest.approx(differences.var() / 500, rel=0.15)
     # several test sets weigh the same, however many examples each has
     groups = np.array(["a"] * 100 + ["b"] * 400)
-    pairs = [tuple(outcomes(tmp_path / f"g{seed}{n}", {"correct": row}, group=groups) for n, row in enumerate(rows)) for seed, rows in enumerate(correct)]
+    pairs = [
+        tuple(
+            outcomes(tmp_path / f"g{seed}{n}", {"correct": row}, group=groups) for n, row in enumerate(rows)
+        )
+        for seed, rows in enumerate(correct)
+    ]
     expected = (differences[:100].var() / 100 + differences[100:].var() / 400) / 4
     assert example_variance(pairs) == pytest.approx(expected, rel=0.15)
 
@@ -105,7 +116,10 @@ def test_a_metric_that_is_no_mean_is_bootstrapped_from_predictions(tmp_path):
     generator = np.random.default_rng(1)
     label = generator.integers(0, 2, 400)
     noisy = [np.where(generator.random(400) < 0.8, label, 1 - label) for _ in range(4)]
-    folders = [outcomes(tmp_path / str(n), {"prediction": p, "label": label}, metric="matthews") for n, p in enumerate(noisy)]
+    folders = [
+        outcomes(tmp_path / str(n), {"prediction": p, "label": label}, metric="matthews")
+        for n, p in enumerate(noisy)
+    ]
     found = example_variance([(folders[0], folders[1]), (folders[2], folders[3])]) ** 0.5
     # standard error of the mean of two differences of correlations near 0.6
     assert found == pytest.approx(100 * (1 - 0.6**2) / 400**0.5, rel=0.4)
@@ -135,9 +149,14 @@ def test_intervals_hold_what_they_promise():
     """Simulated: seeds and examples both vary, the true difference is 0; about 95 % of the intervals include it."""
     generator, held = np.random.default_rng(2), 0
     for _ in range(400):
-        by_example = generator.normal(0, 20, 300)  # what examples do to both methods' difference, whatever the seed
+        by_example = generator.normal(
+            0, 20, 300
+        )  # what examples do to both methods' difference, whatever the seed
         differences = generator.normal(0, 1, 3)[:, None] + by_example + generator.normal(0, 20, (3, 300))
-        test = quality(*((value, 0.0) for value in differences.mean(axis=1)), examples=differences.mean(axis=0).var() / 300)
+        test = quality(
+            *((value, 0.0) for value in differences.mean(axis=1)),
+            examples=differences.mean(axis=0).var() / 300,
+        )
         low, high = test.interval
         held += low <= 0 <= high
     assert 0.93 <= held / 400 <= 1.0
@@ -151,7 +170,9 @@ def test_quality_from_records_is_paired_by_common_seeds(results):
     results.roberta("control", 9, 0.9)
     judged = claim(results, "roberta-quality")
     (test,) = judged.tests
-    assert test.pairs == {seed: (100 * a, 100 * b) for seed, (a, b) in enumerate(zip([0.70, 0.72, 0.71], [0.60, 0.61, 0.62]))}
+    assert test.pairs == {
+        seed: (100 * a, 100 * b) for seed, (a, b) in enumerate(zip([0.70, 0.72, 0.71], [0.60, 0.61, 0.62]))
+    }
     assert judged.verdict == "supported" and "**supported**" in markdown([*claims(results).values()], PAPER)
 
 
@@ -161,7 +182,11 @@ def test_outcomes_beside_records_enter_the_interval(results):
     generator = np.random.default_rng(0)
     for seed in range(3):
         for method in ("control", "lora"):
-            write_outcomes(results.path / "roberta" / f"tiny-encoder_cola_{method}_seed{seed}", range(100), generator.random(100) < 0.6)
+            write_outcomes(
+                results.path / "roberta" / f"tiny-encoder_cola_{method}_seed{seed}",
+                range(100),
+                generator.random(100) < 0.6,
+            )
     (test,) = claim(results, "roberta-quality").tests
     assert "by example too" in test.statistic and test.interval[0] < alone[0]
 
@@ -229,11 +254,21 @@ def test_the_average_decides_for_llama_and_graphs_are_compared_with_graphs(resul
 
 
 def test_the_overview_has_a_row_for_each_domain(results):
-    fill(results, [0.70, 0.705, 0.71], [0.72, 0.71, 0.705], peak=(80 * 2**20, 100 * 2**20), seconds=(8.0, 10.0))
+    fill(
+        results, [0.70, 0.705, 0.71], [0.72, 0.71, 0.705], peak=(80 * 2**20, 100 * 2**20), seconds=(8.0, 10.0)
+    )
     table = overview(judge(load(results.path)[0], PAPER))
-    assert len(table) == 4 and table.columns.to_list() == ["control against LoRA", "quality", "more seeds to decide", "memory", "time"]
+    assert len(table) == 4 and table.columns.to_list() == [
+        "control against LoRA",
+        "quality",
+        "more seeds to decide",
+        "memory",
+        "time",
+    ]
     first = table.iloc[0]
-    assert first.quality.startswith("**not decided**: -0.67 points [") and int(first["more seeds to decide"]) > 0
+    assert (
+        first.quality.startswith("**not decided**: -0.67 points [") and int(first["more seeds to decide"]) > 0
+    )
     assert first.memory == "**[supported](#roberta-memory)**: -20 %" and "supported" in first.time
     assert set(table.quality[1:]) == {"**not tested**"}
 
@@ -244,7 +279,12 @@ def two(results, **methods):
 
 
 def test_benchmarks_are_paired_over_repeats_and_like_with_like(results):
-    methods = {"lora": (0.4, 40.0), "lora+graphs": (0.1, 45.0), "control:lean": (0.3, 1.0), "control:fast": (0.2, 10.0)}
+    methods = {
+        "lora": (0.4, 40.0),
+        "lora+graphs": (0.1, 45.0),
+        "control:lean": (0.3, 1.0),
+        "control:fast": (0.2, 10.0),
+    }
     results.benchmark(**methods)
     assert claim(results, "lean-memory").verdict == "supported"
     assert claim(results, "fast-time").verdict == "not decided"
@@ -266,13 +306,21 @@ def test_each_shape_is_judged_by_its_own_domains_claim(results):
     found = claims(results)
     for quantity in ("memory", "time"):
         assert found[f"llama-shape-{quantity}"].verdict == "not tested"
-        for domain, shape in (("vit", "vit-b16, 128 x 197 tokens"), ("roberta", "roberta-base, 64 x 128 tokens")):
+        for domain, shape in (
+            ("vit", "vit-b16, 128 x 197 tokens"),
+            ("roberta", "roberta-base, 64 x 128 tokens"),
+        ):
             (test,) = found[f"{domain}-shape-{quantity}"].tests
-            assert test.verdict == "supported" and test.what == f"{shape}, Some GPU: control:plain against lora"
+            assert (
+                test.verdict == "supported" and test.what == f"{shape}, Some GPU: control:plain against lora"
+            )
             assert found[f"{domain}-shape-{quantity}"].scope.endswith("no record of DoRA yet")
     two(results, lora=(0.4, 40.0), dora=(0.2, 50.0), control_plain=(0.3, 30.0))
     judged = claim(results, "llama-shape-time")
-    assert [test.verdict for test in judged.tests] == ["supported", "contradicted"] and judged.verdict == "contradicted"
+    assert [test.verdict for test in judged.tests] == [
+        "supported",
+        "contradicted",
+    ] and judged.verdict == "contradicted"
 
 
 def test_double_control_of_the_recipes_steps_is_judged_at_llamas_shapes(results):
@@ -287,7 +335,9 @@ def test_double_control_of_the_recipes_steps_is_judged_at_llamas_shapes(results)
 @pytest.mark.parametrize(("gibibytes", "verdict"), [((7.5,), "supported"), ((7.5, 8.5), "contradicted")])
 def test_whether_a_quantized_model_fits_is_decided_by_its_worst_peak(results, gibibytes, verdict):
     for number, peak in enumerate(gibibytes):
-        results.step(f"qcontrol/memory{number}/x", "double control", stored="nf4", mode="lean", peak=int(peak * 2**30))
+        results.step(
+            f"qcontrol/memory{number}/x", "double control", stored="nf4", mode="lean", peak=int(peak * 2**30)
+        )
     results.step("qcontrol/memory0/y", "double control", stored="nf4", mode="lean", peak=2**34, tokens=256)
     judged = claim(results, "nf4-8gib")
     assert judged.verdict == verdict and f"{gibibytes[-1] - 8:+.2f} GiB" in judged.tests[0].statistic
@@ -300,7 +350,9 @@ def test_packing_and_answers_in_batches_need_repeats_for_speed_but_not_for_answe
     assert found["packing"].verdict == found["batches-speed"].verdict == "not decided"
     assert found["batches-answers"].verdict == "supported"  # none of 1,000: at least 99.63 %
     on_cpu = results.throughput(1.0, folder="throughput-cpu")  # decides nothing
-    on_cpu.write_text(json.dumps({**json.loads(on_cpu.read_text()), "device": {"kind": "cpu", "name": "Some CPU"}}))
+    on_cpu.write_text(
+        json.dumps({**json.loads(on_cpu.read_text()), "device": {"kind": "cpu", "name": "Some CPU"}})
+    )
     for folder, speed, agree in (("y", 2.01, 99.2), ("z", 1.99, 99.9)):
         results.throughput(speed, folder=f"throughput-{folder}")
         results.batches(6 * speed, agree, folder=f"batches-{folder}")
@@ -327,7 +379,10 @@ def test_scaling_is_judged_for_control_on_several_gpus(results):
 
 def test_the_published_figures_are_judged_too(results):
     found = claims(results)
-    assert "+2.05 points; paired over the printed seeds +2.05 points [-0.44, +4.53], n = 3, which by our rule is: supported" in found["roberta-quality"].published[0]
+    assert (
+        "+2.05 points; paired over the printed seeds +2.05 points [-0.44, +4.53], n = 3, which by our rule is: supported"
+        in found["roberta-quality"].published[0]
+    )
     assert found["vit-quality"].published[0].endswith("-0.62 points.")
 
 

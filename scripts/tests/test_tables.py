@@ -14,14 +14,20 @@ import pytest
 
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.reporting.records import load, read_paper
-from control_experiments.reporting.tables import Table, all_tables, markdown, step_means, write_tables
+from control_experiments.reporting.tables import (
+    Table,
+    all_tables,
+    make_table,
+    markdown,
+    step_means,
+    write_tables,
+)
 
 PAPER = read_paper(RESULTS / "paper.json")
 
 
 def table(results, name) -> Table:
-    (wanted,) = [table for table in all_tables(load(results.path)[0], PAPER) if table.name == name]
-    return wanted
+    return make_table(name, load(results.path)[0], PAPER)
 
 
 def titles(results, name) -> list[str]:
@@ -55,11 +61,17 @@ def problems(results) -> list[str]:
 def test_a_cell_is_mean_and_sample_deviation_of_its_records_and_links_to_them(results):
     scores = {40: 0.61, 41: 0.64, 42: 0.58}
     for seed, score in scores.items():
-        results.roberta("control", seed, score, best=score + 0.05, peak=(100 + seed) * 2**20, seconds=10.0 + seed)
+        results.roberta(
+            "control", seed, score, best=score + 0.05, peak=(100 + seed) * 2**20, seconds=10.0 + seed
+        )
     line = row(results, "glue", "tiny-encoder", task="cola", method="control")
     assert statistics.stdev(100 * score for score in scores.values()) == pytest.approx(3.0)
     assert (line["last"], line["best"], line["n"]) == ("61.00 ± 3.00", "66.00 ± 3.00", 3)
-    assert (line["peak MiB"], line["train s"], line["trained parameters"]) == ("141 ± 1", "51.0 ± 1.0", "1,234")
+    assert (line["peak MiB"], line["train s"], line["trained parameters"]) == (
+        "141 ± 1",
+        "51.0 ± 1.0",
+        "1,234",
+    )
     assert [text for text, _ in line["runs"]] == ["40", "41", "42"]
     assert all((results.path / file).is_file() for _, file in line["runs"])
 
@@ -75,10 +87,17 @@ def test_published_figures_stand_below_ours_with_their_status(results):
     results.roberta("control", 42, 0.6, model="roberta-base")
     ours, paper = rows(results, "glue", "roberta-base", task="cola", method="control")
     assert (ours["whose"], ours["best"]) == ("ours", "60.00")
-    assert (paper["whose"], paper["best"], paper["last"]) == ("paper", "65.32 ± 0.44 (exact)", "not published")
+    assert (paper["whose"], paper["best"], paper["last"]) == (
+        "paper",
+        "65.32 ± 0.44 (exact)",
+        "not published",
+    )
     assert "Published: roberta-base, lora: peak memory 14.03 GB (inferred)." in table(results, "glue").remarks
     at_scale = "vit_base_patch16_224, 4-layer MLP"
-    assert row(results, "vit_accuracy", at_scale, method="lora", whose="paper")["peak MiB"] == "17,067 MiB (exact)"
+    assert (
+        row(results, "vit_accuracy", at_scale, method="lora", whose="paper")["peak MiB"]
+        == "17,067 MiB (exact)"
+    )
     assert "Wall time of the whole run, evaluations included." in notes(results, "vit_accuracy", at_scale)
 
 
@@ -94,7 +113,11 @@ def test_a_method_with_other_ranks_has_no_empty_row_beside_it(results):
     results.vit("control", 1, 80.0)
     results.vit("lora", 1, 80.0, lora_rank=0)
     lines = rows(results, "vit_accuracy", "vit_tiny, 2-layer MLP")
-    assert [(line["method"], line["n"]) for line in lines] == [("control", 1), ("lora matched", 1), ("dora", 0)]
+    assert [(line["method"], line["n"]) for line in lines] == [
+        ("control", 1),
+        ("lora matched", 1),
+        ("dora", 0),
+    ]
 
 
 def test_settings_that_are_not_comparable_have_sections_of_their_own(results):
@@ -139,7 +162,10 @@ def test_commonsense_joins_a_training_with_its_evaluation(results):
 def test_an_evaluation_by_likelihood_below_its_training_reaches_the_table(results):
     path = results.llama("lora", 1, 50.0)
     path.write_text(path.read_text().replace('"commonsense"', '"commonsense-likelihood"'))
-    assert row(results, "commonsense", "tiny-llama, ranked by likelihood", method="lora r32")["average"] == "50.00"
+    assert (
+        row(results, "commonsense", "tiny-llama, ranked by likelihood", method="lora r32")["average"]
+        == "50.00"
+    )
 
 
 def test_rows_are_told_apart_by_rank_and_memory_mode(results):
@@ -158,33 +184,61 @@ def test_memory_against_speed(results):
     assert lines["lora"]["n"] == 2 and lines["lora"]["over weights GB"] == "41.00 ± 1.41"
     assert lines["control:fast"]["time / fastest LoRA"] == "0.50"
     assert lines["control:lean"]["memory / leanest LoRA"] == "0.02"
-    assert [name for name, line in lines.items() if line["on the frontier"] == "yes"] == ["control:fast", "control:lean"]
+    assert [name for name, line in lines.items() if line["on the frontier"] == "yes"] == [
+        "control:fast",
+        "control:lean",
+    ]
     assert lines["dora"]["ms a step"] == "failed <sup>1</sup>"
     assert notes(results, "memory_speed", title) == ["dora: out of memory."]
 
 
 def test_frontier():
     points = {"a": (1, 5), "b": (2, 5), "c": (3, 1), "d": (4, 2)}
-    frame = pd.DataFrame([{"whose": "ours", "section": "s", "row": name, "seconds": x, "over": y} for name, (x, y) in points.items()])
+    frame = pd.DataFrame(
+        [
+            {"whose": "ours", "section": "s", "row": name, "seconds": x, "over": y}
+            for name, (x, y) in points.items()
+        ]
+    )
     assert step_means(frame).frontier.to_list() == [True, False, True, False]
 
 
 def test_a_vits_tokens_are_those_that_were_measured(results):
     """Older files note bench_memory.py's default, 1,024, instead of the 197 that a ViT-B/16 has."""
-    results.benchmark("vit-b16_128x1024.json", shape="vit-b16", batch=128, tokens=197, noted=1024, lora=(0.4, 9.0))
+    results.benchmark(
+        "vit-b16_128x1024.json", shape="vit-b16", batch=128, tokens=197, noted=1024, lora=(0.4, 9.0)
+    )
     assert titles(results, "memory_speed") == ["vit-b16, 128 x 197 tokens, Some GPU"]
+
+
+def test_repeats_of_one_file_count_as_repeats(results):
+    path = results.benchmark(lora=(0.4, 40.0))
+    contents = json.loads(path.read_text())
+    contents["results"][0]["step_seconds_repeats"] = [0.3, 0.4, 0.5]
+    path.write_text(json.dumps(contents | {"setting": "llama3-8b, 4 x 1024 tokens, control rank 8"}))
+    line = row(results, "memory_speed", "llama3-8b, 4 x 1024 tokens, control rank 8, Some GPU", method="lora")
+    assert (line["n"], line["ms a step"], line["over weights GB"]) == (3, "400.0 ± 100.0", "40.00")
+    assert line["runs"] == [("1", "memory/llama3-8b_4x1024.json")]
 
 
 def test_benchmarks_of_two_torch_versions_are_no_repeats_of_each_other(results):
     for repeat, torch in (("", "2.11.0"), ("repeat2", "2.14.1")):
         path = results.benchmark(repeat=repeat, lora=(0.4, 40.0))
         path.write_text(json.dumps({**json.loads(path.read_text()), "versions": {"torch": torch}}))
-    assert titles(results, "memory_speed") == [f"llama3-8b, 4 x 1024 tokens, Some GPU, torch {torch}" for torch in ("2.11", "2.14")]
+    assert titles(results, "memory_speed") == [
+        f"llama3-8b, 4 x 1024 tokens, Some GPU, torch {torch}" for torch in ("2.11", "2.14")
+    ]
 
 
 def test_memory_over_quantized_bases(results):
     for repeat in (1, 2):
-        results.step(f"qcontrol/memory/repeat{repeat}/a", "lora", stored="nf4", seconds=0.1 * repeat, peak=(7 + repeat) * 2**30)
+        results.step(
+            f"qcontrol/memory/repeat{repeat}/a",
+            "lora",
+            stored="nf4",
+            seconds=0.1 * repeat,
+            peak=(7 + repeat) * 2**30,
+        )
     results.step("qcontrol/memory/repeat1/b", "double control", stored="nf4", mode="lean", others=2**30)
     title = "llama3-8b, 1 x 2048 tokens, bfloat16, ranks 64 and 32, Some GPU, torch 2.14"
     line = row(results, "quantized_memory", title, method="lora", weights="nf4", mode="plain")
@@ -212,7 +266,11 @@ def test_throughput_and_answers_in_batches(results):
     assert section.shown["real tokens/s"][1] == "2,000"
     results.batches(12.0, 99.9)
     line = row(results, "batches", "smollm2, bfloat16, Some GPU, torch 2.14", method="zero-shot")
-    assert (line["times one by one"], line["times published"], line["same answers %"]) == ("12.0", "24.0", "99.90")
+    assert (line["times one by one"], line["times published"], line["same answers %"]) == (
+        "12.0",
+        "24.0",
+        "99.90",
+    )
 
 
 def test_scaling(results):
@@ -223,7 +281,10 @@ def test_scaling(results):
     results.scaling([("lora", "ddp", 1, 0.5, 30.0), ("control:fast", "ddp", 1, 0.3, 20.0)], repeat="b")
     results.scaling([("lora", "fsdp2", 1, 0.5, 30.0), ("lora", "ddp", 8, 0.5, 30.0)], repeat="c")
     # one method after another, whichever files they come from
-    cells = [tuple(line[name] for name in ("method", "sharding", "processes")) for line in rows(results, "scaling", title)]
+    cells = [
+        tuple(line[name] for name in ("method", "sharding", "processes"))
+        for line in rows(results, "scaling", title)
+    ]
     lora = [("lora", "ddp", "1"), ("lora", "ddp", "2"), ("lora", "ddp", "8"), ("lora", "fsdp2", "1")]
     assert cells == [*lora, ("control:fast", "ddp", "1")]
     results.scaling([("lora", "fsdp2", 8, 65536, 0)], repeat="longest", longest=True)
@@ -231,28 +292,15 @@ def test_scaling(results):
     assert row(results, "scaling_longest", title, processes="8")["longest tokens"] == "65,536"
 
 
-def test_real_measurements_reach_their_tables(tmp_path):
-    """The domains' benchmarks on the CPU at their smallest: a renamed field would leave a table empty."""
-    from LlaMA import benchmark_methods
-    from QControl import quantized_memory
-
-    root = tmp_path / "results"
-    small = ["--device", "cpu", "--steps", "1", "--warmup", "0"]
-    benchmark_methods.main(
-        [*small, "--output_dir", f"{root}/llama/shapes", "--shapes", "tiny", "--methods", "lora", "--cutoff", "8",
-         "--control_rank", "2", "--lora_rank", "2"]
-    )  # fmt: skip
-    # starts a process for what it measures
-    quantized_memory.main(
-        [*small, "--output_dir", f"{root}/qcontrol/memory", "--shape", "tiny-roberta", "--methods", "lora",
-         "--weights", "fp32", "--batches", "2", "--tokens", "8"]
-    )  # fmt: skip
-    frame, problems = load(root)
-    assert not problems
-    found = {table.name: table for table in all_tables(frame, PAPER)}
-    for name in ("llama_shapes", "quantized_memory"):
-        (section,) = found[name].sections
-        assert section.shown.method.to_list() == ["lora"] and section.data["ms a step"][0] > 0
+def test_a_real_measurement_reaches_its_table(results, call):
+    """The step benchmark on the CPU at its smallest: a renamed field would leave the table empty."""
+    small = "--shape tiny --device cpu --batch 1 --tokens 8 --steps 1 --warmup 0 --methods lora control:plain --output"
+    code, _, stderr = call("bench_memory", *small.split(), results.path / "memory")
+    assert code == 0, stderr
+    (section,) = table(results, "memory_speed").sections
+    assert (
+        section.shown.method.to_list() == ["lora", "control:plain"] and (section.data["ms a step"] > 0).all()
+    )
 
 
 # -- broken folders ---------------------------------------------------------------------------------------------
@@ -262,7 +310,9 @@ def test_real_measurements_reach_their_tables(tmp_path):
 def test_a_broken_record_is_left_out_by_name(results, contents):
     for seed in (1, 2):
         path = results.roberta("lora", seed, 0.5)
-    path.write_text(contents if contents is not None else json.dumps({**json.loads(path.read_text()), "metrics": None}))
+    path.write_text(
+        contents if contents is not None else json.dumps({**json.loads(path.read_text()), "metrics": None})
+    )
     (problem,) = problems(results)
     assert problem.startswith("roberta/tiny-encoder_cola_lora_seed2/record.json ")
     assert row(results, "glue", "tiny-encoder", method="lora")["n"] == 1
@@ -278,14 +328,19 @@ def test_a_measurement_that_lacks_something_is_named_and_left_out(results, write
     missing = "device" if write in ("benchmark", "scaling") else "dtype"
     del (contents if missing == "device" else contents["hyperparameters"])[missing]
     path.write_text(json.dumps(contents))
-    assert f"{path.relative_to(results.path)} is a broken record ('{missing}' is missing)" in problems(results)[0]
+    assert (
+        f"{path.relative_to(results.path)} is a broken record ('{missing}' is missing)"
+        in problems(results)[0]
+    )
 
 
 def test_two_runs_that_claim_one_cell_leave_it_empty(results):
     results.roberta("control", 1, 0.5)
     results.roberta("control", 1, 0.6, folder="again")
     results.roberta("lora", 1, 0.5)
-    both = "roberta/again/record.json and roberta/tiny-encoder_cola_control_seed1/record.json both claim control"
+    both = (
+        "roberta/again/record.json and roberta/tiny-encoder_cola_control_seed1/record.json both claim control"
+    )
     assert both in problems(results)[0]
     line = row(results, "glue", "tiny-encoder", method="control")
     assert (line["last"], line["runs"]) == ("no record", "left out <sup>1</sup>")
@@ -318,14 +373,20 @@ def test_methods_may_have_their_own_learning_rate_but_not_seeds(results):
         results.roberta("lora", seed, 0.5, lr=1e-4)
     assert not problems(results)
     results.roberta("control", 3, 0.6, lr=1e-4)
-    assert "control_seed3/record.json was run with lr 0.0001, other seeds of its row with 0.001" in problems(results)[0]
+    assert (
+        "control_seed3/record.json was run with lr 0.0001, other seeds of its row with 0.001"
+        in problems(results)[0]
+    )
 
 
 def test_a_resumed_run_keeps_its_score_but_not_its_cost(results):
     results.roberta("control", 1, 0.6, resumed=10)
     line = row(results, "glue", "tiny-encoder", method="control")
     assert line["last"] == "60.00" and line["train s"] == "not measured"
-    assert line["peak MiB"] == "not measured <sup>1</sup>" and "was resumed" in notes(results, "glue", "tiny-encoder")[0]
+    assert (
+        line["peak MiB"] == "not measured <sup>1</sup>"
+        and "was resumed" in notes(results, "glue", "tiny-encoder")[0]
+    )
 
 
 def test_runs_that_choose_settings_and_the_quickstart_are_no_results(results):
@@ -348,7 +409,9 @@ def test_csv_has_figures_deviations_and_statuses_as_columns(results):
         ours, paper = [r for r in csv.DictReader(file) if (r["task"], r["method"]) == ("cola", "control")]
     assert float(ours["last"]) == pytest.approx(65.0)
     assert float(ours["last sd"]) == pytest.approx(statistics.stdev([60, 70]))
-    assert ours["runs"].split() == [f"roberta/roberta-base_cola_control_seed{seed}/record.json" for seed in (1, 2)]
+    assert ours["runs"].split() == [
+        f"roberta/roberta-base_cola_control_seed{seed}/record.json" for seed in (1, 2)
+    ]
     assert (paper["best"], paper["best status"]) == ("65.32", "exact")
     assert markdown(table(results, "glue"), "../").count("| cola | control |") == 2
 
@@ -359,7 +422,9 @@ def test_the_command_writes_everything_and_says_what_it_left_out(results, call):
     code, _, stderr = call("make_tables", "--results", results.path, "--strict")
     assert code == 1 and stderr.startswith("left out: roberta/tiny-encoder_cola_lora_seed1/record.json")
     names = [table.name for table in all_tables(load(results.path)[0], PAPER)]
-    assert len(names) == 14 and all((results.path / "tables" / f"{name}.{kind}").is_file() for name in names for kind in ("md", "csv"))
+    assert len(names) == 14 and all(
+        (results.path / "tables" / f"{name}.{kind}").is_file() for name in names for kind in ("md", "csv")
+    )
     links = re.findall(r"\]\(([^)]+)\)", (results.path / "tables" / "glue.md").read_text())
     assert links and all((results.path / "tables" / link).resolve().is_file() for link in links)
     assert (results.path / "claims.md").is_file() and (results.path / "report.html").is_file()
@@ -371,7 +436,9 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path, call):
 
 
 def files(folder) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def test_a_users_runs_stand_beside_the_shipped_ones_and_change_nothing_of_theirs(results, new_results, call):
@@ -385,7 +452,8 @@ def test_a_users_runs_stand_beside_the_shipped_ones_and_change_nothing_of_theirs
     assert call("make_tables", "--results", mine.path)[0] == 0
     before = files(mine.path)
     mine.roberta("control", 1, 0.9)  # the same cell again, and another device
-    mine.roberta("lora", 1, 0.8, device="Other GPU")
+    mine.roberta("lora", 1, 0.8)
+    mine.roberta("dora", 1, 0.8, device="Other GPU")
     mine.benchmark(lora=(0.1, 4.0))
     code, _, stderr = call("make_tables", "--results", mine.path)
     after = files(mine.path)
@@ -397,7 +465,9 @@ def test_a_users_runs_stand_beside_the_shipped_ones_and_change_nothing_of_theirs
     assert "| lora | yes | yours | 1 |" in after["mine/tables/memory_speed.md"].decode()
     for name in ("tables/glue.md", "claims.md"):
         links = re.findall(r"\]\(([^)#]+)\)", after[f"mine/{name}"].decode())
-        assert links and all((mine.path / "mine" / name).parent.joinpath(link).resolve().is_file() for link in links)
+        assert links and all(
+            (mine.path / "mine" / name).parent.joinpath(link).resolve().is_file() for link in links
+        )
 
 
 def test_a_fresh_clone_reproduces_the_tracked_files_byte_for_byte(tmp_path, call):
@@ -405,10 +475,20 @@ def test_a_fresh_clone_reproduces_the_tracked_files_byte_for_byte(tmp_path, call
     shutil.copytree(RESULTS / "published", tmp_path / "published")
     assert call("make_tables", "--results", tmp_path, "--strict")[0] == 0
     made = files(tmp_path)
-    tracked = {name: content for name, content in files(RESULTS).items() if name.startswith(("tables/", "pictures/")) or name == "claims.md"}
+    tracked = {
+        name: content
+        for name, content in files(RESULTS).items()
+        if name.startswith(("tables/", "pictures/")) or name == "claims.md"
+    }
     drawn_here = f"Matplotlib version{matplotlib.__version__}".encode()
-    tracked = {name: content for name, content in tracked.items() if not name.endswith(".png") or drawn_here in content}
-    assert len(tracked) > 28 and {name: made.get(name) == content for name, content in tracked.items()} == dict.fromkeys(tracked, True)
+    tracked = {
+        name: content
+        for name, content in tracked.items()
+        if not name.endswith(".png") or drawn_here in content
+    }
+    assert len(tracked) > 28 and {
+        name: made.get(name) == content for name, content in tracked.items()
+    } == dict.fromkeys(tracked, True)
 
 
 # -- published figures ------------------------------------------------------------------------------------------
@@ -419,7 +499,11 @@ def test_published_figures_are_consistent():
     assert set(figures.status) == {"exact", "inferred"} and set(figures.source) <= PAPER.sources.keys()
     for figure in figures[figures.runs.notna()].itertuples():  # printed means are rounded or cut
         assert figure.value == pytest.approx(statistics.fmean(figure.runs.values()), abs=0.01)
-    scores = figures[figures.quantity == "score"].pivot(index=["model", "row"], columns="column", values="value").dropna()
+    scores = (
+        figures[figures.quantity == "score"]
+        .pivot(index=["model", "row"], columns="column", values="value")
+        .dropna()
+    )
     assert len(scores) == 5 and len(scores.columns) == 9
     apart = (scores.drop(columns="average").mean(axis=1) - scores.average).abs()
     weak = scores.average == 78.56  # the known weakness
@@ -439,7 +523,9 @@ def test_reporting_and_training_know_nothing_of_each_other():
         for path in (wings / wing).glob("*.py"):
             assert not re.search(rf"^\s*(?:from|import) .*\b{other}\b", path.read_text(), re.M), path
     command = "import sys, control_experiments.reporting.page, scripts.make_tables; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
     loaded = done.stdout.split()
     assert "control_experiments.reporting.page" in loaded and "torch" not in loaded
     assert not [name for name in loaded if name.startswith("control_experiments.training")]

@@ -132,7 +132,9 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
     found = found[found[column] != 0]  # on a CPU memory is not measured: zero
     for (section, attention), group in found.groupby(["section", "attention"], sort=False):
         where = f"{section}, {attention} attention" if attention else section
-        repeats = group.links.map(lambda links: _repeat(links[0][1]))
+        repeats = group.links.map(lambda links: _repeat(links[0][1])) + group.repeat.fillna(0).map(
+            " {:.0f}".format
+        )
         rows = {label: part.set_index(repeats[part.index]) for label, part in group.groupby("row")}
         if best and len(rivals := group.query(best, engine="python")):
             against = [rivals.groupby("row")[column].mean().idxmin()]

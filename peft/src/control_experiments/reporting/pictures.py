@@ -33,26 +33,22 @@ _NAMES = {
     "control+lora": "control + LoRA",
     "control+dora": "control + DoRA",
 }
-#: Parts of a benchmark's label that are no method.
-_SWITCHES = ("liger", "unsloth", "checkpointing", "compile", "graphs")
 
 
 def family(label: str) -> str:
     """The family of a row or benchmark label: "control r64, lean" and "control+liger:plain" are control."""
-    name = re.split(r"[,:]| r\d| matched", label)[0]
-    name = "+".join(part for part in name.split("+") if part not in _SWITCHES).replace("lora-all", "lora")
+    methods = [
+        part.removesuffix("-all") for part in re.split(r"[,:]| r\d| matched| on ", label)[0].split("+")
+    ]
+    name = "+".join(part for part in methods if part in FAMILIES)
     return name if name in FAMILIES else "other"
 
 
 def _variant(label: str) -> str:
     """What a benchmark's label says beyond the family, which the colour says: "control+graphs:fast" is "fast, graphs"."""
     name, _, mode = label.partition(":")
-    parts = [
-        mode,
-        "all layers" if "lora-all" in name else "",
-        *(part for part in name.split("+") if part in _SWITCHES),
-    ]
-    return ", ".join(filter(None, parts)) or _NAMES.get(label, label)
+    parts = ["all layers" if part == "lora-all" else part for part in name.split("+") if part not in FAMILIES]
+    return ", ".join(filter(None, [mode, *parts])) or _NAMES.get(label, label)
 
 
 def _legend(axes, families: Iterable[str], *more: Line2D, **where) -> None:
@@ -197,48 +193,48 @@ def curves(
     title: str,
     y_label: str,
     x_label: str = "epoch",
+    axes=None,
 ) -> Figure:
-    """A line for each (label, seed, points); the legend names each label once."""
-    figure, axes = _axes(title, 6, 4)
+    """A line for each (label, seed, points), into `axes` if given; the legend names each label once."""
+    axes = axes or _axes(title, 6, 4)[1]
     labels = list(dict.fromkeys(label for label, _, _ in runs))
     dashes = dict(zip(labels, itertools.cycle(("-", "--", "-.", ":"))))
-    twice = len({family(label) for label in labels}) < len(
-        labels
-    )  # then colours do not tell the labels apart
+    colours = {label: FAMILIES[family(label)][0] for label in labels}
+    if len(set(colours.values())) < len(labels):  # one family: colours tell its members apart
+        colours = dict(zip(labels, itertools.cycle(dict.fromkeys(colour for colour, _ in FAMILIES.values()))))
     for label, seed, points in runs:
         tip = f"{label}, seed {seed}\nlast {points[-1][1]:.2f}\n{len(points)} evaluations"
-        axes.plot(*zip(*points), color=FAMILIES[family(label)][0], linestyle=dashes[label] if twice else "-", linewidth=1.4, alpha=0.85,
-                  marker="." if len(points) < 3 else None, gid=mark(family(label), tip))  # fmt: skip
-    axes.set(xlabel=x_label, ylabel=y_label)
+        look = dict(color=colours[label], linestyle=dashes[label], linewidth=1.4, alpha=0.85)
+        axes.plot(
+            *zip(*points), marker="." if len(points) < 3 else None, gid=mark(family(label), tip), **look
+        )
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.grid(alpha=0.25)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles = [
-        Line2D(
-            [],
-            [],
-            color=FAMILIES[family(label)][0],
-            linestyle=dashes[label] if twice else "-",
-            label=_NAMES.get(label, label),
-        )
+        Line2D([], [], color=colours[label], linestyle=dashes[label], label=_NAMES.get(label, label))
         for label in labels
     ]
     axes.legend(handles=handles, fontsize=9)
-    return figure
+    return axes.figure
 
 
-def scores_against_memory(runs: pd.DataFrame, title: str) -> Figure:
-    """A mark for each run: last score and peak memory, which starts at 0 lest distances look larger than they are."""
-    figure, axes = _axes(title, 6, 4)
+def scores_against_memory(runs: pd.DataFrame, title: str, axes=None) -> Figure:
+    """A mark for each run (columns row, seed, last, peak in bytes), into `axes` if given; memory starts at 0, lest
+    distances look larger than they are."""
+    axes = axes or _axes(title, 6, 4)[1]
     for run in runs.itertuples():
         colour, marker = FAMILIES[family(run.row)]
         tip = f"{run.row}, seed {run.seed:.0f}\nlast score {run.last:.2f} %\npeak {run.peak / 2**20:,.0f} MiB"
         axes.plot(
             run.peak / 2**20, run.last, marker, color=colour, alpha=0.85, gid=mark(family(run.row), tip)
         )
-    axes.set(xlabel="peak memory, MiB", ylabel="last score, %")
+    axes.set(xlabel="peak memory, MiB", ylabel="last score, %", title=title)
+    axes.grid(alpha=0.25)
     axes.margins(0.1)
     axes.set_xlim(left=0)
     _legend(axes, runs.row.map(family))
-    return figure
+    return axes.figure
 
 
 def scores_against_rate(searched: pd.DataFrame, title: str) -> Figure:
@@ -288,4 +284,9 @@ def svg(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results"}):
         figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
     text = output.getvalue()
-    return re.sub(r' (?:width|height)="[\d.]+pt"|\s*<metadata>.*?</metadata>', "", text[text.index("<svg") :], flags=re.DOTALL)
+    return re.sub(
+        r' (?:width|height)="[\d.]+pt"|\s*<metadata>.*?</metadata>',
+        "",
+        text[text.index("<svg") :],
+        flags=re.DOTALL,
+    )

@@ -31,10 +31,11 @@ from ..record import RunRecord, read_json, read_record
 
 #: Folders whose runs belong to no comparison of methods: a demonstration, runs that vary settings, and our own tables.
 LEFT_OUT = ("quickstart", "ablations", "mine", "logs")
-_TEXTS = "whose kind domain section task row method stored mode attention way batch shard error problem".split()
-_NUMBERS = """n seed last best trained lr peak allocated gib weights state activations over seconds rate no_match limit longest
-processes tokens baseline speedup answers_agree questions efficiency share sent apart""".split()
-_OBJECTS = "links notes shared own record folder published".split()
+_TEXTS = (
+    ["whose", "kind", "domain", "section", "task", "row", "method", "stored", "mode", "attention", "way", "batch", "shard", "error", "problem"]
+)
+_NUMBERS = ["n", "seed", "last", "best", "trained", "lr", "peak", "allocated", "gib", "weights", "state", "activations", "over", "seconds", "rate", "no_match", "limit", "longest", "processes", "tokens", "baseline", "speedup", "answers_agree", "questions", "efficiency", "share", "sent", "apart", "repeat"]
+_OBJECTS = ["links", "notes", "shared", "own", "record", "folder", "published"]
 SEARCH = "learning_rate_search"
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 #: Columns of the commonsense tables, in the paper's order.
@@ -104,7 +105,11 @@ def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
     _mark_shared_gpus(frame)
     problems += _mark_unequal(frame)
     place = ["whose", "kind", "domain", "section", "task", "row"]
-    frame["usable"] = ~(frame.problem != "").groupby([frame[name] for name in place]).transform("any") if len(frame) else True
+    frame["usable"] = (
+        ~(frame.problem != "").groupby([frame[name] for name in place]).transform("any")
+        if len(frame)
+        else True
+    )
     return frame, problems
 
 
@@ -287,21 +292,28 @@ def _where(device: str, versions: dict | None) -> str:
     return ", ".join([device, *(f"torch {torch}" for torch in [_torch(versions)] if torch)])
 
 
-def _steps(file: dict) -> Iterator[dict]:
-    """A file of scripts/bench_memory.py."""
-    options, results = file["options"], file["results"]
-    # older files of a ViT note the option's default of 1,024 tokens; what was measured is in the rate
+def tokens_of(file: dict) -> int:
+    """Tokens of each row of a file of scripts/bench_memory.py, as they were measured.
+
+    Older files of a ViT note the option's default of 1,024; what was measured is in the rate.
+    """
+    batch = file["options"]["batch"]
     rates = [
-        r["tokens_per_second"] * r["step_seconds"] / options["batch"] for r in results if "step_seconds" in r
+        r["tokens_per_second"] * r["step_seconds"] / batch for r in file["results"] if "step_seconds" in r
     ]
-    tokens = round(rates[0]) if rates else options["tokens"]
-    where, shape, limit = _where(file["device"], file.get("versions")), options["shape"], options.get("limit")
-    section = f"{shape}, {options['batch']} x {tokens} tokens, {where}"
+    return round(rates[0]) if rates else file["options"]["tokens"]
+
+
+def _steps(file: dict) -> Iterator[dict]:
+    """A file of scripts/bench_memory.py: a row for each method and repeat."""
+    options, where = file["options"], _where(file["device"], file.get("versions"))
+    shape, limit = options["shape"], options.get("limit")
+    section = file.get("setting") or f"{shape}, {options['batch']} x {tokens_of(file)} tokens"
     if limit:
-        section = f"{shape}, batch {options['batch']}: longest sequence within {limit:g} GiB, {where}"
+        section = f"{shape}, batch {options['batch']}: longest sequence within {limit:g} GiB"
     domain = next((name for name in ("vit", "roberta") if name in shape), "llama")
-    for result in results:
-        row = {"domain": domain, "section": section, "row": result["method"], "method": result["method"], "task": shape,
+    for result in file["results"]:
+        row = {"domain": domain, "section": f"{section}, {where}", "row": result["method"], "method": result["method"], "task": shape,
                "limit": limit, "error": result.get("error", "")}  # fmt: skip
         if limit:
             yield row | {"kind": "longest", "longest": result.get("longest_tokens")}
@@ -316,8 +328,10 @@ def _steps(file: dict) -> Iterator[dict]:
                 row |= {"kind": "profile", "all": sum(kinds.values()), "seconds": result["step_seconds"]}
                 yield row | kinds
         elif "step_seconds" in result:
-            yield row | {"kind": "step", "trained": result["trained_parameters"], "weights": result["static_bytes"],
-                         "over": result["over_static_bytes"], "seconds": result["step_seconds"], "rate": result["tokens_per_second"]}  # fmt: skip
+            row |= {"kind": "step", "trained": result["trained_parameters"], "weights": result["static_bytes"], "over": result["over_static_bytes"]}  # fmt: skip
+            tokens = result["tokens_per_second"] * result["step_seconds"]
+            for number, seconds in enumerate(result.get("step_seconds_repeats") or [result["step_seconds"]]):
+                yield row | {"repeat": number, "seconds": seconds, "rate": tokens / seconds}
         else:
             yield row | {"kind": "step", "error": result.get("error", "no result")}
 

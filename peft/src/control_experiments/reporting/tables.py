@@ -64,16 +64,20 @@ class Table:
     sections: list[Section]
 
 
+SPECIFICATIONS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
 def all_tables(frame: pd.DataFrame, paper: Paper) -> list[Table]:
     """Every table, whether or not there are records for it yet."""
-    specifications = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-    return [_table(name, specification, frame, paper) for name, specification in specifications.items()]
+    return [make_table(name, frame, paper) for name in SPECIFICATIONS]
 
 
 # -- rows -----------------------------------------------------------------------------------------------------
 
 
-def _table(name: str, specification: dict, frame: pd.DataFrame, paper: Paper) -> Table:
+def make_table(name: str, frame: pd.DataFrame, paper: Paper) -> Table:
+    """The table of that name in tables.yaml."""
+    specification = SPECIFICATIONS[name]
     if "runs" in specification:
         rows = _runs(frame, paper, specification)
     else:
@@ -212,7 +216,12 @@ def _line(
         return text + "".join(f" <sup>{notes.index(reason) + 1}</sup>" for reason in reasons)
 
     first, paper = group.iloc[0], group.whose.iloc[0] == "paper"
-    links = [(text or str(number), file) for number, part in enumerate(group.links, 1) for text, file in part]
+    links = [(text, file) for part in group.links for text, file in part]
+    links = list(
+        dict.fromkeys(
+            (text or str(1 + number), file) for number, (text, file) in enumerate(dict.fromkeys(links))
+        )
+    )
     problems = list(dict.fromkeys(filter(None, group.problem)))
     reasons = list(dict.fromkeys(note for part in group.notes for note in part))
     measured = group[group.error == ""]
