@@ -21,12 +21,17 @@ MODES = ("plain", "fast", "balanced", "lean")
 OTHER = "other-seed"  # plain with another seed: how far apart two equally good runs lie
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--folder", type=Path, required=True, help="The OUT of compare_memory_modes.sh.")
-    folder = parser.parse_args().folder
+    made.add_argument("--folder", type=Path, required=True, help="The OUT of compare_memory_modes.sh.")
+    return made
+
+
+def main() -> None:
+    folder = parser().parse_args().folder
     places = {name: folder / name / "record.json" for name in (*MODES, OTHER)}
     needed = (MODES[0], OTHER)
     records = {name: read_record(path) for name, path in places.items() if path.is_file() or name in needed}

@@ -93,24 +93,29 @@ def grid(run: Path, record: RunRecord, options: argparse.Namespace) -> Figure:
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
+    made.add_argument(
         "--runs", nargs="+", type=Path, required=True, help="Run folders, each with a record.json."
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("figures"), help="Where the PNG files go.")
-    parser.add_argument("--data", help="Data of the first run, for the image grid.")
-    parser.add_argument("--data_root", default="data", help="Where torchvision keeps its downloads.")
-    parser.add_argument(
+    made.add_argument("--output_dir", type=Path, default=Path("figures"), help="Where the PNG files go.")
+    made.add_argument("--data", help="Data of the first run, for the image grid.")
+    made.add_argument("--data_root", default="data", help="Where torchvision keeps its downloads.")
+    made.add_argument(
         "--show",
         choices=("mixed", "wrong"),
         default="mixed",
         help="Grid: images spread over the test set, or only wrong ones.",
     )
-    parser.add_argument("--images", type=int, default=24, help="Images in the grid.")
-    options = parser.parse_args()
+    made.add_argument("--images", type=int, default=24, help="Images in the grid.")
+    return made
+
+
+def main() -> None:
+    options = parser().parse_args()
     records = [read_record(folder / "record.json") for folder in options.runs]
     if empty := [record.name for record in records if not record.history]:
         raise UserError(f"{empty[0]} has no training history: give folders of training runs")

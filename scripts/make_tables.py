@@ -42,35 +42,38 @@ def publish(
     return len(written) + bool(page.write_page(frame, filled, found, problems, folder / "report.html", up))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
+    made.add_argument(
         "--results", type=Path, default=RESULTS, help="Folder with the runs (default: %(default)s)."
     )
-    parser.add_argument(
+    made.add_argument(
         "--paper",
         type=Path,
         default=RESULTS / "paper.json",
         help="Published figures (default: this project's).",
     )
-    parser.add_argument("--strict", action="store_true", help="Exit with 1 if a record had to be left out.")
-    options = parser.parse_args()
+    made.add_argument("--strict", action="store_true", help="Exit with 1 if a record had to be left out.")
+    return made
+
+
+def main() -> None:
+    options = parser().parse_args()
     paper = records.read_paper(options.paper)
     frame, problems = records.load(options.results)
     ours, yours = frame[frame.whose == "ours"], frame[frame.whose == "yours"]
-    shipped = [problem for problem in problems if problem.startswith("published/") or not len(yours)]
+    prefix = "published/" if (options.results / "published").is_dir() else ""
+    shipped = [problem for problem in problems if problem.startswith(prefix)]
     files = publish(ours, ours, paper, shipped, options.results, "")
     if len(yours):
         files += publish(frame, yours, paper, problems, options.results / "mine", "../")
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
-    print(
-        f"{len(ours)} records"
-        + (f" and {len(yours)} of yours" if len(yours) else "")
-        + f"; {files} files written to {options.results}"
-    )
+    of_yours = f" and {len(yours)} of yours" if len(yours) else ""
+    print(f"{len(ours)} records{of_yours}; {files} files written to {options.results}")
     if options.strict and problems:
         sys.exit(1)
 

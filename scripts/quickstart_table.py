@@ -141,13 +141,18 @@ def plot(records: dict[str, RunRecord | None], path: Path) -> None:
     pictures.save(figure, path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("folder", type=Path, help="folder of the runs, one sub-folder a method")
-    parser.add_argument("methods", nargs="+", help="methods in the table's order")
-    arguments = parser.parse_args()
+    made.add_argument("folder", type=Path, help="folder of the runs, one sub-folder a method")
+    made.add_argument("methods", nargs="+", help="methods in the table's order")
+    return made
+
+
+def main() -> None:
+    arguments = parser().parse_args()
 
     records = load_records(arguments.folder, arguments.methods)
     try:

@@ -159,13 +159,20 @@ def test_commonsense_joins_a_training_with_its_evaluation(results):
     assert paper["average"] == "85.40 (exact)" and paper["hellaswag"].startswith("95.40 (inferred)")
 
 
-def test_an_evaluation_by_likelihood_below_its_training_reaches_the_table(results):
+def test_each_evaluation_below_a_training_reaches_the_table(results):
     path = results.llama("lora", 1, 50.0)
-    path.write_text(path.read_text().replace('"commonsense"', '"commonsense-likelihood"'))
-    assert (
-        row(results, "commonsense", "tiny-llama, ranked by likelihood", method="lora r32")["average"]
-        == "50.00"
-    )
+    ranked = path.parents[1] / "likelihood" / "record.json"
+    ranked.parent.mkdir()
+    text = path.read_text().replace('"commonsense"', '"commonsense-likelihood"')
+    ranked.write_text(text.replace('"average": 50.0', '"average": 55.0'))
+    for setting, average in (("", "50.00"), (", ranked by likelihood", "55.00")):
+        line = row(results, "commonsense", f"tiny-llama{setting}", method="lora r32")
+        assert (line["average"], line["train s"], len(line["runs"])) == (average, "100.0", 2)
+    other = results.llama(
+        "dora", 1, 60.0, folder="lora-seed1/inside"
+    )  # a training of its own, wherever it lies
+    assert other.is_file()
+    assert row(results, "commonsense", "tiny-llama", method="dora r32")["average"] == "60.00"
 
 
 def test_rows_are_told_apart_by_rank_and_memory_mode(results):
@@ -455,6 +462,7 @@ def test_a_users_runs_stand_beside_the_shipped_ones_and_change_nothing_of_theirs
     mine.roberta("lora", 1, 0.8)
     mine.roberta("dora", 1, 0.8, device="Other GPU")
     mine.benchmark(lora=(0.1, 4.0))
+    mine.roberta("control", 2, 0.9).write_text("{")
     code, _, stderr = call("make_tables", "--results", mine.path)
     after = files(mine.path)
     assert code == 0 and {name: after[name] for name in before} == before

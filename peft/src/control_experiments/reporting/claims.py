@@ -62,14 +62,8 @@ def judge(frame: pd.DataFrame, paper: Paper) -> list[Claim]:
     for domain, about in SPECIFICATIONS["domains"].items():
         for quantity, specification in SPECIFICATIONS["quantities"].items():
             tests = list(_run_tests(frame, domain, about["methods"], specification["test"]))
-            claim = Claim(
-                f"{domain}-{quantity}",
-                f"{about['title']}: {specification['says']}",
-                "the paper",
-                about["command"],
-                tests,
-                domain,
-            )
+            statement = f"{about['title']}: {specification['says']}"
+            claim = Claim(f"{domain}-{quantity}", statement, "the paper", about["command"], tests, domain)
             models = {test.what.partition(",")[0] for test in tests}
             far = "; not the paper's scale" if models and not models & set(about["models"]) else ""
             claim.scope = ", ".join(sorted(models)) + far
@@ -99,17 +93,12 @@ def _run_tests(frame: pd.DataFrame, domain: str, methods: Sequence[str], test: d
         rows = {label: part.set_index(part.seed.astype(int)) for label, part in group.groupby("row")}
         how = {label: label.split(", ")[1:] for label in rows}
         first = {label: part.method.iloc[0] for label, part in rows.items()}
-        for control in (
-            label for label in rows if first[label] in methods and how[label] in ([], ["graphs"])
-        ):
+        alike = [label for label in rows if first[label] in methods and how[label] in ([], ["graphs"])]
+        for control in alike:
             for baseline in sorted(rows, key=lambda label: first[label] != "lora"):
                 if first[baseline] in BASELINES and how[baseline] == how[control]:
-                    yield from _pair(
-                        f"{section}, {task}",
-                        {control: rows[control], baseline: rows[baseline]},
-                        task=task,
-                        **test,
-                    )
+                    pair = {control: rows[control], baseline: rows[baseline]}
+                    yield from _pair(f"{section}, {task}", pair, task=task, **test)
 
 
 def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", against: Sequence[str] = (), best: str = "",
@@ -122,9 +111,8 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
             limits = group[bound] if isinstance(bound, str) else [bound] * len(group)
             pairs = {links[0][1]: values for links, *values in zip(group.links, group[column], limits)}
             links = [(str(number), file) for number, file in enumerate(pairs, 1)]
-            made = Test(
-                f"{group.section.iloc[0]}: {what.format(**group.iloc[0])}", pairs, links=links, **test
-            )
+            name = f"{group.section.iloc[0]}: {what.format(**group.iloc[0])}"
+            made = Test(name, pairs, links=links, **test)
             if made.rule == "share":
                 made.known = rules.share_interval(group.questions, group.answers_agree, bound)
             yield made
@@ -132,9 +120,7 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
     found = found[found[column] != 0]  # on a CPU memory is not measured: zero
     for (section, attention), group in found.groupby(["section", "attention"], sort=False):
         where = f"{section}, {attention} attention" if attention else section
-        repeats = group.links.map(lambda links: _repeat(links[0][1])) + group.repeat.fillna(0).map(
-            " {:.0f}".format
-        )
+        repeats = group.links.map(_repeat) + group.repeat.fillna(0).map(" {:.0f}".format)
         rows = {label: part.set_index(repeats[part.index]) for label, part in group.groupby("row")}
         if best and len(rivals := group.query(best, engine="python")):
             against = [rivals.groupby("row")[column].mean().idxmin()]
@@ -142,16 +128,14 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
             yield from _pair(where, {control: rows[control], baseline: rows[baseline]}, column=column, **test)
 
 
-def _repeat(file: str) -> str:
+def _repeat(links: list[tuple[str, str]]) -> str:
     """What both methods of a pair have in common: the file that holds both, or the folder of their records."""
-    parts = file.split("/")
-    return "/".join(
-        parts[:-2]
-        if parts[-1] == "record.json"
-        else parts[:-1]
-        if parts[-3:-1] == ["vit", "memory"]
-        else parts
-    )
+    *folders, name = links[0][1].split("/")
+    if name == "record.json":
+        folders = folders[:-1]
+    elif folders[-2:] != ["vit", "memory"]:
+        folders.append(name)
+    return "/".join(folders)
 
 
 def _pair(
@@ -169,19 +153,9 @@ def _pair(
     if not shared:
         return
     pairs = {key: (one[column][key], other[column][key]) for key in shared}
-    links = {
-        part.links[key][0][1]: f"{name} {key if task else ''}".strip()
-        for key in shared
-        for name, part in rows.items()
-    }
-    test = Test(
-        f"{where}: {control} against {baseline}",
-        pairs,
-        rule,
-        unit,
-        sign,
-        [(text, file) for file, text in links.items()],
-    )
+    every = [(name, key, part.links[key][0][1]) for key in shared for name, part in rows.items()]
+    links = {file: (f"{name} {key}" if task else name, file) for name, key, file in every}
+    test = Test(f"{where}: {control} against {baseline}", pairs, rule, unit, sign, list(links.values()))
     if rule == "quality":
         test.size = one.record.iloc[0].model.get("total_parameters") or 0
         test.floor = rules.MAJORITY.get(task)

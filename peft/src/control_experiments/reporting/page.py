@@ -34,11 +34,7 @@ def write_page(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )  # fmt: skip
-    environment.filters |= {
-        "inline": inline,
-        "family": pictures.family,
-        "linked": lambda links: linked(links, up),
-    }
+    environment.filters |= dict(inline=inline, family=pictures.family, linked=lambda links: linked(links, up))
     families = [name for name in pictures.FAMILIES if name in set(frame.row.dropna().map(pictures.family))]
     runs = frame[(frame.kind == "run") & frame.usable]
     page = environment.get_template("page.html").render(
@@ -50,16 +46,15 @@ def write_page(
 
 def inline(text: object) -> Markup:
     """A cell's Markdown (links, bold) and footnote marks as HTML."""
-    html = re.sub(
-        r"\[([^\]]+)\]\(([^)]+)\)",
-        lambda m: f'<a href="{"claims.md" * m[2].startswith("#")}{m[2]}">{m[1]}</a>',
-        str(escape(text)),
-    )
-    html = re.sub(
-        r"\*\*([a-z ]+|<a.*?</a>)\*\*",
-        lambda m: f'<b class="{re.sub("<.*?>", "", m[1]).replace(" ", "-")}">{m[1]}</b>',
-        html,
-    )
+
+    def link(found: re.Match) -> str:
+        return f'<a href="{"claims.md" * found[2].startswith("#")}{found[2]}">{found[1]}</a>'
+
+    def bold(found: re.Match) -> str:
+        return f'<b class="{re.sub("<.*?>", "", found[1]).replace(" ", "-")}">{found[1]}</b>'
+
+    html = re.sub(r"\[([^\]]+)\]\(([^)]+)\)", link, str(escape(text)))
+    html = re.sub(r"\*\*([a-z ]+|<a.*?</a>)\*\*", bold, html)
     return Markup(re.sub(r"&lt;sup&gt;(\d+)&lt;/sup&gt;", r"<sup>\1</sup>", html))
 
 
@@ -89,10 +84,9 @@ def _drawn(figures: Iterable[tuple[str, str, object]]) -> list[tuple[str, str, M
 
 def frontiers(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
     """(domain, setting, picture) of each setting of scripts/bench_memory.py."""
-    domains = frame[frame.kind == "step"].groupby("section").domain.first()
-    for (whose, section), part in step_means(frame[frame.kind == "step"]).groupby(
-        ["whose", "section"], sort=False
-    ):
+    steps = frame[frame.kind == "step"]
+    domains = steps.groupby("section").domain.first()
+    for (whose, section), part in step_means(steps).groupby(["whose", "section"], sort=False):
         points = {row: (means.seconds, means.over) for (*_, row), means in part.iterrows()}
         title = section if whose == "ours" else f"{section} ({whose})"
         yield domains[section], title, pictures.memory_against_time(points, title)
@@ -101,21 +95,9 @@ def frontiers(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
 def scalings(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
     """(domain, setting, picture) of each setting of scripts/bench_scaling.py."""
     rows = frame[(frame.kind == "scaling") & frame.rate.notna()]
-    names = {
-        "row": "method",
-        "shard": "shard",
-        "processes": "processes",
-        "rate": "tokens_per_second",
-        "peak": "peak_bytes_per_process",
-        "seconds": "step_seconds",
-        "efficiency": "efficiency",
-    }
-    for section, part in rows.groupby("section"):
-        yield (
-            "llama",
-            section,
-            pictures.scaling(part[list(names)].rename(columns=names).to_dict("records"), section),
-        )
+    names = dict(rate="tokens_per_second", peak="peak_bytes_per_process", seconds="step_seconds")
+    for section, part in rows.rename(columns=names).groupby("section"):
+        yield "llama", section, pictures.scaling(part.to_dict("records"), section)
 
 
 def rates(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
@@ -127,11 +109,7 @@ def rates(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
 def curve(record) -> list[tuple[float, float]]:
     """(epoch, score in percent or held-out loss) of each evaluation of a run."""
     for name, scale in (("score", 100), ("test_accuracy", 1), ("eval_loss", 1)):
-        points = [
-            (entry["epoch"], scale * entry[name])
-            for entry in record.history
-            if isinstance(entry.get(name), float)
-        ]
+        points = [(e["epoch"], scale * e[name]) for e in record.history if isinstance(e.get(name), float)]
         if points:
             return points
     return []

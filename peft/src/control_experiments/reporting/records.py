@@ -31,11 +31,11 @@ from ..record import RunRecord, read_json, read_record
 
 #: Folders whose runs belong to no comparison of methods: a demonstration, runs that vary settings, and our own tables.
 LEFT_OUT = ("quickstart", "ablations", "mine", "logs")
-_TEXTS = (
-    ["whose", "kind", "domain", "section", "task", "row", "method", "stored", "mode", "attention", "way", "batch", "shard", "error", "problem"]
-)
-_NUMBERS = ["n", "seed", "last", "best", "trained", "lr", "peak", "allocated", "gib", "weights", "state", "activations", "over", "seconds", "rate", "no_match", "limit", "longest", "processes", "tokens", "baseline", "speedup", "answers_agree", "questions", "efficiency", "share", "sent", "apart", "repeat"]
-_OBJECTS = ["links", "notes", "shared", "own", "record", "folder", "published"]
+_TEXTS = """whose kind domain section task row method stored mode attention way batch shard error problem""".split()  # noqa: SIM905
+_NUMBERS = """n seed last best trained lr peak allocated gib weights state activations over seconds rate no_match
+limit longest processes tokens baseline speedup answers_agree questions efficiency share sent apart
+repeat""".split()  # noqa: SIM905
+_OBJECTS = """links notes shared own record folder published""".split()  # noqa: SIM905
 SEARCH = "learning_rate_search"
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 #: Columns of the commonsense tables, in the paper's order.
@@ -117,9 +117,9 @@ def _rows(path: Path, place: tuple[str, ...]) -> Iterator[dict]:
     """What one JSON file holds, by where it lies and what it says."""
     top, name = place[0], path.name
     if name == "record.json" or place[:2] == ("vit", "memory"):
-        if name == "record.json" and (path.parents[1] / "record.json").is_file():
-            return  # an evaluation, read with its training
-        record = read_record(path)
+        record, above = read_record(path), path.parents[1] / "record.json"
+        if name == "record.json" and above.is_file() and _evaluates(record, read_record(above)):
+            return  # read with its training
         answered = "questions_per_second_batch_one" in (record.metrics.get("last") or {})
         kind = "batches" if answered else _KINDS.get(record.task) if record.domain != "roberta" else None
         yield from _measured(record, kind) if kind else _run(path, record, place)
@@ -133,23 +133,29 @@ def _rows(path: Path, place: tuple[str, ...]) -> Iterator[dict]:
 # -- runs: one training each ----------------------------------------------------------------------------------
 
 
+def _evaluates(record: RunRecord, training: RunRecord) -> bool:
+    """Whether a record below a training's holds scores of what it answers; a LLaMA has one for each way of answering."""
+    llama = record.task.startswith("commonsense") and training.task.startswith("commonsense")
+    return llama and bool(training.history and not record.history and _scores(record, "last"))
+
+
 def _run(path: Path, record: RunRecord, place: tuple[str, ...]) -> Iterator[dict]:
-    """A training with its scores, which a LLaMA has in an evaluation of its own below or beside the training."""
-    files, scored, answers = (
-        [(str(record.seed), path.name)],
-        record,
-        path.parent / "evaluation" / "record.json",
-    )
-    if answers.is_file():
-        scored = read_record(answers)
-        files.append(("answers", "evaluation/record.json"))
+    """A training with its scores, a row for each evaluation that lies below it."""
+    below = [(file, read_record(file)) for file in sorted(path.parent.glob("*/record.json"))]
+    found = [(file, scored) for file, scored in below if _evaluates(scored, record)]
+    if (
+        not found and _scores(record, "last") and (record.domain != "vit" or record.history)
+    ):  # a ViT's without is a test of another's adapter
+        found = [(path, record)]
+    for file, scored in found:
+        yield _scored(path, record, file, scored, place)
+
+
+def _scored(path: Path, record: RunRecord, file: Path, scored: RunRecord, place: tuple[str, ...]) -> dict:
+    files = [(str(record.seed), path.name)]
+    if file != path:
+        files.append(("answers", file.relative_to(path.parent).as_posix()))
     last, best = _scores(scored, "last"), _scores(scored, "best")
-    if not (last and best) or (
-        record.domain == "vit" and not record.history
-    ):  # a test of another run's adapter
-        if answers.is_file():
-            raise UserError(f"{answers} holds no accuracies: delete its folder and evaluate again")
-        return
     llama, options, limit = record.task.startswith("commonsense"), record.hyperparameters, scored.hyperparameters.get("limit")  # fmt: skip
     domain = "llama" if llama else "qcontrol" if place[0] == "qcontrol" else record.domain
     model = (
@@ -168,7 +174,7 @@ def _run(path: Path, record: RunRecord, place: tuple[str, ...]) -> Iterator[dict
     if resumed:
         notes.append(f"{record.name} was resumed, so its record covers only a part of the memory and time.")
     shared, own = _conditions(record, scored if scored is not record else None)
-    yield {
+    return {
         "kind": "search" if SEARCH in place else "run", "files": files, "domain": domain, "task": "commonsense" if llama else record.task,
         "section": ", ".join(filter(None, [(model or str(record.model["id"]).rpartition("/")[2]).lower(), *setting])),
         "row": _label(domain, record.method, options), "method": record.method, "seed": record.seed,
@@ -177,7 +183,7 @@ def _run(path: Path, record: RunRecord, place: tuple[str, ...]) -> Iterator[dict
         "allocated": None if resumed else measured, "seconds": None if resumed else time.get("train_seconds"),
         "rate": None if resumed else time.get("tokens_per_second" if llama else "examples_per_second"),
         "no_match": scored.metrics["last"].get("no_match"), "shared": shared, "own": own, "notes": tuple(notes),
-        "record": record, "folder": (answers if answers.is_file() else path).parent,
+        "record": record, "folder": file.parent,
     }  # fmt: skip
 
 
