@@ -33,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import REPOSITORY, RESULTS, public_path
 from control_experiments.record import read_json, read_record
-from control_experiments.reporting.benchmark_tables import tokens_of
+from control_experiments.reporting.records import tokens_of
 from control_experiments.training.arguments import parse_arguments
 from control_experiments.training.rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from control_experiments.reporting.benchmark_tables import memory_speed_table, step_profile_table, tokens_of
-from control_experiments.reporting.collection import collect
+from control_experiments.reporting.records import load, tokens_of
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench_memory.py"
 BRIEFLY = ("--device", "cpu", "--steps", "2", "--warmup", "1")
@@ -92,14 +91,10 @@ def test_a_profile_is_a_record_of_its_own(tmp_path, call):
     assert seconds == sorted(seconds, reverse=True) and seconds[-1] > 0
     assert {"aten::mm", "aten::addmm"} <= {kernel["name"] for kernel in result["kernels"]}
 
-    profiles = step_profile_table(collect(tmp_path))
-    (section,) = profiles.sections
-    line = dict(zip(section.header, section.rows[0], strict=True))
-    assert (
-        section.title.startswith("tiny, 2 x 8 tokens, cpu, torch") and line["method"].text == "control:fast"
-    )
-    assert line["all ms"].value == pytest.approx(1000 * sum(seconds)) and line["matmuls ms"].value > 0
-    assert not memory_speed_table(collect(tmp_path)).sections
+    frame, _ = load(tmp_path)
+    (line,) = frame[frame.section.str.startswith("tiny, 2 x 8 tokens, cpu, torch")].to_dict("records")
+    assert (line["kind"], line["row"]) == ("profile", "control:fast")
+    assert line["all"] == pytest.approx(sum(seconds)) and line["matmuls"] > 0
 
 
 def test_what_a_killed_run_has_left_counts_for_the_same_run_alone(tmp_path):
