@@ -439,10 +439,33 @@ def test_a_signal_ends_a_run_in_one_line_that_says_how_to_go_on(number, code, tm
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("processes, told", [("2", True), ("1", False)])
-def test_a_peer_lost_before_training_begins_is_said_in_a_line(processes, told, monkeypatch, capsys):
+GLOO = "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9"
+NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3690, {}, NCCL version 2.30.7\nLast error:\n{}"
+
+
+@pytest.mark.parametrize(
+    ("processes", "message", "told"),
+    [
+        ("2", GLOO, True),
+        ("1", GLOO, False),
+        ("2", "Timed out waiting 1800000ms for recv operation to complete", True),
+        (
+            "2",
+            "failed to recv, got 0 bytes. Connection was likely closed. Did the remote server crash?",
+            True,
+        ),
+        ("2", NCCL.format("remote process exited or there was a network error", "socketProgress"), True),
+        ("2", NCCL.format("unhandled system error", "Connection closed by remote peer host<1>"), True),
+        ("2", NCCL.format("invalid usage", "Duplicate GPU detected: rank 1 and rank 0"), False),
+        ("2", NCCL.format("unhandled cuda error", "Cuda failure 'invalid argument'"), False),
+        ("2", "Tensors for NCCL must be contiguous", False),
+    ],
+)
+def test_a_lost_peer_is_said_in_a_line_and_other_errors_keep_their_traceback(
+    processes, message, told, monkeypatch, capsys
+):
     def main():
-        raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9")
+        raise RuntimeError(message)
 
     monkeypatch.setenv("WORLD_SIZE", processes)
     with pytest.raises(SystemExit if told else RuntimeError) as ended:

@@ -93,8 +93,9 @@ def _parts(config: dict) -> dict[str, str]:
         rank, alpha = config["control_rank"], config["control_alpha"]
         parts["control"] = f"rank {rank}, alpha {alpha}, parallel to {' and '.join(blocks)}"
     if targets := config.get("target_modules"):
-        name = "DoRA" if config.get("use_dora") else "LoRA"
-        parts[name] = f"rank {config['r']}, alpha {config['lora_alpha']}, on {', '.join(sorted(targets))}"
+        kind = {"MISS": "MiSS"}.get(str(config["peft_type"]), "DoRA" if config.get("use_dora") else "LoRA")
+        alpha = f", alpha {config['lora_alpha']}" if "lora_alpha" in config else ""
+        parts[kind] = f"rank {config['r']}{alpha}, on {', '.join(sorted(targets))}"
     return parts
 
 
