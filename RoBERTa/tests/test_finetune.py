@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import peft_control  # noqa: F401  (registers CONTROL for PeftModel.from_pretrained)
+from control_experiments import outcomes
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.record import read_record
@@ -85,10 +88,32 @@ def test_methods_train_and_leave_a_record_and_an_adapter(
     assert any(path.suffix == ".safetensors" for path in (tmp_path / "run" / "adapter").iterdir())
     score = dev_metrics(loaded, encoders[model], record.task, Path(arguments()[7]))["matthews"]
     assert score == pytest.approx(record.metrics["last"]["matthews"], abs=1e-6)
+    with np.load(tmp_path / "run" / "outcomes.npz") as kept:
+        assert sorted(kept["example"].astype(int)) == list(range(10))
+        paired = outcomes.METRICS[str(kept["metric"])](kept["prediction"], kept["label"])
+    assert paired == pytest.approx(score, abs=1e-6)
 
     capsys.readouterr()
     assert finetune.main(arguments(method, model=model)) is None
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_an_adapters_card_says_how_to_load_it(arguments, tmp_path):
+    """The lines that a reader of the card would copy, labels and tokenizer included."""
+    for method, task, labels in (
+        ("control", "mnli", ["entailment", "neutral", "contradiction"]),
+        ("lora", "stsb", ["score"]),
+    ):
+        record = finetune.main(arguments(method, task, output=task, max_steps=1))
+        folder = tmp_path / task / "adapter"
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.base_model == "bert" and str(tmp_path) not in card.content
+        assert f"{record.adapter['trainable_parameters']:,} of" in card.text and "rank" in card.text
+        lines = card.text.partition("```python\n")[2].partition("```")[0]
+        loaded: dict = {}
+        exec(re.sub(r'folder = ".*?"', f"folder = {str(folder)!r}", lines), loaded)
+        assert list(loaded["model"].config.id2label.values()) == labels
+        assert loaded["tokenizer"]("the cat")["input_ids"]
 
 
 def dev_metrics(model, encoder, task, data):
@@ -280,13 +305,19 @@ def test_wandb_without_an_account_is_one_line(arguments, tmp_path):
 
 
 def test_launcher_end_to_end(encoders, glue_folder, tmp_path):
-    done = launch(
-        "control", "rte", 1, "1e-3", "cpu", "--output_dir", tmp_path / "run", "--max_length", 64,
-        MODEL=str(encoders["roberta"]), DATA=str(glue_folder), SEED="7",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("running:")
-    record = read_record(tmp_path / "run" / "record.json")
+    """The first command of a new user: the default folder, which no shipped record occupies."""
+    model = shutil.copytree(encoders["roberta"], tmp_path / f"tiny-{os.getpid()}")
+    folder = RESULTS / "roberta" / f"{model.name}_rte_control_seed7"
+    try:
+        command = ("control", "rte", 1, "1e-3", "cpu", "--max_length", 64)
+        done = launch(*command, MODEL=str(model), DATA=str(glue_folder), SEED="7")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("running:")
+        record = read_record(folder / "record.json")
+        refused = launch(*command, "--lr", "1e-2", MODEL=str(model), DATA=str(glue_folder), SEED="7")
+        one_line_error(refused, "lr 0.001 there, 0.01 asked for", "--output_dir", "--overwrite")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     assert (record.method, record.task, record.seed) == ("control", "rte", 7)
     given = {
         "epochs": 1.0,
@@ -492,7 +523,7 @@ def test_download_glue(monkeypatch, tmp_path, capsys):
     from RoBERTa import download_glue
 
     rows = Dataset.from_dict({"sentence": ["a b", "c d"], "label": [0, 1]})
-    monkeypatch.setattr(download_glue, "load_dataset", lambda *_: DatasetDict(train=rows, validation=rows))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_: DatasetDict(train=rows, validation=rows))
     download_glue.main(["--tasks", "cola", "--output", str(tmp_path)])
     assert len(load_task("cola", str(tmp_path))["train"]) == 2
     download_glue.main(["--tasks", "cola", "--output", str(tmp_path)])
@@ -501,7 +532,7 @@ def test_download_glue(monkeypatch, tmp_path, capsys):
     def offline(*_):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(download_glue, "load_dataset", offline)
+    monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(UserError, match=r"cannot download rte .*no route.*network"):
         download_glue.main(["--tasks", "rte", "--output", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cola"]
