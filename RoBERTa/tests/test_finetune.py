@@ -14,19 +14,22 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-import peft_control  # noqa: F401  (registers CONTROL for PeftModel.from_pretrained)
 from control_experiments import outcomes
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.record import read_record
+from control_experiments.training.device import seed_everything
 from control_experiments.training.runs import RunFolder
 from control_experiments.training.trainer import ExperimentTrainer
+from peft_control import ControlConfig  # (importing it registers CONTROL for PeftModel.from_pretrained)
 from RoBERTa import encoder, finetune
 from RoBERTa.glue import TASKS, load_task
+from RoBERTa.tests.conftest import write_glue
 
 LAUNCHER = Path(finetune.__file__).with_name("run_roberta.sh")
 
@@ -119,9 +122,77 @@ def test_an_adapters_card_says_how_to_load_it(arguments, tmp_path):
 def dev_metrics(model, encoder, task, data):
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     rows = load_task(task, str(data))["validation"]
-    batch = tokenizer(list(rows["first"]), padding=True, return_tensors="pt")
+    texts = [list(rows[column]) for column in ("first", "second") if column in rows.column_names]
+    batch = tokenizer(*texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         return TASKS[task].metrics(model(**batch).logits.numpy(), np.array(rows["label"]))
+
+
+@pytest.mark.parametrize("random_order", [False, True], ids=["grouped", "random"])
+@pytest.mark.parametrize("task", ["mrpc", "stsb"])
+def test_losses_are_a_plain_loops(task, random_order, arguments, encoders, tmp_path, monkeypatch):
+    """Row for row and step for step: every row once an epoch, and from them what a loop over AdamW gives."""
+    batches, draws, losses, rates = [], [], [], []
+    training_step = ExperimentTrainer.training_step
+
+    def noting(trainer, model, inputs, *args):
+        batches.append([dict(zip(inputs, row, strict=True)) for row in zip(*inputs.values(), strict=True)])
+        draws.append(torch.get_rng_state())  # dropout's
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        loss = training_step(trainer, model, inputs, *args)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(ExperimentTrainer, "training_step", noting)
+    data = write_glue(tmp_path / "glue", TASKS[task].folder, train=64)
+    options = {"data": data, "epochs": 2, "batch_size": 5, "warmup_ratio": 0.2, "random_order": random_order}
+    record = finetune.main(arguments("control", task, **options))
+
+    tokenizer = AutoTokenizer.from_pretrained(encoders["bert"])
+    rows = load_task(task, str(data))["train"]
+    known = {
+        (tuple(tokenizer(first, second).input_ids), label): (first, second, label)
+        for first, second, label in zip(rows["first"], rows["second"], rows["label"], strict=True)
+    }
+    keys = [
+        [
+            (tuple(row["input_ids"][row["attention_mask"] == 1].tolist()), row["labels"].item())
+            for row in batch
+        ]
+        for batch in batches
+    ]
+    assert [len(batch) for batch in keys] == [*[5] * 12, 4] * 2
+    epochs = [[key for batch in part for key in batch] for part in (keys[:13], keys[13:])]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(known) and len(known) == 64
+    assert epochs[0] != epochs[1]
+    spread = np.mean([np.ptp([len(ids) for ids, _ in batch]) for batch in keys])
+    assert spread > 8 if random_order else spread < 6  # tokens; sentences have 2 to 12 words each
+
+    seed_everything(42)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        encoders["bert"], num_labels=1 if task == "stsb" else 2
+    )
+    model = get_peft_model(base, ControlConfig(task_type="SEQ_CLS", control_blocks=["mlp"], control_rank=16))
+    trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    for step, batch in enumerate(keys):
+        # of 26 steps the rate rises in a fifth, rounded up
+        optimizer.param_groups[0]["lr"] = 1e-2 * (step / 6 if step < 6 else (26 - step) / 20)
+        first, second, labels = zip(*(known[key] for key in batch), strict=True)
+        torch.set_rng_state(draws[step])
+        logits = model(**tokenizer(first, second, padding=True, return_tensors="pt")).logits
+        labels = torch.tensor(labels)
+        loss = ((logits[:, 0] - labels) ** 2).mean() if task == "stsb" else cross_entropy(logits, labels)
+        assert rates[step] == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert losses[step] == pytest.approx(loss.item(), rel=1e-5)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    averages = [row["train_loss"] for row in record.history]
+    assert averages == pytest.approx([np.mean(losses[:13]), np.mean(losses[13:])])
+    metrics = dev_metrics(model.eval(), encoders["bert"], task, data)
+    assert {name: record.metrics["last"][name] for name in metrics} == pytest.approx(metrics, abs=1e-5)
 
 
 def test_regression_and_its_predictions(arguments, tmp_path):
