@@ -1,15 +1,15 @@
 # Sourced by all launchers. Sets and exports
-#   PYTHON      what the caller has set; else this checkout's .venv, if its installation came to its end; else the
-#               interpreter of the active virtual or conda environment; else python3
+#   PYTHON      what the caller has set; else this checkout's .venv if it is complete; else the active environment's python3
 #   PYTHONPATH  so that it finds the repository's folders as packages (python -m RoBERTa.finetune) from anywhere
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH=$_root${PYTHONPATH:+:$PYTHONPATH}
 
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
-    [[ -x ${CONDA_PREFIX:-}/bin/python ]] && PYTHON=$CONDA_PREFIX/bin/python
-    [[ -x ${VIRTUAL_ENV:-}/bin/python ]] && PYTHON=$VIRTUAL_ENV/bin/python
-    [[ -s $_root/.venv/.installed && -x $_root/.venv/bin/python ]] && PYTHON=$_root/.venv/bin/python
+    # pip installs peft-control last: an installation that was cut off lacks it
+    if compgen -G "$_root/.venv/lib/python3*/site-packages/peft_control-*" >/dev/null; then
+        PYTHON=$_root/.venv/bin/python
+    fi
     if ! "$PYTHON" -c 'from importlib.util import find_spec as f; exit(not (f("torch") and f("control_experiments")))' 2>/dev/null; then
         echo "error: $PYTHON lacks what requirements.txt lists: bash scripts/quickstart.sh installs it into .venv, or run" \
             "pip install -r requirements.txt in an environment of your own and activate it" >&2

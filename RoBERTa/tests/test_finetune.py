@@ -362,6 +362,7 @@ def test_wandb_offline(arguments, tmp_path, monkeypatch):
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
 def test_wandb_without_an_account_is_one_line(arguments, tmp_path):
     """In a process of its own: wandb reads its settings once."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
@@ -374,6 +375,7 @@ def test_wandb_without_an_account_is_one_line(arguments, tmp_path):
     one_line_error(done, "--report_to wandb:", "WANDB_MODE=offline")
 
 
+@pytest.mark.slow
 def test_launcher_end_to_end(encoders, glue_folder, tmp_path):
     """The first command of a new user: the default folder, which no shipped record occupies."""
     model = shutil.copytree(encoders["roberta"], tmp_path / f"tiny-{os.getpid()}")
@@ -400,6 +402,7 @@ def test_launcher_end_to_end(encoders, glue_folder, tmp_path):
     assert {name: record.hyperparameters[name] for name in given} == given
 
 
+@pytest.mark.slow
 def test_launcher_defaults_are_the_papers_recipe():
     recipe = {
         "epochs": "80", "lr": "3e-4", "batch_size": "64", "max_length": "128", "warmup_ratio": "0.06",
@@ -415,6 +418,7 @@ def test_launcher_defaults_are_the_papers_recipe():
     }
 
 
+@pytest.mark.slow
 def test_launcher_refuses_in_one_line(noting, tmp_path, capsys):
     one_line_error(launch("lora"), "METHOD and TASK")
     assert launch("-h").stdout.startswith("usage:")
@@ -535,6 +539,7 @@ def test_a_run_is_told_by_what_its_data_and_model_hold(arguments, encoders, glue
     assert finetune.main(command) is None
 
 
+@pytest.mark.slow
 def test_committed_runs_are_still_taken_for_what_their_commands_ask_for(tmp_path, capsys):
     """Whatever options came after them; the models and data of their checksums are not here."""
     runs = [path.parent for path in sorted((RESULTS / "published" / "roberta").glob("minilm_*/record.json"))]
@@ -572,6 +577,7 @@ def test_the_longest_input_of_each_family(tmp_path):
             model(input_ids=torch.full((1, longest + 1), 7))
 
 
+@pytest.mark.slow
 def test_padding_benchmark(encoders, glue_folder, tmp_path):
     subprocess.run(
         [sys.executable, "-m", "RoBERTa.benchmark_padding", "--model", encoders["bert"], "--data", glue_folder, "--device", "cpu",

@@ -26,7 +26,7 @@ from control_experiments.training.trainer import ExperimentTrainer, SharedBatche
 from scripts.faults import kills, processes, tiny
 from scripts.faults.processes import losses
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 
 
 def command(run: tiny.Run, output: Path, count: int, *more: str) -> list[str]:
