@@ -48,9 +48,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     check_numbers(options, "steps", at_least=0)
     training = finetune.Options(
         method=options.method, task="cola", model=options.model, max_length=options.max_length,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size, data=options.data,
     )  # fmt: skip
     training.check()
+    training.check_places()
     words = sys.argv[1:] if argv is None else argv
     command = public_command(["python", "-m", "RoBERTa.benchmark_padding", *words])
     result = {"created": utc_now(), "command": command, **measure(options, training)}

@@ -50,9 +50,6 @@ def load_tokenizer_and_model(
     Raises:
         UserError: there is no such model, it is no sequence classifier, or it cannot be quantized.
     """
-    folder = Path(name).expanduser()
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise UserError(f"{name} is no model folder: it has no config.json")
     names = task.classes or ("score",)
     labels = {
         "id2label": dict(enumerate(names)),

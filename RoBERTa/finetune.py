@@ -31,7 +31,7 @@ from control_experiments.training.options import (
     RunOptions,
     TrainerOptions,
 )
-from RoBERTa.glue import TASKS, get_task
+from RoBERTa.glue import TASKS, find_folder, get_task
 
 
 @dataclass(kw_only=True)
@@ -71,9 +71,16 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
         check_numbers(self, "eval_batch_size", "max_length", at_least=1)
         check_numbers(self, "save_steps", at_least=0)
         check_numbers(self, "warmup_ratio", at_least=0, below=1)
-        if self.predict and not get_task(self.task).test_splits:
+        if not get_task(self.task).test_splits and self.predict:
             raise UserError(f"task {self.task} has no test set to --predict")
-        get_task(self.task)
+
+    def check_places(self) -> None:
+        """Raise `UserError` for folders that hold no model or data of the task; a finished run needs no data."""
+        model = Path(self.model).expanduser()
+        if model.exists() and not (model / "config.json").is_file():
+            raise UserError(f"{self.model} is no model folder: it has no config.json")
+        if self.data is not None and not (self.folder / "record.json").is_file():
+            find_folder(self.task, Path(self.data))
 
     @property
     def domain(self) -> str:
@@ -100,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     """Train as the command line says and write the run's record; None when the run was finished before."""
     (options,) = parse_arguments(Options, argv=argv, description=__doc__)
     options.check()
+    options.check_places()
     from RoBERTa.training import finetune  # and torch with it: not before the options are known to be right
 
     return finetune(options, argv)

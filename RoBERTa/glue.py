@@ -209,25 +209,36 @@ def _load_hub(name: str, task: Task, wanted: list[str]) -> Mapping[str, Dataset]
     return _from_columns(name, task, splits, wanted, HUB_ID)
 
 
-def _load_folder(name: str, task: Task, data: Path, wanted: list[str]) -> Mapping[str, Dataset]:
-    from datasets import load_from_disk
+def find_folder(name: str, data: Path) -> Path:
+    """The part of `data` that holds a task: a `save_to_disk` folder, or one of classic tsv files.
 
+    Raises:
+        UserError: there is none.
+    """
     for folder in (data, data / name):
         if (folder / "dataset_dict.json").is_file():
-            try:
-                splits = load_from_disk(str(folder))
-            except Exception as error:
-                raise UserError(
-                    f"{folder} is a broken save_to_disk folder ({error}): save it again"
-                ) from error
-            return _from_columns(name, task, splits, wanted, folder)
-    folder = data / task.folder
+            return folder
+    folder = data / get_task(name).folder
     if not folder.is_dir():
         raise UserError(
-            f"no data for {name} in {data}: expected {task.folder}/train.tsv and so on (classic GLUE), or a "
+            f"no data for {name} in {data}: expected {folder.name}/train.tsv and so on (classic GLUE), or a "
             f"save_to_disk folder {name}/"
         )
-    return {split: _dataset(task, read_tsv(folder / _tsv_name(split), task)) for split in wanted}
+    return folder
+
+
+def _load_folder(name: str, task: Task, data: Path, wanted: list[str]) -> Mapping[str, Dataset]:
+    folder = find_folder(name, data)
+    if not (folder / "dataset_dict.json").is_file():
+        return {split: _dataset(task, read_tsv(folder / _tsv_name(split), task)) for split in wanted}
+
+    from datasets import load_from_disk
+
+    try:
+        splits = load_from_disk(str(folder))
+    except Exception as error:
+        raise UserError(f"{folder} is a broken save_to_disk folder ({error}): save it again") from error
+    return _from_columns(name, task, splits, wanted, folder)
 
 
 def _from_columns(
