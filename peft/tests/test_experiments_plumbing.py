@@ -709,7 +709,7 @@ def test_help_and_wrong_options_are_answered_before_torch_is_imported(program, w
         for line in done.stderr.splitlines()
         if line.startswith("import time:")
     }
-    assert done.returncode == code and "transformers.hf_argparser" in imported
+    assert done.returncode == code and "control_experiments.training.options" in imported
     assert not imported & {"torch", "datasets", "peft", "timm", "sklearn", "scipy", "pandas", "bitsandbytes"}
 
 
