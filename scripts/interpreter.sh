@@ -1,9 +1,40 @@
-# Sourced by all launchers: PYTHON is what the caller has set, else this checkout's .venv, else python3; it finds the
-# repository's folders as packages (python -m RoBERTa.finetune) wherever the launcher is called.
+# Sourced by all launchers. Sets and exports
+#   PYTHON      what the caller has set; else this checkout's .venv if it is complete; else the active environment's python3
+#   PYTHONPATH  so that it finds the repository's folders as packages (python -m RoBERTa.finetune) from anywhere
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH=$_root${PYTHONPATH:+:$PYTHONPATH}
+
 if [[ -z ${PYTHON:-} ]]; then
-    PYTHON=$_root/.venv/bin/python
-    [[ -x $PYTHON ]] || PYTHON=python3
+    PYTHON=python3
+    # pip installs peft-control last: an installation that was cut off lacks it
+    if compgen -G "$_root/.venv/lib/python3*/site-packages/peft_control-*" >/dev/null; then
+        PYTHON=$_root/.venv/bin/python
+    fi
+    if ! "$PYTHON" -c 'from importlib.util import find_spec as f; exit(not (f("torch") and f("control_experiments")))' 2>/dev/null; then
+        echo "error: $PYTHON lacks what requirements.txt lists: bash scripts/quickstart.sh installs it into .venv, or run" \
+            "pip install -r requirements.txt in an environment of your own and activate it" >&2
+        exit 2
+    fi
 fi
-export PYTHON PYTHONPATH=$_root${PYTHONPATH:+:$PYTHONPATH}
+export PYTHON
 unset _root
+
+# Sort a launcher's words: POSITIONALS gets those before the first option, at most $1 of them, OPTIONS the rest.
+sort_words() {
+    local most=$1
+    shift
+    POSITIONALS=()
+    while (($#)) && [[ $1 != --* ]] && ((${#POSITIONALS[@]} < most)); do
+        POSITIONALS+=("$1")
+        shift
+    done
+    OPTIONS=("$@")
+}
+
+# Say what is run, and become it.
+run_command() {
+    printf 'running:'
+    printf ' %q' "$@"
+    printf '\n'
+    exec "$@"
+}

@@ -152,6 +152,7 @@ def test_bad_input_is_one_line(roberta, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_roberta_launcher(launch, encoders, glue_folder, tmp_path):
     done = launch(
         "run_roberta_quantization.sh", "QControl", "rte", 1, "1e-2", "cpu", "--max_steps", 1, "--output_dir", "out",
@@ -183,10 +184,15 @@ def test_the_roberta_launchers_recipe(launch, name, method):
     assert "--quantization int8" in other.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_launchers_say_what_is_wrong(launch):
     for name, arguments, part in (
         ("run_roberta_quantization.sh", ["QControl"], "METHOD and TASK are needed"),
-        ("run_roberta_quantization.sh", ["QBitFit", "rte"], "choose QControl, QLoRA or QDoRA"),
+        (
+            "run_roberta_quantization.sh",
+            ["QBitFit", "rte"],
+            "unknown method 'QBitFit': choose one of control, lora",
+        ),
         ("run_roberta_quantization.sh", ["QControl", "sst5"], "unknown task 'sst5'"),
         ("run_llama_quantization.sh", ["control", 4], "METHOD CONTROL_RANK LORA_RANK"),
     ):
@@ -198,6 +204,7 @@ def test_launchers_say_what_is_wrong(launch):
 # -- LLaMA ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_llama_launcher_trains_and_evaluates_over_nf4(launch, model_folder, data, tmp_path):
     done = launch(
         "run_llama_quantization.sh", "control+lora", 4, 2, 4, "out", "cpu", "--max_steps", 2, "--held_out", 4,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,18 +13,21 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
+from control_experiments import outcomes
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.record import read_record
+from control_experiments.training.device import seed_everything
 from control_experiments.training.runs import RunFolder
 from control_experiments.training.trainer import ExperimentTrainer
 from peft_control import ControlConfig  # (importing it registers CONTROL for PeftModel.from_pretrained)
-from RoBERTa import finetune
+from RoBERTa import encoder, finetune
 from RoBERTa.glue import TASKS, load_task
 from RoBERTa.tests.conftest import write_glue
 
@@ -87,14 +91,36 @@ def test_methods_train_and_leave_a_record_and_an_adapter(
     assert any(path.suffix == ".safetensors" for path in (tmp_path / "run" / "adapter").iterdir())
     score = dev_metrics(loaded, encoders[model], record.task, Path(arguments()[7]))["matthews"]
     assert score == pytest.approx(record.metrics["last"]["matthews"], abs=1e-6)
+    with np.load(tmp_path / "run" / "outcomes.npz") as kept:
+        assert sorted(kept["example"].astype(int)) == list(range(10))
+        paired = outcomes.METRICS[str(kept["metric"])](kept["prediction"], kept["label"])
+    assert paired == pytest.approx(score, abs=1e-6)
 
     capsys.readouterr()
     assert finetune.main(arguments(method, model=model)) is None
     assert capsys.readouterr().out.count("\n") == 1
 
 
+def test_an_adapters_card_says_how_to_load_it(arguments, tmp_path):
+    """The lines that a reader of the card would copy, labels and tokenizer included."""
+    for method, task, labels in (
+        ("control", "mnli", ["entailment", "neutral", "contradiction"]),
+        ("lora", "stsb", ["score"]),
+    ):
+        record = finetune.main(arguments(method, task, output=task, max_steps=1))
+        folder = tmp_path / task / "adapter"
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.base_model == "bert" and str(tmp_path) not in card.content
+        assert f"{record.adapter['trainable_parameters']:,} of" in card.text and "rank" in card.text
+        lines = card.text.partition("```python\n")[2].partition("```")[0]
+        loaded: dict = {}
+        exec(re.sub(r'folder = ".*?"', f"folder = {str(folder)!r}", lines), loaded)
+        assert list(loaded["model"].config.id2label.values()) == labels
+        assert loaded["tokenizer"]("the cat")["input_ids"]
+
+
 def dev_metrics(model, encoder, task, data):
-    tokenizer = finetune.AutoTokenizer.from_pretrained(encoder)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
     rows = load_task(task, str(data))["validation"]
     texts = [list(rows[column]) for column in ("first", "second") if column in rows.column_names]
     batch = tokenizer(*texts, padding=True, return_tensors="pt")
@@ -122,7 +148,7 @@ def test_losses_are_a_plain_loops(task, random_order, arguments, encoders, tmp_p
     options = {"data": data, "epochs": 2, "batch_size": 5, "warmup_ratio": 0.2, "random_order": random_order}
     record = finetune.main(arguments("control", task, **options))
 
-    tokenizer = finetune.AutoTokenizer.from_pretrained(encoders["bert"])
+    tokenizer = AutoTokenizer.from_pretrained(encoders["bert"])
     rows = load_task(task, str(data))["train"]
     known = {
         (tuple(tokenizer(first, second).input_ids), label): (first, second, label)
@@ -142,7 +168,7 @@ def test_losses_are_a_plain_loops(task, random_order, arguments, encoders, tmp_p
     spread = np.mean([np.ptp([len(ids) for ids, _ in batch]) for batch in keys])
     assert spread > 8 if random_order else spread < 6  # tokens; sentences have 2 to 12 words each
 
-    finetune.seed_everything(42)
+    seed_everything(42)
     base = AutoModelForSequenceClassification.from_pretrained(
         encoders["bert"], num_labels=1 if task == "stsb" else 2
     )
@@ -184,7 +210,7 @@ def test_mnli_has_two_dev_sets_and_two_prediction_files(arguments, encoders, glu
     # rows are sorted by length for speed: the files must have the test set's own order
     base = AutoModelForSequenceClassification.from_pretrained(encoders["bert"], num_labels=3)
     model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
-    tokenizer = finetune.AutoTokenizer.from_pretrained(encoders["bert"])
+    tokenizer = AutoTokenizer.from_pretrained(encoders["bert"])
     for split, file in TASKS["mnli"].server_files.items():
         rows = load_task("mnli", str(glue_folder), tests=True)[split]
         with torch.no_grad():
@@ -237,9 +263,9 @@ def test_memory_modes_train_alike(arguments, tmp_path):
 
 
 def test_padding_to_the_longest_changes_no_logit(encoders):
-    tokenizer, model = finetune.load_tokenizer_and_model(str(encoders["roberta"]), TASKS["cola"])
-    options = finetune.Options("control", "cola")
-    model = finetune.add_adapter(model, options).eval()
+    tokenizer, model = encoder.load_tokenizer_and_model(str(encoders["roberta"]), TASKS["cola"])
+    options = finetune.Options(method="control", task="cola")
+    model = encoder.add_adapter(model, options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -266,9 +292,8 @@ def test_dev_metrics_do_not_depend_on_padding_or_eval_batch_size(arguments, enco
     assert first.time["real_tokens"] == second.time["real_tokens"]
 
 
-@pytest.mark.parametrize("padding", ["longest", "max_length"])
-def test_a_killed_run_resumes_to_the_same_end(padding, arguments, monkeypatch, tmp_path):
-    whole = finetune.main(arguments(padding=padding, epochs=4, output="whole"))
+def test_a_killed_run_resumes_to_the_same_end(arguments, monkeypatch, tmp_path):
+    whole = finetune.main(arguments(epochs=4, output="whole"))
     step, calls = ExperimentTrainer.training_step, []
 
     def dies(self, *args, **kwargs):
@@ -277,7 +302,7 @@ def test_a_killed_run_resumes_to_the_same_end(padding, arguments, monkeypatch, t
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    command = arguments(padding=padding, epochs=4, save_steps=7)
+    command = arguments(epochs=4, save_steps=7)
     monkeypatch.setattr(ExperimentTrainer, "training_step", dies)
     with pytest.raises(KeyboardInterrupt):
         finetune.main(command)
@@ -286,7 +311,7 @@ def test_a_killed_run_resumes_to_the_same_end(padding, arguments, monkeypatch, t
     with pytest.raises(UserError, match=r"unfinished run \(checkpoint-7\): add --resume"):
         finetune.main(command)
     with pytest.raises(UserError, match=r"belongs to another run.*method 'control' there, 'lora' asked for"):
-        finetune.main([*arguments("lora", padding=padding, epochs=4, save_steps=7), "--resume"])
+        finetune.main([*arguments("lora", epochs=4, save_steps=7), "--resume"])
     resumed = finetune.main([*command, "--resume"])
     assert resumed.time["resumed_from_step"] == 7
     for name in ("loss", "matthews", "step"):
@@ -337,11 +362,12 @@ def test_wandb_offline(arguments, tmp_path, monkeypatch):
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
 def test_wandb_without_an_account_is_one_line(arguments, tmp_path):
     """In a process of its own: wandb reads its settings once."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_SILENT": "true"}
-    command = [sys.executable, "RoBERTa/finetune.py", *arguments(report_to="wandb", max_steps=2)]
+    command = [sys.executable, "-m", "RoBERTa.finetune", *arguments(report_to="wandb", max_steps=2)]
     done = subprocess.run(
         [*map(str, command)], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
         stdin=subprocess.DEVNULL,
@@ -349,14 +375,21 @@ def test_wandb_without_an_account_is_one_line(arguments, tmp_path):
     one_line_error(done, "--report_to wandb:", "WANDB_MODE=offline")
 
 
+@pytest.mark.slow
 def test_launcher_end_to_end(encoders, glue_folder, tmp_path):
-    done = launch(
-        "control", "rte", 1, "1e-3", "cpu", "--output_dir", tmp_path / "run", "--max_length", 64,
-        MODEL=str(encoders["roberta"]), DATA=str(glue_folder), SEED="7",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("running:")
-    record = read_record(tmp_path / "run" / "record.json")
+    """The first command of a new user: the default folder, which no shipped record occupies."""
+    model = shutil.copytree(encoders["roberta"], tmp_path / f"tiny-{os.getpid()}")
+    folder = RESULTS / "roberta" / f"{model.name}_rte_control_seed7"
+    try:
+        command = ("control", "rte", 1, "1e-3", "cpu", "--max_length", 64)
+        done = launch(*command, MODEL=str(model), DATA=str(glue_folder), SEED="7")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("running:")
+        record = read_record(folder / "record.json")
+        refused = launch(*command, "--lr", "1e-2", MODEL=str(model), DATA=str(glue_folder), SEED="7")
+        one_line_error(refused, "lr 0.001 there, 0.01 asked for", "--output_dir", "--overwrite")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     assert (record.method, record.task, record.seed) == ("control", "rte", 7)
     given = {
         "epochs": 1.0,
@@ -369,6 +402,7 @@ def test_launcher_end_to_end(encoders, glue_folder, tmp_path):
     assert {name: record.hyperparameters[name] for name in given} == given
 
 
+@pytest.mark.slow
 def test_launcher_defaults_are_the_papers_recipe():
     recipe = {
         "epochs": "80", "lr": "3e-4", "batch_size": "64", "max_length": "128", "warmup_ratio": "0.06",
@@ -376,26 +410,16 @@ def test_launcher_defaults_are_the_papers_recipe():
         "model": "roberta-base", "seed": "42", "device": "0",
     }  # fmt: skip
     words = launch("control", "cola", PYTHON="echo", MODEL="", DATA="").stdout.splitlines()[-1].split()
-    given = {name.removeprefix("--"): value for name, value in zip(words[1::2], words[2::2], strict=True)}
+    given = {name.removeprefix("--"): value for name, value in zip(words[2::2], words[3::2], strict=True)}
     assert {name: given[name] for name in recipe} == recipe
-    options = finetune.Options("control", "cola")
+    options = finetune.Options(method="control", task="cola")
     assert {name: float(value) for name, value in recipe.items() if name != "model"} == {
         name: float(getattr(options, name)) for name in recipe if name != "model"
     }
 
 
-def test_launcher_takes_every_method():
-    for method in finetune.METHODS:
-        done = launch(method, "cola", 3, PYTHON="echo", MODEL="", DATA="")
-        assert done.returncode == 0, done.stderr
-        assert (
-            f"--method {method} --task cola --model roberta-base --epochs 3 " in done.stdout.splitlines()[-1]
-        )
-
-
+@pytest.mark.slow
 def test_launcher_refuses_in_one_line(noting, tmp_path, capsys):
-    one_line_error(launch("adapter", "cola"), "unknown method 'adapter'", "control, lora, dora")
-    one_line_error(launch("lora", "snli"), "unknown task 'snli'", "cola, mnli, mrpc")
     one_line_error(launch("lora"), "METHOD and TASK")
     assert launch("-h").stdout.startswith("usage:")
     refused = launch("lora", "cola", 1, "1e-3", 99, "--output_dir", tmp_path / "run")
@@ -413,8 +437,8 @@ def test_launcher_refuses_in_one_line(noting, tmp_path, capsys):
     [
         ({"method": "adapter"}, "unknown method 'adapter': choose one of control, lora, dora"),
         ({"task": "snli"}, "unknown task 'snli'"),
-        ({"control_rank": 0}, "--control_rank must be greater than 0"),
-        ({"lora_rank": 0}, "--lora_rank must be greater than 0"),
+        ({"control_rank": 0}, "--control_rank must be at least 1"),
+        ({"lora_rank": 0}, "--lora_rank must be at least 1"),
         ({"epochs": 0}, "--epochs must be greater than 0"),
         ({"scheduler": "square"}, "unknown --scheduler 'square': choose one of linear"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
@@ -478,6 +502,8 @@ def test_a_folder_in_use_is_refused_and_left_alone(arguments, tmp_path):
         (held.path / "precious").write_text("x")
         with pytest.raises(UserError, match="in use by another run"):
             finetune.main(arguments())
+    with pytest.raises(UserError, match="holds no run: --overwrite deletes nothing there"):
+        finetune.main([*arguments(), "--overwrite"])
     assert [path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock"] == ["precious"]
 
 
@@ -485,6 +511,10 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(arguments):
     finetune.main(arguments(max_steps=1))
     with pytest.raises(UserError, match=r"lr 0\.01 there, 0\.02 asked for"):
         finetune.main(arguments(max_steps=1, lr=2e-2))
+    record = finetune.main([*arguments(max_steps=1, lr=2e-2), "--overwrite"])
+    assert record.hyperparameters["lr"] == 2e-2
+    with pytest.raises(UserError, match="choose one of the two"):
+        finetune.main([*arguments(max_steps=1), "--overwrite", "--resume"])
 
 
 def test_a_run_is_told_by_what_its_data_and_model_hold(arguments, encoders, glue_folder, tmp_path):
@@ -509,6 +539,7 @@ def test_a_run_is_told_by_what_its_data_and_model_hold(arguments, encoders, glue
     assert finetune.main(command) is None
 
 
+@pytest.mark.slow
 def test_committed_runs_are_still_taken_for_what_their_commands_ask_for(tmp_path, capsys):
     """Whatever options came after them; the models and data of their checksums are not here."""
     runs = [path.parent for path in sorted((RESULTS / "published" / "roberta").glob("minilm_*/record.json"))]
@@ -536,18 +567,20 @@ def test_the_longest_input_of_each_family(tmp_path):
         config = kind(**shape, **({"embedding_size": 16} if kind is ElectraConfig else {}))
         model = AutoModelForSequenceClassification.from_config(config).eval()
         longest = 40 if kind in (BertConfig, ElectraConfig) else 38
-        finetune.check_length(finetune.Options("control", "cola", max_length=longest), model)
+        encoder.check_length(finetune.Options(method="control", task="cola", max_length=longest), model)
         model(input_ids=torch.full((1, longest), 7))
         with pytest.raises(UserError, match=rf"can read \({longest} tokens\)"):
-            finetune.check_length(finetune.Options("control", "cola", max_length=longest + 1), model)
+            encoder.check_length(
+                finetune.Options(method="control", task="cola", max_length=longest + 1), model
+            )
         with pytest.raises((IndexError, RuntimeError)):
             model(input_ids=torch.full((1, longest + 1), 7))
 
 
+@pytest.mark.slow
 def test_padding_benchmark(encoders, glue_folder, tmp_path):
-    benchmark = LAUNCHER.with_name("benchmark_padding.py")
     subprocess.run(
-        [sys.executable, benchmark, "--model", encoders["bert"], "--data", glue_folder, "--device", "cpu",
+        [sys.executable, "-m", "RoBERTa.benchmark_padding", "--model", encoders["bert"], "--data", glue_folder, "--device", "cpu",
          "--batch_size", "4", "--steps", "3", "--output", tmp_path / "figures.json"],
         check=True,
     )  # fmt: skip
@@ -558,10 +591,10 @@ def test_padding_benchmark(encoders, glue_folder, tmp_path):
 
 
 def test_download_glue(monkeypatch, tmp_path, capsys):
-    import download_glue
+    from RoBERTa import download_glue
 
     rows = Dataset.from_dict({"sentence": ["a b", "c d"], "label": [0, 1]})
-    monkeypatch.setattr(download_glue, "load_dataset", lambda *_: DatasetDict(train=rows, validation=rows))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_: DatasetDict(train=rows, validation=rows))
     download_glue.main(["--tasks", "cola", "--output", str(tmp_path)])
     assert len(load_task("cola", str(tmp_path))["train"]) == 2
     download_glue.main(["--tasks", "cola", "--output", str(tmp_path)])
@@ -570,7 +603,7 @@ def test_download_glue(monkeypatch, tmp_path, capsys):
     def offline(*_):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(download_glue, "load_dataset", offline)
+    monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(UserError, match=r"cannot download rte .*no route.*network"):
         download_glue.main(["--tasks", "rte", "--output", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cola"]

@@ -16,7 +16,7 @@ from control_experiments.record import RunRecord, read_record, utc_now
 from control_experiments.training.checkpoints import checkpoints, find_damage
 from scripts.faults import kills, tiny
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 TRAINING = ("roberta", "vit", "llama")
 
 
