@@ -16,28 +16,35 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Optional
+from typing import ClassVar, Optional
 
-import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
-from control_experiments.record import RunRecord, git_state, package_versions, utc_now
+from control_experiments.record import RunRecord
 from control_experiments.training.arguments import parse_arguments
-from control_experiments.training.device import describe_device, seed_everything, select_device
+from control_experiments.training.device import (
+    choose_precision,
+    describe_device,
+    seed_everything,
+    select_device,
+)
 from control_experiments.training.metering import MemoryMeter
+from control_experiments.training.methods import describe_adapter
 from ViT import augment
-from ViT.classifier import AdapterSettings, add_adapter, count_parameters
+from ViT.classifier import add_adapter
 from ViT.images import Decoded, ImageData, load_data
-from ViT.training import Step, choose_precision, index_batches, prepared, train_epoch
+from ViT.options import RecipeOptions
+from ViT.training import Step, index_batches, make_optimizer, prepared, train_epoch
 from ViT.vision_models import create, set_attention
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
@@ -47,19 +54,25 @@ Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 class Options:
     """Options of the benchmark."""
 
-    data: str = field(default="cifar100", metadata={"help": "As in finetune.py."})
-    data_root: str = field(default="data", metadata={"help": "Where torchvision keeps its downloads."})
-    architecture: str = field(default="vit_base_patch16_224", metadata={"help": "timm name; random weights."})
-    image_size: int = field(default=224, metadata={"help": "Pixels."})
-    batch_size: int = field(default=128, metadata={"help": "Images a step."})
-    method: str = field(default="control", metadata={"help": "control, lora, dora or probe."})
-    attention: str = field(default="sdpa", metadata={"help": "sdpa or eager."})
-    precision: str = field(default="auto", metadata={"help": "fp16 on a GPU."})
-    steps: int = field(default=40, metadata={"help": "Steps of each way in each round."})
-    rounds: int = field(default=3, metadata={"help": "Rounds; the median counts."})
-    workers: int = field(default=8, metadata={"help": "DataLoader workers of the published pipeline."})
-    device: str = field(default="0", metadata={"help": "GPU index, or cpu."})
-    output_dir: Optional[str] = field(default=None, metadata={"help": "Default: results/vit/pipeline."})
+    data: str = HfArg(default="cifar100", help="As in finetune.py.")
+    data_root: str = HfArg(default="data", help="Where torchvision keeps its downloads.")
+    architecture: str = HfArg(default="vit_base_patch16_224", help="timm name; random weights.")
+    image_size: int = HfArg(default=224, help="Pixels.")
+    batch_size: int = HfArg(default=128, help="Images a step.")
+    method: str = HfArg(default="control", help="As in finetune.py; with as many parameters as the control.")
+    attention: str = HfArg(default="sdpa", help="sdpa or eager.")
+    precision: str = HfArg(default="auto", help="fp16 on a GPU.")
+    steps: int = HfArg(default=40, help="Steps of each way in each round.")
+    rounds: int = HfArg(default=3, help="Rounds; the median counts.")
+    workers: int = HfArg(default=8, help="DataLoader workers of the published pipeline.")
+    device: str = HfArg(default="0", help="GPU index, or cpu.")
+    output_dir: Optional[str] = HfArg(default=None, help="Default: results/vit/pipeline.")
+
+    seed: ClassVar[int] = 0
+
+    def hyperparameters(self) -> dict:
+        """For the record."""
+        return {**asdict(self), "data_root": None}
 
 
 class PillowImages(Dataset):
@@ -121,20 +134,26 @@ def images_per_second(step: Step, batches: Batches, options: Options, device: to
 
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
-    created, device = utc_now(), select_device(options.device)
-    precision = choose_precision(options.precision, device)
-    seed_everything(0)
+    device = select_device(options.device)
+    precision = choose_precision(options.precision, device, "fp16")
+    seed_everything(options.seed)
     data = load_data(options.data, root=options.data_root)
     if not isinstance(data.train, Decoded) or len(data.train) < options.batch_size:
         raise UserError(f"{data.name} is too large for the memory or smaller than a batch")
+    name = f"{options.architecture}_{data.name}_{options.method}_batch{options.batch_size}"
+    record = RunRecord.begin(
+        options, domain="vit", name=name, task="pipeline", device=describe_device(device),
+        command=["python", "-m", "ViT.benchmark_pipeline", *sys.argv[1:]], data=data.name, autocast=precision,
+    )  # fmt: skip
     pillow = PillowImages(data.train, options.image_size)
     data.place(device)
     vit = create(options.architecture, num_classes=len(data.classes), image_size=options.image_size)
     set_attention(vit, options.attention)
+    total = sum(p.numel() for p in vit.parameters())
     memory = MemoryMeter(device)
-    model = add_adapter(vit.to(device), options.method, AdapterSettings(lora_rank=0)).to(device)
+    model = add_adapter(vit.to(device), RecipeOptions(method=options.method, lora_rank=0)).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    step = Step(model, torch.optim.SGD(parameters, lr=5e-3, momentum=0.9), device, precision)
+    step = Step(model, make_optimizer("sgd", parameters, 5e-3, momentum=0.9), device, precision)
     our_batches = ours(data, options, device)
     ways = {
         "ours": our_batches,
@@ -143,9 +162,9 @@ def main() -> None:
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.rounds):
-        for name, batches in ways.items():
-            rates[name].append(images_per_second(step, batches, options, device))
-    median = {name: statistics.median(values) for name, values in rates.items()}
+        for way, batches in ways.items():
+            rates[way].append(images_per_second(step, batches, options, device))
+    median = {way: statistics.median(values) for way, values in rates.items()}
     metrics = {
         "images_per_second": median,
         "rounds": rates,
@@ -153,24 +172,26 @@ def main() -> None:
         "ours_over_published": median["ours"] / median["published"],
     }
     folder = Path(options.output_dir) if options.output_dir else RESULTS / "vit" / "pipeline"
-    name = f"{options.architecture}_{data.name}_{options.method}_batch{options.batch_size}"
-    record = RunRecord(
-        domain="vit", name=name, method=options.method, task="pipeline", seed=0, command=["python", *sys.argv],
-        created=created, finished=utc_now(), git=git_state(), versions=package_versions(),
-        device=describe_device(device),
-        model={"id": f"{options.architecture} (random weights)", "class": options.architecture,
-               "total_parameters": sum(p.numel() for p in vit.parameters())},
+    place = folder / f"{name}.json"
+    record.finish(
+        place,
+        model={
+            "id": f"{options.architecture} (random weights)",
+            "class": options.architecture,
+            "total_parameters": total,
+        },
         data={**data.identity, "sizes": {"train": len(data.train)}},
-        adapter={"config": None, "dtype": "float32", **count_parameters(model)},
-        hyperparameters={**asdict(options), "data": data.name, "data_root": None, "autocast": precision},
-        metrics=metrics, memory=memory.summary(), time={"steps": options.steps * options.rounds * len(ways)},
-    ).write(folder / f"{name}.json")  # fmt: skip
+        adapter=describe_adapter(model),
+        metrics=metrics,
+        memory=memory.summary(),
+        time={"steps": options.steps * options.rounds * len(ways)},
+    )
     print(f"{'pipeline':<12}{'images/s':>10}")
-    for name, rate in median.items():
-        print(f"{name:<12}{rate:>10.0f}")
+    for way, rate in median.items():
+        print(f"{way:<12}{rate:>10.0f}")
     print(
         f"ours is {100 * metrics['ours_over_resident']:.1f} % of the resident batch and "
-        f"{metrics['ours_over_published']:.2f} times the published pipeline; record in {record}"
+        f"{metrics['ours_over_published']:.2f} times the published pipeline; record in {place}"
     )
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+#: The architecture of the CPU demonstration (tiny_model.py), beside timm's own.
+TINY = "tiny"
+
 
 def model_name(model: str) -> str:
     """A --model in names of runs."""
@@ -14,4 +17,4 @@ def model_name(model: str) -> str:
 
 def run_name(model: str, data: str, method: str, seed: int) -> str:
     """The name of a run's folder, below results/vit."""
-    return f"{model_name(model)}_{Path(data).stem}_{method}_seed{seed}"
+    return f"{model_name(model)}_{Path(data).stem}_{method.replace(' ', '-')}_seed{seed}"

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from control_experiments.record import read_record
+from ViT import recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +28,7 @@ def launch(*command, **environment):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["control", "lora", "dora", "probe"])
+@pytest.mark.parametrize("method", ["control", "lora", "dora", "miss", "probe"])
 def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_path, method):
     out = tmp_path / "run"
     code, stdout, stderr = call(
@@ -39,6 +40,7 @@ def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_pat
     hidden = load_file(base_model)["blocks.0.mlp.fc1.weight"].shape[0]
     expected["lora"] = 6 * (2 * (64 + hidden) + 2 * 2 * hidden)
     expected["dora"] = expected["lora"] + 6 * (64 + 3 * hidden)
+    expected["miss"] = 6 * (64 + 3 * hidden)
     assert record.adapter["adapter_parameters"] == expected[method]
     assert record.adapter["head_parameters"] == 3 * 64 + 3
     assert [row["epoch"] for row in record.history] == [1, 2]
@@ -105,20 +107,21 @@ def test_memory_modes_train_alike(call, options, tmp_path, mlp_layers):
             )
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(call, options, programs, tmp_path, monkeypatch):
-    longer = (*options, "--epochs", 3)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_resumed_run_is_the_uninterrupted_one(call, options, tmp_path, monkeypatch, optimizer):
+    longer = (*options, "--epochs", 3, "--optimizer", optimizer, "--lr", 0.01)
     assert call("finetune", *longer, "--output_dir", tmp_path / "whole")[0] == 0
-    save = programs["finetune"].save_checkpoint
+    save = recipe.save_checkpoint
 
     def interrupt(folder, step, *rest):
         save(folder, step, *rest)
         if step == 6:  # the end of the second epoch
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(programs["finetune"], "save_checkpoint", interrupt)
+    monkeypatch.setattr(recipe, "save_checkpoint", interrupt)
     cut = (*longer, "--output_dir", tmp_path / "cut")
     assert call("finetune", *cut)[0] == 130
-    monkeypatch.setattr(programs["finetune"], "save_checkpoint", save)
+    monkeypatch.setattr(recipe, "save_checkpoint", save)
     code, _, stderr = call("finetune", *cut)
     assert code == 2 and "--resume" in stderr
     code, _, stderr = call("finetune", *cut, "--resume", "--control_rank", 8)
@@ -161,7 +164,9 @@ def broken_image_folder(tmp_path):
         (lambda p: ("--precision", "fp16"), "needs a GPU"),
         (lambda p: ("--lr", "fast"), "invalid float value"),
         (lambda p: ("--epochs", 0), "--epochs must be greater than 0"),
-        (lambda p: ("--model", "tiny"), "made for --data digits"),
+        (lambda p: ("--image_size", 0), "--image_size must be greater than 0, got 0"),
+        (lambda p: ("--crop", 0), "--crop must be greater than 0, got 0"),
+        (lambda p: ("--warmup_steps", 2), "--warmup_steps is for --optimizer adamw"),
         (lambda p: ("--method", "lora", "--memory", "lean"), "--memory lean: memory modes need a frozen MLP"),
         (lambda p: ("--predict", p), "needs --adapter"),
         (lambda p: ("--evaluate", p), "no adapter folder"),
@@ -319,10 +324,50 @@ def test_launcher_demonstration(tmp_path):
         MODEL="tiny", DATA="digits", MLP_LAYERS="2", EPOCHS="4", BATCH="32", LR="0.05",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("control on digits with tiny, device cpu:")
+    assert done.stdout.startswith("control on digits with tiny, published recipe, device cpu:")
     record = read_record(tmp_path / "run" / "record.json")
     assert record.seed == 3 and record.metrics["best"]["test_accuracy"] > 35  # five classes
     assert (tmp_path / "run" / "adapter" / "base.safetensors").is_file()
+
+
+def test_the_tiny_model_takes_any_data(call, npz, tmp_path):
+    code, _, stderr = call(
+        "finetune", "--model", "tiny", "--data", npz, "--device", "cpu", "--optimizer", "adamw", "--lr", 0.01,
+        "--epochs", 8, "--batch_size", 16, "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, stderr
+    record = read_record(tmp_path / "run" / "record.json")
+    assert record.hyperparameters["image_size"] == 32 and record.metrics["last"]["test_accuracy"] > 60
+
+
+def test_the_tuned_recipe_is_the_other_one(noting):
+    run = (ROOT / "ViT" / "run_ViT.sh", "lora", "cpu")
+    assert launch(*run, PYTHON=str(noting.interpreter), RECIPE="tuned").returncode == 0
+    assert launch(*run, PYTHON=str(noting.interpreter), RECIPE="tuned", LR="1e-3", EPOCHS="3").returncode == 0
+    calls = [dict(zip(words[2::2], words[3::2], strict=True)) for words in noting.calls]
+    recipe = {
+        "--optimizer": "adamw",
+        "--lr": "2e-3",
+        "--epochs": "10",
+        "--warmup_steps": "20",
+        "--lora_rank": "0",
+    }
+    assert recipe.items() <= calls[0].items()
+    assert {**recipe, "--lr": "1e-3", "--epochs": "3"}.items() <= calls[1].items()
+    refused = launch(*run, RECIPE="best")
+    assert refused.returncode == 2 and "RECIPE is published or tuned, got best" in refused.stderr
+
+
+@pytest.mark.parametrize("module", ["finetune", "small_table"])
+@pytest.mark.parametrize("arguments", [["--help"], ["--no_such_option", "1"]])
+def test_help_and_a_wrong_option_do_not_wait_for_torch(module, arguments):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", f"ViT.{module}", *arguments],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == (0 if arguments == ["--help"] else 2)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "ViT.options" in imported and not imported & {"torch", "timm", "peft"}
 
 
 def test_launchers_explain_themselves(call, noting):
@@ -330,9 +375,9 @@ def test_launchers_explain_themselves(call, noting):
         assert launch(ROOT / script, "-h").returncode == 0
         assert launch(ROOT / script).returncode == 2
     assert launch(ROOT / "ViT" / "run_ViT.sh", "magic", "cpu", PYTHON=str(noting.interpreter)).returncode == 0
-    ((_, *words),) = noting.calls
-    code, _, stderr = call("finetune", *words)
-    assert code == 2 and "unknown method 'magic': choose one of control, lora, dora, probe" in stderr
+    ((_, module, *words),) = noting.calls
+    code, _, stderr = call(module.removeprefix("ViT."), *words)
+    assert code == 2 and "unknown method 'magic': choose one of control, double control, lora, dora" in stderr
 
 
 def test_small_table_runs_everything_once(call, base_model, npz, noting, tmp_path):
@@ -351,7 +396,7 @@ def test_small_table_runs_everything_once(call, base_model, npz, noting, tmp_pat
         ("lora", 1), ("lora", 2), ("probe", 1), ("probe", 2),
     ]  # fmt: skip
     assert launch(*command, **settings, PYTHON=str(noting.interpreter)).returncode == 0
-    ((script, *words),) = noting.calls
-    code, stdout, stderr = call(Path(script).stem, *words)
+    ((_, module, *words),) = noting.calls
+    code, stdout, stderr = call(module.removeprefix("ViT."), *words)
     assert code == 0 and stdout.count("is finished") == 4, stderr
     assert records == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")}

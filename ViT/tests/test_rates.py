@@ -13,6 +13,7 @@ import pytest
 from control_experiments.record import read_record
 from control_experiments.reporting.collection import collect
 from control_experiments.training.losses import Diverged
+from ViT import recipe
 from ViT.held_out import hold_out
 from ViT.images import load_data
 
@@ -89,7 +90,7 @@ def test_runs_from_before_the_option_are_still_this_run(call, options, tmp_path)
 
 def test_the_default_folder_is_one_that_tables_leave_out(programs):
     run = programs["finetune"].Options(data="x/flowers.tar", model="x/small", lr=0.02, validation_share=0.1)
-    run.complete()
+    run.check()
     assert run.folder.parts[-3:] == ("vit", "learning_rate_search", "small_flowers_control_seed42_lr0.02")
 
 
@@ -175,16 +176,16 @@ def test_the_table_is_run_with_the_chosen_rates_and_nothing_twice(call, table, b
 
 
 def test_the_smallest_of_equal_rates_is_chosen_and_one_that_diverges_is_not(
-    call, table, programs, tmp_path, monkeypatch
+    call, table, tmp_path, monkeypatch
 ):
-    train = programs["finetune"].train
+    train = recipe.train
 
-    def diverging(run, device):
+    def diverging(run, *rest):
         if run.lr == 3.0:
             raise Diverged("the training loss is NaN")
-        train(run, device)
+        train(run, *rest)
 
-    monkeypatch.setattr(programs["finetune"], "train", diverging)
+    monkeypatch.setattr(recipe, "train", diverging)
     grid = ("--grid", "3", "2e-9", "1e-9", "--epochs", 1, "--search_only")
     code, stdout, stderr = call("small_table", *table, *grid)
     assert code == 0 and "warning: lr 3.0 is not chosen: the training loss is NaN" in stderr
@@ -225,8 +226,8 @@ def test_the_search_in_two_processes_then_the_table_in_one(call, base_model, npz
     assert len(search) == 4 and set(rates(tmp_path)) == {("colors", "lora"), ("colors", "probe")}
     table = {**settings, "METHODS": "lora probe", "PYTHON": str(noting.interpreter)}
     subprocess.run(command, env=table, check=True, capture_output=True)
-    ((script, *words),) = noting.calls
-    code, stdout, stderr = call(Path(script).stem, *words)
+    ((_, module, *words),) = noting.calls
+    code, stdout, stderr = call(module.removeprefix("ViT."), *words)
     assert code == 0, stderr
     assert stdout.count("is finished") == 4
     for method in ("lora", "probe"):
