@@ -17,4 +17,4 @@ def model_name(model: str) -> str:
 
 def run_name(model: str, data: str, method: str, seed: int) -> str:
     """The name of a run's folder, below results/vit."""
-    return f"{model_name(model)}_{Path(data).stem}_{method.replace(' ', '-')}_seed{seed}"
+    return f"{model_name(model)}_{Path(data).stem}_{method.replace(' ', '_')}_seed{seed}"

@@ -93,6 +93,7 @@ class RecipeOptions(DataOptions, ModelOptions, AdapterOptions, MemoryOptions, Tr
         default="auto", help="Autocast type; auto: fp16 with a loss scaler on a GPU, else fp32."
     )
 
+    neutral: ClassVar[tuple[str, ...]] = ("eval_batch_size",)
     methods: ClassVar[tuple[str, ...]] = METHODS
     smallest_lora_rank: ClassVar[int] = 0
 
@@ -105,7 +106,7 @@ class RecipeOptions(DataOptions, ModelOptions, AdapterOptions, MemoryOptions, Tr
             self.crop = 1.0 if tiny else 224 / 256
         self.augment = self.augment or ("none" if tiny else "published")
         super().check()
-        check_numbers(self, "image_size", "workers", above=0)
+        check_numbers(self, "image_size", "eval_batch_size", "workers", above=0)
         check_numbers(self, "lr_decay", "crop", above=0, at_most=1)
         check_numbers(self, "momentum", "warmup_steps", "weight_decay", at_least=0)
         if self.warmup_steps and self.optimizer == "sgd":

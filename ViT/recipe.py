@@ -121,15 +121,14 @@ def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | 
                 f"{adapter['trainable_parameters']:,}",
                 f"{total + adapter['adapter_parameters']:,}",
             )
-            history, clock, logits = fit(run, model, data, memory)
+            history, clock, outcome = fit(run, model, data, memory)
         description = Description(
             options.method, options.model, base.architecture, base.sha256, options.image_size,
             options.mlp_layers, options.crop, data.classes,
         )  # fmt: skip
         with whole_folder(run.folder.adapter, sealed=False) as place:
             save(model, place, description, own_weights)
-        if isinstance(data.test, Decoded):
-            write_test_predictions(run.folder, data, logits, data.test.labels)
+        write_test_predictions(run.folder, data, *outcome)
         best, last = max(history, key=lambda row: row["test_accuracy"]), history[-1]
         record.finish(
             run.folder.record,
@@ -211,8 +210,8 @@ def reading(options: Options) -> dict:
 
 def fit(
     run: Run, model: nn.Module, data: ImageData, memory: MemoryMeter
-) -> tuple[list[dict], Throughput, torch.Tensor]:
-    """All epochs with their evaluations; returns the history, the clock and the last test logits.
+) -> tuple[list[dict], Throughput, tuple[torch.Tensor, torch.Tensor]]:
+    """All epochs with their evaluations; returns the history, the clock, and the test images' last logits and labels.
 
     Order, crops, dropout and learning rate follow from the seed, the epoch and the batch alone, so a resumed run repeats
     what an uninterrupted one does, wherever in an epoch it stopped.
@@ -243,9 +242,9 @@ def fit(
     history, losses, done = [], None, 0
     if run.checkpoint:
         history, losses, done = load_checkpoint(run.checkpoint, model, parts, device)
-    clock, watch, logits = Throughput(device), LossWatch(device), None
+    clock, watch, outcome = Throughput(device), LossWatch(device), None
     if done == total:  # it was stopped after its last checkpoint
-        logits, _ = test_logits(step, data, options, device)
+        outcome = test_logits(step, data, options, device)
 
     def save(losses: EpochLoss | None = None) -> None:
         watch.check(per_epoch, kept(folder))
@@ -282,9 +281,9 @@ def fit(
                 save(losses)
                 raise Interrupted(stop.number)
             done = end  # a batch whose images are all unreadable is no step
-            logits, labels = test_logits(step, data, options, device)
+            outcome = test_logits(step, data, options, device)
             row = {"step": done, "epoch": epoch + 1, "learning_rate": optimizer.param_groups[0]["lr"],
-                   "train_loss": losses.mean, "train_seconds": clock.seconds, **score(logits, labels)}  # fmt: skip
+                   "train_loss": losses.mean, "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
             losses = None
             history.append(row)
             logger.info(
@@ -295,7 +294,7 @@ def fit(
             save()
             if stop.number is not None:
                 raise Interrupted(stop.number)
-    return history, clock, logits
+    return history, clock, outcome
 
 
 def epoch_batches(

@@ -46,9 +46,7 @@ def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_pat
     assert [row["epoch"] for row in record.history] == [1, 2]
     assert record.history[1]["learning_rate"] == pytest.approx(0.05 * 0.95)
     assert record.time["examples"] == 80 and record.data["sizes"] == {"train": 40, "test": 12}
-    assert (
-        "/" not in record.hyperparameters["data"] and str(tmp_path) not in (out / "record.json").read_text()
-    )
+    assert record.data["id"] == npz.name and str(tmp_path) not in (out / "record.json").read_text()
     assert not (out / "checkpoints").exists()
 
     evaluation = tmp_path / "evaluation"

@@ -19,7 +19,7 @@ NORMALISE = v2.Compose(
 @pytest.fixture
 def square(npz, tmp_path):
     """The images of `npz` at the model's own size, so that nothing is resized."""
-    arrays = {name: value for name, value in np.load(npz).items()}
+    arrays = dict(np.load(npz))
     for name in ("x_train", "x_test"):
         arrays[name] = np.pad(arrays[name], ((0, 0), (6, 6), (6, 6), (0, 0)))
     np.savez(tmp_path / "square.npz", **arrays)
@@ -41,9 +41,7 @@ def plain_losses(model, npz, optimizer):
         schedule = get_cosine_schedule_with_warmup(updates, 4, EPOCHS * per_epoch)
     losses = []
     for epoch in range(EPOCHS):
-        order = torch.randperm(
-            len(labels), generator=torch.Generator().manual_seed(SEED * 100_003 + epoch)
-        )
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED * 100_003 + epoch))
         for rows in order.split(BATCH):
             loss = torch.nn.functional.cross_entropy(model(images[rows]), labels[rows])
             updates.zero_grad()

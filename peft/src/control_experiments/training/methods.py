@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
@@ -17,15 +16,6 @@ from ..errors import UserError
 from .checksums import local_fingerprint
 from .options import AdapterOptions, check_method, public_id
 from .quantization import quantization_of
-
-
-@dataclass
-class ControlSettings:
-    """The control part of `AdapterOptions`, until ViT takes those."""
-
-    rank: int = 16
-    alpha: float = 1.0
-    bias: bool = False
 
 
 def adapter_config(
