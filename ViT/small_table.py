@@ -12,6 +12,7 @@ may share one output folder when --data or --methods differ.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import statistics
 import sys
@@ -108,6 +109,7 @@ class Runner:
         from ViT import recipe  # with torch and timm, for which --help and a wrong option do not wait
 
         self.recipe, self.loader = recipe, recipe.Loader()
+        gc.freeze()  # what is imported is no garbage: the collection after each run need not look at it
         self.end = time.monotonic() + 60 * max_minutes if max_minutes else None
         self.longest = 0.0
 

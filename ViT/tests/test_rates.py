@@ -145,29 +145,40 @@ def records(folder):
 
 
 def test_the_table_is_run_with_the_chosen_rates_and_nothing_twice(call, table, base_model, tmp_path):
-    code, stdout, stderr = call("small_table", *table)
+    searched = (*table, "--search_seeds", 0, 5)
+    code, stdout, stderr = call("small_table", *searched, "--max_minutes", 1e-9)
+    assert code == 0 and "the next run does not fit into 1e-09 minutes" in stdout and not records(tmp_path)
+
+    code, stdout, stderr = call("small_table", *searched)
     assert code == 0, stderr
     lines = [line for line in stdout.splitlines() if line.startswith("[")]
     assert lines == [
-        "[1/2] control on colors, lr 0.01, seed 0",
-        "[2/2] control on colors, lr 1e-06, seed 0",
+        "[1/4] control on colors, lr 0.01, seed 0",
+        "[2/4] control on colors, lr 0.01, seed 5",
+        "[3/4] control on colors, lr 1e-06, seed 0",
+        "[4/4] control on colors, lr 1e-06, seed 5",
         "[1/1] control on colors, lr 0.01, seed 1",
     ]
     found = rates(tmp_path)["colors", "control"]
     model, search = base_model.parent.name, tmp_path / "learning_rate_search"
-    tried = {
-        lr: read_record(search / f"{model}_colors_control_seed0_lr{lr}" / "record.json")
-        for lr in ("0.01", "1e-06")
-    }
-    assert found["scores"] == {lr: record.metrics["last"]["test_accuracy"] for lr, record in tried.items()}
+    for lr in ("0.01", "1e-06"):
+        tried = [
+            read_record(search / f"{model}_colors_control_seed{seed}_lr{lr}" / "record.json")
+            for seed in (0, 5)
+        ]
+        assert all(record.data["sizes"]["held-out"] == 3 for record in tried)
+        mean = sum(record.metrics["last"]["test_accuracy"] for record in tried) / 2
+        assert found["scores"][lr] == pytest.approx(mean)
     assert found["chosen"] == "0.01" and found["scores"]["0.01"] > found["scores"]["1e-06"]
-    assert all(record.seed == 0 and record.data["sizes"]["held-out"] == 3 for record in tried.values())
     record = read_record(tmp_path / f"{model}_colors_control_seed1" / "record.json")
     assert record.hyperparameters["lr"] == 0.01 and record.data["sizes"] == {"train": 40, "test": 12}
 
-    before = records(tmp_path)
-    code, stdout, stderr = call("small_table", *table)
-    assert code == 0 and stdout.count("is finished") == 3 and records(tmp_path) == before, stderr
+    # the record's own command is the same run
+    before, command = records(tmp_path), record.command
+    assert command[:3] == ["python", "-m", "ViT.finetune"] and command[command.index("--lr") + 1] == "0.01"
+    code, stdout, stderr = call("small_table", *searched, "--max_minutes", 1e-9)
+    assert code == 0 and stdout.count("is finished") == 5 and records(tmp_path) == before, stderr
+    assert stdout.endswith("all 1 runs are finished\n")
 
     # a table whose runs had another learning rate is not mixed with them
     wanted = f"{model}_colors_control_seed1 has lr 0.01, not 1e-06: delete such folders or choose another"
