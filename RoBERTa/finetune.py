@@ -17,6 +17,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -49,6 +50,18 @@ LOGGERS = ("finetune", "control_experiments")
 LESS_MEMORY = (
     "--memory lean, a smaller --batch_size, --padding longest, --precision bf16, a smaller --max_length"
 )
+#: How the card of an adapter says that it is loaded.
+LOAD = """
+import json
+import peft_control
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+folder = "results/roberta/RUN/adapter"  # where this file is
+labels = json.load(open(f"{folder}/labels.json"))
+model = AutoPeftModelForSequenceClassification.from_pretrained(folder, id2label=dict(enumerate(labels)))
+tokenizer = AutoTokenizer.from_pretrained(folder)
+"""
 #: Folder of a run for the GLUE server's files.
 PREDICTIONS = "predictions"
 
@@ -123,13 +136,12 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
 
 def train(options: Options, run: Run) -> RunRecord:
     """Load, train, evaluate, save the adapter and write the record, all in the run's folder."""
-    from control_experiments.training.checkpoints import discard, whole_folder
     from control_experiments.training.device import seed_everything
     from control_experiments.training.metering import MemoryMeter
     from control_experiments.training.methods import describe_adapter, describe_model, set_memory
     from control_experiments.training.sharding import shard_frozen, shares_weights
     from control_experiments.training.trainer import ExperimentTrainer
-    from RoBERTa.encoder import add_adapter, check_length, collator, load_tokenizer_and_model, tokenize
+    from RoBERTa.encoder import add_adapter, check_length, collator, load_tokenizer_and_model, save, tokenize
 
     folder, device, task = run.folder, run.device, get_task(options.task)
     shared = shares_weights(options.shard)
@@ -186,10 +198,10 @@ def train(options: Options, run: Run) -> RunRecord:
             predict_tests(trainer, encoded, task, folder.path / PREDICTIONS)
 
     if trainer.is_world_process_zero():
-        with whole_folder(folder.adapter, sealed=False) as place:
-            model.save_pretrained(place)
-        record.finish(
-            folder.record,
+        run.finish(
+            record,
+            partial(save, model, tokenizer),
+            LOAD,
             model=base,
             data=data_description(options, splits),
             adapter=adapter,
@@ -198,7 +210,6 @@ def train(options: Options, run: Run) -> RunRecord:
             time=run.time(trainer.throughput),
             history=history,
         )
-        discard(folder.checkpoints)
         print(
             f"last {_figures(metrics['last'])}; best {_figures(metrics['best'])}; record in {folder.record}"
         )
