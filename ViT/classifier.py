@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import MissConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer
@@ -90,15 +90,7 @@ def target_layers(options: RecipeOptions) -> list[str]:
 
 def configuration(options: RecipeOptions) -> PeftConfig:
     """The peft configuration of a method at the ranks of the options; controls have biases, as published."""
-    targets = target_layers(options)
-    if options.method == "miss":
-        return MissConfig(
-            r=options.lora_rank,
-            miss_dropout=options.lora_dropout,
-            target_modules=targets,
-            modules_to_save=[HEAD],
-        )
-    options = replace(options, lora_targets=targets)
+    options = replace(options, lora_targets=target_layers(options))
     return adapter_config(options, task_type=None, bias=True, modules_to_save=[HEAD])
 
 
@@ -187,7 +179,7 @@ def read_description(folder: str | Path) -> Description:
 
 
 def restore(
-    folder: str | Path, *, attention: str, model: str | None = None
+    folder: str | Path, *, attention: str = "sdpa", model: str | None = None
 ) -> tuple[nn.Module, Description, Base]:
     """The trained classifier in `folder`; `model` says where its base model is now, if it moved.
 

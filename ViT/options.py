@@ -11,11 +11,13 @@ from transformers.hf_argparser import HfArg
 from control_experiments.errors import UserError
 from control_experiments.paths import RESULTS
 from control_experiments.training.arguments import check_numbers
+from control_experiments.training.options import METHODS as ALL_METHODS
 from control_experiments.training.options import AdapterOptions, MemoryOptions, RunOptions, TrainingOptions
 from control_experiments.training.rates import SEARCH_FOLDER
 from ViT.names import TINY, model_name, run_name
 
-METHODS = ("control", "double control", "lora", "dora", "control+lora", "control+dora", "miss", "probe")
+#: SHADOW, as peft has it, corrects decoders of transformers, and no timm ViT.
+METHODS = tuple(name for name in ALL_METHODS if name != "shadow")
 
 
 @dataclass(kw_only=True)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from control_experiments.errors import Interrupted, StopRequest, UserError
 from control_experiments.paths import RESULTS, public_path
 from control_experiments.record import RunRecord, read_json, read_record, write_json_atomic, write_text_atomic
-from control_experiments.training.checkpoints import checkpoints, discard, keep_newest, whole_folder
+from control_experiments.training.checkpoints import checkpoints, keep_newest, whole_folder
 from control_experiments.training.device import (
     choose_precision,
     describe_device,
@@ -69,6 +69,24 @@ PROGRAM = "ViT.finetune"
 LESS_MEMORY = (
     "--memory lean, a smaller --batch_size or --eval_batch_size, --precision fp16 or bf16, --keep host"
 )
+#: How a card says that an adapter is loaded.
+LOAD = """
+import json
+import peft_control
+import timm
+from peft import PeftModel
+
+folder = "results/vit/RUN/adapter"  # where this file is
+classes = json.load(open(f"{{folder}}/classifier.json"))["classes"]
+base = timm.create_model("{architecture}", pretrained=True, num_classes=len(classes){more})
+model = PeftModel.from_pretrained(base, folder).eval()
+"""
+RESTORE = """
+from ViT.classifier import restore  # in a checkout of Parallel Control
+
+model, description, _ = restore("results/vit/RUN/adapter")  # where this file is
+classes = description.classes
+"""
 
 
 def run(options: Options) -> None:
@@ -94,10 +112,7 @@ def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | 
             print(f"{run.folder.path} is finished: nothing to do")
             return
         data = loader.data(options, run.device)
-        record = run.begin_record(
-            domain="vit", task=data.name, optimizer={"sgd": "SGD", "adamw": "AdamW"}[options.optimizer],
-            autocast=run.precision,
-        )  # fmt: skip
+        record = run.begin_record(domain="vit", task=data.name, autocast=run.precision)
         vit, base, own_weights = loader.base(options, len(data.classes))
         seed_everything(options.seed)
         new_head(vit)
@@ -126,12 +141,12 @@ def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | 
             options.method, options.model, base.architecture, base.sha256, options.image_size,
             options.mlp_layers, options.crop, data.classes,
         )  # fmt: skip
-        with whole_folder(run.folder.adapter, sealed=False) as place:
-            save(model, place, description, own_weights)
         write_test_predictions(run.folder, data, *outcome)
         best, last = max(history, key=lambda row: row["test_accuracy"]), history[-1]
-        record.finish(
-            run.folder.record,
+        run.finish(
+            record,
+            partial(save, model, description=description, base_weights=own_weights),
+            loading_lines(options, base),
             **describe(base, total, data, options.scored),
             adapter=adapter,
             history=history,
@@ -139,7 +154,6 @@ def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | 
             memory={**memory.summary(), "images_on_device_bytes": resident_bytes(data)},
             time=run.time(clock),
         )
-        discard(run.folder.checkpoints)
         print(
             f"{options.method}: {options.scored} accuracy {last['test_accuracy']:.2f} % (best epoch "
             f"{best['test_accuracy']:.2f} %), {clock.summary()['examples_per_second'] or 0:.0f} images/s; "
@@ -461,6 +475,15 @@ def check_classes(data: ImageData, description: Description) -> None:
 
 
 # -- what remains of a run ------------------------------------------------------------------------------------
+
+
+def loading_lines(options: Options, base: Base) -> str:
+    """Python that loads the adapter again, for its card: with timm and peft alone where these can build the model."""
+    if options.method == "probe" or options.model == TINY or options.mlp_layers != 2:
+        return RESTORE
+    weights = "" if base.sha256 is None else f', pretrained_cfg_overlay={{"file": "{base.id}"}}'
+    size = "" if options.image_size == 224 else f", img_size={options.image_size}"
+    return LOAD.format(architecture=base.architecture, more=f"{weights}{size}")
 
 
 def describe(base: Base, total: int, data: ImageData, scored: str) -> dict:

@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from control_experiments.record import read_record
 from ViT import recipe
+from ViT.classifier import restore
+from ViT.options import Options
+from ViT.vision_models import Base
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,6 +84,33 @@ def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_pat
         rows, tested = list(csv.DictReader(file)), list(csv.DictReader(trained))
     assert rows[0]["file"] == "inner/00.png"
     assert [row["predicted"] for row in rows] == [row["predicted"] for row in tested]
+
+
+@pytest.mark.parametrize("mlp_layers", [2, 4])
+def test_the_adapters_card_says_what_it_is_and_loads_it(call, options, base_model, tmp_path, mlp_layers):
+    out = tmp_path / "run"
+    arguments = (*options, "--epochs", 1, "--mlp_layers", mlp_layers, "--output_dir", out)
+    code, _, stderr = call("finetune", *arguments)
+    assert code == 0, stderr
+    card = (out / "adapter" / "README.md").read_text()
+    assert f"base_model: {base_model.parent.name}/model.safetensors" in card and "rank 16" in card
+    assert str(tmp_path) not in card and f"{6 * (2 * 64 * 16 + 16 + 64) + 195:,} of " in card
+    (lines,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    lines = lines.replace("results/vit/RUN", str(out)).replace(
+        f"{base_model.parent.name}/model.safetensors", str(base_model)
+    )
+    loaded: dict = {}
+    exec(lines, loaded)
+    assert loaded["classes"] == ["red", "green", "blue"]
+    again, _, _ = restore(out / "adapter", model=str(base_model))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loaded["model"].eval()(images), again.eval()(images))
+
+
+def test_the_readme_loads_an_adapter_as_its_card_does():
+    readme = (ROOT / "ViT" / "README.md").read_text()
+    lines = recipe.loading_lines(Options(image_size=224), Base(Options.model, Options.model))
+    assert lines.strip() in readme and recipe.RESTORE.strip() in readme
 
 
 @pytest.mark.parametrize("mlp_layers", [2, 4])
