@@ -9,7 +9,7 @@ The defaults are the paper's recipe, except that --mlp_layers 4 and --attention 
 the options trade: --attention sdpa needs 3 GB less than eager and gives the same results; --memory fast, balanced
 and lean lower the control's peak on models that support them; --keep host leaves the images in main memory. See ViT/README.md.
 
-options.py says what can be asked for, recipe.py what is done with it, in order.
+options.py says what can be asked for, recipe.py how a model is trained, inference.py what a trained one answers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ from ViT.options import Options
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
     options.check()
-    from ViT import recipe  # with torch and timm, for which --help and a wrong option do not wait
+    from ViT import inference, recipe  # with torch and timm, for which --help and a wrong option do not wait
 
-    recipe.run(options)
+    if options.evaluate:
+        inference.evaluate(options)
+    elif options.predict:
+        inference.classify_folder(options)
+    else:
+        recipe.train(options)
 
 
 if __name__ == "__main__":

@@ -401,7 +401,7 @@ def _npz(path: Path) -> ImageData:
 def load_digits_data(first: int = 5, last: int = 9) -> ImageData:
     """The digits `first` to `last` of scikit-learn's 8 x 8 digits; every fifth image is a test image.
 
-    0 to 4 are what the tiny model was trained on before (`vision_models.pretrained_on_digits`).
+    0 to 4 are what the tiny model was trained on before (`tiny_model.build_tiny`).
     """
     from sklearn.datasets import load_digits
 

@@ -1,20 +1,15 @@
-"""What finetune.py does, in order: images and frozen model, adapter, epochs with their evaluations, and what remains of them.
+"""A training of finetune.py, in order: images and frozen model, adapter, epochs with their evaluations.
 
-Training leaves record, adapter, predictions and log in the run's folder. Evaluation and classification of a folder follow
-at the end.
+It leaves record, adapter with its card, predictions and log in the run's folder.
 """
 
 from __future__ import annotations
 
 import copy
-import csv
 import gc
-import io
 import itertools
 import logging
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,27 +22,27 @@ from torch import nn
 from tqdm import tqdm
 
 from control_experiments.errors import Interrupted, StopRequest, UserError
-from control_experiments.paths import RESULTS, public_path
-from control_experiments.record import RunRecord, read_json, read_record, write_json_atomic, write_text_atomic
+from control_experiments.record import read_json, write_json_atomic
 from control_experiments.training.checkpoints import checkpoints, keep_newest, whole_folder
-from control_experiments.training.device import (
-    choose_precision,
-    describe_device,
-    explain_out_of_memory,
-    make_deterministic,
-    seed_everything,
-    select_device,
-)
+from control_experiments.training.device import seed_everything
 from control_experiments.training.losses import LossWatch, check_parameters
 from control_experiments.training.metering import MemoryMeter, Throughput
 from control_experiments.training.methods import describe_adapter, set_memory
-from control_experiments.training.quiet import quieten
 from control_experiments.training.runs import RunFolder
 from control_experiments.training.setup import Run, start
 from ViT import augment
-from ViT.classifier import Description, add_adapter, build_base, restore, save, trained_state
+from ViT.classifier import Description, add_adapter, build_base, save, trained_state
 from ViT.held_out import hold_out
-from ViT.images import Decoded, ImageData, load_data, read_folder
+from ViT.images import ImageData, load_data
+from ViT.inference import (
+    LESS_MEMORY,
+    PROGRAM,
+    describe,
+    reading,
+    resident_bytes,
+    test_logits,
+    write_test_predictions,
+)
 from ViT.names import TINY
 from ViT.options import Options
 from ViT.tiny_model import build_tiny
@@ -56,7 +51,6 @@ from ViT.training import (
     Step,
     index_batches,
     make_optimizer,
-    predict,
     prepared,
     rate_factor,
     score,
@@ -65,10 +59,6 @@ from ViT.training import (
 from ViT.vision_models import Base, new_head, set_attention, set_mlp_layers
 
 logger = logging.getLogger("vit")
-PROGRAM = "ViT.finetune"
-LESS_MEMORY = (
-    "--memory lean, a smaller --batch_size or --eval_batch_size, --precision fp16 or bf16, --keep host"
-)
 #: How a card says that an adapter is loaded.
 LOAD = """
 import json
@@ -87,16 +77,6 @@ from ViT.classifier import restore  # in a checkout of Parallel Control
 model, description, _ = restore("results/vit/RUN/adapter")  # where this file is
 classes = description.classes
 """
-
-
-def run(options: Options) -> None:
-    """The program that the options ask for."""
-    if options.model == TINY:
-        torch.set_num_threads(1)  # its tensors are too small to share, and threads that wait are slow
-    (evaluate if options.evaluate else classify_folder if options.predict else train)(options)
-
-
-# -- training, from images to record --------------------------------------------------------------------------
 
 
 def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | None = None) -> None:
@@ -212,16 +192,6 @@ class Loader:
         return copy.deepcopy(vit), base, weights
 
 
-def reading(options: Options) -> dict:
-    """How `load_data` is to read."""
-    return {
-        "root": options.data_root,
-        "corrupt": options.corrupt,
-        "keep": options.keep,
-        "workers": options.workers,
-    }
-
-
 def fit(
     run: Run, model: nn.Module, data: ImageData, memory: MemoryMeter
 ) -> tuple[list[dict], Throughput, tuple[torch.Tensor, torch.Tensor]]:
@@ -333,13 +303,6 @@ def seed_of(seed: int, epoch: int, batch: int) -> int:
     return ((seed * 100_003 + epoch) * 1_000_003 + batch) % 2**63
 
 
-def test_logits(step: Step, data: ImageData, options: Options, device: torch.device):
-    """Logits and labels of the test images, each shown once as in evaluation."""
-    views = partial(augment.central_views, size=options.image_size, crop=options.crop)
-    indices = index_batches(len(data.test), options.eval_batch_size)
-    return predict(step, prepared(data.test, indices, views, options.image_size, device))
-
-
 def kept(folder: RunFolder) -> str:
     """What there is to go on from, in words."""
     found = checkpoints(folder.checkpoints)
@@ -385,147 +348,11 @@ def load_checkpoint(
         raise UserError(f"{place} is no checkpoint of this run ({error}): delete it to start over") from error
 
 
-# -- with a trained adapter -----------------------------------------------------------------------------------
-
-
-def evaluate(options: Options) -> None:
-    """Test accuracy of a saved adapter on `--data`, printed and recorded."""
-    if options.output_dir:
-        with RunFolder(options.output_dir) as folder:
-            check_no_training(folder)
-    with trained(options, options.evaluate) as (step, description, base):
-        data = load_data(options.data, **reading(options))
-        check_classes(data, description)
-        name = Path(options.evaluate).resolve().parent.name
-        options.output_dir = options.output_dir or str(RESULTS / "vit" / f"{name}_evaluated_on_{data.name}")
-        with RunFolder(options.folder) as folder:
-            record = RunRecord.begin(
-                options, domain="vit", name=folder.path.name, task=data.name, device=describe_device(step.device),
-                command=["python", "-m", PROGRAM, *sys.argv[1:]], autocast=step.precision,
-            )  # fmt: skip
-            data.place(step.device, options.keep)
-            memory, clock = MemoryMeter(step.device), Throughput(step.device)
-            clock.start()
-            logits, labels = test_logits(step, data, options, step.device)
-            clock.step(len(labels))
-            clock.stop()
-            write_test_predictions(folder, data, logits, labels)
-            result = score(logits, labels)
-            total = sum(p.numel() for p in step.model.parameters())
-            record.finish(
-                folder.record, **describe(base, total, data, "test"), adapter={"id": public_path(options.evaluate)},
-                metrics={"best": result, "last": result}, memory=memory.summary(), time=clock.summary(),
-            )  # fmt: skip
-            print(
-                f"test accuracy {result['test_accuracy']:.2f} % on {len(labels)} images; record in {folder.record}"
-            )
-
-
-def classify_folder(options: Options) -> None:
-    """Classify every image below a folder into a CSV file: file, class, probability."""
-    with trained(options, options.adapter) as (step, description, _):
-        paths, pixels = read_folder(options.predict, options.corrupt, options.workers)
-        unknown = Decoded(pixels, torch.zeros(len(pixels), dtype=torch.long))
-        data = ImageData("folder", unknown, unknown, description.classes, {})
-        logits, _ = test_logits(step, data, options, step.device)
-        names = [path.relative_to(Path(options.predict).expanduser()).as_posix() for path in paths]
-        write_predictions(Path(options.output), "file", names, logits, description.classes)
-        print(f"{len(paths)} images classified in {options.output}")
-
-
-@contextmanager
-def trained(options: Options, adapter: str) -> Iterator[tuple[Step, Description, Base]]:
-    """A trained classifier on the device; from here on the options show images as its training did.
-
-    `--model`, if it is given, says where the base model is now.
-    """
-    quieten()
-    if options.deterministic:
-        make_deterministic()
-    device = select_device(options.device)
-    precision = choose_precision(options.precision, device, "fp16")
-    with explain_out_of_memory(device, LESS_MEMORY):
-        moved = options.model if options.model != Options.defaults()["model"] else None
-        model, description, base = restore(adapter, attention=options.attention, model=moved)
-        for name in ("method", "model", "image_size", "mlp_layers", "crop"):
-            setattr(options, name, getattr(description, name))
-        unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-        yield Step(model.to(device), unused, device, precision), description, base
-
-
-def check_no_training(folder: RunFolder) -> None:
-    """Raises UserError: a training's record, adapter or checkpoints are in the folder, which the evaluation's files would
-    overwrite or be taken for."""
-    begun = folder.adapter.exists() or folder.checkpoints.exists()
-    if begun or (folder.finished and read_record(folder.record).history):
-        raise UserError(f"{folder.path} holds a training run: choose another --output_dir for its evaluation")
-
-
-def check_classes(data: ImageData, description: Description) -> None:
-    """Raises UserError: the data's classes are not the head's."""
-    if len(data.classes) > len(description.classes):
-        raise UserError(
-            f"{data.name} has {len(data.classes)} classes, more than the adapter's head ({len(description.classes)})"
-        )
-    if data.classes != description.classes:
-        raise UserError(
-            f"the classes of {data.name} ({', '.join(data.classes[:3])}, ...) are not those that the adapter was "
-            f"trained on ({', '.join(description.classes[:3])}, ...)"
-        )
-
-
-# -- what remains of a run ------------------------------------------------------------------------------------
-
-
 def loading_lines(options: Options, base: Base) -> str:
     """Python that loads the adapter again, for its card: with timm and peft alone where these can build the model."""
-    if options.method == "probe" or options.model == TINY or options.mlp_layers != 2:
+    needs_us = options.model == TINY or options.mlp_layers != 2 or base.id.endswith(".npz")
+    if needs_us or options.method == "probe":
         return RESTORE
     weights = "" if base.sha256 is None else f', pretrained_cfg_overlay={{"file": "{base.id}"}}'
     size = "" if options.image_size == 224 else f", img_size={options.image_size}"
     return LOAD.format(architecture=base.architecture, more=f"{weights}{size}")
-
-
-def describe(base: Base, total: int, data: ImageData, scored: str) -> dict:
-    """The record's `model` and `data`."""
-    return {
-        "model": {
-            "id": base.id,
-            "sha256": base.sha256,
-            "class": base.architecture,
-            "total_parameters": total,
-        },
-        "data": {**data.identity, "sizes": {"train": len(data.train), scored: len(data.test)}},
-    }
-
-
-def resident_bytes(data: ImageData) -> int:
-    """Bytes of decoded images on the GPU."""
-    parts = [part for part in (data.train, data.test) if isinstance(part, Decoded) and part.labels.is_cuda]
-    return sum(part.bytes for part in parts)
-
-
-def write_test_predictions(
-    folder: RunFolder, data: ImageData, logits: torch.Tensor, labels: torch.Tensor
-) -> None:
-    """Each test image's outcome beside the record."""
-    truth = [data.classes[label] for label in labels.tolist()]
-    write_predictions(
-        folder.path / "predictions.csv", "index", range(len(logits)), logits, data.classes, true=truth
-    )
-
-
-def write_predictions(
-    path: Path, first: str, names: Iterable, logits: torch.Tensor, classes: list[str], **more: list[str]
-) -> None:
-    """A CSV file, written atomically: name, predicted class, its probability, and the columns of `more`."""
-    probability, chosen = logits.softmax(1).max(1)
-    columns = {
-        first: names,
-        "predicted": [classes[i] for i in chosen.tolist()],
-        "probability": [f"{p:.4f}" for p in probability.tolist()],
-        **more,
-    }
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([columns, *zip(*columns.values(), strict=True)])
-    write_text_atomic(path, text.getvalue())

@@ -198,9 +198,10 @@ def main() -> None:
     for lr in options.grid or ():
         plan_run(options, *cells[0], lr, options.held_out)
     runner = Runner(options.max_minutes)
+    from control_experiments.training.device import select_device
     from control_experiments.training.losses import Diverged
 
-    device = runner.recipe.select_device(options.device)
+    device = select_device(options.device)
     for run in runs:  # the GPU's index among those that this process still sees
         run.device = options.device = "cpu" if device.type == "cpu" else str(device.index)
     diverged = []

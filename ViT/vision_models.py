@@ -53,6 +53,7 @@ def create(
         UserError: unknown or other kind of architecture, an image size that patches do not fill, no such weights.
     """
     if architecture == TINY:
+        torch.set_num_threads(1)  # its tensors are too small to share, and threads that wait are slow
         # 4 x 4 patches at every size, so that larger images take no longer
         patch = -(-image_size // 4)
         model = VisionTransformer(image_size, patch, num_classes=num_classes, **_TINY_SHAPE)

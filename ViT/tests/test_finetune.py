@@ -406,26 +406,22 @@ def test_launchers_explain_themselves(call, noting):
     assert launch(ROOT / "ViT" / "run_ViT.sh", "magic", "cpu", PYTHON=str(noting.interpreter)).returncode == 0
     ((_, module, *words),) = noting.calls
     code, _, stderr = call(module.removeprefix("ViT."), *words)
-    assert code == 2 and "unknown method 'magic': choose one of control, double control, lora, dora" in stderr
+    assert code == 2 and "unknown method 'magic': choose one of control, lora, dora, double control" in stderr
 
 
 def test_small_table_runs_everything_once(call, base_model, npz, noting, tmp_path):
-    command = (
-        ROOT / "ViT" / "run_small_table.sh", "cpu", "--image_size", "32", "--batch_size", "16",
-        "--output_dir", tmp_path,
-    )  # fmt: skip
     settings = {
-        "MODEL": str(base_model), "ARCHITECTURE": "test_vit", "DATA": str(npz), "METHODS": "lora probe",
-        "SEEDS": "1 2", "EPOCHS": "1",
+        "MODEL": str(base_model), "ARCHITECTURE": "test_vit", "DATA": str(npz), "METHODS": "'double control' probe",
+        "SEEDS": "1 2", "EPOCHS": "1", "PYTHON": str(noting.interpreter),
     }  # fmt: skip
-    done = launch(*command, **settings)
-    assert done.returncode == 0, done.stderr
+    more = ("--image_size", "32", "--batch_size", "16", "--output_dir", tmp_path)
+    assert launch(ROOT / "ViT" / "run_small_table.sh", "cpu", *more, **settings).returncode == 0
+    ((_, module, *words),) = noting.calls
+    assert call(module.removeprefix("ViT."), *words)[0] == 0
     records = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")}
     assert sorted((r.method, r.seed) for r in map(read_record, records)) == [
-        ("lora", 1), ("lora", 2), ("probe", 1), ("probe", 2),
+        ("double control", 1), ("double control", 2), ("probe", 1), ("probe", 2),
     ]  # fmt: skip
-    assert launch(*command, **settings, PYTHON=str(noting.interpreter)).returncode == 0
-    ((_, module, *words),) = noting.calls
     code, stdout, stderr = call(module.removeprefix("ViT."), *words)
     assert code == 0 and stdout.count("is finished") == 4, stderr
     assert records == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")}
