@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from control_experiments.errors import UserError
+from control_experiments.outcomes import write_outcomes
 from control_experiments.paths import RESULTS, public_path
 from control_experiments.record import RunRecord, read_record, write_text_atomic
 from control_experiments.training.device import (
@@ -166,11 +167,11 @@ def resident_bytes(data: ImageData) -> int:
 def write_test_predictions(
     folder: RunFolder, data: ImageData, logits: torch.Tensor, labels: torch.Tensor
 ) -> None:
-    """Each test image's outcome beside the record."""
+    """Each test image's outcome beside the record: for people with class names, and in compact form."""
+    examples = range(len(labels))
     truth = [data.classes[label] for label in labels.tolist()]
-    write_predictions(
-        folder.path / "predictions.csv", "index", range(len(logits)), logits, data.classes, true=truth
-    )
+    write_predictions(folder.path / "predictions.csv", "index", examples, logits, data.classes, true=truth)
+    write_outcomes(folder.path, examples, (logits.argmax(1) == labels).tolist())
 
 
 def write_predictions(

@@ -84,6 +84,10 @@ def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_pat
         rows, tested = list(csv.DictReader(file)), list(csv.DictReader(trained))
     assert rows[0]["file"] == "inner/00.png"
     assert [row["predicted"] for row in rows] == [row["predicted"] for row in tested]
+    for folder in (out, evaluation):
+        outcomes = np.load(folder / "outcomes.npz")
+        assert outcomes["example"].tolist() == [row["index"] for row in tested]
+        assert outcomes["correct"].tolist() == [row["predicted"] == row["true"] for row in tested]
 
 
 @pytest.mark.parametrize("mlp_layers", [2, 4])
