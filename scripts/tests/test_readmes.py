@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from control_experiments.paths import REPOSITORY, RESULTS
-from control_experiments.reporting.published import read_paper
+from control_experiments.record import read_json
 from control_experiments.training.arguments import parse_arguments
 from LlaMA.tests.conftest import data, model_folder, rows, tokenizer  # noqa: F401
 from RoBERTa.tests.conftest import encoders, write_glue  # noqa: F401
@@ -25,7 +25,7 @@ from ViT.tests.conftest import base_model, npz  # noqa: F401
 
 READMES = sorted(path for path in REPOSITORY.glob("*/README.md") if not path.parent.name.startswith("."))
 READMES = [REPOSITORY / "README.md", *READMES]
-RECIPES = read_paper(RESULTS / "paper.json").recipes
+RECIPES = read_json(RESULTS / "paper.json")["recipes"]
 #: Run for real by test_commands.py (they make environments), or no command of this project.
 ELSEWHERE = (
     "bash scripts/quickstart.sh",
