@@ -80,7 +80,7 @@ def test_runs_from_before_the_option_are_still_this_run(call, options, tmp_path)
     out = tmp_path / "run"
     assert call("finetune", *options, "--epochs", 1, "--output_dir", out)[0] == 0
     identity = json.loads((out / "run.json").read_text())
-    for newer in ("validation_share", "deterministic"):  # None and False when they are not used
+    for newer in ("validation_share", "deterministic", "optimizer", "control_blocks"):  # as their defaults say
         del identity[newer]
     (out / "run.json").write_text(json.dumps(identity))
     code, stdout, stderr = call("finetune", *options, "--epochs", 1, "--output_dir", out)
@@ -215,15 +215,8 @@ def test_the_search_in_two_processes_then_the_table_in_one(call, base_model, npz
         **os.environ, "PYTHON": sys.executable, "MODEL": str(base_model),
         "ARCHITECTURE": "test_vit", "DATA": str(npz), "SEEDS": "1", "EPOCHS": "1", "GRID": "1e-2 1e-4",
     }  # fmt: skip
-    command = [
-        "bash",
-        ROOT / "ViT" / "run_small_table.sh",
-        "cpu",
-        "--image_size",
-        "32",
-        "--output_dir",
-        tmp_path,
-    ]
+    script = ROOT / "ViT" / "run_small_table.sh"
+    command = ["bash", script, "cpu", "--image_size", "32", "--output_dir", tmp_path]
     processes = [
         subprocess.Popen(
             [*command, "--search_only"], env={**settings, "METHODS": method}, stdout=subprocess.PIPE,
