@@ -19,6 +19,7 @@ from transformers.hf_argparser import HfArg
 from control_experiments.errors import run_main
 from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.options import check_method
+from ViT.names import check_data
 from ViT.options import METHODS
 
 
@@ -45,6 +46,7 @@ class Options:
     def check(self) -> None:
         """Raise `UserError` for a value that cannot be."""
         check_method(self.method, METHODS)
+        check_data(self.data)
         check_numbers(self, "image_size", "batch_size", "steps", "rounds", above=0)
         check_numbers(self, "workers", at_least=0)
 

@@ -14,7 +14,7 @@ from control_experiments.training.arguments import check_numbers
 from control_experiments.training.options import METHODS as ALL_METHODS
 from control_experiments.training.options import AdapterOptions, MemoryOptions, RunOptions, TrainingOptions
 from control_experiments.training.rates import SEARCH_FOLDER
-from ViT.names import TINY, model_name, run_name
+from ViT.names import TINY, check_data, check_model, model_name, run_name
 
 #: SHADOW, as peft has it, corrects decoders of transformers, and no timm ViT.
 METHODS = tuple(name for name in ALL_METHODS if name != "shadow")
@@ -108,6 +108,8 @@ class RecipeOptions(DataOptions, ModelOptions, AdapterOptions, MemoryOptions, Tr
             self.crop = 1.0 if tiny else 224 / 256
         self.augment = self.augment or ("none" if tiny else "published")
         super().check()
+        check_data(self.data)
+        check_model(self.model)
         check_numbers(self, "image_size", "eval_batch_size", "workers", above=0)
         check_numbers(self, "lr_decay", "crop", above=0, at_most=1)
         check_numbers(self, "momentum", "warmup_steps", "weight_decay", at_least=0)

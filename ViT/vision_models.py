@@ -21,7 +21,7 @@ from torch import nn
 
 from control_experiments.errors import UserError
 from control_experiments.training.checksums import fingerprint
-from ViT.names import TINY
+from ViT.names import TINY, check_model
 
 #: Of `TINY`, whose patches follow from the image size.
 _TINY_SHAPE = {"embed_dim": 64, "depth": 4, "num_heads": 4}
@@ -98,9 +98,8 @@ def load(
         UserError: nothing there, or weights of another architecture.
     """
     path = Path(model).expanduser()
+    check_model(model)
     if not path.exists():
-        if path.suffix in (".safetensors", ".npz", ".pth", ".pt") or len(path.parts) > 2:
-            raise UserError(f"there is no model {model!r}")
         built = create(model, num_classes=num_classes, image_size=image_size, pretrained=True)
         return built, Base(model, model)
     architecture = architecture or _architecture_beside(path)

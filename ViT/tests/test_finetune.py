@@ -371,10 +371,11 @@ def test_the_tuned_recipe_is_the_other_one(noting):
 
 
 @pytest.mark.parametrize("module", ["finetune", "small_table", "benchmark_pipeline"])
-@pytest.mark.parametrize("arguments", [["--help"], ["--no_such_option", "1"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--no_such_option", "1"], ["--data", "nowhere.npz"]])
 def test_help_and_a_wrong_option_do_not_wait_for_torch(module, arguments):
+    needed = {"finetune": [], "benchmark_pipeline": [], "small_table": ["--model", "tiny"]}
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", f"ViT.{module}", *arguments],
+        [sys.executable, "-X", "importtime", "-m", f"ViT.{module}", *arguments, *needed[module]],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == (0 if arguments == ["--help"] else 2)
