@@ -6,8 +6,7 @@ which says what base model to rebuild around it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,12 +20,13 @@ import peft_control  # noqa: F401  makes peft know the method when it loads an a
 from control_experiments.errors import UserError
 from control_experiments.record import read_json, write_json_atomic
 from control_experiments.training.checkpoints import check_adapter_files
-from control_experiments.training.methods import ControlSettings, adapter_config, load_adapter
-from control_experiments.training.options import AdapterOptions
+from control_experiments.training.methods import adapter_config, load_adapter
+from ViT.options import RecipeOptions
 from ViT.vision_models import Base, create, load, load_weights, mlp_linears, set_attention, set_mlp_layers
 
-METHODS = ("control", "lora", "dora", "probe")
 HEAD = "head"
+#: alpha/r of LoRA and DoRA at ranks that match the control's parameters: the published recipe's.
+MATCHED_SCALE = 2.0
 
 
 @dataclass
@@ -56,94 +56,88 @@ class Description:
             raise TypeError("classifier.json is not as it was written")
 
 
-@dataclass
-class AdapterSettings:
-    """Ranks and scales of the adapter; see the options of finetune.py."""
-
-    control: ControlSettings = field(default_factory=lambda: ControlSettings(bias=True))
-    lora_rank: int = 1
-    lora_alpha: float = 2.0
-    lora_dropout: float = 0.0
-
-
-def add_adapter(
-    model: VisionTransformer, method: str, settings: AdapterSettings, mlp_layers: int = 2
-) -> nn.Module:
+def add_adapter(model: VisionTransformer, options: RecipeOptions) -> nn.Module:
     """Freeze the model and give it the method's adapter; the adapter and the head are what trains.
 
-    `lora_rank` 0 means ranks that give LoRA or DoRA as many parameters as the control has, at the scale alpha/r = 2
-    of the published recipe.
+    `--lora_rank 0` matches every method to the parameters of a control on the MLPs at `--control_rank`: see `matched`.
 
     Raises:
         UserError: the architecture has no such blocks or layers.
     """
-    if method == "probe":
+    if options.method == "probe":
         model.requires_grad_(False)
         model.get_submodule(HEAD).requires_grad_(True)
         return model
-    targets = mlp_linears(mlp_layers)
-    control = settings.control
-    options = AdapterOptions(
-        method=method, control_rank=control.rank, control_alpha=control.alpha, lora_rank=settings.lora_rank or 1,
-        lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
-    )  # fmt: skip
-    config = adapter_config(
-        options, task_type=None, targets=targets, bias=control.bias, modules_to_save=[HEAD]
-    )
-    if method != "control" and settings.lora_rank == 0:
-        match_ranks(config, model, settings.control, targets)
+    config = configuration(options) if options.lora_rank else matched(options, model)
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"{method} on {type(model).__name__}: {error}") from error
+        raise UserError(f"{options.method} on {type(model).__name__}: {error}") from error
 
 
-def match_ranks(
-    config: PeftConfig,
-    model: VisionTransformer,
-    control: ControlSettings,
-    targets: Sequence[str],
-    scale: float = 2.0,
-) -> None:
-    """Set ranks in a LoRA configuration so that it trains as many parameters as the control, or just fewer.
+def target_layers(options: RecipeOptions) -> list[str]:
+    """Names of the linear layers that LoRA, DoRA or MiSS adapts: `--lora_targets`, where "all" stands for all of a block's.
 
-    All target layers get the same rank, and the first ones one more as long as the budget lasts: a rank of a
-    linear layer costs inputs + outputs, and DoRA's magnitudes cost the outputs. Every layer keeps alpha/r = scale.
+    None takes the MLP's, as the published runs did, and beside a control on the MLP the fused query, key and value.
+    """
+    mlp = list(mlp_linears(options.mlp_layers))
+    targets = options.lora_targets or (["qkv"] if options.method.startswith("control+") else mlp)
+    if targets == ["all"]:
+        targets = ["qkv", "proj", *mlp]
+    # the patch embedding has a proj too
+    return ["attn.proj" if name == "proj" else name for name in targets]
+
+
+def configuration(options: RecipeOptions) -> PeftConfig:
+    """The peft configuration of a method at the ranks of the options; controls have biases, as published."""
+    options = replace(options, lora_targets=target_layers(options))
+    return adapter_config(options, task_type=None, bias=True, modules_to_save=[HEAD])
+
+
+def matched(options: RecipeOptions, model: VisionTransformer) -> PeftConfig:
+    """The configuration that trains as many parameters as a control on the MLPs at `--control_rank`.
+
+    Control beside both blocks, or beside the MLP with LoRA or DoRA, takes half of the rank; LoRA and DoRA take what then
+    remains of the budget. All their layers get one rank, and the first ones one more as long as the budget lasts; each keeps
+    alpha/r = 2. MiSS has one rank for all layers: the nearest.
 
     Raises:
         UserError: the budget does not suffice for rank 1.
     """
-    width = model.embed_dim
-    budget = len(model.blocks) * (2 * width * control.rank + (width + control.rank) * control.bias)
-    linears = {
-        f"blocks.{index}.mlp.{name}": getattr(block.mlp, name)
-        for index, block in enumerate(model.blocks)
-        for name in targets
-    }
-    if config.use_dora:
-        budget -= sum(linear.out_features for linear in linears.values())
+
+    def control_cost(rank: int) -> int:
+        return len(model.blocks) * (2 * model.embed_dim * rank + model.embed_dim + rank)
+
+    method, budget = options.method, control_cost(options.control_rank)
+    options = replace(options, lora_rank=1)
+    if "control" in method and method != "control":
+        options = replace(options, control_rank=max(1, options.control_rank // 2))
+        budget -= control_cost(options.control_rank)
+    config = configuration(options)
+    if method in ("control", "double control"):
+        return config
+    endings = tuple(f".{name}" for name in target_layers(options))
+    linears = {name: module for name, module in model.named_modules() if name.endswith(endings)}
+    outputs = sum(linear.out_features for linear in linears.values())
+    if method == "miss":  # a rank costs a layer its outputs
+        config.r = max(1, round(budget / max(1, outputs)))
+        return config
+    budget -= outputs * config.use_dora  # DoRA's magnitudes
     cost = {name: linear.in_features + linear.out_features for name, linear in linears.items()}
-    rank, budget = divmod(budget, sum(cost.values()))
+    rank, budget = divmod(budget, max(1, sum(cost.values())))
     if rank < 1:
         raise UserError(
-            "the control has too few parameters for LoRA of rank 1: choose a larger --control_rank"
+            f"the control has too few parameters for {method} of rank 1: choose a larger --control_rank"
         )
     ranks = dict.fromkeys(linears, rank)
     for name in linears:
         if cost[name] <= budget:
             budget -= cost[name]
             ranks[name] += 1
-    config.r, config.lora_alpha = rank, scale * rank
+    config.r, config.lora_alpha = rank, MATCHED_SCALE * rank
     config.rank_pattern = {name: r for name, r in ranks.items() if r != rank}
-    config.alpha_pattern = {name: scale * r for name, r in config.rank_pattern.items()}
-
-
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Trained parameters: all, the adapter's and the head's."""
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    head = sum(count for name, count in trained.items() if HEAD in name.split("."))
-    total = sum(trained.values())
-    return {"trainable_parameters": total, "adapter_parameters": total - head, "head_parameters": head}
+    config.alpha_pattern = {name: MATCHED_SCALE * r for name, r in config.rank_pattern.items()}
+    return config
 
 
 def build_base(
@@ -185,7 +179,7 @@ def read_description(folder: str | Path) -> Description:
 
 
 def restore(
-    folder: str | Path, *, attention: str, model: str | None = None
+    folder: str | Path, *, attention: str = "sdpa", model: str | None = None
 ) -> tuple[nn.Module, Description, Base]:
     """The trained classifier in `folder`; `model` says where its base model is now, if it moved.
 

@@ -29,12 +29,12 @@ from tqdm import tqdm
 from control_experiments.errors import UserError
 from control_experiments.training.checksums import fingerprint
 from control_experiments.training.device import to_device
+from ViT.names import HUB, check_data
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
 #: What Pillow may take a file for: it knows more formats, some of which start other programs.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "PPM", "TIFF")
 TEST_NAMES = ("test", "val", "valid", "validation")
-HUB = ("cifar100", "flowers102", "svhn", "food101", "imagenet")
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test", "classes")
 #: Share of the free memory that decoded images may take, on the device and on the host.
 DEVICE_SHARE, HOST_SHARE = 0.25, 0.5
@@ -255,11 +255,8 @@ def load_data(
         return load_digits_data()
     if name in HUB:
         return _torchvision(name, root, corrupt, keep, workers)
+    check_data(name)
     path = Path(name).expanduser()
-    if not path.exists():
-        raise UserError(
-            f"no data {name!r}: give one of {', '.join(HUB)}, digits, an .npz, a tar or a folder of class folders"
-        )
     if path.suffix == ".npz":
         return _npz(path)
     if path.is_dir():
@@ -401,7 +398,7 @@ def _npz(path: Path) -> ImageData:
 def load_digits_data(first: int = 5, last: int = 9) -> ImageData:
     """The digits `first` to `last` of scikit-learn's 8 x 8 digits; every fifth image is a test image.
 
-    0 to 4 are what the tiny model was trained on before (`vision_models.pretrained_on_digits`).
+    0 to 4 are what the tiny model was trained on before (`tiny_model.build_tiny`).
     """
     from sklearn.datasets import load_digits
 

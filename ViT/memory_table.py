@@ -22,10 +22,17 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import RunRecord, git_state, package_versions, read_record, utc_now
 from control_experiments.training.arguments import parse_arguments
-from control_experiments.training.device import describe_device, seed_everything, select_device
+from control_experiments.training.device import (
+    choose_precision,
+    describe_device,
+    seed_everything,
+    select_device,
+)
 from control_experiments.training.metering import MemoryMeter, Throughput
-from ViT.classifier import AdapterSettings, add_adapter, count_parameters
-from ViT.training import Step, choose_precision
+from control_experiments.training.methods import count_parameters
+from ViT.classifier import add_adapter
+from ViT.options import RecipeOptions
+from ViT.training import Step
 from ViT.vision_models import create, set_attention, set_mlp_layers
 
 METHODS = ("lora", "control", "dora")
@@ -65,7 +72,7 @@ def measure(options: Options, folder: Path) -> None:
     if attention not in ATTENTIONS or method not in METHODS:
         raise UserError(f"--cell joins one of {ATTENTIONS} and one of {METHODS} with _, got {options.cell!r}")
     created, device = utc_now(), select_device(options.device)
-    precision = choose_precision("auto", device)
+    precision = choose_precision("auto", device, "fp16")
     seed_everything(0)
     vit = create(options.architecture, num_classes=CLASSES, image_size=options.image_size)
     set_mlp_layers(vit, 4)
@@ -74,7 +81,7 @@ def measure(options: Options, folder: Path) -> None:
     vit = vit.to(device)
     memory.after_load()
     total = sum(p.numel() for p in vit.parameters())
-    model = add_adapter(vit, method, AdapterSettings(), mlp_layers=4).to(device).train()
+    model = add_adapter(vit, RecipeOptions(method=method, mlp_layers=4)).to(device).train()
     counts = count_parameters(model)
     if options.architecture == Options.architecture and counts["trainable_parameters"] != TRAINED[method]:
         raise RuntimeError(

@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from ViT import augment
 from ViT.images import load_digits_data
-from ViT.vision_models import TINY, Base, create
+from ViT.names import TINY
+from ViT.vision_models import Base, create
 
 SEED, STEPS, BATCH, LEARNING_RATE = 0, 300, 32, 2e-3
 
@@ -18,8 +19,8 @@ SEED, STEPS, BATCH, LEARNING_RATE = 0, 300, 32, 2e-3
 def build_tiny(*, num_classes: int, image_size: int) -> tuple[VisionTransformer, Base]:
     """A tiny ViT with a new head whose body can tell scikit-learn's digits 0 to 4 apart.
 
-    The tuning task is 5 to 9, which the body has never seen. The body is the same in every run on one machine;
-    training it leaves the global generator as it was.
+    The tuning task is 5 to 9, which the body has never seen, or any other data. The body is the same in every run on one
+    machine and at one image size; training it leaves the global generator as it was.
     """
     data = load_digits_data(0, 4).train
     with torch.random.fork_rng(devices=[]):

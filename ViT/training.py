@@ -1,7 +1,8 @@
-"""One training step, one epoch and one evaluation: what finetune.py, the benchmarks and the memory table share."""
+"""Optimizer, training step, epoch and evaluation: what finetune.py, the benchmarks and the memory table share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,27 +10,37 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from control_experiments.errors import UserError
-from control_experiments.training.device import to_device
+from control_experiments.training.device import DTYPES, to_device
 from ViT import augment
 from ViT.images import Decoded, OnDemand
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
+
+def make_optimizer(
+    name: str,
+    parameters: Sequence[nn.Parameter],
+    lr: float,
+    *,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """ "sgd" with momentum (as published) or "adamw" with torch's betas."""
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay)
+    # on a GPU it also looks for infinite gradients by itself, so that no step waits for the device
+    return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=parameters[0].is_cuda)
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
-    """ "auto" is the published fp16 on a GPU and fp32 on the CPU.
+def rate_factor(optimizer: str, step: int, *, per_epoch: int, total: int, decay: float, warmup: int) -> float:
+    """What the learning rate of optimizer step `step` (from 0) is multiplied with.
 
-    Raises:
-        UserError: unknown, or fp16 without a GPU.
+    "sgd": `decay` after each epoch of `per_epoch` steps. "adamw": linear warm-up from 0 over `warmup` steps, then a half
+    cosine that reaches 0 after `total` steps, as `transformers.get_cosine_schedule_with_warmup`.
     """
-    if precision == "auto":
-        return "fp16" if device.type == "cuda" else "fp32"
-    if precision not in DTYPES:
-        raise UserError(f"--precision is auto, {', '.join(DTYPES)}; got {precision!r}")
-    if precision == "fp16" and device.type != "cuda":
-        raise UserError("--precision fp16 needs a GPU: use fp32 or bf16 on the CPU")
-    return precision
+    if optimizer == "sgd":
+        return decay ** (step // per_epoch)
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 class Step:
@@ -42,12 +53,11 @@ class Step:
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, precision: str
     ):
-        self.model, self.optimizer, self.device = model, optimizer, device
-        self.dtype = DTYPES[precision]
+        self.model, self.optimizer, self.device, self.precision = model, optimizer, device, precision
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+        return torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
 
     def backward(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of a batch, detached; its gradients are left in the parameters."""

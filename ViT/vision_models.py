@@ -21,10 +21,10 @@ from torch import nn
 
 from control_experiments.errors import UserError
 from control_experiments.training.checksums import fingerprint
+from ViT.names import TINY, check_model
 
-#: The architecture of the CPU demonstration (`tiny_model.py`), beside timm's own.
-TINY = "tiny"
-_TINY_SHAPE = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4}
+#: Of `TINY`, whose patches follow from the image size.
+_TINY_SHAPE = {"embed_dim": 64, "depth": 4, "num_heads": 4}
 #: timm's modules whose models are `VisionTransformer`s.
 _MODULES = ("vision_transformer", "deit")
 
@@ -53,7 +53,10 @@ def create(
         UserError: unknown or other kind of architecture, an image size that patches do not fill, no such weights.
     """
     if architecture == TINY:
-        model = VisionTransformer(**{**_TINY_SHAPE, "img_size": image_size}, num_classes=num_classes)
+        torch.set_num_threads(1)  # its tensors are too small to share, and threads that wait are slow
+        # 4 x 4 patches at every size, so that larger images take no longer
+        patch = -(-image_size // 4)
+        model = VisionTransformer(image_size, patch, num_classes=num_classes, **_TINY_SHAPE)
     else:
         _check_name(architecture)
         try:
@@ -73,9 +76,14 @@ def create(
             f"image size {image_size} is not divisible by the patch size {patch[0]} of {architecture}: "
             f"choose {image_size // patch[0] * patch[0] or patch[0]} or {(image_size // patch[0] + 1) * patch[0]}"
         )
+    new_head(model)
+    return model
+
+
+def new_head(model: VisionTransformer) -> None:
+    """Give the model a new head from the global generator."""
     nn.init.trunc_normal_(model.head.weight, std=0.02)
     nn.init.zeros_(model.head.bias)
-    return model
 
 
 def load(
@@ -90,9 +98,8 @@ def load(
         UserError: nothing there, or weights of another architecture.
     """
     path = Path(model).expanduser()
+    check_model(model)
     if not path.exists():
-        if path.suffix in (".safetensors", ".npz", ".pth", ".pt") or len(path.parts) > 2:
-            raise UserError(f"there is no model {model!r}")
         built = create(model, num_classes=num_classes, image_size=image_size, pretrained=True)
         return built, Base(model, model)
     architecture = architecture or _architecture_beside(path)

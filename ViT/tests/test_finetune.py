@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from control_experiments.record import read_record
+from ViT import recipe
+from ViT.classifier import restore
+from ViT.options import Options
+from ViT.vision_models import Base
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +32,7 @@ def launch(*command, **environment):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["control", "lora", "dora", "probe"])
+@pytest.mark.parametrize("method", ["control", "lora", "dora", "miss", "probe"])
 def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_path, method):
     out = tmp_path / "run"
     code, stdout, stderr = call(
@@ -39,14 +44,13 @@ def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_pat
     hidden = load_file(base_model)["blocks.0.mlp.fc1.weight"].shape[0]
     expected["lora"] = 6 * (2 * (64 + hidden) + 2 * 2 * hidden)
     expected["dora"] = expected["lora"] + 6 * (64 + 3 * hidden)
+    expected["miss"] = 6 * (64 + 3 * hidden)
     assert record.adapter["adapter_parameters"] == expected[method]
     assert record.adapter["head_parameters"] == 3 * 64 + 3
     assert [row["epoch"] for row in record.history] == [1, 2]
     assert record.history[1]["learning_rate"] == pytest.approx(0.05 * 0.95)
     assert record.time["examples"] == 80 and record.data["sizes"] == {"train": 40, "test": 12}
-    assert (
-        "/" not in record.hyperparameters["data"] and str(tmp_path) not in (out / "record.json").read_text()
-    )
+    assert record.data["id"] == npz.name and str(tmp_path) not in (out / "record.json").read_text()
     assert not (out / "checkpoints").exists()
 
     evaluation = tmp_path / "evaluation"
@@ -80,22 +84,45 @@ def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_pat
         rows, tested = list(csv.DictReader(file)), list(csv.DictReader(trained))
     assert rows[0]["file"] == "inner/00.png"
     assert [row["predicted"] for row in rows] == [row["predicted"] for row in tested]
+    for folder in (out, evaluation):
+        outcomes = np.load(folder / "outcomes.npz")
+        assert outcomes["example"].tolist() == [row["index"] for row in tested]
+        assert outcomes["correct"].tolist() == [row["predicted"] == row["true"] for row in tested]
+
+
+@pytest.mark.parametrize("mlp_layers", [2, 4])
+def test_the_adapters_card_says_what_it_is_and_loads_it(call, options, base_model, tmp_path, mlp_layers):
+    out = tmp_path / "run"
+    arguments = (*options, "--epochs", 1, "--mlp_layers", mlp_layers, "--output_dir", out)
+    code, _, stderr = call("finetune", *arguments)
+    assert code == 0, stderr
+    card = (out / "adapter" / "README.md").read_text()
+    assert f"base_model: {base_model.parent.name}/model.safetensors" in card and "rank 16" in card
+    assert str(tmp_path) not in card and f"{6 * (2 * 64 * 16 + 16 + 64) + 195:,} of " in card
+    (lines,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    lines = lines.replace("results/vit/RUN", str(out)).replace(
+        f"{base_model.parent.name}/model.safetensors", str(base_model)
+    )
+    loaded: dict = {}
+    exec(lines, loaded)
+    assert loaded["classes"] == ["red", "green", "blue"]
+    again, _, _ = restore(out / "adapter", model=str(base_model))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loaded["model"].eval()(images), again.eval()(images))
+
+
+def test_the_readme_loads_an_adapter_as_its_card_does():
+    readme = (ROOT / "ViT" / "README.md").read_text()
+    lines = recipe.loading_lines(Options(image_size=224), Base(Options.model, Options.model))
+    assert lines.strip() in readme and recipe.RESTORE.strip() in readme
 
 
 @pytest.mark.parametrize("mlp_layers", [2, 4])
 def test_memory_modes_train_alike(call, options, tmp_path, mlp_layers):
     states = {}
     for mode in ("plain", "fast", "balanced", "lean"):
-        code, _, stderr = call(
-            "finetune",
-            *options,
-            "--memory",
-            mode,
-            "--mlp_layers",
-            mlp_layers,
-            "--output_dir",
-            tmp_path / mode,
-        )
+        arguments = (*options, "--memory", mode, "--mlp_layers", mlp_layers)
+        code, _, stderr = call("finetune", *arguments, "--output_dir", tmp_path / mode)
         assert code == 0, stderr
         states[mode] = load_file(tmp_path / mode / "adapter" / "adapter_model.safetensors")
     for mode, state in states.items():
@@ -105,20 +132,21 @@ def test_memory_modes_train_alike(call, options, tmp_path, mlp_layers):
             )
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(call, options, programs, tmp_path, monkeypatch):
-    longer = (*options, "--epochs", 3)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_resumed_run_is_the_uninterrupted_one(call, options, tmp_path, monkeypatch, optimizer):
+    longer = (*options, "--epochs", 3, "--optimizer", optimizer, "--lr", 0.01)
     assert call("finetune", *longer, "--output_dir", tmp_path / "whole")[0] == 0
-    save = programs["finetune"].save_checkpoint
+    save = recipe.save_checkpoint
 
     def interrupt(folder, step, *rest):
         save(folder, step, *rest)
         if step == 6:  # the end of the second epoch
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(programs["finetune"], "save_checkpoint", interrupt)
+    monkeypatch.setattr(recipe, "save_checkpoint", interrupt)
     cut = (*longer, "--output_dir", tmp_path / "cut")
     assert call("finetune", *cut)[0] == 130
-    monkeypatch.setattr(programs["finetune"], "save_checkpoint", save)
+    monkeypatch.setattr(recipe, "save_checkpoint", save)
     code, _, stderr = call("finetune", *cut)
     assert code == 2 and "--resume" in stderr
     code, _, stderr = call("finetune", *cut, "--resume", "--control_rank", 8)
@@ -132,14 +160,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(call, options, programs, tmp_pat
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     code, stdout, _ = call("finetune", *cut)
     assert code == 0 and "is finished" in stdout
-
-
-def test_control_learns_colors(call, options, tmp_path):
-    code, _, stderr = call(
-        "finetune", *options, "--epochs", 12, "--lr", 0.01, "--output_dir", tmp_path / "run"
-    )
-    assert code == 0, stderr
-    assert read_record(tmp_path / "run" / "record.json").metrics["last"]["test_accuracy"] > 90
 
 
 def broken_image_folder(tmp_path):
@@ -161,7 +181,9 @@ def broken_image_folder(tmp_path):
         (lambda p: ("--precision", "fp16"), "needs a GPU"),
         (lambda p: ("--lr", "fast"), "invalid float value"),
         (lambda p: ("--epochs", 0), "--epochs must be greater than 0"),
-        (lambda p: ("--model", "tiny"), "made for --data digits"),
+        (lambda p: ("--image_size", 0), "--image_size must be greater than 0, got 0"),
+        (lambda p: ("--crop", 0), "--crop must be greater than 0, got 0"),
+        (lambda p: ("--warmup_steps", 2), "--warmup_steps is for --optimizer adamw"),
         (lambda p: ("--method", "lora", "--memory", "lean"), "--memory lean: memory modes need a frozen MLP"),
         (lambda p: ("--predict", p), "needs --adapter"),
         (lambda p: ("--evaluate", p), "no adapter folder"),
@@ -236,13 +258,8 @@ def test_an_unreachable_hub_is_one_line(call, options, tmp_path, monkeypatch):
 
 def test_the_small_tables_data_may_have_spaces_in_its_paths(tmp_path):
     def data(value):
-        done = launch(
-            ROOT / "ViT" / "run_small_table.sh",
-            "cpu",
-            PYTHON=printer,
-            DATA=value,
-            PARALLEL_CONTROL_SHARED="/shared",
-        )
+        settings = {"PYTHON": printer, "DATA": value, "PARALLEL_CONTROL_SHARED": "/shared"}
+        done = launch(ROOT / "ViT" / "run_small_table.sh", "cpu", **settings)
         assert done.returncode == 0, done.stderr
         words = done.stdout.splitlines()[1:]
         return words[words.index("--data") + 1 : words.index("--methods")]
@@ -295,10 +312,51 @@ def test_launcher_demonstration(tmp_path):
         MODEL="tiny", DATA="digits", MLP_LAYERS="2", EPOCHS="4", BATCH="32", LR="0.05",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("control on digits with tiny, device cpu:")
+    assert done.stdout.startswith("control on digits with tiny, published recipe, device cpu:")
     record = read_record(tmp_path / "run" / "record.json")
     assert record.seed == 3 and record.metrics["best"]["test_accuracy"] > 35  # five classes
     assert (tmp_path / "run" / "adapter" / "base.safetensors").is_file()
+
+
+def test_the_tiny_model_takes_any_data(call, npz, tmp_path):
+    code, _, stderr = call(
+        "finetune", "--model", "tiny", "--data", npz, "--device", "cpu", "--optimizer", "adamw", "--lr", 0.01,
+        "--epochs", 8, "--batch_size", 16, "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, stderr
+    record = read_record(tmp_path / "run" / "record.json")
+    assert record.hyperparameters["image_size"] == 32 and record.metrics["last"]["test_accuracy"] > 60
+
+
+def test_the_tuned_recipe_is_the_other_one(noting):
+    run = (ROOT / "ViT" / "run_ViT.sh", "lora", "cpu")
+    assert launch(*run, PYTHON=str(noting.interpreter), RECIPE="tuned").returncode == 0
+    assert launch(*run, PYTHON=str(noting.interpreter), RECIPE="tuned", LR="1e-3", EPOCHS="3").returncode == 0
+    calls = [dict(zip(words[2::2], words[3::2], strict=True)) for words in noting.calls]
+    recipe = {
+        "--optimizer": "adamw",
+        "--lr": "2e-3",
+        "--epochs": "10",
+        "--warmup_steps": "20",
+        "--lora_rank": "0",
+    }
+    assert recipe.items() <= calls[0].items()
+    assert {**recipe, "--lr": "1e-3", "--epochs": "3"}.items() <= calls[1].items()
+    refused = launch(*run, RECIPE="best")
+    assert refused.returncode == 2 and "RECIPE is published or tuned, got best" in refused.stderr
+
+
+@pytest.mark.parametrize("module", ["finetune", "small_table", "benchmark_pipeline"])
+@pytest.mark.parametrize("arguments", [["--help"], ["--no_such_option", "1"], ["--data", "nowhere.npz"]])
+def test_help_and_a_wrong_option_do_not_wait_for_torch(module, arguments):
+    needed = {"finetune": [], "benchmark_pipeline": [], "small_table": ["--model", "tiny"]}
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", f"ViT.{module}", *arguments, *needed[module]],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == (0 if arguments == ["--help"] else 2)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "ViT.options" in imported and not imported & {"torch", "timm", "peft"}
 
 
 def test_launchers_explain_themselves(call, noting):
@@ -306,28 +364,24 @@ def test_launchers_explain_themselves(call, noting):
         assert launch(ROOT / script, "-h").returncode == 0
         assert launch(ROOT / script).returncode == 2
     assert launch(ROOT / "ViT" / "run_ViT.sh", "magic", "cpu", PYTHON=str(noting.interpreter)).returncode == 0
-    ((_, *words),) = noting.calls
-    code, _, stderr = call("finetune", *words)
-    assert code == 2 and "unknown method 'magic': choose one of control, lora, dora, probe" in stderr
+    ((_, module, *words),) = noting.calls
+    code, _, stderr = call(module.removeprefix("ViT."), *words)
+    assert code == 2 and "unknown method 'magic': choose one of control, lora, dora, double control" in stderr
 
 
 def test_small_table_runs_everything_once(call, base_model, npz, noting, tmp_path):
-    command = (
-        ROOT / "ViT" / "run_small_table.sh", "cpu", "--image_size", "32", "--batch_size", "16",
-        "--output_dir", tmp_path,
-    )  # fmt: skip
     settings = {
-        "MODEL": str(base_model), "ARCHITECTURE": "test_vit", "DATA": str(npz), "METHODS": "lora probe",
-        "SEEDS": "1 2", "EPOCHS": "1",
+        "MODEL": str(base_model), "ARCHITECTURE": "test_vit", "DATA": str(npz), "METHODS": "'double control' probe",
+        "SEEDS": "1 2", "EPOCHS": "1", "PYTHON": str(noting.interpreter),
     }  # fmt: skip
-    done = launch(*command, **settings)
-    assert done.returncode == 0, done.stderr
+    more = ("--image_size", "32", "--batch_size", "16", "--output_dir", tmp_path)
+    assert launch(ROOT / "ViT" / "run_small_table.sh", "cpu", *more, **settings).returncode == 0
+    ((_, module, *words),) = noting.calls
+    assert call(module.removeprefix("ViT."), *words)[0] == 0
     records = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")}
     assert sorted((r.method, r.seed) for r in map(read_record, records)) == [
-        ("lora", 1), ("lora", 2), ("probe", 1), ("probe", 2),
+        ("double control", 1), ("double control", 2), ("probe", 1), ("probe", 2),
     ]  # fmt: skip
-    assert launch(*command, **settings, PYTHON=str(noting.interpreter)).returncode == 0
-    ((script, *words),) = noting.calls
-    code, stdout, stderr = call(Path(script).stem, *words)
+    code, stdout, stderr = call(module.removeprefix("ViT."), *words)
     assert code == 0 and stdout.count("is finished") == 4, stderr
     assert records == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")}

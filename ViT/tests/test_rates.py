@@ -13,6 +13,7 @@ import pytest
 from control_experiments.record import read_record
 from control_experiments.reporting.records import load
 from control_experiments.training.losses import Diverged
+from ViT import recipe
 from ViT.held_out import hold_out
 from ViT.images import load_data
 
@@ -79,7 +80,12 @@ def test_runs_from_before_the_option_are_still_this_run(call, options, tmp_path)
     out = tmp_path / "run"
     assert call("finetune", *options, "--epochs", 1, "--output_dir", out)[0] == 0
     identity = json.loads((out / "run.json").read_text())
-    for newer in ("validation_share", "deterministic"):  # None and False when they are not used
+    for newer in (
+        "validation_share",
+        "deterministic",
+        "optimizer",
+        "control_blocks",
+    ):  # as their defaults say
         del identity[newer]
     (out / "run.json").write_text(json.dumps(identity))
     code, stdout, stderr = call("finetune", *options, "--epochs", 1, "--output_dir", out)
@@ -90,7 +96,6 @@ def test_runs_from_before_the_option_are_still_this_run(call, options, tmp_path)
 
 def test_the_default_folder_is_one_that_tables_leave_out(programs):
     run = programs["finetune"].Options(data="x/flowers.tar", model="x/small", lr=0.02, validation_share=0.1)
-    run.complete()
     assert run.folder.parts[-3:] == ("vit", "learning_rate_search", "small_flowers_control_seed42_lr0.02")
 
 
@@ -145,29 +150,40 @@ def records(folder):
 
 
 def test_the_table_is_run_with_the_chosen_rates_and_nothing_twice(call, table, base_model, tmp_path):
-    code, stdout, stderr = call("small_table", *table)
+    searched = (*table, "--search_seeds", 0, 5)
+    code, stdout, stderr = call("small_table", *searched, "--max_minutes", 1e-9)
+    assert code == 0 and "the next run does not fit into 1e-09 minutes" in stdout and not records(tmp_path)
+
+    code, stdout, stderr = call("small_table", *searched)
     assert code == 0, stderr
     lines = [line for line in stdout.splitlines() if line.startswith("[")]
     assert lines == [
-        "[1/2] control on colors, lr 0.01, seed 0",
-        "[2/2] control on colors, lr 1e-06, seed 0",
+        "[1/4] control on colors, lr 0.01, seed 0",
+        "[2/4] control on colors, lr 0.01, seed 5",
+        "[3/4] control on colors, lr 1e-06, seed 0",
+        "[4/4] control on colors, lr 1e-06, seed 5",
         "[1/1] control on colors, lr 0.01, seed 1",
     ]
     found = rates(tmp_path)["colors", "control"]
     model, search = base_model.parent.name, tmp_path / "learning_rate_search"
-    tried = {
-        lr: read_record(search / f"{model}_colors_control_seed0_lr{lr}" / "record.json")
-        for lr in ("0.01", "1e-06")
-    }
-    assert found["scores"] == {lr: record.metrics["last"]["test_accuracy"] for lr, record in tried.items()}
+    for lr in ("0.01", "1e-06"):
+        tried = [
+            read_record(search / f"{model}_colors_control_seed{seed}_lr{lr}" / "record.json")
+            for seed in (0, 5)
+        ]
+        assert all(record.data["sizes"]["held-out"] == 3 for record in tried)
+        mean = sum(record.metrics["last"]["test_accuracy"] for record in tried) / 2
+        assert found["scores"][lr] == pytest.approx(mean)
     assert found["chosen"] == "0.01" and found["scores"]["0.01"] > found["scores"]["1e-06"]
-    assert all(record.seed == 0 and record.data["sizes"]["held-out"] == 3 for record in tried.values())
     record = read_record(tmp_path / f"{model}_colors_control_seed1" / "record.json")
     assert record.hyperparameters["lr"] == 0.01 and record.data["sizes"] == {"train": 40, "test": 12}
 
-    before = records(tmp_path)
-    code, stdout, stderr = call("small_table", *table)
-    assert code == 0 and stdout.count("is finished") == 3 and records(tmp_path) == before, stderr
+    # the record's own command is the same run
+    before, command = records(tmp_path), record.command
+    assert command[:3] == ["python", "-m", "ViT.finetune"] and command[command.index("--lr") + 1] == "0.01"
+    code, stdout, stderr = call("small_table", *searched, "--max_minutes", 1e-9)
+    assert code == 0 and stdout.count("is finished") == 5 and records(tmp_path) == before, stderr
+    assert stdout.endswith("all 1 runs are finished\n")
 
     # a table whose runs had another learning rate is not mixed with them
     wanted = f"{model}_colors_control_seed1 has lr 0.01, not 1e-06: delete such folders or choose another"
@@ -176,16 +192,16 @@ def test_the_table_is_run_with_the_chosen_rates_and_nothing_twice(call, table, b
 
 
 def test_the_smallest_of_equal_rates_is_chosen_and_one_that_diverges_is_not(
-    call, table, programs, tmp_path, monkeypatch
+    call, table, tmp_path, monkeypatch
 ):
-    train = programs["finetune"].train
+    train = recipe.train
 
-    def diverging(run, device):
+    def diverging(run, *rest):
         if run.lr == 3.0:
             raise Diverged("the training loss is NaN")
-        train(run, device)
+        train(run, *rest)
 
-    monkeypatch.setattr(programs["finetune"], "train", diverging)
+    monkeypatch.setattr(recipe, "train", diverging)
     grid = ("--grid", "3", "2e-9", "1e-9", "--epochs", 1, "--search_only")
     code, stdout, stderr = call("small_table", *table, *grid)
     assert code == 0 and "warning: lr 3.0 is not chosen: the training loss is NaN" in stderr
@@ -203,15 +219,8 @@ def test_the_search_in_two_processes_then_the_table_in_one(call, base_model, npz
         **os.environ, "PYTHON": sys.executable, "MODEL": str(base_model),
         "ARCHITECTURE": "test_vit", "DATA": str(npz), "SEEDS": "1", "EPOCHS": "1", "GRID": "1e-2 1e-4",
     }  # fmt: skip
-    command = [
-        "bash",
-        ROOT / "ViT" / "run_small_table.sh",
-        "cpu",
-        "--image_size",
-        "32",
-        "--output_dir",
-        tmp_path,
-    ]
+    script = ROOT / "ViT" / "run_small_table.sh"
+    command = ["bash", script, "cpu", "--image_size", "32", "--output_dir", tmp_path]
     processes = [
         subprocess.Popen(
             [*command, "--search_only"], env={**settings, "METHODS": method}, stdout=subprocess.PIPE,
@@ -226,8 +235,8 @@ def test_the_search_in_two_processes_then_the_table_in_one(call, base_model, npz
     assert len(search) == 4 and set(rates(tmp_path)) == {("colors", "lora"), ("colors", "probe")}
     table = {**settings, "METHODS": "lora probe", "PYTHON": str(noting.interpreter)}
     subprocess.run(command, env=table, check=True, capture_output=True)
-    ((script, *words),) = noting.calls
-    code, stdout, stderr = call(Path(script).stem, *words)
+    ((_, module, *words),) = noting.calls
+    code, stdout, stderr = call(module.removeprefix("ViT."), *words)
     assert code == 0, stderr
     assert stdout.count("is finished") == 4
     for method in ("lora", "probe"):

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from control_experiments.errors import UserError
 from control_experiments.paths import shared_folder
-from control_experiments.training.methods import ControlSettings
-from ViT.classifier import AdapterSettings, add_adapter, build_base, count_parameters
+from control_experiments.training.methods import count_parameters
+from ViT.classifier import add_adapter, build_base
+from ViT.options import RecipeOptions
 from ViT.vision_models import create, load, load_weights, set_attention, set_mlp_layers
 
 ARCHITECTURE = "test_vit"
@@ -30,37 +31,60 @@ def test_published_parameter_counts(method, trained):
     with torch.device("meta"):
         vit = create("vit_base_patch16_224", num_classes=100, image_size=224)
         set_mlp_layers(vit, 4)
-        model = add_adapter(vit, method, AdapterSettings(), mlp_layers=4)
+        model = add_adapter(vit, RecipeOptions(method=method, mlp_layers=4))
     counts = count_parameters(model)
     assert counts["trainable_parameters"] == trained
     assert counts["head_parameters"] == 76_900
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize(("architecture", "rank"), [(ARCHITECTURE, 16), ("vit_small_patch16_224", 16)])
-def test_matched_ranks_train_what_the_control_trains(method, architecture, rank):
-    settings = AdapterSettings(ControlSettings(rank, bias=True), lora_rank=0)
+def adapted(vit, method, **options):
+    return add_adapter(copy.deepcopy(vit), RecipeOptions(method=method, **options))
+
+
+@pytest.mark.parametrize("targets", [None, ["qkv", "proj", "fc1", "fc2"]])
+@pytest.mark.parametrize("architecture", [ARCHITECTURE, "vit_small_patch16_224"])
+def test_matched_ranks_train_what_the_control_trains(architecture, targets):
     vit = create(architecture, num_classes=3, image_size=32)
-    control = count_parameters(add_adapter(copy.deepcopy(vit), "control", settings))["adapter_parameters"]
-    model = add_adapter(vit, method, settings)
-    per_weight = count_parameters(model)["adapter_parameters"]
-    assert control - 5 * vit.embed_dim < per_weight <= control
-    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
-    assert {scale for layer in layers for scale in layer.scaling.values()} == {2.0}
+    budget = count_parameters(adapted(vit, "control"))["adapter_parameters"]
+    for method in ("lora", "dora", "control+lora"):
+        model = adapted(vit, method, lora_rank=0, lora_targets=targets)
+        count = count_parameters(model)["adapter_parameters"]
+        assert budget - 5 * vit.embed_dim < count <= budget
+        layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+        assert {scale for layer in layers for scale in layer.scaling.values()} == {2.0}
+        assert len(layers) == len(vit.blocks) * (len(targets) if targets else 1 if "control" in method else 2)
+    double = count_parameters(adapted(vit, "double control", lora_rank=0))["adapter_parameters"]
+    assert abs(double / budget - 1) < 0.05
+    # one rank for all layers: half of a rank's parameters away at most
+    miss = adapted(vit, "miss", lora_rank=0, lora_targets=targets)
+    outputs = sum(m.out_features for m in miss.modules() if hasattr(m, "miss_block"))
+    assert abs(count_parameters(miss)["adapter_parameters"] - budget) <= outputs / 2
 
 
 def test_too_small_a_budget_is_refused():
     with pytest.raises(UserError, match="larger --control_rank"):
-        add_adapter(small(), "dora", AdapterSettings(ControlSettings(1), lora_rank=0))
+        adapted(small(), "dora", control_rank=1, lora_rank=0)
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [(None, {"fc1", "fc2"}), (["all"], {"qkv", "proj", "fc1", "fc2"}), (["proj", "fc2"], {"proj", "fc2"})],
+)
+def test_lora_and_miss_adapt_the_layers_that_were_asked_for(targets, layers):
+    for method, part in (("lora", "lora_A"), ("miss", "miss_block")):
+        model = adapted(small(), method, lora_targets=targets)
+        assert {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith(part)} == layers
+    with pytest.raises(UserError, match="lora on VisionTransformer"):
+        adapted(small(), "lora", lora_targets=["fc3"])
 
 
 def test_four_layer_mlp_is_the_same_function_and_the_lora_targets_exist():
     plain, deep = small(), small()
     set_mlp_layers(deep, 4)
     torch.testing.assert_close(deep(IMAGES), plain(IMAGES))
-    model = add_adapter(deep, "lora", AdapterSettings(), mlp_layers=4)
-    adapted = {name.split(".")[-2] for name, module in model.named_modules() if name.endswith("lora_A")}
-    assert adapted == {"fc1", "fc2", "eye1", "eye2"}
+    model = add_adapter(deep, RecipeOptions(method="lora", mlp_layers=4))
+    layers = {name.split(".")[-2] for name, module in model.named_modules() if name.endswith("lora_A")}
+    assert layers == {"fc1", "fc2", "eye1", "eye2"}
     assert not any(p.requires_grad for n, p in model.named_parameters() if "eye" in n and "lora" not in n)
 
 
@@ -75,7 +99,7 @@ def test_eager_and_sdpa_agree():
 
 @pytest.mark.parametrize("init_values", [None, 1e-5])
 def test_layer_scale_does_not_scale_the_control(init_values):
-    model = add_adapter(small(init_values=init_values), "control", AdapterSettings())
+    model = adapted(small(init_values=init_values), "control")
     block = model.base_model.model.blocks[2].eval()
     state = torch.randn(2, 5, 64)
     with torch.no_grad():
@@ -180,6 +204,6 @@ def test_the_real_dinov2_file():
         pytest.skip("no ../shared/models (set PARALLEL_CONTROL_SHARED)")
     rest = {"mlp_layers": 2, "attention": "sdpa", "num_classes": 100, "image_size": 224}
     vit, _ = build_base(str(folder), "vit_small_patch14_dinov2", **rest)
-    counts = count_parameters(add_adapter(vit, "control", AdapterSettings()))
+    counts = count_parameters(adapted(vit, "control"))
     assert vit.pos_embed.shape == (1, 257, 384)
     assert counts["adapter_parameters"] == 12 * (2 * 384 * 16 + 16 + 384)

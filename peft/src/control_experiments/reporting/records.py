@@ -165,6 +165,8 @@ def _scored(path: Path, record: RunRecord, file: Path, scored: RunRecord, place:
     setting = [
         quantization if quantization != "none" else UNQUANTIZED if domain == "qcontrol" else "",
         f"{options.get('mlp_layers', 2)}-layer MLP" if domain == "vit" else "",
+        f"{options['image_size']} pixels" if options.get("image_size", 224) != 224 else "",
+        "AdamW" if domain == "vit" and options.get("optimizer") == "adamw" else "",
         f"first {limit} questions" if limit else "",
         "ranked by likelihood" if scored.task == "commonsense-likelihood" else "",
     ]
@@ -209,6 +211,7 @@ def _label(domain: str, method: str, options: dict) -> str:
             ranks.append("matched" if rank == 0 else f"r{rank}")
     parts = [
         " ".join([method, "+".join(ranks)]).strip(),
+        f"on {'+'.join(options['lora_targets'])}" if options.get("lora_targets") else "",
         options.get("memory") if options.get("memory") != "plain" else "",
         "graphs" if options.get("cuda_graphs") else "",
         "checkpointing" if options.get("gradient_checkpointing") else "",

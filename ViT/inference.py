@@ -1,0 +1,190 @@
+"""What a trained adapter answers: its outcomes on test images or on a folder, and what is written down of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from control_experiments.errors import UserError
+from control_experiments.outcomes import write_outcomes
+from control_experiments.paths import RESULTS, public_path
+from control_experiments.record import RunRecord, read_record, write_text_atomic
+from control_experiments.training.device import (
+    choose_precision,
+    describe_device,
+    explain_out_of_memory,
+    make_deterministic,
+    select_device,
+)
+from control_experiments.training.metering import MemoryMeter, Throughput
+from control_experiments.training.quiet import quieten
+from control_experiments.training.runs import RunFolder
+from ViT import augment
+from ViT.classifier import Description, restore
+from ViT.images import Decoded, ImageData, load_data, read_folder
+from ViT.options import Options
+from ViT.training import Step, index_batches, predict, prepared, score
+from ViT.vision_models import Base
+
+PROGRAM = "ViT.finetune"
+LESS_MEMORY = (
+    "--memory lean, a smaller --batch_size or --eval_batch_size, --precision fp16 or bf16, --keep host"
+)
+
+
+def evaluate(options: Options) -> None:
+    """Test accuracy of a saved adapter on `--data`, printed and recorded."""
+    if options.output_dir:
+        with RunFolder(options.output_dir) as folder:
+            check_no_training(folder)
+    with trained(options, options.evaluate) as (step, description, base):
+        data = load_data(options.data, **reading(options))
+        check_classes(data, description)
+        name = Path(options.evaluate).resolve().parent.name
+        options.output_dir = options.output_dir or str(RESULTS / "vit" / f"{name}_evaluated_on_{data.name}")
+        with RunFolder(options.folder) as folder:
+            record = RunRecord.begin(
+                options, domain="vit", name=folder.path.name, task=data.name, device=describe_device(step.device),
+                command=["python", "-m", PROGRAM, *sys.argv[1:]], autocast=step.precision,
+            )  # fmt: skip
+            data.place(step.device, options.keep)
+            memory, clock = MemoryMeter(step.device), Throughput(step.device)
+            clock.start()
+            logits, labels = test_logits(step, data, options, step.device)
+            clock.step(len(labels))
+            clock.stop()
+            write_test_predictions(folder, data, logits, labels)
+            result = score(logits, labels)
+            total = sum(p.numel() for p in step.model.parameters())
+            record.finish(
+                folder.record, **describe(base, total, data, "test"), adapter={"id": public_path(options.evaluate)},
+                metrics={"best": result, "last": result}, memory=memory.summary(), time=clock.summary(),
+            )  # fmt: skip
+            print(
+                f"test accuracy {result['test_accuracy']:.2f} % on {len(labels)} images; record in {folder.record}"
+            )
+
+
+def classify_folder(options: Options) -> None:
+    """Classify every image below a folder into a CSV file: file, class, probability."""
+    with trained(options, options.adapter) as (step, description, _):
+        paths, pixels = read_folder(options.predict, options.corrupt, options.workers)
+        unknown = Decoded(pixels, torch.zeros(len(pixels), dtype=torch.long))
+        data = ImageData("folder", unknown, unknown, description.classes, {})
+        logits, _ = test_logits(step, data, options, step.device)
+        names = [path.relative_to(Path(options.predict).expanduser()).as_posix() for path in paths]
+        write_predictions(Path(options.output), "file", names, logits, description.classes)
+        print(f"{len(paths)} images classified in {options.output}")
+
+
+@contextmanager
+def trained(options: Options, adapter: str) -> Iterator[tuple[Step, Description, Base]]:
+    """A trained classifier on the device; from here on the options show images as its training did.
+
+    `--model`, if it is given, says where the base model is now.
+    """
+    quieten()
+    if options.deterministic:
+        make_deterministic()
+    device = select_device(options.device)
+    precision = choose_precision(options.precision, device, "fp16")
+    with explain_out_of_memory(device, LESS_MEMORY):
+        moved = options.model if options.model != Options.defaults()["model"] else None
+        model, description, base = restore(adapter, attention=options.attention, model=moved)
+        for name in ("method", "model", "image_size", "mlp_layers", "crop"):
+            setattr(options, name, getattr(description, name))
+        unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        yield Step(model.to(device), unused, device, precision), description, base
+
+
+def check_no_training(folder: RunFolder) -> None:
+    """Raises UserError: a training's record, adapter or checkpoints are in the folder, which the evaluation's files would
+    overwrite or be taken for."""
+    begun = folder.adapter.exists() or folder.checkpoints.exists()
+    if begun or (folder.finished and read_record(folder.record).history):
+        raise UserError(f"{folder.path} holds a training run: choose another --output_dir for its evaluation")
+
+
+def check_classes(data: ImageData, description: Description) -> None:
+    """Raises UserError: the data's classes are not the head's."""
+    if len(data.classes) > len(description.classes):
+        raise UserError(
+            f"{data.name} has {len(data.classes)} classes, more than the adapter's head ({len(description.classes)})"
+        )
+    if data.classes != description.classes:
+        raise UserError(
+            f"the classes of {data.name} ({', '.join(data.classes[:3])}, ...) are not those that the adapter was "
+            f"trained on ({', '.join(description.classes[:3])}, ...)"
+        )
+
+
+# -- shared with training -------------------------------------------------------------------------------------
+
+
+def reading(options: Options) -> dict:
+    """How `load_data` is to read."""
+    return {
+        "root": options.data_root,
+        "corrupt": options.corrupt,
+        "keep": options.keep,
+        "workers": options.workers,
+    }
+
+
+def test_logits(step: Step, data: ImageData, options: Options, device: torch.device):
+    """Logits and labels of the test images, each shown once as in evaluation."""
+    views = partial(augment.central_views, size=options.image_size, crop=options.crop)
+    indices = index_batches(len(data.test), options.eval_batch_size)
+    return predict(step, prepared(data.test, indices, views, options.image_size, device))
+
+
+def describe(base: Base, total: int, data: ImageData, scored: str) -> dict:
+    """The record's `model` and `data`."""
+    return {
+        "model": {
+            "id": base.id,
+            "sha256": base.sha256,
+            "class": base.architecture,
+            "total_parameters": total,
+        },
+        "data": {**data.identity, "sizes": {"train": len(data.train), scored: len(data.test)}},
+    }
+
+
+def resident_bytes(data: ImageData) -> int:
+    """Bytes of decoded images on the GPU."""
+    parts = [part for part in (data.train, data.test) if isinstance(part, Decoded) and part.labels.is_cuda]
+    return sum(part.bytes for part in parts)
+
+
+def write_test_predictions(
+    folder: RunFolder, data: ImageData, logits: torch.Tensor, labels: torch.Tensor
+) -> None:
+    """Each test image's outcome beside the record: for people with class names, and in compact form."""
+    examples = range(len(labels))
+    truth = [data.classes[label] for label in labels.tolist()]
+    write_predictions(folder.path / "predictions.csv", "index", examples, logits, data.classes, true=truth)
+    write_outcomes(folder.path, examples, (logits.argmax(1) == labels).tolist())
+
+
+def write_predictions(
+    path: Path, first: str, names: Iterable, logits: torch.Tensor, classes: list[str], **more: list[str]
+) -> None:
+    """A CSV file, written atomically: name, predicted class, its probability, and the columns of `more`."""
+    probability, chosen = logits.softmax(1).max(1)
+    columns = {
+        first: names,
+        "predicted": [classes[i] for i in chosen.tolist()],
+        "probability": [f"{p:.4f}" for p in probability.tolist()],
+        **more,
+    }
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([columns, *zip(*columns.values(), strict=True)])
+    write_text_atomic(path, text.getvalue())

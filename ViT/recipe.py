@@ -1,0 +1,358 @@
+"""A training of finetune.py, in order: images and frozen model, adapter, epochs with their evaluations.
+
+It leaves record, adapter with its card, predictions and log in the run's folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models import VisionTransformer
+from torch import nn
+from tqdm import tqdm
+
+from control_experiments.errors import Interrupted, StopRequest, UserError
+from control_experiments.record import read_json, write_json_atomic
+from control_experiments.training.checkpoints import checkpoints, keep_newest, whole_folder
+from control_experiments.training.device import seed_everything
+from control_experiments.training.losses import LossWatch, check_parameters
+from control_experiments.training.metering import MemoryMeter, Throughput
+from control_experiments.training.methods import describe_adapter, set_memory
+from control_experiments.training.runs import RunFolder
+from control_experiments.training.setup import Run, start
+from ViT import augment
+from ViT.classifier import Description, add_adapter, build_base, save, trained_state
+from ViT.held_out import hold_out
+from ViT.images import ImageData, load_data
+from ViT.inference import (
+    LESS_MEMORY,
+    PROGRAM,
+    describe,
+    reading,
+    resident_bytes,
+    test_logits,
+    write_test_predictions,
+)
+from ViT.names import TINY
+from ViT.options import Options
+from ViT.tiny_model import build_tiny
+from ViT.training import (
+    EpochLoss,
+    Step,
+    index_batches,
+    make_optimizer,
+    prepared,
+    rate_factor,
+    score,
+    train_epoch,
+)
+from ViT.vision_models import Base, new_head, set_attention, set_mlp_layers
+
+logger = logging.getLogger("vit")
+#: How a card says that an adapter is loaded.
+LOAD = """
+import json
+import peft_control
+import timm
+from peft import PeftModel
+
+folder = "results/vit/RUN/adapter"  # where this file is
+classes = json.load(open(f"{{folder}}/classifier.json"))["classes"]
+base = timm.create_model("{architecture}", pretrained=True, num_classes=len(classes){more})
+model = PeftModel.from_pretrained(base, folder).eval()
+"""
+RESTORE = """
+from ViT.classifier import restore  # in a checkout of Parallel Control
+
+model, description, _ = restore("results/vit/RUN/adapter")  # where this file is
+classes = description.classes
+"""
+
+
+def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | None = None) -> None:
+    """Train and evaluate after each epoch; a finished run is left as it is.
+
+    Args:
+        loader: where images and frozen models come from, when several runs share them.
+        argv: arguments of finetune.py for the record's command; default: the process's own.
+    """
+    loader = loader or Loader()
+    with start(options, PROGRAM, argv, less_memory=LESS_MEMORY, on_gpu="fp16") as run:
+        if run.folder.finished:
+            print(f"{run.folder.path} is finished: nothing to do")
+            return
+        data = loader.data(options, run.device)
+        record = run.begin_record(domain="vit", task=data.name, autocast=run.precision)
+        vit, base, own_weights = loader.base(options, len(data.classes))
+        seed_everything(options.seed)
+        new_head(vit)
+        total = sum(p.numel() for p in vit.parameters())
+        memory = MemoryMeter(run.device)
+        vit = vit.to(run.device)
+        memory.after_load()
+        model = add_adapter(vit, options).to(run.device)
+        set_memory(
+            model,
+            options.memory,
+            options.cuda_graphs,
+            chunk_tokens=options.chunk_tokens,
+            offload=options.offload,
+        )
+        adapter = describe_adapter(model)
+        with run.folder.logging_from("vit", terminal=True):
+            logger.info(
+                "%s: %s trained of %s parameters",
+                options.method,
+                f"{adapter['trainable_parameters']:,}",
+                f"{total + adapter['adapter_parameters']:,}",
+            )
+            history, clock, outcome = fit(run, model, data, memory)
+        description = Description(
+            options.method, options.model, base.architecture, base.sha256, options.image_size,
+            options.mlp_layers, options.crop, data.classes,
+        )  # fmt: skip
+        write_test_predictions(run.folder, data, *outcome)
+        best, last = max(history, key=lambda row: row["test_accuracy"]), history[-1]
+        run.finish(
+            record,
+            partial(save, model, description=description, base_weights=own_weights),
+            loading_lines(options, base),
+            **describe(base, total, data, options.scored),
+            adapter=adapter,
+            history=history,
+            metrics={"best": best, "last": last},
+            memory={**memory.summary(), "images_on_device_bytes": resident_bytes(data)},
+            time=run.time(clock),
+        )
+        print(
+            f"{options.method}: {options.scored} accuracy {last['test_accuracy']:.2f} % (best epoch "
+            f"{best['test_accuracy']:.2f} %), {clock.summary()['examples_per_second'] or 0:.0f} images/s; "
+            f"record in {run.folder.record}"
+        )
+
+
+def free_memory() -> None:
+    """Let go of what a run held, so that the next one's memory holds none of it: a model's parts refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Loader:
+    """Images and frozen models by what options ask for; the last ones are kept for the next run in this process."""
+
+    def __init__(self):
+        self._kept: dict[str, tuple] = {}
+
+    def _once(self, kind: str, key: tuple, make: Callable):
+        if self._kept.get(kind, (None,))[0] != key:
+            self._kept.pop(kind, None)  # its memory is free before the next one is made
+            self._kept[kind] = key, make()
+        return self._kept[kind][1]
+
+    def data(self, options: Options, device: torch.device) -> ImageData:
+        """The images that training and evaluation take, where training reads them fastest."""
+        read = (options.data, options.data_root, options.corrupt, options.keep, options.workers)
+
+        def make() -> ImageData:
+            data = load_data(options.data, **reading(options))
+            if options.validation_share is not None:
+                data = hold_out(data, options.validation_share)
+            data.place(device, options.keep)
+            return data
+
+        return self._once("data", (*read, options.validation_share, device), make)
+
+    def base(self, options: Options, classes: int) -> tuple[VisionTransformer, Base, dict | None]:
+        """A frozen model of the caller's own, where it is from and, for the tiny one trained on the spot, its weights."""
+        shape = {"num_classes": classes, "image_size": options.image_size}
+        rest = {"mlp_layers": options.mlp_layers, "attention": options.attention}
+
+        def make() -> tuple[VisionTransformer, Base, dict | None]:
+            if options.model != TINY:
+                return *build_base(options.model, options.architecture, **shape, **rest), None
+            vit, base = build_tiny(**shape)
+            weights = {n: value for n, value in vit.state_dict().items() if not n.startswith("head.")}
+            set_mlp_layers(vit, options.mlp_layers)
+            set_attention(vit, options.attention)
+            return vit, base, weights
+
+        key = (options.model, options.architecture, *shape.values(), *rest.values())
+        vit, base, weights = self._once("base", key, make)
+        return copy.deepcopy(vit), base, weights
+
+
+def fit(
+    run: Run, model: nn.Module, data: ImageData, memory: MemoryMeter
+) -> tuple[list[dict], Throughput, tuple[torch.Tensor, torch.Tensor]]:
+    """All epochs with their evaluations; returns the history, the clock, and the test images' last logits and labels.
+
+    Order, crops, dropout and learning rate follow from the seed, the epoch and the batch alone, so a resumed run repeats
+    what an uninterrupted one does, wherever in an epoch it stopped.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written after the batch that was under way.
+        UserError: the loss is NaN or infinite.
+    """
+    options, folder, device = run.options, run.folder, run.device
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(
+        options.optimizer,
+        parameters,
+        options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+    )
+    step = Step(model, optimizer, device, run.precision)
+    parts = {"optimizer": optimizer, "scaler": step.scaler}
+    per_epoch = -(-len(data.train) // options.batch_size)
+    total = options.epochs * per_epoch
+    if options.max_steps > 0:
+        total = min(total, options.max_steps)
+    factor = partial(
+        rate_factor, options.optimizer, per_epoch=per_epoch, total=total, decay=options.lr_decay,
+        warmup=options.warmup_steps,
+    )  # fmt: skip
+    history, losses, done = [], None, 0
+    if run.checkpoint:
+        history, losses, done = load_checkpoint(run.checkpoint, model, parts, device)
+    clock, watch, outcome = Throughput(device), LossWatch(device), None
+    if done == total:  # it was stopped after its last checkpoint
+        outcome = test_logits(step, data, options, device)
+
+    def save(losses: EpochLoss | None = None) -> None:
+        watch.check(per_epoch, kept(folder))
+        check_parameters(parameters, done, kept(folder))
+        save_checkpoint(folder.checkpoints, done, model, parts, history, losses)
+
+    def before_step() -> None:
+        torch.manual_seed(seed_of(options.seed, *divmod(done, per_epoch)))  # dropout's
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * factor(done)
+
+    bar = tqdm(total=total, initial=done, desc=options.method, unit="step", disable=None)
+    with bar, StopRequest() as stop:
+
+        def after_step(loss: torch.Tensor, examples: int) -> bool:
+            nonlocal done
+            done += 1
+            memory.after_optimizer()
+            clock.step(examples)
+            bar.update()
+            watch.add(loss, done)
+            if watch.due(done):
+                watch.check(per_epoch, kept(folder))
+            return stop.number is not None
+
+        while done < total:
+            epoch, first = divmod(done, per_epoch)
+            end = min((epoch + 1) * per_epoch, total)
+            batches = epoch_batches(options, data, device, epoch, first, end - done)
+            clock.start()
+            losses = train_epoch(step, batches, after_step, before_step, losses)
+            clock.stop()
+            if stop.number is not None and done < end:
+                save(losses)
+                raise Interrupted(stop.number)
+            done = end  # a batch whose images are all unreadable is no step
+            outcome = test_logits(step, data, options, device)
+            row = {"step": done, "epoch": epoch + 1, "learning_rate": optimizer.param_groups[0]["lr"],
+                   "train_loss": losses.mean, "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
+            losses = None
+            history.append(row)
+            logger.info(
+                "epoch %d, step %d of %d: training loss %.4f, %s accuracy %.2f %%",
+                epoch + 1, done, total, row["train_loss"], options.scored, row["test_accuracy"],
+            )  # fmt: skip
+            bar.set_postfix(loss=f"{row['train_loss']:.3f}", accuracy=f"{row['test_accuracy']:.2f}")
+            save()
+            if stop.number is not None:
+                raise Interrupted(stop.number)
+    return history, clock, outcome
+
+
+def epoch_batches(
+    options: Options, data: ImageData, device: torch.device, epoch: int, first: int, count: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`count` batches of the epoch, from number `first` on, in the epoch's own order."""
+    order = torch.Generator().manual_seed(options.seed * 100_003 + epoch)
+    numbers = itertools.count(first)
+
+    def views(sizes: torch.Tensor) -> augment.Views:
+        if options.augment != "published":
+            return augment.central_views(sizes, options.image_size, options.crop)
+        generator = torch.Generator().manual_seed(seed_of(options.seed, epoch, next(numbers)))
+        return augment.random_views(sizes, options.image_size, generator)
+
+    indices = index_batches(len(data.train), options.batch_size, order)[first : first + count]
+    return prepared(data.train, indices, views, options.image_size, device)
+
+
+def seed_of(seed: int, epoch: int, batch: int) -> int:
+    """A seed for what is random about one batch."""
+    return ((seed * 100_003 + epoch) * 1_000_003 + batch) % 2**63
+
+
+def kept(folder: RunFolder) -> str:
+    """What there is to go on from, in words."""
+    found = checkpoints(folder.checkpoints)
+    return f"{found[0].name} is the last good state" if found else "no checkpoint was written yet"
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, parts: dict, history: list[dict], losses: EpochLoss | None
+) -> None:
+    """Write checkpoint-STEP and keep one before it; `losses` are those of an epoch that is not at its end."""
+    with whole_folder(folder / f"checkpoint-{step}") as place:
+        save_file({n: v.contiguous() for n, v in trained_state(model).items()}, place / "trained.safetensors")
+        states = {name: part.state_dict() for name, part in parts.items()}
+        torch.save({**states, "losses": None if losses is None else asdict(losses)}, place / "state.pt")
+        write_json_atomic(place / "trainer_state.json", {"step": step, "history": history})
+    keep_newest(folder, 2)
+
+
+def load_checkpoint(
+    place: Path, model: nn.Module, parts: dict, device: torch.device
+) -> tuple[list[dict], EpochLoss | None, int]:
+    """Restore what `save_checkpoint` wrote; returns the history, the losses of the epoch to go on with, and the step.
+
+    Raises:
+        UserError: it does not fit this run.
+    """
+    try:
+        state = load_file(place / "trained.safetensors")
+        own = trained_state(model)
+        if state.keys() != own.keys():
+            raise ValueError("it holds other parameters")
+        for name, value in own.items():
+            value.copy_(state[name])
+        loaded = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(loaded[name])
+        losses = loaded["losses"] and EpochLoss(**loaded["losses"])
+        if losses:
+            losses.total = losses.total.to(device)
+        trained = read_json(place / "trainer_state.json")
+        return trained["history"], losses, trained["step"]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{place} is no checkpoint of this run ({error}): delete it to start over") from error
+
+
+def loading_lines(options: Options, base: Base) -> str:
+    """Python that loads the adapter again, for its card: with timm and peft alone where these can build the model."""
+    needs_us = options.model == TINY or options.mlp_layers != 2 or base.id.endswith(".npz")
+    if needs_us or options.method == "probe":
+        return RESTORE
+    weights = "" if base.sha256 is None else f', pretrained_cfg_overlay={{"file": "{base.id}"}}'
+    size = "" if options.image_size == 224 else f", img_size={options.image_size}"
+    return LOAD.format(architecture=base.architecture, more=f"{weights}{size}")
