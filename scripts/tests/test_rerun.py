@@ -37,7 +37,6 @@ if os.environ.get("FAKE_FAIL") in arguments:
     sys.exit(2)
 from control_experiments.record import RunRecord
 place = value.get("--output_dir")
-name = "sdpa_dora.json" if "memory_table.py" in arguments[0] else "record.json"
 if "bench_memory.py" in arguments[0]:
     tokens, batch = int(value.get("--tokens", 197)), int(value["--batch"])
     options = {{"shape": value["--shape"], "batch": batch}}
@@ -54,7 +53,7 @@ RunRecord(
     created="", finished="", model={{"id": value.get("--model")}},
     hyperparameters={{name[2:]: text for name, text in value.items()}},
     metrics={{"last": {{"score": 1 - abs(lr - 1e-3)}}}}, **fields,
-).write(os.path.join(place, name))
+).write(os.path.join(place, "record.json"))
 """
 
 
@@ -299,7 +298,7 @@ def test_the_search_holds_out_a_tenth_of_the_training_rows(tmp_path, monkeypatch
          r"METHODS=lora SEEDS=5 bash LlaMA/run_smollm2_table.sh \S+/llama/smollm2 {gpu}"),
         ("quantized", ("--methods", "dora", "--seeds", "1"), {},
          r"SEED=1 bash QControl/run_roberta_quantization.sh dora rte 320 4e-4 {gpu} --output_dir \S+/qcontrol/\S+ --resume"),
-        ("memory", ("--tasks", "vit", "--seeds", "2"), {}, r"bash scripts/table_vit_memory.sh {gpu} --output_dir \S+/vit/memory/repeat2"),
+        ("memory", ("--tasks", "vit", "--seeds", "2"), {}, r"bash scripts/table_vit_memory.sh {gpu} --output \S+/memory/repeat2/published_vit"),
         ("memory", ("--tasks", "roberta-base", "--seeds", "1"), {},
          r"CUDA_VISIBLE_DEVICES={gpu} \S+ scripts/bench_memory.py --shape roberta-base --batch 64 --tokens 128 --output \S+/memory"),
         ("memory", ("--tasks", "llama3-8b-profile", "--seeds", "1"), {},
