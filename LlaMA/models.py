@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from control_experiments.errors import UserError
 from control_experiments.paths import public_path
 from control_experiments.training.checksums import local_fingerprint
-from control_experiments.training.methods import ControlSettings, LoraSettings, adapter_config
+from control_experiments.training.methods import adapter_config
+from control_experiments.training.options import AdapterOptions
 from control_experiments.training.quantization import (
     check_not_quantized,
     loading_arguments,
@@ -235,12 +236,11 @@ def expected_config(
     """
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-    return adapter_config(
-        method,
-        task_type="CAUSAL_LM",
-        control=ControlSettings(rank=control_rank, alpha=control_alpha, dropout=control_dropout),
-        lora=LoraSettings(rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=tuple(targets)),
-    )
+    options = AdapterOptions(
+        method=method, control_rank=control_rank, control_alpha=control_alpha, control_dropout=control_dropout,
+        lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, lora_targets=list(targets),
+    )  # fmt: skip
+    return adapter_config(options, task_type="CAUSAL_LM")
 
 
 def add_adapter(base: PreTrainedModel, config) -> PeftModel:
