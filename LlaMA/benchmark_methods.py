@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 from control_experiments.errors import run_main
 from control_experiments.training.arguments import parse_arguments
 from scripts import bench_memory

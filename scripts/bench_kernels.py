@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 
-import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -45,7 +45,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Optional
 
-import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 from transformers.hf_argparser import HfArg
 
@@ -62,12 +61,11 @@ from control_experiments.training.benchmarking import (
     synchronize,
     time_steps,
 )
-from control_experiments.training.device import describe_device
+from control_experiments.training.device import DTYPES, describe_device
 from control_experiments.training.metering import MemoryMeter
 from scripts.workloads import (
     ALL_SHAPES,
     BASES,
-    DTYPES,
     LLAMA_SHAPES,
     VISION_SHAPES,
     Method,

@@ -32,7 +32,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Optional
 
-import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator

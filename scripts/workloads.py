@@ -23,13 +23,10 @@ from transformers import (
 )
 
 from control_experiments.errors import UserError
-from control_experiments.training.methods import ControlSettings, LoraSettings, adapter_config, set_memory
-from control_experiments.training.quantization import (
-    QUANTIZATIONS,
-    check_method_runs,
-    loading_arguments,
-    prepare,
-)
+from control_experiments.training.device import DTYPES
+from control_experiments.training.methods import adapter_config, set_memory
+from control_experiments.training.options import QUANTIZATIONS, AdapterOptions, check_method_runs
+from control_experiments.training.quantization import loading_arguments, prepare
 from LlaMA.commonsense import TokenRow
 from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS, ready_to_train
 from LlaMA.models import SHAPES
@@ -53,7 +50,6 @@ VISION_SHAPES = {
     "tiny-vit": ("test_vit", 4),
 }
 ALL_SHAPES = (*LLAMA_SHAPES, *VISION_SHAPES, *ENCODER_SHAPES)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BASES = (*DTYPES, *QUANTIZATIONS[1:])
 CLASSES = 100  # of the ViT's images
 
@@ -93,7 +89,7 @@ class Method:
             raise UserError(f"method {self.text!r}: bitsandbytes' bases are for text models")
         if "graphs" in self.switches and device == "cpu":
             raise UserError(f"method {self.text!r}: CUDA graphs need a GPU")
-        check_method_runs(self.name, self.base or "none", torch.device(device))
+        check_method_runs(self.name, self.base or "none", device)
 
 
 def parse_method(text: str) -> Method:
@@ -301,11 +297,17 @@ def adapt(
         config = ShadowConfig(task_type=recipe.task)
     else:
         known = "lora" if name.startswith("lora-") else recipe.control[0] if name == "control" else name
-        config = adapter_config(
-            known, task_type=recipe.task, modules_to_save=recipe.head,
-            control=ControlSettings(control_rank or recipe.control[1], bias=shape in VISION_SHAPES),
-            lora=LoraSettings(rank, rank * recipe.lora[1] / recipe.lora[0], 0.0, targets),
+        options = AdapterOptions(
+            method=known, control_rank=control_rank or recipe.control[1], lora_rank=rank,
+            lora_alpha=rank * recipe.lora[1] / recipe.lora[0],
         )  # fmt: skip
+        config = adapter_config(
+            options,
+            task_type=recipe.task,
+            targets=targets,
+            bias=shape in VISION_SHAPES,
+            modules_to_save=recipe.head,
+        )
     model = get_peft_model(model, config)
     for place, parameter in model.named_parameters():
         if "lora_A" in place and name == "lora-fa":
