@@ -41,7 +41,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Optional
 
@@ -180,14 +180,18 @@ class Options:
         names = ("shape", "device", "batch", "tokens", "lengths", "precision", "control_rank", "lora_rank")
         return Setting(**{name: getattr(self, name) for name in names})
 
+    def particulars(self) -> dict[str, str]:
+        """How the step differs from the recipe's: what people read, by what a file's name says."""
+        found = {}
+        if self.lengths:
+            lengths = [str(length) for length in self.lengths]
+            found["lengths" + "-".join(lengths)] = f"rows of {', '.join(lengths)}"
+        found |= {self.precision: f"{self.precision} autocast"} if self.precision else {}
+        ranks = (("control", self.control_rank), ("lora", self.lora_rank))
+        return found | {f"{name}{rank}": f"{name} rank {rank}" for name, rank in ranks if rank}
+
     def file_name(self) -> str:
-        """The record's, which says what differs from the recipe's step."""
-        words = [self.shape, f"{self.batch}x{self.tokens}", *(self.base or [])]
-        words += ["lengths" + "-".join(map(str, self.lengths))] if self.lengths else []
-        words += [self.precision] if self.precision else []
-        words += [
-            f"{name[0]}r{rank}" for name in ("control_rank", "lora_rank") if (rank := getattr(self, name))
-        ]
+        words = [self.shape, f"{self.batch}x{self.tokens}", *(self.base or []), *self.particulars()]
         words += [f"limit{self.limit:g}"] if self.limit else ["profile"] if self.profile else []
         return "_".join(words) + ".json"
 
@@ -386,15 +390,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     rate = matmul_tflops() if options.device == "cuda" else None
     if rate:
         torch.cuda.empty_cache()
+    setting = ", ".join(
+        [options.shape, f"{options.batch} x {options.tokens} tokens", *options.particulars().values()]
+    )
     campaign = Campaign(
-        Path(options.output) / options.file_name(), options, lambda result: result["method"],
-        device=options.device, matmul_tflops=rate, dtype=str(options.setting().autocast)[6:], weights="random",
+        Path(options.output) / options.file_name(), options, itemgetter("method"), device=options.device,
+        setting=setting, matmul_tflops=rate, dtype=str(options.setting().autocast)[6:], weights="random",
         machine=describe_device(torch.device(options.device)),
     )  # fmt: skip
-    record = campaign.record
-    title = (
-        f"{options.shape}, {options.batch} x {options.tokens} tokens, {record['dtype']}, {record['device']}"
-    )
+    title = f"{setting}, {campaign.record['dtype']}, {campaign.record['device']}"
     print(title + (f", bf16 matmul {rate:.0f} TFLOP/s" if rate else ""), flush=True)
     finished = campaign.finished
     for number, text in enumerate(options.methods, 1):

@@ -341,7 +341,9 @@ def memory_cell(options: Options, task: str, method: str, repeat: int) -> Cell:
     if task == "vit":
         folder /= "published_vit"
         command = ["bash", f"{REPOSITORY}/scripts/table_vit_memory.sh", GPU, "--output", str(folder)]
-        return Cell(name, command, folder / "vit-b16_128x197.json", settings={"shape": "vit-b16", "batch": 128})
+        return Cell(
+            name, command, folder / "vit-b16_128x197.json", settings={"shape": "vit-b16", "batch": 128}
+        )
     arguments, file = BENCHMARKS[task]
     methods = shlex.split(method) or (SUBSETS.get(task, ()))
     command = [
