@@ -46,7 +46,7 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import write_json_atomic
 from control_experiments.training.arguments import parse_arguments
-from control_experiments.training.benchmarking import EXPANDABLE, Campaign, device_name
+from control_experiments.training.benchmarking import EXPANDABLE, Campaign, machine
 from control_experiments.training.sharding import average_gradients, split_into_units
 from scripts.workloads import LLAMA_SHAPES, adapt, parse_method, random_llama
 
@@ -340,12 +340,13 @@ def main() -> None:
         dist.destroy_process_group()
         return
     options.check()
+    found = machine(options.device)
     there = torch.cuda.device_count() if options.device == "cuda" else os.cpu_count()
     name = f"{options.shape}_{options.batch}x{options.tokens}" + ("_longest" if options.longest else "")
-    title = f"{options.shape}, {options.batch} x {options.tokens} tokens per process, {device_name(options.device)}"
+    title = f"{options.shape}, {options.batch} x {options.tokens} tokens per process, {found['device']}"
     print(title, flush=True)
     campaign = Campaign(
-        Path(options.output) / f"{name}.json", options, itemgetter("method", "shard", "processes"), device=options.device,
+        Path(options.output) / f"{name}.json", options, itemgetter("method", "shard", "processes"), found,
         devices=there, weights="pseudo-random",
     )  # fmt: skip
     finished = campaign.finished

@@ -81,7 +81,10 @@ def test_only_the_same_benchmark_counts_as_measured(tmp_path, monkeypatch):
 
     def campaign(**options):
         return benchmarking.Campaign(
-            path, bench_memory.Options(**options), lambda result: result["method"], device="cpu"
+            path,
+            bench_memory.Options(**options),
+            lambda result: result["method"],
+            benchmarking.machine("cpu"),
         )
 
     first = campaign(tokens=8)
@@ -176,6 +179,34 @@ def test_a_profile_is_a_record_of_its_own(tmp_path, call, measured):
     seconds = [kernel["seconds"] for kernel in result["kernels"]]
     assert seconds == sorted(seconds, reverse=True) and seconds[-1] > 0
     assert {"aten::mm", "aten::addmm"} <= {kernel["name"] for kernel in result["kernels"]}
+
+
+@pytest.mark.parametrize("limit, gib", [(3, 3), (None, 80)])
+@pytest.mark.parametrize(
+    "most, found", [(100, 0), (700, 512), (5000, 4608), (100_000, 98_304), (1 << 30, bench_memory.LONGEST)]
+)
+def test_the_longest_sequence_is_searched_for(most, found, limit, gib, monkeypatch):
+    """With a GPU's calls noted instead of made: a step fits up to `most` tokens."""
+    shares = []
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    properties = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+
+    class Work:
+        model, optimizer = None, SimpleNamespace(zero_grad=lambda: None)
+
+        def step(self):
+            if self.loss > most:
+                raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(bench_memory, "build", lambda setting, method, longest: Work())
+    monkeypatch.setattr(bench_memory, "step_loss", lambda setting, method, model: setting.tokens)
+    options = bench_memory.Options(tokens=1024, limit=limit, longest=limit is None)
+    result = bench_memory.longest(options, parse_method("lora"))
+    assert result == {"method": "lora", "limit_gib": gib, "longest_tokens": found}
+    assert shares == [pytest.approx(gib / 80)] and f"within {gib}" in bench_memory.line(result)
 
 
 @pytest.mark.parametrize(
