@@ -29,17 +29,18 @@ from control_experiments.training.device import (
     select_device,
 )
 from control_experiments.training.metering import MemoryMeter
+from control_experiments.training.methods import count_parameters
 from control_experiments.training.quiet import quieten
 from control_experiments.training.runs import RunFolder
 from LlaMA.commonsense import TokenRow
-from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS, ready_to_train
+from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS
 from LlaMA.measuring import run_steps
 from LlaMA.models import (
     SHAPES,
     add_adapter,
-    count_parameters,
     expected_config,
     random_model,
+    ready_to_train,
     resolve_dtype,
 )
 from LlaMA.packing import batch_loss, fused_batch_loss, padded_step

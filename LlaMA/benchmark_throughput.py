@@ -31,21 +31,21 @@ from control_experiments.training.device import (
     select_device,
 )
 from control_experiments.training.metering import MemoryMeter
+from control_experiments.training.methods import count_parameters, describe_model
 from control_experiments.training.quiet import quieten
 from control_experiments.training.runs import RunFolder
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
-from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS, ready_to_train
+from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS
 from LlaMA.measuring import run_steps, train_tokenizer
 from LlaMA.models import (
     SHAPES,
     add_adapter,
     choose_pad_token,
-    count_parameters,
-    describe_model,
     expected_config,
     load_model,
     load_tokenizer,
     random_model,
+    ready_to_train,
     resolve_dtype,
 )
 from LlaMA.packing import (

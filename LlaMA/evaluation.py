@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm

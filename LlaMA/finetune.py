@@ -14,7 +14,6 @@ blocks for the backward, with exact gradients. See LlaMA/README.md.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,12 +137,11 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
 
 def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     """Train as the command line says and write the run's record; None when the run was finished before."""
-    command = list(sys.argv[1:] if argv is None else argv)
-    (options,) = parse_arguments(Options, argv=command, description=__doc__)
+    (options,) = parse_arguments(Options, argv=argv, description=__doc__)
     options.check()
     from LlaMA.training import run  # loads torch: help and a wrong option need not wait for it
 
-    return run(options, command)
+    return run(options, argv)
 
 
 if __name__ == "__main__":

@@ -251,8 +251,8 @@ def add_adapter(base: PreTrainedModel, config) -> PeftModel:
     return model
 
 
-def ready_to_train(model: PeftModel, memory: str, *, half: bool) -> None:
-    """Set the memory mode, and spare LoRA the float32 copies of its inputs that autocast makes needless.
+def ready_to_train(model: PeftModel, memory: str, *, half: bool, **how) -> None:
+    """Set the memory mode (`how` is `set_memory`'s), and spare LoRA the float32 copies of its inputs that autocast makes needless.
 
     DoRA keeps its float32 inputs: it computes its weights' norms in their type.
 
@@ -262,7 +262,7 @@ def ready_to_train(model: PeftModel, memory: str, *, half: bool) -> None:
     for module in model.modules():
         if half and isinstance(module, LoraLayer) and not any(module.use_dora.values()):
             module.cast_input_dtype_enabled = False
-    set_memory(model, memory)
+    set_memory(model, memory, **how)
 
 
 def _first_line(error: Exception) -> str:

@@ -8,32 +8,21 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 from peft import PeftModel
 
 from control_experiments.errors import UserError
 from control_experiments.paths import public_path
 from control_experiments.record import RunRecord
-from control_experiments.training.checkpoints import discard, step_of, whole_folder
+from control_experiments.training.checkpoints import discard, whole_folder
 from control_experiments.training.checksums import local_fingerprint
-from control_experiments.training.device import (
-    DTYPES,
-    choose_precision,
-    describe_device,
-    explain_out_of_memory,
-    make_deterministic,
-    seed_everything,
-    select_device,
-)
+from control_experiments.training.device import DTYPES, seed_everything
 from control_experiments.training.metering import MemoryMeter
 from control_experiments.training.methods import adapter_config, describe_adapter, describe_model
 from control_experiments.training.quantization import check_paging
-from control_experiments.training.quiet import quieten
-from control_experiments.training.runs import RunFolder
+from control_experiments.training.setup import Run, start
 from control_experiments.training.sharding import shard_frozen, shares_weights
 from control_experiments.training.trainer import ExperimentTrainer, training_arguments
 from LlaMA.commonsense import TokenRow, read_rows, split_rows, tokenize_rows
@@ -63,54 +52,34 @@ LESS_MEMORY = (
 )
 
 
-def run(options: Options, command: Sequence[str]) -> RunRecord | None:
+def run(options: Options, argv: Sequence[str] | None) -> RunRecord | None:
     """Train, unless the run is finished; returns its record, or None then."""
-    if options.deterministic:
-        make_deterministic()
-    device = select_device(options.device)
-    precision = choose_precision(options.dtype, device, option="dtype")
-    check_paging(options.optimizer, device)
-    quieten()
     options.model = place_of_model(options.model)
-    with RunFolder(options.folder) as folder, explain_out_of_memory(device, LESS_MEMORY):
-        if options.overwrite:
-            folder.clear()
-        identity = {**options.identity(), "dtype": _name(precision)}
-        checkpoint = folder.claim(identity, resume=options.resume, defaults=options.defaults())
-        if folder.finished:
-            print(f"{folder.path} is finished: skipped (delete the folder to run it again)")
+    types = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
+    with start(
+        options, "LlaMA.finetune", argv, less_memory=LESS_MEMORY, option="dtype", written=types
+    ) as begun:
+        if begun.folder.finished:
+            print(f"{begun.folder.path} is finished: skipped (delete the folder to run it again)")
             return None
-        return train(options, folder, device, precision, checkpoint, command)
+        check_paging(options.optimizer, begun.device)
+        return train(options, begun)
 
 
-def _name(precision: str) -> str:
-    return str(DTYPES[precision]).removeprefix("torch.")
-
-
-def train(
-    options: Options,
-    folder: RunFolder,
-    device: torch.device,
-    precision: str,
-    checkpoint: Path | None,
-    command: Sequence[str],
-) -> RunRecord:
-    """Load, train, save the best adapter and write the record, all in `folder`."""
-    record = RunRecord.begin(
-        options,
+def train(options: Options, run: Run) -> RunRecord:
+    """Load, train, save the best adapter and write the record, all in the run's folder."""
+    folder, dtype = run.folder, DTYPES[run.precision]
+    record = run.begin_record(
         domain="llama" if options.quantization == "none" else "qcontrol",
-        name=folder.path.name,
         task="commonsense",
-        device=describe_device(device),
-        command=["python", "-m", "LlaMA.finetune", *command],
-        dtype=_name(precision),
+        dtype=str(dtype).removeprefix("torch."),
     )
     rows = split_rows(read_rows(options.contents("data")), options.held_out, options.split_seed)
     tokenizer = load_tokenizer(options.model)
     seed_everything(options.seed)
-    memory = MemoryMeter(device)
+    memory = MemoryMeter(run.device)
     arguments = training_arguments(
-        options, folder, device, precision,
+        options, folder, run.device, run.precision,
         optim={"adamw": "adamw_torch"}.get(options.optimizer, options.optimizer),
         warmup_steps=options.warmup_steps,
         eval_strategy="steps", save_strategy="steps", save_steps=options.eval_steps, save_total_limit=3,
@@ -119,7 +88,7 @@ def train(
         remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
     # asking for its device starts the process group, if there are several processes
-    model, total_parameters = prepare_model(options, arguments.device, DTYPES[precision], memory)
+    model, total_parameters = prepare_model(options, arguments.device, dtype, memory)
     choose_pad_token(tokenizer, model.get_input_embeddings().weight.shape[0])
 
     training, held_out = (
@@ -152,13 +121,12 @@ def train(
         line = (
             f"{options.method} on {public_path(options.model)}: {len(training)} training and {len(held_out)} held-out rows, "
             f"{cut} cut at {options.cutoff} tokens; {adapter['trainable_parameters']:,} of {total_parameters:,} "
-            f"parameters trained, {_name(precision)}"
-            f"{'' if options.quantization == 'none' else ' over ' + options.quantization} on {device}"
+            f"parameters trained, {run.described}"
         )
         logger.info("%s", line)
         if trainer.is_world_process_zero():
-            print(line + (f", resumed from {checkpoint.name}" if checkpoint else ""), flush=True)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            print(line, flush=True)
+        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
 
     history, metrics = summarise(trainer.state.log_history)
     if not trainer.is_world_process_zero():
@@ -182,10 +150,7 @@ def train(
         adapter=adapter,
         metrics=metrics,
         memory=memory.summary(),
-        time={
-            **trainer.throughput.summary(),
-            "resumed_from_step": step_of(checkpoint) if checkpoint else None,
-        },
+        time=run.time(trainer.throughput),
         history=history,
     )
     discard(folder.checkpoints)
@@ -213,7 +178,10 @@ def prepare_model(
     memory.after_load()
     total = base.num_parameters()
     model = add_adapter(base, adapter_config(options, task_type="CAUSAL_LM", targets=options.targets))
-    ready_to_train(model, options.memory, half=dtype != torch.float32)
+    ready_to_train(
+        model, options.memory, half=dtype != torch.float32,
+        chunk_tokens=options.chunk_tokens, offload=options.offload,
+    )  # fmt: skip
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if shared:

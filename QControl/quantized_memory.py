@@ -36,14 +36,14 @@ from control_experiments.training.device import (
     select_device,
 )
 from control_experiments.training.metering import MemoryMeter
-from control_experiments.training.methods import ControlSettings, LoraSettings, adapter_config, set_memory
+from control_experiments.training.methods import adapter_config, set_memory
+from control_experiments.training.options import AdapterOptions
 from control_experiments.training.quantization import QUANTIZATIONS, loading_arguments, prepare
 from control_experiments.training.quiet import quieten
 from control_experiments.training.runs import RunFolder
-from LlaMA.finetune import ready_to_train
 from LlaMA.measuring import run_steps
 from LlaMA.models import SHAPES as LLAMA_SHAPES
-from LlaMA.models import random_model, resolve_dtype
+from LlaMA.models import random_model, ready_to_train, resolve_dtype
 from LlaMA.packing import Batch, batch_loss, fused_batch_loss
 
 ENCODER_SHAPES: dict[str, dict] = {
@@ -167,11 +167,11 @@ class Options:
     def config(self, method: str):
         """The adapter of a method: the recipes' targets."""
         targets = ("query", "value") if self.encoder else ("q_proj", "k_proj", "v_proj")
+        options = AdapterOptions(
+            method=method, control_rank=self.control_rank, lora_rank=self.lora_rank, lora_alpha=2 * self.lora_rank
+        )
         return adapter_config(
-            method,
-            task_type="SEQ_CLS" if self.encoder else "CAUSAL_LM",
-            control=ControlSettings(self.control_rank),
-            lora=LoraSettings(self.lora_rank, 2 * self.lora_rank, 0.0, targets),
+            options, task_type="SEQ_CLS" if self.encoder else "CAUSAL_LM", targets=targets
         )
 
 

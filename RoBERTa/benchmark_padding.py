@@ -17,9 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Optional
 
-import control_experiments  # noqa: F401  # isort: skip  (first, see there)
-import datasets
-import finetune
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -30,9 +27,16 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import git_state, package_versions, public_command, utc_now, write_json_atomic
 from control_experiments.training.arguments import parse_arguments
-from control_experiments.training.device import describe_device, seed_everything, select_device
+from control_experiments.training.device import (
+    choose_precision,
+    describe_device,
+    seed_everything,
+    select_device,
+)
+from control_experiments.training.options import public_id
 from control_experiments.training.quiet import quieten
 from control_experiments.training.trainer import ResumableLengthSampler
+from RoBERTa import encoder, finetune
 from RoBERTa.glue import get_task, load_task
 
 WARM_UP_STEPS = 2
@@ -141,14 +145,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if options.steps < 0:
         raise UserError(f"--steps must be at least 0, got {options.steps}")
     device = select_device(options.device)
-    precision = finetune.resolve_precision(options.precision, device)
+    precision = choose_precision(options.precision, device)
     quieten()
-    datasets.disable_progress_bars()
     splits = load_task("cola", options.data)
     seed_everything(training.seed)
-    tokenizer, model = finetune.load_tokenizer_and_model(options.model, get_task("cola"))
-    model = finetune.add_adapter(model.to(device), training)
-    rows = finetune.tokenize(splits, tokenizer, options.max_length)["train"]
+    tokenizer, model = encoder.load_tokenizer_and_model(options.model, get_task("cola"))
+    model = encoder.add_adapter(model.to(device), training)
+    rows = encoder.tokenize(splits, tokenizer, options.max_length)["train"]
     samplers = {
         "max_length": RandomSampler(rows, generator=torch.Generator().manual_seed(training.seed)),
         "longest": ResumableLengthSampler(
@@ -182,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
                 for name, value in asdict(options).items()
                 if name not in ("output", "data", "model")
             },
-            "model": finetune.public_id(options.model),
+            "model": public_id(options.model),
             "precision": precision,
             "rows": len(rows),
         },

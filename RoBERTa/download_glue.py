@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import huggingface_hub
 from datasets import load_dataset
 

@@ -1,5 +1,7 @@
 """The GLUE tasks: their columns, classes, official metrics, readers and the server's prediction files.
 
+Scripts read the table of tasks before anything heavy is imported, so that a wrong option is answered at once.
+
 Source: Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding", ICLR 2019.
 """
 
@@ -9,13 +11,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from control_experiments.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
 HUB_ID = "nyu-mll/glue"
 #: Label of a row whose label the GLUE server keeps to itself.
@@ -23,14 +26,18 @@ HIDDEN = -1
 
 
 def _matthews(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    from sklearn.metrics import matthews_corrcoef
+
     return {"matthews": float(matthews_corrcoef(labels, predictions))}
 
 
 def _accuracy(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    return {"accuracy": float(accuracy_score(labels, predictions))}
+    return {"accuracy": float(np.mean(labels == predictions))}
 
 
 def _accuracy_and_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    from sklearn.metrics import f1_score
+
     return {
         **_accuracy(predictions, labels),
         "f1": float(f1_score(labels, predictions, zero_division=0.0)),
@@ -38,6 +45,8 @@ def _accuracy_and_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, f
 
 
 def _correlations(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    from scipy.stats import pearsonr, spearmanr
+
     if (
         np.ptp(predictions) == 0 or np.ptp(labels) == 0
     ):  # undefined; a model that says one thing has learnt nothing
@@ -159,6 +168,8 @@ def load_task(name: str, data: str | None = None, *, tests: bool = False) -> Dat
     Raises:
         UserError: the data is missing, empty or malformed.
     """
+    from datasets import DatasetDict
+
     task = get_task(name)
     wanted = ["train", *task.dev_splits, *(task.test_splits if tests else [])]
     if tests and not task.test_splits:
@@ -178,6 +189,8 @@ def load_task(name: str, data: str | None = None, *, tests: bool = False) -> Dat
 
 
 def _load_hub(name: str, task: Task, wanted: list[str]) -> Mapping[str, Dataset]:
+    from datasets import load_dataset
+
     try:
         splits = load_dataset(HUB_ID, name)
     except (OSError, ValueError, RuntimeError) as error:
@@ -189,6 +202,8 @@ def _load_hub(name: str, task: Task, wanted: list[str]) -> Mapping[str, Dataset]
 
 
 def _load_folder(name: str, task: Task, data: Path, wanted: list[str]) -> Mapping[str, Dataset]:
+    from datasets import load_from_disk
+
     for folder in (data, data / name):
         if (folder / "dataset_dict.json").is_file():
             try:
@@ -225,6 +240,8 @@ def _from_columns(
 
 
 def _dataset(task: Task, rows: list[tuple]) -> Dataset:
+    from datasets import Dataset
+
     columns = ("first", "second", "label") if len(task.texts) == 2 else ("first", "label")
     return Dataset.from_dict({column: [row[place] for row in rows] for place, column in enumerate(columns)})
 

@@ -21,7 +21,8 @@ import peft_control  # noqa: F401  makes peft know the method when it loads an a
 from control_experiments.errors import UserError
 from control_experiments.record import read_json, write_json_atomic
 from control_experiments.training.checkpoints import check_adapter_files
-from control_experiments.training.methods import ControlSettings, LoraSettings, adapter_config, load_adapter
+from control_experiments.training.methods import ControlSettings, adapter_config, load_adapter
+from control_experiments.training.options import AdapterOptions
 from ViT.vision_models import Base, create, load, load_weights, mlp_linears, set_attention, set_mlp_layers
 
 METHODS = ("control", "lora", "dora", "probe")
@@ -81,9 +82,13 @@ def add_adapter(
         model.get_submodule(HEAD).requires_grad_(True)
         return model
     targets = mlp_linears(mlp_layers)
-    lora = LoraSettings(settings.lora_rank or 1, settings.lora_alpha, settings.lora_dropout, targets)
+    control = settings.control
+    options = AdapterOptions(
+        method=method, control_rank=control.rank, control_alpha=control.alpha, lora_rank=settings.lora_rank or 1,
+        lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
+    )  # fmt: skip
     config = adapter_config(
-        method, task_type=None, control=settings.control, lora=lora, modules_to_save=[HEAD]
+        options, task_type=None, targets=targets, bias=control.bias, modules_to_save=[HEAD]
     )
     if method != "control" and settings.lora_rank == 0:
         match_ranks(config, model, settings.control, targets)

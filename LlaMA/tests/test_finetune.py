@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from control_experiments.record import read_record
-from LlaMA import finetune
-from LlaMA.models import METHODS, SHAPES, choose_pad_token
+from LlaMA import finetune, training
+from LlaMA.models import SHAPES, choose_pad_token
 from LlaMA.tests.conftest import one_line
 from peft_control import ControlConfig  # noqa: F401  registers CONTROL
 
@@ -34,7 +34,7 @@ def run(call, model_folder, data, tmp_path):
     return start
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", finetune.METHODS)
 def test_every_method_trains_and_leaves_an_adapter_and_a_record(run, tmp_path, model_folder, method):
     code, out, err = run(method=method)
     assert code == 0, err
@@ -63,7 +63,7 @@ def test_every_method_trains_and_leaves_an_adapter_and_a_record(run, tmp_path, m
 
 
 def test_the_best_checkpoint_is_saved_not_the_last(run, tmp_path, monkeypatch):
-    real, seen = finetune.batch_loss, []
+    real, seen = training.batch_loss, []
 
     def worse_after_the_second_evaluation(model, batch):
         value = real(model, batch)
@@ -72,7 +72,7 @@ def test_the_best_checkpoint_is_saved_not_the_last(run, tmp_path, monkeypatch):
         seen.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
         return value + 10 * max(0, len(seen) - 2)
 
-    monkeypatch.setattr(finetune, "batch_loss", worse_after_the_second_evaluation)
+    monkeypatch.setattr(training, "batch_loss", worse_after_the_second_evaluation)
     code, _, err = run("--token_budget", 10_000, "--max_steps", 10)
     assert code == 0, err
     record = read_record(tmp_path / "run" / "record.json")
@@ -84,7 +84,7 @@ def test_the_best_checkpoint_is_saved_not_the_last(run, tmp_path, monkeypatch):
 
 def test_a_killed_run_resumes_with_the_same_batches(run, tmp_path, monkeypatch):
     assert run(name="whole")[0] == 0
-    batches, real = [], finetune.CommonsenseTrainer.training_step
+    batches, real = [], training.CommonsenseTrainer.training_step
 
     def dying(self, model, inputs, *rest):
         if self.state.global_step == 5:
@@ -92,12 +92,12 @@ def test_a_killed_run_resumes_with_the_same_batches(run, tmp_path, monkeypatch):
         batches.append([batch.inputs["input_ids"].tolist() for batch in inputs["batches"]])
         return real(self, model, inputs, *rest)
 
-    monkeypatch.setattr(finetune.CommonsenseTrainer, "training_step", dying)
+    monkeypatch.setattr(training.CommonsenseTrainer, "training_step", dying)
     assert run(name="killed")[0] == 130
     code, _, err = run(name="killed")
     assert code == 2
     assert "--resume" in one_line(err)
-    monkeypatch.setattr(finetune.CommonsenseTrainer, "training_step", real)
+    monkeypatch.setattr(training.CommonsenseTrainer, "training_step", real)
     code, out, err = run("--resume", name="killed")
     assert code == 0, err
     assert "resumed from checkpoint-4" in out
@@ -123,14 +123,14 @@ def test_padded_and_packed_training_agree(run, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
-    real, calls = finetune.batch_loss, []
+    real, calls = training.batch_loss, []
 
     def spoiled(model, batch):
         calls.append(model.training)
         value = real(model, batch)
         return value * math.nan if calls.count(True) > 5 else value
 
-    monkeypatch.setattr(finetune, "batch_loss", spoiled)
+    monkeypatch.setattr(training, "batch_loss", spoiled)
     code, _, err = run("--token_budget", 10_000)
     assert code == 2
     assert "loss is NaN or infinite at step" in one_line(err)
@@ -146,7 +146,7 @@ def test_too_little_gpu_memory_is_one_line_that_says_what_helps(run, tmp_path, m
             "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity"
         )
 
-    monkeypatch.setattr(finetune, "batch_loss", full)
+    monkeypatch.setattr(training, "batch_loss", full)
     code, _, err = run()
     assert code == 2
     assert "asked for 2.50 GiB" in one_line(err)
@@ -156,8 +156,8 @@ def test_too_little_gpu_memory_is_one_line_that_says_what_helps(run, tmp_path, m
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--control_rank", 0), "control_rank must be an integer of at least 1"),
-        (("--lora_rank", 0), "LoRA rank must be at least 1"),
+        (("--control_rank", 0), "--control_rank must be at least 1"),
+        (("--lora_rank", 0), "--lora_rank must be at least 1"),
         (("--method", "adapter"), "unknown method 'adapter'"),
         (("--data", "nowhere.json"), "cannot read nowhere.json"),
         (("--model", "./nowhere"), "there is no model at ./nowhere"),

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import peft_control  # noqa: F401  (registers CONTROL for PeftModel.from_pretrained)
 from control_experiments.errors import UserError, run_main
@@ -22,7 +22,7 @@ from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.record import read_record
 from control_experiments.training.runs import RunFolder
 from control_experiments.training.trainer import ExperimentTrainer
-from RoBERTa import finetune
+from RoBERTa import encoder, finetune
 from RoBERTa.glue import TASKS, load_task
 
 LAUNCHER = Path(finetune.__file__).with_name("run_roberta.sh")
@@ -92,7 +92,7 @@ def test_methods_train_and_leave_a_record_and_an_adapter(
 
 
 def dev_metrics(model, encoder, task, data):
-    tokenizer = finetune.AutoTokenizer.from_pretrained(encoder)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
     rows = load_task(task, str(data))["validation"]
     batch = tokenizer(list(rows["first"]), padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_mnli_has_two_dev_sets_and_two_prediction_files(arguments, encoders, glu
     # rows are sorted by length for speed: the files must have the test set's own order
     base = AutoModelForSequenceClassification.from_pretrained(encoders["bert"], num_labels=3)
     model = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
-    tokenizer = finetune.AutoTokenizer.from_pretrained(encoders["bert"])
+    tokenizer = AutoTokenizer.from_pretrained(encoders["bert"])
     for split, file in TASKS["mnli"].server_files.items():
         rows = load_task("mnli", str(glue_folder), tests=True)[split]
         with torch.no_grad():
@@ -167,9 +167,9 @@ def test_memory_modes_train_alike(arguments, tmp_path):
 
 
 def test_padding_to_the_longest_changes_no_logit(encoders):
-    tokenizer, model = finetune.load_tokenizer_and_model(str(encoders["roberta"]), TASKS["cola"])
-    options = finetune.Options("control", "cola")
-    model = finetune.add_adapter(model, options).eval()
+    tokenizer, model = encoder.load_tokenizer_and_model(str(encoders["roberta"]), TASKS["cola"])
+    options = finetune.Options(method="control", task="cola")
+    model = encoder.add_adapter(model, options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -271,7 +271,7 @@ def test_wandb_without_an_account_is_one_line(arguments, tmp_path):
     """In a process of its own: wandb reads its settings once."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_SILENT": "true"}
-    command = [sys.executable, "RoBERTa/finetune.py", *arguments(report_to="wandb", max_steps=2)]
+    command = [sys.executable, "-m", "RoBERTa.finetune", *arguments(report_to="wandb", max_steps=2)]
     done = subprocess.run(
         [*map(str, command)], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
         stdin=subprocess.DEVNULL,
@@ -306,16 +306,16 @@ def test_launcher_defaults_are_the_papers_recipe():
         "model": "roberta-base", "seed": "42", "device": "0",
     }  # fmt: skip
     words = launch("control", "cola", PYTHON="echo", MODEL="", DATA="").stdout.splitlines()[-1].split()
-    given = {name.removeprefix("--"): value for name, value in zip(words[1::2], words[2::2], strict=True)}
+    given = {name.removeprefix("--"): value for name, value in zip(words[2::2], words[3::2], strict=True)}
     assert {name: given[name] for name in recipe} == recipe
-    options = finetune.Options("control", "cola")
+    options = finetune.Options(method="control", task="cola")
     assert {name: float(value) for name, value in recipe.items() if name != "model"} == {
         name: float(getattr(options, name)) for name in recipe if name != "model"
     }
 
 
 def test_launcher_takes_every_method():
-    for method in finetune.METHODS:
+    for method in finetune.Options.methods:
         done = launch(method, "cola", 3, PYTHON="echo", MODEL="", DATA="")
         assert done.returncode == 0, done.stderr
         assert (
@@ -343,8 +343,8 @@ def test_launcher_refuses_in_one_line(noting, tmp_path, capsys):
     [
         ({"method": "adapter"}, "unknown method 'adapter': choose one of control, lora, dora"),
         ({"task": "snli"}, "unknown task 'snli'"),
-        ({"control_rank": 0}, "--control_rank must be greater than 0"),
-        ({"lora_rank": 0}, "--lora_rank must be greater than 0"),
+        ({"control_rank": 0}, "--control_rank must be at least 1"),
+        ({"lora_rank": 0}, "--lora_rank must be at least 1"),
         ({"epochs": 0}, "--epochs must be greater than 0"),
         ({"scheduler": "square"}, "unknown --scheduler 'square': choose one of linear"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
@@ -466,18 +466,19 @@ def test_the_longest_input_of_each_family(tmp_path):
         config = kind(**shape, **({"embedding_size": 16} if kind is ElectraConfig else {}))
         model = AutoModelForSequenceClassification.from_config(config).eval()
         longest = 40 if kind in (BertConfig, ElectraConfig) else 38
-        finetune.check_length(finetune.Options("control", "cola", max_length=longest), model)
+        encoder.check_length(finetune.Options(method="control", task="cola", max_length=longest), model)
         model(input_ids=torch.full((1, longest), 7))
         with pytest.raises(UserError, match=rf"can read \({longest} tokens\)"):
-            finetune.check_length(finetune.Options("control", "cola", max_length=longest + 1), model)
+            encoder.check_length(
+                finetune.Options(method="control", task="cola", max_length=longest + 1), model
+            )
         with pytest.raises((IndexError, RuntimeError)):
             model(input_ids=torch.full((1, longest + 1), 7))
 
 
 def test_padding_benchmark(encoders, glue_folder, tmp_path):
-    benchmark = LAUNCHER.with_name("benchmark_padding.py")
     subprocess.run(
-        [sys.executable, benchmark, "--model", encoders["bert"], "--data", glue_folder, "--device", "cpu",
+        [sys.executable, "-m", "RoBERTa.benchmark_padding", "--model", encoders["bert"], "--data", glue_folder, "--device", "cpu",
          "--batch_size", "4", "--steps", "3", "--output", tmp_path / "figures.json"],
         check=True,
     )  # fmt: skip
@@ -488,7 +489,7 @@ def test_padding_benchmark(encoders, glue_folder, tmp_path):
 
 
 def test_download_glue(monkeypatch, tmp_path, capsys):
-    import download_glue
+    from RoBERTa import download_glue
 
     rows = Dataset.from_dict({"sentence": ["a b", "c d"], "label": [0, 1]})
     monkeypatch.setattr(download_glue, "load_dataset", lambda *_: DatasetDict(train=rows, validation=rows))

@@ -182,9 +182,9 @@ def test_roberta_defaults_are_the_papers(note, monkeypatch):
 
 
 def test_roberta_adapts_query_and_value():
-    from RoBERTa import finetune
+    from RoBERTa import encoder
 
-    assert list(finetune.DEFAULT_QUERY_VALUE) == RECIPES["roberta"]["lora_targets"]
+    assert list(encoder.DEFAULT_QUERY_VALUE) == RECIPES["roberta"]["lora_targets"]
 
 
 def test_vit_defaults_are_the_papers(note, monkeypatch):

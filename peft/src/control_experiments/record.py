@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from typing import Protocol
 
 from .errors import UserError
 from .paths import REPOSITORY, public_path
@@ -23,12 +24,20 @@ _PACKAGES = (
     "torch", "transformers", "peft", "peft-control", "accelerate", "datasets",
     "timm", "torchvision", "bitsandbytes", "trl", "numpy", "liger-kernel", "unsloth",
 )  # fmt: skip
-_SECRET_OPTION = re.compile(r"(token|secret|password|api[-_]?key)", re.IGNORECASE)
+#: An option for a secret; `--token_budget` and `--chunk_tokens` count tokens.
+_SECRET_OPTION = re.compile(r"(token$|secret|password|api[-_]?key)", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|(?:ghp|gho|ghs)_\w{20,}|github_pat_\w{20,}|sk-[\w-]{16,}|[0-9a-f]{40})\b"
 )
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(?:~|\.\.)?/[^\s'\",;:=]*|^\.\.(?:/[^\s]*)?$")
 _MASK = "***"
+
+
+class _Options(Protocol):
+    method: str
+    seed: int
+
+    def hyperparameters(self) -> dict: ...
 
 
 @dataclass
@@ -59,6 +68,60 @@ class RunRecord:
     history: list[dict] = field(default_factory=list)
     status: str = "finished"
     schema: int = SCHEMA
+
+    @classmethod
+    def begin(
+        cls,
+        options: _Options,
+        *,
+        domain: str,
+        name: str,
+        task: str,
+        device: dict,
+        command: Sequence[str],
+        method: str | None = None,
+        **settled: object,
+    ) -> RunRecord:
+        """The record of a run that begins: everything that is known before it has results.
+
+        Args:
+            options: `training.options.RunOptions`; gives seed, method and hyperparameters.
+            device: as `training.device.describe_device` says.
+            command: how to start the run again.
+            method: where the options do not name it.
+            settled: hyperparameters as they came out, such as the precision that "auto" stands for.
+        """
+        return cls(
+            domain=domain,
+            name=name,
+            method=method or options.method,
+            task=task,
+            seed=options.seed,
+            command=list(command),
+            created=utc_now(),
+            finished="",
+            git=git_state(),
+            versions=package_versions(),
+            device=device,
+            model={},
+            data={},
+            adapter={},
+            hyperparameters={**options.hyperparameters(), **settled},
+            metrics={},
+            memory={},
+            time={},
+            status="running",
+        )
+
+    def finish(self, path: str | os.PathLike, **results: object) -> RunRecord:
+        """Add what came out (fields by name) and write the record to `path`; returns it."""
+        for name, value in results.items():
+            if not hasattr(self, name):
+                raise TypeError(f"a run record has no {name!r}")
+            setattr(self, name, value)
+        self.finished, self.status = utc_now(), "finished"
+        self.write(path)
+        return self
 
     def write(self, path: str | os.PathLike) -> Path:
         """Write the record atomically, stripped of private paths and tokens; return where it is."""

@@ -50,6 +50,29 @@ def select_device(name: str) -> torch.device:
     return torch.device("cuda", 0)
 
 
+#: The floating-point types of `--precision` and `--dtype`.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(
+    asked: str, device: torch.device, on_gpu: str = "bf16", option: str = "precision"
+) -> str:
+    """What "auto" means on this device: fp32 on a CPU; `on_gpu` on a GPU, or fp16 where it has no bf16.
+
+    Raises:
+        UserError: fp16 on a CPU, or bf16 on a GPU without it.
+    """
+    on_cpu = device.type == "cpu"
+    has_bf16 = on_cpu or torch.cuda.is_bf16_supported()
+    if asked == "auto":
+        asked = "fp32" if on_cpu else on_gpu if has_bf16 else "fp16"
+    if asked == "fp16" and on_cpu:
+        raise UserError(f"--{option} fp16 needs a GPU: choose fp32 or bf16 on a CPU")
+    if asked == "bf16" and not has_bf16:
+        raise UserError(f"this GPU has no bf16: choose --{option} fp16")
+    return asked
+
+
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """`tensor` on `device`; from the host to a GPU through pinned memory, so that nobody waits for queued work."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":

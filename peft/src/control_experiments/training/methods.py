@@ -5,108 +5,83 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, MissConfig, PeftConfig, PeftModel, ShadowConfig, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import UserError
-
-#: Every method by the name that launchers take, and what it is.
-METHODS = {
-    "control": "a low-rank path parallel to each chosen frozen block (the paper's method)",
-    "lora": "low-rank updates of chosen weights",
-    "dora": "LoRA with the weights' magnitudes trained apart from their directions",
-    "double control": "control parallel to both the attention and the mlp block",
-    "control+lora": "control on the mlp block and LoRA on chosen weights, in one adapter",
-    "control+dora": "control on the mlp block and DoRA on chosen weights, in one adapter",
-    "probe": "no adapter: only the task's head is trained",
-}
+from .checksums import local_fingerprint
+from .options import AdapterOptions, check_method, public_id
+from .quantization import quantization_of
 
 
 @dataclass
 class ControlSettings:
-    """The control part of an adapter; alpha is a plain multiplier (not divided by the rank)."""
+    """The control part of `AdapterOptions`, until ViT takes those."""
 
     rank: int = 16
     alpha: float = 1.0
-    blocks: Sequence[str] = ("mlp",)
     bias: bool = False
-    dropout: float = 0.0
-
-
-@dataclass
-class LoraSettings:
-    """The LoRA or DoRA part of an adapter; updates are scaled by alpha/rank."""
-
-    rank: int = 8
-    alpha: float = 16
-    dropout: float = 0.0
-    targets: Sequence[str] = field(default_factory=tuple)
-
-
-def check_method(method: str, known: Sequence[str] = tuple(METHODS)) -> str:
-    """Return `method` if it is one of `known`.
-
-    Raises:
-        UserError: it is not; the message lists those that are.
-    """
-    if method not in known:
-        raise UserError(f"unknown method {method!r}: choose one of {', '.join(known)}")
-    return method
 
 
 def adapter_config(
-    method: str,
+    options: AdapterOptions,
     *,
     task_type: str | None,
-    control: ControlSettings,
-    lora: LoraSettings,
+    targets: Sequence[str] = (),
+    bias: bool = False,
     modules_to_save: Sequence[str] | None = None,
 ) -> PeftConfig | None:
     """The peft configuration of a method, or None for "probe", which has no adapter.
 
-    "double control" takes attention and mlp whatever `control.blocks` says; all others take `control.blocks`.
+    "double control" takes attention and mlp whatever `control_blocks` says; all others take `control_blocks`.
+
+    Args:
+        targets: modules for LoRA and DoRA where `lora_targets` names none.
+        bias: whether the control has biases.
 
     Raises:
         UserError: unknown method, or a rank, dropout, block or target list that cannot be.
     """
-    check_method(method)
+    method = check_method(options.method)
     if method == "probe":
         return None
-    has_control, has_lora = "control" in method, "lora" in method or "dora" in method
-    common = {"task_type": task_type, "modules_to_save": list(modules_to_save) if modules_to_save else None}
-    per_weight = {}
-    if has_lora:
-        if lora.rank < 1:
-            raise UserError(f"the LoRA rank must be at least 1, got {lora.rank}")
-        if not 0 <= lora.dropout < 1:
-            raise UserError(f"the LoRA dropout must lie in [0, 1), got {lora.dropout}")
-        if not lora.targets:
+    settings = {"task_type": task_type, "modules_to_save": list(modules_to_save) if modules_to_save else None}
+    if method == "shadow":
+        return ShadowConfig(**settings, r=options.lora_rank)
+    if any(name in method for name in ("lora", "dora", "miss")):
+        targets = list(options.lora_targets or targets)
+        if not targets:
             raise UserError(f"{method} needs the names of its target modules, such as query and value")
-        per_weight = {
-            "r": lora.rank,
-            "lora_alpha": lora.alpha,
-            "lora_dropout": lora.dropout,
-            "target_modules": list(lora.targets),
+        if method == "miss":
+            rank, dropout = options.lora_rank, options.lora_dropout
+            return MissConfig(**settings, r=rank, miss_dropout=dropout, target_modules=targets)
+        settings |= {
+            "r": options.lora_rank,
+            "lora_alpha": options.lora_alpha,
+            "lora_dropout": options.lora_dropout,
+            "target_modules": targets,
             "use_dora": "dora" in method,
         }
-    if not has_control:
-        return LoraConfig(**common, **per_weight)
+    if "control" not in method:
+        return LoraConfig(**settings)
 
     from peft_control import ControlConfig
 
     try:
         return ControlConfig(
-            **common,
-            **per_weight,
-            control_blocks=["attention", "mlp"] if method == "double control" else list(control.blocks),
-            control_rank=control.rank,
-            control_alpha=control.alpha,
-            control_bias=control.bias,
-            control_dropout=control.dropout,
+            **settings,
+            control_blocks=["attention", "mlp"]
+            if method == "double control"
+            else list(options.control_blocks),
+            control_rank=options.control_rank,
+            control_alpha=options.control_alpha,
+            control_bias=bias,
+            control_dropout=options.control_dropout,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -139,8 +114,15 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, base: str, **optio
     return model
 
 
-def set_memory(model: nn.Module, mode: str, cuda_graphs: bool = False) -> None:
-    """Set how `model` trains (`peft_control.memory`); "plain" without graphs changes nothing.
+def set_memory(
+    model: nn.Module,
+    mode: str,
+    cuda_graphs: bool = False,
+    *,
+    chunk_tokens: int | None = None,
+    offload: str = "auto",
+) -> None:
+    """Set how `model` trains, in the words of `MemoryOptions`; "plain" without graphs changes nothing.
 
     Raises:
         UserError: the model or its adapter does not support the mode.
@@ -149,7 +131,45 @@ def set_memory(model: nn.Module, mode: str, cuda_graphs: bool = False) -> None:
         return
     from peft_control.memory import set_memory_mode
 
+    waits = {"auto": None, "always": True, "never": False}[offload]
     try:
-        set_memory_mode(model, mode, cuda_graphs=cuda_graphs)
+        set_memory_mode(model, mode, chunk_tokens=chunk_tokens, offload=waits, cuda_graphs=cuda_graphs)
     except ValueError as error:
         raise UserError(f"--memory {mode}: {error}; use --memory plain") from error
+
+
+def count_parameters(model: nn.Module) -> dict:
+    """Trained parameters: all, the adapter's, and the head's (which peft keeps as modules_to_save)."""
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    total, has_adapter = sum(trained.values()), hasattr(model, "peft_config")
+    head = sum(count for name, count in trained.items() if not has_adapter or "modules_to_save" in name)
+    return {"trainable_parameters": total, "adapter_parameters": total - head, "head_parameters": head}
+
+
+def describe_adapter(model: nn.Module) -> dict:
+    """The record's `adapter`: its configuration, the type of its parameters, and how many there are."""
+    configs = getattr(model, "peft_config", None)
+    dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
+    return {
+        "config": configs["default"].to_dict() if configs else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        **count_parameters(model),
+    }
+
+
+def describe_model(name: str, model: PreTrainedModel, total_parameters: int) -> dict:
+    """The record's `model`: where it came from, which version, what it is.
+
+    Args:
+        name: what `--model` said.
+        total_parameters: of the base and its head, without the adapter.
+    """
+    checksum = local_fingerprint(name)
+    version = {"sha256": checksum} if checksum else {"revision": getattr(model.config, "_commit_hash", None)}
+    return {
+        "id": public_id(name),
+        **version,
+        "class": type(model).__name__,
+        "quantization": quantization_of(model.config),
+        "total_parameters": total_parameters,
+    }

@@ -14,10 +14,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import UserError
-
-#: What the scripts' `--quantization` takes.
-QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
-QUANTIZATION_HELP = "Frozen linear layers in 4 bits (nf4, fp4; scales quantized again) or 8 (int8) by bitsandbytes; none: as they are."
+from .options import QUANTIZATION_HELP, QUANTIZATIONS, check_method_runs  # noqa: F401
 
 #: Heads, which are new or small, by the names that transformers gives them.
 _NOT_QUANTIZED = ("classifier", "pre_classifier", "score", "pooler", "lm_head")
@@ -121,13 +118,6 @@ def _follow_autocast(linear: nn.Linear, inputs: tuple) -> tuple:
     if not torch.is_autocast_enabled(x.device.type):
         return inputs
     return (x.to(torch.get_autocast_dtype(x.device.type)),)
-
-
-def check_method_runs(method: str, quantization: str, device: torch.device) -> None:
-    """Raise UserError for DoRA over 8-bit weights on a CPU: each forward reads the weights' norms, and on a CPU peft
-    (0.21) loses the layer's scales while it does."""
-    if quantization == "int8" and "dora" in method and device.type == "cpu":
-        raise UserError(f"{method} over int8 needs a GPU: choose --quantization nf4, fp4 or none on a CPU")
 
 
 def check_paging(optimizer: str, device: torch.device) -> None:

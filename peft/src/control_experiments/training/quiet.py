@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import datasets
 import huggingface_hub
 import transformers
 
@@ -16,3 +17,4 @@ def quieten() -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

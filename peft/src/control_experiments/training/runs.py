@@ -113,6 +113,24 @@ class RunFolder:
     def log(self) -> Path:
         return self.path / "run.log"
 
+    def clear(self) -> None:
+        """Delete what a run left here: everything but the lock, in a folder that holds a run or nothing.
+
+        Raises:
+            UserError: the folder holds something else.
+        """
+        contents = (
+            [entry for entry in self.path.iterdir() if entry.name != ".lock"]
+            if self._lock is not None
+            else []
+        )
+        if contents and not (self.path / "run.json").is_file():
+            raise UserError(
+                f"{self.path} holds no run: --overwrite deletes nothing there, choose another folder"
+            )
+        for entry in contents:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
     @contextmanager
     def logging_from(self, *names: str, terminal: bool = False) -> Iterator[None]:
         """Write what the loggers of these names say to the run's log (and, if asked, to stderr) while in the block.
@@ -139,11 +157,12 @@ class RunFolder:
                     logger.removeHandler(handler)
                 handler.close()
 
-    def claim(self, identity: dict, *, resume: bool = False) -> Path | None:
+    def claim(self, identity: dict, *, resume: bool = False, defaults: dict | None = None) -> Path | None:
         """Make the folder this run's, and say which checkpoint to go on from (None: from the start).
 
         On `resume` that is the newest whole one; newer ones that are broken are set aside, each with a line on stderr.
-        `identity` (JSON values) is everything that decides the run's outcome: method, task, model, ranks, ...
+        `identity` (JSON values) is everything that decides the run's outcome: method, task, model, ranks, ...; `defaults`
+        says what an option meant before there was one (see `check_same`).
 
         Raises:
             UserError: the folder holds another run that is finished, or whose checkpoints would be resumed or lost; or
@@ -151,7 +170,7 @@ class RunFolder:
         """
         found = checkpoints.checkpoints(self.checkpoints)
         if self.finished or found:
-            self.check_same(identity)
+            self.check_same(identity, defaults)
         if self.finished:
             if self._lock is not None:  # it may have died between its record and its last act
                 checkpoints.discard(self.checkpoints)
@@ -187,16 +206,16 @@ class RunFolder:
             print(f"warning: {broken.name} is broken ({reason}): set aside as {place.name}", file=sys.stderr)
         return found[len(damage)] if found else None
 
-    def check_same(self, identity: dict) -> None:
+    def check_same(self, identity: dict, defaults: dict | None = None) -> None:
         """Check that the folder's `run.json` says what `identity` says.
 
-        An option that is newer than the run is missing there, which says the same as not used (`_NOT_USED`). Nor is a
-        checksum (`..._sha256`) compared that was not noted there yet.
+        An option that is newer than the run is missing there, which says the same as its default or as not used
+        (`_NOT_USED`). Nor is a checksum (`..._sha256`) compared that was not noted there yet.
 
         Raises:
             UserError: it does not; the message names every difference.
         """
-        identity = json.loads(json.dumps(identity))
+        identity, defaults = json.loads(json.dumps([identity, defaults or {}]))
         file = self.path / "run.json"
         try:
             found = read_json(file)
@@ -210,12 +229,18 @@ class RunFolder:
             f"{name} {there[name]!r} there, {identity.get(name)!r} asked for"
             for name in names
             if there[name] != identity.get(name)
-            and not (name not in found and (identity[name] in _NOT_USED or name.endswith("_sha256")))
+            and not (name not in found and _is_unused(name, identity[name], defaults))
         ]
         if differences:
             raise UserError(
-                f"{self.path} belongs to another run ({'; '.join(differences)}): choose another output folder"
+                f"{self.path} belongs to another run ({'; '.join(differences)}): name another folder with --output_dir, or "
+                "delete that run with --overwrite"
             )
+
+
+def _is_unused(name: str, value: object, defaults: dict) -> bool:
+    """Whether an option that a run does not know says what the run did."""
+    return value in _NOT_USED or name.endswith("_sha256") or (name in defaults and value == defaults[name])
 
 
 class _LogFile(logging.FileHandler):

@@ -12,7 +12,6 @@ accelerate is not asked to shard: it leaves FSDP out on CPUs without a word (1.1
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
 import torch
@@ -23,51 +22,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..errors import UserError
 from .metering import MemoryMeter
+from .options import SHARD_HELP, choose_shard, processes  # noqa: F401
 from .quantization import quantized_linears
-
-SHARD_HELP = "What several processes share beside the rows: ddp: nothing, each holds the whole model; fsdp2: the frozen weights."
-#: What accelerate launch can ask FSDP for that is not done here, by the variable that it sets.
-_NOT_DONE = {
-    "FSDP_OFFLOAD_PARAMS": "--fsdp_offload_params",
-    "FSDP_ACTIVATION_CHECKPOINTING": "--fsdp_activation_checkpointing",
-}
-
-
-def choose_shard(shard: str, *, quantization: str = "none", cuda_graphs: bool = False) -> str:
-    """What `--shard` comes to: "fsdp2" also when accelerate launch asks for it (`--use_fsdp --fsdp_version 2`).
-
-    accelerate and transformers are then told that nobody did, for both would act on it: call it before a model is loaded.
-
-    Raises:
-        UserError: FSDP1, or what of FSDP2 is not done here, was asked for, or a model that cannot be sharded.
-    """
-    if _is_set("ACCELERATE_USE_FSDP"):
-        if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise UserError(
-                "FSDP1 is not supported: add --fsdp_version 2 to accelerate launch, or start with torchrun and --shard fsdp2"
-            )
-        for variable, option in _NOT_DONE.items():
-            if _is_set(variable):
-                raise UserError(f"{option} true is not supported: leave it out; --memory lean needs less too")
-        os.environ["ACCELERATE_USE_FSDP"] = "false"
-        shard = "fsdp2"
-    if shard == "fsdp2" and quantization != "none":
-        raise UserError(f"--quantization {quantization} cannot be sharded: choose --shard ddp")
-    if shard == "fsdp2" and cuda_graphs:
-        raise UserError(
-            "--cuda_graphs cannot replay the gathering of shards: leave it out, or choose --shard ddp"
-        )
-    return shard
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() == "true"
 
 
 def shares_weights(shard: str) -> bool:
     """Whether a model is to be given to `shard_frozen`: load it into the host's memory then, since the whole of it may
     not fit on one GPU. A single process has nobody to share with."""
-    return shard == "fsdp2" and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return shard == "fsdp2" and processes() > 1
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import BatchSampler, Sampler, SequentialSampler
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -26,12 +26,42 @@ from ..record import read_json, write_json_atomic
 from .checkpoints import begin, checkpoints, keep_newest, publish
 from .losses import LossWatch, check_parameters
 from .metering import MemoryMeter, Throughput
+from .options import TrainerOptions, processes
+from .runs import RunFolder
 from .sharding import average_gradients, is_sharded
 
 logger = logging.getLogger(__name__)
 
 #: What the Trainer's own checkpoint lacks: its loss since the last entry in the log.
 _PROGRESS = "progress.json"
+
+
+def training_arguments(
+    options: TrainerOptions, folder: RunFolder, device: torch.device, precision: str, **own: object
+) -> TrainingArguments:
+    """Options in the Trainer's terms; `own` are the script's, which win."""
+    shared = {
+        "output_dir": str(folder.checkpoints),
+        "num_train_epochs": options.epochs,
+        "max_steps": options.max_steps,
+        "per_device_train_batch_size": options.batch_size // processes(),
+        "learning_rate": options.lr,
+        "lr_scheduler_type": options.scheduler,
+        "weight_decay": options.weight_decay,
+        "optim": "adamw_torch",
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "seed": options.seed,
+        "logging_nan_inf_filter": False,  # the ExperimentTrainer stops at such a loss
+        "label_names": ["labels"],
+        "report_to": options.report_to,
+        "run_name": folder.path.name,
+        "use_cpu": device.type == "cpu",
+        "dataloader_num_workers": options.workers,
+        "disable_tqdm": True,  # the ExperimentTrainer has its own bar
+        "ddp_find_unused_parameters": False,
+    }
+    return TrainingArguments(**{**shared, **own})
 
 
 class ResumableLengthSampler(LengthGroupedSampler):

@@ -1,0 +1,133 @@
+"""The encoder of a GLUE run: its tokenizer, its weights with a new head, the method's adapter, and its inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import datasets
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from control_experiments.errors import UserError
+from control_experiments.training.device import DTYPES
+from control_experiments.training.methods import adapter_config
+from control_experiments.training.quantization import check_not_quantized, loading_arguments, prepare
+from RoBERTa.glue import Task
+
+if TYPE_CHECKING:
+    from RoBERTa.finetune import Options
+
+#: The names of the query and value projections, which LoRA adapts in the paper's recipe.
+QUERY_VALUE = {
+    "mpnet": ("q", "v"),
+    "distilbert": ("q_lin", "v_lin"),
+    "deberta": ("in_proj",),
+    "deberta-v2": ("query_proj", "value_proj"),
+}
+DEFAULT_QUERY_VALUE = ("query", "value")  # BERT, RoBERTa, XLM-RoBERTa, ELECTRA, ...
+
+
+def load_tokenizer_and_model(
+    name: str,
+    task: Task,
+    quantization: str = "none",
+    device: torch.device = torch.device("cpu"),  # noqa: B008  immutable
+    precision: str = "fp32",
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The encoder in float32 with a new head for the task, or with its linear layers quantized, then on `device`.
+
+    Raises:
+        UserError: there is no such model, it is no sequence classifier, or it cannot be quantized.
+    """
+    folder = Path(name).expanduser()
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise UserError(f"{name} is no model folder: it has no config.json")
+    labels = {"num_labels": 1, "problem_type": "regression"}
+    if not task.regression:
+        names = dict(enumerate(task.classes))
+        labels = {"id2label": names, "label2id": {label: index for index, label in names.items()}}
+    quantized = loading_arguments(quantization, device, DTYPES[precision])
+    try:
+        config = AutoConfig.from_pretrained(name, **labels)
+        check_not_quantized(quantization, config, name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, config=config, dtype=torch.float32, **quantized
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot load a model from {name!r}: {reason}") from error
+    return tokenizer, prepare(model)
+
+
+def check_length(options: Options, model: PreTrainedModel) -> None:
+    """Raise UserError for a `max_length` of more tokens than the model has positions for.
+
+    RoBERTa and its kin (XLM-RoBERTa, MPNet, ...) count positions from behind that of the padding token, so that they read
+    that many fewer; their table of positions is known by its `padding_idx`.
+    """
+    longest = getattr(model.config, "max_position_embeddings", options.max_length)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            longest = min(longest, module.num_embeddings - module.padding_idx - 1)
+    if options.max_length > longest:
+        raise UserError(
+            f"--max_length {options.max_length} is more than {options.model} can read ({longest} tokens)"
+        )
+
+
+def add_adapter(model: PreTrainedModel, options: Options) -> PeftModel:
+    """The model with the method's adapter; the adapter and the classifier are what trains.
+
+    Raises:
+        UserError: the architecture has no such blocks or target modules.
+    """
+    targets = options.lora_targets or QUERY_VALUE.get(model.config.model_type, DEFAULT_QUERY_VALUE)
+    config = adapter_config(options, task_type="SEQ_CLS", targets=targets)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        asked = (
+            f" (target modules asked for: {', '.join(targets)})"
+            if getattr(config, "target_modules", None)
+            else ""
+        )
+        raise UserError(f"{options.method} on {options.model}: {error}{asked}") from error
+
+
+def tokenize(
+    splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> datasets.DatasetDict:
+    """Token ids of each row and their `length`; dev and test sets also get their `row` and are sorted by length, so
+    that batches padded to their longest row waste little. Padding itself is the collator's."""
+
+    def encode(rows: dict, indices: list[int]) -> dict:
+        pair = rows["second"] if "second" in texts else None
+        encoded = tokenizer(rows["first"], pair, truncation=True, max_length=max_length)
+        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]], "row": indices}
+
+    texts = [column for column in next(iter(splits.values())).column_names if column != "label"]
+    encoded = splits.map(encode, batched=True, with_indices=True, remove_columns=texts, keep_in_memory=True)
+    for name in encoded:
+        if name != "train":
+            encoded[name] = encoded[name].sort("length", reverse=True, keep_in_memory=True)
+    return encoded
+
+
+def collator(options: Options, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
+    return DataCollatorWithPadding(
+        tokenizer,
+        padding=options.padding,
+        max_length=options.max_length,
+        pad_to_multiple_of=16 if options.cuda_graphs else None,
+    )
