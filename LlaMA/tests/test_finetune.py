@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
 
 from control_experiments.record import read_record
 from LlaMA import finetune, training
@@ -35,7 +36,7 @@ def run(call, model_folder, data, tmp_path):
 
 
 @pytest.mark.parametrize("method", finetune.METHODS)
-def test_every_method_trains_and_leaves_an_adapter_and_a_record(run, tmp_path, model_folder, method):
+def test_every_method_trains_and_leaves_an_adapter_and_a_record(run, tmp_path, method, monkeypatch):
     code, out, err = run(method=method)
     assert code == 0, err
     record = read_record(tmp_path / "run" / "record.json")
@@ -49,15 +50,20 @@ def test_every_method_trains_and_leaves_an_adapter_and_a_record(run, tmp_path, m
     per_weight = 0 if method in ("control", "double control") else qkv + (0 if controls else up_down)
     if "dora" in method:
         per_weight += magnitudes + (0 if controls else layers * (64 + 32))
+    if method == "miss":
+        per_weight = layers * lora * (32 + 16 + 16 + 64 + 32)
+    if method == "shadow":  # two small networks and two matrices a layer, and a whole layer beside the model
+        own = 2 * (32 * 32 + 32 * 16) + 3 * 32 * 64 + 3 * 32
+        per_weight = layers * (2 * 32 * lora + 2 * (32 * lora + lora + lora * 32 + 32)) + own
     assert record.adapter["trainable_parameters"] == controls + per_weight
     assert record.time["real_tokens"] > 0
     assert [entry["step"] for entry in record.history] == [2, 4, 6]
     assert record.metrics["best"]["eval_loss"] == min(entry["eval_loss"] for entry in record.history)
     assert record.metrics["last"]["eval_loss"] < record.history[0]["eval_loss"]
-    from peft import PeftModel
-
-    base = AutoModelForCausalLM.from_pretrained(model_folder)
-    PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    monkeypatch.chdir("/")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter")  # finds its base by itself
+    asked = AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")("Which?", return_tensors="pt")
+    assert torch.isfinite(loaded(**asked).logits).all()
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert "cut at 256 tokens" in out
 
