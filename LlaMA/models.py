@@ -80,6 +80,15 @@ def _source(model: str) -> tuple[str, dict]:
     return model, {}
 
 
+def is_gguf(model: str) -> bool:
+    """Whether a model is read from a GGUF file.
+
+    Raises:
+        UserError: as `_source`.
+    """
+    return bool(_source(model)[1])
+
+
 def load_tokenizer(model: str) -> Tokenizer:
     """The base model's tokenizer.
 
@@ -142,7 +151,7 @@ def load_model(
     if quantization != "none" and "gguf_file" in extra:
         raise UserError(
             f"{model} is a GGUF file, which cannot be quantized on loading: make a folder of it first "
-            f"(python -m LlaMA.convert {model} FOLDER)"
+            f"(python -m LlaMA.convert --model {model} --output_dir FOLDER)"
         )
     quantized = loading_arguments(quantization, device, dtype)
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,7 +29,7 @@ from control_experiments.training.sharding import shard_frozen, shares_weights
 from control_experiments.training.trainer import ExperimentTrainer, training_arguments
 from LlaMA.commonsense import TokenRow, read_rows, split_rows, tokenize_rows
 from LlaMA.demo import place_of_model
-from LlaMA.models import add_adapter, choose_pad_token, load_model, load_tokenizer, ready_to_train
+from LlaMA.models import add_adapter, choose_pad_token, is_gguf, load_model, load_tokenizer, ready_to_train
 from LlaMA.packing import (
     VARLEN,
     Batch,
@@ -74,6 +76,12 @@ def train(options: Options, run: Run) -> RunRecord:
         task="commonsense",
         dtype=str(dtype).removeprefix("torch."),
     )
+    if is_gguf(options.model) and os.environ.get("RANK", "0") == "0":
+        print(
+            f"note: other tools cannot load {options.model} as the adapter's base: to serve the adapter, first make a folder "
+            f"of it (python -m LlaMA.convert --model {options.model} --output_dir FOLDER) and train over that",
+            file=sys.stderr,
+        )
     rows = split_rows(read_rows(options.contents("data")), options.held_out, options.split_seed)
     tokenizer = load_tokenizer(options.model)
     seed_everything(options.seed)

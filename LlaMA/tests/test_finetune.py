@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from control_experiments.record import read_record
 from LlaMA import finetune, training
-from LlaMA.models import SHAPES, choose_pad_token
+from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
+from LlaMA.models import SHAPES, add_adapter, choose_pad_token, expected_config
 from LlaMA.tests.conftest import one_line
 from peft_control import ControlConfig  # noqa: F401  registers CONTROL
 
@@ -61,7 +62,9 @@ def test_every_method_trains_and_leaves_an_adapter_and_a_record(run, tmp_path, m
     assert record.metrics["best"]["eval_loss"] == min(entry["eval_loss"] for entry in record.history)
     assert record.metrics["last"]["eval_loss"] < record.history[0]["eval_loss"]
     monkeypatch.chdir("/")
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter")  # finds its base by itself
+    loaded = AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path / "run" / "adapter"
+    )  # finds its base by itself
     asked = AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")("Which?", return_tensors="pt")
     assert torch.isfinite(loaded(**asked).logits).all()
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -126,6 +129,59 @@ def test_padded_and_packed_training_agree(run, tmp_path):
         for name in ("packed", "padded")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("batching", ["padded", "packed"])
+@pytest.mark.parametrize("method", ["lora", "control+lora"])
+def test_the_trainer_learns_as_a_plain_loop_does(
+    call, model_folder, data, tmp_path, monkeypatch, method, batching
+):
+    """Row for row and step for step: two epochs, whose last steps are short, against AdamW written out."""
+    seen, collate = [], training.collate
+
+    def noting(rows, **settings):
+        seen.append(rows)
+        return collate(rows, **settings)
+
+    monkeypatch.setattr(training, "collate", noting)
+    more = ("--epochs", 2, "--max_steps", -1, "--eval_steps", 1, "--warmup_steps", 3, "--lora_dropout", 0)
+    words = arguments(model_folder, data, tmp_path / "run", *more, "--batching", batching, method=method)
+    code, _, err = call(finetune.main, *words)
+    assert code == 0, err
+    history = read_record(tmp_path / "run" / "record.json").history
+    kept, _ = split_rows(read_rows(data / "train.json"), 6, seed=42)
+    rows = [row.ids for row in tokenize_rows(kept, AutoTokenizer.from_pretrained(model_folder), 256)]
+    epochs = [[row.ids for step in part for row in step] for part in (seen[:8], seen[8:])]
+    assert (
+        len(seen) == 16 and sorted(epochs[0]) == sorted(epochs[1]) == sorted(rows) and epochs[0] != epochs[1]
+    )
+
+    torch.manual_seed(42)
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    config = expected_config(
+        method, 4, 1.0, 0.0, 2, 4, 0.0, finetune.Options(method=method, data="x").targets
+    )
+    model = get_peft_model(base, config).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    for number, (rows, entry) in enumerate(zip(seen, history, strict=True)):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (number / 3 if number < 3 else (16 - number) / 13)
+        losses = []
+        for micro_batch in (rows[:4], rows[4:]):  # each a mean over its tokens, as published
+            if micro_batch:
+                ids = torch.nn.utils.rnn.pad_sequence(
+                    [torch.tensor(row.ids) for row in micro_batch], True, -100
+                )
+                mask = (ids >= 0).long()
+                losses.append(model(input_ids=ids.clamp(min=0), attention_mask=mask, labels=ids).loss)
+        loss = torch.stack(losses).mean()
+        assert loss.item() == pytest.approx(entry["train_loss"], rel=2e-5), f"step {number + 1}"
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert history[-1]["train_loss"] < 0.95 * history[0]["train_loss"]
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
@@ -349,8 +405,6 @@ def test_the_pad_token_is_a_real_one(tokenizer, spare, pad):
 def test_shapes_have_the_published_numbers_of_adapter_parameters():
     from accelerate import init_empty_weights
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from LlaMA.models import add_adapter, expected_config
 
     for shape, method, count in (
         ("llama2-7b", "control+lora", 41_943_040),
