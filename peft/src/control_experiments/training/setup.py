@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..record import RunRecord
-from .checkpoints import step_of
+from .checkpoints import discard, step_of, whole_folder
 from .device import (
     choose_precision,
     describe_device,
@@ -21,6 +21,7 @@ from .device import (
     select_device,
 )
 from .metering import Throughput
+from .model_card import write_card
 from .options import RunOptions
 from .quiet import quieten
 from .runs import RunFolder
@@ -69,6 +70,24 @@ class Run:
         """The record's `time`."""
         resumed = step_of(self.checkpoint) if self.checkpoint else None
         return {**throughput.summary(), "resumed_from_step": resumed}
+
+    def finish(
+        self, record: RunRecord, save: Callable[[Path], object], load: str, **results: object
+    ) -> RunRecord:
+        """Save the adapter with its card, write the record, discard the checkpoints; for the process of rank 0.
+
+        Args:
+            save: writes the adapter into a folder.
+            load: Python lines that load it again, for the card.
+            results: what the record lacks, by its fields' names.
+        """
+        record.finish(**results)
+        with whole_folder(self.folder.adapter, sealed=False) as place:
+            save(place)
+            write_card(place, record, load)
+        record.write(self.folder.record)
+        discard(self.folder.checkpoints)
+        return record
 
 
 @contextmanager
