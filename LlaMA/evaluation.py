@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 import peft_control  # noqa: F401  registers CONTROL with peft
 from control_experiments.errors import UserError
+from control_experiments.outcomes import write_outcomes
 from control_experiments.paths import public_path
 from control_experiments.record import RunRecord, read_record
 from control_experiments.training.checkpoints import check_adapter_files
@@ -127,7 +128,7 @@ def answer_all(
     options: Options, folder: RunFolder, model, tokenizer, tests: dict[str, list[Row]], seconds: dict
 ) -> dict:
     """Answer all test sets, which takes `seconds`; returns the record's metrics."""
-    answer, scores = in_parts(answerer(options, model, tokenizer)), {}
+    answer, scores, answered = in_parts(answerer(options, model, tokenizer)), {}, {}
     interval = 0.2 if sys.stderr.isatty() else 20
     with tqdm(
         total=sum(map(len, tests.values())), unit="question", disable=None, mininterval=interval
@@ -136,14 +137,27 @@ def answer_all(
             path, began = folder.path / f"{task}.jsonl", time.perf_counter()
             left = len(rows) - len(read_answers(path, rows))
             questions = questions_of(rows, TASKS[task], tokenizer, options.prompt_style)
-            scores[task] = score(answer_task(path, rows, questions, answer, options.batch_size, bar))
+            answered[task] = answer_task(path, rows, questions, answer, options.batch_size, bar)
+            scores[task] = score(answered[task])
             seconds[task] = time.perf_counter() - began
             rate = f", {left / seconds[task]:.1f} questions/s" if left else ""
             tqdm.write(
                 f"{task:14} accuracy {scores[task]['accuracy']:6.2f}  no match {scores[task]['no_match']:5.2f}{rate}",
                 file=sys.stdout,
             )
+    keep_outcomes(folder.path, answered)
     return summarise(scores)
+
+
+def keep_outcomes(folder: Path, answered: dict[str, dict[int, dict]]) -> None:
+    """Every question's outcome in compact form, for comparisons question by question."""
+    entries = [
+        (task, row, entry["correct"]) for task, answers in answered.items() for row, entry in answers.items()
+    ]
+    tasks, rows, correct = zip(*sorted(entries), strict=True)
+    write_outcomes(
+        folder, [f"{task} {row}" for task, row in zip(tasks, rows, strict=True)], correct, group=tasks
+    )
 
 
 # -- the adapter --------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,6 @@ from peft import PeftModel
 from control_experiments.errors import UserError
 from control_experiments.paths import public_path
 from control_experiments.record import RunRecord
-from control_experiments.training.checkpoints import discard, whole_folder
 from control_experiments.training.checksums import local_fingerprint
 from control_experiments.training.device import DTYPES, seed_everything
 from control_experiments.training.metering import MemoryMeter
@@ -52,6 +52,17 @@ LOGGERS = ("finetune", "control_experiments")
 LESS_MEMORY = (
     "--memory lean, a smaller --token_budget or --micro_batch_size, --dtype bf16, a smaller --cutoff"
 )
+
+#: How the adapter's card says that it is loaded.
+LOAD = """
+import peft_control
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+folder = "OUT/adapter"  # where this file is
+model = AutoPeftModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+"""
 
 
 def run(options: Options, argv: Sequence[str] | None) -> RunRecord | None:
@@ -139,16 +150,20 @@ def train(options: Options, run: Run) -> RunRecord:
     history, metrics = summarise(trainer.state.log_history)
     if not trainer.is_world_process_zero():
         return record
-    with whole_folder(folder.adapter, sealed=False) as place:
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
     record.hyperparameters |= {
         **({"shard": options.shard} if shares_weights(options.shard) else {}),
         "attention": model.config._attn_implementation,
         "pad_token": tokenizer.pad_token,
     }
-    record.finish(
-        folder.record,
+
+    def save(place: Path) -> None:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+
+    run.finish(
+        record,
+        save,
+        LOAD,
         model=describe_model(options.model, model.get_base_model(), total_parameters),
         data={
             "id": public_path(options.data),
@@ -161,7 +176,6 @@ def train(options: Options, run: Run) -> RunRecord:
         time=run.time(trainer.throughput),
         history=history,
     )
-    discard(folder.checkpoints)
     rate = record.time["tokens_per_second"]
     print(
         f"held-out loss {metrics['best'].get('eval_loss', float('nan')):.4f} at step {metrics['best'].get('step')}"

@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -174,6 +175,10 @@ def test_a_run_scores_all_tasks_and_keeps_every_answer(run, trained, tmp_path):
         accuracies.append(100 * sum(line["correct"] for line in lines) / 7)
         assert record.metrics["last"][task] == pytest.approx(accuracies[-1])
         assert f"{task:14} accuracy" in out
+    kept = np.load(tmp_path / "evaluation" / "outcomes.npz")
+    assert len(set(kept["example"])) == 7 * 8
+    for task, accuracy in zip(TASKS, accuracies, strict=True):
+        assert 100 * kept["correct"][kept["group"] == task].mean() == pytest.approx(accuracy)
     assert record.metrics["last"]["average"] == pytest.approx(sum(accuracies) / 8)
     assert (
         record.adapter["trainable_parameters"]
