@@ -269,13 +269,14 @@ def commonsense_cell(options: Options, base: str, method: str, seed: int) -> Cel
 
 def memory_cell(options: Options, task: str, method: str, repeat: int) -> Cell:
     """A whole benchmark, which measures all its methods; `method` is the list of them, or empty for its own."""
-    domain = "vit" if task == "vit" else ""
-    folder = Path(options.results) / domain / "memory" / ("" if repeat == 1 else f"repeat{repeat}")
+    folder = Path(options.results) / "memory" / ("" if repeat == 1 else f"repeat{repeat}")
     name = f"{task}_repeat{repeat}"
     if task == "vit":
-        command = ["bash", f"{REPOSITORY}/scripts/table_vit_memory.sh", GPU, "--output_dir", str(folder)]
-        settings = {"method": "dora", "task": "memory", "attention": "sdpa"}
-        return Cell(name, command, folder / "sdpa_dora.json", settings=settings)
+        folder /= "published_vit"
+        command = ["bash", f"{REPOSITORY}/scripts/table_vit_memory.sh", GPU, "--output", str(folder)]
+        return Cell(
+            name, command, folder / "vit-b16_128x197.json", settings={"shape": "vit-b16", "batch": 128}
+        )
     arguments, file = BENCHMARKS[task]
     methods = shlex.split(method or SUBSETS.get(task, ""))
     command = [interpreter(), "-m", "scripts.bench_memory", *arguments.split(), "--output", str(folder)]

@@ -44,7 +44,6 @@ if module == "scripts.bench_memory":
         json.dump({{"options": options, "results": [{{"method": "lora"}}]}}, file)
     sys.exit()
 from control_experiments.record import RunRecord
-name = "sdpa_dora.json" if module == "ViT.memory_table" else "record.json"
 task = value.get("--task") or os.path.basename(value.get("--data", "memory")).split(".")[0]
 fields = dict.fromkeys(("data", "adapter", "memory", "time", "versions", "git", "device"), {{}})
 RunRecord(
@@ -52,7 +51,7 @@ RunRecord(
     created="", finished="", model={{"id": value.get("--model")}},
     hyperparameters={{name[2:]: text for name, text in value.items() if name.startswith("--")}},
     metrics={{"last": {{"score": 1 - abs(float(value.get("--lr", 0)) - 1e-3)}}}}, **fields,
-).write(os.path.join(value.get("--output_dir"), name))
+).write(os.path.join(value.get("--output_dir"), "record.json"))
 """
 
 
@@ -297,7 +296,7 @@ def test_the_search_holds_out_a_tenth_of_the_training_rows(tmp_path, monkeypatch
          r"METHODS=lora SEEDS=5 bash LlaMA/run_smollm2_table.sh \S+/llama/smollm2 {gpu}"),
         ("quantized", ("--methods", "dora", "--seeds", "1"), {},
          r"SEED=1 bash QControl/run_roberta_quantization.sh dora rte 320 4e-4 {gpu} --output_dir \S+/qcontrol/\S+ --resume"),
-        ("memory", ("--tasks", "vit", "--seeds", "2"), {}, r"bash scripts/table_vit_memory.sh {gpu} --output_dir \S+/vit/memory/repeat2"),
+        ("memory", ("--tasks", "vit", "--seeds", "2"), {}, r"bash scripts/table_vit_memory.sh {gpu} --output \S+/memory/repeat2/published_vit"),
         ("memory", ("--tasks", "roberta-base", "--seeds", "1"), {},
          r"CUDA_VISIBLE_DEVICES={gpu} \S+ -m scripts.bench_memory --shape roberta-base --batch 64 --tokens 128 --output \S+/memory"),
         ("memory", ("--tasks", "llama3-8b-profile", "--seeds", "1"), {},

@@ -265,29 +265,18 @@ def test_a_measurement_that_lacks_something_is_named_and_left_out(results, write
     )
 
 
-def test_real_measurements_reach_their_tables(tmp_path):
-    """The domains' benchmarks on the CPU at their smallest: a renamed field would leave a table empty."""
-    from LlaMA import benchmark_methods
-    from QControl import quantized_memory
+def test_a_real_measurement_reaches_its_table(tmp_path):
+    """The memory benchmark on the CPU at its smallest: a renamed field would leave a table empty."""
+    from scripts import bench_memory
 
-    root = tmp_path / "results"
-    small = ["--device", "cpu", "--steps", "1", "--warmup", "0"]
-    benchmark_methods.main(
-        [*small, "--output_dir", f"{root}/llama/shapes", "--shapes", "tiny", "--methods", "lora", "--cutoff", "8",
-         "--control_rank", "2", "--lora_rank", "2"]
-    )  # fmt: skip
-    # starts a process for what it measures
-    quantized_memory.main(
-        [*small, "--output_dir", f"{root}/qcontrol/memory", "--shape", "tiny-roberta", "--methods", "lora",
-         "--weights", "fp32", "--batches", "2", "--tokens", "8"]
-    )  # fmt: skip
-    collection = collect(root)
+    words = "--shape tiny --batch 2 --tokens 8 --device cpu --steps 1 --warmup 0 --methods lora --output"
+    bench_memory.main([*words.split(), f"{tmp_path}/results/memory"])
+    collection = collect(tmp_path / "results")
     assert not collection.problems
-    found = {table.name: table for table in all_tables(collection, PAPER)}
-    for name in ("llama_shapes", "quantized_memory"):
-        (section,) = found[name].sections
-        (line,) = section.rows
-        assert line[0].text == "lora" and line[section.header.index("ms a step")].value > 0
+    (section,) = {table.name: table for table in all_tables(collection, PAPER)}["memory_speed"].sections
+    (line,) = section.rows
+    assert section.title.startswith("tiny, 2 x 8 tokens, cpu")
+    assert line[0].text == "lora" and line[section.header.index("ms a step")].value > 0
 
 
 def test_frontier():
