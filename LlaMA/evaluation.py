@@ -22,7 +22,13 @@ from control_experiments.paths import public_path
 from control_experiments.record import RunRecord, read_record
 from control_experiments.training.checkpoints import check_adapter_files
 from control_experiments.training.checksums import fingerprint, local_fingerprint
-from control_experiments.training.device import describe_device, explain_out_of_memory, select_device
+from control_experiments.training.device import (
+    DTYPES,
+    choose_precision,
+    describe_device,
+    explain_out_of_memory,
+    select_device,
+)
 from control_experiments.training.metering import MemoryMeter
 from control_experiments.training.methods import describe_model, load_adapter
 from control_experiments.training.quantization import check_method_runs, quantization_of
@@ -32,7 +38,7 @@ from LlaMA.answering import Question, Reply, batches, generate, in_parts, questi
 from LlaMA.batch_one import compare_batch_one
 from LlaMA.commonsense import TASKS, Row, read_tests
 from LlaMA.demo import place_of_model
-from LlaMA.models import choose_pad_token, expected_config, load_model, load_tokenizer, resolve_dtype
+from LlaMA.models import choose_pad_token, expected_config, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from LlaMA.evaluate import Options
@@ -45,7 +51,7 @@ LESS_MEMORY = "a smaller --batch_size, --dtype bf16, fewer --beams"
 def run(options: Options, command: Sequence[str]) -> RunRecord | None:
     """Evaluate, unless that is done; returns the record, or None then."""
     device = select_device(options.device)
-    dtype = resolve_dtype(options.dtype, device)
+    dtype = DTYPES[choose_precision(options.dtype, device, option="dtype")]
     quieten()
     options.model = place_of_model(options.model)
     if options.adapter is not None:

@@ -17,14 +17,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     PreTrainedModel,
     modeling_gguf_pytorch_utils,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from control_experiments.errors import UserError
-from control_experiments.training.device import DTYPES, choose_precision
 from control_experiments.training.methods import adapter_config, set_memory
 from control_experiments.training.options import AdapterOptions
 from control_experiments.training.quantization import (
@@ -191,15 +189,6 @@ def _forget_quantization(base: PreTrainedModel) -> None:
     base.is_quantized = False
 
 
-def random_model(
-    shape: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
-) -> PreTrainedModel:
-    """A LLaMA of a known shape with random weights, made on the device."""
-    config = LlamaConfig(**SHAPES[shape], attn_implementation=attention)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
 def choose_pad_token(tokenizer: Tokenizer, embeddings: int) -> None:
     """Give the tokenizer a pad token that no text holds.
 
@@ -218,11 +207,6 @@ def choose_pad_token(tokenizer: Tokenizer, embeddings: int) -> None:
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     else:
         tokenizer.pad_token = tokenizer.eos_token
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What `--dtype` means on this device; see `choose_precision`."""
-    return DTYPES[choose_precision(name, device, option="dtype")]
 
 
 def expected_config(
