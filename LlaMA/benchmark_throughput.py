@@ -29,9 +29,16 @@ from control_experiments.training.methods import describe_adapter, describe_mode
 from control_experiments.training.options import AdapterOptions, MemoryOptions, RunOptions
 from control_experiments.training.setup import Run, start
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
-from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS, ready_to_train
+from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS
 from LlaMA.measuring import train_tokenizer
-from LlaMA.models import add_adapter, choose_pad_token, expected_config, load_model, load_tokenizer
+from LlaMA.models import (
+    add_adapter,
+    choose_pad_token,
+    expected_config,
+    load_model,
+    load_tokenizer,
+    ready_to_train,
+)
 from LlaMA.packing import (
     VARLEN,
     Batch,

@@ -1,8 +1,6 @@
 #!/usr/bin/env bash
 # Fine-tune a quantized encoder on a GLUE task; the variables below are the paper's quantized recipe for RoBERTa-base.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-repository=$(dirname "$here")
 
 usage() {
     cat <<USAGE
@@ -18,6 +16,9 @@ All other options: bash RoBERTa/run_roberta.sh --help
 USAGE
 }
 
+QUANTIZATION=${QUANTIZATION:-nf4}
+export BATCH_SIZE=${BATCH_SIZE:-256}
+
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
     usage
     exit 0
@@ -26,35 +27,17 @@ if (($# < 2)); then
     echo "error: METHOD and TASK are needed (bash QControl/run_roberta_quantization.sh -h shows how)" >&2
     exit 2
 fi
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$repository/scripts/interpreter.sh"
+sort_words 5 "$@"
 
-# Take positionals until the first option: trailing ones have defaults.
-positionals=()
-while (($#)) && [[ $1 != --* ]] && ((${#positionals[@]} < 5)); do
-    positionals+=("$1")
-    shift
-done
-case ${positionals[0]:-} in
-    QControl | control) METHOD=control ;;
-    QLoRA | lora) METHOD=lora ;;
-    QDoRA | dora) METHOD=dora ;;
-    "double control" | control+lora | control+dora) METHOD=${positionals[0]} ;;
-    *)
-        echo "error: unknown method '${positionals[0]:-}': choose QControl, QLoRA or QDoRA, or a mixture (-h lists them)" >&2
-        exit 2
-        ;;
+METHOD=${POSITIONALS[0]:-}
+case $METHOD in
+    QControl | QLoRA | QDoRA) METHOD=$(tr '[:upper:]' '[:lower:]' <<<"${METHOD#Q}") ;;
 esac
-TASK=${positionals[1]:-}
-EPOCHS=${positionals[2]:-320}
-LR=${positionals[3]:-4e-4}
-GPU=${positionals[4]:-0}
+GPU=${POSITIONALS[4]:-0}
+# type in which the 4-bit weights are multiplied
+if [[ $GPU == cpu ]]; then export PRECISION=${PRECISION:-fp32}; else export PRECISION=${PRECISION:-fp16}; fi
 
-QUANTIZATION=${QUANTIZATION:-nf4}
-export BATCH_SIZE=${BATCH_SIZE:-256}
-if [[ $GPU == cpu ]]; then
-    export PRECISION=${PRECISION:-fp32}
-else
-    export PRECISION=${PRECISION:-fp16}   # type in which the 4-bit weights are multiplied
-fi
-
-exec bash "$repository/RoBERTa/run_roberta.sh" "$METHOD" "$TASK" "$EPOCHS" "$LR" "$GPU" \
-    --quantization "$QUANTIZATION" "$@"
+exec bash "$repository/RoBERTa/run_roberta.sh" "$METHOD" "${POSITIONALS[1]:-}" "${POSITIONALS[2]:-320}" \
+    "${POSITIONALS[3]:-4e-4}" "$GPU" --quantization "$QUANTIZATION" ${OPTIONS[@]+"${OPTIONS[@]}"}

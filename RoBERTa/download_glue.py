@@ -12,11 +12,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
-from datasets import load_dataset
+from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.training.arguments import parse_arguments
@@ -25,10 +24,9 @@ from RoBERTa.glue import GLUE_TASKS, HUB_ID
 
 @dataclass
 class Options:
-    tasks: list[str] = field(default_factory=lambda: list(GLUE_TASKS), metadata={"help": "Which tasks."})
-    output: str = field(
-        default=str(Path(__file__).resolve().parent / "data" / "glue"),
-        metadata={"help": "Folder for all tasks."},
+    tasks: list[str] = HfArg(default_factory=lambda: list(GLUE_TASKS), help="Which tasks.")
+    output: str = HfArg(
+        default=str(Path(__file__).resolve().parent / "data" / "glue"), help="Folder for all tasks."
     )
 
 
@@ -38,6 +36,8 @@ def download(task: str, folder: Path) -> None:
     Raises:
         UserError: the hub cannot be reached, or `folder` cannot be written.
     """
+    from datasets import load_dataset
+
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         splits = load_dataset(HUB_ID, task)
@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for task in options.tasks:
         if task not in GLUE_TASKS:
             raise UserError(f"unknown task {task!r}: choose from {', '.join(GLUE_TASKS)}")
-    huggingface_hub.utils.logging.set_verbosity_error()
+    from control_experiments.training.quiet import quieten
+
+    quieten()
     for task in options.tasks:
         folder = Path(options.output) / task
         if (folder / "dataset_dict.json").is_file():

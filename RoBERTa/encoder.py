@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from control_experiments.errors import UserError
+from control_experiments.record import write_json_atomic
 from control_experiments.training.device import DTYPES
 from control_experiments.training.methods import adapter_config
 from control_experiments.training.quantization import check_not_quantized, loading_arguments, prepare
@@ -52,10 +53,13 @@ def load_tokenizer_and_model(
     folder = Path(name).expanduser()
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"{name} is no model folder: it has no config.json")
-    labels = {"num_labels": 1, "problem_type": "regression"}
-    if not task.regression:
-        names = dict(enumerate(task.classes))
-        labels = {"id2label": names, "label2id": {label: index for index, label in names.items()}}
+    names = task.classes or ("score",)
+    labels = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: label for label, name in enumerate(names)},
+    }
+    if task.regression:
+        labels["problem_type"] = "regression"
     quantized = loading_arguments(quantization, device, DTYPES[precision])
     try:
         config = AutoConfig.from_pretrained(name, **labels)
@@ -68,6 +72,14 @@ def load_tokenizer_and_model(
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"cannot load a model from {name!r}: {reason}") from error
     return tokenizer, prepare(model)
+
+
+def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The adapter with its tokenizer and the names of its classes in label order (labels.json)."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    names = model.get_base_model().config.id2label
+    write_json_atomic(folder / "labels.json", [names[label] for label in sorted(names)])
 
 
 def check_length(options: Options, model: PreTrainedModel) -> None:

@@ -104,7 +104,15 @@ class Task:
         values = self.metric(self.predictions(outputs), labels)
         return {**values, "score": float(np.mean(list(values.values())))}
 
+    @property
+    def paired_by(self) -> str:
+        """What `control_experiments.outcomes` calls the score."""
+        return _PAIRED_BY[self.metric]
 
+
+_PAIRED_BY = {
+    _accuracy: "accuracy", _matthews: "matthews", _accuracy_and_f1: "accuracy and F1", _correlations: "Pearson and Spearman",
+}  # fmt: skip
 _YES_NO = ("not_entailment", "entailment")
 _ENTAILMENT = ("entailment", "not_entailment")
 _PAIR = ("sentence1", "sentence2")

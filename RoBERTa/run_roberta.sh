@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Fine-tune an encoder on a GLUE task; the variables below are the paper's recipe for RoBERTa-base.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usage() {
     cat <<USAGE
@@ -15,9 +14,6 @@ MODEL=... and DATA=... name a model and a data folder instead of the hub's; SEED
 All options: python -m RoBERTa.finetune --help
 USAGE
 }
-
-METHODS=(control lora dora "double control" control+lora control+dora)
-TASKS="cola mnli mrpc qnli qqp rte sst2 stsb wnli demo"
 
 MODEL=${MODEL:-roberta-base}
 DATA=${DATA:-}
@@ -42,44 +38,15 @@ if (($# < 2)); then
     echo "error: METHOD and TASK are needed (bash RoBERTa/run_roberta.sh -h shows how)" >&2
     exit 2
 fi
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/interpreter.sh"
+sort_words 5 "$@"
 
-# Take positionals until the first option: trailing ones have defaults.
-positionals=()
-while (($#)) && [[ $1 != --* ]] && ((${#positionals[@]} < 5)); do
-    positionals+=("$1")
-    shift
-done
-METHOD=${positionals[0]:-}
-TASK=${positionals[1]:-}
-EPOCHS=${positionals[2]:-80}
-LR=${positionals[3]:-3e-4}
-GPU=${positionals[4]:-0}
-
-known=$(printf ', %s' "${METHODS[@]}")
-if [[ "$known, " != *", $METHOD, "* ]]; then
-    echo "error: unknown method '$METHOD': choose one of ${known#, }" >&2
-    exit 2
-fi
-if [[ " $TASKS " != *" $TASK "* ]]; then
-    echo "error: unknown task '$TASK': choose one of ${TASKS// /, }" >&2
-    exit 2
-fi
-
-source "$here/../scripts/interpreter.sh"
-command=(
-    "$PYTHON" -m RoBERTa.finetune --method "$METHOD" --task "$TASK" --model "$MODEL"
-    --epochs "$EPOCHS" --lr "$LR" --device "$GPU" --seed "$SEED" --batch_size "$BATCH_SIZE"
-    --max_length "$MAX_LENGTH" --warmup_ratio "$WARMUP_RATIO" --weight_decay "$WEIGHT_DECAY"
-    --control_rank "$CONTROL_RANK" --control_alpha "$CONTROL_ALPHA"
-    --lora_rank "$LORA_RANK" --lora_alpha "$LORA_ALPHA" --lora_dropout "$LORA_DROPOUT"
-    --precision "$PRECISION" --eval_steps "$EVAL_STEPS"
-)
-[[ -n $DATA ]] && command+=(--data "$DATA")
-command+=("$@")
-
-printf 'running:'
-printf ' %q' "${command[@]}"
-printf '\n'
 # Asking NVML instead of CUDA for GPUs leaves the choice of one to the script.
 export PYTORCH_NVML_BASED_CUDA_CHECK=1
-exec "${command[@]}"
+run_command "$PYTHON" -m RoBERTa.finetune --method "${POSITIONALS[0]:-}" --task "${POSITIONALS[1]:-}" --model "$MODEL" \
+    --epochs "${POSITIONALS[2]:-80}" --lr "${POSITIONALS[3]:-3e-4}" --device "${POSITIONALS[4]:-0}" \
+    --seed "$SEED" --batch_size "$BATCH_SIZE" --max_length "$MAX_LENGTH" \
+    --warmup_ratio "$WARMUP_RATIO" --weight_decay "$WEIGHT_DECAY" \
+    --control_rank "$CONTROL_RANK" --control_alpha "$CONTROL_ALPHA" \
+    --lora_rank "$LORA_RANK" --lora_alpha "$LORA_ALPHA" --lora_dropout "$LORA_DROPOUT" \
+    --precision "$PRECISION" --eval_steps "$EVAL_STEPS" ${DATA:+--data "$DATA"} ${OPTIONS[@]+"${OPTIONS[@]}"}

@@ -1,57 +1,57 @@
 #!/usr/bin/env python3
-"""Make every table, the judged claims and the report from the run records below a results folder.
+"""Make every table, the judged claims, the pictures and the report from the run records below a results folder.
 
-    python -m scripts.make_tables                         results/tables/*.md|csv|tex, results/claims.md, results/report.html
+    python -m scripts.make_tables                         results/tables, results/pictures, results/claims.md, results/report.html
     python -m scripts.make_tables --results OTHER_FOLDER --strict
 
 Nothing is trained or measured here and no figure is typed in: ours come from records, the published ones from
-results/paper.json. A record that is broken or must not be compared with the others leaves its cell empty with a footnote
-and is named on stderr; with --strict the exit code is then 1.
+results/paper.json. The shipped records lie in results/published, and what is made of them never depends on other runs. Where
+there are such runs, results/mine holds the same again: tables with both, rows of your runs marked "yours", and claims judged by
+your runs alone. A record that is broken or must not be compared with the others is left out and named on stderr; with
+--strict the exit code is then 1.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+
+import pandas as pd
 
 from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
-from control_experiments.reporting.cells import write_tables
-from control_experiments.reporting.claims import judge, write_claims
-from control_experiments.reporting.collection import collect
-from control_experiments.reporting.published import read_paper
-from control_experiments.reporting.report import write_report
-from control_experiments.reporting.tables import all_tables
-from control_experiments.training.arguments import parse_arguments
+from control_experiments.record import write_text_atomic
+from control_experiments.reporting import claims, page, records, tables
 
 
-@dataclass
-class Options:
-    results: str = field(default=str(RESULTS), metadata={"help": "Folder with the runs."})
-    paper: Optional[str] = field(
-        default=None, metadata={"help": "Published figures; default: the paper.json of this project."}
-    )
-    strict: bool = field(default=False, metadata={"help": "Exit with 1 if a record had to be left out."})
+def publish(frame: pd.DataFrame, judged: pd.DataFrame, paper: records.Paper, problems: list[str], folder: Path, up: str) -> int:
+    """Write tables of `frame`, claims judged by `judged`, pictures and page into `folder`, from which `up` leads to the results
+    folder; return the number of files."""
+    filled, found = tables.all_tables(frame, paper), claims.judge(judged, paper)
+    written = tables.write_tables(filled, folder / "tables", f"../{up}")
+    written += page.write_pictures(frame, folder / "pictures")
+    written.append(write_text_atomic(folder / "claims.md", claims.markdown(found, paper, up)))
+    return len(written) + bool(page.write_page(frame, filled, found, problems, folder / "report.html", up))
 
 
 def main() -> None:
-    (options,) = parse_arguments(Options, description=__doc__)
-    results = Path(options.results)
-    paper = read_paper(Path(options.paper) if options.paper else RESULTS / "paper.json")
-    collection = collect(results)
-    tables, claims = all_tables(collection, paper), judge(collection, paper)
-    written = write_tables(tables, results / "tables")
-    written.append(write_claims(claims, paper, results / "claims.md"))
-    written.append(write_report(collection, tables, claims, results / "report.html"))
-    for problem in collection.problems:
-        print(f"left out: {problem.message}", file=sys.stderr)
-    runs = sum(1 for comparison in collection.comparisons for _ in comparison.runs())
-    print(
-        f"{runs} runs in {len(collection.comparisons)} comparisons; {len(written)} files written to {results}"
-    )
-    if options.strict and collection.problems:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Folder with the runs (default: %(default)s).")
+    parser.add_argument("--paper", type=Path, default=RESULTS / "paper.json", help="Published figures (default: this project's).")
+    parser.add_argument("--strict", action="store_true", help="Exit with 1 if a record had to be left out.")
+    options = parser.parse_args()
+    paper = records.read_paper(options.paper)
+    frame, problems = records.load(options.results)
+    ours, yours = frame[frame.whose == "ours"], frame[frame.whose == "yours"]
+    shipped = [problem for problem in problems if problem.startswith("published/") or not len(yours)]
+    files = publish(ours, ours, paper, shipped, options.results, "")
+    if len(yours):
+        files += publish(frame, yours, paper, problems, options.results / "mine", "../")
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    print(f"{len(ours)} records" + (f" and {len(yours)} of yours" if len(yours) else "") + f"; {files} files written to {options.results}")
+    if options.strict and problems:
         sys.exit(1)
 
 

@@ -28,8 +28,8 @@ from control_experiments.training.methods import adapter_config, set_memory
 from control_experiments.training.options import QUANTIZATIONS, AdapterOptions, check_method_runs
 from control_experiments.training.quantization import loading_arguments, prepare
 from LlaMA.commonsense import TokenRow
-from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS, ready_to_train
-from LlaMA.models import SHAPES
+from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS
+from LlaMA.models import SHAPES, ready_to_train
 from LlaMA.packing import IGNORE, VARLEN, batch_loss, fused_batch_loss, packed_step, varlen_available
 
 LLAMA_SHAPES = {

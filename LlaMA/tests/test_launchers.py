@@ -42,8 +42,9 @@ def launch_here(call, noting, monkeypatch, tmp_path):
         assert done.returncode == 0, done.stderr
         ended = []
         for command in noting.calls:
-            monkeypatch.setattr(sys, "argv", command)
-            program = import_module(f"LlaMA.{Path(command[0]).stem}")
+            module, *words = command[1:]
+            monkeypatch.setattr(sys, "argv", [module, *words])
+            program = import_module(module)
             ended.append(call(lambda _, main=program.main: main()))
         return ended
 
@@ -184,7 +185,7 @@ def test_what_a_launcher_runs(name, tmp_path):
     }[name]
     assert f"--method {method}" in printed[0]
     assert f"--epochs 3 {recipe} --cutoff 256 --warmup_steps 100 --held_out 120 --eval_steps 80" in printed[0]
-    assert "evaluate.py" in printed[1]
+    assert "LlaMA.evaluate" in printed[1]
 
 
 def test_the_table_script_runs_all_methods(tmp_path):
@@ -194,8 +195,8 @@ def test_the_table_script_runs_all_methods(tmp_path):
     assert done.returncode == 0, done.stderr
     printed = [line for line in done.stdout.splitlines() if not line.startswith("+")]
     assert len(printed) == 1 + 2 * 4
-    assert all("--max_steps 3" in line for line in printed if "finetune.py" in line)
-    assert all("--limit 5" in line for line in printed if "evaluate.py" in line)
+    assert all("--max_steps 3" in line for line in printed if "LlaMA.finetune" in line)
+    assert all("--limit 5" in line for line in printed if "LlaMA.evaluate" in line)
     assert "out/double-control-seed42/adapter" in done.stdout
 
 

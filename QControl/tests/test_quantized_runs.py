@@ -186,7 +186,7 @@ def test_the_roberta_launchers_recipe(launch, name, method):
 def test_launchers_say_what_is_wrong(launch):
     for name, arguments, part in (
         ("run_roberta_quantization.sh", ["QControl"], "METHOD and TASK are needed"),
-        ("run_roberta_quantization.sh", ["QBitFit", "rte"], "choose QControl, QLoRA or QDoRA"),
+        ("run_roberta_quantization.sh", ["QBitFit", "rte"], "unknown method 'QBitFit': choose one of control, lora"),
         ("run_roberta_quantization.sh", ["QControl", "sst5"], "unknown task 'sst5'"),
         ("run_llama_quantization.sh", ["control", 4], "METHOD CONTROL_RANK LORA_RANK"),
     ):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,18 +13,23 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from peft import PeftModel
+from huggingface_hub import ModelCard
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-import peft_control  # noqa: F401  (registers CONTROL for PeftModel.from_pretrained)
+from control_experiments import outcomes
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.record import read_record
+from control_experiments.training.device import seed_everything
 from control_experiments.training.runs import RunFolder
 from control_experiments.training.trainer import ExperimentTrainer
+from peft_control import ControlConfig  # (importing it registers CONTROL for PeftModel.from_pretrained)
 from RoBERTa import encoder, finetune
 from RoBERTa.glue import TASKS, load_task
+from RoBERTa.tests.conftest import write_glue
 
 LAUNCHER = Path(finetune.__file__).with_name("run_roberta.sh")
 
@@ -85,18 +91,108 @@ def test_methods_train_and_leave_a_record_and_an_adapter(
     assert any(path.suffix == ".safetensors" for path in (tmp_path / "run" / "adapter").iterdir())
     score = dev_metrics(loaded, encoders[model], record.task, Path(arguments()[7]))["matthews"]
     assert score == pytest.approx(record.metrics["last"]["matthews"], abs=1e-6)
+    with np.load(tmp_path / "run" / "outcomes.npz") as kept:
+        assert sorted(kept["example"].astype(int)) == list(range(10))
+        paired = outcomes.METRICS[str(kept["metric"])](kept["prediction"], kept["label"])
+    assert paired == pytest.approx(score, abs=1e-6)
 
     capsys.readouterr()
     assert finetune.main(arguments(method, model=model)) is None
     assert capsys.readouterr().out.count("\n") == 1
 
 
+def test_an_adapters_card_says_how_to_load_it(arguments, tmp_path):
+    """The lines that a reader of the card would copy, labels and tokenizer included."""
+    for method, task, labels in (
+        ("control", "mnli", ["entailment", "neutral", "contradiction"]),
+        ("lora", "stsb", ["score"]),
+    ):
+        record = finetune.main(arguments(method, task, output=task, max_steps=1))
+        folder = tmp_path / task / "adapter"
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.base_model == "bert" and str(tmp_path) not in card.content
+        assert f"{record.adapter['trainable_parameters']:,} of" in card.text and "rank" in card.text
+        lines = card.text.partition("```python\n")[2].partition("```")[0]
+        loaded: dict = {}
+        exec(re.sub(r'folder = ".*?"', f"folder = {str(folder)!r}", lines), loaded)
+        assert list(loaded["model"].config.id2label.values()) == labels
+        assert loaded["tokenizer"]("the cat")["input_ids"]
+
+
 def dev_metrics(model, encoder, task, data):
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     rows = load_task(task, str(data))["validation"]
-    batch = tokenizer(list(rows["first"]), padding=True, return_tensors="pt")
+    texts = [list(rows[column]) for column in ("first", "second") if column in rows.column_names]
+    batch = tokenizer(*texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         return TASKS[task].metrics(model(**batch).logits.numpy(), np.array(rows["label"]))
+
+
+@pytest.mark.parametrize("random_order", [False, True], ids=["grouped", "random"])
+@pytest.mark.parametrize("task", ["mrpc", "stsb"])
+def test_losses_are_a_plain_loops(task, random_order, arguments, encoders, tmp_path, monkeypatch):
+    """Row for row and step for step: every row once an epoch, and from them what a loop over AdamW gives."""
+    batches, draws, losses, rates = [], [], [], []
+    training_step = ExperimentTrainer.training_step
+
+    def noting(trainer, model, inputs, *args):
+        batches.append([dict(zip(inputs, row, strict=True)) for row in zip(*inputs.values(), strict=True)])
+        draws.append(torch.get_rng_state())  # dropout's
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        loss = training_step(trainer, model, inputs, *args)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(ExperimentTrainer, "training_step", noting)
+    data = write_glue(tmp_path / "glue", TASKS[task].folder, train=64)
+    options = {"data": data, "epochs": 2, "batch_size": 5, "warmup_ratio": 0.2, "random_order": random_order}
+    record = finetune.main(arguments("control", task, **options))
+
+    tokenizer = AutoTokenizer.from_pretrained(encoders["bert"])
+    rows = load_task(task, str(data))["train"]
+    known = {
+        (tuple(tokenizer(first, second).input_ids), label): (first, second, label)
+        for first, second, label in zip(rows["first"], rows["second"], rows["label"], strict=True)
+    }
+    keys = [
+        [
+            (tuple(row["input_ids"][row["attention_mask"] == 1].tolist()), row["labels"].item())
+            for row in batch
+        ]
+        for batch in batches
+    ]
+    assert [len(batch) for batch in keys] == [*[5] * 12, 4] * 2
+    epochs = [[key for batch in part for key in batch] for part in (keys[:13], keys[13:])]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(known) and len(known) == 64
+    assert epochs[0] != epochs[1]
+    spread = np.mean([np.ptp([len(ids) for ids, _ in batch]) for batch in keys])
+    assert spread > 8 if random_order else spread < 6  # tokens; sentences have 2 to 12 words each
+
+    seed_everything(42)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        encoders["bert"], num_labels=1 if task == "stsb" else 2
+    )
+    model = get_peft_model(base, ControlConfig(task_type="SEQ_CLS", control_blocks=["mlp"], control_rank=16))
+    trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    for step, batch in enumerate(keys):
+        # of 26 steps the rate rises in a fifth, rounded up
+        optimizer.param_groups[0]["lr"] = 1e-2 * (step / 6 if step < 6 else (26 - step) / 20)
+        first, second, labels = zip(*(known[key] for key in batch), strict=True)
+        torch.set_rng_state(draws[step])
+        logits = model(**tokenizer(first, second, padding=True, return_tensors="pt")).logits
+        labels = torch.tensor(labels)
+        loss = ((logits[:, 0] - labels) ** 2).mean() if task == "stsb" else cross_entropy(logits, labels)
+        assert rates[step] == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert losses[step] == pytest.approx(loss.item(), rel=1e-5)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    averages = [row["train_loss"] for row in record.history]
+    assert averages == pytest.approx([np.mean(losses[:13]), np.mean(losses[13:])])
+    metrics = dev_metrics(model.eval(), encoders["bert"], task, data)
+    assert {name: record.metrics["last"][name] for name in metrics} == pytest.approx(metrics, abs=1e-5)
 
 
 def test_regression_and_its_predictions(arguments, tmp_path):
@@ -280,13 +376,19 @@ def test_wandb_without_an_account_is_one_line(arguments, tmp_path):
 
 
 def test_launcher_end_to_end(encoders, glue_folder, tmp_path):
-    done = launch(
-        "control", "rte", 1, "1e-3", "cpu", "--output_dir", tmp_path / "run", "--max_length", 64,
-        MODEL=str(encoders["roberta"]), DATA=str(glue_folder), SEED="7",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("running:")
-    record = read_record(tmp_path / "run" / "record.json")
+    """The first command of a new user: the default folder, which no shipped record occupies."""
+    model = shutil.copytree(encoders["roberta"], tmp_path / f"tiny-{os.getpid()}")
+    folder = RESULTS / "roberta" / f"{model.name}_rte_control_seed7"
+    try:
+        command = ("control", "rte", 1, "1e-3", "cpu", "--max_length", 64)
+        done = launch(*command, MODEL=str(model), DATA=str(glue_folder), SEED="7")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("running:")
+        record = read_record(folder / "record.json")
+        refused = launch(*command, "--lr", "1e-2", MODEL=str(model), DATA=str(glue_folder), SEED="7")
+        one_line_error(refused, "lr 0.001 there, 0.01 asked for", "--output_dir", "--overwrite")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     assert (record.method, record.task, record.seed) == ("control", "rte", 7)
     given = {
         "epochs": 1.0,
@@ -441,7 +543,7 @@ def test_a_run_is_told_by_what_its_data_and_model_hold(arguments, encoders, glue
 
 def test_committed_runs_are_still_taken_for_what_their_commands_ask_for(tmp_path, capsys):
     """Whatever options came after them; the models and data of their checksums are not here."""
-    runs = [path.parent for path in sorted((RESULTS / "roberta").glob("minilm_*/record.json"))]
+    runs = [path.parent for path in sorted((RESULTS / "published" / "roberta").glob("minilm_*/record.json"))]
     assert runs
     for run in runs:
         shutil.copytree(run, tmp_path / run.name)
@@ -492,7 +594,7 @@ def test_download_glue(monkeypatch, tmp_path, capsys):
     from RoBERTa import download_glue
 
     rows = Dataset.from_dict({"sentence": ["a b", "c d"], "label": [0, 1]})
-    monkeypatch.setattr(download_glue, "load_dataset", lambda *_: DatasetDict(train=rows, validation=rows))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_: DatasetDict(train=rows, validation=rows))
     download_glue.main(["--tasks", "cola", "--output", str(tmp_path)])
     assert len(load_task("cola", str(tmp_path))["train"]) == 2
     download_glue.main(["--tasks", "cola", "--output", str(tmp_path)])
@@ -501,7 +603,7 @@ def test_download_glue(monkeypatch, tmp_path, capsys):
     def offline(*_):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(download_glue, "load_dataset", offline)
+    monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(UserError, match=r"cannot download rte .*no route.*network"):
         download_glue.main(["--tasks", "rte", "--output", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cola"]

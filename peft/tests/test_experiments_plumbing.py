@@ -7,8 +7,10 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -439,10 +441,33 @@ def test_a_signal_ends_a_run_in_one_line_that_says_how_to_go_on(number, code, tm
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("processes, told", [("2", True), ("1", False)])
-def test_a_peer_lost_before_training_begins_is_said_in_a_line(processes, told, monkeypatch, capsys):
+GLOO = "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9"
+NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3690, {}, NCCL version 2.30.7\nLast error:\n{}"
+
+
+@pytest.mark.parametrize(
+    ("processes", "message", "told"),
+    [
+        ("2", GLOO, True),
+        ("1", GLOO, False),
+        ("2", "Timed out waiting 1800000ms for recv operation to complete", True),
+        (
+            "2",
+            "failed to recv, got 0 bytes. Connection was likely closed. Did the remote server crash?",
+            True,
+        ),
+        ("2", NCCL.format("remote process exited or there was a network error", "socketProgress"), True),
+        ("2", NCCL.format("unhandled system error", "Connection closed by remote peer host<1>"), True),
+        ("2", NCCL.format("invalid usage", "Duplicate GPU detected: rank 1 and rank 0"), False),
+        ("2", NCCL.format("unhandled cuda error", "Cuda failure 'invalid argument'"), False),
+        ("2", "Tensors for NCCL must be contiguous", False),
+    ],
+)
+def test_a_lost_peer_is_said_in_a_line_and_other_errors_keep_their_traceback(
+    processes, message, told, monkeypatch, capsys
+):
     def main():
-        raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9")
+        raise RuntimeError(message)
 
     monkeypatch.setenv("WORLD_SIZE", processes)
     with pytest.raises(SystemExit if told else RuntimeError) as ended:
@@ -654,3 +679,58 @@ def test_an_adapter_must_be_whole(part, tmp_path, recwarn):
     with pytest.raises(UserError, match=f"does not fit llama: it has no {re.escape(lost)}"):
         load_adapter(build("llama"), tmp_path, "llama")
     assert not [w for w in recwarn if "missing adapter keys" in str(w.message)]
+
+
+@pytest.mark.parametrize("program", ["RoBERTa.finetune"])
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["--method", "none", "--task", "x"], 2)])
+def test_help_and_wrong_options_are_answered_before_torch_is_imported(program, words, code):
+    """Importing it takes most of the seconds that a script takes to start."""
+    command = [sys.executable, "-X", "importtime", "-m", program, *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    imported = {
+        line.rpartition("|")[2].strip()
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
+    assert done.returncode == code and "transformers.hf_argparser" in imported
+    assert not imported & {"torch", "datasets", "peft", "timm", "sklearn", "scipy", "pandas", "bitsandbytes"}
+
+
+@pytest.fixture
+def interpreters(tmp_path):
+    """A checkout with a .venv that is not complete, and two other environments; all their interpreters find everything."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(REPOSITORY / "scripts" / "interpreter.sh", tmp_path / "scripts")
+    found = {}
+    for name in (".venv", "venv", "conda", "empty"):
+        found[name] = tmp_path / name / "bin" / "python"
+        found[name].parent.mkdir(parents=True)
+        found[name].write_text(f"#!/bin/sh\nexit {int(name == 'empty')}\n")
+        found[name].chmod(0o755)
+    return found
+
+
+def test_launchers_take_a_complete_environment_or_the_active_one(interpreters, tmp_path):
+    def chosen(**environment):
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX")
+        }
+        script = f'source "{tmp_path}/scripts/interpreter.sh"; echo "$PYTHON $PYTHONPATH"'
+        environment = {name: str(value) for name, value in environment.items()}
+        return subprocess.run(
+            ["bash", "-c", script], env={**clean, **environment}, capture_output=True, text=True
+        )
+
+    venv, conda, empty = ({"VIRTUAL_ENV": tmp_path / "venv"}, {"CONDA_PREFIX": tmp_path / "conda"},
+                          {"VIRTUAL_ENV": tmp_path / "empty"})  # fmt: skip
+    for environment, name in (({**venv, **conda}, "venv"), (conda, "conda")):
+        interpreter, _, path = chosen(**environment).stdout.partition(" ")
+        assert interpreter == str(interpreters[name]) and path.startswith(str(tmp_path))
+    refused = chosen(**empty)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "pip install -r requirements.txt" in refused.stderr
+    assert chosen(**empty, PYTHON="another").stdout.startswith("another ")
+    (tmp_path / ".venv" / ".installed").write_text("its requirements")
+    assert chosen(**venv, **conda).stdout.startswith(str(interpreters[".venv"]))

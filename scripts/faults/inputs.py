@@ -29,8 +29,6 @@ from control_experiments.record import RunRecord, read_record, utc_now
 from control_experiments.training.checkpoints import find_damage, whole_folder
 from control_experiments.training.runs import RunFolder
 
-from . import tiny  # noqa: F401  puts the domains' folders on the path
-
 #: How many further variants are made of each input that Hypothesis makes, which is what takes its time.
 VARIANTS = 19
 #: Longer than any of these tiny inputs may take to read.
@@ -236,7 +234,7 @@ def _read_rows(path: Path) -> object:
 
 def _read_answers(path: Path) -> object:
     from LlaMA.commonsense import Row
-    from LlaMA.evaluate import read_answers, score
+    from LlaMA.evaluation import read_answers, score
 
     answers = read_answers(path, [Row("x", "", "true", "true")] * 2)
     return score(answers) if answers else None

@@ -90,7 +90,7 @@ def start(
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-        sys.argv = [run.script, *arguments]
+        sys.argv = [run.program, *arguments]
         os.environ.update(environment)
         gc.freeze()  # or every collection goes through all that was imported, and copies its pages
         # torch renews a forked process's thread pool when it first wants it, and fails if two threads (gloo's, autograd's)
@@ -192,7 +192,7 @@ def campaign(run: Run, folder: Path, kills: int, seed: int = 0) -> Outcome:
     whole = folder / "whole"
     undisturbed = execute(run, whole)
     if undisturbed.code:
-        raise RuntimeError(f"{run.script} fails undisturbed: {undisturbed.output}")
+        raise RuntimeError(f"{run.program} fails undisturbed: {undisturbed.output}")
     expected = results(run, whole)
     changes = count_changes(run, folder / "counted")
     done = runs = resumed = 0

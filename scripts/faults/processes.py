@@ -156,7 +156,7 @@ def campaign(run: Run, folder: Path, count: int, seed: int = 0) -> Outcome:
     draw = random.Random(seed)
     whole = kills.execute(run, folder / "whole")
     if whole.code:
-        raise RuntimeError(f"{run.script} fails undisturbed: {whole.output}")
+        raise RuntimeError(f"{run.program} fails undisturbed: {whole.output}")
     expected = losses(folder / "whole")
     changes = kills.count_changes(run, folder / "counted")
     undisturbed = execute(run, folder / "shared", PROCESSES)

@@ -19,19 +19,23 @@ class Run:
     """An entry point and the options of a tiny run of it, all but `--output_dir`.
 
     Attributes:
-        script: the entry point's file, relative to the repository.
+        program: the entry point's module; `heavy` are those that it imports once its options are parsed.
         results: files of its output folder that must not depend on what happened on the way.
         resumes: whether it takes `--resume` (else it goes on when started again).
     """
 
-    script: str
+    program: str
     arguments: list[str]
     results: tuple[str, ...]
     resumes: bool = True
+    heavy: tuple[str, ...] = ()
 
     @property
     def main(self) -> Callable[[], object]:
-        return import_module(self.script.removesuffix(".py").replace("/", ".")).main
+        """Its function; everything that it will import is imported now, once for all the processes that are forked."""
+        for name in self.heavy:
+            import_module(name)
+        return import_module(self.program).main
 
 
 def words(**options: object) -> list[str]:
@@ -62,7 +66,12 @@ def roberta(folder: Path, **changes: object) -> Run:
         "method": "control", "task": "cola", "model": model, "data": folder / "glue", "device": "cpu", "epochs": 4,
         "lr": 1e-2, "batch_size": 8, "save_steps": 2, **changes,
     }  # fmt: skip
-    return Run("RoBERTa/finetune.py", words(**options), ("adapter/adapter_model.safetensors",))
+    return Run(
+        "RoBERTa.finetune",
+        words(**options),
+        ("adapter/adapter_model.safetensors",),
+        heavy=("RoBERTa.training",),
+    )
 
 
 def qcontrol(folder: Path, **changes: object) -> Run:
@@ -92,7 +101,7 @@ def vit(folder: Path, **changes: object) -> Run:
         "batch_size": 8, "lr": 0.05, "device": "cpu", **changes,
     }  # fmt: skip
     results = ("adapter/adapter_model.safetensors", "adapter/classifier.json", "predictions.csv")
-    return Run("ViT/finetune.py", words(**options), results)
+    return Run("ViT.finetune", words(**options), results)
 
 
 def _llama_files(folder: Path) -> tuple[Path, Path]:
@@ -121,7 +130,7 @@ def llama(folder: Path, **changes: object) -> Run:
         "eval_steps": 2, "held_out": 6, "warmup_steps": 1, "lr": 1e-2, "control_rank": 4, "lora_rank": 2,
         "lora_alpha": 4, **changes,
     }  # fmt: skip
-    return Run("LlaMA/finetune.py", words(**options), ("adapter/adapter_model.safetensors",))
+    return Run("LlaMA.finetune", words(**options), ("adapter/adapter_model.safetensors",))
 
 
 def llama_evaluate(folder: Path, **changes: object) -> Run:
@@ -131,7 +140,7 @@ def llama_evaluate(folder: Path, **changes: object) -> Run:
         "model": model, "data": data, "device": "cpu", "tasks": ("boolq", "piqa"), "batch_size": 3,
         "max_new_tokens": 8, **changes,
     }  # fmt: skip
-    return Run("LlaMA/evaluate.py", words(**options), ("boolq.jsonl", "piqa.jsonl"), resumes=False)
+    return Run("LlaMA.evaluate", words(**options), ("boolq.jsonl", "piqa.jsonl"), resumes=False)
 
 
 RUNS: dict[str, Callable[..., Run]] = {

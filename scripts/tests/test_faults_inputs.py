@@ -145,7 +145,7 @@ def test_an_adapter_in_a_pickle_is_refused_and_does_not_run(domain, tmp_path):
 
         description["sha256"] = fingerprint(tmp_path / "vit.safetensors")
         (adapter / "classifier.json").write_text(json.dumps(description))
-        assert run.script == "ViT/finetune.py"
+        assert run.program == "ViT.finetune"
         with pytest.raises(UserError, match="never from a pickle"):
             import_module("ViT.classifier").restore(adapter, attention="sdpa")
     assert not (tmp_path / "mark").exists()

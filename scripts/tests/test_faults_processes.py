@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 
 import psutil
@@ -18,9 +17,11 @@ from torch.distributed.tensor import DTensor
 
 from control_experiments.errors import UserError
 from control_experiments.record import read_record
+from control_experiments.training import sharding
 from control_experiments.training.checkpoints import checkpoints
 from control_experiments.training.metering import MemoryMeter
-from control_experiments.training.sharding import choose_shard, shard_frozen
+from control_experiments.training.options import choose_shard
+from control_experiments.training.sharding import shard_frozen
 from control_experiments.training.trainer import ExperimentTrainer, SharedBatches
 from scripts.faults import kills, processes, tiny
 from scripts.faults.processes import losses
@@ -33,7 +34,8 @@ def command(run: tiny.Run, output: Path, count: int, *more: str) -> list[str]:
     return [
         sys.executable,
         *launcher,
-        str(ROOT / run.script),
+        "-m",
+        run.program,
         *run.arguments,
         "--output_dir",
         str(output),
@@ -84,7 +86,7 @@ def test_two_processes_have_the_losses_of_one_and_save_one_adapter(domain, tmp_p
 def test_a_lost_process_of_the_campaigns_command(tmp_path):
     result = tmp_path / "result.json"
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "inject_faults.py", "--kills", "0", "--lost", "1", "--shards", "ddp",
+        [sys.executable, "-m", "scripts.inject_faults", "--kills", "0", "--lost", "1", "--shards", "ddp",
          "--inputs", "0", "--domains", "roberta", "--seed", "1", "--output", result],
         capture_output=True, text=True,
     )  # fmt: skip
@@ -142,19 +144,20 @@ def test_torchrun_is_terminated_then_loses_a_process_and_the_run_goes_on_with_an
 # -- FSDP2: the processes are forked, so what is patched here is patched in them -----------------------------
 
 
-def check_shards(run: tiny.Run, monkeypatch) -> None:
-    """Have each process of the run look at what it holds, and say so."""
-    module = import_module(run.script.removesuffix(".py").replace("/", "."))
+def check_shards(monkeypatch) -> None:
+    """Have each process look at what it holds, and say so."""
+    split = sharding.split_into_units
 
-    def shard_and_look(model, *arguments):
-        shard_frozen(model, *arguments)
+    def split_and_look(model, *arguments):
+        trained = split(model, *arguments)
         frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
         assert all(isinstance(parameter, DTensor) for parameter in frozen)
         assert not any(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad)
         assert sum(p.to_local().numel() for p in frozen) < 0.6 * sum(p.numel() for p in frozen)
         print("looked at the shards")
+        return trained
 
-    monkeypatch.setattr(module, "shard_frozen", shard_and_look)
+    monkeypatch.setattr(sharding, "split_into_units", split_and_look)
 
 
 def run_all(run: tiny.Run, output: Path, count: int = 2, **more) -> list[kills.Ended]:
@@ -177,7 +180,7 @@ def run_all(run: tiny.Run, output: Path, count: int = 2, **more) -> list[kills.E
 def test_two_processes_that_share_the_weights_have_the_losses_of_one(domain, options, tmp_path, monkeypatch):
     run = processes.with_options(processes.RUNS[domain](tmp_path), *options)
     assert kills.execute(run, tmp_path / "one").code == 0
-    check_shards(run, monkeypatch)
+    check_shards(monkeypatch)
     if domain == "roberta":
         run = processes.with_options(run, "--shard", "fsdp2")
     else:  # as accelerate launch asks for it
@@ -200,7 +203,7 @@ def test_two_processes_that_share_the_weights_have_the_losses_of_one(domain, opt
 def test_a_sharded_half_precision_base_trains_float32_adapters_as_ddp_does(tmp_path, monkeypatch):
     run = processes.with_options(processes.RUNS["llama"](tmp_path), "--dtype", "bf16")
     run_all(run, tmp_path / "ddp")
-    check_shards(run, monkeypatch)
+    check_shards(monkeypatch)
     run_all(processes.with_options(run, "--shard", "fsdp2"), tmp_path / "fsdp2")
     # the same computations on the same rows in the same processes
     assert losses(tmp_path / "fsdp2") == pytest.approx(losses(tmp_path / "ddp"), abs=1e-6)

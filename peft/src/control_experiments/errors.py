@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -72,21 +73,19 @@ def _is_repeated(number: int, noted: tuple[int, float]) -> bool:
     return number == noted[0] and time.monotonic() - noted[1] < _ONE_REQUEST
 
 
+#: How gloo, NCCL and torch's store say that another process is gone. Their other errors (two processes on one GPU, a tensor
+#: that is not contiguous) are ours, and keep their traceback.
+_GONE = re.compile(
+    r"connection (was likely )?(closed|reset|refused)|broken pipe|remote process exited|ncclRemoteError"
+    r"|timed out (waiting|after|in)|wait timeout|communicator was aborted",
+    re.IGNORECASE,
+)
+
+
 def lost_peer(error: Exception) -> bool:
-    """Whether gloo or NCCL says that another process of the run went away."""
-    words = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "NCCL",
-        "Timed out waiting",
-    )
+    """Whether gloo, NCCL or torch's store says that another process of the run went away."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return (
-        several
-        and isinstance(error, RuntimeError)
-        and (type(error).__name__.startswith("Dist") or any(word in str(error) for word in words))
-    )
+    return several and isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))
 
 
 @contextmanager

@@ -113,14 +113,15 @@ class RunRecord:
             status="running",
         )
 
-    def finish(self, path: str | os.PathLike, **results: object) -> RunRecord:
-        """Add what came out (fields by name) and write the record to `path`; returns it."""
+    def finish(self, path: str | os.PathLike | None = None, **results: object) -> RunRecord:
+        """Add what came out (fields by name) and, where there is a `path`, write the record to it; returns it."""
         for name, value in results.items():
             if not hasattr(self, name):
                 raise TypeError(f"a run record has no {name!r}")
             setattr(self, name, value)
         self.finished, self.status = utc_now(), "finished"
-        self.write(path)
+        if path is not None:
+            self.write(path)
         return self
 
     def write(self, path: str | os.PathLike) -> Path:

@@ -1,398 +1,265 @@
-"""The paper's tables made from run records, with the published figures beside ours, in Markdown, CSV and LaTeX.
+"""Tables as pivots of the records, as tables.yaml describes them, in Markdown and CSV.
 
-`all_tables(collection, paper)` builds them as data; `cells.write_tables` writes the files. Scores are percent, as mean ± sample
-standard deviation over seeds; memory is MiB (2**20 bytes) and time seconds, from the same runs.
+A figure is the mean ± sample standard deviation over the records of its row (seeds, or repeats of a benchmark). All figures of
+a row come from the records that its last column links to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from .benchmark_tables import benchmark_tables
-from .cells import MEBI, NO_RECORD, Cell, Section, Table, summary_cell
-from .collection import COMMONSENSE, Collection, Comparison, Row, Summary
-from .published import NOT_PUBLISHED, Paper
+import pandas as pd
+import yaml
 
-#: Published figures that belong to no cell.
-_IN_TEXT = ("score stated in the text", "memory less than dora", "fits on a GPU of")
-GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
-METHODS = ("control", "lora", "dora")
+from ..record import write_text_atomic
+from .records import GLUE, Paper
+
+NO_RECORD, NOT_PUBLISHED, NOT_MEASURED = "no record", "not published", "not measured"
+#: Order of rows where the records' own says nothing.
+_ORDER = (*GLUE, "control", "double control", "control+lora", "control+dora", "lora", "dora", "ours", "yours", "paper")
+_UNITS = {"MiB": 2**-20, "GB": 1e-9, "MB": 1e-6, "ms": 1e3}
+#: Figures that not every row can have: of one process there is no efficiency.
+_PARTLY = ("efficiency", "losses apart", "/ fastest", "/ leanest", "times published", "same as published")
+#: Quantity of a published figure -> the header that it belongs under.
+_HEADERS = {"best score": "best", "peak memory": "peak MiB", "training time": "train s", "trained parameters": "trained parameters"}  # fmt: skip
 
 
-def all_tables(collection: Collection, paper: Paper) -> list[Table]:
+@dataclass
+class Section:
+    """A part of a table under its own heading, one model in one setting.
+
+    `shown` has a row of texts each for people, whose column `runs` holds (text, file) pairs; `data` the figures for CSV.
+    `methods` are the rows', for the page's filter; `notes` are numbered footnotes of `shown`, `remarks` lines below it.
+    """
+
+    title: str
+    domain: str
+    shown: pd.DataFrame
+    data: pd.DataFrame
+    methods: list[str]
+    notes: list[str]
+    remarks: list[str]
+
+
+@dataclass
+class Table:
+    """One file of results/tables."""
+
+    name: str
+    title: str
+    about: str
+    remarks: list[str]
+    sections: list[Section]
+
+
+def all_tables(frame: pd.DataFrame, paper: Paper) -> list[Table]:
     """Every table, whether or not there are records for it yet."""
-    return [
-        glue_table(collection, paper),
-        vit_table(collection, paper),
-        vit_memory_table(collection, paper),
-        commonsense_table(collection, paper),
-        quantized_table(collection, paper),
-        *benchmark_tables(collection),
+    specifications = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    return [_table(name, specification, frame, paper) for name, specification in specifications.items()]
+
+
+# -- rows -----------------------------------------------------------------------------------------------------
+
+
+def _table(name: str, specification: dict, frame: pd.DataFrame, paper: Paper) -> Table:
+    if "runs" in specification:
+        rows = _runs(frame, paper, specification)
+    else:
+        rows = frame.query(specification["where"], engine="python")
+        rows = _with_frontier(rows) if name == "memory_speed" else rows
+    keys, remarks = specification["rows"], _in_text(paper, specification)
+    rows = _sorted(rows, [*keys.values(), "whose"])
+    counts = rows.groupby("section", sort=False).n.sum()
+    sections = [
+        _section(title, rows[rows.section == title], keys, specification["figures"])
+        for title in sorted(counts.index, key=lambda title: counts[title] == 0)  # those with records first
     ]
+    remarks += [] if sections else [f"No record yet: {specification['command']}"]
+    return Table(name, specification["title"], specification["about"], remarks, sections)
+
+
+def _sorted(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Rows with one first key together, then those with one second key, …: by number, or `_ORDER`, or appearance."""
+    ranks = {}
+    for key in keys:
+        first = {value: len(_ORDER) + number for number, value in enumerate(dict.fromkeys(rows[key]))}
+        known = {value: _ORDER.index(bare(value)) for value in first if bare(value) in _ORDER}
+        ranks[key] = rows[key] if pd.api.types.is_numeric_dtype(rows[key]) else rows[key].map(first | known)
+    rows = rows.assign(**{f"_{key}": rank for key, rank in ranks.items()})
+    return rows.sort_values([*(f"_{key}" for key in keys), "row", "seed"], kind="stable")
+
+
+def bare(label: object) -> str:
+    """A row's label without ranks and modes: "control r64, lean" is "control"."""
+    return pd.Series([str(label)]).str.split(r",| r\d| matched", regex=True).str[0].iloc[0]
+
+
+def _runs(frame: pd.DataFrame, paper: Paper, specification: dict) -> pd.DataFrame:
+    """A domain's runs, the paper's figures as rows of their own, and empty rows for methods that must have one."""
+    keys = ["domain", "section", "task"]
+    rows = pd.concat([frame.query("kind == 'run' and domain == @specification['runs']"), _printed(paper, specification)])
+    for place, group in list(rows.groupby(keys)):
+        there = set(group.row[group.whose != "paper"].map(bare))
+        empty = dict(zip(keys, place)) | {"whose": "ours", "n": 0}
+        missing = [empty | {"row": method} for method in specification.get("always", ()) if method not in there]
+        rows = pd.concat([rows, pd.DataFrame(missing)]) if missing else rows
+    rows = rows.reset_index(drop=True)
+    for column, nothing in (("links", ()), ("notes", ()), ("problem", "")):
+        rows[column] = rows[column].where(rows[column].notna(), pd.Series([nothing] * len(rows)))
+    lr = rows.lr.map(lambda rate: "" if pd.isna(rate) else f"{rate:g}")
+    rows["rates"] = lr.groupby([rows[key] for key in (*keys, "row", "whose")]).transform(lambda rates: " / ".join(sorted(set(rates))))
+    return rows
+
+
+def _printed(paper: Paper, specification: dict) -> pd.DataFrame:
+    """The paper's figures of a table, a row for each model, task and method, with the figures in column `published`."""
+    rows: dict[tuple, dict] = {}
+    table = specification.get("paper", "")
+    for figure in paper.figures[paper.figures.table == table].itertuples():
+        header = figure.column if figure.quantity == "score" else _HEADERS.get(figure.quantity)
+        if header and figure.quantity not in specification.get("published", ()):
+            task = "commonsense" if table == "commonsense" else figure.column
+            section = f"{figure.model}, 4-layer MLP" if table == "vit" else figure.model
+            row = {"whose": "paper", "n": 0, "domain": specification["runs"], "section": section, "task": task, "row": figure.row}
+            rows.setdefault((section, task, figure.row), row | {"published": {}})["published"][header] = figure
+    return pd.DataFrame(rows.values())
+
+
+def _in_text(paper: Paper, specification: dict) -> list[str]:
+    """Published figures that belong to no row."""
+    figures = paper.figures[paper.figures.table == specification.get("paper")]
+    figures = figures[figures.quantity.isin(specification.get("published", []))]
+    return [f"Published: {f.model}, {f.row}: {f.quantity} {f.text}." for f in figures.itertuples()]
+
+
+def step_means(steps: pd.DataFrame) -> pd.DataFrame:
+    """Mean seconds and bytes over the weights by whose, setting and method, and whether no other beats it in both."""
+    means = steps[steps.seconds.notna()].groupby(["whose", "section", "row"], sort=False)[["seconds", "over"]].mean()
+    ordered = means.sort_values(["seconds", "over"])
+    leanest = ordered.groupby(["whose", "section"]).over.transform(lambda over: over.cummin().shift(fill_value=float("inf")))
+    means["frontier"] = ordered.over < leanest
+    return means
+
+
+def _with_frontier(steps: pd.DataFrame) -> pd.DataFrame:
+    """Steps with their distances from the best LoRA of their setting; a failure only where nothing was measured."""
+    setting = ["whose", "section"]
+    steps = steps[steps.seconds.notna() | ~steps.duplicated([*setting, "row"], keep=False)]
+    means = step_means(steps)
+    loras = means.query("row.str.startswith('lora')", engine="python").groupby(setting)[["seconds", "over"]].min()
+    steps = steps.join(means, on=[*setting, "row"], rsuffix="_mean").join(loras, on=setting, rsuffix="_lora")
+    frontier = steps.frontier.map({True: "yes", False: "no"}).fillna("")
+    return steps.assign(
+        time_ratio=steps.seconds_mean / steps.seconds_lora, memory_ratio=steps.over_mean / steps.over_lora, frontier=frontier
+    )  # fmt: skip
 
 
 # -- cells ----------------------------------------------------------------------------------------------------
 
 
-def published_cell(paper: Paper, *where: str) -> Cell:
-    figure = paper.find(*where)
-    if figure is None:
-        return Cell(NOT_PUBLISHED)
-    notes = [f"{figure.note[0].upper()}{figure.note[1:]}."] if figure.note else []
-    return Cell(str(figure), figure.value, figure.spread_as_printed, notes=notes, status=figure.status)
+def _section(title: str, part: pd.DataFrame, keys: dict[str, str], figures: dict[str, str]) -> Section:
+    shown, data, methods, notes = [], [], [], []
+    for _, group in part.groupby([*keys.values(), "whose"], sort=False, dropna=False):
+        line, numbers = _line(group, keys, figures, notes)
+        shown.append(line)
+        data.append({"section": title, **numbers})
+        methods.append(group.row.iloc[0])
+    shown = pd.DataFrame(shown)
+    shown = shown.drop(columns="whose") if set(shown.whose) == {"ours"} else shown
+    return Section(title, part.domain.iloc[0], shown, pd.DataFrame(data), methods, notes, _conditions(part))
 
 
-def cost_cells(row: Row, rate: str = "examples") -> list[Cell]:
-    """Peak memory (MiB), training time (s) and examples, or tokens, a second of a row's runs."""
-    runs = list(row.runs.values())
-    if not runs:
-        return [Cell(NO_RECORD) for _ in range(3)]
-    memory = summary_cell(
-        row.over_seeds(lambda run: run.peak_bytes and run.peak_bytes / MEBI), 0, "not measured"
-    )
-    if memory.value is not None and runs[0].record.memory.get("kind") == "resident set":
-        memory.notes.append("Resident memory of the whole process on a CPU, not comparable with a GPU's.")
-    seconds = summary_cell(row.over_seeds(lambda run: run.seconds), 1, "not measured")
-    speed = summary_cell(row.over_seeds(lambda run: run.per_second(rate)), 0, "not measured")
-    resumed = [run.links[0] for run in runs if run.resumed]
-    if resumed:
-        note = f"{', '.join(resumed)} was resumed, so its record covers only a part of the memory and time."
-        memory.notes.append(note)
-        seconds.notes.append(note)
-    if any(run.shared_gpu for run in runs):
-        seconds.notes.append("Not shown: other processes used the GPU at the same time.")
-    return [memory, seconds, speed]
+def _line(group: pd.DataFrame, keys: dict[str, str], figures: dict[str, str], notes: list[str]) -> tuple[dict, dict]:
+    """A row's texts and its figures; footnotes that it needs are added to `notes`."""
+
+    def marked(text: str, reasons: list[str]) -> str:
+        notes.extend(reason for reason in reasons if reason not in notes)
+        return text + "".join(f" <sup>{notes.index(reason) + 1}</sup>" for reason in reasons)
+
+    first, paper = group.iloc[0], group.whose.iloc[0] == "paper"
+    links = [(text or str(number), file) for number, part in enumerate(group.links, 1) for text, file in part]
+    problems = [problem for problem in group.problem if problem]
+    reasons = list(dict.fromkeys(note for part in group.notes for note in part))
+    measured = group[group.error.fillna("") == ""] if "error" in group else group
+    count = len(measured) if links and not problems else 0
+    reasons += [] if len(measured) else [f"{first.row}: {error}." for error in group.error]
+    line = {header: f"{first[column]:g}" if isinstance(first[column], float) else str(first[column]) for header, column in keys.items()}
+    line |= {"whose": first.whose, "n": "" if paper else count}
+    data, said = dict(line), []
+    for header, specification in figures.items():
+        column, _, form = specification.rpartition(" ")
+        factor = next((_UNITS[word] for word in header.split() if word in _UNITS), 1)
+        values = measured[column].dropna().astype(float) * factor if column in group else pd.Series(dtype=float)
+        if paper:
+            figure = first.published.get(header)
+            note = [f"{figure.note[0].upper()}{figure.note[1:]}."] if figure and isinstance(figure.note, str) else []
+            said += note
+            line[header] = marked(figure.text, note) if figure else NOT_PUBLISHED
+            data |= {header: figure.value, f"{header} status": figure.status} if figure else {header: NOT_PUBLISHED}
+        elif count and len(values) == count:
+            constant = values.nunique() == 1
+            line[header] = f"{values.mean():{form}}" + ("" if constant else f" ± {values.std():{form}}")
+            data |= {header: values.mean()} | ({f"{header} sd": values.std()} if count > 1 else {})
+        else:
+            there = NOT_MEASURED if count else "failed" if links and not problems else NO_RECORD
+            data[header] = line[header] = "" if header.startswith(_PARTLY) or "/ " in header else there
+    line["runs"] = links if count or paper else marked("left out", problems) if problems else links or NO_RECORD
+    noted = [header for header in ("peak MiB", "train s", "ms a step", "longest tokens", "tokens/s") if header in line]
+    if reasons and noted:  # at the figure that is missing, else at the first that the note can be about
+        at = next((header for header in noted if line[header] in (NOT_MEASURED, "failed")), noted[0])
+        line[at] = marked(line[at], reasons)
+    files = " ".join(dict.fromkeys(file for _, file in links)) or ("" if paper else NO_RECORD)
+    return line, data | {"runs": files, "notes": " ".join(dict.fromkeys([*problems, *reasons, *said]))}
 
 
-def trained_cell(row: Row) -> Cell:
-    counts = {run.trained_parameters for run in row.runs.values()}
-    if not counts:
-        return Cell(NO_RECORD)
-    return Cell(
-        " / ".join(f"{count:,}" for count in sorted(counts, key=str)),
-        counts.pop() if len(counts) == 1 else None,
-    )
-
-
-def count_cell(row: Row) -> Cell:
-    return Cell(str(len(row.runs)), len(row.runs))
-
-
-def rate_cell(row: Row) -> Cell:
-    rates = {run.record.hyperparameters.get("lr") for run in row.runs.values()}
-    return Cell(f"{rates.pop():g}") if len(rates) == 1 and None not in rates else Cell("")
-
-
-def runs_cell(row: Row) -> Cell:
-    """The records of a row, or why there is none to show."""
-    if row.runs:
-        return Cell("", links=row.links)
-    return Cell(
-        "left out" if row.problems else NO_RECORD, notes=[problem.message for problem in row.problems]
-    )
-
-
-def conditions_remark(comparisons: Iterable[Comparison]) -> list[str]:
-    """One line on what the runs of each comparison have in common."""
+def _conditions(part: pd.DataFrame) -> list[str]:
+    """One line on what the runs of each task have in common."""
     lines = []
-    for comparison in comparisons:
-        runs = list(comparison.runs())
-        if not runs:
-            continue
-        facts = dict(comparison.conditions)
-        first = runs[0].record
-        torch = sorted({run.record.versions.get("torch", "?") for run in runs})
-        sizes = " + ".join(
-            f"{size:,} {split}"
-            for split, size in first.data.get("sizes", {}).items()
-            if isinstance(size, int)
-        )
-        named = ("epochs", "batch_size", "precision", "autocast", "dtype", "augment")
+    for (task, whose), group in part[(part.kind == "run") & (part.problem == "")].groupby(["task", "whose"], sort=False):
+        record, facts = group.record.iloc[0], group["shared"].iloc[0]
+        torch = ", ".join(sorted({record.versions.get("torch", "?") for record in group.record}))
+        sizes = " + ".join(f"{n:,} {split}" for split, n in record.data.get("sizes", {}).items() if isinstance(n, int))
+        named = ("epochs", "batch_size", "precision", "autocast", "dtype", "augment", "optimizer")
         settings = ", ".join(f"{name.replace('_', ' ')} {facts[name]}" for name in named if name in facts)
-        lines.append(
-            f"{comparison.task}: {sizes}; {settings}; {facts.get('device', first.device['name'])}, torch {', '.join(torch)}."
-        )
+        mark = "" if whose == "ours" else f" ({whose})"
+        lines.append(f"{task}{mark}: {sizes}; {settings}; {record.device['name']}, torch {torch}.")
     return lines
 
 
-# -- the tables -----------------------------------------------------------------------------------------------
+# -- files ----------------------------------------------------------------------------------------------------
 
 
-def glue_table(collection: Collection, paper: Paper) -> Table:
-    return Table(
-        "glue",
-        "GLUE",
-        "Dev-set scores of encoders whose classifier is trained with an adapter: Matthews correlation (cola), accuracy, "
-        "or the mean of a task's two official metrics, in percent.",
-        _long_sections(
-            "glue",
-            collection.of("roberta"),
-            paper,
-            tasks=GLUE,
-            skip=lambda comparison: comparison.task not in GLUE,
-        ),
-        remarks=_published_memory(paper),
-    )
+def linked(links: list[tuple[str, str]] | str, up: str) -> str:
+    """A cell of links for Markdown; `up` leads from the page to the results folder."""
+    if isinstance(links, str):
+        return links
+    return ", ".join(f"[{text}]({(up + file).replace(' ', '%20')})" for text, file in links)
 
 
-def vit_table(collection: Collection, paper: Paper) -> Table:
-    return Table(
-        "vit_accuracy",
-        "ViT: accuracy",
-        "Test accuracy in percent; after each epoch the test images are looked at, so best is optimistic.",
-        _long_sections("vit", collection.of("vit"), paper, tasks=("cifar100",), setting="4-layer MLP"),
-    )
+def markdown_rows(frame: pd.DataFrame) -> list[str]:
+    """A frame of texts as the lines of a Markdown table."""
+    cells = [list(frame.columns), ["---"] * len(frame.columns), *frame.values.tolist()]
+    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells]
 
 
-def quantized_table(collection: Collection, paper: Paper) -> Table:
-    return Table(
-        "quantized",
-        "GLUE on quantized bases",
-        "As the GLUE table, with the frozen encoder in 4 or 8 bits, and in 16 under the same recipe.",
-        _long_sections(
-            "quantized", collection.of("qcontrol"), paper, tasks=("rte",), model="roberta-base", setting="nf4"
-        ),
-        remarks=["The paper's repository has the scripts of this comparison; its results are not published."],
-    )
+def markdown(table: Table, up: str) -> str:
+    """The table for GitHub."""
+    lines = [f"# {table.title}", "", table.about, *(f"\n{remark}" for remark in table.remarks), ""]
+    lines += ["All figures in a row come from the records (by seed) that its last column links to.", ""]
+    for section in table.sections:
+        shown = section.shown.assign(runs=[linked(links, up) for links in section.shown.runs])
+        below = ["", *(f"{number}. {note}" for number, note in enumerate(section.notes, 1))]
+        below += ["", *(f"- {remark}" for remark in section.remarks)]
+        lines += [f"## {section.title}", "", *markdown_rows(shown), *below, ""]
+    return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"
 
 
-def _long_sections(
-    table: str,
-    comparisons: Sequence[Comparison],
-    paper: Paper,
-    *,
-    tasks: Sequence[str],
-    model: str | None = None,
-    setting: str = "",
-    skip=lambda comparison: False,
-) -> list[Section]:
-    """One section for each model and setting, one row for each task and method.
-
-    Sections with records come first. The paper's own model (or `model`) in its `setting` names the `tasks` without one.
-    """
-    header = ["task", "method", "trained parameters", "learning rate", "n", "last", "best", "paper, best",
-              "peak MiB", "paper, peak", "train s", "paper, time", "examples/s", "runs"]  # fmt: skip
-    found = {(c.model, c.setting, c.task): c for c in comparisons if not skip(c)}
-    at_scale = [(name, setting) for name in paper.models(table) or [model]]
-    domain = {"glue": "roberta", "vit": "vit", "quantized": "qcontrol"}[table]
-    measured, empty = [], []
-    for key in dict.fromkeys([*((m, s) for m, s, _ in found), *at_scale]):
-        name, its_setting = key
-        mine = {task: comparison for (*place, task), comparison in found.items() if tuple(place) == key}
-        shown, missing = set(mine), []
-        if key in at_scale:  # tasks without records have rows only for what was published of them
-            shown |= {task for task in tasks if any(paper.of_task(table, name, task))}
-            missing = [task for task in tasks if task not in mine]
-        rows, methods = [], []
-        for task in sorted(
-            shown, key=lambda task: (tasks.index(task) if task in tasks else len(tasks), task)
-        ):
-            comparison = mine.get(task, Comparison("", *key, task, {}, {}))
-            for label in _labels(comparison, always=key in at_scale):
-                row = comparison.rows.get(label, Row())
-                memory, seconds, rate = cost_cells(row)
-                where = (table, name, label, task)
-                rows.append([
-                    Cell(task), Cell(label), trained_cell(row), rate_cell(row), count_cell(row),
-                    summary_cell(row.summary(task, "last"), 2), summary_cell(row.summary(task, "best"), 2),
-                    published_cell(paper, *where, "best score"),
-                    memory, published_cell(paper, *where, "peak memory"),
-                    seconds, published_cell(paper, *where, "training time"), rate, runs_cell(row),
-                ])  # fmt: skip
-                methods.append(label)
-        title = f"{name}, {its_setting}" if its_setting else name
-        remarks = conditions_remark(mine.values())
-        remarks += [f"No record yet: {', '.join(missing)}."] if missing else []
-        section = _without_empty_columns(Section(title, header, rows, domain, methods, remarks))
-        (measured if mine else empty).append(section)
-    return [*measured, *empty]
-
-
-def _labels(comparison: Comparison, always: bool) -> list[str]:
-    """The rows of a comparison: the table's methods, each with its variants, then others.
-
-    A method of which there are only rows with something added (other ranks, a memory mode) has no empty row beside them,
-    unless `always`: beside the published figures.
-    """
-    there = {label for label, row in comparison.rows.items() if row.runs or row.problems}
-
-    def method_of(label: str) -> str:
-        return label.split(",")[0].split(" ")[0]
-
-    of_method = {method_of(label) for label in there}
-    usual = {method for method in METHODS if always or method in there or method not in of_method}
-    order = {method: number for number, method in enumerate(METHODS)}
-    return sorted(
-        {*usual, *comparison.rows}, key=lambda label: (order.get(method_of(label), len(order)), label)
-    )
-
-
-def _without_empty_columns(section: Section) -> Section:
-    """Leave out columns of published figures in which nothing was published for this model."""
-    keep = [
-        number
-        for number, name in enumerate(section.header)
-        if name in ("paper, best",)
-        or not name.startswith("paper")
-        or any(r[number].value is not None for r in section.rows)
-    ]
-    section.header = [section.header[number] for number in keep]
-    section.rows = [[row[number] for number in keep] for row in section.rows]
-    return section
-
-
-def _published_memory(paper: Paper) -> list[str]:
-    figures = [f for f in paper.figures if (f.table, f.column, f.quantity) == ("glue", "all", "peak memory")]
-    listed = "; ".join(f"{figure.row} {figure}" for figure in figures)
-    return [
-        f"Published peak memory of RoBERTa-base on GLUE, without the task, batch or length it was measured at: {listed}."
-    ]
-
-
-def commonsense_table(collection: Collection, paper: Paper) -> Table:
-    """One row for each method, one column for each test set; the paper's row below ours."""
-    header = [
-        "method",
-        "whose",
-        "trained parameters",
-        "n",
-        *COMMONSENSE,
-        "no match",
-        "peak MiB",
-        "train s",
-        "tokens/s",
-        "runs",
-    ]
-    found = {(c.model, c.setting): c for c in collection.of("llama")}
-    always = [(model, "") for model in paper.models("commonsense")]
-    sections = []
-    for key in dict.fromkeys([*found, *always]):
-        model, setting = key
-        comparison = found.get(key, Comparison("llama", model, setting, "commonsense", {}, {}))
-        published = [label for label in paper.rows("commonsense", model) if not setting]
-        rows, methods, missing = [], [], []
-        for label in dict.fromkeys([*published, *sorted(comparison.rows)]):
-            if label not in comparison.rows:
-                missing.append(label)
-            row = comparison.rows.get(label, Row())
-            scores = [summary_cell(row.summary(column), 2) for column in COMMONSENSE]
-            no_match = summary_cell(row.over_seeds(lambda run: run.scored.metrics["last"].get("no_match")), 2)
-            ours = [
-                Cell(label),
-                Cell("ours"),
-                trained_cell(row),
-                count_cell(row),
-                *scores,
-                no_match,
-                *cost_cells(row, "tokens"),
-                runs_cell(row),
-            ]
-            if label in comparison.rows:
-                rows.append(ours)
-                methods.append(label)
-            if label in published:
-                scores = [
-                    published_cell(paper, "commonsense", model, label, column, "score")
-                    for column in COMMONSENSE
-                ]
-                trained = published_cell(paper, "commonsense", model, label, "all", "trained parameters")
-                seconds = published_cell(paper, "commonsense", model, label, "all", "training time")
-                unknown = Cell(NOT_PUBLISHED)
-                rows.append(
-                    [
-                        Cell(label),
-                        Cell("paper"),
-                        trained,
-                        Cell(""),
-                        *scores,
-                        unknown,
-                        unknown,
-                        seconds,
-                        unknown,
-                        Cell(""),
-                    ]
-                )
-                methods.append(label)
-        title = f"{model}, {setting}" if setting else model
-        remarks = conditions_remark([comparison])
-        remarks += [f"No record of ours yet: {', '.join(missing)}."] if missing else []
-        remarks += [
-            f"{figure.row}: {figure.quantity} {figure}."
-            for figure in paper.figures
-            if (figure.table, figure.model) == ("commonsense", model)
-            and figure.quantity in _IN_TEXT
-            and not setting
-        ]
-        sections.append(Section(title, header, rows, "llama", methods, remarks))
-    return Table(
-        "commonsense",
-        "Commonsense reasoning",
-        "Accuracy in percent on eight test sets after training on commonsense data. One checkpoint of a run is answered "
-        "with, the best by held-out loss, so there is no separate best and last. No match: answers without an answer word, "
-        "which count as wrong.",
-        sections,
-        remarks=["Rows named lora and dora of the paper are those that it compares with, from DoRA's repository."],
-    )  # fmt: skip
-
-
-def vit_memory_table(collection: Collection, paper: Paper) -> Table:
-    """Peak memory and step time of ViT-B/16 on one batch; one section for each device and batch."""
-    header = [
-        "attention",
-        "method",
-        "trained parameters",
-        "n",
-        "peak MiB",
-        "paper, peak",
-        "paper, as tabulated",
-        "ms a step",
-        "runs",
-    ]
-    groups: dict[tuple, dict[tuple, dict[str, object]]] = {}
-    for link, record in collection.measurements.items():
-        if record.domain != "vit" or record.task != "memory":
-            continue
-        options = record.hyperparameters
-        key = (
-            record.device["name"],
-            record.model["class"],
-            options["batch_size"],
-            options["image_size"],
-            options["autocast"],
-        )
-        groups.setdefault(key, {}).setdefault((options["attention"], record.method), {})[link] = record
-    sections = []
-    for key in sorted(groups) or [("no device yet", "vit_base_patch16_224", 128, 224, "fp16")]:
-        device, model, batch, size, autocast = key
-        rows, methods = [], []
-        for attention in ("eager", "sdpa"):
-            for method in ("lora", "control", "dora"):
-                records = groups.get(key, {}).get((attention, method), {})
-                peaks = [record.memory["peak_allocated_bytes"] for record in records.values()]
-                times = [record.metrics["milliseconds_per_step"] for record in records.values()]
-                trained = [record.adapter["trainable_parameters"] for record in records.values()]
-                where = ("vit", model, method, "cifar100")
-                same = attention == "eager" and batch == 128
-                rows.append([
-                    Cell(attention), Cell(method), Cell(f"{trained[0]:,}", trained[0]) if trained else Cell(NO_RECORD),
-                    Cell(str(len(records)), len(records)),
-                    summary_cell(Summary.of([peak / MEBI for peak in peaks]) if None not in peaks else None, 0,
-                                 "not measured" if records else NO_RECORD),
-                    published_cell(paper, *where, "peak memory") if same else Cell(NOT_PUBLISHED),
-                    published_cell(paper, *where, "peak memory as tabulated") if same else Cell(NOT_PUBLISHED),
-                    summary_cell(Summary.of(times), 1),
-                    Cell("" if records else NO_RECORD, links=[(str(n), link) for n, link in enumerate(records, 1)]),
-                ])  # fmt: skip
-                methods.append(method)
-        sections.append(
-            Section(
-                f"{model}, batch {batch}, {size} pixels, {autocast}, {device}", header, rows, "vit", methods
-            )
-        )
-    return Table(
-        "vit_memory",
-        "ViT: memory",
-        "Peak of the CUDA allocator over whole training steps of ViT-B/16 with four-layer MLPs and random weights. The "
-        "published runs used eager attention.",
-        sections,
-    )
+def write_tables(tables: list[Table], folder: Path, up: str) -> list[Path]:
+    """Write each table as .md and .csv."""
+    written = []
+    for table in tables:
+        data = pd.concat([section.data for section in table.sections]) if table.sections else pd.DataFrame(columns=["section"])
+        for suffix, text in (("md", markdown(table, up)), ("csv", data.to_csv(index=False, lineterminator="\n"))):
+            written.append(write_text_atomic(folder / f"{table.name}.{suffix}", text))
+    return written

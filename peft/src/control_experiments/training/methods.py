@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, MissConfig, PeftConfig, PeftModel, ShadowConfig, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
@@ -51,10 +51,15 @@ def adapter_config(
     if method == "probe":
         return None
     settings = {"task_type": task_type, "modules_to_save": list(modules_to_save) if modules_to_save else None}
-    if "lora" in method or "dora" in method:
+    if method == "shadow":
+        return ShadowConfig(**settings, r=options.lora_rank)
+    if any(name in method for name in ("lora", "dora", "miss")):
         targets = list(options.lora_targets or targets)
         if not targets:
             raise UserError(f"{method} needs the names of its target modules, such as query and value")
+        if method == "miss":
+            rank, dropout = options.lora_rank, options.lora_dropout
+            return MissConfig(**settings, r=rank, miss_dropout=dropout, target_modules=targets)
         settings |= {
             "r": options.lora_rank,
             "lora_alpha": options.lora_alpha,

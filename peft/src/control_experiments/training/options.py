@@ -30,6 +30,8 @@ METHODS = {
     "double control": "control parallel to both the attention and the mlp block",
     "control+lora": "control on the mlp block and LoRA on chosen weights, in one adapter",
     "control+dora": "control on the mlp block and DoRA on chosen weights, in one adapter",
+    "miss": "MiSS: one small matrix a weight, shared by its input's shards (peft's)",
+    "shadow": "SHADOW: a small network beside the whole decoder, whose states correct each layer's input (peft's)",
     "probe": "no adapter: only the task's head is trained",
 }
 #: What `--quantization` takes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..record import RunRecord
-from .checkpoints import step_of
+from .checkpoints import discard, step_of, whole_folder
 from .device import (
     choose_precision,
     describe_device,
@@ -21,6 +21,7 @@ from .device import (
     select_device,
 )
 from .metering import Throughput
+from .model_card import write_card
 from .options import RunOptions
 from .quiet import quieten
 from .runs import RunFolder
@@ -70,6 +71,24 @@ class Run:
         resumed = step_of(self.checkpoint) if self.checkpoint else None
         return {**throughput.summary(), "resumed_from_step": resumed}
 
+    def finish(
+        self, record: RunRecord, save: Callable[[Path], object], load: str, **results: object
+    ) -> RunRecord:
+        """Save the adapter with its card, write the record, discard the checkpoints; for the process of rank 0.
+
+        Args:
+            save: writes the adapter into a folder.
+            load: Python lines that load it again, for the card.
+            results: what the record lacks, by its fields' names.
+        """
+        record.finish(**results)
+        with whole_folder(self.folder.adapter, sealed=False) as place:
+            save(place)
+            write_card(place, record, load)
+        record.write(self.folder.record)
+        discard(self.folder.checkpoints)
+        return record
+
 
 @contextmanager
 def start(
@@ -80,6 +99,7 @@ def start(
     less_memory: str,
     option: str = "precision",
     on_gpu: str = "bf16",
+    written: Mapping[str, str] | None = None,
 ) -> Iterator[Run]:
     """Choose device and precision, hold the run's folder and make it this run's.
 
@@ -91,6 +111,7 @@ def start(
         less_memory: which options need less memory, in words.
         option: name of the option that says the precision.
         on_gpu: what "auto" is on a GPU.
+        written: how `run.json` writes a precision, where it has another name there.
 
     Raises:
         UserError: the device, the precision or the folder cannot be used.
@@ -104,7 +125,7 @@ def start(
     with RunFolder(options.folder) as folder, explain_out_of_memory(device, less_memory):
         if options.overwrite:
             folder.clear()
-        identity = {**options.identity(), option: precision}
+        identity = {**options.identity(), option: (written or {}).get(precision, precision)}
         checkpoint = folder.claim(identity, resume=options.resume, defaults=options.defaults())
         if getattr(options, "report_to", "none") != "none":
             os.environ.setdefault("WANDB_DIR", str(folder.path))

@@ -1,0 +1,293 @@
+"""One GLUE run: training, evaluation, the GLUE server's files and the record."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from transformers import EvalPrediction, TrainingArguments
+
+from control_experiments.errors import UserError
+from control_experiments.outcomes import write_outcomes
+from control_experiments.paths import public_path
+from control_experiments.record import RunRecord
+from control_experiments.training.checkpoints import check_adapter_files, discard
+from control_experiments.training.checksums import local_fingerprint
+from control_experiments.training.device import seed_everything
+from control_experiments.training.metering import MemoryMeter
+from control_experiments.training.methods import describe_adapter, describe_model, load_adapter, set_memory
+from control_experiments.training.setup import Run, start
+from control_experiments.training.sharding import shard_frozen, shares_weights
+from control_experiments.training.trainer import ExperimentTrainer, training_arguments
+from RoBERTa.encoder import add_adapter, check_length, collator, load_tokenizer_and_model, save, tokenize
+from RoBERTa.glue import HUB_ID, Task, get_task, load_task, write_predictions
+
+if TYPE_CHECKING:
+    from RoBERTa.finetune import Options
+
+logger = logging.getLogger("finetune")
+LOGGERS = ("finetune", "control_experiments")
+LESS_MEMORY = (
+    "--memory lean, a smaller --batch_size, --padding longest, --precision bf16, a smaller --max_length"
+)
+#: Folder of a run for the GLUE server's files.
+PREDICTIONS = "predictions"
+#: How the card of an adapter says that it is loaded.
+LOAD = """
+import json
+import peft_control
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+folder = "results/roberta/RUN/adapter"  # where this file is
+labels = json.load(open(f"{folder}/labels.json"))
+model = AutoPeftModelForSequenceClassification.from_pretrained(folder, id2label=dict(enumerate(labels)))
+tokenizer = AutoTokenizer.from_pretrained(folder)
+"""
+
+
+def finetune(options: Options, argv: Sequence[str] | None) -> RunRecord | None:
+    """Train as the options say and write the run's record; None when the run was finished before."""
+    with start(options, "RoBERTa.finetune", argv, less_memory=LESS_MEMORY) as run:
+        if not run.folder.finished:
+            return train(options, run)
+        files = get_task(options.task).server_files.values()
+        if options.predict and not all((run.folder.path / PREDICTIONS / name).is_file() for name in files):
+            predict_finished(options, run)
+        else:
+            print(f"{run.folder.path} is finished: skipped (--overwrite runs it again)")
+    return None
+
+
+def train(options: Options, run: Run) -> RunRecord:
+    """Load, train, evaluate, save the adapter and write the record, all in the run's folder."""
+    folder, device, task = run.folder, run.device, get_task(options.task)
+    shared = shares_weights(options.shard)
+    settled = {
+        "precision": run.precision,
+        "optimizer": "AdamW",
+        **({"shard": options.shard} if shared else {}),
+    }
+    record = run.begin_record(domain=options.domain, task=options.task, **settled)
+
+    splits = load_task(options.task, options.data, tests=options.predict)
+    seed_everything(options.seed)
+    memory = MemoryMeter(device)
+    tokenizer, model = load_tokenizer_and_model(
+        options.model, task, options.quantization, device, run.precision
+    )
+    check_length(options, model)
+    arguments = trainer_arguments(options, run)
+    if not shared:
+        model.to(device)
+        memory.after_load()
+    base = describe_model(options.model, model, model.num_parameters())
+    model = add_adapter(model, options)
+    set_memory(
+        model, options.memory, options.cuda_graphs, chunk_tokens=options.chunk_tokens, offload=options.offload
+    )
+    if shared:  # asking for the device starts the process group
+        shard_frozen(model, arguments.device, memory)
+    adapter = describe_adapter(model)
+    encoded = tokenize(splits, tokenizer, options.max_length)
+    dev = {suffix: encoded[split] for suffix, split in zip(task.evaluations, task.dev_splits, strict=True)}
+    evaluated: deque[EvalPrediction] = deque(maxlen=len(dev))
+
+    def score(result: EvalPrediction) -> dict[str, float]:
+        evaluated.append(result)
+        return task.metrics(result.predictions, result.label_ids)
+
+    with folder.logging_from(*LOGGERS):
+        trainer = ExperimentTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=encoded["train"],
+            eval_dataset=dev if len(dev) > 1 else next(iter(dev.values())),
+            data_collator=collator(options, tokenizer),
+            processing_class=tokenizer,
+            compute_metrics=score,
+            memory=memory,
+        )
+        logger.info("%s", options.identity())
+        if trainer.is_world_process_zero():
+            print(
+                f"{options.method} on {options.task}: {len(encoded['train'])} training rows, "
+                f"{adapter['trainable_parameters']:,} of {base['total_parameters']:,} parameters trained, "
+                f"{run.described}"
+            )
+        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        history, metrics = summarise_history(trainer.state.log_history, task)
+        if options.predict:
+            predict_tests(trainer, encoded, task, folder.path / PREDICTIONS)
+
+    if trainer.is_world_process_zero():
+        if len(evaluated) == len(dev):  # else it was resumed after its last evaluation
+            keep_outcomes(folder.path, task, dict(zip(dev, evaluated, strict=True)), dev)
+        run.finish(
+            record,
+            partial(save, model, tokenizer),
+            LOAD,
+            model=base,
+            data=data_description(options, splits),
+            adapter=adapter,
+            metrics=metrics,
+            memory=memory.summary(),
+            time=run.time(trainer.throughput),
+            history=history,
+        )
+        print(
+            f"last {_figures(metrics['last'])}; best {_figures(metrics['best'])}; record in {folder.record}"
+        )
+    return record
+
+
+def trainer_arguments(options: Options, run: Run) -> TrainingArguments:
+    """The options in the Trainer's terms."""
+    grouped = options.padding == "longest" and not options.random_order
+    evaluation = "steps" if options.eval_steps else "epoch"
+    return training_arguments(
+        options,
+        run.folder,
+        run.device,
+        run.precision,
+        per_device_eval_batch_size=options.eval_batch_size,
+        warmup_steps=options.warmup_ratio,  # below 1 it is a share of all steps
+        train_sampling_strategy="group_by_length" if grouped else "random",
+        eval_strategy=evaluation,
+        eval_steps=options.eval_steps or None,
+        logging_strategy=evaluation,
+        logging_steps=options.eval_steps or 500,
+        save_strategy="steps" if options.save_steps else "epoch",
+        save_steps=options.save_steps or 500,
+        save_total_limit=2,
+        dataloader_pin_memory=run.device.type == "cuda",
+    )
+
+
+# -- evaluation ---------------------------------------------------------------------------------------------
+
+
+def summarise_history(log_history: list[dict], task: Task) -> tuple[list[dict], dict]:
+    """The Trainer's log -> one entry per evaluation, and the best and the last of them.
+
+    Each entry has step, epoch, train_loss (the mean since the entry before) and the dev metrics; with two dev sets
+    each metric carries its set's name, and `score` is the mean over both.
+    """
+    by_step: dict[int, dict] = {}
+    for entry in log_history:
+        row = by_step.setdefault(entry["step"], {"step": entry["step"], "epoch": entry["epoch"]})
+        if "loss" in entry:
+            row["train_loss"] = entry["loss"]
+        for name, value in entry.items():
+            name = name.removeprefix("eval_")
+            if f"eval_{name}" in entry and not name.endswith(("runtime", "per_second", "preparation_time")):
+                row[name] = value
+    history = []
+    for row in by_step.values():
+        scores = [row.get(f"{suffix}_score" if suffix else "score") for suffix in task.evaluations]
+        if None not in scores:
+            history.append({**row, "score": float(np.mean(scores))})
+    if not history:
+        return [], {"best": {}, "last": {}}
+    best = max(history, key=lambda row: row["score"])
+    return history, {"best": best, "last": history[-1]}
+
+
+def keep_outcomes(
+    folder: Path, task: Task, evaluated: dict[str, EvalPrediction], dev: dict[str, Dataset]
+) -> None:
+    """Write each dev example's outcome of the last evaluation into the run's folder, by the row of its dev file."""
+    rows = np.concatenate([dev[suffix]["row"] for suffix in evaluated])
+    groups = np.concatenate([[suffix] * len(dev[suffix]) for suffix in evaluated])
+    predictions = np.concatenate([task.predictions(result.predictions) for result in evaluated.values()])
+    labels = np.concatenate([result.label_ids for result in evaluated.values()])
+    if task.paired_by == "accuracy":
+        write_outcomes(folder, rows, predictions == labels, group=groups)
+    else:
+        write_outcomes(
+            folder, rows, prediction=predictions, label=labels, metric=task.paired_by, group=groups
+        )
+
+
+def predict_tests(trainer: ExperimentTrainer, encoded: DatasetDict, task: Task, folder: Path) -> None:
+    """Write the server's file for each test set, rows in their original order."""
+    for split, file in task.server_files.items():
+        # without the hidden labels, which no loss can be computed from
+        outputs = trainer.predict(encoded[split].remove_columns("label")).predictions
+        ordered = np.empty_like(outputs)
+        ordered[encoded[split]["row"]] = outputs
+        if trainer.is_world_process_zero():
+            write_predictions(folder / file, task, ordered)
+
+
+def predict_finished(options: Options, run: Run) -> None:
+    """Write the server's files with the adapter of a finished run.
+
+    Raises:
+        UserError: its adapter is not there, or does not fit the model.
+    """
+    folder, task = run.folder, get_task(options.task)
+    if not (folder.adapter / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder.path} is finished but holds no adapter to --predict with: train again with another --output_dir"
+        )
+    check_adapter_files(folder.adapter)
+    splits = load_task(options.task, options.data, tests=True)
+    tokenizer, model = load_tokenizer_and_model(
+        options.model, task, options.quantization, run.device, run.precision
+    )
+    model = load_adapter(model, folder.adapter, options.model)
+    tests = DatasetDict({split: splits[split] for split in task.test_splits})
+    encoded = tokenize(tests, tokenizer, options.max_length)
+    trainer = ExperimentTrainer(
+        model=model.to(run.device),
+        args=trainer_arguments(options, run),
+        eval_dataset=encoded[task.test_splits[0]],
+        data_collator=collator(options, tokenizer),
+        processing_class=tokenizer,
+        memory=MemoryMeter(run.device),
+    )
+    predict_tests(trainer, encoded, task, folder.path / PREDICTIONS)
+    if trainer.is_world_process_zero():
+        discard(folder.checkpoints)
+        print(f"predictions of the finished run in {folder.path / PREDICTIONS}")
+
+
+# -- record -------------------------------------------------------------------------------------------------
+
+
+def data_description(options: Options, splits: DatasetDict) -> dict:
+    """The record's `data`: where it came from, which version, how many rows."""
+    sizes = {name: len(split) for name, split in splits.items()}
+    if options.data is not None:
+        root = options.contents("data")
+        return {"id": public_path(root), "sha256": local_fingerprint(root), "sizes": sizes}
+    if options.task == "demo":
+        from RoBERTa.demo_task import demo_checksum, make_demo
+
+        return {
+            "id": "pydoc_data.topics (demo_task.py)",
+            "sha256": demo_checksum(make_demo()),
+            "sizes": sizes,
+        }
+    sources = " ".join(splits["train"].info.download_checksums or {})
+    revision = re.search(r"@([0-9a-f]{40})/", sources)
+    return {
+        "id": f"{HUB_ID}/{options.task}",
+        "revision": revision.group(1) if revision else None,
+        "sizes": sizes,
+    }
+
+
+def _figures(row: dict) -> str:
+    shown = {
+        name: value for name, value in row.items() if name not in ("step", "epoch", "loss", "train_loss")
+    }
+    return ", ".join(f"{name} {value:.4f}" for name, value in shown.items() if not name.endswith("loss"))

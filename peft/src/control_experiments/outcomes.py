@@ -1,0 +1,55 @@
+"""What a model answered for each test example, kept beside the record whose score it explains.
+
+`outcomes.npz` holds arrays of one length N, in any order:
+
+- `example`: ids as text, the same for every method, seed and machine (a row's number in its test file will do).
+- `group`: the test set of each example, where a score is the mean over several; else one empty text.
+- `correct`: 1 or 0, or a score between; the record's score is 100 times its mean (within each group, then over groups).
+- or, for metrics that are no mean over examples, `prediction` and `label` with `metric`, a name in `METRICS`.
+
+With them `reporting.statistics` pairs methods example by example. Without them it pairs seeds alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import rankdata
+
+FILE = "outcomes.npz"
+
+
+def _f1(prediction: np.ndarray, label: np.ndarray) -> float:
+    return 2 * np.sum(prediction * label) / max(np.sum(prediction) + np.sum(label), 1)
+
+
+def _correlation(prediction: np.ndarray, label: np.ndarray) -> float:
+    constant = np.ptp(prediction) == 0 or np.ptp(label) == 0
+    return 0.0 if constant else float(np.corrcoef(prediction, label)[0, 1])
+
+
+#: Metric -> (predictions, labels) -> score, 1 at best. Matthews correlation of two classes is Pearson's of their numbers.
+METRICS = {
+    "matthews": _correlation,
+    "accuracy and F1": lambda p, y: (np.mean(p == y) + _f1(p, y)) / 2,
+    "Pearson and Spearman": lambda p, y: (_correlation(p, y) + _correlation(rankdata(p), rankdata(y))) / 2,
+}
+
+
+def write_outcomes(folder: str | os.PathLike, example: Sequence, correct: Sequence | None = None, *,
+                   prediction: Sequence | None = None, label: Sequence | None = None, metric: str = "",
+                   group: Sequence | str = "") -> Path:  # fmt: skip
+    """Write `outcomes.npz` into a run's folder, atomically; give `correct`, or `prediction`, `label` and `metric`."""
+    arrays = {"example": np.asarray(example, str), "group": np.broadcast_to(np.asarray(group, str), len(example))}
+    if correct is not None:
+        arrays["correct"] = np.asarray(correct, np.float32)
+    else:
+        arrays |= {"prediction": np.asarray(prediction, float), "label": np.asarray(label, float), "metric": metric}
+    path, unfinished = Path(folder) / FILE, Path(folder) / f".{FILE}.partial"
+    with unfinished.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    unfinished.replace(path)
+    return path

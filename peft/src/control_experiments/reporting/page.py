@@ -1,0 +1,113 @@
+"""One self-contained page with claims, pictures and tables; it needs no network and no server. `page.html` is its Jinja2 template.
+
+Pictures are matplotlib's SVG, whose marks carry their method and figures in their ids (`pictures.mark`): the page's script filters by
+domain and method and shows figures on hover or tap. Without scripts everything is shown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup, escape
+
+from ..record import write_text_atomic
+from . import pictures
+from .claims import Claim, overview
+from .tables import Table, linked, step_means
+
+NAMES = {"roberta": "RoBERTa", "vit": "ViT", "llama": "LLaMA", "qcontrol": "quantized"}
+
+
+def write_page(frame: pd.DataFrame, tables: Sequence[Table], claims: Sequence[Claim], problems: Sequence[str], path: Path, up: str) -> Path:
+    """Write the page; `up` leads from its folder to the results folder."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )  # fmt: skip
+    environment.filters |= {"inline": inline, "family": pictures.family, "linked": lambda links: linked(links, up)}
+    families = [name for name in pictures.FAMILIES if name in set(frame.row.dropna().map(pictures.family))]
+    runs = frame[(frame.kind == "run") & frame.usable]
+    page = environment.get_template("page.html").render(
+        runs=len(runs), measurements=len(frame) - len(runs), problems=problems, names=NAMES, families=families, colours=pictures.FAMILIES,
+        overview=overview(claims), claims=claims, tables=tables, parts=_parts(frame, runs),
+    )  # fmt: skip
+    return write_text_atomic(path, page + "\n")
+
+
+def inline(text: object) -> Markup:
+    """A cell's Markdown (links, bold) and footnote marks as HTML."""
+    html = re.sub(r"\[([^\]]+)\]\(([^)]+)\)", lambda m: f'<a href="{"claims.md" * m[2].startswith("#")}{m[2]}">{m[1]}</a>', str(escape(text)))
+    html = re.sub(r"\*\*([a-z ]+|<a.*?</a>)\*\*", lambda m: f'<b class="{re.sub("<.*?>", "", m[1]).replace(" ", "-")}">{m[1]}</b>', html)
+    return Markup(re.sub(r"&lt;sup&gt;(\d+)&lt;/sup&gt;", r"<sup>\1</sup>", html))
+
+
+def _parts(frame: pd.DataFrame, runs: pd.DataFrame) -> list[tuple[str, str, str, list[tuple[str, str, Markup]]]]:
+    """(anchor, title, explanation, pictures as (domain, title, SVG)) of each group of pictures."""
+    comparisons = [(f"{task}, {section}", part) for (_, section, task), part in runs.groupby(["domain", "section", "task"])]
+    return [
+        ("frontier", "Memory against speed", "One training step on random weights of the true shape. Left and low is better.", _drawn(frontiers(frame))),
+        ("score-memory", "Score against memory", "Each mark is one run: its last score and the peak of its training memory. Left and high is better.",
+         _drawn((part.domain.iloc[0], title, pictures.scores_against_memory(part[part.peak.notna()], title))
+                for title, part in comparisons if part.peak.notna().any())),
+        ("curves", "Training curves", "Score of each evaluation, one line a run; for LLaMA the held-out loss.",
+         _drawn((part.domain.iloc[0], title, pictures.curves(lines, title, "held-out loss" if part.domain.iloc[0] == "llama" else "score, %"))
+                for title, part in comparisons if (lines := [(run.row, run.seed, line) for run in part.itertuples() if len(line := curve(run.record)) > 1]))),
+        ("rates", "Score against learning rate", "On held-out training data.", _drawn(rates(frame))),
+    ]  # fmt: skip
+
+
+def _drawn(figures: Iterable[tuple[str, str, object]]) -> list[tuple[str, str, Markup]]:
+    return [(domain, title, Markup(pictures.svg(figure))) for domain, title, figure in figures]
+
+
+def frontiers(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
+    """(domain, setting, picture) of each setting of scripts/bench_memory.py."""
+    domains = frame[frame.kind == "step"].groupby("section").domain.first()
+    for (whose, section), part in step_means(frame[frame.kind == "step"]).groupby(["whose", "section"], sort=False):
+        points = {row: (means.seconds, means.over) for (*_, row), means in part.iterrows()}
+        title = section if whose == "ours" else f"{section} ({whose})"
+        yield domains[section], title, pictures.memory_against_time(points, title)
+
+
+def scalings(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
+    """(domain, setting, picture) of each setting of scripts/bench_scaling.py."""
+    rows = frame[(frame.kind == "scaling") & frame.rate.notna()]
+    names = {"row": "method", "shard": "shard", "processes": "processes", "rate": "tokens_per_second", "peak": "peak_bytes_per_process", "seconds": "step_seconds", "efficiency": "efficiency"}
+    for section, part in rows.groupby("section"):
+        yield "llama", section, pictures.scaling(part[list(names)].rename(columns=names).to_dict("records"), section)
+
+
+def rates(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
+    """(domain, model, picture) of each search for a learning rate."""
+    for (domain, section), part in frame[frame.kind == "search"].groupby(["domain", "section"]):
+        yield domain, section, pictures.scores_against_rate(part, section)
+
+
+def curve(record) -> list[tuple[float, float]]:
+    """(epoch, score in percent or held-out loss) of each evaluation of a run."""
+    for name, scale in (("score", 100), ("test_accuracy", 1), ("eval_loss", 1)):
+        points = [(entry["epoch"], scale * entry[name]) for entry in record.history if isinstance(entry.get(name), float)]
+        if points:
+            return points
+    return []
+
+
+def write_pictures(frame: pd.DataFrame, folder: Path) -> list[Path]:
+    """The pictures that READMEs show, as PNG: memory against time, scaling, and scores against learning rates."""
+    written = {}
+    for kind, drawn in (("memory", frontiers(frame)), ("scaling", scalings(frame)), ("rates", rates(frame))):
+        for _, title, figure in drawn:
+            name = f"{kind}_{_slug(title)}"
+            if name in written:  # of another torch, or another's
+                name = f"{kind}_{re.sub(r'[^a-z0-9.]+', '_', title.lower())}"
+            written[name] = pictures.save(figure, folder / f"{name}.png")
+    return list(written.values())
+
+
+def _slug(title: str) -> str:
+    """llama3-8b, 4 x 1024 tokens, NVIDIA H100 80GB HBM3, torch 2.11 -> llama3-8b_4x1024_h100"""
+    title = re.sub(r"(\d+) x (\d+) tokens( a process)?", r"\1x\2", title.lower()).partition(", torch")[0]
+    return re.sub(r"[^a-z0-9.-]+", "_", re.sub(r"nvidia (\w+)[^,]*", r"\1", title))

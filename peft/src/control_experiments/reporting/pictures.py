@@ -1,0 +1,228 @@
+"""Pictures drawn from records: memory against time, scaling, training curves, scores. All return a matplotlib Figure.
+
+scripts/make_tables.py draws those of results/pictures and report.html; benchmarks draw theirs with the same functions.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Bbox
+
+#: Method families: colour and marker, for those who see no colours.
+FAMILIES = {
+    "control": ("#1668c7", "o"), "double control": ("#6b3fc4", "o"), "control+lora": ("#0b7f86", "D"), "control+dora": ("#0b7f86", "v"),
+    "lora": ("#c25a00", "s"), "dora": ("#2e7d32", "^"), "miss": ("#a3186f", "P"), "shadow": ("#8a6d00", "*"),
+    "probe": ("#6b7280", "X"), "other": ("#9aa1ab", "."),
+}  # fmt: skip
+_NAMES = {"lora": "LoRA", "dora": "DoRA", "miss": "MiSS", "shadow": "SHADOW", "control+lora": "control + LoRA", "control+dora": "control + DoRA"}
+#: Parts of a benchmark's label that are no method.
+_SWITCHES = ("liger", "unsloth", "checkpointing", "compile", "graphs")
+
+
+def family(label: str) -> str:
+    """The family of a row or benchmark label: "control r64, lean" and "control+liger:plain" are control."""
+    name = re.split(r"[,:]| r\d| matched", label)[0]
+    name = "+".join(part for part in name.split("+") if part not in _SWITCHES).replace("lora-all", "lora")
+    return name if name in FAMILIES else "other"
+
+
+def _variant(label: str) -> str:
+    """What a benchmark's label says beyond the family, which the colour says: "control+graphs:fast" is "fast, graphs"."""
+    name, _, mode = label.partition(":")
+    parts = [mode, "all layers" if "lora-all" in name else "", *(part for part in name.split("+") if part in _SWITCHES)]
+    return ", ".join(filter(None, parts)) or _NAMES.get(label, label)
+
+
+def _legend(axes, families: Iterable[str], *more: Line2D, **where) -> None:
+    """One entry for each family there is, whatever was drawn."""
+    there = set(families)
+    handles = [Line2D([], [], color=colour, marker=marker, linestyle="", label=_NAMES.get(name, name))
+               for name, (colour, marker) in FAMILIES.items() if name in there]  # fmt: skip
+    axes.legend(handles=[*handles, *more], fontsize=9, **where)
+
+
+def _axes(title: str, width: float = 8.3, height: float = 5.2):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def memory_against_time(points: Mapping[str, tuple[float, float]], title: str) -> Figure:
+    """Method -> (seconds a step, bytes over the weights), with the frontier: the methods that no other beats in both."""
+    figure, axes = _axes(title)
+    placed = {label: (1000 * seconds, size / 1e9) for label, (seconds, size) in points.items()}
+    frontier, best = [], float("inf")
+    for x, y in sorted(placed.values()):
+        if y < best:
+            frontier.append((x, y))
+            best = y
+    axes.step(*zip(*frontier), where="post", color="#444", linewidth=1, linestyle="--", zorder=1)
+    axes.set(xlabel="milliseconds a step", ylabel="GB over the weights")
+    axes.margins(x=0.18, y=0.1)  # room for names
+    if all(y > 0 for _, y in placed.values()):  # on a CPU they are not measured
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    for label, (x, y) in placed.items():
+        colour, marker = FAMILIES[family(label)]
+        tip = f"{label}\n{x:.0f} ms a step\n{y:.2f} GB over the weights"
+        axes.plot(x, y, marker, color=colour, markersize=6, gid=mark(family(label), tip), zorder=2)
+    step = Line2D([], [], color="#444", linewidth=1, linestyle="--", label="frontier: no other beats these in both")
+    _legend(axes, map(family, placed), step, loc="best")
+    FigureCanvasAgg(figure).draw()  # without a layout nobody knows where names collide
+    _name(axes, placed, frontier)
+    return figure
+
+
+def _name(axes, placed: Mapping[str, tuple[float, float]], frontier: list[tuple[float, float]]) -> None:
+    """Write each point's name beside it where it covers nothing, further away with a thin line."""
+    renderer = axes.figure.canvas.get_renderer()
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in axes.transData.transform(list(placed.values()))]
+    for (x, y), (right, below) in itertools.pairwise(map(tuple, axes.transData.transform(frontier))):
+        taken += [Bbox.from_extents(x, y - 1, right, y + 1), Bbox.from_extents(right - 1, below, right + 1, y)]
+    taken.append(axes.get_legend().get_window_extent(renderer))
+    places = [(side * (7 + 12 * far), up) for far in range(5) for up in (-3, 8, -14, 19, -25, 30, -36) for side in (1, -1)]
+    for label, point in sorted(placed.items(), key=lambda item: item[1]):
+        text = axes.annotate(_variant(label), point, xytext=(0, 0), textcoords="offset points", fontsize=8.5, color=FAMILIES[family(label)][0],
+                             gid=mark(family(label), ""))  # fmt: skip
+        for right, up in sorted(places, key=lambda place: abs(place[0]) + abs(place[1] + 3)):
+            text.xyann = (right, up)
+            text.set_horizontalalignment("left" if right > 0 else "right")
+            box = text.get_window_extent(renderer).padded(1)
+            if axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 and not any(map(box.overlaps, taken)):
+                break
+        if abs(text.xyann[0]) + abs(text.xyann[1] + 3) > 16:
+            line = dict(arrowstyle="-", color="#999", linewidth=0.6)
+            axes.annotate("", point, xytext=text.xyann, textcoords="offset points", arrowprops=line)
+        taken.append(text.get_window_extent(renderer))
+
+
+def scaling(cells: Sequence[Mapping], title: str) -> Figure:
+    """Bars for each method, sharding and number of processes (cells as scripts/bench_scaling.py writes them): tokens/s of each
+    GPU, with the share of one GPU's speed that is kept, and peak memory of each GPU."""
+    measured = pd.DataFrame(cell for cell in cells if "step_seconds" in cell)
+    if "efficiency" not in measured:
+        alone = measured[measured.processes == 1].set_index(["method", "shard"]).step_seconds
+        measured["efficiency"] = [100 * alone.get((cell.method, cell.shard), float("nan")) / cell.step_seconds for cell in measured.itertuples()]
+    place = ["method", "shard", "processes"]  # measured in several files: their mean
+    numbers = ["tokens_per_second", "peak_bytes_per_process", "efficiency"]
+    cells = measured.groupby(place, sort=False, as_index=False)[numbers].mean().to_dict("records")
+    kinds = list(dict.fromkeys((cell["method"], cell["shard"]) for cell in cells))
+    counts = sorted({int(cell["processes"]) for cell in cells})
+    figure = Figure(figsize=(8.3, 1.4 + 0.24 * len(kinds) * (len(counts) + 1)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    thick = 0.8 / len(counts)
+    shades = matplotlib.colormaps["Blues"]
+    for number, count in enumerate(counts):
+        mine = [cell for cell in cells if cell["processes"] == count]
+        rows = [kinds.index((cell["method"], cell["shard"])) + number * thick for cell in mine]
+        look = dict(height=0.9 * thick, color=shades(0.35 + 0.6 * number / len(counts)), label=f"{count} GPU{'s' * (count > 1)}")
+        speed = left.barh(rows, [cell["tokens_per_second"] / count for cell in mine], **look)
+        size = right.barh(rows, [cell["peak_bytes_per_process"] / 1e9 for cell in mine], **look)
+        kept = [f"{cell['efficiency']:.0f} %" if count > 1 and cell["efficiency"] > 0 else "" for cell in mine]
+        left.bar_label(speed, kept, padding=2, fontsize=8)
+        right.bar_label(size, fmt="%.1f", padding=2, fontsize=8)
+    middle = thick * (len(counts) - 1) / 2
+    left.set_yticks([number + middle for number in range(len(kinds))], [f"{method}\n{shard}" for method, shard in kinds], fontsize=9)
+    left.invert_yaxis()
+    left.set(xlabel="tokens/s of each GPU (and share of one GPU's)")
+    right.set(xlabel="peak GB of each GPU")
+    for axes in (left, right):
+        axes.margins(x=0.15)
+        axes.grid(axis="x", alpha=0.25)
+        axes.set_axisbelow(True)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper right", ncols=len(counts), fontsize=9)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return figure
+
+
+def curves(runs: Sequence[tuple[str, object, Sequence[tuple[float, float]]]], title: str, y_label: str, x_label: str = "epoch") -> Figure:
+    """A line for each (label, seed, points); the legend names each label once."""
+    figure, axes = _axes(title, 6, 4)
+    labels = list(dict.fromkeys(label for label, _, _ in runs))
+    dashes = dict(zip(labels, itertools.cycle(("-", "--", "-.", ":"))))
+    twice = len({family(label) for label in labels}) < len(labels)  # then colours do not tell the labels apart
+    for label, seed, points in runs:
+        tip = f"{label}, seed {seed}\nlast {points[-1][1]:.2f}\n{len(points)} evaluations"
+        axes.plot(*zip(*points), color=FAMILIES[family(label)][0], linestyle=dashes[label] if twice else "-", linewidth=1.4, alpha=0.85,
+                  marker="." if len(points) < 3 else None, gid=mark(family(label), tip))  # fmt: skip
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles = [Line2D([], [], color=FAMILIES[family(label)][0], linestyle=dashes[label] if twice else "-", label=_NAMES.get(label, label)) for label in labels]
+    axes.legend(handles=handles, fontsize=9)
+    return figure
+
+
+def scores_against_memory(runs: pd.DataFrame, title: str) -> Figure:
+    """A mark for each run: last score and peak memory, which starts at 0 lest distances look larger than they are."""
+    figure, axes = _axes(title, 6, 4)
+    for run in runs.itertuples():
+        colour, marker = FAMILIES[family(run.row)]
+        tip = f"{run.row}, seed {run.seed:.0f}\nlast score {run.last:.2f} %\npeak {run.peak / 2**20:,.0f} MiB"
+        axes.plot(run.peak / 2**20, run.last, marker, color=colour, alpha=0.85, gid=mark(family(run.row), tip))
+    axes.set(xlabel="peak memory, MiB", ylabel="last score, %")
+    axes.margins(0.1)
+    axes.set_xlim(left=0)
+    _legend(axes, runs.row.map(family))
+    return figure
+
+
+def scores_against_rate(searched: pd.DataFrame, title: str) -> Figure:
+    """Score on held-out training data against the learning rate, a panel for each task, a line for each method."""
+    tasks = list(dict.fromkeys(searched.task))
+    columns = min(len(tasks), 2)
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(8.3, 0.7 + 2.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, task in zip(panels, tasks):
+        for label, part in searched[searched.task == task].groupby("row"):
+            mean = part.groupby("lr")["last"].mean()
+            colour, marker = FAMILIES[family(label)]
+            axes.plot(mean.index, mean, marker=marker, color=colour, linewidth=1.2, gid=mark(family(label), label))
+        rates = sorted(searched[searched.task == task].lr.unique())
+        axes.set(title=task, xscale="log", xlabel="learning rate", ylabel="held-out score, %")
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.25)
+    for axes in list(panels):
+        axes.axis("off")
+    _legend(figure, searched.row.map(family), loc="outside right upper")
+    figure.suptitle(f"Score against learning rate: {title}", fontsize=11, x=0.01, ha="left")
+    return figure
+
+
+# -- files ----------------------------------------------------------------------------------------------------
+
+
+def mark(name: str, tip: str) -> str:
+    """The id by which the page's filter finds a mark in an SVG, and what it shows when touched."""
+    return f"mark|{name}|{tip}"
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG that is the same for the same records and matplotlib."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def svg(figure: Figure) -> str:
+    """The picture as an element of a page, the same for the same records and matplotlib."""
+    output = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results"}):
+        figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
+    return re.sub(r' (?:width|height)="[\d.]+pt"', "", output.getvalue()[output.getvalue().index("<svg") :])

@@ -1,0 +1,427 @@
+"""Every record below a results folder as one DataFrame, a row for each run or measurement; and the paper's figures.
+
+Columns (missing where a kind has no such thing):
+
+- `whose`: "ours" (shipped, below `published/`), "yours" (any other run of such a folder) or "paper".
+- `kind`: "run" (a training with its scores), "search" (a run that chose a learning rate), "step" (scripts/bench_memory.py), "longest" and "profile" (its
+  --limit and --profile), "recipe step" (LLaMA's shapes), "quantized step", "vit step", "throughput", "batches",
+  "padding" and "scaling".
+- `links`: (text, file) of the records behind the row, files relative to the results folder.
+- `domain`, `section` (model and setting: a heading of a table), `task`, `row` (method with what else tells rows apart),
+  `method`, `seed`, `n` (1 for a record).
+- `last`, `best` and the commonsense test sets: percent. `trained`: parameters. `peak`, `weights`, `state`,
+  `activations`, `over` (peak over the weights): bytes. `seconds`: of the training, or of a step. `rate`: examples or
+  tokens a second.
+- `shared`, `own`: conditions that all runs of a comparison, or all seeds of a row, must have in common.
+- `problem`: why the record must not be shown, and `usable`: whether all of its row may be. `notes`: what a reader has to know about its figures.
+- `record`, `folder`: the RunRecord and where it lies, for what only pictures and statistics need.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from ..errors import UserError
+from ..record import RunRecord, read_json, read_record
+
+#: Folders whose runs belong to no comparison of methods: a demonstration, runs that vary settings, and our own tables.
+LEFT_OUT = ("quickstart", "ablations", "mine", "logs")
+SEARCH = "learning_rate_search"
+GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
+#: Columns of the commonsense tables, in the paper's order.
+COMMONSENSE = (
+    "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa", "average",
+)  # fmt: skip
+UNQUANTIZED = "not quantized"
+MEBI = 2**20
+#: Ranks that need no mention in a method's label; other domains always mention them.
+_USUAL_RANKS = {"roberta": (16, 8), "qcontrol": (16, 8), "vit": (16, 1)}
+#: Hyperparameters in which methods may differ from each other, but seeds of one method may not.
+_METHODS_OWN = ("lr", "learning_rate", "memory", "cuda_graphs", "gradient_checkpointing", "shard", "lora_", "control_")
+#: Hyperparameters that change neither what is learned nor what it costs, or that name what is compared.
+_NEUTRAL = ("method", "seed", "task", "data", "model", "limit", "mode", "quantization", "mlp_layers")
+#: What a kernel does -> how the names of such kernels are recognised, in this order.
+KERNELS = {
+    "attention_kernels": "flash|fmha|attention",
+    "matmuls": "gemm|nvjet|cutlass|xmma|splitk|::mm$|::addmm|::bmm",
+    "control and residual sums": "add_low_rank",
+    "norms, activations, positions, loss": "norm|swiglu|silu|gelu|rope|rotary|softmax|cross_entropy",
+    "host copies": "memcpy (dtoh|htod)",
+    "optimizer": "adam|multi_tensor",
+    "others": "",
+}  # fmt: skip
+
+
+def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
+    """All records below `root`, and a line for each that is left out. Never raises for a broken file.
+
+    Raises:
+        UserError: `root` is no folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder: give the one that holds the runs (default: results)")
+    shipped = (root / "published").is_dir()
+    rows, problems = [], []
+    for path in sorted(root.rglob("*.json")):
+        file = path.relative_to(root)
+        own = not shipped or file.parts[0] == "published"
+        place = file.parts[1:] if shipped and own else file.parts
+        if len(place) < 2 or set(place) & set(LEFT_OUT) or path.suffix != ".json":
+            continue
+        try:
+            for row in _rows(path, place):
+                links = [(text, path.parent.joinpath(part).relative_to(root).as_posix()) for text, part in row.pop("files", [("", path.name)])]
+                rows.append({"whose": "ours" if own else "yours", "n": 1, "links": links, "notes": (), "problem": "", **row})
+        except UserError as error:
+            problems.append(str(error).replace(str(path), file.as_posix()))
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            problems.append(f"{file.as_posix()} is a broken record ({error} is missing): delete it and run again")
+    columns = "whose kind links n domain section task row method seed last best trained peak weights state activations over seconds rate " \
+              "shared own problem notes record folder lr error limit longest stored mode attention way batch shard processes tokens timed gib " \
+              "allocated no_match baseline speedup answers_agree questions efficiency share apart sent published"  # fmt: skip
+    frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*columns.split(), *(key for row in rows for key in row)])))
+    _mark_shared_gpus(frame)
+    problems += _mark_unequal(frame)
+    places = [frame[name].fillna("") for name in ("whose", "domain", "section", "task", "row", "kind")]
+    frame["usable"] = frame.problem.groupby(places).transform("max") == "" if len(frame) else True
+    return frame, problems
+
+
+def _rows(path: Path, place: tuple[str, ...]) -> Iterator[dict]:
+    """What one JSON file holds, by where it lies and what it says."""
+    top, name = place[0], path.name
+    if name == "record.json" or place[:2] == ("vit", "memory"):
+        if name == "record.json" and (path.parents[1] / "record.json").is_file():
+            return  # an evaluation, read with its training
+        record = read_record(path)
+        if record.task in _MEASUREMENTS and record.domain in ("vit", "llama", "qcontrol"):
+            found = _MEASUREMENTS[record.task](record)
+            yield from (row | {"record": record} for row in ([found] if isinstance(found, dict) else found))
+        elif "questions_per_second_batch_one" in (record.metrics.get("last") or {}):
+            yield _batches(record) | {"record": record}
+        else:
+            yield from _run(path, record, place)
+    elif top == "memory" or top == "scaling" or name.startswith("benchmark_padding"):
+        contents = read_json(path)
+        if not isinstance(contents, dict) or contents.get("schema", 1) != 1:
+            raise UserError(f"{path} is no benchmark of schema 1: delete it and measure again")
+        yield from {"memory": _steps, "scaling": _scaling}.get(top, _padding)(contents)
+
+
+# -- runs: one training each ----------------------------------------------------------------------------------
+
+
+def _run(path: Path, record: RunRecord, place: tuple[str, ...]) -> Iterator[dict]:
+    """A training with its scores, which a LLaMA has in an evaluation of its own below or beside the training."""
+    files, scored, answers = [(str(record.seed), path.name)], record, path.parent / "evaluation" / "record.json"
+    if answers.is_file():
+        scored = read_record(answers)
+        files.append(("answers", "evaluation/record.json"))
+    scores = {which: _scores(scored, which) for which in ("last", "best")}
+    if scores["last"] is None or (record.domain == "vit" and not record.history):  # a test of another run's adapter
+        if answers.is_file():
+            raise UserError(f"{answers} holds no accuracies: delete its folder and evaluate again")
+        return
+    llama, options = record.task.startswith("commonsense"), record.hyperparameters
+    domain = "llama" if llama else "qcontrol" if place[0] == "qcontrol" else record.domain
+    model = record.model.get("class") if domain == "vit" else None  # a ViT's weights come under many file names
+    quantization = options.get("quantization") or "none"
+    setting = [
+        quantization if quantization != "none" else UNQUANTIZED if domain == "qcontrol" else "",
+        f"{options.get('mlp_layers', 2)}-layer MLP" if domain == "vit" else "",
+        f"first {scored.hyperparameters.get('limit')} questions" if scored.hyperparameters.get("limit") else "",
+        "ranked by likelihood" if scored.task == "commonsense-likelihood" else "",
+    ]
+    memory, time = record.memory, record.time
+    resumed, measured = time.get("resumed_from_step") is not None, memory.get("peak_allocated_bytes")
+    notes = [] if measured or memory.get("kind") != "resident set" else [
+        "Resident memory of the whole process on a CPU, not comparable with a GPU's."]  # fmt: skip
+    if resumed:
+        notes.append(f"{record.name} was resumed, so its record covers only a part of the memory and time.")
+    shared, own = _conditions(record, scored if scored is not record else None)
+    yield {
+        "kind": "search" if SEARCH in place else "run", "files": files, "domain": domain, "task": "commonsense" if llama else record.task,
+        "section": ", ".join(filter(None, [(model or str(record.model["id"]).rpartition("/")[2]).lower(), *setting])),
+        "row": _label(domain, record.method, options), "method": record.method, "seed": record.seed,
+        **scores["last"], "best": scores["best"]["last"], "trained": record.adapter.get("trainable_parameters"),
+        "lr": options.get("lr"), "peak": None if resumed else measured or memory.get("peak_resident_bytes"),
+        "allocated": None if resumed else measured, "seconds": None if resumed else time.get("train_seconds"),
+        "rate": None if resumed else time.get("tokens_per_second" if llama else "examples_per_second"),
+        "no_match": scored.metrics["last"].get("no_match"), "shared": shared, "own": own, "notes": tuple(notes),
+        "record": record, "folder": (answers if answers.is_file() else path).parent,
+    }  # fmt: skip
+
+
+def _scores(record: RunRecord, which: str) -> dict[str, float] | None:
+    """{"last": percent, and the commonsense test sets}, or None for a record that holds no score of a task."""
+    metrics = record.metrics.get(which)
+    if not isinstance(metrics, dict):
+        return None
+    for name, scale in (("score", 100), ("test_accuracy", 1)):
+        if isinstance(metrics.get(name), float):
+            return {"last": scale * metrics[name]}
+    if isinstance(metrics.get("average"), float):
+        return {"last": metrics["average"], **{name: metrics[name] for name in COMMONSENSE if name in metrics}}
+    return None
+
+
+def _label(domain: str, method: str, options: dict) -> str:
+    """A method's name with what tells its rows apart: ranks other than the domain's usual ones, memory mode, shards."""
+    ranks = []
+    for part, usual in zip(("control", "lora"), _USUAL_RANKS.get(domain, (None, None))):
+        rank = options.get(f"{part}_rank")
+        if (part in method or (part == "lora" and "dora" in method)) and rank not in (None, usual):
+            ranks.append("matched" if rank == 0 else f"r{rank}")
+    parts = [
+        " ".join([method, "+".join(ranks)]).strip(),
+        options.get("memory") if options.get("memory") != "plain" else "",
+        "graphs" if options.get("cuda_graphs") else "",
+        "checkpointing" if options.get("gradient_checkpointing") else "",
+        options.get("shard"),
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def _conditions(record: RunRecord, evaluation: RunRecord | None) -> tuple[dict[str, str], dict[str, str]]:
+    shared, own, llama = {}, {}, record.task.startswith("commonsense")
+    for name, value in record.hyperparameters.items():
+        # the paper's recipe for LLaMA-2-7B has another batch for control+lora than for double control
+        if name.startswith(_METHODS_OWN) or (llama and name == "batch_size"):
+            own[name] = str(value)
+        elif name not in _NEUTRAL:
+            shared[name] = str(value)
+    shared |= {"device": record.device["name"]} | {"torch": torch for torch in [_torch(record.versions)] if torch}
+    for what in ("model", "data"):
+        shared[what] = str(getattr(record, what).get("sha256") or getattr(record, what).get("revision"))[:12]
+    if evaluation is None and llama:  # zero-shot: nothing of it is training
+        shared = {f"evaluation {name}": value for name, value in shared.items() if name not in ("device", "torch")}
+    elif evaluation is not None:
+        asked = {name: str(value) for name, value in evaluation.hyperparameters.items() if name not in _NEUTRAL}
+        shared |= {f"evaluation {name}": value for name, value in asked.items()}
+        shared["evaluation data"] = str(evaluation.data.get("sha256"))[:12]
+    shared.pop("evaluation batch_size", None)
+    return shared, own
+
+
+def _mark_shared_gpus(frame: pd.DataFrame) -> None:
+    """Take the times of runs that shared their GPU: as the meter saw, or (older records) overlapping another's."""
+    for _, records in frame[frame.kind == "run"].groupby("whose").record:
+        for index, one in records.items():
+            seen = one.memory.get("other_processes_bytes")
+            if one.device.get("kind") == "cuda" and (seen > 0 if seen is not None else any(
+                other is not one and other.device.get("name") == one.device["name"]
+                and one.created < other.finished and other.created < one.finished for other in records
+            )):  # fmt: skip
+                frame.loc[index, ["seconds", "rate"]] = None
+                frame.at[index, "notes"] += ("Not shown: other processes used the GPU at the same time.",)
+
+
+def _mark_unequal(frame: pd.DataFrame) -> list[str]:
+    """Equal conditions: within a comparison one value of each shared condition, within a row of each own one and one run
+    a seed. Rows with a run that differs get a `problem`; returned are the problems."""
+    found: dict[int, str] = {}
+    runs = frame[frame.kind == "run"]
+    for keys, what in ((["whose", "domain", "section", "task"], "shared"), (["whose", "domain", "section", "task", "row"], "own")):
+        for _, group in runs.groupby(keys):
+            usual = {name: Counter(c[name] for c in group[what] if name in c).most_common(1)[0][0] for c in group[what] for name in c}
+            for index, conditions in group[what].items():
+                if wrong := [name for name, value in conditions.items() if value != usual[name]]:
+                    others = "the others of its comparison" if what == "shared" else "other seeds of its row"
+                    found.setdefault(index, f"{group.links[index][0][1]} was run with {wrong[0]} {conditions[wrong[0]]}, {others} with "
+                                     f"{usual[wrong[0]]}: run it again under equal conditions, or move it to another results folder")  # fmt: skip
+    twice = runs[runs.duplicated([*keys, "seed"], keep=False)]
+    for (*_, row, seed), group in twice.groupby([*keys, "seed"]):
+        files = " and ".join(links[0][1] for links in group.links)
+        found |= dict.fromkeys(group.index, f"{files} both claim {row} with seed {seed}: delete one of them")
+    for index, message in found.items():
+        frame.at[index, "problem"] = message
+    return list(dict.fromkeys(found.values()))
+
+
+# -- measurements: steps, batches, scaling --------------------------------------------------------------------
+
+
+def _torch(versions: dict | None) -> str | None:
+    """torch's version without its patch, such as 2.14; None where it was not noted."""
+    version = (versions or {}).get("torch")
+    return version and ".".join(version.split(".")[:2])
+
+
+def _where(device: str, versions: dict | None) -> str:
+    return ", ".join([device, *(f"torch {torch}" for torch in [_torch(versions)] if torch)])
+
+
+def _steps(file: dict) -> Iterator[dict]:
+    """A file of scripts/bench_memory.py."""
+    options, results = file["options"], file["results"]
+    # older files of a ViT note the option's default of 1,024 tokens; what was measured is in the rate
+    tokens = next((round(r["tokens_per_second"] * r["step_seconds"] / options["batch"]) for r in results if "step_seconds" in r), options["tokens"])
+    where, shape = _where(file["device"], file.get("versions")), options["shape"]
+    section = f"{shape}, {options['batch']} x {tokens} tokens, {where}"
+    if options.get("limit"):
+        section = f"{shape}, batch {options['batch']}: longest sequence within {options['limit']:g} GiB, {where}"
+    domain = next((name for name in ("vit", "roberta") if name in shape), "llama")
+    for result in results:
+        row = {"domain": domain, "section": section, "row": result["method"], "method": result["method"], "task": shape,
+               "limit": options.get("limit"), "error": result.get("error", "")}  # fmt: skip
+        if options.get("limit"):
+            yield row | {"kind": "longest", "longest": result.get("longest_tokens")}
+        elif options.get("profile"):
+            if "kernels" in result:
+                kinds = dict.fromkeys(KERNELS, 0.0)
+                for kernel in result["kernels"]:
+                    kinds[next(k for k, names in KERNELS.items() if re.search(names, kernel["name"].lower()))] += kernel["seconds"]
+                yield row | kinds | {"kind": "profile", "all": sum(kinds.values()), "seconds": result["step_seconds"]}
+        elif "step_seconds" in result:
+            yield row | {"kind": "step", "trained": result["trained_parameters"], "weights": result["static_bytes"],
+                         "over": result["over_static_bytes"], "seconds": result["step_seconds"], "rate": result["tokens_per_second"]}  # fmt: skip
+        else:
+            yield row | {"kind": "step", "error": result.get("error", "no result")}
+
+
+def _recorded_step(kind: str):
+    """Reads a record of a step over random weights (LLaMA/benchmark_methods.py, QControl/quantized_memory.py)."""
+
+    def read(record: RunRecord) -> dict:
+        o, memory = record.hyperparameters, record.memory
+        quantized = kind == "quantized step"
+        shape, batch, tokens = (o["shape"], o["batch"], o["tokens"]) if quantized else (
+            record.model["id"].removeprefix("random "), o["micro_batch_size"], o["cutoff"])  # fmt: skip
+        alone, peak = not memory.get("other_processes_bytes"), memory.get("peak_allocated_bytes")
+        notes = [] if alone else ["Not shown: other processes used the GPU at the same time."]
+        if not peak:
+            notes.append("Resident memory of the whole process on a CPU, not comparable with a GPU's.")
+        return {
+            "kind": kind, "domain": "qcontrol" if quantized else "llama", "row": record.method, "method": record.method, "task": shape,
+            "section": f"{shape}, {batch} x {tokens} tokens, {o['dtype']}, ranks {o['control_rank']} and {o['lora_rank']}, "
+            + _where(record.device["name"], record.versions),
+            "stored": o.get("weights"), "mode": o["mode" if quantized else "memory"], "tokens": tokens,
+            "trained": record.adapter["trainable_parameters"], "weights": memory.get("weights_bytes"),
+            "state": memory.get("adapter_and_optimizer_bytes"), "activations": memory.get("activations_bytes"),
+            "peak": peak or memory.get("peak_resident_bytes"), "allocated": peak, "notes": tuple(notes),
+            "gib": peak and peak / 2**30, "over": peak - memory["weights_bytes"] if peak and memory.get("weights_bytes") is not None else None,
+            "seconds": record.metrics["last"]["seconds_per_step"] if alone else None,
+            "timed": alone and record.device.get("kind") == "cuda",
+            "rate": record.time.get("tokens_per_second") if alone else None,
+        }  # fmt: skip
+
+    return read
+
+
+def _vit_step(record: RunRecord) -> dict:
+    o = record.hyperparameters
+    return {
+        "kind": "vit step", "domain": "vit", "row": record.method, "method": record.method, "attention": o["attention"], "task": record.model["class"],
+        "section": f"{record.model['class']}, batch {o['batch_size']}, {o['image_size']} pixels, {o['autocast']}, {record.device['name']}",
+        "trained": record.adapter["trainable_parameters"], "peak": record.memory.get("peak_allocated_bytes"),
+        "seconds": record.metrics["milliseconds_per_step"] / 1000,
+    }  # fmt: skip
+
+
+WAYS = {"published": "the published micro-batches, padded", "packed": "the same steps, packed", "large": "packed, more rows a step"}
+
+
+def _throughput(record: RunRecord) -> Iterator[dict]:
+    """A row for each way of batching."""
+    o = record.hyperparameters
+    section = (
+        f"{_name(record)}, {record.method}, memory mode {o['memory']}, {o['batch_size']} rows a step, at most {o['cutoff']} "
+        f"tokens each, {o['dtype']}, {_where(record.device['name'], record.versions)}"
+    )
+    for way, what in WAYS.items():
+        yield {"kind": "throughput", "domain": "llama", "section": section, "task": _name(record), "row": record.method,
+               "method": record.method, "way": f"{way}: {what}", "timed": _timed(record), **record.metrics["last"][way]}  # fmt: skip
+
+
+def _batches(record: RunRecord) -> dict:
+    o, last = record.hyperparameters, record.metrics["last"]
+    base = ", ".join([_name(record), *([o["quantization"]] if o["quantization"] != "none" else [])])
+    return {
+        "kind": "batches", "domain": "llama", "row": record.method, "method": record.method, "task": base, "mode": o["mode"],
+        "section": f"{base}, {o['dtype']}, " + _where(record.device["name"], record.versions), "batch": f"{last['batch_size']} together",
+        "timed": _timed(record), **{name: value for name, value in last.items() if isinstance(value, (int, float))},
+        "speedup": last["speedup"], "answers_agree": last["answers_agree"], "questions": last["questions"],
+    }  # fmt: skip
+
+
+def _name(record: RunRecord) -> str:
+    return record.model["id"].rpartition("/")[2]
+
+
+def _timed(record: RunRecord) -> bool:
+    """Whether the record's times decide anything: of a GPU that no other process used."""
+    return record.device.get("kind") == "cuda" and not record.memory.get("other_processes_bytes")
+
+
+_MEASUREMENTS = {
+    "shape benchmark": _recorded_step("recipe step"), "memory benchmark": _recorded_step("quantized step"),
+    "throughput": _throughput, "memory": _vit_step,
+}  # fmt: skip
+
+
+def _padding(file: dict) -> Iterator[dict]:
+    yield {"kind": "padding", "domain": "roberta", "section": f"{file['settings']['model']} on {file['device']['name']}",
+           "task": file["settings"]["model"], "seconds": file["longest"]["seconds_per_epoch"],
+           "baseline": file["max_length"]["seconds_per_epoch"]}  # fmt: skip
+
+
+def _scaling(file: dict) -> Iterator[dict]:
+    """A file of scripts/bench_scaling.py; efficiency is the step time of one process over this one's, in percent."""
+    o, where = file["options"], _where(file["device"], file.get("versions"))
+    what = f"longest sequence, batch {o['batch']}" if o.get("longest") else f"{o['batch']} x {o['tokens']} tokens"
+    alone = {(r["method"], r["shard"]): r.get("step_seconds") for r in file["results"] if r["processes"] == 1}
+    lora = {(r["shard"], r["processes"]): r.get("peak_bytes_per_process") for r in file["results"] if r["method"] == "lora"}
+    for r in file["results"]:
+        single = alone.get((r["method"], r["shard"]))
+        row = {"kind": "scaling", "domain": "llama", "section": f"{o['shape']}, {what} a process, {where}", "row": r["method"], "method": r["method"],
+               "task": o["shape"], "shard": r["shard"], "processes": r["processes"], "error": r.get("error", ""), "longest": r.get("longest_tokens"),
+               "rate": r.get("tokens_per_second"), "seconds": r.get("step_seconds"), "peak": r.get("peak_bytes_per_process"), "sent": r.get("sent_bytes_per_process"),
+               "apart": r.get("loss_distance")}  # fmt: skip
+        if r["processes"] > 1 and single and "step_seconds" in r:
+            row["efficiency"] = 100 * single / r["step_seconds"]
+        if (other := lora.get((r["shard"], r["processes"]))) and r.get("peak_bytes_per_process"):
+            row["share"] = 100 * r["peak_bytes_per_process"] / other
+        if "ended_by" in r:
+            row["notes"] = (f"{r['method']}, {r['shard']}, {r['processes']}: the next attempt ended by {r['ended_by']}.",)
+        yield row
+
+
+# -- the paper ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Paper:
+    """results/paper.json: `figures` (a row each, with its status "exact" or "inferred"), doubts about them, recipes."""
+
+    figures: pd.DataFrame
+    sources: dict[str, str]
+    weaknesses: tuple[str, ...]
+    recipes: dict[str, dict]
+
+
+def read_paper(path: Path) -> Paper:
+    """Read results/paper.json; `figures` gets a column `text`: value, spread as it was printed, and status.
+
+    Raises:
+        UserError: it is missing or broken.
+    """
+    try:
+        contents = read_json(path)
+        figures = pd.DataFrame(contents["figures"]).astype({"value": float})
+        figures["text"] = [_published(figure) for figure in figures.itertuples()]
+        return Paper(figures, contents["sources"], tuple(contents["known_weaknesses"]), contents["recipes"])
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is missing or broken ({error}): restore it with git checkout") from error
+
+
+def _published(figure) -> str:
+    spread = "" if pd.isna(figure.spread_as_printed) else f" ± {figure.spread_as_printed:g}"
+    form = ",.0f" if figure.value >= 1000 else ".2f" if figure.unit == "%" else "g"
+    return f"{figure.value:{form}}{spread}{'' if figure.unit == '%' else f' {figure.unit}'} ({figure.status})"

@@ -1,0 +1,233 @@
+"""Paired comparisons of control with a baseline: difference, 95 % interval, verdict, and how many more seeds would decide.
+
+The interval of a difference of scores takes two kinds of chance into account:
+
+- Seeds: runs of both methods are paired by seed. The variance of the mean difference over n seeds is s²/n, with n - 1
+  degrees of freedom.
+- Test examples: where `outcomes.npz` (or a ViT's predictions.csv) lies beside every record, both methods are paired example by example,
+  and scipy's bootstrap over examples, seeds kept, gives the variance of the mean difference.
+
+The variances add up, and the interval is Student's with Welch's and Satterthwaite's degrees of freedom. With seeds alone it is the
+paired t interval. A bootstrap that resampled seeds too would be too narrow: for three seeds its standard error is √(2/3) of the true
+one, and its quantiles are the normal distribution's. Several tasks are pooled as the mean of their differences.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from ..errors import UserError
+from ..outcomes import FILE, METRICS
+
+SUPPORTED, CONTRADICTED, NOT_DECIDED, NOT_TESTED = "supported", "contradicted", "not decided", "not tested"
+CONFIDENCE = 0.95
+MARGIN = 1.0  # points: control "loses no quality" if its score is at most this much below the baseline's
+REPEATS = 3  # of a time, before it decides anything
+RESAMPLES = 1000
+MOST_SEEDS = 100  # more than anybody will run
+#: Score in percent of always answering the most frequent class of the usual test set (counted in its files), by task.
+MAJORITY = {
+    "cola": 0.0, "stsb": 0.0, "sst2": 50.92, "rte": 52.71, "wnli": 56.34, "mrpc": 74.80, "qqp": 31.59, "qnli": 50.54, "mnli": 35.45,
+    "commonsense": 37.90, "cifar100": 1.0, "cifar100_7k": 1.0, "flowers12": 8.34,
+}  # fmt: skip
+
+
+@dataclass
+class Test:
+    """One comparison.
+
+    Attributes:
+        pairs: seed or repeat -> (control, baseline or bound).
+        rule: "quality" (non-inferiority), "peak" (deterministic: the worst measurement decides), "time" (an interval of
+            at least `REPEATS` repeats) or "share" (`known` is the exact interval).
+        unit: of the differences; "%" makes them percent of the baseline.
+        sign: +1 if the claim wants a positive difference, -1 if a negative one.
+        examples: variance of the mean difference that the choice of test examples causes; None without outcomes.
+        floor: score of always answering the most frequent class; None if unknown.
+        size: parameters of the model.
+    """
+
+    what: str
+    pairs: dict[object, tuple[float, float]]
+    rule: str
+    unit: str = "points"
+    sign: int = 1
+    links: list[tuple[str, str]] = field(default_factory=list)
+    known: tuple[float, float] | None = None
+    examples: float | None = None
+    floor: float | None = None
+    size: int = 0
+
+    @property
+    def differences(self) -> np.ndarray:
+        return np.array([100 * (one / other - 1) if self.unit == "%" else one - other for one, other in self.pairs.values()])
+
+    @property
+    def below_majority(self) -> bool:
+        """Whether not even the better method's mean is above the most frequent class: such a test does not count."""
+        return self.floor is not None and max(np.mean(list(self.pairs.values()), axis=0)) <= self.floor + 0.005
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of the mean difference; None for fewer than two pairs that have no other."""
+        if self.rule == "peak":
+            return (self.sign * min(self.sign * self.differences),) * 2
+        return self.known or interval([self])
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.rule, self.interval, self.sign, len(self.pairs))
+
+    @property
+    def statistic(self) -> str:
+        """Mean difference, its interval and n, for people."""
+        n, mean = len(self.pairs), self.differences.mean()
+        if self.rule == "peak":
+            worst = self.interval[0]
+            return f"{worst:+,.2f} {self.unit}" + (f" at worst, n = {n}" if n > 1 else "")
+        repeats = f"n = {n}" + (f" of {REPEATS} repeats" if self.rule == "time" and n < REPEATS else "")
+        if self.interval is None:
+            return f"{mean:+.2f} {self.unit}, {repeats}: no interval"
+        by = ", by example too" if self.examples is not None else ""
+        return f"{mean:+.2f} {self.unit} [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}], {repeats}{by}"
+
+
+def verdict(rule: str, ends: tuple[float, float] | None, sign: int, n: int) -> str:
+    """What an interval decides by a rule."""
+    if ends is None or (rule == "time" and n < REPEATS):
+        return NOT_DECIDED
+    low, high = sorted(sign * end for end in ends)
+    if rule == "quality":  # non-inferiority with a margin
+        return SUPPORTED if low > -MARGIN else CONTRADICTED if high < 0 else NOT_DECIDED
+    return SUPPORTED if low > 0 else CONTRADICTED if high < 0 else NOT_DECIDED
+
+
+def interval(tests: Sequence[Test], more: int = 0) -> tuple[float, float] | None:
+    """The interval of the mean of the tests' differences, as if each had `more` seeds; None if one has a single seed."""
+    if not tests or any(len(test.pairs) < 2 for test in tests):
+        return None
+    parts = []  # variance, degrees of freedom
+    for test in tests:
+        n = len(test.pairs) + more
+        parts.append((test.differences.var(ddof=1) / n / len(tests) ** 2, n - 1))
+        if test.examples:
+            parts.append((test.examples / len(tests) ** 2, math.inf))
+    mean, variance = float(np.mean([test.differences.mean() for test in tests])), sum(part for part, _ in parts)
+    squares = sum(part**2 / degrees for part, degrees in parts)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, variance**2 / squares if squares else math.inf) * math.sqrt(variance)
+    return (mean - half, mean + half)
+
+
+@dataclass
+class Pool:
+    """The mean of several tests, such as a model's on all tasks; those below the majority class do not count."""
+
+    what: str
+    tests: list[Test]
+
+    @property
+    def counting(self) -> list[Test]:
+        return [test for test in self.tests if not test.below_majority]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return interval(self.counting)
+
+    @property
+    def verdict(self) -> str:
+        fewest = min((len(test.pairs) for test in self.counting), default=0)
+        return verdict(self.tests[0].rule, self.interval, self.tests[0].sign, fewest)
+
+    @property
+    def statistic(self) -> str:
+        if not self.counting:
+            return "no test above the majority class"
+        mean, ends = np.mean([test.differences.mean() for test in self.counting]), self.interval
+        n = sorted({len(test.pairs) for test in self.counting})
+        over = f"{len(self.counting)} task{'s' * (len(self.counting) > 1)} x {' or '.join(map(str, n))} seed{'s' * (n != [1])}"
+        between = f"[{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else "no interval"
+        return f"{mean:+.2f} {self.tests[0].unit} {between}, {over}"
+
+
+def more_seeds(tests: Sequence[Test]) -> str:
+    """How many seeds more would decide on quality if differences and spread stayed as they are, for people."""
+    tests = [test for test in tests if not test.below_majority]
+    if not tests or tests[0].rule != "quality" or verdict("quality", interval(tests), 1, 0) != NOT_DECIDED:
+        return ""
+    if any(len(test.pairs) < 2 for test in tests):
+        return "two seeds first"
+    for more in range(1, MOST_SEEDS + 1):
+        if verdict("quality", interval(tests, more), 1, 0) != NOT_DECIDED:
+            return str(more)
+    return f"more than {MOST_SEEDS}, or more test examples"
+
+
+def share_interval(asked: Sequence[int], percent: Sequence[float], bound: float) -> tuple[float, float]:
+    """The exact binomial interval of a share, in points above `bound` percent."""
+    agreeing = sum(round(n * share / 100) for n, share in zip(asked, percent))
+    share = stats.binomtest(int(agreeing), int(sum(asked))).proportion_ci(CONFIDENCE)
+    return (100 * share.low - bound, 100 * share.high - bound)
+
+
+# -- outcomes of single examples ------------------------------------------------------------------------------
+
+
+def read_outcomes(folder: Path) -> dict[str, np.ndarray] | None:
+    """A run's outcomes sorted by example, or None where there are none.
+
+    Raises:
+        UserError: the file is broken.
+    """
+    try:
+        if (folder / FILE).is_file():
+            with np.load(folder / FILE, allow_pickle=False) as file:
+                found = dict(file)
+        elif (folder / "predictions.csv").is_file():  # of a ViT
+            with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            found = {"example": np.array([row["index"] for row in rows]), "group": np.array([""] * len(rows)),
+                     "correct": np.array([row["predicted"] == row["true"] for row in rows], float)}  # fmt: skip
+        else:
+            return None
+        order = np.lexsort((found["example"], found["group"]))
+        return {name: value[order] if value.ndim else value for name, value in found.items()}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"outcomes in {folder} cannot be read ({error}): delete them, or run again") from error
+
+
+def example_variance(pairs: Sequence[tuple[Path, Path]]) -> float | None:
+    """Variance of the mean difference in percent points over test examples, from the folders of (control, baseline) of each
+    seed, by scipy's bootstrap within each test set; None unless all have outcomes of the same examples."""
+    found = [read_outcomes(folder) for pair in pairs for folder in pair]
+    if not found or any(one is None for one in found):
+        return None
+    first = found[0]
+    names = ("example", "group")
+    if any(len(one["example"]) != len(first["example"]) or (one[name] != first[name]).any() for one in found for name in names):
+        return None
+    variances = []
+    for group in np.unique(first["group"]):
+        inside = first["group"] == group
+        if "correct" in first:
+            scores = np.array([one["correct"][inside] for one in found])
+            columns, score = ((scores[0::2] - scores[1::2]).mean(axis=0),), lambda x, axis: 100 * x.mean(axis=axis)
+            options = {"vectorized": True}
+        else:
+            columns = [one[name][inside] for one in found for name in ("prediction", "label")]
+            metric = METRICS[str(first["metric"])]
+
+            def score(*arrays, metric=metric):
+                scores = [metric(*arrays[at : at + 2]) for at in range(0, len(arrays), 2)]
+                return 100 * (np.mean(scores[0::2]) - np.mean(scores[1::2]))
+
+            options = {"vectorized": False, "paired": True}
+        done = stats.bootstrap(columns, score, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0), **options)
+        variances.append(done.standard_error**2)
+    return float(np.sum(variances) / len(variances) ** 2)
