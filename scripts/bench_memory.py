@@ -357,24 +357,6 @@ def table(results: list[dict], references: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: list[dict], title: str, path: Path) -> None:
-    """Memory over the weights against milliseconds a step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 6))
-    for result in results:
-        if "step_seconds" in result:
-            place = (result["step_seconds"] * 1e3, result["over_static_bytes"] / 1e9)
-            axes.scatter(*place, color="tab:blue" if "control" in result["method"] else "tab:orange")
-            axes.annotate(result["method"], place, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="ms per step", ylabel="GB over the weights", title=title)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure as the command line says."""
     command = list(sys.argv[1:] if argv is None else argv)
@@ -409,8 +391,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"    {kernel['seconds'] * 1e3:8.2f} ms {kernel['calls']:5d} x {kernel['name'][:90]}")
     references = compare(campaign.results)
     print(table(campaign.results, references))
-    if not options.limit and not options.profile:
-        draw(campaign.results, title, campaign.path.with_suffix(".png"))
+    points = {
+        result["method"]: (result["step_seconds"], result["over_static_bytes"])
+        for result in campaign.results
+        if "step_seconds" in result
+    }
+    if points and not options.profile:
+        from control_experiments.reporting import (
+            pictures,  # pandas and matplotlib, which no method's process needs
+        )
+
+        pictures.save(pictures.memory_against_time(points, title), campaign.path.with_suffix(".png"))
     campaign.finish(options.methods, references=references)
 
 

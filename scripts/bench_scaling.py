@@ -302,35 +302,6 @@ def line(cell: dict, single: dict | None) -> str:
     )
 
 
-def draw(cells: list[dict], title: str, path: Path) -> None:
-    """Tokens/s and memory per process against the number of processes; dotted: as many times one process."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (speed, memory) = plt.subplots(1, 2, figsize=(12, 5))
-    for method, shard in dict.fromkeys((cell["method"], cell["shard"]) for cell in cells):
-        points = sorted(
-            (cell["processes"], cell["tokens_per_second"], cell["peak_bytes_per_process"] / 1e9)
-            for cell in cells
-            if (cell["method"], cell["shard"]) == (method, shard) and "step_seconds" in cell
-        )
-        if points:
-            counts, tokens, gigabytes = zip(*points)
-            (drawn,) = speed.plot(counts, tokens, marker="o", label=f"{method} {shard}")
-            speed.plot(
-                counts, [tokens[0] * count / counts[0] for count in counts], ":", color=drawn.get_color()
-            )
-            memory.plot(counts, gigabytes, marker="o", label=f"{method} {shard}")
-    speed.set(xlabel="processes", ylabel="tokens/s")
-    memory.set(xlabel="processes", ylabel="peak GB of each")
-    speed.legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
     if options.worker:
@@ -372,8 +343,12 @@ def main() -> None:
         campaign.add(cell)
         said = line(cell, singles.get((method, shard)))
         print(f"[{number}/{len(planned)}, {time.time() - started:.0f} s] {said}", flush=True)
-    if not options.longest:
-        draw(campaign.results, title, campaign.path.with_suffix(".png"))
+    if any("step_seconds" in cell for cell in campaign.results):
+        from control_experiments.reporting import (
+            pictures,  # pandas and matplotlib, which no process of a cell needs
+        )
+
+        pictures.save(pictures.scaling(campaign.results, title), campaign.path.with_suffix(".png"))
     campaign.finish(planned)
 
 
