@@ -135,6 +135,7 @@ class Options:
             raise UserError(f"unknown --shape {self.shape!r}: choose from {', '.join(ALL_SHAPES)}")
         check_numbers(self, "batch", "tokens", "steps", "repeats", "control_rank", "lora_rank", at_least=1)
         check_numbers(self, "warmup", at_least=0)
+        check_numbers(self, "limit", above=0)
         for length in self.lengths or []:
             if length < 1:
                 raise UserError(f"--lengths must be at least 1, got {length}")

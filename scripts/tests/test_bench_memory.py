@@ -247,6 +247,7 @@ def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, toke
         (("--precision", "half"), "unknown --precision 'half'"),
         (("--lengths", 3, 9, "--tokens", 8), "--lengths has 9, which is more than --tokens 8"),
         (("--device", "gpu"), "--device is cuda, cpu or a GPU's index"),
+        (("--limit", 0), "--limit must be greater than 0"),
         (("--limit", 3), "need a GPU"),
         (("--longest",), "need a GPU"),
     ],

@@ -11,7 +11,7 @@ import pandas as pd
 import yaml
 
 from . import statistics as rules
-from .records import Paper
+from .records import UNQUANTIZED, Paper
 from .statistics import CONTRADICTED, MARGIN, NOT_DECIDED, NOT_TESTED, REPEATS, SUPPORTED, Pool, Test
 from .tables import linked, markdown_rows
 
