@@ -1,9 +1,9 @@
 """A trial without any hub or data: `--data demo`, questions made on the spot, and `--model tiny`, a LLaMA to ask.
 
 Both lie below $PARALLEL_CONTROL_CACHE (default: ~/.cache/parallel-control) once they are made. The questions have the format
-of the eight commonsense tasks; what is asked is which thing belongs to a kind, of a short list of both. The model first reads
-plain sentences that say so, for some seconds; fine-tuning then shows it how questions are put. This demonstrates the scripts,
-not a method's quality.
+of the eight commonsense tasks; what is asked is which thing belongs to a kind, of a short list of both. The model first
+reads some of them as plain text, for some seconds. Fine-tuning then teaches it the form of an answer. This demonstrates the
+scripts, not a method's quality.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from LlaMA.commonsense import TASKS
 
 DEMO, TINY = "demo", "tiny"
 TRAINING_ROWS, TEST_ROWS, FILE = 1600, 40, "commonsense_demo.json"
+#: Steps in which the tiny model reads.
+STEPS = 300
 KINDS = {
     "an animal": "dog cat horse cow sheep goat wolf bear lion mouse",
     "a fruit": "apple pear plum cherry grape lemon melon peach fig mango",
@@ -77,7 +79,7 @@ def place_of_model(model: str) -> str:
 
 
 def tiny_folder() -> Path:
-    """The folder of a LLaMA of 0.4 M parameters with its tokenizer, which has read the demonstration's plain sentences."""
+    """The folder of a LLaMA of 0.4 M parameters with its tokenizer, which has read the demonstration's training rows."""
     folder = cache_folder() / "models" / TINY
     if not (folder / "config.json").is_file():
         from control_experiments.training.checkpoints import whole_folder
@@ -88,7 +90,7 @@ def tiny_folder() -> Path:
 
 
 def _make_tiny(place: Path) -> None:
-    """Train a new LLaMA on the training rows as plain text, all its parameters, for 300 steps of 16 rows."""
+    """Train a new LLaMA on the training rows as plain text, all its parameters, 16 rows a step."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -108,8 +110,8 @@ def _make_tiny(place: Path) -> None:
             )
         )  # fmt: skip
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, 300)
-        for _ in range(300):
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, STEPS)
+        for _ in range(STEPS):
             chosen = torch.randint(len(texts), (16,)).tolist()
             batch = tokenizer([texts[index] for index in chosen], padding=True, return_tensors="pt")
             labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

@@ -13,6 +13,8 @@ import pytest
 
 from control_experiments.record import read_record
 from control_experiments.training.checkpoints import checkpoints
+from LlaMA import demo
+from LlaMA.commonsense import TASKS, offered_words, read_tests
 
 FOLDER = Path(__file__).resolve().parents[1]
 TRAIN = [
@@ -73,6 +75,24 @@ def test_a_launcher_trains_and_evaluates(launch_here, model_folder, data, tmp_pa
     assert "control_rank 4, but double control with control_rank 8" in error
 
 
+def test_a_trial_needs_no_model_and_no_data(launch_here, tmp_path, monkeypatch):
+    """The README's, with less reading, training and asking."""
+    monkeypatch.setenv("PARALLEL_CONTROL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo, "STEPS", 4)
+    ended = launch_here(
+        "llama3_8B_DoubleControl.sh", 8, 2, 4, tmp_path / "out", "cpu", "--max_steps", 2, "--eval_steps", 1,
+        MODEL="tiny", DATA="demo", HELD_OUT=8, BATCH=4, MICRO_BATCH=4, EVALUATE_ARGS="--limit 2 --mode likelihood",
+    )  # fmt: skip
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    record = read_record(tmp_path / "out" / "record.json")
+    assert (record.model["id"], record.data["id"]) == ("tiny", "demo") and record.data["sha256"]
+    assert read_record(tmp_path / "out" / "likelihood" / "record.json").data["sizes"] == dict.fromkeys(
+        TASKS, 2
+    )
+    rows = read_tests(demo.demo_folder(), list(TASKS))
+    assert all(row.answer in offered_words(row, TASKS[task]) for task, part in rows.items() for row in part)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -87,6 +107,18 @@ def test_too_few_arguments_print_the_usage(name, tmp_path):
     done = launch(name, cwd=tmp_path)
     assert done.returncode == 2
     assert "usage: bash" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "--nonsense"])
+@pytest.mark.parametrize("script", ["finetune", "evaluate", "convert"])
+def test_help_and_wrong_options_do_not_wait_for_torch(script, option):
+    command = [sys.executable, "-X", "importtime", "-m", f"LlaMA.{script}", option]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent)
+    loaded = {
+        line.rsplit("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")
+    }
+    assert done.returncode == (0 if option == "--help" else 2)
+    assert "transformers.hf_argparser" in loaded and not loaded & {"torch", "peft", "datasets"}
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])

@@ -18,6 +18,7 @@ from control_experiments.paths import REPOSITORY
 #: Scripts whose commands are only parsed here, and why.
 ONLY_PARSED = {
     "scripts/download_models.py": "needs a package index; scripts/tests/test_download_models.py has one of its own",
+    "LlaMA/convert.py": "needs a GGUF file; LlaMA/tests/test_finetune.py converts one where there is one",
     "RoBERTa/download_glue.py": "needs a network",
     "scripts/bench_scaling.py": "starts several processes for each cell; scripts/tests/test_bench_scaling.py runs it",
     "scripts/inject_faults.py": "takes minutes at its smallest; scripts/tests/test_faults_*.py run its parts",

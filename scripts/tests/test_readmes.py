@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from control_experiments.paths import REPOSITORY, RESULTS
-from control_experiments.reporting.published import read_paper
+from control_experiments.record import read_json
 from control_experiments.training.arguments import parse_arguments
 from LlaMA.tests.conftest import data, model_folder, rows, tokenizer  # noqa: F401
 from RoBERTa.tests.conftest import encoders, write_glue  # noqa: F401
@@ -25,7 +25,7 @@ from ViT.tests.conftest import base_model, npz  # noqa: F401
 
 READMES = sorted(path for path in REPOSITORY.glob("*/README.md") if not path.parent.name.startswith("."))
 READMES = [REPOSITORY / "README.md", *READMES]
-RECIPES = read_paper(RESULTS / "paper.json").recipes
+RECIPES = read_json(RESULTS / "paper.json")["recipes"]
 #: Run for real by test_commands.py (they make environments), or no command of this project.
 ELSEWHERE = (
     "bash scripts/quickstart.sh",
@@ -256,19 +256,6 @@ def test_rerun_scripts_start_from_the_papers_recipes():
     assert int(default("rerun_commonsense.sh", "CONTROL_RANK")) == RECIPES["llama"]["control_rank"]
     assert float(default("rerun_quantized.sh", "EPOCHS")) == RECIPES["qcontrol"]["rte"]["epochs"]
     assert float(default("rerun_quantized.sh", "LR")) == RECIPES["qcontrol"]["rte"]["lr"]
-
-
-def test_rerun_gives_methods_without_a_launcher_the_bases_own_recipe(note):
-    """What run_smollm2_table.sh is told for LoRA and DoRA is what the base's control launchers have."""
-    from scripts import rerun
-
-    for base, variables in rerun._COMMON_RECIPE.items():
-        launcher = (REPOSITORY / "LlaMA" / f"{rerun.LLAMAS[base]}_DoubleControl.sh").read_text()
-        for name, value in variables.items():
-            if name == "TOKEN_BUDGET":
-                assert int(value) == int(variables["MICRO_BATCH"]) * RECIPES["llama"]["cutoff"]
-            else:
-                assert f"{name}=${{{name}:-{value}}}" in launcher, f"{base}: {name}"
 
 
 def test_every_launcher_variable_can_be_set_from_outside_and_reaches_the_script(note, monkeypatch):
