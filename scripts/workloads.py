@@ -1,6 +1,7 @@
 """What the benchmarks train: models of known shapes with random weights, and every method of bench_memory.py on them.
 
-The adapters, memory modes, quantized layers and packed batches are those of the training scripts.
+The adapters, memory modes, quantized layers and packed batches are those of the training scripts. A new peer is a name in
+`NAMES` and its branch in `adapt`, a new way to store the frozen weights a name in `BASES` and its branch in `random_base`.
 """
 
 from __future__ import annotations
@@ -203,10 +204,11 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
         from ViT.vision_models import create, set_attention, set_mlp_layers
 
         name, layers = VISION_SHAPES[shape]
-        model = create(name, num_classes=CLASSES, image_size=vision_size(shape)[0])
-        set_mlp_layers(model, layers)
+        with torch.device(device):
+            model = create(name, num_classes=CLASSES, image_size=vision_size(shape)[0])
+            set_mlp_layers(model, layers)
         set_attention(model, attention)
-        return model.to(device, stored)
+        return model.to(stored)
     if "packed" in method.switches and varlen_available(torch.device(device), compute):
         attention = VARLEN
     if shape in LLAMA_SHAPES:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from control_experiments.paths import RESULTS
 from control_experiments.training import benchmarking
 from control_experiments.training.quantization import loading_arguments
 from scripts import bench_memory, workloads
@@ -148,6 +149,24 @@ def test_peers_train_what_their_papers_say():
     assert trained("control") == layers * 2 * 64 * 2 * width
     assert trained("control", control_rank=3) == layers * 2 * 3 * 2 * width
     assert trained("shadow") > layers * width * width, "a small model beside the base"
+
+
+def test_methods_are_those_of_the_shipped_records():
+    """At their true shapes, without memory for the weights: as many trained parameters under the same names."""
+    shipped = {}
+    for path in (RESULTS / "published" / "memory").rglob("*.json"):
+        record = json.loads(path.read_text())
+        for result in record["results"]:
+            if "trained_parameters" in result:
+                key = (record["options"]["shape"], parse_method(result["method"]).name)
+                shipped.setdefault(key, set()).add(result["trained_parameters"])
+    assert len(shipped) >= 15
+
+    def trained(shape, method):
+        model = workloads.adapt(workloads.random_base(shape, method, "meta", torch.bfloat16), shape, method)
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+    assert {(shape, name): {trained(shape, parse_method(name))} for shape, name in shipped} == shipped
 
 
 @pytest.mark.parametrize("shape", ["tiny-roberta", "tiny"])
