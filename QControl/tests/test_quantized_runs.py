@@ -186,7 +186,11 @@ def test_the_roberta_launchers_recipe(launch, name, method):
 def test_launchers_say_what_is_wrong(launch):
     for name, arguments, part in (
         ("run_roberta_quantization.sh", ["QControl"], "METHOD and TASK are needed"),
-        ("run_roberta_quantization.sh", ["QBitFit", "rte"], "unknown method 'QBitFit': choose one of control, lora"),
+        (
+            "run_roberta_quantization.sh",
+            ["QBitFit", "rte"],
+            "unknown method 'QBitFit': choose one of control, lora",
+        ),
         ("run_roberta_quantization.sh", ["QControl", "sst5"], "unknown task 'sst5'"),
         ("run_llama_quantization.sh", ["control", 4], "METHOD CONTROL_RANK LORA_RANK"),
     ):
@@ -270,7 +274,7 @@ def test_int8_and_fp4_train_too(llama, tmp_path):
         code, out, err = llama(quantization=quantization, output=quantization)
         assert code == 0, err
         assert "MatMul8bitLt" not in err
-        assert f"float32 over {quantization} on cpu" in out
+        assert f"fp32 over {quantization} on cpu" in out
         assert read_record(tmp_path / quantization / "record.json").model["quantization"] == quantization
 
 
