@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from tqdm.auto import tqdm
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -15,7 +17,8 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from LlaMA.commonsense import ANSWER_LEAD, extract_answer
+from LlaMA.commonsense import ANSWER_LEAD, Row, extract_answer, offered_words, tokenize_prompts
+from LlaMA.prompts import Style
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,23 @@ class Reply:
 
     text: str
     answer: str | None
+
+
+def questions_of(
+    rows: Sequence[Row], words: tuple[str, ...], tokenizer: Tokenizer, style: Style
+) -> list[Question]:
+    """The rows as the model sees them."""
+    prompts = tokenize_prompts(rows, tokenizer, style)
+    return [
+        Question(ids, words, tuple(offered_words(row, words))) for ids, row in zip(prompts, rows, strict=True)
+    ]
+
+
+def batches(questions: Sequence[Question], indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices of questions in batches of like length, longest first (so that a lack of memory shows at once)."""
+    ordered = sorted(indices, key=lambda index: -len(questions[index].ids))
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
 
 
 def pad_left(
@@ -215,3 +235,34 @@ def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     pairs = zip(one, other, strict=False)
     return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def in_parts(
+    answer: Callable[[Sequence[Question]], list[Reply]],
+) -> Callable[[Sequence[Question]], list[Reply]]:
+    """`answer`, which halves a batch that the GPU's memory does not hold until it does.
+
+    Raises:
+        torch.OutOfMemoryError: it does not hold a single question.
+    """
+    said = []
+
+    def answered(questions: Sequence[Question]) -> list[Reply]:
+        try:
+            return answer(questions)
+        except torch.OutOfMemoryError:
+            if len(questions) == 1:
+                raise
+        # outside of the except clause, which keeps what the failed batch had on the GPU
+        torch.cuda.empty_cache()
+        if not said:
+            said.append(True)
+            tqdm.write(
+                f"warning: {len(questions)} questions at once need more memory than the GPU has: answered in parts "
+                "(a smaller --batch_size saves the attempts)",
+                file=sys.stderr,
+            )
+        middle = len(questions) // 2
+        return [*answered(questions[:middle]), *answered(questions[middle:])]
+
+    return answered

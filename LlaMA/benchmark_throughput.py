@@ -11,45 +11,37 @@ Three ways to train on the same rows of the data:
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, Optional
 
-import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
+from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import public_path
-from control_experiments.record import RunRecord, git_state, package_versions, utc_now
+from control_experiments.record import RunRecord
 from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.checksums import fingerprint
-from control_experiments.training.device import (
-    describe_device,
-    explain_out_of_memory,
-    seed_everything,
-    select_device,
-)
-from control_experiments.training.metering import MemoryMeter
-from control_experiments.training.quiet import quieten
-from control_experiments.training.runs import RunFolder
+from control_experiments.training.device import DTYPES, seed_everything
+from control_experiments.training.metering import MemoryMeter, Throughput
+from control_experiments.training.methods import describe_adapter, describe_model
+from control_experiments.training.options import AdapterOptions, MemoryOptions, RunOptions
+from control_experiments.training.setup import Run, start
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
-from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS, ready_to_train
-from LlaMA.measuring import run_steps, train_tokenizer
+from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS
+from LlaMA.measuring import train_tokenizer
 from LlaMA.models import (
-    SHAPES,
     add_adapter,
     choose_pad_token,
-    count_parameters,
-    describe_model,
     expected_config,
     load_model,
     load_tokenizer,
-    random_model,
-    resolve_dtype,
+    ready_to_train,
 )
 from LlaMA.packing import (
     VARLEN,
+    Batch,
     GraphedLoss,
     batch_loss,
     fixed_shape,
@@ -58,196 +50,164 @@ from LlaMA.packing import (
     padded_step,
     varlen_available,
 )
+from scripts.workloads import LLAMA_SHAPES, random_llama
 
 
-@dataclass
-class Options:
-    data: str = field(metadata={"help": "JSON file in the format of commonsense_170k.json."})
-    output_dir: str = field(metadata={"help": "Folder for the record."})
-    model: Optional[str] = field(
-        default=None, metadata={"help": "Hub id, folder or GGUF file of a base model."}
+@dataclass(kw_only=True)
+class Options(RunOptions, AdapterOptions, MemoryOptions):
+    data: str = HfArg(help="JSON file in the format of commonsense_170k.json.")
+    model: Optional[str] = HfArg(default=None, help="Hub id, folder or GGUF file of a base model.")
+    shape: Optional[str] = HfArg(
+        default=None, help=f"Instead of --model, random weights of a shape: {', '.join(LLAMA_SHAPES)}."
     )
-    shape: Optional[str] = field(
-        default=None,
-        metadata={"help": f"Instead of --model, random weights of a shape: {', '.join(SHAPES)}."},
+    method: str = HfArg(default="control+lora", help="Method that is trained.")
+    attention: Literal["auto", "sdpa"] = HfArg(
+        default="auto", help="auto: variable-length flash attention over packs where it runs."
     )
-    method: str = field(default="control+lora", metadata={"help": "Method that is trained."})
-    memory: Literal["plain", "fast", "balanced", "lean"] = field(
-        default="plain", metadata={"help": "Memory mode of our two ways; the published one is always plain."}
+    steps: int = HfArg(default=30, help="Timed optimizer steps of each way.")
+    warmup: int = HfArg(default=5, help="Optimizer steps before the timed ones.")
+    batch_size: int = HfArg(default=8, help="Rows per optimizer step.")
+    large_batch: int = HfArg(default=64, help="Rows per optimizer step of `large`.")
+    micro_batch_size: int = HfArg(default=4, help="Rows per padded micro-batch.")
+    token_budget: int = HfArg(default=8192, help="Most tokens in a pack.")
+    cutoff: int = HfArg(default=256, help="Longer rows are cut to this many tokens.")
+    control_rank: int = HfArg(default=64, help="Rank of the control.")
+    lora_rank: int = HfArg(default=32, help="Rank of LoRA and DoRA.")
+    lora_alpha: float = HfArg(default=64, help="LoRA's updates are scaled by alpha/rank.")
+    lora_dropout: float = HfArg(default=0.05, help="Dropout of LoRA and DoRA.")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = HfArg(
+        default="auto", help="Frozen weights and autocast."
     )
-    cuda_graphs: bool = field(
-        default=False,
-        metadata={"help": "Replay our two ways as CUDA graphs, as finetune.py's --cuda_graphs."},
-    )
-    attention: Literal["auto", "sdpa"] = field(
-        default="auto", metadata={"help": "auto: variable-length flash attention over packs where it runs."}
-    )
-    steps: int = field(default=30, metadata={"help": "Timed optimizer steps of each way."})
-    warmup: int = field(default=5, metadata={"help": "Optimizer steps before the timed ones."})
-    batch_size: int = field(default=8, metadata={"help": "Rows per optimizer step."})
-    large_batch: int = field(default=64, metadata={"help": "Rows per optimizer step of `large`."})
-    micro_batch_size: int = field(default=4, metadata={"help": "Rows per padded micro-batch."})
-    token_budget: int = field(default=8192, metadata={"help": "Most tokens in a pack."})
-    cutoff: int = field(default=256, metadata={"help": "Longer rows are cut to this many tokens."})
-    control_rank: int = field(default=64, metadata={"help": "Rank of the control."})
-    lora_rank: int = field(default=32, metadata={"help": "Rank of LoRA and DoRA."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of LoRA and DoRA."})
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = field(
-        default="auto", metadata={"help": "Frozen weights and autocast."}
-    )
-    device: str = field(default="0", metadata={"help": "GPU index, or cpu."})
-    seed: int = field(default=42, metadata={"help": "Seeds row order and random weights."})
 
     def check(self) -> None:
-        """Raise UserError for values that cannot be."""
+        super().check()
         if (self.model is None) == (self.shape is None):
             raise UserError("give either --model or --shape")
-        if self.shape is not None and self.shape not in SHAPES:
-            raise UserError(f"unknown shape {self.shape!r}: choose from {', '.join(SHAPES)}")
-        for name in ("steps", "batch_size", "large_batch", "micro_batch_size", "cutoff"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        check_numbers(self, "lora_dropout", at_least=0, below=1)
+        if self.shape is not None and self.shape not in LLAMA_SHAPES:
+            raise UserError(f"unknown shape {self.shape!r}: choose from {', '.join(LLAMA_SHAPES)}")
+        check_numbers(
+            self, "steps", "batch_size", "large_batch", "micro_batch_size", "cutoff", "token_budget", at_least=1
+        )  # fmt: skip
+
+    def config(self):
+        targets = self.lora_targets or (MIXED_TARGETS if "control" in self.method else LORA_TARGETS)
+        return expected_config(
+            self.method, self.control_rank, self.control_alpha, self.control_dropout, self.lora_rank,
+            self.lora_alpha, self.lora_dropout, targets,
+        )  # fmt: skip
 
 
-def measure(
-    options: Options, folder: RunFolder, device: torch.device, dtype: torch.dtype, command: Sequence[str]
-) -> RunRecord:
+def train(
+    model: torch.nn.Module, steps: Sequence[list[Batch]], loss: Callable, run: Run, memory: MemoryMeter
+) -> dict:
+    """Train on `steps` (each a list of batches whose gradients add up) with AdamW under autocast.
+
+    The first ones, in which kernels are chosen and memory is first taken, are not timed.
+    """
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0)
+    throughput, dtype = Throughput(run.device), DTYPES[run.precision]
+    model.train()
+    for number, batches in enumerate(steps, -run.options.warmup):
+        if number == 0:
+            throughput.start()
+        for batch in batches:
+            with torch.autocast(run.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                value = loss(model, batch.to(run.device))
+            value.backward()
+            if number >= 0:
+                throughput.add(batch.rows, batch.tokens)
+        optimizer.step()
+        optimizer.zero_grad()
+        memory.after_optimizer()
+        if number >= 0:
+            throughput.step()
+    throughput.stop()
+    return throughput.summary()
+
+
+def measure(options: Options, run: Run) -> RunRecord:
     """Time all three ways on one model and write the record."""
-    created = utc_now()
+    dtype = DTYPES[run.precision]
+    record = run.begin_record(domain="llama", task="throughput", dtype=str(dtype).removeprefix("torch."))
     seed_everything(options.seed)
     rows = read_rows(options.data)
     order, _ = split_rows(rows, 1, options.seed)
-    memory = MemoryMeter(device)
+    memory = MemoryMeter(run.device)
     if options.model is None:
-        tokenizer = train_tokenizer(order, min(16384, SHAPES[options.shape]["vocab_size"]))
-        base = random_model(options.shape, dtype, device)
+        tokenizer = train_tokenizer(order, min(16384, LLAMA_SHAPES[options.shape]["vocab_size"]))
+        base = random_llama(options.shape, run.device, dtype)
     else:
         tokenizer = load_tokenizer(options.model)
-        base = load_model(options.model, dtype, device)
+        base = load_model(options.model, dtype, run.device)
     memory.after_load()
     choose_pad_token(tokenizer, base.get_input_embeddings().weight.shape[0])
     total = base.num_parameters()
-    targets = MIXED_TARGETS if "control" in options.method else LORA_TARGETS
-    config = expected_config(
-        options.method,
-        options.control_rank,
-        1.0,
-        0.0,
-        options.lora_rank,
-        2 * options.lora_rank,
-        options.lora_dropout,
-        targets,
-    )
-    model = add_adapter(base, config)
+    model = add_adapter(base, options.config())
 
-    def steps_of(size: int, make) -> list:
-        count = options.steps + options.warmup
-        wanted = [order[index % len(order)] for index in range(count * size)]
-        tokens = tokenize_rows(wanted, tokenizer, options.cutoff)
-        return [make(tokens[start : start + size]) for start in range(0, len(tokens), size)]
+    def padded(step):
+        return padded_step(step, options.micro_batch_size, tokenizer.pad_token_id)
 
     def packed(step):
         packs = packed_step(step, options.micro_batch_size, options.token_budget)
         if not options.cuda_graphs:
             return packs
         quantum = -(-options.token_budget // 16)
-        pad = tokenizer.pad_token_id
-        return [fixed_shape(pack, quantum, len(step), options.cutoff, pad) for pack in packs]
+        return [
+            fixed_shape(pack, quantum, len(step), options.cutoff, tokenizer.pad_token_id) for pack in packs
+        ]
 
-    def padded(step):
-        return padded_step(step, options.micro_batch_size, tokenizer.pad_token_id)
-
-    ways = {
-        "published": (options.batch_size, padded, "plain"),
-        "packed": (options.batch_size, packed, options.memory),
-        "large": (options.large_batch, packed, options.memory),
-    }
     results: dict[str, dict] = {}
-    for name, (size, make, mode) in ways.items():
-        varlen = options.attention == "auto" and make is packed and varlen_available(device, dtype)
-        base.set_attn_implementation(VARLEN if varlen else "sdpa")
+    for name, size, make, mode in (
+        ("published", options.batch_size, padded, "plain"),
+        ("packed", options.batch_size, packed, options.memory),
+        ("large", options.large_batch, packed, options.memory),
+    ):
+        varlen = options.attention == "auto" and make is packed and varlen_available(run.device, dtype)
+        attention = VARLEN if varlen else "sdpa"
+        base.set_attn_implementation(attention)
         ready_to_train(model, mode, half=dtype != torch.float32)
-        steps = steps_of(size, make)
         loss = batch_loss if mode == "plain" else fused_batch_loss
-        if options.cuda_graphs and make is packed:
-            loss = GraphedLoss(loss)
-        summary = run_steps(model, steps, loss, device, dtype, warmup=options.warmup, memory=memory).summary()
+        loss = GraphedLoss(loss) if options.cuda_graphs and make is packed else loss
+        count = (options.steps + options.warmup) * size
+        wanted = [order[index % len(order)] for index in range(count)]
+        tokens = tokenize_rows(wanted, tokenizer, options.cutoff)
+        steps = [make(tokens[start : start + size]) for start in range(0, count, size)]
+        summary = train(model, steps, loss, run, memory)
+        rate = summary["tokens_per_second"]
+        speedup = rate / results["published"]["real_tokens_per_second"] if results else 1.0
         results[name] = {
-            "real_tokens_per_second": summary["tokens_per_second"],
+            "real_tokens_per_second": rate,
             "seconds_per_step": summary["train_seconds"] / summary["steps"],
             "rows_per_step": size,
             "forwards_per_step": sum(map(len, steps)) / len(steps),
             "memory_mode": mode,
-            "attention": VARLEN if varlen else "sdpa",
+            "attention": attention,
+            "speedup": speedup,
         }
-        speedup = results[name]["real_tokens_per_second"] / results["published"]["real_tokens_per_second"]
-        results[name]["speedup"] = speedup
-        print(
-            f"{name:10} {summary['tokens_per_second']:10,.0f} real tokens/s   {speedup:5.2f} times published",
-            flush=True,
-        )
-
-    record = RunRecord(
-        domain="llama",
-        name=folder.path.name,
-        method=options.method,
-        task="throughput",
-        seed=options.seed,
-        command=["python", "-m", "LlaMA.benchmark_throughput", *command],
-        created=created,
-        finished=utc_now(),
-        git=git_state(),
-        versions=package_versions(),
-        device=describe_device(device),
-        model=describe_model(options.model, base, total)
-        if options.model
-        else {
-            "id": f"random {options.shape}",
-            "revision": None,
-            "class": type(base).__name__,
-            "total_parameters": total,
-        },
+        print(f"{name:10} {rate:10,.0f} real tokens/s   {speedup:5.2f} times published", flush=True)
+    return record.finish(
+        run.folder.record,
+        model=describe_model(options.model or f"random {options.shape}", base, total),
         data={
-            "id": public_path(options.data),
-            "sha256": fingerprint(options.data),
-            "sizes": {"rows": len(rows)},
+            "id": public_path(options.data), "sha256": fingerprint(options.data), "sizes": {"rows": len(rows)},
         },
-        adapter={
-            "config": model.peft_config["default"].to_dict(),
-            "dtype": "float32",
-            **count_parameters(model),
-        },
-        hyperparameters={**asdict(options), "dtype": str(dtype).removeprefix("torch.")},
+        adapter=describe_adapter(model),
         metrics={"best": {}, "last": results},
         memory=memory.summary(),
         time={name: result["real_tokens_per_second"] for name, result in results.items()},
-    )
-    record.write(folder.record)
-    return record
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     """Measure as the command line says; None when the folder holds the finished measurement."""
-    command = list(sys.argv[1:] if argv is None else argv)
-    (options,) = parse_arguments(Options, argv=command, description=__doc__)
+    (options,) = parse_arguments(Options, argv=argv, description=__doc__)
     options.check()
-    device = select_device(options.device)
-    dtype = resolve_dtype(options.dtype, device)
-    quieten()
-    with RunFolder(options.output_dir) as folder:
-        named = {
-            name: value and public_path(value)
-            for name, value in (("data", options.data), ("model", options.model))
-        }
-        folder.claim({**asdict(options), **named, "output_dir": folder.path.name})
-        if folder.finished:
-            print(f"{folder.path} is finished: skipped (delete the folder to run it again)")
+    less = "a smaller --token_budget, --large_batch or --micro_batch_size, --memory lean"
+    with start(options, "LlaMA.benchmark_throughput", argv, less_memory=less, option="dtype") as run:
+        if run.folder.finished:
+            print(f"{run.folder.path} is finished: skipped (delete the folder to run it again)")
             return None
-        with explain_out_of_memory(
-            device, "a smaller --token_budget, --large_batch or --micro_batch_size, --memory lean"
-        ):
-            return measure(options, folder, device, dtype, command)
+        return measure(options, run)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, NamedTuple
 
 from control_experiments.errors import UserError
 from control_experiments.record import read_json
 from LlaMA.prompts import Style, prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def _numbered(word: str, count: int) -> tuple[str, ...]:
@@ -100,14 +101,18 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise UserError for an unknown task."""
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise UserError(f"unknown task {unknown[0]!r}: choose from {', '.join(TASKS)}")
+
+
 def read_tests(folder: str | Path, tasks: Sequence[str], limit: int | None = None) -> dict[str, list[Row]]:
     """The test sets `<folder>/<task>/test.json`; of each the first `limit` rows.
 
     Raises:
-        UserError: an unknown task, or as `read_rows`.
+        UserError: as `read_rows`.
     """
-    if unknown := [task for task in tasks if task not in TASKS]:
-        raise UserError(f"unknown task {unknown[0]!r}: choose from {', '.join(TASKS)}")
     files = {task: Path(folder) / task / "test.json" for task in tasks}
     return {task: read_rows(file, TASKS[task], WHERE_TESTS)[:limit] for task, file in files.items()}
 

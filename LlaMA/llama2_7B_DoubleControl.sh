@@ -6,17 +6,12 @@
 set -euo pipefail
 
 MODEL=${MODEL:-meta-llama/Llama-2-7b-hf}
+METHOD=${METHOD:-double control}    # another one trains under the same recipe: lora, dora, miss, ...
 EPOCHS=${EPOCHS:-3}
 LR=${LR:-2e-4}
-MICRO_BATCH=${MICRO_BATCH:-4}      # rows whose loss is averaged over their tokens
-BATCH=${BATCH:-8}            # rows per optimizer step
-CUTOFF=${CUTOFF:-256}
-WARMUP=${WARMUP:-100}
-HELD_OUT=${HELD_OUT:-120}
-EVAL_STEPS=${EVAL_STEPS:-80}
-LORA_DROPOUT=${LORA_DROPOUT:-0.05}
-SEED=${SEED:-42}
-MEMORY=${MEMORY:-plain}      # fast, balanced and lean keep less for the backward; gradients are exact
+MICRO_BATCH=${MICRO_BATCH:-4}    # rows whose loss is averaged over their tokens
+BATCH=${BATCH:-8}          # rows per optimizer step
+# and what all recipes share, from launch.sh: CUTOFF WARMUP HELD_OUT EVAL_STEPS LORA_DROPOUT SEED MEMORY
 
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
-train_and_evaluate "double control" "$@"
+train_and_evaluate "$METHOD" "$@"

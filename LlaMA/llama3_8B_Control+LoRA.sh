@@ -6,17 +6,12 @@
 set -euo pipefail
 
 MODEL=${MODEL:-meta-llama/Meta-Llama-3-8B}
+METHOD=${METHOD:-control+lora}    # another one trains under the same recipe: lora, dora, miss, ...
 EPOCHS=${EPOCHS:-3}
 LR=${LR:-1e-4}
-MICRO_BATCH=${MICRO_BATCH:-3}      # rows whose loss is averaged over their tokens
-BATCH=${BATCH:-6}            # rows per optimizer step
-CUTOFF=${CUTOFF:-256}
-WARMUP=${WARMUP:-100}
-HELD_OUT=${HELD_OUT:-120}
-EVAL_STEPS=${EVAL_STEPS:-80}
-LORA_DROPOUT=${LORA_DROPOUT:-0.05}
-SEED=${SEED:-42}
-MEMORY=${MEMORY:-plain}      # fast, balanced and lean keep less for the backward; gradients are exact
+MICRO_BATCH=${MICRO_BATCH:-3}    # rows whose loss is averaged over their tokens
+BATCH=${BATCH:-6}          # rows per optimizer step
+# and what all recipes share, from launch.sh: CUTOFF WARMUP HELD_OUT EVAL_STEPS LORA_DROPOUT SEED MEMORY
 
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
-train_and_evaluate "control+lora" "$@"
+train_and_evaluate "$METHOD" "$@"

@@ -1,55 +1,15 @@
-"""What the two benchmarks share: a bare training loop, and a tokenizer for models that have none."""
+"""A tokenizer for models of random weights, which have none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from control_experiments.training.metering import MemoryMeter, Throughput
 from LlaMA.commonsense import Row
-from LlaMA.packing import Batch
 from LlaMA.prompts import prompt
-
-
-def run_steps(
-    model: torch.nn.Module,
-    steps: Sequence[list[Batch]],
-    loss: Callable,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    warmup: int,
-    memory: MemoryMeter | None = None,
-) -> Throughput:
-    """Train on `steps` (each a list of batches whose gradients add up) with AdamW under autocast.
-
-    The first `warmup` steps, in which kernels are chosen and memory is first taken, are not timed.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
-    throughput = Throughput(device)
-    model.train()
-    for number, batches in enumerate(steps):
-        if number == warmup:
-            throughput.start()
-        for batch in batches:
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                value = loss(model, batch.to(device))
-            value.backward()
-            if number >= warmup:
-                throughput.add(batch.rows, batch.tokens)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if number >= warmup:
-            throughput.step()
-        if memory is not None:
-            memory.after_optimizer()
-    throughput.stop()
-    return throughput
 
 
 def train_tokenizer(

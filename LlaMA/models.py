@@ -9,32 +9,27 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     PreTrainedModel,
     modeling_gguf_pytorch_utils,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from control_experiments.errors import UserError
-from control_experiments.paths import public_path
-from control_experiments.training.checksums import local_fingerprint
-from control_experiments.training.methods import adapter_config
+from control_experiments.training.methods import adapter_config, set_memory
 from control_experiments.training.options import AdapterOptions
 from control_experiments.training.quantization import (
     check_not_quantized,
     loading_arguments,
     prepare,
-    quantization_of,
 )
-
-METHODS = ("lora", "dora", "control", "double control", "control+lora", "control+dora")
 
 #: Tokens that models of the LLaMA family reserve and never use.
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "[PAD]", "<|pad|>")
@@ -81,6 +76,15 @@ def _source(model: str) -> tuple[str, dict]:
     if path.is_absolute() or path.suffix == ".gguf" or model.startswith((".", "~")) or model.count("/") > 1:
         raise UserError(f"there is no model at {model}")
     return model, {}
+
+
+def is_gguf(model: str) -> bool:
+    """Whether a model is read from a GGUF file.
+
+    Raises:
+        UserError: as `_source`.
+    """
+    return bool(_source(model)[1])
 
 
 def load_tokenizer(model: str) -> Tokenizer:
@@ -144,7 +148,8 @@ def load_model(
     name, extra = _source(model)
     if quantization != "none" and "gguf_file" in extra:
         raise UserError(
-            f"{model} is a GGUF file, which cannot be quantized on loading: save it as a folder first (QControl/README.md)"
+            f"{model} is a GGUF file, which cannot be quantized on loading: make a folder of it first "
+            f"(python -m LlaMA.convert --model {model} --output_dir FOLDER)"
         )
     quantized = loading_arguments(quantization, device, dtype)
     try:
@@ -163,7 +168,11 @@ def load_model(
         raise UserError(f"cannot load a model from {model!r}: {_first_line(error)}") from error
     if "gguf_file" in extra:
         _forget_quantization(base)
-    base.config._name_or_path = base.name_or_path = model  # what the adapter notes as its base
+    # what the adapter notes as its base: a folder as it is found from anywhere
+    place = (
+        str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() and not extra else model
+    )
+    base.config._name_or_path = base.name_or_path = place
     return prepare(base).eval()
 
 
@@ -178,15 +187,6 @@ def _forget_quantization(base: PreTrainedModel) -> None:
         if hasattr(owner, name):
             delattr(owner, name)
     base.is_quantized = False
-
-
-def random_model(
-    shape: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa"
-) -> PreTrainedModel:
-    """A LLaMA of a known shape with random weights, made on the device."""
-    config = LlamaConfig(**SHAPES[shape], attn_implementation=attention)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def choose_pad_token(tokenizer: Tokenizer, embeddings: int) -> None:
@@ -209,38 +209,20 @@ def choose_pad_token(tokenizer: Tokenizer, embeddings: int) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What "auto" means on this device: bf16 where a GPU has it, else fp16; float32 on a CPU.
-
-    Raises:
-        UserError: fp16 on a CPU, or bf16 on a GPU without it.
-    """
-    cpu = device.type == "cpu"
-    has_bf16 = cpu or torch.cuda.is_bf16_supported()
-    if name == "auto":
-        name = "fp32" if cpu else "bf16" if has_bf16 else "fp16"
-    if name == "fp16" and cpu:
-        raise UserError("--dtype fp16 needs a GPU: choose fp32 or bf16 on a CPU")
-    if name == "bf16" and not has_bf16:
-        raise UserError("this GPU has no bf16: choose --dtype fp16")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
 def expected_config(
     method: str, control_rank, control_alpha, control_dropout, lora_rank, lora_alpha, lora_dropout, targets
-):
+) -> PeftConfig:
     """The peft configuration of a commonsense run.
 
     Raises:
         UserError: an unknown method or impossible values.
     """
-    if method not in METHODS:
-        raise UserError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     options = AdapterOptions(
         method=method, control_rank=control_rank, control_alpha=control_alpha, control_dropout=control_dropout,
-        lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, lora_targets=list(targets),
+        lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
     )  # fmt: skip
-    return adapter_config(options, task_type="CAUSAL_LM")
+    options.check()
+    return adapter_config(options, task_type="CAUSAL_LM", targets=targets)
 
 
 def add_adapter(base: PreTrainedModel, config) -> PeftModel:
@@ -253,28 +235,27 @@ def add_adapter(base: PreTrainedModel, config) -> PeftModel:
         if not any(f".{name}".endswith(f".{target}") for name, _ in base.named_modules()):
             raise UserError(f"{type(base).__name__} has no module {target!r} for LoRA")
     try:
-        return get_peft_model(base, config)
+        model = get_peft_model(base, config)
     except ValueError as error:
         raise UserError(f"{type(base).__name__}: {error}") from error
+    for parameter in model.parameters():  # peft leaves SHADOW's own backbone in the base's type
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
 
 
-def describe_model(model: str, base: PreTrainedModel, total_parameters: int) -> dict:
-    """The record's `model`: where it came from, which version, what it is."""
-    checksum = local_fingerprint(model)
-    version = {"sha256": checksum} if checksum else {"revision": getattr(base.config, "_commit_hash", None)}
-    return {
-        "id": public_path(model) if checksum else model,
-        **version,
-        "class": type(base).__name__,
-        "quantization": quantization_of(base.config),
-        "total_parameters": total_parameters,
-    }
+def ready_to_train(model: PeftModel, memory: str, *, half: bool, **how) -> None:
+    """Set the memory mode (`how` is `set_memory`'s), and spare LoRA the float32 copies of its inputs that autocast makes needless.
 
+    DoRA keeps its float32 inputs: it computes its weights' norms in their type.
 
-def count_parameters(model: PeftModel) -> dict:
-    """The record's counts of trained parameters; there is no task head."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {"trainable_parameters": trained, "adapter_parameters": trained, "head_parameters": 0}
+    Raises:
+        UserError: the memory mode does not support this model or method.
+    """
+    for module in model.modules():
+        if half and isinstance(module, LoraLayer) and not any(module.use_dora.values()):
+            module.cast_input_dtype_enabled = False
+    set_memory(model, memory, **how)
 
 
 def _first_line(error: Exception) -> str:

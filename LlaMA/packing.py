@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from peft import ShadowModel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
@@ -196,6 +197,21 @@ def fused_batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         found[0], batch.labels, base.get_output_embeddings(), chunk=1024, num_items_in_batch=batch.divisor,
         softcap=getattr(base.config, "final_logit_softcapping", None), weights=batch.weights,
     )  # fmt: skip
+
+
+def shadow_batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """`batch_loss`, and in training SHADOW's own loss: its backbone is to predict the labels too (peft's `ShadowConfig`).
+
+    peft averages that loss over the batch's labels, which here weigh together what they weigh in the step.
+    """
+    loss = batch_loss(model, batch)
+    tuner = next(module for module in model.modules() if isinstance(module, ShadowModel))
+    if model.training:
+        targets = batch.labels[:, 1:] != IGNORE
+        weight = (batch.weights[:, 1:] * targets).sum() / batch.divisor
+        share = tuner.peft_config[tuner.active_adapters[0]].auxiliary_loss_weight
+        loss = loss + share * weight * tuner.shadow_auxiliary_loss(batch.labels)
+    return loss
 
 
 class GraphedLoss:

@@ -17,12 +17,7 @@ TOKEN_BUDGET=${TOKEN_BUDGET:-8192}
 CONTROL_RANK=${CONTROL_RANK:-64}
 LORA_RANK=${LORA_RANK:-32}
 LORA_ALPHA=${LORA_ALPHA:-64}
-CUTOFF=${CUTOFF:-256}
-WARMUP=${WARMUP:-100}
-HELD_OUT=${HELD_OUT:-120}
 EVAL_STEPS=${EVAL_STEPS:-100}
-LORA_DROPOUT=${LORA_DROPOUT:-0.05}
-MEMORY=${MEMORY:-plain}
 BATCH_QUESTIONS=${BATCH_QUESTIONS:-256}
 EVALUATE_ARGS=${EVALUATE_ARGS:---dtype fp32}   # so small a model loses no time by it, and batches answer as single questions do
 
@@ -34,12 +29,7 @@ if [ -n "$QUESTIONS" ]; then EVALUATE_ARGS="$EVALUATE_ARGS --limit $QUESTIONS"; 
 IFS=';' read -ra METHOD_LIST <<<"$METHODS"
 for method in "${METHOD_LIST[@]}"; do
   if [ "$method" = zero-shot ]; then
-    zero_shot=$OUT/zero-shot
-    # shellcheck disable=SC2086
-    if [ "$(answers_folder $EVALUATE_ARGS)" = likelihood ]; then zero_shot=$zero_shot-likelihood; fi
-    # shellcheck disable=SC2086
-    run "$PYTHON" -m LlaMA.evaluate --model "$MODEL" --data "$DATA" --output_dir "$zero_shot" --device "$GPU" \
-      --batch_size "$BATCH_QUESTIONS" $EVALUATE_ARGS
+    evaluate "$CONTROL_RANK" "$LORA_RANK" "$LORA_ALPHA" "$OUT/zero-shot" "$GPU" zero-shot
     continue
   fi
   for SEED in $SEEDS; do

@@ -12,36 +12,40 @@ peft_control/memory/kernels.py only here.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
-import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
-from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
 from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.benchmarking import (
+    Campaign,
+    choose_device,
+    machine,
+    synchronize,
+    time_steps,
+)
 from peft_control.memory import kernels
 from peft_control.memory.loss import LinearCrossEntropy
 
 
 @dataclass
 class Options:
-    tokens: int = field(default=4096, metadata={"help": "Rows of every input."})
-    vocabulary: int = field(default=128256, metadata={"help": "Classes of the loss."})
-    peers: list[str] = field(
-        default_factory=lambda: ["liger", "torch"], metadata={"help": "Whom to compare with: liger, torch."}
+    tokens: int = HfArg(default=4096, help="Rows of every input.")
+    vocabulary: int = HfArg(default=128256, help="Classes of the loss.")
+    peers: list[str] = HfArg(
+        default_factory=lambda: ["liger", "torch"], help="Whom to compare with: liger, torch."
     )
-    repeats: int = field(default=20, metadata={"help": "Timed runs of each."})
-    device: str = field(default="cuda", metadata={"help": "cuda, or cpu to try the script out."})
-    output: str = field(
-        default=str(RESULTS / "kernels" / "kernels.json"), metadata={"help": "Where the record goes."}
-    )
+    repeats: int = HfArg(default=20, help="Timed runs of each.")
+    device: str = HfArg(default="cuda", help="cuda, or cpu to try the script out.")
+    output: str = HfArg(default=str(RESULTS / "kernels" / "kernels.json"), help="Where the record goes.")
 
 
 Step = Callable[[], None]  # one forward and backward
@@ -174,19 +178,16 @@ def linear_cross_entropy(tokens: int, device: str, vocabulary: int) -> dict[str,
 
 def measure(step: Step, options: Options) -> dict:
     cuda = options.device == "cuda"
-    for _ in range(3):
-        step()
-    seconds = []
+    time_steps(step, 3, options.device)
     if cuda:
-        torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(options.repeats):
-        start = time.perf_counter()
+
+    def alone() -> None:
         step()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        synchronize(options.device)
+
+    seconds = time_steps(alone, options.repeats, options.device)
     over = torch.cuda.max_memory_allocated() - before if cuda else 0
     return {"seconds": statistics.median(seconds), "over_inputs_bytes": over}
 
@@ -196,8 +197,7 @@ def main() -> None:
     for peer in options.peers:
         if peer not in ("liger", "torch"):
             raise UserError(f"unknown --peers {peer!r}: choose from liger, torch")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no GPU here: --device cpu --peers torch tries the script out")
+    options.device = choose_device(options.device)
     if options.device == "cpu" and "liger" in options.peers:
         raise UserError("liger's kernels need a GPU: --peers torch")
     operations = {
@@ -207,37 +207,24 @@ def main() -> None:
         "LayerNorm to half, width 768": layer_norm(options.tokens, options.device),
         "linear + cross entropy": linear_cross_entropy(options.tokens, options.device, options.vocabulary),
     }
-    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    print(f"{options.tokens} tokens, {device}; forward and backward")
-    results = []
-    for name, makers in operations.items():
-        row = {"operation": name, "ours": measure(makers["ours"](), options)}
-        words = [
-            f"{name:30s} ours {row['ours']['seconds'] * 1e3:8.3f} ms {row['ours']['over_inputs_bytes'] / 1e6:8.1f} MB"
-        ]
+    found = machine(options.device)
+    print(f"{options.tokens} tokens, {found['device']}; forward and backward")
+    campaign = Campaign(Path(options.output), options, itemgetter("operation"), found)
+    for name in [name for name in operations if name not in campaign.finished]:
+        row = {"operation": name, "ours": measure(operations[name]["ours"](), options)}
+        words = [f"{name:30s} ours {shown(row['ours'])}"]
         for peer in options.peers:
-            found = row[peer] = measure(makers[peer](), options)
-            ratio = row["ours"]["seconds"] / found["seconds"]
+            row[peer] = measure(operations[name][peer](), options)
             words.append(
-                f"{peer} {found['seconds'] * 1e3:8.3f} ms {found['over_inputs_bytes'] / 1e6:8.1f} MB (time x{ratio:.2f})"
+                f"{peer} {shown(row[peer])} (time x{row['ours']['seconds'] / row[peer]['seconds']:.2f})"
             )
-        results.append(row)
+        campaign.add(row)
         print("   ".join(words), flush=True)
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(
-        path,
-        {
-            "schema": 1,
-            "device": device,
-            "versions": package_versions(),
-            "git": git_state(),
-            "created": utc_now(),
-            "options": {k: v for k, v in asdict(options).items() if k != "output"},
-            "results": results,
-        },
-    )
-    print(f"record in {path}")
+    campaign.finish(list(operations))
+
+
+def shown(measured: dict) -> str:
+    return f"{measured['seconds'] * 1e3:8.3f} ms {measured['over_inputs_bytes'] / 1e6:8.1f} MB"
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Optional
 
-import control_experiments  # noqa: F401  # isort: skip  (first, see there)
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -40,61 +40,54 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
-from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
+from control_experiments.record import write_json_atomic
 from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.benchmarking import EXPANDABLE, Campaign, machine
 from control_experiments.training.sharding import average_gradients, split_into_units
-from scripts import bench_memory
+from scripts.workloads import LLAMA_SHAPES, adapt, parse_method, random_llama
 
-SHAPES = {
-    **bench_memory.LLAMA_SHAPES,
-    "llama3-70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-                       num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0),
-}  # fmt: skip
 SHARDS = ("ddp", "fsdp2")
 LONGEST = 1 << 20  # tokens: where --longest ends
 
 
 @dataclass
 class Options:
-    shape: str = field(default="llama3-8b", metadata={"help": f"Model shape: {', '.join(SHAPES)}."})
-    methods: list[str] = field(
-        default_factory=lambda: ["lora", "control:fast", "control:lean"],
-        metadata={"help": "As for bench_memory.py."},
+    shape: str = HfArg(default="llama3-8b", help=f"Model shape: {', '.join(LLAMA_SHAPES)}.")
+    methods: list[str] = HfArg(
+        default_factory=lambda: ["lora", "control:fast", "control:lean"], help="As for bench_memory.py."
     )
-    shards: list[str] = field(default_factory=lambda: list(SHARDS), metadata={"help": "ddp, fsdp2 or both."})
-    processes: Optional[list[int]] = field(
-        default=None, metadata={"help": "Numbers of GPUs; by default powers of two, up to all of them."}
+    shards: list[str] = HfArg(default_factory=lambda: list(SHARDS), help="ddp, fsdp2 or both.")
+    processes: Optional[list[int]] = HfArg(
+        default=None, help="Numbers of GPUs; by default powers of two, up to all of them."
     )
-    batch: int = field(default=4, metadata={"help": "Sequences per process and step."})
-    tokens: int = field(default=1024, metadata={"help": "Tokens per sequence."})
-    steps: int = field(default=6, metadata={"help": "Timed steps; the median is reported."})
-    warmup: int = field(default=2, metadata={"help": "Steps before the timed ones."})
-    device: str = field(default="cuda", metadata={"help": "cuda, or cpu (over gloo) to try the script out."})
-    longest: bool = field(
-        default=False, metadata={"help": "Instead: the longest sequence that trains, from --tokens on."}
-    )
-    output: str = field(default=str(RESULTS / "scaling"), metadata={"help": "Folder of record and picture."})
-    worker: Optional[str] = field(default=None, metadata={"help": "Used by the script itself: one method."})
-    accumulate: int = field(default=1, metadata={"help": "Used by the script itself: micro-batches a step."})
-    result: Optional[str] = field(default=None, metadata={"help": "Used by the script itself: result file."})
+    batch: int = HfArg(default=4, help="Sequences per process and step.")
+    tokens: int = HfArg(default=1024, help="Tokens per sequence.")
+    steps: int = HfArg(default=6, help="Timed steps; the median is reported.")
+    warmup: int = HfArg(default=2, help="Steps before the timed ones.")
+    device: str = HfArg(default="cuda", help="cuda, or cpu (over gloo) to try the script out.")
+    longest: bool = HfArg(default=False, help="Instead: the longest sequence that trains, from --tokens on.")
+    output: str = HfArg(default=str(RESULTS / "scaling"), help="Folder of record and picture.")
+    worker: Optional[str] = HfArg(default=None, help="Used by the script itself: one method.")
+    accumulate: int = HfArg(default=1, help="Used by the script itself: micro-batches a step.")
+    result: Optional[str] = HfArg(default=None, help="Used by the script itself: result file.")
 
     def check(self) -> None:
         """Raise a `UserError` for what cannot be."""
-        if self.shape not in SHAPES:
-            raise UserError(f"unknown --shape {self.shape!r}: choose from {', '.join(SHAPES)}")
+        if self.shape not in LLAMA_SHAPES:
+            raise UserError(f"unknown --shape {self.shape!r}: choose from {', '.join(LLAMA_SHAPES)}")
         for shard in self.shards:
             if shard not in SHARDS:
                 raise UserError(f"unknown --shards {shard!r}: choose from {', '.join(SHARDS)}")
-        for method in self.methods:
-            try:
-                switches = bench_memory.parse_method(method)[1]
-            except ValueError as error:
-                raise UserError(str(error)) from None
-            if switches & {"compile", "graphs"}:
-                raise UserError(f"method {method!r}: compile and graphs are for one process")
+        for method in map(parse_method, self.methods):
+            if method.base or method.switches - {"liger", "checkpointing", "uncast"}:
+                raise UserError(
+                    f"method {method.text!r}: over several processes bf16 bases are measured, with the switches liger, "
+                    "checkpointing and uncast"
+                )
         there = torch.cuda.device_count() if self.device == "cuda" else os.cpu_count()
         if not there:
             raise UserError("no GPU here: --device cpu tries the script out")
@@ -155,12 +148,9 @@ def fill(model: nn.Module) -> None:
 
 def build(options: Options, shard: str, device: torch.device) -> nn.Module:
     """The adapted model, sharded or not, with the same weights in every run."""
-    name, switches, mode = bench_memory.parse_method(options.worker)
-    shape = {
-        **SHAPES[options.shape],
-        "tie_word_embeddings": False,
-    }  # to_empty would part them, sharded or not
-    model = bench_memory.llama(shape, "meta", name, switches, mode)
+    # untied, because to_empty would part the output layer from the embeddings, sharded or not
+    model = random_llama(options.shape, "meta", tie_word_embeddings=False)
+    model = adapt(model, options.shape, parse_method(options.worker))
     if shard == "fsdp2":
         split_into_units(model, options.device)
     model.to_empty(device=device)
@@ -187,7 +177,7 @@ def work(options: Options, shard: str) -> dict | None:
     if shard == "ddp" and world > 1:
         model = accelerator.prepare_model(model)
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    vocabulary, losses, seconds = SHAPES[options.shape]["vocab_size"], [], []
+    vocabulary, losses, seconds = LLAMA_SHAPES[options.shape]["vocab_size"], [], []
     sent = SentBytes()
 
     def step(number: int, tokens: int) -> float:
@@ -282,20 +272,13 @@ def run_cell(options: Options, method: str, shard: str, processes: int, accumula
             if value is not None and name not in ("methods", "processes", "output")
             for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
         ]
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
-        ]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         done = subprocess.run(
-            [*command, "-m", "scripts.bench_scaling", *arguments],
+            [sys.executable, *torchrun, "-m", "scripts.bench_scaling", *arguments],
             stdout=None if options.longest else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **(bench_memory.EXPANDABLE if options.longest else {})},
+            env={**os.environ, **(EXPANDABLE if options.longest else {})},
         )
         found = json.loads(result.read_text()) if result.is_file() else {}
         if done.returncode or not found:
@@ -319,35 +302,6 @@ def line(cell: dict, single: dict | None) -> str:
     )
 
 
-def draw(cells: list[dict], title: str, path: Path) -> None:
-    """Tokens/s and memory per process against the number of processes; dotted: as many times one process."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (speed, memory) = plt.subplots(1, 2, figsize=(12, 5))
-    for method, shard in dict.fromkeys((cell["method"], cell["shard"]) for cell in cells):
-        points = sorted(
-            (cell["processes"], cell["tokens_per_second"], cell["peak_bytes_per_process"] / 1e9)
-            for cell in cells
-            if (cell["method"], cell["shard"]) == (method, shard) and "step_seconds" in cell
-        )
-        if points:
-            counts, tokens, gigabytes = zip(*points)
-            (drawn,) = speed.plot(counts, tokens, marker="o", label=f"{method} {shard}")
-            speed.plot(
-                counts, [tokens[0] * count / counts[0] for count in counts], ":", color=drawn.get_color()
-            )
-            memory.plot(counts, gigabytes, marker="o", label=f"{method} {shard}")
-    speed.set(xlabel="processes", ylabel="tokens/s")
-    memory.set(xlabel="processes", ylabel="peak GB of each")
-    speed.legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
     if options.worker:
@@ -357,29 +311,17 @@ def main() -> None:
         dist.destroy_process_group()
         return
     options.check()
-    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    title = f"{options.shape}, {options.batch} x {options.tokens} tokens per process, {device}"
-    print(title, flush=True)
+    found = machine(options.device)
+    there = torch.cuda.device_count() if options.device == "cuda" else os.cpu_count()
     name = f"{options.shape}_{options.batch}x{options.tokens}" + ("_longest" if options.longest else "")
-    path = Path(options.output) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "schema": 1,
-        "device": device,
-        "devices": torch.cuda.device_count() if options.device == "cuda" else os.cpu_count(),
-        "versions": package_versions(),
-        "git": git_state(),
-        "created": utc_now(),
-        "weights": "pseudo-random",
-        "options": {
-            k: v for k, v in asdict(options).items() if k not in ("output", "worker", "result", "accumulate")
-        },
-        "results": (cells := []),
-    }
-    unfinished = path.with_suffix(".json.partial")
-    cells += bench_memory.finished_before(unfinished, record)
-    finished = {(cell["method"], cell["shard"], cell["processes"]) for cell in cells}
-    singles = {(cell["method"], cell["shard"]): cell for cell in cells if cell["processes"] == 1}
+    title = f"{options.shape}, {options.batch} x {options.tokens} tokens per process, {found['device']}"
+    print(title, flush=True)
+    campaign = Campaign(
+        Path(options.output) / f"{name}.json", options, itemgetter("method", "shard", "processes"), found,
+        devices=there, weights="pseudo-random",
+    )  # fmt: skip
+    finished = campaign.finished
+    singles = {(cell["method"], cell["shard"]): cell for cell in campaign.results if cell["processes"] == 1}
     references = {}
     planned = [(m, s, n) for m in options.methods for s in options.shards for n in options.counts()]
     for number, (method, shard, processes) in enumerate(planned, 1):
@@ -398,20 +340,16 @@ def main() -> None:
             if "losses" in reference:
                 pairs = zip(cell["losses"], reference["losses"])
                 cell["loss_distance"] = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
-        cells.append(cell)
-        write_json_atomic(unfinished, record)
-        print(
-            f"[{number}/{len(planned)}, {time.time() - started:.0f} s] {line(cell, singles.get((method, shard)))}",
-            flush=True,
+        campaign.add(cell)
+        said = line(cell, singles.get((method, shard)))
+        print(f"[{number}/{len(planned)}, {time.time() - started:.0f} s] {said}", flush=True)
+    if any("step_seconds" in cell for cell in campaign.results):
+        from control_experiments.reporting import (
+            pictures,  # pandas and matplotlib, which no process of a cell needs
         )
-    cells.sort(key=lambda cell: planned.index((cell["method"], cell["shard"], cell["processes"])))
-    write_json_atomic(unfinished, record)
-    unfinished.replace(path)
-    if not options.longest:
-        draw(cells, title, path.with_suffix(".png"))
-    print(f"record in {path}")
-    if all("error" in cell for cell in cells):
-        raise UserError("no cell could be measured")
+
+        pictures.save(pictures.scaling(campaign.results, title), campaign.path.with_suffix(".png"))
+    campaign.finish(planned)
 
 
 if __name__ == "__main__":

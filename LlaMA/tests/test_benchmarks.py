@@ -1,7 +1,9 @@
 import pytest
 
 from control_experiments.record import read_record
+from control_experiments.training.arguments import parse_arguments
 from LlaMA import benchmark_methods, benchmark_throughput
+from scripts import bench_memory
 
 TINY = ("--device", "cpu", "--steps", 2, "--warmup", 1, "--control_rank", 4, "--lora_rank", 2)
 
@@ -11,47 +13,44 @@ def test_throughput_of_the_published_batching_and_ours(call, data, tmp_path):
     arguments = ("--shape", "tiny", "--cuda_graphs", *arguments)
     code, out, err = call(benchmark_throughput.main, *arguments)
     assert code == 0, err
-    ways = read_record(tmp_path / "out" / "record.json").metrics["last"]
+    record = read_record(tmp_path / "out" / "record.json")
+    ways = record.metrics["last"]
     assert list(ways) == ["published", "packed", "large"]
     assert ways["published"]["speedup"] == 1
     assert ways["published"]["forwards_per_step"] == 2
     assert ways["packed"]["forwards_per_step"] == 1
     assert all(f"{way:10}" in out for way in ways)
+    # what tables group by
+    assert record.task == "throughput" and record.model["id"] == "random tiny"
+    options = ("memory", "batch_size", "cutoff", "dtype")
+    assert [record.hyperparameters[name] for name in options] == ["plain", 8, 256, "float32"]
     code, out, _ = call(benchmark_throughput.main, *arguments)
     assert (code, "skipped" in out) == (0, True)
 
 
-def test_methods_on_a_shape_one_record_each(call, tmp_path):
-    code, out, err = call(
-        benchmark_methods.main, "--shapes", "tiny", "--output_dir", tmp_path, "--cutoff", 16, *TINY,
-        "--methods", "lora", "double control", "--memories", "plain", "fast",
-    )  # fmt: skip
-    assert code == 2, "LoRA inside the MLP has no fast mode"
-    assert "not measured: tiny-lora-fast" in err
-    names = ("tiny-lora-plain", "tiny-double-control-plain", "tiny-double-control-fast")
-    for name in names:
-        record = read_record(tmp_path / name / "record.json")
-        assert record.metrics["last"]["seconds_per_step"] > 0
-        assert record.time["real_tokens"] == 2 * 4 * 16
-        assert name in out
-    assert not (tmp_path / "tiny-lora-fast").exists()
+def test_methods_on_shapes_are_a_call_of_the_memory_benchmark(call, monkeypatch):
+    calls = []
+    monkeypatch.setattr(bench_memory, "main", calls.append)
+    assert call(benchmark_methods.main, "--device", "cpu")[0] == 0
+    assert call(benchmark_methods.main, "--shape", "tiny", "--device", "cpu", "--methods", "lora")[0] == 0
+    options = [parse_arguments(bench_memory.Options, argv=words)[0] for words in calls]
+    assert [(o.shape, o.batch, o.tokens) for o in options] == [
+        ("llama2-7b", 4, 256), ("llama3-8b", 3, 256), ("tiny", 4, 256),
+    ]  # fmt: skip
+    assert options[0].methods == list(benchmark_methods.METHODS) and options[2].methods == ["lora"]
+    assert all(o.with_defaults().device == "cpu" for o in options)
 
 
 @pytest.mark.parametrize(
-    ("main", "arguments", "message"),
+    ("arguments", "message"),
     [
-        (benchmark_throughput.main, ("--data", "x", "--output_dir", "o"), "either --model or --shape"),
-        (
-            benchmark_throughput.main,
-            ("--data", "x", "--output_dir", "o", "--shape", "huge"),
-            "unknown shape 'huge'",
-        ),
-        (benchmark_methods.main, ("--output_dir", "o", "--shapes", "huge"), "unknown shape 'huge'"),
-        (benchmark_methods.main, ("--output_dir", "o", "--memories", "less"), "unknown memory mode 'less'"),
-        (benchmark_methods.main, ("--output_dir", "o", "--control_rank", "0"), "control_rank must be"),
+        ((), "either --model or --shape"),
+        (("--shape", "huge"), "unknown shape 'huge'"),
+        (("--shape", "tiny", "--control_rank", 0), "--control_rank must be"),
+        (("--shape", "tiny", "--token_budget", 0), "--token_budget must be"),
     ],
 )
-def test_bad_input(call, main, arguments, message):
-    code, _, err = call(main, *arguments)
+def test_bad_input(call, arguments, message):
+    code, _, err = call(benchmark_throughput.main, "--data", "x", "--output_dir", "o", *arguments)
     assert code == 2
     assert message in err

@@ -1,13 +1,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from control_experiments.record import read_record
-from LlaMA import answering, evaluate, finetune
+from LlaMA import answering, evaluate, evaluation, finetune
 from LlaMA.answering import Question, generate, pad_left, rank_words
 from LlaMA.commonsense import ANSWER_LEAD, TASKS, offered_words, tokenize_prompts
 from LlaMA.tests.conftest import one_line, tiny_model
@@ -174,6 +175,10 @@ def test_a_run_scores_all_tasks_and_keeps_every_answer(run, trained, tmp_path):
         accuracies.append(100 * sum(line["correct"] for line in lines) / 7)
         assert record.metrics["last"][task] == pytest.approx(accuracies[-1])
         assert f"{task:14} accuracy" in out
+    kept = np.load(tmp_path / "evaluation" / "outcomes.npz")
+    assert len(set(kept["example"])) == 7 * 8
+    for task, accuracy in zip(TASKS, accuracies, strict=True):
+        assert 100 * kept["correct"][kept["group"] == task].mean() == pytest.approx(accuracy)
     assert record.metrics["last"]["average"] == pytest.approx(sum(accuracies) / 8)
     assert (
         record.adapter["trainable_parameters"]
@@ -189,13 +194,13 @@ def test_a_killed_run_answers_only_what_is_left(run, tmp_path, monkeypatch):
     kept = (folder / "boolq.jsonl").read_text().splitlines(keepends=True)
     (folder / "boolq.jsonl").write_text("".join(kept[:3]) + kept[3][:10])  # killed within a line
 
-    asked, real = [], evaluate.generate
+    asked, real = [], evaluation.generate
 
     def counted(model, tokenizer, questions, **kwargs):
         asked.extend(questions)
         return real(model, tokenizer, questions, **kwargs)
 
-    monkeypatch.setattr(evaluate, "generate", counted)
+    monkeypatch.setattr(evaluation, "generate", counted)
     code, _, err = run("--tasks", "boolq", "piqa", "--batch_size", 3, name="whole")
     assert code == 0, err
     assert len(asked) == 4 + 7
@@ -302,7 +307,7 @@ def test_an_adapter_of_which_something_is_missing_is_refused(
 
 
 def test_batches_that_the_gpus_memory_does_not_hold_are_halved(run, tmp_path, monkeypatch):
-    real, sizes = evaluate.generate, []
+    real, sizes = evaluation.generate, []
 
     def small(model, tokenizer, questions, **named):
         sizes.append(len(questions))
@@ -310,20 +315,20 @@ def test_batches_that_the_gpus_memory_does_not_hold_are_halved(run, tmp_path, mo
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0")
         return real(model, tokenizer, questions, **named)
 
-    monkeypatch.setattr(evaluate, "generate", small)
+    monkeypatch.setattr(evaluation, "generate", small)
     code, _, err = run()
     assert code == 0 and err.count("answered in parts") == 1
     assert sizes[:7] == [4, 2, 1, 1, 2, 1, 1]
     path = tmp_path / "evaluation" / "boolq.jsonl"
     halved = path.read_text()
     shutil.rmtree(path.parent)
-    monkeypatch.setattr(evaluate, "generate", real)
+    monkeypatch.setattr(evaluation, "generate", real)
     assert run("--batch_size", 1)[0] == 0
     assert path.read_text() == halved
 
 
 def test_too_little_gpu_memory_keeps_what_was_answered(run, tmp_path, monkeypatch):
-    real, calls = evaluate.generate, []
+    real, calls = evaluation.generate, []
 
     def full(*args, **kwargs):
         calls.append(1)
@@ -331,10 +336,10 @@ def test_too_little_gpu_memory_keeps_what_was_answered(run, tmp_path, monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "generate", full)
+    monkeypatch.setattr(evaluation, "generate", full)
     code, _, err = run()
     assert code == 2
     assert "smaller --batch_size" in one_line(err)
     assert len((tmp_path / "evaluation" / "boolq.jsonl").read_text().splitlines()) == 4
-    monkeypatch.setattr(evaluate, "generate", real)
+    monkeypatch.setattr(evaluation, "generate", real)
     assert run("--batch_size", 2)[0] == 0

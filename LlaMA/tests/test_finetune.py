@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from control_experiments.record import read_record
-from LlaMA import finetune
-from LlaMA.models import METHODS, SHAPES, choose_pad_token
+from LlaMA import finetune, training
+from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
+from LlaMA.models import SHAPES, add_adapter, choose_pad_token, expected_config
 from LlaMA.tests.conftest import one_line
 from peft_control import ControlConfig  # noqa: F401  registers CONTROL
 
@@ -34,8 +36,8 @@ def run(call, model_folder, data, tmp_path):
     return start
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_and_leaves_an_adapter_and_a_record(run, tmp_path, model_folder, method):
+@pytest.mark.parametrize("method", finetune.METHODS)
+def test_every_method_trains_and_leaves_an_adapter_and_a_record(run, tmp_path, method, monkeypatch):
     code, out, err = run(method=method)
     assert code == 0, err
     record = read_record(tmp_path / "run" / "record.json")
@@ -49,21 +51,28 @@ def test_every_method_trains_and_leaves_an_adapter_and_a_record(run, tmp_path, m
     per_weight = 0 if method in ("control", "double control") else qkv + (0 if controls else up_down)
     if "dora" in method:
         per_weight += magnitudes + (0 if controls else layers * (64 + 32))
+    if method == "miss":
+        per_weight = layers * lora * (32 + 16 + 16 + 64 + 32)
+    if method == "shadow":  # two small networks and two matrices a layer, and a whole layer beside the model
+        own = 2 * (32 * 32 + 32 * 16) + 3 * 32 * 64 + 3 * 32
+        per_weight = layers * (2 * 32 * lora + 2 * (32 * lora + lora + lora * 32 + 32)) + own
     assert record.adapter["trainable_parameters"] == controls + per_weight
     assert record.time["real_tokens"] > 0
     assert [entry["step"] for entry in record.history] == [2, 4, 6]
     assert record.metrics["best"]["eval_loss"] == min(entry["eval_loss"] for entry in record.history)
     assert record.metrics["last"]["eval_loss"] < record.history[0]["eval_loss"]
-    from peft import PeftModel
-
-    base = AutoModelForCausalLM.from_pretrained(model_folder)
-    PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    monkeypatch.chdir("/")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path / "run" / "adapter"
+    )  # finds its base by itself
+    asked = AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")("Which?", return_tensors="pt")
+    assert torch.isfinite(loaded(**asked).logits).all()
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert "cut at 256 tokens" in out
 
 
 def test_the_best_checkpoint_is_saved_not_the_last(run, tmp_path, monkeypatch):
-    real, seen = finetune.batch_loss, []
+    real, seen = training.batch_loss, []
 
     def worse_after_the_second_evaluation(model, batch):
         value = real(model, batch)
@@ -72,7 +81,7 @@ def test_the_best_checkpoint_is_saved_not_the_last(run, tmp_path, monkeypatch):
         seen.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
         return value + 10 * max(0, len(seen) - 2)
 
-    monkeypatch.setattr(finetune, "batch_loss", worse_after_the_second_evaluation)
+    monkeypatch.setattr(training, "batch_loss", worse_after_the_second_evaluation)
     code, _, err = run("--token_budget", 10_000, "--max_steps", 10)
     assert code == 0, err
     record = read_record(tmp_path / "run" / "record.json")
@@ -84,7 +93,7 @@ def test_the_best_checkpoint_is_saved_not_the_last(run, tmp_path, monkeypatch):
 
 def test_a_killed_run_resumes_with_the_same_batches(run, tmp_path, monkeypatch):
     assert run(name="whole")[0] == 0
-    batches, real = [], finetune.CommonsenseTrainer.training_step
+    batches, real = [], training.CommonsenseTrainer.training_step
 
     def dying(self, model, inputs, *rest):
         if self.state.global_step == 5:
@@ -92,12 +101,12 @@ def test_a_killed_run_resumes_with_the_same_batches(run, tmp_path, monkeypatch):
         batches.append([batch.inputs["input_ids"].tolist() for batch in inputs["batches"]])
         return real(self, model, inputs, *rest)
 
-    monkeypatch.setattr(finetune.CommonsenseTrainer, "training_step", dying)
+    monkeypatch.setattr(training.CommonsenseTrainer, "training_step", dying)
     assert run(name="killed")[0] == 130
     code, _, err = run(name="killed")
     assert code == 2
     assert "--resume" in one_line(err)
-    monkeypatch.setattr(finetune.CommonsenseTrainer, "training_step", real)
+    monkeypatch.setattr(training.CommonsenseTrainer, "training_step", real)
     code, out, err = run("--resume", name="killed")
     assert code == 0, err
     assert "resumed from checkpoint-4" in out
@@ -122,15 +131,68 @@ def test_padded_and_packed_training_agree(run, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("batching", ["padded", "packed"])
+@pytest.mark.parametrize("method", ["lora", "control+lora"])
+def test_the_trainer_learns_as_a_plain_loop_does(
+    call, model_folder, data, tmp_path, monkeypatch, method, batching
+):
+    """Row for row and step for step: two epochs, whose last steps are short, against AdamW written out."""
+    seen, collate = [], training.collate
+
+    def noting(rows, **settings):
+        seen.append(rows)
+        return collate(rows, **settings)
+
+    monkeypatch.setattr(training, "collate", noting)
+    more = ("--epochs", 2, "--max_steps", -1, "--eval_steps", 1, "--warmup_steps", 3, "--lora_dropout", 0)
+    words = arguments(model_folder, data, tmp_path / "run", *more, "--batching", batching, method=method)
+    code, _, err = call(finetune.main, *words)
+    assert code == 0, err
+    history = read_record(tmp_path / "run" / "record.json").history
+    kept, _ = split_rows(read_rows(data / "train.json"), 6, seed=42)
+    rows = [row.ids for row in tokenize_rows(kept, AutoTokenizer.from_pretrained(model_folder), 256)]
+    epochs = [[row.ids for step in part for row in step] for part in (seen[:8], seen[8:])]
+    assert (
+        len(seen) == 16 and sorted(epochs[0]) == sorted(epochs[1]) == sorted(rows) and epochs[0] != epochs[1]
+    )
+
+    torch.manual_seed(42)
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    config = expected_config(
+        method, 4, 1.0, 0.0, 2, 4, 0.0, finetune.Options(method=method, data="x").targets
+    )
+    model = get_peft_model(base, config).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    for number, (rows, entry) in enumerate(zip(seen, history, strict=True)):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (number / 3 if number < 3 else (16 - number) / 13)
+        losses = []
+        for micro_batch in (rows[:4], rows[4:]):  # each a mean over its tokens, as published
+            if micro_batch:
+                ids = torch.nn.utils.rnn.pad_sequence(
+                    [torch.tensor(row.ids) for row in micro_batch], True, -100
+                )
+                mask = (ids >= 0).long()
+                losses.append(model(input_ids=ids.clamp(min=0), attention_mask=mask, labels=ids).loss)
+        loss = torch.stack(losses).mean()
+        assert loss.item() == pytest.approx(entry["train_loss"], rel=2e-5), f"step {number + 1}"
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert history[-1]["train_loss"] < 0.95 * history[0]["train_loss"]
+
+
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
-    real, calls = finetune.batch_loss, []
+    real, calls = training.batch_loss, []
 
     def spoiled(model, batch):
         calls.append(model.training)
         value = real(model, batch)
         return value * math.nan if calls.count(True) > 5 else value
 
-    monkeypatch.setattr(finetune, "batch_loss", spoiled)
+    monkeypatch.setattr(training, "batch_loss", spoiled)
     code, _, err = run("--token_budget", 10_000)
     assert code == 2
     assert "loss is NaN or infinite at step" in one_line(err)
@@ -146,7 +208,7 @@ def test_too_little_gpu_memory_is_one_line_that_says_what_helps(run, tmp_path, m
             "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity"
         )
 
-    monkeypatch.setattr(finetune, "batch_loss", full)
+    monkeypatch.setattr(training, "batch_loss", full)
     code, _, err = run()
     assert code == 2
     assert "asked for 2.50 GiB" in one_line(err)
@@ -156,8 +218,8 @@ def test_too_little_gpu_memory_is_one_line_that_says_what_helps(run, tmp_path, m
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--control_rank", 0), "control_rank must be an integer of at least 1"),
-        (("--lora_rank", 0), "LoRA rank must be at least 1"),
+        (("--control_rank", 0), "--control_rank must be at least 1"),
+        (("--lora_rank", 0), "--lora_rank must be at least 1"),
         (("--method", "adapter"), "unknown method 'adapter'"),
         (("--data", "nowhere.json"), "cannot read nowhere.json"),
         (("--model", "./nowhere"), "there is no model at ./nowhere"),
@@ -343,8 +405,6 @@ def test_the_pad_token_is_a_real_one(tokenizer, spare, pad):
 def test_shapes_have_the_published_numbers_of_adapter_parameters():
     from accelerate import init_empty_weights
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from LlaMA.models import add_adapter, expected_config
 
     for shape, method, count in (
         ("llama2-7b", "control+lora", 41_943_040),

@@ -13,6 +13,8 @@ import pytest
 
 from control_experiments.record import read_record
 from control_experiments.training.checkpoints import checkpoints
+from LlaMA import demo
+from LlaMA.commonsense import TASKS, offered_words, read_tests
 
 FOLDER = Path(__file__).resolve().parents[1]
 TRAIN = [
@@ -42,8 +44,9 @@ def launch_here(call, noting, monkeypatch, tmp_path):
         assert done.returncode == 0, done.stderr
         ended = []
         for command in noting.calls:
-            monkeypatch.setattr(sys, "argv", command)
-            program = import_module(f"LlaMA.{Path(command[0]).stem}")
+            module, *words = command[1:]
+            monkeypatch.setattr(sys, "argv", [module, *words])
+            program = import_module(module)
             ended.append(call(lambda _, main=program.main: main()))
         return ended
 
@@ -72,6 +75,24 @@ def test_a_launcher_trains_and_evaluates(launch_here, model_folder, data, tmp_pa
     assert "control_rank 4, but double control with control_rank 8" in error
 
 
+def test_a_trial_needs_no_model_and_no_data(launch_here, tmp_path, monkeypatch):
+    """The README's, with less reading, training and asking."""
+    monkeypatch.setenv("PARALLEL_CONTROL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo, "STEPS", 4)
+    ended = launch_here(
+        "llama3_8B_DoubleControl.sh", 8, 2, 4, tmp_path / "out", "cpu", "--max_steps", 2, "--eval_steps", 1,
+        MODEL="tiny", DATA="demo", HELD_OUT=8, BATCH=4, MICRO_BATCH=4, EVALUATE_ARGS="--limit 2 --mode likelihood",
+    )  # fmt: skip
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    record = read_record(tmp_path / "out" / "record.json")
+    assert (record.model["id"], record.data["id"]) == ("tiny", "demo") and record.data["sha256"]
+    assert read_record(tmp_path / "out" / "likelihood" / "record.json").data["sizes"] == dict.fromkeys(
+        TASKS, 2
+    )
+    rows = read_tests(demo.demo_folder(), list(TASKS))
+    assert all(row.answer in offered_words(row, TASKS[task]) for task, part in rows.items() for row in part)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -86,6 +107,18 @@ def test_too_few_arguments_print_the_usage(name, tmp_path):
     done = launch(name, cwd=tmp_path)
     assert done.returncode == 2
     assert "usage: bash" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "--nonsense"])
+@pytest.mark.parametrize("script", ["finetune", "evaluate", "convert"])
+def test_help_and_wrong_options_do_not_wait_for_torch(script, option):
+    command = [sys.executable, "-X", "importtime", "-m", f"LlaMA.{script}", option]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent)
+    loaded = {
+        line.rsplit("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")
+    }
+    assert done.returncode == (0 if option == "--help" else 2)
+    assert "transformers.hf_argparser" in loaded and not loaded & {"torch", "peft", "datasets"}
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
@@ -184,7 +217,7 @@ def test_what_a_launcher_runs(name, tmp_path):
     }[name]
     assert f"--method {method}" in printed[0]
     assert f"--epochs 3 {recipe} --cutoff 256 --warmup_steps 100 --held_out 120 --eval_steps 80" in printed[0]
-    assert "evaluate.py" in printed[1]
+    assert "LlaMA.evaluate" in printed[1]
 
 
 def test_the_table_script_runs_all_methods(tmp_path):
@@ -194,8 +227,8 @@ def test_the_table_script_runs_all_methods(tmp_path):
     assert done.returncode == 0, done.stderr
     printed = [line for line in done.stdout.splitlines() if not line.startswith("+")]
     assert len(printed) == 1 + 2 * 4
-    assert all("--max_steps 3" in line for line in printed if "finetune.py" in line)
-    assert all("--limit 5" in line for line in printed if "evaluate.py" in line)
+    assert all("--max_steps 3" in line for line in printed if "LlaMA.finetune" in line)
+    assert all("--limit 5" in line for line in printed if "LlaMA.evaluate" in line)
     assert "out/double-control-seed42/adapter" in done.stdout
 
 

@@ -108,7 +108,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.mark.parametrize("loss", [batch_loss, fused_batch_loss])
 def test_graphs_replay_the_packs_of_a_step(model, step, loss, method):
     """Packs of several shapes whose gradients add up, in any order, replayed with other rows than they were captured with."""
-    from LlaMA.finetune import ready_to_train
+    from LlaMA.models import ready_to_train
 
     model = adapted(model.bfloat16(), method).cuda().train()
     model.base_model.model.set_attn_implementation(VARLEN)
@@ -131,7 +131,7 @@ def test_graphs_replay_the_packs_of_a_step(model, step, loss, method):
 @needs_gpu
 @pytest.mark.parametrize("method", ["control+lora", "lora", "dora"])
 def test_lora_dropout_draws_anew_in_each_replay(model, step, method):
-    from LlaMA.finetune import ready_to_train
+    from LlaMA.models import ready_to_train
 
     config = expected_config(method, 4, 1.0, 0.0, 4, 8, 0.5, ("q_proj", "k_proj", "v_proj"))
     model = add_adapter(model.bfloat16(), config).cuda().train()

@@ -1,7 +1,5 @@
 """Quantized training and evaluation through the scripts and launchers, for real, on the CPU."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from control_experiments.errors import UserError
 from control_experiments.record import read_record
+from control_experiments.training.arguments import parse_arguments
 from control_experiments.training.quantization import loading_arguments
 from control_experiments.training.trainer import ExperimentTrainer
 from LlaMA import evaluate as llama_evaluate
@@ -16,6 +15,7 @@ from LlaMA import finetune as llama_finetune
 from LlaMA.models import load_model
 from QControl import quantized_memory
 from RoBERTa import finetune as roberta_finetune
+from scripts import bench_memory
 
 CPU = torch.device("cpu")
 
@@ -277,62 +277,23 @@ def test_int8_and_fp4_train_too(llama, tmp_path):
         code, out, err = llama(quantization=quantization, output=quantization)
         assert code == 0, err
         assert "MatMul8bitLt" not in err
-        assert f"float32 over {quantization} on cpu" in out
+        assert f"fp32 over {quantization} on cpu" in out
         assert read_record(tmp_path / quantization / "record.json").model["quantization"] == quantization
 
 
 # -- the benchmark ----------------------------------------------------------------------------------------------
 
 
-def test_benchmark_measures_cells_in_processes_of_their_own(call, tmp_path):
-    words = (
-        "--device", "cpu", "--output_dir", tmp_path, "--steps", 1, "--warmup", 1, "--shape", "tiny-roberta",
-        "--methods", "control", "--weights", "nf4", "--batches", 2, "--tokens", 8,
-    )  # fmt: skip
-    assert call(quantized_memory.main, *words)[0] == 0
-    (path,) = tmp_path.glob("*/record.json")
-    record = read_record(path)
-    assert path.parent.name == "tiny-roberta_control_nf4_plain_2x8"
-    assert record.model["quantization"] == "nf4" and record.adapter["trainable_parameters"] > 0
-    written = path.stat().st_mtime_ns
-    code, out, _ = call(quantized_memory.main, *words)
-    assert code == 0 and path.parent.name in out
-    assert path.stat().st_mtime_ns == written
-    code, _, err = call(quantized_memory.main, *words, "--control_rank", 3)
-    assert code == 2 and "error: not measured: control_nf4_plain_2x8 (reasons above)" in err
-    assert path.stat().st_mtime_ns == written
-    code, _, err = call(quantized_memory.main, "--device", "cpu", "--weights", "nf5")
-    assert code == 2 and "unknown --weights 'nf5'" in one_line(err)
-
-
-def test_benchmarks_random_bases_are_quantized_as_loaded_ones(call, tmp_path):
-    """Same layers, same kind of quantized state as from_pretrained makes."""
-    for shape in ("tiny-roberta", "tiny"):
-        options = quantized_memory.Options(shape=shape, device="cpu").with_defaults()
-        plain = quantized_memory.random_base(options, "fp32", torch.float32, CPU)
-        plain.save_pretrained(tmp_path / shape)
-        for quantization in ("nf4", "int8"):
-            ours = quantized_memory.random_base(options, quantization, torch.float32, CPU)
-            loaded = type(plain).from_pretrained(
-                tmp_path / shape, **loading_arguments(quantization, CPU, torch.float32)
-            )
-            kinds = [
-                {name: (type(module).__name__, str(module)) for name, module in model.named_modules() if not [*module.children()]}
-                for model in (ours, loaded)
-            ]  # fmt: skip
-            assert kinds[0] == kinds[1]
-            assert ours.num_parameters() == plain.num_parameters()
-
-
-def test_benchmarks_tables():
-    tiny = [quantized_memory.Options(shape=shape).with_defaults() for shape in ("tiny-roberta", "tiny")]
-    assert [len(list(options.cells())) for options in tiny] == [4, 4]
-    assert all((cell.batch, cell.tokens) == (2, 16) for options in tiny for cell in options.cells())
-    encoder = quantized_memory.Options().with_defaults()
-    assert len(list(encoder.cells())) == 2 * 3 * 4
-    llama = quantized_memory.Options(shape="llama3-8b").with_defaults()
-    names = [cell.name for cell in llama.cells()]
-    assert "double-control_nf4_lean_1x2048" in names and "lora_nf4_plain_1x2048" in names
-    assert not any("lora" in name and "lean" in name for name in names)
-    config = llama.config("double control")
-    assert json.dumps([config.control_rank, sorted(config.control_blocks)]) == '[64, ["attention", "mlp"]]'
+def test_benchmarks_tables_are_calls_of_the_memory_benchmark(call, monkeypatch):
+    calls = []
+    monkeypatch.setattr(bench_memory, "main", calls.append)
+    for shape in ("roberta-base", "llama3-8b", "tiny-roberta", "tiny"):
+        assert call(quantized_memory.main, "--shape", shape, "--device", "cpu", "--warmup", 0)[0] == 0
+    options = [parse_arguments(bench_memory.Options, argv=words)[0] for words in calls]
+    assert [(o.shape, o.batch, o.tokens) for o in options] == [
+        ("roberta-base", 64, 128), ("roberta-base", 256, 128), ("llama3-8b", 1, 256), ("llama3-8b", 1, 2048),
+        ("tiny-roberta", 2, 16), ("tiny", 2, 16),
+    ]  # fmt: skip
+    methods = [options[place].with_defaults().methods for place in (3, 4)]
+    assert {"control+nf4:lean", "lora-qkv+uncast+nf4", "lora-qkv+uncast+checkpointing+nf4"} < set(methods[0])
+    assert methods[1] == ["control+fp32", "lora+fp32", "control+nf4", "lora+nf4"]

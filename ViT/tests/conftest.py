@@ -14,7 +14,7 @@ ARCHITECTURE = "test_vit"  # timm's own test model: width 64, 6 blocks, patch 16
 
 @pytest.fixture(scope="session")
 def programs():
-    names = ("finetune", "figures", "memory_table", "benchmark_pipeline", "small_table")
+    names = ("finetune", "figures", "benchmark_pipeline", "small_table")
     return {name: import_module(f"ViT.{name}") for name in names}
 
 

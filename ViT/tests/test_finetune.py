@@ -1,7 +1,6 @@
 """The programs as their users call them, on tiny inputs."""
 
 import csv
-import json
 import logging
 import os
 import re
@@ -274,23 +273,6 @@ def test_the_small_tables_data_may_have_spaces_in_its_paths(tmp_path):
     assert data("") == ["/shared/data/vision/cifar100_7k.npz", "/shared/data/vision/flowers12.tar"]
     refused = launch(ROOT / "ViT" / "run_small_table.sh", "cpu", DATA="it's")
     assert refused.returncode == 2 and "a quote in DATA is not closed" in refused.stderr
-
-
-def test_memory_table(call, tmp_path):
-    small = ("--architecture", "test_vit", "--image_size", 32, "--batch_size", 2, "--warmup", 1, "--steps", 2)
-    code, _, stderr = call(
-        "memory_table", *small, "--device", "cpu", "--output_dir", tmp_path, "--cell", "sdpa_dora"
-    )
-    assert code == 0, stderr
-    record = json.loads((tmp_path / "sdpa_dora.json").read_text())
-    assert record["metrics"]["milliseconds_per_step"] > 0 and record["hyperparameters"]["mlp_layers"] == 4
-    record["memory"]["peak_allocated_bytes"] = 3000 * 2**20
-    (tmp_path / "sdpa_dora.json").write_text(json.dumps(record))
-    from ViT import memory_table
-
-    lines = memory_table.table(tmp_path).splitlines()
-    assert any(line.startswith("| sdpa | dora |") and "[3,000](sdpa_dora.json)" in line for line in lines)
-    assert any("| eager | control |" in line and "11,083" in line and "no record" in line for line in lines)
 
 
 def test_benchmark(call, npz, tmp_path):

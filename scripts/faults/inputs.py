@@ -234,7 +234,7 @@ def _read_rows(path: Path) -> object:
 
 def _read_answers(path: Path) -> object:
     from LlaMA.commonsense import Row
-    from LlaMA.evaluate import read_answers, score
+    from LlaMA.evaluation import read_answers, score
 
     answers = read_answers(path, [Row("x", "", "true", "true")] * 2)
     return score(answers) if answers else None

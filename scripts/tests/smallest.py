@@ -18,6 +18,7 @@ from control_experiments.paths import REPOSITORY
 #: Scripts whose commands are only parsed here, and why.
 ONLY_PARSED = {
     "scripts/download_models.py": "needs a package index; scripts/tests/test_download_models.py has one of its own",
+    "LlaMA/convert.py": "needs a GGUF file; LlaMA/tests/test_finetune.py converts one where there is one",
     "RoBERTa/download_glue.py": "needs a network",
     "scripts/bench_scaling.py": "starts several processes for each cell; scripts/tests/test_bench_scaling.py runs it",
     "scripts/inject_faults.py": "takes minutes at its smallest; scripts/tests/test_faults_*.py run its parts",
@@ -32,8 +33,6 @@ SMALL = {
     "RoBERTa/benchmark_padding.py": "--model {encoder} --data {glue} --batch_size 4 --steps 1 --output {out}/padding.json",
     "ViT/finetune.py": "{vit} --epochs 1 --batch_size 16",
     "ViT/small_table.py": "{vit} --methods control --seeds 1 --epochs 1 --batch_size 16 --output_dir {out}",
-    "ViT/memory_table.py": "--architecture test_vit --image_size 32 --batch_size 2 --warmup 0 --steps 1 --cell eager_control "
-    "--output_dir {out}",
     "ViT/benchmark_pipeline.py": "--data {images} --architecture test_vit --image_size 32 --batch_size 4 --steps 1 --rounds 1 "
     "--workers 1 --output_dir {out}",
     "LlaMA/finetune.py": "--model {llama} --data {questions}/train.json --max_steps 1 --epochs 1 --eval_steps 1 --warmup_steps 0 "
@@ -41,12 +40,10 @@ SMALL = {
     "--optimizer adamw --output_dir {out}",
     "LlaMA/evaluate.py": "--model {llama} --data {questions} --tasks boolq --limit 2 --beams 1 --max_new_tokens 2 "
     "--control_rank 4 --lora_rank 2",
-    "LlaMA/benchmark_methods.py": "--shapes tiny --steps 1 --warmup 0 --cutoff 8 --memories plain --control_rank 4 --lora_rank 2 "
-    "--output_dir {out}",
+    "LlaMA/benchmark_methods.py": "--tokens 8 --batch 1 --steps 1 --warmup 0",
     "LlaMA/benchmark_throughput.py": "--data {questions}/train.json --steps 1 --warmup 0 --batch_size 4 --large_batch 8 "
     "--micro_batch_size 2 --cutoff 64 --control_rank 4 --lora_rank 2 --output_dir {out}",
-    "QControl/quantized_memory.py": "--weights fp32 --modes plain --batches 2 --tokens 8 --steps 1 --warmup 0 --worker "
-    "--output_dir {out}",
+    "QControl/quantized_memory.py": "--tokens 8 --batch 1 --steps 1 --warmup 0 --methods control",
     "scripts/bench_memory.py": "--batch 1 --steps 1 --warmup 0",
     "scripts/bench_kernels.py": "--peers torch --tokens 8 --vocabulary 99 --repeats 2 --output {out}/kernels.json",
     "scripts/make_tables.py": "--results {out}",
@@ -165,33 +162,23 @@ class Runner:
         return [*given, *(["--model", str(self.inputs.llama)] if "--model" in given else ["--shape", "tiny"])]
 
     def _LlaMA_benchmark_methods(self, given: list[str], out: Path) -> list[str]:
-        return [
-            *given,
-            "--methods",
-            given[given.index("--methods") + 1] if "--methods" in given else "double control",
-        ]
+        return self._scripts_bench_memory(["--shape", "llama3-8b", *given], out)
 
     def _QControl_quantized_memory(self, given: list[str], out: Path) -> list[str]:
-        return [
-            *given,
-            "--shape",
-            "tiny-roberta" if "roberta" in given[given.index("--shape") + 1] else "tiny",
-        ]
+        return self._scripts_bench_memory(given, out)
 
     def _scripts_bench_memory(self, given: list[str], out: Path) -> list[str]:
+        """One method, in this process."""
         shape = given[given.index("--shape") + 1] if "--shape" in given else "llama3-8b"
         tiny = {"vit-b16": "tiny-vit", "roberta-base": "tiny-roberta"}.get(shape, "tiny")
         method = given[given.index("--methods") + 1] if "--methods" in given else "control:lean"
-        if "--limit" in given:  # of a GPU's memory
-            place = given.index("--limit")
-            del given[place : place + 2]
-        given = [
-            *given,
-            "--shape",
-            tiny,
-            "--methods",
-            method.replace("+liger", ""),
-            "--worker",
-            method.replace("+liger", ""),
-        ]
+        method = method.replace("+liger", "").replace("+graphs", "")
+        for option, last in (
+            ("--limit", 2),
+            ("--lengths", 3),
+            ("--tokens", 2),
+        ):  # of a GPU's memory; a tiny model's are few
+            if option in given and (option != "--tokens" or tiny == "tiny-vit"):
+                del given[given.index(option) : given.index(option) + last]
+        given = [*given, "--shape", tiny, "--methods", method, "--worker", method]
         return given if tiny == "tiny-vit" else [*given, "--tokens", "8"]

@@ -261,19 +261,6 @@ def test_rerun_scripts_start_from_the_papers_recipes():
     assert float(default("rerun_quantized.sh", "LR")) == RECIPES["qcontrol"]["rte"]["lr"]
 
 
-def test_rerun_gives_methods_without_a_launcher_the_bases_own_recipe(note):
-    """What run_smollm2_table.sh is told for LoRA and DoRA is what the base's control launchers have."""
-    from scripts import rerun
-
-    for base, variables in rerun._COMMON_RECIPE.items():
-        launcher = (REPOSITORY / "LlaMA" / f"{rerun.LLAMAS[base]}_DoubleControl.sh").read_text()
-        for name, value in variables.items():
-            if name == "TOKEN_BUDGET":
-                assert int(value) == int(variables["MICRO_BATCH"]) * RECIPES["llama"]["cutoff"]
-            else:
-                assert f"{name}=${{{name}:-{value}}}" in launcher, f"{base}: {name}"
-
-
 def test_every_launcher_variable_can_be_set_from_outside_and_reaches_the_script(note, monkeypatch):
     for launcher, arguments, options_of in (
         ("RoBERTa/run_roberta.sh", "control cola", {"BATCH_SIZE": "batch_size", "CONTROL_RANK": "control_rank", "LORA_ALPHA": "lora_alpha", "WARMUP_RATIO": "warmup_ratio", "SEED": "seed"}),

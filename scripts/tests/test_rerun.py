@@ -22,39 +22,36 @@ from scripts import rerun
 INTERPRETER = """#!{python}
 import json, os, sys, time
 arguments = sys.argv[1:]
-if arguments[0].endswith("rerun.py") and "NOTED" in os.environ:
+if arguments[:2] == ["-m", "scripts.rerun"]:
+    if "NOTED" not in os.environ:
+        os.execv({python!r}, [{python!r}, *arguments])
     with open(os.environ.pop("NOTED"), "w") as file:
-        json.dump({{"arguments": arguments, "environment": dict(os.environ)}}, file)
+        json.dump({{"arguments": arguments[1:], "environment": dict(os.environ)}}, file)
     sys.exit()
-if arguments[0].endswith("rerun.py") or arguments[0] == "-c":
-    os.execv({python!r}, [{python!r}, *arguments])
-value = dict(zip(arguments[1:], arguments[2:]))
+module, value = arguments[1], dict(zip(arguments[2:], arguments[3:]))
+noted = {{name: os.environ.get(name) for name in ("SEED", "DATA", "CUDA_VISIBLE_DEVICES")}}
 with open(os.environ["CALLS"], "a") as file:
-    file.write(json.dumps({{"pid": os.getpid(), "arguments": arguments, **{{n: os.environ.get(n) for n in ("SEED", "DATA", "CUDA_VISIBLE_DEVICES")}}}}) + "\\n")
+    file.write(json.dumps({{"pid": os.getpid(), "arguments": arguments, **noted}}) + "\\n")
 time.sleep(float(os.environ.get("FAKE_SECONDS", 0)))
 if os.environ.get("FAKE_FAIL") in arguments:
     print("error: out of everything", file=sys.stderr)
     sys.exit(2)
-from control_experiments.record import RunRecord
-place = value.get("--output_dir")
-name = "sdpa_dora.json" if "memory_table.py" in arguments[0] else "record.json"
-if "bench_memory.py" in arguments[0]:
-    tokens, batch = int(value.get("--tokens", 197)), int(value["--batch"])
-    options = {{"shape": value["--shape"], "batch": batch}}
-    result = {{"method": "lora", "step_seconds": 1.0, "tokens_per_second": batch * tokens}}
+if module == "scripts.bench_memory":
+    options = {{"shape": value["--shape"], "batch": int(value["--batch"])}}
     os.makedirs(value["--output"], exist_ok=True)
-    with open(os.path.join(value["--output"], f"{{options['shape']}}_{{batch}}x{{tokens}}.json"), "w") as file:
-        json.dump({{"options": options, "results": [result]}}, file)
+    place = os.path.join(value["--output"], f"{{options['shape']}}_{{options['batch']}}x{{value.get('--tokens', 197)}}.json")
+    with open(place, "w") as file:
+        json.dump({{"options": options, "results": [{{"method": "lora"}}]}}, file)
     sys.exit()
+from control_experiments.record import RunRecord
 task = value.get("--task") or os.path.basename(value.get("--data", "memory")).split(".")[0]
-lr = float(value.get("--lr", 0))
 fields = dict.fromkeys(("data", "adapter", "memory", "time", "versions", "git", "device"), {{}})
 RunRecord(
     domain="x", name="x", method=value.get("--method", "zero-shot"), task=task, seed=int(value.get("--seed", 0)), command=[],
     created="", finished="", model={{"id": value.get("--model")}},
-    hyperparameters={{name[2:]: text for name, text in value.items()}},
-    metrics={{"last": {{"score": 1 - abs(lr - 1e-3)}}}}, **fields,
-).write(os.path.join(place, name))
+    hyperparameters={{name[2:]: text for name, text in value.items() if name.startswith("--")}},
+    metrics={{"last": {{"score": 1 - abs(float(value.get("--lr", 0)) - 1e-3)}}}}, **fields,
+).write(os.path.join(value.get("--output_dir"), "record.json"))
 """
 
 
@@ -299,17 +296,19 @@ def test_the_search_holds_out_a_tenth_of_the_training_rows(tmp_path, monkeypatch
          r"METHODS=lora SEEDS=5 bash LlaMA/run_smollm2_table.sh \S+/llama/smollm2 {gpu}"),
         ("quantized", ("--methods", "dora", "--seeds", "1"), {},
          r"SEED=1 bash QControl/run_roberta_quantization.sh dora rte 320 4e-4 {gpu} --output_dir \S+/qcontrol/\S+ --resume"),
-        ("memory", ("--tasks", "vit", "--seeds", "2"), {}, r"bash scripts/table_vit_memory.sh {gpu} --output_dir \S+/vit/memory/repeat2"),
+        ("memory", ("--tasks", "vit", "--seeds", "2"), {}, r"bash scripts/table_vit_memory.sh {gpu} --output \S+/memory/repeat2/published_vit"),
         ("memory", ("--tasks", "roberta-base", "--seeds", "1"), {},
-         r"CUDA_VISIBLE_DEVICES={gpu} \S+ scripts/bench_memory.py --shape roberta-base --batch 64 --tokens 128 --output \S+/memory"),
+         r"CUDA_VISIBLE_DEVICES={gpu} \S+ -m scripts.bench_memory --shape roberta-base --batch 64 --tokens 128 --output \S+/memory"),
         ("memory", ("--tasks", "llama3-8b-profile", "--seeds", "1"), {},
-         r"\S+ \S+ scripts/bench_memory.py --shape llama3-8b .* --profile True --output \S+ --methods lora\+liger control:fast .*"),
+         r"\S+ \S+ -m scripts.bench_memory --shape llama3-8b .* --profile True --output \S+ --methods lora\+liger control:fast .*"),
         ("memory", ("--tasks", "vit-b16", "--seeds", "2"), {},
-         r"CUDA_VISIBLE_DEVICES={gpu} \S+ scripts/bench_memory.py --shape vit-b16 --batch 128 --output \S+/memory/repeat2"),
+         r"CUDA_VISIBLE_DEVICES={gpu} \S+ -m scripts.bench_memory --shape vit-b16 --batch 128 --output \S+/memory/repeat2"),
         ("commonsense", ("--tasks", "llama3_8b", "--methods", "control+dora", "--seeds", "5"), {},
-         r"METHODS=control\+dora SEEDS=5 MODEL=meta-llama/Meta-Llama-3-8B .* bash LlaMA/run_smollm2_table.sh \S+/llama/llama3_8b {gpu}"),
+         r"SEED=5 METHOD=control\+dora bash LlaMA/llama3_8B_DoubleControl.sh 64 32 64 \S+/llama/llama3_8b/control\+dora-seed5 {gpu} --resume"),
+        ("commonsense", ("--tasks", "llama2_7b", "--methods", "zero-shot"), {},
+         r"bash LlaMA/llama2_7B_Evaluate.sh 64 32 64 \S+/llama/llama2_7b/zero-shot {gpu} zero-shot"),
         ("memory", ("--tasks", "llama3-8b-short", "--methods", "lora", "control:lean", "--seeds", "1"), {},
-         r"CUDA_VISIBLE_DEVICES={gpu} \S+ scripts/bench_memory.py --shape llama3-8b --batch 4 --tokens 256 --output \S+/memory --methods lora control:lean"),
+         r"CUDA_VISIBLE_DEVICES={gpu} \S+ -m scripts.bench_memory --shape llama3-8b --batch 4 --tokens 256 --output \S+/memory --methods lora control:lean"),
     ],
 )  # fmt: skip
 def test_dry_runs_print_the_calls(reruns, table, arguments, environment, wanted):

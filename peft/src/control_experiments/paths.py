@@ -21,3 +21,9 @@ def public_path(path: str | os.PathLike) -> str:
     if resolved.is_relative_to(REPOSITORY):
         return resolved.relative_to(REPOSITORY).as_posix()
     return resolved.name or "/"
+
+
+def cache_folder() -> Path:
+    """What is fetched or made once for all runs: $PARALLEL_CONTROL_CACHE, else ~/.cache/parallel-control."""
+    cache = os.environ.get("PARALLEL_CONTROL_CACHE") or Path.home() / ".cache" / "parallel-control"
+    return Path(cache).expanduser().resolve()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,7 @@ def start(
     less_memory: str,
     option: str = "precision",
     on_gpu: str = "bf16",
+    written: Mapping[str, str] | None = None,
 ) -> Iterator[Run]:
     """Choose device and precision, hold the run's folder and make it this run's.
 
@@ -110,6 +111,7 @@ def start(
         less_memory: which options need less memory, in words.
         option: name of the option that says the precision.
         on_gpu: what "auto" is on a GPU.
+        written: how `run.json` writes a precision, where it has another name there.
 
     Raises:
         UserError: the device, the precision or the folder cannot be used.
@@ -123,7 +125,7 @@ def start(
     with RunFolder(options.folder) as folder, explain_out_of_memory(device, less_memory):
         if options.overwrite:
             folder.clear()
-        identity = {**options.identity(), option: precision}
+        identity = {**options.identity(), option: (written or {}).get(precision, precision)}
         checkpoint = folder.claim(identity, resume=options.resume, defaults=options.defaults())
         if getattr(options, "report_to", "none") != "none":
             os.environ.setdefault("WANDB_DIR", str(folder.path))

@@ -1,0 +1,390 @@
+"""An evaluation by evaluate.py, from its options to its record."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from tqdm.auto import tqdm
+
+import peft_control  # noqa: F401  registers CONTROL with peft
+from control_experiments.errors import UserError
+from control_experiments.outcomes import write_outcomes
+from control_experiments.paths import public_path
+from control_experiments.record import RunRecord, read_record
+from control_experiments.training.checkpoints import check_adapter_files
+from control_experiments.training.checksums import fingerprint, local_fingerprint
+from control_experiments.training.device import (
+    DTYPES,
+    choose_precision,
+    describe_device,
+    explain_out_of_memory,
+    select_device,
+)
+from control_experiments.training.metering import MemoryMeter
+from control_experiments.training.methods import describe_model, load_adapter
+from control_experiments.training.quantization import check_method_runs, quantization_of
+from control_experiments.training.quiet import quieten
+from control_experiments.training.runs import RunFolder
+from LlaMA.answering import Question, Reply, batches, generate, in_parts, questions_of, rank_words
+from LlaMA.batch_one import compare_batch_one
+from LlaMA.commonsense import TASKS, Row, read_tests
+from LlaMA.demo import place_of_model
+from LlaMA.models import choose_pad_token, expected_config, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from LlaMA.evaluate import Options
+
+#: The record's counts of an adapter's parameters.
+COUNTS = ("trainable_parameters", "adapter_parameters", "head_parameters")
+LESS_MEMORY = "a smaller --batch_size, --dtype bf16, fewer --beams"
+
+
+def run(options: Options, command: Sequence[str]) -> RunRecord | None:
+    """Evaluate, unless that is done; returns the record, or None then."""
+    device = select_device(options.device)
+    dtype = DTYPES[choose_precision(options.dtype, device, option="dtype")]
+    quieten()
+    options.model = place_of_model(options.model)
+    if options.adapter is not None:
+        check_adapter(options)
+    with RunFolder(options.output_dir, go_on="start the same command again") as folder:
+        identity = {
+            "model": public_path(options.model),
+            "model_sha256": local_fingerprint(options.model),
+            "adapter": options.adapter and fingerprint(options.adapter),
+            "data": public_path(options.data),
+            "data_sha256": options.checksums(),
+            **options.settings(),
+            "compare_batch_one": options.compare_batch_one,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        if any(folder.path.glob("*.jsonl")):
+            folder.check_same(identity)
+        folder.claim(identity, resume=True)
+        if folder.finished:
+            print(f"{folder.path} is finished: skipped (delete the folder to run it again)")
+            return None
+        with explain_out_of_memory(device, LESS_MEMORY):
+            return evaluate(options, folder, device, dtype, command)
+
+
+def evaluate(
+    options: Options, folder: RunFolder, device: torch.device, dtype: torch.dtype, command: Sequence[str]
+) -> RunRecord:
+    """Answer all test sets (or compare batches with batch 1) and write the record."""
+    started = time.perf_counter()
+    tests = read_tests(options.test_sets, options.tasks, options.limit)
+    memory = MemoryMeter(device)
+    tokenizer, model, total_parameters = load(options, dtype, device)
+    memory.after_load()
+    record = RunRecord.begin(
+        options,
+        domain="llama" if options.quantization == "none" else "qcontrol",
+        name=folder.path.name,
+        method=method_of(options, model),
+        task="commonsense-likelihood" if options.mode == "likelihood" else "commonsense",
+        device=describe_device(device),
+        command=["python", "-m", "LlaMA.evaluate", *command],
+        dtype=str(dtype).removeprefix("torch."),
+        pad_token=tokenizer.pad_token,
+    )
+    seconds: dict[str, float] = {}
+    if options.compare_batch_one:
+        questions = [
+            question
+            for task, rows in tests.items()
+            for question in questions_of(rows, TASKS[task], tokenizer, options.prompt_style)
+        ]
+        answer = answerer(options, model, tokenizer)
+        published = partial(answer, stop_when_decided=False) if options.mode == "generate" else None
+        metrics = compare_batch_one(
+            questions, answer, published, count=options.compare_batch_one, batch_size=options.batch_size
+        )
+        shown = {name: value for name, value in metrics.items() if name != "differing"}
+        print(json.dumps(shown, indent=2))
+    else:
+        metrics = answer_all(options, folder, model, tokenizer, tests, seconds)
+        print(f"{'average':14} accuracy {metrics['average']:6.2f}  no match {metrics['no_match']:5.2f}")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return record.finish(
+        folder.record,
+        model=describe_model(options.model, base, total_parameters),
+        data={
+            "id": public_path(options.data),
+            "sha256": options.checksums(),
+            "sizes": {task: len(rows) for task, rows in tests.items()},
+        },
+        adapter=describe_frozen_adapter(model, dtype),
+        metrics={"best": {} if options.compare_batch_one else metrics, "last": metrics},
+        memory=memory.summary(),
+        time={"evaluate_seconds": time.perf_counter() - started, "task_seconds": seconds},
+    )
+
+
+def answer_all(
+    options: Options, folder: RunFolder, model, tokenizer, tests: dict[str, list[Row]], seconds: dict
+) -> dict:
+    """Answer all test sets, which takes `seconds`; returns the record's metrics."""
+    answer, scores, answered = in_parts(answerer(options, model, tokenizer)), {}, {}
+    interval = 0.2 if sys.stderr.isatty() else 20
+    with tqdm(
+        total=sum(map(len, tests.values())), unit="question", disable=None, mininterval=interval
+    ) as bar:
+        for task, rows in tests.items():
+            path, began = folder.path / f"{task}.jsonl", time.perf_counter()
+            left = len(rows) - len(read_answers(path, rows))
+            questions = questions_of(rows, TASKS[task], tokenizer, options.prompt_style)
+            answered[task] = answer_task(path, rows, questions, answer, options.batch_size, bar)
+            scores[task] = score(answered[task])
+            seconds[task] = time.perf_counter() - began
+            rate = f", {left / seconds[task]:.1f} questions/s" if left else ""
+            tqdm.write(
+                f"{task:14} accuracy {scores[task]['accuracy']:6.2f}  no match {scores[task]['no_match']:5.2f}{rate}",
+                file=sys.stdout,
+            )
+    keep_outcomes(folder.path, answered)
+    return summarise(scores)
+
+
+def keep_outcomes(folder: Path, answered: dict[str, dict[int, dict]]) -> None:
+    """Every question's outcome in compact form, for comparisons question by question."""
+    entries = [
+        (task, row, entry["correct"]) for task, answers in answered.items() for row, entry in answers.items()
+    ]
+    tasks, rows, correct = zip(*sorted(entries), strict=True)
+    write_outcomes(
+        folder, [f"{task} {row}" for task, row in zip(tasks, rows, strict=True)], correct, group=tasks
+    )
+
+
+# -- the adapter --------------------------------------------------------------------------------------------
+
+
+def check_adapter(options: Options) -> None:
+    """Check that the adapter is what the command line says, before anything large is loaded.
+
+    Raises:
+        UserError: it is unreadable, of another method or rank, or was trained on another base model.
+    """
+    check_adapter_files(options.adapter)
+    try:
+        config = PeftConfig.from_pretrained(options.adapter)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{options.adapter} is no adapter that peft can read: {error}") from error
+    if options.method is not None:
+        expected = expected_config(
+            options.method, options.control_rank, 1.0, 0.0, options.lora_rank, options.lora_alpha, 0.0,
+            config.target_modules or ("q_proj",),
+        )  # fmt: skip
+        for name, wanted in _identity(expected).items():
+            if (found := _identity(config).get(name)) != wanted:
+                raise UserError(
+                    f"the adapter in {options.adapter} has {name} {found}, but {options.method} with {name} {wanted} "
+                    "was asked for: give the values it was trained with"
+                )
+    check_base(options, config.base_model_name_or_path)
+    return config
+
+
+def check_base(options: Options, noted: str | None) -> None:
+    """Compare the base with the training run's record beside the adapter, else with the adapter's own note.
+
+    Raises:
+        UserError: the adapter was trained on another base model.
+    """
+    record = Path(options.adapter).parent / "record.json"
+    trained = read_record(record).model if record.is_file() else {"id": noted}
+    checksum = local_fingerprint(options.model)
+    if checksum and trained.get("sha256"):
+        same = trained["sha256"] == checksum
+    else:  # a folder may have moved: only its name counts
+        same = not trained["id"] or Path(trained["id"]).name == Path(options.model).name
+    if not same:
+        raise UserError(
+            f"the adapter in {options.adapter} was trained on another base model ({Path(trained['id']).name}, not this "
+            f"{Path(options.model).name}): give that one as --model"
+        )
+
+
+def warn_of_other_quantization(adapter: str, quantization: str) -> None:
+    """Say on stderr when the adapter was trained on a base quantized otherwise; that is legitimate, but not the same."""
+    record = Path(adapter).parent / "record.json"
+    trained = read_record(record).model.get("quantization", "none") if record.is_file() else quantization
+    if trained != quantization:
+        print(
+            f"warning: the adapter in {adapter} was trained with --quantization {trained}, the base here is loaded with "
+            f"{quantization}: answers may differ",
+            file=sys.stderr,
+        )
+
+
+def _identity(config: PeftConfig) -> dict:
+    """What tells one adapter of a base from another."""
+    kind = config.peft_type.value.lower()
+    identity = {"method": kind}
+    if kind == "control":
+        identity |= {"control_rank": config.control_rank, "control_blocks": sorted(config.control_blocks)}
+    if kind in ("miss", "shadow"):
+        identity["lora_rank"] = config.r
+    elif config.target_modules:
+        identity |= {"use_dora": config.use_dora, "lora_rank": config.r, "lora_alpha": config.lora_alpha}
+    return identity
+
+
+def load(options: Options, dtype: torch.dtype, device: torch.device):
+    """Tokenizer, model (with its adapter, if there is one) and the base's number of parameters."""
+    tokenizer = load_tokenizer(options.model)
+    base = load_model(options.model, dtype, device, quantization=options.quantization)
+    choose_pad_token(tokenizer, base.get_input_embeddings().weight.shape[0])
+    total = base.num_parameters()
+    if options.adapter is None:
+        return tokenizer, base, total
+    warn_of_other_quantization(options.adapter, quantization_of(base.config))
+    model = load_adapter(base, options.adapter, options.model, autocast_adapter_dtype=False)
+    check_method_runs(method_of(options, model), quantization_of(base.config), device)
+    for parameter in model.parameters():  # not buffers: rotary frequencies stay exact
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return tokenizer, model.eval(), total
+
+
+def method_of(options: Options, model) -> str:
+    """The method's name in records: as asked for, else read off the adapter."""
+    if options.adapter is None:
+        return "zero-shot"
+    if options.method is not None:
+        return options.method
+    config = model.peft_config["default"]
+    kind = config.peft_type.value.lower()
+    if kind not in ("control", "lora"):
+        return kind
+    per_weight = None if not config.target_modules else "dora" if config.use_dora else "lora"
+    if kind == "lora":
+        return per_weight
+    control = "double control" if len(config.control_blocks) > 1 else "control"
+    return f"{control}+{per_weight}" if per_weight else control
+
+
+def describe_frozen_adapter(model, dtype: torch.dtype) -> dict:
+    """The record's `adapter` of a model that is not trained here."""
+    if not isinstance(model, PeftModel):
+        return {"config": None, "dtype": None, **dict.fromkeys(COUNTS, 0)}
+    count = sum(
+        tensor.numel() for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values()
+    )
+    return {
+        "config": model.peft_config["default"].to_dict(),
+        "dtype": str(dtype).removeprefix("torch."),
+        **dict(zip(COUNTS, (count, count, 0), strict=True)),
+    }
+
+
+# -- answering ----------------------------------------------------------------------------------------------
+
+
+def answerer(options: Options, model, tokenizer) -> Callable[[Sequence[Question]], list[Reply]]:
+    """The function that answers one batch."""
+    if options.mode == "likelihood":
+        return partial(rank_words, model, tokenizer)
+    return partial(
+        generate,
+        model,
+        tokenizer,
+        beams=options.beams,
+        max_new_tokens=options.max_new_tokens,
+        stop_when_decided=options.stop_when_decided,
+    )
+
+
+def read_answers(path: Path, rows: Sequence[Row]) -> dict[int, dict]:
+    """The answers that a task's file holds, by row; a last line that a kill cut short is taken off the file.
+
+    Raises:
+        UserError: a line that is none of ours.
+    """
+    if not path.is_file():
+        return {}
+    contents = path.read_bytes()
+    whole = contents[: contents.rfind(b"\n") + 1]
+    if whole != contents:
+        os.truncate(path, len(whole))
+    answers = {}
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+        try:
+            entry = json.loads(line)
+            row, answer = entry["row"], entry["answer"]
+            if type(row) is not int or row < 0 or entry["label"] != rows[row].answer:
+                raise ValueError("another test set's")
+            if not isinstance(answer, str | None) or entry["correct"] is not (answer == rows[row].answer):
+                raise ValueError("not as it was written")
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            raise UserError(
+                f"{path}, line {number} is no answer to this test set: delete the file"
+            ) from error
+        answers[row] = entry
+    return answers
+
+
+def answer_task(
+    path: Path, rows: Sequence[Row], questions: Sequence[Question], answer: Callable, size: int, bar: tqdm
+) -> dict[int, dict]:
+    """Answer the questions that `path` lacks and append them to it, batch by batch.
+
+    A batch of which some answers are there is worked on whole: which questions share a batch never depends on where a
+    run died, so that its answers do not either.
+    """
+    answers = read_answers(path, rows)
+    bar.update(len(answers))
+    with path.open("a", encoding="utf-8") as file:
+        for indices in batches(questions, range(len(rows)), size):
+            missing = [index for index in indices if index not in answers]
+            if not missing:
+                continue
+            replies = answer([questions[index] for index in indices])
+            for index, reply in zip(indices, replies, strict=True):
+                if index not in missing:
+                    continue
+                answers[index] = {
+                    "row": index,
+                    "label": rows[index].answer,
+                    "answer": reply.answer,
+                    "correct": reply.answer == rows[index].answer,
+                    "text": reply.text,
+                }
+                file.write(json.dumps(answers[index], ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(len(missing))
+    return answers
+
+
+def score(answers: dict[int, dict]) -> dict:
+    """Accuracy and share of answers without an answer word (which count as wrong), both in percent."""
+    count = len(answers)
+    return {
+        "accuracy": 100 * sum(entry["correct"] for entry in answers.values()) / count,
+        "no_match": 100 * sum(entry["answer"] is None for entry in answers.values()) / count,
+        "questions": count,
+    }
+
+
+def summarise(scores: dict[str, dict]) -> dict:
+    """The record's metrics: each task's accuracy under its name, their mean, and the no-match rates."""
+    tasks = {task: entry["accuracy"] for task, entry in scores.items()}
+    no_match = {f"{task}/no_match": entry["no_match"] for task, entry in scores.items()}
+    questions = sum(entry["questions"] for entry in scores.values())
+    return {
+        **tasks,
+        "average": sum(tasks.values()) / len(tasks),
+        **no_match,
+        "no_match": sum(entry["no_match"] * entry["questions"] for entry in scores.values()) / questions,
+    }

@@ -1,0 +1,299 @@
+"""A training run of finetune.py, from its options to its record."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel
+
+from control_experiments.errors import UserError
+from control_experiments.paths import public_path
+from control_experiments.record import RunRecord
+from control_experiments.training.checksums import local_fingerprint
+from control_experiments.training.device import DTYPES, seed_everything
+from control_experiments.training.metering import MemoryMeter
+from control_experiments.training.methods import adapter_config, describe_adapter, describe_model
+from control_experiments.training.quantization import check_paging
+from control_experiments.training.setup import Run, start
+from control_experiments.training.sharding import shard_frozen, shares_weights
+from control_experiments.training.trainer import ExperimentTrainer, training_arguments
+from LlaMA.commonsense import TokenRow, read_rows, split_rows, tokenize_rows
+from LlaMA.demo import place_of_model
+from LlaMA.models import add_adapter, choose_pad_token, is_gguf, load_model, load_tokenizer, ready_to_train
+from LlaMA.packing import (
+    VARLEN,
+    Batch,
+    GraphedLoss,
+    batch_loss,
+    check_packing,
+    fixed_shape,
+    fused_batch_loss,
+    packed_step,
+    padded_step,
+    shadow_batch_loss,
+    varlen_available,
+)
+
+if TYPE_CHECKING:
+    from LlaMA.finetune import Options
+
+logger = logging.getLogger("finetune")
+LOGGERS = ("finetune", "control_experiments")
+LESS_MEMORY = (
+    "--memory lean, a smaller --token_budget or --micro_batch_size, --dtype bf16, a smaller --cutoff"
+)
+
+#: How the adapter's card says that it is loaded.
+LOAD = """
+import peft_control
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+folder = "OUT/adapter"  # where this file is
+model = AutoPeftModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+"""
+
+
+def run(options: Options, argv: Sequence[str] | None) -> RunRecord | None:
+    """Train, unless the run is finished; returns its record, or None then."""
+    options.model = place_of_model(options.model)
+    types = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
+    with start(
+        options, "LlaMA.finetune", argv, less_memory=LESS_MEMORY, option="dtype", written=types
+    ) as begun:
+        if begun.folder.finished:
+            print(f"{begun.folder.path} is finished: skipped (delete the folder to run it again)")
+            return None
+        check_paging(options.optimizer, begun.device)
+        return train(options, begun)
+
+
+def train(options: Options, run: Run) -> RunRecord:
+    """Load, train, save the best adapter and write the record, all in the run's folder."""
+    folder, dtype = run.folder, DTYPES[run.precision]
+    record = run.begin_record(
+        domain="llama" if options.quantization == "none" else "qcontrol",
+        task="commonsense",
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    if is_gguf(options.model) and os.environ.get("RANK", "0") == "0":
+        print(
+            f"note: other tools cannot load {options.model} as the adapter's base: to serve the adapter, first make a folder "
+            f"of it (python -m LlaMA.convert --model {options.model} --output_dir FOLDER) and train over that",
+            file=sys.stderr,
+        )
+    rows = split_rows(read_rows(options.contents("data")), options.held_out, options.split_seed)
+    tokenizer = load_tokenizer(options.model)
+    seed_everything(options.seed)
+    memory = MemoryMeter(run.device)
+    arguments = training_arguments(
+        options, folder, run.device, run.precision,
+        optim={"adamw": "adamw_torch"}.get(options.optimizer, options.optimizer),
+        warmup_steps=options.warmup_steps,
+        eval_strategy="steps", save_strategy="steps", save_steps=options.eval_steps, save_total_limit=3,
+        eval_steps=options.eval_steps, logging_strategy="steps", logging_steps=min(10, options.eval_steps),
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+        remove_unused_columns=False, dataloader_pin_memory=False,
+    )  # fmt: skip
+    # asking for its device starts the process group, if there are several processes
+    model, total_parameters = prepare_model(options, arguments.device, dtype, memory)
+    choose_pad_token(tokenizer, model.get_input_embeddings().weight.shape[0])
+
+    training, held_out = (
+        tokenize_rows(part, tokenizer, options.cutoff, response_only=options.loss_on == "response")
+        for part in rows
+    )
+    for name, part in (("training", training), ("held-out", held_out)):
+        if part and not any(row.targets for row in part):
+            raise UserError(f"no {name} row has a token to learn within --cutoff {options.cutoff}: raise it")
+    cut = sum(row.cut for row in [*training, *held_out])
+    if options.batching == "packed":
+        check_packing(model, held_out)
+
+    loss = batch_loss if options.memory == "plain" else fused_batch_loss
+    if options.method == "shadow":
+        loss = shadow_batch_loss
+    with folder.logging_from(*LOGGERS):
+        trainer = CommonsenseTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=training,
+            data_collator=partial(collate, options=options, pad_token_id=tokenizer.pad_token_id),
+            eval_dataset=held_out,
+            memory=memory,
+            unit=options.micro_batch_size,
+            loss=GraphedLoss(loss) if options.cuda_graphs else loss,
+            held_out=held_out_batches(held_out, options, tokenizer.pad_token_id),
+        )
+        adapter = describe_adapter(model)
+        line = (
+            f"{options.method} on {public_path(options.model)}: {len(training)} training and {len(held_out)} held-out rows, "
+            f"{cut} cut at {options.cutoff} tokens; {adapter['trainable_parameters']:,} of {total_parameters:,} "
+            f"parameters trained, {run.described}"
+        )
+        logger.info("%s", line)
+        if trainer.is_world_process_zero():
+            print(line, flush=True)
+        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+
+    history, metrics = summarise(trainer.state.log_history)
+    if not trainer.is_world_process_zero():
+        return record
+    record.hyperparameters |= {
+        **({"shard": options.shard} if shares_weights(options.shard) else {}),
+        "attention": model.config._attn_implementation,
+        "pad_token": tokenizer.pad_token,
+    }
+
+    def save(place: Path) -> None:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+
+    run.finish(
+        record,
+        save,
+        LOAD,
+        model=describe_model(options.model, model.get_base_model(), total_parameters),
+        data={
+            "id": public_path(options.data),
+            "sha256": local_fingerprint(options.contents("data")),
+            "sizes": {"train": len(training), "held_out": len(held_out), "cut": cut},
+        },
+        adapter=adapter,
+        metrics=metrics,
+        memory=memory.summary(),
+        time=run.time(trainer.throughput),
+        history=history,
+    )
+    rate = record.time["tokens_per_second"]
+    print(
+        f"held-out loss {metrics['best'].get('eval_loss', float('nan')):.4f} at step {metrics['best'].get('step')}"
+        + (f", {rate:,.0f} tokens/s" if rate else "")
+        + f"; record in {folder.record}"
+    )
+    return record
+
+
+def prepare_model(
+    options: Options, device: torch.device, dtype: torch.dtype, memory: MemoryMeter
+) -> tuple[PeftModel, int]:
+    """The base with its adapter, ready to train, and the base's number of parameters."""
+    packed = options.batching == "packed" and options.attention != "sdpa"
+    # SHADOW's own backbone is not told where rows end but by their positions
+    varlen = packed and options.method != "shadow" and varlen_available(device, dtype)
+    if options.attention == "varlen" and not varlen:
+        raise UserError("--attention varlen needs packed rows in half precision on an Ampere or newer GPU")
+    shared = shares_weights(options.shard)
+    place = torch.device("cpu") if shared else device
+    base = load_model(options.model, dtype, place, VARLEN if varlen else "sdpa", options.quantization)
+    memory.after_load()
+    total = base.num_parameters()
+    model = add_adapter(base, adapter_config(options, task_type="CAUSAL_LM", targets=options.targets))
+    ready_to_train(
+        model, options.memory, half=dtype != torch.float32,
+        chunk_tokens=options.chunk_tokens, offload=options.offload,
+    )  # fmt: skip
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if shared:
+        shard_frozen(model, device, memory)
+    return model, total
+
+
+def collate(rows: Sequence[TokenRow], *, options: Options, pad_token_id: int) -> dict:
+    """One optimizer step's rows (of one process) as the batches to work on."""
+    if options.batching == "padded":
+        return {"batches": padded_step(rows, options.micro_batch_size, pad_token_id)}
+    packs = packed_step(rows, options.micro_batch_size, options.budget)
+    if options.cuda_graphs:
+        # a sixteenth of the budget: at most as many shapes as graphs are kept of
+        shape = (-(-options.budget // 16), options.batch_size, options.cutoff, pad_token_id)
+        packs = [fixed_shape(pack, *shape) for pack in packs]
+    return {"batches": packs}
+
+
+def held_out_batches(rows: Sequence[TokenRow], options: Options, pad_token_id: int) -> list[Batch]:
+    """The held-out rows in batches whose losses sum to the mean over all their predicted tokens."""
+    if options.batching == "packed":
+        return packed_step(rows, len(rows), options.budget)
+    batches = padded_step(rows, options.micro_batch_size, pad_token_id)
+    tokens = max(1, sum(row.targets for row in rows))
+    return [replace(batch, divisor=torch.tensor(float(tokens))) for batch in batches]
+
+
+class CommonsenseTrainer(ExperimentTrainer):
+    """A Trainer whose batch is a whole optimizer step, worked on in packs (or padded micro-batches).
+
+    Args:
+        loss: `batch_loss` or a variant of it.
+        held_out: batches whose losses sum to the held-out loss, the mean over all their predicted tokens.
+        All others are the ExperimentTrainer's.
+    """
+
+    def __init__(self, *args, loss: Callable, held_out: list[Batch], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss, self.held_out = loss, held_out
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        batches, share = inputs["batches"], self.loss_share()
+        rounds = self.greatest(len(batches)) if self.sharded else len(batches)
+        for number, batch in enumerate(batches, start=1):
+            # processes may have unequal numbers of packs, so they meet once a step, at the last one
+            with nullcontext() if number == len(batches) else self.accelerator.no_sync(model):
+                total += self._learn(model, batch, share)
+            self.throughput.add(batch.rows, batch.tokens)
+        for _ in range(rounds - len(batches)):
+            # sharded, they meet in every layer: who has fewer packs keeps the others company with one that weighs nothing
+            self._learn(model, min(batches, key=lambda batch: batch.tokens), 0.0)
+        self.average_gradients()
+        self.losses.add(total, self.state.global_step + 1)
+        return total
+
+    def _learn(self, model, batch: Batch, share: float) -> torch.Tensor:
+        """Add `share` times the batch's gradients to those of the step; returns its part of the step's loss."""
+        with self.compute_loss_context_manager():
+            loss = self.loss(model, batch) * share
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def evaluate(self, *_, **__) -> dict:
+        self.model.eval()
+        with self.throughput.left_out(), torch.no_grad(), self.compute_loss_context_manager():
+            loss = float(sum(self.loss(self.model, batch.to(self.args.device)) for batch in self.held_out))
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the held-out loss is NaN or infinite after step {self.state.global_step}; {self.kept()}; try a lower --lr, or "
+                "--dtype bf16 instead of fp16"
+            )
+        metrics = {"eval_loss": loss}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # the Trainer would guess it from an input that our batches do not have
+
+
+def summarise(log_history: list[dict]) -> tuple[list[dict], dict]:
+    """The Trainer's log -> one entry per evaluation (step, epoch, train_loss, eval_loss), and the best and the last."""
+    history, train_loss = [], None
+    for entry in log_history:
+        train_loss = entry.get("loss", train_loss)
+        if "eval_loss" in entry:
+            seen = {name: entry[name] for name in ("step", "epoch", "eval_loss")}
+            history.append({**seen, "train_loss": train_loss})
+    best = min(history, key=lambda entry: entry["eval_loss"], default={})
+    return history, {"best": best, "last": history[-1] if history else {}}

@@ -1,0 +1,196 @@
+"""What benchmarks share: timing on a device, processes of their own, and a record that a killed run goes on with."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError
+from ..record import git_state, package_versions, utc_now, write_json_atomic
+from .device import describe_device, select_device
+
+#: The environment of a process whose tensors change their sizes.
+EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+#: Options that say how a benchmark is run, not what it measures.
+_HOW = ("output", "worker", "result", "accumulate")
+
+
+# -- timing -----------------------------------------------------------------------------------------------------
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_steps(step: Callable[[], object], count: int, device: str) -> list[float]:
+    """Seconds of each of `count` steps; the host waits for the device at the end only, as training loops do."""
+
+    def mark():
+        if device != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    marks = [mark()]
+    for _ in range(count):
+        step()
+        marks.append(mark())
+    synchronize(device)
+    if device == "cuda":
+        return [start.elapsed_time(end) / 1000 for start, end in itertools.pairwise(marks)]
+    return [end - start for start, end in itertools.pairwise(marks)]
+
+
+def summarise_repeats(repeats: Sequence[Sequence[float]]) -> dict:
+    """Seconds a step from several repeats of some steps: the median of the repeats' medians, and how far those lie apart."""
+    medians = [statistics.median(seconds) for seconds in repeats]
+    return {
+        "step_seconds": statistics.median(medians),
+        "step_seconds_all": [second for seconds in repeats for second in seconds],
+        "step_seconds_repeats": medians,
+        "step_seconds_spread": max(medians) - min(medians),
+    }
+
+
+def matmul_tflops() -> float:
+    """A GPU's own bf16 matmul rate on random data, for the arithmetic floor."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    time_steps(lambda: a @ b, 3, "cuda")
+    return 10 * 2 * 8192**3 / sum(time_steps(lambda: a @ b, 10, "cuda")) / 1e12
+
+
+# -- devices and processes --------------------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> str:
+    """ "cuda" or "cpu" for what `--device` says: either of them, or a GPU's index, which hides the other GPUs.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("no GPU here: --device cpu tries the script out")
+    if name not in ("cuda", "cpu") and not name.isdecimal():
+        raise UserError(f"--device is cuda, cpu or a GPU's index, got {name!r}")
+    return name if name in ("cuda", "cpu") else select_device(name).type
+
+
+def machine(device: str) -> dict:
+    """What a record says of the machine: the device's name, how it is described, and a GPU's own bf16 matmul rate.
+
+    A process of its own asks the GPU, for whoever did so would keep some of its memory and look like another user.
+    """
+    if device == "cuda":
+        program = f"import json; from {__name__} import _gpu; print(json.dumps(_gpu()))"
+        return run_apart([sys.executable, "-c", program], {}, needed=True)
+    return {"device": device, "machine": describe_device(torch.device(device)), "matmul_tflops": None}
+
+
+def _gpu() -> dict:
+    found = describe_device(torch.device("cuda"))
+    return {"device": found["name"], "machine": found, "matmul_tflops": matmul_tflops()}
+
+
+def run_apart(command: Sequence[str], environment: dict[str, str], *, needed: bool = False) -> dict:
+    """The JSON object on the last line that a process prints; ``{"error": its last line on stderr}`` if it fails.
+
+    Raises:
+        UserError: it fails, and the result is `needed`.
+    """
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"])[0][:300]
+        if needed:
+            raise UserError(f"{' '.join(command[:2])} failed: {reason}")
+        return {"error": reason}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+# -- records ----------------------------------------------------------------------------------------------------
+
+
+class Campaign:
+    """Results of one benchmark, written after each of them; a killed run's are kept for the next.
+
+    They lie in ``PATH.partial`` until `finish`, which no table reads. A result counts for another run if options, device,
+    versions and code are the same. So does a whole record, unless the code has changes that no commit holds.
+
+    Attributes:
+        record: what is written; ``record["results"]`` are the results so far.
+        key: what tells a result from the others.
+    """
+
+    #: What each run says anew.
+    ANEW = ("created", "matmul_tflops", "results", "references")
+
+    def __init__(
+        self, path: Path, options: object, key: Callable[[dict], Hashable], machine: dict, **more: object
+    ):
+        self.path, self.key = path, key
+        self.record = {
+            "schema": 1,
+            **machine,
+            **more,
+            "versions": package_versions(),
+            "git": git_state(),
+            "created": utc_now(),
+            "options": {name: value for name, value in asdict(options).items() if name not in _HOW},
+            "results": [],
+        }
+        self._partial = path.with_suffix(".json.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        places = [self._partial, *([] if self.record["git"]["dirty"] else [path])]
+        for place in places:
+            if kept := self._kept(place):
+                print(f"{len(kept)} measured before, in {place} (delete it to measure again)", flush=True)
+                self.results.extend(kept)
+                break
+
+    @property
+    def results(self) -> list[dict]:
+        return self.record["results"]
+
+    @property
+    def finished(self) -> set[Hashable]:
+        return {self.key(result) for result in self.results}
+
+    def _kept(self, place: Path) -> list[dict]:
+        """Results in a file of the same benchmark, without its failures."""
+        try:
+            found = json.loads(place.read_text())
+            wanted = json.loads(json.dumps(self.record))
+            if any(found[name] != value for name, value in wanted.items() if name not in self.ANEW):
+                return []
+            return [result for result in found["results"] if "error" not in result]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []  # there is none, or it is no such file
+
+    def add(self, result: dict) -> None:
+        self.results.append(result)
+        write_json_atomic(self._partial, self.record)
+
+    def finish(self, order: Sequence[Hashable], **more: object) -> None:
+        """Put the results in order and the record in its place.
+
+        Raises:
+            UserError: nothing but failures was measured.
+        """
+        self.results.sort(key=lambda result: order.index(self.key(result)))
+        write_json_atomic(self._partial, {**self.record, **more})
+        self._partial.replace(self.path)
+        print(f"record in {self.path}")
+        if all("error" in result for result in self.results):
+            raise UserError("nothing could be measured (reasons above)")
