@@ -20,8 +20,7 @@ def add_peft_type(name: str) -> PeftType:
     member = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType)
+    vars(member).update(__objclass__=PeftType, _sort_order_=len(PeftType))
     PeftType._member_names_.append(name)  # iteration and `in list(PeftType)`
     PeftType._member_map_[name] = member  # PeftType["CONTROL"] and, through EnumMeta, PeftType.CONTROL
     PeftType._value2member_map_[name] = member  # PeftType("CONTROL"), which reading adapter_config.json uses
@@ -55,7 +54,7 @@ def rename_both_parts(conversion) -> None:
     @functools.wraps(upstream)
     def build_peft_weight_mapping(weight_conversions, adapter_name, peft_config=None):
         renamings = upstream(weight_conversions, adapter_name, peft_config=peft_config)
-        if renamings and getattr(peft_config, "peft_type", None) == PeftType.CONTROL:
+        if renamings and getattr(peft_config, "peft_type", None) == PeftType["CONTROL"]:
             renamings += [
                 WeightRenaming(r"(lora_[^\.]*)", rf"\1.{adapter_name}"),
                 WeightRenaming(r"(lora_magnitude_vector\.[^\.]*)$", r"\1.weight"),

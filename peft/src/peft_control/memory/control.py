@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ..layer import ControlLayer
+from ..control_layer import ControlLayer
 from . import kernels
 from .linear import compute_dtype
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from ..architectures import ARCHITECTURES
-from ..layer import ControlLayer
+from ..control_layer import ControlLayer
 from .attention import decoder_attention, decoder_attention_gradients
 from .layers import Halves
 from .linear import is_frozen_linear

@@ -23,7 +23,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ..layer import ControlLayer
+from ..control_layer import ControlLayer
 from .control import control_backward, control_draws, control_hidden, control_parameters
 from .mlp import draws, tokens
 from .offload import HostStates
