@@ -157,6 +157,7 @@ def test_decoding_casts_the_control_once_and_sees_every_change(tmp_path):
 
 
 # No Control+DoRA: upstream's DoRA layer does not compile with fullgraph=True, with or without a control.
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [DOUBLE, QKV], ids=["double control", "control+lora"])
 @pytest.mark.parametrize("family", ["llama", "vit"])
 def test_compile_fullgraph(family, fields):
@@ -244,6 +245,7 @@ def test_transformers_trainer_resumes(tmp_path):
     assert all(torch.allclose(resumed[name], whole[name], atol=1e-7) for name in whole)
 
 
+@pytest.mark.slow
 def test_trl_sft_trainer(tmp_path):
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers

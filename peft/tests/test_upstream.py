@@ -62,6 +62,7 @@ print("fresh", config.peft_type.value)
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process():
     config = pickle.dumps(ControlConfig(control_rank=5)).hex()
     result = subprocess.run(
