@@ -86,14 +86,14 @@ def _load(adapter: str, config: ControlConfig, base: str | None, dtype: str) -> 
     if broken := [name for name, tensor in saved.items() if not torch.isfinite(tensor).all()]:
         raise ValueError(f"{adapter} holds numbers that are not finite, in {broken[0]}")
     heads = [
-        t for name, t in saved.items() if t.dim() == 2 and "_control." not in name and ".lora_" not in name
+        tensor for name, tensor in saved.items() if re.search(r"\.(classifier|score|head)\b.*weight$", name)
     ]
     labels = _labels(adapter) or (
         {"num_labels": heads[-1].shape[0]} if heads and "Classification" in auto else {}
     )
     if labels.get("num_labels") == base_config.num_labels:
         labels = {}  # the base has names for them
-    loaded = cls.from_pretrained(place, dtype=dtype, **labels)
+    loaded = cls.from_pretrained(place, dtype=dtype, ignore_mismatched_sizes=True, **labels)
     model = PeftModel.from_pretrained(loaded, adapter).eval()
     if missing := sorted(get_peft_model_state_dict(model).keys() - saved.keys()):
         raise ValueError(f"{adapter} lacks {len(missing)} tensors, for example {missing[0]}")

@@ -9,6 +9,7 @@ import threading
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModel
 from transformers.models.llama.configuration_llama import LlamaConfig as BaseConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM as BaseModel
 from transformers.models.llama.modeling_llama import LlamaModel as BaseBackbone
@@ -58,6 +59,8 @@ def thread():
 
 def add_controls(model):
     backbone = getattr(model, model.base_model_prefix, model)
+    if backbone is not model and isinstance(backbone, ControlledBackbone):
+        return  # it has them already
     for block, control in model.config.control.items():
         for name, sizes in control["layers"].items():
             layer = backbone.get_submodule(name)
@@ -75,6 +78,11 @@ class ControlledBackbone(BaseBackbone):
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         add_controls(self)
+
+
+AutoModel.register(
+    ControlledConfig, ControlledBackbone, exist_ok=True
+)  # some heads make their backbone with it
 
 
 # -- with its head ----------------------------------------------------------------------------------------------
