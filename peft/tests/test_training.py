@@ -247,11 +247,11 @@ def test_transformers_trainer_resumes(tmp_path):
 
 @pytest.mark.slow
 def test_trl_sft_trainer(tmp_path):
+    trl = pytest.importorskip("trl")
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    trl = pytest.importorskip("trl")
     SFTConfig, SFTTrainer = trl.SFTConfig, trl.SFTTrainer
 
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>"])}
