@@ -16,7 +16,7 @@ if [[ ${1:-} == --lowest || ${1:-} == --newest ]]; then
     cd "$(dirname "${BASH_SOURCE[0]}")/.."
     environment=.venv-${1#--}
     releases=()
-    if [[ $1 == --lowest ]]; then # "torch>=2.11", becomes torch==2.11
+    if [[ $1 == --lowest ]]; then # "torch>=2.12", becomes torch==2.12
         mapfile -t releases < <(sed -n 's/^    "\([a-z]*\)>=\([0-9.]*\).*",$/\1==\2/p' peft/pyproject.toml)
     fi
     shift
