@@ -25,11 +25,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from control_experiments.errors import UserError
 from control_experiments.training.methods import adapter_config, set_memory
 from control_experiments.training.options import AdapterOptions
-from control_experiments.training.quantization import (
-    check_not_quantized,
-    loading_arguments,
-    prepare,
-)
+from control_experiments.training.quantization import check_not_quantized, loading_arguments, prepare
 
 #: Tokens that models of the LLaMA family reserve and never use.
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "[PAD]", "<|pad|>")

@@ -5,6 +5,10 @@
 # Results: results/quickstart. A second call skips finished runs and goes on with a run that was cut short.
 set -euo pipefail
 
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit
+fi
 EPOCHS=${EPOCHS:-2}
 LR=${LR:-2e-3}
 export BATCH_SIZE=${BATCH_SIZE:-32} # so few rows learn more from more steps than from the paper's larger ones

@@ -139,6 +139,45 @@ def test_every_way_to_reload_is_exact(method, tmp_path, base_folder):
         assert torch.equal(outputs(load().eval()), expected), name
 
 
+def test_the_card_says_what_the_adapter_is_and_how_to_load_it(tmp_path, base_folder):
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    model = get_peft_model(base, config_of("control+dora", control_rank_pattern={"0.mlp": 2}))
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    for text in (
+        f"base_model: {base_folder}",
+        "parallel-control",
+        f"| base model | `{base_folder}` |",
+        "| controlled blocks | mlp |",
+        "| rank, alpha | 3, 0.7; but for {'0.mlp': 2} |",
+        "| part on the weights | DoRA of rank 4, alpha 8, on k_proj, q_proj, v_proj |",
+        "pip install peft-control",
+        "AutoPeftModelForCausalLM.from_pretrained",
+    ):
+        assert text in card, text
+    assert "More Information Needed" not in card and card.count("PEFT") == 0
+    snippet = card.split("```python\n")[1].split("```")[0].replace("this folder", str(tmp_path))
+    exec(snippet, names := {})
+    assert torch.equal(outputs(names["model"].eval()), outputs(model.eval()))
+
+
+def test_what_people_wrote_on_the_card_stays(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    card.write_text(
+        card.read_text().replace("# Parallel Control adapter", "# Mine") + "\n## Results\n\n87.1\n"
+    )
+    model.peft_config["default"].control_alpha = 0.9  # as if trained anew into the same folder
+    model.save_pretrained(tmp_path)
+    text = card.read_text()
+    assert "# Mine" in text and "87.1" in text and text.count("controlled blocks") == 1
+    assert "| rank, alpha | 3, 0.9 |" in text
+    card.write_text("# Only mine\n")
+    model.save_pretrained(tmp_path)
+    assert card.read_text().count("controlled blocks") == 1 and "# Only mine" in card.read_text()
+
+
 def test_transformers_own_adapter_methods(tmp_path, base_folder):
     model = AutoModelForCausalLM.from_pretrained(base_folder)
     plain = outputs(model)
@@ -433,11 +472,7 @@ def test_copies_are_independent(method, duplicate):
 
 # -- a model of one's own -----------------------------------------------------------------------------------
 
-ROW = {
-    "layer": "OwnLayer",
-    "norm": "norm",
-    "blocks": {"body": {"read": "norm", "write": "body"}},
-}
+ROW = {"layer": "OwnLayer", "norm": "norm", "blocks": {"body": {"read": "norm", "write": "body"}}}
 
 
 class OwnLayer(nn.Module):

@@ -39,18 +39,21 @@ def run(folder, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_module(folder):
     result = run(folder, "-m", "peft_control", "-m", "tool", "base", "adapter", "--limit", "3")
     assert result.stdout == "__main__ ControlModel ['--limit', '3']\n", result.stderr
     assert result.returncode == 7  # the module's own
 
 
+@pytest.mark.slow
 def test_script(folder):
     result = run(folder, "-m", "peft_control", str(folder / "tool.py"), "base", "adapter")
     assert result.stdout == "__main__ ControlModel []\n", result.stderr
     assert result.returncode == 0
 
 
+@pytest.mark.slow
 def test_without_it_the_tool_cannot_load_the_adapter(folder):
     result = run(folder, "tool.py", "base", "adapter")
     assert result.returncode == 1 and "CONTROL" in result.stderr

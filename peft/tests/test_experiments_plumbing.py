@@ -36,10 +36,7 @@ from control_experiments.training.device import (
 )
 from control_experiments.training.losses import LossWatch, check_parameters
 from control_experiments.training.metering import MemoryMeter, Throughput
-from control_experiments.training.methods import (
-    adapter_config,
-    load_adapter,
-)
+from control_experiments.training.methods import adapter_config, load_adapter
 from control_experiments.training.options import METHODS, AdapterOptions
 from control_experiments.training.runs import RunFolder
 

@@ -26,7 +26,7 @@ def test_fields():
     own = {field.name for field in dataclasses.fields(ControlConfig)} - {
         field.name for field in dataclasses.fields(LoraConfig)
     }
-    rows = table("## Fields of `ControlConfig`")
+    rows = table("### Fields of `ControlConfig`")
     assert {row[0].strip("`") for row in rows} == own and len(rows) == len(own)
     config = ControlConfig()
     for name, default, _ in rows:

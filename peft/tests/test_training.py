@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
-from tiny_models import FAMILIES, VOCAB, build, is_adapter, logits, randomize_adapters
+from tiny_models import FAMILIES, VOCAB, WIDTH, build, is_adapter, logits, randomize_adapters
 from transformers.models.llama import modeling_llama
 
 from peft_control import ControlConfig
@@ -109,10 +109,55 @@ def test_generation_with_and_without_cache(family, beams):
         assert not torch.equal(generate(True).sequences, cached.sequences)
 
 
+def test_decoding_casts_the_control_once_and_sees_every_change(tmp_path):
+    """A bfloat16 base with float32 controls: one-token steps share a cast until the adapter changes, in whatever way."""
+    model = randomize_adapters(
+        get_peft_model(build("llama", torch.bfloat16), ControlConfig(task_type="CAUSAL_LM", control_rank=3))
+    ).eval()
+    control = model.base_model.model.model.layers[0].mlp_control
+    state = torch.randn(2, 1, WIDTH).bfloat16()
+    zero = torch.zeros_like(state)
+
+    def expected(name="default"):
+        A, B = (d[name].weight.to(torch.bfloat16) for d in (control.control_A, control.control_B))
+        return F.linear(F.linear(state, A), B)
+
+    def check(name="default"):
+        with torch.no_grad():
+            assert torch.equal(control.control(zero, state), expected(name))
+            assert control._weights(name, state)[0] is control._weights(name, state)[0]
+
+    check()
+    with torch.no_grad():
+        control.control_B["default"].weight.mul_(2)  # as an optimizer's step
+        check()
+        control.control_A["default"].weight = torch.nn.Parameter(torch.randn(3, WIDTH))
+        check()
+        model.save_pretrained(tmp_path)
+        model.load_adapter(str(tmp_path), "second")
+        randomize_adapters(model, seed=3)
+        check()
+        model.set_adapter("second")
+        check("second")
+        model.delete_adapter("second")
+        model.load_adapter(str(tmp_path), "second")
+        model.set_adapter("second")
+        check("second")
+        control.control_B["second"].weight.data.mul_(3)  # which no version tells: seen after the next prompt
+        control.control(zero.expand(-1, 5, -1), state.expand(-1, 5, -1))
+        check("second")
+        model.half().float().bfloat16()
+        assert torch.equal(control.control(zero, state), expected("second"))
+    model.train()
+    control.control(zero, state.requires_grad_()).sum().backward()
+    assert state.grad is not None and not control._cast_weights
+
+
 # -- torch.compile ------------------------------------------------------------------------------------------
 
 
 # No Control+DoRA: upstream's DoRA layer does not compile with fullgraph=True, with or without a control.
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [DOUBLE, QKV], ids=["double control", "control+lora"])
 @pytest.mark.parametrize("family", ["llama", "vit"])
 def test_compile_fullgraph(family, fields):
@@ -200,12 +245,13 @@ def test_transformers_trainer_resumes(tmp_path):
     assert all(torch.allclose(resumed[name], whole[name], atol=1e-7) for name in whole)
 
 
+@pytest.mark.slow
 def test_trl_sft_trainer(tmp_path):
+    trl = pytest.importorskip("trl")
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    trl = pytest.importorskip("trl")
     SFTConfig, SFTTrainer = trl.SFTConfig, trl.SFTTrainer
 
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>"])}

@@ -1,10 +1,13 @@
 """What the registration does to upstream peft: adds CONTROL, and changes nothing else."""
 
 import copy
+import inspect
 import pickle
+import pkgutil
 import subprocess
 import sys
 
+import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -13,7 +16,7 @@ from peft.utils import transformers_weight_conversion as conversion
 from tiny_models import FAMILIES, build, is_adapter, logits, randomize_adapters
 
 from peft_control import ControlConfig, ControlModel
-from peft_control.registration import add_peft_type, register
+from peft_control.registration import UPSTREAM, add_peft_type, register
 
 
 def test_the_enum_member():
@@ -59,6 +62,7 @@ print("fresh", config.peft_type.value)
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process():
     config = pickle.dumps(ControlConfig(control_rank=5)).hex()
     result = subprocess.run(
@@ -103,3 +107,14 @@ def test_the_lora_part_of_a_mixed_adapter_is_upstreams_lora():
     assert not missing.unexpected_keys and all(type(p) is torch.nn.Parameter for p in weights.values())
     with torch.no_grad():
         assert torch.equal(logits(mixed, inputs), logits(lora, inputs))
+
+
+@pytest.mark.parametrize(("place", "line"), UPSTREAM)
+def test_what_we_build_on_still_stands_upstream(place, line):
+    """Fails where a new peft or transformers moves what registration.py and model.py rely on."""
+    advice = "read what upstream does now, then mend registration.py or model.py and its table UPSTREAM"
+    try:
+        found = pkgutil.resolve_name(place)
+    except (ImportError, AttributeError):
+        pytest.fail(f"{place} is gone: {advice}")
+    assert line in inspect.getsource(found), f"{place} no longer says {line!r}: {advice}"

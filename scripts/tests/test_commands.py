@@ -17,9 +17,10 @@ case "$*" in
     *"import ensurepip, venv"*) [[ -z ${FAKE_NO_VENV:-} ]] ;;
     "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
     "-m pip install "*) echo "WARNING: pip warns"; exit "${FAKE_PIP_EXIT:-0}" ;;
-    *download_models.py*) echo /models/minilm ;;
+    *scripts.download_models*) echo /models/minilm ;;
     *cuda.is_available*) echo cpu ;;
     "-m ruff check "*) exit "${FAKE_RUFF_EXIT:-0}" ;;
+    "-m basedpyright "*) exit "${FAKE_TYPES_EXIT:-0}" ;;
     "-m pytest "*) echo "1 passed in 0.01s"; exit "${FAKE_PYTEST_EXIT:-0}" ;;
 esac
 """
@@ -137,11 +138,39 @@ def test_arguments_reach_pytest_and_its_exit_code_and_last_line_come_back(checko
     assert done.stdout.splitlines()[-1] == "1 passed in 0.01s"
     assert checkout.called("-m pytest") == ["-m pytest -n 2 --dist worksteal RoBERTa/tests -k stsb"]
     assert checkout.called("-m ruff check") and checkout.called("-m ruff format --check")
+    assert checkout.called("-m basedpyright")
 
 
-def test_bad_style_fails_before_the_tests(checkout):
-    assert checkout.run("checkout/scripts/test.sh", FAKE_RUFF_EXIT="1").returncode == 1
+def test_quick_leaves_out_types_and_slow_tests(checkout):
+    assert checkout.run("checkout/scripts/test.sh", "--quick", "ViT/tests").returncode == 0
+    assert checkout.called("-m pytest") == ["-m pytest -n 2 --dist worksteal -m not slow ViT/tests"]
+    assert checkout.called("-m ruff check") and not checkout.called("-m basedpyright")
+
+
+@pytest.mark.parametrize("fake", ["FAKE_RUFF_EXIT", "FAKE_TYPES_EXIT"])
+def test_bad_style_or_types_fail_before_the_tests(checkout, fake):
+    assert checkout.run("checkout/scripts/test.sh", **{fake: "1"}).returncode == 1
     assert not checkout.called("-m pytest")
+
+
+@pytest.mark.parametrize("range_end, releases", [("lowest", "torch==2.11 peft==0.21"), ("newest", "")])
+def test_the_range_of_releases_is_tested_in_an_environment_of_its_own(checkout, range_end, releases):
+    dependencies = 'dependencies = [\n    "torch>=2.11",\n    "peft>=0.21,<0.22",\n]\n'
+    (checkout.root / "peft" / "pyproject.toml").write_text(dependencies)
+    assert checkout.run("checkout/scripts/test.sh", f"--{range_end}", "-x").returncode == 0
+    (install,) = checkout.called("-m pip install")
+    assert f"-e ./peft {releases} accelerate".replace("  ", " ") in install
+    (tests,) = checkout.called("-m pytest")
+    assert tests.startswith("-m pytest peft/tests ") and tests.endswith(" -x")
+    assert not (checkout.root / ".venv").exists()
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+def test_help_installs_nothing(checkout, script, option):
+    done = checkout.run(f"checkout/scripts/{script}", option)
+    assert done.returncode == 0 and f"bash scripts/{script}" in done.stdout and not done.stderr
+    assert not checkout.calls and not (checkout.root / ".venv").exists()
 
 
 def test_ci_runs_the_same_command(checkout):
@@ -158,7 +187,7 @@ def test_the_quickstart_trains_three_methods_alike_and_then_makes_the_table(chec
         for method in ("control", "lora", "dora")
     ]
     assert [line[:3] for line in done.stdout.splitlines() if "epochs" in line] == ["1/3", "2/3", "3/3"]
-    assert checkout.calls[-1] == f"{checkout.root}/scripts/quickstart_table.py {out} control lora dora"
+    assert checkout.calls[-1] == f"-m scripts.quickstart_table {out} control lora dora"
 
 
 def test_the_quickstart_takes_a_device_and_stops_at_a_failed_run(checkout):
@@ -166,4 +195,25 @@ def test_the_quickstart_takes_a_device_and_stops_at_a_failed_run(checkout):
     assert done.returncode == 2
     (call,) = checkout.called("launcher")
     assert call.startswith("launcher control demo 2 1e-3 1 ")
-    assert "quickstart_table.py" not in checkout.calls[-1]
+    assert "quickstart_table" not in checkout.calls[-1]
+
+
+def test_launchers_take_only_a_complete_environment(checkout, tmp_path):
+    """A cut-off installation leaves a .venv without the project; the active environment's python3 then runs."""
+    venv = checkout.root / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(checkout.interpreter)
+    active = tmp_path / "active"
+    active.mkdir()
+    (active / "python3").symlink_to(checkout.interpreter)
+
+    def chosen(**environment):
+        show = 'source checkout/scripts/interpreter.sh; "$PYTHON" --version >/dev/null; echo "$PYTHON"'
+        done = checkout.run("-c", show, PATH=f"{active}:/usr/bin:/bin", **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    assert chosen(PYTHON="") == "python3"
+    (venv / "lib/python3.12/site-packages/peft_control-0.1.0.dist-info").mkdir(parents=True)
+    assert chosen(PYTHON="") == str(venv / "bin" / "python")
+    assert chosen(PYTHON=str(checkout.interpreter)) == str(checkout.interpreter)

@@ -9,7 +9,7 @@ LoRA with Parallel Control", ICML 2025.
 
 from .architectures import ARCHITECTURES, Architecture, Block
 from .config import ControlConfig
-from .layer import ControlLayer
+from .control_layer import ControlLayer
 from .model import ControlModel
 from .registration import register
 

@@ -1,5 +1,7 @@
 """``python -m peft_control -m MODULE ...`` or ``python -m peft_control SCRIPT ...``
 
+Or ``python -m peft_control export ADAPTER OUT``: one model for serving from an adapter and its base (export.py).
+
 Registers CONTROL with peft, then runs the module or script as ``python`` itself would: for tools that import
 only peft, for example ``python -m peft_control -m lm_eval --model_args pretrained=BASE,peft=ADAPTER ...``.
 """
@@ -9,16 +11,21 @@ import os
 import runpy
 import sys
 
-import peft_control  # noqa: F401  registers the method
+from peft_control import register
 
-USAGE = "usage: python -m peft_control (-m MODULE | SCRIPT) [ARGUMENT ...]"
+USAGE = "usage: python -m peft_control (-m MODULE | SCRIPT | export ADAPTER OUT) [ARGUMENT ...]"
 
 
 def main() -> None:
     """Run what ``sys.argv`` names; exits with code 2 if that is nothing or does not exist."""
+    register()
     arguments = sys.argv[1:]
     if arguments and arguments[0] in ("-h", "--help"):
-        print(f"{__doc__.strip()}\n\n{USAGE}")
+        print(f"{(__doc__ or '').strip()}\n\n{USAGE}")
+    elif arguments and arguments[0] == "export":
+        from .export import main as export
+
+        export(arguments[1:])
     elif len(arguments) > 1 and arguments[0] == "-m":
         sys.argv = arguments[1:]
         sys.path.insert(0, os.getcwd())

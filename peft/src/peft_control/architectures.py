@@ -67,7 +67,7 @@ class Architecture:
                 ) from error
 
     def state_width(self, layer: nn.Module) -> int:
-        return layer.get_submodule(self.norm).weight.shape[0]
+        return next(layer.get_submodule(self.norm).parameters()).shape[0]
 
     @classmethod
     def from_dict(cls, row: dict) -> Architecture:

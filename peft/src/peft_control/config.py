@@ -11,6 +11,7 @@ from peft import LoraConfig
 from peft.utils import PeftType
 
 from .architectures import INITS, Architecture
+from .model_card import write_card
 
 
 @dataclass
@@ -64,7 +65,7 @@ class ControlConfig(LoraConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.CONTROL
+        self.peft_type = PeftType["CONTROL"]
         if isinstance(self.control_blocks, str):
             self.control_blocks = [self.control_blocks]
         if not self.control_blocks:
@@ -75,7 +76,7 @@ class ControlConfig(LoraConfig):
             raise ValueError(f"control_blocks must be a list of block names, got {self.control_blocks!r}")
         self.control_blocks = list(dict.fromkeys(self.control_blocks))
         for name, rank in self._values("control_rank"):
-            if not _is_number(rank, int) or rank < 1:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {rank!r}")
         for name, alpha in self._values("control_alpha"):
             if not _is_number(alpha, (int, float)) or not _is_finite(alpha):
@@ -90,6 +91,11 @@ class ControlConfig(LoraConfig):
             )
         if self.control_architecture is not None:
             Architecture.from_dict(self.control_architecture)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Write adapter_config.json as upstream does, and the adapter's card beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(save_directory, self)
 
     def _values(self, name: str) -> list[tuple[str, object]]:
         """The field ``name`` and every entry of its pattern, each with the words an error names it by."""

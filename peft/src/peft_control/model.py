@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
+from typing import Any
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,7 +13,7 @@ from torch import nn
 
 from .architectures import find_layers
 from .config import ControlConfig
-from .layer import CANNOT_MERGE, ControlLayer
+from .control_layer import CANNOT_MERGE, ControlLayer
 
 
 class ControlModel(LoraModel):
@@ -42,7 +43,7 @@ class ControlModel(LoraModel):
                 control.attach()
 
     @staticmethod
-    def _choose_layers(model: nn.Module, config: ControlConfig) -> dict:
+    def _choose_layers(model: nn.Module, config: Any) -> dict:
         layers = find_layers(model, config.control_architecture)
         for layer, architecture in layers.values():
             architecture.check(layer)
@@ -128,7 +129,7 @@ class ControlModel(LoraModel):
         )
 
     def _unload_and_optionally_merge(self, merge=True, **kwargs):
-        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         for name, control in [(n, m) for n, m in model.named_modules() if isinstance(m, ControlLayer)]:
             control.detach()
             delattr(control.layer, name.rpartition(".")[2])
@@ -146,11 +147,11 @@ def _index(layer_name: str) -> int | None:
 
 
 def _by_pattern(pattern: dict, key: str, default):
-    return pattern.get(get_pattern_key(pattern.keys(), key), default)
+    return pattern.get(get_pattern_key(list(pattern), key), default)
 
 
 def _excluded(config: ControlConfig, name: str) -> bool:
-    exclude = config.exclude_modules
+    exclude = config.exclude_modules or []
     if isinstance(exclude, str):
         return re.fullmatch(exclude, name) is not None
     return any(name == module or name.endswith(f".{module}") for module in exclude)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architectures import ARCHITECTURES
-from ..layer import ControlLayer
+from ..control_layer import ControlLayer
 from .attention import NormPlan
 from .exact import is_as_written, kind_of
 from .families import FAMILIES, halves, is_known_model

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.autograd.function import once_differentiable
 
-from ..layer import ControlLayer
+from ..control_layer import ControlLayer
 from . import kernels
 from .exact import Parameters
 from .linear import compute_dtype

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from ..architectures import ARCHITECTURES
-from ..layer import ControlLayer
+from ..control_layer import ControlLayer
 from .attention import decoder_attention, decoder_attention_gradients
 from .exact import is_as_written, kind_of, path_of
 from .layers import Halves

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
-from ..layer import ControlLayer
+from ..control_layer import ControlLayer
 from .control import (
     SWITCHED,
     control_backward,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,8 @@ class ControlLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("control_A", "control_B")
     other_param_names = ("rank", "alpha", "dropout")
-    weight = bias = None  # peft's properties look for them in a wrapped layer, and here is none
+    weight: Any = None  # peft's properties look for both in a wrapped layer, and here is none
+    bias: Any = None
 
     def __init__(self, layer: nn.Module, architecture: Architecture, block: str):
         super().__init__()
@@ -42,6 +44,7 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         self._layer = (layer,)  # in a tuple, lest the layer become a submodule of its own child
         self._hooks = []
         self._states = {}  # by thread: servers run one model in several
+        self._cast_weights = {}  # by adapter, while decoding
 
     # -- the computation ------------------------------------------------------------------------------------
 
@@ -55,11 +58,45 @@ class ControlLayer(nn.Module, BaseTunerLayer):
             return output
         for name in self.active_adapters:
             if name in self.control_A:
-                hidden = _linear(state, self.control_A[name])
+                down, down_bias, up, up_bias = self._weights(name, state)
+                hidden = F.linear(state, down, down_bias)
                 hidden = F.dropout(hidden, self.dropout[name], self.training)
-                change = _linear(hidden, self.control_B[name]).to(output.dtype)
+                change = F.linear(hidden, up, up_bias).to(output.dtype)
                 output = torch.add(output, change, alpha=self.alpha[name])
         return output
+
+    def _weights(self, name: str, state: torch.Tensor) -> list:
+        """Weight and bias of A, then of B, in the state's dtype.
+
+        A decoding step takes what the step before has cast, while the parameters are the same objects in the same
+        version. Every other forward casts anew and forgets: so the next prompt sees what no version tells, such as
+        ``parameter.data`` that somebody wrote to.
+        """
+        down, up = self._linears(name)
+        parameters = [down.weight, down.bias, up.weight, up.bias]
+        dtype = state.dtype
+        if parameters[0].dtype == dtype:
+            return parameters
+        if not self._decodes(state) or parameters[0].is_inference():
+            return _cast(parameters, dtype)
+        key = [dtype, *(None if p is None else (id(p), p._version) for p in parameters)]
+        kept = self._cast_weights.get(name)
+        if kept is None or kept[0] != key:
+            self._cast_weights[name] = kept = key, _cast(parameters, dtype)
+        return kept[1]
+
+    def _decodes(self, state: torch.Tensor) -> bool:
+        """Whether this is one token of a generation; if not, forget what was cast for the last one."""
+        if torch.compiler.is_compiling():
+            return False
+        if not torch.is_grad_enabled() and state.dim() == 3 and state.shape[1] == 1:
+            return not (state.is_cuda and torch.cuda.is_current_stream_capturing())
+        self._cast_weights.clear()
+        return False
+
+    def _apply(self, *args, **kwargs):
+        self._cast_weights.clear()  # to(), cuda(), half(): parameters change without a new version
+        return super()._apply(*args, **kwargs)
 
     def _forget_state(self, module, args):
         # of a forward that an exception or an early-stopped recomputation cut short
@@ -117,6 +154,7 @@ class ControlLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name, rank, alpha, dropout, bias, init, std, identity, inference_mode):
         """Add an adapter. ``std`` is the deviation of the normal initialisation; see ``ControlConfig``."""
+        self._cast_weights.clear()
         self.rank[adapter_name] = rank
         self.alpha[adapter_name] = float(alpha)
         self.dropout[adapter_name] = dropout
@@ -141,7 +179,7 @@ class ControlLayer(nn.Module, BaseTunerLayer):
             if not any(parameter.is_meta for parameter in linear.parameters()):
                 linear.to(device or self._reference().device)
 
-    def _linears(self, adapter_name) -> list[nn.Linear]:
+    def _linears(self, adapter_name) -> list:
         return [d[adapter_name] for d in (self.control_A, self.control_B) if adapter_name in d]
 
     def _reference(self) -> torch.Tensor:
@@ -176,9 +214,8 @@ CANNOT_MERGE = (
 )
 
 
-def _linear(x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
-    bias = linear.bias if linear.bias is None else linear.bias.to(x.dtype)
-    return F.linear(x, linear.weight.to(x.dtype), bias)
+def _cast(tensors: list, dtype: torch.dtype) -> list:
+    return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 def _thread() -> int:

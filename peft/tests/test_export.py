@@ -1,0 +1,253 @@
+"""``python -m peft_control export``: one folder that needs neither peft nor peft_control computes what the adapter computes."""
+
+import ast
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, VOCAB, build, logits, randomize_adapters
+
+from peft_control import ControlConfig
+from peft_control.export import export, main
+
+TASKS = {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "vision": None}
+AUTO = {
+    "decoder": transformers.AutoModelForCausalLM,
+    "encoder": transformers.AutoModelForSequenceClassification,
+    "vision": transformers.AutoModelForImageClassification,
+}
+TARGETS = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"]}
+
+
+def adapter(folder, family="llama", dtype=torch.float32, **fields) -> PeftModel:
+    """Save a tiny base and an adapter of it below ``folder``; return the adapted model in eval mode."""
+    build(family, dtype).save_pretrained(folder / "base")
+    base = type(build(family)).from_pretrained(folder / "base")
+    kind = FAMILIES[family].kind
+    heads = {"modules_to_save": ["classifier"]} if kind == "vision" else {}
+    fields = {"control_rank": 3, "control_alpha": 0.7, **heads, **fields}
+    model = randomize_adapters(get_peft_model(base, ControlConfig(task_type=TASKS[kind], **fields))).eval()
+    model.save_pretrained(folder / "adapter")
+    return model
+
+
+def reload(folder, family="llama"):
+    return AUTO[FAMILIES[family].kind].from_pretrained(folder / "out", trust_remote_code=True).eval()
+
+
+def assert_same(model, exported, family, atol=0.0):
+    with torch.no_grad():
+        expected, found = (logits(m, FAMILIES[family].inputs()) for m in (model, exported))
+        assert torch.allclose(found, expected, rtol=0, atol=atol)
+        with model.disable_adapter():
+            assert not torch.allclose(found, logits(model, FAMILIES[family].inputs()), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "timm-vit"])
+def test_every_family(family, tmp_path):
+    bias = FAMILIES[family].kind == "vision"
+    model = adapter(tmp_path, family, control_blocks=["attention", "mlp"], control_bias=bias)
+    export(str(tmp_path / "adapter"), tmp_path / "out")
+    exported = reload(tmp_path, family)
+    assert_same(model, exported, family)
+    assert type(exported).__name__ == f"Control{type(model.base_model.model).__name__}"
+    exported.save_pretrained(tmp_path / "again")
+    (tmp_path / "out").rename(tmp_path / "first")
+    (tmp_path / "again").rename(tmp_path / "out")
+    assert_same(model, reload(tmp_path, family), family)
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("family", TARGETS)
+def test_the_part_on_weights_is_merged(family, use_dora, tmp_path):
+    patterns = {"control_rank_pattern": {"0.mlp": 2}, "control_alpha_pattern": {"1.mlp": -1.0}}
+    model = adapter(tmp_path, family, target_modules=TARGETS[family], r=4, use_dora=use_dora, **patterns)
+    export(str(tmp_path / "adapter"), tmp_path / "out")
+    assert_same(model, reload(tmp_path, family), family, atol=1e-4)
+    assert not any("lora" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generation_with_and_without_cache(dtype, tmp_path):
+    model = adapter(tmp_path, dtype=dtype, control_blocks=["attention", "mlp"])
+    export(str(tmp_path / "adapter"), tmp_path / "out")
+    exported = reload(tmp_path)
+    inputs = {name: value.flip(1) for name, value in FAMILIES["llama"].inputs().items()}
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    assert exported.dtype == dtype
+    assert torch.equal(exported.generate(**inputs, **options), expected)
+    if dtype == torch.float32:
+        assert torch.equal(exported.generate(**inputs, **options, use_cache=False), expected)
+
+
+def test_trained_head_names_of_classes_and_backbone(tmp_path):
+    model = adapter(tmp_path, "bert")
+    with torch.no_grad():
+        model.base_model.classifier.modules_to_save["default"].weight.mul_(2)
+    model.save_pretrained(tmp_path / "adapter")
+    names = {"id2label": {"0": "bad", "1": "good"}}
+    (tmp_path / "adapter" / "config.json").write_text(json.dumps(names))
+    export(str(tmp_path / "adapter"), tmp_path / "out")
+    exported = reload(tmp_path, "bert")
+    assert_same(model, exported, "bert")
+    assert exported.config.id2label == {0: "bad", 1: "good"}
+    backbone = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    with torch.no_grad():
+        hidden, expected = (m(**FAMILIES["bert"].inputs())[0] for m in (backbone, model.base_model.bert))
+    assert torch.equal(hidden, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_head_with_other_classes_than_the_base_has(family, tmp_path):
+    """LLaMA's classifier makes its backbone by AutoModel; BERT's base here has two classes."""
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    build(family).save_pretrained(tmp_path / "base")
+    base = load(tmp_path / "base", num_labels=5, ignore_mismatched_sizes=True)
+    model = randomize_adapters(get_peft_model(base, ControlConfig(task_type="SEQ_CLS"))).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    export(str(tmp_path / "adapter"), tmp_path / "out")
+    assert_same(model, load(tmp_path / "out", trust_remote_code=True).eval(), family)
+
+
+def test_the_folder_needs_neither_package_and_says_what_it_is(tmp_path):
+    adapter(tmp_path)
+    export(str(tmp_path / "adapter"), tmp_path / "out")
+    tree = ast.parse((tmp_path / "out" / "modeling_control.py").read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} == {"threading", "torch", "transformers"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModelForCausalLM" in card and "mlp" in card and "adapter" in card
+    with pytest.raises(ValueError, match="trust_remote_code"):  # never the base model alone
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
+
+
+def run(*arguments) -> None:
+    main([*map(str, arguments)])
+
+
+def test_command_line(tmp_path, capsys):
+    adapter(tmp_path, dtype=torch.bfloat16)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    run(tmp_path / "adapter", tmp_path / "out", "--base", tmp_path / "moved", "--dtype", "float32")
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}: ControlLlamaForCausalLM")
+    assert reload(tmp_path).dtype == torch.float32
+
+
+def spoil(name, value):
+    def change(folder):
+        weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+        key = next(key for key in weights if name in key)
+        weights.update({key: torch.full_like(weights[key], value)} if value is not None else {})
+        if value is None:
+            del weights[key]
+        save_file(weights, folder / "adapter" / "adapter_model.safetensors")
+
+    return change
+
+
+def rewrite(file, **fields):
+    def change(folder):
+        path = folder / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return change
+
+
+def replace_by_lora(folder):
+    get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replace_by_lora, "is a LORA adapter: peft's merge_and_unload exports it"),
+        (spoil("control_B", float("nan")), "not finite, in"),
+        (spoil("control_B", None), "lacks 1 tensors"),
+        (rewrite("adapter/adapter_config.json", base_model_name_or_path=None), "pass --base FOLDER"),
+        (
+            rewrite(
+                "adapter/adapter_config.json", task_type=None, auto_mapping={"parent_library": "timm.models"}
+            ),
+            "only models of transformers can be exported",
+        ),
+        (rewrite("base/config.json", quantization_config={"load_in_4bit": True}), "is quantized"),
+        (lambda folder: (folder / "adapter" / "adapter_model.safetensors").unlink(), "has no adapter_model"),
+        (lambda folder: (folder / "adapter" / "adapter_config.json").unlink(), "adapter_config.json"),
+        (lambda folder: (folder / "base").rename(folder / "gone"), "base"),
+        (lambda folder: (folder / "out").write_text("mine"), "out exists already"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(change, message, tmp_path, capsys):
+    adapter(tmp_path)
+    change(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(SystemExit) as exit_:
+        run(tmp_path / "adapter", tmp_path / "out")
+    printed = capsys.readouterr().err
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert exit_.value.code == 2 and len(lines) == 1 and message in lines[0] and "Traceback" not in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_transformers_serve_answers_over_http(tmp_path):
+    """A real server with the exported folder; its greedy text is the adapter's."""
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        pytest.skip("transformers serve needs fastapi, uvicorn and openai")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    model = adapter(tmp_path, control_blocks=["attention", "mlp"])
+    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w0")
+    tokenizer.save_pretrained(tmp_path / "base")
+    export(str(tmp_path / "adapter"), tmp_path / "out")
+    prompt = "w5 w9 w11"
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    expected = tokenizer.decode(
+        model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)[0, 3:], skip_special_tokens=True
+    )
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = "from transformers.cli.transformers import main; main()"
+    options = ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-c", command, "serve", *options],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": ""},
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            except OSError:
+                assert server.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.5)
+        body = {"model": str(tmp_path / "out"), "prompt": prompt, "max_tokens": 6, "temperature": 0}
+        request = urllib.request.Request(
+            f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        answer = json.load(urllib.request.urlopen(request, timeout=120))
+        assert answer["choices"][0]["text"].split() == expected.split()
+    finally:
+        server.terminate()
+        server.wait(30)
