@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from control_experiments.record import read_record
-from LlaMA import finetune, training
+from LlaMA import convert, finetune, training
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
 from LlaMA.models import SHAPES, add_adapter, choose_pad_token, expected_config
 from LlaMA.tests.conftest import one_line
@@ -435,13 +435,16 @@ def test_smollm2_gguf_trains(call, data, tmp_path):
         code, _, err = call(finetune.main, *arguments(files[0], data, tmp_path / "out", *more))
     assert code == 0, err
     assert not [str(warning.message) for warning in warned if "config" in str(warning.message)]
-    assert "GGUF" not in err  # transformers' own bar
+    assert "Converting and de-quantizing" not in err  # transformers' own bar
     assert (
         json.loads((tmp_path / "out" / "record.json").read_text())["model"]["total_parameters"] == 134_515_008
     )
-    readme = (Path(finetune.__file__).parents[1] / "QControl" / "README.md").read_text()
-    lines = readme.split("```python\n")[-1].split("```")[0]  # the weights as a folder, which can be quantized
-    exec(lines.replace("model.gguf", str(files[0])).replace("model-folder", str(tmp_path / "folder")))
-    more += ("--quantization", "nf4")
+    assert "python -m LlaMA.convert --model" in err
+    converting = ("--model", files[0], "--output_dir", tmp_path / "folder", "--dtype", "fp32")
+    code, _, err = call(convert.main, *converting)
+    assert code == 0, err
+    code, _, err = call(convert.main, *converting)
+    assert code == 2 and "is there already" in one_line(err)
+    more += ("--quantization", "nf4")  # which a GGUF file cannot be
     code, _, err = call(finetune.main, *arguments(tmp_path / "folder", data, tmp_path / "nf4", *more))
     assert code == 0, err
