@@ -71,6 +71,14 @@ def test_every_method_trains_and_leaves_an_adapter_and_a_record(run, tmp_path, m
     assert "cut at 256 tokens" in out
 
 
+@pytest.mark.parametrize("method", ["miss", "shadow", "control+dora"])
+def test_methods_train_over_a_half_precision_base(run, tmp_path, method):
+    code, _, err = run("--dtype", "bf16", "--max_steps", 2, method=method)
+    assert code == 0, err
+    record = read_record(tmp_path / "run" / "record.json")
+    assert (record.hyperparameters["dtype"], record.adapter["dtype"]) == ("bfloat16", "float32")
+
+
 def test_the_best_checkpoint_is_saved_not_the_last(run, tmp_path, monkeypatch):
     real, seen = training.batch_loss, []
 
