@@ -250,6 +250,22 @@ def test_claims(tmp_path):
             folder.claim(lora)
 
 
+def test_an_overwritten_run_is_gone_for_every_process(tmp_path, monkeypatch):
+    lora, dora = {"method": "lora"}, {"method": "dora"}
+    with RunFolder(tmp_path / "run") as folder:
+        folder.claim(lora)
+        checkpoint(folder, 9)
+        write_json_atomic(folder.record, {})
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", "1")
+            other = RunFolder(tmp_path / "run")
+        other.clear()  # before the process of rank 0 does so
+        assert not other.finished and other.claim(dora) is None and folder.record.exists()
+        folder.clear()
+        assert [path.name for path in folder.path.iterdir()] == [".lock"]
+        assert folder.claim(dora) is None and not folder.finished
+
+
 class Bomb:
     """A pickle that leaves a file where it is read."""
 

@@ -93,9 +93,10 @@ def _parts(config: dict) -> dict[str, str]:
         rank, alpha = config["control_rank"], config["control_alpha"]
         parts["control"] = f"rank {rank}, alpha {alpha}, parallel to {' and '.join(blocks)}"
     if targets := config.get("target_modules"):
-        kind = {"MISS": "MiSS"}.get(str(config["peft_type"]), "DoRA" if config.get("use_dora") else "LoRA")
-        alpha = f", alpha {config['lora_alpha']}" if "lora_alpha" in config else ""
-        parts[kind] = f"rank {config['r']}{alpha}, on {', '.join(sorted(targets))}"
+        has_alpha = "lora_alpha" in config
+        name = "DoRA" if config.get("use_dora") else "LoRA" if has_alpha else "MiSS"
+        alpha = f", alpha {config['lora_alpha']}" if has_alpha else ""
+        parts[name] = f"rank {config['r']}{alpha}, on {', '.join(sorted(targets))}"
     return parts
 
 

@@ -40,6 +40,7 @@ class RunFolder:
         self.path = Path(path)
         self.go_on = go_on
         self._lock: int | None = None
+        self._cleared = False
         if os.environ.get("RANK", "0") != "0":
             return
         try:
@@ -99,7 +100,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run came to its end."""
-        return self.record.is_file()
+        return self.record.is_file() and not self._cleared
 
     @property
     def adapter(self) -> Path:
@@ -114,16 +115,15 @@ class RunFolder:
         return self.path / "run.log"
 
     def clear(self) -> None:
-        """Delete what a run left here: everything but the lock, in a folder that holds a run or nothing.
+        """Delete what a run left here. The process of rank 0 does so; to the others the folder counts as empty at once.
 
         Raises:
             UserError: the folder holds something else.
         """
-        contents = (
-            [entry for entry in self.path.iterdir() if entry.name != ".lock"]
-            if self._lock is not None
-            else []
-        )
+        self._cleared = True
+        if self._lock is None:
+            return
+        contents = [entry for entry in self.path.iterdir() if entry.name != ".lock"]
         if contents and not (self.path / "run.json").is_file():
             raise UserError(
                 f"{self.path} holds no run: --overwrite deletes nothing there, choose another folder"
@@ -168,7 +168,7 @@ class RunFolder:
             UserError: the folder holds another run that is finished, or whose checkpoints would be resumed or lost; or
                 none of the checkpoints to resume from is whole (nothing was changed then).
         """
-        found = checkpoints.checkpoints(self.checkpoints)
+        found = [] if self._cleared else checkpoints.checkpoints(self.checkpoints)
         if self.finished or found:
             self.check_same(identity, defaults)
         if self.finished:
