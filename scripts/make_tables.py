@@ -25,7 +25,14 @@ from control_experiments.record import write_text_atomic
 from control_experiments.reporting import claims, page, records, tables
 
 
-def publish(frame: pd.DataFrame, judged: pd.DataFrame, paper: records.Paper, problems: list[str], folder: Path, up: str) -> int:
+def publish(
+    frame: pd.DataFrame,
+    judged: pd.DataFrame,
+    paper: records.Paper,
+    problems: list[str],
+    folder: Path,
+    up: str,
+) -> int:
     """Write tables of `frame`, claims judged by `judged`, pictures and page into `folder`, from which `up` leads to the results
     folder; return the number of files."""
     filled, found = tables.all_tables(frame, paper), claims.judge(judged, paper)
@@ -36,9 +43,18 @@ def publish(frame: pd.DataFrame, judged: pd.DataFrame, paper: records.Paper, pro
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="Folder with the runs (default: %(default)s).")
-    parser.add_argument("--paper", type=Path, default=RESULTS / "paper.json", help="Published figures (default: this project's).")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="Folder with the runs (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--paper",
+        type=Path,
+        default=RESULTS / "paper.json",
+        help="Published figures (default: this project's).",
+    )
     parser.add_argument("--strict", action="store_true", help="Exit with 1 if a record had to be left out.")
     options = parser.parse_args()
     paper = records.read_paper(options.paper)
@@ -50,7 +66,11 @@ def main() -> None:
         files += publish(frame, yours, paper, problems, options.results / "mine", "../")
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
-    print(f"{len(ours)} records" + (f" and {len(yours)} of yours" if len(yours) else "") + f"; {files} files written to {options.results}")
+    print(
+        f"{len(ours)} records"
+        + (f" and {len(yours)} of yours" if len(yours) else "")
+        + f"; {files} files written to {options.results}"
+    )
     if options.strict and problems:
         sys.exit(1)
 

@@ -13,12 +13,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.record import RunRecord, read_record
+from control_experiments.reporting import pictures
+from control_experiments.reporting.tables import markdown_rows
 
 METRIC = "matthews"
 TABLE, PICTURE = "table.md", "score_against_time.png"
@@ -102,16 +105,14 @@ def print_table(rows: Sequence[Sequence[str]], caption: str) -> None:
 
 def markdown(records: dict[str, RunRecord | None], rows: Sequence[Sequence[str]], caption: str) -> str:
     """The table as Markdown; each method's name links to its record."""
-    linked = [
-        [f"[{cells[0]}]({cells[0]}/record.json)" if records.get(cells[0]) else cells[0], *cells[1:]]
-        for cells in rows
-    ]
+    names = [f"[{cells[0]}]({cells[0]}/record.json)" if records.get(cells[0]) else cells[0] for cells in rows]
+    table = pd.DataFrame(rows, columns=HEADER).assign(method=names)
     lines = [
         "# Quickstart",
         "",
         "The demonstration task is made by the project itself from text that Python carries; it is not GLUE.",
         "",
-        *(f"| {' | '.join(cells)} |" for cells in (HEADER, ["---"] * len(HEADER), *linked)),
+        *markdown_rows(table),
         "",
         f"Equal conditions for all: {caption}.",
         "",
@@ -122,30 +123,22 @@ def markdown(records: dict[str, RunRecord | None], rows: Sequence[Sequence[str]]
 
 def plot(records: dict[str, RunRecord | None], path: Path) -> None:
     """Dev metric of each evaluation against the training time up to it (evaluations themselves left out)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    lines = []
     for method, record in records.items():
-        if record is None:
-            continue
-        seconds_per_step = record.time["train_seconds"] / record.time["steps"]
-        points = [
-            (entry["step"] * seconds_per_step, entry[METRIC]) for entry in record.history if METRIC in entry
-        ]
-        axes.plot(*zip(*points, strict=True), marker="o", label=method)
-    axes.axhline(0, color="grey", linestyle=":", label="majority class")
-    axes.set(
-        xlabel="training time (s)",
-        ylabel="Matthews correlation on dev",
-        title="Demonstration task (not GLUE)",
+        if record is not None:
+            seconds_per_step = record.time["train_seconds"] / record.time["steps"]
+            points = [(e["step"] * seconds_per_step, e[METRIC]) for e in record.history if METRIC in e]
+            lines.append((method, record.seed, points))
+    figure = pictures.curves(
+        lines, "Demonstration task (not GLUE)", "Matthews correlation on dev", "training time (s)"
+    )
+    (axes,) = figure.axes
+    axes.axhline(0, color="grey", linestyle=":")
+    axes.annotate(
+        "majority class", (0, 0), xytext=(2, 3), textcoords="offset points", fontsize=9, color="grey"
     )
     axes.set_xlim(left=0)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    pictures.save(figure, path)
 
 
 def main() -> None:

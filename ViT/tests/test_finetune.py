@@ -214,30 +214,6 @@ def test_pictures(call, options, npz, tmp_path):
     assert code == 2 and "record.json" in stderr and not (tmp_path / "none").exists()
 
 
-def test_the_memory_picture_names_methods_beside_the_points_and_starts_at_nothing(
-    call, programs, options, tmp_path, monkeypatch
-):
-    # two that need nearly the same: labels at their points would cover each other
-    for method in ("control", "probe"):
-        code, _, stderr = call(
-            "finetune", *options, "--epochs", 1, "--method", method, "--output_dir", tmp_path / method
-        )
-        assert code == 0, stderr
-    drawn = []
-    monkeypatch.setattr(programs["figures"].plt, "close", drawn.append)
-    runs = (tmp_path / "control", tmp_path / "probe")
-    assert call("figures", "--runs", *runs, "--output_dir", tmp_path / "figures")[0] == 0
-    figure = drawn[0]
-    figure.canvas.draw()
-    (axis,) = figure.axes
-    assert axis.get_xlim()[0] == 0 and not axis.texts
-    legend = axis.get_legend()
-    assert [text.get_text().split()[0] for text in legend.get_texts()] == ["control", "probe"]
-    box = legend.get_window_extent()
-    assert box.y1 <= axis.get_window_extent().y0  # below the axes, and within the picture
-    assert min(box.x0, box.y0) >= 0 and box.x1 <= figure.bbox.x1
-
-
 def test_an_unreachable_hub_is_one_line(call, options, tmp_path, monkeypatch):
     import timm
 

@@ -1,23 +1,29 @@
-"""Claims are judged by paired t intervals: checked against scipy's own test and by hand."""
+"""Claims are judged by the rules that they state: checked against scipy's own tests, by hand, and by simulation."""
 
 import json
 import re
 
+import numpy as np
 import pytest
 from scipy import stats
 
+from control_experiments.outcomes import METRICS, write_outcomes
 from control_experiments.paths import REPOSITORY, RESULTS
-from control_experiments.reporting.claims import Claim, Test, judge, markdown, t_interval
-from control_experiments.reporting.collection import collect
-from control_experiments.reporting.published import read_paper
+from control_experiments.reporting import statistics
+from control_experiments.reporting.claims import Claim, judge, markdown, overview
+from control_experiments.reporting.records import load, read_paper
+from control_experiments.reporting.statistics import Pool, Test, example_variance, more_seeds
 
 Test.__test__ = False  # a class of ours, no tests
 PAPER = read_paper(RESULTS / "paper.json")
 
 
+def claims(results) -> dict[str, Claim]:
+    return {claim.name: claim for claim in judge(load(results.path)[0], PAPER)}
+
+
 def claim(results, name) -> Claim:
-    (found,) = [claim for claim in judge(collect(results.path), PAPER) if claim.name == name]
-    return found
+    return claims(results)[name]
 
 
 def fill(results, control, lora, **kind):
@@ -26,39 +32,187 @@ def fill(results, control, lora, **kind):
         results.roberta("lora", seed, other, **{name: values[1] for name, values in kind.items()})
 
 
-def test_the_interval_is_scipys_paired_one():
+def quality(*pairs, **more) -> Test:
+    return Test("test", dict(enumerate(pairs)), "quality", **more)
+
+
+# -- statistics -------------------------------------------------------------------------------------------------
+
+
+def test_with_seeds_alone_the_interval_is_scipys_paired_one():
     control, lora = [61.0, 63.5, 60.2, 64.0], [60.1, 62.0, 60.9, 61.5]
-    differences = [one - other for one, other in zip(control, lora, strict=True)]
     expected = stats.ttest_rel(control, lora).confidence_interval(0.95)
-    assert t_interval(differences) == pytest.approx((expected.low, expected.high))
-    assert t_interval([1.0]) is None
+    assert quality(*zip(control, lora)).interval == pytest.approx((expected.low, expected.high))
+    assert quality((1.0, 0.0)).interval is None
 
 
 @pytest.mark.parametrize(
-    ("control", "lora", "verdict"),
+    ("differences", "verdict"),
     [
-        ([0.70, 0.72, 0.71], [0.60, 0.61, 0.62], "supported"),
-        ([0.60, 0.61, 0.62], [0.70, 0.72, 0.71], "contradicted"),
-        ([0.70, 0.60, 0.65], [0.61, 0.69, 0.64], "not decided"),
-        ([0.70], [0.10], "not decided"),
-        ([0.70, 0.71], [0.70, 0.71], "not decided"),
+        ([0.1, 0.0, -0.1], "supported"),  # no loss to speak of, though the interval includes zero
+        ([-0.9, -0.91, -0.9], "supported"),  # within the margin, though surely below zero
+        ([-1.2, -1.21, -1.2], "contradicted"),
+        ([-2.0, 3.0, 1.0], "not decided"),
+        ([0.5], "not decided"),
     ],
 )
-def test_quality(results, control, lora, verdict):
-    fill(results, control, lora)
+def test_quality_is_a_question_of_non_inferiority(differences, verdict):
+    assert quality(*((50 + difference, 50) for difference in differences)).verdict == verdict
+
+
+def test_more_seeds_are_those_after_which_the_interval_decides():
+    test = quality((50.5, 50.0), (51.5, 50.0), (48.0, 50.0))
+    spread, mean = test.differences.std(ddof=1), test.differences.mean()
+    needed = next(n for n in range(4, 200) if mean - stats.t.ppf(0.975, n - 1) * spread / n**0.5 > -1)
+    assert more_seeds([test]) == str(needed - 3)
+    assert more_seeds([quality((50.0, 50.0), (50.1, 50.0))]) == ""  # decided
+    assert more_seeds([quality((50.0, 50.0))]) == "two seeds first"
+    test.examples = 4.0  # no number of seeds makes up for so few examples
+    assert "more test examples" in more_seeds([test])
+
+
+def test_a_pool_is_the_mean_over_tasks_without_those_below_the_majority_class():
+    tests = [
+        quality((61.0, 60.0), (62.5, 60.0), (60.5, 60.0)),
+        quality((70.0, 71.0), (71.0, 71.5), (69.0, 70.0)),
+    ]
+    parts = [test.differences.var(ddof=1) / 3 / 4 for test in tests]
+    half = stats.t.ppf(0.975, sum(parts) ** 2 / sum(part**2 / 2 for part in parts)) * sum(parts) ** 0.5
+    mean = np.mean([test.differences.mean() for test in tests])
+    assert Pool("all", tests).interval == pytest.approx((mean - half, mean + half))
+    flagged = quality((50.0, 20.0), (51.0, 20.0), floor=56.34)
+    assert flagged.below_majority and not quality((50.0, 57.0), (51.0, 57.0), floor=56.34).below_majority
+    assert Pool("all", [*tests, flagged]).interval == Pool("all", tests).interval
+
+
+def outcomes(folder, arrays, **more):
+    folder.mkdir(parents=True)
+    write_outcomes(folder, range(len(next(iter(arrays.values())))), **arrays, **more)
+    return folder
+
+
+def test_examples_are_paired_too(tmp_path):
+    generator = np.random.default_rng(0)
+    correct = [generator.random((2, 500)) < 0.7 for _ in range(3)]
+    pairs = [
+        tuple(outcomes(tmp_path / f"{seed}{n}", {"correct": row}) for n, row in enumerate(rows))
+        for seed, rows in enumerate(correct)
+    ]
+    differences = 100 * np.mean([rows[0].astype(float) - rows[1] for rows in correct], axis=0)
+    assert example_variance(pairs) == pytest.approx(differences.var() / 500, rel=0.15)
+    # several test sets weigh the same, however many examples each has
+    groups = np.array(["a"] * 100 + ["b"] * 400)
+    pairs = [
+        tuple(
+            outcomes(tmp_path / f"g{seed}{n}", {"correct": row}, group=groups) for n, row in enumerate(rows)
+        )
+        for seed, rows in enumerate(correct)
+    ]
+    expected = (differences[:100].var() / 100 + differences[100:].var() / 400) / 4
+    assert example_variance(pairs) == pytest.approx(expected, rel=0.15)
+
+
+def test_a_metric_that_is_no_mean_is_bootstrapped_from_predictions(tmp_path):
+    generator = np.random.default_rng(1)
+    label = generator.integers(0, 2, 400)
+    noisy = [np.where(generator.random(400) < 0.8, label, 1 - label) for _ in range(4)]
+    folders = [
+        outcomes(tmp_path / str(n), {"prediction": p, "label": label}, metric="matthews")
+        for n, p in enumerate(noisy)
+    ]
+    found = example_variance([(folders[0], folders[1]), (folders[2], folders[3])]) ** 0.5
+    # standard error of the mean of two differences of correlations near 0.6
+    assert found == pytest.approx(100 * (1 - 0.6**2) / 400**0.5, rel=0.4)
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    assert METRICS["matthews"](noisy[0], label) == pytest.approx(matthews_corrcoef(label, noisy[0]))
+    both = (np.mean(noisy[0] == label) + f1_score(label, noisy[0])) / 2
+    assert METRICS["accuracy and F1"](noisy[0], label) == pytest.approx(both)
+    x, y = generator.normal(size=(2, 50))
+    expected = (stats.pearsonr(x, y)[0] + stats.spearmanr(x, y)[0]) / 2
+    assert METRICS["Pearson and Spearman"](x, y) == pytest.approx(expected)
+
+
+def test_outcomes_of_other_examples_or_of_some_runs_only_are_not_paired(tmp_path):
+    one = outcomes(tmp_path / "one", {"correct": [1, 0, 1]})
+    other = tmp_path / "other"
+    other.mkdir()
+    assert example_variance([(one, other)]) is None
+    write_outcomes(other, [5, 6, 7], [1, 0, 1])
+    assert example_variance([(one, other)]) is None
+    (other / "outcomes.npz").write_bytes(b"broken")
+    with pytest.raises(statistics.UserError, match="cannot be read"):
+        example_variance([(one, other)])
+
+
+def test_intervals_hold_what_they_promise():
+    """Simulated: seeds and examples both vary, the true difference is 0; about 95 % of the intervals include it."""
+    generator, held = np.random.default_rng(2), 0
+    for _ in range(400):
+        by_example = generator.normal(
+            0, 20, 300
+        )  # what examples do to both methods' difference, whatever the seed
+        differences = generator.normal(0, 1, 3)[:, None] + by_example + generator.normal(0, 20, (3, 300))
+        test = quality(
+            *((value, 0.0) for value in differences.mean(axis=1)),
+            examples=differences.mean(axis=0).var() / 300,
+        )
+        low, high = test.interval
+        held += low <= 0 <= high
+    assert 0.93 <= held / 400 <= 1.0
+
+
+# -- claims -----------------------------------------------------------------------------------------------------
+
+
+def test_quality_from_records_is_paired_by_common_seeds(results):
+    fill(results, [0.70, 0.72, 0.71], [0.60, 0.61, 0.62])
+    results.roberta("control", 9, 0.9)
     judged = claim(results, "roberta-quality")
-    assert judged.verdict == verdict
     (test,) = judged.tests
-    assert test.pairs == {seed: (100 * a, 100 * b) for seed, (a, b) in enumerate(zip(control, lora))}
-    assert f"**{verdict}**" in markdown([judged], PAPER)
+    assert test.pairs == {
+        seed: (100 * a, 100 * b) for seed, (a, b) in enumerate(zip([0.70, 0.72, 0.71], [0.60, 0.61, 0.62]))
+    }
+    assert judged.verdict == "supported" and "**supported**" in markdown([*claims(results).values()], PAPER)
 
 
-def test_memory_and_time_want_less(results):
-    fill(results, [0.6, 0.6], [0.6, 0.6], peak=(80 * 2**20, 100 * 2**20), seconds=(12.0, 10.0))
-    assert claim(results, "roberta-memory").verdict == "supported"
-    assert claim(results, "roberta-memory").tests[0].statistic == "-20.00 % [-20.00, -20.00], n = 2"
-    time = claim(results, "roberta-time")
-    assert time.verdict == "contradicted" and "+20.00 %" in time.tests[0].statistic
+def test_outcomes_beside_records_enter_the_interval(results):
+    fill(results, [0.70, 0.72, 0.71], [0.60, 0.61, 0.62])
+    alone = claim(results, "roberta-quality").tests[0].interval
+    generator = np.random.default_rng(0)
+    for seed in range(3):
+        for method in ("control", "lora"):
+            write_outcomes(
+                results.path / "roberta" / f"tiny-encoder_cola_{method}_seed{seed}",
+                range(100),
+                generator.random(100) < 0.6,
+            )
+    (test,) = claim(results, "roberta-quality").tests
+    assert "by example too" in test.statistic and test.interval[0] < alone[0]
+
+
+def test_a_test_below_the_majority_class_is_flagged_and_does_not_count(results):
+    for seed in (0, 1, 2):
+        results.roberta("control", seed, 0.5 + seed / 100, task="wnli")
+        results.roberta("lora", seed, 0.3, task="wnli")
+    judged = claim(results, "roberta-quality")
+    assert (judged.verdict, judged.tally) == ("not decided", "1 below the majority class")
+    assert "below the majority class, does not count" in markdown([*claims(results).values()], PAPER)
+
+
+def test_memory_is_decided_by_one_measurement_and_time_by_three(results):
+    kind = dict(peak=(80 * 2**20, 100 * 2**20), seconds=(8.0, 10.0))
+    fill(results, [0.6], [0.6], **kind)
+    memory = claim(results, "roberta-memory")
+    assert memory.verdict == "supported" and memory.tests[0].statistic == "-20.00 %"
+    assert claim(results, "roberta-time").tests[0].statistic == "-20.00 %, n = 1 of 3 repeats: no interval"
+    fill(results, [0.6, 0.6], [0.6, 0.6], **kind)
+    assert claim(results, "roberta-time").verdict == "not decided"
+    fill(results, [0.6] * 3, [0.6] * 3, **kind)
+    assert claim(results, "roberta-time").verdict == "supported"
+    results.roberta("control", 3, 0.6, peak=101 * 2**20, seconds=8.0)  # the worst decides
+    results.roberta("lora", 3, 0.6, peak=100 * 2**20, seconds=10.0)
+    assert claim(results, "roberta-memory").verdict == "contradicted"
 
 
 @pytest.mark.parametrize("others", [5 * 2**30, None])
@@ -71,30 +225,13 @@ def test_time_is_not_judged_from_gpus_that_others_used(others, results):
     assert claim(results, "roberta-quality").tests
 
 
-def test_one_contradicting_test_contradicts_and_a_single_pair_has_no_vote(results):
-    fill(results, [0.7, 0.71], [0.6, 0.62])
-    results.roberta("control", 7, 0.5, task="rte")
-    results.roberta("lora", 7, 0.6, task="rte")
-    judged = claim(results, "roberta-quality")
-    assert (judged.verdict, judged.tally) == ("supported", "1 supported, 1 not decided")
-    results.roberta("control", 8, 0.5, task="rte")
-    results.roberta("lora", 8, 0.601, task="rte")
-    assert claim(results, "roberta-quality").verdict == "contradicted"
-
-
-def test_only_common_seeds_are_paired(results):
-    fill(results, [0.7, 0.71], [0.6, 0.62])
-    results.roberta("control", 9, 0.9)
-    assert set(claim(results, "roberta-quality").tests[0].pairs) == {0, 1}
-
-
 def test_without_records_a_claim_is_not_tested_and_says_what_to_run(results):
-    claims = judge(collect(results.path), PAPER)
-    assert {claim.verdict for claim in claims} == {"not tested"}
-    text = markdown(claims, PAPER)
-    for script in re.findall(r"`(?:bash|python) ([^`\s]+)", text):
+    found = [*claims(results).values()]
+    assert {claim.verdict for claim in found} == {"not tested"}
+    text = markdown(found, PAPER)
+    for script in re.findall(r"`(?:bash|python) (scripts/[^`\s]+)", text):
         assert (REPOSITORY / script).is_file()
-    assert text.count("At full scale") == len(claims)
+    assert text.count("At full scale") == len(found) == 29
 
 
 def test_runs_that_must_not_be_mixed_decide_nothing(results):
@@ -103,28 +240,61 @@ def test_runs_that_must_not_be_mixed_decide_nothing(results):
     assert claim(results, "roberta-quality").verdict == "not tested"
 
 
-def test_the_average_decides_for_llama_not_each_of_its_eight_test_sets(results):
+def test_the_average_decides_for_llama_and_graphs_are_compared_with_graphs(results):
     for seed in (1, 2):
-        results.llama("double control", seed, 50.0 + seed)
+        results.llama("double control", seed, 50.0 + seed, cuda_graphs=True)
         results.llama("lora", seed, 40.0 + seed)
-    (test,) = claim(results, "llama-quality").tests
-    assert test.what == "tiny-llama, commonsense: double control r64 against lora r32"
-    assert test.verdict == "supported"
-    assert claim(results, "llama-quality").scope == "tiny-llama; not the paper's scale"
+    assert claim(results, "llama-quality").verdict == "not tested"
+    for seed in (1, 2):
+        results.llama("lora", seed, 45.0 + seed, cuda_graphs=True, folder=f"graphs{seed}")
+    judged = claim(results, "llama-quality")
+    (test,) = judged.tests
+    assert test.what == "tiny-llama, commonsense: double control r64, graphs against lora r32, graphs"
+    assert (test.verdict, judged.scope) == ("supported", "tiny-llama; not the paper's scale")
 
 
-def test_benchmarks_are_paired_over_repeats(results):
-    results.benchmark(lora=(0.4, 40.0), control_lean=(0.3, 1.0), control_fast=(0.2, 10.0))
-    assert claim(results, "lean-memory").verdict == "not decided"
-    results.benchmark(repeat="repeat2", lora=(0.41, 40.0), control_lean=(0.3, 1.0), control_fast=(0.2, 10.0))
-    assert claim(results, "lean-memory").verdict == claim(results, "fast-time").verdict == "supported"
-    results.benchmark("cpu.json", lora=(0.4, 0.0), control_lean=(0.3, 0.0))  # on a CPU memory is zero
-    assert len(claim(results, "lean-memory").tests) == 1
+def test_the_overview_has_a_row_for_each_domain(results):
+    fill(
+        results, [0.70, 0.705, 0.71], [0.72, 0.71, 0.705], peak=(80 * 2**20, 100 * 2**20), seconds=(8.0, 10.0)
+    )
+    table = overview(judge(load(results.path)[0], PAPER))
+    assert len(table) == 4 and table.columns.to_list() == [
+        "control against LoRA",
+        "quality",
+        "more seeds to decide",
+        "memory",
+        "time",
+    ]
+    first = table.iloc[0]
+    assert (
+        first.quality.startswith("**not decided**: -0.67 points [") and int(first["more seeds to decide"]) > 0
+    )
+    assert first.memory == "**[supported](#roberta-memory)**: -20 %" and "supported" in first.time
+    assert set(table.quality[1:]) == {"**not tested**"}
 
 
 def two(results, **methods):
-    for repeat in ("", "repeat2"):
+    for repeat in ("", "repeat2", "repeat3"):
         results.benchmark(repeat=repeat, **methods)
+
+
+def test_benchmarks_are_paired_over_repeats_and_like_with_like(results):
+    methods = {
+        "lora": (0.4, 40.0),
+        "lora+graphs": (0.1, 45.0),
+        "control:lean": (0.3, 1.0),
+        "control:fast": (0.2, 10.0),
+    }
+    results.benchmark(**methods)
+    assert claim(results, "lean-memory").verdict == "supported"
+    assert claim(results, "fast-time").verdict == "not decided"
+    two(results, **methods)
+    (test,) = claim(results, "fast-time").tests
+    assert test.what.endswith("control:fast against lora") and test.verdict == "supported"
+    two(results, **methods, **{"control+graphs:fast": (0.12, 11.0)})
+    assert [test.verdict for test in claim(results, "fast-time").tests] == ["supported", "contradicted"]
+    results.benchmark("cpu.json", lora=(0.4, 0.0), control_lean=(0.3, 0.0))  # on a CPU memory is zero
+    assert len(claim(results, "lean-memory").tests) == 1
 
 
 def test_each_shape_is_judged_by_its_own_domains_claim(results):
@@ -133,26 +303,24 @@ def test_each_shape_is_judged_by_its_own_domains_claim(results):
     two(results, name="vit.json", shape="vit-b16", batch=128, tokens=197, **points)
     two(results, name="roberta.json", shape="roberta-base", batch=64, tokens=128, **points)
     two(results, name="tiny.json", shape="tiny", **points)
+    found = claims(results)
     for quantity in ("memory", "time"):
-        assert claim(results, f"llama-shape-{quantity}").verdict == "not tested"
+        assert found[f"llama-shape-{quantity}"].verdict == "not tested"
         for domain, shape in (
             ("vit", "vit-b16, 128 x 197 tokens"),
             ("roberta", "roberta-base, 64 x 128 tokens"),
         ):
-            judged = claim(results, f"{domain}-shape-{quantity}")
-            (test,) = judged.tests
+            (test,) = found[f"{domain}-shape-{quantity}"].tests
             assert (
-                judged.verdict == "supported"
-                and test.what == f"{shape}, Some GPU: control:plain against lora"
+                test.verdict == "supported" and test.what == f"{shape}, Some GPU: control:plain against lora"
             )
-            assert judged.scope.endswith("no record of DoRA yet")
+            assert found[f"{domain}-shape-{quantity}"].scope.endswith("no record of DoRA yet")
     two(results, lora=(0.4, 40.0), dora=(0.2, 50.0), control_plain=(0.3, 30.0))
     judged = claim(results, "llama-shape-time")
     assert [test.verdict for test in judged.tests] == [
         "supported",
         "contradicted",
     ] and judged.verdict == "contradicted"
-    assert "DoRA" not in judged.scope
 
 
 def test_double_control_of_the_recipes_steps_is_judged_at_llamas_shapes(results):
@@ -160,7 +328,7 @@ def test_double_control_of_the_recipes_steps_is_judged_at_llamas_shapes(results)
         results.step(f"llama/{repeat}/control", "double control", peak=10 * 2**30, seconds=0.1)
         results.step(f"llama/{repeat}/lora", "lora", others=5 * 2**30)
     memory = claim(results, "llama-shape-memory")
-    assert memory.verdict == "supported" and memory.tests[0].statistic == "-25.00 % [-25.00, -25.00], n = 2"
+    assert memory.verdict == "supported" and memory.tests[0].statistic == "-25.00 % at worst, n = 2"
     assert claim(results, "llama-shape-time").verdict == "not tested"  # LoRA's GPU was not its own
 
 
@@ -172,23 +340,26 @@ def test_whether_a_quantized_model_fits_is_decided_by_its_worst_peak(results, gi
         )
     results.step("qcontrol/memory0/y", "double control", stored="nf4", mode="lean", peak=2**34, tokens=256)
     judged = claim(results, "nf4-8gib")
-    assert judged.verdict == verdict
-    assert f"{gibibytes[-1] - 8:+.2f} GiB at worst" in judged.tests[0].statistic
+    assert judged.verdict == verdict and f"{gibibytes[-1] - 8:+.2f} GiB" in judged.tests[0].statistic
 
 
 def test_packing_and_answers_in_batches_need_repeats_for_speed_but_not_for_answers(results):
     results.throughput(2.0)
     results.batches(12.0, 100.0)
-    assert claim(results, "packing").verdict == claim(results, "batches-speed").verdict == "not decided"
-    assert claim(results, "batches-answers").verdict == "supported"  # none of 1,000: at least 99.63 %
-    results.throughput(2.01, folder="throughput-y")
+    found = claims(results)
+    assert found["packing"].verdict == found["batches-speed"].verdict == "not decided"
+    assert found["batches-answers"].verdict == "supported"  # none of 1,000: at least 99.63 %
     on_cpu = results.throughput(1.0, folder="throughput-cpu")  # decides nothing
-    contents = json.loads(on_cpu.read_text())
-    on_cpu.write_text(json.dumps({**contents, "device": {"kind": "cpu", "name": "Some CPU"}}))
-    results.batches(12.1, 99.2, folder="batches-y")
-    assert claim(results, "packing").verdict == claim(results, "batches-speed").verdict == "supported"
-    assert claim(results, "batches-answers").verdict == "not decided"  # 1,992 of 2,000: 99.2 to 99.8
-    results.batches(12.1, 98.0, questions=5000, folder="batches-z")
+    on_cpu.write_text(
+        json.dumps({**json.loads(on_cpu.read_text()), "device": {"kind": "cpu", "name": "Some CPU"}})
+    )
+    for folder, speed, agree in (("y", 2.01, 99.2), ("z", 1.99, 99.9)):
+        results.throughput(speed, folder=f"throughput-{folder}")
+        results.batches(6 * speed, agree, folder=f"batches-{folder}")
+    found = claims(results)
+    assert found["packing"].verdict == found["batches-speed"].verdict == "supported"
+    assert found["batches-answers"].verdict == "not decided"  # 2,991 of 3,000: 99.4 to 99.9
+    results.batches(12.1, 98.0, questions=5000, folder="batches-a")
     assert claim(results, "batches-answers").verdict == "contradicted"
 
 
@@ -196,26 +367,29 @@ def test_scaling_is_judged_for_control_on_several_gpus(results):
     cells = [("control:lean", "ddp", 1, 0.40, 20.0), ("control:lean", "ddp", 8, 0.41, 20.0), ("lora", "ddp", 1, 0.4, 30.0),
              ("lora", "ddp", 8, 0.8, 30.0), ("control:lean", "fsdp2", 8, 0.5, 10.0), ("lora", "fsdp2", 8, 0.5, 16.0)]  # fmt: skip
     results.scaling(cells)
-    assert claim(results, "ddp-efficiency").verdict == "not decided"
-    memory = claim(results, "fsdp2-memory")
-    assert memory.verdict == "contradicted" and memory.tests[0].statistic == "+2.50 points at worst, n = 1"
-    results.scaling(cells, repeat="repeat2")
+    found = claims(results)
+    assert found["ddp-efficiency"].verdict == "not decided"
+    memory = found["fsdp2-memory"]
+    assert memory.verdict == "contradicted" and memory.tests[0].statistic == "+2.50 points"
+    for repeat in ("repeat2", "repeat3"):
+        results.scaling(cells, repeat=repeat)
     (test,) = claim(results, "ddp-efficiency").tests
     assert test.verdict == "supported" and "control:lean on 8" in test.what
 
 
 def test_the_published_figures_are_judged_too(results):
-    quality = claim(results, "roberta-quality").published
-    assert "+2.05 points; paired over the printed seeds +2.05 points [-0.44, +4.53], n = 3" in quality[0]
+    found = claims(results)
     assert (
-        "-0.62 points; the published figures themselves speak against the claim"
-        in claim(results, "vit-quality").published[0]
+        "+2.05 points; paired over the printed seeds +2.05 points [-0.44, +4.53], n = 3, which by our rule is: supported"
+        in found["roberta-quality"].published[0]
     )
+    assert found["vit-quality"].published[0].endswith("-0.62 points.")
 
 
 def test_the_projects_own_claims_link_to_records_that_are_there():
     text = (RESULTS / "claims.md").read_text()
     links = re.findall(r"\]\(([^)#]+)\)", text)
     assert links and all((RESULTS / link).is_file() for link in links)
-    anchors = re.findall(r"\]\(#([^)]+)\)", text)
-    assert anchors == re.findall(r"^## (\S+)$", text, re.M)
+    headings = re.findall(r"^## (\S+)$", text, re.M)
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) == set(headings)
+    assert text.splitlines()[2].startswith("| control against LoRA | quality |")

@@ -41,7 +41,13 @@ class Claim:
         verdicts = {one.verdict for one in judged if one.interval is not None}
         if not judged:
             return NOT_TESTED
-        return CONTRADICTED if CONTRADICTED in verdicts else SUPPORTED if verdicts == {SUPPORTED} else NOT_DECIDED
+        return (
+            CONTRADICTED
+            if CONTRADICTED in verdicts
+            else SUPPORTED
+            if verdicts == {SUPPORTED}
+            else NOT_DECIDED
+        )
 
     @property
     def tally(self) -> str:
@@ -56,8 +62,15 @@ def judge(frame: pd.DataFrame, paper: Paper) -> list[Claim]:
     for domain, about in SPECIFICATIONS["domains"].items():
         for quantity, specification in SPECIFICATIONS["quantities"].items():
             tests = list(_run_tests(frame, domain, about["methods"], specification["test"]))
-            claim = Claim(f"{domain}-{quantity}", f"{about['title']}: {specification['says']}", "the paper", about["command"], tests, domain)
-            models = set(test.what.partition(",")[0] for test in tests)
+            claim = Claim(
+                f"{domain}-{quantity}",
+                f"{about['title']}: {specification['says']}",
+                "the paper",
+                about["command"],
+                tests,
+                domain,
+            )
+            models = {test.what.partition(",")[0] for test in tests}
             far = "; not the paper's scale" if models and not models & set(about["models"]) else ""
             claim.scope = ", ".join(sorted(models)) + far
             claim.pools = _pools(tests) if quantity == "quality" else []
@@ -79,16 +92,24 @@ def judge(frame: pd.DataFrame, paper: Paper) -> list[Claim]:
 
 def _run_tests(frame: pd.DataFrame, domain: str, methods: Sequence[str], test: dict) -> Iterable[Test]:
     """Each control row against each baseline row that was run alike (with or without graphs), without memory modes."""
-    runs = frame.query("kind == 'run' and domain == @domain and usable and not section.str.endswith(@UNQUANTIZED)", engine="python")
+    runs = frame[(frame.kind == "run") & (frame.domain == domain) & frame.usable]
+    runs = runs[~runs.section.str.endswith(UNQUANTIZED)]  # there for comparison, not what QControl claims
     runs = runs[runs[test["column"]].notna()]
     for (section, task), group in runs.groupby(["section", "task"]):
         rows = {label: part.set_index(part.seed.astype(int)) for label, part in group.groupby("row")}
         how = {label: label.split(", ")[1:] for label in rows}
         first = {label: part.method.iloc[0] for label, part in rows.items()}
-        for control in (label for label in rows if first[label] in methods and how[label] in ([], ["graphs"])):
+        for control in (
+            label for label in rows if first[label] in methods and how[label] in ([], ["graphs"])
+        ):
             for baseline in sorted(rows, key=lambda label: first[label] != "lora"):
                 if first[baseline] in BASELINES and how[baseline] == how[control]:
-                    yield from _pair(f"{section}, {task}", {control: rows[control], baseline: rows[baseline]}, task=task, **test)
+                    yield from _pair(
+                        f"{section}, {task}",
+                        {control: rows[control], baseline: rows[baseline]},
+                        task=task,
+                        **test,
+                    )
 
 
 def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", against: Sequence[str] = (), best: str = "",
@@ -101,15 +122,19 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
             limits = group[bound] if isinstance(bound, str) else [bound] * len(group)
             pairs = {links[0][1]: values for links, *values in zip(group.links, group[column], limits)}
             links = [(str(number), file) for number, file in enumerate(pairs, 1)]
-            made = Test(f"{group.section.iloc[0]}: {what.format(**group.iloc[0])}", pairs, links=links, **test)
+            made = Test(
+                f"{group.section.iloc[0]}: {what.format(**group.iloc[0])}", pairs, links=links, **test
+            )
             if made.rule == "share":
                 made.known = rules.share_interval(group.questions, group.answers_agree, bound)
             yield made
         return
     found = found[found[column] != 0]  # on a CPU memory is not measured: zero
-    for (section, attention), group in found.groupby(["section", "attention"], dropna=False, sort=False):
-        where = f"{section}, {attention} attention" if isinstance(attention, str) else section
-        repeats = group.links.map(lambda links: _repeat(links[0][1]))
+    for (section, attention), group in found.groupby(["section", "attention"], sort=False):
+        where = f"{section}, {attention} attention" if attention else section
+        repeats = group.links.map(lambda links: _repeat(links[0][1])) + group.repeat.fillna(0).map(
+            " {:.0f}".format
+        )
         rows = {label: part.set_index(repeats[part.index]) for label, part in group.groupby("row")}
         if best and len(rivals := group.query(best, engine="python")):
             against = [rivals.groupby("row")[column].mean().idxmin()]
@@ -120,11 +145,23 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
 def _repeat(file: str) -> str:
     """What both methods of a pair have in common: the file that holds both, or the folder of their records."""
     parts = file.split("/")
-    return "/".join(parts[:-2] if parts[-1] == "record.json" else parts[:-1] if parts[-3:-1] == ["vit", "memory"] else parts)
+    return "/".join(
+        parts[:-2]
+        if parts[-1] == "record.json"
+        else parts[:-1]
+        if parts[-3:-1] == ["vit", "memory"]
+        else parts
+    )
 
 
 def _pair(
-    where: str, rows: dict[str, pd.DataFrame], column: str, rule: str, unit: str = "%", sign: int = -1, task: str = ""
+    where: str,
+    rows: dict[str, pd.DataFrame],
+    column: str,
+    rule: str,
+    unit: str = "%",
+    sign: int = -1,
+    task: str = "",
 ) -> Iterable[Test]:
     """Two rows, control and baseline, whose index is the seed or the repeat that pairs them."""
     (control, one), (baseline, other) = rows.items()
@@ -132,8 +169,19 @@ def _pair(
     if not shared:
         return
     pairs = {key: (one[column][key], other[column][key]) for key in shared}
-    links = {part.links[key][0][1]: f"{name} {key if task else ''}".strip() for key in shared for name, part in rows.items()}
-    test = Test(f"{where}: {control} against {baseline}", pairs, rule, unit, sign, [(text, file) for file, text in links.items()])
+    links = {
+        part.links[key][0][1]: f"{name} {key if task else ''}".strip()
+        for key in shared
+        for name, part in rows.items()
+    }
+    test = Test(
+        f"{where}: {control} against {baseline}",
+        pairs,
+        rule,
+        unit,
+        sign,
+        [(text, file) for file, text in links.items()],
+    )
     if rule == "quality":
         test.size = one.record.iloc[0].model.get("total_parameters") or 0
         test.floor = rules.MAJORITY.get(task)
@@ -154,8 +202,13 @@ def _published(paper: Paper, table: str, quantity: str, kinds: list[str]) -> lis
     """What the published figures themselves say on a claim."""
     figures = paper.figures[paper.figures.table == table]
     less = figures[(figures.quantity == "memory less than dora") & (quantity == "memory")]
-    lines = [f"{f.model}: {f.row} needs {f.value:g} {f.unit} less than dora ({f.status})." for f in less.itertuples()]
-    figures = figures[figures.quantity.isin(kinds) & ~((figures.quantity == "score") & (figures.column != "average"))]
+    lines = [
+        f"{f.model}: {f.row} needs {f.value:g} {f.unit} less than dora ({f.status})."
+        for f in less.itertuples()
+    ]
+    figures = figures[
+        figures.quantity.isin(kinds) & ~((figures.quantity == "score") & (figures.column != "average"))
+    ]
     for (model, column, _), group in figures.groupby(["model", "column", "quantity"], sort=False):
         for one in group[group.row.str.startswith(("control", "double control"))].itertuples():
             for other in group[group.row.str.startswith(BASELINES)].itertuples():
@@ -163,7 +216,10 @@ def _published(paper: Paper, table: str, quantity: str, kinds: list[str]) -> lis
                 test = Test("", {0: (one.value, other.value)}, "quality", unit)
                 line = f"{model}, {column}: {one.row} {one.text} against {other.row} {other.text}: {test.differences[0]:+.2f} {unit}"
                 if isinstance(one.runs, dict) and isinstance(other.runs, dict):
-                    test.pairs = {seed: (one.runs[seed], other.runs[seed]) for seed in sorted(one.runs.keys() & other.runs.keys())}
+                    test.pairs = {
+                        seed: (one.runs[seed], other.runs[seed])
+                        for seed in sorted(one.runs.keys() & other.runs.keys())
+                    }
                     line += f"; paired over the printed seeds {test.statistic}, which by our rule is: {test.verdict}"
                 lines.append(f"{line}.")
     return lines
@@ -202,12 +258,18 @@ def overview(claims: Sequence[Claim]) -> pd.DataFrame:
 def _costs(by_name: dict[str, Claim], domain: str, quantity: str) -> str:
     """From the smallest to the largest difference against LoRA of whole trainings, else of steps at true shapes."""
     for name in (f"{domain}-{quantity}", f"{domain}-shape-{quantity}"):
-        if name in by_name and (tests := [test for test in by_name[name].tests if " against lora" in test.what]):
+        if name in by_name and (
+            tests := [test for test in by_name[name].tests if " against lora" in test.what]
+        ):
             ends = [round(end([test.differences.mean() for test in tests])) for end in (max, min)]
             n = min(len(test.pairs) for test in tests)
             few = f", {n} of {REPEATS} repeats" if quantity == "time" and n < REPEATS else ""
             verdict = Claim("", "", "", "", tests).verdict
-            return f"**[{verdict}](#{name})**: " + " to ".join(f"{end:+d}" for end in dict.fromkeys(ends)) + f" %{few}"
+            return (
+                f"**[{verdict}](#{name})**: "
+                + " to ".join(f"{end:+d}" for end in dict.fromkeys(ends))
+                + f" %{few}"
+            )
     return f"**{NOT_TESTED}**"
 
 
@@ -217,21 +279,60 @@ def markdown(claims: Sequence[Claim], paper: Paper, up: str = "") -> str:
         {"claim": f"[{claim.statement}](#{claim.name})", "whose": claim.whose, "verdict": f"**{claim.verdict}**", "tests": claim.tally, "tested on": claim.scope}
         for claim in claims
     ]  # fmt: skip
-    lines = ["# Claims", "", *markdown_rows(overview(claims)), "", ABOUT, "", "## All claims", "", *markdown_rows(pd.DataFrame(summary))]
+    lines = [
+        "# Claims",
+        "",
+        *markdown_rows(overview(claims)),
+        "",
+        ABOUT,
+        "",
+        "## All claims",
+        "",
+        *markdown_rows(pd.DataFrame(summary)),
+    ]
     for claim in claims:
         found = f" ({claim.tally}; on {claim.scope})." if claim.tests else ": no record tests it yet."
-        lines += ["", f"## {claim.name}", "", f"{claim.statement} Claimed by {claim.whose}.", "", f"**{claim.verdict}**{found}"]
+        lines += [
+            "",
+            f"## {claim.name}",
+            "",
+            f"{claim.statement} Claimed by {claim.whose}.",
+            "",
+            f"**{claim.verdict}**{found}",
+        ]
         if claim.tests:
-            rows = [_shown(pool, pool.tests, "those of its tests") for pool in claim.pools if len(pool.tests) > 1]
+            rows = [
+                _shown(pool, pool.tests, "those of its tests") for pool in claim.pools if len(pool.tests) > 1
+            ]
             rows += [_shown(test, [test], linked(test.links, up)) for test in claim.tests]
-            lines += ["", *markdown_rows(pd.DataFrame(rows).drop(columns=[] if claim.pools else "more seeds"))]
+            lines += [
+                "",
+                *markdown_rows(pd.DataFrame(rows).drop(columns=[] if claim.pools else "more seeds")),
+            ]
         if claim.published:
             lines += ["", "The published figures:", "", *(f"- {line}" for line in claim.published)]
         lines += ["", f"At full scale, with hub access and a GPU: `{claim.command}`"]
-    return "\n".join([*lines, "", "## Doubts about the published figures", "", *(f"- {doubt}" for doubt in paper.weaknesses)]) + "\n"
+    return (
+        "\n".join(
+            [
+                *lines,
+                "",
+                "## Doubts about the published figures",
+                "",
+                *(f"- {doubt}" for doubt in paper.weaknesses),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _shown(judged: Test | Pool, tests: list[Test], links: str) -> dict[str, str]:
     below = isinstance(judged, Test) and judged.below_majority
     verdict, more = (f"{BELOW}, does not count", "") if below else (judged.verdict, rules.more_seeds(tests))
-    return {"test": judged.what, "difference": judged.statistic, "verdict": verdict, "more seeds": more, "records": links}
+    return {
+        "test": judged.what,
+        "difference": judged.statistic,
+        "verdict": verdict,
+        "more seeds": more,
+        "records": links,
+    }

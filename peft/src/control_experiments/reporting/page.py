@@ -22,12 +22,23 @@ from .tables import Table, linked, step_means
 NAMES = {"roberta": "RoBERTa", "vit": "ViT", "llama": "LLaMA", "qcontrol": "quantized"}
 
 
-def write_page(frame: pd.DataFrame, tables: Sequence[Table], claims: Sequence[Claim], problems: Sequence[str], path: Path, up: str) -> Path:
+def write_page(
+    frame: pd.DataFrame,
+    tables: Sequence[Table],
+    claims: Sequence[Claim],
+    problems: Sequence[str],
+    path: Path,
+    up: str,
+) -> Path:
     """Write the page; `up` leads from its folder to the results folder."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )  # fmt: skip
-    environment.filters |= {"inline": inline, "family": pictures.family, "linked": lambda links: linked(links, up)}
+    environment.filters |= {
+        "inline": inline,
+        "family": pictures.family,
+        "linked": lambda links: linked(links, up),
+    }
     families = [name for name in pictures.FAMILIES if name in set(frame.row.dropna().map(pictures.family))]
     runs = frame[(frame.kind == "run") & frame.usable]
     page = environment.get_template("page.html").render(
@@ -39,14 +50,27 @@ def write_page(frame: pd.DataFrame, tables: Sequence[Table], claims: Sequence[Cl
 
 def inline(text: object) -> Markup:
     """A cell's Markdown (links, bold) and footnote marks as HTML."""
-    html = re.sub(r"\[([^\]]+)\]\(([^)]+)\)", lambda m: f'<a href="{"claims.md" * m[2].startswith("#")}{m[2]}">{m[1]}</a>', str(escape(text)))
-    html = re.sub(r"\*\*([a-z ]+|<a.*?</a>)\*\*", lambda m: f'<b class="{re.sub("<.*?>", "", m[1]).replace(" ", "-")}">{m[1]}</b>', html)
+    html = re.sub(
+        r"\[([^\]]+)\]\(([^)]+)\)",
+        lambda m: f'<a href="{"claims.md" * m[2].startswith("#")}{m[2]}">{m[1]}</a>',
+        str(escape(text)),
+    )
+    html = re.sub(
+        r"\*\*([a-z ]+|<a.*?</a>)\*\*",
+        lambda m: f'<b class="{re.sub("<.*?>", "", m[1]).replace(" ", "-")}">{m[1]}</b>',
+        html,
+    )
     return Markup(re.sub(r"&lt;sup&gt;(\d+)&lt;/sup&gt;", r"<sup>\1</sup>", html))
 
 
-def _parts(frame: pd.DataFrame, runs: pd.DataFrame) -> list[tuple[str, str, str, list[tuple[str, str, Markup]]]]:
+def _parts(
+    frame: pd.DataFrame, runs: pd.DataFrame
+) -> list[tuple[str, str, str, list[tuple[str, str, Markup]]]]:
     """(anchor, title, explanation, pictures as (domain, title, SVG)) of each group of pictures."""
-    comparisons = [(f"{task}, {section}", part) for (_, section, task), part in runs.groupby(["domain", "section", "task"])]
+    comparisons = [
+        (f"{task}, {section}", part)
+        for (_, section, task), part in runs.groupby(["domain", "section", "task"])
+    ]
     return [
         ("frontier", "Memory against speed", "One training step on random weights of the true shape. Left and low is better.", _drawn(frontiers(frame))),
         ("score-memory", "Score against memory", "Each mark is one run: its last score and the peak of its training memory. Left and high is better.",
@@ -66,7 +90,9 @@ def _drawn(figures: Iterable[tuple[str, str, object]]) -> list[tuple[str, str, M
 def frontiers(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
     """(domain, setting, picture) of each setting of scripts/bench_memory.py."""
     domains = frame[frame.kind == "step"].groupby("section").domain.first()
-    for (whose, section), part in step_means(frame[frame.kind == "step"]).groupby(["whose", "section"], sort=False):
+    for (whose, section), part in step_means(frame[frame.kind == "step"]).groupby(
+        ["whose", "section"], sort=False
+    ):
         points = {row: (means.seconds, means.over) for (*_, row), means in part.iterrows()}
         title = section if whose == "ours" else f"{section} ({whose})"
         yield domains[section], title, pictures.memory_against_time(points, title)
@@ -75,9 +101,21 @@ def frontiers(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
 def scalings(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
     """(domain, setting, picture) of each setting of scripts/bench_scaling.py."""
     rows = frame[(frame.kind == "scaling") & frame.rate.notna()]
-    names = {"row": "method", "shard": "shard", "processes": "processes", "rate": "tokens_per_second", "peak": "peak_bytes_per_process", "seconds": "step_seconds", "efficiency": "efficiency"}
+    names = {
+        "row": "method",
+        "shard": "shard",
+        "processes": "processes",
+        "rate": "tokens_per_second",
+        "peak": "peak_bytes_per_process",
+        "seconds": "step_seconds",
+        "efficiency": "efficiency",
+    }
     for section, part in rows.groupby("section"):
-        yield "llama", section, pictures.scaling(part[list(names)].rename(columns=names).to_dict("records"), section)
+        yield (
+            "llama",
+            section,
+            pictures.scaling(part[list(names)].rename(columns=names).to_dict("records"), section),
+        )
 
 
 def rates(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
@@ -89,7 +127,11 @@ def rates(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
 def curve(record) -> list[tuple[float, float]]:
     """(epoch, score in percent or held-out loss) of each evaluation of a run."""
     for name, scale in (("score", 100), ("test_accuracy", 1), ("eval_loss", 1)):
-        points = [(entry["epoch"], scale * entry[name]) for entry in record.history if isinstance(entry.get(name), float)]
+        points = [
+            (entry["epoch"], scale * entry[name])
+            for entry in record.history
+            if isinstance(entry.get(name), float)
+        ]
         if points:
             return points
     return []

@@ -25,23 +25,30 @@ FAMILIES = {
     "lora": ("#c25a00", "s"), "dora": ("#2e7d32", "^"), "miss": ("#a3186f", "P"), "shadow": ("#8a6d00", "*"),
     "probe": ("#6b7280", "X"), "other": ("#9aa1ab", "."),
 }  # fmt: skip
-_NAMES = {"lora": "LoRA", "dora": "DoRA", "miss": "MiSS", "shadow": "SHADOW", "control+lora": "control + LoRA", "control+dora": "control + DoRA"}
-#: Parts of a benchmark's label that are no method.
-_SWITCHES = ("liger", "unsloth", "checkpointing", "compile", "graphs")
+_NAMES = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "miss": "MiSS",
+    "shadow": "SHADOW",
+    "control+lora": "control + LoRA",
+    "control+dora": "control + DoRA",
+}
 
 
 def family(label: str) -> str:
     """The family of a row or benchmark label: "control r64, lean" and "control+liger:plain" are control."""
-    name = re.split(r"[,:]| r\d| matched", label)[0]
-    name = "+".join(part for part in name.split("+") if part not in _SWITCHES).replace("lora-all", "lora")
+    methods = [
+        part.removesuffix("-all") for part in re.split(r"[,:]| r\d| matched| on ", label)[0].split("+")
+    ]
+    name = "+".join(part for part in methods if part in FAMILIES)
     return name if name in FAMILIES else "other"
 
 
 def _variant(label: str) -> str:
     """What a benchmark's label says beyond the family, which the colour says: "control+graphs:fast" is "fast, graphs"."""
     name, _, mode = label.partition(":")
-    parts = [mode, "all layers" if "lora-all" in name else "", *(part for part in name.split("+") if part in _SWITCHES)]
-    return ", ".join(filter(None, parts)) or _NAMES.get(label, label)
+    parts = ["all layers" if part == "lora-all" else part for part in name.split("+") if part not in FAMILIES]
+    return ", ".join(filter(None, [mode, *parts])) or _NAMES.get(label, label)
 
 
 def _legend(axes, families: Iterable[str], *more: Line2D, **where) -> None:
@@ -81,7 +88,9 @@ def memory_against_time(points: Mapping[str, tuple[float, float]], title: str) -
         colour, marker = FAMILIES[family(label)]
         tip = f"{label}\n{x:.0f} ms a step\n{y:.2f} GB over the weights"
         axes.plot(x, y, marker, color=colour, markersize=6, gid=mark(family(label), tip), zorder=2)
-    step = Line2D([], [], color="#444", linewidth=1, linestyle="--", label="frontier: no other beats these in both")
+    step = Line2D(
+        [], [], color="#444", linewidth=1, linestyle="--", label="frontier: no other beats these in both"
+    )
     _legend(axes, map(family, placed), step, loc="best")
     FigureCanvasAgg(figure).draw()  # without a layout nobody knows where names collide
     _name(axes, placed, frontier)
@@ -91,11 +100,22 @@ def memory_against_time(points: Mapping[str, tuple[float, float]], title: str) -
 def _name(axes, placed: Mapping[str, tuple[float, float]], frontier: list[tuple[float, float]]) -> None:
     """Write each point's name beside it where it covers nothing, further away with a thin line."""
     renderer = axes.figure.canvas.get_renderer()
-    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in axes.transData.transform(list(placed.values()))]
+    taken = [
+        Bbox.from_extents(x - 5, y - 5, x + 5, y + 5)
+        for x, y in axes.transData.transform(list(placed.values()))
+    ]
     for (x, y), (right, below) in itertools.pairwise(map(tuple, axes.transData.transform(frontier))):
-        taken += [Bbox.from_extents(x, y - 1, right, y + 1), Bbox.from_extents(right - 1, below, right + 1, y)]
+        taken += [
+            Bbox.from_extents(x, y - 1, right, y + 1),
+            Bbox.from_extents(right - 1, below, right + 1, y),
+        ]
     taken.append(axes.get_legend().get_window_extent(renderer))
-    places = [(side * (7 + 12 * far), up) for far in range(5) for up in (-3, 8, -14, 19, -25, 30, -36) for side in (1, -1)]
+    places = [
+        (side * (7 + 12 * far), up)
+        for far in range(5)
+        for up in (-3, 8, -14, 19, -25, 30, -36)
+        for side in (1, -1)
+    ]
     for label, point in sorted(placed.items(), key=lambda item: item[1]):
         text = axes.annotate(_variant(label), point, xytext=(0, 0), textcoords="offset points", fontsize=8.5, color=FAMILIES[family(label)][0],
                              gid=mark(family(label), ""))  # fmt: skip
@@ -103,7 +123,12 @@ def _name(axes, placed: Mapping[str, tuple[float, float]], frontier: list[tuple[
             text.xyann = (right, up)
             text.set_horizontalalignment("left" if right > 0 else "right")
             box = text.get_window_extent(renderer).padded(1)
-            if axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 and not any(map(box.overlaps, taken)):
+            if (
+                axes.bbox.x0 < box.x0
+                and box.x1 < axes.bbox.x1
+                and axes.bbox.y0 < box.y0
+                and not any(map(box.overlaps, taken))
+            ):
                 break
         if abs(text.xyann[0]) + abs(text.xyann[1] + 3) > 16:
             line = dict(arrowstyle="-", color="#999", linewidth=0.6)
@@ -117,7 +142,10 @@ def scaling(cells: Sequence[Mapping], title: str) -> Figure:
     measured = pd.DataFrame(cell for cell in cells if "step_seconds" in cell)
     if "efficiency" not in measured:
         alone = measured[measured.processes == 1].set_index(["method", "shard"]).step_seconds
-        measured["efficiency"] = [100 * alone.get((cell.method, cell.shard), float("nan")) / cell.step_seconds for cell in measured.itertuples()]
+        measured["efficiency"] = [
+            100 * alone.get((cell.method, cell.shard), float("nan")) / cell.step_seconds
+            for cell in measured.itertuples()
+        ]
     place = ["method", "shard", "processes"]  # measured in several files: their mean
     numbers = ["tokens_per_second", "peak_bytes_per_process", "efficiency"]
     cells = measured.groupby(place, sort=False, as_index=False)[numbers].mean().to_dict("records")
@@ -130,14 +158,24 @@ def scaling(cells: Sequence[Mapping], title: str) -> Figure:
     for number, count in enumerate(counts):
         mine = [cell for cell in cells if cell["processes"] == count]
         rows = [kinds.index((cell["method"], cell["shard"])) + number * thick for cell in mine]
-        look = dict(height=0.9 * thick, color=shades(0.35 + 0.6 * number / len(counts)), label=f"{count} GPU{'s' * (count > 1)}")
+        look = dict(
+            height=0.9 * thick,
+            color=shades(0.35 + 0.6 * number / len(counts)),
+            label=f"{count} GPU{'s' * (count > 1)}",
+        )
         speed = left.barh(rows, [cell["tokens_per_second"] / count for cell in mine], **look)
         size = right.barh(rows, [cell["peak_bytes_per_process"] / 1e9 for cell in mine], **look)
-        kept = [f"{cell['efficiency']:.0f} %" if count > 1 and cell["efficiency"] > 0 else "" for cell in mine]
+        kept = [
+            f"{cell['efficiency']:.0f} %" if count > 1 and cell["efficiency"] > 0 else "" for cell in mine
+        ]
         left.bar_label(speed, kept, padding=2, fontsize=8)
         right.bar_label(size, fmt="%.1f", padding=2, fontsize=8)
     middle = thick * (len(counts) - 1) / 2
-    left.set_yticks([number + middle for number in range(len(kinds))], [f"{method}\n{shard}" for method, shard in kinds], fontsize=9)
+    left.set_yticks(
+        [number + middle for number in range(len(kinds))],
+        [f"{method}\n{shard}" for method, shard in kinds],
+        fontsize=9,
+    )
     left.invert_yaxis()
     left.set(xlabel="tokens/s of each GPU (and share of one GPU's)")
     right.set(xlabel="peak GB of each GPU")
@@ -150,35 +188,53 @@ def scaling(cells: Sequence[Mapping], title: str) -> Figure:
     return figure
 
 
-def curves(runs: Sequence[tuple[str, object, Sequence[tuple[float, float]]]], title: str, y_label: str, x_label: str = "epoch") -> Figure:
-    """A line for each (label, seed, points); the legend names each label once."""
-    figure, axes = _axes(title, 6, 4)
+def curves(
+    runs: Sequence[tuple[str, object, Sequence[tuple[float, float]]]],
+    title: str,
+    y_label: str,
+    x_label: str = "epoch",
+    axes=None,
+) -> Figure:
+    """A line for each (label, seed, points), into `axes` if given; the legend names each label once."""
+    axes = axes or _axes(title, 6, 4)[1]
     labels = list(dict.fromkeys(label for label, _, _ in runs))
     dashes = dict(zip(labels, itertools.cycle(("-", "--", "-.", ":"))))
-    twice = len({family(label) for label in labels}) < len(labels)  # then colours do not tell the labels apart
+    colours = {label: FAMILIES[family(label)][0] for label in labels}
+    if len(set(colours.values())) < len(labels):  # one family: colours tell its members apart
+        colours = dict(zip(labels, itertools.cycle(dict.fromkeys(colour for colour, _ in FAMILIES.values()))))
     for label, seed, points in runs:
         tip = f"{label}, seed {seed}\nlast {points[-1][1]:.2f}\n{len(points)} evaluations"
-        axes.plot(*zip(*points), color=FAMILIES[family(label)][0], linestyle=dashes[label] if twice else "-", linewidth=1.4, alpha=0.85,
-                  marker="." if len(points) < 3 else None, gid=mark(family(label), tip))  # fmt: skip
-    axes.set(xlabel=x_label, ylabel=y_label)
+        look = dict(color=colours[label], linestyle=dashes[label], linewidth=1.4, alpha=0.85)
+        axes.plot(
+            *zip(*points), marker="." if len(points) < 3 else None, gid=mark(family(label), tip), **look
+        )
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.grid(alpha=0.25)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    handles = [Line2D([], [], color=FAMILIES[family(label)][0], linestyle=dashes[label] if twice else "-", label=_NAMES.get(label, label)) for label in labels]
+    handles = [
+        Line2D([], [], color=colours[label], linestyle=dashes[label], label=_NAMES.get(label, label))
+        for label in labels
+    ]
     axes.legend(handles=handles, fontsize=9)
-    return figure
+    return axes.figure
 
 
-def scores_against_memory(runs: pd.DataFrame, title: str) -> Figure:
-    """A mark for each run: last score and peak memory, which starts at 0 lest distances look larger than they are."""
-    figure, axes = _axes(title, 6, 4)
+def scores_against_memory(runs: pd.DataFrame, title: str, axes=None) -> Figure:
+    """A mark for each run (columns row, seed, last, peak in bytes), into `axes` if given; memory starts at 0, lest
+    distances look larger than they are."""
+    axes = axes or _axes(title, 6, 4)[1]
     for run in runs.itertuples():
         colour, marker = FAMILIES[family(run.row)]
         tip = f"{run.row}, seed {run.seed:.0f}\nlast score {run.last:.2f} %\npeak {run.peak / 2**20:,.0f} MiB"
-        axes.plot(run.peak / 2**20, run.last, marker, color=colour, alpha=0.85, gid=mark(family(run.row), tip))
-    axes.set(xlabel="peak memory, MiB", ylabel="last score, %")
+        axes.plot(
+            run.peak / 2**20, run.last, marker, color=colour, alpha=0.85, gid=mark(family(run.row), tip)
+        )
+    axes.set(xlabel="peak memory, MiB", ylabel="last score, %", title=title)
+    axes.grid(alpha=0.25)
     axes.margins(0.1)
     axes.set_xlim(left=0)
     _legend(axes, runs.row.map(family))
-    return figure
+    return axes.figure
 
 
 def scores_against_rate(searched: pd.DataFrame, title: str) -> Figure:
@@ -192,7 +248,9 @@ def scores_against_rate(searched: pd.DataFrame, title: str) -> Figure:
         for label, part in searched[searched.task == task].groupby("row"):
             mean = part.groupby("lr")["last"].mean()
             colour, marker = FAMILIES[family(label)]
-            axes.plot(mean.index, mean, marker=marker, color=colour, linewidth=1.2, gid=mark(family(label), label))
+            axes.plot(
+                mean.index, mean, marker=marker, color=colour, linewidth=1.2, gid=mark(family(label), label)
+            )
         rates = sorted(searched[searched.task == task].lr.unique())
         axes.set(title=task, xscale="log", xlabel="learning rate", ylabel="held-out score, %")
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
@@ -225,4 +283,10 @@ def svg(figure: Figure) -> str:
     output = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results"}):
         figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
-    return re.sub(r' (?:width|height)="[\d.]+pt"', "", output.getvalue()[output.getvalue().index("<svg") :])
+    text = output.getvalue()
+    return re.sub(
+        r' (?:width|height)="[\d.]+pt"|\s*<metadata>.*?</metadata>',
+        "",
+        text[text.index("<svg") :],
+        flags=re.DOTALL,
+    )

@@ -20,7 +20,6 @@ Columns (missing where a kind has no such thing):
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,11 @@ from ..record import RunRecord, read_json, read_record
 
 #: Folders whose runs belong to no comparison of methods: a demonstration, runs that vary settings, and our own tables.
 LEFT_OUT = ("quickstart", "ablations", "mine", "logs")
+_TEXTS = (
+    ["whose", "kind", "domain", "section", "task", "row", "method", "stored", "mode", "attention", "way", "batch", "shard", "error", "problem"]
+)
+_NUMBERS = ["n", "seed", "last", "best", "trained", "lr", "peak", "allocated", "gib", "weights", "state", "activations", "over", "seconds", "rate", "no_match", "limit", "longest", "processes", "tokens", "baseline", "speedup", "answers_agree", "questions", "efficiency", "share", "sent", "apart", "repeat"]
+_OBJECTS = ["links", "notes", "shared", "own", "record", "folder", "published"]
 SEARCH = "learning_rate_search"
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 #: Columns of the commonsense tables, in the paper's order.
@@ -39,11 +43,12 @@ COMMONSENSE = (
     "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa", "average",
 )  # fmt: skip
 UNQUANTIZED = "not quantized"
-MEBI = 2**20
+SHARED_GPU = "Not shown: other processes used the GPU at the same time."
+RESIDENT = "Resident memory of the whole process on a CPU, not comparable with a GPU's."
 #: Ranks that need no mention in a method's label; other domains always mention them.
 _USUAL_RANKS = {"roberta": (16, 8), "qcontrol": (16, 8), "vit": (16, 1)}
 #: Hyperparameters in which methods may differ from each other, but seeds of one method may not.
-_METHODS_OWN = ("lr", "learning_rate", "memory", "cuda_graphs", "gradient_checkpointing", "shard", "lora_", "control_")
+_METHODS_OWN = ("lr", "learning_rate", "memory", "cuda_graphs", "gradient_checkpointing", "shard", "lora_", "control_")  # fmt: skip
 #: Hyperparameters that change neither what is learned nor what it costs, or that name what is compared.
 _NEUTRAL = ("method", "seed", "task", "data", "model", "limit", "mode", "quantization", "mlp_layers")
 #: What a kernel does -> how the names of such kernels are recognised, in this order.
@@ -77,20 +82,34 @@ def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
             continue
         try:
             for row in _rows(path, place):
-                links = [(text, path.parent.joinpath(part).relative_to(root).as_posix()) for text, part in row.pop("files", [("", path.name)])]
-                rows.append({"whose": "ours" if own else "yours", "n": 1, "links": links, "notes": (), "problem": "", **row})
+                parts = row.pop("files", [("", path.name)])
+                links = [(text, (file.parent / part).as_posix()) for text, part in parts]
+                common = {
+                    "whose": "ours" if own else "yours",
+                    "n": 1,
+                    "links": links,
+                    "notes": (),
+                    "problem": "",
+                }
+                rows.append(common | row)
         except UserError as error:
             problems.append(str(error).replace(str(path), file.as_posix()))
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            problems.append(f"{file.as_posix()} is a broken record ({error} is missing): delete it and run again")
-    columns = "whose kind links n domain section task row method seed last best trained peak weights state activations over seconds rate " \
-              "shared own problem notes record folder lr error limit longest stored mode attention way batch shard processes tokens timed gib " \
-              "allocated no_match baseline speedup answers_agree questions efficiency share apart sent published"  # fmt: skip
-    frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*columns.split(), *(key for row in rows for key in row)])))
+            problems.append(
+                f"{file.as_posix()} is a broken record ({error} is missing): delete it and run again"
+            )
+    columns = dict.fromkeys([*_TEXTS, *_NUMBERS, *_OBJECTS, "timed", *(key for row in rows for key in row)])
+    frame = pd.DataFrame(rows, columns=list(columns)).astype(dict.fromkeys(_NUMBERS, float))
+    frame[_TEXTS] = frame[_TEXTS].astype(object).where(frame[_TEXTS].notna(), "")
+    frame["timed"] = [value is True for value in frame.timed]
     _mark_shared_gpus(frame)
     problems += _mark_unequal(frame)
-    places = [frame[name].fillna("") for name in ("whose", "domain", "section", "task", "row", "kind")]
-    frame["usable"] = frame.problem.groupby(places).transform("max") == "" if len(frame) else True
+    place = ["whose", "kind", "domain", "section", "task", "row"]
+    frame["usable"] = (
+        ~(frame.problem != "").groupby([frame[name] for name in place]).transform("any")
+        if len(frame)
+        else True
+    )
     return frame, problems
 
 
@@ -101,13 +120,9 @@ def _rows(path: Path, place: tuple[str, ...]) -> Iterator[dict]:
         if name == "record.json" and (path.parents[1] / "record.json").is_file():
             return  # an evaluation, read with its training
         record = read_record(path)
-        if record.task in _MEASUREMENTS and record.domain in ("vit", "llama", "qcontrol"):
-            found = _MEASUREMENTS[record.task](record)
-            yield from (row | {"record": record} for row in ([found] if isinstance(found, dict) else found))
-        elif "questions_per_second_batch_one" in (record.metrics.get("last") or {}):
-            yield _batches(record) | {"record": record}
-        else:
-            yield from _run(path, record, place)
+        answered = "questions_per_second_batch_one" in (record.metrics.get("last") or {})
+        kind = "batches" if answered else _KINDS.get(record.task) if record.domain != "roberta" else None
+        yield from _measured(record, kind) if kind else _run(path, record, place)
     elif top == "memory" or top == "scaling" or name.startswith("benchmark_padding"):
         contents = read_json(path)
         if not isinstance(contents, dict) or contents.get("schema", 1) != 1:
@@ -120,29 +135,36 @@ def _rows(path: Path, place: tuple[str, ...]) -> Iterator[dict]:
 
 def _run(path: Path, record: RunRecord, place: tuple[str, ...]) -> Iterator[dict]:
     """A training with its scores, which a LLaMA has in an evaluation of its own below or beside the training."""
-    files, scored, answers = [(str(record.seed), path.name)], record, path.parent / "evaluation" / "record.json"
+    files, scored, answers = (
+        [(str(record.seed), path.name)],
+        record,
+        path.parent / "evaluation" / "record.json",
+    )
     if answers.is_file():
         scored = read_record(answers)
         files.append(("answers", "evaluation/record.json"))
-    scores = {which: _scores(scored, which) for which in ("last", "best")}
-    if scores["last"] is None or (record.domain == "vit" and not record.history):  # a test of another run's adapter
+    last, best = _scores(scored, "last"), _scores(scored, "best")
+    if not (last and best) or (
+        record.domain == "vit" and not record.history
+    ):  # a test of another run's adapter
         if answers.is_file():
             raise UserError(f"{answers} holds no accuracies: delete its folder and evaluate again")
         return
-    llama, options = record.task.startswith("commonsense"), record.hyperparameters
+    llama, options, limit = record.task.startswith("commonsense"), record.hyperparameters, scored.hyperparameters.get("limit")  # fmt: skip
     domain = "llama" if llama else "qcontrol" if place[0] == "qcontrol" else record.domain
-    model = record.model.get("class") if domain == "vit" else None  # a ViT's weights come under many file names
+    model = (
+        record.model.get("class") if domain == "vit" else None
+    )  # a ViT's weights come under many file names
     quantization = options.get("quantization") or "none"
     setting = [
         quantization if quantization != "none" else UNQUANTIZED if domain == "qcontrol" else "",
         f"{options.get('mlp_layers', 2)}-layer MLP" if domain == "vit" else "",
-        f"first {scored.hyperparameters.get('limit')} questions" if scored.hyperparameters.get("limit") else "",
+        f"first {limit} questions" if limit else "",
         "ranked by likelihood" if scored.task == "commonsense-likelihood" else "",
     ]
     memory, time = record.memory, record.time
     resumed, measured = time.get("resumed_from_step") is not None, memory.get("peak_allocated_bytes")
-    notes = [] if measured or memory.get("kind") != "resident set" else [
-        "Resident memory of the whole process on a CPU, not comparable with a GPU's."]  # fmt: skip
+    notes = [] if measured or memory.get("kind") != "resident set" else [RESIDENT]
     if resumed:
         notes.append(f"{record.name} was resumed, so its record covers only a part of the memory and time.")
     shared, own = _conditions(record, scored if scored is not record else None)
@@ -150,7 +172,7 @@ def _run(path: Path, record: RunRecord, place: tuple[str, ...]) -> Iterator[dict
         "kind": "search" if SEARCH in place else "run", "files": files, "domain": domain, "task": "commonsense" if llama else record.task,
         "section": ", ".join(filter(None, [(model or str(record.model["id"]).rpartition("/")[2]).lower(), *setting])),
         "row": _label(domain, record.method, options), "method": record.method, "seed": record.seed,
-        **scores["last"], "best": scores["best"]["last"], "trained": record.adapter.get("trainable_parameters"),
+        **last, "best": best["last"], "trained": record.adapter.get("trainable_parameters"),
         "lr": options.get("lr"), "peak": None if resumed else measured or memory.get("peak_resident_bytes"),
         "allocated": None if resumed else measured, "seconds": None if resumed else time.get("train_seconds"),
         "rate": None if resumed else time.get("tokens_per_second" if llama else "examples_per_second"),
@@ -168,7 +190,7 @@ def _scores(record: RunRecord, which: str) -> dict[str, float] | None:
         if isinstance(metrics.get(name), float):
             return {"last": scale * metrics[name]}
     if isinstance(metrics.get("average"), float):
-        return {"last": metrics["average"], **{name: metrics[name] for name in COMMONSENSE if name in metrics}}
+        return {"last": metrics["average"]} | {name: metrics[name] for name in COMMONSENSE if name in metrics}
     return None
 
 
@@ -197,15 +219,20 @@ def _conditions(record: RunRecord, evaluation: RunRecord | None) -> tuple[dict[s
             own[name] = str(value)
         elif name not in _NEUTRAL:
             shared[name] = str(value)
-    shared |= {"device": record.device["name"]} | {"torch": torch for torch in [_torch(record.versions)] if torch}
+    shared |= {"device": record.device["name"], "torch": str(_torch(record.versions))}
     for what in ("model", "data"):
         shared[what] = str(getattr(record, what).get("sha256") or getattr(record, what).get("revision"))[:12]
     if evaluation is None and llama:  # zero-shot: nothing of it is training
-        shared = {f"evaluation {name}": value for name, value in shared.items() if name not in ("device", "torch")}
+        shared = {
+            f"evaluation {name}": value for name, value in shared.items() if name not in ("device", "torch")
+        }
     elif evaluation is not None:
-        asked = {name: str(value) for name, value in evaluation.hyperparameters.items() if name not in _NEUTRAL}
-        shared |= {f"evaluation {name}": value for name, value in asked.items()}
-        shared["evaluation data"] = str(evaluation.data.get("sha256"))[:12]
+        asked = evaluation.hyperparameters | {"data": str(evaluation.data.get("sha256"))[:12]}
+        shared |= {
+            f"evaluation {name}": str(value)
+            for name, value in asked.items()
+            if name == "data" or name not in _NEUTRAL
+        }
     shared.pop("evaluation batch_size", None)
     return shared, own
 
@@ -220,22 +247,29 @@ def _mark_shared_gpus(frame: pd.DataFrame) -> None:
                 and one.created < other.finished and other.created < one.finished for other in records
             )):  # fmt: skip
                 frame.loc[index, ["seconds", "rate"]] = None
-                frame.at[index, "notes"] += ("Not shown: other processes used the GPU at the same time.",)
+                frame.at[index, "notes"] += (SHARED_GPU,)
 
 
 def _mark_unequal(frame: pd.DataFrame) -> list[str]:
     """Equal conditions: within a comparison one value of each shared condition, within a row of each own one and one run
     a seed. Rows with a run that differs get a `problem`; returned are the problems."""
     found: dict[int, str] = {}
-    runs = frame[frame.kind == "run"]
-    for keys, what in ((["whose", "domain", "section", "task"], "shared"), (["whose", "domain", "section", "task", "row"], "own")):
-        for _, group in runs.groupby(keys):
-            usual = {name: Counter(c[name] for c in group[what] if name in c).most_common(1)[0][0] for c in group[what] for name in c}
-            for index, conditions in group[what].items():
-                if wrong := [name for name, value in conditions.items() if value != usual[name]]:
-                    others = "the others of its comparison" if what == "shared" else "other seeds of its row"
-                    found.setdefault(index, f"{group.links[index][0][1]} was run with {wrong[0]} {conditions[wrong[0]]}, {others} with "
-                                     f"{usual[wrong[0]]}: run it again under equal conditions, or move it to another results folder")  # fmt: skip
+    runs, keys = frame[frame.kind == "run"], ["whose", "domain", "section", "task", "row"]
+    for places, what, others in (
+        (keys[:-1], "shared", "the others of its comparison"),
+        (keys, "own", "other seeds of its row"),
+    ):
+        for _, group in runs.groupby(places):
+            conditions = pd.DataFrame(list(group[what]), index=group.index)
+            usual = conditions.mode().iloc[0] if len(conditions.columns) else {}
+            wrong = conditions.notna() & (conditions != usual)
+            for index in group.index[wrong.any(axis=1)]:
+                name = wrong.columns[wrong.loc[index]][0]
+                message = f"{group.links[index][0][1]} was run with {name} {conditions[name][index]}, {others} with {usual[name]}"
+                found.setdefault(
+                    index,
+                    f"{message}: run it again under equal conditions, or move it to another results folder",
+                )
     twice = runs[runs.duplicated([*keys, "seed"], keep=False)]
     for (*_, row, seed), group in twice.groupby([*keys, "seed"]):
         files = " and ".join(links[0][1] for links in group.links)
@@ -258,112 +292,95 @@ def _where(device: str, versions: dict | None) -> str:
     return ", ".join([device, *(f"torch {torch}" for torch in [_torch(versions)] if torch)])
 
 
+def tokens_of(file: dict) -> int:
+    """Tokens of each row of a file of scripts/bench_memory.py, as they were measured.
+
+    Older files of a ViT note the option's default of 1,024; what was measured is in the rate.
+    """
+    batch = file["options"]["batch"]
+    rates = [
+        r["tokens_per_second"] * r["step_seconds"] / batch for r in file["results"] if "step_seconds" in r
+    ]
+    return round(rates[0]) if rates else file["options"]["tokens"]
+
+
 def _steps(file: dict) -> Iterator[dict]:
-    """A file of scripts/bench_memory.py."""
-    options, results = file["options"], file["results"]
-    # older files of a ViT note the option's default of 1,024 tokens; what was measured is in the rate
-    tokens = next((round(r["tokens_per_second"] * r["step_seconds"] / options["batch"]) for r in results if "step_seconds" in r), options["tokens"])
-    where, shape = _where(file["device"], file.get("versions")), options["shape"]
-    section = f"{shape}, {options['batch']} x {tokens} tokens, {where}"
-    if options.get("limit"):
-        section = f"{shape}, batch {options['batch']}: longest sequence within {options['limit']:g} GiB, {where}"
+    """A file of scripts/bench_memory.py: a row for each method and repeat."""
+    options, where = file["options"], _where(file["device"], file.get("versions"))
+    shape, limit = options["shape"], options.get("limit")
+    section = file.get("setting") or f"{shape}, {options['batch']} x {tokens_of(file)} tokens"
+    if limit:
+        section = f"{shape}, batch {options['batch']}: longest sequence within {limit:g} GiB"
     domain = next((name for name in ("vit", "roberta") if name in shape), "llama")
-    for result in results:
-        row = {"domain": domain, "section": section, "row": result["method"], "method": result["method"], "task": shape,
-               "limit": options.get("limit"), "error": result.get("error", "")}  # fmt: skip
-        if options.get("limit"):
+    for result in file["results"]:
+        row = {"domain": domain, "section": f"{section}, {where}", "row": result["method"], "method": result["method"], "task": shape,
+               "limit": limit, "error": result.get("error", "")}  # fmt: skip
+        if limit:
             yield row | {"kind": "longest", "longest": result.get("longest_tokens")}
         elif options.get("profile"):
             if "kernels" in result:
                 kinds = dict.fromkeys(KERNELS, 0.0)
                 for kernel in result["kernels"]:
-                    kinds[next(k for k, names in KERNELS.items() if re.search(names, kernel["name"].lower()))] += kernel["seconds"]
-                yield row | kinds | {"kind": "profile", "all": sum(kinds.values()), "seconds": result["step_seconds"]}
+                    kind = next(
+                        kind for kind, names in KERNELS.items() if re.search(names, kernel["name"].lower())
+                    )
+                    kinds[kind] += kernel["seconds"]
+                row |= {"kind": "profile", "all": sum(kinds.values()), "seconds": result["step_seconds"]}
+                yield row | kinds
         elif "step_seconds" in result:
-            yield row | {"kind": "step", "trained": result["trained_parameters"], "weights": result["static_bytes"],
-                         "over": result["over_static_bytes"], "seconds": result["step_seconds"], "rate": result["tokens_per_second"]}  # fmt: skip
+            row |= {"kind": "step", "trained": result["trained_parameters"], "weights": result["static_bytes"], "over": result["over_static_bytes"]}  # fmt: skip
+            tokens = result["tokens_per_second"] * result["step_seconds"]
+            for number, seconds in enumerate(result.get("step_seconds_repeats") or [result["step_seconds"]]):
+                yield row | {"repeat": number, "seconds": seconds, "rate": tokens / seconds}
         else:
             yield row | {"kind": "step", "error": result.get("error", "no result")}
 
 
-def _recorded_step(kind: str):
-    """Reads a record of a step over random weights (LLaMA/benchmark_methods.py, QControl/quantized_memory.py)."""
-
-    def read(record: RunRecord) -> dict:
-        o, memory = record.hyperparameters, record.memory
-        quantized = kind == "quantized step"
-        shape, batch, tokens = (o["shape"], o["batch"], o["tokens"]) if quantized else (
-            record.model["id"].removeprefix("random "), o["micro_batch_size"], o["cutoff"])  # fmt: skip
-        alone, peak = not memory.get("other_processes_bytes"), memory.get("peak_allocated_bytes")
-        notes = [] if alone else ["Not shown: other processes used the GPU at the same time."]
-        if not peak:
-            notes.append("Resident memory of the whole process on a CPU, not comparable with a GPU's.")
-        return {
-            "kind": kind, "domain": "qcontrol" if quantized else "llama", "row": record.method, "method": record.method, "task": shape,
-            "section": f"{shape}, {batch} x {tokens} tokens, {o['dtype']}, ranks {o['control_rank']} and {o['lora_rank']}, "
-            + _where(record.device["name"], record.versions),
-            "stored": o.get("weights"), "mode": o["mode" if quantized else "memory"], "tokens": tokens,
-            "trained": record.adapter["trainable_parameters"], "weights": memory.get("weights_bytes"),
-            "state": memory.get("adapter_and_optimizer_bytes"), "activations": memory.get("activations_bytes"),
-            "peak": peak or memory.get("peak_resident_bytes"), "allocated": peak, "notes": tuple(notes),
-            "gib": peak and peak / 2**30, "over": peak - memory["weights_bytes"] if peak and memory.get("weights_bytes") is not None else None,
-            "seconds": record.metrics["last"]["seconds_per_step"] if alone else None,
-            "timed": alone and record.device.get("kind") == "cuda",
-            "rate": record.time.get("tokens_per_second") if alone else None,
-        }  # fmt: skip
-
-    return read
+#: Task of a record -> its kind here.
+_KINDS = {"shape benchmark": "recipe step", "memory benchmark": "quantized step", "memory": "vit step", "throughput": "throughput"}  # fmt: skip
+#: Ways of batching in LlaMA/benchmark_throughput.py, and what they are.
+WAYS = {"published": "the published micro-batches, padded", "packed": "the same steps, packed", "large": "packed, more rows a step"}  # fmt: skip
 
 
-def _vit_step(record: RunRecord) -> dict:
-    o = record.hyperparameters
-    return {
-        "kind": "vit step", "domain": "vit", "row": record.method, "method": record.method, "attention": o["attention"], "task": record.model["class"],
-        "section": f"{record.model['class']}, batch {o['batch_size']}, {o['image_size']} pixels, {o['autocast']}, {record.device['name']}",
-        "trained": record.adapter["trainable_parameters"], "peak": record.memory.get("peak_allocated_bytes"),
-        "seconds": record.metrics["milliseconds_per_step"] / 1000,
+def _measured(record: RunRecord, kind: str) -> Iterator[dict]:
+    """A record without a score: a step over random weights, ways of batching, or answers in batches."""
+    o, memory, last = record.hyperparameters, record.memory, record.metrics.get("last") or {}
+    alone, peak, weights = not memory.get("other_processes_bytes"), memory.get("peak_allocated_bytes"), memory.get("weights_bytes")  # fmt: skip
+    name, where = record.model["id"].rpartition("/")[2], _where(record.device["name"], record.versions)
+    row = {
+        "kind": kind, "domain": record.domain, "task": name, "row": record.method, "method": record.method, "record": record,
+        "trained": record.adapter.get("trainable_parameters"), "weights": weights, "state": memory.get("adapter_and_optimizer_bytes"),
+        "activations": memory.get("activations_bytes"), "peak": peak or memory.get("peak_resident_bytes"), "allocated": peak,
+        "gib": peak and peak / 2**30, "over": peak - weights if peak and weights is not None else None, "mode": o.get("mode", o.get("memory")),
+        "rate": record.time.get("tokens_per_second") if alone else None, "timed": alone and record.device.get("kind") == "cuda",
+        "notes": () if alone else (SHARED_GPU,),
     }  # fmt: skip
-
-
-WAYS = {"published": "the published micro-batches, padded", "packed": "the same steps, packed", "large": "packed, more rows a step"}
-
-
-def _throughput(record: RunRecord) -> Iterator[dict]:
-    """A row for each way of batching."""
-    o = record.hyperparameters
-    section = (
-        f"{_name(record)}, {record.method}, memory mode {o['memory']}, {o['batch_size']} rows a step, at most {o['cutoff']} "
-        f"tokens each, {o['dtype']}, {_where(record.device['name'], record.versions)}"
-    )
-    for way, what in WAYS.items():
-        yield {"kind": "throughput", "domain": "llama", "section": section, "task": _name(record), "row": record.method,
-               "method": record.method, "way": f"{way}: {what}", "timed": _timed(record), **record.metrics["last"][way]}  # fmt: skip
-
-
-def _batches(record: RunRecord) -> dict:
-    o, last = record.hyperparameters, record.metrics["last"]
-    base = ", ".join([_name(record), *([o["quantization"]] if o["quantization"] != "none" else [])])
-    return {
-        "kind": "batches", "domain": "llama", "row": record.method, "method": record.method, "task": base, "mode": o["mode"],
-        "section": f"{base}, {o['dtype']}, " + _where(record.device["name"], record.versions), "batch": f"{last['batch_size']} together",
-        "timed": _timed(record), **{name: value for name, value in last.items() if isinstance(value, (int, float))},
-        "speedup": last["speedup"], "answers_agree": last["answers_agree"], "questions": last["questions"],
-    }  # fmt: skip
-
-
-def _name(record: RunRecord) -> str:
-    return record.model["id"].rpartition("/")[2]
-
-
-def _timed(record: RunRecord) -> bool:
-    """Whether the record's times decide anything: of a GPU that no other process used."""
-    return record.device.get("kind") == "cuda" and not record.memory.get("other_processes_bytes")
-
-
-_MEASUREMENTS = {
-    "shape benchmark": _recorded_step("recipe step"), "memory benchmark": _recorded_step("quantized step"),
-    "throughput": _throughput, "memory": _vit_step,
-}  # fmt: skip
+    if kind == "vit step":
+        section = f"{record.model['class']}, batch {o['batch_size']}, {o['image_size']} pixels, {o['autocast']}, {record.device['name']}"
+        yield row | {"section": section, "task": record.model["class"], "attention": o["attention"], "seconds": record.metrics["milliseconds_per_step"] / 1000}  # fmt: skip
+    elif kind == "throughput":
+        recipe = f"{o['batch_size']} rows a step, at most {o['cutoff']} tokens each, {o['dtype']}"
+        section = f"{name}, {record.method}, memory mode {o['memory']}, {recipe}, {where}"
+        for way, what in WAYS.items():
+            yield row | last[way] | {"section": section, "way": f"{way}: {what}"}
+    elif kind == "batches":
+        base = name + (f", {o['quantization']}" if o["quantization"] != "none" else "")
+        yield (
+            row
+            | last
+            | {"section": f"{base}, {o['dtype']}, {where}", "batch": f"{last['batch_size']} together"}
+        )
+    else:
+        shape, batch, tokens = (o["shape"], o["batch"], o["tokens"]) if "shape" in o else (
+            name.removeprefix("random "), o["micro_batch_size"], o["cutoff"])  # fmt: skip
+        ranks = f"ranks {o['control_rank']} and {o['lora_rank']}"
+        row |= {
+            "section": f"{shape}, {batch} x {tokens} tokens, {o['dtype']}, {ranks}, {where}",
+            "task": shape,
+            "tokens": tokens,
+        }
+        row["notes"] += () if peak else (RESIDENT,)
+        yield row | {"stored": o.get("weights"), "seconds": last["seconds_per_step"] if alone else None}
 
 
 def _padding(file: dict) -> Iterator[dict]:
@@ -375,10 +392,19 @@ def _padding(file: dict) -> Iterator[dict]:
 def _scaling(file: dict) -> Iterator[dict]:
     """A file of scripts/bench_scaling.py; efficiency is the step time of one process over this one's, in percent."""
     o, where = file["options"], _where(file["device"], file.get("versions"))
-    what = f"longest sequence, batch {o['batch']}" if o.get("longest") else f"{o['batch']} x {o['tokens']} tokens"
-    alone = {(r["method"], r["shard"]): r.get("step_seconds") for r in file["results"] if r["processes"] == 1}
-    lora = {(r["shard"], r["processes"]): r.get("peak_bytes_per_process") for r in file["results"] if r["method"] == "lora"}
-    for r in file["results"]:
+    what = (
+        f"longest sequence, batch {o['batch']}"
+        if o.get("longest")
+        else f"{o['batch']} x {o['tokens']} tokens"
+    )
+    results = file["results"]
+    alone = {(r["method"], r["shard"]): r.get("step_seconds") for r in results if r["processes"] == 1}
+    lora = {
+        (r["shard"], r["processes"]): r.get("peak_bytes_per_process")
+        for r in results
+        if r["method"] == "lora"
+    }
+    for r in results:
         single = alone.get((r["method"], r["shard"]))
         row = {"kind": "scaling", "domain": "llama", "section": f"{o['shape']}, {what} a process, {where}", "row": r["method"], "method": r["method"],
                "task": o["shape"], "shard": r["shard"], "processes": r["processes"], "error": r.get("error", ""), "longest": r.get("longest_tokens"),
@@ -389,7 +415,9 @@ def _scaling(file: dict) -> Iterator[dict]:
         if (other := lora.get((r["shard"], r["processes"]))) and r.get("peak_bytes_per_process"):
             row["share"] = 100 * r["peak_bytes_per_process"] / other
         if "ended_by" in r:
-            row["notes"] = (f"{r['method']}, {r['shard']}, {r['processes']}: the next attempt ended by {r['ended_by']}.",)
+            row["notes"] = (
+                f"{r['method']}, {r['shard']}, {r['processes']}: the next attempt ended by {r['ended_by']}.",
+            )
         yield row
 
 

@@ -67,12 +67,19 @@ class Test:
 
     @property
     def differences(self) -> np.ndarray:
-        return np.array([100 * (one / other - 1) if self.unit == "%" else one - other for one, other in self.pairs.values()])
+        return np.array(
+            [
+                100 * (one / other - 1) if self.unit == "%" else one - other
+                for one, other in self.pairs.values()
+            ]
+        )
 
     @property
     def below_majority(self) -> bool:
         """Whether not even the better method's mean is above the most frequent class: such a test does not count."""
-        return self.floor is not None and max(np.mean(list(self.pairs.values()), axis=0)) <= self.floor + 0.005
+        return (
+            self.floor is not None and max(np.mean(list(self.pairs.values()), axis=0)) <= self.floor + 0.005
+        )
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -119,9 +126,14 @@ def interval(tests: Sequence[Test], more: int = 0) -> tuple[float, float] | None
         parts.append((test.differences.var(ddof=1) / n / len(tests) ** 2, n - 1))
         if test.examples:
             parts.append((test.examples / len(tests) ** 2, math.inf))
-    mean, variance = float(np.mean([test.differences.mean() for test in tests])), sum(part for part, _ in parts)
+    mean, variance = (
+        float(np.mean([test.differences.mean() for test in tests])),
+        sum(part for part, _ in parts),
+    )
     squares = sum(part**2 / degrees for part, degrees in parts)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, variance**2 / squares if squares else math.inf) * math.sqrt(variance)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, variance**2 / squares if squares else math.inf) * math.sqrt(
+        variance
+    )
     return (mean - half, mean + half)
 
 
@@ -199,7 +211,9 @@ def read_outcomes(folder: Path) -> dict[str, np.ndarray] | None:
         order = np.lexsort((found["example"], found["group"]))
         return {name: value[order] if value.ndim else value for name, value in found.items()}
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"outcomes in {folder} cannot be read ({error}): delete them, or run again") from error
+        raise UserError(
+            f"outcomes in {folder} cannot be read ({error}): delete them, or run again"
+        ) from error
 
 
 def example_variance(pairs: Sequence[tuple[Path, Path]]) -> float | None:
@@ -210,14 +224,21 @@ def example_variance(pairs: Sequence[tuple[Path, Path]]) -> float | None:
         return None
     first = found[0]
     names = ("example", "group")
-    if any(len(one["example"]) != len(first["example"]) or (one[name] != first[name]).any() for one in found for name in names):
+    if any(
+        len(one["example"]) != len(first["example"]) or (one[name] != first[name]).any()
+        for one in found
+        for name in names
+    ):
         return None
     variances = []
     for group in np.unique(first["group"]):
         inside = first["group"] == group
         if "correct" in first:
             scores = np.array([one["correct"][inside] for one in found])
-            columns, score = ((scores[0::2] - scores[1::2]).mean(axis=0),), lambda x, axis: 100 * x.mean(axis=axis)
+            columns, score = (
+                ((scores[0::2] - scores[1::2]).mean(axis=0),),
+                lambda x, axis: 100 * x.mean(axis=axis),
+            )
             options = {"vectorized": True}
         else:
             columns = [one[name][inside] for one in found for name in ("prediction", "label")]
@@ -228,6 +249,13 @@ def example_variance(pairs: Sequence[tuple[Path, Path]]) -> float | None:
                 return 100 * (np.mean(scores[0::2]) - np.mean(scores[1::2]))
 
             options = {"vectorized": False, "paired": True}
-        done = stats.bootstrap(columns, score, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0), **options)
+        done = stats.bootstrap(
+            columns,
+            score,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(0),
+            **options,
+        )
         variances.append(done.standard_error**2)
     return float(np.sum(variances) / len(variances) ** 2)

@@ -17,7 +17,18 @@ from .records import GLUE, Paper
 
 NO_RECORD, NOT_PUBLISHED, NOT_MEASURED = "no record", "not published", "not measured"
 #: Order of rows where the records' own says nothing.
-_ORDER = (*GLUE, "control", "double control", "control+lora", "control+dora", "lora", "dora", "ours", "yours", "paper")
+_ORDER = (
+    *GLUE,
+    "control",
+    "double control",
+    "control+lora",
+    "control+dora",
+    "lora",
+    "dora",
+    "ours",
+    "yours",
+    "paper",
+)
 _UNITS = {"MiB": 2**-20, "GB": 1e-9, "MB": 1e-6, "ms": 1e3}
 #: Figures that not every row can have: of one process there is no efficiency.
 _PARTLY = ("efficiency", "losses apart", "/ fastest", "/ leanest", "times published", "same as published")
@@ -53,16 +64,20 @@ class Table:
     sections: list[Section]
 
 
+SPECIFICATIONS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
 def all_tables(frame: pd.DataFrame, paper: Paper) -> list[Table]:
     """Every table, whether or not there are records for it yet."""
-    specifications = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-    return [_table(name, specification, frame, paper) for name, specification in specifications.items()]
+    return [make_table(name, frame, paper) for name in SPECIFICATIONS]
 
 
 # -- rows -----------------------------------------------------------------------------------------------------
 
 
-def _table(name: str, specification: dict, frame: pd.DataFrame, paper: Paper) -> Table:
+def make_table(name: str, frame: pd.DataFrame, paper: Paper) -> Table:
+    """The table of that name in tables.yaml."""
+    specification = SPECIFICATIONS[name]
     if "runs" in specification:
         rows = _runs(frame, paper, specification)
     else:
@@ -98,17 +113,22 @@ def bare(label: object) -> str:
 def _runs(frame: pd.DataFrame, paper: Paper, specification: dict) -> pd.DataFrame:
     """A domain's runs, the paper's figures as rows of their own, and empty rows for methods that must have one."""
     keys = ["domain", "section", "task"]
-    rows = pd.concat([frame.query("kind == 'run' and domain == @specification['runs']"), _printed(paper, specification)])
+    runs = frame[(frame.kind == "run") & (frame.domain == specification["runs"])]
+    rows = pd.concat([runs, _printed(paper, specification)])
     for place, group in list(rows.groupby(keys)):
         there = set(group.row[group.whose != "paper"].map(bare))
         empty = dict(zip(keys, place)) | {"whose": "ours", "n": 0}
-        missing = [empty | {"row": method} for method in specification.get("always", ()) if method not in there]
+        missing = [
+            empty | {"row": method} for method in specification.get("always", ()) if method not in there
+        ]
         rows = pd.concat([rows, pd.DataFrame(missing)]) if missing else rows
     rows = rows.reset_index(drop=True)
-    for column, nothing in (("links", ()), ("notes", ()), ("problem", "")):
+    for column, nothing in (("links", ()), ("notes", ()), ("problem", ""), ("error", "")):
         rows[column] = rows[column].where(rows[column].notna(), pd.Series([nothing] * len(rows)))
     lr = rows.lr.map(lambda rate: "" if pd.isna(rate) else f"{rate:g}")
-    rows["rates"] = lr.groupby([rows[key] for key in (*keys, "row", "whose")]).transform(lambda rates: " / ".join(sorted(set(rates))))
+    rows["rates"] = lr.groupby([rows[key] for key in (*keys, "row", "whose")]).transform(
+        lambda rates: " / ".join(sorted(set(rates)))
+    )
     return rows
 
 
@@ -121,8 +141,17 @@ def _printed(paper: Paper, specification: dict) -> pd.DataFrame:
         if header and figure.quantity not in specification.get("published", ()):
             task = "commonsense" if table == "commonsense" else figure.column
             section = f"{figure.model}, 4-layer MLP" if table == "vit" else figure.model
-            row = {"whose": "paper", "n": 0, "domain": specification["runs"], "section": section, "task": task, "row": figure.row}
-            rows.setdefault((section, task, figure.row), row | {"published": {}})["published"][header] = figure
+            row = {
+                "whose": "paper",
+                "n": 0,
+                "domain": specification["runs"],
+                "section": section,
+                "task": task,
+                "row": figure.row,
+            }
+            rows.setdefault((section, task, figure.row), row | {"published": {}})["published"][header] = (
+                figure
+            )
     return pd.DataFrame(rows.values())
 
 
@@ -135,9 +164,14 @@ def _in_text(paper: Paper, specification: dict) -> list[str]:
 
 def step_means(steps: pd.DataFrame) -> pd.DataFrame:
     """Mean seconds and bytes over the weights by whose, setting and method, and whether no other beats it in both."""
-    means = steps[steps.seconds.notna()].groupby(["whose", "section", "row"], sort=False)[["seconds", "over"]].mean()
+    means = (
+        steps[steps.seconds.notna()]
+        .groupby(["whose", "section", "row"], sort=False)[["seconds", "over"]]
+        .mean()
+    )
     ordered = means.sort_values(["seconds", "over"])
-    leanest = ordered.groupby(["whose", "section"]).over.transform(lambda over: over.cummin().shift(fill_value=float("inf")))
+    leanest = ordered.groupby(["whose", "section"]).over.cummin()
+    leanest = leanest.groupby(["whose", "section"]).shift(fill_value=float("inf"))
     means["frontier"] = ordered.over < leanest
     return means
 
@@ -147,7 +181,9 @@ def _with_frontier(steps: pd.DataFrame) -> pd.DataFrame:
     setting = ["whose", "section"]
     steps = steps[steps.seconds.notna() | ~steps.duplicated([*setting, "row"], keep=False)]
     means = step_means(steps)
-    loras = means.query("row.str.startswith('lora')", engine="python").groupby(setting)[["seconds", "over"]].min()
+    loras = (
+        means.query("row.str.startswith('lora')", engine="python").groupby(setting)[["seconds", "over"]].min()
+    )
     steps = steps.join(means, on=[*setting, "row"], rsuffix="_mean").join(loras, on=setting, rsuffix="_lora")
     frontier = steps.frontier.map({True: "yes", False: "no"}).fillna("")
     return steps.assign(
@@ -170,7 +206,9 @@ def _section(title: str, part: pd.DataFrame, keys: dict[str, str], figures: dict
     return Section(title, part.domain.iloc[0], shown, pd.DataFrame(data), methods, notes, _conditions(part))
 
 
-def _line(group: pd.DataFrame, keys: dict[str, str], figures: dict[str, str], notes: list[str]) -> tuple[dict, dict]:
+def _line(
+    group: pd.DataFrame, keys: dict[str, str], figures: dict[str, str], notes: list[str]
+) -> tuple[dict, dict]:
     """A row's texts and its figures; footnotes that it needs are added to `notes`."""
 
     def marked(text: str, reasons: list[str]) -> str:
@@ -178,25 +216,43 @@ def _line(group: pd.DataFrame, keys: dict[str, str], figures: dict[str, str], no
         return text + "".join(f" <sup>{notes.index(reason) + 1}</sup>" for reason in reasons)
 
     first, paper = group.iloc[0], group.whose.iloc[0] == "paper"
-    links = [(text or str(number), file) for number, part in enumerate(group.links, 1) for text, file in part]
-    problems = [problem for problem in group.problem if problem]
+    links = [(text, file) for part in group.links for text, file in part]
+    links = list(
+        dict.fromkeys(
+            (text or str(1 + number), file) for number, (text, file) in enumerate(dict.fromkeys(links))
+        )
+    )
+    problems = list(dict.fromkeys(filter(None, group.problem)))
     reasons = list(dict.fromkeys(note for part in group.notes for note in part))
-    measured = group[group.error.fillna("") == ""] if "error" in group else group
+    measured = group[group.error == ""]
     count = len(measured) if links and not problems else 0
     reasons += [] if len(measured) else [f"{first.row}: {error}." for error in group.error]
-    line = {header: f"{first[column]:g}" if isinstance(first[column], float) else str(first[column]) for header, column in keys.items()}
+    line = {
+        header: f"{first[column]:g}" if isinstance(first[column], float) else str(first[column])
+        for header, column in keys.items()
+    }
     line |= {"whose": first.whose, "n": "" if paper else count}
     data, said = dict(line), []
     for header, specification in figures.items():
         column, _, form = specification.rpartition(" ")
         factor = next((_UNITS[word] for word in header.split() if word in _UNITS), 1)
-        values = measured[column].dropna().astype(float) * factor if column in group else pd.Series(dtype=float)
+        values = (
+            measured[column].dropna().astype(float) * factor if column in group else pd.Series(dtype=float)
+        )
         if paper:
             figure = first.published.get(header)
-            note = [f"{figure.note[0].upper()}{figure.note[1:]}."] if figure and isinstance(figure.note, str) else []
+            note = (
+                [f"{figure.note[0].upper()}{figure.note[1:]}."]
+                if figure and isinstance(figure.note, str)
+                else []
+            )
             said += note
             line[header] = marked(figure.text, note) if figure else NOT_PUBLISHED
-            data |= {header: figure.value, f"{header} status": figure.status} if figure else {header: NOT_PUBLISHED}
+            data |= (
+                {header: figure.value, f"{header} status": figure.status}
+                if figure
+                else {header: NOT_PUBLISHED}
+            )
         elif count and len(values) == count:
             constant = values.nunique() == 1
             line[header] = f"{values.mean():{form}}" + ("" if constant else f" ± {values.std():{form}}")
@@ -204,8 +260,14 @@ def _line(group: pd.DataFrame, keys: dict[str, str], figures: dict[str, str], no
         else:
             there = NOT_MEASURED if count else "failed" if links and not problems else NO_RECORD
             data[header] = line[header] = "" if header.startswith(_PARTLY) or "/ " in header else there
-    line["runs"] = links if count or paper else marked("left out", problems) if problems else links or NO_RECORD
-    noted = [header for header in ("peak MiB", "train s", "ms a step", "longest tokens", "tokens/s") if header in line]
+    line["runs"] = (
+        links if count or paper else marked("left out", problems) if problems else links or NO_RECORD
+    )
+    noted = [
+        header
+        for header in ("peak MiB", "train s", "ms a step", "longest tokens", "tokens/s")
+        if header in line
+    ]
     if reasons and noted:  # at the figure that is missing, else at the first that the note can be about
         at = next((header for header in noted if line[header] in (NOT_MEASURED, "failed")), noted[0])
         line[at] = marked(line[at], reasons)
@@ -216,10 +278,14 @@ def _line(group: pd.DataFrame, keys: dict[str, str], figures: dict[str, str], no
 def _conditions(part: pd.DataFrame) -> list[str]:
     """One line on what the runs of each task have in common."""
     lines = []
-    for (task, whose), group in part[(part.kind == "run") & (part.problem == "")].groupby(["task", "whose"], sort=False):
+    for (task, whose), group in part[(part.kind == "run") & (part.problem == "")].groupby(
+        ["task", "whose"], sort=False
+    ):
         record, facts = group.record.iloc[0], group["shared"].iloc[0]
         torch = ", ".join(sorted({record.versions.get("torch", "?") for record in group.record}))
-        sizes = " + ".join(f"{n:,} {split}" for split, n in record.data.get("sizes", {}).items() if isinstance(n, int))
+        sizes = " + ".join(
+            f"{n:,} {split}" for split, n in record.data.get("sizes", {}).items() if isinstance(n, int)
+        )
         named = ("epochs", "batch_size", "precision", "autocast", "dtype", "augment", "optimizer")
         settings = ", ".join(f"{name.replace('_', ' ')} {facts[name]}" for name in named if name in facts)
         mark = "" if whose == "ours" else f" ({whose})"
@@ -259,7 +325,14 @@ def write_tables(tables: list[Table], folder: Path, up: str) -> list[Path]:
     """Write each table as .md and .csv."""
     written = []
     for table in tables:
-        data = pd.concat([section.data for section in table.sections]) if table.sections else pd.DataFrame(columns=["section"])
-        for suffix, text in (("md", markdown(table, up)), ("csv", data.to_csv(index=False, lineterminator="\n"))):
+        data = (
+            pd.concat([section.data for section in table.sections])
+            if table.sections
+            else pd.DataFrame(columns=["section"])
+        )
+        for suffix, text in (
+            ("md", markdown(table, up)),
+            ("csv", data.to_csv(index=False, lineterminator="\n")),
+        ):
             written.append(write_text_atomic(folder / f"{table.name}.{suffix}", text))
     return written
