@@ -28,7 +28,7 @@ from control_experiments.training.arguments import parse_arguments
 from control_experiments.training.benchmarking import (
     Campaign,
     choose_device,
-    device_name,
+    machine,
     synchronize,
     time_steps,
 )
@@ -207,8 +207,9 @@ def main() -> None:
         "LayerNorm to half, width 768": layer_norm(options.tokens, options.device),
         "linear + cross entropy": linear_cross_entropy(options.tokens, options.device, options.vocabulary),
     }
-    print(f"{options.tokens} tokens, {device_name(options.device)}; forward and backward")
-    campaign = Campaign(Path(options.output), options, itemgetter("operation"), device=options.device)
+    found = machine(options.device)
+    print(f"{options.tokens} tokens, {found['device']}; forward and backward")
+    campaign = Campaign(Path(options.output), options, itemgetter("operation"), found)
     for name in [name for name in operations if name not in campaign.finished]:
         row = {"operation": name, "ours": measure(operations[name]["ours"](), options)}
         words = [f"{name:30s} ours {shown(row['ours'])}"]

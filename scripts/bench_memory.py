@@ -55,13 +55,13 @@ from control_experiments.training.benchmarking import (
     EXPANDABLE,
     Campaign,
     choose_device,
-    matmul_tflops,
+    machine,
     run_apart,
     summarise_repeats,
     synchronize,
     time_steps,
 )
-from control_experiments.training.device import DTYPES, describe_device
+from control_experiments.training.device import DTYPES
 from control_experiments.training.metering import MemoryMeter
 from scripts.workloads import (
     ALL_SHAPES,
@@ -135,6 +135,7 @@ class Options:
             raise UserError(f"unknown --shape {self.shape!r}: choose from {', '.join(ALL_SHAPES)}")
         check_numbers(self, "batch", "tokens", "steps", "repeats", "control_rank", "lora_rank", at_least=1)
         check_numbers(self, "warmup", at_least=0)
+        check_numbers(self, "limit", above=0)
         for length in self.lengths or []:
             if length < 1:
                 raise UserError(f"--lengths must be at least 1, got {length}")
@@ -150,14 +151,11 @@ class Options:
                 raise UserError(f"{self.shape} has {tokens} tokens: leave --tokens and --lengths out")
         if self.lengths and (self.tokens or tokens) < tokens:
             raise UserError(f"--lengths has {tokens}, which is more than --tokens {self.tokens}")
-        device, limit = choose_device(self.device), self.limit
-        searches = self.longest or limit is not None
+        device, searches = choose_device(self.device), self.longest or self.limit is not None
         if searches and (device == "cpu" or self.shape not in LLAMA_SHAPES or self.lengths):
             raise UserError("--limit and --longest need a GPU and a LLaMA shape, without --lengths")
         if searches and self.profile:
             raise UserError("--limit, --longest and --profile are runs of their own: leave one out")
-        if self.longest:
-            limit = limit or round(torch.cuda.get_device_properties(0).total_memory / 2**30, 2)
         unsloth = importlib.util.find_spec("unsloth")
         methods = self.methods or default_methods(self.shape, device, device == "cuda" and bool(unsloth))
         if self.base:
@@ -172,7 +170,7 @@ class Options:
                     f"method {method.text!r}: unsloth is not installed (pip install unsloth, in an environment of its own)"
                 )
         return replace(
-            self, device=device, methods=methods, limit=limit, tokens=self.tokens or tokens,
+            self, device=device, methods=methods, tokens=self.tokens or tokens,
             repeats=self.repeats or (3 if device == "cuda" else 1),
         )  # fmt: skip
 
@@ -256,12 +254,14 @@ def profiled(options: Options, work: Workload) -> list[dict]:
 
 
 def longest(options: Options, method: Method) -> dict:
-    """The longest sequence, in steps of 512 tokens and up to LONGEST, whose training step fits ``options.limit`` GiB.
+    """The longest sequence, in steps of 512 tokens and up to LONGEST, whose training step fits ``options.limit`` GiB
+    or, without one, the GPU.
 
     The optimizer's states are there from the second length on, which is what the others are measured with.
     """
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, options.limit * 2**30 / total))
+    limit = options.limit or round(total / 2**30, 2)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total))
     setting = replace(options.setting(), tokens=512)
     work = build(setting, method, longest=LONGEST)
 
@@ -287,7 +287,7 @@ def longest(options: Options, method: Method) -> dict:
         if middle in (good, bad):
             break
         good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return {"method": method.text, "limit_gib": options.limit, "longest_tokens": good}
+    return {"method": method.text, "limit_gib": limit, "longest_tokens": good}
 
 
 # -- in the process that starts them ----------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def longest(options: Options, method: Method) -> dict:
 def run_method(options: Options, method: Method, command: Sequence[str]) -> dict:
     """Measure the method in a process of its own."""
     start = ["-m", "scripts.bench_memory"]
-    grows = options.limit or "graphs" in method.switches
+    grows = options.limit or options.longest or "graphs" in method.switches
     environment = dict(EXPANDABLE) if grows else {}
     if "unsloth" in method.switches:  # which also writes what it compiles
         start = ["-c", UNSLOTH_FIRST]
@@ -358,24 +358,6 @@ def table(results: list[dict], references: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: list[dict], title: str, path: Path) -> None:
-    """Memory over the weights against milliseconds a step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 6))
-    for result in results:
-        if "step_seconds" in result:
-            place = (result["step_seconds"] * 1e3, result["over_static_bytes"] / 1e9)
-            axes.scatter(*place, color="tab:blue" if "control" in result["method"] else "tab:orange")
-            axes.annotate(result["method"], place, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="ms per step", ylabel="GB over the weights", title=title)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure as the command line says."""
     command = list(sys.argv[1:] if argv is None else argv)
@@ -383,23 +365,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = options.with_defaults()
     if options.worker:
         with contextlib.redirect_stdout(sys.stderr):
-            search = longest if options.limit else measure
+            search = longest if options.limit or options.longest else measure
             result = search(options, parse_method(options.worker))
         print(json.dumps(result))
         return
-    rate = matmul_tflops() if options.device == "cuda" else None
-    if rate:
-        torch.cuda.empty_cache()
-    setting = ", ".join(
-        [options.shape, f"{options.batch} x {options.tokens} tokens", *options.particulars().values()]
-    )
-    campaign = Campaign(
-        Path(options.output) / options.file_name(), options, itemgetter("method"), device=options.device,
-        setting=setting, matmul_tflops=rate, dtype=str(options.setting().autocast)[6:], weights="random",
-        machine=describe_device(torch.device(options.device)),
-    )  # fmt: skip
-    title = f"{setting}, {campaign.record['dtype']}, {campaign.record['device']}"
+    found = machine(options.device)
+    if options.longest and not options.limit:
+        options.limit = round(found["machine"]["total_memory_bytes"] / 2**30, 2)
+    words = [options.shape, f"{options.batch} x {options.tokens} tokens", *options.particulars().values()]
+    setting, dtype, rate = ", ".join(words), str(options.setting().autocast)[6:], found["matmul_tflops"]
+    title = f"{setting}, {dtype}, {found['device']}"
     print(title + (f", bf16 matmul {rate:.0f} TFLOP/s" if rate else ""), flush=True)
+    campaign = Campaign(
+        Path(options.output) / options.file_name(), options, itemgetter("method"), found,
+        setting=setting, dtype=dtype, weights="random",
+    )  # fmt: skip
     finished = campaign.finished
     for number, text in enumerate(options.methods, 1):
         if text in finished:
@@ -412,8 +392,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"    {kernel['seconds'] * 1e3:8.2f} ms {kernel['calls']:5d} x {kernel['name'][:90]}")
     references = compare(campaign.results)
     print(table(campaign.results, references))
-    if not options.limit and not options.profile:
-        draw(campaign.results, title, campaign.path.with_suffix(".png"))
+    points = {
+        result["method"]: (result["step_seconds"], result["over_static_bytes"])
+        for result in campaign.results
+        if "step_seconds" in result
+    }
+    if points and not options.profile:
+        from control_experiments.reporting import (
+            pictures,  # pandas and matplotlib, which no method's process needs
+        )
+
+        pictures.save(pictures.memory_against_time(points, title), campaign.path.with_suffix(".png"))
     campaign.finish(options.methods, references=references)
 
 

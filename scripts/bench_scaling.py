@@ -46,7 +46,7 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import write_json_atomic
 from control_experiments.training.arguments import parse_arguments
-from control_experiments.training.benchmarking import EXPANDABLE, Campaign, device_name
+from control_experiments.training.benchmarking import EXPANDABLE, Campaign, machine
 from control_experiments.training.sharding import average_gradients, split_into_units
 from scripts.workloads import LLAMA_SHAPES, adapt, parse_method, random_llama
 
@@ -302,35 +302,6 @@ def line(cell: dict, single: dict | None) -> str:
     )
 
 
-def draw(cells: list[dict], title: str, path: Path) -> None:
-    """Tokens/s and memory per process against the number of processes; dotted: as many times one process."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (speed, memory) = plt.subplots(1, 2, figsize=(12, 5))
-    for method, shard in dict.fromkeys((cell["method"], cell["shard"]) for cell in cells):
-        points = sorted(
-            (cell["processes"], cell["tokens_per_second"], cell["peak_bytes_per_process"] / 1e9)
-            for cell in cells
-            if (cell["method"], cell["shard"]) == (method, shard) and "step_seconds" in cell
-        )
-        if points:
-            counts, tokens, gigabytes = zip(*points)
-            (drawn,) = speed.plot(counts, tokens, marker="o", label=f"{method} {shard}")
-            speed.plot(
-                counts, [tokens[0] * count / counts[0] for count in counts], ":", color=drawn.get_color()
-            )
-            memory.plot(counts, gigabytes, marker="o", label=f"{method} {shard}")
-    speed.set(xlabel="processes", ylabel="tokens/s")
-    memory.set(xlabel="processes", ylabel="peak GB of each")
-    speed.legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
     if options.worker:
@@ -340,12 +311,13 @@ def main() -> None:
         dist.destroy_process_group()
         return
     options.check()
+    found = machine(options.device)
     there = torch.cuda.device_count() if options.device == "cuda" else os.cpu_count()
     name = f"{options.shape}_{options.batch}x{options.tokens}" + ("_longest" if options.longest else "")
-    title = f"{options.shape}, {options.batch} x {options.tokens} tokens per process, {device_name(options.device)}"
+    title = f"{options.shape}, {options.batch} x {options.tokens} tokens per process, {found['device']}"
     print(title, flush=True)
     campaign = Campaign(
-        Path(options.output) / f"{name}.json", options, itemgetter("method", "shard", "processes"), device=options.device,
+        Path(options.output) / f"{name}.json", options, itemgetter("method", "shard", "processes"), found,
         devices=there, weights="pseudo-random",
     )  # fmt: skip
     finished = campaign.finished
@@ -371,8 +343,12 @@ def main() -> None:
         campaign.add(cell)
         said = line(cell, singles.get((method, shard)))
         print(f"[{number}/{len(planned)}, {time.time() - started:.0f} s] {said}", flush=True)
-    if not options.longest:
-        draw(campaign.results, title, campaign.path.with_suffix(".png"))
+    if any("step_seconds" in cell for cell in campaign.results):
+        from control_experiments.reporting import (
+            pictures,  # pandas and matplotlib, which no process of a cell needs
+        )
+
+        pictures.save(pictures.scaling(campaign.results, title), campaign.path.with_suffix(".png"))
     campaign.finish(planned)
 
 

@@ -1,6 +1,7 @@
 """What the benchmarks train: models of known shapes with random weights, and every method of bench_memory.py on them.
 
-The adapters, memory modes, quantized layers and packed batches are those of the training scripts.
+The adapters, memory modes, quantized layers and packed batches are those of the training scripts. A new peer is a name in
+`NAMES` and its branch in `adapt`, a new way to store the frozen weights a name in `BASES` and its branch in `random_base`.
 """
 
 from __future__ import annotations
@@ -135,6 +136,7 @@ class Recipe:
     head: list[str] | None = None
 
 
+VIT_MLP = ("fc1", "fc2", "eye1", "eye2")  # a plain MLP has the first two
 RECIPES = {
     "llama": Recipe(
         "CAUSAL_LM", ("double control", 64), (32, 64),
@@ -146,22 +148,15 @@ RECIPES = {
         "SEQ_CLS", ("control", 16), (8, 16),
         {"lora": ("query", "value"), "mixed": ("query", "value"), "lora-all": ("query", "key", "value", "dense")},
     ),
-    "vit2": Recipe(
+    "vit": Recipe(
         None, ("control", 16), (1, 1),
-        {"lora": ("fc1", "fc2"), "mixed": ("qkv",), "lora-all": ("fc1", "fc2", "qkv", "proj")}, head=["head"],
-    ),
-    "vit4": Recipe(
-        None, ("control", 16), (1, 1),
-        {"lora": ("fc1", "fc2", "eye1", "eye2"), "mixed": ("qkv",),
-         "lora-all": ("fc1", "fc2", "eye1", "eye2", "qkv", "proj")}, head=["head"],
+        {"lora": VIT_MLP, "mixed": ("qkv",), "lora-all": (*VIT_MLP, "qkv", "proj")}, head=["head"],
     ),
 }  # fmt: skip
 
 
 def recipe_of(shape: str) -> Recipe:
-    if shape in VISION_SHAPES:
-        return RECIPES[f"vit{VISION_SHAPES[shape][1]}"]
-    return RECIPES["llama" if shape in LLAMA_SHAPES else "encoder"]
+    return RECIPES["llama" if shape in LLAMA_SHAPES else "vit" if shape in VISION_SHAPES else "encoder"]
 
 
 def default_methods(shape: str, device: str, unsloth: bool) -> list[str]:
@@ -206,7 +201,14 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
     stored = DTYPES.get(method.base, own)
     attention = "eager" if "eager" in method.switches else "sdpa"
     if shape in VISION_SHAPES:
-        return random_vit(shape, attention).to(device, stored)
+        from ViT.vision_models import create, set_attention, set_mlp_layers
+
+        name, layers = VISION_SHAPES[shape]
+        with torch.device(device):
+            model = create(name, num_classes=CLASSES, image_size=vision_size(shape)[0])
+            set_mlp_layers(model, layers)
+        set_attention(model, attention)
+        return model.to(stored)
     if "packed" in method.switches and varlen_available(torch.device(device), compute):
         attention = VARLEN
     if shape in LLAMA_SHAPES:
@@ -220,16 +222,6 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
     if method.base in QUANTIZATIONS:
         quantize(model, method.base, compute, torch.device(device))
     return prepare(model)
-
-
-def random_vit(shape: str, attention: str) -> nn.Module:
-    from ViT.vision_models import create, set_attention, set_mlp_layers
-
-    name, layers = VISION_SHAPES[shape]
-    model = create(name, num_classes=CLASSES, image_size=vision_size(shape)[0])
-    set_mlp_layers(model, layers)
-    set_attention(model, attention)
-    return model
 
 
 def vision_size(shape: str) -> tuple[int, int]:

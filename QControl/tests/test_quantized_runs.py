@@ -1,7 +1,5 @@
 """Quantized training and evaluation through the scripts and launchers, for real, on the CPU."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file

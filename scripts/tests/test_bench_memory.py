@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from control_experiments.paths import RESULTS
 from control_experiments.training import benchmarking
 from control_experiments.training.quantization import loading_arguments
 from scripts import bench_memory, workloads
@@ -81,7 +82,10 @@ def test_only_the_same_benchmark_counts_as_measured(tmp_path, monkeypatch):
 
     def campaign(**options):
         return benchmarking.Campaign(
-            path, bench_memory.Options(**options), lambda result: result["method"], device="cpu"
+            path,
+            bench_memory.Options(**options),
+            lambda result: result["method"],
+            benchmarking.machine("cpu"),
         )
 
     first = campaign(tokens=8)
@@ -147,6 +151,24 @@ def test_peers_train_what_their_papers_say():
     assert trained("shadow") > layers * width * width, "a small model beside the base"
 
 
+def test_methods_are_those_of_the_shipped_records():
+    """At their true shapes, without memory for the weights: as many trained parameters under the same names."""
+    shipped = {}
+    for path in (RESULTS / "published" / "memory").rglob("*.json"):
+        record = json.loads(path.read_text())
+        for result in record["results"]:
+            if "trained_parameters" in result:
+                key = (record["options"]["shape"], parse_method(result["method"]).name)
+                shipped.setdefault(key, set()).add(result["trained_parameters"])
+    assert len(shipped) >= 15
+
+    def trained(shape, method):
+        model = workloads.adapt(workloads.random_base(shape, method, "meta", torch.bfloat16), shape, method)
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+    assert {(shape, name): {trained(shape, parse_method(name))} for shape, name in shipped} == shipped
+
+
 @pytest.mark.parametrize("shape", ["tiny-roberta", "tiny"])
 def test_random_bases_are_quantized_as_loaded_ones(shape, tmp_path):
     """Same layers, same kind of quantized state as from_pretrained makes."""
@@ -176,6 +198,34 @@ def test_a_profile_is_a_record_of_its_own(tmp_path, call, measured):
     seconds = [kernel["seconds"] for kernel in result["kernels"]]
     assert seconds == sorted(seconds, reverse=True) and seconds[-1] > 0
     assert {"aten::mm", "aten::addmm"} <= {kernel["name"] for kernel in result["kernels"]}
+
+
+@pytest.mark.parametrize("limit, gib", [(3, 3), (None, 80)])
+@pytest.mark.parametrize(
+    "most, found", [(100, 0), (700, 512), (5000, 4608), (100_000, 98_304), (1 << 30, bench_memory.LONGEST)]
+)
+def test_the_longest_sequence_is_searched_for(most, found, limit, gib, monkeypatch):
+    """With a GPU's calls noted instead of made: a step fits up to `most` tokens."""
+    shares = []
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    properties = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+
+    class Work:
+        model, optimizer = None, SimpleNamespace(zero_grad=lambda: None)
+
+        def step(self):
+            if self.loss > most:
+                raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(bench_memory, "build", lambda setting, method, longest: Work())
+    monkeypatch.setattr(bench_memory, "step_loss", lambda setting, method, model: setting.tokens)
+    options = bench_memory.Options(tokens=1024, limit=limit, longest=limit is None)
+    result = bench_memory.longest(options, parse_method("lora"))
+    assert result == {"method": "lora", "limit_gib": gib, "longest_tokens": found}
+    assert shares == [pytest.approx(gib / 80)] and f"within {gib}" in bench_memory.line(result)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +266,7 @@ def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, toke
         (("--precision", "half"), "unknown --precision 'half'"),
         (("--lengths", 3, 9, "--tokens", 8), "--lengths has 9, which is more than --tokens 8"),
         (("--device", "gpu"), "--device is cuda, cpu or a GPU's index"),
+        (("--limit", 0), "--limit must be greater than 0"),
         (("--limit", 3), "need a GPU"),
         (("--longest",), "need a GPU"),
     ],

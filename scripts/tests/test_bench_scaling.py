@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from control_experiments.errors import UserError
+from scripts import bench_scaling
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "bench_scaling.sh"
 
@@ -55,24 +56,19 @@ def test_bad_input_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"methods": ["lora+compile"]}, "for one process"),
+        ({"methods": ["lora+nf4"]}, "over several processes bf16 bases"),
+        ({"methods": ["lora+compile"]}, "over several processes bf16 bases"),
         ({"processes": [10_000]}, "this host has"),
         ({"longest": True}, "--longest needs GPUs"),
     ],
 )
-def test_what_cannot_be_is_said(options, message, monkeypatch):
-    monkeypatch.syspath_prepend(LAUNCHER.parent)
-    from scripts import bench_scaling
-
+def test_what_cannot_be_is_said(options, message):
     with pytest.raises(UserError, match=message):
         bench_scaling.Options(device="cpu", shape="tiny", **options).check()
 
 
 def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch, tmp_path, capfd):
     """Of the worker, which runs out of memory or is killed, and of what its parent makes of that."""
-    monkeypatch.syspath_prepend(LAUNCHER.parent)
-    from scripts import bench_scaling
-
     options = bench_scaling.Options(shape="tiny", longest=True, tokens=512, worker="lora")
 
     def step_within(limit):
@@ -118,15 +114,12 @@ def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch
         ("assert 0", "AssertionError"),
     ],
 )
-def test_a_cell_says_why_the_first_process_ended(ends, said, tmp_path, monkeypatch):
+def test_a_cell_says_why_the_first_process_ended(ends, said, tmp_path):
     """The other one waits for it, and is ended by torchrun."""
-    monkeypatch.syspath_prepend(LAUNCHER.parent)
-    from scripts.bench_scaling import cause
-
     script = tmp_path / "ends.py"
     lines = ("import os, signal, sys, time", "if os.environ['RANK'] == '0':", "    time.sleep(60)", ends)
     script.write_text("\n".join(lines))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode and said in cause(done.stderr), done.stderr
-    assert cause("") == "no result"
+    assert done.returncode and said in bench_scaling.cause(done.stderr), done.stderr
+    assert bench_scaling.cause("") == "no result"

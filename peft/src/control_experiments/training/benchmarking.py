@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict
@@ -16,7 +17,7 @@ import torch
 
 from ..errors import UserError
 from ..record import git_state, package_versions, utc_now, write_json_atomic
-from .device import select_device
+from .device import describe_device, select_device
 
 #: The environment of a process whose tensors change their sizes.
 EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
@@ -65,7 +66,7 @@ def summarise_repeats(repeats: Sequence[Sequence[float]]) -> dict:
 
 
 def matmul_tflops() -> float:
-    """The GPU's own bf16 matmul rate on random data, for the arithmetic floor."""
+    """A GPU's own bf16 matmul rate on random data, for the arithmetic floor."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     time_steps(lambda: a @ b, 3, "cuda")
     return 10 * 2 * 8192**3 / sum(time_steps(lambda: a @ b, 10, "cuda")) / 1e12
@@ -87,16 +88,34 @@ def choose_device(name: str) -> str:
     return name if name in ("cuda", "cpu") else select_device(name).type
 
 
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+def machine(device: str) -> dict:
+    """What a record says of the machine: the device's name, how it is described, and a GPU's own bf16 matmul rate.
+
+    A process of its own asks the GPU, for whoever did so would keep some of its memory and look like another user.
+    """
+    if device == "cuda":
+        program = f"import json; from {__name__} import _gpu; print(json.dumps(_gpu()))"
+        return run_apart([sys.executable, "-c", program], {}, needed=True)
+    return {"device": device, "machine": describe_device(torch.device(device)), "matmul_tflops": None}
 
 
-def run_apart(command: Sequence[str], environment: dict[str, str]) -> dict:
-    """The JSON object on the last line that a process prints; ``{"error": its last line on stderr}`` if it fails."""
+def _gpu() -> dict:
+    found = describe_device(torch.device("cuda"))
+    return {"device": found["name"], "machine": found, "matmul_tflops": matmul_tflops()}
+
+
+def run_apart(command: Sequence[str], environment: dict[str, str], *, needed: bool = False) -> dict:
+    """The JSON object on the last line that a process prints; ``{"error": its last line on stderr}`` if it fails.
+
+    Raises:
+        UserError: it fails, and the result is `needed`.
+    """
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        return {"error": reason[0][:300]}
+        reason = (done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"])[0][:300]
+        if needed:
+            raise UserError(f"{' '.join(command[:2])} failed: {reason}")
+        return {"error": reason}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -118,12 +137,12 @@ class Campaign:
     ANEW = ("created", "matmul_tflops", "results", "references")
 
     def __init__(
-        self, path: Path, options: object, key: Callable[[dict], Hashable], *, device: str, **more: object
+        self, path: Path, options: object, key: Callable[[dict], Hashable], machine: dict, **more: object
     ):
         self.path, self.key = path, key
         self.record = {
             "schema": 1,
-            "device": device_name(device),
+            **machine,
             **more,
             "versions": package_versions(),
             "git": git_state(),
