@@ -129,16 +129,6 @@ def test_a_killed_run_resumes_with_the_same_batches(run, tmp_path, monkeypatch):
     assert (code, "skipped" in out) == (0, True)
 
 
-def test_padded_and_packed_training_agree(run, tmp_path):
-    assert run("--lora_dropout", 0, name="packed")[0] == 0
-    assert run("--lora_dropout", 0, "--batching", "padded", name="padded")[0] == 0
-    losses = [
-        [entry["eval_loss"] for entry in read_record(tmp_path / name / "record.json").history]
-        for name in ("packed", "padded")
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
 @pytest.mark.parametrize("batching", ["padded", "packed"])
 @pytest.mark.parametrize("method", ["lora", "control+lora"])
 def test_the_trainer_learns_as_a_plain_loop_does(
