@@ -35,7 +35,7 @@ def gradients(model, batches, loss):
     for batch in batches:
         value = loss(model, batch)
         value.backward()
-        total += float(value)
+        total += value.item()
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
