@@ -125,14 +125,14 @@ def read_prompts(model: PreTrainedModel, batch: dict[str, torch.Tensor], beams: 
     cache = DynamicCache(config=model.config)
     ids, mask = (batch[name][:, :-1] for name in ("input_ids", "attention_mask"))
     if ids.shape[1]:
-        model(
+        cache = model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-        )
+        ).past_key_values  # SHADOW's is two in one
         cache.batch_repeat_interleave(beams)
     return cache
 

@@ -26,14 +26,12 @@ class Options:
     dtype: Literal["fp32", "bf16", "fp16"] = HfArg(default="bf16", help="Type of the weights.")
 
 
-def convert(model: str | Path, folder: Path, dtype: str = "bf16", keep: Sequence[Path] = ()) -> Path:
-    """Write the model folder, whole or not at all, with copies of the files in `keep`; returns it.
+def convert(model: str | Path, folder: Path, dtype: str = "bf16") -> Path:
+    """Write the model folder, whole or not at all; returns it.
 
     Raises:
         UserError: the model cannot be read, or the folder is there.
     """
-    import shutil
-
     import torch
 
     from control_experiments.training.checkpoints import whole_folder
@@ -49,8 +47,6 @@ def convert(model: str | Path, folder: Path, dtype: str = "bf16", keep: Sequence
     with whole_folder(folder, sealed=False) as place:
         base.save_pretrained(place)
         tokenizer.save_pretrained(place)
-        for file in keep:
-            shutil.copy2(file, place)
     return folder
 
 

@@ -192,7 +192,6 @@ def check_adapter(options: Options) -> None:
                     "was asked for: give the values it was trained with"
                 )
     check_base(options, config.base_model_name_or_path)
-    return config
 
 
 def check_base(options: Options, noted: str | None) -> None:

@@ -210,7 +210,9 @@ def shadow_batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         targets = batch.labels[:, 1:] != IGNORE
         weight = (batch.weights[:, 1:] * targets).sum() / batch.divisor
         share = tuner.peft_config[tuner.active_adapters[0]].auxiliary_loss_weight
-        loss = loss + share * weight * tuner.shadow_auxiliary_loss(batch.labels)
+        head = _causal_lm(model).get_output_embeddings().weight
+        with torch.autocast(head.device.type, dtype=head.dtype, enabled=head.dtype != torch.float32):
+            loss = loss + share * weight * tuner.shadow_auxiliary_loss(batch.labels)
     return loss
 
 

@@ -80,8 +80,10 @@ def provide(name: str, folder: Path) -> Path:
             if not _ready(unpacked):
                 from LlaMA.convert import convert
 
-                gguf = unpacked / model.weights
-                unpacked = convert(gguf, Path(temporary) / "converted", keep=[gguf])
+                gguf, unpacked = unpacked / model.weights, Path(temporary) / "converted"
+                convert(gguf, unpacked)
+                (unpacked / "gguf").mkdir()  # apart, for transformers would mix the two up
+                shutil.copy2(gguf, unpacked / "gguf")
             if there:  # an older version's, a GGUF file alone
                 shutil.rmtree(destination)
             _place(unpacked, destination)
@@ -99,7 +101,7 @@ def _fetch(name: str, model: Model, folder: Path) -> Path:
 
 
 def _intact(model: Model, folder: Path) -> bool:
-    weights = folder / model.weights
+    weights = next(folder.rglob(model.weights), folder / model.weights)
     return weights.is_file() and fingerprint(weights) == model.sha256
 
 

@@ -36,6 +36,8 @@ GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnl
 IMAGES = ("cifar100", "flowers102", "svhn", "food101", "imagenet")
 #: Base -> the launchers' prefix, or None for the base that only run_smollm2_table.sh knows.
 LLAMAS = {"llama2_7b": "llama2_7B", "llama3_8b": "llama3_8B", "smollm2": None}
+#: Further bases, which are no hub's: MODEL= names their folders.
+QWENS = ("qwen0.5b", "qwen1.5b")
 #: Task -> bench_memory.py's options and the name of the file that it writes.
 BENCHMARKS = {
     "llama3-8b": ("--shape llama3-8b --batch 4 --tokens 1024", "llama3-8b_4x1024.json"),
@@ -127,7 +129,10 @@ def vit_cell(options: Options, task: str, method: str, seed: int) -> Cell:
 def commonsense_cell(options: Options, base: str, method: str, seed: int) -> Cell:
     """A training with its evaluation, or the base alone (zero-shot)."""
     place = Path(options.results) / "llama" / base
-    zero_shot, prefix = method == "zero-shot", LLAMAS[base]
+    zero_shot, prefix = method == "zero-shot", LLAMAS.get(base)
+    if base in QWENS and not variable("MODEL"):
+        raise UserError(f"{base} needs MODEL=FOLDER (python -m LlaMA.convert makes one of a GGUF file)")
+    likelihood = "likelihood" in variable("EVALUATE_ARGS")
     out = place / ("zero-shot" if zero_shot else f"{method.replace(' ', '-')}-seed{seed}")
     name = f"{base}_{out.name}"
     ranks = [variable("CONTROL_RANK", "64"), variable("LORA_RANK", "32"), variable("LORA_ALPHA", "64")]
@@ -144,8 +149,10 @@ def commonsense_cell(options: Options, base: str, method: str, seed: int) -> Cel
         if method not in ("control+lora", "double control"):
             environment["METHOD"] = method
     if zero_shot:
-        return Cell(name, command, out / "record.json", environment, {"method": method})
-    return Cell(name, command, out / "evaluation" / "record.json", environment, trained=out / "record.json")
+        record = out.with_name("zero-shot-likelihood" if likelihood else out.name) / "record.json"
+        return Cell(name, command, record, environment, {"method": method})
+    answers = out / variable("EVALUATION", "likelihood" if likelihood else "evaluation")
+    return Cell(name, command, answers / "record.json", environment, trained=out / "record.json")
 
 
 def memory_cell(options: Options, task: str, method: str, repeat: int) -> Cell:
@@ -183,7 +190,7 @@ PLANS = {
     "vit": Plan(IMAGES[:1], THREE, (42, 41, 40), vit_cell, IMAGES[1:], ("probe",)),
     "commonsense": Plan(
         tuple(LLAMAS), ("control+lora", "double control", "lora", "dora", "zero-shot"), (42, 43, 44),
-        commonsense_cell, more_methods=("control", "control+dora", "miss", "shadow"),
+        commonsense_cell, QWENS, ("control", "control+dora", "miss", "shadow"),
     ),
     "quantized": Plan(("rte",), THREE, (42, 41, 40), glue_cell, tuple(t for t in GLUE_TASKS if t != "rte")),
     "memory": Plan((*BENCHMARKS, "vit"), ("",), (1, 2, 3), memory_cell),

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from control_experiments.errors import run_main
 from LlaMA.commonsense import TASKS, Row
 from LlaMA.measuring import train_tokenizer
+from LlaMA.models import add_adapter, expected_config
 
 NOUNS = ("river", "teacher", "engine", "garden", "letter", "window", "doctor", "bridge", "candle", "market")
 
@@ -72,6 +73,18 @@ def model_folder(tmp_path_factory, tokenizer) -> Path:
     tiny_model(len(tokenizer) + 4).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def adapted(model, method="control+lora"):
+    """The model with an adapter whose parameters are random, so that it changes something."""
+    model = add_adapter(
+        model, expected_config(method, 4, 1.0, 0.0, 4, 8, 0.0, ("q_proj", "k_proj", "v_proj"))
+    )
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from control_experiments.record import read_record
 from LlaMA import answering, evaluate, evaluation, finetune
 from LlaMA.answering import Question, generate, pad_left, rank_words
 from LlaMA.commonsense import ANSWER_LEAD, TASKS, offered_words, tokenize_prompts
-from LlaMA.tests.conftest import one_line, tiny_model
+from LlaMA.tests.conftest import adapted, one_line, tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +63,12 @@ def questions(rows, tokenizer, model):
 # -- generation ---------------------------------------------------------------------------------------------
 
 
-def test_prompts_read_once_for_all_beams_say_what_the_published_search_says(model, tokenizer, questions):
+@pytest.mark.parametrize("method", [None, "double control", "miss", "shadow"])
+def test_prompts_read_once_for_all_beams_say_what_the_published_search_says(
+    model, tokenizer, questions, method
+):
+    if method is not None:
+        model = adapted(model, method).eval()
     longest_first = sorted(questions, key=lambda question: -len(question.ids))
     assert len(longest_first[0].ids) > len(longest_first[-1].ids)  # so that some are padded
     batch = pad_left([question.ids for question in longest_first], tokenizer.pad_token_id, model.device)
@@ -134,7 +139,10 @@ def test_a_finished_hypothesis_without_an_answer_keeps_the_search_going(tokenize
 # -- likelihood ---------------------------------------------------------------------------------------------
 
 
-def test_likelihood_ranks_as_whole_sequences_do(model, tokenizer, rows):
+@pytest.mark.parametrize("method", [None, "miss", "shadow"])
+def test_likelihood_ranks_as_whole_sequences_do(model, tokenizer, rows, method):
+    if method is not None:
+        model = adapted(model, method).eval()
     tests = [(row, TASKS["hellaswag"] if "ending" in row.answer else tuple(offered_words(row, TASKS["openbookqa"])))
              for row in rows[:10]]  # fmt: skip
     prompts = tokenize_prompts([row for row, _ in tests], tokenizer)

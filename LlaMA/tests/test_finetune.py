@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from control_experiments.record import read_record
-from LlaMA import finetune, training
+from LlaMA import convert, finetune, training
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
 from LlaMA.models import SHAPES, add_adapter, choose_pad_token, expected_config
 from LlaMA.tests.conftest import one_line
@@ -71,6 +71,14 @@ def test_every_method_trains_and_leaves_an_adapter_and_a_record(run, tmp_path, m
     assert "cut at 256 tokens" in out
 
 
+@pytest.mark.parametrize("method", ["miss", "shadow", "control+dora"])
+def test_methods_train_over_a_half_precision_base(run, tmp_path, method):
+    code, _, err = run("--dtype", "bf16", "--max_steps", 2, method=method)
+    assert code == 0, err
+    record = read_record(tmp_path / "run" / "record.json")
+    assert (record.hyperparameters["dtype"], record.adapter["dtype"]) == ("bfloat16", "float32")
+
+
 def test_the_best_checkpoint_is_saved_not_the_last(run, tmp_path, monkeypatch):
     real, seen = training.batch_loss, []
 
@@ -119,16 +127,6 @@ def test_a_killed_run_resumes_with_the_same_batches(run, tmp_path, monkeypatch):
     assert read_record(tmp_path / "killed" / "record.json").time["resumed_from_step"] == 4
     code, out, _ = run(name="killed")
     assert (code, "skipped" in out) == (0, True)
-
-
-def test_padded_and_packed_training_agree(run, tmp_path):
-    assert run("--lora_dropout", 0, name="packed")[0] == 0
-    assert run("--lora_dropout", 0, "--batching", "padded", name="padded")[0] == 0
-    losses = [
-        [entry["eval_loss"] for entry in read_record(tmp_path / name / "record.json").history]
-        for name in ("packed", "padded")
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("batching", ["padded", "packed"])
@@ -435,13 +433,16 @@ def test_smollm2_gguf_trains(call, data, tmp_path):
         code, _, err = call(finetune.main, *arguments(files[0], data, tmp_path / "out", *more))
     assert code == 0, err
     assert not [str(warning.message) for warning in warned if "config" in str(warning.message)]
-    assert "GGUF" not in err  # transformers' own bar
+    assert "Converting and de-quantizing" not in err  # transformers' own bar
     assert (
         json.loads((tmp_path / "out" / "record.json").read_text())["model"]["total_parameters"] == 134_515_008
     )
-    readme = (Path(finetune.__file__).parents[1] / "QControl" / "README.md").read_text()
-    lines = readme.split("```python\n")[-1].split("```")[0]  # the weights as a folder, which can be quantized
-    exec(lines.replace("model.gguf", str(files[0])).replace("model-folder", str(tmp_path / "folder")))
-    more += ("--quantization", "nf4")
+    assert "python -m LlaMA.convert --model" in err
+    converting = ("--model", files[0], "--output_dir", tmp_path / "folder", "--dtype", "fp32")
+    code, _, err = call(convert.main, *converting)
+    assert code == 0, err
+    code, _, err = call(convert.main, *converting)
+    assert code == 2 and "is there already" in one_line(err)
+    more += ("--quantization", "nf4")  # which a GGUF file cannot be
     code, _, err = call(finetune.main, *arguments(tmp_path / "folder", data, tmp_path / "nf4", *more))
     assert code == 0, err

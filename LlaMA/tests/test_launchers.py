@@ -17,10 +17,14 @@ from LlaMA import demo
 from LlaMA.commonsense import TASKS, offered_words, read_tests
 
 FOLDER = Path(__file__).resolve().parents[1]
-TRAIN = [
-    f"{model}_{method}.sh"
-    for model in ("llama2_7B", "llama3_8B")
-    for method in ("Control+LoRA", "DoubleControl")
+ALL = [
+    *(
+        f"llama{base}_{kind}.sh"
+        for base in ("2_7B", "3_8B")
+        for kind in ("Control+LoRA", "DoubleControl", "Evaluate")
+    ),
+    "run_smollm2_table.sh",
+    "compare_memory_modes.sh",
 ]
 
 
@@ -53,28 +57,6 @@ def launch_here(call, noting, monkeypatch, tmp_path):
     return run
 
 
-def test_a_launcher_trains_and_evaluates(launch_here, model_folder, data, tmp_path):
-    done = launch(
-        "llama3_8B_DoubleControl.sh", 4, 2, 4, tmp_path / "out", "cpu", "--max_steps", 2, "--held_out", 4,
-        cwd=tmp_path, MODEL=model_folder, DATA=data, TRAIN_DATA=data / "train.json",
-        EVALUATE_ARGS="--limit 1 --max_new_tokens 4",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    training = read_record(tmp_path / "out" / "record.json")
-    assert training.method == "double control"
-    assert training.hyperparameters["lr"] == 1e-4
-    assert training.hyperparameters["micro_batch_size"] == 3
-    evaluation = read_record(tmp_path / "out" / "evaluation" / "record.json")
-    assert len(evaluation.data["sizes"]) == 8
-    assert done.stdout.startswith("+ ")
-
-    ((code, _, error),) = launch_here(
-        "llama3_8B_Evaluate.sh", 8, 2, 4, tmp_path / "out", "cpu", "double control", MODEL=model_folder, DATA=data,
-    )  # fmt: skip
-    assert code == 2
-    assert "control_rank 4, but double control with control_rank 8" in error
-
-
 def test_a_trial_needs_no_model_and_no_data(launch_here, tmp_path, monkeypatch):
     """The README's, with less reading, training and asking."""
     monkeypatch.setenv("PARALLEL_CONTROL_CACHE", str(tmp_path / "cache"))
@@ -85,6 +67,7 @@ def test_a_trial_needs_no_model_and_no_data(launch_here, tmp_path, monkeypatch):
     )  # fmt: skip
     assert [code for code, _, _ in ended] == [0, 0], ended
     record = read_record(tmp_path / "out" / "record.json")
+    assert (record.method, record.hyperparameters["lr"]) == ("double control", 1e-4)
     assert (record.model["id"], record.data["id"]) == ("tiny", "demo") and record.data["sha256"]
     assert read_record(tmp_path / "out" / "likelihood" / "record.json").data["sizes"] == dict.fromkeys(
         TASKS, 2
@@ -93,16 +76,7 @@ def test_a_trial_needs_no_model_and_no_data(launch_here, tmp_path, monkeypatch):
     assert all(row.answer in offered_words(row, TASKS[task]) for task, part in rows.items() for row in part)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *TRAIN,
-        "llama2_7B_Evaluate.sh",
-        "llama3_8B_Evaluate.sh",
-        "run_smollm2_table.sh",
-        "compare_memory_modes.sh",
-    ],
-)
+@pytest.mark.parametrize("name", ALL)
 def test_too_few_arguments_print_the_usage(name, tmp_path):
     done = launch(name, cwd=tmp_path)
     assert done.returncode == 2
@@ -122,17 +96,7 @@ def test_help_and_wrong_options_do_not_wait_for_torch(script, option):
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        *TRAIN,
-        "llama2_7B_Evaluate.sh",
-        "llama3_8B_Evaluate.sh",
-        "run_smollm2_table.sh",
-        "compare_memory_modes.sh",
-        "../QControl/run_llama_quantization.sh",
-    ],
-)
+@pytest.mark.parametrize("name", [*ALL, "../QControl/run_llama_quantization.sh"])
 def test_help(name, option, tmp_path):
     done = launch(name, option, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -193,31 +157,6 @@ def test_answers_ranked_by_likelihood_have_a_folder_of_their_own(tmp_path):
     table = {"name": "run_smollm2_table.sh", "first": ("out", "cpu"), "METHODS": "zero-shot"}
     assert folder(**table) == "out/zero-shot"
     assert folder(**table, EVALUATE_ARGS="--mode likelihood") == "out/zero-shot-likelihood"
-
-
-@pytest.mark.parametrize("name", [*TRAIN, "llama2_7B_Evaluate.sh", "llama3_8B_Evaluate.sh"])
-def test_what_a_launcher_runs(name, tmp_path):
-    """Each command line parses, with the paper's recipe in it (PYTHON=echo prints instead of running)."""
-    method = "double control" if "Double" in name else "control+lora"
-    extra = ["double control"] if "Evaluate" in name else []
-    done = launch(name, 64, 32, 64, "out", 0, *extra, cwd=tmp_path, PYTHON="echo")
-    assert done.returncode == 0, done.stderr
-    hub = "meta-llama/Llama-2-7b-hf" if "llama2" in name else "meta-llama/Meta-Llama-3-8B"
-    assert f"--model {hub}" in done.stdout
-    printed = [line for line in done.stdout.splitlines() if not line.startswith("+")]
-    if extra:
-        assert len(printed) == 1
-        assert "--control_rank 64 --lora_rank 32 --lora_alpha 64" in printed[0]
-        return
-    recipe = {
-        "llama2_7B_Control+LoRA.sh": "--lr 2e-4 --batch_size 4 --micro_batch_size 4",
-        "llama2_7B_DoubleControl.sh": "--lr 2e-4 --batch_size 8 --micro_batch_size 4",
-        "llama3_8B_Control+LoRA.sh": "--lr 1e-4 --batch_size 6 --micro_batch_size 3",
-        "llama3_8B_DoubleControl.sh": "--lr 1e-4 --batch_size 6 --micro_batch_size 3",
-    }[name]
-    assert f"--method {method}" in printed[0]
-    assert f"--epochs 3 {recipe} --cutoff 256 --warmup_steps 100 --held_out 120 --eval_steps 80" in printed[0]
-    assert "LlaMA.evaluate" in printed[1]
 
 
 def test_the_table_script_runs_all_methods(tmp_path):

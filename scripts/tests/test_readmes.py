@@ -36,7 +36,13 @@ ELSEWHERE = (
     "git ",
 )
 #: Scripts that parse without a dataclass of options.
-ARGPARSE = ("download_models.py", "quickstart_table.py", "demo_task.py")
+ARGPARSE = (
+    "download_models.py",
+    "quickstart_table.py",
+    "demo_task.py",
+    "make_tables.py",
+    "memory_mode_curves.py",
+)
 NOTE = """#!{python}
 import json, os, sys
 with open(os.environ["CALLS"], "a") as file:
@@ -311,7 +317,8 @@ def test_launchers_give_their_scripts_options_that_exist(launcher, note, monkeyp
     calls = note(f"bash {launcher} {arguments}")
     assert len(calls) == scripts
     for call in calls:
-        parsed(call, monkeypatch)
+        if script_and_arguments(call)[0].name not in ARGPARSE:
+            parsed(call, monkeypatch)
 
 
 def test_quoting_of_the_readmes_survives_a_shell():

@@ -186,6 +186,7 @@ SMOL = ("commonsense", "--tasks", "smollm2", "--methods", "lora", "--seeds", "1"
         (VIT, {"CONTROL_RANK": "4"}, "has control_rank 16, not 4"),
         (LLAMA, {"LR": "3e-3"}, "has lr 1e-4, not 3e-3"),
         (SMOL, {"EPOCHS": "2"}, "has epochs 1, not 2"),
+        (SMOL, {"EVALUATE_ARGS": "--mode likelihood", "EPOCHS": "2"}, "has epochs 1, not 2"),
         (("memory", "--tasks", "llama3-8b-short", "--methods", "lora", "--seeds", "1", "--gpus", "cpu"), {}, "has methods lora, not dora"),
     ],
 )  # fmt: skip
@@ -195,6 +196,8 @@ def test_a_finished_run_with_other_settings_does_not_count(reruns, table, change
     if not changed:
         assert reruns.run(*table).returncode == 0 and not reruns.calls
         table = [word.replace("lora", "dora") for word in table]
+    if "EVALUATE_ARGS" in changed:
+        reruns.run(*table, EVALUATE_ARGS=changed["EVALUATE_ARGS"])
     done = reruns.run(*table, **changed)
     assert done.returncode == 1 and message in done.stderr and not reruns.calls, done.stderr
 
@@ -305,6 +308,8 @@ def test_the_search_holds_out_a_tenth_of_the_training_rows(tmp_path, monkeypatch
          r"CUDA_VISIBLE_DEVICES={gpu} \S+ -m scripts.bench_memory --shape vit-b16 --batch 128 --output \S+/memory/repeat2"),
         ("commonsense", ("--tasks", "llama3_8b", "--methods", "control+dora", "--seeds", "5"), {},
          r"SEED=5 METHOD=control\+dora bash LlaMA/llama3_8B_DoubleControl.sh 64 32 64 \S+/llama/llama3_8b/control\+dora-seed5 {gpu} --resume"),
+        ("commonsense", ("--tasks", "qwen0.5b", "--methods", "miss", "--seeds", "5"), {"MODEL": "q"},
+         r"METHODS=miss SEEDS=5 bash LlaMA/run_smollm2_table.sh \S+/llama/qwen0.5b {gpu}"),
         ("commonsense", ("--tasks", "llama2_7b", "--methods", "zero-shot"), {},
          r"bash LlaMA/llama2_7B_Evaluate.sh 64 32 64 \S+/llama/llama2_7b/zero-shot {gpu} zero-shot"),
         ("memory", ("--tasks", "llama3-8b-short", "--methods", "lora", "control:lean", "--seeds", "1"), {},
@@ -329,6 +334,7 @@ def test_dry_runs_print_the_calls(reruns, table, arguments, environment, wanted)
             "has no method 'control+dora': choose from control, lora, dora",
         ),
         ("glue", ("--grid", "fast"), "--grid must be a number"),
+        ("commonsense", ("--tasks", "qwen0.5b"), "qwen0.5b needs MODEL=FOLDER"),
         ("vit", ("--grid", "1e-3"), "--grid is for the glue table"),
         ("glue", ("--gpus", "x"), "--gpus takes indices or cpu"),
         ("memory", ("--nonsense",), "--nonsense"),
