@@ -86,8 +86,7 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
         default="auto", help="The frozen weights and autocast; the adapter is always float32."
     )
     optimizer: Literal["adamw", "paged_adamw_8bit"] = HfArg(
-        default="adamw",
-        help="paged_adamw_8bit: states in 8 bits, in host memory when the GPU's runs out.",
+        default="adamw", help="paged_adamw_8bit: states in 8 bits, in host memory when the GPU's runs out."
     )
     gradient_checkpointing: bool = HfArg(
         default=False, help="Recompute every layer in the backward (any method, with --memory plain)."

@@ -130,11 +130,7 @@ def _without_conversion_bar() -> Iterator[None]:
 
 
 def load_model(
-    model: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    attention: str = "sdpa",
-    quantization: str = "none",
+    model: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa", quantization: str = "none"
 ) -> PreTrainedModel:
     """The base model on its device, in evaluation mode, its linear layers quantized if asked for.
 

@@ -38,10 +38,7 @@ def _accuracy(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def _accuracy_and_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     from sklearn.metrics import f1_score
 
-    return {
-        **_accuracy(predictions, labels),
-        "f1": float(f1_score(labels, predictions, zero_division=0.0)),
-    }
+    return {**_accuracy(predictions, labels), "f1": float(f1_score(labels, predictions, zero_division=0.0))}
 
 
 def _correlations(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:

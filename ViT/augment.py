@@ -73,9 +73,7 @@ def random_views(
     fitting = fits.any(1)
     own = width / height
     wide = torch.where(
-        fitting,
-        wide.gather(1, first)[:, 0],
-        torch.where(own > ratio[1], (height * ratio[1]).round(), width),
+        fitting, wide.gather(1, first)[:, 0], torch.where(own > ratio[1], (height * ratio[1]).round(), width)
     )
     high = torch.where(
         fitting, high.gather(1, first)[:, 0], torch.where(own < ratio[0], (width / ratio[0]).round(), height)

@@ -205,6 +205,7 @@ def test_a_profile_is_a_record_of_its_own(tmp_path, call, measured):
     assert (line["kind"], line["row"]) == ("profile", "control:fast")
     assert line["all"] == pytest.approx(sum(seconds)) and line["matmuls"] > 0
 
+
 @pytest.mark.parametrize("limit, gib", [(3, 3), (None, 80)])
 @pytest.mark.parametrize(
     "most, found", [(100, 0), (700, 512), (5000, 4608), (100_000, 98_304), (1 << 30, bench_memory.LONGEST)]

@@ -31,16 +31,7 @@ pytestmark = pytest.mark.slow
 
 def command(run: tiny.Run, output: Path, count: int, *more: str) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    return [
-        sys.executable,
-        *launcher,
-        "-m",
-        run.program,
-        *run.arguments,
-        "--output_dir",
-        str(output),
-        *more,
-    ]
+    return [sys.executable, *launcher, "-m", run.program, *run.arguments, "--output_dir", str(output), *more]
 
 
 @pytest.mark.parametrize("rows", [8, 12, 13, 14, 15, 17])

@@ -76,14 +76,7 @@ def test_the_table_says_what_the_records_say(tmp_path):
     assert control == ["[control](control/record.json)", "0.720", "0.700", "223,106", "60 s", memory]
     assert lora[1:3] == ["0.650", "0.650"]
     assert majority[:2] == ["majority class", "0.000"]
-    for shown in (
-        "0.720",
-        "223,106",
-        memory,
-        "majority class",
-        "not GLUE",
-        "800 train + 100 validation",
-    ):
+    for shown in ("0.720", "223,106", memory, "majority class", "not GLUE", "800 train + 100 validation"):
         assert shown in " ".join(done.stdout.split())
     assert "DIFFERENT" not in done.stdout
     assert (tmp_path / "score_against_time.png").read_bytes().startswith(PNG)

@@ -204,12 +204,7 @@ def test_a_finished_run_with_other_settings_does_not_count(reruns, table, change
 
 @pytest.mark.parametrize(
     ("table", "name", "value"),
-    [
-        (GLUE, "method", "dora"),
-        (GLUE, "task", "cola"),
-        (GLUE, "seed", 2),
-        (LLAMA, "method", "lora"),
-    ],
+    [(GLUE, "method", "dora"), (GLUE, "task", "cola"), (GLUE, "seed", 2), (LLAMA, "method", "lora")],
 )
 def test_another_runs_record_in_a_cells_folder_does_not_count(reruns, table, name, value):
     reruns.run(*table)

@@ -45,11 +45,7 @@ class StepGraphs:
         return StepGraphs, (self.limit,)
 
     def __call__(
-        self,
-        compute: Callable,
-        inputs: Sequence[torch.Tensor],
-        model: nn.Module,
-        setting: object = None,
+        self, compute: Callable, inputs: Sequence[torch.Tensor], model: nn.Module, setting: object = None
     ):
         """Return ``compute(*inputs)``, a tensor or a structure of tensors, with gradients for ``model``'s trained
         parameters.
@@ -101,7 +97,9 @@ def _settings(modules: Sequence[nn.Module]) -> list:
     return [tuners, drops, [state[name] for places in others for state, name in places]]
 
 
-_is = lru_cache(None)(issubclass)  # ten times as fast as isinstance of an abstract class, and small steps feel it
+_is = lru_cache(None)(
+    issubclass
+)  # ten times as fast as isinstance of an abstract class, and small steps feel it
 
 
 class StepPlan:
