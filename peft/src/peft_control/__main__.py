@@ -11,7 +11,7 @@ import os
 import runpy
 import sys
 
-from peft_control import register
+from peft_control.registration import register
 
 USAGE = "usage: python -m peft_control (-m MODULE | SCRIPT | export ADAPTER OUT) [ARGUMENT ...]"
 
