@@ -1,7 +1,26 @@
 """Lean control: how much of a frozen block training keeps, and how much it recomputes.
 
 A controlled block's frozen interior has no weight gradients, so a backward needs far less of it than plain
-autograd keeps. :func:`set_memory_mode` chooses the trade; gradients are exact in every mode.
+autograd keeps. :func:`set_memory_mode` chooses the trade; gradients are exact in every mode. What a layer of a SwiGLU
+decoder keeps from its forward to its backward (pinned: in pinned host memory; A and B are the control's):
+
+    activation                   plain   fast    balanced               lean
+    input state x                GPU     GPU     GPU, pinned *          GPU, pinned *
+    normalised x, twice more     GPU     -       -                      -
+    queries, keys, values        GPU     GPU     recomputed, pinned *   recomputed, pinned *
+    attention's output           GPU     GPU     recomputed             recomputed
+    state between the halves     GPU     GPU     GPU                    recomputed, pinned *
+    gate                         GPU     GPU     GPU                    recomputed in chunks
+    up                           GPU     GPU     recomputed             recomputed in chunks
+    silu(gate), its product      GPU     -       -                      -
+    A(x), A(h)                   GPU     GPU     recomputed, GPU        recomputed
+
+    -: never needed again    *: where the copies hide behind the computation and the host has room (``offload.py``)
+
+Calls: ``set_memory_mode`` puts a plan on each layer and a ``Forward`` in its forward's place (``forward.py``). ``LayerPlan.run``
+(``layers.py``) looks whether the layer still is what ``families.py`` knows (``exact.py``), then runs it as one or two autograd
+nodes, made of ``attention.py``, ``mlp.py`` and ``control.py``, made of ``linear.py`` and ``kernels.py``; any other layer
+runs its own forward. Around the layers: ``loss.py`` computes the loss in chunks, ``graphs.py`` replays whole steps.
 """
 
 from __future__ import annotations

@@ -3,11 +3,8 @@
 A layer is two halves: attention (run by the model's own attention code, so that every mask, position encoding,
 attention kernel and LoRA works as before) and MLP (hand-written, see ``mlp.py``).
 
-| mode     | attention half            | MLP half                                                            |
-|----------|---------------------------|---------------------------------------------------------------------|
-| fast     | kept                      | no matmul is recomputed                                             |
-| balanced | kept, or where the MLP keeps much (SwiGLU) recomputed up to the output projection; or its state, queries, keys and values wait on the host | one matmul is recomputed, in token chunks where nothing is kept |
-| lean     | one state per layer kept, or two on the host if offloaded, where there is room with queries, keys and values; the rest recomputed, the MLP in token chunks |
+What a SwiGLU decoder's layer keeps in each mode stands in ``__init__.py``. In the other families mode balanced keeps the
+attention half, and recomputes one matmul of the MLP, in token chunks where nothing of it is kept.
 """
 
 from __future__ import annotations
