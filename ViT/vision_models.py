@@ -173,6 +173,8 @@ class FourLayerMlp(nn.Module):
     LoRA must adapt while a control bridges them all. Shapes: `(..., width)` to `(..., width)`.
     """
 
+    linear_chain = ("fc1", "eye1", "eye2", "fc2")  # what memory modes need to know
+
     def __init__(self, mlp: Mlp):
         super().__init__()
         self.fc1, self.act, self.drop1, self.norm = mlp.fc1, mlp.act, mlp.drop1, mlp.norm

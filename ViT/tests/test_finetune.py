@@ -183,7 +183,7 @@ def broken_image_folder(tmp_path):
         (lambda p: ("--image_size", 0), "--image_size must be greater than 0, got 0"),
         (lambda p: ("--crop", 0), "--crop must be greater than 0, got 0"),
         (lambda p: ("--warmup_steps", 2), "--warmup_steps is for --optimizer adamw"),
-        (lambda p: ("--method", "lora", "--memory", "lean"), "--memory lean: memory modes need a frozen MLP"),
+        (lambda p: ("--method", "lora", "--memory", "fast"), "--memory fast: memory modes need a frozen MLP"),
         (lambda p: ("--predict", p), "needs --adapter"),
         (lambda p: ("--evaluate", p), "no adapter folder"),
     ],

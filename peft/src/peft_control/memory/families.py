@@ -66,14 +66,19 @@ def halves(layer: nn.Module) -> Halves | None:
     found = family.halves(layer)
     parts = {module for part in found.mlp_modules for module in part.modules()} | set(found.by_hand)
     for part in parts:
-        where = path_of(type(part))
-        if not where.startswith((*_LIBRARIES, f"{family.home}.")) or not is_as_written(part):
+        known = path_of(type(part)).startswith((*_LIBRARIES, f"{family.home}.")) or _says_so(part)
+        if not (known and is_as_written(part)):
             raise ValueError(
                 f"memory modes run no {type(part).__name__} with a forward or hook of somebody else's"
             )
     if not is_as_written(layer, hooks=False):
         raise ValueError(f"memory modes run no {family.layer} with a forward of somebody else's")
     return found
+
+
+def _says_so(part: nn.Module) -> bool:
+    """Whether an MLP's own class names its linear layers, in order, as ``linear_chain``: the activation follows the first."""
+    return "linear_chain" in vars(type(part))
 
 
 def is_known_model(model: nn.Module) -> bool:
@@ -158,7 +163,11 @@ def _timm_attention(layer, state, *arguments, **named):
 
 def _timm(layer):
     inner = layer.mlp
-    linears = [getattr(inner, name) for name in ("fc1", "eye1", "eye2", "fc2") if hasattr(inner, name)]
+    linears = [
+        getattr(inner, name)
+        for name in getattr(type(inner), "linear_chain", ("fc1", "fc2"))
+        if hasattr(inner, name)
+    ]
     chained = all(a.out_features == b.in_features for a, b in pairwise(linears))
     if not isinstance(getattr(inner, "norm", None), nn.Identity) or not hasattr(inner, "fc1") or not chained:
         raise ValueError("memory modes know timm's Mlp without an inner norm or gate")
