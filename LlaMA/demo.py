@@ -57,8 +57,7 @@ def make_row(task: str, name: str) -> dict:
     answers = TASKS[task][:4]
     if task == "boolq":
         answer = draw.choice(answers)
-        asked = f"Is {right if answer == 'true' else draw.choice(wrong)} {kind}?"
-        choices = ""
+        asked, choices = f"Is {right if answer == 'true' else draw.choice(wrong)} {kind}?", ""
     else:
         offered = draw.sample(wrong, len(answers))
         place = draw.randrange(len(answers))

@@ -93,11 +93,9 @@ class Options:
         return {name: getattr(self, name) for name in names}
 
     def hyperparameters(self) -> dict:
-        """What the record says of the options."""
         return {**self.settings(), "batch_size": self.batch_size, "stop_when_decided": self.stop_when_decided}
 
     def checksums(self) -> dict[str, str | None]:
-        """Of each test set."""
         return {task: local_fingerprint(self.test_sets / task / "test.json") for task in self.tasks}
 
 

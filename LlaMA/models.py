@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
+from tqdm.auto import tqdm
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -26,6 +25,9 @@ from control_experiments.errors import UserError
 from control_experiments.training.methods import adapter_config, set_memory
 from control_experiments.training.options import AdapterOptions
 from control_experiments.training.quantization import check_not_quantized, loading_arguments, prepare
+
+# transformers shows a bar while it takes a GGUF file apart, whatever the switch of its other bars says
+modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)
 
 #: Tokens that models of the LLaMA family reserve and never use.
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "[PAD]", "<|pad|>")
@@ -52,11 +54,8 @@ SHAPES: dict[str, dict] = {
 
 
 def _source(model: str) -> tuple[str, dict]:
-    """Where from_pretrained finds a model, and its further arguments.
-
-    Raises:
-        UserError: a path that does not exist, or a folder with several GGUF files.
-    """
+    """Where from_pretrained finds a model, and its further arguments. Raises UserError: a path that does not
+    exist, or a folder with several GGUF files."""
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
@@ -75,21 +74,13 @@ def _source(model: str) -> tuple[str, dict]:
 
 
 def is_gguf(model: str) -> bool:
-    """Whether a model is read from a GGUF file.
-
-    Raises:
-        UserError: as `_source`.
-    """
+    """Whether a model is read from a GGUF file. Raises as `_source`."""
     return bool(_source(model)[1])
 
 
 def load_tokenizer(model: str) -> Tokenizer:
-    """The base model's tokenizer.
-
-    Raises:
-        UserError: the model is no causal language model, or has no tokenizer, or one that cannot tell where its tokens
-            stand in the text.
-    """
+    """The base model's tokenizer. Raises UserError: the model is no causal language model, or has no tokenizer,
+    or one that cannot tell where its tokens stand in the text."""
     name, extra = _source(model)
     if not extra:
         _check_causal(model, name)
@@ -118,25 +109,11 @@ def _check_causal(model: str, name: str) -> None:
         )
 
 
-@contextmanager
-def _without_conversion_bar() -> Iterator[None]:
-    """transformers shows a bar while it takes a GGUF file apart, whatever the switch of its other bars says."""
-    shown = modeling_gguf_pytorch_utils.tqdm
-    modeling_gguf_pytorch_utils.tqdm = partial(shown, disable=True)
-    try:
-        yield
-    finally:
-        modeling_gguf_pytorch_utils.tqdm = shown
-
-
 def load_model(
     model: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa", quantization: str = "none"
 ) -> PreTrainedModel:
-    """The base model on its device, in evaluation mode, its linear layers quantized if asked for.
-
-    Raises:
-        UserError: there is no such model, it is no causal language model, or it cannot be quantized.
-    """
+    """The base model on its device, in evaluation mode, its linear layers quantized if asked for. Raises
+    UserError: there is no such model, it is no causal language model, or it cannot be quantized."""
     name, extra = _source(model)
     if quantization != "none" and "gguf_file" in extra:
         raise UserError(
@@ -147,13 +124,14 @@ def load_model(
     try:
         if quantization != "none":
             check_not_quantized(quantization, AutoConfig.from_pretrained(name), model)
-        with _without_conversion_bar():
-            base = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=dtype,
-                attn_implementation=attention,
-                **{"device_map": {"": device}, **quantized, **extra},
-            )
+        how = {
+            "dtype": dtype,
+            "attn_implementation": attention,
+            "device_map": {"": device},
+            **quantized,
+            **extra,
+        }
+        base = AutoModelForCausalLM.from_pretrained(name, **how)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -161,9 +139,8 @@ def load_model(
     if "gguf_file" in extra:
         _forget_quantization(base)
     # what the adapter notes as its base: a folder as it is found from anywhere
-    place = (
-        str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() and not extra else model
-    )
+    folder = Path(name).expanduser()
+    place = str(folder.resolve()) if folder.is_dir() and not extra else model
     base.config._name_or_path = base.name_or_path = place
     return prepare(base).eval()
 
@@ -204,11 +181,7 @@ def choose_pad_token(tokenizer: Tokenizer, embeddings: int) -> None:
 def expected_config(
     method: str, control_rank, control_alpha, control_dropout, lora_rank, lora_alpha, lora_dropout, targets
 ) -> PeftConfig:
-    """The peft configuration of a commonsense run.
-
-    Raises:
-        UserError: an unknown method or impossible values.
-    """
+    """The peft configuration of a commonsense run. Raises UserError: an unknown method or impossible values."""
     options = AdapterOptions(
         method=method, control_rank=control_rank, control_alpha=control_alpha, control_dropout=control_dropout,
         lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
@@ -218,11 +191,8 @@ def expected_config(
 
 
 def add_adapter(base: PreTrainedModel, config) -> PeftModel:
-    """The base with a new adapter, whose parameters are float32.
-
-    Raises:
-        UserError: the architecture has no such blocks or target modules.
-    """
+    """The base with a new adapter, whose parameters are float32. Raises UserError: the architecture has no such
+    blocks or target modules."""
     for target in config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else ():
         if not any(f".{name}".endswith(f".{target}") for name, _ in base.named_modules()):
             raise UserError(f"{type(base).__name__} has no module {target!r} for LoRA")
@@ -237,12 +207,11 @@ def add_adapter(base: PreTrainedModel, config) -> PeftModel:
 
 
 def ready_to_train(model: PeftModel, memory: str, *, half: bool, **how) -> None:
-    """Set the memory mode (`how` is `set_memory`'s), and spare LoRA the float32 copies of its inputs that autocast makes needless.
+    """Set the memory mode (`how` is `set_memory`'s), and spare LoRA the float32 copies of its inputs that
+    autocast makes needless.
 
-    DoRA keeps its float32 inputs: it computes its weights' norms in their type.
-
-    Raises:
-        UserError: the memory mode does not support this model or method.
+    DoRA keeps its float32 inputs: it computes its weights' norms in their type. Raises UserError: the memory
+    mode does not support this model or method.
     """
     for module in model.modules():
         if half and isinstance(module, LoraLayer) and not any(module.use_dora.values()):

@@ -156,6 +156,8 @@ def train(options: Options, run: Run) -> RunRecord:
         "pad_token": tokenizer.pad_token,
     }
 
+    sizes = {"train": len(training), "held_out": len(held_out), "cut": cut}
+
     def save(place: Path) -> None:
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
@@ -168,7 +170,7 @@ def train(options: Options, run: Run) -> RunRecord:
         data={
             "id": public_path(options.data),
             "sha256": local_fingerprint(options.contents("data")),
-            "sizes": {"train": len(training), "held_out": len(held_out), "cut": cut},
+            "sizes": sizes,
         },
         adapter=adapter,
         metrics=metrics,

@@ -59,11 +59,8 @@ def demo_checksum(splits: dict[str, list[tuple[str, int]]]) -> str:
 
 
 def corrupt(sentence: str, rng: random.Random) -> str:
-    """The sentence with one corruption; it always differs from what came in.
-
-    Raises:
-        ValueError: fewer than two different words after the first, so that no order is wrong.
-    """
+    """The sentence with one corruption; it always differs from what came in. Raises ValueError: fewer than two
+    different words after the first, so that no order is wrong."""
     body = sentence.rstrip(".,:;!?")
     words, ending = body.split(), sentence[len(body) :]
     places = [place for place, word in enumerate(words) if word in _WRONG_FORM]

@@ -14,17 +14,14 @@ SEED = 0
 
 
 def hold_out(data: ImageData, share: float) -> ImageData:
-    """The data with `share` of each class's training images, at least one and not all, in the place of its test images.
-
-    Raises:
-        UserError: the training images are decoded on demand, or no class has two of them.
-    """
+    """The data with `share` of each class's training images, at least one and not all, in the place of its test
+    images. Raises UserError: the training images are decoded on demand, or no class has two of them."""
     train = data.train
     if not isinstance(train, Decoded):
-        raise UserError(
-            "--validation_share needs training images that are decoded once: leave out --keep files, or take data that "
-            "fit in memory"
+        needed = (
+            "training images that are decoded once: leave out --keep files, or take data that fit in memory"
         )
+        raise UserError(f"--validation_share needs {needed}")
     generator = torch.Generator().manual_seed(SEED)
     held = torch.zeros(len(train), dtype=torch.bool)
     for label in train.labels.unique():

@@ -107,7 +107,7 @@ def trained(options: Options, adapter: str) -> Iterator[tuple[Step, Description,
 def check_no_training(folder: RunFolder) -> None:
     """Raises UserError: a training's record, adapter or checkpoints are in the folder, which the evaluation's files would
     overwrite or be taken for."""
-    begun = folder.adapter.exists() or folder.checkpoints.exists()
+    begun = any(place.exists() for place in (folder.adapter, folder.checkpoints))
     if begun or (folder.finished and read_record(folder.record).history):
         raise UserError(f"{folder.path} holds a training run: choose another --output_dir for its evaluation")
 
@@ -132,9 +132,7 @@ def reading(options: Options) -> dict:
     """How `load_data` is to read."""
     return {
         "root": options.data_root,
-        "corrupt": options.corrupt,
-        "keep": options.keep,
-        "workers": options.workers,
+        **{name: getattr(options, name) for name in ("corrupt", "keep", "workers")},
     }
 
 
@@ -147,15 +145,9 @@ def test_logits(step: Step, data: ImageData, options: Options, device: torch.dev
 
 def describe(base: Base, total: int, data: ImageData, scored: str) -> dict:
     """The record's `model` and `data`."""
-    return {
-        "model": {
-            "id": base.id,
-            "sha256": base.sha256,
-            "class": base.architecture,
-            "total_parameters": total,
-        },
-        "data": {**data.identity, "sizes": {"train": len(data.train), scored: len(data.test)}},
-    }
+    model = {"id": base.id, "sha256": base.sha256, "class": base.architecture, "total_parameters": total}
+    sizes = {"train": len(data.train), scored: len(data.test)}
+    return {"model": model, "data": {**data.identity, "sizes": sizes}}
 
 
 def resident_bytes(data: ImageData) -> int:

@@ -13,12 +13,12 @@ may share one output folder when --data or --methods differ.
 from __future__ import annotations
 
 import gc
-import itertools
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import count, product
 from pathlib import Path
 from typing import Optional
 
@@ -114,12 +114,8 @@ class Runner:
         self.longest = 0.0
 
     def train(self, run: RunOptions, number: str) -> None:
-        """Train unless the run is finished.
-
-        Raises:
-            TimeIsUp: it would not end in time, if it takes as long as the longest run so far.
-            Diverged: its loss is not finite.
-        """
+        """Train unless the run is finished. Raises TimeIsUp: it would not end in time, if it takes as long as
+        the longest run so far; Diverged: its loss is not finite."""
         finished = (run.folder / "record.json").is_file()
         began = time.monotonic()
         if self.end and not finished and began + self.longest > self.end:
@@ -133,16 +129,13 @@ class Runner:
 
 
 def search(options: Options, runner: Runner) -> dict[tuple[str, str], float]:
-    """(data, method) -> the learning rate with the best mean last score on held-out training images.
-
-    Raises:
-        UserError: a method diverged with every learning rate.
-    """
+    """(data, method) -> the learning rate with the best mean last score on held-out training images. Raises
+    UserError: a method diverged with every learning rate."""
     from control_experiments.training.losses import Diverged
 
-    cells = list(itertools.product(options.data, options.methods))
+    cells = list(product(options.data, options.methods))
     grid = list(dict.fromkeys(options.grid))
-    total, numbers = len(cells) * len(grid) * len(options.search_seeds), itertools.count(1)
+    total, numbers = len(cells) * len(grid) * len(options.search_seeds), count(1)
     print(f"{total} runs to choose learning rates, scored on held-out training images", flush=True)
     chosen = {}
     for data, method in cells:
@@ -192,7 +185,7 @@ def main() -> None:
     options.check()
     # every method gets its first seed before any gets its second one
     cells = [
-        (data, method, seed) for data in options.data for seed in options.seeds for method in options.methods
+        (data, method, seed) for data, seed, method in product(options.data, options.seeds, options.methods)
     ]
     runs = [plan_run(options, *cell, options.lr) for cell in cells]
     for lr in options.grid or ():

@@ -47,11 +47,8 @@ class Base:
 def create(
     architecture: str, *, num_classes: int, image_size: int, pretrained: bool = False
 ) -> VisionTransformer:
-    """A timm VisionTransformer, with random weights or those of timm's hub, and a new head.
-
-    Raises:
-        UserError: unknown or other kind of architecture, an image size that patches do not fill, no such weights.
-    """
+    """A timm VisionTransformer, with random weights or those of timm's hub, and a new head. Raises UserError:
+    unknown or other kind of architecture, an image size that patches do not fill, no such weights."""
     if architecture == TINY:
         torch.set_num_threads(1)  # its tensors are too small to share, and threads that wait are slow
         # 4 x 4 patches at every size, so that larger images take no longer
@@ -59,10 +56,9 @@ def create(
         model = VisionTransformer(image_size, patch, num_classes=num_classes, **_TINY_SHAPE)
     else:
         _check_name(architecture)
+        shape = {"num_classes": num_classes, "img_size": image_size}
         try:
-            model = timm.create_model(
-                architecture, pretrained=pretrained, num_classes=num_classes, img_size=image_size
-            )
+            model = timm.create_model(architecture, pretrained=pretrained, **shape)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"timm cannot get the weights of {architecture} ({error}): check the name and the network, "
@@ -94,8 +90,7 @@ def load(
     Args:
         architecture: timm name, needed for files whose folder has no `config.json` of timm's.
 
-    Raises:
-        UserError: nothing there, or weights of another architecture.
+    Raises UserError: nothing there, or weights of another architecture.
     """
     path = Path(model).expanduser()
     check_model(model)
@@ -119,10 +114,7 @@ def load(
 
 def load_weights(model: VisionTransformer, path: Path, architecture: str) -> None:
     """Load a `.safetensors` or an original JAX `.npz` file, except its head; position embeddings are resampled.
-
-    Raises:
-        UserError: the file is broken, of another format or of another architecture.
-    """
+    Raises UserError: the file is broken, of another format or of another architecture."""
     misfit = f"{path} holds weights of another architecture than {architecture}"
     if path.suffix == ".npz":
         _load_npz(model, path, misfit)
@@ -139,18 +131,13 @@ def load_weights(model: VisionTransformer, path: Path, architecture: str) -> Non
         state = checkpoint_filter_fn(state, model)
     except (RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise UserError(f"{misfit} ({error})") from error
-    own = model.state_dict()
+    head = {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
     state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    wanted = {name for name in own if not name.startswith("head.")}
-    shapes = [name for name in wanted & set(state) if state[name].shape != own[name].shape]
-    for what, names in (
-        ("lacks", wanted - set(state)),
-        ("has unexpected", set(state) - wanted),
-        ("has another shape of", shapes),
-    ):
-        if names:
-            raise UserError(f"{misfit}: it {what} {min(names)} (and {len(names) - 1} more)")
-    model.load_state_dict(state, strict=False)
+    try:
+        model.load_state_dict({**state, **head})
+    except RuntimeError as error:
+        _, *reasons = str(error).split("\n")
+        raise UserError(f"{misfit}: {' '.join(reasons):.200}") from error
 
 
 def _load_npz(model: VisionTransformer, path: Path, misfit: str) -> None:
@@ -192,11 +179,8 @@ class FourLayerMlp(nn.Module):
 
 
 def set_mlp_layers(model: VisionTransformer, layers: int) -> None:
-    """2 leaves the ordinary MLPs, 4 puts a :class:`FourLayerMlp` in the place of each.
-
-    Raises:
-        UserError: another number, or blocks whose `mlp` is no timm `Mlp`.
-    """
+    """2 leaves the ordinary MLPs, 4 puts a :class:`FourLayerMlp` in the place of each. Raises UserError:
+    another number, or blocks whose `mlp` is no timm `Mlp`."""
     if layers not in (2, 4):
         raise UserError(f"--mlp_layers is 2 or 4, got {layers}")
     if layers == 4:
@@ -207,23 +191,18 @@ def set_mlp_layers(model: VisionTransformer, layers: int) -> None:
 
 
 def set_attention(model: VisionTransformer, attention: str) -> None:
-    """ "sdpa" lets attention run fused; "eager" keeps the attention matrix, as the published runs did.
-
-    Raises:
-        UserError: another name, or a model whose attention has no such switch.
-    """
+    """ "sdpa" lets attention run fused; "eager" keeps the attention matrix, as the published runs did. Raises
+    UserError: another name, or a model whose attention has no such switch."""
     if attention not in ("eager", "sdpa"):
         raise UserError(f"--attention is eager or sdpa, got {attention!r}")
     for block in model.blocks:
         if not hasattr(getattr(block, "attn", None), "fused_attn"):
-            raise UserError(
-                "--attention needs timm's Attention in each block, which this model does not have"
-            )
+            raise UserError("--attention needs timm's Attention in each block, which this model lacks")
         block.attn.fused_attn = attention == "sdpa"
 
 
 def mlp_linears(layers: int) -> Sequence[str]:
-    """Names of the linear layers of an MLP: the published LoRA targets, as far as they exist."""
+    """Names of an MLP's linear layers: the published LoRA targets, as far as they exist."""
     return ("fc1", "fc2") if layers == 2 else ("fc1", "fc2", "eye1", "eye2")
 
 

@@ -24,9 +24,9 @@ def test_prompts_are_the_published_templates():
     if not file.is_file():
         pytest.skip("the published templates are not here (PARALLEL_CONTROL_SHARED)")
     published = json.loads(file.read_text())
-    for name, given in (("with_input", "{x} {instruction}"), ("without_input", "")):  # braces are text
-        training = published["train"][name].format(instruction="{input}", input=given, output="O")
-        assert prompt("{input}", given) + "O" == training
+    for name, given in (("with_input", "{x}"), ("without_input", "")):  # braces are text
+        training = published["train"][name].format(instruction="I", input=given, output="O")
+        assert prompt("I", given) + "O" == training
         authors = published["evaluate_authors"][name].format(instruction="I", input=given)
         assert prompt("I", given, "authors") == authors
 

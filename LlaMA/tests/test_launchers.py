@@ -69,16 +69,6 @@ def test_a_trial_needs_no_model_and_no_data(launch_here, tmp_path, monkeypatch):
     assert all(row.answer in offered_words(row, TASKS[task]) for task, part in rows.items() for row in part)
 
 
-@pytest.mark.parametrize("option", ["--help", "--nonsense"])
-@pytest.mark.parametrize("script", ["finetune", "evaluate", "convert"])
-def test_help_and_wrong_options_do_not_wait_for_torch(script, option):
-    command = [sys.executable, "-X", "importtime", "-m", f"LlaMA.{script}", option]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent)
-    loaded = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert done.returncode == (0 if option == "--help" else 2)
-    assert "transformers.hf_argparser" in loaded and not loaded & {"torch", "peft", "datasets"}
-
-
 @pytest.mark.parametrize("name", [*ALL, "../QControl/run_llama_quantization.sh"])
 def test_help_and_too_few_arguments_print_the_usage(name, tmp_path):
     done = launch(name, cwd=tmp_path)

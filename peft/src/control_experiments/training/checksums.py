@@ -12,10 +12,7 @@ from ..errors import UserError
 def fingerprint(path: str | Path) -> str:
     """SHA-256 of a file's bytes, or, for a folder, of its files' relative names and checksums in sorted order.
 
-    Hidden files and folders (`.git`, `.lock`, caches) do not count.
-
-    Raises:
-        UserError: nothing is there.
+    Hidden files and folders (`.git`, `.lock`, caches) do not count. Raises UserError: nothing is there.
     """
     path = Path(path)
     if path.is_file():

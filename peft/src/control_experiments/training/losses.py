@@ -44,8 +44,7 @@ class LossWatch:
             steps_per_epoch: to name the batch within its epoch.
             kept: what there is to go on from, in words.
 
-        Raises:
-            Diverged: a loss was NaN or infinite.
+        Raises Diverged: a loss was NaN or infinite.
         """
         step = int(self._first)
         if step >= 0:
@@ -57,10 +56,6 @@ class LossWatch:
 
 
 def check_parameters(parameters: Iterable[torch.Tensor], step: int, kept: str) -> None:
-    """Look at trained parameters before they are saved.
-
-    Raises:
-        Diverged: one of them is NaN or infinite, though the losses so far were not.
-    """
+    """Raise `Diverged` for a trained parameter that is NaN or infinite though the losses so far were not."""
     if not all(torch.isfinite(parameter).all() for parameter in parameters):
         raise Diverged(f"trained parameters are NaN or infinite after step {step}; {kept}; {_ADVICE}")

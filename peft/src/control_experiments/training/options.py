@@ -248,11 +248,7 @@ class TrainerOptions(TrainingOptions):
 
 
 def check_method(method: str, known: tuple[str, ...] = tuple(METHODS)) -> str:
-    """Return `method` if it is one of `known`.
-
-    Raises:
-        UserError: it is not; the message lists those that are.
-    """
+    """Return `method` if it is one of `known`. Raises UserError: it is not; the message lists those that are."""
     if method not in known:
         raise UserError(f"unknown method {method!r}: choose one of {', '.join(known)}")
     return method
@@ -261,10 +257,9 @@ def check_method(method: str, known: tuple[str, ...] = tuple(METHODS)) -> str:
 def choose_shard(shard: str, *, quantization: str = "none", cuda_graphs: bool = False) -> str:
     """What `--shard` comes to: "fsdp2" also when accelerate launch asks for it (`--use_fsdp --fsdp_version 2`).
 
-    accelerate and transformers are then told that nobody did, for both would act on it: call it before a model is loaded.
-
-    Raises:
-        UserError: FSDP1, or what of FSDP2 is not done here, was asked for, or a model that cannot be sharded.
+    accelerate and transformers are then told that nobody did, for both would act on it: call it before a model
+    is loaded. Raises UserError: FSDP1, or what of FSDP2 is not done here, was asked for, or a model that cannot
+    be sharded.
     """
     if _is_set("ACCELERATE_USE_FSDP"):
         if os.environ.get("FSDP_VERSION", "1") != "2":

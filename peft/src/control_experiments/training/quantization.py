@@ -27,31 +27,21 @@ def loading_arguments(quantization: str, device: torch.device, compute_dtype: to
         quantization: one of `QUANTIZATIONS`; "none" needs nothing.
         compute_dtype: type in which 4-bit weights are multiplied, the run's precision.
 
-    Raises:
-        UserError: bitsandbytes is not there, or cannot quantize on this device.
+    Raises UserError: bitsandbytes is not there, or cannot quantize on this device.
     """
     if quantization == "none":
         return {}
     check_available(device)
-    if quantization == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(_NOT_QUANTIZED))
-    else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype,
-            llm_int8_skip_modules=list(_NOT_QUANTIZED),
-        )
+    settings = {"llm_int8_skip_modules": list(_NOT_QUANTIZED), "load_in_8bit": quantization == "int8"}
+    if quantization != "int8":
+        settings |= {"load_in_4bit": True, "bnb_4bit_quant_type": quantization}
+        settings |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute_dtype}
+    config = BitsAndBytesConfig(**settings)
     return {"quantization_config": config, "device_map": {"": device}}
 
 
 def check_available(device: torch.device) -> None:
-    """Try bitsandbytes out on a small tensor.
-
-    Raises:
-        UserError: it is not installed, or does not work on this device.
-    """
+    """Try bitsandbytes out on a small tensor; raises UserError where it is not installed or does not work."""
     try:
         from bitsandbytes.functional import quantize_4bit
     except ImportError as error:

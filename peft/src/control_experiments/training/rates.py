@@ -25,8 +25,7 @@ def choose_rates(
     Args:
         scores: (task, method) -> learning rate -> score, or None if the training diverged; of finished runs alone.
 
-    Raises:
-        UserError: `file` is broken.
+    Raises UserError: `file` is broken.
     """
     chosen, entries = {}, {}
     for (task, method), tried in scores.items():

@@ -56,15 +56,8 @@ class Run:
 
     def begin_record(self, *, domain: str, task: str, **settled: object) -> RunRecord:
         """The run's record without results; see `RunRecord.begin`."""
-        return RunRecord.begin(
-            self.options,
-            domain=domain,
-            name=self.folder.path.name,
-            task=task,
-            device=describe_device(self.device),
-            command=self.command,
-            **settled,
-        )
+        run = {"name": self.folder.path.name, "device": describe_device(self.device), "command": self.command}
+        return RunRecord.begin(self.options, domain=domain, task=task, **run, **settled)
 
     def time(self, throughput: Throughput) -> dict:
         """The record's `time`."""
@@ -113,8 +106,7 @@ def start(
         on_gpu: what "auto" is on a GPU.
         written: how `run.json` writes a precision, where it has another name there.
 
-    Raises:
-        UserError: the device, the precision or the folder cannot be used.
+    Raises UserError: the device, the precision or the folder cannot be used.
     """
     quieten()
     if options.deterministic:

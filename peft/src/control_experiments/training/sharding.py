@@ -58,11 +58,7 @@ def shard_frozen(model: nn.Module, device: torch.device, memory: MemoryMeter) ->
 
 
 def split_into_units(model: nn.Module, device_type: str) -> list[nn.Parameter]:
-    """Make FSDP units of the frozen parameters, which may be on the meta device; return the trained ones, left alone.
-
-    Raises:
-        UserError: as `shard_frozen`.
-    """
+    """Make FSDP units of the frozen parameters, which may be on the meta device; return the trained ones, left alone."""
     from peft_control.architectures import find_layers
 
     if quantized_linears(model):

@@ -23,7 +23,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..errors import Interrupted, StopRequest, UserError, lost_peer
 from ..record import read_json, write_json_atomic
-from .checkpoints import begin, checkpoints, keep_newest, publish
+from .checkpoints import begin, keep_newest, last_good, publish
 from .losses import LossWatch, check_parameters
 from .metering import MemoryMeter, Throughput
 from .options import TrainerOptions, processes
@@ -161,12 +161,8 @@ class ExperimentTrainer(Trainer):
     # -- what may end it ------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """As the Trainer's.
-
-        Raises:
-            Interrupted: a signal asked the run to end; its checkpoint is written.
-            UserError: the loss is NaN or infinite, another process of the run died, or Weights & Biases refuses.
-        """
+        """As the Trainer's. Raises Interrupted: a signal asked the run to end; its checkpoint is written;
+        UserError: the loss is NaN or infinite, another process of the run died, or Weights & Biases refuses."""
         self._resumed_from = resume_from_checkpoint
         try:
             with self._stop:
@@ -202,8 +198,7 @@ class ExperimentTrainer(Trainer):
 
     def kept(self) -> str:
         """What there is to go on from, in words."""
-        found = checkpoints(Path(self.args.output_dir))
-        return f"{found[0].name} is the last good state" if found else "no checkpoint was written yet"
+        return last_good(Path(self.args.output_dir))
 
     def check_losses(self) -> None:
         """Raise UserError if a training loss so far was NaN or infinite; this waits for the device."""
@@ -238,26 +233,21 @@ class ExperimentTrainer(Trainer):
                 self._meet()
                 super()._save_checkpoint(model, trial)  # to where `_get_output_dir` says
                 self._find_best_checkpoint()
-                progress = self._progress()
+                loss = float(self.accelerator.gather(self._tr_loss.reshape(1)).mean())
+                progress = {"loss_since_log": loss, "last_logged": self._globalstep_last_logged}
                 self._meet()
                 if self.args.should_save:
-                    write_json_atomic(self._aside / place.name / _PROGRESS, progress)
-                    self._complete(self._aside / place.name)
-                    publish(self._aside / place.name, place)
+                    written = self._aside / place.name
+                    write_json_atomic(written / _PROGRESS, progress)
+                    self.state.save_to_json(str(written / "trainer_state.json"))
+                    (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+                    publish(written, place)
                     keep_newest(root, self.args.save_total_limit, self._best_checkpoint())
             finally:
                 if self.args.should_save:
                     shutil.rmtree(self._aside, ignore_errors=True)
                 self._aside = None
             self._meet()
-
-    def _complete(self, folder: Path) -> None:
-        self.state.save_to_json(str(folder / "trainer_state.json"))
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
-
-    def _progress(self) -> dict:
-        loss = self.accelerator.gather(self._tr_loss.reshape(1)).mean()
-        return {"loss_since_log": float(loss), "last_logged": self._globalstep_last_logged}
 
     def restore_progress(self) -> None:
         """Take up the loss since the last entry in the log, and find the best checkpoint again if the folder moved."""
@@ -299,13 +289,10 @@ class ExperimentTrainer(Trainer):
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
         if self.args.world_size > 1:
-            shard = (
-                loader.batch_sampler
-            )  # accelerate's: it deals out whole batches of the sampler that it wraps
-            batch_size = self.args.train_batch_size * self.args.world_size
-            self._shared = SharedBatches(
-                shard.batch_sampler.sampler, batch_size, self.args.world_size, self.unit
-            )
+            # accelerate's: it deals out whole batches of the sampler that it wraps
+            shard, processes = loader.batch_sampler, self.args.world_size
+            batch_size = self.args.train_batch_size * processes
+            self._shared = SharedBatches(shard.batch_sampler.sampler, batch_size, processes, self.unit)
             shard.batch_sampler, shard.batch_size, shard.even_batches = self._shared, None, False
         return loader
 
@@ -431,13 +418,8 @@ class _ProgressBar(TrainerCallback):
         if state.is_world_process_zero:
             # a file or a pipe gets a line now and then, a terminal a moving bar
             interval = 0.2 if sys.stderr.isatty() else 20.0
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                unit="step",
-                mininterval=interval,
-                dynamic_ncols=True,
-            )
+            done = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
+            self.bar = tqdm(**done, mininterval=interval, dynamic_ncols=True)
 
     def on_step_end(self, args, state, control, **_):
         if self.bar is not None:
@@ -448,15 +430,9 @@ class _ProgressBar(TrainerCallback):
         if state.is_world_process_zero:
             logger.info("step %d: %s", state.global_step, figures)
         if self.bar is not None:
-            shown = {
-                name: value
-                for name, value in figures.items()
-                if name == "loss"
-                or not name.endswith(("loss", "runtime", "per_second", "epoch", "rate", "norm", "flos"))
-            }
-            self.bar.set_postfix(
-                {name: f"{float(value):.4f}" for name, value in shown.items()}, refresh=False
-            )
+            hidden = ("_loss", "runtime", "per_second", "epoch", "rate", "norm", "flos")
+            shown = {name: f"{float(figures[name]):.4f}" for name in figures if not name.endswith(hidden)}
+            self.bar.set_postfix(shown, refresh=False)
 
     def close(self) -> None:
         if self.bar is not None:
