@@ -23,15 +23,10 @@ def _numbered(word: str, count: int) -> tuple[str, ...]:
 
 #: Each task's answer words, in the order of the paper's tables.
 TASKS: dict[str, tuple[str, ...]] = {
-    "boolq": ("true", "false"),
-    "piqa": _numbered("solution", 2),
-    "social_i_qa": _numbered("answer", 5),
-    "hellaswag": _numbered("ending", 4),
-    "winogrande": _numbered("option", 2),
-    "ARC-Easy": _numbered("answer", 5),
-    "ARC-Challenge": _numbered("answer", 5),
-    "openbookqa": _numbered("answer", 5),
-}
+    "boolq": ("true", "false"), "piqa": _numbered("solution", 2), "social_i_qa": _numbered("answer", 5),
+    "hellaswag": _numbered("ending", 4), "winogrande": _numbered("option", 2), "ARC-Easy": _numbered("answer", 5),
+    "ARC-Challenge": _numbered("answer", 5), "openbookqa": _numbered("answer", 5),
+}  # fmt: skip
 ALL_WORDS = tuple(dict.fromkeys(word for words in TASKS.values() for word in words))
 
 #: What every output of the data says before its answer word.

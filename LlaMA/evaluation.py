@@ -155,9 +155,6 @@ def keep_outcomes(folder: Path, answered: dict[str, dict[int, dict]]) -> None:
     write_outcomes(folder, names, correct, group=tasks)
 
 
-# -- the adapter --------------------------------------------------------------------------------------------
-
-
 def check_adapter(options: Options) -> None:
     """Check that the adapter is what the command line says, before anything large is loaded. Raises UserError:
     it is unreadable, of another method or rank, or was trained on another base model."""
@@ -259,9 +256,6 @@ def describe_frozen_adapter(model, dtype: torch.dtype) -> dict:
     count = sum(map(torch.numel, get_peft_model_state_dict(model, save_embedding_layers=False).values()))
     said = {"config": model.peft_config["default"].to_dict(), "dtype": str(dtype).removeprefix("torch.")}
     return {**said, **dict(zip(COUNTS, (count, count, 0), strict=True))}
-
-
-# -- answering ----------------------------------------------------------------------------------------------
 
 
 def answerer(options: Options, model, tokenizer) -> Callable[[Sequence[Question]], list[Reply]]:

@@ -32,25 +32,21 @@ modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)
 #: Tokens that models of the LLaMA family reserve and never use.
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "[PAD]", "<|pad|>")
 
+
+def _shape(width: int, inner: int, layers: int, heads: int, shared_heads: int, words: int, **more) -> dict:
+    return {
+        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": shared_heads, "vocab_size": words, **more,
+    }  # fmt: skip
+
+
 #: Shapes for measurements with random weights.
 SHAPES: dict[str, dict] = {
-    "smollm2": {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
-    },
-    "llama2-7b": {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "vocab_size": 32000,
-    },
-    "llama3-8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256,
-    },
-    "tiny": {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 2048,
-    },
-}  # fmt: skip
+    "smollm2": _shape(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
+    "llama2-7b": _shape(4096, 11008, 32, 32, 32, 32000),
+    "llama3-8b": _shape(4096, 14336, 32, 32, 8, 128256),
+    "tiny": _shape(64, 128, 2, 4, 2, 2048),
+}
 
 
 def _source(model: str) -> tuple[str, dict]:

@@ -151,9 +151,6 @@ def fixed_shape(pack: Batch, quantum: int, rows: int, longest: int, pad_token_id
     )
 
 
-# -- the loss -----------------------------------------------------------------------------------------------
-
-
 def batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The batch's share of its optimizer step's loss: the weighted sum of its labels' cross entropies / divisor."""
     logits = model(**batch.inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
@@ -226,8 +223,6 @@ def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     """The causal language model inside peft's and DDP's wrappers."""
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
-
-# -- attention within rows ----------------------------------------------------------------------------------
 
 VARLEN = "packed_varlen"
 

@@ -61,10 +61,10 @@ class Task:
         tsv: the tsv columns that hold those texts and, last, the label.
         classes: class names in label order; empty for regression.
         metric: predicted classes (or scores), labels -> official metrics, each in [-1, 1].
-        server_files: test split -> file name that the GLUE server expects.
         server_names: whether the server wants class names (else numbers).
         evaluations: suffixes of its dev and test splits, e.g. ("matched", "mismatched").
         headed: whether its train and dev tsv start with a header (CoLA's do not).
+        tested: whether there are test sets.
     """
 
     folder: str
@@ -72,10 +72,19 @@ class Task:
     tsv: tuple[str, ...]
     classes: tuple[str, ...]
     metric: Callable[[np.ndarray, np.ndarray], dict[str, float]]
-    server_files: Mapping[str, str]
     server_names: bool = False
     evaluations: tuple[str, ...] = ("",)
     headed: bool = True
+    tested: bool = True
+
+    @property
+    def server_files(self) -> dict[str, str]:
+        """Test split -> file name that the GLUE server expects."""
+        files = {"": "", "matched": "-m", "mismatched": "-mm"}
+        named = {
+            f"test_{suffix}".rstrip("_"): f"{self.folder}{files[suffix]}.tsv" for suffix in self.evaluations
+        }
+        return named if self.tested else {}
 
     @property
     def regression(self) -> bool:
@@ -107,41 +116,28 @@ class Task:
 _PAIRED_BY = {
     _accuracy: "accuracy", _matthews: "matthews", _accuracy_and_f1: "accuracy and F1", _correlations: "Pearson and Spearman",
 }  # fmt: skip
-_YES_NO = ("not_entailment", "entailment")
+
 _ENTAILMENT = ("entailment", "not_entailment")
 _PAIR = ("sentence1", "sentence2")
 
+_FIRST, _SENTENCE = ("sentence",), ("sentence", "label")
+_QUESTIONS = ("question1", "question2")
 TASKS: dict[str, Task] = {
-    "cola": Task(
-        "CoLA", ("sentence",), ("sentence", "label"), ("unacceptable", "acceptable"), _matthews,
-        {"test": "CoLA.tsv"}, headed=False,
-    ),
+    "cola": Task("CoLA", _FIRST, _SENTENCE, ("unacceptable", "acceptable"), _matthews, headed=False),
     "mnli": Task(
         "MNLI", ("premise", "hypothesis"), (*_PAIR, "gold_label"), ("entailment", "neutral", "contradiction"),
-        _accuracy, {"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
-        server_names=True, evaluations=("matched", "mismatched"),
+        _accuracy, True, ("matched", "mismatched"),
     ),
     "mrpc": Task(
-        "MRPC", _PAIR, ("#1 String", "#2 String", "Quality"), ("not_equivalent", "equivalent"),
-        _accuracy_and_f1, {"test": "MRPC.tsv"},
+        "MRPC", _PAIR, ("#1 String", "#2 String", "Quality"), ("not_equivalent", "equivalent"), _accuracy_and_f1
     ),
-    "qnli": Task(
-        "QNLI", ("question", "sentence"), ("question", "sentence", "label"), _ENTAILMENT,
-        _accuracy, {"test": "QNLI.tsv"}, server_names=True,
-    ),
-    "qqp": Task(
-        "QQP", ("question1", "question2"), ("question1", "question2", "is_duplicate"),
-        ("not_duplicate", "duplicate"), _accuracy_and_f1, {"test": "QQP.tsv"},
-    ),
-    "rte": Task("RTE", _PAIR, (*_PAIR, "label"), _ENTAILMENT, _accuracy, {"test": "RTE.tsv"}, server_names=True),
-    "sst2": Task(
-        "SST-2", ("sentence",), ("sentence", "label"), ("negative", "positive"), _accuracy, {"test": "SST-2.tsv"}
-    ),
-    "stsb": Task("STS-B", _PAIR, (*_PAIR, "score"), (), _correlations, {"test": "STS-B.tsv"}),
-    "wnli": Task("WNLI", _PAIR, (*_PAIR, "label"), _YES_NO, _accuracy, {"test": "WNLI.tsv"}),
-    "demo": Task(
-        "Demo", ("sentence",), ("sentence", "label"), ("corrupted", "intact"), _matthews, {}, headed=False
-    ),
+    "qnli": Task("QNLI", ("question", "sentence"), ("question", *_SENTENCE), _ENTAILMENT, _accuracy, True),
+    "qqp": Task("QQP", _QUESTIONS, (*_QUESTIONS, "is_duplicate"), ("not_duplicate", "duplicate"), _accuracy_and_f1),
+    "rte": Task("RTE", _PAIR, (*_PAIR, "label"), _ENTAILMENT, _accuracy, True),
+    "sst2": Task("SST-2", _FIRST, _SENTENCE, ("negative", "positive"), _accuracy),
+    "stsb": Task("STS-B", _PAIR, (*_PAIR, "score"), (), _correlations),
+    "wnli": Task("WNLI", _PAIR, (*_PAIR, "label"), ("not_entailment", "entailment"), _accuracy),
+    "demo": Task("Demo", _FIRST, _SENTENCE, ("corrupted", "intact"), _matthews, headed=False, tested=False),
 }  # fmt: skip
 #: The nine tasks of the benchmark ("demo" is the project's own, see demo_task.py).
 GLUE_TASKS = tuple(name for name in TASKS if name != "demo")

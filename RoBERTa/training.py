@@ -103,16 +103,12 @@ def train(options: Options, run: Run) -> RunRecord:
         return task.metrics(result.predictions, result.label_ids)
 
     with folder.logging_from(*LOGGERS):
-        trainer = ExperimentTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=encoded["train"],
-            eval_dataset=dev if len(dev) > 1 else next(iter(dev.values())),
-            data_collator=collator(options, tokenizer),
-            processing_class=tokenizer,
-            compute_metrics=score,
-            memory=memory,
-        )
+        sets = {
+            "train_dataset": encoded["train"],
+            "eval_dataset": dev if len(dev) > 1 else dev[task.evaluations[0]],
+        }
+        words = {"data_collator": collator(options, tokenizer), "processing_class": tokenizer}
+        trainer = ExperimentTrainer(model, arguments, **sets, **words, compute_metrics=score, memory=memory)
         logger.info("%s", options.identity())
         if trainer.is_world_process_zero():
             counts = f"{adapter['trainable_parameters']:,} of {base['total_parameters']:,} parameters trained"
@@ -148,26 +144,18 @@ def trainer_arguments(options: Options, run: Run) -> TrainingArguments:
     """The options in the Trainer's terms."""
     grouped = options.padding == "longest" and not options.random_order
     evaluation = "steps" if options.eval_steps else "epoch"
+    saved = {
+        "save_strategy": "steps" if options.save_steps else "epoch",
+        "save_steps": options.save_steps or 500,
+    }
+    looked_at = {"eval_strategy": evaluation, "eval_steps": options.eval_steps or None}
+    logged = {"logging_strategy": evaluation, "logging_steps": options.eval_steps or 500}
     return training_arguments(
-        options,
-        run.folder,
-        run.device,
-        run.precision,
-        per_device_eval_batch_size=options.eval_batch_size,
+        options, run.folder, run.device, run.precision, **saved, **looked_at, **logged, save_total_limit=2,
         warmup_steps=options.warmup_ratio,  # below 1 it is a share of all steps
         train_sampling_strategy="group_by_length" if grouped else "random",
-        eval_strategy=evaluation,
-        eval_steps=options.eval_steps or None,
-        logging_strategy=evaluation,
-        logging_steps=options.eval_steps or 500,
-        save_strategy="steps" if options.save_steps else "epoch",
-        save_steps=options.save_steps or 500,
-        save_total_limit=2,
-        dataloader_pin_memory=run.device.type == "cuda",
-    )
-
-
-# -- evaluation ---------------------------------------------------------------------------------------------
+        per_device_eval_batch_size=options.eval_batch_size, dataloader_pin_memory=run.device.type == "cuda",
+    )  # fmt: skip
 
 
 def summarise_history(log_history: list[dict], task: Task) -> tuple[list[dict], dict]:
@@ -235,21 +223,13 @@ def predict_finished(options: Options, run: Run) -> None:
     model = load_adapter(model, folder.adapter, options.model)
     tests = DatasetDict({split: splits[split] for split in task.test_splits})
     encoded = tokenize(tests, tokenizer, options.max_length)
-    trainer = ExperimentTrainer(
-        model=model.to(run.device),
-        args=trainer_arguments(options, run),
-        eval_dataset=encoded[task.test_splits[0]],
-        data_collator=collator(options, tokenizer),
-        processing_class=tokenizer,
-        memory=MemoryMeter(run.device),
-    )
+    words = {"data_collator": collator(options, tokenizer), "processing_class": tokenizer}
+    words |= {"eval_dataset": encoded[task.test_splits[0]], "memory": MemoryMeter(run.device)}
+    trainer = ExperimentTrainer(model.to(run.device), trainer_arguments(options, run), **words)
     predict_tests(trainer, encoded, task, folder.path / PREDICTIONS)
     if trainer.is_world_process_zero():
         discard(folder.checkpoints)
         print(f"predictions of the finished run in {folder.path / PREDICTIONS}")
-
-
-# -- record -------------------------------------------------------------------------------------------------
 
 
 def data_description(options: Options, splits: DatasetDict) -> dict:

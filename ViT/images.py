@@ -42,9 +42,6 @@ DEVICE_SHARE, HOST_SHARE = 0.25, 0.5
 Images = torch.Tensor | Sequence[torch.Tensor]
 
 
-# -- decoding -----------------------------------------------------------------------------------------------
-
-
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """An image as RGB uint8 `(3, H, W)`."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
@@ -147,9 +144,6 @@ def _decoded_bytes(source, corrupt: str) -> float:
     return len(source) * sum(sizes) / max(1, len(sizes))
 
 
-# -- sources ------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Files:
     """Image files with labels: paths, or members of a tar that is read in memory and never unpacked."""
@@ -176,9 +170,6 @@ class Files:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
             return image, self.labels[index]
-
-
-# -- data sets ----------------------------------------------------------------------------------------------
 
 
 @dataclass

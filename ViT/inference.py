@@ -114,18 +114,14 @@ def check_no_training(folder: RunFolder) -> None:
 
 def check_classes(data: ImageData, description: Description) -> None:
     """Raises UserError: the data's classes are not the head's."""
-    if len(data.classes) > len(description.classes):
+    here, there = data.classes, description.classes
+    if len(here) > len(there):
+        raise UserError(f"{data.name} has {len(here)} classes, more than the adapter's head ({len(there)})")
+    if here != there:
+        found = f"the classes of {data.name} ({', '.join(here[:3])}, ...)"
         raise UserError(
-            f"{data.name} has {len(data.classes)} classes, more than the adapter's head ({len(description.classes)})"
+            f"{found} are not those that the adapter was trained on ({', '.join(there[:3])}, ...)"
         )
-    if data.classes != description.classes:
-        raise UserError(
-            f"the classes of {data.name} ({', '.join(data.classes[:3])}, ...) are not those that the adapter was "
-            f"trained on ({', '.join(description.classes[:3])}, ...)"
-        )
-
-
-# -- shared with training -------------------------------------------------------------------------------------
 
 
 def reading(options: Options) -> dict:

@@ -107,10 +107,9 @@ def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | 
             trained, counted = adapter["trainable_parameters"], total + adapter["adapter_parameters"]
             logger.info("%s", f"{options.method}: {trained:,} trained of {counted:,} parameters")
             history, clock, outcome = fit(run, model, data, memory)
-        description = Description(
-            options.method, options.model, base.architecture, base.sha256, options.image_size,
-            options.mlp_layers, options.crop, data.classes,
-        )  # fmt: skip
+        named = ("method", "model", "image_size", "mlp_layers", "crop")
+        about = {"architecture": base.architecture, "sha256": base.sha256, "classes": data.classes}
+        description = Description(**{name: getattr(options, name) for name in named}, **about)
         write_test_predictions(run.folder, data, *outcome)
         best, last = max(history, key=lambda row: row["test_accuracy"]), history[-1]
         run.finish(
@@ -124,10 +123,10 @@ def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | 
             memory={**memory.summary(), "images_on_device_bytes": resident_bytes(data)},
             time=run.time(clock),
         )
+        reached = f"{last['test_accuracy']:.2f} % (best epoch {best['test_accuracy']:.2f} %)"
+        speed = f"{clock.summary()['examples_per_second'] or 0:.0f} images/s"
         print(
-            f"{options.method}: {options.scored} accuracy {last['test_accuracy']:.2f} % (best epoch "
-            f"{best['test_accuracy']:.2f} %), {clock.summary()['examples_per_second'] or 0:.0f} images/s; "
-            f"record in {run.folder.record}"
+            f"{options.method}: {options.scored} accuracy {reached}, {speed}; record in {run.folder.record}"
         )
 
 
@@ -252,10 +251,8 @@ def fit(
                    "train_loss": losses.mean, "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
             losses = None
             history.append(row)
-            logger.info(
-                "epoch %d, step %d of %d: training loss %.4f, %s accuracy %.2f %%",
-                epoch + 1, done, total, row["train_loss"], options.scored, row["test_accuracy"],
-            )  # fmt: skip
+            reached = f"training loss {row['train_loss']:.4f}, {options.scored} accuracy {row['test_accuracy']:.2f} %"
+            logger.info("%s", f"epoch {epoch + 1}, step {done} of {total}: {reached}")
             bar.set_postfix(loss=f"{row['train_loss']:.3f}", accuracy=f"{row['test_accuracy']:.2f}")
             save()
             if stop.number is not None:

@@ -44,22 +44,16 @@ class Options(RecipeOptions):
     )
     seeds: list[int] = HfArg(default_factory=lambda: [1, 2, 3], help="Seeds.")
     epochs: int = HfArg(default=10, help="Passes over the training images.")
-    lora_rank: int = HfArg(
-        default=0, help="As in finetune.py; 0: every method trains as many parameters as the control."
-    )
+    lora_rank: int = HfArg(default=0, help="As in finetune.py; 0: parameters as the control's.")
     grid: Optional[list[float]] = HfArg(
         default=None,
         help="Learning rates from which each method gets its own for each data set, chosen on held-out training images; "
         "default: --lr for all, no search.",
     )
     held_out: float = HfArg(default=0.1, help="Share of the training images on which the search scores.")
-    search_seeds: list[int] = HfArg(
-        default_factory=lambda: [SEARCH_SEED], help="Seeds of the search; the mean of their scores counts."
-    )
+    search_seeds: list[int] = HfArg(default_factory=lambda: [SEARCH_SEED], help="Of the search.")
     search_only: bool = HfArg(default=False, help="Choose the learning rates and stop there.")
-    max_minutes: Optional[float] = HfArg(
-        default=None, help="Begin no run that would not end within this time; the same command goes on."
-    )
+    max_minutes: Optional[float] = HfArg(default=None, help="Begin no run that would end later.")
     device: str = HfArg(default="0", help="GPU index, or cpu.")
     workers: int = HfArg(default=8, help="Threads or processes that decode images.")
     deterministic: bool = HfArg(default=False, help="Deterministic GPU kernels alone.")

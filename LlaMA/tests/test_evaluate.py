@@ -59,9 +59,6 @@ def questions(rows, tokenizer, model):
     return [Question(ids, words, words[:3]) for ids in prompts]
 
 
-# -- generation ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", [None, "double control", "miss", "shadow"])
 def test_prompts_read_once_for_all_beams_say_what_the_published_search_says(
     model, tokenizer, questions, method
@@ -127,9 +124,6 @@ def test_search_goes_on_while_one_beam_disagrees(tokenizer):
     assert not stop(torch.tensor([[*word, word[-1]]] * 4), None).any()
 
 
-# -- likelihood ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", [None, "miss", "shadow"])
 def test_likelihood_ranks_as_whole_sequences_do(model, tokenizer, rows, method):
     if method is not None:
@@ -155,20 +149,14 @@ def test_likelihood_ranks_as_whole_sequences_do(model, tokenizer, rows, method):
     assert len(set(best)) > 1
 
 
-# -- the run ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("task_name", "more"),
-    [("commonsense", ()), ("commonsense-likelihood", ("--mode", "likelihood"))],
-    ids=["generate", "likelihood"],
-)
-def test_a_run_scores_all_tasks_and_keeps_every_answer(run, trained, tmp_path, task_name, more):
-    code, out, err = run(*expected(trained, *more))
+@pytest.mark.parametrize("mode", ["generate", "likelihood"])
+def test_a_run_scores_all_tasks_and_keeps_every_answer(run, trained, tmp_path, mode):
+    code, out, err = run(*expected(trained, "--mode", mode))
     assert code == 0, err
     record = read_record(tmp_path / "evaluation" / "record.json")
-    assert (record.method, record.task) == ("control+lora", task_name)
-    assert not more or record.metrics["last"]["no_match"] == 0
+    assert record.method == "control+lora"
+    assert record.task == ("commonsense" if mode == "generate" else "commonsense-likelihood")
+    assert mode == "generate" or record.metrics["last"]["no_match"] == 0
     accuracies = []
     for task in TASKS:
         written = (tmp_path / "evaluation" / f"{task}.jsonl").read_text().splitlines()
@@ -270,14 +258,14 @@ def test_an_adapter_of_another_base_is_refused(call, trained, data, model_folder
     assert "does not fit" in one_line(err)
 
 
-@pytest.mark.parametrize(
-    "damage, said",
-    [
-        ("missing", "it has no base_model"),
-        ("more", "mlp_control.more has no place in it"),
-        ("nan", "has numbers that are not finite"),
-    ],
-)
+DAMAGES = {
+    "missing": "it has no base_model",
+    "more": "mlp_control.more has no place",
+    "nan": "are not finite",
+}
+
+
+@pytest.mark.parametrize("damage, said", DAMAGES.items())
 def test_an_adapter_of_which_something_is_missing_is_refused(run, trained, tmp_path, damage, said):
     adapter = tmp_path / "adapter"
     shutil.copytree(trained / "adapter", adapter)

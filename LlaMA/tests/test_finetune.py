@@ -7,7 +7,8 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from control_experiments.record import read_record
 from LlaMA import convert, finetune, training
@@ -270,47 +271,29 @@ def test_memory_modes_checkpointing_and_fixed_shapes_train_alike(run, tmp_path):
         assert found[how].time["real_tokens"] == found["plain"].time["real_tokens"]
 
 
-# -- pad tokens ---------------------------------------------------------------------------------------------
-
-
-class Vocabulary:
-    """As much of a tokenizer as the choice of a pad token looks at."""
-
-    def __init__(self, tokens, pad=None, unk=None, eos="</s>"):
-        self.tokens, self.pad_token, self.unk_token, self.eos_token = list(tokens), pad, unk, eos
-
-    all_special_tokens = property(
-        lambda self: [t for t in (self.unk_token, self.eos_token, self.pad_token) if t]
-    )
-
-    def get_vocab(self):
-        return {token: index for index, token in enumerate(self.tokens)}
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def add_special_tokens(self, tokens):
-        self.tokens.append(tokens["pad_token"])
-        self.pad_token = tokens["pad_token"]
-
-
 @pytest.mark.parametrize(
-    ("tokenizer", "spare", "pad"),
+    ("words", "roles", "spare", "pad"),
     [
-        # LLaMA-2, as its recipes padded
-        (Vocabulary(["<unk>", "</s>"], pad="<unk>", unk="<unk>"), 0, "</s>"),
-        (Vocabulary(["<unk>", "</s>"], unk="<unk>"), 8, "<|pad|>"),
-        # LLaMA-3
         (
-            Vocabulary(["!", "</s>", "<|reserved_special_token_0|>"], pad="!"),
+            "<unk> </s>",
+            {"pad_token": "<unk>", "unk_token": "<unk>"},
+            0,
+            "</s>",
+        ),  # LLaMA-2, as its recipes padded
+        ("<unk> </s>", {"unk_token": "<unk>"}, 8, "<|pad|>"),
+        (
+            "! </s> <|reserved_special_token_0|>",
+            {"pad_token": "!"},
             0,
             "<|reserved_special_token_0|>",
-        ),
-        (Vocabulary(["<|finetune_right_pad_id|>", "[PAD]", "</s>"]), 9, "<|finetune_right_pad_id|>"),
-        (Vocabulary(["</s>", "[pad]"], pad="[pad]"), 0, "[pad]"),
+        ),  # LLaMA-3
+        ("<|finetune_right_pad_id|> [PAD] </s>", {}, 9, "<|finetune_right_pad_id|>"),
+        ("</s> [pad]", {"pad_token": "[pad]"}, 0, "[pad]"),
     ],
 )
-def test_the_pad_token_is_a_real_one(tokenizer, spare, pad):
+def test_the_pad_token_is_a_real_one(words, roles, spare, pad):
+    vocabulary = models.WordLevel({word: index for index, word in enumerate(words.split())}, unk_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary), eos_token="</s>", **roles)
     choose_pad_token(tokenizer, len(tokenizer) + spare)
     assert tokenizer.pad_token == pad
 
@@ -319,10 +302,8 @@ def test_shapes_have_the_published_numbers_of_adapter_parameters():
     from accelerate import init_empty_weights
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    for shape, method, count in (
-        ("llama2-7b", "control+lora", 41_943_040),
-        ("llama3-8b", "double control", 33_554_432),
-    ):
+    published = {("llama2-7b", "control+lora"): 41_943_040, ("llama3-8b", "double control"): 33_554_432}
+    for (shape, method), count in published.items():
         with init_empty_weights():
             base = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
             config = expected_config(method, 64, 1.0, 0.0, 32, 64, 0.05, finetune.MIXED_TARGETS)

@@ -148,8 +148,6 @@ def test_memory_modes_are_compared(launch_here, model_folder, data, tmp_path):
     assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
 
 
-# -- signals ------------------------------------------------------------------------------------------------
-
 #: In the place of the interpreter: says that it runs, and upon a signal which one, a moment later.
 STUB = """#!{python}
 import signal, sys, time

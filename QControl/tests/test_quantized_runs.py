@@ -50,9 +50,6 @@ def llama(model_folder, data, tmp_path, call):
     return run
 
 
-# -- encoders ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "method, model, quantization",
     [
@@ -189,9 +186,6 @@ def test_launchers_say_what_is_wrong(launch):
         assert part in one_line(done.stderr)
 
 
-# -- LLaMA ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_the_llama_launcher_trains_and_evaluates_over_nf4(launch, model_folder, data, tmp_path):
     done = launch(
@@ -260,9 +254,6 @@ def test_int8_trains_too(llama, tmp_path):
     code, out, err = llama(quantization="int8")
     assert code == 0 and "fp32 over int8 on cpu" in out and "MatMul8bitLt" not in err, err
     assert read_record(tmp_path / "llama" / "record.json").model["quantization"] == "int8"
-
-
-# -- the benchmark ----------------------------------------------------------------------------------------------
 
 
 def test_benchmarks_tables_are_calls_of_the_memory_benchmark(call, monkeypatch):

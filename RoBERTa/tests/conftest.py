@@ -8,24 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "bird",
-    "sees",
-    "hears",
-    "likes",
-    "big",
-    "small",
-    "red",
-    "blue",
-    "runs",
-    "sleeps",
-    "not",
-    "and",
-]
+_TEXT = "the a cat dog bird sees hears likes big small red blue runs sleeps not and"
+WORDS = _TEXT.split()
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -76,16 +60,14 @@ HEADERS = {
     "sentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
 }
 TEST_HEADERS = {
-    "CoLA": "index\tsentence",
-    "SST-2": "index\tsentence",
+    **dict.fromkeys(("CoLA", "SST-2"), "index\tsentence"),
     "MRPC": "index\t#1 ID\t#2 ID\t#1 String\t#2 String",
     "QQP": "id\tquestion1\tquestion2",
     "STS-B": HEADERS["STS-B"].removesuffix("\tscore"),
     "MNLI": HEADERS["MNLI"].removesuffix("\tlabel1\tgold_label"),
 }
 LABELS = {
-    "RTE": ["entailment", "not_entailment"],
-    "QNLI": ["entailment", "not_entailment"],
+    **dict.fromkeys(("RTE", "QNLI"), ("entailment", "not_entailment")),
     "MNLI": ["entailment", "neutral", "contradiction"],
     "STS-B": ["0.000", "2.500", "4.250", "5.000"],
 }

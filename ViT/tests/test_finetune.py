@@ -277,13 +277,7 @@ def test_the_tuned_recipe_is_the_other_one(noting):
     assert launch(*run, PYTHON=str(noting.interpreter), RECIPE="tuned").returncode == 0
     assert launch(*run, PYTHON=str(noting.interpreter), RECIPE="tuned", LR="1e-3", EPOCHS="3").returncode == 0
     calls = [dict(zip(words[2::2], words[3::2], strict=True)) for words in noting.calls]
-    recipe = {
-        "--optimizer": "adamw",
-        "--lr": "2e-3",
-        "--epochs": "10",
-        "--warmup_steps": "20",
-        "--lora_rank": "0",
-    }
+    recipe = {"--optimizer": "adamw", "--lr": "2e-3", "--epochs": "10", "--warmup_steps": "20"}
     assert recipe.items() <= calls[0].items()
     assert {**recipe, "--lr": "1e-3", "--epochs": "3"}.items() <= calls[1].items()
     refused = launch(*run, RECIPE="best")

@@ -28,9 +28,6 @@ _TENSOR_FILES = (".pt", ".pth")
 _REFUSED = (".bin", ".pkl", ".pickle", ".ckpt")  # pickles; weights are safetensors here
 
 
-# -- writing ------------------------------------------------------------------------------------------------
-
-
 def begin(place: Path) -> Path:
     """An empty hidden folder beside `place`, to be filled and then `publish`ed."""
     aside = place.with_name(f".{place.name}.partial")
@@ -112,9 +109,6 @@ def _files(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
-# -- reading ------------------------------------------------------------------------------------------------
-
-
 def step_of(checkpoint: Path) -> int:
     """The optimizer step after which a checkpoint was written, from its name."""
     return int(_CHECKPOINT.fullmatch(checkpoint.name).group(1))
@@ -192,9 +186,6 @@ def set_aside(checkpoint: Path) -> Path:
     taken = [path.name for path in checkpoint.parent.iterdir()]
     names = (f"{checkpoint.name}.broken{number}" for number in ("", *range(2, len(taken) + 3)))
     return checkpoint.rename(checkpoint.with_name(next(name for name in names if name not in taken)))
-
-
-# -- adapters and disks -------------------------------------------------------------------------------------
 
 
 def check_adapter_files(folder: str | os.PathLike) -> None:

@@ -150,15 +150,13 @@ class ExperimentTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self._bar = _ProgressBar()
-        for callback in (_Meter(self.throughput, memory), _Keeper(self), self._bar):
+        for callback in (_Keeper(self, memory), self._bar):
             self.add_callback(callback)
         self._stop = StopRequest()
         # over gloo, so that no process waits for its GPU; made now, for who waits here for one that died waits long
         self._host_group = dist.new_group(backend="gloo") if self.args.world_size > 1 else None
         self._aside: Path | None = None
         self._resumed_from: str | None = None
-
-    # -- what may end it ------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """As the Trainer's. Raises Interrupted: a signal asked the run to end; its checkpoint is written;
@@ -205,8 +203,6 @@ class ExperimentTrainer(Trainer):
         batches = len(self.callback_handler.train_dataloader)
         self.losses.check(-(-batches // self.args.gradient_accumulation_steps), self.kept())
 
-    # -- checkpoints ----------------------------------------------------------------------------------------
-
     def _run_epoch(self, *args, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:
             # resumed from its last checkpoint, within an epoch: the Trainer would do one more step
@@ -232,7 +228,7 @@ class ExperimentTrainer(Trainer):
             try:
                 self._meet()
                 super()._save_checkpoint(model, trial)  # to where `_get_output_dir` says
-                self._find_best_checkpoint()
+                best = self._find_best_checkpoint()
                 loss = float(self.accelerator.gather(self._tr_loss.reshape(1)).mean())
                 progress = {"loss_since_log": loss, "last_logged": self._globalstep_last_logged}
                 self._meet()
@@ -242,7 +238,7 @@ class ExperimentTrainer(Trainer):
                     self.state.save_to_json(str(written / "trainer_state.json"))
                     (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
                     publish(written, place)
-                    keep_newest(root, self.args.save_total_limit, self._best_checkpoint())
+                    keep_newest(root, self.args.save_total_limit, best)
             finally:
                 if self.args.should_save:
                     shutil.rmtree(self._aside, ignore_errors=True)
@@ -257,19 +253,15 @@ class ExperimentTrainer(Trainer):
             self._tr_loss.fill_(progress["loss_since_log"])
             self._globalstep_last_logged = progress["last_logged"]
 
-    def _best_checkpoint(self) -> Path | None:
+    def _find_best_checkpoint(self) -> Path | None:
         step = self.state.best_global_step
-        return None if step is None else Path(self.args.output_dir) / f"checkpoint-{step}"
-
-    def _find_best_checkpoint(self) -> None:
-        best = self._best_checkpoint()
+        best = None if step is None else Path(self.args.output_dir) / f"checkpoint-{step}"
         self.state.best_model_checkpoint = None if best is None else str(best)
+        return best
 
     def _meet(self) -> None:
         if self.args.world_size > 1:
             dist.barrier()
-
-    # -- what it computes -----------------------------------------------------------------------------------
 
     def _move_model_to_device(self, model, device) -> None:
         if not is_sharded(model):  # shards are where they belong, and may refuse to be moved
@@ -357,19 +349,26 @@ class ExperimentTrainer(Trainer):
 
 
 class _Keeper(TrainerCallback):
-    """Decides when to look at the losses and when to save, beside what the arguments ask for."""
+    """Decides when to look at the losses and when to save, beside what the arguments ask for, and tells the meters where
+    training and its steps begin and end."""
 
-    def __init__(self, trainer: ExperimentTrainer):
-        self.trainer = trainer
+    def __init__(self, trainer: ExperimentTrainer, memory: MemoryMeter):
+        self.trainer, self.memory = trainer, memory
         self.save_at_epoch_end = False
 
     def on_train_begin(self, *_, **__):
+        self.trainer.throughput.start()
         self.trainer.restore_progress()
+
+    def on_train_end(self, *_, **__):
+        self.trainer.throughput.stop()
 
     def on_epoch_begin(self, args, state, control, **_):
         self.trainer.begin_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **_):
+        self.trainer.throughput.step()
+        self.memory.after_optimizer()
         if self.trainer.stop_requested():
             control.should_save = control.should_training_stop = True
         looked_at = control.should_log or control.should_evaluate or control.should_save
@@ -389,23 +388,6 @@ class _Keeper(TrainerCallback):
     @staticmethod
     def _ends_epoch(state) -> bool:
         return float(state.epoch).is_integer() or state.global_step >= state.max_steps
-
-
-class _Meter(TrainerCallback):
-    """Tells the meters where training and its steps begin and end."""
-
-    def __init__(self, throughput: Throughput, memory: MemoryMeter):
-        self.throughput, self.memory = throughput, memory
-
-    def on_train_begin(self, *_, **__):
-        self.throughput.start()
-
-    def on_step_end(self, *_, **__):
-        self.throughput.step()
-        self.memory.after_optimizer()
-
-    def on_train_end(self, *_, **__):
-        self.throughput.stop()
 
 
 class _ProgressBar(TrainerCallback):
