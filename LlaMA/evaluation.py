@@ -184,10 +184,9 @@ def check_base(options: Options, noted: str | None) -> None:
     else:  # a folder may have moved: only its name counts
         same = not trained["id"] or Path(trained["id"]).name == Path(options.model).name
     if not same:
-        raise UserError(
-            f"the adapter in {options.adapter} was trained on another base model ({Path(trained['id']).name}, not this "
-            f"{Path(options.model).name}): give that one as --model"
-        )
+        other = f"{Path(trained['id']).name}, not this {Path(options.model).name}"
+        told = f"{options.adapter} was trained on another base model ({other})"
+        raise UserError(f"the adapter in {told}: give that one as --model")
 
 
 def warn_of_other_quantization(adapter: str, quantization: str) -> None:
@@ -195,11 +194,8 @@ def warn_of_other_quantization(adapter: str, quantization: str) -> None:
     record = Path(adapter).parent / "record.json"
     trained = read_record(record).model.get("quantization", "none") if record.is_file() else quantization
     if trained != quantization:
-        print(
-            f"warning: the adapter in {adapter} was trained with --quantization {trained}, the base here is loaded with "
-            f"{quantization}: answers may differ",
-            file=sys.stderr,
-        )
+        told = f"{adapter} was trained with --quantization {trained}, the base here is loaded with {quantization}"
+        print(f"warning: the adapter in {told}: answers may differ", file=sys.stderr)
 
 
 def _identity(config: PeftConfig) -> dict:

@@ -59,9 +59,7 @@ def _source(model: str) -> tuple[str, dict]:
         files = sorted(path.glob("*.gguf"))
         if files and not (path / "config.json").is_file():
             if len(files) > 1:
-                raise UserError(
-                    f"{model} holds {len(files)} GGUF files: name one of them, such as {files[0].name}"
-                )
+                raise UserError(f"{model} holds {len(files)} GGUF files: name one, such as {files[0].name}")
             return str(path), {"gguf_file": files[0].name}
         return str(path), {}
     if path.is_absolute() or path.suffix == ".gguf" or model.startswith((".", "~")) or model.count("/") > 1:
@@ -100,9 +98,8 @@ def _check_causal(model: str, name: str) -> None:
         raise UserError(f"cannot load a model from {model!r}: {_first_line(error)}") from error
     # encoders such as BERT can be asked to be decoders, which says nothing about how they were trained
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_decoder", True) is False:
-        raise UserError(
-            f"{model} is a {config.model_type} model, no causal language model: give one such as LLaMA, Mistral or Qwen"
-        )
+        kind = f"a {config.model_type} model, no causal language model"
+        raise UserError(f"{model} is {kind}: give one such as LLaMA, Mistral or Qwen")
 
 
 def load_model(

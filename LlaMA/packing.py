@@ -128,11 +128,8 @@ def fixed_shape(pack: Batch, quantum: int, rows: int, longest: int, pad_token_id
     """A pack of the same loss in one of few shapes, as CUDA graphs need them.
 
     Its tokens are filled up to a multiple of `quantum` with rows of padding that weigh nothing, and its list of rows to
-    `rows` plus as many as that padding may need, with empty ones.
-
-    Args:
-        rows: the most that a pack has.
-        longest: the most tokens that a row has.
+    `rows`, the most that a pack has, plus as many as that padding may need, with empty ones; no row has more than `longest`
+    tokens.
     """
     tokens = pack.labels.shape[1]
     whole = -(-tokens // quantum) * quantum

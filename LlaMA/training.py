@@ -229,11 +229,7 @@ def held_out_batches(rows: Sequence[TokenRow], options: Options, pad_token_id: i
 
 class CommonsenseTrainer(ExperimentTrainer):
     """A Trainer whose batch is a whole optimizer step, worked on in packs (or padded micro-batches).
-
-    Args:
-        loss: `batch_loss` or a variant of it.
-        held_out: batches whose losses sum to the held-out loss, the mean over all their predicted tokens.
-        All others are the ExperimentTrainer's.
+    The losses of the `held_out` batches sum to the held-out loss, the mean over all their predicted tokens.
     """
 
     def __init__(self, *args, loss: Callable, held_out: list[Batch], **kwargs):

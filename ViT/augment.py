@@ -122,8 +122,8 @@ def render(
 
 def normalise(levels: torch.Tensor) -> torch.Tensor:
     """Levels 0 ... 255 to inputs of zero mean and unit deviation by the ImageNet statistics that timm defines."""
-    mean = levels.new_tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1) * 255
-    deviation = levels.new_tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1) * 255
+    statistics = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    mean, deviation = (levels.new_tensor(values).view(3, 1, 1) * 255 for values in statistics)
     return (levels - mean).div_(deviation)
 
 

@@ -37,7 +37,5 @@ def hold_out(data: ImageData, share: float) -> ImageData:
 
 
 def _part(decoded: Decoded, chosen: torch.Tensor) -> Decoded:
-    images = decoded.images
-    if isinstance(images, torch.Tensor):
-        return Decoded(images[chosen], decoded.labels[chosen])
-    return Decoded([images[i] for i in chosen.nonzero().flatten().tolist()], decoded.labels[chosen])
+    ((images, labels),) = decoded.batches([chosen.nonzero().flatten()])
+    return Decoded(images, labels)

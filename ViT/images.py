@@ -77,9 +77,9 @@ class Decoded:
         return sum(image.nbytes for image in self.images)
 
     def to(self, device: torch.device) -> Decoded:
-        if isinstance(self.images, torch.Tensor):
-            return Decoded(self.images.to(device), self.labels.to(device))
-        return Decoded([image.to(device) for image in self.images], self.labels.to(device))
+        whole = isinstance(self.images, torch.Tensor)
+        images = self.images.to(device) if whole else [image.to(device) for image in self.images]
+        return Decoded(images, self.labels.to(device))
 
     def batches(self, indices: Sequence[torch.Tensor]) -> Iterator[tuple[Images, torch.Tensor]]:
         """For each index tensor (on the CPU) the uint8 images and their labels."""
@@ -205,7 +205,6 @@ def load_data(
     """Load a data set by its torchvision name, "digits", or the path of an `.npz`, a folder or a tar.
 
     Args:
-        root: where torchvision keeps what it downloads.
         corrupt: "stop" at an unreadable image or "skip" it; either names the file.
         keep: "auto", "device", "host" (decoded in memory) or "files" (decoded on demand).
         workers: threads that decode, or processes for "files".

@@ -166,13 +166,9 @@ def write_predictions(
     path: Path, first: str, names: Iterable, logits: torch.Tensor, classes: list[str], **more: list[str]
 ) -> None:
     """A CSV file, written atomically: name, predicted class, its probability, and the columns of `more`."""
-    probability, chosen = logits.softmax(1).max(1)
-    columns = {
-        first: names,
-        "predicted": [classes[i] for i in chosen.tolist()],
-        "probability": [f"{p:.4f}" for p in probability.tolist()],
-        **more,
-    }
+    probability, chosen = (tensor.tolist() for tensor in logits.softmax(1).max(1))
+    answers = {"predicted": [classes[i] for i in chosen], "probability": [f"{p:.4f}" for p in probability]}
+    columns = {first: names, **answers, **more}
     text = io.StringIO(newline="")
     csv.writer(text).writerows([columns, *zip(*columns.values(), strict=True)])
     write_text_atomic(path, text.getvalue())

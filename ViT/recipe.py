@@ -79,12 +79,8 @@ classes = description.classes
 
 
 def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | None = None) -> None:
-    """Train and evaluate after each epoch; a finished run is left as it is.
-
-    Args:
-        loader: where images and frozen models come from, when several runs share them.
-        argv: arguments of finetune.py for the record's command; default: the process's own.
-    """
+    """Train and evaluate after each epoch; a finished run is left as it is. Runs that share images and frozen models share
+    a `loader`; `argv` stands in the record's command, by default the process's own."""
     loader = loader or Loader()
     with start(options, PROGRAM, argv, less_memory=LESS_MEMORY, on_gpu="fp16") as run:
         if run.folder.finished:

@@ -105,11 +105,8 @@ def load(
     built = create(architecture, num_classes=num_classes, image_size=image_size)
     load_weights(built, path, architecture)
     parent = path.resolve().parent.name
-    return built, Base(
-        f"{parent}/{path.name}" if path.stem in ("model", "base") else path.name,
-        architecture,
-        fingerprint(path),
-    )
+    name = f"{parent}/{path.name}" if path.stem in ("model", "base") else path.name
+    return built, Base(name, architecture, fingerprint(path))
 
 
 def load_weights(model: VisionTransformer, path: Path, architecture: str) -> None:
@@ -164,12 +161,8 @@ class FourLayerMlp(nn.Module):
         super().__init__()
         self.fc1, self.act, self.drop1, self.norm = mlp.fc1, mlp.act, mlp.drop1, mlp.norm
         self.fc2, self.drop2 = mlp.fc2, mlp.drop2
-        hidden = mlp.fc2.in_features
-        reference = mlp.fc2.weight
-        self.eye1, self.eye2 = (
-            nn.Linear(hidden, hidden, bias=False, device=reference.device, dtype=reference.dtype)
-            for _ in range(2)
-        )
+        hidden, like = mlp.fc2.in_features, {"device": mlp.fc2.weight.device, "dtype": mlp.fc2.weight.dtype}
+        self.eye1, self.eye2 = (nn.Linear(hidden, hidden, bias=False, **like) for _ in range(2))
         for linear in (self.eye1, self.eye2):
             nn.init.eye_(linear.weight)
 

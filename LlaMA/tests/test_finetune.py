@@ -191,17 +191,6 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(run, 
     assert not (tmp_path / "run" / "record.json").exists()
 
 
-def test_too_little_gpu_memory_is_one_line_that_says_what_helps(run, tmp_path, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total")
-
-    monkeypatch.setattr(training, "batch_loss", full)
-    code, _, err = run()
-    assert code == 2
-    assert "asked for 2.50 GiB" in one_line(err)
-    assert "--memory lean" in one_line(err)
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -70,8 +70,6 @@ class RunRecord:
         Args:
             options: `training.options.RunOptions`; gives seed, method and hyperparameters.
             method: where the options do not name it.
-            command: how to start the run again.
-            device: as `training.device.describe_device` says.
             settled: hyperparameters as they came out, such as the precision that "auto" stands for.
         """
         said = {"domain": domain, "name": name, "task": task, "device": device, "command": list(command)}
@@ -93,7 +91,7 @@ class RunRecord:
 
     def write(self, path: str | os.PathLike) -> Path:
         """Write the record atomically, stripped of private paths and tokens; return where it is."""
-        contents = _public(asdict(self))
+        contents = _mapped(asdict(self), _public)
         contents["command"] = public_command(self.command)
         return write_json_atomic(path, contents)
 
@@ -131,7 +129,7 @@ def read_json(path: str | os.PathLike) -> object:
 
 def write_json_atomic(path: str | os.PathLike, contents: object) -> Path:
     """Write JSON so that `path` holds either what it held before or all of `contents`, even if the machine stops."""
-    text = json.dumps(_finite(contents), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_mapped(contents, _finite), indent=2, ensure_ascii=False, allow_nan=False)
     return write_text_atomic(path, text + "\n")
 
 
@@ -195,14 +193,19 @@ def public_command(command: Sequence[str]) -> list[str]:
     return masked
 
 
-def _public(value: object) -> object:
-    """The same value with every absolute path in its strings made public, and sets, which peft has, as lists."""
+def _mapped(value: object, leaf: Callable) -> object:
+    """The same value with `leaf` of whatever is no container, and sets, which peft has, as lists."""
     if isinstance(value, dict):
-        return {key: _public(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_public(entry) for entry in value]
+        return {str(key): _mapped(entry, leaf) for key, entry in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(_public(entry) for entry in value)
+        return sorted(_mapped(list(value), leaf))
+    if isinstance(value, (list, tuple)):
+        return [_mapped(entry, leaf) for entry in value]
+    return leaf(value)
+
+
+def _public(value: object) -> object:
+    """Without what an absolute path tells about the machine."""
     if isinstance(value, os.PathLike):
         return public_path(value)
     if isinstance(value, str):
@@ -211,9 +214,5 @@ def _public(value: object) -> object:
 
 
 def _finite(value: object) -> object:
-    """The same value with NaN and infinities, which JSON lacks, as None."""
-    if isinstance(value, dict):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
+    """None for NaN and infinities, which JSON lacks."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -45,9 +45,8 @@ def select_device(name: str) -> torch.device:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
     if torch.accelerator.device_count() != 1:  # the driver read the variable before we set it
-        raise UserError(
-            f"GPU {index} can no longer be chosen: start with CUDA_VISIBLE_DEVICES={index} and GPU 0"
-        )
+        instead = f"start with CUDA_VISIBLE_DEVICES={index} and GPU 0"
+        raise UserError(f"GPU {index} can no longer be chosen: {instead}")
     return torch.device("cuda", 0)
 
 
@@ -105,15 +104,13 @@ def explain_out_of_memory(device: torch.device, switches: str) -> Iterator[None]
             asked, on_gpu = "what CUDA or a library of it works in", True
         if asked is None:
             raise
-        if device.type == "cuda" and on_gpu:
-            free, total = torch.cuda.mem_get_info(device)
-            used = torch.cuda.memory_allocated(device)
-            where, there = "GPU's", f"{_gib(used)} in use by this run, {_gib(free)} free of {_gib(total)}"
+        where = "GPU's" if device.type == "cuda" and on_gpu else "host's"
+        if where == "GPU's":
+            (free, total), used = torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device)
         else:
-            memory = psutil.virtual_memory()
-            used = psutil.Process().memory_info().rss
-            where = "host's"
-            there = f"{_gib(used)} in use by this run, {_gib(memory.available)} free of {_gib(memory.total)}"
+            memory, used = psutil.virtual_memory(), psutil.Process().memory_info().rss
+            free, total = memory.available, memory.total
+        there = f"{_gib(used)} in use by this run, {_gib(free)} free of {_gib(total)}"
         raise UserError(
             f"the {where} memory is too small: asked for {asked} ({there}); what lowers it: {switches}; "
             "finished work and the last checkpoint are kept"

@@ -28,13 +28,11 @@ def choose_rates(
     Raises UserError: `file` is broken.
     """
     chosen, entries = {}, {}
-    for (task, method), tried in scores.items():
+    for key, tried in scores.items():
         found = {rate: score for rate, score in tried.items() if score is not None}
         if found:
-            chosen[task, method] = max(found, key=lambda rate: (found[rate], -float(rate)))
-        entries[task, method] = {
-            "task": task, "method": method, "chosen": chosen.get((task, method)), "scores": tried,
-        }  # fmt: skip
+            chosen[key] = max(found, key=lambda rate: (found[rate], -float(rate)))
+        entries[key] = {"task": key[0], "method": key[1], "chosen": chosen.get(key), "scores": tried}
     file.parent.mkdir(parents=True, exist_ok=True)
     with (file.parent / ".lock").open("w") as lock:
         # else another process's entry could be lost between reading and writing

@@ -26,11 +26,7 @@ class RunFolder:
     Layout: `record.json` (written last), `run.json` (what the run is), `adapter/`, `checkpoints/`, `run.log`, `.lock`.
     A process that dies lets go of the lock by itself. In a distributed run the process of rank 0 holds it for all.
     As a context it also says what a full disk or an interruption left behind, and how to go on.
-
-    Args:
-        go_on: what to do to go on with an interrupted run.
-
-    Raises UserError: another process holds the folder, or the path is no folder that can be written.
+    It says so with `go_on`. Raises UserError: another process holds the folder, or the path is no folder that can be written.
     """
 
     def __init__(self, path: str | os.PathLike, go_on: str = "add --resume to the same command"):
@@ -51,9 +47,7 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._lock)
-            raise UserError(
-                f"{self.path} is in use by another run: wait for it or choose another folder"
-            ) from error
+            raise UserError(f"{self.path} is in use by another run: wait or choose another folder") from error
 
     def __enter__(self) -> RunFolder:
         return self

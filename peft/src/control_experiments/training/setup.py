@@ -67,13 +67,8 @@ class Run:
     def finish(
         self, record: RunRecord, save: Callable[[Path], object], load: str, **results: object
     ) -> RunRecord:
-        """Save the adapter with its card, write the record, discard the checkpoints; for the process of rank 0.
-
-        Args:
-            save: writes the adapter into a folder.
-            load: Python lines that load it again, for the card.
-            results: what the record lacks, by its fields' names.
-        """
+        """Save the adapter with its card, which says how to `load` it, complete the record with `results` and write it,
+        discard the checkpoints; for the process of rank 0."""
         record.finish(**results)
         with whole_folder(self.folder.adapter, sealed=False) as place:
             save(place)
@@ -100,7 +95,6 @@ def start(
 
     Args:
         program: the script's module, for the record's command.
-        argv: its arguments, None for the process's own.
         less_memory: which options need less memory, in words.
         option: name of the option that says the precision.
         on_gpu: what "auto" is on a GPU.

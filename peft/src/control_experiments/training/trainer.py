@@ -90,7 +90,6 @@ class SharedBatches(BatchSampler):
     Args:
         sampler: yields single rows in the epoch's order, the same in every process.
         batch_size: rows per batch, over all processes.
-        processes: how many share a batch.
         unit: so many rows stay together; `batch_size` is a multiple of `unit * processes`.
     """
 
@@ -165,17 +164,15 @@ class ExperimentTrainer(Trainer):
         try:
             with self._stop:
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except RuntimeError as error:
+        except Exception as error:
             if lost_peer(error):
+                gone = "another process of this run died or cannot be reached (see above)"
+                raise UserError(f"{gone}; {self.kept()}: start the run again with --resume") from error
+            if type(error).__module__.startswith("wandb."):
                 raise UserError(
-                    f"another process of this run died or cannot be reached (see above); {self.kept()}: start the run "
-                    "again with --resume"
+                    f"--report_to wandb: {error} (WANDB_MODE=offline needs no account)"
                 ) from error
             raise
-        except Exception as error:
-            if not type(error).__module__.startswith("wandb."):
-                raise
-            raise UserError(f"--report_to wandb: {error} (WANDB_MODE=offline needs no account)") from error
         finally:
             self._bar.close()
         if self._stop.number is not None:
