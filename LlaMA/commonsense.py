@@ -116,9 +116,7 @@ def split_rows(rows: Sequence[Row], held_out: int, seed: int) -> tuple[list[Row]
     """Shuffle with `seed` and hold out the first `held_out` rows; returns (training, held-out) rows. Raises
     UserError: nothing would be left to train on."""
     if not 0 < held_out < len(rows):
-        raise UserError(
-            f"--held_out {held_out} needs at least 1 row and leaves none to train on out of {len(rows)}"
-        )
+        raise UserError(f"--held_out {held_out} must be at least 1 and leave some of the {len(rows)} rows")
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     return [rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]

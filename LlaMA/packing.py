@@ -88,9 +88,7 @@ def packed_step(rows: Sequence[TokenRow], micro_batch: int, token_budget: int) -
     room: list[int] = []
     for number, row in sorted(numbered, key=lambda entry: -len(entry[1].ids)):
         if len(row.ids) > token_budget:
-            raise UserError(
-                f"--token_budget {token_budget} is below a row's {len(row.ids)} tokens: use at least --cutoff"
-            )
+            raise UserError(f"--token_budget {token_budget} is below a row's {len(row.ids)} tokens")
         fits = next((index for index, left in enumerate(room) if left >= len(row.ids)), None)
         if fits is None:
             packs.append([])

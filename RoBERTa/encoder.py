@@ -85,9 +85,8 @@ def check_length(options: Options, model: PreTrainedModel) -> None:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             longest = min(longest, module.num_embeddings - module.padding_idx - 1)
     if options.max_length > longest:
-        raise UserError(
-            f"--max_length {options.max_length} is more than {options.model} can read ({longest} tokens)"
-        )
+        given = f"--max_length {options.max_length}"
+        raise UserError(f"{given} is more than {options.model} can read ({longest} tokens)")
 
 
 def add_adapter(model: PreTrainedModel, options: Options) -> PeftModel:

@@ -284,9 +284,7 @@ def read_tsv(path: Path, task: Task) -> list[tuple]:
         if len(cells) != len(header):
             what = f"{len(header)} tab-separated columns ({', '.join(header)}), found {len(cells)}"
             raise UserError(f"{path}, line {number}: expected {what}")
-        *texts, label = (
-            (cells[place] for place in places) if not hidden else (*(cells[p] for p in places), None)
-        )
+        *texts, label = [cells[place] for place in places] + ([None] if hidden else [])
         rows.append((*texts, _label(task, label, f"{path}, line {number}")))
     return rows
 

@@ -121,9 +121,7 @@ def matched(options: RecipeOptions, model: VisionTransformer) -> PeftConfig:
     cost = {name: linear.in_features + linear.out_features for name, linear in linears.items()}
     rank, budget = divmod(budget, max(1, sum(cost.values())))
     if rank < 1:
-        raise UserError(
-            f"the control has too few parameters for {method} of rank 1: choose a larger --control_rank"
-        )
+        raise UserError(f"the control has too few parameters for {method}: choose a larger --control_rank")
     ranks = dict.fromkeys(linears, rank)
     for name in linears:
         if cost[name] <= budget:

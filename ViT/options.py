@@ -103,9 +103,7 @@ class RecipeOptions(DataOptions, ModelOptions, AdapterOptions, MemoryOptions, Tr
         check_numbers(self, "lr_decay", "crop", above=0, at_most=1)
         check_numbers(self, "momentum", "warmup_steps", "weight_decay", at_least=0)
         if self.warmup_steps and self.optimizer == "sgd":
-            raise UserError(
-                "--warmup_steps is for --optimizer adamw: SGD's rate starts at --lr and falls by --lr_decay"
-            )
+            raise UserError("--warmup_steps is for --optimizer adamw: SGD's rate starts at --lr")
 
 
 @dataclass(kw_only=True)
@@ -132,12 +130,10 @@ class Options(RecipeOptions, RunOptions):
             raise UserError("choose one of --evaluate and --predict")
         if self.predict and not self.adapter:
             raise UserError("--predict needs --adapter with the adapter folder of a finished run")
-        if self.validation_share is None:
+        if (share := self.validation_share) is None:
             return
-        if not 0 < self.validation_share < 1:
-            raise UserError(
-                f"--validation_share must lie between 0 and 1, both excluded, got {self.validation_share}"
-            )
+        if not 0 < share < 1:
+            raise UserError(f"--validation_share must lie between 0 and 1, both excluded, got {share}")
         if self.evaluate or self.predict:
             raise UserError("--validation_share is for training: leave it out with --evaluate and --predict")
         if SEARCH_FOLDER not in self.folder.resolve().parts:

@@ -153,9 +153,7 @@ def search(options: Options, runner: Runner) -> dict[tuple[str, str], float]:
         notes = options.output / SEARCH_FOLDER / f"{run.model_name}.json"
         rates = choose_rates({key: scores}, notes, run.model_name)
         if not rates:
-            raise UserError(
-                f"{method} on {key[0]} diverges with every learning rate of --grid: add lower ones"
-            )
+            raise UserError(f"{method} on {key[0]} diverges with every learning rate of --grid: add lower")
         chosen[data, method] = float(rates[key])
         print(f"{method} on {key[0]}: lr {rates[key]} is chosen", flush=True)
     return chosen

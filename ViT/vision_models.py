@@ -117,9 +117,7 @@ def load_weights(model: VisionTransformer, path: Path, architecture: str) -> Non
         _load_npz(model, path, misfit)
         return
     if path.suffix != ".safetensors":
-        raise UserError(
-            f"{path} is neither .safetensors nor .npz: convert it, as pickled weights can run code"
-        )
+        raise UserError(f"{path} is neither .safetensors nor .npz: convert it, for pickles can run code")
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:

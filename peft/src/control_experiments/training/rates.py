@@ -50,6 +50,5 @@ def _noted(file: Path) -> dict[tuple[str, str], dict]:
     try:
         return {(entry["task"], entry["method"]): entry for entry in read_json(file)["rates"]}
     except (UserError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{file} is broken ({error}): delete it and run again; the finished runs beside it are not repeated"
-        ) from error
+        again = "delete it and run again; the finished runs beside it are not repeated"
+        raise UserError(f"{file} is broken ({error}): {again}") from error

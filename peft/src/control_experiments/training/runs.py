@@ -112,9 +112,7 @@ class RunFolder:
             return
         contents = [entry for entry in self.path.iterdir() if entry.name != ".lock"]
         if contents and not (self.path / "run.json").is_file():
-            raise UserError(
-                f"{self.path} holds no run: --overwrite deletes nothing there, choose another folder"
-            )
+            raise UserError(f"{self.path} holds no run: --overwrite deletes nothing there, choose another")
         for entry in contents:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
@@ -211,9 +209,7 @@ class RunFolder:
             names = dict.fromkeys([*identity, *found])
             there = {name: found.get(name) for name in names}
         except (UserError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{file} is missing or broken: delete {self.path} or choose another folder"
-            ) from error
+            raise UserError(f"{file} is missing or broken: delete {self.path} or choose another") from error
         differences = [
             f"{name} {there[name]!r} there, {identity.get(name)!r} asked for"
             for name in names

@@ -169,9 +169,8 @@ class ExperimentTrainer(Trainer):
                 gone = "another process of this run died or cannot be reached (see above)"
                 raise UserError(f"{gone}; {self.kept()}: start the run again with --resume") from error
             if type(error).__module__.startswith("wandb."):
-                raise UserError(
-                    f"--report_to wandb: {error} (WANDB_MODE=offline needs no account)"
-                ) from error
+                told = f"--report_to wandb: {error}"
+                raise UserError(f"{told} (WANDB_MODE=offline needs no account)") from error
             raise
         finally:
             self._bar.close()
