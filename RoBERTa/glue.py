@@ -251,17 +251,15 @@ def read_tsv(path: Path, task: Task) -> list[tuple]:
     no rows, or a line with other than the expected columns or label (named by its number).
     """
     try:
-        # only a line feed ends a line, for GLUE texts hold other characters that Python calls line ends
-        lines = [
-            line.rstrip("\r") for line in path.read_bytes().decode("utf-8-sig").rstrip("\r\n").split("\n")
-        ]
+        text = path.read_bytes().decode("utf-8-sig").rstrip("\r\n")
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: DATA (--data) must hold the classic GLUE folders") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason})") from error
-    lines = lines if lines != [""] else []
+    # only a line feed ends a line, for GLUE texts hold other characters that Python calls line ends
+    lines = [line.rstrip("\r") for line in text.split("\n")] if text else []
     hidden = path.name.startswith("test")
     wanted = task.tsv[:-1] if hidden else task.tsv
     if task.headed or hidden:

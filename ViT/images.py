@@ -14,7 +14,7 @@ import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -38,6 +38,9 @@ TEST_NAMES = ("test", "val", "valid", "validation")
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test", "classes")
 #: Share of the free memory that decoded images may take, on the device and on the host.
 DEVICE_SHARE, HOST_SHARE = 0.25, 0.5
+
+#: Of `hold_out`, not a run's own seed: runs that are compared must hold out the same images.
+SPLIT_SEED = 0
 
 Images = torch.Tensor | Sequence[torch.Tensor]
 
@@ -375,11 +378,33 @@ def _torchvision(name: str, root: str, corrupt: str, keep: str, workers: int) ->
             f"torchvision cannot get {name} in {root} ({error}): check the network, or put its files there"
         ) from error
     classes = getattr(first, "classes", None) or [str(digit) for digit in range(10)]  # SVHN names none
-    identity = {
-        "id": name,
-        "revision": f"torchvision {torchvision.__version__}, which checks its own checksums",
-    }
+    classes = [entry if isinstance(entry, str) else entry[0] for entry in classes]
+    revision = f"torchvision {torchvision.__version__}, which checks its own checksums"
     parts = (read(part, corrupt, keep, workers) for part in (train, test))
-    return ImageData(
-        name, *parts, [entry if isinstance(entry, str) else entry[0] for entry in classes], identity
+    return ImageData(name, *parts, classes, {"id": name, "revision": revision})
+
+
+def hold_out(data: ImageData, share: float) -> ImageData:
+    """The data with `share` of each class's training images, at least one and not all, in the place of its test
+    images. Raises UserError: the training images are decoded on demand, or no class has two of them."""
+    train = data.train
+    if not isinstance(train, Decoded):
+        instead = "leave out --keep files, or take data that fit in memory"
+        raise UserError(f"--validation_share needs images that are decoded once: {instead}")
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    held = torch.zeros(len(train), dtype=torch.bool)
+    for label in train.labels.unique():
+        members = (train.labels == label).nonzero().flatten()
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    if not held.any():
+        raise UserError(f"{data.name} has one training image for each class: there is none to hold out")
+    split = f"{share:g} of the training images of each class, drawn with seed {SPLIT_SEED}, in the place of the test images"
+    return replace(
+        data, train=_part(train, ~held), test=_part(train, held), identity={**data.identity, "split": split}
     )
+
+
+def _part(decoded: Decoded, chosen: torch.Tensor) -> Decoded:
+    ((images, labels),) = decoded.batches([chosen.nonzero().flatten()])
+    return Decoded(images, labels)

@@ -31,8 +31,7 @@ from control_experiments.training.methods import describe_adapter, set_memory
 from control_experiments.training.setup import Run, start
 from ViT import augment
 from ViT.classifier import Description, add_adapter, build_base, save, trained_state
-from ViT.held_out import hold_out
-from ViT.images import ImageData, load_data
+from ViT.images import ImageData, hold_out, load_data
 from ViT.inference import (
     LESS_MEMORY,
     PROGRAM,

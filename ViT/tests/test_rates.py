@@ -16,8 +16,7 @@ from control_experiments.record import read_record
 from control_experiments.reporting.records import load
 from control_experiments.training.losses import Diverged
 from ViT import recipe
-from ViT.held_out import hold_out
-from ViT.images import OnDemand, load_data
+from ViT.images import OnDemand, hold_out, load_data
 
 ROOT = Path(__file__).resolve().parents[2]
 
