@@ -22,18 +22,12 @@ from control_experiments.paths import public_path
 from control_experiments.record import RunRecord, read_record
 from control_experiments.training.checkpoints import check_adapter_files
 from control_experiments.training.checksums import fingerprint, local_fingerprint
-from control_experiments.training.device import (
-    DTYPES,
-    choose_precision,
-    describe_device,
-    explain_out_of_memory,
-    select_device,
-)
+from control_experiments.training.device import DTYPES, describe_device, explain_out_of_memory
 from control_experiments.training.metering import MemoryMeter
 from control_experiments.training.methods import describe_model, load_adapter
 from control_experiments.training.quantization import check_method_runs, quantization_of
-from control_experiments.training.quiet import quieten
 from control_experiments.training.runs import RunFolder
+from control_experiments.training.setup import choose
 from LlaMA.answering import Question, Reply, batches, generate, in_parts, questions_of, rank_words
 from LlaMA.batch_one import compare_batch_one
 from LlaMA.commonsense import TASKS, Row, read_tests
@@ -50,9 +44,8 @@ LESS_MEMORY = "a smaller --batch_size, --dtype bf16, fewer --beams"
 
 def run(options: Options, command: Sequence[str]) -> RunRecord | None:
     """Evaluate, unless that is done; returns the record, or None then."""
-    device = select_device(options.device)
-    dtype = DTYPES[choose_precision(options.dtype, device, option="dtype")]
-    quieten()
+    device, precision = choose(options, "dtype")
+    dtype = DTYPES[precision]
     options.model = place_of_model(options.model)
     if options.adapter is not None:
         check_adapter(options)

@@ -16,16 +16,10 @@ from control_experiments.errors import UserError
 from control_experiments.outcomes import write_outcomes
 from control_experiments.paths import RESULTS, public_path
 from control_experiments.record import RunRecord, read_record, write_text_atomic
-from control_experiments.training.device import (
-    choose_precision,
-    describe_device,
-    explain_out_of_memory,
-    make_deterministic,
-    select_device,
-)
+from control_experiments.training.device import describe_device, explain_out_of_memory
 from control_experiments.training.metering import MemoryMeter, Throughput
-from control_experiments.training.quiet import quieten
 from control_experiments.training.runs import RunFolder
+from control_experiments.training.setup import choose
 from ViT import augment
 from ViT.classifier import Description, restore
 from ViT.images import Decoded, ImageData, load_data, read_folder
@@ -90,11 +84,7 @@ def trained(options: Options, adapter: str) -> Iterator[tuple[Step, Description,
 
     `--model`, if it is given, says where the base model is now.
     """
-    quieten()
-    if options.deterministic:
-        make_deterministic()
-    device = select_device(options.device)
-    precision = choose_precision(options.precision, device, "fp16")
+    device, precision = choose(options, on_gpu="fp16")
     with explain_out_of_memory(device, LESS_MEMORY):
         moved = options.model if options.model != Options.defaults()["model"] else None
         model, description, base = restore(adapter, attention=options.attention, model=moved)

@@ -78,6 +78,15 @@ class Run:
         return record
 
 
+def choose(options: RunOptions, option: str = "precision", on_gpu: str = "bf16") -> tuple[torch.device, str]:
+    """A run's device and precision; from here on libraries are quiet and, if asked for, deterministic."""
+    quieten()
+    if getattr(options, "deterministic", False):
+        make_deterministic()
+    device = select_device(options.device)
+    return device, choose_precision(getattr(options, option), device, on_gpu, option)
+
+
 @contextmanager
 def start(
     options: RunOptions,
@@ -102,11 +111,7 @@ def start(
 
     Raises UserError: the device, the precision or the folder cannot be used.
     """
-    quieten()
-    if options.deterministic:
-        make_deterministic()
-    device = select_device(options.device)
-    precision = choose_precision(getattr(options, option), device, on_gpu, option)
+    device, precision = choose(options, option, on_gpu)
     command = ["python", "-m", program, *(sys.argv[1:] if argv is None else argv)]
     with RunFolder(options.folder) as folder, explain_out_of_memory(device, less_memory):
         if options.overwrite:
