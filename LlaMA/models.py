@@ -117,14 +117,8 @@ def load_model(
     try:
         if quantization != "none":
             check_not_quantized(quantization, AutoConfig.from_pretrained(name), model)
-        how = {
-            "dtype": dtype,
-            "attn_implementation": attention,
-            "device_map": {"": device},
-            **quantized,
-            **extra,
-        }
-        base = AutoModelForCausalLM.from_pretrained(name, **how)
+        how = {"attn_implementation": attention, **({"device_map": {"": device}} | quantized), **extra}
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **how)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:

@@ -25,8 +25,8 @@ class RunFolder:
 
     Layout: `record.json` (written last), `run.json` (what the run is), `adapter/`, `checkpoints/`, `run.log`, `.lock`.
     A process that dies lets go of the lock by itself. In a distributed run the process of rank 0 holds it for all.
-    As a context it also says what a full disk or an interruption left behind, and how to go on.
-    It says so with `go_on`. Raises UserError: another process holds the folder, or the path is no folder that can be written.
+    As a context it also says what a full disk or an interruption left behind, and how to go on (`go_on`).
+    Raises UserError: another process holds the folder, or the path is no folder that can be written.
     """
 
     def __init__(self, path: str | os.PathLike, go_on: str = "add --resume to the same command"):
