@@ -72,7 +72,7 @@ def test_a_trial_needs_no_model_and_no_data(launch_here, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [*ALL, "../QControl/run_llama_quantization.sh"])
 def test_help_and_too_few_arguments_print_the_usage(name, tmp_path):
     done = launch(name, cwd=tmp_path)
-    assert done.returncode == 2 and "usage: bash" in done.stderr
+    assert done.returncode == 2 and ("usage: bash" if name in ALL else "are needed") in done.stderr
     done = launch(name, "--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"bash {Path('LlaMA', name) if '..' not in name else name[3:]} " in done.stdout
