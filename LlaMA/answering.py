@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import (
     DynamicCache,
@@ -59,12 +61,8 @@ def pad_left(
     rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Token ids and attention mask, `(rows, longest)` each, every row ending at the right edge."""
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), pad_token_id)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, longest - len(row) :] = torch.tensor(row)
-        mask[index, longest - len(row) :] = 1
+    ids = pad_sequence([torch.tensor(row) for row in rows], True, pad_token_id, "left")
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, "left")
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
@@ -83,19 +81,14 @@ class AnswersDecided(StoppingCriteria):
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_length: int, questions: Sequence[Question], beams: int):
-        self.tokenizer, self.prompt_length, self.questions, self.beams = (
-            tokenizer,
-            prompt_length,
-            questions,
-            beams,
-        )
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+        self.questions, self.beams = questions, beams
         self.known: list[dict[tuple[int, ...], str | None]] = [{(): None} for _ in questions]
         self.ended: list[set[str | None]] = [set() for _ in questions]
 
     def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
-        candidates = input_ids[:, self.prompt_length :].view(
-            len(self.questions), -1, input_ids.shape[1] - self.prompt_length
-        )
+        length = input_ids.shape[1] - self.prompt_length
+        candidates = input_ids[:, self.prompt_length :].view(len(self.questions), -1, length)
         decided = [self._decided(row, beams) for row, beams in enumerate(candidates.tolist())]
         return torch.full((len(input_ids),), all(decided), device=input_ids.device)
 
@@ -103,9 +96,7 @@ class AnswersDecided(StoppingCriteria):
         end = self.tokenizer.eos_token_id
         answers = {tuple(tokens): self._answer(row, tuple(tokens)) for tokens in candidates}
         # an end counts only among the best `beams` candidates; the live beams are the best that did not end
-        self.ended[row] |= {
-            answers[tuple(tokens)] for tokens in candidates[: self.beams] if tokens[-1] == end
-        }
+        self.ended[row] |= {answers[tuple(best)] for best in candidates[: self.beams] if best[-1] == end}
         live = [tuple(tokens) for tokens in candidates if tokens[-1] != end][: self.beams]
         self.known[row] = answers
         found = self.ended[row] | {answers[tokens] for tokens in live}
@@ -115,9 +106,8 @@ class AnswersDecided(StoppingCriteria):
         inherited = self.known[row].get(tokens[:-1])
         if inherited is not None:
             return inherited
-        return extract_answer(
-            self.tokenizer.decode(tokens, skip_special_tokens=True), self.questions[row].words
-        )
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return extract_answer(text, self.questions[row].words)
 
 
 def read_prompts(model: PreTrainedModel, batch: dict[str, torch.Tensor], beams: int) -> DynamicCache:
@@ -125,14 +115,10 @@ def read_prompts(model: PreTrainedModel, batch: dict[str, torch.Tensor], beams: 
     cache = DynamicCache(config=model.config)
     ids, mask = (batch[name][:, :-1] for name in ("input_ids", "attention_mask"))
     if ids.shape[1]:
-        cache = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).past_key_values  # SHADOW's is two in one
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values  # SHADOW's is two in one
         cache.batch_repeat_interleave(beams)
     return cache
 
@@ -156,20 +142,10 @@ def generate(
     stops = StoppingCriteriaList()
     if stop_when_decided:
         stops.append(AnswersDecided(tokenizer, prompt_length, questions, beams))
-    config = GenerationConfig(
-        num_beams=beams,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    output = model.generate(
-        **batch,
-        past_key_values=read_prompts(model, batch, beams),
-        generation_config=config,
-        stopping_criteria=stops,
-    )
+    marks = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "eos", "bos")}
+    config = GenerationConfig(num_beams=beams, do_sample=False, max_new_tokens=max_new_tokens, **marks)
+    how = {"generation_config": config, "stopping_criteria": stops}
+    output = model.generate(**batch, past_key_values=read_prompts(model, batch, beams), **how)
     texts = tokenizer.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
     return [
         Reply(text.strip(), extract_answer(text, question.words))
@@ -184,15 +160,18 @@ def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence
     Prompt and lead are computed once for all words of a question: one forward pass over the prompts fills the key-value
     cache, and a short second one scores the words from it. A word's score is the sum of its tokens' log-probabilities.
     """
-    lead = tokenizer(f" {ANSWER_LEAD}", add_special_tokens=False)["input_ids"]
-    tails = [
-        [
-            tokenizer(f" {ANSWER_LEAD} {word}", add_special_tokens=False)["input_ids"]
-            for word in question.offered
-        ]
-        for question in questions
-    ]
-    shared = min(_common_prefix(lead, tail) for words in tails for tail in words)
+
+    def answer_ids(word: str = "") -> list[int]:
+        return tokenizer(f" {ANSWER_LEAD} {word}".rstrip(), add_special_tokens=False)["input_ids"]
+
+    lead, tails = answer_ids(), [[answer_ids(word) for word in question.offered] for question in questions]
+
+    def is_lead(pair: tuple[int, int]) -> bool:
+        return pair[0] == pair[1]
+
+    shared = min(
+        len([*takewhile(is_lead, zip(lead, tail, strict=False))]) for words in tails for tail in words
+    )
     prefixes = [[*question.ids, *lead[:shared]] for question in questions]
     batch = pad_left(prefixes, tokenizer.pad_token_id, model.device)
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -232,19 +211,11 @@ def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence
     return [Reply(word, word) for word in words]
 
 
-def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    pairs = zip(one, other, strict=False)
-    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
 def in_parts(
     answer: Callable[[Sequence[Question]], list[Reply]],
 ) -> Callable[[Sequence[Question]], list[Reply]]:
-    """`answer`, which halves a batch that the GPU's memory does not hold until it does.
-
-    Raises:
-        torch.OutOfMemoryError: it does not hold a single question.
-    """
+    """`answer`, which halves a batch that the GPU's memory does not hold until it does. Raises
+    torch.OutOfMemoryError: it does not hold a single question."""
     said = []
 
     def answered(questions: Sequence[Question]) -> list[Reply]:

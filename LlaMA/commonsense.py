@@ -23,15 +23,10 @@ def _numbered(word: str, count: int) -> tuple[str, ...]:
 
 #: Each task's answer words, in the order of the paper's tables.
 TASKS: dict[str, tuple[str, ...]] = {
-    "boolq": ("true", "false"),
-    "piqa": _numbered("solution", 2),
-    "social_i_qa": _numbered("answer", 5),
-    "hellaswag": _numbered("ending", 4),
-    "winogrande": _numbered("option", 2),
-    "ARC-Easy": _numbered("answer", 5),
-    "ARC-Challenge": _numbered("answer", 5),
-    "openbookqa": _numbered("answer", 5),
-}
+    "boolq": ("true", "false"), "piqa": _numbered("solution", 2), "social_i_qa": _numbered("answer", 5),
+    "hellaswag": _numbered("ending", 4), "winogrande": _numbered("option", 2), "ARC-Easy": _numbered("answer", 5),
+    "ARC-Challenge": _numbered("answer", 5), "openbookqa": _numbered("answer", 5),
+}  # fmt: skip
 ALL_WORDS = tuple(dict.fromkeys(word for words in TASKS.values() for word in words))
 
 #: What every output of the data says before its answer word.
@@ -59,12 +54,9 @@ WHERE_TESTS = (
 
 
 def read_rows(path: str | Path, words: Sequence[str] = ALL_WORDS, where: str = WHERE_TRAINING) -> list[Row]:
-    """Read and check a JSON list of rows; `where` says what to do if there is no such file.
-
-    Raises:
-        UserError: no file, no JSON, no rows, a field that is missing or no text, or an answer that is not one of
-            `words`; the message names file, row (counted from 0) and field.
-    """
+    """Read and check a JSON list of rows; `where` says what to do if there is no such file. Raises UserError:
+    no file, no JSON, no rows, a field that is missing or no text, or an answer that is not one of `words`; the
+    message names file, row (counted from 0) and field."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"cannot read {path}: there is no such file; {where}")
@@ -79,26 +71,20 @@ def _check_row(path: Path, number: int, entry: object, words: Sequence[str]) -> 
     if not isinstance(entry, dict):
         raise UserError(f"{where}: must be an object with the fields {', '.join(Row._fields)}")
     for name in Row._fields:
+        text, wrong = entry.get(name), None
         if name not in entry:
-            raise UserError(f"{where}: the field {name!r} is missing")
-        if not isinstance(entry[name], str):
-            raise UserError(f"{where}: the field {name!r} must be text, got {type(entry[name]).__name__}")
-        if not _is_unicode(entry[name]):
-            raise UserError(f"{where}: the field {name!r} holds half a surrogate pair, which is no character")
-        if name != "input" and not entry[name].strip():
-            raise UserError(f"{where}: the field {name!r} is empty")
+            wrong = "is missing"
+        elif not isinstance(text, str):
+            wrong = f"must be text, got {type(text).__name__}"
+        elif re.search("[\ud800-\udfff]", text):
+            wrong = "holds half a surrogate pair, which is no character"
+        elif name != "input" and not text.strip():
+            wrong = "is empty"
+        if wrong:
+            raise UserError(f"{where}: the field {name!r} {wrong}")
     if entry["answer"] not in words:
         raise UserError(f"{where}: the field 'answer' is {entry['answer']!r}, not one of {'/'.join(words)}")
     return Row(*(entry[name] for name in Row._fields))
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a string that JSON may spell is text that a file or a tokenizer can take."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
@@ -108,11 +94,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
 
 
 def read_tests(folder: str | Path, tasks: Sequence[str], limit: int | None = None) -> dict[str, list[Row]]:
-    """The test sets `<folder>/<task>/test.json`; of each the first `limit` rows.
-
-    Raises:
-        UserError: as `read_rows`.
-    """
+    """The test sets `<folder>/<task>/test.json`; of each the first `limit` rows. Raises as `read_rows`."""
     files = {task: Path(folder) / task / "test.json" for task in tasks}
     return {task: read_rows(file, TASKS[task], WHERE_TESTS)[:limit] for task, file in files.items()}
 
@@ -131,15 +113,10 @@ def offered_words(row: Row, words: Sequence[str]) -> list[str]:
 
 
 def split_rows(rows: Sequence[Row], held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Shuffle with `seed` and hold out the first `held_out` rows; returns (training, held-out) rows.
-
-    Raises:
-        UserError: nothing would be left to train on.
-    """
+    """Shuffle with `seed` and hold out the first `held_out` rows; returns (training, held-out) rows. Raises
+    UserError: nothing would be left to train on."""
     if not 0 < held_out < len(rows):
-        raise UserError(
-            f"--held_out {held_out} needs at least 1 row and leaves none to train on out of {len(rows)}"
-        )
+        raise UserError(f"--held_out {held_out} must be at least 1 and leave some of the {len(rows)} rows")
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     return [rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]
@@ -164,10 +141,8 @@ def tokenize_rows(
 ) -> list[TokenRow]:
     """Prompt, output and the end-of-sequence token, at most `cutoff` tokens.
 
-    A row that is too long loses its end, and with it the end-of-sequence token: it has no end to learn.
-
-    Raises:
-        UserError: the tokenizer knows no end-of-sequence token.
+    A row that is too long loses its end, and with it the end-of-sequence token: it has no end to learn. Raises
+    UserError: the tokenizer knows no end-of-sequence token.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token, so answers could never end")

@@ -27,11 +27,8 @@ class Options:
 
 
 def convert(model: str | Path, folder: Path, dtype: str = "bf16") -> Path:
-    """Write the model folder, whole or not at all; returns it.
-
-    Raises:
-        UserError: the model cannot be read, or the folder is there.
-    """
+    """Write the model folder, whole or not at all; returns it. Raises UserError: the model cannot be read, or
+    the folder is there."""
     import torch
 
     from control_experiments.training.checkpoints import whole_folder

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from control_experiments.paths import cache_folder
 from control_experiments.record import write_json_atomic
-from LlaMA.commonsense import TASKS
+from LlaMA.commonsense import ANSWER_LEAD, TASKS
 
 DEMO, TINY = "demo", "tiny"
 TRAINING_ROWS, TEST_ROWS, FILE = 1600, 40, "commonsense_demo.json"
@@ -57,20 +57,15 @@ def make_row(task: str, name: str) -> dict:
     answers = TASKS[task][:4]
     if task == "boolq":
         answer = draw.choice(answers)
-        asked = f"Is {right if answer == 'true' else draw.choice(wrong)} {kind}?"
-        choices = ""
+        asked, choices = f"Is {right if answer == 'true' else draw.choice(wrong)} {kind}?", ""
     else:
         offered = draw.sample(wrong, len(answers))
         place = draw.randrange(len(answers))
         offered[place], answer = right, answers[place]
         asked = f"Which is {kind}?"
         choices = "\n\n" + " ".join(f"{name}: {word}" for name, word in zip(answers, offered, strict=True))
-    return {
-        "instruction": f"Please choose the correct answer: {asked}{choices}\n\nAnswer format: {'/'.join(answers)}",
-        "input": "",
-        "output": f"the correct answer is {answer}",
-        "answer": answer,
-    }
+    asked = f"Please choose the correct answer: {asked}{choices}\n\nAnswer format: {'/'.join(answers)}"
+    return {"instruction": asked, "input": "", "output": f"{ANSWER_LEAD} {answer}", "answer": answer}
 
 
 def place_of_model(model: str) -> str:

@@ -24,7 +24,7 @@ from transformers.hf_argparser import HfArg
 from control_experiments.errors import UserError, run_main
 from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.checksums import local_fingerprint
-from control_experiments.training.options import QUANTIZATION_HELP, check_method
+from control_experiments.training.options import QUANTIZATION_HELP, Precision, Quantization, check_method
 from LlaMA.commonsense import TASKS, check_tasks
 from LlaMA.demo import DEMO, demo_folder
 from LlaMA.finetune import METHODS
@@ -37,10 +37,7 @@ if TYPE_CHECKING:
 class Options:
     data: str = HfArg(help="Folder with <task>/test.json for each task, or demo (made on the spot).")
     output_dir: str = HfArg(help="Folder for the raw answers and the record.")
-    model: str = HfArg(
-        default="meta-llama/Llama-2-7b-hf",
-        help="Hub id, folder or GGUF file of the base model, or tiny (made on the spot).",
-    )
+    model: str = HfArg(default="meta-llama/Llama-2-7b-hf", help="Base: hub id, folder, GGUF file, or tiny.")
     adapter: Optional[str] = HfArg(default=None, help="Adapter folder; without it the base model answers.")
     device: str = HfArg(default="0", help="GPU index, or cpu.")
     tasks: list[str] = HfArg(default_factory=lambda: list(TASKS), help="Test sets to answer.")
@@ -55,18 +52,11 @@ class Options:
         default="matched",
         help="matched: prompts as in training; authors: the published, slightly different ones.",
     )
-    stop_when_decided: bool = HfArg(
-        default=True, help="End a batch once no continuation can change an answer."
-    )
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = HfArg(default="auto", help="Type of all weights.")
-    quantization: Literal["none", "nf4", "fp4", "int8"] = HfArg(default="none", help=QUANTIZATION_HELP)
-    compare_batch_one: int = HfArg(
-        default=0,
-        help="Instead of an evaluation: answer so many questions in batches and one by one, and compare.",
-    )
-    method: Optional[str] = HfArg(
-        default=None, help="What the adapter must be; with it the ranks below are checked too."
-    )
+    stop_when_decided: bool = HfArg(default=True, help="End a batch when no continuation changes an answer.")
+    dtype: Precision = HfArg(default="auto", help="Type of all weights.")
+    quantization: Quantization = HfArg(default="none", help=QUANTIZATION_HELP)
+    compare_batch_one: int = HfArg(default=0, help="Instead, answer so many questions in batches and singly.")
+    method: Optional[str] = HfArg(default=None, help="What the adapter must be; then ranks are checked too.")
     control_rank: int = HfArg(default=64, help="Expected rank of the control.")
     lora_rank: int = HfArg(default=32, help="Expected rank of LoRA, DoRA, MiSS or SHADOW.")
     lora_alpha: float = HfArg(default=64, help="Expected LoRA alpha.")
@@ -93,11 +83,9 @@ class Options:
         return {name: getattr(self, name) for name in names}
 
     def hyperparameters(self) -> dict:
-        """What the record says of the options."""
         return {**self.settings(), "batch_size": self.batch_size, "stop_when_decided": self.stop_when_decided}
 
     def checksums(self) -> dict[str, str | None]:
-        """Of each test set."""
         return {task: local_fingerprint(self.test_sets / task / "test.json") for task in self.tasks}
 
 

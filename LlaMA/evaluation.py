@@ -22,18 +22,12 @@ from control_experiments.paths import public_path
 from control_experiments.record import RunRecord, read_record
 from control_experiments.training.checkpoints import check_adapter_files
 from control_experiments.training.checksums import fingerprint, local_fingerprint
-from control_experiments.training.device import (
-    DTYPES,
-    choose_precision,
-    describe_device,
-    explain_out_of_memory,
-    select_device,
-)
+from control_experiments.training.device import DTYPES, describe_device, explain_out_of_memory
 from control_experiments.training.metering import MemoryMeter
 from control_experiments.training.methods import describe_model, load_adapter
 from control_experiments.training.quantization import check_method_runs, quantization_of
-from control_experiments.training.quiet import quieten
 from control_experiments.training.runs import RunFolder
+from control_experiments.training.setup import choose
 from LlaMA.answering import Question, Reply, batches, generate, in_parts, questions_of, rank_words
 from LlaMA.batch_one import compare_batch_one
 from LlaMA.commonsense import TASKS, Row, read_tests
@@ -50,9 +44,8 @@ LESS_MEMORY = "a smaller --batch_size, --dtype bf16, fewer --beams"
 
 def run(options: Options, command: Sequence[str]) -> RunRecord | None:
     """Evaluate, unless that is done; returns the record, or None then."""
-    device = select_device(options.device)
-    dtype = DTYPES[choose_precision(options.dtype, device, option="dtype")]
-    quieten()
+    device, precision = choose(options, "dtype")
+    dtype = DTYPES[precision]
     options.model = place_of_model(options.model)
     if options.adapter is not None:
         check_adapter(options)
@@ -99,30 +92,24 @@ def evaluate(
     )
     seconds: dict[str, float] = {}
     if options.compare_batch_one:
-        questions = [
-            question
-            for task, rows in tests.items()
-            for question in questions_of(rows, TASKS[task], tokenizer, options.prompt_style)
-        ]
+        questions = []
+        for task, rows in tests.items():
+            questions += questions_of(rows, TASKS[task], tokenizer, options.prompt_style)
         answer = answerer(options, model, tokenizer)
         published = partial(answer, stop_when_decided=False) if options.mode == "generate" else None
-        metrics = compare_batch_one(
-            questions, answer, published, count=options.compare_batch_one, batch_size=options.batch_size
-        )
+        size = {"count": options.compare_batch_one, "batch_size": options.batch_size}
+        metrics = compare_batch_one(questions, answer, published, **size)
         shown = {name: value for name, value in metrics.items() if name != "differing"}
         print(json.dumps(shown, indent=2))
     else:
         metrics = answer_all(options, folder, model, tokenizer, tests, seconds)
         print(f"{'average':14} accuracy {metrics['average']:6.2f}  no match {metrics['no_match']:5.2f}")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    sizes = {task: len(rows) for task, rows in tests.items()}
     return record.finish(
         folder.record,
         model=describe_model(options.model, base, total_parameters),
-        data={
-            "id": public_path(options.data),
-            "sha256": options.checksums(),
-            "sizes": {task: len(rows) for task, rows in tests.items()},
-        },
+        data={"id": public_path(options.data), "sha256": options.checksums(), "sizes": sizes},
         adapter=describe_frozen_adapter(model, dtype),
         metrics={"best": {} if options.compare_batch_one else metrics, "last": metrics},
         memory=memory.summary(),
@@ -135,10 +122,8 @@ def answer_all(
 ) -> dict:
     """Answer all test sets, which takes `seconds`; returns the record's metrics."""
     answer, scores, answered = in_parts(answerer(options, model, tokenizer)), {}, {}
-    interval = 0.2 if sys.stderr.isatty() else 20
-    with tqdm(
-        total=sum(map(len, tests.values())), unit="question", disable=None, mininterval=interval
-    ) as bar:
+    total = sum(map(len, tests.values()))
+    with tqdm(total=total, unit="question", disable=None) as bar:
         for task, rows in tests.items():
             path, began = folder.path / f"{task}.jsonl", time.perf_counter()
             left = len(rows) - len(read_answers(path, rows))
@@ -147,59 +132,43 @@ def answer_all(
             scores[task] = score(answered[task])
             seconds[task] = time.perf_counter() - began
             rate = f", {left / seconds[task]:.1f} questions/s" if left else ""
-            tqdm.write(
-                f"{task:14} accuracy {scores[task]['accuracy']:6.2f}  no match {scores[task]['no_match']:5.2f}{rate}",
-                file=sys.stdout,
-            )
+            reached = "accuracy {accuracy:6.2f}  no match {no_match:5.2f}".format(**scores[task])
+            tqdm.write(f"{task:14} {reached}{rate}", file=sys.stdout)
     keep_outcomes(folder.path, answered)
     return summarise(scores)
 
 
 def keep_outcomes(folder: Path, answered: dict[str, dict[int, dict]]) -> None:
     """Every question's outcome in compact form, for comparisons question by question."""
-    entries = [
-        (task, row, entry["correct"]) for task, answers in answered.items() for row, entry in answers.items()
-    ]
-    tasks, rows, correct = zip(*sorted(entries), strict=True)
-    write_outcomes(
-        folder, [f"{task} {row}" for task, row in zip(tasks, rows, strict=True)], correct, group=tasks
-    )
-
-
-# -- the adapter --------------------------------------------------------------------------------------------
+    names, correct, tasks = [], [], []
+    for task, answers in sorted(answered.items()):
+        names += [f"{task} {row}" for row in sorted(answers)]
+        correct += [answers[row]["correct"] for row in sorted(answers)]
+        tasks += [task] * len(answers)
+    write_outcomes(folder, names, correct, group=tasks)
 
 
 def check_adapter(options: Options) -> None:
-    """Check that the adapter is what the command line says, before anything large is loaded.
-
-    Raises:
-        UserError: it is unreadable, of another method or rank, or was trained on another base model.
-    """
+    """Check that the adapter is what the command line says, before anything large is loaded. Raises UserError:
+    it is unreadable, of another method or rank, or was trained on another base model."""
     check_adapter_files(options.adapter)
     try:
         config = PeftConfig.from_pretrained(options.adapter)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{options.adapter} is no adapter that peft can read: {error}") from error
     if options.method is not None:
-        expected = expected_config(
-            options.method, options.control_rank, 1.0, 0.0, options.lora_rank, options.lora_alpha, 0.0,
-            config.target_modules or ("q_proj",),
-        )  # fmt: skip
+        ranks = (options.control_rank, 1.0, 0.0, options.lora_rank, options.lora_alpha, 0.0)
+        expected = expected_config(options.method, *ranks, config.target_modules or ("q_proj",))
         for name, wanted in _identity(expected).items():
             if (found := _identity(config).get(name)) != wanted:
-                raise UserError(
-                    f"the adapter in {options.adapter} has {name} {found}, but {options.method} with {name} {wanted} "
-                    "was asked for: give the values it was trained with"
-                )
+                asked = f"{options.method} with {name} {wanted} was asked for: give the values it was trained with"
+                raise UserError(f"the adapter in {options.adapter} has {name} {found}, but {asked}")
     check_base(options, config.base_model_name_or_path)
 
 
 def check_base(options: Options, noted: str | None) -> None:
     """Compare the base with the training run's record beside the adapter, else with the adapter's own note.
-
-    Raises:
-        UserError: the adapter was trained on another base model.
-    """
+    Raises UserError: the adapter was trained on another base model."""
     record = Path(options.adapter).parent / "record.json"
     trained = read_record(record).model if record.is_file() else {"id": noted}
     checksum = local_fingerprint(options.model)
@@ -208,10 +177,9 @@ def check_base(options: Options, noted: str | None) -> None:
     else:  # a folder may have moved: only its name counts
         same = not trained["id"] or Path(trained["id"]).name == Path(options.model).name
     if not same:
-        raise UserError(
-            f"the adapter in {options.adapter} was trained on another base model ({Path(trained['id']).name}, not this "
-            f"{Path(options.model).name}): give that one as --model"
-        )
+        other = f"{Path(trained['id']).name}, not this {Path(options.model).name}"
+        told = f"{options.adapter} was trained on another base model ({other})"
+        raise UserError(f"the adapter in {told}: give that one as --model")
 
 
 def warn_of_other_quantization(adapter: str, quantization: str) -> None:
@@ -219,11 +187,8 @@ def warn_of_other_quantization(adapter: str, quantization: str) -> None:
     record = Path(adapter).parent / "record.json"
     trained = read_record(record).model.get("quantization", "none") if record.is_file() else quantization
     if trained != quantization:
-        print(
-            f"warning: the adapter in {adapter} was trained with --quantization {trained}, the base here is loaded with "
-            f"{quantization}: answers may differ",
-            file=sys.stderr,
-        )
+        told = f"{adapter} was trained with --quantization {trained}, the base here is loaded with {quantization}"
+        print(f"warning: the adapter in {told}: answers may differ", file=sys.stderr)
 
 
 def _identity(config: PeftConfig) -> dict:
@@ -277,39 +242,22 @@ def describe_frozen_adapter(model, dtype: torch.dtype) -> dict:
     """The record's `adapter` of a model that is not trained here."""
     if not isinstance(model, PeftModel):
         return {"config": None, "dtype": None, **dict.fromkeys(COUNTS, 0)}
-    count = sum(
-        tensor.numel() for tensor in get_peft_model_state_dict(model, save_embedding_layers=False).values()
-    )
-    return {
-        "config": model.peft_config["default"].to_dict(),
-        "dtype": str(dtype).removeprefix("torch."),
-        **dict(zip(COUNTS, (count, count, 0), strict=True)),
-    }
-
-
-# -- answering ----------------------------------------------------------------------------------------------
+    count = sum(map(torch.numel, get_peft_model_state_dict(model, save_embedding_layers=False).values()))
+    said = {"config": model.peft_config["default"].to_dict(), "dtype": str(dtype).removeprefix("torch.")}
+    return {**said, **dict(zip(COUNTS, (count, count, 0), strict=True))}
 
 
 def answerer(options: Options, model, tokenizer) -> Callable[[Sequence[Question]], list[Reply]]:
     """The function that answers one batch."""
     if options.mode == "likelihood":
         return partial(rank_words, model, tokenizer)
-    return partial(
-        generate,
-        model,
-        tokenizer,
-        beams=options.beams,
-        max_new_tokens=options.max_new_tokens,
-        stop_when_decided=options.stop_when_decided,
-    )
+    named = ("beams", "max_new_tokens", "stop_when_decided")
+    return partial(generate, model, tokenizer, **{name: getattr(options, name) for name in named})
 
 
 def read_answers(path: Path, rows: Sequence[Row]) -> dict[int, dict]:
     """The answers that a task's file holds, by row; a last line that a kill cut short is taken off the file.
-
-    Raises:
-        UserError: a line that is none of ours.
-    """
+    Raises UserError: a line that is none of ours."""
     if not path.is_file():
         return {}
     contents = path.read_bytes()
@@ -352,13 +300,9 @@ def answer_task(
             for index, reply in zip(indices, replies, strict=True):
                 if index not in missing:
                     continue
-                answers[index] = {
-                    "row": index,
-                    "label": rows[index].answer,
-                    "answer": reply.answer,
-                    "correct": reply.answer == rows[index].answer,
-                    "text": reply.text,
-                }
+                label = rows[index].answer
+                said = {"answer": reply.answer, "correct": reply.answer == label, "text": reply.text}
+                answers[index] = {"row": index, "label": label, **said}
                 file.write(json.dumps(answers[index], ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -381,9 +325,6 @@ def summarise(scores: dict[str, dict]) -> dict:
     tasks = {task: entry["accuracy"] for task, entry in scores.items()}
     no_match = {f"{task}/no_match": entry["no_match"] for task, entry in scores.items()}
     questions = sum(entry["questions"] for entry in scores.values())
-    return {
-        **tasks,
-        "average": sum(tasks.values()) / len(tasks),
-        **no_match,
-        "no_match": sum(entry["no_match"] * entry["questions"] for entry in scores.values()) / questions,
-    }
+    average = sum(tasks.values()) / len(tasks)
+    missed = sum(entry["no_match"] * entry["questions"] for entry in scores.values()) / questions
+    return {**tasks, "average": average, **no_match, "no_match": missed}

@@ -27,6 +27,7 @@ from control_experiments.training.options import (
     AdapterOptions,
     BaseOptions,
     MemoryOptions,
+    Precision,
     RunOptions,
     TrainerOptions,
     processes,
@@ -46,31 +47,24 @@ MIXED_TARGETS = ("q_proj", "k_proj", "v_proj")
 class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOptions):
     method: str = HfArg(help=f"What to train: {', '.join(METHODS)}.")
     data: str = HfArg(help="JSON file in the format of commonsense_170k.json, or demo (made on the spot).")
-    model: str = HfArg(
-        default="meta-llama/Llama-2-7b-hf",
-        help="Hub id, folder or GGUF file of the base model, or tiny (made on the spot).",
-    )
+    model: str = HfArg(default="meta-llama/Llama-2-7b-hf", help="Base: hub id, folder, GGUF file, or tiny.")
     epochs: float = HfArg(default=3, help="Passes over the training rows.")
     lr: float = HfArg(default=2e-4, help="Peak learning rate; linear decay after the warm-up.")
     warmup_steps: int = HfArg(default=100, help="Optimizer steps in which the rate rises.")
     batch_size: int = HfArg(default=8, help="Rows per optimizer step, over all processes.")
-    micro_batch_size: int = HfArg(
-        default=4, help="Rows whose loss is averaged over their tokens before rows of a step are averaged."
-    )
+    micro_batch_size: int = HfArg(default=4, help="Rows whose loss is averaged over their tokens.")
     cutoff: int = HfArg(default=256, help="Longer rows are cut to this many tokens.")
     batching: Literal["packed", "padded"] = HfArg(
         default="packed", help="packed: no padding; padded: micro-batches padded to their longest row."
     )
     token_budget: Optional[int] = HfArg(
-        default=None, help="Tokens in one forward; by default --micro_batch_size times --cutoff."
+        default=None, help="Of a forward; else --micro_batch_size x --cutoff."
     )
     attention: Literal["auto", "varlen", "sdpa"] = HfArg(
         default="auto",
         help="Attention over packed rows: varlen computes within rows only (GPU, half precision).",
     )
-    loss_on: Literal["all", "response"] = HfArg(
-        default="all", help="Tokens that are learned: prompt and response as published, or the response."
-    )
+    loss_on: Literal["all", "response"] = HfArg(default="all", help="all: as published, prompts too.")
     held_out: int = HfArg(default=120, help="Rows kept out of training that choose the checkpoint.")
     split_seed: int = HfArg(default=42, help="Seeds which rows are held out.")
     eval_steps: int = HfArg(default=80, help="Optimizer steps between checkpoints, each evaluated.")
@@ -78,19 +72,12 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
     lora_rank: int = HfArg(default=32, help="Rank of LoRA, DoRA, MiSS and SHADOW.")
     lora_alpha: float = HfArg(default=64, help="LoRA's updates are scaled by alpha/rank.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout before LoRA's A.")
-    lora_targets: Optional[list[str]] = HfArg(
-        default=None,
-        help="Modules for LoRA and the like; by default q,k,v, and without a control up,down too.",
-    )
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = HfArg(
-        default="auto", help="The frozen weights and autocast; the adapter is always float32."
-    )
+    lora_targets: Optional[list[str]] = HfArg(default=None, help="Else q,k,v; without control up,down too.")
+    dtype: Precision = HfArg(default="auto", help="Frozen weights and autocast; adapters are float32.")
     optimizer: Literal["adamw", "paged_adamw_8bit"] = HfArg(
         default="adamw", help="paged_adamw_8bit: states in 8 bits, in host memory when the GPU's runs out."
     )
-    gradient_checkpointing: bool = HfArg(
-        default=False, help="Recompute every layer in the backward (any method, with --memory plain)."
-    )
+    gradient_checkpointing: bool = HfArg(default=False, help="Recompute every layer in the backward.")
 
     methods: ClassVar[tuple[str, ...]] = METHODS
 

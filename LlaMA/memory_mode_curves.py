@@ -6,39 +6,39 @@ python -m LlaMA.memory_mode_curves --folder OUT
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import pandas as pd
+from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import run_main
 from control_experiments.record import read_record, write_text_atomic
 from control_experiments.reporting import pictures
 from control_experiments.reporting.tables import markdown_rows
+from control_experiments.training.arguments import parse_arguments
 
 MODES = ("plain", "fast", "balanced", "lean")
 OTHER = "other-seed"  # plain with another seed: how far apart two equally good runs lie
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    made.add_argument("--folder", type=Path, required=True, help="The OUT of compare_memory_modes.sh.")
-    return made
+@dataclass
+class Options:
+    folder: str = HfArg(help="The OUT of compare_memory_modes.sh.")
 
 
-def main() -> None:
-    folder = parser().parse_args().folder
+def main(argv: Sequence[str] | None = None) -> None:
+    (options,) = parse_arguments(Options, argv=argv, description=__doc__)
+    folder = Path(options.folder)
     places = {name: folder / name / "record.json" for name in (*MODES, OTHER)}
     needed = (MODES[0], OTHER)
     records = {name: read_record(path) for name, path in places.items() if path.is_file() or name in needed}
     used = records["plain"]
-    losses = {
-        name: {row["step"]: row["eval_loss"] for row in record.history} for name, record in records.items()
-    }
+    losses = {}
+    for name, record in records.items():
+        losses[name] = {row["step"]: row["eval_loss"] for row in record.history}
     memory = "peak resident memory" if used.device["kind"] == "cpu" else "peak allocated memory"
     rows = []
     for name, record in records.items():

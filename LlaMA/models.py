@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
+from tqdm.auto import tqdm
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -27,36 +26,32 @@ from control_experiments.training.methods import adapter_config, set_memory
 from control_experiments.training.options import AdapterOptions
 from control_experiments.training.quantization import check_not_quantized, loading_arguments, prepare
 
+# transformers shows a bar while it takes a GGUF file apart, whatever the switch of its other bars says
+modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)
+
 #: Tokens that models of the LLaMA family reserve and never use.
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "[PAD]", "<|pad|>")
 
+
+def _shape(width: int, inner: int, layers: int, heads: int, shared_heads: int, words: int, **more) -> dict:
+    return {
+        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": shared_heads, "vocab_size": words, **more,
+    }  # fmt: skip
+
+
 #: Shapes for measurements with random weights.
 SHAPES: dict[str, dict] = {
-    "smollm2": {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
-    },
-    "llama2-7b": {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "vocab_size": 32000,
-    },
-    "llama3-8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256,
-    },
-    "tiny": {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 2048,
-    },
-}  # fmt: skip
+    "smollm2": _shape(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
+    "llama2-7b": _shape(4096, 11008, 32, 32, 32, 32000),
+    "llama3-8b": _shape(4096, 14336, 32, 32, 8, 128256),
+    "tiny": _shape(64, 128, 2, 4, 2, 2048),
+}
 
 
 def _source(model: str) -> tuple[str, dict]:
-    """Where from_pretrained finds a model, and its further arguments.
-
-    Raises:
-        UserError: a path that does not exist, or a folder with several GGUF files.
-    """
+    """Where from_pretrained finds a model, and its further arguments. Raises UserError: a path that does not
+    exist, or a folder with several GGUF files."""
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
@@ -64,9 +59,7 @@ def _source(model: str) -> tuple[str, dict]:
         files = sorted(path.glob("*.gguf"))
         if files and not (path / "config.json").is_file():
             if len(files) > 1:
-                raise UserError(
-                    f"{model} holds {len(files)} GGUF files: name one of them, such as {files[0].name}"
-                )
+                raise UserError(f"{model} holds {len(files)} GGUF files: name one, such as {files[0].name}")
             return str(path), {"gguf_file": files[0].name}
         return str(path), {}
     if path.is_absolute() or path.suffix == ".gguf" or model.startswith((".", "~")) or model.count("/") > 1:
@@ -75,21 +68,13 @@ def _source(model: str) -> tuple[str, dict]:
 
 
 def is_gguf(model: str) -> bool:
-    """Whether a model is read from a GGUF file.
-
-    Raises:
-        UserError: as `_source`.
-    """
+    """Whether a model is read from a GGUF file. Raises as `_source`."""
     return bool(_source(model)[1])
 
 
 def load_tokenizer(model: str) -> Tokenizer:
-    """The base model's tokenizer.
-
-    Raises:
-        UserError: the model is no causal language model, or has no tokenizer, or one that cannot tell where its tokens
-            stand in the text.
-    """
+    """The base model's tokenizer. Raises UserError: the model is no causal language model, or has no tokenizer,
+    or one that cannot tell where its tokens stand in the text."""
     name, extra = _source(model)
     if not extra:
         _check_causal(model, name)
@@ -113,30 +98,15 @@ def _check_causal(model: str, name: str) -> None:
         raise UserError(f"cannot load a model from {model!r}: {_first_line(error)}") from error
     # encoders such as BERT can be asked to be decoders, which says nothing about how they were trained
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_decoder", True) is False:
-        raise UserError(
-            f"{model} is a {config.model_type} model, no causal language model: give one such as LLaMA, Mistral or Qwen"
-        )
-
-
-@contextmanager
-def _without_conversion_bar() -> Iterator[None]:
-    """transformers shows a bar while it takes a GGUF file apart, whatever the switch of its other bars says."""
-    shown = modeling_gguf_pytorch_utils.tqdm
-    modeling_gguf_pytorch_utils.tqdm = partial(shown, disable=True)
-    try:
-        yield
-    finally:
-        modeling_gguf_pytorch_utils.tqdm = shown
+        kind = f"a {config.model_type} model, no causal language model"
+        raise UserError(f"{model} is {kind}: give one such as LLaMA, Mistral or Qwen")
 
 
 def load_model(
     model: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa", quantization: str = "none"
 ) -> PreTrainedModel:
-    """The base model on its device, in evaluation mode, its linear layers quantized if asked for.
-
-    Raises:
-        UserError: there is no such model, it is no causal language model, or it cannot be quantized.
-    """
+    """The base model on its device, in evaluation mode, its linear layers quantized if asked for. Raises
+    UserError: there is no such model, it is no causal language model, or it cannot be quantized."""
     name, extra = _source(model)
     if quantization != "none" and "gguf_file" in extra:
         raise UserError(
@@ -147,13 +117,8 @@ def load_model(
     try:
         if quantization != "none":
             check_not_quantized(quantization, AutoConfig.from_pretrained(name), model)
-        with _without_conversion_bar():
-            base = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=dtype,
-                attn_implementation=attention,
-                **{"device_map": {"": device}, **quantized, **extra},
-            )
+        how = {"attn_implementation": attention, **({"device_map": {"": device}} | quantized), **extra}
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **how)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -161,9 +126,8 @@ def load_model(
     if "gguf_file" in extra:
         _forget_quantization(base)
     # what the adapter notes as its base: a folder as it is found from anywhere
-    place = (
-        str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() and not extra else model
-    )
+    folder = Path(name).expanduser()
+    place = str(folder.resolve()) if folder.is_dir() and not extra else model
     base.config._name_or_path = base.name_or_path = place
     return prepare(base).eval()
 
@@ -204,11 +168,7 @@ def choose_pad_token(tokenizer: Tokenizer, embeddings: int) -> None:
 def expected_config(
     method: str, control_rank, control_alpha, control_dropout, lora_rank, lora_alpha, lora_dropout, targets
 ) -> PeftConfig:
-    """The peft configuration of a commonsense run.
-
-    Raises:
-        UserError: an unknown method or impossible values.
-    """
+    """The peft configuration of a commonsense run. Raises UserError: an unknown method or impossible values."""
     options = AdapterOptions(
         method=method, control_rank=control_rank, control_alpha=control_alpha, control_dropout=control_dropout,
         lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
@@ -218,11 +178,8 @@ def expected_config(
 
 
 def add_adapter(base: PreTrainedModel, config) -> PeftModel:
-    """The base with a new adapter, whose parameters are float32.
-
-    Raises:
-        UserError: the architecture has no such blocks or target modules.
-    """
+    """The base with a new adapter, whose parameters are float32. Raises UserError: the architecture has no such
+    blocks or target modules."""
     for target in config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else ():
         if not any(f".{name}".endswith(f".{target}") for name, _ in base.named_modules()):
             raise UserError(f"{type(base).__name__} has no module {target!r} for LoRA")
@@ -237,12 +194,11 @@ def add_adapter(base: PreTrainedModel, config) -> PeftModel:
 
 
 def ready_to_train(model: PeftModel, memory: str, *, half: bool, **how) -> None:
-    """Set the memory mode (`how` is `set_memory`'s), and spare LoRA the float32 copies of its inputs that autocast makes needless.
+    """Set the memory mode (`how` is `set_memory`'s), and spare LoRA the float32 copies of its inputs that
+    autocast makes needless.
 
-    DoRA keeps its float32 inputs: it computes its weights' norms in their type.
-
-    Raises:
-        UserError: the memory mode does not support this model or method.
+    DoRA keeps its float32 inputs: it computes its weights' norms in their type. Raises UserError: the memory
+    mode does not support this model or method.
     """
     for module in model.modules():
         if half and isinstance(module, LoraLayer) and not any(module.use_dora.values()):

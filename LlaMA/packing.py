@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from peft import ShadowModel
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
@@ -45,12 +46,6 @@ class Batch:
     tokens: int
     fixed: bool = False
 
-    @classmethod
-    def uniform(cls, inputs: dict, labels: torch.Tensor, divisor: float, rows: int, tokens: int) -> Batch:
-        """A batch whose labels all weigh the same."""
-        weights = torch.ones(labels.shape, dtype=torch.float32)
-        return cls(inputs, labels, weights, torch.tensor(float(divisor)), rows, tokens)
-
     def to(self, device: torch.device) -> Batch:
         def moved(value):
             return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
@@ -73,33 +68,27 @@ def padded_step(rows: Sequence[TokenRow], micro_batch: int, pad_token_id: int) -
     """One optimizer step as published: micro-batches padded on the right to their longest row."""
     batches = []
     for group, divisor in micro_batches(rows, micro_batch):
-        longest = max(len(row.ids) for row in group)
-        ids = torch.full((len(group), longest), pad_token_id)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
+        ids = pad_sequence([torch.tensor(row.ids) for row in group], True, pad_token_id)
+        mask = pad_sequence([torch.ones(len(row.ids), dtype=torch.long) for row in group], True)
+        labels = ids.masked_fill(mask == 0, IGNORE)
         for index, row in enumerate(group):
-            ids[index, : len(row.ids)] = torch.tensor(row.ids)
-            mask[index, : len(row.ids)] = 1
-            labels[index, row.loss_from : len(row.ids)] = torch.tensor(row.ids[row.loss_from :])
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        batches.append(Batch.uniform(inputs, labels, divisor, len(group), int(mask.sum())))
+            labels[index, : row.loss_from] = IGNORE
+        inputs, weights = {"input_ids": ids, "attention_mask": mask}, torch.ones(labels.shape)
+        divisor = torch.tensor(float(divisor))
+        batches.append(Batch(inputs, labels, weights, divisor, len(group), int(mask.sum())))
     return batches
 
 
 def packed_step(rows: Sequence[TokenRow], micro_batch: int, token_budget: int) -> list[Batch]:
-    """One optimizer step in as few packs of at most `token_budget` tokens as first-fit-decreasing finds.
-
-    Raises:
-        UserError: a row alone is longer than the budget.
-    """
+    """One optimizer step in as few packs of at most `token_budget` tokens as first-fit-decreasing finds. Raises
+    UserError: a row alone is longer than the budget."""
     groups = micro_batches(rows, micro_batch)
     numbered = [(number, row) for number, (group, _) in enumerate(groups) for row in group]
     packs: list[list[tuple[int, TokenRow]]] = []
     room: list[int] = []
     for number, row in sorted(numbered, key=lambda entry: -len(entry[1].ids)):
         if len(row.ids) > token_budget:
-            raise UserError(
-                f"--token_budget {token_budget} is below a row's {len(row.ids)} tokens: use at least --cutoff"
-            )
+            raise UserError(f"--token_budget {token_budget} is below a row's {len(row.ids)} tokens")
         fits = next((index for index, left in enumerate(room) if left >= len(row.ids)), None)
         if fits is None:
             packs.append([])
@@ -127,27 +116,18 @@ def _pack(pack: list[tuple[int, TokenRow]], groups: list[tuple[list[TokenRow], f
 
 
 def _packed_inputs(ids: torch.Tensor, positions: torch.Tensor, ends: Sequence[int], longest: int) -> dict:
-    cumulative = torch.tensor(ends, dtype=torch.int32)
-    return {
-        "input_ids": ids,
-        "position_ids": positions,
-        # transformers' names for what variable-length attention kernels take
-        "cu_seq_lens_q": cumulative,
-        "cu_seq_lens_k": cumulative,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    # transformers' names for what variable-length attention kernels take
+    lengths = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor(ends, dtype=torch.int32))
+    longest = dict.fromkeys(("max_length_q", "max_length_k"), longest)
+    return {"input_ids": ids, "position_ids": positions, **lengths, **longest}
 
 
 def fixed_shape(pack: Batch, quantum: int, rows: int, longest: int, pad_token_id: int) -> Batch:
     """A pack of the same loss in one of few shapes, as CUDA graphs need them.
 
     Its tokens are filled up to a multiple of `quantum` with rows of padding that weigh nothing, and its list of rows to
-    `rows` plus as many as that padding may need, with empty ones.
-
-    Args:
-        rows: the most that a pack has.
-        longest: the most tokens that a row has.
+    `rows`, the most that a pack has, plus as many as that padding may need, with empty ones; no row has more than `longest`
+    tokens.
     """
     tokens = pack.labels.shape[1]
     whole = -(-tokens // quantum) * quantum
@@ -166,18 +146,11 @@ def fixed_shape(pack: Batch, quantum: int, rows: int, longest: int, pad_token_id
     )
 
 
-# -- the loss -----------------------------------------------------------------------------------------------
-
-
 def batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The batch's share of its optimizer step's loss: the weighted sum of its labels' cross entropies / divisor."""
-    logits = model(**batch.inputs, use_cache=False).logits
-    losses = F.cross_entropy(
-        logits[:, :-1].reshape(-1, logits.shape[-1]).float(),
-        batch.labels[:, 1:].reshape(-1),
-        ignore_index=IGNORE,
-        reduction="none",
-    )
+    logits = model(**batch.inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    labels = batch.labels[:, 1:].flatten()
+    losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
     return losses @ batch.weights[:, 1:].reshape(-1) / batch.divisor
 
 
@@ -234,9 +207,8 @@ class GraphedLoss:
 
         def compute(labels, weights, divisor, *values):
             inputs = {**batch.inputs, **dict(zip(names, values, strict=True))}
-            return self.loss(
-                model, replace(batch, inputs=inputs, labels=labels, weights=weights, divisor=divisor)
-            )
+            given = replace(batch, inputs=inputs, labels=labels, weights=weights, divisor=divisor)
+            return self.loss(model, given)
 
         tensors = [batch.labels, batch.weights, batch.divisor, *(batch.inputs[name] for name in names)]
         return self.graphs(compute, tensors, model, batch.inputs["max_length_q"])
@@ -247,31 +219,26 @@ def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
-# -- attention within rows ----------------------------------------------------------------------------------
-
 VARLEN = "packed_varlen"
 
 
 def varlen_available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch's variable-length flash attention runs here: a GPU from Ampere on, in half precision."""
-    return (
-        device.type == "cuda"
-        and dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    half = dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def varlen_attention(
     module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query,
+    key,
+    value,
     attention_mask,
     *,
-    cu_seq_lens_q: torch.Tensor,
-    max_length_q: int,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
+    cu_seq_lens_q,
+    max_length_q,
+    scaling=None,
+    sliding_window=None,
     **_,
 ):
     """A transformers attention function over packed rows, causal within each.
@@ -297,11 +264,8 @@ AttentionMaskInterface.register(VARLEN, flash_attention_mask)
 
 
 def check_packing(model: torch.nn.Module, rows: Sequence[TokenRow]) -> None:
-    """Check on two rows that this architecture keeps packed rows apart.
-
-    Raises:
-        UserError: the second row's logits depend on the first.
-    """
+    """Check on two rows that this architecture keeps packed rows apart. Raises UserError: the second row's
+    logits depend on the first."""
     weight = _causal_lm(model).get_input_embeddings().weight
     device, half = weight.device, weight.dtype != torch.float32
     # the beginnings of all rows are alike, so one row's beginning goes before another's end

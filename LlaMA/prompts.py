@@ -10,9 +10,8 @@ from typing import Literal
 
 Style = Literal["matched", "authors"]
 
-_I = (
-    " " * 16
-)  # the authors' templates are indented string literals, and the indentation is part of the prompt
+# the authors' templates are indented string literals, and the indentation is part of the prompt
+_I = " " * 16
 
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "

@@ -88,11 +88,11 @@ def train(options: Options, run: Run) -> RunRecord:
         dtype=str(dtype).removeprefix("torch."),
     )
     if is_gguf(options.model) and os.environ.get("RANK", "0") == "0":
-        print(
-            f"note: other tools cannot load {options.model} as the adapter's base: to serve the adapter, first make a folder "
-            f"of it (python -m LlaMA.convert --model {options.model} --output_dir FOLDER) and train over that",
-            file=sys.stderr,
+        first = (
+            f"first make a folder of it (python -m LlaMA.convert --model {options.model} --output_dir FOLDER)"
         )
+        told = f"other tools cannot load {options.model} as the adapter's base: to serve the adapter, {first}"
+        print(f"note: {told} and train over that", file=sys.stderr)
     rows = split_rows(read_rows(options.contents("data")), options.held_out, options.split_seed)
     tokenizer = load_tokenizer(options.model)
     seed_everything(options.seed)
@@ -124,24 +124,21 @@ def train(options: Options, run: Run) -> RunRecord:
     loss = batch_loss if options.memory == "plain" else fused_batch_loss
     if options.method == "shadow":
         loss = shadow_batch_loss
+    pad = tokenizer.pad_token_id
+    own = {
+        "memory": memory,
+        "unit": options.micro_batch_size,
+        "held_out": held_out_batches(held_out, options, pad),
+    }
+    own["loss"] = GraphedLoss(loss) if options.cuda_graphs else loss
     with folder.logging_from(*LOGGERS):
-        trainer = CommonsenseTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=training,
-            data_collator=partial(collate, options=options, pad_token_id=tokenizer.pad_token_id),
-            eval_dataset=held_out,
-            memory=memory,
-            unit=options.micro_batch_size,
-            loss=GraphedLoss(loss) if options.cuda_graphs else loss,
-            held_out=held_out_batches(held_out, options, tokenizer.pad_token_id),
-        )
+        collator = partial(collate, options=options, pad_token_id=pad)
+        parts = {"train_dataset": training, "eval_dataset": held_out, "data_collator": collator}
+        trainer = CommonsenseTrainer(model, arguments, **parts, **own)
         adapter = describe_adapter(model)
-        line = (
-            f"{options.method} on {public_path(options.model)}: {len(training)} training and {len(held_out)} held-out rows, "
-            f"{cut} cut at {options.cutoff} tokens; {adapter['trainable_parameters']:,} of {total_parameters:,} "
-            f"parameters trained, {run.described}"
-        )
+        counts = f"{adapter['trainable_parameters']:,} of {total_parameters:,} parameters trained"
+        counted = f"{len(training)} training and {len(held_out)} held-out rows, {cut} cut at {options.cutoff} tokens"
+        line = f"{options.method} on {public_path(options.model)}: {counted}; {counts}, {run.described}"
         logger.info("%s", line)
         if trainer.is_world_process_zero():
             print(line, flush=True)
@@ -156,6 +153,8 @@ def train(options: Options, run: Run) -> RunRecord:
         "pad_token": tokenizer.pad_token,
     }
 
+    sizes = {"train": len(training), "held_out": len(held_out), "cut": cut}
+
     def save(place: Path) -> None:
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
@@ -168,7 +167,7 @@ def train(options: Options, run: Run) -> RunRecord:
         data={
             "id": public_path(options.data),
             "sha256": local_fingerprint(options.contents("data")),
-            "sizes": {"train": len(training), "held_out": len(held_out), "cut": cut},
+            "sizes": sizes,
         },
         adapter=adapter,
         metrics=metrics,
@@ -176,12 +175,10 @@ def train(options: Options, run: Run) -> RunRecord:
         time=run.time(trainer.throughput),
         history=history,
     )
-    rate = record.time["tokens_per_second"]
-    print(
-        f"held-out loss {metrics['best'].get('eval_loss', float('nan')):.4f} at step {metrics['best'].get('step')}"
-        + (f", {rate:,.0f} tokens/s" if rate else "")
-        + f"; record in {folder.record}"
-    )
+    rate, best = record.time["tokens_per_second"], metrics["best"]
+    speed = f", {rate:,.0f} tokens/s" if rate else ""
+    loss = f"{best.get('eval_loss', math.nan):.4f} at step {best.get('step')}"
+    print(f"held-out loss {loss}{speed}; record in {folder.record}")
     return record
 
 
@@ -200,10 +197,8 @@ def prepare_model(
     memory.after_load()
     total = base.num_parameters()
     model = add_adapter(base, adapter_config(options, task_type="CAUSAL_LM", targets=options.targets))
-    ready_to_train(
-        model, options.memory, half=dtype != torch.float32,
-        chunk_tokens=options.chunk_tokens, offload=options.offload,
-    )  # fmt: skip
+    how = {"half": dtype != torch.float32, "chunk_tokens": options.chunk_tokens, "offload": options.offload}
+    ready_to_train(model, options.memory, **how)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if shared:
@@ -234,11 +229,7 @@ def held_out_batches(rows: Sequence[TokenRow], options: Options, pad_token_id: i
 
 class CommonsenseTrainer(ExperimentTrainer):
     """A Trainer whose batch is a whole optimizer step, worked on in packs (or padded micro-batches).
-
-    Args:
-        loss: `batch_loss` or a variant of it.
-        held_out: batches whose losses sum to the held-out loss, the mean over all their predicted tokens.
-        All others are the ExperimentTrainer's.
+    The losses of the `held_out` batches sum to the held-out loss, the mean over all their predicted tokens.
     """
 
     def __init__(self, *args, loss: Callable, held_out: list[Batch], **kwargs):

@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Time both, print one line each and the ratio, write the figures."""
     (options,) = parse_arguments(Options, argv=argv, description=__doc__)
     check_numbers(options, "steps", at_least=0)
-    training = finetune.Options(
-        method=options.method, task="cola", model=options.model, max_length=options.max_length,
-        batch_size=options.batch_size, data=options.data,
-    )  # fmt: skip
+    shared = {
+        name: getattr(options, name) for name in ("method", "model", "max_length", "batch_size", "data")
+    }
+    training = finetune.Options(task="cola", **shared)
     training.check()
     training.check_places()
     words = sys.argv[1:] if argv is None else argv
@@ -88,9 +88,8 @@ def measure(options: Options, training: finetune.Options) -> dict:
         "max_length": RandomSampler(rows, generator=torch.Generator().manual_seed(training.seed)),
         "longest": ResumableLengthSampler(options.batch_size, lengths=lengths, seed=training.seed),
     }
-    optimizer = torch.optim.AdamW(
-        (p for p in model.parameters() if p.requires_grad), lr=3e-4, weight_decay=0.1
-    )
+    trained = (p for p in model.parameters() if p.requires_grad)
+    optimizer = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0.1)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     def batches(padding: str) -> list[list[int]]:
@@ -100,13 +99,8 @@ def measure(options: Options, training: finetune.Options) -> dict:
         chosen = min(options.steps or len(found), len(found))
         return [found[place * len(found) // chosen] for place in range(chosen)]
 
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
     def step(padding: str, batch: list[int]) -> tuple[float, torch.Tensor]:
-        begun = now()
+        begun = time.perf_counter()
         collate = DataCollatorWithPadding(tokenizer, padding, options.max_length)
         batch = collate([inputs[index] for index in batch])
         with torch.autocast(device.type, dtype=devices.DTYPES[precision], enabled=precision != "fp32"):
@@ -115,7 +109,9 @@ def measure(options: Options, training: finetune.Options) -> dict:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        return now() - begun, batch["attention_mask"]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begun, batch["attention_mask"]
 
     epochs = {padding: batches(padding) for padding in samplers}
     for padding, batch in ((p, b) for p in epochs for b in islice(cycle(epochs[p]), WARM_UP_STEPS)):
@@ -127,14 +123,13 @@ def measure(options: Options, training: finetune.Options) -> dict:
             seconds[padding] += taken
             real[padding] += int(mask.sum())
             processed[padding] += mask.numel()
-    count = -(-len(rows) // options.batch_size)
-    figures = {
-        padding: {
-            "seconds_per_epoch": seconds[padding] * count / len(epochs[padding]),
-            "padding_share": 1 - real[padding] / processed[padding],
+    count, figures = -(-len(rows) // options.batch_size), {}
+    for padding, timed in epochs.items():
+        share = 1 - real[padding] / processed[padding]
+        figures[padding] = {
+            "seconds_per_epoch": seconds[padding] * count / len(timed),
+            "padding_share": share,
         }
-        for padding in epochs
-    }
     given = {name: value for name, value in asdict(options).items() if name not in ("output", "data")}
     return {
         "git": git_state(),

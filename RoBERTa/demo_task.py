@@ -59,11 +59,8 @@ def demo_checksum(splits: dict[str, list[tuple[str, int]]]) -> str:
 
 
 def corrupt(sentence: str, rng: random.Random) -> str:
-    """The sentence with one corruption; it always differs from what came in.
-
-    Raises:
-        ValueError: fewer than two different words after the first, so that no order is wrong.
-    """
+    """The sentence with one corruption; it always differs from what came in. Raises ValueError: fewer than two
+    different words after the first, so that no order is wrong."""
     body = sentence.rstrip(".,:;!?")
     words, ending = body.split(), sentence[len(body) :]
     places = [place for place, word in enumerate(words) if word in _WRONG_FORM]
@@ -88,13 +85,9 @@ def _sentences_by_topic() -> dict[str, list[str]]:
     seen: set[str] = set()
     found: dict[str, list[str]] = {}
     for name in sorted(topics):
-        kept = []
-        for sentence in _sentences(topics[name]):
-            if sentence not in seen:
-                seen.add(sentence)
-                kept.append(sentence)
-        if kept:
-            found[name] = kept
+        if new := [sentence for sentence in dict.fromkeys(_sentences(topics[name])) if sentence not in seen]:
+            found[name] = new
+            seen.update(new)
     return found
 
 
@@ -118,11 +111,10 @@ def _tsv(rows: list[tuple[str, int]]) -> str:
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise UserError("usage: python -m RoBERTa.demo_task FOLDER")
-    splits = make_demo()
-    folder = Path(sys.argv[1]) / "Demo"
+    splits, folder = make_demo(), Path(sys.argv[1]) / "Demo"
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
-        name = {"train": "train.tsv", "validation": "dev.tsv"}[split]
+        name = f"{split.replace('validation', 'dev')}.tsv"
         (folder / name).write_text(_tsv(rows), encoding="utf-8")
         print(f"{folder / name}: {len(rows)} rows, {sum(label for _, label in rows)} intact")
     print(f"sha256 {demo_checksum(splits)}")

@@ -31,11 +31,8 @@ class Options:
 
 
 def download(task: str, folder: Path) -> None:
-    """Save one task to `folder`, which appears only when it is whole.
-
-    Raises:
-        UserError: the hub cannot be reached, or `folder` cannot be written.
-    """
+    """Save one task to `folder`, which appears only when it is whole. Raises UserError: the hub cannot be
+    reached, or `folder` cannot be written."""
     from datasets import load_dataset
 
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")

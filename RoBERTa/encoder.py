@@ -42,19 +42,14 @@ def load_tokenizer_and_model(
     name: str,
     task: Task,
     quantization: str = "none",
-    device: torch.device = torch.device("cpu"),  # noqa: B008  immutable
+    device: torch.device | str = "cpu",
     precision: str = "fp32",
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The encoder in float32 with a new head for the task, or with its linear layers quantized, then on `device`.
-
-    Raises:
-        UserError: there is no such model, it is no sequence classifier, or it cannot be quantized.
-    """
+    """The encoder in float32 with a new head for the task, or with its linear layers quantized, then on
+    `device`. Raises UserError: there is no such model, it is no sequence classifier, or it cannot be quantized."""
     names = task.classes or ("score",)
-    labels = {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: label for label, name in enumerate(names)},
-    }
+    numbered = dict(enumerate(names))
+    labels = {"id2label": numbered, "label2id": {name: label for label, name in numbered.items()}}
     if task.regression:
         labels["problem_type"] = "regression"
     quantized = loading_arguments(quantization, device, DTYPES[precision])
@@ -90,27 +85,20 @@ def check_length(options: Options, model: PreTrainedModel) -> None:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             longest = min(longest, module.num_embeddings - module.padding_idx - 1)
     if options.max_length > longest:
-        raise UserError(
-            f"--max_length {options.max_length} is more than {options.model} can read ({longest} tokens)"
-        )
+        given = f"--max_length {options.max_length}"
+        raise UserError(f"{given} is more than {options.model} can read ({longest} tokens)")
 
 
 def add_adapter(model: PreTrainedModel, options: Options) -> PeftModel:
-    """The model with the method's adapter; the adapter and the classifier are what trains.
-
-    Raises:
-        UserError: the architecture has no such blocks or target modules.
-    """
+    """The model with the method's adapter; the adapter and the classifier are what trains. Raises UserError:
+    the architecture has no such blocks or target modules."""
     targets = options.lora_targets or QUERY_VALUE.get(model.config.model_type, DEFAULT_QUERY_VALUE)
     config = adapter_config(options, task_type="SEQ_CLS", targets=targets)
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        asked = (
-            f" (target modules asked for: {', '.join(targets)})"
-            if getattr(config, "target_modules", None)
-            else ""
-        )
+        named = getattr(config, "target_modules", None)
+        asked = f" (target modules asked for: {', '.join(targets)})" if named else ""
         raise UserError(f"{options.method} on {options.model}: {error}{asked}") from error
 
 
@@ -134,9 +122,5 @@ def tokenize(
 
 
 def collator(options: Options, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
-    return DataCollatorWithPadding(
-        tokenizer,
-        padding=options.padding,
-        max_length=options.max_length,
-        pad_to_multiple_of=16 if options.cuda_graphs else None,
-    )
+    multiple = 16 if options.cuda_graphs else None
+    return DataCollatorWithPadding(tokenizer, options.padding, options.max_length, multiple)

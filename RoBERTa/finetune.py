@@ -28,6 +28,7 @@ from control_experiments.training.options import (
     AdapterOptions,
     BaseOptions,
     MemoryOptions,
+    Precision,
     RunOptions,
     TrainerOptions,
 )
@@ -40,9 +41,7 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
 
     task: str = HfArg(help=f"One of {', '.join(TASKS)}.")
     model: str = HfArg(default="roberta-base", help="Hub id or folder of an encoder.")
-    data: str | None = HfArg(
-        default=None, help="Folder with classic GLUE tsv folders or save_to_disk data; without it, the hub."
-    )
+    data: str | None = HfArg(default=None, help="Folder of GLUE tsv or save_to_disk folders; else the hub.")
     epochs: float = HfArg(default=80, help="Passes over the training set.")
     weight_decay: float = HfArg(default=0.1, help="AdamW's, on every trained parameter, biases too.")
     warmup_ratio: float = HfArg(default=0.06, help="Share of the steps in which the rate rises.")
@@ -53,14 +52,8 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
         default="longest",
         help="longest: rows of like length together, padded to their longest; max_length: the authors'.",
     )
-    random_order: bool = HfArg(
-        default=False,
-        help="Do not bring rows of like length together: more padding, but batches whose lengths say nothing about "
-        "their labels.",
-    )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = HfArg(
-        default="auto", help="Autocast type; auto: bf16 or else fp16 on a GPU, fp32 on a CPU."
-    )
+    random_order: bool = HfArg(default=False, help="Rows of all lengths in a batch, at more padding.")
+    precision: Precision = HfArg(default="auto", help="Autocast; auto: bf16 or fp16 on a GPU, else fp32.")
     predict: bool = HfArg(default=False, help="Write the GLUE server's files for the test sets.")
 
     methods: ClassVar = ("control", "lora", "dora", "double control", "control+lora", "control+dora")

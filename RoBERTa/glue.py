@@ -7,8 +7,8 @@ Source: Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform for Nat
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from control_experiments.errors import UserError
+from control_experiments.record import write_text_atomic
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -44,14 +45,10 @@ def _accuracy_and_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, f
 def _correlations(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     from scipy.stats import pearsonr, spearmanr
 
-    if (
-        np.ptp(predictions) == 0 or np.ptp(labels) == 0
-    ):  # undefined; a model that says one thing has learnt nothing
-        return {"pearson": 0.0, "spearman": 0.0}
-    return {
-        "pearson": float(pearsonr(predictions, labels).statistic),
-        "spearman": float(spearmanr(predictions, labels).statistic),
-    }
+    # undefined where one is constant; a model that says one thing has learnt nothing
+    constant = np.ptp(predictions) == 0 or np.ptp(labels) == 0
+    found = {"pearson": pearsonr, "spearman": spearmanr}
+    return {n: 0.0 if constant else float(f(predictions, labels).statistic) for n, f in found.items()}
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,10 @@ class Task:
         tsv: the tsv columns that hold those texts and, last, the label.
         classes: class names in label order; empty for regression.
         metric: predicted classes (or scores), labels -> official metrics, each in [-1, 1].
-        server_files: test split -> file name that the GLUE server expects.
         server_names: whether the server wants class names (else numbers).
         evaluations: suffixes of its dev and test splits, e.g. ("matched", "mismatched").
         headed: whether its train and dev tsv start with a header (CoLA's do not).
+        tested: whether there are test sets.
     """
 
     folder: str
@@ -75,10 +72,19 @@ class Task:
     tsv: tuple[str, ...]
     classes: tuple[str, ...]
     metric: Callable[[np.ndarray, np.ndarray], dict[str, float]]
-    server_files: Mapping[str, str]
     server_names: bool = False
     evaluations: tuple[str, ...] = ("",)
     headed: bool = True
+    tested: bool = True
+
+    @property
+    def server_files(self) -> dict[str, str]:
+        """Test split -> file name that the GLUE server expects."""
+        files = {"": "", "matched": "-m", "mismatched": "-mm"}
+        named = {
+            f"test_{suffix}".rstrip("_"): f"{self.folder}{files[suffix]}.tsv" for suffix in self.evaluations
+        }
+        return named if self.tested else {}
 
     @property
     def regression(self) -> bool:
@@ -110,52 +116,35 @@ class Task:
 _PAIRED_BY = {
     _accuracy: "accuracy", _matthews: "matthews", _accuracy_and_f1: "accuracy and F1", _correlations: "Pearson and Spearman",
 }  # fmt: skip
-_YES_NO = ("not_entailment", "entailment")
+
 _ENTAILMENT = ("entailment", "not_entailment")
 _PAIR = ("sentence1", "sentence2")
 
+_FIRST, _SENTENCE = ("sentence",), ("sentence", "label")
+_QUESTIONS = ("question1", "question2")
 TASKS: dict[str, Task] = {
-    "cola": Task(
-        "CoLA", ("sentence",), ("sentence", "label"), ("unacceptable", "acceptable"), _matthews,
-        {"test": "CoLA.tsv"}, headed=False,
-    ),
+    "cola": Task("CoLA", _FIRST, _SENTENCE, ("unacceptable", "acceptable"), _matthews, headed=False),
     "mnli": Task(
         "MNLI", ("premise", "hypothesis"), (*_PAIR, "gold_label"), ("entailment", "neutral", "contradiction"),
-        _accuracy, {"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
-        server_names=True, evaluations=("matched", "mismatched"),
+        _accuracy, True, ("matched", "mismatched"),
     ),
     "mrpc": Task(
-        "MRPC", _PAIR, ("#1 String", "#2 String", "Quality"), ("not_equivalent", "equivalent"),
-        _accuracy_and_f1, {"test": "MRPC.tsv"},
+        "MRPC", _PAIR, ("#1 String", "#2 String", "Quality"), ("not_equivalent", "equivalent"), _accuracy_and_f1
     ),
-    "qnli": Task(
-        "QNLI", ("question", "sentence"), ("question", "sentence", "label"), _ENTAILMENT,
-        _accuracy, {"test": "QNLI.tsv"}, server_names=True,
-    ),
-    "qqp": Task(
-        "QQP", ("question1", "question2"), ("question1", "question2", "is_duplicate"),
-        ("not_duplicate", "duplicate"), _accuracy_and_f1, {"test": "QQP.tsv"},
-    ),
-    "rte": Task("RTE", _PAIR, (*_PAIR, "label"), _ENTAILMENT, _accuracy, {"test": "RTE.tsv"}, server_names=True),
-    "sst2": Task(
-        "SST-2", ("sentence",), ("sentence", "label"), ("negative", "positive"), _accuracy, {"test": "SST-2.tsv"}
-    ),
-    "stsb": Task("STS-B", _PAIR, (*_PAIR, "score"), (), _correlations, {"test": "STS-B.tsv"}),
-    "wnli": Task("WNLI", _PAIR, (*_PAIR, "label"), _YES_NO, _accuracy, {"test": "WNLI.tsv"}),
-    "demo": Task(
-        "Demo", ("sentence",), ("sentence", "label"), ("corrupted", "intact"), _matthews, {}, headed=False
-    ),
+    "qnli": Task("QNLI", ("question", "sentence"), ("question", *_SENTENCE), _ENTAILMENT, _accuracy, True),
+    "qqp": Task("QQP", _QUESTIONS, (*_QUESTIONS, "is_duplicate"), ("not_duplicate", "duplicate"), _accuracy_and_f1),
+    "rte": Task("RTE", _PAIR, (*_PAIR, "label"), _ENTAILMENT, _accuracy, True),
+    "sst2": Task("SST-2", _FIRST, _SENTENCE, ("negative", "positive"), _accuracy),
+    "stsb": Task("STS-B", _PAIR, (*_PAIR, "score"), (), _correlations),
+    "wnli": Task("WNLI", _PAIR, (*_PAIR, "label"), ("not_entailment", "entailment"), _accuracy),
+    "demo": Task("Demo", _FIRST, _SENTENCE, ("corrupted", "intact"), _matthews, headed=False, tested=False),
 }  # fmt: skip
 #: The nine tasks of the benchmark ("demo" is the project's own, see demo_task.py).
 GLUE_TASKS = tuple(name for name in TASKS if name != "demo")
 
 
 def get_task(name: str) -> Task:
-    """The task of that name.
-
-    Raises:
-        UserError: there is none; the message lists those that are.
-    """
+    """The task of that name; raises UserError, which lists the tasks, if there is none."""
     if name not in TASKS:
         raise UserError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
     return TASKS[name]
@@ -165,20 +154,16 @@ def load_task(name: str, data: str | None = None, *, tests: bool = False) -> Dat
     """A task's splits, each with columns `first`, `second` (pairs only) and `label`.
 
     Args:
-        name: a key of `TASKS`.
         data: a folder of classic GLUE tsv folders, a `datasets.save_to_disk` folder (of the task, or holding one
             folder per task), or None for the hub ("demo" is then made on the spot).
         tests: whether the test splits are needed; without it they are not read.
 
-    Raises:
-        UserError: the data is missing, empty or malformed.
+    Raises UserError: the data is missing, empty or malformed.
     """
     from datasets import DatasetDict
 
     task = get_task(name)
     wanted = ["train", *task.dev_splits, *(task.test_splits if tests else [])]
-    if tests and not task.test_splits:
-        raise UserError(f"task {name} has no test set to predict")
     if data is not None:
         splits = _load_folder(name, task, Path(data), wanted)
     elif name == "demo":
@@ -207,11 +192,8 @@ def _load_hub(name: str, task: Task, wanted: list[str]) -> Mapping[str, Dataset]
 
 
 def find_folder(name: str, data: Path) -> Path:
-    """The part of `data` that holds a task: a `save_to_disk` folder, or one of classic tsv files.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The part of `data` that holds a task: a `save_to_disk` folder, or one of classic tsv files. Raises
+    UserError: there is none."""
     for folder in (data, data / name):
         if (folder / "dataset_dict.json").is_file():
             return folder
@@ -227,7 +209,8 @@ def find_folder(name: str, data: Path) -> Path:
 def _load_folder(name: str, task: Task, data: Path, wanted: list[str]) -> Mapping[str, Dataset]:
     folder = find_folder(name, data)
     if not (folder / "dataset_dict.json").is_file():
-        return {split: _dataset(task, read_tsv(folder / _tsv_name(split), task)) for split in wanted}
+        files = {split: folder / f"{split.replace('validation', 'dev')}.tsv" for split in wanted}
+        return {split: _dataset(task, read_tsv(file, task)) for split, file in files.items()}
 
     from datasets import load_from_disk
 
@@ -242,16 +225,14 @@ def _from_columns(
     name: str, task: Task, splits: Mapping[str, Dataset], wanted: list[str], where: object
 ) -> Mapping[str, Dataset]:
     """Rename hub columns to ours."""
-    renamed = {}
+    renamed, columns = {}, dict(zip(task.texts, ("first", "second"), strict=False))
     for split in wanted:
         if split not in splits:
             raise UserError(f"{where}: task {name} needs the split {split!r}, found {', '.join(splits)}")
-        missing = [column for column in (*task.texts, "label") if column not in splits[split].column_names]
-        if missing:
-            raise UserError(f"{where}: the {split} split of {name} lacks the column {missing[0]!r}")
-        columns = dict(zip(task.texts, ("first", "second"), strict=False))
-        dataset = splits[split].select_columns([*task.texts, "label"])
-        renamed[split] = dataset.rename_columns(columns)
+        try:
+            renamed[split] = splits[split].select_columns([*columns, "label"]).rename_columns(columns)
+        except ValueError as error:
+            raise UserError(f"{where}: the {split} split of {name} lacks a column: {error}") from error
     return renamed
 
 
@@ -262,26 +243,23 @@ def _dataset(task: Task, rows: list[tuple]) -> Dataset:
     return Dataset.from_dict({column: [row[place] for row in rows] for place, column in enumerate(columns)})
 
 
-def _tsv_name(split: str) -> str:
-    return split.replace("validation", "dev") + ".tsv"
-
-
 def read_tsv(path: Path, task: Task) -> list[tuple]:
-    """Rows `(text, [text,] label)` of a classic GLUE tsv; `test*.tsv` files have a header and no label (`HIDDEN`).
+    """Rows `(text, [text,] label)` of a classic GLUE tsv; `test*.tsv` files have a header and no label
+    (`HIDDEN`).
 
-    Columns are separated by tabs alone: quotes in GLUE are text, so this is no csv.
-
-    Raises:
-        UserError: no file, no rows, or a line with other than the expected columns or label (named by its number).
+    Columns are separated by tabs alone: quotes in GLUE are text, so this is no csv. Raises UserError: no file,
+    no rows, or a line with other than the expected columns or label (named by its number).
     """
     try:
-        lines = _lines(path)
+        text = path.read_bytes().decode("utf-8-sig").rstrip("\r\n")
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: DATA (--data) must hold the classic GLUE folders") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason})") from error
+    # only a line feed ends a line, for GLUE texts hold other characters that Python calls line ends
+    lines = [line.rstrip("\r") for line in text.split("\n")] if text else []
     hidden = path.name.startswith("test")
     wanted = task.tsv[:-1] if hidden else task.tsv
     if task.headed or hidden:
@@ -290,9 +268,8 @@ def read_tsv(path: Path, task: Task) -> list[tuple]:
         header, first = lines[0].split("\t"), 2
         missing = [column for column in wanted if column not in header]
         if missing:
-            raise UserError(
-                f"{path}, line 1: expected a header with the column {missing[0]!r}, found {lines[0]!r:.80}"
-            )
+            what = f"a header with the column {missing[0]!r}, found {lines[0]!r:.80}"
+            raise UserError(f"{path}, line 1: expected {what}")
         lines = lines[1:]
     else:
         header, first = ["source", "label", "star", "sentence"], 1
@@ -303,41 +280,26 @@ def read_tsv(path: Path, task: Task) -> list[tuple]:
     for number, line in enumerate(lines, first):
         cells = line.split("\t")
         if len(cells) != len(header):
-            raise UserError(
-                f"{path}, line {number}: expected {len(header)} tab-separated columns ({', '.join(header)}), "
-                f"found {len(cells)}"
-            )
-        values = [cells[place] for place in places]
-        if hidden:
-            rows.append((*values, float(HIDDEN) if task.regression else HIDDEN))
-        else:
-            rows.append((*values[:-1], _label(task, values[-1], path, number)))
+            what = f"{len(header)} tab-separated columns ({', '.join(header)}), found {len(cells)}"
+            raise UserError(f"{path}, line {number}: expected {what}")
+        *texts, label = [cells[place] for place in places] + ([None] if hidden else [])
+        rows.append((*texts, _label(task, label, f"{path}, line {number}")))
     return rows
 
 
-def _lines(path: Path) -> list[str]:
-    """A file's lines; only a line feed ends one, for GLUE texts hold other characters that Python calls line ends."""
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        lines = [line.rstrip("\r\n") for line in file]
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
-
-
-def _label(task: Task, text: str, path: Path, number: int) -> int | float:
-    """A class number from its name or number, or a regression score in [0, 5]."""
+def _label(task: Task, text: str | None, where: str) -> int | float:
+    """A class number from its name or number, or a regression score in [0, 5]; None is a hidden one."""
+    if text is None:
+        return float(HIDDEN) if task.regression else HIDDEN
     if task.regression:
-        try:
-            score = float(text)
-        except ValueError:
-            score = float("nan")
-        if not 0 <= score <= 5:
-            raise UserError(f"{path}, line {number}: expected a score from 0 to 5, found {text!r:.40}")
-        return score
-    numbers = [str(label) for label in range(len(task.classes))]
+        with suppress(ValueError):
+            if 0 <= (score := float(text)) <= 5:
+                return score
+        raise UserError(f"{where}: expected a score from 0 to 5, found {text!r:.40}")
+    numbers = tuple(str(label) for label in range(len(task.classes)))
     allowed = task.classes if task.server_names else numbers
     if text not in allowed:
-        raise UserError(f"{path}, line {number}: expected a label ({', '.join(allowed)}), found {text!r:.40}")
+        raise UserError(f"{where}: expected a label ({', '.join(allowed)}), found {text!r:.40}")
     return allowed.index(text)
 
 
@@ -348,8 +310,5 @@ def write_predictions(path: Path, task: Task, outputs: np.ndarray) -> None:
         values = [f"{min(max(value, 0.0), 5.0):.3f}" for value in predictions]
     else:
         values = [task.classes[value] if task.server_names else str(value) for value in predictions]
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = ["index\tprediction", *(f"{index}\t{value}" for index, value in enumerate(values))]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text_atomic(path, "\n".join(lines) + "\n")

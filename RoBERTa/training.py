@@ -80,9 +80,8 @@ def train(options: Options, run: Run) -> RunRecord:
     splits = load_task(options.task, options.data, tests=options.predict)
     seed_everything(options.seed)
     memory = MemoryMeter(device)
-    tokenizer, model = load_tokenizer_and_model(
-        options.model, task, options.quantization, device, run.precision
-    )
+    how = (options.quantization, device, run.precision)
+    tokenizer, model = load_tokenizer_and_model(options.model, task, *how)
     check_length(options, model)
     arguments = trainer_arguments(options, run)
     if not shared:
@@ -90,9 +89,8 @@ def train(options: Options, run: Run) -> RunRecord:
         memory.after_load()
     base = describe_model(options.model, model, model.num_parameters())
     model = add_adapter(model, options)
-    set_memory(
-        model, options.memory, options.cuda_graphs, chunk_tokens=options.chunk_tokens, offload=options.offload
-    )
+    how = {"chunk_tokens": options.chunk_tokens, "offload": options.offload}
+    set_memory(model, options.memory, options.cuda_graphs, **how)
     if shared:  # asking for the device starts the process group
         shard_frozen(model, arguments.device, memory)
     adapter = describe_adapter(model)
@@ -105,23 +103,17 @@ def train(options: Options, run: Run) -> RunRecord:
         return task.metrics(result.predictions, result.label_ids)
 
     with folder.logging_from(*LOGGERS):
-        trainer = ExperimentTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=encoded["train"],
-            eval_dataset=dev if len(dev) > 1 else next(iter(dev.values())),
-            data_collator=collator(options, tokenizer),
-            processing_class=tokenizer,
-            compute_metrics=score,
-            memory=memory,
-        )
+        sets = {
+            "train_dataset": encoded["train"],
+            "eval_dataset": dev if len(dev) > 1 else dev[task.evaluations[0]],
+        }
+        words = {"data_collator": collator(options, tokenizer), "processing_class": tokenizer}
+        trainer = ExperimentTrainer(model, arguments, **sets, **words, compute_metrics=score, memory=memory)
         logger.info("%s", options.identity())
         if trainer.is_world_process_zero():
-            print(
-                f"{options.method} on {options.task}: {len(encoded['train'])} training rows, "
-                f"{adapter['trainable_parameters']:,} of {base['total_parameters']:,} parameters trained, "
-                f"{run.described}"
-            )
+            counts = f"{adapter['trainable_parameters']:,} of {base['total_parameters']:,} parameters trained"
+            rows = f"{len(encoded['train'])} training rows"
+            print(f"{options.method} on {options.task}: {rows}, {counts}, {run.described}")
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
         history, metrics = summarise_history(trainer.state.log_history, task)
         if options.predict:
@@ -152,26 +144,18 @@ def trainer_arguments(options: Options, run: Run) -> TrainingArguments:
     """The options in the Trainer's terms."""
     grouped = options.padding == "longest" and not options.random_order
     evaluation = "steps" if options.eval_steps else "epoch"
+    saved = {
+        "save_strategy": "steps" if options.save_steps else "epoch",
+        "save_steps": options.save_steps or 500,
+    }
+    looked_at = {"eval_strategy": evaluation, "eval_steps": options.eval_steps or None}
+    logged = {"logging_strategy": evaluation, "logging_steps": options.eval_steps or 500}
     return training_arguments(
-        options,
-        run.folder,
-        run.device,
-        run.precision,
-        per_device_eval_batch_size=options.eval_batch_size,
+        options, run.folder, run.device, run.precision, **saved, **looked_at, **logged, save_total_limit=2,
         warmup_steps=options.warmup_ratio,  # below 1 it is a share of all steps
         train_sampling_strategy="group_by_length" if grouped else "random",
-        eval_strategy=evaluation,
-        eval_steps=options.eval_steps or None,
-        logging_strategy=evaluation,
-        logging_steps=options.eval_steps or 500,
-        save_strategy="steps" if options.save_steps else "epoch",
-        save_steps=options.save_steps or 500,
-        save_total_limit=2,
-        dataloader_pin_memory=run.device.type == "cuda",
-    )
-
-
-# -- evaluation ---------------------------------------------------------------------------------------------
+        per_device_eval_batch_size=options.eval_batch_size, dataloader_pin_memory=run.device.type == "cuda",
+    )  # fmt: skip
 
 
 def summarise_history(log_history: list[dict], task: Task) -> tuple[list[dict], dict]:
@@ -194,10 +178,8 @@ def summarise_history(log_history: list[dict], task: Task) -> tuple[list[dict], 
         scores = [row.get(f"{suffix}_score" if suffix else "score") for suffix in task.evaluations]
         if None not in scores:
             history.append({**row, "score": float(np.mean(scores))})
-    if not history:
-        return [], {"best": {}, "last": {}}
-    best = max(history, key=lambda row: row["score"])
-    return history, {"best": best, "last": history[-1]}
+    best = max(history, key=lambda row: row["score"], default={})
+    return history, {"best": best, "last": history[-1] if history else {}}
 
 
 def keep_outcomes(
@@ -211,9 +193,8 @@ def keep_outcomes(
     if task.paired_by == "accuracy":
         write_outcomes(folder, rows, predictions == labels, group=groups)
     else:
-        write_outcomes(
-            folder, rows, prediction=predictions, label=labels, metric=task.paired_by, group=groups
-        )
+        answers = {"prediction": predictions, "label": labels, "metric": task.paired_by}
+        write_outcomes(folder, rows, **answers, group=groups)
 
 
 def predict_tests(trainer: ExperimentTrainer, encoded: DatasetDict, task: Task, folder: Path) -> None:
@@ -228,11 +209,8 @@ def predict_tests(trainer: ExperimentTrainer, encoded: DatasetDict, task: Task, 
 
 
 def predict_finished(options: Options, run: Run) -> None:
-    """Write the server's files with the adapter of a finished run.
-
-    Raises:
-        UserError: its adapter is not there, or does not fit the model.
-    """
+    """Write the server's files with the adapter of a finished run. Raises UserError: its adapter is not there,
+    or does not fit the model."""
     folder, task = run.folder, get_task(options.task)
     if not (folder.adapter / "adapter_config.json").is_file():
         raise UserError(
@@ -240,27 +218,18 @@ def predict_finished(options: Options, run: Run) -> None:
         )
     check_adapter_files(folder.adapter)
     splits = load_task(options.task, options.data, tests=True)
-    tokenizer, model = load_tokenizer_and_model(
-        options.model, task, options.quantization, run.device, run.precision
-    )
+    how = (options.quantization, run.device, run.precision)
+    tokenizer, model = load_tokenizer_and_model(options.model, task, *how)
     model = load_adapter(model, folder.adapter, options.model)
     tests = DatasetDict({split: splits[split] for split in task.test_splits})
     encoded = tokenize(tests, tokenizer, options.max_length)
-    trainer = ExperimentTrainer(
-        model=model.to(run.device),
-        args=trainer_arguments(options, run),
-        eval_dataset=encoded[task.test_splits[0]],
-        data_collator=collator(options, tokenizer),
-        processing_class=tokenizer,
-        memory=MemoryMeter(run.device),
-    )
+    words = {"data_collator": collator(options, tokenizer), "processing_class": tokenizer}
+    words |= {"eval_dataset": encoded[task.test_splits[0]], "memory": MemoryMeter(run.device)}
+    trainer = ExperimentTrainer(model.to(run.device), trainer_arguments(options, run), **words)
     predict_tests(trainer, encoded, task, folder.path / PREDICTIONS)
     if trainer.is_world_process_zero():
         discard(folder.checkpoints)
         print(f"predictions of the finished run in {folder.path / PREDICTIONS}")
-
-
-# -- record -------------------------------------------------------------------------------------------------
 
 
 def data_description(options: Options, splits: DatasetDict) -> dict:
@@ -272,22 +241,14 @@ def data_description(options: Options, splits: DatasetDict) -> dict:
     if options.task == "demo":
         from RoBERTa.demo_task import demo_checksum, make_demo
 
-        return {
-            "id": "pydoc_data.topics (demo_task.py)",
-            "sha256": demo_checksum(make_demo()),
-            "sizes": sizes,
-        }
+        made = demo_checksum(make_demo())
+        return {"id": "pydoc_data.topics (demo_task.py)", "sha256": made, "sizes": sizes}
     sources = " ".join(splits["train"].info.download_checksums or {})
-    revision = re.search(r"@([0-9a-f]{40})/", sources)
-    return {
-        "id": f"{HUB_ID}/{options.task}",
-        "revision": revision.group(1) if revision else None,
-        "sizes": sizes,
-    }
+    found = re.search(r"@([0-9a-f]{40})/", sources)
+    revision = found.group(1) if found else None
+    return {"id": f"{HUB_ID}/{options.task}", "revision": revision, "sizes": sizes}
 
 
 def _figures(row: dict) -> str:
-    shown = {
-        name: value for name, value in row.items() if name not in ("step", "epoch", "loss", "train_loss")
-    }
-    return ", ".join(f"{name} {value:.4f}" for name, value in shown.items() if not name.endswith("loss"))
+    shown = [name for name in row if name not in ("step", "epoch") and not name.endswith("loss")]
+    return ", ".join(f"{name} {row[name]:.4f}" for name in shown)

@@ -57,36 +57,27 @@ def random_views(
     Like torchvision: a uniform share of the area and a log-uniform aspect ratio, tried ten times, else the largest
     central crop whose ratio is allowed.
     """
+
+    def draw(low: float, high: float) -> torch.Tensor:
+        return torch.empty(len(sizes), 10, dtype=torch.float64).uniform_(low, high, generator=generator)
+
     height, width = sizes.double().unbind(1)
-    tries = (len(sizes), 10)
-    area = (height * width)[:, None] * torch.empty(tries, dtype=torch.float64).uniform_(
-        *scale, generator=generator
-    )
-    aspect = (
-        torch.empty(tries, dtype=torch.float64)
-        .uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator)
-        .exp()
-    )
+    area = (height * width)[:, None] * draw(*scale)
+    aspect = draw(math.log(ratio[0]), math.log(ratio[1])).exp()
     wide, high = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (wide > 0) & (wide <= width[:, None]) & (high > 0) & (high <= height[:, None])
     first = fits.int().argmax(1, keepdim=True)  # the first try that fits, if any does
     fitting = fits.any(1)
     own = width / height
-    wide = torch.where(
-        fitting, wide.gather(1, first)[:, 0], torch.where(own > ratio[1], (height * ratio[1]).round(), width)
-    )
-    high = torch.where(
-        fitting, high.gather(1, first)[:, 0], torch.where(own < ratio[0], (width / ratio[0]).round(), height)
-    )
+    widest = torch.where(own > ratio[1], (height * ratio[1]).round(), width)
+    highest = torch.where(own < ratio[0], (width / ratio[0]).round(), height)
+    wide = torch.where(fitting, wide.gather(1, first)[:, 0], widest)
+    high = torch.where(fitting, high.gather(1, first)[:, 0], highest)
     corner = torch.rand((len(sizes), 2), generator=generator, dtype=torch.float64)
     top = torch.where(fitting, (corner[:, 0] * (height - high + 1)).floor(), ((height - high) / 2).floor())
     left = torch.where(fitting, (corner[:, 1] * (width - wide + 1)).floor(), ((width - wide) / 2).floor())
-    return Views(
-        box=torch.stack([top, left, high, wide], 1).long(),
-        scaled=torch.full((len(sizes), 2), size),
-        window=torch.zeros(len(sizes), 2, dtype=torch.long),
-        flip=torch.rand(len(sizes), generator=generator) < flip,
-    )
+    box, scaled = torch.stack([top, left, high, wide], 1).long(), torch.full((len(sizes), 2), size)
+    return Views(box, scaled, torch.zeros_like(scaled), torch.rand(len(sizes), generator=generator) < flip)
 
 
 def central_views(sizes: torch.Tensor, size: int, crop: float = 224 / 256) -> Views:
@@ -94,12 +85,8 @@ def central_views(sizes: torch.Tensor, size: int, crop: float = 224 / 256) -> Vi
     shorter = max(size, round(size / crop))
     # torchvision: int(shorter * long / short) for the longer side, round((scaled - size) / 2) for the corner
     scaled = (shorter * sizes) // sizes.amin(1, keepdim=True)
-    return Views(
-        box=torch.cat([torch.zeros_like(sizes), sizes], 1),
-        scaled=scaled,
-        window=((scaled - size) / 2).round().long(),
-        flip=torch.zeros(len(sizes), dtype=torch.bool),
-    )
+    box, window = torch.cat([torch.zeros_like(sizes), sizes], 1), ((scaled - size) / 2).round().long()
+    return Views(box, scaled, window, flip=torch.zeros(len(sizes), dtype=torch.bool))
 
 
 def sizes_of(images: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
@@ -135,8 +122,8 @@ def render(
 
 def normalise(levels: torch.Tensor) -> torch.Tensor:
     """Levels 0 ... 255 to inputs of zero mean and unit deviation by the ImageNet statistics that timm defines."""
-    mean = levels.new_tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1) * 255
-    deviation = levels.new_tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1) * 255
+    statistics = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    mean, deviation = (levels.new_tensor(values).view(3, 1, 1) * 255 for values in statistics)
     return (levels - mean).div_(deviation)
 
 

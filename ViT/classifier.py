@@ -49,20 +49,17 @@ class Description:
         """Raises TypeError: a value read from a file is none that `save` writes."""
         words = [self.method, self.model, self.architecture, *([] if self.sha256 is None else [self.sha256])]
         words += self.classes if isinstance(self.classes, list) else [None]
-        numbers = [self.image_size, self.mlp_layers, self.crop]
-        if not all(isinstance(word, str) for word in words) or not all(
-            type(number) in (int, float) and 0 < number < 1e6 for number in numbers
-        ):
+        named = all(isinstance(word, str) for word in words)
+        numbers = (self.image_size, self.mlp_layers, self.crop)
+        if not named or not all(type(n) in (int, float) and 0 < n < 1e6 for n in numbers):
             raise TypeError("classifier.json is not as it was written")
 
 
 def add_adapter(model: VisionTransformer, options: RecipeOptions) -> nn.Module:
     """Freeze the model and give it the method's adapter; the adapter and the head are what trains.
 
-    `--lora_rank 0` matches every method to the parameters of a control on the MLPs at `--control_rank`: see `matched`.
-
-    Raises:
-        UserError: the architecture has no such blocks or layers.
+    `--lora_rank 0` matches every method to the parameters of a control on the MLPs at `--control_rank`: see
+    `matched`. Raises UserError: the architecture has no such blocks or layers.
     """
     if options.method == "probe":
         model.requires_grad_(False)
@@ -97,12 +94,10 @@ def configuration(options: RecipeOptions) -> PeftConfig:
 def matched(options: RecipeOptions, model: VisionTransformer) -> PeftConfig:
     """The configuration that trains as many parameters as a control on the MLPs at `--control_rank`.
 
-    Control beside both blocks, or beside the MLP with LoRA or DoRA, takes half of the rank; LoRA and DoRA take what then
-    remains of the budget. All their layers get one rank, and the first ones one more as long as the budget lasts; each keeps
-    alpha/r = 2. MiSS has one rank for all layers: the nearest.
-
-    Raises:
-        UserError: the budget does not suffice for rank 1.
+    Control beside both blocks, or beside the MLP with LoRA or DoRA, takes half of the rank; LoRA and DoRA take
+    what then remains of the budget. All their layers get one rank, and the first ones one more as long as the
+    budget lasts; each keeps alpha/r = 2. MiSS has one rank for all layers: the nearest. Raises UserError: the
+    budget does not suffice for rank 1.
     """
 
     def control_cost(rank: int) -> int:
@@ -126,9 +121,7 @@ def matched(options: RecipeOptions, model: VisionTransformer) -> PeftConfig:
     cost = {name: linear.in_features + linear.out_features for name, linear in linears.items()}
     rank, budget = divmod(budget, max(1, sum(cost.values())))
     if rank < 1:
-        raise UserError(
-            f"the control has too few parameters for {method} of rank 1: choose a larger --control_rank"
-        )
+        raise UserError(f"the control has too few parameters for {method}: choose a larger --control_rank")
     ranks = dict.fromkeys(linears, rank)
     for name in linears:
         if cost[name] <= budget:
@@ -141,16 +134,10 @@ def matched(options: RecipeOptions, model: VisionTransformer) -> PeftConfig:
 
 
 def build_base(
-    model: str,
-    architecture: str | None,
-    *,
-    num_classes: int,
-    image_size: int,
-    mlp_layers: int,
-    attention: str,
+    model: str, architecture: str | None, *, mlp_layers: int, attention: str, **shape: int
 ) -> tuple[VisionTransformer, Base]:
-    """The base model with a new head, its MLP layers and its kind of attention."""
-    vit, base = load(model, architecture, num_classes=num_classes, image_size=image_size)
+    """The base model of a `shape` (`load`'s) with a new head, its MLP layers and its kind of attention."""
+    vit, base = load(model, architecture, **shape)
     set_mlp_layers(vit, mlp_layers)
     set_attention(vit, attention)
     return vit, base
@@ -181,11 +168,8 @@ def read_description(folder: str | Path) -> Description:
 def restore(
     folder: str | Path, *, attention: str = "sdpa", model: str | None = None
 ) -> tuple[nn.Module, Description, Base]:
-    """The trained classifier in `folder`; `model` says where its base model is now, if it moved.
-
-    Raises:
-        UserError: broken adapter, missing base model, or another base model than it was trained on.
-    """
+    """The trained classifier in `folder`; `model` says where its base model is now, if it moved. Raises
+    UserError: broken adapter, missing base model, or another base model than it was trained on."""
     folder, description = Path(folder).expanduser(), read_description(folder)
     shape = {"num_classes": len(description.classes), "image_size": description.image_size}
     if (folder / "base.safetensors").is_file():

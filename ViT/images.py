@@ -1,8 +1,8 @@
 """Labelled images: where they come from, decoded once to uint8 and kept where training reads them fastest.
 
 Sources: torchvision's own datasets (downloaded on first use), an `.npz`, a folder or tar of class folders, and
-scikit-learn's digits. A *source* is anything with `len(source)`, `source[i] -> (PIL image, label)` and
-`name(i)`; :class:`Decoded` holds one in memory, :class:`OnDemand` decodes it anew each epoch when it is too large.
+scikit-learn's digits. A *source* is anything with `len(source)` and `source[i] -> (PIL image, label)`;
+:class:`Decoded` holds one in memory, :class:`OnDemand` decodes it anew each epoch when it is too large.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -22,7 +22,7 @@ import psutil
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import datasets
 from tqdm import tqdm
 
@@ -39,10 +39,10 @@ NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test", "classes")
 #: Share of the free memory that decoded images may take, on the device and on the host.
 DEVICE_SHARE, HOST_SHARE = 0.25, 0.5
 
+#: Of `hold_out`, not a run's own seed: runs that are compared must hold out the same images.
+SPLIT_SEED = 0
+
 Images = torch.Tensor | Sequence[torch.Tensor]
-
-
-# -- decoding -----------------------------------------------------------------------------------------------
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
@@ -52,15 +52,13 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 def decode(source, index: int, corrupt: str) -> tuple[torch.Tensor, int] | None:
     """Entry `index` as (`(3, H, W)` uint8, label); a corrupt image is skipped with a warning (None) or stops.
-
-    Raises:
-        UserError: the image is corrupt and `corrupt` is "stop".
-    """
+    Raises UserError: the image is corrupt and `corrupt` is "stop"."""
     try:
         image, label = source[index]
         return to_tensor(image), int(label)
     except Exception as error:  # what Pillow raises for a broken file depends on its format and version
-        message = f"{source.name(index)} is no readable image ({error})"
+        name = source.name(index) if isinstance(source, Files) else f"{type(source).__name__} image {index}"
+        message = f"{name} is no readable image ({error})"
         if corrupt == "stop":
             raise UserError(f"{message}: repair or remove it, or add --corrupt skip") from error
         print(f"warning: {message}: skipped", file=sys.stderr)
@@ -82,9 +80,9 @@ class Decoded:
         return sum(image.nbytes for image in self.images)
 
     def to(self, device: torch.device) -> Decoded:
-        if isinstance(self.images, torch.Tensor):
-            return Decoded(self.images.to(device), self.labels.to(device))
-        return Decoded([image.to(device) for image in self.images], self.labels.to(device))
+        whole = isinstance(self.images, torch.Tensor)
+        images = self.images.to(device) if whole else [image.to(device) for image in self.images]
+        return Decoded(images, self.labels.to(device))
 
     def batches(self, indices: Sequence[torch.Tensor]) -> Iterator[tuple[Images, torch.Tensor]]:
         """For each index tensor (on the CPU) the uint8 images and their labels."""
@@ -112,12 +110,8 @@ class OnDemand:
 
     def batches(self, indices: Sequence[torch.Tensor]) -> Iterator[tuple[Images, torch.Tensor]]:
         """As `Decoded.batches`; skipped images leave their batch smaller."""
-        loader = DataLoader(
-            self,
-            batch_sampler=[chosen.tolist() for chosen in indices],
-            num_workers=self.workers,
-            collate_fn=_collate,
-        )
+        chosen = [part.tolist() for part in indices]
+        loader = DataLoader(self, batch_sampler=chosen, num_workers=self.workers, collate_fn=_collate)
         for images, labels in loader:
             if len(labels):
                 yield images, labels
@@ -130,11 +124,9 @@ def _collate(entries: list) -> tuple[list[torch.Tensor], torch.Tensor]:
 
 def read(source, corrupt: str = "stop", keep: str = "auto", workers: int = 8) -> Decoded | OnDemand:
     """Decode a whole source, or leave it to be decoded on demand when it is too large for the host's memory.
-
-    Raises:
-        UserError: a corrupt image with `corrupt="stop"`, or no readable image at all.
-    """
-    if keep == "files" or (keep == "auto" and _decoded_bytes(source, corrupt) > _free_host_memory()):
+    Raises UserError: a corrupt image with `corrupt="stop"`, or no readable image at all."""
+    room = HOST_SHARE * psutil.virtual_memory().available
+    if keep == "files" or (keep == "auto" and _decoded_bytes(source, corrupt) > room):
         return OnDemand(source, corrupt, workers)
     with ThreadPoolExecutor(workers) as pool:
         futures = pool.map(lambda index: decode(source, index, corrupt), range(len(source)))
@@ -153,13 +145,6 @@ def _decoded_bytes(source, corrupt: str) -> float:
     entries = [decode(source, index, corrupt) for index in chosen]
     sizes = [entry[0].nbytes for entry in entries if entry]
     return len(source) * sum(sizes) / max(1, len(sizes))
-
-
-def _free_host_memory() -> float:
-    return HOST_SHARE * psutil.virtual_memory().available
-
-
-# -- sources ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -188,26 +173,6 @@ class Files:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
             return image, self.labels[index]
-
-
-@dataclass
-class Torchvision:
-    """One split of a torchvision dataset."""
-
-    dataset: object
-    title: str
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def name(self, index: int) -> str:
-        return f"{self.title} image {index}"
-
-    def __getitem__(self, index: int):
-        return self.dataset[index]
-
-
-# -- data sets ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -243,13 +208,11 @@ def load_data(
     """Load a data set by its torchvision name, "digits", or the path of an `.npz`, a folder or a tar.
 
     Args:
-        root: where torchvision keeps what it downloads.
         corrupt: "stop" at an unreadable image or "skip" it; either names the file.
         keep: "auto", "device", "host" (decoded in memory) or "files" (decoded on demand).
         workers: threads that decode, or processes for "files".
 
-    Raises:
-        UserError: there is no such data, or it is not what its kind of source must be.
+    Raises UserError: there is no such data, or it is not what its kind of source must be.
     """
     if name == "digits":
         return load_digits_data()
@@ -272,32 +235,20 @@ def load_data(
             split = "test" if folders[-2] in TEST_NAMES else folders[-2]
             if split in splits:
                 splits[split].setdefault(folders[-1], []).append(file)
-    classes = _same_classes(path, splits)
-    train, test = (
-        read(
-            Files(
-                paths=[file for name in classes for file in splits[split][name]],
-                labels=[label for label, name in enumerate(classes) for _ in splits[split][name]],
-                archive=archive,
-                members=places,
-            ),
-            corrupt,
-            keep,
-            workers,
-        )
-        for split in ("train", "test")
-    )
+    classes, parts = _same_classes(path, splits), []
+    for found in splits.values():
+        paths = [file for name in classes for file in found[name]]
+        labels = [label for label, name in enumerate(classes) for _ in found[name]]
+        parts.append(read(Files(paths, labels, archive, places), corrupt, keep, workers))
+    train, test = parts
     return ImageData(path.stem, train, test, classes, {"id": path.name, "sha256": fingerprint(path)})
 
 
 def read_folder(
     folder: str, corrupt: str = "stop", workers: int = 8
 ) -> tuple[list[Path], list[torch.Tensor]]:
-    """All images below a folder, without labels: their paths and their `(3, H, W)` pixels.
-
-    Raises:
-        UserError: no folder, no image in it, or a corrupt image with `corrupt="stop"`.
-    """
+    """All images below a folder, without labels: their paths and their `(3, H, W)` pixels. Raises UserError: no
+    folder, no image in it, or a corrupt image with `corrupt="stop"`."""
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise UserError(f"{folder} is no folder of images")
@@ -327,10 +278,8 @@ def _same_classes(path: Path, splits: dict[str, dict]) -> list[str]:
 def _tar_members(path: Path) -> dict[str, tuple[int, int]]:
     """Where in an uncompressed tar each regular file lies: offset and length in bytes by name.
 
-    Links are no files of their own and never followed.
-
-    Raises:
-        UserError: it is no such tar, or has members outside of itself or of the file.
+    Links are no files of their own and never followed. Raises UserError: it is no such tar, or has members
+    outside of itself or of the file.
     """
     members, size = [], path.stat().st_size
     try:
@@ -355,16 +304,14 @@ def _tar_members(path: Path) -> dict[str, tuple[int, int]]:
 def _npz(path: Path) -> ImageData:
     try:
         with np.load(path, allow_pickle=False) as file:
-            if missing := [key for key in NPZ_KEYS if key not in file]:
-                raise UserError(
-                    f"{path} lacks {', '.join(missing)}: it must hold {', '.join(NPZ_KEYS)} "
-                    "(images uint8 N x H x W x 3, labels integers, class names)"
-                )
-            arrays = {key: file[key] for key in NPZ_KEYS}
-    except UserError:
-        raise
+            arrays = {key: file[key] for key in NPZ_KEYS if key in file}
     except Exception as error:  # NumPy, zipfile and zlib each have their own kinds for a broken file
         raise UserError(f"{path} is no readable .npz ({error})") from error
+    if missing := [key for key in NPZ_KEYS if key not in arrays]:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}: it must hold {', '.join(NPZ_KEYS)} "
+            "(images uint8 N x H x W x 3, labels integers, class names)"
+        )
     for key, array in arrays.items():
         if not isinstance(array, np.ndarray):  # NumPy hands out a member that is no .npy file as bytes
             raise UserError(f"{key} of {path} is no array")
@@ -375,23 +322,20 @@ def _npz(path: Path) -> ImageData:
     for split in ("train", "test"):
         pixels, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.size:
-            raise UserError(
-                f"x_{split} of {path} is {pixels.dtype} {pixels.shape}: it must be uint8 N x H x W x 3"
-            )
-        if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
-            raise UserError(
+            wrong = f"x_{split} of {path} is {pixels.dtype} {pixels.shape}: it must be uint8 N x H x W x 3"
+        elif labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
+            wrong = (
                 f"y_{split} of {path} is {labels.dtype} {labels.shape}: it must hold {len(pixels)} integers"
             )
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise UserError(
-                f"y_{split} of {path} has labels {labels.min()} to {labels.max()} for {len(classes)} classes"
-            )
-        splits.append(
-            Decoded(
-                torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
-                torch.from_numpy(labels.astype(np.int64)),
-            )
-        )
+        elif labels.min() < 0 or labels.max() >= len(classes):
+            found = f"labels {labels.min()} to {labels.max()}"
+            wrong = f"y_{split} of {path} has {found} for {len(classes)} classes"
+        else:
+            wrong = None
+        if wrong:
+            raise UserError(wrong)
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        splits.append(Decoded(images, torch.from_numpy(labels.astype(np.int64))))
     return ImageData(path.stem, *splits, classes, {"id": path.name, "sha256": fingerprint(path)})
 
 
@@ -408,47 +352,59 @@ def load_digits_data(first: int = 5, last: int = 9) -> ImageData:
     labels = torch.from_numpy(bunch.target[chosen].astype(np.int64) - first)
     test = torch.arange(len(labels)) % 5 == 0
     images = torch.from_numpy(pixels)
-    return ImageData(
-        "digits",
-        Decoded(images[~test], labels[~test]),
-        Decoded(images[test], labels[test]),
-        [str(digit) for digit in range(first, last + 1)],
-        {
-            "id": f"scikit-learn digits {first}-{last}",
-            "sha256": hashlib.sha256(pixels.tobytes() + labels.numpy().tobytes()).hexdigest(),
-        },
-    )
+    train, held = (Decoded(images[part], labels[part]) for part in (~test, test))
+    checksum = hashlib.sha256(pixels.tobytes() + labels.numpy().tobytes()).hexdigest()
+    identity = {"id": f"scikit-learn digits {first}-{last}", "sha256": checksum}
+    return ImageData("digits", train, held, [str(digit) for digit in range(first, last + 1)], identity)
 
 
 def _torchvision(name: str, root: str, corrupt: str, keep: str, workers: int) -> ImageData:
     folder = os.path.expanduser(root)
+    fetch = {"root": folder, "download": True}
     makers = {
-        "cifar100": lambda train: datasets.CIFAR100(folder, train=train, download=True),
-        "svhn": lambda train: datasets.SVHN(folder, split="train" if train else "test", download=True),
-        "food101": lambda train: datasets.Food101(folder, split="train" if train else "test", download=True),
-        # its official training and validation parts together, as usual, have 2040 images
-        "flowers102": lambda train: (
-            torch.utils.data.ConcatDataset(
-                [datasets.Flowers102(folder, split=split, download=True) for split in ("train", "val")]
-            )
-            if train
-            else datasets.Flowers102(folder, split="test", download=True)
-        ),
+        "cifar100": lambda split: datasets.CIFAR100(**fetch, train=split == "train"),
+        "svhn": lambda split: datasets.SVHN(**fetch, split=split),
+        "food101": lambda split: datasets.Food101(**fetch, split=split),
+        "flowers102": lambda split: datasets.Flowers102(**fetch, split=split),
         # not free to download: torchvision wants its tar files in the folder and says so
-        "imagenet": lambda train: datasets.ImageNet(folder, split="train" if train else "val"),
+        "imagenet": lambda split: datasets.ImageNet(folder, split=split.replace("test", "val")),
     }
     try:
-        train, test = makers[name](True), makers[name](False)
+        first, test = (makers[name](split) for split in ("train", "test"))
+        # Flowers102's official training and validation parts together, as usual, have 2040 images
+        train = first if name != "flowers102" else ConcatDataset([first, makers[name]("val")])
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"torchvision cannot get {name} in {root} ({error}): check the network, or put its files there"
         ) from error
-    first = train.datasets[0] if isinstance(train, torch.utils.data.ConcatDataset) else train
     classes = getattr(first, "classes", None) or [str(digit) for digit in range(10)]  # SVHN names none
-    return ImageData(
-        name,
-        read(Torchvision(train, f"{name} training"), corrupt, keep, workers),
-        read(Torchvision(test, f"{name} test"), corrupt, keep, workers),
-        [entry if isinstance(entry, str) else entry[0] for entry in classes],
-        {"id": name, "revision": f"torchvision {torchvision.__version__}, which checks its own checksums"},
+    classes = [entry if isinstance(entry, str) else entry[0] for entry in classes]
+    revision = f"torchvision {torchvision.__version__}, which checks its own checksums"
+    parts = (read(part, corrupt, keep, workers) for part in (train, test))
+    return ImageData(name, *parts, classes, {"id": name, "revision": revision})
+
+
+def hold_out(data: ImageData, share: float) -> ImageData:
+    """The data with `share` of each class's training images, at least one and not all, in the place of its test
+    images. Raises UserError: the training images are decoded on demand, or no class has two of them."""
+    train = data.train
+    if not isinstance(train, Decoded):
+        instead = "leave out --keep files, or take data that fit in memory"
+        raise UserError(f"--validation_share needs images that are decoded once: {instead}")
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    held = torch.zeros(len(train), dtype=torch.bool)
+    for label in train.labels.unique():
+        members = (train.labels == label).nonzero().flatten()
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    if not held.any():
+        raise UserError(f"{data.name} has one training image for each class: there is none to hold out")
+    split = f"{share:g} of the training images of each class, drawn with seed {SPLIT_SEED}, in the place of the test images"
+    return replace(
+        data, train=_part(train, ~held), test=_part(train, held), identity={**data.identity, "split": split}
     )
+
+
+def _part(decoded: Decoded, chosen: torch.Tensor) -> Decoded:
+    ((images, labels),) = decoded.batches([chosen.nonzero().flatten()])
+    return Decoded(images, labels)

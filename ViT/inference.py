@@ -16,16 +16,10 @@ from control_experiments.errors import UserError
 from control_experiments.outcomes import write_outcomes
 from control_experiments.paths import RESULTS, public_path
 from control_experiments.record import RunRecord, read_record, write_text_atomic
-from control_experiments.training.device import (
-    choose_precision,
-    describe_device,
-    explain_out_of_memory,
-    make_deterministic,
-    select_device,
-)
+from control_experiments.training.device import describe_device, explain_out_of_memory
 from control_experiments.training.metering import MemoryMeter, Throughput
-from control_experiments.training.quiet import quieten
 from control_experiments.training.runs import RunFolder
+from control_experiments.training.setup import choose
 from ViT import augment
 from ViT.classifier import Description, restore
 from ViT.images import Decoded, ImageData, load_data, read_folder
@@ -90,11 +84,7 @@ def trained(options: Options, adapter: str) -> Iterator[tuple[Step, Description,
 
     `--model`, if it is given, says where the base model is now.
     """
-    quieten()
-    if options.deterministic:
-        make_deterministic()
-    device = select_device(options.device)
-    precision = choose_precision(options.precision, device, "fp16")
+    device, precision = choose(options, on_gpu="fp16")
     with explain_out_of_memory(device, LESS_MEMORY):
         moved = options.model if options.model != Options.defaults()["model"] else None
         model, description, base = restore(adapter, attention=options.attention, model=moved)
@@ -107,34 +97,28 @@ def trained(options: Options, adapter: str) -> Iterator[tuple[Step, Description,
 def check_no_training(folder: RunFolder) -> None:
     """Raises UserError: a training's record, adapter or checkpoints are in the folder, which the evaluation's files would
     overwrite or be taken for."""
-    begun = folder.adapter.exists() or folder.checkpoints.exists()
+    begun = any(place.exists() for place in (folder.adapter, folder.checkpoints))
     if begun or (folder.finished and read_record(folder.record).history):
         raise UserError(f"{folder.path} holds a training run: choose another --output_dir for its evaluation")
 
 
 def check_classes(data: ImageData, description: Description) -> None:
     """Raises UserError: the data's classes are not the head's."""
-    if len(data.classes) > len(description.classes):
+    here, there = data.classes, description.classes
+    if len(here) > len(there):
+        raise UserError(f"{data.name} has {len(here)} classes, more than the adapter's head ({len(there)})")
+    if here != there:
+        found = f"the classes of {data.name} ({', '.join(here[:3])}, ...)"
         raise UserError(
-            f"{data.name} has {len(data.classes)} classes, more than the adapter's head ({len(description.classes)})"
+            f"{found} are not those that the adapter was trained on ({', '.join(there[:3])}, ...)"
         )
-    if data.classes != description.classes:
-        raise UserError(
-            f"the classes of {data.name} ({', '.join(data.classes[:3])}, ...) are not those that the adapter was "
-            f"trained on ({', '.join(description.classes[:3])}, ...)"
-        )
-
-
-# -- shared with training -------------------------------------------------------------------------------------
 
 
 def reading(options: Options) -> dict:
     """How `load_data` is to read."""
     return {
         "root": options.data_root,
-        "corrupt": options.corrupt,
-        "keep": options.keep,
-        "workers": options.workers,
+        **{name: getattr(options, name) for name in ("corrupt", "keep", "workers")},
     }
 
 
@@ -147,15 +131,9 @@ def test_logits(step: Step, data: ImageData, options: Options, device: torch.dev
 
 def describe(base: Base, total: int, data: ImageData, scored: str) -> dict:
     """The record's `model` and `data`."""
-    return {
-        "model": {
-            "id": base.id,
-            "sha256": base.sha256,
-            "class": base.architecture,
-            "total_parameters": total,
-        },
-        "data": {**data.identity, "sizes": {"train": len(data.train), scored: len(data.test)}},
-    }
+    model = {"id": base.id, "sha256": base.sha256, "class": base.architecture, "total_parameters": total}
+    sizes = {"train": len(data.train), scored: len(data.test)}
+    return {"model": model, "data": {**data.identity, "sizes": sizes}}
 
 
 def resident_bytes(data: ImageData) -> int:
@@ -178,13 +156,9 @@ def write_predictions(
     path: Path, first: str, names: Iterable, logits: torch.Tensor, classes: list[str], **more: list[str]
 ) -> None:
     """A CSV file, written atomically: name, predicted class, its probability, and the columns of `more`."""
-    probability, chosen = logits.softmax(1).max(1)
-    columns = {
-        first: names,
-        "predicted": [classes[i] for i in chosen.tolist()],
-        "probability": [f"{p:.4f}" for p in probability.tolist()],
-        **more,
-    }
+    probability, chosen = (tensor.tolist() for tensor in logits.softmax(1).max(1))
+    answers = {"predicted": [classes[i] for i in chosen], "probability": [f"{p:.4f}" for p in probability]}
+    columns = {first: names, **answers, **more}
     text = io.StringIO(newline="")
     csv.writer(text).writerows([columns, *zip(*columns.values(), strict=True)])
     write_text_atomic(path, text.getvalue())

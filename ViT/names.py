@@ -27,9 +27,8 @@ def run_name(model: str, data: str, method: str, seed: int) -> str:
 def check_data(name: str) -> None:
     """Raises UserError: `--data` is neither a known name nor a path that exists."""
     if name not in (*HUB, "digits") and not Path(name).expanduser().exists():
-        raise UserError(
-            f"no data {name!r}: give one of {', '.join(HUB)}, digits, an .npz, a tar or a folder of class folders"
-        )
+        known = f"{', '.join(HUB)}, digits, an .npz, a tar or a folder of class folders"
+        raise UserError(f"no data {name!r}: give one of {known}")
 
 
 def check_model(name: str) -> None:

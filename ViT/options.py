@@ -12,7 +12,13 @@ from control_experiments.errors import UserError
 from control_experiments.paths import RESULTS
 from control_experiments.training.arguments import check_numbers
 from control_experiments.training.options import METHODS as ALL_METHODS
-from control_experiments.training.options import AdapterOptions, MemoryOptions, RunOptions, TrainingOptions
+from control_experiments.training.options import (
+    AdapterOptions,
+    MemoryOptions,
+    Precision,
+    RunOptions,
+    TrainingOptions,
+)
 from control_experiments.training.rates import SEARCH_FOLDER
 from ViT.names import TINY, check_data, check_model, model_name, run_name
 
@@ -30,20 +36,14 @@ class DataOptions:
         "a tar or a folder with train/CLASS/ and test/CLASS/.",
     )
     data_root: str = HfArg(default="data", help="Where torchvision keeps its downloads.")
-    corrupt: Literal["stop", "skip"] = HfArg(
-        default="stop", help="At an unreadable image: stop, or warn and skip it."
-    )
+    corrupt: Literal["stop", "skip"] = HfArg(default="stop", help="At an unreadable image; skip warns.")
     keep: Literal["auto", "device", "host", "files"] = HfArg(
         default="auto",
         help="Where decoded images lie; auto: on the GPU if they fit, else host, else in files.",
     )
     image_size: Optional[int] = HfArg(default=None, help="Pixels; 224, or for tiny 8 with digits, else 32.")
-    augment: Optional[Literal["published", "none"]] = HfArg(
-        default=None, help="published: random resized crop and flip; none is tiny's default."
-    )
-    crop: Optional[float] = HfArg(
-        default=None, help="Share of the side that evaluation keeps; 224/256, or 1 for tiny."
-    )
+    augment: Optional[Literal["published", "none"]] = HfArg(default=None, help="published: crop and flip.")
+    crop: Optional[float] = HfArg(default=None, help="Share of the side in evaluation; 224/256; tiny: 1.")
 
     neutral: ClassVar[tuple[str, ...]] = ("data_root", "keep")
 
@@ -56,12 +56,8 @@ class ModelOptions:
         default="vit_base_patch16_224.orig_in21k",
         help="timm name, a .safetensors or original .npz file, a folder, or tiny (needs no hub).",
     )
-    architecture: Optional[str] = HfArg(
-        default=None, help="timm name of the architecture, for weights from a file."
-    )
-    mlp_layers: int = HfArg(
-        default=2, help="2: the ordinary ViT; 4: with the paper's two frozen identity layers."
-    )
+    architecture: Optional[str] = HfArg(default=None, help="timm name, for weights from a file.")
+    mlp_layers: int = HfArg(default=2, help="2: the ordinary ViT; 4: with the paper's two identity layers.")
     attention: Literal["eager", "sdpa"] = HfArg(default="sdpa", help="sdpa is fused.")
 
 
@@ -70,10 +66,7 @@ class RecipeOptions(DataOptions, ModelOptions, AdapterOptions, MemoryOptions, Tr
     """All that one run and a table of runs share (small_table.py)."""
 
     method: str = HfArg(default="control", help=f"One of {', '.join(METHODS)} (head only).")
-    lora_rank: int = HfArg(
-        default=1,
-        help="Rank of LoRA, DoRA and MiSS; 0: every method gets the ranks that match the control's parameters.",
-    )
+    lora_rank: int = HfArg(default=1, help="Of LoRA, DoRA and MiSS; 0: parameters as the control's.")
     lora_alpha: float = HfArg(default=2.0, help="LoRA's updates are scaled by alpha/rank.")
     lora_targets: Optional[list[str]] = HfArg(
         default=None,
@@ -82,18 +75,14 @@ class RecipeOptions(DataOptions, ModelOptions, AdapterOptions, MemoryOptions, Tr
     )
     epochs: int = HfArg(default=50, help="Passes over the training images.")
     lr: float = HfArg(default=5e-3, help="Largest learning rate.")
-    optimizer: Literal["sgd", "adamw"] = HfArg(
-        default="sgd", help="sgd: as published, with --lr_decay; adamw: warm-up, then a half cosine."
-    )
+    optimizer: Literal["sgd", "adamw"] = HfArg(default="sgd", help="adamw: warm-up, then half a cosine.")
     momentum: float = HfArg(default=0.9, help="SGD's.")
     lr_decay: float = HfArg(default=0.95, help="SGD: the learning rate's factor after each epoch.")
     warmup_steps: int = HfArg(default=0, help="AdamW: steps in which the learning rate rises from 0.")
     weight_decay: float = HfArg(default=0.0, help="On every trained parameter.")
     batch_size: int = HfArg(default=128, help="Images per step.")
     eval_batch_size: int = HfArg(default=256, help="Images per evaluation step.")
-    precision: Literal["auto", "fp16", "bf16", "fp32"] = HfArg(
-        default="auto", help="Autocast type; auto: fp16 with a loss scaler on a GPU, else fp32."
-    )
+    precision: Precision = HfArg(default="auto", help="Autocast; auto: fp16, scaled, on a GPU, else fp32.")
 
     neutral: ClassVar[tuple[str, ...]] = ("eval_batch_size",)
     methods: ClassVar[tuple[str, ...]] = METHODS
@@ -114,9 +103,7 @@ class RecipeOptions(DataOptions, ModelOptions, AdapterOptions, MemoryOptions, Tr
         check_numbers(self, "lr_decay", "crop", above=0, at_most=1)
         check_numbers(self, "momentum", "warmup_steps", "weight_decay", at_least=0)
         if self.warmup_steps and self.optimizer == "sgd":
-            raise UserError(
-                "--warmup_steps is for --optimizer adamw: SGD's rate starts at --lr and falls by --lr_decay"
-            )
+            raise UserError("--warmup_steps is for --optimizer adamw: SGD's rate starts at --lr")
 
 
 @dataclass(kw_only=True)
@@ -129,15 +116,9 @@ class Options(RecipeOptions, RunOptions):
         f"out and tested on in the place of the test images. Runs lie below {SEARCH_FOLDER}/.",
     )
     workers: int = HfArg(default=8, help="Threads or processes that decode images.")
-    output_dir: Optional[str] = HfArg(
-        default=None, help="Default: results/vit/<model>_<data>_<method>_seed<seed>."
-    )
-    evaluate: Optional[str] = HfArg(
-        default=None, help="Do not train: evaluate this adapter folder on --data."
-    )
-    predict: Optional[str] = HfArg(
-        default=None, help="Do not train: classify the images of this folder with --adapter."
-    )
+    output_dir: Optional[str] = HfArg(default=None, help="Default: results/vit/MODEL_DATA_METHOD_seedSEED.")
+    evaluate: Optional[str] = HfArg(default=None, help="Do not train: evaluate this adapter on --data.")
+    predict: Optional[str] = HfArg(default=None, help="Do not train: classify a folder with --adapter.")
     adapter: Optional[str] = HfArg(default=None, help="The adapter folder for --predict.")
     output: str = HfArg(default="predictions.csv", help="The CSV file of --predict.")
 
@@ -149,12 +130,10 @@ class Options(RecipeOptions, RunOptions):
             raise UserError("choose one of --evaluate and --predict")
         if self.predict and not self.adapter:
             raise UserError("--predict needs --adapter with the adapter folder of a finished run")
-        if self.validation_share is None:
+        if (share := self.validation_share) is None:
             return
-        if not 0 < self.validation_share < 1:
-            raise UserError(
-                f"--validation_share must lie between 0 and 1, both excluded, got {self.validation_share}"
-            )
+        if not 0 < share < 1:
+            raise UserError(f"--validation_share must lie between 0 and 1, both excluded, got {share}")
         if self.evaluate or self.predict:
             raise UserError("--validation_share is for training: leave it out with --evaluate and --predict")
         if SEARCH_FOLDER not in self.folder.resolve().parts:

@@ -23,17 +23,15 @@ from tqdm import tqdm
 
 from control_experiments.errors import Interrupted, StopRequest, UserError
 from control_experiments.record import read_json, write_json_atomic
-from control_experiments.training.checkpoints import checkpoints, keep_newest, whole_folder
+from control_experiments.training.checkpoints import keep_newest, last_good, whole_folder
 from control_experiments.training.device import seed_everything
 from control_experiments.training.losses import LossWatch, check_parameters
 from control_experiments.training.metering import MemoryMeter, Throughput
 from control_experiments.training.methods import describe_adapter, set_memory
-from control_experiments.training.runs import RunFolder
 from control_experiments.training.setup import Run, start
 from ViT import augment
 from ViT.classifier import Description, add_adapter, build_base, save, trained_state
-from ViT.held_out import hold_out
-from ViT.images import ImageData, load_data
+from ViT.images import ImageData, hold_out, load_data
 from ViT.inference import (
     LESS_MEMORY,
     PROGRAM,
@@ -80,12 +78,8 @@ classes = description.classes
 
 
 def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | None = None) -> None:
-    """Train and evaluate after each epoch; a finished run is left as it is.
-
-    Args:
-        loader: where images and frozen models come from, when several runs share them.
-        argv: arguments of finetune.py for the record's command; default: the process's own.
-    """
+    """Train and evaluate after each epoch; a finished run is left as it is. Runs that share images and frozen models share
+    a `loader`; `argv` stands in the record's command, by default the process's own."""
     loader = loader or Loader()
     with start(options, PROGRAM, argv, less_memory=LESS_MEMORY, on_gpu="fp16") as run:
         if run.folder.finished:
@@ -101,26 +95,16 @@ def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | 
         vit = vit.to(run.device)
         memory.after_load()
         model = add_adapter(vit, options).to(run.device)
-        set_memory(
-            model,
-            options.memory,
-            options.cuda_graphs,
-            chunk_tokens=options.chunk_tokens,
-            offload=options.offload,
-        )
+        how = {"chunk_tokens": options.chunk_tokens, "offload": options.offload}
+        set_memory(model, options.memory, options.cuda_graphs, **how)
         adapter = describe_adapter(model)
         with run.folder.logging_from("vit", terminal=True):
-            logger.info(
-                "%s: %s trained of %s parameters",
-                options.method,
-                f"{adapter['trainable_parameters']:,}",
-                f"{total + adapter['adapter_parameters']:,}",
-            )
+            trained, counted = adapter["trainable_parameters"], total + adapter["adapter_parameters"]
+            logger.info("%s", f"{options.method}: {trained:,} trained of {counted:,} parameters")
             history, clock, outcome = fit(run, model, data, memory)
-        description = Description(
-            options.method, options.model, base.architecture, base.sha256, options.image_size,
-            options.mlp_layers, options.crop, data.classes,
-        )  # fmt: skip
+        named = ("method", "model", "image_size", "mlp_layers", "crop")
+        about = {"architecture": base.architecture, "sha256": base.sha256, "classes": data.classes}
+        description = Description(**{name: getattr(options, name) for name in named}, **about)
         write_test_predictions(run.folder, data, *outcome)
         best, last = max(history, key=lambda row: row["test_accuracy"]), history[-1]
         run.finish(
@@ -134,10 +118,10 @@ def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | 
             memory={**memory.summary(), "images_on_device_bytes": resident_bytes(data)},
             time=run.time(clock),
         )
+        reached = f"{last['test_accuracy']:.2f} % (best epoch {best['test_accuracy']:.2f} %)"
+        speed = f"{clock.summary()['examples_per_second'] or 0:.0f} images/s"
         print(
-            f"{options.method}: {options.scored} accuracy {last['test_accuracy']:.2f} % (best epoch "
-            f"{best['test_accuracy']:.2f} %), {clock.summary()['examples_per_second'] or 0:.0f} images/s; "
-            f"record in {run.folder.record}"
+            f"{options.method}: {options.scored} accuracy {reached}, {speed}; record in {run.folder.record}"
         )
 
 
@@ -162,7 +146,6 @@ class Loader:
 
     def data(self, options: Options, device: torch.device) -> ImageData:
         """The images that training and evaluation take, where training reads them fastest."""
-        read = (options.data, options.data_root, options.corrupt, options.keep, options.workers)
 
         def make() -> ImageData:
             data = load_data(options.data, **reading(options))
@@ -171,7 +154,8 @@ class Loader:
             data.place(device, options.keep)
             return data
 
-        return self._once("data", (*read, options.validation_share, device), make)
+        asked = (options.data, *reading(options).values(), options.validation_share, device)
+        return self._once("data", asked, make)
 
     def base(self, options: Options, classes: int) -> tuple[VisionTransformer, Base, dict | None]:
         """A frozen model of the caller's own, where it is from and, for the tiny one trained on the spot, its weights."""
@@ -195,34 +179,26 @@ class Loader:
 def fit(
     run: Run, model: nn.Module, data: ImageData, memory: MemoryMeter
 ) -> tuple[list[dict], Throughput, tuple[torch.Tensor, torch.Tensor]]:
-    """All epochs with their evaluations; returns the history, the clock, and the test images' last logits and labels.
+    """All epochs with their evaluations; returns the history, the clock, and the test images' last logits and
+    labels.
 
-    Order, crops, dropout and learning rate follow from the seed, the epoch and the batch alone, so a resumed run repeats
-    what an uninterrupted one does, wherever in an epoch it stopped.
-
-    Raises:
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was written after the batch that was under way.
-        UserError: the loss is NaN or infinite.
+    Order, crops, dropout and learning rate follow from the seed, the epoch and the batch alone, so a resumed
+    run repeats what an uninterrupted one does, wherever in an epoch it stopped. Raises Interrupted: SIGINT or
+    SIGTERM came; a checkpoint was written after the batch that was under way; UserError: the loss is NaN or
+    infinite.
     """
     options, folder, device = run.options, run.folder, run.device
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(
-        options.optimizer,
-        parameters,
-        options.lr,
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
-    )
+    how = {"momentum": options.momentum, "weight_decay": options.weight_decay}
+    optimizer = make_optimizer(options.optimizer, parameters, options.lr, **how)
     step = Step(model, optimizer, device, run.precision)
     parts = {"optimizer": optimizer, "scaler": step.scaler}
     per_epoch = -(-len(data.train) // options.batch_size)
     total = options.epochs * per_epoch
     if options.max_steps > 0:
         total = min(total, options.max_steps)
-    factor = partial(
-        rate_factor, options.optimizer, per_epoch=per_epoch, total=total, decay=options.lr_decay,
-        warmup=options.warmup_steps,
-    )  # fmt: skip
+    schedule = {"decay": options.lr_decay, "warmup": options.warmup_steps}
+    factor = partial(rate_factor, options.optimizer, per_epoch=per_epoch, total=total, **schedule)
     history, losses, done = [], None, 0
     if run.checkpoint:
         history, losses, done = load_checkpoint(run.checkpoint, model, parts, device)
@@ -231,8 +207,8 @@ def fit(
         outcome = test_logits(step, data, options, device)
 
     def save(losses: EpochLoss | None = None) -> None:
-        watch.check(per_epoch, kept(folder))
-        check_parameters(parameters, done, kept(folder))
+        watch.check(per_epoch, last_good(folder.checkpoints))
+        check_parameters(parameters, done, last_good(folder.checkpoints))
         save_checkpoint(folder.checkpoints, done, model, parts, history, losses)
 
     def before_step() -> None:
@@ -251,7 +227,7 @@ def fit(
             bar.update()
             watch.add(loss, done)
             if watch.due(done):
-                watch.check(per_epoch, kept(folder))
+                watch.check(per_epoch, last_good(folder.checkpoints))
             return stop.number is not None
 
         while done < total:
@@ -270,10 +246,8 @@ def fit(
                    "train_loss": losses.mean, "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
             losses = None
             history.append(row)
-            logger.info(
-                "epoch %d, step %d of %d: training loss %.4f, %s accuracy %.2f %%",
-                epoch + 1, done, total, row["train_loss"], options.scored, row["test_accuracy"],
-            )  # fmt: skip
+            reached = f"training loss {row['train_loss']:.4f}, {options.scored} accuracy {row['test_accuracy']:.2f} %"
+            logger.info("%s", f"epoch {epoch + 1}, step {done} of {total}: {reached}")
             bar.set_postfix(loss=f"{row['train_loss']:.3f}", accuracy=f"{row['test_accuracy']:.2f}")
             save()
             if stop.number is not None:
@@ -303,12 +277,6 @@ def seed_of(seed: int, epoch: int, batch: int) -> int:
     return ((seed * 100_003 + epoch) * 1_000_003 + batch) % 2**63
 
 
-def kept(folder: RunFolder) -> str:
-    """What there is to go on from, in words."""
-    found = checkpoints(folder.checkpoints)
-    return f"{found[0].name} is the last good state" if found else "no checkpoint was written yet"
-
-
 def save_checkpoint(
     folder: Path, step: int, model: nn.Module, parts: dict, history: list[dict], losses: EpochLoss | None
 ) -> None:
@@ -324,11 +292,8 @@ def save_checkpoint(
 def load_checkpoint(
     place: Path, model: nn.Module, parts: dict, device: torch.device
 ) -> tuple[list[dict], EpochLoss | None, int]:
-    """Restore what `save_checkpoint` wrote; returns the history, the losses of the epoch to go on with, and the step.
-
-    Raises:
-        UserError: it does not fit this run.
-    """
+    """Restore what `save_checkpoint` wrote; returns the history, the losses of the epoch to go on with, and the
+    step. Raises UserError: it does not fit this run."""
     try:
         state = load_file(place / "trained.safetensors")
         own = trained_state(model)

@@ -13,12 +13,12 @@ may share one output folder when --data or --methods differ.
 from __future__ import annotations
 
 import gc
-import itertools
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import count, product
 from pathlib import Path
 from typing import Optional
 
@@ -44,22 +44,16 @@ class Options(RecipeOptions):
     )
     seeds: list[int] = HfArg(default_factory=lambda: [1, 2, 3], help="Seeds.")
     epochs: int = HfArg(default=10, help="Passes over the training images.")
-    lora_rank: int = HfArg(
-        default=0, help="As in finetune.py; 0: every method trains as many parameters as the control."
-    )
+    lora_rank: int = HfArg(default=0, help="As in finetune.py; 0: parameters as the control's.")
     grid: Optional[list[float]] = HfArg(
         default=None,
         help="Learning rates from which each method gets its own for each data set, chosen on held-out training images; "
         "default: --lr for all, no search.",
     )
     held_out: float = HfArg(default=0.1, help="Share of the training images on which the search scores.")
-    search_seeds: list[int] = HfArg(
-        default_factory=lambda: [SEARCH_SEED], help="Seeds of the search; the mean of their scores counts."
-    )
+    search_seeds: list[int] = HfArg(default_factory=lambda: [SEARCH_SEED], help="Of the search.")
     search_only: bool = HfArg(default=False, help="Choose the learning rates and stop there.")
-    max_minutes: Optional[float] = HfArg(
-        default=None, help="Begin no run that would not end within this time; the same command goes on."
-    )
+    max_minutes: Optional[float] = HfArg(default=None, help="Begin no run that would end later.")
     device: str = HfArg(default="0", help="GPU index, or cpu.")
     workers: int = HfArg(default=8, help="Threads or processes that decode images.")
     deterministic: bool = HfArg(default=False, help="Deterministic GPU kernels alone.")
@@ -114,12 +108,8 @@ class Runner:
         self.longest = 0.0
 
     def train(self, run: RunOptions, number: str) -> None:
-        """Train unless the run is finished.
-
-        Raises:
-            TimeIsUp: it would not end in time, if it takes as long as the longest run so far.
-            Diverged: its loss is not finite.
-        """
+        """Train unless the run is finished. Raises TimeIsUp: it would not end in time, if it takes as long as
+        the longest run so far; Diverged: its loss is not finite."""
         finished = (run.folder / "record.json").is_file()
         began = time.monotonic()
         if self.end and not finished and began + self.longest > self.end:
@@ -133,16 +123,13 @@ class Runner:
 
 
 def search(options: Options, runner: Runner) -> dict[tuple[str, str], float]:
-    """(data, method) -> the learning rate with the best mean last score on held-out training images.
-
-    Raises:
-        UserError: a method diverged with every learning rate.
-    """
+    """(data, method) -> the learning rate with the best mean last score on held-out training images. Raises
+    UserError: a method diverged with every learning rate."""
     from control_experiments.training.losses import Diverged
 
-    cells = list(itertools.product(options.data, options.methods))
+    cells = list(product(options.data, options.methods))
     grid = list(dict.fromkeys(options.grid))
-    total, numbers = len(cells) * len(grid) * len(options.search_seeds), itertools.count(1)
+    total, numbers = len(cells) * len(grid) * len(options.search_seeds), count(1)
     print(f"{total} runs to choose learning rates, scored on held-out training images", flush=True)
     chosen = {}
     for data, method in cells:
@@ -166,9 +153,7 @@ def search(options: Options, runner: Runner) -> dict[tuple[str, str], float]:
         notes = options.output / SEARCH_FOLDER / f"{run.model_name}.json"
         rates = choose_rates({key: scores}, notes, run.model_name)
         if not rates:
-            raise UserError(
-                f"{method} on {key[0]} diverges with every learning rate of --grid: add lower ones"
-            )
+            raise UserError(f"{method} on {key[0]} diverges with every learning rate of --grid: add lower")
         chosen[data, method] = float(rates[key])
         print(f"{method} on {key[0]}: lr {rates[key]} is chosen", flush=True)
     return chosen
@@ -192,7 +177,7 @@ def main() -> None:
     options.check()
     # every method gets its first seed before any gets its second one
     cells = [
-        (data, method, seed) for data in options.data for seed in options.seeds for method in options.methods
+        (data, method, seed) for data, seed, method in product(options.data, options.seeds, options.methods)
     ]
     runs = [plan_run(options, *cell, options.lr) for cell in cells]
     for lr in options.grid or ():

@@ -99,11 +99,6 @@ class EpochLoss:
     images: int = 0
     batches: int = 0
 
-    def add(self, loss: torch.Tensor, images: int) -> None:
-        self.total += loss * images
-        self.images += images
-        self.batches += 1
-
     @property
     def mean(self) -> float:
         return float(self.total) / max(1, self.images)
@@ -129,9 +124,10 @@ def train_epoch(
     while batch is not None:
         inputs, labels = batch
         before_step()
-        loss = step.backward(inputs, labels)
-        losses.add(loss, len(labels))
-        examples = len(labels)
+        loss, examples = step.backward(inputs, labels), len(labels)
+        losses.total += loss * examples
+        losses.images += examples
+        losses.batches += 1
         batch = next(batches, None)
         step.update()
         if after_step(loss, examples):

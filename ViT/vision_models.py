@@ -47,11 +47,8 @@ class Base:
 def create(
     architecture: str, *, num_classes: int, image_size: int, pretrained: bool = False
 ) -> VisionTransformer:
-    """A timm VisionTransformer, with random weights or those of timm's hub, and a new head.
-
-    Raises:
-        UserError: unknown or other kind of architecture, an image size that patches do not fill, no such weights.
-    """
+    """A timm VisionTransformer, with random weights or those of timm's hub, and a new head. Raises UserError:
+    unknown or other kind of architecture, an image size that patches do not fill, no such weights."""
     if architecture == TINY:
         torch.set_num_threads(1)  # its tensors are too small to share, and threads that wait are slow
         # 4 x 4 patches at every size, so that larger images take no longer
@@ -59,10 +56,9 @@ def create(
         model = VisionTransformer(image_size, patch, num_classes=num_classes, **_TINY_SHAPE)
     else:
         _check_name(architecture)
+        shape = {"num_classes": num_classes, "img_size": image_size}
         try:
-            model = timm.create_model(
-                architecture, pretrained=pretrained, num_classes=num_classes, img_size=image_size
-            )
+            model = timm.create_model(architecture, pretrained=pretrained, **shape)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"timm cannot get the weights of {architecture} ({error}): check the name and the network, "
@@ -94,8 +90,7 @@ def load(
     Args:
         architecture: timm name, needed for files whose folder has no `config.json` of timm's.
 
-    Raises:
-        UserError: nothing there, or weights of another architecture.
+    Raises UserError: nothing there, or weights of another architecture.
     """
     path = Path(model).expanduser()
     check_model(model)
@@ -110,27 +105,19 @@ def load(
     built = create(architecture, num_classes=num_classes, image_size=image_size)
     load_weights(built, path, architecture)
     parent = path.resolve().parent.name
-    return built, Base(
-        f"{parent}/{path.name}" if path.stem in ("model", "base") else path.name,
-        architecture,
-        fingerprint(path),
-    )
+    name = f"{parent}/{path.name}" if path.stem in ("model", "base") else path.name
+    return built, Base(name, architecture, fingerprint(path))
 
 
 def load_weights(model: VisionTransformer, path: Path, architecture: str) -> None:
     """Load a `.safetensors` or an original JAX `.npz` file, except its head; position embeddings are resampled.
-
-    Raises:
-        UserError: the file is broken, of another format or of another architecture.
-    """
+    Raises UserError: the file is broken, of another format or of another architecture."""
     misfit = f"{path} holds weights of another architecture than {architecture}"
     if path.suffix == ".npz":
         _load_npz(model, path, misfit)
         return
     if path.suffix != ".safetensors":
-        raise UserError(
-            f"{path} is neither .safetensors nor .npz: convert it, as pickled weights can run code"
-        )
+        raise UserError(f"{path} is neither .safetensors nor .npz: convert it, for pickles can run code")
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -139,18 +126,13 @@ def load_weights(model: VisionTransformer, path: Path, architecture: str) -> Non
         state = checkpoint_filter_fn(state, model)
     except (RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise UserError(f"{misfit} ({error})") from error
-    own = model.state_dict()
+    head = {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
     state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    wanted = {name for name in own if not name.startswith("head.")}
-    shapes = [name for name in wanted & set(state) if state[name].shape != own[name].shape]
-    for what, names in (
-        ("lacks", wanted - set(state)),
-        ("has unexpected", set(state) - wanted),
-        ("has another shape of", shapes),
-    ):
-        if names:
-            raise UserError(f"{misfit}: it {what} {min(names)} (and {len(names) - 1} more)")
-    model.load_state_dict(state, strict=False)
+    try:
+        model.load_state_dict({**state, **head})
+    except RuntimeError as error:
+        _, *reasons = str(error).split("\n")
+        raise UserError(f"{misfit}: {' '.join(reasons):.200}") from error
 
 
 def _load_npz(model: VisionTransformer, path: Path, misfit: str) -> None:
@@ -179,12 +161,8 @@ class FourLayerMlp(nn.Module):
         super().__init__()
         self.fc1, self.act, self.drop1, self.norm = mlp.fc1, mlp.act, mlp.drop1, mlp.norm
         self.fc2, self.drop2 = mlp.fc2, mlp.drop2
-        hidden = mlp.fc2.in_features
-        reference = mlp.fc2.weight
-        self.eye1, self.eye2 = (
-            nn.Linear(hidden, hidden, bias=False, device=reference.device, dtype=reference.dtype)
-            for _ in range(2)
-        )
+        hidden, like = mlp.fc2.in_features, {"device": mlp.fc2.weight.device, "dtype": mlp.fc2.weight.dtype}
+        self.eye1, self.eye2 = (nn.Linear(hidden, hidden, bias=False, **like) for _ in range(2))
         for linear in (self.eye1, self.eye2):
             nn.init.eye_(linear.weight)
 
@@ -194,11 +172,8 @@ class FourLayerMlp(nn.Module):
 
 
 def set_mlp_layers(model: VisionTransformer, layers: int) -> None:
-    """2 leaves the ordinary MLPs, 4 puts a :class:`FourLayerMlp` in the place of each.
-
-    Raises:
-        UserError: another number, or blocks whose `mlp` is no timm `Mlp`.
-    """
+    """2 leaves the ordinary MLPs, 4 puts a :class:`FourLayerMlp` in the place of each. Raises UserError:
+    another number, or blocks whose `mlp` is no timm `Mlp`."""
     if layers not in (2, 4):
         raise UserError(f"--mlp_layers is 2 or 4, got {layers}")
     if layers == 4:
@@ -209,23 +184,18 @@ def set_mlp_layers(model: VisionTransformer, layers: int) -> None:
 
 
 def set_attention(model: VisionTransformer, attention: str) -> None:
-    """ "sdpa" lets attention run fused; "eager" keeps the attention matrix, as the published runs did.
-
-    Raises:
-        UserError: another name, or a model whose attention has no such switch.
-    """
+    """ "sdpa" lets attention run fused; "eager" keeps the attention matrix, as the published runs did. Raises
+    UserError: another name, or a model whose attention has no such switch."""
     if attention not in ("eager", "sdpa"):
         raise UserError(f"--attention is eager or sdpa, got {attention!r}")
     for block in model.blocks:
         if not hasattr(getattr(block, "attn", None), "fused_attn"):
-            raise UserError(
-                "--attention needs timm's Attention in each block, which this model does not have"
-            )
+            raise UserError("--attention needs timm's Attention in each block, which this model lacks")
         block.attn.fused_attn = attention == "sdpa"
 
 
 def mlp_linears(layers: int) -> Sequence[str]:
-    """Names of the linear layers of an MLP: the published LoRA targets, as far as they exist."""
+    """Names of an MLP's linear layers: the published LoRA targets, as far as they exist."""
     return ("fc1", "fc2") if layers == 2 else ("fc1", "fc2", "eye1", "eye2")
 
 

@@ -23,12 +23,8 @@ def make_row(task: str, number: int) -> dict:
     answer = draw.choice(words)
     asked = " ".join(draw.choices(NOUNS, k=draw.randint(3, 30)))
     instruction = f"Please choose the correct answer: {asked}?\n\nAnswer format: {'/'.join(words)}"
-    return {
-        "instruction": instruction,
-        "input": "",
-        "output": f"the correct answer is {answer}",
-        "answer": answer,
-    }
+    output = f"the correct answer is {answer}"
+    return {"instruction": instruction, "input": "", "output": output, "answer": answer}
 
 
 @pytest.fixture(scope="session")

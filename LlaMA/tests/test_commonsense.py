@@ -5,7 +5,6 @@ import pytest
 from control_experiments.errors import UserError
 from control_experiments.paths import shared_folder
 from LlaMA.commonsense import (
-    ALL_WORDS,
     TASKS,
     Row,
     extract_answer,
@@ -25,15 +24,11 @@ def test_prompts_are_the_published_templates():
     if not file.is_file():
         pytest.skip("the published templates are not here (PARALLEL_CONTROL_SHARED)")
     published = json.loads(file.read_text())
-    for name, given in (("with_input", "some input"), ("without_input", "")):
+    for name, given in (("with_input", "{x}"), ("without_input", "")):  # braces are text
         training = published["train"][name].format(instruction="I", input=given, output="O")
         assert prompt("I", given) + "O" == training
         authors = published["evaluate_authors"][name].format(instruction="I", input=given)
         assert prompt("I", given, "authors") == authors
-
-
-def test_braces_in_an_instruction_are_text():
-    assert "{input} {x}" in prompt("{input} {x}", "given {instruction}")
 
 
 @pytest.mark.parametrize(
@@ -43,25 +38,20 @@ def test_braces_in_an_instruction_are_text():
         ("[]", "at least one row"),
         ("{}", "at least one row"),
         (json.dumps([ROW, "text"]), "row 1: must be an object"),
-        (
-            json.dumps([ROW, {k: v for k, v in ROW.items() if k != "output"}]),
-            "row 1: the field 'output' is missing",
-        ),
+        (json.dumps([ROW, {"instruction": "Which?", "input": ""}]), "row 1: the field 'output' is missing"),
         (json.dumps([{**ROW, "answer": 3}]), "row 0: the field 'answer' must be text, got int"),
         (json.dumps([{**ROW, "instruction": " "}]), "row 0: the field 'instruction' is empty"),
         (
-            json.dumps([ROW, {**ROW, "answer": "maybe"}]),
-            "row 1: the field 'answer' is 'maybe', not one of answer1",
+            json.dumps([{**ROW, "answer": "maybe"}]),
+            "row 0: the field 'answer' is 'maybe', not one of answer1",
         ),
     ],
 )
 def test_a_bad_data_file_is_named_with_row_and_field(tmp_path, contents, message):
     file = tmp_path / "rows.json"
     file.write_text(contents)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"rows.json.*{message}"):
         read_rows(file, TASKS["openbookqa"])
-    assert message in str(error.value)
-    assert "rows.json" in str(error.value)
 
 
 def test_the_shared_test_sets_are_valid():
@@ -120,7 +110,3 @@ def test_prompts_are_tokenized_as_in_training(rows, tokenizer):
         assert full.ids[: len(ids)] == ids
         assert full.loss_from == len(ids)
         assert tokenizer.decode(full.ids[len(ids) : -1]).strip() == row.output
-
-
-def test_answer_words_cover_all_tasks():
-    assert set(ALL_WORDS) == {word for words in TASKS.values() for word in words}

@@ -53,14 +53,10 @@ def questions(rows, tokenizer, model):
     said = [reply.text for reply in generate(
         model, tokenizer, [Question(ids, ("x",), ("x",)) for ids in prompts], stop_when_decided=False
     )]  # fmt: skip
-    words = tuple(
-        dict.fromkeys(word for text in said for word in text.split()[1:3] if word.isalpha() and len(word) > 2)
-    )
+    spoken = [word for text in said for word in text.split()[1:3]]
+    words = tuple(dict.fromkeys(word for word in spoken if word.isalpha() and len(word) > 2))
     assert len(words) >= 2
     return [Question(ids, words, words[:3]) for ids in prompts]
-
-
-# -- generation ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", [None, "double control", "miss", "shadow"])
@@ -86,25 +82,20 @@ def test_prompts_read_once_for_all_beams_say_what_the_published_search_says(
 def test_stopping_when_decided_changes_no_answer_and_takes_fewer_steps(
     model, tokenizer, questions, monkeypatch
 ):
-    steps = []
-    forward = model.forward
+    steps, forward = [], model.forward
 
     def counted(*args, **kwargs):
         steps.append(1)
         return forward(*args, **kwargs)
 
+    def answers(stop_when_decided):
+        steps.clear()
+        said = (generate(model, tokenizer, [q], stop_when_decided=stop_when_decided) for q in questions)
+        return [reply.answer for (reply,) in said], len(steps)
+
     monkeypatch.setattr(model, "forward", counted)
-    full, count_full = [], 0
-    stopped, count_stopped = [], 0
-    for question in questions:
-        steps.clear()
-        full += generate(model, tokenizer, [question], stop_when_decided=False)
-        count_full += len(steps)
-        steps.clear()
-        stopped += generate(model, tokenizer, [question])
-        count_stopped += len(steps)
-    assert [reply.answer for reply in stopped] == [reply.answer for reply in full]
-    assert sum(reply.answer is not None for reply in full) >= 2
+    (full, count_full), (stopped, count_stopped) = answers(False), answers(True)
+    assert stopped == full and sum(answer is not None for answer in full) >= 2
     assert count_stopped < count_full
 
 
@@ -126,17 +117,11 @@ def test_search_goes_on_while_one_beam_disagrees(tokenizer):
     agree, differ = candidates("true", "true", "false", "no"), candidates("true", "false", "true", "true")
     assert stop(agree, None).all()
     assert not stop(differ, None).any()
-
-
-def test_a_finished_hypothesis_without_an_answer_keeps_the_search_going(tokenizer):
+    # nor does it end with a finished hypothesis that has no answer
     stop = answering.AnswersDecided(tokenizer, 0, [Question([], TASKS["boolq"], TASKS["boolq"])], beams=2)
     word, end = tokenizer("true", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
-    ended = [*word[:-1], end] if len(word) > 1 else [end]
-    assert not stop(torch.tensor([ended, word, word, word]), None).any()
+    assert not stop(torch.tensor([[*word[:-1], end], word, word, word]), None).any()
     assert not stop(torch.tensor([[*word, word[-1]]] * 4), None).any()
-
-
-# -- likelihood ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", [None, "miss", "shadow"])
@@ -156,28 +141,26 @@ def test_likelihood_ranks_as_whole_sequences_do(model, tokenizer, rows, method):
         scores = []
         for word in question.offered:
             tail = tokenizer(f" {ANSWER_LEAD} {word}", add_special_tokens=False)["input_ids"]
-            logits = model(input_ids=torch.tensor([question.ids + tail])).logits[
-                0, len(question.ids) - 1 : -1
-            ]
+            logits = model(input_ids=torch.tensor([question.ids + tail])).logits[0]
+            logits = logits[len(question.ids) - 1 : -1]
             scores.append(float(logits.log_softmax(-1).gather(1, torch.tensor(tail)[:, None]).sum()))
         best.append(question.offered[scores.index(max(scores))])
     assert [reply.answer for reply in rank_words(model, tokenizer, questions)] == best
     assert len(set(best)) > 1
 
 
-# -- the run ------------------------------------------------------------------------------------------------
-
-
-def test_a_run_scores_all_tasks_and_keeps_every_answer(run, trained, tmp_path):
-    code, out, err = run(*expected(trained))
+@pytest.mark.parametrize("mode", ["generate", "likelihood"])
+def test_a_run_scores_all_tasks_and_keeps_every_answer(run, trained, tmp_path, mode):
+    code, out, err = run(*expected(trained, "--mode", mode))
     assert code == 0, err
     record = read_record(tmp_path / "evaluation" / "record.json")
     assert record.method == "control+lora"
+    assert record.task == ("commonsense" if mode == "generate" else "commonsense-likelihood")
+    assert mode == "generate" or record.metrics["last"]["no_match"] == 0
     accuracies = []
     for task in TASKS:
-        lines = [
-            json.loads(line) for line in (tmp_path / "evaluation" / f"{task}.jsonl").read_text().splitlines()
-        ]
+        written = (tmp_path / "evaluation" / f"{task}.jsonl").read_text().splitlines()
+        lines = [json.loads(line) for line in written]
         assert sorted(line["row"] for line in lines) == list(range(7))
         assert all(line["correct"] == (line["answer"] == line["label"]) for line in lines)
         accuracies.append(100 * sum(line["correct"] for line in lines) / 7)
@@ -188,10 +171,10 @@ def test_a_run_scores_all_tasks_and_keeps_every_answer(run, trained, tmp_path):
     for task, accuracy in zip(TASKS, accuracies, strict=True):
         assert 100 * kept["correct"][kept["group"] == task].mean() == pytest.approx(accuracy)
     assert record.metrics["last"]["average"] == pytest.approx(sum(accuracies) / 8)
-    assert (
-        record.adapter["trainable_parameters"]
-        == read_record(trained / "record.json").adapter["trainable_parameters"]
-    )
+    counts = [
+        entry.adapter["trainable_parameters"] for entry in (record, read_record(trained / "record.json"))
+    ]
+    assert counts[0] == counts[1]
 
 
 def test_a_killed_run_answers_only_what_is_left(run, tmp_path, monkeypatch):
@@ -229,23 +212,13 @@ def test_other_test_sets_of_the_same_name_are_another_evaluation(run, data, tmp_
     assert code == 2 and "belongs to another run (data_sha256" in one_line(err)
 
 
-def test_likelihood_is_recorded_apart(run, trained, tmp_path):
-    code, _, err = run(*expected(trained, "--mode", "likelihood"))
-    assert code == 0, err
-    record = read_record(tmp_path / "evaluation" / "record.json")
-    assert record.task == "commonsense-likelihood"
-    assert record.metrics["last"]["no_match"] == 0
-
-
 def test_comparison_with_batch_one(run, tmp_path):
     code, _, err = run("--compare_batch_one", 9, "--max_new_tokens", 6)
     assert code == 0, err
     result = read_record(tmp_path / "evaluation" / "record.json").metrics["last"]
-    assert result["questions"] == 9
-    assert result["answers_agree"] == 100
-    assert result["speedup"] == pytest.approx(
-        result["questions_per_second"] / result["questions_per_second_batch_one"]
-    )
+    assert (result["questions"], result["answers_agree"]) == (9, 100)
+    speed = result["questions_per_second"] / result["questions_per_second_batch_one"]
+    assert result["speedup"] == pytest.approx(speed)
 
 
 @pytest.mark.parametrize(
@@ -285,17 +258,15 @@ def test_an_adapter_of_another_base_is_refused(call, trained, data, model_folder
     assert "does not fit" in one_line(err)
 
 
-@pytest.mark.parametrize(
-    "damage, said",
-    [
-        ("missing", "it has no base_model"),
-        ("more", "mlp_control.more has no place in it"),
-        ("nan", "has numbers that are not finite"),
-    ],
-)
-def test_an_adapter_of_which_something_is_missing_is_refused(
-    call, trained, data, model_folder, tmp_path, damage, said
-):
+DAMAGES = {
+    "missing": "it has no base_model",
+    "more": "mlp_control.more has no place",
+    "nan": "are not finite",
+}
+
+
+@pytest.mark.parametrize("damage, said", DAMAGES.items())
+def test_an_adapter_of_which_something_is_missing_is_refused(run, trained, tmp_path, damage, said):
     adapter = tmp_path / "adapter"
     shutil.copytree(trained / "adapter", adapter)
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -306,10 +277,7 @@ def test_an_adapter_of_which_something_is_missing_is_refused(
     if damage == "more":
         tensors |= {name: tensor, "base_model.model.model.layers.9.mlp_control.more": tensor.clone()}
     save_file(tensors, adapter / "adapter_model.safetensors")
-    code, _, err = call(
-        evaluate.main, "--model", model_folder, "--data", data, "--output_dir", tmp_path / "out", "--device", "cpu",
-        "--adapter", adapter,
-    )  # fmt: skip
+    code, _, err = run("--adapter", adapter, name="out")
     assert code == 2 and said in one_line(err) and str(adapter) in err
     assert not (tmp_path / "out").exists()
 

@@ -3,6 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from control_experiments.errors import UserError
 from LlaMA.commonsense import TokenRow, tokenize_rows
@@ -18,7 +19,6 @@ from LlaMA.packing import (
     packed_step,
     padded_step,
     shadow_batch_loss,
-    varlen_attention,
 )
 from LlaMA.tests.conftest import adapted
 
@@ -39,17 +39,20 @@ def gradients(model, batches, loss):
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def assert_alike(found, wanted):
+    for name, gradient in wanted.items():
+        atol = 1e-5 * float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=atol)
+
+
 def published_loss(model, step, micro_batch):
     """The Trainer's own arithmetic: transformers' mean loss of each padded micro-batch, averaged over them."""
     losses = []
     for start in range(0, len(step), micro_batch):
-        rows = step[start : start + micro_batch]
-        longest = max(len(row.ids) for row in rows)
-        ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])
-        mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows])
-        losses.append(
-            model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, IGNORE)).loss
-        )
+        rows = [torch.tensor(row.ids) for row in step[start : start + micro_batch]]
+        labels = torch.nn.utils.rnn.pad_sequence(rows, True, IGNORE)
+        mask = (labels != IGNORE).long()
+        losses.append(model(input_ids=labels.clamp(min=0), attention_mask=mask, labels=labels).loss)
     return sum(losses) / len(losses)
 
 
@@ -64,10 +67,7 @@ def test_packed_loss_and_gradients_are_the_published_ones(model, step, method, l
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     total, found = gradients(model, packed_step(step, 4, budget), loss)
     assert total == pytest.approx(float(expected), rel=1e-5)
-    for name in wanted:
-        torch.testing.assert_close(
-            found[name], wanted[name], rtol=1e-5, atol=1e-5 * float(wanted[name].abs().max())
-        )
+    assert_alike(found, wanted)
 
 
 @pytest.mark.parametrize("loss", [batch_loss, fused_batch_loss])
@@ -85,10 +85,7 @@ def test_packs_of_fixed_shape_lose_the_same(model, step, loss):
     expected, wanted = gradients(model, packs, loss)
     total, found = gradients(model, fixed, GraphedLoss(loss))
     assert total == pytest.approx(expected, rel=1e-5)
-    for name in wanted:
-        torch.testing.assert_close(
-            found[name], wanted[name], rtol=1e-5, atol=1e-5 * float(wanted[name].abs().max())
-        )
+    assert_alike(found, wanted)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -186,12 +183,9 @@ def test_packs_hold_every_row_once_within_the_budget(step):
     assert sorted(found) == sorted(row.ids for row in step)
 
 
-def test_a_row_over_the_budget_is_refused(step):
+def test_packing_is_refused_where_rows_would_mix_or_do_not_fit(model, step):
     with pytest.raises(UserError, match="--token_budget 10"):
         packed_step(step, 4, 10)
-
-
-def test_packing_is_refused_where_rows_would_mix(model, step):
     check_packing(model, step)
     forward = model.model.forward
 
@@ -212,9 +206,7 @@ def test_varlen_attention_equals_the_masked_one(model, step, monkeypatch):
         parts = []
         for a, b in pairwise(cu_q.tolist()):
             q, k, v = (states[a:b].transpose(0, 1) for states in (query, key, value))
-            parts.append(
-                torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-            )
+            parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
         return torch.cat(parts, dim=1).transpose(0, 1)
 
     varlen = pytest.importorskip("torch.nn.attention.varlen")
@@ -223,4 +215,3 @@ def test_varlen_attention_equals_the_masked_one(model, step, monkeypatch):
     expected = model(**pack.inputs, use_cache=False).logits
     model.set_attn_implementation(VARLEN)
     torch.testing.assert_close(model(**pack.inputs, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
-    assert varlen_attention.__name__ == "varlen_attention"

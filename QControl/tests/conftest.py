@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import MPNetConfig, MPNetModel
 
-from control_experiments.errors import run_main
-from LlaMA.tests.conftest import data, model_folder, rows, tokenizer  # noqa: F401
+from LlaMA.tests.conftest import call, data, model_folder, rows, tokenizer  # noqa: F401
 from RoBERTa.tests.conftest import encoders as two_encoders  # noqa: F401
 from RoBERTa.tests.conftest import glue_folder, save_tokenizer  # noqa: F401
 
@@ -28,19 +27,6 @@ def encoders(two_encoders, tmp_path_factory) -> dict[str, Path]:  # noqa: F811
     ).save_pretrained(folder)
     save_tokenizer(folder)
     return {**two_encoders, "mpnet": folder}
-
-
-@pytest.fixture
-def call(capsys):
-    """Run an entry point in this process as the command line would: (exit code, stdout, stderr)."""
-
-    def run(main, *arguments) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            run_main(lambda: main([str(argument) for argument in arguments]))
-        output = capsys.readouterr()
-        return exit_.value.code, output.out, output.err
-
-    return run
 
 
 @pytest.fixture

@@ -8,24 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "bird",
-    "sees",
-    "hears",
-    "likes",
-    "big",
-    "small",
-    "red",
-    "blue",
-    "runs",
-    "sleeps",
-    "not",
-    "and",
-]
+_TEXT = "the a cat dog bird sees hears likes big small red blue runs sleeps not and"
+WORDS = _TEXT.split()
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -36,30 +20,19 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        cls_token="<s>",
-        sep_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        model_input_names=["input_ids", "attention_mask"],
-    ).save_pretrained(folder)
+    roles = {"bos": "<s>", "eos": "</s>", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>"}
+    tokens = {f"{role}_token": token for role, token in roles.items()}
+    names = ["input_ids", "attention_mask"]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **tokens).save_pretrained(
+        folder
+    )
 
 
 @pytest.fixture(scope="session")
 def encoders(tmp_path_factory) -> dict[str, Path]:
     """Folders of a tiny random BERT and a tiny random RoBERTa, each with a tokenizer."""
-    shape = {
-        "vocab_size": 4 + len(WORDS),
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "pad_token_id": 1,
-        "initializer_range": 0.3,
-    }
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    shape = {**sizes, "vocab_size": 4 + len(WORDS), "pad_token_id": 1, "initializer_range": 0.3}
     root = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(0)
     BertModel(BertConfig(**shape, max_position_embeddings=130)).save_pretrained(root / "bert")
@@ -87,29 +60,19 @@ HEADERS = {
     "sentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
 }
 TEST_HEADERS = {
-    "CoLA": "index\tsentence",
-    "SST-2": "index\tsentence",
+    **dict.fromkeys(("CoLA", "SST-2"), "index\tsentence"),
     "MRPC": "index\t#1 ID\t#2 ID\t#1 String\t#2 String",
     "QQP": "id\tquestion1\tquestion2",
     "STS-B": HEADERS["STS-B"].removesuffix("\tscore"),
     "MNLI": HEADERS["MNLI"].removesuffix("\tlabel1\tgold_label"),
 }
 LABELS = {
-    "RTE": ["entailment", "not_entailment"],
-    "QNLI": ["entailment", "not_entailment"],
+    **dict.fromkeys(("RTE", "QNLI"), ("entailment", "not_entailment")),
     "MNLI": ["entailment", "neutral", "contradiction"],
     "STS-B": ["0.000", "2.500", "4.250", "5.000"],
 }
-TEXT_COLUMNS = {
-    "sentence",
-    "sentence1",
-    "sentence2",
-    "question",
-    "question1",
-    "question2",
-    "#1 String",
-    "#2 String",
-}
+TEXT_COLUMNS = {"sentence", "sentence1", "sentence2", "question", "question1", "question2"}
+TEXT_COLUMNS |= {"#1 String", "#2 String"}
 LABEL_COLUMNS = {"label", "Quality", "is_duplicate", "score", "gold_label"}
 
 
@@ -118,13 +81,9 @@ def write_glue(root: Path, folder: str, train: int = 24, dev: int = 10, test: in
     rng = random.Random(folder)
     labels = LABELS.get(folder, ["0", "1"])
     (root / folder).mkdir(parents=True)
-    sizes = {"train": train, "dev": dev, "test": test}
-    if folder == "MNLI":
-        sizes = {"train": train} | {
-            f"{split}_{kind}": n
-            for split, n in (("dev", dev), ("test", test))
-            for kind in ("matched", "mismatched")
-        }
+    kinds = ("_matched", "_mismatched") if folder == "MNLI" else ("",)
+    sizes = {f"{split}{kind}": n for split, n in (("dev", dev), ("test", test)) for kind in kinds}
+    sizes["train"] = train
     for split, rows in sizes.items():
         header = HEADERS[folder]
         if split.startswith("test"):
@@ -132,15 +91,10 @@ def write_glue(root: Path, folder: str, train: int = 24, dev: int = 10, test: in
         columns = header.split("\t") if header else ["source", "label", "star", "sentence"]
         lines = [header] if header else []
         for row in range(rows):
-            cells = [
-                sentence(rng)
-                if column in TEXT_COLUMNS
-                else labels[row % len(labels)]
-                if column in LABEL_COLUMNS
-                else str(row)
-                for column in columns
-            ]
-            lines.append("\t".join(cells))
+            cells = dict.fromkeys(columns, str(row))
+            cells |= {column: labels[row % len(labels)] for column in columns if column in LABEL_COLUMNS}
+            cells |= {column: sentence(rng) for column in columns if column in TEXT_COLUMNS}
+            lines.append("\t".join(cells.values()))
         (root / folder / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return root
 

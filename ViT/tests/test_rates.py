@@ -5,17 +5,18 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from control_experiments.errors import UserError
 from control_experiments.record import read_record
 from control_experiments.reporting.records import load
 from control_experiments.training.losses import Diverged
 from ViT import recipe
-from ViT.held_out import hold_out
-from ViT.images import load_data
+from ViT.images import OnDemand, hold_out, load_data
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,9 +38,9 @@ def test_the_split_is_of_training_images_alone_and_leaves_none_out(npz):
         assert [truth[image] for image in pixels(part)] == part.labels.tolist()
     assert pixels(hold_out(data, 0.25).test) == pixels(split.test)
 
-
-def test_images_of_unequal_sizes_are_split_too_and_each_class_stays_on_both_sides(npz):
-    data = load_data(str(npz))
+    with pytest.raises(UserError, match="decoded once"):
+        hold_out(replace(data, train=OnDemand(None, "stop", 0)), 0.25)
+    # images of unequal sizes too, and each class stays on both sides
     data.train.images = [image[:, : 10 + index % 3] for index, image in enumerate(data.train.images)]
     for share in (0.01, 0.99):
         split = hold_out(data, share)
@@ -47,16 +48,9 @@ def test_images_of_unequal_sizes_are_split_too_and_each_class_stays_on_both_side
         assert sorted(pixels(split.train) + pixels(split.test)) == sorted(pixels(data.train))
 
 
-@pytest.fixture
-def blind(npz, tmp_path):
-    """The training images of `npz`, and test images that would change every score."""
-    arrays = dict(np.load(npz))
-    path = tmp_path / "blind.npz"
-    np.savez(path, **{**arrays, "y_test": (arrays["y_test"] + 1) % 3})
-    return path
-
-
-def test_a_run_with_held_out_images_says_so_and_enters_no_table(call, options, npz, blind, tmp_path):
+def test_a_run_with_held_out_images_says_so_and_enters_no_table(call, options, npz, tmp_path):
+    arrays, blind = dict(np.load(npz)), tmp_path / "blind.npz"
+    np.savez(blind, **{**arrays, "y_test": (arrays["y_test"] + 1) % 3})  # would change every score
     results = tmp_path / "results"
     out = results / "vit" / "learning_rate_search" / "run"
     share = ("--validation_share", 0.25, "--seed", 3)
@@ -80,23 +74,13 @@ def test_runs_from_before_the_option_are_still_this_run(call, options, tmp_path)
     out = tmp_path / "run"
     assert call("finetune", *options, "--epochs", 1, "--output_dir", out)[0] == 0
     identity = json.loads((out / "run.json").read_text())
-    for newer in (
-        "validation_share",
-        "deterministic",
-        "optimizer",
-        "control_blocks",
-    ):  # as their defaults say
-        del identity[newer]
+    for newer in ("validation_share", "deterministic", "optimizer", "control_blocks"):
+        del identity[newer]  # as their defaults say
     (out / "run.json").write_text(json.dumps(identity))
     code, stdout, stderr = call("finetune", *options, "--epochs", 1, "--output_dir", out)
     assert code == 0 and "is finished" in stdout, stderr
     code, _, stderr = call("finetune", *options, "--epochs", 1, "--output_dir", out, "--deterministic")
     assert code == 2 and "(deterministic None there, True asked for)" in stderr
-
-
-def test_the_default_folder_is_one_that_tables_leave_out(programs):
-    run = programs["finetune"].Options(data="x/flowers.tar", model="x/small", lr=0.02, validation_share=0.1)
-    assert run.folder.parts[-3:] == ("vit", "learning_rate_search", "small_flowers_control_seed42_lr0.02")
 
 
 @pytest.mark.parametrize(
@@ -112,22 +96,6 @@ def test_bad_shares_are_one_line_and_leave_nothing(call, options, tmp_path, argu
     code, _, stderr = call("finetune", *options, "--output_dir", tmp_path / "run", *arguments)
     assert code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1 and message in stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_images_decoded_on_demand_are_refused(call, options, npz, tmp_path):
-    from PIL import Image
-
-    arrays = np.load(npz)
-    for split in ("train", "test"):
-        for index, (image, label) in enumerate(zip(arrays[f"x_{split}"], arrays[f"y_{split}"], strict=True)):
-            place = tmp_path / "set" / split / str(label)
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(place / f"{index}.png")
-    out = tmp_path / "learning_rate_search" / "run"
-    arguments = ("--data", tmp_path / "set", "--validation_share", 0.2, "--output_dir", out)
-    code, _, stderr = call("finetune", *options, *arguments, "--keep", "files")
-    assert code == 2 and "decoded once" in stderr and stderr.count("\n") == 1
-    assert not out.exists()
 
 
 @pytest.fixture
@@ -167,10 +135,8 @@ def test_the_table_is_run_with_the_chosen_rates_and_nothing_twice(call, table, b
     found = rates(tmp_path)["colors", "control"]
     model, search = base_model.parent.name, tmp_path / "learning_rate_search"
     for lr in ("0.01", "1e-06"):
-        tried = [
-            read_record(search / f"{model}_colors_control_seed{seed}_lr{lr}" / "record.json")
-            for seed in (0, 5)
-        ]
+        folders = (search / f"{model}_colors_control_seed{seed}_lr{lr}" for seed in (0, 5))
+        tried = [read_record(folder / "record.json") for folder in folders]
         assert all(record.data["sizes"]["held-out"] == 3 for record in tried)
         mean = sum(record.metrics["last"]["test_accuracy"] for record in tried) / 2
         assert found["scores"][lr] == pytest.approx(mean)
@@ -221,13 +187,11 @@ def test_the_search_in_two_processes_then_the_table_in_one(call, base_model, npz
     }  # fmt: skip
     script = ROOT / "ViT" / "run_small_table.sh"
     command = ["bash", script, "cpu", "--image_size", "32", "--output_dir", tmp_path]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     processes = [
-        subprocess.Popen(
-            [*command, "--search_only"], env={**settings, "METHODS": method}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )
+        subprocess.Popen([*command, "--search_only"], env={**settings, "METHODS": method}, **output)
         for method in ("lora", "probe")
-    ]  # fmt: skip
+    ]
     for process in processes:
         printed, _ = process.communicate(timeout=240)
         assert process.returncode == 0, printed

@@ -13,7 +13,7 @@ from control_experiments.paths import shared_folder
 from control_experiments.training.methods import count_parameters
 from ViT.classifier import add_adapter, build_base
 from ViT.options import RecipeOptions
-from ViT.vision_models import create, load, load_weights, set_attention, set_mlp_layers
+from ViT.vision_models import create, load, set_attention, set_mlp_layers
 
 ARCHITECTURE = "test_vit"
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -61,11 +61,6 @@ def test_matched_ranks_train_what_the_control_trains(architecture, targets):
     assert abs(count_parameters(miss)["adapter_parameters"] - budget) <= outputs / 2
 
 
-def test_too_small_a_budget_is_refused():
-    with pytest.raises(UserError, match="larger --control_rank"):
-        adapted(small(), "dora", control_rank=1, lora_rank=0)
-
-
 @pytest.mark.parametrize(
     ("targets", "layers"),
     [(None, {"fc1", "fc2"}), (["all"], {"qkv", "proj", "fc1", "fc2"}), (["proj", "fc2"], {"proj", "fc2"})],
@@ -76,25 +71,20 @@ def test_lora_and_miss_adapt_the_layers_that_were_asked_for(targets, layers):
         assert {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith(part)} == layers
     with pytest.raises(UserError, match="lora on VisionTransformer"):
         adapted(small(), "lora", lora_targets=["fc3"])
+    with pytest.raises(UserError, match="larger --control_rank"):
+        adapted(small(), "dora", control_rank=1, lora_rank=0)
 
 
-def test_four_layer_mlp_is_the_same_function_and_the_lora_targets_exist():
+def test_four_layer_mlp_and_eager_attention_are_the_same_function_and_the_lora_targets_exist():
     plain, deep = small(), small()
     set_mlp_layers(deep, 4)
+    set_attention(deep, "eager")
+    assert not any(block.attn.fused_attn for block in deep.blocks)
     torch.testing.assert_close(deep(IMAGES), plain(IMAGES))
     model = add_adapter(deep, RecipeOptions(method="lora", mlp_layers=4))
     layers = {name.split(".")[-2] for name, module in model.named_modules() if name.endswith("lora_A")}
     assert layers == {"fc1", "fc2", "eye1", "eye2"}
     assert not any(p.requires_grad for n, p in model.named_parameters() if "eye" in n and "lora" not in n)
-
-
-def test_eager_and_sdpa_agree():
-    model = small()
-    set_attention(model, "sdpa")
-    fused = model(IMAGES)
-    set_attention(model, "eager")
-    assert not any(block.attn.fused_attn for block in model.blocks)
-    torch.testing.assert_close(model(IMAGES), fused)
 
 
 @pytest.mark.parametrize("init_values", [None, 1e-5])
@@ -129,32 +119,31 @@ def test_position_embeddings_are_resampled_and_the_head_is_new(tmp_path):
 def original_npz(model, path):
     """The layout of the original JAX checkpoints (google-research/vision_transformer)."""
     heads, width = model.blocks[0].attn.num_heads, model.embed_dim
-    n = lambda tensor: tensor.detach().numpy()  # noqa: E731
     arrays = {
-        "embedding/kernel": n(model.patch_embed.proj.weight).transpose(2, 3, 1, 0),
-        "embedding/bias": n(model.patch_embed.proj.bias),
-        "cls": n(model.cls_token),
-        "Transformer/posembed_input/pos_embedding": n(model.pos_embed),
-        "Transformer/encoder_norm/scale": n(model.norm.weight),
-        "Transformer/encoder_norm/bias": n(model.norm.bias),
+        "embedding/kernel": model.patch_embed.proj.weight.permute(2, 3, 1, 0),
+        "embedding/bias": model.patch_embed.proj.bias,
+        "cls": model.cls_token,
+        "Transformer/posembed_input/pos_embedding": model.pos_embed,
+        "Transformer/encoder_norm/scale": model.norm.weight,
+        "Transformer/encoder_norm/bias": model.norm.bias,
     }
     for index, block in enumerate(model.blocks):
         at = f"Transformer/encoderblock_{index}"
         attention = f"{at}/MultiHeadDotProductAttention_1"
-        weights = n(block.attn.qkv.weight).reshape(3, heads, width // heads, width)
-        biases = n(block.attn.qkv.bias).reshape(3, heads, width // heads)
+        weights = block.attn.qkv.weight.reshape(3, heads, width // heads, width)
+        biases = block.attn.qkv.bias.reshape(3, heads, width // heads)
         for name, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
-            arrays[f"{attention}/{name}/kernel"] = weight.transpose(2, 0, 1)
+            arrays[f"{attention}/{name}/kernel"] = weight.permute(2, 0, 1)
             arrays[f"{attention}/{name}/bias"] = bias
-        arrays[f"{attention}/out/kernel"] = n(block.attn.proj.weight).T.reshape(heads, width // heads, width)
-        arrays[f"{attention}/out/bias"] = n(block.attn.proj.bias)
+        arrays[f"{attention}/out/kernel"] = block.attn.proj.weight.T.reshape(heads, width // heads, width)
+        arrays[f"{attention}/out/bias"] = block.attn.proj.bias
         for number, linear in enumerate((block.mlp.fc1, block.mlp.fc2)):
-            arrays[f"{at}/MlpBlock_3/Dense_{number}/kernel"] = n(linear.weight).T
-            arrays[f"{at}/MlpBlock_3/Dense_{number}/bias"] = n(linear.bias)
+            arrays[f"{at}/MlpBlock_3/Dense_{number}/kernel"] = linear.weight.T
+            arrays[f"{at}/MlpBlock_3/Dense_{number}/bias"] = linear.bias
         for number, norm in ((0, block.norm1), (2, block.norm2)):
-            arrays[f"{at}/LayerNorm_{number}/scale"] = n(norm.weight)
-            arrays[f"{at}/LayerNorm_{number}/bias"] = n(norm.bias)
-    np.savez(path, **arrays)
+            arrays[f"{at}/LayerNorm_{number}/scale"] = norm.weight
+            arrays[f"{at}/LayerNorm_{number}/bias"] = norm.bias
+    np.savez(path, **{name: tensor.detach().numpy() for name, tensor in arrays.items()})
 
 
 def test_original_npz(tmp_path):
@@ -163,22 +152,20 @@ def test_original_npz(tmp_path):
     model, _ = load(str(path), ARCHITECTURE, num_classes=3, image_size=32)
     torch.testing.assert_close(model.eval().forward_features(IMAGES), source.forward_features(IMAGES))
     with pytest.raises(UserError, match=r"another architecture .*6 layers, not 12"):
-        load_weights(
-            create("vit_tiny_patch16_224", num_classes=3, image_size=32), path, "vit_tiny_patch16_224"
-        )
+        load(str(path), "vit_tiny_patch16_224", num_classes=3, image_size=32)
 
 
 def test_weights_of_another_architecture(tmp_path):
     state = small().state_dict()
     cases = {
-        "has another shape": {**state, "norm.weight": torch.zeros(32)},
-        "lacks blocks.5.norm2.bias": {k: v for k, v in state.items() if k != "blocks.5.norm2.bias"},
-        "has unexpected extra": {**state, "extra": torch.zeros(1)},
+        "size mismatch for norm.weight": {**state, "norm.weight": torch.zeros(32)},
+        "Missing .*blocks.5.norm2.bias": {k: v for k, v in state.items() if k != "blocks.5.norm2.bias"},
+        "Unexpected .*extra": {**state, "extra": torch.zeros(1)},
     }
     for message, weights in cases.items():
         path = tmp_path / "model.safetensors"
         save_file(weights, path)
-        with pytest.raises(UserError, match=f"another architecture than test_vit: it {message}"):
+        with pytest.raises(UserError, match=f"another architecture than test_vit: .*{message}"):
             load(str(path), ARCHITECTURE, num_classes=3, image_size=32)
     path.write_bytes(b"no weights")
     with pytest.raises(UserError, match="no readable safetensors"):

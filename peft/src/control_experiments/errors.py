@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NoReturn
 
 #: Within so many seconds the same signal again is the same request: a terminal and schedulers send one to every process
@@ -44,21 +44,16 @@ def on_signals(handler: Callable[[int, object], None], *numbers: int) -> Iterato
             signal.signal(number, previous)
 
 
-class StopRequest:
+class StopRequest(ExitStack):
     """Notes the first SIGINT or SIGTERM while in the block, for a loop that looks at `number` between its steps; the
     second one raises `Interrupted` on the spot, unless it is the first one again within a second."""
 
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._noted: tuple[int, float] | None = None
+    number: int | None = None
+    _noted: tuple[int, float] | None = None
 
     def __enter__(self) -> StopRequest:
-        self._handling = on_signals(self._note, signal.SIGINT, signal.SIGTERM)
-        self._handling.__enter__()
+        self.enter_context(on_signals(self._note, signal.SIGINT, signal.SIGTERM))
         return self
-
-    def __exit__(self, *error) -> None:
-        self._handling.__exit__(*error)
 
     def _note(self, number: int, _frame: object) -> None:
         if self._noted is None:
@@ -88,19 +83,9 @@ def lost_peer(error: Exception) -> bool:
     return several and isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))
 
 
-@contextmanager
-def _argparse_raises_user_errors() -> Iterator[None]:
-    """Let argparse report through `UserError` instead of printing its usage; HfArgumentParser is one too."""
-
-    def error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
-
-    original = argparse.ArgumentParser.error
-    argparse.ArgumentParser.error = error
-    try:
-        yield
-    finally:
-        argparse.ArgumentParser.error = original
+def _refuse(_parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """In the place of argparse's own way, which prints its usage; HfArgumentParser is one too."""
+    raise UserError(f"{message} (--help lists the options)")
 
 
 def run_main(main: Callable[[], object]) -> NoReturn:
@@ -123,10 +108,10 @@ def run_main(main: Callable[[], object]) -> NoReturn:
         number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN
     ]
     with on_signals(end, *heeded):
+        original, argparse.ArgumentParser.error = argparse.ArgumentParser.error, _refuse
         try:
             try:
-                with _argparse_raises_user_errors():
-                    main()
+                main()
             except RuntimeError as error:
                 if not lost_peer(error):
                     raise
@@ -135,6 +120,7 @@ def run_main(main: Callable[[], object]) -> NoReturn:
                 ) from error
             finally:
                 ended = True
+                argparse.ArgumentParser.error = original
         except UserError as error:
             print(f"{prefix}error:", " ".join(str(error).split()), file=sys.stderr)
             sys.exit(2)

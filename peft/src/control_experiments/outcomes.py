@@ -43,18 +43,13 @@ def write_outcomes(folder: str | os.PathLike, example: Sequence, correct: Sequen
                    prediction: Sequence | None = None, label: Sequence | None = None, metric: str = "",
                    group: Sequence | str = "") -> Path:  # fmt: skip
     """Write `outcomes.npz` into a run's folder, atomically; give `correct`, or `prediction`, `label` and `metric`."""
-    arrays = {
-        "example": np.asarray(example, str),
-        "group": np.broadcast_to(np.asarray(group, str), len(example)),
-    }
+    groups = np.broadcast_to(np.asarray(group, str), len(example))
+    arrays = {"example": np.asarray(example, str), "group": groups}
     if correct is not None:
         arrays["correct"] = np.asarray(correct, np.float32)
     else:
-        arrays |= {
-            "prediction": np.asarray(prediction, float),
-            "label": np.asarray(label, float),
-            "metric": metric,
-        }
+        scored = {"prediction": np.asarray(prediction, float), "label": np.asarray(label, float)}
+        arrays |= {**scored, "metric": metric}
     path, unfinished = Path(folder) / FILE, Path(folder) / f".{FILE}.partial"
     with unfinished.open("wb") as file:
         np.savez_compressed(file, **arrays)

@@ -9,12 +9,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol
 
 from .errors import UserError
 from .paths import REPOSITORY, public_path
@@ -33,14 +33,7 @@ _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(?:~|\.\.)?/[^\s'\",;:=]*|^\.\.(?:/[^\
 _MASK = "***"
 
 
-class _Options(Protocol):
-    method: str
-    seed: int
-
-    def hyperparameters(self) -> dict: ...
-
-
-@dataclass
+@dataclass(kw_only=True)
 class RunRecord:
     """Everything a table, a picture or a reader needs to know about one finished run (schema 1).
 
@@ -54,64 +47,36 @@ class RunRecord:
     seed: int
     command: list[str]
     created: str
-    finished: str
+    finished: str = ""
     git: dict
     versions: dict
     device: dict
-    model: dict
-    data: dict
-    adapter: dict
+    model: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+    adapter: dict = field(default_factory=dict)
     hyperparameters: dict
-    metrics: dict
-    memory: dict
-    time: dict
+    metrics: dict = field(default_factory=dict)
+    memory: dict = field(default_factory=dict)
+    time: dict = field(default_factory=dict)
     history: list[dict] = field(default_factory=list)
     status: str = "finished"
     schema: int = SCHEMA
 
     @classmethod
-    def begin(
-        cls,
-        options: _Options,
-        *,
-        domain: str,
-        name: str,
-        task: str,
-        device: dict,
-        command: Sequence[str],
-        method: str | None = None,
-        **settled: object,
-    ) -> RunRecord:
+    def begin(cls, options, *, method: str | None = None, command: Sequence[str], name: str,
+              domain: str, task: str, device: dict, **settled: object) -> RunRecord:  # fmt: skip
         """The record of a run that begins: everything that is known before it has results.
 
         Args:
             options: `training.options.RunOptions`; gives seed, method and hyperparameters.
-            device: as `training.device.describe_device` says.
-            command: how to start the run again.
             method: where the options do not name it.
             settled: hyperparameters as they came out, such as the precision that "auto" stands for.
         """
-        return cls(
-            domain=domain,
-            name=name,
-            method=method or options.method,
-            task=task,
-            seed=options.seed,
-            command=list(command),
-            created=utc_now(),
-            finished="",
-            git=git_state(),
-            versions=package_versions(),
-            device=device,
-            model={},
-            data={},
-            adapter={},
-            hyperparameters={**options.hyperparameters(), **settled},
-            metrics={},
-            memory={},
-            time={},
-            status="running",
-        )
+        said = {"domain": domain, "name": name, "task": task, "device": device, "command": list(command)}
+        here = {"created": utc_now(), "git": git_state(), "versions": package_versions(), "status": "running"}
+        hyperparameters = {**options.hyperparameters(), **settled}
+        method = method or options.method
+        return cls(**said, **here, method=method, seed=options.seed, hyperparameters=hyperparameters)
 
     def finish(self, path: str | os.PathLike | None = None, **results: object) -> RunRecord:
         """Add what came out (fields by name) and, where there is a `path`, write the record to it; returns it."""
@@ -126,40 +91,33 @@ class RunRecord:
 
     def write(self, path: str | os.PathLike) -> Path:
         """Write the record atomically, stripped of private paths and tokens; return where it is."""
-        contents = _public(asdict(self))
+        contents = _mapped(asdict(self), _public)
         contents["command"] = public_command(self.command)
         return write_json_atomic(path, contents)
 
 
 def read_record(path: str | os.PathLike) -> RunRecord:
-    """Read a record back.
-
-    Raises:
-        UserError: the file is missing, broken, of another schema or lacks a field; the message names it.
-    """
+    """Read a record back. Raises UserError: the file is missing, broken, of another schema or lacks a field;
+    the message names it."""
     path = Path(path)
     try:
         contents = read_json(path)
     except UserError as error:
         raise UserError(f"{path} is no readable run record ({error}): delete it and run again") from error
-    if not isinstance(contents, dict) or contents.get("schema") != SCHEMA:
-        found = contents.get("schema") if isinstance(contents, dict) else None
+    found = contents.get("schema") if isinstance(contents, dict) else None
+    if found != SCHEMA:
         raise UserError(f"{path} is no run record of schema {SCHEMA} (found {found!r})")
     for entry in fields(RunRecord):
         expected = {"dict": dict, "list[dict]": list, "list[str]": list, "str": str, "int": int}[entry.type]
         if not isinstance(contents.get(entry.name), expected):
-            raise UserError(
-                f"{path} is a broken run record: {entry.name!r} is missing or no {expected.__name__}"
-            )
+            what = f"{entry.name!r} is missing or no {expected.__name__}"
+            raise UserError(f"{path} is a broken run record: {what}")
     return RunRecord(**{entry.name: contents[entry.name] for entry in fields(RunRecord)})
 
 
 def read_json(path: str | os.PathLike) -> object:
-    """What a JSON file holds.
-
-    Raises:
-        UserError: it is missing, unreadable, no UTF-8 or no JSON, or nested too deeply; the message names it.
-    """
+    """What a JSON file holds. Raises UserError: it is missing, unreadable, no UTF-8 or no JSON, or nested too
+    deeply; the message names it."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -171,9 +129,8 @@ def read_json(path: str | os.PathLike) -> object:
 
 def write_json_atomic(path: str | os.PathLike, contents: object) -> Path:
     """Write JSON so that `path` holds either what it held before or all of `contents`, even if the machine stops."""
-    return write_text_atomic(
-        path, json.dumps(_finite(contents), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    text = json.dumps(_mapped(contents, _finite), indent=2, ensure_ascii=False, allow_nan=False)
+    return write_text_atomic(path, text + "\n")
 
 
 def write_text_atomic(path: str | os.PathLike, text: str) -> Path:
@@ -203,13 +160,11 @@ def git_state() -> dict:
     """The checkout's commit and whether tracked files differ from it; both None outside of git."""
 
     def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
         try:
-            done = subprocess.run(
-                ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True
-            )
+            return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
         except (OSError, subprocess.CalledProcessError):
             return None
-        return done.stdout.strip()
 
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
@@ -219,10 +174,8 @@ def package_versions() -> dict:
     """Versions of Python and of those of our packages that are installed."""
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package.replace("-", "_")] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -240,14 +193,19 @@ def public_command(command: Sequence[str]) -> list[str]:
     return masked
 
 
-def _public(value: object) -> object:
-    """The same value with every absolute path in its strings made public, and sets, which peft has, as lists."""
+def _mapped(value: object, leaf: Callable) -> object:
+    """The same value with `leaf` of whatever is no container, and sets, which peft has, as lists."""
     if isinstance(value, dict):
-        return {key: _public(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_public(entry) for entry in value]
+        return {str(key): _mapped(entry, leaf) for key, entry in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(_public(entry) for entry in value)
+        return sorted(_mapped(list(value), leaf))
+    if isinstance(value, (list, tuple)):
+        return [_mapped(entry, leaf) for entry in value]
+    return leaf(value)
+
+
+def _public(value: object) -> object:
+    """Without what an absolute path tells about the machine."""
     if isinstance(value, os.PathLike):
         return public_path(value)
     if isinstance(value, str):
@@ -256,9 +214,5 @@ def _public(value: object) -> object:
 
 
 def _finite(value: object) -> object:
-    """The same value with NaN and infinities, which JSON lacks, as None."""
-    if isinstance(value, dict):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
+    """None for NaN and infinities, which JSON lacks."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import operator
 import sys
 from collections.abc import Sequence
 
@@ -25,48 +26,35 @@ def parse_arguments(*types: type, argv: Sequence[str] | None = None, description
     An option that does not exist or does not parse ends as argparse's error does, which
     `control_experiments.errors.run_main` reports in one line.
     """
-    parser = HfArgumentParser(
-        types, description=description, formatter_class=_HelpFormatter, allow_abbrev=False
-    )
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    look = {"description": description, "formatter_class": _HelpFormatter, "allow_abbrev": False}
+    parser = HfArgumentParser(types, **look)
+    how = {"return_remaining_strings": True, "look_for_args_file": False}
     *instances, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
+        list(sys.argv[1:] if argv is None else argv), **how
     )
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}")
     return tuple(instances)
 
 
-def check_numbers(
-    options: object,
-    *names: str,
-    above: float | None = None,
-    at_least: float | None = None,
-    below: float | None = None,
-    at_most: float | None = None,
-) -> None:
-    """Check that options are finite numbers within bounds; one that is None was left out and passes.
+#: Bound -> how a number keeps it, and what it is called.
+_BOUNDS = {
+    "above": (operator.gt, "greater than"),
+    "at_least": (operator.ge, "at least"),
+    "below": (operator.lt, "less than"),
+    "at_most": (operator.le, "at most"),
+}
 
-    Raises:
-        UserError: one is not; the message names it, its bound and what was given.
-    """
+
+def check_numbers(options: object, *names: str, **bounds: float) -> None:
+    """Check that options are finite numbers within bounds (`_BOUNDS`); one that is None was left out and
+    passes. Raises UserError: one is not; the message names it, its bound and what was given."""
     for name in names:
-        value = getattr(options, name)
-        if value is None:
+        if (value := getattr(options, name)) is None:
             continue
         if not math.isfinite(value):
             raise UserError(f"--{name} must be a finite number, got {value}")
-        for bound, holds, words in (
-            (above, lambda value, bound: value > bound, "greater than"),
-            (at_least, lambda value, bound: value >= bound, "at least"),
-            (below, lambda value, bound: value < bound, "less than"),
-            (at_most, lambda value, bound: value <= bound, "at most"),
-        ):
-            if bound is not None and not holds(value, bound):
+        for kind, bound in bounds.items():
+            holds, words = _BOUNDS[kind]
+            if not holds(value, bound):
                 raise UserError(f"--{name} must be {words} {bound}, got {value}")
-
-
-def check_max_steps(options: object) -> None:
-    """Raise UserError for a `max_steps` of 0 or less, other than -1, which the Trainer takes for no limit."""
-    if options.max_steps != -1 and options.max_steps < 1:
-        raise UserError(f"--max_steps must be at least 1, or -1 for no limit, got {options.max_steps}")

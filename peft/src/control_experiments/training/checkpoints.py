@@ -28,9 +28,6 @@ _TENSOR_FILES = (".pt", ".pth")
 _REFUSED = (".bin", ".pkl", ".pickle", ".ckpt")  # pickles; weights are safetensors here
 
 
-# -- writing ------------------------------------------------------------------------------------------------
-
-
 def begin(place: Path) -> Path:
     """An empty hidden folder beside `place`, to be filled and then `publish`ed."""
     aside = place.with_name(f".{place.name}.partial")
@@ -42,8 +39,7 @@ def begin(place: Path) -> Path:
 def publish(aside: Path, place: Path, *, sealed: bool = True) -> None:
     """Flush everything in `aside` to the disk and rename it to `place`, in whose stead it is from then on.
 
-    Args:
-        sealed: add a manifest, which `find_damage` asks for.
+    `sealed` adds the manifest that `find_damage` asks for.
     """
     if sealed:
         checksums = {name: fingerprint(aside / name) for name in _files(aside)}
@@ -55,6 +51,12 @@ def publish(aside: Path, place: Path, *, sealed: bool = True) -> None:
     discard(place)
     os.rename(aside, place)
     _flush(place.parent)
+
+
+def last_good(parent: Path) -> str:
+    """What there is to go on from, in words."""
+    found = checkpoints(parent)
+    return f"{found[0].name} is the last good state" if found else "no checkpoint was written yet"
 
 
 @contextmanager
@@ -107,9 +109,6 @@ def _files(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
-# -- reading ------------------------------------------------------------------------------------------------
-
-
 def step_of(checkpoint: Path) -> int:
     """The optimizer step after which a checkpoint was written, from its name."""
     return int(_CHECKPOINT.fullmatch(checkpoint.name).group(1))
@@ -125,13 +124,11 @@ def checkpoints(parent: Path) -> list[Path]:
 def find_damage(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be used, in a few words; None when it is whole.
 
-    Checked are the names and checksums of its files, and that the files that torch reads hold nothing but tensors and
-    plain values: a pickle that would run code is refused without running it. A checkpoint that names an earlier one
-    as the best so far (`best_global_step`) is worth as much as that one.
-
-    Raises:
-        UserError: a file cannot be read just now, which says nothing about what it holds.
-        MemoryError, RuntimeError: there is too little memory to look at it.
+    Checked are the names and checksums of its files, and that the files that torch reads hold nothing but
+    tensors and plain values: a pickle that would run code is refused without running it. A checkpoint that
+    names an earlier one as the best so far (`best_global_step`) is worth as much as that one. Raises UserError:
+    a file cannot be read just now, which says nothing about what it holds; MemoryError, RuntimeError: there is
+    too little memory to look at it.
     """
     if not (checkpoint / MANIFEST).is_file():
         return f"it has no {MANIFEST}"
@@ -158,9 +155,8 @@ def find_damage(checkpoint: Path) -> str | None:
     except (UserError, OSError, AttributeError, KeyError, TypeError, RecursionError) as error:
         cause = error.__cause__ if isinstance(error, UserError) else error
         if _may_pass(cause):
-            raise UserError(
-                f"{checkpoint} cannot be read just now ({cause.strerror}): nothing was changed; try again later"
-            ) from cause
+            trouble = f"{checkpoint} cannot be read just now ({cause.strerror})"
+            raise UserError(f"{trouble}: nothing was changed; try again later") from cause
         return str(error) or type(error).__name__
     return None
 
@@ -188,27 +184,16 @@ def _may_pass(error: BaseException | None) -> bool:
 def set_aside(checkpoint: Path) -> Path:
     """Rename a broken checkpoint to `<name>.broken` (or `.broken2`, ...), where nothing looks for one."""
     taken = [path.name for path in checkpoint.parent.iterdir()]
-    names = (f"{checkpoint.name}.broken{number if number > 1 else ''}" for number in range(1, len(taken) + 2))
-    place = checkpoint.with_name(next(name for name in names if name not in taken))
-    os.rename(checkpoint, place)
-    return place
-
-
-# -- adapters and disks -------------------------------------------------------------------------------------
+    names = (f"{checkpoint.name}.broken{number}" for number in ("", *range(2, len(taken) + 3)))
+    return checkpoint.rename(checkpoint.with_name(next(name for name in names if name not in taken)))
 
 
 def check_adapter_files(folder: str | os.PathLike) -> None:
-    """Check that an adapter folder's weights are safetensors: peft would else fall back to a pickle.
-
-    Raises:
-        UserError: they are not.
-    """
+    """Raise UserError for an adapter folder whose weights are no safetensors: peft would fall back to a pickle."""
     folder = Path(folder).expanduser()
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"{folder} has no adapter_model.safetensors: adapters are read from safetensors alone, never from a "
-            "pickle (.bin)"
-        )
+        why = "adapters are read from safetensors alone, never from a pickle (.bin)"
+        raise UserError(f"{folder} has no adapter_model.safetensors: {why}")
 
 
 #: What full disks are called by the system, by safetensors, and by torch.save, which does not say why it failed.

@@ -12,10 +12,7 @@ from ..errors import UserError
 def fingerprint(path: str | Path) -> str:
     """SHA-256 of a file's bytes, or, for a folder, of its files' relative names and checksums in sorted order.
 
-    Hidden files and folders (`.git`, `.lock`, caches) do not count.
-
-    Raises:
-        UserError: nothing is there.
+    Hidden files and folders (`.git`, `.lock`, caches) do not count. Raises UserError: nothing is there.
     """
     path = Path(path)
     if path.is_file():
@@ -26,11 +23,9 @@ def fingerprint(path: str | Path) -> str:
             return digest.hexdigest()
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
-    lines = [
-        f"{file.relative_to(path).as_posix()}\t{fingerprint(file)}\n"
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+    names = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
+    shown = (name for name in names if not any(part.startswith(".") for part in name.parts))
+    lines = [f"{name.as_posix()}\t{fingerprint(path / name)}\n" for name in shown]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

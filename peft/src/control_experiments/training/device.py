@@ -22,12 +22,10 @@ _FULL = 2**27
 def select_device(name: str) -> torch.device:
     """The device that a launcher's GPU argument names: a GPU index ("0", "1", ...) or "cpu".
 
-    With several GPUs the others are hidden (CUDA_VISIBLE_DEVICES), because the Trainer would otherwise spread over
-    all of them; the chosen one is then `cuda:0`. Call it once, before anything touches CUDA. Under torchrun or
-    accelerate each process takes the GPU of its local rank.
-
-    Raises:
-        UserError: the name is no index, or there is no such GPU.
+    With several GPUs the others are hidden (CUDA_VISIBLE_DEVICES), because the Trainer would otherwise spread
+    over all of them; the chosen one is then `cuda:0`. Call it once, before anything touches CUDA. Under
+    torchrun or accelerate each process takes the GPU of its local rank. Raises UserError: the name is no index,
+    or there is no such GPU.
     """
     name = str(name).strip().lower()
     if name == "cpu":
@@ -36,17 +34,19 @@ def select_device(name: str) -> torch.device:
         raise UserError(f"GPU must be an index such as 0, or cpu; got {name!r}")
     index, count = int(os.environ.get("LOCAL_RANK", name)), torch.cuda.device_count()
     if index >= count:
-        if not count:
-            raise UserError(f"there is no GPU {index} here: no GPU is visible, choose cpu")
-        raise UserError(f"there is no GPU {index} here ({count} visible): choose a smaller index, or cpu")
+        why = (
+            f" ({count} visible): choose a smaller index, or cpu"
+            if count
+            else ": no GPU is visible, choose cpu"
+        )
+        raise UserError(f"there is no GPU {index} here{why}")
     if "LOCAL_RANK" in os.environ or count == 1:
         return torch.device("cuda", index)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
     if torch.accelerator.device_count() != 1:  # the driver read the variable before we set it
-        raise UserError(
-            f"GPU {index} can no longer be chosen: start with CUDA_VISIBLE_DEVICES={index} and GPU 0"
-        )
+        instead = f"start with CUDA_VISIBLE_DEVICES={index} and GPU 0"
+        raise UserError(f"GPU {index} can no longer be chosen: {instead}")
     return torch.device("cuda", 0)
 
 
@@ -57,11 +57,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_precision(
     asked: str, device: torch.device, on_gpu: str = "bf16", option: str = "precision"
 ) -> str:
-    """What "auto" means on this device: fp32 on a CPU; `on_gpu` on a GPU, or fp16 where it has no bf16.
-
-    Raises:
-        UserError: fp16 on a CPU, or bf16 on a GPU without it.
-    """
+    """What "auto" means on this device: fp32 on a CPU; `on_gpu` on a GPU, or fp16 where it has no bf16. Raises
+    UserError: fp16 on a CPU, or bf16 on a GPU without it."""
     on_cpu = device.type == "cpu"
     has_bf16 = on_cpu or torch.cuda.is_bf16_supported()
     if asked == "auto":
@@ -80,9 +77,8 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return tensor.to(device)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators (all devices)."""
-    set_seed(seed)
+#: Seeds Python's, NumPy's and torch's generators (all devices).
+seed_everything = set_seed
 
 
 def make_deterministic() -> None:
@@ -99,10 +95,7 @@ def make_deterministic() -> None:
 @contextmanager
 def explain_out_of_memory(device: torch.device, switches: str) -> Iterator[None]:
     """Turn a lack of memory into one line: what was asked for, what was there, which `switches` need less.
-
-    Raises:
-        UserError: in the place of torch's errors for the GPU's and for the host's memory.
-    """
+    Raises UserError: in the place of torch's errors for the GPU's and for the host's memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -111,15 +104,13 @@ def explain_out_of_memory(device: torch.device, switches: str) -> Iterator[None]
             asked, on_gpu = "what CUDA or a library of it works in", True
         if asked is None:
             raise
-        if device.type == "cuda" and on_gpu:
-            free, total = torch.cuda.mem_get_info(device)
-            used = torch.cuda.memory_allocated(device)
-            where, there = "GPU's", f"{_gib(used)} in use by this run, {_gib(free)} free of {_gib(total)}"
+        where = "GPU's" if device.type == "cuda" and on_gpu else "host's"
+        if where == "GPU's":
+            (free, total), used = torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device)
         else:
-            memory = psutil.virtual_memory()
-            used = psutil.Process().memory_info().rss
-            where = "host's"
-            there = f"{_gib(used)} in use by this run, {_gib(memory.available)} free of {_gib(memory.total)}"
+            memory, used = psutil.virtual_memory(), psutil.Process().memory_info().rss
+            free, total = memory.available, memory.total
+        there = f"{_gib(used)} in use by this run, {_gib(free)} free of {_gib(total)}"
         raise UserError(
             f"the {where} memory is too small: asked for {asked} ({there}); what lowers it: {switches}; "
             "finished work and the last checkpoint are kept"
@@ -161,26 +152,17 @@ def describe_device(device: torch.device) -> dict:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         count = int(os.environ.get("WORLD_SIZE", 1))
-        return {
-            "kind": "cuda",
-            "name": properties.name,
-            "count": count,
-            "total_memory_bytes": properties.total_memory,
-        }
-    return {
-        "kind": device.type,
-        "name": _processor_name(),
-        "count": len(psutil.Process().cpu_affinity())
-        if hasattr(psutil.Process, "cpu_affinity")
-        else os.cpu_count(),
-        "total_memory_bytes": psutil.virtual_memory().total,
-    }
+        name, memory = properties.name, properties.total_memory
+    else:
+        has_affinity = hasattr(psutil.Process, "cpu_affinity")
+        count = len(psutil.Process().cpu_affinity()) if has_affinity else os.cpu_count()
+        name, memory = _processor_name(), psutil.virtual_memory().total
+    return {"kind": device.type, "name": name, "count": count, "total_memory_bytes": memory}
 
 
 def _processor_name() -> str:
     information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    found = information.is_file() and re.search(
+        r"^model name\s*: *(.+)", information.read_text(), re.MULTILINE
+    )
+    return found.group(1).strip() if found else platform.processor() or platform.machine()

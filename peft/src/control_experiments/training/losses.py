@@ -16,13 +16,8 @@ class Diverged(UserError):
 
 
 class LossWatch:
-    """Remembers, on the device, the first step whose loss was not finite.
-
-    Args:
-        device: where the losses are.
-        every: look after so many steps at least, whether or not anything is logged; on a CPU, where looking costs
-            nothing, after every step.
-    """
+    """Remembers, on the device, the first step whose loss was not finite. It is due for a look after `every` so many steps,
+    and on a CPU, where looking costs nothing, after each."""
 
     def __init__(self, device: torch.device, every: int = 50):
         self.every = 1 if device.type == "cpu" else every
@@ -38,15 +33,8 @@ class LossWatch:
         return step % self.every == 0
 
     def check(self, steps_per_epoch: int, kept: str) -> None:
-        """Look; this waits for the device.
-
-        Args:
-            steps_per_epoch: to name the batch within its epoch.
-            kept: what there is to go on from, in words.
-
-        Raises:
-            Diverged: a loss was NaN or infinite.
-        """
+        """Look; this waits for the device. Raises Diverged, which names the batch within its epoch and what is `kept` to go
+        on from, if a loss was NaN or infinite."""
         step = int(self._first)
         if step >= 0:
             epoch, batch = divmod(step - 1, max(1, steps_per_epoch))
@@ -57,10 +45,6 @@ class LossWatch:
 
 
 def check_parameters(parameters: Iterable[torch.Tensor], step: int, kept: str) -> None:
-    """Look at trained parameters before they are saved.
-
-    Raises:
-        Diverged: one of them is NaN or infinite, though the losses so far were not.
-    """
+    """Raise `Diverged` for a trained parameter that is NaN or infinite though the losses so far were not."""
     if not all(torch.isfinite(parameter).all() for parameter in parameters):
         raise Diverged(f"trained parameters are NaN or infinite after step {step}; {kept}; {_ADVICE}")

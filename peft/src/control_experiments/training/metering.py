@@ -58,12 +58,8 @@ class MemoryMeter:
 
     def summary(self) -> dict:
         """The record's `memory`; a mark that was never set leaves its part None."""
-        summary = dict.fromkeys(
-            (
-                "weights_bytes", "adapter_and_optimizer_bytes", "activations_bytes",
-                "peak_allocated_bytes", "peak_reserved_bytes", "peak_resident_bytes", "other_processes_bytes",
-            )
-        )  # fmt: skip
+        parts = "weights adapter_and_optimizer activations peak_allocated peak_reserved peak_resident other_processes"
+        summary = {f"{part}_bytes": None for part in parts.split()}
         if not self._cuda:
             # Linux counts kibibytes here, macOS bytes
             unit = 1 if sys.platform == "darwin" else 1024

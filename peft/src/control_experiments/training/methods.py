@@ -34,8 +34,7 @@ def adapter_config(
         targets: modules for LoRA and DoRA where `lora_targets` names none.
         bias: whether the control has biases.
 
-    Raises:
-        UserError: unknown method, or a rank, dropout, block or target list that cannot be.
+    Raises UserError: unknown method, or a rank, dropout, block or target list that cannot be.
     """
     method = check_method(options.method)
     if method == "probe":
@@ -50,39 +49,26 @@ def adapter_config(
         if method == "miss":
             rank, dropout = options.lora_rank, options.lora_dropout
             return MissConfig(**settings, r=rank, miss_dropout=dropout, target_modules=targets)
-        settings |= {
-            "r": options.lora_rank,
-            "lora_alpha": options.lora_alpha,
-            "lora_dropout": options.lora_dropout,
-            "target_modules": targets,
-            "use_dora": "dora" in method,
-        }
+        settings |= {"r": options.lora_rank, "target_modules": targets, "use_dora": "dora" in method}
+        settings |= {"lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout}
     if "control" not in method:
         return LoraConfig(**settings)
 
     from peft_control import ControlConfig
 
+    blocks = ["attention", "mlp"] if method == "double control" else list(options.control_blocks)
+    named = ("control_rank", "control_alpha", "control_dropout")
+    settings |= {name: getattr(options, name) for name in named}
     try:
-        return ControlConfig(
-            **settings,
-            control_blocks=["attention", "mlp"]
-            if method == "double control"
-            else list(options.control_blocks),
-            control_rank=options.control_rank,
-            control_alpha=options.control_alpha,
-            control_bias=bias,
-            control_dropout=options.control_dropout,
-        )
+        return ControlConfig(**settings, control_blocks=blocks, control_bias=bias)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, base: str, **options) -> PeftModel:
-    """`model`, which is the one called `base`, with the adapter in `folder`; `options` are peft's.
-
-    Raises:
-        UserError: the adapter cannot be read, is another model's, lacks tensors, or holds numbers that are not finite.
-    """
+    """`model`, which is the one called `base`, with the adapter in `folder`; `options` are peft's. Raises
+    UserError: the adapter cannot be read, is another model's, lacks tensors, or holds numbers that are not
+    finite."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
@@ -112,11 +98,8 @@ def set_memory(
     chunk_tokens: int | None = None,
     offload: str = "auto",
 ) -> None:
-    """Set how `model` trains, in the words of `MemoryOptions`; "plain" without graphs changes nothing.
-
-    Raises:
-        UserError: the model or its adapter does not support the mode.
-    """
+    """Set how `model` trains, in the words of `MemoryOptions`; "plain" without graphs changes nothing. Raises
+    UserError: the model or its adapter does not support the mode."""
     if mode == "plain" and not cuda_graphs:
         return
     from peft_control.memory import set_memory_mode
@@ -148,18 +131,8 @@ def describe_adapter(model: nn.Module) -> dict:
 
 
 def describe_model(name: str, model: PreTrainedModel, total_parameters: int) -> dict:
-    """The record's `model`: where it came from, which version, what it is.
-
-    Args:
-        name: what `--model` said.
-        total_parameters: of the base and its head, without the adapter.
-    """
+    """The record's `model`: what `--model` named, which version, what it is, and how large without the adapter."""
     checksum = local_fingerprint(name)
     version = {"sha256": checksum} if checksum else {"revision": getattr(model.config, "_commit_hash", None)}
-    return {
-        "id": public_id(name),
-        **version,
-        "class": type(model).__name__,
-        "quantization": quantization_of(model.config),
-        "total_parameters": total_parameters,
-    }
+    kind = {"class": type(model).__name__, "quantization": quantization_of(model.config)}
+    return {"id": public_id(name), **version, **kind, "total_parameters": total_parameters}

@@ -40,13 +40,8 @@ pip install peft-control
 
 
 def write_card(folder: Path, record: RunRecord, load: str) -> None:
-    """Write README.md into an adapter's folder; the metadata that peft wrote there stay.
-
-    Args:
-        folder: the adapter's.
-        record: of the run, with its results.
-        load: Python lines that load the adapter from its folder.
-    """
+    """Write README.md into an adapter's folder from the run's record; the metadata that peft wrote there stay. `load` are
+    Python lines that load the adapter from its folder."""
     path = folder / "README.md"
     card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
     card.data["library_name"] = "peft"
@@ -54,15 +49,10 @@ def write_card(folder: Path, record: RunRecord, load: str) -> None:
     # peft's `base_model:` tag names a folder by its whole path
     tags = {tag for tag in card.data.get("tags") or [] if not tag.startswith("base_model:")}
     card.data["tags"] = sorted({*tags, "parallel-control"})
-    card.text = _TEMPLATE.format(
-        method=record.method,
-        base=record.model["id"],
-        task=record.task,
-        kind=METHODS[record.method],
-        rows="\n".join(f"| {name} | {value} |" for name, value in _rows(record).items()),
-        load=load.strip(),
-        command=shlex.join(public_command(record.command)),
-    )
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(record).items())
+    said = {"method": record.method, "kind": METHODS[record.method], "base": record.model["id"]}
+    command = shlex.join(public_command(record.command))
+    card.text = _TEMPLATE.format(**said, task=record.task, rows=rows, load=load.strip(), command=command)
     card.save(path)
 
 

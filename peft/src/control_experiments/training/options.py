@@ -36,6 +36,8 @@ METHODS = {
 }
 #: What `--quantization` takes.
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
+Quantization = Literal["none", "nf4", "fp4", "int8"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 QUANTIZATION_HELP = "Frozen linear layers in 4 bits (nf4, fp4; scales quantized again) or 8 (int8) by bitsandbytes; none: as they are."
 SHARD_HELP = "What several processes share beside the rows: ddp: nothing, each holds the whole model; fsdp2: the frozen weights."
 #: What `--scheduler` takes, besides the schedules that need arguments of their own.
@@ -78,9 +80,7 @@ class RunOptions(_Group):
     output_dir: Optional[str] = HfArg(default=None, help="Folder for adapter, record, log and checkpoints.")
     device: str = HfArg(default="0", help="GPU index, or cpu.")
     seed: int = HfArg(default=42, help="Seeds data order, dropout and the new parameters.")
-    deterministic: bool = HfArg(
-        default=False, help="Deterministic GPU kernels alone: the same bits again, slower."
-    )
+    deterministic: bool = HfArg(default=False, help="Deterministic GPU kernels: the same bits again, slower.")
     workers: int = HfArg(default=0, help="Processes that make batches; no effect on results.")
     resume: bool = HfArg(default=False, help="Go on from the output folder's last checkpoint.")
     overwrite: bool = HfArg(default=False, help="Delete what an earlier run left in the output folder.")
@@ -136,15 +136,11 @@ class AdapterOptions(_Group):
     control_rank: int = HfArg(default=16, help="Rank of the control.")
     control_alpha: float = HfArg(default=1.0, help="Plain multiplier of the control.")
     control_dropout: float = HfArg(default=0.0, help="Dropout between the control's A and B.")
-    control_blocks: list[str] = HfArg(
-        default_factory=lambda: ["mlp"], help="Blocks that get a control: mlp, attention."
-    )
+    control_blocks: list[str] = HfArg(default_factory=lambda: ["mlp"], help="Controlled: mlp, attention.")
     lora_rank: int = HfArg(default=8, help="Rank of LoRA and DoRA.")
     lora_alpha: float = HfArg(default=16, help="LoRA's updates are scaled by alpha/rank.")
     lora_dropout: float = HfArg(default=0.0, help="Dropout before LoRA's A.")
-    lora_targets: Optional[list[str]] = HfArg(
-        default=None, help="Module names for LoRA and DoRA; by default those of the recipe."
-    )
+    lora_targets: Optional[list[str]] = HfArg(default=None, help="LoRA's modules; else the recipe's.")
 
     #: The methods that the script knows.
     methods: ClassVar[tuple[str, ...]] = tuple(METHODS)
@@ -170,15 +166,11 @@ class MemoryOptions(_Group):
     memory: Literal["plain", "fast", "balanced", "lean"] = HfArg(
         default="plain", help="How little the frozen blocks keep for the backward; same results."
     )
-    chunk_tokens: Optional[int] = HfArg(
-        default=None, help="Tokens per chunk of an MLP of which nothing is kept; by default by its width."
-    )
+    chunk_tokens: Optional[int] = HfArg(default=None, help="Tokens per recomputed chunk of an MLP.")
     offload: Literal["auto", "always", "never"] = HfArg(
         default="auto", help="Whether lean's states wait in host memory; auto: where that costs no time."
     )
-    cuda_graphs: bool = HfArg(
-        default=False, help="Replay steps as CUDA graphs: for small models, whose time goes into launches."
-    )
+    cuda_graphs: bool = HfArg(default=False, help="Replay steps as CUDA graphs: for small models.")
 
     neutral: ClassVar[tuple[str, ...]] = ("chunk_tokens", "offload")
 
@@ -193,7 +185,7 @@ class MemoryOptions(_Group):
 class BaseOptions(_Group):
     """How the frozen weights are stored."""
 
-    quantization: Literal["none", "nf4", "fp4", "int8"] = HfArg(default="none", help=QUANTIZATION_HELP)
+    quantization: Quantization = HfArg(default="none", help=QUANTIZATION_HELP)
     shard: Literal["ddp", "fsdp2"] = HfArg(default="ddp", help=SHARD_HELP)
 
     neutral: ClassVar[tuple[str, ...]] = ("shard",)
@@ -229,9 +221,7 @@ class TrainingOptions(_Group):
 class TrainerOptions(TrainingOptions):
     """What transformers' Trainer takes besides (AdamW with a schedule)."""
 
-    scheduler: str = HfArg(
-        default="linear", help=f"How the rate falls after the warm-up: {', '.join(SCHEDULERS)}."
-    )
+    scheduler: str = HfArg(default="linear", help=f"After the warm-up: {', '.join(SCHEDULERS)}.")
     weight_decay: float = HfArg(default=0.0, help="AdamW's, on every trained parameter, biases too.")
     eval_steps: int = HfArg(default=0, help="Evaluate every so many steps; 0: after each epoch.")
     report_to: Literal["none", "tensorboard", "wandb"] = HfArg(
@@ -248,29 +238,23 @@ class TrainerOptions(TrainingOptions):
 
 
 def check_method(method: str, known: tuple[str, ...] = tuple(METHODS)) -> str:
-    """Return `method` if it is one of `known`.
-
-    Raises:
-        UserError: it is not; the message lists those that are.
-    """
-    if method not in known:
-        raise UserError(f"unknown method {method!r}: choose one of {', '.join(known)}")
-    return method
+    """Return `method` if it is one of `known`. Raises UserError: it is not; the message lists those that are."""
+    if method in known:
+        return method
+    raise UserError(f"unknown method {method!r}: choose one of {', '.join(known)}")
 
 
 def choose_shard(shard: str, *, quantization: str = "none", cuda_graphs: bool = False) -> str:
     """What `--shard` comes to: "fsdp2" also when accelerate launch asks for it (`--use_fsdp --fsdp_version 2`).
 
-    accelerate and transformers are then told that nobody did, for both would act on it: call it before a model is loaded.
-
-    Raises:
-        UserError: FSDP1, or what of FSDP2 is not done here, was asked for, or a model that cannot be sharded.
+    accelerate and transformers are then told that nobody did, for both would act on it: call it before a model
+    is loaded. Raises UserError: FSDP1, or what of FSDP2 is not done here, was asked for, or a model that cannot
+    be sharded.
     """
     if _is_set("ACCELERATE_USE_FSDP"):
         if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise UserError(
-                "FSDP1 is not supported: add --fsdp_version 2 to accelerate launch, or start with torchrun and --shard fsdp2"
-            )
+            instead = "add --fsdp_version 2 to accelerate launch, or start with torchrun and --shard fsdp2"
+            raise UserError(f"FSDP1 is not supported: {instead}")
         for variable, option in _NOT_DONE.items():
             if _is_set(variable):
                 raise UserError(f"{option} true is not supported: leave it out; --memory lean needs less too")

@@ -23,58 +23,40 @@ _NOT_QUANTIZED = ("classifier", "pre_classifier", "score", "pooler", "lm_head")
 def loading_arguments(quantization: str, device: torch.device, compute_dtype: torch.dtype) -> dict:
     """What `from_pretrained` needs beside the model's name to load it quantized onto `device`.
 
-    Args:
-        quantization: one of `QUANTIZATIONS`; "none" needs nothing.
-        compute_dtype: type in which 4-bit weights are multiplied, the run's precision.
-
-    Raises:
-        UserError: bitsandbytes is not there, or cannot quantize on this device.
+    4-bit weights are multiplied in `compute_dtype`, the run's precision. Raises UserError: bitsandbytes is not there, or
+    cannot quantize on this device.
     """
     if quantization == "none":
         return {}
     check_available(device)
-    if quantization == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(_NOT_QUANTIZED))
-    else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype,
-            llm_int8_skip_modules=list(_NOT_QUANTIZED),
-        )
+    settings = {"llm_int8_skip_modules": list(_NOT_QUANTIZED), "load_in_8bit": quantization == "int8"}
+    if quantization != "int8":
+        settings |= {"load_in_4bit": True, "bnb_4bit_quant_type": quantization}
+        settings |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute_dtype}
+    config = BitsAndBytesConfig(**settings)
     return {"quantization_config": config, "device_map": {"": device}}
 
 
 def check_available(device: torch.device) -> None:
-    """Try bitsandbytes out on a small tensor.
-
-    Raises:
-        UserError: it is not installed, or does not work on this device.
-    """
+    """Try bitsandbytes out on a small tensor; raises UserError where it is not installed or does not work."""
+    other = "or choose --quantization none"
     try:
         from bitsandbytes.functional import quantize_4bit
-    except ImportError as error:
-        raise UserError(
-            "--quantization needs bitsandbytes: pip install bitsandbytes, or choose --quantization none"
-        ) from error
-    try:
+
         quantize_4bit(torch.zeros(64, 64, device=device), quant_type="nf4")
+    except ImportError as error:
+        raise UserError(f"--quantization needs bitsandbytes: pip install bitsandbytes, {other}") from error
     except (RuntimeError, NotImplementedError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"bitsandbytes cannot quantize on {device.type} here ({reason}): install a build for this device "
-            "(pip install -U bitsandbytes), or choose --quantization none"
-        ) from error
+        reason = f"bitsandbytes cannot quantize on {device.type} here ({str(error).strip().splitlines()[0]})"
+        build = "install a build for this device (pip install -U bitsandbytes)"
+        raise UserError(f"{reason}: {build}, {other}") from error
 
 
 def check_not_quantized(quantization: str, config: PretrainedConfig, model: str) -> None:
     """Raise UserError when a model that is stored quantized is to be quantized again."""
     if quantization != "none" and (stored := quantization_of(config)) != "none":
-        raise UserError(
-            f"{model} is quantized already ({stored}): choose --quantization none to train it as it is, "
-            "or give the model that it was made from"
-        )
+        instead = "choose --quantization none to train it as it is, or give the model that it was made from"
+        raise UserError(f"{model} is quantized already ({stored}): {instead}")
 
 
 def quantization_of(config: PretrainedConfig) -> str:
@@ -125,10 +107,8 @@ _follow_autocast.keeps_formula = True  # memory modes need not make way for it
 
 def check_paging(optimizer: str, device: torch.device) -> None:
     """Raise UserError when a paged optimizer of bitsandbytes is asked for where it cannot page."""
-    if not optimizer.startswith("paged"):
-        return
-    if device.type != "cuda":
-        raise UserError(
-            f"--optimizer {optimizer} needs a GPU (bitsandbytes cannot page on a {device.type}): choose adamw"
-        )
-    check_available(device)
+    if optimizer.startswith("paged"):
+        if device.type != "cuda":
+            why = f"bitsandbytes cannot page on a {device.type}"
+            raise UserError(f"--optimizer {optimizer} needs a GPU ({why}): choose adamw")
+        check_available(device)

@@ -25,17 +25,14 @@ def choose_rates(
     Args:
         scores: (task, method) -> learning rate -> score, or None if the training diverged; of finished runs alone.
 
-    Raises:
-        UserError: `file` is broken.
+    Raises UserError: `file` is broken.
     """
     chosen, entries = {}, {}
-    for (task, method), tried in scores.items():
+    for key, tried in scores.items():
         found = {rate: score for rate, score in tried.items() if score is not None}
         if found:
-            chosen[task, method] = max(found, key=lambda rate: (found[rate], -float(rate)))
-        entries[task, method] = {
-            "task": task, "method": method, "chosen": chosen.get((task, method)), "scores": tried,
-        }  # fmt: skip
+            chosen[key] = max(found, key=lambda rate: (found[rate], -float(rate)))
+        entries[key] = {"task": key[0], "method": key[1], "chosen": chosen.get(key), "scores": tried}
     file.parent.mkdir(parents=True, exist_ok=True)
     with (file.parent / ".lock").open("w") as lock:
         # else another process's entry could be lost between reading and writing
@@ -53,6 +50,5 @@ def _noted(file: Path) -> dict[tuple[str, str], dict]:
     try:
         return {(entry["task"], entry["method"]): entry for entry in read_json(file)["rates"]}
     except (UserError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{file} is broken ({error}): delete it and run again; the finished runs beside it are not repeated"
-        ) from error
+        again = "delete it and run again; the finished runs beside it are not repeated"
+        raise UserError(f"{file} is broken ({error}): {again}") from error

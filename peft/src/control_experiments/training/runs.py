@@ -25,13 +25,8 @@ class RunFolder:
 
     Layout: `record.json` (written last), `run.json` (what the run is), `adapter/`, `checkpoints/`, `run.log`, `.lock`.
     A process that dies lets go of the lock by itself. In a distributed run the process of rank 0 holds it for all.
-    As a context it also says what a full disk or an interruption left behind, and how to go on.
-
-    Args:
-        go_on: what to do to go on with an interrupted run.
-
-    Raises:
-        UserError: another process holds the folder, or the path is no folder that can be written.
+    As a context it also says what a full disk or an interruption left behind, and how to go on (`go_on`).
+    Raises UserError: another process holds the folder, or the path is no folder that can be written.
     """
 
     def __init__(self, path: str | os.PathLike, go_on: str = "add --resume to the same command"):
@@ -52,9 +47,7 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._lock)
-            raise UserError(
-                f"{self.path} is in use by another run: wait for it or choose another folder"
-            ) from error
+            raise UserError(f"{self.path} is in use by another run: wait or choose another folder") from error
 
     def __enter__(self) -> RunFolder:
         return self
@@ -87,9 +80,6 @@ class RunFolder:
             for entry in contents:
                 entry.unlink()
             self.path.rmdir()
-        self._release()
-
-    def _release(self) -> None:
         os.close(self._lock)
         self._lock = None
 
@@ -115,19 +105,14 @@ class RunFolder:
         return self.path / "run.log"
 
     def clear(self) -> None:
-        """Delete what a run left here. The process of rank 0 does so; to the others the folder counts as empty at once.
-
-        Raises:
-            UserError: the folder holds something else.
-        """
+        """Delete what a run left here. The process of rank 0 does so; to the others the folder counts as empty
+        at once. Raises UserError: the folder holds something else."""
         self._cleared = True
         if self._lock is None:
             return
         contents = [entry for entry in self.path.iterdir() if entry.name != ".lock"]
         if contents and not (self.path / "run.json").is_file():
-            raise UserError(
-                f"{self.path} holds no run: --overwrite deletes nothing there, choose another folder"
-            )
+            raise UserError(f"{self.path} holds no run: --overwrite deletes nothing there, choose another")
         for entry in contents:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
@@ -140,33 +125,28 @@ class RunFolder:
         if self._lock is None:
             yield
             return
-        handlers: list[logging.Handler] = [_LogFile(self.log, encoding="utf-8")]
-        handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        if terminal:
-            handlers.append(logging.StreamHandler())
-        loggers = [logging.getLogger(name) for name in names]
-        for logger in loggers:
+        file = _LogFile(self.log, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        handlers = [file, logging.StreamHandler()] if terminal else [file]
+        pairs = [(logging.getLogger(name), handler) for name in names for handler in handlers]
+        for logger, handler in pairs:
             logger.setLevel(logging.INFO)
-            for handler in handlers:
-                logger.addHandler(handler)
+            logger.addHandler(handler)
         try:
             yield
         finally:
-            for handler in handlers:
-                for logger in loggers:
-                    logger.removeHandler(handler)
-                handler.close()
+            for logger, handler in pairs:
+                logger.removeHandler(handler)
+            file.close()
 
     def claim(self, identity: dict, *, resume: bool = False, defaults: dict | None = None) -> Path | None:
         """Make the folder this run's, and say which checkpoint to go on from (None: from the start).
 
-        On `resume` that is the newest whole one; newer ones that are broken are set aside, each with a line on stderr.
-        `identity` (JSON values) is everything that decides the run's outcome: method, task, model, ranks, ...; `defaults`
-        says what an option meant before there was one (see `check_same`).
-
-        Raises:
-            UserError: the folder holds another run that is finished, or whose checkpoints would be resumed or lost; or
-                none of the checkpoints to resume from is whole (nothing was changed then).
+        On `resume` that is the newest whole one; newer ones that are broken are set aside, each with a line on
+        stderr. `identity` (JSON values) is everything that decides the run's outcome: method, task, model,
+        ranks, ...; `defaults` says what an option meant before there was one (see `check_same`). Raises
+        UserError: the folder holds another run that is finished, or whose checkpoints would be resumed or lost;
+        or none of the checkpoints to resume from is whole (nothing was changed then).
         """
         found = [] if self._cleared else checkpoints.checkpoints(self.checkpoints)
         if self.finished or found:
@@ -182,8 +162,8 @@ class RunFolder:
             )
         checkpoint = self._newest_whole(found)
         if self._lock is not None:
-            checkpoints.sweep(self.path)
-            checkpoints.sweep(self.checkpoints)
+            for folder in (self.path, self.checkpoints):
+                checkpoints.sweep(folder)
             write_json_atomic(self.path / "run.json", identity)
         return checkpoint
 
@@ -210,37 +190,36 @@ class RunFolder:
         """Check that the folder's `run.json` says what `identity` says.
 
         An option that is newer than the run is missing there, which says the same as its default or as not used
-        (`_NOT_USED`). Nor is a checksum (`..._sha256`) compared that was not noted there yet.
-
-        Raises:
-            UserError: it does not; the message names every difference.
+        (`_NOT_USED`). Nor is a checksum (`..._sha256`) compared that was not noted there yet. Raises UserError:
+        it does not; the message names every difference.
         """
         identity, defaults = json.loads(json.dumps([identity, defaults or {}]))
+
+        def is_unused(name: str) -> bool:
+            value = identity[name]
+            return (
+                value in _NOT_USED
+                or name.endswith("_sha256")
+                or (name in defaults and value == defaults[name])
+            )
+
         file = self.path / "run.json"
         try:
             found = read_json(file)
             names = dict.fromkeys([*identity, *found])
             there = {name: found.get(name) for name in names}
         except (UserError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{file} is missing or broken: delete {self.path} or choose another folder"
-            ) from error
+            raise UserError(f"{file} is missing or broken: delete {self.path} or choose another") from error
         differences = [
             f"{name} {there[name]!r} there, {identity.get(name)!r} asked for"
             for name in names
-            if there[name] != identity.get(name)
-            and not (name not in found and _is_unused(name, identity[name], defaults))
+            if there[name] != identity.get(name) and not (name not in found and is_unused(name))
         ]
         if differences:
             raise UserError(
                 f"{self.path} belongs to another run ({'; '.join(differences)}): name another folder with --output_dir, or "
                 "delete that run with --overwrite"
             )
-
-
-def _is_unused(name: str, value: object, defaults: dict) -> bool:
-    """Whether an option that a run does not know says what the run did."""
-    return value in _NOT_USED or name.endswith("_sha256") or (name in defaults and value == defaults[name])
 
 
 class _LogFile(logging.FileHandler):

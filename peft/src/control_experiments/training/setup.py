@@ -56,15 +56,8 @@ class Run:
 
     def begin_record(self, *, domain: str, task: str, **settled: object) -> RunRecord:
         """The run's record without results; see `RunRecord.begin`."""
-        return RunRecord.begin(
-            self.options,
-            domain=domain,
-            name=self.folder.path.name,
-            task=task,
-            device=describe_device(self.device),
-            command=self.command,
-            **settled,
-        )
+        run = {"name": self.folder.path.name, "device": describe_device(self.device), "command": self.command}
+        return RunRecord.begin(self.options, domain=domain, task=task, **run, **settled)
 
     def time(self, throughput: Throughput) -> dict:
         """The record's `time`."""
@@ -74,13 +67,8 @@ class Run:
     def finish(
         self, record: RunRecord, save: Callable[[Path], object], load: str, **results: object
     ) -> RunRecord:
-        """Save the adapter with its card, write the record, discard the checkpoints; for the process of rank 0.
-
-        Args:
-            save: writes the adapter into a folder.
-            load: Python lines that load it again, for the card.
-            results: what the record lacks, by its fields' names.
-        """
+        """Save the adapter with its card, which says how to `load` it, complete the record with `results` and write it,
+        discard the checkpoints; for the process of rank 0."""
         record.finish(**results)
         with whole_folder(self.folder.adapter, sealed=False) as place:
             save(place)
@@ -88,6 +76,15 @@ class Run:
         record.write(self.folder.record)
         discard(self.folder.checkpoints)
         return record
+
+
+def choose(options: RunOptions, option: str = "precision", on_gpu: str = "bf16") -> tuple[torch.device, str]:
+    """A run's device and precision; from here on libraries are quiet and, if asked for, deterministic."""
+    quieten()
+    if getattr(options, "deterministic", False):
+        make_deterministic()
+    device = select_device(options.device)
+    return device, choose_precision(getattr(options, option), device, on_gpu, option)
 
 
 @contextmanager
@@ -107,20 +104,14 @@ def start(
 
     Args:
         program: the script's module, for the record's command.
-        argv: its arguments, None for the process's own.
         less_memory: which options need less memory, in words.
         option: name of the option that says the precision.
         on_gpu: what "auto" is on a GPU.
         written: how `run.json` writes a precision, where it has another name there.
 
-    Raises:
-        UserError: the device, the precision or the folder cannot be used.
+    Raises UserError: the device, the precision or the folder cannot be used.
     """
-    quieten()
-    if options.deterministic:
-        make_deterministic()
-    device = select_device(options.device)
-    precision = choose_precision(getattr(options, option), device, on_gpu, option)
+    device, precision = choose(options, option, on_gpu)
     command = ["python", "-m", program, *(sys.argv[1:] if argv is None else argv)]
     with RunFolder(options.folder) as folder, explain_out_of_memory(device, less_memory):
         if options.overwrite:

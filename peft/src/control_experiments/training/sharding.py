@@ -41,14 +41,8 @@ def shard_frozen(model: nn.Module, device: torch.device, memory: MemoryMeter) ->
     """Shard the frozen parameters of a model over all processes, and put its trained ones whole on each one's device.
 
     Call it in every process, with the process group running and memory modes set; each layer is moved as it is sharded.
-
-    Args:
-        model: with its adapter; in the host's memory or on the device.
-        device: this process's.
-        memory: gets its mark for the weights, which are this process's shards.
-
-    Raises:
-        UserError: the base is quantized, or has no transformer layers that are known.
+    `memory` gets its mark for the weights, which are this process's shards. Raises UserError: the base is quantized, or
+    has no transformer layers that are known.
     """
     trained = split_into_units(model, device.type)
     memory.after_load()
@@ -58,11 +52,7 @@ def shard_frozen(model: nn.Module, device: torch.device, memory: MemoryMeter) ->
 
 
 def split_into_units(model: nn.Module, device_type: str) -> list[nn.Parameter]:
-    """Make FSDP units of the frozen parameters, which may be on the meta device; return the trained ones, left alone.
-
-    Raises:
-        UserError: as `shard_frozen`.
-    """
+    """Make FSDP units of the frozen parameters, which may be on the meta device; return the trained ones, left alone."""
     from peft_control.architectures import find_layers
 
     if quantized_linears(model):

@@ -23,7 +23,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..errors import Interrupted, StopRequest, UserError, lost_peer
 from ..record import read_json, write_json_atomic
-from .checkpoints import begin, checkpoints, keep_newest, publish
+from .checkpoints import begin, keep_newest, last_good, publish
 from .losses import LossWatch, check_parameters
 from .metering import MemoryMeter, Throughput
 from .options import TrainerOptions, processes
@@ -90,7 +90,6 @@ class SharedBatches(BatchSampler):
     Args:
         sampler: yields single rows in the epoch's order, the same in every process.
         batch_size: rows per batch, over all processes.
-        processes: how many share a batch.
         unit: so many rows stay together; `batch_size` is a multiple of `unit * processes`.
     """
 
@@ -150,7 +149,7 @@ class ExperimentTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self._bar = _ProgressBar()
-        for callback in (_Meter(self.throughput, memory), _Keeper(self), self._bar):
+        for callback in (_Keeper(self, memory), self._bar):
             self.add_callback(callback)
         self._stop = StopRequest()
         # over gloo, so that no process waits for its GPU; made now, for who waits here for one that died waits long
@@ -158,30 +157,21 @@ class ExperimentTrainer(Trainer):
         self._aside: Path | None = None
         self._resumed_from: str | None = None
 
-    # -- what may end it ------------------------------------------------------------------------------------
-
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """As the Trainer's.
-
-        Raises:
-            Interrupted: a signal asked the run to end; its checkpoint is written.
-            UserError: the loss is NaN or infinite, another process of the run died, or Weights & Biases refuses.
-        """
+        """As the Trainer's. Raises Interrupted: a signal asked the run to end; its checkpoint is written;
+        UserError: the loss is NaN or infinite, another process of the run died, or Weights & Biases refuses."""
         self._resumed_from = resume_from_checkpoint
         try:
             with self._stop:
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except RuntimeError as error:
-            if lost_peer(error):
-                raise UserError(
-                    f"another process of this run died or cannot be reached (see above); {self.kept()}: start the run "
-                    "again with --resume"
-                ) from error
-            raise
         except Exception as error:
-            if not type(error).__module__.startswith("wandb."):
-                raise
-            raise UserError(f"--report_to wandb: {error} (WANDB_MODE=offline needs no account)") from error
+            if lost_peer(error):
+                gone = "another process of this run died or cannot be reached (see above)"
+                raise UserError(f"{gone}; {self.kept()}: start the run again with --resume") from error
+            if type(error).__module__.startswith("wandb."):
+                told = f"--report_to wandb: {error}"
+                raise UserError(f"{told} (WANDB_MODE=offline needs no account)") from error
+            raise
         finally:
             self._bar.close()
         if self._stop.number is not None:
@@ -202,15 +192,12 @@ class ExperimentTrainer(Trainer):
 
     def kept(self) -> str:
         """What there is to go on from, in words."""
-        found = checkpoints(Path(self.args.output_dir))
-        return f"{found[0].name} is the last good state" if found else "no checkpoint was written yet"
+        return last_good(Path(self.args.output_dir))
 
     def check_losses(self) -> None:
         """Raise UserError if a training loss so far was NaN or infinite; this waits for the device."""
         batches = len(self.callback_handler.train_dataloader)
         self.losses.check(-(-batches // self.args.gradient_accumulation_steps), self.kept())
-
-    # -- checkpoints ----------------------------------------------------------------------------------------
 
     def _run_epoch(self, *args, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -237,27 +224,22 @@ class ExperimentTrainer(Trainer):
             try:
                 self._meet()
                 super()._save_checkpoint(model, trial)  # to where `_get_output_dir` says
-                self._find_best_checkpoint()
-                progress = self._progress()
+                best = self._find_best_checkpoint()
+                loss = float(self.accelerator.gather(self._tr_loss.reshape(1)).mean())
+                progress = {"loss_since_log": loss, "last_logged": self._globalstep_last_logged}
                 self._meet()
                 if self.args.should_save:
-                    write_json_atomic(self._aside / place.name / _PROGRESS, progress)
-                    self._complete(self._aside / place.name)
-                    publish(self._aside / place.name, place)
-                    keep_newest(root, self.args.save_total_limit, self._best_checkpoint())
+                    written = self._aside / place.name
+                    write_json_atomic(written / _PROGRESS, progress)
+                    self.state.save_to_json(str(written / "trainer_state.json"))
+                    (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+                    publish(written, place)
+                    keep_newest(root, self.args.save_total_limit, best)
             finally:
                 if self.args.should_save:
                     shutil.rmtree(self._aside, ignore_errors=True)
                 self._aside = None
             self._meet()
-
-    def _complete(self, folder: Path) -> None:
-        self.state.save_to_json(str(folder / "trainer_state.json"))
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
-
-    def _progress(self) -> dict:
-        loss = self.accelerator.gather(self._tr_loss.reshape(1)).mean()
-        return {"loss_since_log": float(loss), "last_logged": self._globalstep_last_logged}
 
     def restore_progress(self) -> None:
         """Take up the loss since the last entry in the log, and find the best checkpoint again if the folder moved."""
@@ -267,19 +249,15 @@ class ExperimentTrainer(Trainer):
             self._tr_loss.fill_(progress["loss_since_log"])
             self._globalstep_last_logged = progress["last_logged"]
 
-    def _best_checkpoint(self) -> Path | None:
+    def _find_best_checkpoint(self) -> Path | None:
         step = self.state.best_global_step
-        return None if step is None else Path(self.args.output_dir) / f"checkpoint-{step}"
-
-    def _find_best_checkpoint(self) -> None:
-        best = self._best_checkpoint()
+        best = None if step is None else Path(self.args.output_dir) / f"checkpoint-{step}"
         self.state.best_model_checkpoint = None if best is None else str(best)
+        return best
 
     def _meet(self) -> None:
         if self.args.world_size > 1:
             dist.barrier()
-
-    # -- what it computes -----------------------------------------------------------------------------------
 
     def _move_model_to_device(self, model, device) -> None:
         if not is_sharded(model):  # shards are where they belong, and may refuse to be moved
@@ -299,13 +277,10 @@ class ExperimentTrainer(Trainer):
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
         if self.args.world_size > 1:
-            shard = (
-                loader.batch_sampler
-            )  # accelerate's: it deals out whole batches of the sampler that it wraps
-            batch_size = self.args.train_batch_size * self.args.world_size
-            self._shared = SharedBatches(
-                shard.batch_sampler.sampler, batch_size, self.args.world_size, self.unit
-            )
+            # accelerate's: it deals out whole batches of the sampler that it wraps
+            shard, processes = loader.batch_sampler, self.args.world_size
+            batch_size = self.args.train_batch_size * processes
+            self._shared = SharedBatches(shard.batch_sampler.sampler, batch_size, processes, self.unit)
             shard.batch_sampler, shard.batch_size, shard.even_batches = self._shared, None, False
         return loader
 
@@ -370,19 +345,26 @@ class ExperimentTrainer(Trainer):
 
 
 class _Keeper(TrainerCallback):
-    """Decides when to look at the losses and when to save, beside what the arguments ask for."""
+    """Decides when to look at the losses and when to save, beside what the arguments ask for, and tells the meters where
+    training and its steps begin and end."""
 
-    def __init__(self, trainer: ExperimentTrainer):
-        self.trainer = trainer
+    def __init__(self, trainer: ExperimentTrainer, memory: MemoryMeter):
+        self.trainer, self.memory = trainer, memory
         self.save_at_epoch_end = False
 
     def on_train_begin(self, *_, **__):
+        self.trainer.throughput.start()
         self.trainer.restore_progress()
+
+    def on_train_end(self, *_, **__):
+        self.trainer.throughput.stop()
 
     def on_epoch_begin(self, args, state, control, **_):
         self.trainer.begin_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **_):
+        self.trainer.throughput.step()
+        self.memory.after_optimizer()
         if self.trainer.stop_requested():
             control.should_save = control.should_training_stop = True
         looked_at = control.should_log or control.should_evaluate or control.should_save
@@ -404,23 +386,6 @@ class _Keeper(TrainerCallback):
         return float(state.epoch).is_integer() or state.global_step >= state.max_steps
 
 
-class _Meter(TrainerCallback):
-    """Tells the meters where training and its steps begin and end."""
-
-    def __init__(self, throughput: Throughput, memory: MemoryMeter):
-        self.throughput, self.memory = throughput, memory
-
-    def on_train_begin(self, *_, **__):
-        self.throughput.start()
-
-    def on_step_end(self, *_, **__):
-        self.throughput.step()
-        self.memory.after_optimizer()
-
-    def on_train_end(self, *_, **__):
-        self.throughput.stop()
-
-
 class _ProgressBar(TrainerCallback):
     """One bar with the time left and the last figures; the figures also go to the log."""
 
@@ -431,13 +396,8 @@ class _ProgressBar(TrainerCallback):
         if state.is_world_process_zero:
             # a file or a pipe gets a line now and then, a terminal a moving bar
             interval = 0.2 if sys.stderr.isatty() else 20.0
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                unit="step",
-                mininterval=interval,
-                dynamic_ncols=True,
-            )
+            done = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
+            self.bar = tqdm(**done, mininterval=interval, dynamic_ncols=True)
 
     def on_step_end(self, args, state, control, **_):
         if self.bar is not None:
@@ -448,15 +408,9 @@ class _ProgressBar(TrainerCallback):
         if state.is_world_process_zero:
             logger.info("step %d: %s", state.global_step, figures)
         if self.bar is not None:
-            shown = {
-                name: value
-                for name, value in figures.items()
-                if name == "loss"
-                or not name.endswith(("loss", "runtime", "per_second", "epoch", "rate", "norm", "flos"))
-            }
-            self.bar.set_postfix(
-                {name: f"{float(value):.4f}" for name, value in shown.items()}, refresh=False
-            )
+            hidden = ("_loss", "runtime", "per_second", "epoch", "rate", "norm", "flos")
+            shown = {name: f"{float(figures[name]):.4f}" for name in figures if not name.endswith(hidden)}
+            self.bar.set_postfix(shown, refresh=False)
 
     def close(self) -> None:
         if self.bar is not None:
