@@ -47,6 +47,8 @@ SHARED_GPU = "Not shown: other processes used the GPU at the same time."
 RESIDENT = "Resident memory of the whole process on a CPU, not comparable with a GPU's."
 #: Ranks that need no mention in a method's label; other domains always mention them.
 _USUAL_RANKS = {"roberta": (16, 8), "qcontrol": (16, 8), "vit": (16, 1)}
+#: LLaMA's records name their targets always: those of the recipes need no mention.
+_RECIPE_TARGETS = ({"q_proj", "k_proj", "v_proj"}, {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"})
 #: Hyperparameters in which methods may differ from each other, but seeds of one method may not.
 _METHODS_OWN = ("lr", "learning_rate", "memory", "cuda_graphs", "gradient_checkpointing", "shard", "lora_", "control_")  # fmt: skip
 #: Hyperparameters that change neither what is learned nor what it costs, or that name what is compared.
@@ -209,9 +211,10 @@ def _label(domain: str, method: str, options: dict) -> str:
         rank = options.get(f"{part}_rank")
         if (part in method or (part == "lora" and "dora" in method)) and rank not in (None, usual):
             ranks.append("matched" if rank == 0 else f"r{rank}")
+    targets = options.get("lora_targets") or []
     parts = [
         " ".join([method, "+".join(ranks)]).strip(),
-        f"on {'+'.join(options['lora_targets'])}" if options.get("lora_targets") else "",
+        f"on {'+'.join(targets)}" if targets and set(targets) not in _RECIPE_TARGETS else "",
         options.get("memory") if options.get("memory") != "plain" else "",
         "graphs" if options.get("cuda_graphs") else "",
         "checkpointing" if options.get("gradient_checkpointing") else "",
