@@ -215,14 +215,15 @@ def test_memory_is_decided_by_one_measurement_and_time_by_three(results):
     assert claim(results, "roberta-memory").verdict == "contradicted"
 
 
-@pytest.mark.parametrize("others", [5 * 2**30, None])
-def test_time_is_not_judged_from_gpus_that_others_used(others, results):
-    """None: records older than the meter; they were written at one time, so their runs overlapped."""
+def test_time_is_not_judged_from_gpus_that_others_used(results):
     for seed in (0, 1):
-        results.roberta("control", seed, 0.6, seconds=12.0, others=others)
-        results.roberta("lora", seed, 0.6, seconds=10.0, others=others)
-    assert claim(results, "roberta-time").verdict == "not tested"
-    assert claim(results, "roberta-quality").tests
+        results.roberta("control", seed, 0.6, seconds=12.0, others=5 * 2**30)
+        results.roberta("lora", seed, 0.6, seconds=10.0, others=5 * 2**30)
+    two(results, others=5 * 2**30, **{"control:plain": (0.1, 30.0), "lora+uncast": (0.2, 40.0)})
+    found = claims(results)
+    assert found["roberta-time"].verdict == found["llama-shape-time"].verdict == "not tested"
+    assert found["roberta-quality"].tests
+    assert found["llama-shape-memory"].tests[0].statistic == "-25.00 % at worst, n = 3"
 
 
 def test_without_records_a_claim_is_not_tested_and_says_what_to_run(results):
@@ -323,22 +324,12 @@ def test_each_shape_is_judged_by_its_own_domains_claim(results):
     ] and judged.verdict == "contradicted"
 
 
-def test_double_control_of_the_recipes_steps_is_judged_at_llamas_shapes(results):
-    for repeat in ("one", "two"):
-        results.step(f"llama/{repeat}/control", "double control", peak=10 * 2**30, seconds=0.1)
-        results.step(f"llama/{repeat}/lora", "lora", others=5 * 2**30)
-    memory = claim(results, "llama-shape-memory")
-    assert memory.verdict == "supported" and memory.tests[0].statistic == "-25.00 % at worst, n = 2"
-    assert claim(results, "llama-shape-time").verdict == "not tested"  # LoRA's GPU was not its own
-
-
 @pytest.mark.parametrize(("gibibytes", "verdict"), [((7.5,), "supported"), ((7.5, 8.5), "contradicted")])
 def test_whether_a_quantized_model_fits_is_decided_by_its_worst_peak(results, gibibytes, verdict):
     for number, peak in enumerate(gibibytes):
-        results.step(
-            f"qcontrol/memory{number}/x", "double control", stored="nf4", mode="lean", peak=int(peak * 2**30)
-        )
-    results.step("qcontrol/memory0/y", "double control", stored="nf4", mode="lean", peak=2**34, tokens=256)
+        point = {"control+nf4:lean": (0.4, peak * 2**30 / 1e9)}
+        results.benchmark(f"{number}.json", batch=1, tokens=2048, weights=0, **point)
+    results.benchmark("short.json", batch=1, tokens=256, **{"control+nf4:lean": (0.4, 17.0)})
     judged = claim(results, "nf4-8gib")
     assert judged.verdict == verdict and f"{gibibytes[-1] - 8:+.2f} GiB" in judged.tests[0].statistic
 

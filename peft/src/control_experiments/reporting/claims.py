@@ -118,24 +118,16 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
             yield made
         return
     found = found[found[column] != 0]  # on a CPU memory is not measured: zero
-    for (section, attention), group in found.groupby(["section", "attention"], sort=False):
-        where = f"{section}, {attention} attention" if attention else section
-        repeats = group.links.map(_repeat) + group.repeat.fillna(0).map(" {:.0f}".format)
+    for section, group in found.groupby("section", sort=False):
+        # both methods of a pair come from one file
+        repeats = group.links.map(lambda links: links[0][1]) + group.repeat.fillna(0).map(" {:.0f}".format)
         rows = {label: part.set_index(repeats[part.index]) for label, part in group.groupby("row")}
         if best and len(rivals := group.query(best, engine="python")):
             against = [rivals.groupby("row")[column].mean().idxmin()]
         for baseline in (name for name in against if name in rows and control in rows):
-            yield from _pair(where, {control: rows[control], baseline: rows[baseline]}, column=column, **test)
-
-
-def _repeat(links: list[tuple[str, str]]) -> str:
-    """What both methods of a pair have in common: the file that holds both, or the folder of their records."""
-    *folders, name = links[0][1].split("/")
-    if name == "record.json":
-        folders = folders[:-1]
-    elif folders[-2:] != ["vit", "memory"]:
-        folders.append(name)
-    return "/".join(folders)
+            yield from _pair(
+                section, {control: rows[control], baseline: rows[baseline]}, column=column, **test
+            )
 
 
 def _pair(

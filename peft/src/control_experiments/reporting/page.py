@@ -83,8 +83,9 @@ def _drawn(figures: Iterable[tuple[str, str, object]]) -> list[tuple[str, str, M
 
 
 def frontiers(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
-    """(domain, setting, picture) of each setting of scripts/bench_memory.py."""
+    """(domain, setting, picture) of each setting of scripts/bench_memory.py in which memory modes were measured."""
     steps = frame[frame.kind == "step"]
+    steps = steps[steps.row.str.endswith(":fast").groupby(steps.section).transform("any")]
     domains = steps.groupby("section").domain.first()
     for (whose, section), part in step_means(steps).groupby(["whose", "section"], sort=False):
         points = {row: (means.seconds, means.over) for (*_, row), means in part.iterrows()}
