@@ -323,38 +323,25 @@ def line(result: dict) -> str:
     )
 
 
-def compare(results: list[dict]) -> dict[str, str]:
-    """Note each result's ratios to the fastest and to the leanest LoRA; returns which those are, if there is one."""
-    measured = [result for result in results if "step_seconds" in result]
-    peers = [result for result in measured if result["method"].startswith("lora")]
-    if not peers:
-        return {}
-    fastest = min(peers, key=lambda result: result["step_seconds"])
-    leanest = min(peers, key=lambda result: result["over_static_bytes"])
-    for result in measured:
-        for name, peer in (("fastest", fastest), ("leanest", leanest)):
-            result[f"against_{name}"] = {
-                "time": result["step_seconds"] / peer["step_seconds"],
-                "memory": result["over_static_bytes"] / max(peer["over_static_bytes"], 1),
-            }
-    return {"fastest": fastest["method"], "leanest": leanest["method"]}
-
-
-def table(results: list[dict], references: dict[str, str]) -> str:
-    """The results with their ratios, the fastest first."""
-    if not references:
+def table(results: list[dict]) -> str:
+    """The results, the fastest first, with their ratios to the fastest and to the leanest LoRA, if there is one."""
+    measured = sorted(
+        (result for result in results if "step_seconds" in result), key=itemgetter("step_seconds")
+    )
+    loras = [result for result in measured if result["method"].startswith("lora")]
+    if not loras:
         return ""
-    lines = [
-        f"{'':32s} {'over weights':>12s} {'step':>9s}   "
-        + "   ".join(f"against {method} ({name})" for name, method in references.items())
-    ]
-    measured = [result for result in results if "step_seconds" in result]
-    for result in sorted(measured, key=lambda result: result["step_seconds"]):
-        ratios = (result[f"against_{name}"] for name in references)
-        shown = "   ".join(f"time x{ratio['time']:.2f} memory x{ratio['memory']:.2f}" for ratio in ratios)
-        lines.append(
-            f"{result['method']:32s} {result['over_static_bytes'] / 1e9:9.2f} GB {result['step_seconds'] * 1e3:6.1f} ms   {shown}"
-        )
+    peers = {"fastest": loras[0], "leanest": min(loras, key=itemgetter("over_static_bytes"))}
+    against = "   ".join(f"against {peer['method']} ({name})" for name, peer in peers.items())
+    lines = [f"{'':32s} {'over weights':>12s} {'step':>9s}   {against}"]
+    for result in measured:
+        seconds, over = result["step_seconds"], result["over_static_bytes"]
+        ratios = [
+            (seconds / peer["step_seconds"], over / max(peer["over_static_bytes"], 1))
+            for peer in peers.values()
+        ]
+        shown = "   ".join(f"time x{time:.2f} memory x{memory:.2f}" for time, memory in ratios)
+        lines.append(f"{result['method']:32s} {over / 1e9:9.2f} GB {seconds * 1e3:6.1f} ms   {shown}")
     return "\n".join(lines)
 
 
@@ -390,20 +377,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"[{number}/{len(options.methods)}, {time.time() - started:.0f} s] {line(result)}", flush=True)
         for kernel in result.get("kernels", [])[:20]:
             print(f"    {kernel['seconds'] * 1e3:8.2f} ms {kernel['calls']:5d} x {kernel['name'][:90]}")
-    references = compare(campaign.results)
-    print(table(campaign.results, references))
-    points = {
-        result["method"]: (result["step_seconds"], result["over_static_bytes"])
-        for result in campaign.results
-        if "step_seconds" in result
-    }
-    if points and not options.profile:
-        from control_experiments.reporting import (
-            pictures,  # pandas and matplotlib, which no method's process needs
-        )
+    print(table(campaign.results))
+    measured = [result for result in campaign.results if "step_seconds" in result]
+    if measured and not options.profile:
+        from control_experiments.reporting import pictures  # with pandas, which no method's process needs
 
+        points = {
+            result["method"]: (result["step_seconds"], result["over_static_bytes"]) for result in measured
+        }
         pictures.save(pictures.memory_against_time(points, title), campaign.path.with_suffix(".png"))
-    campaign.finish(options.methods, references=references)
+    campaign.finish(options.methods)
 
 
 if __name__ == "__main__":

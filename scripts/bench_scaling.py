@@ -259,11 +259,10 @@ def run_cell(options: Options, method: str, shard: str, processes: int, accumula
     cell = {"method": method, "shard": shard, "processes": processes, "accumulate": accumulate}
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        passed = {
-            **asdict(options),
+        passed = asdict(options) | {
             "worker": method,
             "accumulate": accumulate,
-            "result": str(result),
+            "result": result,
             "shards": [shard],
         }
         arguments = [
@@ -344,9 +343,7 @@ def main() -> None:
         said = line(cell, singles.get((method, shard)))
         print(f"[{number}/{len(planned)}, {time.time() - started:.0f} s] {said}", flush=True)
     if any("step_seconds" in cell for cell in campaign.results):
-        from control_experiments.reporting import (
-            pictures,  # pandas and matplotlib, which no process of a cell needs
-        )
+        from control_experiments.reporting import pictures  # with pandas, which no process of a cell needs
 
         pictures.save(pictures.scaling(campaign.results, title), campaign.path.with_suffix(".png"))
     campaign.finish(planned)

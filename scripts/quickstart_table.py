@@ -107,18 +107,16 @@ def markdown(records: dict[str, RunRecord | None], rows: Sequence[Sequence[str]]
     """The table as Markdown; each method's name links to its record."""
     names = [f"[{cells[0]}]({cells[0]}/record.json)" if records.get(cells[0]) else cells[0] for cells in rows]
     table = pd.DataFrame(rows, columns=HEADER).assign(method=names)
-    lines = [
-        "# Quickstart",
-        "",
-        "The demonstration task is made by the project itself from text that Python carries; it is not GLUE.",
-        "",
-        *markdown_rows(table),
-        "",
-        f"Equal conditions for all: {caption}.",
-        "",
-        f"![Matthews correlation on dev against training time]({PICTURE})",
-    ]
-    return "\n".join(lines) + "\n"
+    return f"""# Quickstart
+
+The demonstration task is made by the project itself from text that Python carries; it is not GLUE.
+
+{chr(10).join(markdown_rows(table))}
+
+Equal conditions for all: {caption}.
+
+![Matthews correlation on dev against training time]({PICTURE})
+"""
 
 
 def plot(records: dict[str, RunRecord | None], path: Path) -> None:
@@ -129,14 +127,11 @@ def plot(records: dict[str, RunRecord | None], path: Path) -> None:
             seconds_per_step = record.time["train_seconds"] / record.time["steps"]
             points = [(e["step"] * seconds_per_step, e[METRIC]) for e in record.history if METRIC in e]
             lines.append((method, record.seed, points))
-    figure = pictures.curves(
-        lines, "Demonstration task (not GLUE)", "Matthews correlation on dev", "training time (s)"
-    )
+    title = "Demonstration task (not GLUE)"
+    figure = pictures.curves(lines, title, "Matthews correlation on dev", "training time (s)")
     (axes,) = figure.axes
     axes.axhline(0, color="grey", linestyle=":")
-    axes.annotate(
-        "majority class", (0, 0), xytext=(2, 3), textcoords="offset points", fontsize=9, color="grey"
-    )
+    axes.annotate("majority class", (0, 0), (2, 3), textcoords="offset points", fontsize=9, color="grey")
     axes.set_xlim(left=0)
     pictures.save(figure, path)
 

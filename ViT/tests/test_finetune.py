@@ -328,10 +328,10 @@ def test_the_tuned_recipe_is_the_other_one(noting):
     assert refused.returncode == 2 and "RECIPE is published or tuned, got best" in refused.stderr
 
 
-@pytest.mark.parametrize("module", ["finetune", "small_table", "benchmark_pipeline"])
+@pytest.mark.parametrize("module", ["finetune", "small_table"])
 @pytest.mark.parametrize("arguments", [["--help"], ["--no_such_option", "1"], ["--data", "nowhere.npz"]])
 def test_help_and_a_wrong_option_do_not_wait_for_torch(module, arguments):
-    needed = {"finetune": [], "benchmark_pipeline": [], "small_table": ["--model", "tiny"]}
+    needed = {"finetune": [], "small_table": ["--model", "tiny"]}
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", f"ViT.{module}", *arguments, *needed[module]],
         capture_output=True, text=True, cwd=ROOT,
