@@ -24,7 +24,7 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
-from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.arguments import check_choices, parse_arguments
 from control_experiments.training.benchmarking import (
     Campaign,
     choose_device,
@@ -180,9 +180,7 @@ def measure(step: Step, options: Options) -> dict:
 
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
-    for peer in options.peers:
-        if peer not in PEERS:
-            raise UserError(f"unknown --peers {peer!r}: choose from {', '.join(PEERS)}")
+    check_choices(options, peers=PEERS)
     options.device = choose_device(options.device)
     if options.device == "cpu" and "liger" in options.peers:
         raise UserError("liger's kernels need a GPU: --peers torch")

@@ -27,9 +27,9 @@ from transformers.hf_argparser import HfArg
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
-from control_experiments.errors import UserError, run_main
+from control_experiments.errors import run_main
 from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
-from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.arguments import check_choices, parse_arguments
 from scripts.faults import kills, processes
 from scripts.faults.inputs import READERS, fast_folder, feed
 from scripts.faults.tiny import RUNS
@@ -50,11 +50,6 @@ class Options:
     seed: int = HfArg(default=0, help="Seeds moments and inputs.")
     jobs: int = HfArg(default=2, help="Domains or readers worked on at a time.")
     output: Optional[str] = HfArg(default=None, help="JSON file for the result.")
-
-    def check(self) -> None:
-        for kind, known in (("domains", RUNS), ("shards", SHARDS), ("readers", READERS)):
-            if unknown := [name for name in getattr(self, kind) if name not in known]:
-                raise UserError(f"unknown --{kind} {unknown[0]!r}: choose from {', '.join(known)}")
 
     def tasks(self) -> list[tuple[str, str, int]]:
         """(kind, domain or reader, how many) of everything that is asked for."""
@@ -84,7 +79,7 @@ def work(kind: str, name: str, count: int, seed: int) -> dict:
 
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
-    options.check()
+    check_choices(options, domains=RUNS, shards=SHARDS, readers=READERS)
     result: dict = {"kills": {}, "lost": {}, "inputs": {}}
     problems = []
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:

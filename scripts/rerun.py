@@ -61,14 +61,10 @@ SUBSETS = {
 @dataclass
 class Options:
     table: str = HfArg(help="One of glue, vit, commonsense, quantized, memory.")
-    tasks: Optional[list[str]] = HfArg(
-        default=None, help="Tasks, images, LLaMA bases or benchmarks; default: all."
-    )
+    tasks: Optional[list[str]] = HfArg(default=None, help="Tasks, images, bases or benchmarks; default: all.")
     methods: Optional[list[str]] = HfArg(default=None, help="Default: all of the table.")
     seeds: Optional[list[int]] = HfArg(default=None, help="Default: 42 41 40; repeats 1 2 3 for memory.")
-    max_hours: Optional[float] = HfArg(
-        default=None, help="Start no cell after so long; running ones are finished."
-    )
+    max_hours: Optional[float] = HfArg(default=None, help="Start no cell after so long; running ones end.")
     gpus: Optional[list[str]] = HfArg(default=None, help="Indices, or cpu; default: all that are visible.")
     grid: Optional[list[str]] = HfArg(
         default=None,

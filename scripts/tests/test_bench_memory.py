@@ -189,10 +189,11 @@ def test_random_bases_are_quantized_as_loaded_ones(shape, tmp_path):
 
 def test_a_profile_is_a_record_of_its_own(tmp_path, call, measured):
     asked = ("--shape", "tiny", "--batch", 2, "--tokens", 8, "--methods", "control:fast", "--profile")
-    code, stdout, stderr = call("bench_memory", *BRIEFLY, *asked, "--output", tmp_path)
+    folder = tmp_path / "memory"
+    code, stdout, stderr = call("bench_memory", *BRIEFLY, *asked, "--output", folder)
     assert code == 0 and "ms" in stdout.splitlines()[2], stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny_2x8_profile.json"]
-    (result,) = json.loads((tmp_path / "tiny_2x8_profile.json").read_text())["results"]
+    assert [path.name for path in folder.iterdir()] == ["tiny_2x8_profile.json"]
+    (result,) = json.loads((folder / "tiny_2x8_profile.json").read_text())["results"]
     seconds = [kernel["seconds"] for kernel in result["kernels"]]
     assert seconds == sorted(seconds, reverse=True) and seconds[-1] > 0
     assert {"aten::mm", "aten::addmm"} <= {kernel["name"] for kernel in result["kernels"]}

@@ -229,6 +229,7 @@ def _label(domain: str, method: str, options: dict) -> str:
 
 
 def _conditions(record: RunRecord, evaluation: RunRecord | None) -> tuple[dict[str, str], dict[str, str]]:
+    """(what all runs of a comparison share, what seeds of one method share), as texts."""
     shared, own, llama = {}, {}, record.task.startswith("commonsense")
     for name, value in record.hyperparameters.items():
         # the paper's recipe for LLaMA-2-7B has another batch for control+lora than for double control
@@ -236,22 +237,20 @@ def _conditions(record: RunRecord, evaluation: RunRecord | None) -> tuple[dict[s
             own[name] = str(value)
         elif name not in _NEUTRAL:
             shared[name] = str(value)
-    shared |= {"device": record.device["name"], "torch": str(_torch(record.versions))}
-    for what in ("model", "data"):
-        shared[what] = str(getattr(record, what).get("sha256") or getattr(record, what).get("revision"))[:12]
-    if evaluation is None and llama:  # zero-shot: nothing of it is training
-        shared = {
-            f"evaluation {name}": value for name, value in shared.items() if name not in ("device", "torch")
+    for what in (record.model, record.data):
+        shared["model" if what is record.model else "data"] = str(what.get("sha256") or what.get("revision"))[
+            :12
+        ]
+    asked = shared if llama else {}  # zero-shot: nothing of it is training
+    if evaluation or not llama:
+        shared |= {"device": record.device["name"], "torch": str(_torch(record.versions))}
+    if evaluation:
+        asked = {
+            name: str(value) for name, value in evaluation.hyperparameters.items() if name not in _NEUTRAL
         }
-    elif evaluation is not None:
-        asked = evaluation.hyperparameters | {"data": str(evaluation.data.get("sha256"))[:12]}
-        shared |= {
-            f"evaluation {name}": str(value)
-            for name, value in asked.items()
-            if name == "data" or name not in _NEUTRAL
-        }
-    shared.pop("evaluation batch_size", None)
-    return shared, own
+        asked["data"] = str(evaluation.data.get("sha256"))[:12]
+    asked = {f"evaluation {name}": value for name, value in asked.items() if name != "batch_size"}
+    return (shared | asked if evaluation or not llama else asked), own
 
 
 def _mark_unequal(frame: pd.DataFrame) -> list[str]:
@@ -259,21 +258,17 @@ def _mark_unequal(frame: pd.DataFrame) -> list[str]:
     a seed. Rows with a run that differs get a `problem`; returned are the problems."""
     found: dict[int, str] = {}
     runs, keys = frame[frame.kind == "run"], ["whose", "domain", "section", "task", "row"]
-    for places, what, others in (
-        (keys[:-1], "shared", "the others of its comparison"),
-        (keys, "own", "other seeds of its row"),
-    ):
+    others = {"shared": "the others of its comparison", "own": "other seeds of its row"}
+    for what, places in (("shared", keys[:-1]), ("own", keys)):
         for _, group in runs.groupby(places):
             conditions = pd.DataFrame(list(group[what]), index=group.index)
             usual = conditions.mode().iloc[0] if len(conditions.columns) else {}
             wrong = conditions.notna() & (conditions != usual)
             for index in group.index[wrong.any(axis=1)]:
                 name = wrong.columns[wrong.loc[index]][0]
-                message = f"{group.links[index][0][1]} was run with {name} {conditions[name][index]}, {others} with {usual[name]}"
-                found.setdefault(
-                    index,
-                    f"{message}: run it again under equal conditions, or move it to another results folder",
-                )
+                differs = f"with {name} {conditions[name][index]}, {others[what]} with {usual[name]}"
+                remedy = "run it again under equal conditions, or move it to another results folder"
+                found.setdefault(index, f"{group.links[index][0][1]} was run {differs}: {remedy}")
     twice = runs[runs.duplicated([*keys, "seed"], keep=False)]
     for (*_, row, seed), group in twice.groupby([*keys, "seed"]):
         files = " and ".join(links[0][1] for links in group.links)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from transformers import HfArgumentParser
 
@@ -64,6 +64,19 @@ def check_numbers(
         ):
             if bound is not None and not holds(value, bound):
                 raise UserError(f"--{name} must be {words} {bound}, got {value}")
+
+
+def check_choices(options: object, **choices: Iterable[str]) -> None:
+    """Check that options, or each of several values, are among those named; None was left out and passes.
+
+    Raises:
+        UserError: one is not; the message names it, what was given and what there is.
+    """
+    for name, known in choices.items():
+        given = getattr(options, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value not in known:
+                raise UserError(f"unknown --{name} {value!r}: choose from {', '.join(known)}")
 
 
 def check_max_steps(options: object) -> None:
