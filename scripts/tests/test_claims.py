@@ -94,37 +94,35 @@ def outcomes(folder, arrays, **more):
 def test_examples_are_paired_too(tmp_path):
     generator = np.random.default_rng(0)
     correct = [generator.random((2, 500)) < 0.7 for _ in range(3)]
-    pairs = [
-        tuple(outcomes(tmp_path / f"{seed}{n}", {"correct": row}) for n, row in enumerate(rows))
-        for seed, rows in enumerate(correct)
-    ]
     differences = 100 * np.mean([rows[0].astype(float) - rows[1] for rows in correct], axis=0)
-    assert example_variance(pairs) == pytest.approx(differences.var() / 500, rel=0.15)
-    # several test sets weigh the same, however many examples each has
-    groups = np.array(["a"] * 100 + ["b"] * 400)
-    pairs = [
-        tuple(
-            outcomes(tmp_path / f"g{seed}{n}", {"correct": row}, group=groups) for n, row in enumerate(rows)
-        )
-        for seed, rows in enumerate(correct)
-    ]
-    expected = (differences[:100].var() / 100 + differences[100:].var() / 400) / 4
-    assert example_variance(pairs) == pytest.approx(expected, rel=0.15)
+    several = np.array(["a"] * 100 + ["b"] * 400)  # weigh the same, however many examples each has
+    for name, groups, expected in (
+        ("one", "", differences.var() / 500),
+        ("several", several, (differences[:100].var() / 100 + differences[100:].var() / 400) / 4),
+    ):
+        pairs = [
+            [
+                outcomes(tmp_path / f"{name}{seed}{n}", {"correct": row}, group=groups)
+                for n, row in enumerate(rows)
+            ]
+            for seed, rows in enumerate(correct)
+        ]
+        assert example_variance(pairs) == pytest.approx(expected, rel=0.15)
 
 
 def test_a_metric_that_is_no_mean_is_bootstrapped_from_predictions(tmp_path):
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
     generator = np.random.default_rng(1)
     label = generator.integers(0, 2, 400)
     noisy = [np.where(generator.random(400) < 0.8, label, 1 - label) for _ in range(4)]
-    folders = [
+    one, other, *more = [
         outcomes(tmp_path / str(n), {"prediction": p, "label": label}, metric="matthews")
         for n, p in enumerate(noisy)
     ]
-    found = example_variance([(folders[0], folders[1]), (folders[2], folders[3])]) ** 0.5
+    found = example_variance([(one, other), more]) ** 0.5
     # standard error of the mean of two differences of correlations near 0.6
     assert found == pytest.approx(100 * (1 - 0.6**2) / 400**0.5, rel=0.4)
-    from sklearn.metrics import f1_score, matthews_corrcoef
-
     assert METRICS["matthews"](noisy[0], label) == pytest.approx(matthews_corrcoef(label, noisy[0]))
     both = (np.mean(noisy[0] == label) + f1_score(label, noisy[0])) / 2
     assert METRICS["accuracy and F1"](noisy[0], label) == pytest.approx(both)
