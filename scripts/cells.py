@@ -167,10 +167,7 @@ class Scheduler:
         count, skipped = len(cells), len(cells) - len(waiting)
         print(f"{count} cells, {skipped} of them need no run; {len(self.gpus)} at a time", flush=True)
         started, done = time.monotonic(), 0
-        with (
-            ThreadPoolExecutor(len(self.gpus)) as pool,
-            tqdm(total=count, initial=skipped, unit="cell", disable=None) as bar,
-        ):
+        with ThreadPoolExecutor(len(self.gpus)) as pool:
             try:
                 for future in as_completed([pool.submit(self._run_one, cell) for cell in waiting]):
                     cell, seconds = future.result()
@@ -178,13 +175,10 @@ class Scheduler:
                         continue
                     done += 1
                     left = (time.monotonic() - started) / done * (len(waiting) - done - len(self.left))
-                    outcome = f"failed: {self.failed[cell.name]}" if cell.name in self.failed else "finished"
-                    bar.update()
                     taken, left = map(tqdm.format_interval, (seconds, left))
-                    tqdm.write(
-                        f"[{skipped + done}/{count}] {cell.name} {outcome} in {taken}, about {left} left"
-                    )
-                    sys.stdout.flush()
+                    outcome = f"failed: {self.failed[cell.name]}" if cell.name in self.failed else "finished"
+                    told = f"{cell.name} {outcome} in {taken}, about {left} left"
+                    print(f"[{skipped + done}/{count}] {told}", flush=True)
             except BaseException:
                 self._stop()
                 raise

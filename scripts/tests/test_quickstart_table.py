@@ -91,7 +91,7 @@ def test_gpu_memory_is_labelled_and_unequal_conditions_are_told(tmp_path):
         (None, "holds no run of control: start scripts/quickstart.sh first"),
         ("{", "record.json is no readable run record"),
         (json.dumps(record("control", method="lora")), "is of lora on demo, expected control on demo"),
-        (json.dumps(record("control", metrics={"best": {}, "last": {}})), "record.json holds no matthews"),
+        (json.dumps(record("control", metrics={"best": {}, "last": {}})), "lacks 'matthews'"),
         (json.dumps(record("control", time={})), "lacks 'train_seconds'"),
     ],
 )

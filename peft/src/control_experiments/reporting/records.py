@@ -154,11 +154,11 @@ def _scored(path: Path, record: RunRecord, file: Path, scored: RunRecord, place:
     if file != path:
         files.append(("answers", file.relative_to(path.parent).as_posix()))
     last, best = _scores(scored, "last"), _scores(scored, "best")
-    llama, options, limit = record.task.startswith("commonsense"), record.hyperparameters, scored.hyperparameters.get("limit")  # fmt: skip
+    llama, options = record.task.startswith("commonsense"), record.hyperparameters
+    limit = scored.hyperparameters.get("limit")
     domain = "llama" if llama else "qcontrol" if place[0] == "qcontrol" else record.domain
-    model = (
-        record.model.get("class") if domain == "vit" else None
-    )  # a ViT's weights come under many file names
+    # a ViT's weights come under many file names
+    model = record.model.get("class") if domain == "vit" else None
     quantization = options.get("quantization") or "none"
     setting = [
         quantization if quantization != "none" else UNQUANTIZED if domain == "qcontrol" else "",
