@@ -82,8 +82,10 @@ class Method:
     def check(self, shape: str, device: str) -> None:
         """Raise a `UserError` if a shape or a device cannot run it."""
         if shape not in LLAMA_SHAPES and ({*self.switches, self.name} & {*OF_LLAMA}):
-            has = "no switches but checkpointing, graphs and eager, and no method that reads causal tokens"
-            raise UserError(f"method {self.text!r}: {shape} has {has}")
+            raise UserError(
+                f"method {self.text!r}: {shape} has no switches but checkpointing, graphs and eager, and no method "
+                "that reads causal tokens"
+            )
         if shape in VISION_SHAPES and self.base in QUANTIZATIONS:
             raise UserError(f"method {self.text!r}: bitsandbytes' bases are for text models")
         if "graphs" in self.switches and device == "cpu":
@@ -175,11 +177,17 @@ def default_methods(shape: str, device: str, unsloth: bool) -> list[str]:
 # -- models -----------------------------------------------------------------------------------------------------
 
 
-def random_llama(shape: str, device: str | torch.device, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa",
-                 **more) -> PreTrainedModel:  # fmt: skip
+def random_llama(
+    shape: str,
+    device: str | torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    attention: str = "sdpa",
+    **more,
+) -> PreTrainedModel:
     """A LLaMA of random weights, made on the device, which may be "meta"; `more` changes its configuration."""
-    own = {"max_position_embeddings": 1 << 20, "use_cache": False}
-    config = LlamaConfig(**{**LLAMA_SHAPES[shape], **own, **more})
+    config = LlamaConfig(
+        **{**LLAMA_SHAPES[shape], "max_position_embeddings": 1 << 20, "use_cache": False, **more}
+    )
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
@@ -204,9 +212,10 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
         model = random_llama(shape, device, stored, attention)
     else:
         config = RobertaConfig(**ENCODER_SHAPES[shape], type_vocab_size=1)
-        make = AutoModelForSequenceClassification.from_config
         with torch.device(device):
-            model = make(config, dtype=stored, attn_implementation=attention)
+            model = AutoModelForSequenceClassification.from_config(
+                config, dtype=stored, attn_implementation=attention
+            )
     if method.base in QUANTIZATIONS:
         quantize(model, method.base, compute, torch.device(device))
     return prepare(model)
@@ -232,15 +241,18 @@ def quantize(model: PreTrainedModel, kind: str, compute: torch.dtype, device: to
             if type(linear) is not nn.Linear:
                 continue
             sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-            weight, frozen = linear.weight.data, {"requires_grad": False}
             if kind == "int8":
-                how = {"has_fp16_weights": False, "threshold": settings.llm_int8_threshold}
-                new = bnb.nn.Linear8bitLt(*sizes, **how, device="meta")
-                new.weight = bnb.nn.Int8Params(weight.cpu(), **frozen).to(device)
+                new = bnb.nn.Linear8bitLt(
+                    *sizes, has_fp16_weights=False, threshold=settings.llm_int8_threshold, device="meta"
+                )
+                new.weight = bnb.nn.Int8Params(linear.weight.data.cpu(), requires_grad=False).to(device)
             else:
-                how = {"quant_type": kind, "compress_statistics": True}
-                new = bnb.nn.Linear4bit(*sizes, compute_dtype=compute, **how, device="meta")
-                new.weight = bnb.nn.Params4bit(weight, **frozen, **how, module=new).to(device)
+                new = bnb.nn.Linear4bit(
+                    *sizes, compute_dtype=compute, compress_statistics=True, quant_type=kind, device="meta"
+                )
+                new.weight = bnb.nn.Params4bit(
+                    linear.weight.data, requires_grad=False, quant_type=kind, compress_statistics=True, module=new
+                ).to(device)  # fmt: skip
             new.bias = linear.bias
             setattr(parent, name, new)
     model.config.quantization_config = settings
