@@ -24,9 +24,10 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
-from control_experiments.training.arguments import check_choices, parse_arguments
+from control_experiments.training.arguments import parse_arguments
 from control_experiments.training.benchmarking import (
     Campaign,
+    check_choices,
     choose_device,
     machine,
     synchronize,

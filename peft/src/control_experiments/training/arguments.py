@@ -70,16 +70,3 @@ def check_max_steps(options: object) -> None:
     """Raise UserError for a `max_steps` of 0 or less, other than -1, which the Trainer takes for no limit."""
     if options.max_steps != -1 and options.max_steps < 1:
         raise UserError(f"--max_steps must be at least 1, or -1 for no limit, got {options.max_steps}")
-
-
-def check_choices(options: object, **choices: Sequence[str] | dict) -> None:
-    """Check that options, or each of several values, are among those named; None was left out and passes.
-
-    Raises:
-        UserError: one is not; the message names it, what was given and what there is.
-    """
-    for name, known in choices.items():
-        given = getattr(options, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and value not in known:
-                raise UserError(f"unknown --{name} {value!r}: choose from {', '.join(known)}")
