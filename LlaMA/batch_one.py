@@ -58,9 +58,8 @@ def _timed(answer: Answer, questions: Sequence[Question], size: int) -> tuple[li
     for indices in batches(questions, range(len(questions)), size):
         replies.update(zip(indices, answer([questions[index] for index in indices]), strict=True))
     _wait()
-    return [replies[index] for index in range(len(questions))], len(questions) / (
-        time.perf_counter() - started
-    )
+    rate = len(questions) / (time.perf_counter() - started)
+    return [replies[index] for index in range(len(questions))], rate
 
 
 def _wait() -> None:

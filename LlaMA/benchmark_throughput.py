@@ -22,6 +22,7 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.paths import public_path
 from control_experiments.record import RunRecord
 from control_experiments.training.arguments import check_numbers, parse_arguments
+from control_experiments.training.benchmarking import check_choices
 from control_experiments.training.checksums import fingerprint
 from control_experiments.training.device import DTYPES, seed_everything
 from control_experiments.training.metering import MemoryMeter, Throughput
@@ -58,11 +59,11 @@ class Options(RunOptions, AdapterOptions, MemoryOptions):
     data: str = HfArg(help="JSON file in the format of commonsense_170k.json.")
     model: Optional[str] = HfArg(default=None, help="Hub id, folder or GGUF file of a base model.")
     shape: Optional[str] = HfArg(
-        default=None, help=f"Instead of --model, random weights of a shape: {', '.join(LLAMA_SHAPES)}."
+        default=None, help=f"Or random weights of a shape: {', '.join(LLAMA_SHAPES)}."
     )
     method: str = HfArg(default="control+lora", help="Method that is trained.")
     attention: Literal["auto", "sdpa"] = HfArg(
-        default="auto", help="auto: variable-length flash attention over packs where it runs."
+        default="auto", help="auto: flash attention over packs where it runs."
     )
     steps: int = HfArg(default=30, help="Timed optimizer steps of each way.")
     warmup: int = HfArg(default=5, help="Optimizer steps before the timed ones.")
@@ -83,11 +84,9 @@ class Options(RunOptions, AdapterOptions, MemoryOptions):
         super().check()
         if (self.model is None) == (self.shape is None):
             raise UserError("give either --model or --shape")
-        if self.shape is not None and self.shape not in LLAMA_SHAPES:
-            raise UserError(f"unknown shape {self.shape!r}: choose from {', '.join(LLAMA_SHAPES)}")
-        check_numbers(
-            self, "steps", "batch_size", "large_batch", "micro_batch_size", "cutoff", "token_budget", at_least=1
-        )  # fmt: skip
+        check_choices(self, shape=LLAMA_SHAPES)
+        rows = ("batch_size", "large_batch", "micro_batch_size")
+        check_numbers(self, "steps", *rows, "cutoff", "token_budget", at_least=1)
 
     def config(self):
         targets = self.lora_targets or (MIXED_TARGETS if "control" in self.method else LORA_TARGETS)
@@ -152,9 +151,8 @@ def measure(options: Options, run: Run) -> RunRecord:
         if not options.cuda_graphs:
             return packs
         quantum = -(-options.token_budget // 16)
-        return [
-            fixed_shape(pack, quantum, len(step), options.cutoff, tokenizer.pad_token_id) for pack in packs
-        ]
+        size = (quantum, len(step), options.cutoff, tokenizer.pad_token_id)
+        return [fixed_shape(pack, *size) for pack in packs]
 
     results: dict[str, dict] = {}
     for name, size, make, mode in (
@@ -175,15 +173,11 @@ def measure(options: Options, run: Run) -> RunRecord:
         summary = train(model, steps, loss, run, memory)
         rate = summary["tokens_per_second"]
         speedup = rate / results["published"]["real_tokens_per_second"] if results else 1.0
+        forwards, seconds = sum(map(len, steps)) / len(steps), summary["train_seconds"] / summary["steps"]
         results[name] = {
-            "real_tokens_per_second": rate,
-            "seconds_per_step": summary["train_seconds"] / summary["steps"],
-            "rows_per_step": size,
-            "forwards_per_step": sum(map(len, steps)) / len(steps),
-            "memory_mode": mode,
-            "attention": attention,
-            "speedup": speedup,
-        }
+            "real_tokens_per_second": rate, "seconds_per_step": seconds, "rows_per_step": size,
+            "forwards_per_step": forwards, "memory_mode": mode, "attention": attention, "speedup": speedup,
+        }  # fmt: skip
         print(f"{name:10} {rate:10,.0f} real tokens/s   {speedup:5.2f} times published", flush=True)
     return record.finish(
         run.folder.record,

@@ -27,6 +27,7 @@ from control_experiments.paths import RESULTS
 from control_experiments.training.arguments import parse_arguments
 from control_experiments.training.benchmarking import (
     Campaign,
+    check_choices,
     choose_device,
     machine,
     synchronize,
@@ -35,20 +36,21 @@ from control_experiments.training.benchmarking import (
 from peft_control.memory import kernels
 from peft_control.memory.loss import LinearCrossEntropy
 
+PEERS = ("liger", "torch")
+
 
 @dataclass
 class Options:
     tokens: int = HfArg(default=4096, help="Rows of every input.")
     vocabulary: int = HfArg(default=128256, help="Classes of the loss.")
-    peers: list[str] = HfArg(
-        default_factory=lambda: ["liger", "torch"], help="Whom to compare with: liger, torch."
-    )
+    peers: list[str] = HfArg(default_factory=lambda: [*PEERS], help="Whom to compare with: liger, torch.")
     repeats: int = HfArg(default=20, help="Timed runs of each.")
     device: str = HfArg(default="cuda", help="cuda, or cpu to try the script out.")
     output: str = HfArg(default=str(RESULTS / "kernels" / "kernels.json"), help="Where the record goes.")
 
 
 Step = Callable[[], None]  # one forward and backward
+Kernels = tuple[Step, Callable[[], Step], Callable[[], Step]]  # ours, and what makes Liger's and torch's
 
 
 def by_autograd(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Step:
@@ -63,7 +65,7 @@ def by_autograd(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) ->
     return step
 
 
-def rms_norm(tokens: int, device: str) -> dict[str, Callable[[], Step]]:
+def rms_norm(tokens: int, device: str) -> Kernels:
     x, dy = (torch.randn(tokens, 4096, device=device, dtype=torch.bfloat16) for _ in range(2))
     weight = torch.ones(4096, device=device, dtype=torch.bfloat16)
 
@@ -77,14 +79,10 @@ def rms_norm(tokens: int, device: str) -> dict[str, Callable[[], Step]]:
         norm = LigerRMSNorm(4096, eps=1e-5).to(device, torch.bfloat16).requires_grad_(False)
         return by_autograd(norm, x)
 
-    return {
-        "ours": lambda: ours,
-        "liger": liger,
-        "torch": lambda: by_autograd(lambda x: F.rms_norm(x, (4096,), weight), x),
-    }
+    return ours, liger, lambda: by_autograd(lambda x: F.rms_norm(x, (4096,), weight), x)
 
 
-def swiglu(tokens: int, device: str) -> dict[str, Callable[[], Step]]:
+def swiglu(tokens: int, device: str) -> Kernels:
     gate, up, dact = (torch.randn(tokens, 14336, device=device, dtype=torch.bfloat16) for _ in range(3))
 
     def ours() -> None:
@@ -96,14 +94,10 @@ def swiglu(tokens: int, device: str) -> dict[str, Callable[[], Step]]:
 
         return by_autograd(LigerSiLUMulFunction.apply, gate, up)
 
-    return {
-        "ours": lambda: ours,
-        "liger": liger,
-        "torch": lambda: by_autograd(lambda a, b: F.silu(a) * b, gate, up),
-    }
+    return ours, liger, lambda: by_autograd(lambda a, b: F.silu(a) * b, gate, up)
 
 
-def layer_norm(tokens: int, device: str) -> dict[str, Callable[[], Step]]:
+def layer_norm(tokens: int, device: str) -> Kernels:
     x, dy = (torch.randn(tokens, 768, device=device) for _ in range(2))
     norm = nn.LayerNorm(768, device=device).requires_grad_(False)
 
@@ -117,14 +111,10 @@ def layer_norm(tokens: int, device: str) -> dict[str, Callable[[], Step]]:
         other = LigerLayerNorm(768, bias=True).to(device).requires_grad_(False)
         return by_autograd(lambda x: other(x).half() + x, x)
 
-    return {
-        "ours": lambda: ours,
-        "liger": liger,
-        "torch": lambda: by_autograd(lambda x: norm(x).half() + x, x),
-    }
+    return ours, liger, lambda: by_autograd(lambda x: norm(x).half() + x, x)
 
 
-def rope(tokens: int, device: str) -> dict[str, Callable[[], Step]]:
+def rope(tokens: int, device: str) -> Kernels:
     query = torch.randn(1, tokens, 32, 128, device=device, dtype=torch.bfloat16)
     key = torch.randn(1, tokens, 8, 128, device=device, dtype=torch.bfloat16)
     angle = torch.rand(1, tokens, 64, device=device).repeat(1, 1, 2)
@@ -151,10 +141,10 @@ def rope(tokens: int, device: str) -> dict[str, Callable[[], Step]]:
 
         return through(apply_rotary_pos_emb)
 
-    return {"ours": lambda: ours, "liger": liger, "torch": plain}
+    return ours, liger, plain
 
 
-def linear_cross_entropy(tokens: int, device: str, vocabulary: int) -> dict[str, Callable[[], Step]]:
+def linear_cross_entropy(tokens: int, device: str, vocabulary: int) -> Kernels:
     hidden = torch.randn(tokens, 4096, device=device, dtype=torch.bfloat16)
     head = nn.Linear(4096, vocabulary, bias=False, device=device, dtype=torch.bfloat16).requires_grad_(False)
     labels = torch.randint(vocabulary, (tokens,), device=device)
@@ -165,15 +155,12 @@ def linear_cross_entropy(tokens: int, device: str, vocabulary: int) -> dict[str,
         loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
         return by_autograd(lambda hidden: loss(head.weight, hidden, labels), hidden)
 
-    return {
-        "ours": lambda: by_autograd(
-            lambda hidden: LinearCrossEntropy.apply(hidden, labels, head, 512, None), hidden
-        ),
-        "liger": liger,
-        "torch": lambda: by_autograd(
-            lambda h: F.cross_entropy(head(h).float(), labels, reduction="sum"), hidden
-        ),
-    }
+    ours = by_autograd(lambda hidden: LinearCrossEntropy.apply(hidden, labels, head, 512, None), hidden)
+    return (
+        ours,
+        liger,
+        lambda: by_autograd(lambda h: F.cross_entropy(head(h).float(), labels, reduction="sum"), hidden),
+    )
 
 
 def measure(step: Step, options: Options) -> dict:
@@ -194,13 +181,11 @@ def measure(step: Step, options: Options) -> dict:
 
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
-    for peer in options.peers:
-        if peer not in ("liger", "torch"):
-            raise UserError(f"unknown --peers {peer!r}: choose from liger, torch")
+    check_choices(options, peers=PEERS)
     options.device = choose_device(options.device)
     if options.device == "cpu" and "liger" in options.peers:
         raise UserError("liger's kernels need a GPU: --peers torch")
-    operations = {
+    operations: dict[str, Kernels] = {
         "RMSNorm, width 4096": rms_norm(options.tokens, options.device),
         "SwiGLU, width 14336": swiglu(options.tokens, options.device),
         "RoPE, 32 + 8 heads of 128": rope(options.tokens, options.device),
@@ -211,13 +196,14 @@ def main() -> None:
     print(f"{options.tokens} tokens, {found['device']}; forward and backward")
     campaign = Campaign(Path(options.output), options, itemgetter("operation"), found)
     for name in [name for name in operations if name not in campaign.finished]:
-        row = {"operation": name, "ours": measure(operations[name]["ours"](), options)}
+        ours, *makers = operations[name]
+        row = {"operation": name, "ours": measure(ours, options)}
         words = [f"{name:30s} ours {shown(row['ours'])}"]
-        for peer in options.peers:
-            row[peer] = measure(operations[name][peer](), options)
-            words.append(
-                f"{peer} {shown(row[peer])} (time x{row['ours']['seconds'] / row[peer]['seconds']:.2f})"
-            )
+        for peer, make in zip(PEERS, makers):
+            if peer in options.peers:
+                row[peer] = measure(make(), options)
+                ratio = row["ours"]["seconds"] / row[peer]["seconds"]
+                words.append(f"{peer} {shown(row[peer])} (time x{ratio:.2f})")
         campaign.add(row)
         print("   ".join(words), flush=True)
     campaign.finish(list(operations))

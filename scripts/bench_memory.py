@@ -54,6 +54,7 @@ from control_experiments.training.arguments import check_numbers, parse_argument
 from control_experiments.training.benchmarking import (
     EXPANDABLE,
     Campaign,
+    check_choices,
     choose_device,
     machine,
     run_apart,
@@ -88,19 +89,15 @@ UNSLOTH_FIRST = (
 @dataclass
 class Options:
     shape: str = HfArg(default="llama3-8b", help=f"Model shape: {', '.join(ALL_SHAPES)}.")
-    methods: Optional[list[str]] = HfArg(
-        default=None, help="Methods to run, in order; default: all that the shape has."
-    )
-    base: Optional[list[str]] = HfArg(
-        default=None, help=f"Run each method that names no base over each of these: {', '.join(BASES)}."
-    )
+    methods: Optional[list[str]] = HfArg(default=None, help="In order; default: all that the shape has.")
+    base: Optional[list[str]] = HfArg(default=None, help=f"For methods that name none: {', '.join(BASES)}.")
     batch: int = HfArg(default=4, help="Sequences per step.")
     tokens: Optional[int] = HfArg(
         default=None,
         help="Tokens per sequence; default: 1024 for a LLaMA, 128 for a RoBERTa. A ViT has as many as it has.",
     )
     lengths: Optional[list[int]] = HfArg(
-        default=None, help="Real tokens of the sequences, in turn; the rest up to the longest is padding."
+        default=None, help="Real tokens of the rows, in turn; the rest is padding."
     )
     precision: Optional[str] = HfArg(
         default=None, help=f"Autocast: {', '.join(DTYPES)}; default: bf16 for a LLaMA, else fp16 on a GPU."
@@ -109,20 +106,12 @@ class Options:
     lora_rank: Optional[int] = HfArg(default=None, help="Rank of LoRA and its kin; default: the recipe's.")
     steps: int = HfArg(default=8, help="Timed steps of each repeat; their median counts.")
     warmup: int = HfArg(default=3, help="Steps before the timed ones.")
-    repeats: Optional[int] = HfArg(
-        default=None, help="Repeats, whose median and spread are reported; default: 3 on a GPU, 1 on a CPU."
-    )
+    repeats: Optional[int] = HfArg(default=None, help="Their median counts; default: 3 on a GPU, 1 on a CPU.")
     device: str = HfArg(default="cuda", help="cuda, a GPU's index, or cpu to try the script out.")
-    limit: Optional[float] = HfArg(
-        default=None, help="Instead: the longest sequence that trains within this many GiB."
-    )
+    limit: Optional[float] = HfArg(default=None, help="Instead: the longest sequence within this many GiB.")
     longest: bool = HfArg(default=False, help="Instead: the longest sequence that trains on the whole GPU.")
-    profile: bool = HfArg(
-        default=False, help="Instead: the kernels of a step and their times, in a record of their own."
-    )
-    output: str = HfArg(
-        aliases=["--output_dir"], default=str(RESULTS / "memory"), help="Folder of the records."
-    )
+    profile: bool = HfArg(default=False, help="Instead: the kernels of a step, in a record of their own.")
+    output: str = HfArg(default=str(RESULTS / "memory"), help="Folder of records.", aliases=["--output_dir"])
     worker: Optional[str] = HfArg(default=None, help="Used by the script itself: run this one method.")
 
     def with_defaults(self) -> Options:
@@ -131,19 +120,13 @@ class Options:
         Raises:
             UserError: what cannot be, before a minute is spent.
         """
-        if self.shape not in ALL_SHAPES:
-            raise UserError(f"unknown --shape {self.shape!r}: choose from {', '.join(ALL_SHAPES)}")
+        check_choices(self, shape=ALL_SHAPES, precision=DTYPES, base=BASES)
         check_numbers(self, "batch", "tokens", "steps", "repeats", "control_rank", "lora_rank", at_least=1)
         check_numbers(self, "warmup", at_least=0)
         check_numbers(self, "limit", above=0)
         for length in self.lengths or []:
             if length < 1:
                 raise UserError(f"--lengths must be at least 1, got {length}")
-        if self.precision not in (None, *DTYPES):
-            raise UserError(f"unknown --precision {self.precision!r}: choose from {', '.join(DTYPES)}")
-        for base in self.base or []:
-            if base not in BASES:
-                raise UserError(f"unknown --base {base!r}: choose from {', '.join(BASES)}")
         tokens = max(self.lengths) if self.lengths else 1024 if self.shape in LLAMA_SHAPES else 128
         if self.shape in VISION_SHAPES:
             tokens = vision_size(self.shape)[1]
@@ -166,9 +149,8 @@ class Options:
             if "packed" in method.switches and searches:
                 raise UserError(f"method {method.text!r}: --limit and --longest work on unpacked rows")
             if "unsloth" in method.switches and not unsloth:
-                raise UserError(
-                    f"method {method.text!r}: unsloth is not installed (pip install unsloth, in an environment of its own)"
-                )
+                told = "unsloth is not installed (pip install unsloth, in an environment of its own)"
+                raise UserError(f"method {method.text!r}: {told}")
         return replace(
             self, device=device, methods=methods, tokens=self.tokens or tokens,
             repeats=self.repeats or (3 if device == "cuda" else 1),
@@ -223,20 +205,14 @@ def measure(options: Options, method: Method) -> dict:
     )
     summary = memory.summary()
     peak = summary["peak_reserved_bytes" if graphs else "peak_allocated_bytes"] or 0
-    return {
-        "method": method.text,
-        "trained_parameters": sum(parameter.numel() for parameter in work.trained),
-        "static_bytes": static,
-        "peak_bytes": peak,
-        "peak_is": "reserved" if graphs else "allocated",
-        "over_static_bytes": peak - static,
-        **times,
-        "tokens_per_second": options.batch * options.tokens / times["step_seconds"],
-        "real_tokens_per_second": sum(options.setting().rows) / times["step_seconds"],
-        "loss": loss.item(),
-        "memory": summary,
-        **({"kernels": profiled(options, work)} if options.profile else {}),
-    }
+    rates = {"tokens_per_second": options.batch * options.tokens / times["step_seconds"]}
+    rates["real_tokens_per_second"] = sum(options.setting().rows) / times["step_seconds"]
+    result = {
+        "method": method.text, "trained_parameters": sum(parameter.numel() for parameter in work.trained),
+        "static_bytes": static, "peak_bytes": peak, "peak_is": "reserved" if graphs else "allocated",
+        "over_static_bytes": peak - static, **times, **rates, "loss": loss.item(), "memory": summary,
+    }  # fmt: skip
+    return {**result, "kernels": profiled(options, work)} if options.profile else result
 
 
 def profiled(options: Options, work: Workload) -> list[dict]:
@@ -323,38 +299,25 @@ def line(result: dict) -> str:
     )
 
 
-def compare(results: list[dict]) -> dict[str, str]:
-    """Note each result's ratios to the fastest and to the leanest LoRA; returns which those are, if there is one."""
-    measured = [result for result in results if "step_seconds" in result]
-    peers = [result for result in measured if result["method"].startswith("lora")]
-    if not peers:
-        return {}
-    fastest = min(peers, key=lambda result: result["step_seconds"])
-    leanest = min(peers, key=lambda result: result["over_static_bytes"])
-    for result in measured:
-        for name, peer in (("fastest", fastest), ("leanest", leanest)):
-            result[f"against_{name}"] = {
-                "time": result["step_seconds"] / peer["step_seconds"],
-                "memory": result["over_static_bytes"] / max(peer["over_static_bytes"], 1),
-            }
-    return {"fastest": fastest["method"], "leanest": leanest["method"]}
-
-
-def table(results: list[dict], references: dict[str, str]) -> str:
-    """The results with their ratios, the fastest first."""
-    if not references:
+def table(results: list[dict]) -> str:
+    """The results, the fastest first, with their ratios to the fastest and to the leanest LoRA, if there is one."""
+    measured = sorted(
+        (result for result in results if "step_seconds" in result), key=itemgetter("step_seconds")
+    )
+    loras = [result for result in measured if result["method"].startswith("lora")]
+    if not loras:
         return ""
-    lines = [
-        f"{'':32s} {'over weights':>12s} {'step':>9s}   "
-        + "   ".join(f"against {method} ({name})" for name, method in references.items())
-    ]
-    measured = [result for result in results if "step_seconds" in result]
-    for result in sorted(measured, key=lambda result: result["step_seconds"]):
-        ratios = (result[f"against_{name}"] for name in references)
-        shown = "   ".join(f"time x{ratio['time']:.2f} memory x{ratio['memory']:.2f}" for ratio in ratios)
-        lines.append(
-            f"{result['method']:32s} {result['over_static_bytes'] / 1e9:9.2f} GB {result['step_seconds'] * 1e3:6.1f} ms   {shown}"
-        )
+    peers = {"fastest": loras[0], "leanest": min(loras, key=itemgetter("over_static_bytes"))}
+    against = "   ".join(f"against {peer['method']} ({name})" for name, peer in peers.items())
+    lines = [f"{'':32s} {'over weights':>12s} {'step':>9s}   {against}"]
+    for result in measured:
+        seconds, over = result["step_seconds"], result["over_static_bytes"]
+        ratios = [
+            (seconds / peer["step_seconds"], over / max(peer["over_static_bytes"], 1))
+            for peer in peers.values()
+        ]
+        shown = "   ".join(f"time x{time:.2f} memory x{memory:.2f}" for time, memory in ratios)
+        lines.append(f"{result['method']:32s} {over / 1e9:9.2f} GB {seconds * 1e3:6.1f} ms   {shown}")
     return "\n".join(lines)
 
 
@@ -390,20 +353,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"[{number}/{len(options.methods)}, {time.time() - started:.0f} s] {line(result)}", flush=True)
         for kernel in result.get("kernels", [])[:20]:
             print(f"    {kernel['seconds'] * 1e3:8.2f} ms {kernel['calls']:5d} x {kernel['name'][:90]}")
-    references = compare(campaign.results)
-    print(table(campaign.results, references))
-    points = {
-        result["method"]: (result["step_seconds"], result["over_static_bytes"])
-        for result in campaign.results
-        if "step_seconds" in result
-    }
-    if points and not options.profile:
-        from control_experiments.reporting import (
-            pictures,  # pandas and matplotlib, which no method's process needs
-        )
+    print(table(campaign.results))
+    measured = [result for result in campaign.results if "step_seconds" in result]
+    if measured and not options.profile:
+        from control_experiments.reporting import pictures  # with pandas, which no method's process needs
 
+        points = {
+            result["method"]: (result["step_seconds"], result["over_static_bytes"]) for result in measured
+        }
         pictures.save(pictures.memory_against_time(points, title), campaign.path.with_suffix(".png"))
-    campaign.finish(options.methods, references=references)
+    campaign.finish(options.methods)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import write_json_atomic
 from control_experiments.training.arguments import parse_arguments
-from control_experiments.training.benchmarking import EXPANDABLE, Campaign, machine
+from control_experiments.training.benchmarking import EXPANDABLE, Campaign, check_choices, machine
 from control_experiments.training.sharding import average_gradients, split_into_units
 from scripts.workloads import LLAMA_SHAPES, adapt, parse_method, random_llama
 
@@ -58,11 +58,11 @@ LONGEST = 1 << 20  # tokens: where --longest ends
 class Options:
     shape: str = HfArg(default="llama3-8b", help=f"Model shape: {', '.join(LLAMA_SHAPES)}.")
     methods: list[str] = HfArg(
-        default_factory=lambda: ["lora", "control:fast", "control:lean"], help="As for bench_memory.py."
+        default_factory=lambda: ["lora", "control:fast", "control:lean"], help="See bench_memory.py."
     )
     shards: list[str] = HfArg(default_factory=lambda: list(SHARDS), help="ddp, fsdp2 or both.")
     processes: Optional[list[int]] = HfArg(
-        default=None, help="Numbers of GPUs; by default powers of two, up to all of them."
+        default=None, help="Numbers of GPUs; default: powers of two, up to all."
     )
     batch: int = HfArg(default=4, help="Sequences per process and step.")
     tokens: int = HfArg(default=1024, help="Tokens per sequence.")
@@ -77,11 +77,7 @@ class Options:
 
     def check(self) -> None:
         """Raise a `UserError` for what cannot be."""
-        if self.shape not in LLAMA_SHAPES:
-            raise UserError(f"unknown --shape {self.shape!r}: choose from {', '.join(LLAMA_SHAPES)}")
-        for shard in self.shards:
-            if shard not in SHARDS:
-                raise UserError(f"unknown --shards {shard!r}: choose from {', '.join(SHARDS)}")
+        check_choices(self, shape=LLAMA_SHAPES, shards=SHARDS)
         for method in map(parse_method, self.methods):
             if method.base or method.switches - {"liger", "checkpointing", "uncast"}:
                 raise UserError(
@@ -259,11 +255,10 @@ def run_cell(options: Options, method: str, shard: str, processes: int, accumula
     cell = {"method": method, "shard": shard, "processes": processes, "accumulate": accumulate}
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        passed = {
-            **asdict(options),
+        passed = asdict(options) | {
             "worker": method,
             "accumulate": accumulate,
-            "result": str(result),
+            "result": result,
             "shards": [shard],
         }
         arguments = [
@@ -344,9 +339,7 @@ def main() -> None:
         said = line(cell, singles.get((method, shard)))
         print(f"[{number}/{len(planned)}, {time.time() - started:.0f} s] {said}", flush=True)
     if any("step_seconds" in cell for cell in campaign.results):
-        from control_experiments.reporting import (
-            pictures,  # pandas and matplotlib, which no process of a cell needs
-        )
+        from control_experiments.reporting import pictures  # with pandas, which no process of a cell needs
 
         pictures.save(pictures.scaling(campaign.results, title), campaign.path.with_suffix(".png"))
     campaign.finish(planned)

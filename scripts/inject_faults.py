@@ -16,114 +16,86 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Optional
 
+import torch
+from transformers.hf_argparser import HfArg
+
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
-from control_experiments.errors import UserError, run_main
+from control_experiments.errors import run_main
 from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
 from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.benchmarking import check_choices
 from scripts.faults import kills, processes
 from scripts.faults.inputs import READERS, fast_folder, feed
 from scripts.faults.tiny import RUNS
 
+SHARDS = ("ddp", "fsdp2")
+
 
 @dataclass
 class Options:
-    kills: int = field(default=40, metadata={"help": "Kills per domain; 0: none."})
-    lost: int = field(
-        default=40, metadata={"help": "Lost processes per domain that trains with several; 0: none."}
+    kills: int = HfArg(default=40, help="Kills per domain; 0: none.")
+    lost: int = HfArg(default=40, help="Lost processes per domain that trains with several; 0: none.")
+    inputs: int = HfArg(default=100_000, help="Generated inputs per reader; 0: none.")
+    domains: list[str] = HfArg(default_factory=lambda: list(RUNS), help=f"Of {', '.join(RUNS)}.")
+    shards: list[str] = HfArg(
+        default_factory=lambda: list(SHARDS), help="What processes that are lost share."
     )
-    inputs: int = field(default=100_000, metadata={"help": "Generated inputs per reader; 0: none."})
-    domains: list[str] = field(
-        default_factory=lambda: list(RUNS), metadata={"help": f"Of {', '.join(RUNS)}."}
-    )
-    shards: list[str] = field(
-        default_factory=lambda: ["ddp", "fsdp2"], metadata={"help": "What processes that are lost share."}
-    )
-    readers: list[str] = field(
-        default_factory=lambda: list(READERS), metadata={"help": f"Of {', '.join(READERS)}."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seeds moments and inputs."})
-    jobs: int = field(default=2, metadata={"help": "Domains or readers worked on at a time."})
-    output: Optional[str] = field(default=None, metadata={"help": "JSON file for the result."})
+    readers: list[str] = HfArg(default_factory=lambda: list(READERS), help=f"Of {', '.join(READERS)}.")
+    seed: int = HfArg(default=0, help="Seeds moments and inputs.")
+    jobs: int = HfArg(default=2, help="Domains or readers worked on at a time.")
+    output: Optional[str] = HfArg(default=None, help="JSON file for the result.")
 
-    def check(self) -> None:
-        for kind, known in (("domains", RUNS), ("shards", ("ddp", "fsdp2")), ("readers", READERS)):
-            if unknown := [name for name in getattr(self, kind) if name not in known]:
-                raise UserError(f"unknown --{kind} {unknown[0]!r}: choose from {', '.join(known)}")
+    def tasks(self) -> list[tuple[str, str, int]]:
+        """(kind, domain or reader, how many) of everything that is asked for."""
+        lost = [name for name in processes.RUNS if name.partition("-")[0] in self.domains and (name.partition("-")[2] or "ddp") in self.shards]  # fmt: skip
+        asked = {"kills": self.domains, "lost": lost, "inputs": self.readers}
+        return [
+            (kind, name, getattr(self, kind)) for kind in asked for name in asked[kind] if getattr(self, kind)
+        ]
 
 
-def kill_domain(name: str, count: int, seed: int) -> dict:
-    """The kill campaign of one domain, in words and numbers."""
-    return _campaign(kills.campaign, RUNS[name], count, seed)
-
-
-def lose_processes(name: str, count: int, seed: int) -> dict:
-    """The campaign of one domain against single processes of its runs, in words and numbers."""
-    return _campaign(processes.campaign, processes.RUNS[name], count, seed)
-
-
-def _campaign(campaign: Callable, make_run: Callable, count: int, seed: int) -> dict:
-    import torch
-
+def work(kind: str, name: str, count: int, seed: int) -> dict:
+    """One domain's or reader's part of the campaign, in words and numbers."""
     torch.set_num_threads(1)
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        outcome = campaign(make_run(Path(folder)), Path(folder), count, seed)
-    return {**outcome._asdict(), "seconds": round(time.perf_counter() - started)}
-
-
-def feed_reader(name: str, count: int, seed: int) -> dict:
-    """The inputs of one reader, in words and numbers."""
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="faults-", dir=fast_folder()) as folder:
-        outcome = feed(name, Path(folder), count, seed)
+    with tempfile.TemporaryDirectory(
+        prefix="faults-", dir=fast_folder() if kind == "inputs" else None
+    ) as place:
+        folder = Path(place)
+        if kind == "inputs":
+            outcome = feed(name, folder, count, seed)
+        else:
+            module = kills if kind == "kills" else processes
+            runs = RUNS if kind == "kills" else processes.RUNS
+            outcome = module.campaign(runs[name](folder), folder, count, seed)
     return {**outcome._asdict(), "seconds": round(time.perf_counter() - started)}
 
 
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
-    options.check()
-    tasks = []
+    check_choices(options, domains=RUNS, shards=SHARDS, readers=READERS)
+    result: dict = {"kills": {}, "lost": {}, "inputs": {}}
+    problems = []
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        if options.kills:
-            tasks += [
-                ("kills", name, pool.submit(kill_domain, name, options.kills, options.seed))
-                for name in options.domains
+        futures = {task: pool.submit(work, *task, options.seed) for task in options.tasks()}
+        for (kind, name, _), future in futures.items():
+            found = result[kind][name] = future.result()
+            print(f"{kind:7} {name:15} {json.dumps(found)}", flush=True)
+            problems += [
+                f"{kind} {name}: {what}" for what in found.get("differences", found.get("failures", []))
             ]
-        if options.lost:
-            tasks += [
-                ("lost", name, pool.submit(lose_processes, name, options.lost, options.seed))
-                for name in processes.RUNS
-                if name.removesuffix("-fsdp2") in options.domains
-                and ("fsdp2" if name.endswith("-fsdp2") else "ddp") in options.shards
-            ]
-        if options.inputs:
-            tasks += [
-                ("inputs", name, pool.submit(feed_reader, name, options.inputs, options.seed))
-                for name in options.readers
-            ]
-        result: dict = {"kills": {}, "lost": {}, "inputs": {}}
-        for kind, name, future in tasks:
-            result[kind][name] = future.result()
-            print(f"{kind:7} {name:15} {json.dumps(result[kind][name])}", flush=True)
     if options.output:
         head = {"created": utc_now(), "git": git_state(), "versions": package_versions()}
         write_json_atomic(options.output, {**head, **result})
-    lost = [
-        f"{kind} {name}: {problem}"
-        for kind, found in result.items()
-        for name, entry in found.items()
-        for problem in entry.get("differences", entry.get("failures", []))
-    ]
-    if lost:
-        print(*lost, sep="\n", file=sys.stderr)
+    if problems:
+        print(*problems, sep="\n", file=sys.stderr)
         sys.exit(1)
 
 

@@ -25,14 +25,7 @@ from control_experiments.record import write_text_atomic
 from control_experiments.reporting import claims, page, records, tables
 
 
-def publish(
-    frame: pd.DataFrame,
-    judged: pd.DataFrame,
-    paper: records.Paper,
-    problems: list[str],
-    folder: Path,
-    up: str,
-) -> int:
+def publish(frame: pd.DataFrame, judged: pd.DataFrame, paper: records.Paper, problems: list[str], folder: Path, up: str) -> int:  # fmt: skip
     """Write tables of `frame`, claims judged by `judged`, pictures and page into `folder`, from which `up` leads to the results
     folder; return the number of files."""
     filled, found = tables.all_tables(frame, paper), claims.judge(judged, paper)
@@ -50,11 +43,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--results", type=Path, default=RESULTS, help="Folder with the runs (default: %(default)s)."
     )
+    paper = RESULTS / "paper.json"
     made.add_argument(
-        "--paper",
-        type=Path,
-        default=RESULTS / "paper.json",
-        help="Published figures (default: this project's).",
+        "--paper", type=Path, default=paper, help="Published figures (default: this project's)."
     )
     made.add_argument("--strict", action="store_true", help="Exit with 1 if a record had to be left out.")
     return made

@@ -47,7 +47,7 @@ BENCHMARKS = {
     "vit-b16": ("--shape vit-b16 --batch 128", "vit-b16_128x197.json"),
     "llama3-8b-limit": ("--shape llama3-8b --batch 1 --limit 23.5", "llama3-8b_1x1024_limit23.5.json"),
     "llama3-8b-profile": (
-        "--shape llama3-8b --batch 4 --tokens 1024 --profile True",
+        "--shape llama3-8b --batch 4 --tokens 1024 --profile",
         "llama3-8b_4x1024_profile.json",
     ),
 }
@@ -61,14 +61,10 @@ SUBSETS = {
 @dataclass
 class Options:
     table: str = HfArg(help="One of glue, vit, commonsense, quantized, memory.")
-    tasks: Optional[list[str]] = HfArg(
-        default=None, help="Tasks, images, LLaMA bases or benchmarks; default: all."
-    )
+    tasks: Optional[list[str]] = HfArg(default=None, help="Tasks, images, bases or benchmarks; default: all.")
     methods: Optional[list[str]] = HfArg(default=None, help="Default: all of the table.")
     seeds: Optional[list[int]] = HfArg(default=None, help="Default: 42 41 40; repeats 1 2 3 for memory.")
-    max_hours: Optional[float] = HfArg(
-        default=None, help="Start no cell after so long; running ones are finished."
-    )
+    max_hours: Optional[float] = HfArg(default=None, help="Start no cell after so long; running ones end.")
     gpus: Optional[list[str]] = HfArg(default=None, help="Indices, or cpu; default: all that are visible.")
     grid: Optional[list[str]] = HfArg(
         default=None,
@@ -162,9 +158,8 @@ def memory_cell(options: Options, task: str, method: str, repeat: int) -> Cell:
     if task == "vit":
         folder /= "published_vit"
         command = ["bash", f"{REPOSITORY}/scripts/table_vit_memory.sh", GPU, "--output", str(folder)]
-        return Cell(
-            name, command, folder / "vit-b16_128x197.json", settings={"shape": "vit-b16", "batch": 128}
-        )
+        settings = {"shape": "vit-b16", "batch": 128}
+        return Cell(name, command, folder / "vit-b16_128x197.json", settings=settings)
     arguments, file = BENCHMARKS[task]
     methods = shlex.split(method or SUBSETS.get(task, ""))
     command = [interpreter(), "-m", "scripts.bench_memory", *arguments.split(), "--output", str(folder)]
@@ -205,27 +200,21 @@ def plan_cells(options: Options, rates: dict[tuple[str, str], str] | None = None
     """
     plan = PLANS[options.table]
     tasks, methods = options.tasks or plan.tasks, options.methods or plan.methods
-    known = {
-        "": (tasks, (*plan.tasks, *plan.more_tasks)),
-        "method ": (methods, (*plan.methods, *plan.more_methods)),
-    }
+    asked = {"": (tasks, plan.tasks, plan.more_tasks), "method ": (methods, plan.methods, plan.more_methods)}
     if options.table == "vit" and variable("DATA"):
         tasks = [variable("DATA")]
-        del known[""]
+        del asked[""]
     if options.table == "memory":  # bench_memory.py knows its methods
         methods = [shlex.join(options.methods or [])]
-        del known["method "]
-    for kind, (asked, names) in known.items():
-        for name in asked:
-            if name not in names:
-                raise UserError(
-                    f"the {options.table} table has no {kind}{name!r}: choose from {', '.join(names)}"
-                )
+        del asked["method "]
+    for kind, (names, usual, more) in asked.items():
+        if unknown := [name for name in names if name not in (*usual, *more)]:
+            known = ", ".join((*usual, *more))
+            raise UserError(f"the {options.table} table has no {kind}{unknown[0]!r}: choose from {known}")
     if options.table == "commonsense" and variable("MODEL") and len(tasks) > 1:
         raise UserError("MODEL stands for one base: say for which with --tasks, such as --tasks llama3_8b")
-    axes = [
-        (seed, task, method) for seed in options.seeds or plan.seeds for task in tasks for method in methods
-    ]
+    seeds = options.seeds or plan.seeds
+    axes = [(seed, task, method) for seed in seeds for task in tasks for method in methods]
     if rates is None:
         cells = [plan.cell(options, task, method, seed) for seed, task, method in axes]
     else:

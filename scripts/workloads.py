@@ -108,9 +108,8 @@ def parse_method(text: str) -> Method:
         raise UserError(f"unknown method {text!r}: see --help")
     if mode not in ("", *MODES) or (mode not in ("", "plain") and "control" not in name):
         raise UserError(f"method {text!r}: no such memory mode")
-    if "unsloth" in switches and (
-        name not in ("lora", "lora-all") or bases or switches - {"unsloth", "checkpointing"}
-    ):
+    plain_lora = name in ("lora", "lora-all") and not bases and switches <= {"unsloth", "checkpointing"}
+    if "unsloth" in switches and not plain_lora:
         raise UserError(f"method {text!r}: unsloth is for lora and lora-all, with checkpointing or without")
     if {"packed", "graphs"} <= switches:
         raise UserError(f"method {text!r}: packed rows are not measured as CUDA graphs")
@@ -167,10 +166,8 @@ def default_methods(shape: str, device: str, unsloth: bool) -> list[str]:
         "control:balanced", "control:lean", "control+graphs:fast", "control+graphs:balanced", "control+graphs:lean",
         "control+lora:plain", "control+lora:fast", "control+lora:balanced", "control+lora:lean",
     ]  # fmt: skip
-    if unsloth:
-        methods += [
-            f"{name}+unsloth{more}" for more in ("", "+checkpointing") for name in ("lora", "lora-all")
-        ]
+    more = [f"{name}+unsloth{more}" for more in ("", "+checkpointing") for name in ("lora", "lora-all")]
+    methods += more if unsloth else []
     left_out = {"graphs"} if device == "cpu" else set()
     if shape not in LLAMA_SHAPES:
         left_out |= {*OF_LLAMA, "uncast"}
@@ -262,13 +259,7 @@ def quantize(model: PreTrainedModel, kind: str, compute: torch.dtype, device: to
     model.is_loaded_in_4bit = kind != "int8"  # for num_parameters: two weights lie in one byte
 
 
-def adapt(
-    model: nn.Module,
-    shape: str,
-    method: Method,
-    control_rank: int | None = None,
-    lora_rank: int | None = None,
-) -> nn.Module:
+def adapt(model: nn.Module, shape: str, method: Method, control_rank: int | None = None, lora_rank: int | None = None) -> nn.Module:  # fmt: skip
     """The model with the method's adapter, float32, in its memory mode; ranks of None are the recipe's.
 
     lora-fa is LoRA whose A stays as it is drawn (arXiv 2308.03303), with the same AdamW as the others: peft's own optimizer
@@ -281,25 +272,17 @@ def adapt(
     recipe, name = recipe_of(shape), method.name
     rank = lora_rank or recipe.lora[0]
     targets = list(recipe.targets.get(name) or recipe.targets["mixed" if "control" in name else "lora"])
+    head, task = recipe.head, recipe.task
     if name == "miss":
-        config = MissConfig(
-            task_type=recipe.task, r=2 * rank, target_modules=targets, modules_to_save=recipe.head
-        )
+        config = MissConfig(task_type=task, r=2 * rank, target_modules=targets, modules_to_save=head)
     elif name == "shadow":
-        config = ShadowConfig(task_type=recipe.task)
+        config = ShadowConfig(task_type=task)
     else:
         known = "lora" if name.startswith("lora-") else recipe.control[0] if name == "control" else name
-        options = AdapterOptions(
-            method=known, control_rank=control_rank or recipe.control[1], lora_rank=rank,
-            lora_alpha=rank * recipe.lora[1] / recipe.lora[0],
-        )  # fmt: skip
-        config = adapter_config(
-            options,
-            task_type=recipe.task,
-            targets=targets,
-            bias=shape in VISION_SHAPES,
-            modules_to_save=recipe.head,
-        )
+        ranks = {"control_rank": control_rank or recipe.control[1], "lora_rank": rank}
+        options = AdapterOptions(method=known, **ranks, lora_alpha=rank * recipe.lora[1] / recipe.lora[0])
+        bias = shape in VISION_SHAPES
+        config = adapter_config(options, task_type=task, targets=targets, bias=bias, modules_to_save=head)
     model = get_peft_model(model, config)
     for place, parameter in model.named_parameters():
         if "lora_A" in place and name == "lora-fa":
@@ -450,14 +433,14 @@ def unsloth_llama(setting: Setting, method: Method, tokens: int) -> nn.Module:
         )
     recipe = RECIPES["llama"]
     rank = setting.lora_rank or recipe.lora[0]
-    model = FastLanguageModel.get_peft_model(
-        model,
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=0.0,
-        target_modules=list(recipe.targets[method.name]),
-        use_gradient_checkpointing="unsloth" if "checkpointing" in method.switches else False,
-    )
+    checkpointing = "unsloth" if "checkpointing" in method.switches else False
+    lora = {
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": 0.0,
+        "target_modules": list(recipe.targets[method.name]),
+    }
+    model = FastLanguageModel.get_peft_model(model, **lora, use_gradient_checkpointing=checkpointing)
     gc.collect()
     return FastLanguageModel.for_training(model)
 

@@ -45,7 +45,7 @@ def test_methods_on_shapes_are_a_call_of_the_memory_benchmark(call, monkeypatch)
     ("arguments", "message"),
     [
         ((), "either --model or --shape"),
-        (("--shape", "huge"), "unknown shape 'huge'"),
+        (("--shape", "huge"), "unknown --shape 'huge'"),
         (("--shape", "tiny", "--control_rank", 0), "--control_rank must be"),
         (("--shape", "tiny", "--token_budget", 0), "--token_budget must be"),
     ],

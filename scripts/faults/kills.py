@@ -8,6 +8,7 @@ its end; after each kill everything that can be seen in its folder must be whole
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import random
 import shutil
@@ -15,9 +16,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -34,10 +34,21 @@ _CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os
 
 
 class Plan(NamedTuple):
-    """When to kill: after `seconds`, or before the change to the file system of number `change` (from 1)."""
+    """When to kill: after `seconds`, or before the change to the file system of number `change` (from 1), or never."""
 
     seconds: float | None = None
     change: int | None = None
+
+    @classmethod
+    def random(cls, draw: random.Random, seconds: float, changes: int) -> Plan:
+        """Some moment of a run that takes so long and makes so many changes."""
+        by_time = draw.random() < 0.5
+        return cls(seconds=draw.uniform(0, seconds)) if by_time else cls(change=draw.randint(1, changes))
+
+    def at_change(self, number: int) -> None:
+        """Die if it is time."""
+        if number == self.change:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 UNDISTURBED = Plan()
@@ -60,51 +71,39 @@ class Outcome(NamedTuple):
     differences: list[str]
 
 
-def start(
-    run: Run,
-    output: Path,
-    log: Path,
-    *,
-    resume: bool = False,
-    change: int | None = None,
-    environment: Mapping[str, str] = MappingProxyType({}),
-) -> int:
+def start(run: Run, output: Path, log: Path, *, resume: bool = False, on_change: Callable[[int], object] | None = None,
+          environment: Mapping[str, str] | None = None) -> int:  # fmt: skip
     """Fork a process that does `run`; returns its id. The modules are imported once, here, which saves most time.
 
     Args:
-        change: it dies before the change to its folder of this number.
+        on_change: called in it before each change to its folder, with the change's number.
         environment: variables to set in it.
     """
     main = run.main
-    arguments = [
-        *run.arguments,
-        "--output_dir",
-        str(output),
-        *(["--resume"] if resume and run.resumes else []),
-    ]
-    process = os.fork()
-    if process:
+    if process := os.fork():
         return process
+    code = 1
     try:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-        sys.argv = [run.program, *arguments]
-        os.environ.update(environment)
+        sys.argv = [run.program, *run.arguments, "--output_dir", str(output)]
+        sys.argv += ["--resume"] if resume and run.resumes else []
+        os.environ.update(environment or {})
         gc.freeze()  # or every collection goes through all that was imported, and copies its pages
         # torch renews a forked process's thread pool when it first wants it, and fails if two threads (gloo's, autograd's)
         # do so at once
         torch.set_num_threads(torch.get_num_threads())
-        if change is not None:
-            _die_at_change(output, change)
+        if on_change:
+            _watch(str(output), on_change)
         run_main(main)
     except SystemExit as stop:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(stop.code or 0)
+        code = stop.code or 0
     except BaseException:
         traceback.print_exc()
-    os._exit(1)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
 
 
 def wait(process: int, log: Path, started: float) -> Ended:
@@ -115,36 +114,46 @@ def wait(process: int, log: Path, started: float) -> Ended:
 def execute(run: Run, output: Path, plan: Plan = UNDISTURBED, *, resume: bool = False) -> Ended:
     """Do `run` in a process of its own, and kill it as planned."""
     log, started = output.with_name(output.name + ".log"), time.perf_counter()
-    process = start(run, output, log, resume=resume, change=plan.change)
+    process = start(run, output, log, resume=resume, on_change=plan.at_change if plan.change else None)
     if plan.seconds is not None:
         time.sleep(plan.seconds)
         os.kill(process, signal.SIGKILL)  # it is not waited for yet, so its number is still its own
     return wait(process, log, started)
 
 
-def _changes(folder: Path, count: Iterator[int]):
-    """An audit hook that counts the changes to files in a folder."""
-    inside = str(folder)
+def _watch(folder: str, on_change: Callable[[int], object]) -> None:
+    """Have Python say each change to files in a folder, before it is made."""
+    numbers = itertools.count(1)
 
-    def hook(event: str, arguments: tuple) -> int | None:
+    def hook(event: str, arguments: tuple) -> None:
+        changes = event in _CHANGES
         if event == "open":
-            path, mode, flags = arguments
+            _, mode, flags = arguments
             changes = flags & (os.O_WRONLY | os.O_RDWR) and not str(mode or "").startswith("r")
-        else:
-            path, changes = (arguments[0] if arguments else None), event in _CHANGES
-        return next(count) if changes and str(path).startswith(inside) else None
+        if changes and str(arguments[0]).startswith(folder):
+            on_change(next(numbers))
 
-    return hook
+    sys.addaudithook(hook)
 
 
-def _die_at_change(folder: Path, number: int) -> None:
-    hook = _changes(folder, iter(range(1, 1 << 30)))
+def count_changes(run: Run, output: Path) -> int:
+    """How many changes to its folder an undisturbed run makes."""
+    tally, log, started = output.with_name("changes"), output.with_name("counted.log"), time.perf_counter()
+    with tally.open("wb", buffering=0) as file:
+        wait(start(run, output, log, on_change=lambda _: file.write(b".")), log, started)
+    return max(1, tally.stat().st_size)
 
-    def die(event: str, arguments: tuple) -> None:
-        if hook(event, arguments) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(die)
+def undisturbed(run: Run, folder: Path) -> tuple[float, int]:
+    """Do the run in `folder`/whole; how many seconds it takes and how many changes it makes.
+
+    Raises:
+        RuntimeError: it fails.
+    """
+    whole = execute(run, folder / "whole")
+    if whole.code:
+        raise RuntimeError(f"{run.program} fails undisturbed: {whole.output}")
+    return whole.seconds, count_changes(run, folder / "counted")
 
 
 # -- what must hold -----------------------------------------------------------------------------------------
@@ -152,33 +161,25 @@ def _die_at_change(folder: Path, number: int) -> None:
 
 def half_written(output: Path) -> list[str]:
     """What can be seen of a killed run and is not whole."""
-    problems = [
-        f"{checkpoint.name}: {damage}"
-        for checkpoint in checkpoints(output / "checkpoints")
-        if (damage := find_damage(checkpoint))
+    damages = [
+        (checkpoint.name, find_damage(checkpoint)) for checkpoint in checkpoints(output / "checkpoints")
     ]
     if (output / "record.json").exists():
         read_record(output / "record.json")
     if (output / "adapter").exists():
         load_file(output / "adapter" / "adapter_model.safetensors")
-    return problems
+    return [f"{name}: {damage}" for name, damage in damages if damage]
 
 
 def results(run: Run, output: Path) -> dict[str, object]:
     """What a run came to, less times."""
+
+    def timeless(row: dict) -> dict:
+        return {name: value for name, value in row.items() if "seconds" not in name}
+
     record = read_record(output / "record.json")
-    history = [
-        {name: value for name, value in row.items() if "seconds" not in name} for row in record.history
-    ]
-    timeless = {
-        place: {name: value for name, value in row.items() if "seconds" not in name}
-        for place, row in record.metrics.items()
-    }
-    found: dict[str, object] = {
-        "history": history,
-        "metrics": timeless,
-        "hyperparameters": record.hyperparameters,
-    }
+    metrics = {place: timeless(row) for place, row in record.metrics.items()}
+    found = {"history": list(map(timeless, record.history)), "metrics": metrics, "hyperparameters": record.hyperparameters}  # fmt: skip
     for name in run.results:
         contents = (output / name).read_bytes()
         # answers are appended in batches: their order is that of the work
@@ -188,60 +189,26 @@ def results(run: Run, output: Path) -> dict[str, object]:
 
 def campaign(run: Run, folder: Path, kills: int, seed: int = 0) -> Outcome:
     """Kill `run` `kills` times, in as many runs as that takes, and compare each run's end with an undisturbed one's."""
-    draw = random.Random(seed)
-    whole = folder / "whole"
-    undisturbed = execute(run, whole)
-    if undisturbed.code:
-        raise RuntimeError(f"{run.program} fails undisturbed: {undisturbed.output}")
-    expected = results(run, whole)
-    changes = count_changes(run, folder / "counted")
+    draw, moments = random.Random(seed), undisturbed(run, folder)
+    expected = results(run, folder / "whole")
     done = runs = resumed = 0
     differences: list[str] = []
     while done < kills:
-        output, runs = folder / f"run{runs}", runs + 1
-        killed = 0
-        while True:
-            plan = UNDISTURBED
-            if killed < KILLS_PER_RUN and done < kills:
-                by_time = draw.random() < 0.5
-                plan = (
-                    Plan(seconds=draw.uniform(0, undisturbed.seconds))
-                    if by_time
-                    else Plan(change=draw.randint(1, changes))
-                )
+        output, runs, killed, ended = folder / f"run{runs}", runs + 1, 0, None
+        while ended is None or ended.code == -signal.SIGKILL:
+            again = killed < KILLS_PER_RUN and done < kills
+            plan = Plan.random(draw, *moments) if again else UNDISTURBED
             ended = execute(run, output, plan, resume=killed > 0)
             if ended.code == -signal.SIGKILL:
                 killed, done = killed + 1, done + 1
                 differences += [f"{output.name} after kill {killed}: {what}" for what in half_written(output)]
-            elif ended.code:
-                differences.append(
-                    f"{output.name} ended with {ended.code} after {plan}: {ended.output[-2000:]}"
-                )
-                break
-            else:
-                resumed += killed > 0
-                found = results(run, output)
-                differences += [
-                    f"{output.name}: another {name}" for name in expected if found[name] != expected[name]
-                ]
-                break
-        if output.exists() and not differences:
-            shutil.rmtree(output)
+        if ended.code:
+            differences.append(f"{output.name} ended with {ended.code} after {plan}: {ended.output[-2000:]}")
+        else:
+            resumed, found = resumed + (killed > 0), results(run, output)
+            differences += [
+                f"{output.name}: another {name}" for name in expected if found[name] != expected[name]
+            ]
+        if not differences:
+            shutil.rmtree(output, ignore_errors=True)
     return Outcome(done, runs, resumed, differences)
-
-
-def count_changes(run: Run, output: Path) -> int:
-    """How many changes to its folder an undisturbed run makes."""
-    tally = output.with_name("changes")
-    log, started = output.with_name("counted.log"), time.perf_counter()
-    process = os.fork()
-    if not process:
-        seen = iter(range(1, 1 << 30))
-        hook = _changes(output, seen)
-        descriptor = os.open(tally, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        sys.addaudithook(lambda event, arguments: hook(event, arguments) and os.write(descriptor, b"."))
-        inner = start(run, output, log)  # hooks are inherited
-        os.waitpid(inner, 0)
-        os._exit(0)
-    wait(process, tally, started)
-    return max(1, tally.stat().st_size)

@@ -6,7 +6,6 @@ the others are sent SIGTERM when one has died.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -38,8 +37,7 @@ _LIMIT, _GRACE = 300, 30
 def _roberta(folder: Path) -> Run:
     run = tiny.roberta(folder)
     config, table = folder / "bert" / "config.json", folder / "glue" / "CoLA" / "train.tsv"
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config.write_text(json.dumps({**json.loads(config.read_text()), **no_dropout}))
+    config.write_text(config.read_text().replace('dropout_prob": 0.1', 'dropout_prob": 0.0'))
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:22]))
     return run
 
@@ -92,47 +90,39 @@ def execute(
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": processes,
-        "LOCAL_WORLD_SIZE": processes,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
     logs = [output.with_name(f"{output.name}.rank{rank}.log") for rank in range(processes)]
     started = time.perf_counter()
     running = {
-        kills.start(
-            run, output, logs[rank], resume=resume, change=kill.plan.change if rank == kill.rank else None,
-            environment={name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()},
-        ): rank
+        rank: kills.start(
+            run, output, logs[rank], resume=resume, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            on_change=kill.plan.at_change if kill.plan.change and rank == kill.rank else None,
+        )
         for rank in range(processes)
     }  # fmt: skip
-    victim = next(process for process, rank in running.items() if rank == kill.rank)
-    kill_at = None if kill.plan.seconds is None else started + kill.plan.seconds
     ended: dict[int, Ended] = {}
-    stop_at, terminate_at = started + _LIMIT, None
+    # what happens to whom when, in seconds from the start
+    signals = [(_LIMIT, signal.SIGKILL, list(running))]
+    if kill.plan.seconds is not None:
+        signals.append((kill.plan.seconds, signal.SIGKILL, [kill.rank]))
     while running:
-        for process, rank in list(running.items()):
+        now = time.perf_counter() - started
+        for rank, process in list(running.items()):
             found, status = os.waitpid(process, os.WNOHANG)
             if found:
-                del running[process]
-                seconds = time.perf_counter() - started
-                ended[rank] = Ended(os.waitstatus_to_exitcode(status), logs[rank].read_text(), seconds)
-                if ended[rank].code and stop_at > started + seconds + alone + _GRACE:
-                    terminate_at = started + seconds + alone
-                    stop_at = terminate_at + _GRACE
-        now = time.perf_counter()
-        if terminate_at is not None and now >= terminate_at:
-            terminate_at = None
-            for other in running:
-                os.kill(other, signal.SIGTERM)
-        if kill_at is not None and now >= kill_at and victim in running:
-            kill_at = None
-            os.kill(victim, signal.SIGKILL)
-        if now > stop_at:
-            for process in running:
-                os.kill(process, signal.SIGKILL)
+                del running[rank]
+                ended[rank] = Ended(os.waitstatus_to_exitcode(status), logs[rank].read_text(), now)
+                if (
+                    ended[rank].code and sum(bool(other.code) for other in ended.values()) == 1
+                ):  # the first that failed
+                    signals.append((now + alone, signal.SIGTERM, list(running)))
+                    signals.append((now + alone + _GRACE, signal.SIGKILL, list(running)))
+        for due in [entry for entry in signals if entry[0] <= now]:
+            signals.remove(due)
+            for rank in due[2]:
+                if rank in running:
+                    os.kill(running[rank], due[1])
         time.sleep(0.005)
     return [ended[rank] for rank in range(processes)]
 
@@ -154,23 +144,17 @@ def campaign(run: Run, folder: Path, count: int, seed: int = 0) -> Outcome:
     """Kill one process of `run` `count` times, each in a run of its own, let each run go on with 1, 2 and 4 processes, and
     compare its losses with those of one undisturbed process."""
     draw = random.Random(seed)
-    whole = kills.execute(run, folder / "whole")
-    if whole.code:
-        raise RuntimeError(f"{run.program} fails undisturbed: {whole.output}")
+    _, changes = kills.undisturbed(run, folder)
     expected = losses(folder / "whole")
-    changes = kills.count_changes(run, folder / "counted")
-    undisturbed = execute(run, folder / "shared", PROCESSES)
-    seconds = max(process.seconds for process in undisturbed)
-    done = runs = resumed = 0
-    differences = _differences(run, folder / "shared", undisturbed, expected)
+    shared = execute(run, folder / "shared", PROCESSES)
+    seconds = max(process.seconds for process in shared)
+    done = runs = 0
+    differences = _differences(run, folder / "shared", shared, expected)
     while done < count and not differences:
         output, runs = folder / f"run{runs}", runs + 1
-        by_time = draw.random() < 0.5
-        kill = (
-            Kill(draw.randrange(PROCESSES), Plan(seconds=draw.uniform(0, seconds)))
-            if by_time
-            else Kill(0, Plan(change=draw.randint(1, changes)))  # the process that writes
-        )
+        plan = Plan.random(draw, seconds, changes)
+        # process 0 writes
+        kill = Kill(0 if plan.change else draw.randrange(PROCESSES), plan)
         ended = execute(run, output, PROCESSES, kill)
         if ended[kill.rank].code != -signal.SIGKILL:
             differences += _differences(run, output, ended, expected)  # it came to its end before
@@ -181,13 +165,11 @@ def campaign(run: Run, folder: Path, count: int, seed: int = 0) -> Outcome:
             again = folder / f"{output.name}-on{processes}"
             if output.exists():
                 shutil.copytree(output, again)
-            ended = execute(run, again, processes, resume=True)
-            found += _differences(run, again, ended, expected)
-            resumed += 1
+            found += _differences(run, again, execute(run, again, processes, resume=True), expected)
             shutil.rmtree(again, ignore_errors=True)
         differences += [f"{output.name} after {kill}: {what}" for what in found]
         shutil.rmtree(output, ignore_errors=True)
-    return Outcome(done, runs, resumed, differences)
+    return Outcome(done, runs, len(GOES_ON_WITH) * done, differences)
 
 
 def _differences(run: Run, output: Path, ended: list[Ended], expected: list[float]) -> list[str]:

@@ -66,12 +66,8 @@ def roberta(folder: Path, **changes: object) -> Run:
         "method": "control", "task": "cola", "model": model, "data": folder / "glue", "device": "cpu", "epochs": 4,
         "lr": 1e-2, "batch_size": 8, "save_steps": 2, **changes,
     }  # fmt: skip
-    return Run(
-        "RoBERTa.finetune",
-        words(**options),
-        ("adapter/adapter_model.safetensors",),
-        heavy=("RoBERTa.training",),
-    )
+    adapter = ("adapter/adapter_model.safetensors",)
+    return Run("RoBERTa.finetune", words(**options), adapter, heavy=("RoBERTa.training",))
 
 
 def qcontrol(folder: Path, **changes: object) -> Run:

@@ -8,6 +8,7 @@ import pytest
 
 from control_experiments.errors import run_main
 from control_experiments.record import RunRecord
+from control_experiments.reporting.records import COMMONSENSE
 
 DEVICE = {"kind": "cuda", "name": "Some GPU", "count": 1, "total_memory_bytes": 80 * 2**30}
 ALONE = {"kind": "cuda allocator", "other_processes_bytes": 0}
@@ -52,18 +53,8 @@ class ResultsFolder:
         self, method, seed, average, *, folder=None, limit=None, ranks=(64, 32), domain="llama", **more
     ):
         """A training with its evaluation below it; `seed` None: zero-shot, which has no training."""
-        columns = (
-            "boolq",
-            "piqa",
-            "social_i_qa",
-            "hellaswag",
-            "winogrande",
-            "ARC-Easy",
-            "ARC-Challenge",
-            "openbookqa",
-        )
-        metrics = {**dict.fromkeys(columns, average), "average": average, "no_match": 1.5}
-        answered = {"mode": "generate", "beams": 4, "limit": limit, "tasks": list(columns), "batch_size": 64}
+        metrics = {**dict.fromkeys(COMMONSENSE, average), "no_match": 1.5}
+        answered = {"mode": "generate", "beams": 4, "limit": limit, "batch_size": 64}
         place = self.path / "llama" / (folder or f"{method.replace(' ', '-')}-seed{seed}")
         evaluation = self._record(
             domain=domain, name="evaluation", method=method, task="commonsense", seed=42, model="tiny-llama",
@@ -80,74 +71,25 @@ class ResultsFolder:
         ).write(place / "record.json")  # fmt: skip
         return evaluation.write(place / "evaluation" / "record.json")
 
-    def benchmark(
-        self,
-        name="llama3-8b_4x1024.json",
-        repeat="",
-        shape="llama3-8b",
-        batch=4,
-        tokens=1024,
-        noted=None,
-        **methods,
-    ):
-        """A file of scripts/bench_memory.py; methods are name=(seconds a step, GB over the weights) or None: failed.
-
-        `noted`: what its options say of tokens, where that is not what was measured.
-        """
+    def benchmark(self, name="llama3-8b_4x1024.json", repeat="", shape="llama3-8b", batch=4, tokens=1024, weights=16e9,
+                  others=0, **methods):  # fmt: skip
+        """A file of scripts/bench_memory.py; methods are name=(seconds a step, GB over the weights) or None: failed."""
         results = []
         for method, point in methods.items():
             result = {"method": method.replace("_", ":"), "error": "out of memory"}
             if point:
                 seconds, over = point
-                result = {"method": result["method"], "trained_parameters": 7, "static_bytes": 16e9, "peak_bytes": 0,
-                          "over_static_bytes": over * 1e9, "step_seconds": seconds, "tokens_per_second": batch * tokens / seconds}  # fmt: skip
+                memory = {
+                    "adapter_and_optimizer_bytes": 2**30,
+                    "activations_bytes": over * 1e9 - 2**30,
+                    "other_processes_bytes": others,
+                }
+                result = {"method": result["method"], "trained_parameters": 7, "static_bytes": weights, "peak_bytes": weights + over * 1e9,
+                          "over_static_bytes": over * 1e9, "step_seconds": seconds, "tokens_per_second": batch * tokens / seconds,
+                          "memory": memory}  # fmt: skip
             results.append(result)
-        contents = {"schema": 1, "device": "Some GPU", "options": {"shape": shape, "batch": batch, "tokens": noted or tokens, "limit": None},
-                    "results": results}  # fmt: skip
-        path = self.path / "memory" / repeat / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(contents))
-        return path
-
-    def step(
-        self,
-        folder,
-        method,
-        *,
-        seconds=0.2,
-        peak=12 * 2**30,
-        weights=4 * 2**30,
-        others=0,
-        device="Some GPU",
-        **labels,
-    ):
-        """A record of LlaMA/benchmark_methods.py, or (with `stored`, how its weights are) of QControl/quantized_memory.py."""
-        quantized = "stored" in labels
-        options = {
-            "control_rank": 64,
-            "lora_rank": 32,
-            "dtype": "bfloat16",
-            "micro_batch_size": 3,
-            "cutoff": 256,
-            "memory": "plain",
-        }
-        if quantized:
-            options |= {
-                "shape": "llama3-8b",
-                "weights": labels.pop("stored"),
-                "mode": "plain",
-                "batch": 1,
-                "tokens": 2048,
-            }
-        options |= labels
-        return self._record(
-            domain="qcontrol" if quantized else "llama", name="cell", method=method, seed=42, model="random llama3-8b",
-            task="memory benchmark" if quantized else "shape benchmark", device=device, hyperparameters=options,
-            metrics={"best": {}, "last": {"seconds_per_step": seconds}},
-            memory={"kind": "cuda allocator", "weights_bytes": weights, "adapter_and_optimizer_bytes": 2**30,
-                    "activations_bytes": peak - weights - 2**30, "peak_allocated_bytes": peak, "other_processes_bytes": others},
-            time={"train_seconds": 10 * seconds, "steps": 10, "tokens_per_second": 768 / seconds},
-        ).write(self.path / folder / "record.json")  # fmt: skip
+        options = {"shape": shape, "batch": batch, "tokens": tokens, "limit": None}
+        return self._file(f"memory/{repeat}/{name}", options=options, results=results)
 
     def throughput(self, packed, large=5.0, *, folder="throughput-x"):
         """A record of LlaMA/benchmark_throughput.py; the ways' rates in times the published."""
@@ -183,10 +125,13 @@ class ResultsFolder:
             for method, shard, processes, seconds, size in cells
         ]  # fmt: skip
         options = {"shape": "llama3-8b", "batch": 4, "tokens": 1024, "longest": longest}
-        contents = {"schema": 1, "device": "Some GPU", "devices": 8, "versions": {"torch": "2.14.1"}, "options": options, "results": results}  # fmt: skip
-        path = self.path / "scaling" / repeat / "llama3-8b_4x1024.json"
+        more = {"devices": 8, "versions": {"torch": "2.14.1"}}
+        return self._file(f"scaling/{repeat}/llama3-8b_4x1024.json", **more, options=options, results=results)
+
+    def _file(self, name, **contents):
+        path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(contents))
+        path.write_text(json.dumps({"schema": 1, "device": "Some GPU", **contents}))
         return path
 
     def _record(self, *, device="Some GPU", model, history=(), torch="2.14.1", **fields):

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from control_experiments.paths import RESULTS
 from control_experiments.reporting.records import load
@@ -59,10 +58,8 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_kept(tmp_path, call, measure
         assert result["step_seconds_spread"] == max(seconds) - min(seconds)
         assert result["tokens_per_second"] == pytest.approx(2 * 8 / result["step_seconds"])
         assert result["trained_parameters"] > 0 and result["memory"]["peak_resident_bytes"] > 0
-    fastest = record["references"]["fastest"]
-    ratio = {result["method"]: result["against_fastest"]["time"] for result in record["results"]}
-    assert fastest.startswith("lora") and ratio[fastest] == 1 and ratio[fastest] <= ratio["lora+nf4"]
-    assert f"against {fastest} (fastest)" in stdout
+    loras = {r["method"]: r["step_seconds"] for r in record["results"] if r["method"].startswith("lora")}
+    assert f"against {min(loras, key=loras.get)} (fastest)" in stdout and "time x1.00" in stdout
 
     assert call("bench_memory", *asked)[0] == 0
     assert len(measured) == 4, "all was measured before"
@@ -70,11 +67,13 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_kept(tmp_path, call, measure
     path.rename(f"{path}.partial").write_text(json.dumps(left))
     code, stdout, stderr = call("bench_memory", *asked)
     assert code == 0 and "3 measured before" in stdout and measured[4:] == ["lora+bf16"], stderr
-    times = [
-        [result["step_seconds_all"] for result in found["results"]]
-        for found in (record, json.loads(path.read_text()))
+    results = zip(record["results"], json.loads(path.read_text())["results"])
+    assert [one["step_seconds_all"] == other["step_seconds_all"] for one, other in results] == [
+        False,
+        True,
+        True,
+        True,
     ]
-    assert times[0][1:] == times[1][1:] and times[0][0] != times[1][0]
 
 
 def test_only_the_same_benchmark_counts_as_measured(tmp_path, monkeypatch):
@@ -82,11 +81,9 @@ def test_only_the_same_benchmark_counts_as_measured(tmp_path, monkeypatch):
     path, failed, done = tmp_path / "a.json", {"method": "lora", "error": "no memory"}, {"method": "dora"}
 
     def campaign(**options):
+        asked = bench_memory.Options(**options)
         return benchmarking.Campaign(
-            path,
-            bench_memory.Options(**options),
-            lambda result: result["method"],
-            benchmarking.machine("cpu"),
+            path, asked, lambda result: result["method"], benchmarking.machine("cpu")
         )
 
     first = campaign(tokens=8)
@@ -192,10 +189,11 @@ def test_random_bases_are_quantized_as_loaded_ones(shape, tmp_path):
 
 def test_a_profile_is_a_record_of_its_own(tmp_path, call, measured):
     asked = ("--shape", "tiny", "--batch", 2, "--tokens", 8, "--methods", "control:fast", "--profile")
-    code, stdout, stderr = call("bench_memory", *BRIEFLY, *asked, "--output", tmp_path)
+    folder = tmp_path / "memory"
+    code, stdout, stderr = call("bench_memory", *BRIEFLY, *asked, "--output", folder)
     assert code == 0 and "ms" in stdout.splitlines()[2], stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny_2x8_profile.json"]
-    (result,) = json.loads((tmp_path / "tiny_2x8_profile.json").read_text())["results"]
+    assert [path.name for path in folder.iterdir()] == ["tiny_2x8_profile.json"]
+    (result,) = json.loads((folder / "tiny_2x8_profile.json").read_text())["results"]
     seconds = [kernel["seconds"] for kernel in result["kernels"]]
     assert seconds == sorted(seconds, reverse=True) and seconds[-1] > 0
     assert {"aten::mm", "aten::addmm"} <= {kernel["name"] for kernel in result["kernels"]}
@@ -206,9 +204,18 @@ def test_a_profile_is_a_record_of_its_own(tmp_path, call, measured):
     assert line["all"] == pytest.approx(sum(seconds)) and line["matmuls"] > 0
 
 
-@pytest.mark.parametrize("limit, gib", [(3, 3), (None, 80)])
+LONGEST = bench_memory.LONGEST
+
+
 @pytest.mark.parametrize(
-    "most, found", [(100, 0), (700, 512), (5000, 4608), (100_000, 98_304), (1 << 30, bench_memory.LONGEST)]
+    "most, found, limit, gib",
+    [
+        (100, 0, 3, 3),
+        (700, 512, None, 80),
+        (5000, 4608, 3, 3),
+        (100_000, 98_304, None, 80),
+        (1 << 30, LONGEST, 3, 3),
+    ],
 )
 def test_the_longest_sequence_is_searched_for(most, found, limit, gib, monkeypatch):
     """With a GPU's calls noted instead of made: a step fits up to `most` tokens."""
@@ -255,6 +262,7 @@ def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, toke
 @pytest.mark.parametrize(
     "options, message",
     [
+        (("--batch", 0), "--batch must be at least 1"),
         (("--shape", "huge"), "unknown --shape 'huge': choose from smollm2"),
         (("--methods", "lora:fast"), "no such memory mode"),
         (("--methods", "prefix"), "unknown method 'prefix'"),
@@ -283,21 +291,6 @@ def test_bad_input_is_one_line(options, message, tmp_path, call):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_input_is_one_line_of_the_whole_process(tmp_path):
-    """Of which importing libraries is a part too."""
-    done = bench("--output", tmp_path / "out", "--batch", 0)
-    assert done.returncode == 2 and "--batch must be at least 1" in done.stderr
-    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
-
-
-def test_the_folder_for_unsloth_is_one_that_others_load(tmp_path):
-    workloads.write_llama("tiny", "cpu", str(tmp_path), 64)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert model.dtype == torch.bfloat16 and len(tokenizer) == model.config.vocab_size == 2048
-    assert tokenizer("w7 w1").input_ids == [11, 5]
-
-
 def test_unsloth_is_imported_first_and_given_a_folder(tmp_path):
     """By a stand-in with unsloth's names, made of transformers and peft."""
     (tmp_path / "unsloth.py").write_text(
@@ -312,8 +305,10 @@ class FastLanguageModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         assert max_seq_length == 8 and not load_in_4bit and local_files_only
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        return model, AutoTokenizer.from_pretrained(folder)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        assert model.dtype == dtype and len(tokenizer) == model.config.vocab_size == 2048
+        assert tokenizer("w7 w1").input_ids == [11, 5]
+        return model, tokenizer
 
     def get_peft_model(model, use_gradient_checkpointing, **lora):
         from peft import LoraConfig, get_peft_model

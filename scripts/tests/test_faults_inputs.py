@@ -8,30 +8,22 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 
 from control_experiments.errors import UserError
-from scripts.faults.inputs import READERS, contents, feed, offer
-
-SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_valid_files_are_taken(name, tmp_path):
-    reader = READERS[name]
-    assert all(offer(reader, tmp_path, seed) for seed in reader.seeds())
+from control_experiments.training.checksums import fingerprint
+from LlaMA.evaluate import Options
+from LlaMA.evaluation import check_adapter
+from scripts.faults import tiny
+from scripts.faults.inputs import READERS, feed, offer
+from ViT.classifier import restore
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_whatever_a_file_holds_is_taken_or_refused_in_words(name, tmp_path):
-    reader = READERS[name]
-
-    @SETTINGS
-    @given(contents(reader))
-    def give(data):
-        offer(reader, tmp_path, data)
-
-    give()
+    assert all(offer(READERS[name], tmp_path, seed) for seed in READERS[name].seeds())
+    outcome = feed(name, tmp_path, 300)
+    assert outcome.failures == [] and outcome.inputs == outcome.taken + outcome.refused == 300
+    assert outcome.refused
 
 
 def test_the_campaign_counts_and_describes_what_goes_wrong(tmp_path, monkeypatch):
@@ -43,7 +35,7 @@ def test_the_campaign_counts_and_describes_what_goes_wrong(tmp_path, monkeypatch
 
     monkeypatch.setitem(READERS, "record", READERS["record"]._replace(read=careless))
     outcome = feed("record", tmp_path, 400)
-    assert outcome.inputs >= 400 and outcome.taken
+    assert outcome.inputs == 400 and outcome.taken
     assert any("ValueError: unforeseen" in failure for failure in outcome.failures)
     assert any("it left" in failure for failure in outcome.failures)
 
@@ -91,61 +83,38 @@ def member(name: str, **fields) -> tarfile.TarInfo:
     ],
 )  # fmt: skip
 def test_known_attacks_are_refused(name, data, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        READERS[name].read(write(tmp_path, READERS[name].name, data))
     assert offer(READERS[name], tmp_path, data) is False
+    with pytest.raises(UserError, match=message):
+        READERS[name].read(tmp_path / "checkpoint-3" / READERS[name].name)
 
 
-def write(folder, name, data):
-    path = folder / "checkpoint-3" / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(data)
-    return path
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (open, (str(self.mark), "w"))
 
 
-def test_a_pickle_in_an_npz_does_not_run(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "mark"), "w"))
-
-    np.savez(tmp_path / "x.npz", x_train=np.array([Bomb()], dtype=object))
+def test_a_pickle_does_not_run(tmp_path):
+    bomb, adapter = Bomb(tmp_path / "mark"), tmp_path / "adapter"
+    np.savez(tmp_path / "x.npz", x_train=np.array([bomb], dtype=object))
     with pytest.raises(UserError, match="lacks|no readable"):
         READERS["npz"].read(tmp_path / "x.npz")
-    assert not (tmp_path / "mark").exists()
-
-
-@pytest.mark.parametrize("domain", ["LlaMA", "ViT"])
-def test_an_adapter_in_a_pickle_is_refused_and_does_not_run(domain, tmp_path):
-    from importlib import import_module
-
-    class Bomb:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "mark"), "w"))
-
-    adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    torch.save({"weight": Bomb()}, adapter / "adapter_model.bin")
-    if domain == "LlaMA":
-        evaluation = import_module("LlaMA.evaluation")
-        options = import_module("LlaMA.evaluate").Options(data="x", output_dir="y", adapter=str(adapter))
-        with pytest.raises(UserError, match="never from a pickle"):
-            evaluation.check_adapter(options)
-    else:
-        from scripts.faults import tiny
-
-        run = tiny.vit(tmp_path)
-        data = READERS["classifier"].seeds()[0]
-        description = {
-            **json.loads(data),
-            "architecture": "test_vit",
-            "model": str(tmp_path / "vit.safetensors"),
-        }
-        from control_experiments.training.checksums import fingerprint
-
-        description["sha256"] = fingerprint(tmp_path / "vit.safetensors")
-        (adapter / "classifier.json").write_text(json.dumps(description))
-        assert run.program == "ViT.finetune"
-        with pytest.raises(UserError, match="never from a pickle"):
-            import_module("ViT.classifier").restore(adapter, attention="sdpa")
+    torch.save({"weight": bomb}, adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match="never from a pickle"):
+        check_adapter(Options(data="x", output_dir="y", adapter=str(adapter)))
+    tiny.vit(tmp_path)
+    weights = tmp_path / "vit.safetensors"
+    description = json.loads(READERS["classifier"].seeds()[0]) | {
+        "architecture": "test_vit",
+        "model": str(weights),
+    }
+    (adapter / "classifier.json").write_text(json.dumps(description | {"sha256": fingerprint(weights)}))
+    with pytest.raises(UserError, match="never from a pickle"):
+        restore(adapter, attention="sdpa")
     assert not (tmp_path / "mark").exists()

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from control_experiments.record import RunRecord, read_record, utc_now
+from control_experiments.record import read_record
 from control_experiments.training.checkpoints import checkpoints, find_damage
 from scripts.faults import kills, tiny
+from scripts.faults.inputs import a_record
 
 pytestmark = pytest.mark.slow
 TRAINING = ("roberta", "vit", "llama")
@@ -35,17 +36,11 @@ def test_killed_runs_end_bit_for_bit_as_undisturbed_ones(domain, tmp_path):
 def test_the_campaign_sees_what_is_lost(tmp_path):
     # one weight of the adapter, one figure of the record: what the campaign compares
     run = tiny.Run("x", [], ("adapter/adapter_model.safetensors",))
-    for name in ("one", "other"):
-        (tmp_path / name / "adapter").mkdir(parents=True)
-        (tmp_path / name / "adapter" / "adapter_model.safetensors").write_bytes(
-            b"weights of " + name.encode()
-        )
     for name, loss in (("one", 0.5), ("other", 0.25)):
-        RunRecord(
-            domain="vit", name="a", method="lora", task="t", seed=1, command=[], created=utc_now(), finished=utc_now(),
-            git={}, versions={}, device={}, model={}, data={}, adapter={}, hyperparameters={}, memory={}, time={},
-            metrics={"best": {}, "last": {"loss": loss}}, history=[{"step": 1, "loss": loss, "train_seconds": loss}],
-        ).write(tmp_path / name / "record.json")  # fmt: skip
+        (tmp_path / name / "adapter").mkdir(parents=True)
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").write_text(f"weights of {name}")
+        history = [{"step": 1, "loss": loss, "train_seconds": loss}]
+        a_record(metrics={"last": {"loss": loss}}, history=history).write(tmp_path / name / "record.json")
     one, other = (kills.results(run, tmp_path / name) for name in ("one", "other"))
     assert [name for name in one if one[name] != other[name]] == ["history", "metrics", run.results[0]]
     assert one["history"] == [{"step": 1, "loss": 0.5}]
@@ -53,10 +48,8 @@ def test_the_campaign_sees_what_is_lost(tmp_path):
 
 @pytest.mark.parametrize("domain", TRAINING)
 def test_a_signal_checkpoints_and_the_run_goes_on_to_the_same_end(domain, tmp_path):
-    more = {"vit": {"epochs": 40}, "roberta": {"epochs": 30, "save_steps": 0}, "llama": {"max_steps": 60}}[
-        domain
-    ]
-    run, whole = tiny.RUNS[domain](tmp_path, **more), tmp_path / "whole"
+    more = {"vit": {"epochs": 40}, "roberta": {"epochs": 30, "save_steps": 0}, "llama": {"max_steps": 60}}
+    run, whole = tiny.RUNS[domain](tmp_path, **more[domain]), tmp_path / "whole"
     assert kills.execute(run, whole).code == 0
     for number in (signal.SIGINT, signal.SIGTERM):
         cut = tmp_path / number.name
@@ -96,9 +89,8 @@ def test_a_broken_checkpoint_costs_only_itself(domain, tmp_path):
 def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(domain, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True
-    ).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small disk needs to be root")
     try:
         run = tiny.RUNS[domain](tmp_path, **({"epochs": 30} if domain != "llama" else {"max_steps": 60}))
@@ -111,9 +103,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(domain, tmp
         assert ended.code == 2, ended.output
         line = error_line(ended.output)
         assert line.startswith("error: ") and "is full" in line and "--resume" in line
-        assert all(
-            find_damage(checkpoint) is None for checkpoint in checkpoints(disk / "run" / "checkpoints")
-        )
+        assert not any(map(find_damage, checkpoints(disk / "run" / "checkpoints")))
         (disk / "fill").unlink()
         ended = kills.execute(run, disk / "run", resume=True)
         assert ended.code == 0, ended.output
@@ -126,9 +116,7 @@ def image_files(folder: Path) -> Path:
     tiny.vit(folder)
     with np.load(folder / "colors.npz") as arrays:
         for split in ("train", "test"):
-            for number, (pixels, label) in enumerate(
-                zip(arrays[f"x_{split}"], arrays[f"y_{split}"], strict=True)
-            ):
+            for number, (pixels, label) in enumerate(zip(arrays[f"x_{split}"], arrays[f"y_{split}"])):
                 place = folder / "images" / split / str(arrays["classes"][label]) / f"{number}.png"
                 place.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels[: 18 + number % 3]).save(place)
@@ -150,6 +138,7 @@ SEEDED = {
     "llama": (tiny.llama, (0, 2)),
     "qcontrol, roberta": (partial(tiny.roberta, quantization="nf4"), (0, 2)),
     "qcontrol, llama": (partial(tiny.llama, quantization="nf4"), (0, 2)),
+    **{f"{name}, deterministic": (partial(tiny.RUNS[name], deterministic=True), (1, 1)) for name in TRAINING},
 }
 
 
@@ -164,19 +153,10 @@ def test_the_same_seed_gives_the_same_record_whatever_the_workers(domain, tmp_pa
         found.append(kills.results(run, tmp_path / f"{number}"))
     assert found[0] == found[1] == found[2]
     one, other = (vars(read_record(tmp_path / name / "record.json")) for name in ("0", "1"))
+    assert one["hyperparameters"]["deterministic"] == ("deterministic" in domain)
     for measured in ("name", "command", "created", "finished", "memory", "time", "history", "metrics"):
         one.pop(measured), other.pop(measured)
     assert one == other
-
-
-@pytest.mark.parametrize("domain", TRAINING)
-def test_deterministic_runs_repeat_too(domain, tmp_path):
-    run = tiny.RUNS[domain](tmp_path, deterministic=True)
-    for name in ("one", "other"):
-        ended = kills.execute(run, tmp_path / name)
-        assert ended.code == 0, ended.output
-    assert read_record(tmp_path / "one" / "record.json").hyperparameters["deterministic"] is True
-    assert kills.results(run, tmp_path / "one") == kills.results(run, tmp_path / "other")
 
 
 @pytest.mark.parametrize("domain", TRAINING)
@@ -185,12 +165,7 @@ def test_a_loss_that_is_no_number_stops_the_run(domain, tmp_path):
     ended = kills.execute(run, tmp_path / "run")
     assert ended.code == 2, ended.output
     line = error_line(ended.output)
-    assert (
-        "NaN or infinite" in line
-        and "step" in line
-        and ("is the last good state" in line or "no checkpoint" in line)
-    )
-    assert all(
-        find_damage(checkpoint) is None for checkpoint in checkpoints(tmp_path / "run" / "checkpoints")
-    )
+    assert "NaN or infinite" in line and "step" in line
+    assert "is the last good state" in line or "no checkpoint" in line
+    assert not any(map(find_damage, checkpoints(tmp_path / "run" / "checkpoints")))
     assert not (tmp_path / "run" / "record.json").exists()

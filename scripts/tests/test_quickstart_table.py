@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from control_experiments.record import RunRecord
+from scripts.faults.inputs import a_record
 
 SCRIPT = Path(__file__).resolve().parents[1] / "quickstart_table.py"
 METHODS = ("control", "lora", "dora")
@@ -21,28 +21,15 @@ def record(method: str, /, **changes) -> dict:
     history = [
         {"step": 10 * i, "epoch": float(i), "matthews": score} for i, score in enumerate(scores, start=1)
     ]
-    entries = RunRecord(
-        domain="roberta",
-        name=method,
-        method=method,
-        task="demo",
-        seed=42,
-        command=["finetune.py"],
-        created="2026-01-01T00:00:00+00:00",
-        finished="2026-01-01T00:01:00+00:00",
-        git={"commit": None, "dirty": None},
-        versions={"python": "3.12.1"},
-        device={"kind": "cpu", "name": "Some CPU", "count": 2, "total_memory_bytes": 2**34},
-        model={"id": "minilm"},
-        data={"id": "demo", "sha256": "ab" * 32, "sizes": {"train": 800, "validation": 100}},
-        adapter={"trainable_parameters": 223_106},
-        hyperparameters={"epochs": 3.0, "lr": 1e-3},
+    fields = dict(
+        name=method, method=method, task="demo", seed=42, versions={"python": "3.12.1"}, model={"id": "minilm"},
+        device={"kind": "cpu", "name": "Some CPU", "count": 2}, adapter={"trainable_parameters": 223_106},
+        data={"id": "demo", "sha256": "ab" * 32, "sizes": {"train": 800, "validation": 100}}, history=history,
+        hyperparameters={"epochs": 3.0, "lr": 1e-3}, time={"train_seconds": 60.4, "steps": 30},
         metrics={"best": max(history, key=lambda entry: entry["matthews"]), "last": history[-1]},
         memory={"kind": "resident set", "peak_resident_bytes": 900 * 2**20, "peak_allocated_bytes": None},
-        time={"train_seconds": 60.4, "steps": 30},
-        history=history,
-    )
-    return {**asdict(entries), **changes}
+    )  # fmt: skip
+    return asdict(a_record(**{**fields, **changes}))
 
 
 def write(folder: Path, *records: dict) -> None:
@@ -53,13 +40,8 @@ def write(folder: Path, *records: dict) -> None:
 
 
 def run(folder: Path, *methods: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, SCRIPT, folder, *methods],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-        timeout=60,
-    )
+    command, environment = [sys.executable, SCRIPT, folder, *methods], {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
 
 
 def cells(folder: Path) -> list[list[str]]:
@@ -109,7 +91,7 @@ def test_gpu_memory_is_labelled_and_unequal_conditions_are_told(tmp_path):
         (None, "holds no run of control: start scripts/quickstart.sh first"),
         ("{", "record.json is no readable run record"),
         (json.dumps(record("control", method="lora")), "is of lora on demo, expected control on demo"),
-        (json.dumps(record("control", metrics={"best": {}, "last": {}})), "record.json holds no matthews"),
+        (json.dumps(record("control", metrics={"best": {}, "last": {}})), "lacks 'matthews'"),
         (json.dumps(record("control", time={})), "lacks 'train_seconds'"),
     ],
 )

@@ -55,6 +55,9 @@ RunRecord(
 """
 
 
+ONE = ("--seeds", "1", "--gpus", "cpu")
+
+
 class Reruns:
     def __init__(self, root, capfd):
         self.capfd = capfd
@@ -67,27 +70,16 @@ class Reruns:
             self.environment.pop(name, None)
 
     def command(self, table, *arguments):
-        return [
-            "bash",
-            str(REPOSITORY / "scripts" / f"rerun_{table}.sh"),
-            "--results",
-            str(self.results),
-            *arguments,
-        ]
+        launcher = REPOSITORY / "scripts" / f"rerun_{table}.sh"
+        return ["bash", str(launcher), "--results", str(self.results), *arguments]
 
     def run(self, table, *arguments, **environment):
         """The launcher in a process, then what it asks of rerun.py in this one."""
         self.calls_file.write_text("")
         noted = self.root / "noted"
         variables = {**self.environment, **environment, "NOTED": str(noted)}
-        launcher = subprocess.run(
-            self.command(table, *arguments),
-            env=variables,
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
+        piped = dict(env=variables, check=True, capture_output=True, text=True, timeout=100)
+        launcher = subprocess.run(self.command(table, *arguments), **piped)
         asked = json.loads(noted.read_text())
         self.capfd.readouterr()
         with (
@@ -103,10 +95,9 @@ class Reruns:
     def run_for_real(self, table, *arguments, **environment):
         """All of it in processes."""
         self.calls_file.write_text("")
-        return subprocess.run(
-            self.command(table, *arguments), env={**self.environment, **environment}, cwd=self.root,
-            capture_output=True, text=True, timeout=100,
-        )  # fmt: skip
+        variables = {**self.environment, **environment}
+        piped = dict(env=variables, cwd=self.root, capture_output=True, text=True, timeout=100)
+        return subprocess.run(self.command(table, *arguments), **piped)
 
     @property
     def calls(self):
@@ -154,27 +145,15 @@ def test_a_failed_cell_is_listed_at_the_end_and_stops_no_other(reruns):
 
 
 def test_no_cell_starts_when_time_is_up(reruns):
-    done = reruns.run(
-        "glue", "--tasks", "rte", "--seeds", "1", "--gpus", "cpu", "--max-hours", "0.0001", FAKE_SECONDS="1"
-    )
+    done = reruns.run("glue", "--tasks", "rte", *ONE, "--max-hours", "0.0001", FAKE_SECONDS="1")
     assert len(reruns.calls) == 1
     assert done.returncode == 1 and "not started, time is up: roberta-base_rte_lora_seed1" in done.stdout
 
 
-GLUE = ("glue", "--tasks", "rte", "--methods", "lora", "--seeds", "1", "--gpus", "cpu")
-VIT = ("vit", "--methods", "control", "--seeds", "1", "--gpus", "cpu")
-LLAMA = (
-    "commonsense",
-    "--tasks",
-    "llama3_8b",
-    "--methods",
-    "double control",
-    "--seeds",
-    "1",
-    "--gpus",
-    "cpu",
-)
-SMOL = ("commonsense", "--tasks", "smollm2", "--methods", "lora", "--seeds", "1", "--gpus", "cpu")
+GLUE = ("glue", "--tasks", "rte", "--methods", "lora", *ONE)
+VIT = ("vit", "--methods", "control", *ONE)
+LLAMA = ("commonsense", "--tasks", "llama3_8b", "--methods", "double control", *ONE)
+SMOL = ("commonsense", "--tasks", "smollm2", "--methods", "lora", *ONE)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +166,7 @@ SMOL = ("commonsense", "--tasks", "smollm2", "--methods", "lora", "--seeds", "1"
         (LLAMA, {"LR": "3e-3"}, "has lr 1e-4, not 3e-3"),
         (SMOL, {"EPOCHS": "2"}, "has epochs 1, not 2"),
         (SMOL, {"EVALUATE_ARGS": "--mode likelihood", "EPOCHS": "2"}, "has epochs 1, not 2"),
-        (("memory", "--tasks", "llama3-8b-short", "--methods", "lora", "--seeds", "1", "--gpus", "cpu"), {}, "has methods lora, not dora"),
+        (("memory", "--tasks", "llama3-8b-short", "--methods", "lora", *ONE), {}, "has methods lora, not dora"),
     ],
 )  # fmt: skip
 def test_a_finished_run_with_other_settings_does_not_count(reruns, table, changed, message):
@@ -258,11 +237,8 @@ def test_each_methods_learning_rate_is_chosen_on_training_data_only(reruns, tmp_
     ]
     (written,) = (reruns.results / "roberta" / "learning_rate_search").glob("*.json")
     rates = json.loads(written.read_text())["rates"]
-    assert [rate["chosen"] for rate in rates] == ["1e-3", "1e-3"] and set(rates[0]["scores"]) == {
-        "1e-4",
-        "1e-3",
-        "1e-2",
-    }
+    assert [rate["chosen"] for rate in rates] == ["1e-3", "1e-3"]
+    assert set(rates[0]["scores"]) == {"1e-4", "1e-3", "1e-2"}
 
 
 def test_the_search_holds_out_a_tenth_of_the_training_rows(tmp_path, monkeypatch):
@@ -298,7 +274,7 @@ def test_the_search_holds_out_a_tenth_of_the_training_rows(tmp_path, monkeypatch
         ("memory", ("--tasks", "roberta-base", "--seeds", "1"), {},
          r"CUDA_VISIBLE_DEVICES={gpu} \S+ -m scripts.bench_memory --shape roberta-base --batch 64 --tokens 128 --output \S+/memory"),
         ("memory", ("--tasks", "llama3-8b-profile", "--seeds", "1"), {},
-         r"\S+ \S+ -m scripts.bench_memory --shape llama3-8b .* --profile True --output \S+ --methods lora\+liger control:fast .*"),
+         r"\S+ \S+ -m scripts.bench_memory --shape llama3-8b .* --profile --output \S+ --methods lora\+liger control:fast .*"),
         ("memory", ("--tasks", "vit-b16", "--seeds", "2"), {},
          r"CUDA_VISIBLE_DEVICES={gpu} \S+ -m scripts.bench_memory --shape vit-b16 --batch 128 --output \S+/memory/repeat2"),
         ("commonsense", ("--tasks", "llama3_8b", "--methods", "control+dora", "--seeds", "5"), {},

@@ -1,6 +1,5 @@
 """make_tables.py on folders of records: figures by hand, published figures, and folders that are broken."""
 
-import csv
 import json
 import re
 import shutil
@@ -14,14 +13,7 @@ import pytest
 
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.reporting.records import load, read_paper
-from control_experiments.reporting.tables import (
-    Table,
-    all_tables,
-    make_table,
-    markdown,
-    step_means,
-    write_tables,
-)
+from control_experiments.reporting.tables import Table, all_tables, make_table
 
 PAPER = read_paper(RESULTS / "paper.json")
 
@@ -94,10 +86,8 @@ def test_published_figures_stand_below_ours_with_their_status(results):
     )
     assert "Published: roberta-base, lora: peak memory 14.03 GB (inferred)." in table(results, "glue").remarks
     at_scale = "vit_base_patch16_224, 4-layer MLP"
-    assert (
-        row(results, "vit_accuracy", at_scale, method="lora", whose="paper")["peak MiB"]
-        == "17,067 MiB (exact)"
-    )
+    lora = row(results, "vit_accuracy", at_scale, method="lora", whose="paper")
+    assert lora["peak MiB"] == "17,067 MiB (exact)"
     assert "Wall time of the whole run, evaluations included." in notes(results, "vit_accuracy", at_scale)
 
 
@@ -191,31 +181,10 @@ def test_memory_against_speed(results):
     assert lines["lora"]["n"] == 2 and lines["lora"]["over weights GB"] == "41.00 ± 1.41"
     assert lines["control:fast"]["time / fastest LoRA"] == "0.50"
     assert lines["control:lean"]["memory / leanest LoRA"] == "0.02"
-    assert [name for name, line in lines.items() if line["on the frontier"] == "yes"] == [
-        "control:fast",
-        "control:lean",
-    ]
+    frontier = [name for name, line in lines.items() if line["on the frontier"] == "yes"]
+    assert frontier == ["control:fast", "control:lean"]
     assert lines["dora"]["ms a step"] == "failed <sup>1</sup>"
     assert notes(results, "memory_speed", title) == ["dora: out of memory."]
-
-
-def test_frontier():
-    points = {"a": (1, 5), "b": (2, 5), "c": (3, 1), "d": (4, 2)}
-    frame = pd.DataFrame(
-        [
-            {"whose": "ours", "section": "s", "row": name, "seconds": x, "over": y}
-            for name, (x, y) in points.items()
-        ]
-    )
-    assert step_means(frame).frontier.to_list() == [True, False, True, False]
-
-
-def test_a_vits_tokens_are_those_that_were_measured(results):
-    """Older files note bench_memory.py's default, 1,024, instead of the 197 that a ViT-B/16 has."""
-    results.benchmark(
-        "vit-b16_128x1024.json", shape="vit-b16", batch=128, tokens=197, noted=1024, lora=(0.4, 9.0)
-    )
-    assert titles(results, "memory_speed") == ["vit-b16, 128 x 197 tokens, Some GPU"]
 
 
 def test_repeats_of_one_file_count_as_repeats(results):
@@ -237,32 +206,18 @@ def test_benchmarks_of_two_torch_versions_are_no_repeats_of_each_other(results):
     ]
 
 
-def test_memory_over_quantized_bases(results):
-    for repeat in (1, 2):
-        results.step(
-            f"qcontrol/memory/repeat{repeat}/a",
-            "lora",
-            stored="nf4",
-            seconds=0.1 * repeat,
-            peak=(7 + repeat) * 2**30,
-        )
-    results.step("qcontrol/memory/repeat1/b", "double control", stored="nf4", mode="lean", others=2**30)
-    title = "llama3-8b, 1 x 2048 tokens, bfloat16, ranks 64 and 32, Some GPU, torch 2.14"
-    line = row(results, "quantized_memory", title, method="lora", weights="nf4", mode="plain")
-    assert (line["n"], line["weights MiB"]) == (2, "4,096")
-    assert line["peak MiB"] == "8,704 ± 724" and line["ms a step"] == "150.0 ± 70.7"
-    assert (line["adapter + optimizer MiB"], line["activations MiB"]) == ("1,024", "3,584 ± 724")
-    shared = row(results, "quantized_memory", title, method="double control")
+def test_memory_over_quantized_bases_by_its_parts(results):
+    for repeat, over in (("", 3.0), ("repeat2", 4.0)):
+        results.benchmark(repeat=repeat, weights=2**32, **{"lora+nf4": (0.1, over), "lora": (0.2, 9.0)})
+    results.benchmark("shared.json", others=2**30, **{"control+nf4:lean": (0.1, 2.0)})
+    title = "llama3-8b, 4 x 1024 tokens, Some GPU"
+    line = row(results, "quantized_memory", title, method="lora+nf4")
+    assert (line["n"], line["weights MiB"], line["adapter + optimizer MiB"]) == (2, "4,096", "1,024")
+    assert line["peak MiB"] == "7,434 ± 674" and line["activations MiB"] == "2,314 ± 674"
+    shared = row(results, "quantized_memory", title, method="control+nf4:lean")
     assert shared["ms a step"] == "not measured <sup>1</sup>"
     assert "other processes" in notes(results, "quantized_memory", title)[0]
-
-
-def test_the_recipes_steps_at_llamas_shapes(results):
-    results.step("llama/shapes/a", "dora", seconds=0.25)
-    title = "llama3-8b, 3 x 256 tokens, bfloat16, ranks 64 and 32, Some GPU, torch 2.14"
-    line = row(results, "llama_shapes", title, method="dora")
-    assert (line["memory mode"], line["ms a step"], line["tokens/s"]) == ("plain", "250.0", "3,072")
-    assert line["runs"] == [("1", "llama/shapes/a/record.json")]
+    assert [line["method"] for line in rows(results, "memory_speed", title)] == ["lora"]
 
 
 def test_throughput_and_answers_in_batches(results):
@@ -325,9 +280,9 @@ def test_a_broken_record_is_left_out_by_name(results, contents):
     assert row(results, "glue", "tiny-encoder", method="lora")["n"] == 1
 
 
-@pytest.mark.parametrize("write", ["step", "throughput", "batches", "benchmark", "scaling"])
+@pytest.mark.parametrize("write", ["throughput", "batches", "benchmark", "scaling"])
 def test_a_measurement_that_lacks_something_is_named_and_left_out(results, write):
-    make = {"step": lambda: results.step("llama/shapes/a", "lora"), "throughput": lambda: results.throughput(2.0),
+    make = {"throughput": lambda: results.throughput(2.0),
             "batches": lambda: results.batches(12.0, 100.0), "benchmark": lambda: results.benchmark(lora=(0.4, 40.0)),
             "scaling": lambda: results.scaling([("lora", "ddp", 1, 0.4, 30.0)])}  # fmt: skip
     path = make[write]()
@@ -335,10 +290,8 @@ def test_a_measurement_that_lacks_something_is_named_and_left_out(results, write
     missing = "device" if write in ("benchmark", "scaling") else "dtype"
     del (contents if missing == "device" else contents["hyperparameters"])[missing]
     path.write_text(json.dumps(contents))
-    assert (
-        f"{path.relative_to(results.path)} is a broken record ('{missing}' is missing)"
-        in problems(results)[0]
-    )
+    told = f"{path.relative_to(results.path)} is a broken record ('{missing}' is missing)"
+    assert told in problems(results)[0]
 
 
 def test_two_runs_that_claim_one_cell_leave_it_empty(results):
@@ -359,7 +312,7 @@ def test_two_runs_that_claim_one_cell_leave_it_empty(results):
 def test_a_run_under_other_conditions_is_not_mixed_in(results, change):
     for seed in (1, 2):
         results.roberta("control", seed, 0.6)
-        results.roberta("lora", seed, 0.5)
+        results.roberta("lora", seed, 0.5, torch=f"2.14.{seed}")  # a patch is no other condition
     odd = results.roberta("dora", 1, 0.7, **change)
     (message,) = problems(results)
     assert odd.parent.name in message and next(iter(change)).replace("device", "device Other GPU") in message
@@ -368,32 +321,22 @@ def test_a_run_under_other_conditions_is_not_mixed_in(results, change):
     assert row(results, "glue", "tiny-encoder", method="control")["last"] == "60.00"
 
 
-def test_a_patch_of_torch_is_no_other_condition(results):
-    results.roberta("control", 1, 0.6)
-    results.roberta("control", 2, 0.6, torch="2.14.3")
-    assert not problems(results)
-
-
 def test_methods_may_have_their_own_learning_rate_but_not_seeds(results):
     for seed in (1, 2):
         results.roberta("control", seed, 0.6, lr=1e-3)
         results.roberta("lora", seed, 0.5, lr=1e-4)
     assert not problems(results)
     results.roberta("control", 3, 0.6, lr=1e-4)
-    assert (
-        "control_seed3/record.json was run with lr 0.0001, other seeds of its row with 0.001"
-        in problems(results)[0]
-    )
+    told = "control_seed3/record.json was run with lr 0.0001, other seeds of its row with 0.001"
+    assert told in problems(results)[0]
 
 
 def test_a_resumed_run_keeps_its_score_but_not_its_cost(results):
     results.roberta("control", 1, 0.6, resumed=10)
     line = row(results, "glue", "tiny-encoder", method="control")
     assert line["last"] == "60.00" and line["train s"] == "not measured"
-    assert (
-        line["peak MiB"] == "not measured <sup>1</sup>"
-        and "was resumed" in notes(results, "glue", "tiny-encoder")[0]
-    )
+    assert line["peak MiB"] == "not measured <sup>1</sup>"
+    assert "was resumed" in notes(results, "glue", "tiny-encoder")[0]
 
 
 def test_runs_that_choose_settings_and_the_quickstart_are_no_results(results):
@@ -408,32 +351,24 @@ def test_runs_that_choose_settings_and_the_quickstart_are_no_results(results):
 # -- files ------------------------------------------------------------------------------------------------------
 
 
-def test_csv_has_figures_deviations_and_statuses_as_columns(results):
+def test_the_command_writes_everything_and_says_what_it_left_out(results, call):
     for seed in (1, 2):
         results.roberta("control", seed, 0.5 + seed / 10, model="roberta-base")
-    write_tables(all_tables(load(results.path)[0], PAPER), results.path / "tables", "../")
-    with (results.path / "tables" / "glue.csv").open() as file:
-        ours, paper = [r for r in csv.DictReader(file) if (r["task"], r["method"]) == ("cola", "control")]
-    assert float(ours["last"]) == pytest.approx(65.0)
-    assert float(ours["last sd"]) == pytest.approx(statistics.stdev([60, 70]))
-    assert ours["runs"].split() == [
-        f"roberta/roberta-base_cola_control_seed{seed}/record.json" for seed in (1, 2)
-    ]
-    assert (paper["best"], paper["best status"]) == ("65.32", "exact")
-    assert markdown(table(results, "glue"), "../").count("| cola | control |") == 2
-
-
-def test_the_command_writes_everything_and_says_what_it_left_out(results, call):
-    results.roberta("control", 1, 0.5)
     results.roberta("lora", 1, 0.5).write_text("{")
     code, _, stderr = call("make_tables", "--results", results.path, "--strict")
     assert code == 1 and stderr.startswith("left out: roberta/tiny-encoder_cola_lora_seed1/record.json")
+    data = pd.read_csv(results.path / "tables" / "glue.csv").query("task == 'cola' and method == 'control'")
+    ours, paper = data.to_dict("records")
+    assert float(ours["last"]) == pytest.approx(65) and ours["last sd"] == pytest.approx(
+        statistics.stdev([60, 70])
+    )
+    assert ours["runs"].split() == [f"roberta/roberta-base_cola_control_seed{n}/record.json" for n in (1, 2)]
+    assert (float(paper["best"]), paper["best status"]) == (65.32, "exact")
     names = [table.name for table in all_tables(load(results.path)[0], PAPER)]
-    assert len(names) == 14 and all(
+    assert len(names) == 14
+    assert all(
         (results.path / "tables" / f"{name}.{kind}").is_file() for name in names for kind in ("md", "csv")
     )
-    links = re.findall(r"\]\(([^)]+)\)", (results.path / "tables" / "glue.md").read_text())
-    assert links and all((results.path / "tables" / link).resolve().is_file() for link in links)
     assert (results.path / "claims.md").is_file() and (results.path / "report.html").is_file()
 
 
@@ -482,21 +417,19 @@ def test_a_fresh_clone_reproduces_the_tracked_files_byte_for_byte(tmp_path, call
     """Pictures and the page only with the matplotlib that drew them."""
     shutil.copytree(RESULTS / "published", tmp_path / "published")
     assert call("make_tables", "--results", tmp_path, "--strict")[0] == 0
-    made = files(tmp_path)
+    made, drawn_here = files(tmp_path), f"Matplotlib version{matplotlib.__version__}".encode()
     tracked = {
         name: content
         for name, content in files(RESULTS).items()
-        if name.startswith(("tables/", "pictures/")) or name == "claims.md"
+        if (name.startswith(("tables/", "pictures/")) or name == "claims.md")
+        and (not name.endswith(".png") or drawn_here in content)
     }
-    drawn_here = f"Matplotlib version{matplotlib.__version__}".encode()
-    tracked = {
-        name: content
-        for name, content in tracked.items()
-        if not name.endswith(".png") or drawn_here in content
-    }
-    assert len(tracked) > 28 and {
-        name: made.get(name) == content for name, content in tracked.items()
-    } == dict.fromkeys(tracked, True)
+    assert (
+        len(tracked) > 28 and [name for name, content in tracked.items() if made.get(name) != content] == []
+    )
+    for page in [*(tmp_path / "tables").glob("*.md"), tmp_path / "claims.md"]:
+        links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+        assert links and all((page.parent / link).resolve().is_file() for link in links)
 
 
 # -- published figures ------------------------------------------------------------------------------------------
@@ -517,12 +450,6 @@ def test_published_figures_are_consistent():
     weak = scores.average == 78.56  # the known weakness
     assert (apart[~weak] < 0.01).all() and (apart[weak] < 0.12).all() and weak.sum() == 1
     assert any("78.67" in weakness and "78.56" in weakness for weakness in PAPER.weaknesses)
-
-
-def test_the_projects_own_tables_link_to_records_that_are_there():
-    for page in (RESULTS / "tables").glob("*.md"):
-        links = re.findall(r"\]\(([^)]+)\)", page.read_text())
-        assert links and all((page.parent / link).resolve().is_file() for link in links)
 
 
 def test_reporting_and_training_know_nothing_of_each_other():

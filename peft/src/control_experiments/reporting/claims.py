@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -37,17 +38,11 @@ class Claim:
     @property
     def verdict(self) -> str:
         """Of its pools, else of its tests: contradicted by one, supported only if all that have an interval support it."""
-        judged = self.pools or self.tests
-        verdicts = {one.verdict for one in judged if one.interval is not None}
-        if not judged:
+        verdicts = {one.verdict for one in self.pools or self.tests if one.interval is not None}
+        if not self.pools and not self.tests:
             return NOT_TESTED
-        return (
-            CONTRADICTED
-            if CONTRADICTED in verdicts
-            else SUPPORTED
-            if verdicts == {SUPPORTED}
-            else NOT_DECIDED
-        )
+        decided = SUPPORTED if verdicts == {SUPPORTED} else NOT_DECIDED
+        return CONTRADICTED if CONTRADICTED in verdicts else decided
 
     @property
     def tally(self) -> str:
@@ -118,39 +113,23 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
             yield made
         return
     found = found[found[column] != 0]  # on a CPU memory is not measured: zero
-    for (section, attention), group in found.groupby(["section", "attention"], sort=False):
-        where = f"{section}, {attention} attention" if attention else section
-        repeats = group.links.map(_repeat) + group.repeat.fillna(0).map(" {:.0f}".format)
+    for section, group in found.groupby("section", sort=False):
+        # both methods of a pair come from one file
+        repeats = group.links.map(lambda links: links[0][1]) + group.repeat.fillna(0).map(" {:.0f}".format)
         rows = {label: part.set_index(repeats[part.index]) for label, part in group.groupby("row")}
         if best and len(rivals := group.query(best, engine="python")):
             against = [rivals.groupby("row")[column].mean().idxmin()]
         for baseline in (name for name in against if name in rows and control in rows):
-            yield from _pair(where, {control: rows[control], baseline: rows[baseline]}, column=column, **test)
+            yield from _pair(
+                section, {control: rows[control], baseline: rows[baseline]}, column=column, **test
+            )
 
 
-def _repeat(links: list[tuple[str, str]]) -> str:
-    """What both methods of a pair have in common: the file that holds both, or the folder of their records."""
-    *folders, name = links[0][1].split("/")
-    if name == "record.json":
-        folders = folders[:-1]
-    elif folders[-2:] != ["vit", "memory"]:
-        folders.append(name)
-    return "/".join(folders)
-
-
-def _pair(
-    where: str,
-    rows: dict[str, pd.DataFrame],
-    column: str,
-    rule: str,
-    unit: str = "%",
-    sign: int = -1,
-    task: str = "",
-) -> Iterable[Test]:
+def _pair(where: str, rows: dict[str, pd.DataFrame], column: str, rule: str, unit: str = "%", sign: int = -1,
+          task: str = "") -> Iterable[Test]:  # fmt: skip
     """Two rows, control and baseline, whose index is the seed or the repeat that pairs them."""
     (control, one), (baseline, other) = rows.items()
-    shared = sorted(set(one.index) & set(other.index))
-    if not shared:
+    if not (shared := sorted(set(one.index) & set(other.index))):
         return
     pairs = {key: (one[column][key], other[column][key]) for key in shared}
     every = [(name, key, part.links[key][0][1]) for key in shared for name, part in rows.items()]
@@ -181,21 +160,25 @@ def _published(paper: Paper, table: str, quantity: str, kinds: list[str]) -> lis
         for f in less.itertuples()
     ]
     figures = figures[
-        figures.quantity.isin(kinds) & ~((figures.quantity == "score") & (figures.column != "average"))
+        figures.quantity.isin(kinds) & ((figures.quantity != "score") | (figures.column == "average"))
     ]
+    unit = "points" if quantity == "quality" else "%"
     for (model, column, _), group in figures.groupby(["model", "column", "quantity"], sort=False):
-        for one in group[group.row.str.startswith(("control", "double control"))].itertuples():
-            for other in group[group.row.str.startswith(BASELINES)].itertuples():
-                unit = "points" if quantity == "quality" else "%"
-                test = Test("", {0: (one.value, other.value)}, "quality", unit)
-                line = f"{model}, {column}: {one.row} {one.text} against {other.row} {other.text}: {test.differences[0]:+.2f} {unit}"
-                if isinstance(one.runs, dict) and isinstance(other.runs, dict):
-                    test.pairs = {
-                        seed: (one.runs[seed], other.runs[seed])
-                        for seed in sorted(one.runs.keys() & other.runs.keys())
-                    }
-                    line += f"; paired over the printed seeds {test.statistic}, which by our rule is: {test.verdict}"
-                lines.append(f"{line}.")
+        controls = group[group.row.str.startswith(("control", "double control"))]
+        others = group[group.row.str.startswith(BASELINES)]
+        for one, other in itertools.product(controls.itertuples(), others.itertuples()):
+            test = Test("", {0: (one.value, other.value)}, "quality", unit)
+            line = f"{model}, {column}: {one.row} {one.text} against {other.row} {other.text}: {test.differences[0]:+.2f} {unit}"
+            if isinstance(one.runs, dict) and isinstance(other.runs, dict):
+                test.pairs = {
+                    seed: (run, other.runs[seed])
+                    for seed, run in sorted(one.runs.items())
+                    if seed in other.runs
+                }
+                line += (
+                    f"; paired over the printed seeds {test.statistic}, which by our rule is: {test.verdict}"
+                )
+            lines.append(f"{line}.")
     return lines
 
 
@@ -232,18 +215,15 @@ def overview(claims: Sequence[Claim]) -> pd.DataFrame:
 def _costs(by_name: dict[str, Claim], domain: str, quantity: str) -> str:
     """From the smallest to the largest difference against LoRA of whole trainings, else of steps at true shapes."""
     for name in (f"{domain}-{quantity}", f"{domain}-shape-{quantity}"):
-        if name in by_name and (
-            tests := [test for test in by_name[name].tests if " against lora" in test.what]
-        ):
-            ends = [round(end([test.differences.mean() for test in tests])) for end in (max, min)]
+        tests = (
+            [test for test in by_name[name].tests if " against lora" in test.what] if name in by_name else []
+        )
+        if tests:
+            ends = [round(end(test.differences.mean() for test in tests)) for end in (max, min)]
             n = min(len(test.pairs) for test in tests)
             few = f", {n} of {REPEATS} repeats" if quantity == "time" and n < REPEATS else ""
-            verdict = Claim("", "", "", "", tests).verdict
-            return (
-                f"**[{verdict}](#{name})**: "
-                + " to ".join(f"{end:+d}" for end in dict.fromkeys(ends))
-                + f" %{few}"
-            )
+            span = " to ".join(f"{end:+d}" for end in dict.fromkeys(ends))
+            return f"**[{Claim('', '', '', '', tests).verdict}](#{name})**: {span} %{few}"
     return f"**{NOT_TESTED}**"
 
 
@@ -253,25 +233,12 @@ def markdown(claims: Sequence[Claim], paper: Paper, up: str = "") -> str:
         {"claim": f"[{claim.statement}](#{claim.name})", "whose": claim.whose, "verdict": f"**{claim.verdict}**", "tests": claim.tally, "tested on": claim.scope}
         for claim in claims
     ]  # fmt: skip
-    lines = [
-        "# Claims",
-        "",
-        *markdown_rows(overview(claims)),
-        "",
-        ABOUT,
-        "",
-        "## All claims",
-        "",
-        *markdown_rows(pd.DataFrame(summary)),
-    ]
+    parts = ["# Claims", _table(overview(claims)), ABOUT, "## All claims", _table(pd.DataFrame(summary))]
     for claim in claims:
         found = f" ({claim.tally}; on {claim.scope})." if claim.tests else ": no record tests it yet."
-        lines += [
-            "",
+        parts += [
             f"## {claim.name}",
-            "",
             f"{claim.statement} Claimed by {claim.whose}.",
-            "",
             f"**{claim.verdict}**{found}",
         ]
         if claim.tests:
@@ -279,34 +246,20 @@ def markdown(claims: Sequence[Claim], paper: Paper, up: str = "") -> str:
                 _shown(pool, pool.tests, "those of its tests") for pool in claim.pools if len(pool.tests) > 1
             ]
             rows += [_shown(test, [test], linked(test.links, up)) for test in claim.tests]
-            lines += [
-                "",
-                *markdown_rows(pd.DataFrame(rows).drop(columns=[] if claim.pools else "more seeds")),
-            ]
+            parts.append(_table(pd.DataFrame(rows).drop(columns=[] if claim.pools else "more seeds")))
         if claim.published:
-            lines += ["", "The published figures:", "", *(f"- {line}" for line in claim.published)]
-        lines += ["", f"At full scale, with hub access and a GPU: `{claim.command}`"]
-    return (
-        "\n".join(
-            [
-                *lines,
-                "",
-                "## Doubts about the published figures",
-                "",
-                *(f"- {doubt}" for doubt in paper.weaknesses),
-            ]
-        )
-        + "\n"
-    )
+            parts += ["The published figures:", "\n".join(f"- {line}" for line in claim.published)]
+        parts.append(f"At full scale, with hub access and a GPU: `{claim.command}`")
+    parts += ["## Doubts about the published figures", "\n".join(f"- {doubt}" for doubt in paper.weaknesses)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(frame: pd.DataFrame) -> str:
+    return "\n".join(markdown_rows(frame))
 
 
 def _shown(judged: Test | Pool, tests: list[Test], links: str) -> dict[str, str]:
     below = isinstance(judged, Test) and judged.below_majority
     verdict, more = (f"{BELOW}, does not count", "") if below else (judged.verdict, rules.more_seeds(tests))
-    return {
-        "test": judged.what,
-        "difference": judged.statistic,
-        "verdict": verdict,
-        "more seeds": more,
-        "records": links,
-    }
+    row = {"test": judged.what, "difference": judged.statistic, "verdict": verdict}
+    return row | {"more seeds": more, "records": links}

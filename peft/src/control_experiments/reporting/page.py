@@ -22,14 +22,8 @@ from .tables import Table, linked, step_means
 NAMES = {"roberta": "RoBERTa", "vit": "ViT", "llama": "LLaMA", "qcontrol": "quantized"}
 
 
-def write_page(
-    frame: pd.DataFrame,
-    tables: Sequence[Table],
-    claims: Sequence[Claim],
-    problems: Sequence[str],
-    path: Path,
-    up: str,
-) -> Path:
+def write_page(frame: pd.DataFrame, tables: Sequence[Table], claims: Sequence[Claim], problems: Sequence[str], path: Path,
+               up: str) -> Path:  # fmt: skip
     """Write the page; `up` leads from its folder to the results folder."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -62,10 +56,8 @@ def _parts(
     frame: pd.DataFrame, runs: pd.DataFrame
 ) -> list[tuple[str, str, str, list[tuple[str, str, Markup]]]]:
     """(anchor, title, explanation, pictures as (domain, title, SVG)) of each group of pictures."""
-    comparisons = [
-        (f"{task}, {section}", part)
-        for (_, section, task), part in runs.groupby(["domain", "section", "task"])
-    ]
+    groups = runs.groupby(["domain", "section", "task"])
+    comparisons = [(f"{task}, {section}", part) for (_, section, task), part in groups]
     return [
         ("frontier", "Memory against speed", "One training step on random weights of the true shape. Left and low is better.", _drawn(frontiers(frame))),
         ("score-memory", "Score against memory", "Each mark is one run: its last score and the peak of its training memory. Left and high is better.",
@@ -83,8 +75,9 @@ def _drawn(figures: Iterable[tuple[str, str, object]]) -> list[tuple[str, str, M
 
 
 def frontiers(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
-    """(domain, setting, picture) of each setting of scripts/bench_memory.py."""
+    """(domain, setting, picture) of each setting of scripts/bench_memory.py in which memory modes were measured."""
     steps = frame[frame.kind == "step"]
+    steps = steps[steps.row.str.endswith(":fast").groupby(steps.section).transform("any")]
     domains = steps.groupby("section").domain.first()
     for (whose, section), part in step_means(steps).groupby(["whose", "section"], sort=False):
         points = {row: (means.seconds, means.over) for (*_, row), means in part.iterrows()}

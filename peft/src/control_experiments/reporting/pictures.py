@@ -25,22 +25,14 @@ FAMILIES = {
     "lora": ("#c25a00", "s"), "dora": ("#2e7d32", "^"), "miss": ("#a3186f", "P"), "shadow": ("#8a6d00", "*"),
     "probe": ("#6b7280", "X"), "other": ("#9aa1ab", "."),
 }  # fmt: skip
-_NAMES = {
-    "lora": "LoRA",
-    "dora": "DoRA",
-    "miss": "MiSS",
-    "shadow": "SHADOW",
-    "control+lora": "control + LoRA",
-    "control+dora": "control + DoRA",
-}
+_NAMES = {"lora": "LoRA", "dora": "DoRA", "miss": "MiSS", "shadow": "SHADOW"}
+_NAMES |= {"control+lora": "control + LoRA", "control+dora": "control + DoRA"}
 
 
 def family(label: str) -> str:
     """The family of a row or benchmark label: "control r64, lean" and "control+liger:plain" are control."""
-    methods = [
-        part.removesuffix("-all") for part in re.split(r"[,:]| r\d| matched| on ", label)[0].split("+")
-    ]
-    name = "+".join(part for part in methods if part in FAMILIES)
+    methods = re.split(r"[,:]| r\d| matched| on ", label)[0].split("+")
+    name = "+".join(part for part in (m.removesuffix("-all") for m in methods) if part in FAMILIES)
     return name if name in FAMILIES else "other"
 
 
@@ -88,9 +80,8 @@ def memory_against_time(points: Mapping[str, tuple[float, float]], title: str) -
         colour, marker = FAMILIES[family(label)]
         tip = f"{label}\n{x:.0f} ms a step\n{y:.2f} GB over the weights"
         axes.plot(x, y, marker, color=colour, markersize=6, gid=mark(family(label), tip), zorder=2)
-    step = Line2D(
-        [], [], color="#444", linewidth=1, linestyle="--", label="frontier: no other beats these in both"
-    )
+    frontier_name = "frontier: no other beats these in both"
+    step = Line2D([], [], color="#444", linewidth=1, linestyle="--", label=frontier_name)
     _legend(axes, map(family, placed), step, loc="best")
     FigureCanvasAgg(figure).draw()  # without a layout nobody knows where names collide
     _name(axes, placed, frontier)
@@ -100,22 +91,13 @@ def memory_against_time(points: Mapping[str, tuple[float, float]], title: str) -
 def _name(axes, placed: Mapping[str, tuple[float, float]], frontier: list[tuple[float, float]]) -> None:
     """Write each point's name beside it where it covers nothing, further away with a thin line."""
     renderer = axes.figure.canvas.get_renderer()
-    taken = [
-        Bbox.from_extents(x - 5, y - 5, x + 5, y + 5)
-        for x, y in axes.transData.transform(list(placed.values()))
-    ]
-    for (x, y), (right, below) in itertools.pairwise(map(tuple, axes.transData.transform(frontier))):
-        taken += [
-            Bbox.from_extents(x, y - 1, right, y + 1),
-            Bbox.from_extents(right - 1, below, right + 1, y),
-        ]
+    boxes, place = Bbox.from_extents, axes.transData.transform
+    taken = [boxes(x - 5, y - 5, x + 5, y + 5) for x, y in place(list(placed.values()))]
+    for (x, y), (right, below) in itertools.pairwise(map(tuple, place(frontier))):
+        taken += [boxes(x, y - 1, right, y + 1), boxes(right - 1, below, right + 1, y)]
     taken.append(axes.get_legend().get_window_extent(renderer))
-    places = [
-        (side * (7 + 12 * far), up)
-        for far in range(5)
-        for up in (-3, 8, -14, 19, -25, 30, -36)
-        for side in (1, -1)
-    ]
+    heights = (-3, 8, -14, 19, -25, 30, -36)
+    places = [(side * (7 + 12 * far), up) for far in range(5) for up in heights for side in (1, -1)]
     for label, point in sorted(placed.items(), key=lambda item: item[1]):
         text = axes.annotate(_variant(label), point, xytext=(0, 0), textcoords="offset points", fontsize=8.5, color=FAMILIES[family(label)][0],
                              gid=mark(family(label), ""))  # fmt: skip
@@ -123,12 +105,8 @@ def _name(axes, placed: Mapping[str, tuple[float, float]], frontier: list[tuple[
             text.xyann = (right, up)
             text.set_horizontalalignment("left" if right > 0 else "right")
             box = text.get_window_extent(renderer).padded(1)
-            if (
-                axes.bbox.x0 < box.x0
-                and box.x1 < axes.bbox.x1
-                and axes.bbox.y0 < box.y0
-                and not any(map(box.overlaps, taken))
-            ):
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0
+            if inside and not any(map(box.overlaps, taken)):
                 break
         if abs(text.xyann[0]) + abs(text.xyann[1] + 3) > 16:
             line = dict(arrowstyle="-", color="#999", linewidth=0.6)
@@ -142,10 +120,8 @@ def scaling(cells: Sequence[Mapping], title: str) -> Figure:
     measured = pd.DataFrame(cell for cell in cells if "step_seconds" in cell)
     if "efficiency" not in measured:
         alone = measured[measured.processes == 1].set_index(["method", "shard"]).step_seconds
-        measured["efficiency"] = [
-            100 * alone.get((cell.method, cell.shard), float("nan")) / cell.step_seconds
-            for cell in measured.itertuples()
-        ]
+        single = [alone.get((cell.method, cell.shard), float("nan")) for cell in measured.itertuples()]
+        measured["efficiency"] = 100 * pd.Series(single, measured.index) / measured.step_seconds
     place = ["method", "shard", "processes"]  # measured in several files: their mean
     numbers = ["tokens_per_second", "peak_bytes_per_process", "efficiency"]
     cells = measured.groupby(place, sort=False, as_index=False)[numbers].mean().to_dict("records")
@@ -158,11 +134,8 @@ def scaling(cells: Sequence[Mapping], title: str) -> Figure:
     for number, count in enumerate(counts):
         mine = [cell for cell in cells if cell["processes"] == count]
         rows = [kinds.index((cell["method"], cell["shard"])) + number * thick for cell in mine]
-        look = dict(
-            height=0.9 * thick,
-            color=shades(0.35 + 0.6 * number / len(counts)),
-            label=f"{count} GPU{'s' * (count > 1)}",
-        )
+        shade = shades(0.35 + 0.6 * number / len(counts))
+        look = dict(height=0.9 * thick, color=shade, label=f"{count} GPU{'s' * (count > 1)}")
         speed = left.barh(rows, [cell["tokens_per_second"] / count for cell in mine], **look)
         size = right.barh(rows, [cell["peak_bytes_per_process"] / 1e9 for cell in mine], **look)
         kept = [
@@ -171,11 +144,8 @@ def scaling(cells: Sequence[Mapping], title: str) -> Figure:
         left.bar_label(speed, kept, padding=2, fontsize=8)
         right.bar_label(size, fmt="%.1f", padding=2, fontsize=8)
     middle = thick * (len(counts) - 1) / 2
-    left.set_yticks(
-        [number + middle for number in range(len(kinds))],
-        [f"{method}\n{shard}" for method, shard in kinds],
-        fontsize=9,
-    )
+    ticks = [number + middle for number in range(len(kinds))]
+    left.set_yticks(ticks, [f"{method}\n{shard}" for method, shard in kinds], fontsize=9)
     left.invert_yaxis()
     left.set(xlabel="tokens/s of each GPU (and share of one GPU's)")
     right.set(xlabel="peak GB of each GPU")
@@ -188,13 +158,8 @@ def scaling(cells: Sequence[Mapping], title: str) -> Figure:
     return figure
 
 
-def curves(
-    runs: Sequence[tuple[str, object, Sequence[tuple[float, float]]]],
-    title: str,
-    y_label: str,
-    x_label: str = "epoch",
-    axes=None,
-) -> Figure:
+def curves(runs: Sequence[tuple[str, object, Sequence[tuple[float, float]]]], title: str, y_label: str,
+           x_label: str = "epoch", axes=None) -> Figure:  # fmt: skip
     """A line for each (label, seed, points), into `axes` if given; the legend names each label once."""
     axes = axes or _axes(title, 6, 4)[1]
     labels = list(dict.fromkeys(label for label, _, _ in runs))
@@ -205,9 +170,8 @@ def curves(
     for label, seed, points in runs:
         tip = f"{label}, seed {seed}\nlast {points[-1][1]:.2f}\n{len(points)} evaluations"
         look = dict(color=colours[label], linestyle=dashes[label], linewidth=1.4, alpha=0.85)
-        axes.plot(
-            *zip(*points), marker="." if len(points) < 3 else None, gid=mark(family(label), tip), **look
-        )
+        look["marker"] = "." if len(points) < 3 else None
+        axes.plot(*zip(*points), gid=mark(family(label), tip), **look)
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.grid(alpha=0.25)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -284,9 +248,5 @@ def svg(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results"}):
         figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
     text = output.getvalue()
-    return re.sub(
-        r' (?:width|height)="[\d.]+pt"|\s*<metadata>.*?</metadata>',
-        "",
-        text[text.index("<svg") :],
-        flags=re.DOTALL,
-    )
+    unwanted = r' (?:width|height)="[\d.]+pt"|\s*<metadata>.*?</metadata>'
+    return re.sub(unwanted, "", text[text.index("<svg") :], flags=re.DOTALL)

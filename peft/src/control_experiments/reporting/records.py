@@ -3,14 +3,13 @@
 Columns (missing where a kind has no such thing):
 
 - `whose`: "ours" (shipped, below `published/`), "yours" (any other run of such a folder) or "paper".
-- `kind`: "run" (a training with its scores), "search" (a run that chose a learning rate), "step" (scripts/bench_memory.py), "longest" and "profile" (its
-  --limit and --profile), "recipe step" (LLaMA's shapes), "quantized step", "vit step", "throughput", "batches",
-  "padding" and "scaling".
+- `kind`: "run" (a training with its scores), "search" (a run that chose a learning rate), "step" (scripts/bench_memory.py),
+  "longest" and "profile" (its --limit and --profile), "throughput", "batches", "padding" and "scaling".
 - `links`: (text, file) of the records behind the row, files relative to the results folder.
 - `domain`, `section` (model and setting: a heading of a table), `task`, `row` (method with what else tells rows apart),
   `method`, `seed`, `n` (1 for a record).
 - `last`, `best` and the commonsense test sets: percent. `trained`: parameters. `peak`, `weights`, `state`,
-  `activations`, `over` (peak over the weights): bytes. `seconds`: of the training, or of a step. `rate`: examples or
+  `activations`, `over` (peak over the weights): bytes; `gib`: the peak in GiB. `seconds`: of the training, or of a step. `rate`: examples or
   tokens a second.
 - `shared`, `own`: conditions that all runs of a comparison, or all seeds of a row, must have in common.
 - `problem`: why the record must not be shown, and `usable`: whether all of its row may be. `notes`: what a reader has to know about its figures.
@@ -31,11 +30,11 @@ from ..record import RunRecord, read_json, read_record
 
 #: Folders whose runs belong to no comparison of methods: a demonstration, runs that vary settings, and our own tables.
 LEFT_OUT = ("quickstart", "ablations", "mine", "logs")
-_TEXTS = """whose kind domain section task row method stored mode attention way batch shard error problem""".split()  # noqa: SIM905
+_TEXTS = """whose kind domain section task row method mode way attention batch shard error problem""".split()  # noqa: SIM905
 _NUMBERS = """n seed last best trained lr peak allocated gib weights state activations over seconds rate no_match
 limit longest processes tokens baseline speedup answers_agree questions efficiency share sent apart
 repeat""".split()  # noqa: SIM905
-_OBJECTS = """links notes shared own record folder published""".split()  # noqa: SIM905
+_OBJECTS = """links notes shared own record folder published timed""".split()  # noqa: SIM905
 SEARCH = "learning_rate_search"
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 #: Columns of the commonsense tables, in the paper's order.
@@ -47,6 +46,8 @@ SHARED_GPU = "Not shown: other processes used the GPU at the same time."
 RESIDENT = "Resident memory of the whole process on a CPU, not comparable with a GPU's."
 #: Ranks that need no mention in a method's label; other domains always mention them.
 _USUAL_RANKS = {"roberta": (16, 8), "qcontrol": (16, 8), "vit": (16, 1)}
+#: LLaMA's records name their targets always: those of the recipes need no mention.
+_RECIPE_TARGETS = ({"q_proj", "k_proj", "v_proj"}, {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"})
 #: Hyperparameters in which methods may differ from each other, but seeds of one method may not.
 _METHODS_OWN = ("lr", "learning_rate", "memory", "cuda_graphs", "gradient_checkpointing", "shard", "lora_", "control_")  # fmt: skip
 #: Hyperparameters that change neither what is learned nor what it costs, or that name what is compared.
@@ -78,52 +79,50 @@ def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
         file = path.relative_to(root)
         own = not shipped or file.parts[0] == "published"
         place = file.parts[1:] if shipped and own else file.parts
-        if len(place) < 2 or set(place) & set(LEFT_OUT) or path.suffix != ".json":
+        if len(place) < 2 or set(place) & set(LEFT_OUT):
             continue
+        common = {
+            "whose": "ours" if own else "yours",
+            "n": 1,
+            "notes": (),
+            "problem": "",
+            "files": [("", path.name)],
+        }
         try:
             for row in _rows(path, place):
-                parts = row.pop("files", [("", path.name)])
-                links = [(text, (file.parent / part).as_posix()) for text, part in parts]
-                common = {
-                    "whose": "ours" if own else "yours",
-                    "n": 1,
-                    "links": links,
-                    "notes": (),
-                    "problem": "",
-                }
-                rows.append(common | row)
+                row = common | row
+                links = [(text, (file.parent / part).as_posix()) for text, part in row.pop("files")]
+                rows.append(row | {"links": links})
         except UserError as error:
             problems.append(str(error).replace(str(path), file.as_posix()))
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             problems.append(
                 f"{file.as_posix()} is a broken record ({error} is missing): delete it and run again"
             )
-    columns = dict.fromkeys([*_TEXTS, *_NUMBERS, *_OBJECTS, "timed", *(key for row in rows for key in row)])
+    columns = dict.fromkeys([*_TEXTS, *_NUMBERS, *_OBJECTS, *(key for row in rows for key in row)])
     frame = pd.DataFrame(rows, columns=list(columns)).astype(dict.fromkeys(_NUMBERS, float))
     frame[_TEXTS] = frame[_TEXTS].astype(object).where(frame[_TEXTS].notna(), "")
-    frame["timed"] = [value is True for value in frame.timed]
-    _mark_shared_gpus(frame)
+    frame["timed"] = frame.timed.eq(True)
     problems += _mark_unequal(frame)
-    place = ["whose", "kind", "domain", "section", "task", "row"]
-    frame["usable"] = (
-        ~(frame.problem != "").groupby([frame[name] for name in place]).transform("any")
-        if len(frame)
-        else True
-    )
+    row = [frame[name] for name in ("whose", "kind", "domain", "section", "task", "row")]
+    frame["usable"] = ~(frame.problem != "").groupby(row).transform("any") if len(frame) else True
     return frame, problems
 
 
 def _rows(path: Path, place: tuple[str, ...]) -> Iterator[dict]:
     """What one JSON file holds, by where it lies and what it says."""
     top, name = place[0], path.name
-    if name == "record.json" or place[:2] == ("vit", "memory"):
-        record, above = read_record(path), path.parents[1] / "record.json"
-        if name == "record.json" and above.is_file() and _evaluates(record, read_record(above)):
+    if name == "record.json":
+        record, above = read_record(path), path.parents[1] / name
+        if above.is_file() and _evaluates(record, read_record(above)):
             return  # read with its training
-        answered = "questions_per_second_batch_one" in (record.metrics.get("last") or {})
-        kind = "batches" if answered else _KINDS.get(record.task) if record.domain != "roberta" else None
-        yield from _measured(record, kind) if kind else _run(path, record, place)
-    elif top == "memory" or top == "scaling" or name.startswith("benchmark_padding"):
+        if "questions_per_second_batch_one" in (record.metrics.get("last") or {}):
+            yield _batches(record)
+        elif record.task == "throughput":
+            yield from _throughput(record)
+        else:
+            yield from _run(path, record, place)
+    elif top in ("memory", "scaling") or name.startswith("benchmark_padding"):
         contents = read_json(path)
         if not isinstance(contents, dict) or contents.get("schema", 1) != 1:
             raise UserError(f"{path} is no benchmark of schema 1: delete it and measure again")
@@ -143,9 +142,8 @@ def _run(path: Path, record: RunRecord, place: tuple[str, ...]) -> Iterator[dict
     """A training with its scores, a row for each evaluation that lies below it."""
     below = [(file, read_record(file)) for file in sorted(path.parent.glob("*/record.json"))]
     found = [(file, scored) for file, scored in below if _evaluates(scored, record)]
-    if (
-        not found and _scores(record, "last") and (record.domain != "vit" or record.history)
-    ):  # a ViT's without is a test of another's adapter
+    # a ViT's without a history is a test of another's adapter
+    if not found and _scores(record, "last") and (record.domain != "vit" or record.history):
         found = [(path, record)]
     for file, scored in found:
         yield _scored(path, record, file, scored, place)
@@ -156,11 +154,11 @@ def _scored(path: Path, record: RunRecord, file: Path, scored: RunRecord, place:
     if file != path:
         files.append(("answers", file.relative_to(path.parent).as_posix()))
     last, best = _scores(scored, "last"), _scores(scored, "best")
-    llama, options, limit = record.task.startswith("commonsense"), record.hyperparameters, scored.hyperparameters.get("limit")  # fmt: skip
+    llama, options = record.task.startswith("commonsense"), record.hyperparameters
+    limit = scored.hyperparameters.get("limit")
     domain = "llama" if llama else "qcontrol" if place[0] == "qcontrol" else record.domain
-    model = (
-        record.model.get("class") if domain == "vit" else None
-    )  # a ViT's weights come under many file names
+    # a ViT's weights come under many file names
+    model = record.model.get("class") if domain == "vit" else None
     quantization = options.get("quantization") or "none"
     setting = [
         quantization if quantization != "none" else UNQUANTIZED if domain == "qcontrol" else "",
@@ -172,19 +170,28 @@ def _scored(path: Path, record: RunRecord, file: Path, scored: RunRecord, place:
     ]
     memory, time = record.memory, record.time
     resumed, measured = time.get("resumed_from_step") is not None, memory.get("peak_allocated_bytes")
-    notes = [] if measured or memory.get("kind") != "resident set" else [RESIDENT]
-    if resumed:
-        notes.append(f"{record.name} was resumed, so its record covers only a part of the memory and time.")
+    shared_gpu = record.device.get("kind") == "cuda" and bool(memory.get("other_processes_bytes"))
+    notes = {
+        RESIDENT: not measured and memory.get("kind") == "resident set",
+        f"{record.name} was resumed, so its record covers only a part of the memory and time.": resumed,
+        SHARED_GPU: shared_gpu,
+    }
+    figures = {
+        "peak": not resumed and (measured or memory.get("peak_resident_bytes")),
+        "allocated": not resumed and measured,
+        "seconds": not resumed and not shared_gpu and time.get("train_seconds"),
+        "rate": not resumed
+        and not shared_gpu
+        and time.get("tokens_per_second" if llama else "examples_per_second"),
+    }
     shared, own = _conditions(record, scored if scored is not record else None)
     return {
         "kind": "search" if SEARCH in place else "run", "files": files, "domain": domain, "task": "commonsense" if llama else record.task,
         "section": ", ".join(filter(None, [(model or str(record.model["id"]).rpartition("/")[2]).lower(), *setting])),
         "row": _label(domain, record.method, options), "method": record.method, "seed": record.seed,
-        **last, "best": best["last"], "trained": record.adapter.get("trainable_parameters"),
-        "lr": options.get("lr"), "peak": None if resumed else measured or memory.get("peak_resident_bytes"),
-        "allocated": None if resumed else measured, "seconds": None if resumed else time.get("train_seconds"),
-        "rate": None if resumed else time.get("tokens_per_second" if llama else "examples_per_second"),
-        "no_match": scored.metrics["last"].get("no_match"), "shared": shared, "own": own, "notes": tuple(notes),
+        **last, "best": best["last"], "trained": record.adapter.get("trainable_parameters"), "lr": options.get("lr"),
+        **{name: figure or None for name, figure in figures.items()}, "no_match": scored.metrics["last"].get("no_match"),
+        "shared": shared, "own": own, "notes": tuple(note for note, holds in notes.items() if holds),
         "record": record, "folder": file.parent,
     }  # fmt: skip
 
@@ -209,9 +216,10 @@ def _label(domain: str, method: str, options: dict) -> str:
         rank = options.get(f"{part}_rank")
         if (part in method or (part == "lora" and "dora" in method)) and rank not in (None, usual):
             ranks.append("matched" if rank == 0 else f"r{rank}")
+    targets = options.get("lora_targets") or []
     parts = [
         " ".join([method, "+".join(ranks)]).strip(),
-        f"on {'+'.join(options['lora_targets'])}" if options.get("lora_targets") else "",
+        f"on {'+'.join(targets)}" if targets and set(targets) not in _RECIPE_TARGETS else "",
         options.get("memory") if options.get("memory") != "plain" else "",
         "graphs" if options.get("cuda_graphs") else "",
         "checkpointing" if options.get("gradient_checkpointing") else "",
@@ -221,6 +229,7 @@ def _label(domain: str, method: str, options: dict) -> str:
 
 
 def _conditions(record: RunRecord, evaluation: RunRecord | None) -> tuple[dict[str, str], dict[str, str]]:
+    """(what all runs of a comparison share, what seeds of one method share), as texts."""
     shared, own, llama = {}, {}, record.task.startswith("commonsense")
     for name, value in record.hyperparameters.items():
         # the paper's recipe for LLaMA-2-7B has another batch for control+lora than for double control
@@ -228,35 +237,20 @@ def _conditions(record: RunRecord, evaluation: RunRecord | None) -> tuple[dict[s
             own[name] = str(value)
         elif name not in _NEUTRAL:
             shared[name] = str(value)
-    shared |= {"device": record.device["name"], "torch": str(_torch(record.versions))}
-    for what in ("model", "data"):
-        shared[what] = str(getattr(record, what).get("sha256") or getattr(record, what).get("revision"))[:12]
-    if evaluation is None and llama:  # zero-shot: nothing of it is training
-        shared = {
-            f"evaluation {name}": value for name, value in shared.items() if name not in ("device", "torch")
+    for what in (record.model, record.data):
+        shared["model" if what is record.model else "data"] = str(what.get("sha256") or what.get("revision"))[
+            :12
+        ]
+    asked = shared if llama else {}  # zero-shot: nothing of it is training
+    if evaluation or not llama:
+        shared |= {"device": record.device["name"], "torch": str(_torch(record.versions))}
+    if evaluation:
+        asked = {
+            name: str(value) for name, value in evaluation.hyperparameters.items() if name not in _NEUTRAL
         }
-    elif evaluation is not None:
-        asked = evaluation.hyperparameters | {"data": str(evaluation.data.get("sha256"))[:12]}
-        shared |= {
-            f"evaluation {name}": str(value)
-            for name, value in asked.items()
-            if name == "data" or name not in _NEUTRAL
-        }
-    shared.pop("evaluation batch_size", None)
-    return shared, own
-
-
-def _mark_shared_gpus(frame: pd.DataFrame) -> None:
-    """Take the times of runs that shared their GPU: as the meter saw, or (older records) overlapping another's."""
-    for _, records in frame[frame.kind == "run"].groupby("whose").record:
-        for index, one in records.items():
-            seen = one.memory.get("other_processes_bytes")
-            if one.device.get("kind") == "cuda" and (seen > 0 if seen is not None else any(
-                other is not one and other.device.get("name") == one.device["name"]
-                and one.created < other.finished and other.created < one.finished for other in records
-            )):  # fmt: skip
-                frame.loc[index, ["seconds", "rate"]] = None
-                frame.at[index, "notes"] += (SHARED_GPU,)
+        asked["data"] = str(evaluation.data.get("sha256"))[:12]
+    asked = {f"evaluation {name}": value for name, value in asked.items() if name != "batch_size"}
+    return (shared | asked if evaluation or not llama else asked), own
 
 
 def _mark_unequal(frame: pd.DataFrame) -> list[str]:
@@ -264,21 +258,17 @@ def _mark_unequal(frame: pd.DataFrame) -> list[str]:
     a seed. Rows with a run that differs get a `problem`; returned are the problems."""
     found: dict[int, str] = {}
     runs, keys = frame[frame.kind == "run"], ["whose", "domain", "section", "task", "row"]
-    for places, what, others in (
-        (keys[:-1], "shared", "the others of its comparison"),
-        (keys, "own", "other seeds of its row"),
-    ):
+    others = {"shared": "the others of its comparison", "own": "other seeds of its row"}
+    for what, places in (("shared", keys[:-1]), ("own", keys)):
         for _, group in runs.groupby(places):
             conditions = pd.DataFrame(list(group[what]), index=group.index)
             usual = conditions.mode().iloc[0] if len(conditions.columns) else {}
             wrong = conditions.notna() & (conditions != usual)
             for index in group.index[wrong.any(axis=1)]:
                 name = wrong.columns[wrong.loc[index]][0]
-                message = f"{group.links[index][0][1]} was run with {name} {conditions[name][index]}, {others} with {usual[name]}"
-                found.setdefault(
-                    index,
-                    f"{message}: run it again under equal conditions, or move it to another results folder",
-                )
+                differs = f"with {name} {conditions[name][index]}, {others[what]} with {usual[name]}"
+                remedy = "run it again under equal conditions, or move it to another results folder"
+                found.setdefault(index, f"{group.links[index][0][1]} was run {differs}: {remedy}")
     twice = runs[runs.duplicated([*keys, "seed"], keep=False)]
     for (*_, row, seed), group in twice.groupby([*keys, "seed"]):
         files = " and ".join(links[0][1] for links in group.links)
@@ -301,95 +291,79 @@ def _where(device: str, versions: dict | None) -> str:
     return ", ".join([device, *(f"torch {torch}" for torch in [_torch(versions)] if torch)])
 
 
-def tokens_of(file: dict) -> int:
-    """Tokens of each row of a file of scripts/bench_memory.py, as they were measured.
-
-    Older files of a ViT note the option's default of 1,024; what was measured is in the rate.
-    """
-    batch = file["options"]["batch"]
-    rates = [
-        r["tokens_per_second"] * r["step_seconds"] / batch for r in file["results"] if "step_seconds" in r
-    ]
-    return round(rates[0]) if rates else file["options"]["tokens"]
-
-
 def _steps(file: dict) -> Iterator[dict]:
     """A file of scripts/bench_memory.py: a row for each method and repeat."""
-    options, where = file["options"], _where(file["device"], file.get("versions"))
-    shape, limit = options["shape"], options.get("limit")
-    section = file.get("setting") or f"{shape}, {options['batch']} x {tokens_of(file)} tokens"
-    if limit:
-        section = f"{shape}, batch {options['batch']}: longest sequence within {limit:g} GiB"
+    o = file["options"]
+    shape, limit = o["shape"], o.get("limit")
+    section = file.get("setting") or f"{shape}, {o['batch']} x {o['tokens']} tokens"
+    section = f"{shape}, batch {o['batch']}: longest sequence within {limit:g} GiB" if limit else section
     domain = next((name for name in ("vit", "roberta") if name in shape), "llama")
     for result in file["results"]:
-        row = {"domain": domain, "section": f"{section}, {where}", "row": result["method"], "method": result["method"], "task": shape,
-               "limit": limit, "error": result.get("error", "")}  # fmt: skip
+        name, memory = result["method"], result.get("memory") or {}
+        name += ":plain" if "control" in name and ":" not in name else ""
+        shared = memory.get("other_processes_bytes")
+        row = {
+            "domain": domain, "section": f"{section}, {_where(file['device'], file.get('versions'))}", "row": name,
+            "method": name, "task": shape, "tokens": o["tokens"], "limit": limit, "error": result.get("error", ""),
+        }  # fmt: skip
         if limit:
             yield row | {"kind": "longest", "longest": result.get("longest_tokens")}
-        elif options.get("profile"):
-            if "kernels" in result:
-                kinds = dict.fromkeys(KERNELS, 0.0)
-                for kernel in result["kernels"]:
-                    kind = next(
-                        kind for kind, names in KERNELS.items() if re.search(names, kernel["name"].lower())
-                    )
-                    kinds[kind] += kernel["seconds"]
-                row |= {"kind": "profile", "all": sum(kinds.values()), "seconds": result["step_seconds"]}
-                yield row | kinds
-        elif "step_seconds" in result:
-            row |= {"kind": "step", "trained": result["trained_parameters"], "weights": result["static_bytes"], "over": result["over_static_bytes"]}  # fmt: skip
+        elif "step_seconds" not in result:
+            if not o.get("profile"):
+                yield row | {"kind": "step", "error": result.get("error", "no result")}
+        elif o.get("profile"):
+            kinds = dict.fromkeys(KERNELS, 0.0)
+            for kernel in result["kernels"]:
+                name = kernel["name"].lower()
+                kinds[next(kind for kind in KERNELS if re.search(KERNELS[kind], name))] += kernel["seconds"]
+            yield (
+                row
+                | kinds
+                | {"kind": "profile", "all": sum(kinds.values()), "seconds": result["step_seconds"]}
+            )
+        else:
+            row |= {
+                "kind": "step", "trained": result["trained_parameters"], "weights": result["static_bytes"],
+                "over": result["over_static_bytes"], "peak": result["peak_bytes"], "gib": result["peak_bytes"] / 2**30,
+                "state": memory.get("adapter_and_optimizer_bytes"), "activations": memory.get("activations_bytes"),
+                "notes": (SHARED_GPU,) if shared else (),
+            }  # fmt: skip
             tokens = result["tokens_per_second"] * result["step_seconds"]
             for number, seconds in enumerate(result.get("step_seconds_repeats") or [result["step_seconds"]]):
-                yield row | {"repeat": number, "seconds": seconds, "rate": tokens / seconds}
-        else:
-            yield row | {"kind": "step", "error": result.get("error", "no result")}
+                timed = {} if shared else {"seconds": seconds, "rate": tokens / seconds}
+                yield row | timed | {"repeat": number}
 
 
-#: Task of a record -> its kind here.
-_KINDS = {"shape benchmark": "recipe step", "memory benchmark": "quantized step", "memory": "vit step", "throughput": "throughput"}  # fmt: skip
 #: Ways of batching in LlaMA/benchmark_throughput.py, and what they are.
 WAYS = {"published": "the published micro-batches, padded", "packed": "the same steps, packed", "large": "packed, more rows a step"}  # fmt: skip
 
 
-def _measured(record: RunRecord, kind: str) -> Iterator[dict]:
-    """A record without a score: a step over random weights, ways of batching, or answers in batches."""
-    o, memory, last = record.hyperparameters, record.memory, record.metrics.get("last") or {}
-    alone, peak, weights = not memory.get("other_processes_bytes"), memory.get("peak_allocated_bytes"), memory.get("weights_bytes")  # fmt: skip
-    name, where = record.model["id"].rpartition("/")[2], _where(record.device["name"], record.versions)
+def _measured(record: RunRecord, kind: str) -> tuple[dict, str, str]:
+    """What throughput and answers in batches have in common, the model's name, and where they were measured."""
+    shared = record.memory.get("other_processes_bytes")
+    name = record.model["id"].rpartition("/")[2]
     row = {
         "kind": kind, "domain": record.domain, "task": name, "row": record.method, "method": record.method, "record": record,
-        "trained": record.adapter.get("trainable_parameters"), "weights": weights, "state": memory.get("adapter_and_optimizer_bytes"),
-        "activations": memory.get("activations_bytes"), "peak": peak or memory.get("peak_resident_bytes"), "allocated": peak,
-        "gib": peak and peak / 2**30, "over": peak - weights if peak and weights is not None else None, "mode": o.get("mode", o.get("memory")),
-        "rate": record.time.get("tokens_per_second") if alone else None, "timed": alone and record.device.get("kind") == "cuda",
-        "notes": () if alone else (SHARED_GPU,),
+        "mode": record.hyperparameters.get("mode"), "timed": not shared and record.device.get("kind") == "cuda",
+        "notes": (SHARED_GPU,) if shared else (),
     }  # fmt: skip
-    if kind == "vit step":
-        section = f"{record.model['class']}, batch {o['batch_size']}, {o['image_size']} pixels, {o['autocast']}, {record.device['name']}"
-        yield row | {"section": section, "task": record.model["class"], "attention": o["attention"], "seconds": record.metrics["milliseconds_per_step"] / 1000}  # fmt: skip
-    elif kind == "throughput":
-        recipe = f"{o['batch_size']} rows a step, at most {o['cutoff']} tokens each, {o['dtype']}"
-        section = f"{name}, {record.method}, memory mode {o['memory']}, {recipe}, {where}"
-        for way, what in WAYS.items():
-            yield row | last[way] | {"section": section, "way": f"{way}: {what}"}
-    elif kind == "batches":
-        base = name + (f", {o['quantization']}" if o["quantization"] != "none" else "")
-        yield (
-            row
-            | last
-            | {"section": f"{base}, {o['dtype']}, {where}", "batch": f"{last['batch_size']} together"}
-        )
-    else:
-        shape, batch, tokens = (o["shape"], o["batch"], o["tokens"]) if "shape" in o else (
-            name.removeprefix("random "), o["micro_batch_size"], o["cutoff"])  # fmt: skip
-        ranks = f"ranks {o['control_rank']} and {o['lora_rank']}"
-        row |= {
-            "section": f"{shape}, {batch} x {tokens} tokens, {o['dtype']}, {ranks}, {where}",
-            "task": shape,
-            "tokens": tokens,
-        }
-        row["notes"] += () if peak else (RESIDENT,)
-        yield row | {"stored": o.get("weights"), "seconds": last["seconds_per_step"] if alone else None}
+    return row, name, _where(record.device["name"], record.versions)
+
+
+def _throughput(record: RunRecord) -> Iterator[dict]:
+    o, (row, name, where) = record.hyperparameters, _measured(record, "throughput")
+    recipe = f"{o['batch_size']} rows a step, at most {o['cutoff']} tokens each, {o['dtype']}"
+    section = f"{name}, {record.method}, memory mode {o['memory']}, {recipe}, {where}"
+    for way, what in WAYS.items():
+        yield row | record.metrics["last"][way] | {"section": section, "way": f"{way}: {what}"}
+
+
+def _batches(record: RunRecord) -> dict:
+    o, last, (row, name, where) = record.hyperparameters, record.metrics["last"], _measured(record, "batches")
+    base = name if o["quantization"] == "none" else f"{name}, {o['quantization']}"
+    return (
+        row | last | {"section": f"{base}, {o['dtype']}, {where}", "batch": f"{last['batch_size']} together"}
+    )
 
 
 def _padding(file: dict) -> Iterator[dict]:
@@ -400,13 +374,13 @@ def _padding(file: dict) -> Iterator[dict]:
 
 def _scaling(file: dict) -> Iterator[dict]:
     """A file of scripts/bench_scaling.py; efficiency is the step time of one process over this one's, in percent."""
-    o, where = file["options"], _where(file["device"], file.get("versions"))
+    o, results = file["options"], file["results"]
     what = (
         f"longest sequence, batch {o['batch']}"
         if o.get("longest")
         else f"{o['batch']} x {o['tokens']} tokens"
     )
-    results = file["results"]
+    section = f"{o['shape']}, {what} a process, {_where(file['device'], file.get('versions'))}"
     alone = {(r["method"], r["shard"]): r.get("step_seconds") for r in results if r["processes"] == 1}
     lora = {
         (r["shard"], r["processes"]): r.get("peak_bytes_per_process")
@@ -414,20 +388,18 @@ def _scaling(file: dict) -> Iterator[dict]:
         if r["method"] == "lora"
     }
     for r in results:
-        single = alone.get((r["method"], r["shard"]))
-        row = {"kind": "scaling", "domain": "llama", "section": f"{o['shape']}, {what} a process, {where}", "row": r["method"], "method": r["method"],
-               "task": o["shape"], "shard": r["shard"], "processes": r["processes"], "error": r.get("error", ""), "longest": r.get("longest_tokens"),
-               "rate": r.get("tokens_per_second"), "seconds": r.get("step_seconds"), "peak": r.get("peak_bytes_per_process"), "sent": r.get("sent_bytes_per_process"),
-               "apart": r.get("loss_distance")}  # fmt: skip
-        if r["processes"] > 1 and single and "step_seconds" in r:
-            row["efficiency"] = 100 * single / r["step_seconds"]
-        if (other := lora.get((r["shard"], r["processes"]))) and r.get("peak_bytes_per_process"):
-            row["share"] = 100 * r["peak_bytes_per_process"] / other
-        if "ended_by" in r:
-            row["notes"] = (
-                f"{r['method']}, {r['shard']}, {r['processes']}: the next attempt ended by {r['ended_by']}.",
-            )
-        yield row
+        method, shard, processes = r["method"], r["shard"], r["processes"]
+        seconds, peak = r.get("step_seconds"), r.get("peak_bytes_per_process")
+        single, other = alone.get((method, shard)), lora.get((shard, processes))
+        ended = f"{method}, {shard}, {processes}: the next attempt ended by {r.get('ended_by')}."
+        yield {
+            "kind": "scaling", "domain": "llama", "section": section, "row": method, "method": method, "task": o["shape"],
+            "shard": shard, "processes": processes, "error": r.get("error", ""), "longest": r.get("longest_tokens"),
+            "rate": r.get("tokens_per_second"), "seconds": seconds, "peak": peak, "sent": r.get("sent_bytes_per_process"),
+            "apart": r.get("loss_distance"), "share": 100 * peak / other if peak and other else None,
+            "efficiency": 100 * single / seconds if single and seconds and processes > 1 else None,
+            "notes": (ended,) if "ended_by" in r else (),
+        }  # fmt: skip
 
 
 # -- the paper ------------------------------------------------------------------------------------------------

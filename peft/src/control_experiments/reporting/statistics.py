@@ -67,19 +67,14 @@ class Test:
 
     @property
     def differences(self) -> np.ndarray:
-        return np.array(
-            [
-                100 * (one / other - 1) if self.unit == "%" else one - other
-                for one, other in self.pairs.values()
-            ]
-        )
+        one, other = np.array(list(self.pairs.values()), float).T
+        return 100 * (one / other - 1) if self.unit == "%" else one - other
 
     @property
     def below_majority(self) -> bool:
         """Whether not even the better method's mean is above the most frequent class: such a test does not count."""
-        return (
-            self.floor is not None and max(np.mean(list(self.pairs.values()), axis=0)) <= self.floor + 0.005
-        )
+        means = np.mean(list(self.pairs.values()), axis=0)
+        return self.floor is not None and max(means) <= self.floor + 0.005
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -126,15 +121,11 @@ def interval(tests: Sequence[Test], more: int = 0) -> tuple[float, float] | None
         parts.append((test.differences.var(ddof=1) / n / len(tests) ** 2, n - 1))
         if test.examples:
             parts.append((test.examples / len(tests) ** 2, math.inf))
-    mean, variance = (
-        float(np.mean([test.differences.mean() for test in tests])),
-        sum(part for part, _ in parts),
-    )
+    mean, variance = np.mean([test.differences.mean() for test in tests]), sum(part for part, _ in parts)
     squares = sum(part**2 / degrees for part, degrees in parts)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, variance**2 / squares if squares else math.inf) * math.sqrt(
-        variance
-    )
-    return (mean - half, mean + half)
+    degrees = variance**2 / squares if squares else math.inf
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, degrees) * math.sqrt(variance)
+    return (float(mean - half), float(mean + half))
 
 
 @dataclass
@@ -211,9 +202,8 @@ def read_outcomes(folder: Path) -> dict[str, np.ndarray] | None:
         order = np.lexsort((found["example"], found["group"]))
         return {name: value[order] if value.ndim else value for name, value in found.items()}
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"outcomes in {folder} cannot be read ({error}): delete them, or run again"
-        ) from error
+        told = f"outcomes in {folder} cannot be read ({error}): delete them, or run again"
+        raise UserError(told) from error
 
 
 def example_variance(pairs: Sequence[tuple[Path, Path]]) -> float | None:
@@ -223,22 +213,18 @@ def example_variance(pairs: Sequence[tuple[Path, Path]]) -> float | None:
     if not found or any(one is None for one in found):
         return None
     first = found[0]
-    names = ("example", "group")
-    if any(
-        len(one["example"]) != len(first["example"]) or (one[name] != first[name]).any()
-        for one in found
-        for name in names
-    ):
+    if not all(np.array_equal(one[name], first[name]) for one in found for name in ("example", "group")):
         return None
     variances = []
     for group in np.unique(first["group"]):
         inside = first["group"] == group
         if "correct" in first:
             scores = np.array([one["correct"][inside] for one in found])
-            columns, score = (
-                ((scores[0::2] - scores[1::2]).mean(axis=0),),
-                lambda x, axis: 100 * x.mean(axis=axis),
-            )
+            columns = ((scores[0::2] - scores[1::2]).mean(axis=0),)
+
+            def score(x, axis):
+                return 100 * x.mean(axis=axis)
+
             options = {"vectorized": True}
         else:
             columns = [one[name][inside] for one in found for name in ("prediction", "label")]
@@ -249,13 +235,7 @@ def example_variance(pairs: Sequence[tuple[Path, Path]]) -> float | None:
                 return 100 * (np.mean(scores[0::2]) - np.mean(scores[1::2]))
 
             options = {"vectorized": False, "paired": True}
-        done = stats.bootstrap(
-            columns,
-            score,
-            n_resamples=RESAMPLES,
-            method="percentile",
-            rng=np.random.default_rng(0),
-            **options,
-        )
+        options |= {"n_resamples": RESAMPLES, "method": "percentile", "rng": np.random.default_rng(0)}
+        done = stats.bootstrap(columns, score, **options)
         variances.append(done.standard_error**2)
     return float(np.sum(variances) / len(variances) ** 2)

@@ -6,6 +6,7 @@ a row come from the records that its last column links to.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,8 @@ _UNITS = {"MiB": 2**-20, "GB": 1e-9, "MB": 1e-6, "ms": 1e3}
 #: Figures that not every row can have: of one process there is no efficiency.
 _PARTLY = ("efficiency", "losses apart", "/ fastest", "/ leanest", "times published", "same as published")
 #: Quantity of a published figure -> the header that it belongs under.
-_HEADERS = {"best score": "best", "peak memory": "peak MiB", "training time": "train s", "trained parameters": "trained parameters"}  # fmt: skip
+_HEADERS = {"best score": "best", "peak memory": "peak MiB", "training time": "train s"}
+_HEADERS |= {"trained parameters": "trained parameters"}
 
 
 @dataclass
@@ -107,7 +109,7 @@ def _sorted(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 def bare(label: object) -> str:
     """A row's label without ranks and modes: "control r64, lean" is "control"."""
-    return pd.Series([str(label)]).str.split(r",| r\d| matched", regex=True).str[0].iloc[0]
+    return re.split(r",| r\d| matched", str(label))[0]
 
 
 def _runs(frame: pd.DataFrame, paper: Paper, specification: dict) -> pd.DataFrame:
@@ -135,7 +137,7 @@ def _runs(frame: pd.DataFrame, paper: Paper, specification: dict) -> pd.DataFram
 def _printed(paper: Paper, specification: dict) -> pd.DataFrame:
     """The paper's figures of a table, a row for each model, task and method, with the figures in column `published`."""
     rows: dict[tuple, dict] = {}
-    table = specification.get("paper", "")
+    table, domain = specification.get("paper", ""), specification["runs"]
     for figure in paper.figures[paper.figures.table == table].itertuples():
         header = figure.column if figure.quantity == "score" else _HEADERS.get(figure.quantity)
         if header and figure.quantity not in specification.get("published", ()):
@@ -144,7 +146,7 @@ def _printed(paper: Paper, specification: dict) -> pd.DataFrame:
             row = {
                 "whose": "paper",
                 "n": 0,
-                "domain": specification["runs"],
+                "domain": domain,
                 "section": section,
                 "task": task,
                 "row": figure.row,
@@ -181,9 +183,7 @@ def _with_frontier(steps: pd.DataFrame) -> pd.DataFrame:
     setting = ["whose", "section"]
     steps = steps[steps.seconds.notna() | ~steps.duplicated([*setting, "row"], keep=False)]
     means = step_means(steps)
-    loras = (
-        means.query("row.str.startswith('lora')", engine="python").groupby(setting)[["seconds", "over"]].min()
-    )
+    loras = means[means.index.get_level_values("row").str.startswith("lora")].groupby(setting).min()
     steps = steps.join(means, on=[*setting, "row"], rsuffix="_mean").join(loras, on=setting, rsuffix="_lora")
     frontier = steps.frontier.map({True: "yes", False: "no"}).fillna("")
     return steps.assign(
@@ -216,21 +216,15 @@ def _line(
         return text + "".join(f" <sup>{notes.index(reason) + 1}</sup>" for reason in reasons)
 
     first, paper = group.iloc[0], group.whose.iloc[0] == "paper"
-    links = [(text, file) for part in group.links for text, file in part]
-    links = list(
-        dict.fromkeys(
-            (text or str(1 + number), file) for number, (text, file) in enumerate(dict.fromkeys(links))
-        )
-    )
+    links = dict.fromkeys((text, file) for part in group.links for text, file in part)
+    links = list(dict.fromkeys((text or str(number), file) for number, (text, file) in enumerate(links, 1)))
     problems = list(dict.fromkeys(filter(None, group.problem)))
     reasons = list(dict.fromkeys(note for part in group.notes for note in part))
     measured = group[group.error == ""]
     count = len(measured) if links and not problems else 0
     reasons += [] if len(measured) else [f"{first.row}: {error}." for error in group.error]
-    line = {
-        header: f"{first[column]:g}" if isinstance(first[column], float) else str(first[column])
-        for header, column in keys.items()
-    }
+    line = {header: first[column] for header, column in keys.items()}
+    line = {header: f"{key:g}" if isinstance(key, float) else str(key) for header, key in line.items()}
     line |= {"whose": first.whose, "n": "" if paper else count}
     data, said = dict(line), []
     for header, specification in figures.items():
@@ -239,34 +233,24 @@ def _line(
         values = (
             measured[column].dropna().astype(float) * factor if column in group else pd.Series(dtype=float)
         )
-        if paper:
-            figure = first.published.get(header)
-            note = (
-                [f"{figure.note[0].upper()}{figure.note[1:]}."]
-                if figure and isinstance(figure.note, str)
-                else []
-            )
+        if paper and (figure := first.published.get(header)):
+            note = [f"{figure.note[0].upper()}{figure.note[1:]}."] if isinstance(figure.note, str) else []
             said += note
-            line[header] = marked(figure.text, note) if figure else NOT_PUBLISHED
-            data |= (
-                {header: figure.value, f"{header} status": figure.status}
-                if figure
-                else {header: NOT_PUBLISHED}
-            )
+            line[header] = marked(figure.text, note)
+            data |= {header: figure.value, f"{header} status": figure.status}
+        elif paper:
+            data[header] = line[header] = NOT_PUBLISHED
         elif count and len(values) == count:
-            constant = values.nunique() == 1
-            line[header] = f"{values.mean():{form}}" + ("" if constant else f" ± {values.std():{form}}")
+            spread = "" if values.nunique() == 1 else f" ± {values.std():{form}}"
+            line[header] = f"{values.mean():{form}}{spread}"
             data |= {header: values.mean()} | ({f"{header} sd": values.std()} if count > 1 else {})
         else:
             there = NOT_MEASURED if count else "failed" if links and not problems else NO_RECORD
             data[header] = line[header] = "" if header.startswith(_PARTLY) or "/ " in header else there
-    line["runs"] = (
-        links if count or paper else marked("left out", problems) if problems else links or NO_RECORD
-    )
+    left_out = marked("left out", problems) if problems and not paper else links or NO_RECORD
+    line["runs"] = links if count or paper else left_out
     noted = [
-        header
-        for header in ("peak MiB", "train s", "ms a step", "longest tokens", "tokens/s")
-        if header in line
+        name for name in ("peak MiB", "train s", "ms a step", "longest tokens", "tokens/s") if name in line
     ]
     if reasons and noted:  # at the figure that is missing, else at the first that the note can be about
         at = next((header for header in noted if line[header] in (NOT_MEASURED, "failed")), noted[0])
@@ -277,16 +261,13 @@ def _line(
 
 def _conditions(part: pd.DataFrame) -> list[str]:
     """One line on what the runs of each task have in common."""
-    lines = []
-    for (task, whose), group in part[(part.kind == "run") & (part.problem == "")].groupby(
-        ["task", "whose"], sort=False
-    ):
+    lines, runs = [], part[(part.kind == "run") & (part.problem == "")]
+    named = ("epochs", "batch_size", "precision", "autocast", "dtype", "augment", "optimizer")
+    for (task, whose), group in runs.groupby(["task", "whose"], sort=False):
         record, facts = group.record.iloc[0], group["shared"].iloc[0]
         torch = ", ".join(sorted({record.versions.get("torch", "?") for record in group.record}))
-        sizes = " + ".join(
-            f"{n:,} {split}" for split, n in record.data.get("sizes", {}).items() if isinstance(n, int)
-        )
-        named = ("epochs", "batch_size", "precision", "autocast", "dtype", "augment", "optimizer")
+        sizes = record.data.get("sizes", {}).items()
+        sizes = " + ".join(f"{n:,} {split}" for split, n in sizes if isinstance(n, int))
         settings = ", ".join(f"{name.replace('_', ' ')} {facts[name]}" for name in named if name in facts)
         mark = "" if whose == "ours" else f" ({whose})"
         lines.append(f"{task}{mark}: {sizes}; {settings}; {record.device['name']}, torch {torch}.")
@@ -325,14 +306,7 @@ def write_tables(tables: list[Table], folder: Path, up: str) -> list[Path]:
     """Write each table as .md and .csv."""
     written = []
     for table in tables:
-        data = (
-            pd.concat([section.data for section in table.sections])
-            if table.sections
-            else pd.DataFrame(columns=["section"])
-        )
-        for suffix, text in (
-            ("md", markdown(table, up)),
-            ("csv", data.to_csv(index=False, lineterminator="\n")),
-        ):
-            written.append(write_text_atomic(folder / f"{table.name}.{suffix}", text))
+        data = pd.concat([section.data for section in table.sections] or [pd.DataFrame(columns=["section"])])
+        texts = {"md": markdown(table, up), "csv": data.to_csv(index=False, lineterminator="\n")}
+        written += [write_text_atomic(folder / f"{table.name}.{kind}", text) for kind, text in texts.items()]
     return written

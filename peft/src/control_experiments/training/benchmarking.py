@@ -25,6 +25,19 @@ EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 _HOW = ("output", "worker", "result", "accumulate")
 
 
+def check_choices(options: object, **choices: Sequence[str] | dict) -> None:
+    """Check that options, or each of several values, are among those named; None was left out and passes.
+
+    Raises:
+        UserError: one is not; the message names it, what was given and what there is.
+    """
+    for name, known in choices.items():
+        given = getattr(options, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value not in known:
+                raise UserError(f"unknown --{name} {value!r}: choose from {', '.join(known)}")
+
+
 # -- timing -----------------------------------------------------------------------------------------------------
 
 
@@ -134,22 +147,15 @@ class Campaign:
     """
 
     #: What each run says anew.
-    ANEW = ("created", "matmul_tflops", "results", "references")
+    ANEW = ("created", "matmul_tflops", "results")
 
     def __init__(
         self, path: Path, options: object, key: Callable[[dict], Hashable], machine: dict, **more: object
     ):
         self.path, self.key = path, key
-        self.record = {
-            "schema": 1,
-            **machine,
-            **more,
-            "versions": package_versions(),
-            "git": git_state(),
-            "created": utc_now(),
-            "options": {name: value for name, value in asdict(options).items() if name not in _HOW},
-            "results": [],
-        }
+        given = {name: value for name, value in asdict(options).items() if name not in _HOW}
+        head = {"versions": package_versions(), "git": git_state(), "created": utc_now()}
+        self.record = {"schema": 1, **machine, **more, **head, "options": given, "results": []}
         self._partial = path.with_suffix(".json.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         places = [self._partial, *([] if self.record["git"]["dirty"] else [path])]
@@ -182,14 +188,14 @@ class Campaign:
         self.results.append(result)
         write_json_atomic(self._partial, self.record)
 
-    def finish(self, order: Sequence[Hashable], **more: object) -> None:
+    def finish(self, order: Sequence[Hashable]) -> None:
         """Put the results in order and the record in its place.
 
         Raises:
             UserError: nothing but failures was measured.
         """
         self.results.sort(key=lambda result: order.index(self.key(result)))
-        write_json_atomic(self._partial, {**self.record, **more})
+        write_json_atomic(self._partial, self.record)
         self._partial.replace(self.path)
         print(f"record in {self.path}")
         if all("error" in result for result in self.results):
