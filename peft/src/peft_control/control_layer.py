@@ -32,8 +32,11 @@ class ControlLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, layer: nn.Module, architecture: Architecture, block: str):
         super().__init__()
-        self.block = architecture.blocks[block]
-        self.write_is_shared = [b.write for b in architecture.blocks.values()].count(self.block.write) > 1
+        self.block = architecture.blocks[block].of(layer)
+        writes = [other.write for other in architecture.blocks.values()]
+        self.write_is_shared = self.block.shared or writes.count(architecture.blocks[block].write) > 1
+        # what the layer multiplies the output of ``write`` by
+        self.multiplier = float(getattr(layer, self.block.multiplier)) if self.block.multiplier else 1.0
         self.width = architecture.state_width(layer)
         self.control_A = nn.ModuleDict()
         self.control_B = nn.ModuleDict()
@@ -62,7 +65,7 @@ class ControlLayer(nn.Module, BaseTunerLayer):
                 hidden = F.linear(state, down, down_bias)
                 hidden = F.dropout(hidden, self.dropout[name], self.training)
                 change = F.linear(hidden, up, up_bias).to(output.dtype)
-                output = torch.add(output, change, alpha=self.alpha[name])
+                output = torch.add(output, change, alpha=self.alpha[name] / self.multiplier)
         return output
 
     def _weights(self, name: str, state: torch.Tensor) -> list:
@@ -114,11 +117,19 @@ class ControlLayer(nn.Module, BaseTunerLayer):
                 return output
             raise RuntimeError(
                 f"{type(self.layer).__name__} wrote to {self.block.write!r} without calling {self.block.read!r}: "
-                "its forward was replaced by one that a control cannot follow"
+                "its forward was replaced by one that a control cannot follow, or it calls that module for something else "
+                "too, which the row must say ('shared': true)"
             )
-        if isinstance(output, tuple):
-            return (self.control(output[0], state), *output[1:])
-        return self.control(output, state)
+        change, *rest = output if isinstance(output, tuple) else (output,)
+        if state.shape != change.shape:
+            if state.numel() != change.numel():
+                raise RuntimeError(
+                    f"{type(self.layer).__name__} wrote {tuple(change.shape)} to {self.block.write!r}, having read "
+                    f"{tuple(state.shape)}: it works on a part of the state"
+                )
+            state = state.reshape(change.shape)  # a mixture of experts may write its tokens in one row
+        change = self.control(change, state)
+        return (change, *rest) if isinstance(output, tuple) else change
 
     def _replicate_for_data_parallel(self):
         """torch asks it of each module at the first forward; the hooks of a copy would be the first GPU's.

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from .architectures import find_layers
+from .architectures import find_layers, layer_index
 from .config import ControlConfig
 from .control_layer import CANNOT_MERGE, ControlLayer
 
@@ -44,7 +44,7 @@ class ControlModel(LoraModel):
 
     @staticmethod
     def _choose_layers(model: nn.Module, config: Any) -> dict:
-        layers = find_layers(model, config.control_architecture)
+        layers = find_layers(model, config.control_architecture, config.layers_pattern)
         for layer, architecture in layers.values():
             architecture.check(layer)
         for architecture in {row.name: row for _, row in layers.values()}.values():
@@ -57,8 +57,9 @@ class ControlModel(LoraModel):
             wanted = {wanted} if isinstance(wanted, int) else set(wanted)
             if not wanted:
                 raise ValueError("layers_to_transform is empty: leave it out to control all layers")
-            layers = {name: entry for name, entry in layers.items() if _index(name) in wanted}
-            if missing := wanted - {_index(name) for name in layers}:
+            index = {name: layer_index(name, config.layers_pattern) for name in layers}
+            layers = {name: entry for name, entry in layers.items() if index[name] in wanted}
+            if missing := wanted - set(index.values()):
                 raise ValueError(f"layers_to_transform names layers that do not exist: {sorted(missing)}")
         if config.exclude_modules:
             layers = {name: entry for name, entry in layers.items() if not _excluded(config, name)}
@@ -86,6 +87,9 @@ class ControlModel(LoraModel):
             return True
         if not peft_config.target_modules and not peft_config.target_parameters:
             return False
+        pattern = peft_config.layers_pattern
+        if pattern and layer_index(key, pattern) is None:
+            return False  # upstream heeds it only beside layers_to_transform
         return LoraModel._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
@@ -138,12 +142,6 @@ class ControlModel(LoraModel):
 
 def _controls(model: nn.Module) -> list[ControlLayer]:
     return [module for module in model.modules() if isinstance(module, ControlLayer)]
-
-
-def _index(layer_name: str) -> int | None:
-    """The layer's number: the last number in its dotted name."""
-    numbers = [part for part in layer_name.split(".") if part.isdigit()]
-    return int(numbers[-1]) if numbers else None
 
 
 def _by_pattern(pattern: dict, key: str, default):
