@@ -211,6 +211,8 @@ _SPEECH = {
     "conv_dim": [8, 8],
     "conv_kernel": [8, 4],
     "conv_stride": [8, 4],
+    "layerdrop": 0.0,
+    "apply_spec_augment": False,
     "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 4,
     "num_conv_pos_embedding_groups": 2,
@@ -464,6 +466,9 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for key, buffer in model.named_buffers():
+            if key.endswith("layer_scalar"):  # Gemma 4's, of a layer's output
+                buffer.fill_(0.7)
     return model
 
 

@@ -66,7 +66,7 @@ class Architecture:
     Attributes:
         name: the family, as in ``config.model_type`` where transformers has one.
         layer: class name of the transformer layer; a dotted prefix narrows it to a module, ``|`` separates several.
-        norm: path in the layer of a norm whose one-dimensional weight has the state's width.
+        norm: path in the layer of a norm whose one-dimensional weight (or ``normalized_shape``) has the state's width.
         blocks: the blocks by name.
         init: the family's own initialisation, "kaiming" or "normal" (see ``ControlConfig.control_init``).
     """
@@ -96,7 +96,9 @@ class Architecture:
             ) from error
 
     def state_width(self, layer: nn.Module) -> int:
-        return next(layer.get_submodule(_path(layer, self.norm)).parameters()).shape[0]
+        norm = layer.get_submodule(_path(layer, self.norm))
+        weight = next(norm.parameters(), None)
+        return norm.normalized_shape[-1] if weight is None else weight.shape[0]  # OLMo's has no weight
 
     def as_dict(self) -> dict:
         """The row as :meth:`from_dict` takes it, without what has its default."""
