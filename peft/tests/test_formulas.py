@@ -135,9 +135,7 @@ def t5(f, x, attention, mlp):
 FFN, CROSS = "fc1 activation_fn fc2", "encoder_attn_layer_norm encoder_attn"
 LLAMA = pre_norm("self_attn", "post_attention_layernorm mlp")
 GRANITE = "post_attention_layernorm block_sparse_moe"
-GEMMA = pre_norm(
-    "post_attention_layernorm", "pre_feedforward_layernorm mlp post_feedforward_layernorm"
-)
+GEMMA = pre_norm("post_attention_layernorm", "pre_feedforward_layernorm mlp post_feedforward_layernorm")
 OLMO = pre_norm("post_attention_layernorm", "mlp post_feedforward_layernorm")
 COHERE = pre_norm("self_attn", "input_layernorm mlp", parallel="always")
 VIT = pre_norm("attention", "layernorm_after mlp")
@@ -161,8 +159,12 @@ FORMULAS = {
     **dict.fromkeys(["bart", "marian"], BART),
     **dict.fromkeys(["mbart", "whisper"], MBART),
     **dict.fromkeys(["wav2vec2", "hubert"], SPEECH),
-    **dict.fromkeys(["wav2vec2-pre-norm", "hubert-pre-norm"], pre_norm("attention", "final_layer_norm feed_forward")),
-    **dict.fromkeys(["qwen3_5", "qwen3_next"], pre_norm("self_attn|linear_attn", "post_attention_layernorm mlp")),
+    **dict.fromkeys(
+        ["wav2vec2-pre-norm", "hubert-pre-norm"], pre_norm("attention", "final_layer_norm feed_forward")
+    ),
+    **dict.fromkeys(
+        ["qwen3_5", "qwen3_next"], pre_norm("self_attn|linear_attn", "post_attention_layernorm mlp")
+    ),
     **dict.fromkeys(["gpt2", "gpt_neo"], pre_norm("attn", "ln_2 mlp")),
     "albert": post_norm("attention", "ffn activation ffn_output", "full_layer_layer_norm"),
     "apertus": pre_norm("self_attn", "feedforward_layernorm mlp"),
@@ -279,7 +281,9 @@ def test_row(name, tmp_path):
     model = adapted(copy.deepcopy(base), every, init_weights=False)
     plain, lean = (gradients(model, inputs, mode) for mode in ("plain", "lean"))
     # the norms of some decoders compute in float32, and lean has those of four by hand
-    assert (lean - plain).norm() <= (1e-5 if name in ("llama", "mistral", "qwen2", "qwen3") else 1e-10) * plain.norm()
+    assert (lean - plain).norm() <= (
+        1e-5 if name in ("llama", "mistral", "qwen2", "qwen3") else 1e-10
+    ) * plain.norm()
     with torch.no_grad():
         model.save_pretrained(tmp_path)
         again = PeftModel.from_pretrained(base, tmp_path).eval()

@@ -15,6 +15,7 @@ Adding a family is one row; for a model of your own pass a row as ``ControlConfi
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -228,7 +229,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _llama_like("nemotron", "NemotronDecoderLayer"),
     _llama_like("granite", "GraniteDecoderLayer", multiplier="residual_multiplier"),
     _gemma_like("gemma4", "Gemma4TextDecoderLayer"),
-    _row("gemma3n", "Gemma3nTextDecoderLayer", None, ("pre_feedforward_layernorm", "post_feedforward_layernorm")),
+    _row(
+        "gemma3n",
+        "Gemma3nTextDecoderLayer",
+        None,
+        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
     _row(
         "glm4",
         "Glm4DecoderLayer",
@@ -238,7 +244,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _olmo_like("olmo2", "Olmo2DecoderLayer"),
     _olmo_like("olmo3", "Olmo3DecoderLayer"),
     _olmo_like("exaone4", "Exaone4DecoderLayer"),
-    _row("apertus", "ApertusDecoderLayer", ("attention_layernorm", "self_attn"), ("feedforward_layernorm", "mlp")),
+    _row(
+        "apertus",
+        "ApertusDecoderLayer",
+        ("attention_layernorm", "self_attn"),
+        ("feedforward_layernorm", "mlp"),
+    ),
     _parallel("cohere", "CohereDecoderLayer", "input_layernorm", "self_attn", "mlp"),
     _parallel("cohere2", "Cohere2DecoderLayer", "input_layernorm", "self_attn", "mlp"),
     _parallel("phi", "PhiDecoderLayer", "input_layernorm", "resid_dropout", "resid_dropout"),
@@ -316,7 +327,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _row("modernbert", "ModernBertEncoderLayer", ("attn_norm", "attn"), ("mlp_norm", "mlp")),
     # encoder and decoder
     _row(
-        "t5", "T5Block", ("layer.0.layer_norm", "layer.0.dropout"), ("layer.-1.layer_norm", "layer.-1.dropout")
+        "t5",
+        "T5Block",
+        ("layer.0.layer_norm", "layer.0.dropout"),
+        ("layer.-1.layer_norm", "layer.-1.dropout"),
     ),
     _both_sides("bart", "Bart", pre_norm=False),
     _both_sides("marian", "Marian", pre_norm=False),
@@ -404,26 +418,34 @@ def layer_index(name: str, pattern: str | list[str] | None = None) -> int | None
 
 
 def propose(layer: nn.Module) -> Architecture | None:
-    """A row for a layer that has none, after the known row of which it has most modules; nobody has tested it."""
-    found = []
+    """A row for a layer that has none, after the known row of which it has most norms and dropouts in the order of its
+    forward; nobody has tested it."""
+    try:
+        lines = inspect.getsource(type(layer).forward).splitlines()
+    except (OSError, TypeError):
+        lines = []
+    best: tuple = ()
     for row in ARCHITECTURES:
         try:
-            row.check(layer)
+            row.state_width(layer)
             blocks = {name: block.of(layer) for name, block in row.blocks.items()}
-            width = layer.get_submodule(_path(layer, row.norm)).weight.dim()
-        except (ValueError, AttributeError, TypeError):
+        except AttributeError:
             continue
-        if width != 1 or any(block.multiplier and not hasattr(layer, block.multiplier) for block in blocks.values()):
-            continue
-        writes = [layer.get_submodule(block.write) for block in blocks.values()]
-        # a norm, dropout or multiplier behind the block is what one must not miss
-        small = sum(p.numel() < 10**5 and p.dim() < 2 for write in writes for p in write.parameters())
         paths = {path for block in blocks.values() for path in (block.read, block.write)}
-        multipliers = sum(bool(block.multiplier) for block in blocks.values())
-        found.append((len(blocks), len(paths), multipliers, small, -len(found), row))
-    if not found:
-        return None
-    return replace(max(found)[-1], name=type(layer).__name__, layer=type(layer).__name__)
+        where = {
+            p: [n for n, line in enumerate(lines) if f"self.{p.split('.')[0]}" in line] or [0] for p in paths
+        }
+        if any(block.shared or where[block.read][0] > where[block.write][-1] for block in blocks.values()):
+            continue
+        for name, block in blocks.items():
+            known = [m for m in (block.multiplier, "residual_multiplier") if m and hasattr(layer, m)]
+            blocks[name] = replace(block, multiplier=known[0] if known else "")
+        modules = [layer.get_submodule(path) for path in paths]
+        light = sum(not any(p.dim() > 1 for p in module.parameters()) for module in modules)
+        score = (light, len(blocks), len(paths), sum(where[block.write][-1] for block in blocks.values()))
+        if not best or score > best[0]:
+            best = score, Architecture(type(layer).__name__, type(layer).__name__, row.norm, blocks, row.init)
+    return best[1] if best else None
 
 
 def _proposals(model: nn.Module) -> str:
