@@ -275,6 +275,44 @@ def test_two_active_adapters_add_their_controls():
     assert torch.allclose(outputs(model.eval()), outputs(stacked.eval()), atol=1e-10)
 
 
+@pytest.mark.parametrize("method", ["control", "control+lora"])
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
+def test_weighted_adapters(method, kind, tmp_path):
+    """The sum of two weighted controls: exact with "cat", and with "svd" of full rank; "linear" with one adapter."""
+    fields = {"init_weights": False, "init_lora_weights": False, "control_bias": True}
+    if "lora" in method:
+        fields["target_modules"] = ["q_proj"]
+    model = get_peft_model(build("llama"), config_of(method, **fields), adapter_name="one")
+    model.add_adapter(
+        "two", config_of(method, control_blocks=["attention", "mlp"], control_alpha=1.3, **fields)
+    )
+    model.add_adapter("long", config_of(method, control_rank=5, **fields))
+    randomize_adapters(model.eval())
+    names, weights = (["two"], [0.25]) if kind == "linear" else (["one", "two"], [0.5, -0.7])
+    rank = {"svd_rank": 32} if kind == "svd" else {}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.add_weighted_adapter(names, weights, "sum", kind, **rank)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    model.set_adapter("sum")
+    found = outputs(model)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    assert torch.equal(outputs(PeftModel.from_pretrained(build("llama"), tmp_path / "sum").eval()), found)
+    with torch.no_grad():
+        for _, control in _named_controls(model):
+            for name, weight in zip(names, weights):
+                if name in control.alpha:
+                    control.alpha[name] *= weight
+        for module in model.modules():
+            for name, weight in zip(names, weights):
+                if name in getattr(module, "lora_B", ()):
+                    module.lora_B[name].weight.mul_(weight)
+    model.base_model.set_adapter(names)
+    torch.testing.assert_close(outputs(model), found, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="equal ranks"):
+        model.add_weighted_adapter(["one", "long"], [1.0, 1.0], "other", "linear")
+    assert "other" not in model.peft_config
+
+
 def _named_controls(model):
     return [(name, m) for name, m in model.named_modules() if name.endswith("_control")]
 
@@ -404,8 +442,10 @@ def test_what_a_control_cannot_do():
     for merge in (model.merge_and_unload, model.merge_adapter):
         with pytest.raises(ValueError, match=r"cannot be merged into its weights; keep the adapter loaded"):
             merge()
-    with pytest.raises(ValueError, match="activate several adapters instead"):
-        model.add_weighted_adapter(["default"], [1.0], "sum")
+    with pytest.raises(ValueError, match="controls are combined by cat, linear, svd"):
+        model.add_weighted_adapter(["default"], [1.0], "sum", "ties")
+    with pytest.raises(ValueError, match="there are \\['default'\\]"):
+        model.add_weighted_adapter(["nobody"], [1.0], "sum")
     with pytest.raises(ValueError, match="cannot be chosen per sample: use set_adapter"):
         model(**INPUTS, adapter_names=["default", "__base__"])
     assert torch.equal(outputs(model), outputs(llama("control+lora")))  # nothing was left half-done

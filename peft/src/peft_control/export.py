@@ -148,7 +148,7 @@ def _take_apart(model: PeftModel) -> tuple[dict, dict[str, torch.Tensor]]:
         control["layers"][layer.removeprefix(prefix)] = {
             "width": module.width,
             "rank": module.rank[adapter],
-            "alpha": module.alpha[adapter],
+            "alpha": module.alpha[adapter] / module.multiplier,
             "bias": A.bias is not None,
         }
         dtype = module._reference().dtype

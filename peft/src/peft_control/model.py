@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from peft.tuners.lora import LoraModel
@@ -13,7 +14,7 @@ from torch import nn
 
 from .architectures import find_layers, layer_index
 from .config import ControlConfig
-from .control_layer import CANNOT_MERGE, ControlLayer
+from .control_layer import CANNOT_MERGE, COMBINATIONS, ControlLayer
 
 
 class ControlModel(LoraModel):
@@ -115,6 +116,64 @@ class ControlModel(LoraModel):
                 inference_mode=config.inference_mode,
             )
 
+    def add_weighted_adapter(
+        self, adapters, weights, adapter_name, combination_type="svd", svd_rank=None, **options
+    ):
+        """Add the adapter whose control is the sum of ``weights[i]`` times that of ``adapters[i]``; see :meth:`ControlLayer.combine`.
+
+        A LoRA part, which all of them or none must have, is combined by upstream, which says what ``options`` are.
+
+        Raises:
+            ValueError: an unknown adapter or combination, adapters on different layers or with modules_to_save, or (in
+                "linear") of different ranks.
+        """
+        if adapter_name in self.peft_config:
+            return  # as upstream
+        if not adapters or len(adapters) != len(weights) or not set(adapters) <= self.peft_config.keys():
+            raise ValueError(
+                f"adapters {adapters} with weights {weights}: there are {list(self.peft_config)}"
+            )
+        if combination_type not in COMBINATIONS:
+            raise ValueError(f"controls are combined by {', '.join(COMBINATIONS)}, not {combination_type!r}")
+        configs = [self.peft_config[name] for name in adapters]
+        for field in ("layers_to_transform", "layers_pattern", "exclude_modules", "control_architecture"):
+            if any(getattr(config, field) != getattr(configs[0], field) for config in configs):
+                raise ValueError(f"adapters with different {field} cannot be combined")
+        if any(config.modules_to_save for config in configs):
+            raise ValueError("adapters with modules_to_save cannot be combined")
+        ranks = [max([config.control_rank, *config.control_rank_pattern.values()]) for config in configs]
+        if combination_type == "linear" and any(
+            len({control.rank[name] for name in adapters if name in control.rank}) > 1
+            for control in _controls(self.model)
+        ):
+            raise ValueError('"linear" combines controls of equal ranks')
+        first = configs[0]
+        combined = replace(
+            first,
+            control_blocks=list(
+                dict.fromkeys(block for config in configs for block in config.control_blocks)
+            ),
+            control_rank=sum(ranks) if combination_type == "cat" else (svd_rank or max(ranks)),
+            control_alpha=1.0,
+            control_bias=any(config.control_bias for config in configs),
+            control_rank_pattern={},
+            control_alpha_pattern={},
+        )
+        if any(config.target_modules or config.target_parameters for config in configs):
+            self.peft_config[adapters[0]] = combined
+            try:
+                super().add_weighted_adapter(
+                    adapters, weights, adapter_name, combination_type, svd_rank=svd_rank, **options
+                )
+            finally:
+                self.peft_config[adapters[0]] = first
+        else:
+            self.peft_config[adapter_name] = combined
+            self.inject_adapter(self.model, adapter_name)
+        for control in _controls(self.model):
+            if adapter_name in control.rank:
+                control.combine(adapters, weights, adapter_name, combination_type)
+
     # -- what cannot be done with a control -----------------------------------------------------------------
 
     @contextmanager
@@ -126,11 +185,6 @@ class ControlModel(LoraModel):
 
     def _check_merge_allowed(self):
         raise ValueError(CANNOT_MERGE)
-
-    def add_weighted_adapter(self, *args, **kwargs):
-        raise ValueError(
-            "controls cannot be combined by add_weighted_adapter; activate several adapters instead"
-        )
 
     def _unload_and_optionally_merge(self, merge=True, **kwargs):
         model: Any = super()._unload_and_optionally_merge(merge=merge, **kwargs)
