@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
-from tiny_models import FAMILIES, MODELS, WIDTH, build, is_adapter, logits, randomize_adapters
+from tiny_models import FAMILIES, MODELS, build, is_adapter, logits, randomize_adapters
 from torch import nn
 
 from peft_control import ARCHITECTURES, ControlConfig
@@ -334,50 +334,6 @@ def test_initialisation_of_A(family, init, expected):
             assert (weight.abs().max() <= bound) == (expected == "kaiming")
         else:
             assert not weight.any()
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "roberta", "dinov2"])
-def test_gradients_equal_finite_differences(family):
-    config = ControlConfig(control_blocks=["attention", "mlp"], control_rank=2, control_alpha=1.3)
-    model = randomize_adapters(get_peft_model(build(family, torch.float64), config).eval(), std=0.1)
-    for norm in model.modules():  # LLaMA's computes in float32, too coarse for a difference quotient
-        if type(norm).__name__ == "LlamaRMSNorm":
-            norm.forward = functools.partial(
-                F.rms_norm, normalized_shape=(WIDTH,), weight=norm.weight, eps=1e-6
-            )
-    inputs = FAMILIES[family].inputs(torch.float64)
-    direction = torch.randn_like(logits(model, inputs))
-
-    def loss():
-        return (logits(model, inputs) * direction).sum()
-
-    loss().backward()
-    step = 1e-5
-    for name, parameter in model.named_parameters():
-        if not is_adapter(name):
-            assert parameter.grad is None or not parameter.requires_grad
-            continue
-        flat, gradient = parameter.data.view(-1), parameter.grad.view(-1)
-        for index in (0, flat.numel() // 2):
-            value = flat[index].item()
-            ends = []
-            for shift in (step, -step):
-                flat[index] = value + shift
-                ends.append(loss().item())
-            flat[index] = value
-            difference = (ends[0] - ends[1]) / (2 * step)
-            assert gradient[index].item() == pytest.approx(difference, rel=1e-5, abs=1e-7), name
-
-
-def test_control_dropout_acts_in_training_only():
-    config = ControlConfig(control_rank=4, control_dropout=0.5, init_weights=False)
-    model = get_peft_model(build("llama"), config)
-    inputs = FAMILIES["llama"].inputs()
-    with torch.no_grad():
-        model.eval()
-        assert torch.equal(logits(model, inputs), logits(model, inputs))
-        model.train()
-        assert not torch.equal(logits(model, inputs), logits(model, inputs))
 
 
 def test_control_dropout_sits_between_A_and_B():

@@ -51,15 +51,14 @@ def main() -> None:
 
 
 def _architectures(place: str = "") -> str:
-    """The rows that a model's layers have, or the table of all, as README.md has it."""
-    from peft_control import ARCHITECTURES
-    from peft_control.architectures import find_layers
+    """The blocks of a model's layers, or the table of all rows as README.md has it."""
+    from peft_control import architectures
 
+    lines = ["| architecture | layer class | blocks | initialisation of A |", "| --- | --- | --- | --- |"]
+    for row in () if place else architectures.ARCHITECTURES:
+        layers = ", ".join(f"`{layer}`" for layer in row.layer.split("|"))
+        lines.append(f"| `{row.name}` | {layers} | {', '.join(row.blocks)} | {row.init} |")
     if not place:
-        lines = ["| architecture | layer class | blocks | initialisation of A |", "| --- | --- | --- | --- |"]
-        for row in ARCHITECTURES:
-            layers = ", ".join(f"`{layer}`" for layer in row.layer.split("|"))
-            lines.append(f"| `{row.name}` | {layers} | {', '.join(row.blocks)} | {row.init} |")
         return "\n".join(lines)
     import torch
     import transformers
@@ -69,16 +68,15 @@ def _architectures(place: str = "") -> str:
         cls = getattr(transformers, (config.architectures or [""])[0], None)
         with torch.device("meta"):
             model = cls(config) if cls else transformers.AutoModel.from_config(config)
-        found = find_layers(model)
+        found = architectures.find_layers(model)
     except (ValueError, OSError) as error:
         _refuse(str(error))
-    lines: dict[str, list[str]] = {}
+    lines = []
     for name, (layer, row) in found.items():
-        what = f"{type(layer).__name__}, row {row.name}, width {row.state_width(layer)}"
-        for block, paths in ((block, rule.of(layer)) for block, rule in row.blocks.items()):
-            what += f"\n  {block}: reads {paths.read}, writes {paths.write}"
-        lines.setdefault(f"{name.rpartition('.')[0]}.*: {what}", []).append(name.rpartition(".")[2])
-    return "\n".join(text.replace("*", ",".join(indices), 1) for text, indices in lines.items())
+        lines.append(f"{name}: {type(layer).__name__}, row {row.name}, width {row.state_width(layer)}")
+        blocks = [(block, rule.of(layer)) for block, rule in row.blocks.items()]
+        lines += [f"  {block}: reads {paths.read}, writes {paths.write}" for block, paths in blocks]
+    return "\n".join(lines)
 
 
 def _exists(module: str) -> bool:

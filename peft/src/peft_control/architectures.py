@@ -134,238 +134,130 @@ class Architecture:
         return architecture
 
 
-def _row(name, layer, attention, mlp, norm=None, init="kaiming"):
-    """A row from (read, write) of its two blocks; ``norm`` is what its MLP reads if nothing else is said."""
-    blocks = {
-        key: block if isinstance(block, Block) else Block(*block)
-        for key, block in (("attention", attention), ("mlp", mlp))
-        if block
-    }
-    return Architecture(name, layer, norm or blocks["mlp"].read, blocks, init)
+# A row a line: name, class of the layer, and each block as read>write. What the layer multiplies the output of `write` by
+# follows a *, and ! says that it calls `write` before `read` too. The norm is what the last block reads if nothing else
+# is said.
+_TABLE = """
+# decoders
+llama       LlamaDecoderLayer        attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+mistral     MistralDecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+qwen2       Qwen2DecoderLayer        attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+qwen3       Qwen3DecoderLayer        attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+gemma2      Gemma2DecoderLayer       attention:input_layernorm>post_attention_layernorm mlp:pre_feedforward_layernorm>post_feedforward_layernorm
+gemma3      Gemma3DecoderLayer       attention:input_layernorm>post_attention_layernorm mlp:pre_feedforward_layernorm>post_feedforward_layernorm
+phi3        Phi3DecoderLayer         attention:input_layernorm>resid_attn_dropout mlp:post_attention_layernorm>resid_mlp_dropout
+gpt2        GPT2Block                attention:ln_1>attn mlp:ln_2>mlp
+gemma       GemmaDecoderLayer        attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+ministral   MinistralDecoderLayer    attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+ministral3  Ministral3DecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+smollm3     SmolLM3DecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+starcoder2  Starcoder2DecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+glm         GlmDecoderLayer          attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+olmo        OlmoDecoderLayer         attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+ernie4_5    Ernie4_5DecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+seed_oss    SeedOssDecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+nemotron    NemotronDecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+granite     GraniteDecoderLayer      attention:input_layernorm>self_attn*residual_multiplier mlp:post_attention_layernorm>mlp*residual_multiplier
+gemma4      Gemma4TextDecoderLayer   attention:input_layernorm>post_attention_layernorm mlp:pre_feedforward_layernorm>post_feedforward_layernorm
+gemma3n     Gemma3nTextDecoderLayer  mlp:pre_feedforward_layernorm>post_feedforward_layernorm
+glm4        Glm4DecoderLayer         attention:input_layernorm>post_self_attn_layernorm mlp:post_attention_layernorm>post_mlp_layernorm
+olmo2       Olmo2DecoderLayer        attention:self_attn>post_attention_layernorm mlp:mlp>post_feedforward_layernorm norm:post_feedforward_layernorm
+olmo3       Olmo3DecoderLayer        attention:self_attn>post_attention_layernorm mlp:mlp>post_feedforward_layernorm norm:post_feedforward_layernorm
+exaone4     Exaone4DecoderLayer      attention:self_attn>post_attention_layernorm mlp:mlp>post_feedforward_layernorm norm:post_feedforward_layernorm
+apertus     ApertusDecoderLayer      attention:attention_layernorm>self_attn mlp:feedforward_layernorm>mlp
+cohere      CohereDecoderLayer       attention:input_layernorm>self_attn mlp:input_layernorm>mlp
+cohere2     Cohere2DecoderLayer      attention:input_layernorm>self_attn mlp:input_layernorm>mlp
+phi         PhiDecoderLayer          attention:input_layernorm>resid_dropout mlp:input_layernorm>resid_dropout
+gptj        GPTJBlock                attention:ln_1>attn mlp:ln_1>mlp
+# blocks in parallel, or one after the other
+gpt_neox    GPTNeoXLayer             attention:input_layernorm>post_attention_dropout mlp:post_attention_layernorm>post_mlp_dropout
+gpt_neo     GPTNeoBlock              attention:ln_1>attn mlp:ln_2>mlp
+stablelm    StableLmDecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm|input_layernorm>dropout
+# functional dropout behind `write`; opt-350m, whose norms come last, is refused by its first forward
+opt         OPTDecoderLayer          attention:self_attn_layer_norm>self_attn mlp:final_layer_norm>fc2
+# mixtures of experts
+mixtral     MixtralDecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+qwen2_moe   Qwen2MoeDecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+qwen3_moe   Qwen3MoeDecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+gpt_oss     GptOssDecoderLayer       attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+glm4_moe    Glm4MoeDecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+deepseek_v2 DeepseekV2DecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+deepseek_v3 DeepseekV3DecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+olmoe       OlmoeDecoderLayer        attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+phimoe      PhimoeDecoderLayer       attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+llama4      Llama4TextDecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>feed_forward
+granitemoe  GraniteMoeDecoderLayer   attention:input_layernorm>self_attn*residual_multiplier mlp:post_attention_layernorm>block_sparse_moe*residual_multiplier
+# layers that differ among themselves: attention, or a linear attention, a convolution, a state space
+qwen3_5     Qwen3_5DecoderLayer      attention:input_layernorm>self_attn|linear_attn mlp:post_attention_layernorm>mlp
+qwen3_next  Qwen3NextDecoderLayer    attention:input_layernorm>self_attn|linear_attn mlp:post_attention_layernorm>mlp
+granitemoehybrid GraniteMoeHybridDecoderLayer attention:input_layernorm>self_attn|mamba*residual_multiplier mlp:post_attention_layernorm>shared_mlp*residual_multiplier
+lfm2        Lfm2DecoderLayer         attention:operator_norm>self_attn|conv mlp:ffn_norm>feed_forward
+falcon_h1   FalconH1DecoderLayer     attention:input_layernorm>self_attn*attn_out_multiplier mlp:pre_ff_layernorm>feed_forward
+mamba       MambaBlock               mixer:norm>mixer
+mamba2      Mamba2Block              mixer:norm>mixer
+# encoders of text; all layers of ALBERT are one, and share its control
+roberta     RobertaLayer             attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+xlm-roberta XLMRobertaLayer          attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+bert        BertLayer                attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+mpnet       MPNetLayer               attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+electra     ElectraLayer             attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+camembert   CamembertLayer           attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+ernie       ErnieLayer               attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+deberta-v2  DebertaV2Layer           attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+distilbert  modeling_distilbert.TransformerBlock attention:attention>sa_layer_norm mlp:ffn>output_layer_norm norm:sa_layer_norm init:normal
+albert      AlbertLayer              attention:attention>attention mlp:ffn>full_layer_layer_norm norm:full_layer_layer_norm init:normal
+eurobert    EuroBertDecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+modernbert  ModernBertEncoderLayer   attention:attn_norm>attn mlp:mlp_norm>mlp
+# encoder and decoder, whose cross-attention belongs to neither block
+t5          T5Block                  attention:layer.0.layer_norm>layer.0.dropout mlp:layer.-1.layer_norm>layer.-1.dropout
+bart        BartEncoderLayer|BartDecoderLayer attention:self_attn>self_attn_layer_norm mlp:fc1>final_layer_norm norm:final_layer_norm
+marian      MarianEncoderLayer|MarianDecoderLayer attention:self_attn>self_attn_layer_norm mlp:fc1>final_layer_norm norm:final_layer_norm
+# functional dropout behind `write`, as in whisper: while training it drops the control with the block
+mbart       MBartEncoderLayer|MBartDecoderLayer attention:self_attn_layer_norm>self_attn mlp:final_layer_norm>fc2
+# speech
+whisper     WhisperEncoderLayer|WhisperDecoderLayer attention:self_attn_layer_norm>self_attn mlp:final_layer_norm>fc2
+wav2vec2    Wav2Vec2EncoderLayer     attention:attention>layer_norm mlp:feed_forward>final_layer_norm norm:layer_norm
+wav2vec2-pre-norm Wav2Vec2EncoderLayerStableLayerNorm attention:layer_norm>dropout mlp:final_layer_norm>feed_forward
+hubert      HubertEncoderLayer       attention:attention>layer_norm mlp:feed_forward>final_layer_norm norm:layer_norm
+hubert-pre-norm HubertEncoderLayerStableLayerNorm attention:layer_norm>dropout mlp:final_layer_norm>feed_forward
+audio-spectrogram-transformer ASTLayer                 attention:layernorm_before>dropout mlp:layernorm_after>dropout
+# vision; where both blocks write to one module, its first call after a block's `read` is that block's
+vit         ViTLayer                 attention:layernorm_before>dropout mlp:layernorm_after>dropout
+deit        DeiTLayer                attention:layernorm_before>dropout mlp:layernorm_after>dropout
+vit_mae     ViTMAELayer              attention:layernorm_before>dropout mlp:layernorm_after>dropout
+beit        BeitLayer                attention:layernorm_before>drop_path mlp:layernorm_after>drop_path
+dinov2      Dinov2Layer              attention:norm1>drop_path mlp:norm2>drop_path
+dinov2_with_registers Dinov2WithRegistersLayer attention:norm1>drop_path mlp:norm2>drop_path
+dinov3_vit  DINOv3ViTLayer           attention:norm1>drop_path mlp:norm2>drop_path
+# its dropout is also called in the attention's windows
+swin        SwinLayer                attention:layernorm_before>drop_path mlp:layernorm_after>dropout!
+timm-vit    vision_transformer.Block attention:norm1>drop_path1 mlp:norm2>drop_path2
+# vision and text: `layers_pattern` chooses a side
+clip        CLIPEncoderLayer         attention:layer_norm1>self_attn mlp:layer_norm2>mlp
+siglip      SiglipEncoderLayer       attention:layer_norm1>self_attn mlp:layer_norm2>mlp
+siglip2     Siglip2EncoderLayer      attention:layer_norm1>self_attn mlp:layer_norm2>mlp
+qwen2_vl    Qwen2VLDecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+qwen2_vl-vision Qwen2VLVisionBlock       attention:norm1>attn mlp:norm2>mlp
+qwen2_5_vl  Qwen2_5_VLDecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+qwen2_5_vl-vision Qwen2_5_VLVisionBlock    attention:norm1>attn mlp:norm2>mlp
+qwen3_vl    Qwen3VLTextDecoderLayer  attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+qwen3_vl-vision Qwen3VLVisionBlock       attention:norm1>attn mlp:norm2>mlp
+"""
 
 
-def _llama_like(name, layer, attention="self_attn", mlp="mlp", **block):
-    # h = x + self_attn(norm(x)); y = h + mlp(norm(h))
-    return _row(
-        name,
-        layer,
-        Block("input_layernorm", attention, **block),
-        Block("post_attention_layernorm", mlp, **block),
-    )
+def _parse(line: str) -> Architecture:
+    name, layer, *rest = line.split()
+    fields = dict(part.split(":") for part in rest)
+    norm, init, blocks = fields.pop("norm", ""), fields.pop("init", INITS[0]), {}
+    for block, paths in fields.items():
+        read, write = paths.rstrip("!").split(">")
+        write, _, multiplier = write.partition("*")
+        blocks[block] = Block(read, write, multiplier, paths.endswith("!"))
+    return Architecture(name, layer, norm or read, blocks, init)
 
 
-def _gemma_like(name, layer):
-    # h = x + norm(self_attn(norm(x))): the control joins after the post-block norm; so for mlp
-    return _row(
-        name,
-        layer,
-        ("input_layernorm", "post_attention_layernorm"),
-        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    )
-
-
-def _olmo_like(name, layer):
-    # h = x + norm(self_attn(x)); y = h + norm(mlp(h))
-    blocks = (("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm"))
-    return _row(name, layer, *blocks, norm="post_feedforward_layernorm")
-
-
-def _parallel(name, layer, norm, attention, mlp):
-    # y = x + attention(norm(x)) + mlp(norm(x)): both blocks go from x to y
-    return _row(name, layer, (norm, attention), (norm, mlp))
-
-
-def _post_norm(name, layer):
-    # a = norm(attention(x) + x) is the output of `attention`; y = norm(ffn(a) + a) that of `output`
-    blocks = (("attention", "attention"), ("intermediate", "output"))
-    return _row(name, layer, *blocks, norm="output.LayerNorm", init="normal")
-
-
-def _vit_like(name, layer, norms="layernorm_before", second="layernorm_after", write="dropout"):
-    # both blocks' outputs go through one dropout or DropPath module: its first call after a block's `read` is that block's
-    return _row(name, layer, (norms, write), (second, write))
-
-
-def _clip_like(name, layer):
-    return _row(name, layer, ("layer_norm1", "self_attn"), ("layer_norm2", "mlp"))
-
-
-def _speech(name, prefix):
-    post, pre = f"{prefix}EncoderLayer", f"{prefix}EncoderLayerStableLayerNorm"
-    return (
-        _row(name, post, ("attention", "layer_norm"), ("feed_forward", "final_layer_norm"), "layer_norm"),
-        _row(f"{name}-pre-norm", pre, ("layer_norm", "dropout"), ("final_layer_norm", "feed_forward")),
-    )
-
-
-def _both_sides(name, prefix, pre_norm):
-    # The decoder's cross-attention belongs to neither block. A pre-norm layer's functional dropout comes after `write`:
-    # while training it drops the control with the block.
-    pre = ("self_attn_layer_norm", "self_attn"), ("final_layer_norm", "fc2")
-    post = ("self_attn", "self_attn_layer_norm"), ("fc1", "final_layer_norm")
-    layers = f"{prefix}EncoderLayer|{prefix}DecoderLayer"
-    return _row(name, layers, *(pre if pre_norm else post), norm="final_layer_norm")
-
-
-ARCHITECTURES: tuple[Architecture, ...] = (
-    # decoders
-    _llama_like("llama", "LlamaDecoderLayer"),
-    _llama_like("mistral", "MistralDecoderLayer"),
-    _llama_like("qwen2", "Qwen2DecoderLayer"),
-    _llama_like("qwen3", "Qwen3DecoderLayer"),
-    _gemma_like("gemma2", "Gemma2DecoderLayer"),
-    _gemma_like("gemma3", "Gemma3DecoderLayer"),
-    _llama_like("phi3", "Phi3DecoderLayer", "resid_attn_dropout", "resid_mlp_dropout"),
-    _row("gpt2", "GPT2Block", ("ln_1", "attn"), ("ln_2", "mlp")),
-    _llama_like("gemma", "GemmaDecoderLayer"),
-    _llama_like("ministral", "MinistralDecoderLayer"),
-    _llama_like("ministral3", "Ministral3DecoderLayer"),
-    _llama_like("smollm3", "SmolLM3DecoderLayer"),
-    _llama_like("starcoder2", "Starcoder2DecoderLayer"),
-    _llama_like("glm", "GlmDecoderLayer"),
-    _llama_like("olmo", "OlmoDecoderLayer"),
-    _llama_like("ernie4_5", "Ernie4_5DecoderLayer"),
-    _llama_like("seed_oss", "SeedOssDecoderLayer"),
-    _llama_like("nemotron", "NemotronDecoderLayer"),
-    _llama_like("granite", "GraniteDecoderLayer", multiplier="residual_multiplier"),
-    _gemma_like("gemma4", "Gemma4TextDecoderLayer"),
-    _row(
-        "gemma3n",
-        "Gemma3nTextDecoderLayer",
-        None,
-        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    ),
-    _row(
-        "glm4",
-        "Glm4DecoderLayer",
-        ("input_layernorm", "post_self_attn_layernorm"),
-        ("post_attention_layernorm", "post_mlp_layernorm"),
-    ),
-    _olmo_like("olmo2", "Olmo2DecoderLayer"),
-    _olmo_like("olmo3", "Olmo3DecoderLayer"),
-    _olmo_like("exaone4", "Exaone4DecoderLayer"),
-    _row(
-        "apertus",
-        "ApertusDecoderLayer",
-        ("attention_layernorm", "self_attn"),
-        ("feedforward_layernorm", "mlp"),
-    ),
-    _parallel("cohere", "CohereDecoderLayer", "input_layernorm", "self_attn", "mlp"),
-    _parallel("cohere2", "Cohere2DecoderLayer", "input_layernorm", "self_attn", "mlp"),
-    _parallel("phi", "PhiDecoderLayer", "input_layernorm", "resid_dropout", "resid_dropout"),
-    _parallel("gptj", "GPTJBlock", "ln_1", "attn", "mlp"),
-    _llama_like("gpt_neox", "GPTNeoXLayer", "post_attention_dropout", "post_mlp_dropout"),  # parallel or not
-    _row("gpt_neo", "GPTNeoBlock", ("ln_1", "attn"), ("ln_2", "mlp")),
-    _row(
-        "stablelm",
-        "StableLmDecoderLayer",
-        ("input_layernorm", "self_attn"),
-        ("post_attention_layernorm|input_layernorm", "dropout"),
-    ),
-    # its functional dropout comes after `write`; opt-350m, which has its norms behind, is refused by its first forward
-    _row("opt", "OPTDecoderLayer", ("self_attn_layer_norm", "self_attn"), ("final_layer_norm", "fc2")),
-    # mixtures of experts
-    _llama_like("mixtral", "MixtralDecoderLayer"),
-    _llama_like("qwen2_moe", "Qwen2MoeDecoderLayer"),
-    _llama_like("qwen3_moe", "Qwen3MoeDecoderLayer"),
-    _llama_like("gpt_oss", "GptOssDecoderLayer"),
-    _llama_like("glm4_moe", "Glm4MoeDecoderLayer"),
-    _llama_like("deepseek_v2", "DeepseekV2DecoderLayer"),
-    _llama_like("deepseek_v3", "DeepseekV3DecoderLayer"),
-    _llama_like("olmoe", "OlmoeDecoderLayer"),
-    _llama_like("phimoe", "PhimoeDecoderLayer"),
-    _llama_like("llama4", "Llama4TextDecoderLayer", mlp="feed_forward"),
-    _llama_like(
-        "granitemoe", "GraniteMoeDecoderLayer", mlp="block_sparse_moe", multiplier="residual_multiplier"
-    ),
-    # layers that differ among themselves: attention, or a linear attention, convolution or state space
-    _llama_like("qwen3_5", "Qwen3_5DecoderLayer", "self_attn|linear_attn"),
-    _llama_like("qwen3_next", "Qwen3NextDecoderLayer", "self_attn|linear_attn"),
-    _llama_like(
-        "granitemoehybrid",
-        "GraniteMoeHybridDecoderLayer",
-        "self_attn|mamba",
-        "shared_mlp",
-        multiplier="residual_multiplier",
-    ),
-    _row("lfm2", "Lfm2DecoderLayer", ("operator_norm", "self_attn|conv"), ("ffn_norm", "feed_forward")),
-    _row(
-        "falcon_h1",
-        "FalconH1DecoderLayer",
-        Block("input_layernorm", "self_attn", multiplier="attn_out_multiplier"),
-        ("pre_ff_layernorm", "feed_forward"),
-    ),
-    Architecture("mamba", "MambaBlock", "norm", {"mixer": Block("norm", "mixer")}),
-    Architecture("mamba2", "Mamba2Block", "norm", {"mixer": Block("norm", "mixer")}),
-    # encoders of text
-    _post_norm("roberta", "RobertaLayer"),
-    _post_norm("xlm-roberta", "XLMRobertaLayer"),
-    _post_norm("bert", "BertLayer"),
-    _post_norm("mpnet", "MPNetLayer"),
-    _post_norm("electra", "ElectraLayer"),
-    _post_norm("camembert", "CamembertLayer"),
-    _post_norm("ernie", "ErnieLayer"),
-    _post_norm("deberta-v2", "DebertaV2Layer"),
-    _row(
-        "distilbert",
-        "modeling_distilbert.TransformerBlock",
-        ("attention", "sa_layer_norm"),
-        ("ffn", "output_layer_norm"),
-        norm="sa_layer_norm",
-        init="normal",
-    ),
-    # one layer that stands for all: they share its control
-    _row(
-        "albert",
-        "AlbertLayer",
-        ("attention", "attention"),
-        ("ffn", "full_layer_layer_norm"),
-        norm="full_layer_layer_norm",
-        init="normal",
-    ),
-    _llama_like("eurobert", "EuroBertDecoderLayer"),
-    _row("modernbert", "ModernBertEncoderLayer", ("attn_norm", "attn"), ("mlp_norm", "mlp")),
-    # encoder and decoder
-    _row(
-        "t5",
-        "T5Block",
-        ("layer.0.layer_norm", "layer.0.dropout"),
-        ("layer.-1.layer_norm", "layer.-1.dropout"),
-    ),
-    _both_sides("bart", "Bart", pre_norm=False),
-    _both_sides("marian", "Marian", pre_norm=False),
-    _both_sides("mbart", "MBart", pre_norm=True),
-    # speech
-    _both_sides("whisper", "Whisper", pre_norm=True),
-    *_speech("wav2vec2", "Wav2Vec2"),
-    *_speech("hubert", "Hubert"),
-    _vit_like("audio-spectrogram-transformer", "ASTLayer"),
-    # vision
-    _vit_like("vit", "ViTLayer"),
-    _vit_like("deit", "DeiTLayer"),
-    _vit_like("vit_mae", "ViTMAELayer"),
-    _vit_like("beit", "BeitLayer", write="drop_path"),
-    _vit_like("dinov2", "Dinov2Layer", "norm1", "norm2", "drop_path"),
-    _vit_like("dinov2_with_registers", "Dinov2WithRegistersLayer", "norm1", "norm2", "drop_path"),
-    _vit_like("dinov3_vit", "DINOv3ViTLayer", "norm1", "norm2", "drop_path"),
-    # its dropout is also called in the attention's windows
-    _row(
-        "swin",
-        "SwinLayer",
-        ("layernorm_before", "drop_path"),
-        Block("layernorm_after", "dropout", shared=True),
-    ),
-    _row("timm-vit", "vision_transformer.Block", ("norm1", "drop_path1"), ("norm2", "drop_path2")),
-    # vision and text: rows of each side; `layers_pattern` chooses one
-    _clip_like("clip", "CLIPEncoderLayer"),
-    _clip_like("siglip", "SiglipEncoderLayer"),
-    _clip_like("siglip2", "Siglip2EncoderLayer"),
-    _llama_like("qwen2_vl", "Qwen2VLDecoderLayer"),
-    _row("qwen2_vl-vision", "Qwen2VLVisionBlock", ("norm1", "attn"), ("norm2", "mlp")),
-    _llama_like("qwen2_5_vl", "Qwen2_5_VLDecoderLayer"),
-    _row("qwen2_5_vl-vision", "Qwen2_5_VLVisionBlock", ("norm1", "attn"), ("norm2", "mlp")),
-    _llama_like("qwen3_vl", "Qwen3VLTextDecoderLayer"),
-    _row("qwen3_vl-vision", "Qwen3VLVisionBlock", ("norm1", "attn"), ("norm2", "mlp")),
+ARCHITECTURES: tuple[Architecture, ...] = tuple(
+    _parse(line) for line in _TABLE.splitlines() if line and not line.startswith("#")
 )
 
 

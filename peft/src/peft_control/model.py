@@ -142,10 +142,11 @@ class ControlModel(LoraModel):
         if any(config.modules_to_save for config in configs):
             raise ValueError("adapters with modules_to_save cannot be combined")
         ranks = [max([config.control_rank, *config.control_rank_pattern.values()]) for config in configs]
-        if combination_type == "linear" and any(
-            len({control.rank[name] for name in adapters if name in control.rank}) > 1
+        owners = [
+            [control.rank[name] for name in adapters if name in control.rank]
             for control in _controls(self.model)
-        ):
+        ]
+        if combination_type == "linear" and any(len(set(each)) > 1 for each in owners):
             raise ValueError('"linear" combines controls of equal ranks')
         first = configs[0]
         combined = replace(
