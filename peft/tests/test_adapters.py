@@ -1,5 +1,6 @@
 """Adapters as peft users handle them: training, saving, loading, switching, removing, copying."""
 
+import ast
 import copy
 import json
 import pickle
@@ -10,11 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
-from tiny_models import FAMILIES, build, is_adapter, logits, randomize_adapters
+from tiny_models import FAMILIES, MODELS, build, is_adapter, logits, randomize_adapters
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_control import ARCHITECTURES, ControlConfig
+from peft_control.architectures import Architecture, find_layers, propose
+from peft_control.memory import set_memory_mode
 
 QKV = {"target_modules": ["q_proj", "k_proj", "v_proj"], "r": 4, "lora_alpha": 8}
 METHODS = {
@@ -272,6 +275,44 @@ def test_two_active_adapters_add_their_controls():
     assert torch.allclose(outputs(model.eval()), outputs(stacked.eval()), atol=1e-10)
 
 
+@pytest.mark.parametrize("method", ["control", "control+lora"])
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
+def test_weighted_adapters(method, kind, tmp_path):
+    """The sum of two weighted controls: exact with "cat", and with "svd" of full rank; "linear" with one adapter."""
+    fields = {"init_weights": False, "init_lora_weights": False, "control_bias": True}
+    if "lora" in method:
+        fields["target_modules"] = ["q_proj"]
+    model = get_peft_model(build("llama"), config_of(method, **fields), adapter_name="one")
+    model.add_adapter(
+        "two", config_of(method, control_blocks=["attention", "mlp"], control_alpha=1.3, **fields)
+    )
+    model.add_adapter("long", config_of(method, control_rank=5, **fields))
+    randomize_adapters(model.eval())
+    names, weights = (["two"], [0.25]) if kind == "linear" else (["one", "two"], [0.5, -0.7])
+    rank = {"svd_rank": 32} if kind == "svd" else {}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.add_weighted_adapter(names, weights, "sum", kind, **rank)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    model.set_adapter("sum")
+    found = outputs(model)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    assert torch.equal(outputs(PeftModel.from_pretrained(build("llama"), tmp_path / "sum").eval()), found)
+    with torch.no_grad():
+        for _, control in _named_controls(model):
+            for name, weight in zip(names, weights):
+                if name in control.alpha:
+                    control.alpha[name] *= weight
+        for module in model.modules():
+            for name, weight in zip(names, weights):
+                if name in getattr(module, "lora_B", ()):
+                    module.lora_B[name].weight.mul_(weight)
+    model.base_model.set_adapter(names)
+    torch.testing.assert_close(outputs(model), found, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="equal ranks"):
+        model.add_weighted_adapter(["one", "long"], [1.0, 1.0], "other", "linear")
+    assert "other" not in model.peft_config
+
+
 def _named_controls(model):
     return [(name, m) for name, m in model.named_modules() if name.endswith("_control")]
 
@@ -401,8 +442,10 @@ def test_what_a_control_cannot_do():
     for merge in (model.merge_and_unload, model.merge_adapter):
         with pytest.raises(ValueError, match=r"cannot be merged into its weights; keep the adapter loaded"):
             merge()
-    with pytest.raises(ValueError, match="activate several adapters instead"):
-        model.add_weighted_adapter(["default"], [1.0], "sum")
+    with pytest.raises(ValueError, match="controls are combined by cat, linear, svd"):
+        model.add_weighted_adapter(["default"], [1.0], "sum", "ties")
+    with pytest.raises(ValueError, match="there are \\['default'\\]"):
+        model.add_weighted_adapter(["nobody"], [1.0], "sum")
     with pytest.raises(ValueError, match="cannot be chosen per sample: use set_adapter"):
         model(**INPUTS, adapter_names=["default", "__base__"])
     assert torch.equal(outputs(model), outputs(llama("control+lora")))  # nothing was left half-done
@@ -424,6 +467,88 @@ def test_a_forward_that_a_control_cannot_follow_is_an_error():
     layer.forward = lambda hidden_states, **kwargs: hidden_states + layer.mlp(hidden_states)
     with pytest.raises(RuntimeError, match=r"wrote to 'mlp' without calling 'post_attention_layernorm'"):
         outputs(model)
+
+
+def test_a_module_that_serves_another_block_too_is_named():
+    row = {"layer": "SwinLayer", "norm": "layernorm_after"}
+    for shared in (False, True):
+        block = {"read": "layernorm_after", "write": "dropout", **({"shared": True} if shared else {})}
+        config = ControlConfig(control_architecture={**row, "blocks": {"mlp": block}})
+        model = get_peft_model(build("swin"), config)
+        if shared:
+            model(**MODELS["swin"].inputs())
+        else:
+            with pytest.raises(
+                RuntimeError, match=r"for something else too, which the row must say \('shared': true"
+            ):
+                model(**MODELS["swin"].inputs())
+
+
+def test_a_part_of_a_state_is_refused():
+    base = build("albert")
+    base.albert.encoder.albert_layer_groups[0].albert_layers[0].chunk_size_feed_forward = 3
+    with pytest.raises(RuntimeError, match="works on a part of the state"):
+        get_peft_model(base, ControlConfig())(**MODELS["albert"].inputs())
+
+
+# -- parts of a model and mixtures of experts ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layers", "controlled"),
+    [
+        (
+            None,
+            None,
+            {"visual.blocks.0", "visual.blocks.1", "language_model.layers.0", "language_model.layers.1"},
+        ),
+        ("language_model.layers", None, {"language_model.layers.0", "language_model.layers.1"}),
+        (["blocks"], [1], {"visual.blocks.1"}),
+    ],
+)
+def test_choice_of_a_models_part(pattern, layers, controlled, tmp_path):
+    config = ControlConfig(
+        layers_pattern=pattern, layers_to_transform=layers, target_modules=["qkv", "q_proj"], r=2
+    )
+    model = get_peft_model(build("qwen2_5_vl"), config)
+    found = {
+        kind: {
+            ".".join(name.removeprefix("base_model.model.model.").split(".")[:3])
+            for name, module in model.named_modules()
+            if name.endswith(kind)
+        }
+        for kind in ("mlp_control", "lora_A")
+    }
+    assert found == {"mlp_control": controlled, "lora_A": controlled}
+    expected = logits(randomize_adapters(model.eval()), MODELS["qwen2_5_vl"].inputs())
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("qwen2_5_vl"), tmp_path).eval()
+    assert torch.equal(logits(again, MODELS["qwen2_5_vl"].inputs()), expected)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe"])
+def test_mixtures_of_experts(family):
+    """Experts, 3-D parameters, and routers stay frozen and unwrapped; the routers' auxiliary loss reaches the control."""
+    base = build(family, torch.float64)
+    kinds = {name: type(module) for name, module in base.named_modules()}
+    assert any(p.dim() == 3 for p in base.parameters())
+    model = get_peft_model(base, config_of("double control", init_weights=False)).train()
+    assert all(type(base.get_submodule(name)) is kind for name, kind in kinds.items())
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if is_adapter(n)
+    }
+    found = {}
+    for mode in ("plain", "lean"):
+        set_memory_mode(model, mode)
+        model.zero_grad()
+        output = model(**INPUTS, labels=INPUTS["input_ids"], output_router_logits=True)
+        assert output.aux_loss > 0
+        output.aux_loss.backward()
+        found[mode] = torch.cat(
+            [p.grad.flatten() for n, p in model.named_parameters() if p.requires_grad and "layers.0" in n]
+        )
+    assert found["plain"].abs().max() > 0
+    torch.testing.assert_close(found["lean"], found["plain"], rtol=1e-9, atol=1e-12)
 
 
 # -- copies -------------------------------------------------------------------------------------------------
@@ -554,6 +679,8 @@ def test_own_architecture(tmp_path):
             {"control_architecture": {**ROW, "blocks": {"mlp": {"read": "a", "write": 1}}}},
             "control_architecture must look like",
         ),
+        ({"layers_pattern": "("}, r"layers_pattern: '\(' is no regular expression"),
+        ({"layers_pattern": [1]}, "layers_pattern: 1 is no regular expression"),
         ({"control_architecture": {**ROW, "extra": 1}}, "control_architecture must look like"),
         ({"control_architecture": {**ROW, "init": "zeros"}}, "control_architecture must look like"),
     ],
@@ -573,6 +700,10 @@ def test_bad_configurations(fields, message):
         ({"control_alpha_pattern": {"layers.9.mlp": 2}}, "they are called as .*layers.0.mlp. is"),
         ({"target_modules": ["q_porj"]}, r"target_modules \{'q_porj'\} not found in LlamaForCausalLM"),
         ({"exclude_modules": ".*layers.*"}, "exclude_modules leaves no layer to control"),
+        (
+            {"layers_pattern": "blocks"},
+            "layers_pattern 'blocks' leaves none of model.layers.0, model.layers.1",
+        ),
         ({"control_architecture": ROW}, r"LlamaForCausalLM has no layer of class 'OwnLayer'"),
         (
             {"control_architecture": {**ROW, "layer": "LlamaDecoderLayer"}, "control_blocks": "body"},
@@ -603,6 +734,47 @@ def test_unknown_architecture_lists_what_is_known():
         get_peft_model(OwnModel(), ControlConfig())
     assert all(row.name in str(error.value) for row in ARCHITECTURES)
     assert "control_architecture" in str(error.value)
+    assert "layers: 2 × OwnLayer (norm, body); no known pattern fits" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3", "glm4", "olmo2", "granite", "bart", "mbart", "bert", "dinov2", "phi", "t5"]
+)
+def test_a_proposed_row_is_the_tested_one(family):
+    """A class that has no row, with the modules and the forward of one that has."""
+    layer, row = list(find_layers(build(family)).values())[-1]
+    proposed = propose(layer)
+    assert Architecture.from_dict(proposed.as_dict()) == proposed
+    assert {name: block.of(layer) for name, block in proposed.blocks.items()} == {
+        name: block.of(layer) for name, block in row.blocks.items()
+    }
+
+
+def test_an_unknown_model_is_proposed_a_row_ready_to_paste(tmp_path, capsys, monkeypatch):
+    from transformers import ArceeConfig, ArceeForCausalLM
+
+    from peft_control.__main__ import main
+
+    config = {**build("llama").config.to_dict(), "model_type": "arcee", "architectures": ["ArceeForCausalLM"]}
+    base = ArceeForCausalLM(ArceeConfig(**config))
+    with pytest.raises(ValueError, match="ArceeDecoderLayer .*candidate row, untested") as error:
+        get_peft_model(base, ControlConfig())
+    row = ast.literal_eval(str(error.value).split("untested: ")[1])
+    model = get_peft_model(base, ControlConfig(control_architecture=row, init_weights=False))
+    assert len(_named_controls(model)) == 2
+    for name, code in (("arcee", 2), ("qwen3_next", 0), ("nowhere", 2)):
+        if name != "nowhere":
+            (base if name == "arcee" else build(name)).config.save_pretrained(tmp_path / name)
+        monkeypatch.setattr("sys.argv", ["peft_control", "architectures", str(tmp_path / name)])
+        if code:
+            with pytest.raises(SystemExit, match="2"):
+                main()
+            assert capsys.readouterr().err.startswith("error: ")
+        else:
+            main()
+            text = capsys.readouterr().out
+            assert "layers.0: Qwen3NextDecoderLayer, row qwen3_next, width 32" in text
+            assert "attention: reads input_layernorm, writes linear_attn" in text
 
 
 names = st.text("abcdefgh_.0123", min_size=1, max_size=12)

@@ -14,16 +14,17 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, VOCAB, build, logits, randomize_adapters
+from tiny_models import FAMILIES, MODELS, VOCAB, build, logits, randomize_adapters
 
 from peft_control import ControlConfig
 from peft_control.export import export, main
 
-TASKS = {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "vision": None}
+TASKS = {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "vision": None, "seq2seq": "SEQ_2_SEQ_LM"}
 AUTO = {
     "decoder": transformers.AutoModelForCausalLM,
     "encoder": transformers.AutoModelForSequenceClassification,
     "vision": transformers.AutoModelForImageClassification,
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
 }
 TARGETS = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"]}
 
@@ -32,7 +33,7 @@ def adapter(folder, family="llama", dtype=torch.float32, **fields) -> PeftModel:
     """Save a tiny base and an adapter of it below ``folder``; return the adapted model in eval mode."""
     build(family, dtype).save_pretrained(folder / "base")
     base = type(build(family)).from_pretrained(folder / "base")
-    kind = FAMILIES[family].kind
+    kind = MODELS[family].kind
     heads = {"modules_to_save": ["classifier"]} if kind == "vision" else {}
     fields = {"control_rank": 3, "control_alpha": 0.7, **heads, **fields}
     model = randomize_adapters(get_peft_model(base, ControlConfig(task_type=TASKS[kind], **fields))).eval()
@@ -41,20 +42,20 @@ def adapter(folder, family="llama", dtype=torch.float32, **fields) -> PeftModel:
 
 
 def reload(folder, family="llama"):
-    return AUTO[FAMILIES[family].kind].from_pretrained(folder / "out", trust_remote_code=True).eval()
+    return AUTO[MODELS[family].kind].from_pretrained(folder / "out", trust_remote_code=True).eval()
 
 
 def assert_same(model, exported, family, atol=0.0):
     with torch.no_grad():
-        expected, found = (logits(m, FAMILIES[family].inputs()) for m in (model, exported))
+        expected, found = (logits(m, MODELS[family].inputs()) for m in (model, exported))
         assert torch.allclose(found, expected, rtol=0, atol=atol)
         with model.disable_adapter():
-            assert not torch.allclose(found, logits(model, FAMILIES[family].inputs()), atol=1e-3)
+            assert not torch.allclose(found, logits(model, MODELS[family].inputs()), atol=1e-3)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "timm-vit"])
+@pytest.mark.parametrize("family", [*sorted({*FAMILIES} - {"timm-vit"}), "granite", "llama4", "lfm2", "t5"])
 def test_every_family(family, tmp_path):
-    bias = FAMILIES[family].kind == "vision"
+    bias = MODELS[family].kind == "vision"
     model = adapter(tmp_path, family, control_blocks=["attention", "mlp"], control_bias=bias)
     export(str(tmp_path / "adapter"), tmp_path / "out")
     exported = reload(tmp_path, family)

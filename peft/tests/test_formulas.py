@@ -7,64 +7,187 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
-from tiny_models import FAMILIES, WIDTH, build, is_adapter, logits, randomize_adapters
+from peft import PeftModel, get_peft_model
+from tiny_models import FAMILIES, MODELS, build, is_adapter, logits, randomize_adapters
 from torch import nn
 
 from peft_control import ARCHITECTURES, ControlConfig
 from peft_control.architectures import find_layers
+from peft_control.memory import set_memory_mode
 
-BLOCKS = (["mlp"], ["attention"], ["attention", "mlp"])
 ALPHA = 0.7
+GENERATES = ("decoder", "seq2seq", "vision-language", "whisper")
 
 
-# Each takes the frozen layer, its input x, what else the layer got, and the two controls (or zero functions).
+class Frozen:
+    """A layer without controls that has run on the input and the arguments of one with controls.
+
+    ``frozen.out(path)`` is what a module gave in that run, ``frozen(path, ..., state)`` sends another state through
+    modules one after the other, each called as in that run.
+    """
+
+    def __init__(self, layer, args, kwargs):
+        self.layer, self.calls, hooks = layer, {}, []
+        for name, module in layer.named_modules():
+            hooks.append(module.register_forward_hook(functools.partial(self._note, name), with_kwargs=True))
+        self.plain = _first(layer(*args, **kwargs))
+        for hook in hooks:
+            hook.remove()
+
+    def _note(self, name, module, args, kwargs, output):
+        self.calls.setdefault(name, (args, kwargs, _first(output)))  # of a module called twice the first call
+
+    def __getattr__(self, name):
+        return getattr(self.layer, name)
+
+    def out(self, path):
+        return self.calls[path][2]
+
+    def __call__(self, paths, state):
+        for path in paths.split():
+            args, kwargs, _ = self.calls[path]
+            if args:
+                args = (state, *args[1:])
+            else:
+                key = next(key for key, value in kwargs.items() if isinstance(value, torch.Tensor))
+                kwargs = {**kwargs, key: state}
+            state = _first(self.layer.get_submodule(path)(*args, **kwargs))
+        return state
 
 
-def llama_like(layer, x, context, attention, mlp):
-    h = x + layer.self_attn(hidden_states=layer.input_layernorm(x), **context)[0] + attention(x)
-    return h + layer.mlp(layer.post_attention_layernorm(h)) + mlp(h)
+# A formula takes the frozen layer, its input x, and the controls of its two blocks (or zero functions).
 
 
-def gemma_like(layer, x, context, attention, mlp):
-    attended = layer.self_attn(hidden_states=layer.input_layernorm(x), **context)[0]
-    h = x + layer.post_attention_layernorm(attended) + attention(x)
-    return h + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(h))) + mlp(h)
+def pre_norm(attention, mlp, cross="", multiplier=None, parallel=None):
+    """h = x + attention(x); y = h + mlp(h), or y = x + attention(x) + mlp(x) where the attribute ``parallel`` is true."""
+
+    def formula(f, x, attention_control, mlp_control):
+        scale = getattr(f, multiplier) if multiplier else 1.0
+        first = next(path for path in attention.split("|") if path in f.calls)
+        h = x + scale * f.out(first) + attention_control(x)
+        if cross and cross.split()[0] in f.calls:
+            h = h + f(cross, h)
+        state = x if parallel is not None and getattr(f, parallel, True) else h
+        return h + scale * f(mlp, state).view(x.shape) + mlp_control(state)
+
+    return formula
 
 
-def gpt2(layer, x, context, attention, mlp):
-    h = x + layer.attn(layer.ln_1(x), **context)[0] + attention(x)
-    return h + layer.mlp(layer.ln_2(h)) + mlp(h)
+def post_norm(attention, mlp, norm, cross=()):
+    """a = attention(x), y = norm(mlp(a) + a), where the first one's norm is in it."""
+
+    def formula(f, x, attention_control, mlp_control):
+        a = f.out(attention) + attention_control(x)
+        if cross and cross[0] in f.calls:
+            a = f(cross[1], f(cross[0], a) + a)
+        return f(norm, f(mlp, a) + a) + mlp_control(a)
+
+    return formula
 
 
-def post_norm(layer, x, context, attention, mlp):
-    a = layer.attention(x, **context)[0] + attention(x)
-    return layer.output.LayerNorm(layer.output.dense(layer.intermediate(a)) + a) + mlp(a)
+def bert(f, x, attention, mlp):
+    a = f.out("attention") + attention(x)
+    return f.output.LayerNorm(f.output.dense(f.intermediate(a)) + a) + mlp(a)
 
 
-def hf_vit(layer, x, context, attention, mlp):
-    h = x + layer.attention(layer.layernorm_before(x), **context)[0] + attention(x)
-    return h + layer.mlp(layer.layernorm_after(h)) + mlp(h)
+def beit(f, x, attention, mlp):
+    h = x + f.lambda_1 * f.out("attention") + attention(x)
+    return h + f.lambda_2 * f("layernorm_after mlp", h) + mlp(h)
 
 
-def dinov2(layer, x, context, attention, mlp):
-    h = x + layer.layer_scale1.lambda1 * _first(layer.attention(layer.norm1(x), **context)) + attention(x)
-    return h + layer.layer_scale2.lambda1 * layer.mlp(layer.norm2(h)) + mlp(h)
+def falcon_h1(f, x, attention, mlp):
+    h = x + f.ssm_out_multiplier * f.out("mamba") + f.attn_out_multiplier * f.out("self_attn") + attention(x)
+    return h + f("pre_ff_layernorm feed_forward", h) + mlp(h)
 
 
-def timm_vit(layer, x, context, attention, mlp):
-    h = x + layer.ls1.gamma * layer.attn(layer.norm1(x), **context) + attention(x)
-    return h + layer.ls2.gamma * layer.mlp(layer.norm2(h)) + mlp(h)
+def gemma3n(f, x, _, mlp):
+    ((h,), *_), (args, kwargs, _) = f.calls["pre_feedforward_layernorm"], f.calls[""]
+    given = inspect.signature(type(f.layer).forward).bind(f.layer, *args, **kwargs).arguments
+    y = h + f("pre_feedforward_layernorm mlp post_feedforward_layernorm", h) + mlp(h)
+    corrected = f.altup.correct(f.altup.predict(x), y)
+    first = f.altup.scale_corrected_output(corrected[f.config.altup_active_idx].clone())
+    first = f.act_fn(f.per_layer_input_gate(first)) * given["per_layer_input"]
+    corrected[1:] += f.post_per_layer_input_norm(f.per_layer_projection(first))
+    return corrected
 
 
+def gemma4(f, x, attention, mlp):
+    return GEMMA(f, x, attention, mlp) * f.layer_scalar  # of the whole stream
+
+
+def granitemoehybrid(f, x, attention, mlp):
+    h = x + 0.3 * f.out("self_attn" if "self_attn" in f.calls else "mamba") + attention(x)
+    normed = f.post_attention_layernorm(h)
+    return h + 0.3 * (f("block_sparse_moe", normed) + f.shared_mlp(normed)) + mlp(h)
+
+
+def mamba(f, x, mixer, _):
+    return x + f.out("mixer") + mixer(x)
+
+
+def t5(f, x, attention, mlp):
+    h, last = x + f.out("layer.0.dropout") + attention(x), f"layer.{len(f.layer.layer) - 1}"
+    if last == "layer.2":
+        h = f("layer.1", h)  # with its own residual
+    return h + f(f"{last}.layer_norm {last}.DenseReluDense", h) + mlp(h)
+
+
+FFN, CROSS = "fc1 activation_fn fc2", "encoder_attn_layer_norm encoder_attn"
+LLAMA = pre_norm("self_attn", "post_attention_layernorm mlp")
+GRANITE = "post_attention_layernorm block_sparse_moe"
+GEMMA = pre_norm("post_attention_layernorm", "pre_feedforward_layernorm mlp post_feedforward_layernorm")
+OLMO = pre_norm("post_attention_layernorm", "mlp post_feedforward_layernorm")
+COHERE = pre_norm("self_attn", "input_layernorm mlp", parallel="always")
+VIT = pre_norm("attention", "layernorm_after mlp")
+DINO = pre_norm("layer_scale1", "norm2 mlp layer_scale2")
+BLOCK = pre_norm("attn", "norm2 mlp")
+CLIP = pre_norm("self_attn", "layer_norm2 mlp")
+BART = post_norm("self_attn_layer_norm", FFN, "final_layer_norm", CROSS.split()[::-1])
+MBART = pre_norm("self_attn", f"final_layer_norm {FFN}", CROSS)
+SPEECH = post_norm("layer_norm", "feed_forward", "final_layer_norm")
 FORMULAS = {
-    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "phi3"], llama_like),
-    **dict.fromkeys(["gemma2", "gemma3"], gemma_like),
-    **dict.fromkeys(["roberta", "xlm-roberta", "bert", "mpnet", "electra"], post_norm),
-    "gpt2": gpt2,
-    "vit": hf_vit,
-    "dinov2": dinov2,
-    "timm-vit": timm_vit,
+    **dict.fromkeys(["gemma2", "gemma3"], GEMMA),
+    **dict.fromkeys(["olmo2", "olmo3", "exaone4"], OLMO),
+    **dict.fromkeys(["cohere", "cohere2", "phi"], COHERE),
+    **dict.fromkeys(["mamba", "mamba2"], mamba),
+    **dict.fromkeys(["roberta", "xlm-roberta", "bert", "mpnet", "electra"], bert),
+    **dict.fromkeys(["camembert", "ernie", "deberta-v2"], bert),
+    **dict.fromkeys(["vit", "deit", "vit_mae", "audio-spectrogram-transformer"], VIT),
+    **dict.fromkeys(["dinov2", "dinov2_with_registers", "dinov3_vit"], DINO),
+    **dict.fromkeys(["clip", "siglip", "siglip2"], CLIP),
+    **dict.fromkeys(["qwen2_vl-vision", "qwen2_5_vl-vision", "qwen3_vl-vision"], BLOCK),
+    **dict.fromkeys(["bart", "marian"], BART),
+    **dict.fromkeys(["mbart", "whisper"], MBART),
+    **dict.fromkeys(["wav2vec2", "hubert"], SPEECH),
+    **dict.fromkeys(
+        ["wav2vec2-pre-norm", "hubert-pre-norm"], pre_norm("attention", "final_layer_norm feed_forward")
+    ),
+    **dict.fromkeys(
+        ["qwen3_5", "qwen3_next"], pre_norm("self_attn|linear_attn", "post_attention_layernorm mlp")
+    ),
+    **dict.fromkeys(["gpt2", "gpt_neo"], pre_norm("attn", "ln_2 mlp")),
+    "albert": post_norm("attention", "ffn activation ffn_output", "full_layer_layer_norm"),
+    "apertus": pre_norm("self_attn", "feedforward_layernorm mlp"),
+    "beit": beit,
+    "distilbert": post_norm("sa_layer_norm", "ffn", "output_layer_norm"),
+    "falcon_h1": falcon_h1,
+    "gemma3n": gemma3n,
+    "gemma4": gemma4,
+    "glm4": pre_norm("post_self_attn_layernorm", "post_attention_layernorm mlp post_mlp_layernorm"),
+    "gpt_neox": pre_norm("attention", "post_attention_layernorm mlp", parallel="use_parallel_residual"),
+    "gptj": pre_norm("attn", "ln_1 mlp", parallel="always"),
+    "granite": pre_norm("self_attn", "post_attention_layernorm mlp", multiplier="residual_multiplier"),
+    "granitemoe": pre_norm("self_attn", GRANITE, multiplier="residual_multiplier"),
+    "granitemoehybrid": granitemoehybrid,
+    "lfm2": pre_norm("self_attn|conv", "ffn_norm feed_forward"),
+    "llama4": pre_norm("self_attn", "post_attention_layernorm feed_forward"),
+    "modernbert": pre_norm("attn", "mlp_norm mlp"),
+    "opt": pre_norm("self_attn", f"final_layer_norm {FFN}"),
+    "stablelm": LLAMA,
+    "stablelm-parallel": pre_norm("self_attn", "input_layernorm mlp", parallel="always"),
+    "swin": pre_norm("drop_path", "layernorm_after mlp"),
+    "t5": t5,
+    "timm-vit": pre_norm("ls1", "norm2 mlp ls2"),
 }
 
 
@@ -85,14 +208,12 @@ def control_of(state_dict: dict, layer: str, block: str):
 
 
 def record_calls(model: nn.Module, names: list[str]) -> dict:
-    """Register hooks that note each layer's bound arguments and output; filled by the next forward."""
+    """Register hooks that note each layer's arguments and output; filled by the next forward."""
     calls = {}
 
     def hook_for(name):
         def hook(layer, args, kwargs, output):
-            bound = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs).arguments
-            bound.update(bound.pop("kwargs", {}))
-            calls[name] = (bound, _first(output))
+            calls[name] = (args, kwargs, _first(output))
 
         return hook
 
@@ -101,56 +222,93 @@ def record_calls(model: nn.Module, names: list[str]) -> dict:
     return calls
 
 
-@pytest.mark.parametrize("blocks", BLOCKS, ids="+".join)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_exact_formula(family, blocks):
-    base = build(family, torch.float64)
-    frozen = copy.deepcopy(base)
-    names = list(find_layers(base))
-    config = ControlConfig(
-        control_blocks=blocks,
-        control_rank=3,
-        control_alpha=ALPHA,
-        control_bias=FAMILIES[family].kind == "vision",
-        init_weights=False,
-    )
-    model = get_peft_model(base, config).eval()
-    weights = {name: p for name, p in model.named_parameters() if is_adapter(name)}
-    assert len(weights) == len(names) * len(blocks) * (4 if config.control_bias else 2)
-    assert all(p.dtype == torch.float64 for p in weights.values())
-    assert all(p.abs().min() > 0 for name, p in weights.items() if name.endswith("weight"))  # B too
-    if config.control_bias:
-        randomize_adapters(model)
-    calls = record_calls(model.base_model.model, names)
+def outputs(model, inputs):
+    torch.manual_seed(3)
+    return logits(model, inputs)
+
+
+def adapted(base, blocks, **fields):
+    config = ControlConfig(control_blocks=blocks, control_rank=3, control_alpha=ALPHA, **fields)
+    return get_peft_model(base, config).eval()
+
+
+def gradients(model, inputs, mode):
+    """Of a training step with dropout, by the parameters' names."""
+    set_memory_mode(model.train(), mode)
+    model.zero_grad()
+    outputs(model, inputs).double().square().sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    set_memory_mode(model.eval(), "plain")
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in found.values())
+    return torch.cat([gradient.flatten() for gradient in found.values()])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_row(name, tmp_path):
+    """Identity at first, the exact formula in every layer, lean's gradients, save and reload, generation with its cache."""
+    family, base = MODELS[name], build(name, torch.float64).requires_grad_(False)
+    inputs, frozen, layers = family.inputs(torch.float64), copy.deepcopy(base), find_layers(base)
+    bias, every = family.kind == "vision", list(next(iter(layers.values()))[1].blocks)
     with torch.no_grad():
-        model(**FAMILIES[family].inputs(torch.float64))
-        state_dict = model.state_dict()
-        assert len(calls) == len(names)
-        for name in names:
-            bound, output = calls[name]
-            (_, _), (_, x), *rest = bound.items()  # self, the input, and the rest
-            context = {key: value for key, value in rest if value is not None and key != "past_key_values"}
-            controls = [control_of(state_dict, name, block) for block in ("attention", "mlp")]
-            expected = FORMULAS[family](frozen.get_submodule(name), x, context, *controls)
-            plain = FORMULAS[family](frozen.get_submodule(name), x, context, *[torch.zeros_like] * 2)
-            assert (output - expected).abs().max() <= 1e-10
-            assert (output - plain).abs().max() > 1e-3  # the controls do something here
-
-
-def test_every_architecture_has_a_formula():
-    assert {row.name for row in ARCHITECTURES} == set(FORMULAS) == set(FAMILIES)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_identity_at_init(family):
-    base = build(family)
-    inputs = FAMILIES[family].inputs()
+        before = outputs(base, inputs)
+        assert torch.equal(outputs(adapted(copy.deepcopy(base), every), inputs), before)
+        for blocks in [every, *([block] for block in every if len(every) > 1)]:
+            model = adapted(copy.deepcopy(base), blocks, control_bias=bias, init_weights=False)
+            weights = {key: p for key, p in model.named_parameters() if is_adapter(key)}
+            assert len(weights) == len(layers) * len(blocks) * (4 if bias else 2)
+            assert {key for key, p in model.named_parameters() if p.requires_grad} == set(weights)
+            assert not any("expert" in key or "gate" in key for key in weights)
+            assert all(p.dtype == torch.float64 for p in weights.values())
+            assert all(p.abs().min() > 0 for key, p in weights.items() if key.endswith("weight"))  # B too
+            if bias:
+                randomize_adapters(model)
+            calls = record_calls(model.base_model.model, list(layers))
+            cacheless = {"use_cache": False} if family.kind in GENERATES else {}
+            outputs(model, {**inputs, **cacheless})
+            state_dict = model.state_dict()
+            assert len(calls) == len(layers)
+            for place, (_, row) in layers.items():
+                args, kwargs, output = calls[place]
+                run = Frozen(frozen.get_submodule(place), args, kwargs)
+                x = args[0] if args else kwargs["hidden_states"]
+                formula = FORMULAS.get(name) or FORMULAS.get(row.name, LLAMA)
+                controls = [control_of(state_dict, place, block) for block in (*row.blocks, "none")]
+                controls = controls if "attention" in row.blocks or "mixer" in row.blocks else controls[::-1]
+                expected = formula(run, x, *controls[:2])
+                assert (output - expected).abs().max() <= 1e-10, place
+                assert (formula(run, x, *[torch.zeros_like] * 2) - run.plain).abs().max() <= 1e-10
+                assert (output - run.plain).abs().max() > 1e-3  # the controls do something here
+    model = adapted(copy.deepcopy(base), every, init_weights=False)
+    plain, lean = (gradients(model, inputs, mode) for mode in ("plain", "lean"))
+    # the norms of some decoders compute in float32, and lean has those of four by hand
+    assert (lean - plain).norm() <= (
+        1e-5 if name in ("llama", "mistral", "qwen2", "qwen3") else 1e-10
+    ) * plain.norm()
     with torch.no_grad():
-        before = logits(base, inputs)
-        model = get_peft_model(
-            base, ControlConfig(control_blocks=["attention", "mlp"], control_rank=4, control_bias=True)
-        ).eval()
-        assert torch.equal(logits(model, inputs), before)
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(base, tmp_path).eval()
+        expected = outputs(model, inputs)
+        torch.testing.assert_close(outputs(again, inputs), expected, rtol=0, atol=1e-12)
+        assert not torch.allclose(expected, before)
+        if family.kind in GENERATES and again.can_generate():
+            prompt = {key: value for key, value in inputs.items() if not key.startswith("decoder")}
+            if family.kind in ("decoder", "vision-language"):
+                prompt = {"input_ids": inputs["input_ids"].clamp(max=50)}  # without padding and image
+            steps = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 1}
+            found = [
+                again.generate(
+                    **prompt, **steps, use_cache=use_cache, return_dict_in_generate=True, output_logits=True
+                )
+                for use_cache in (True, False)
+            ]
+            assert torch.equal(found[0].sequences, found[1].sequences)
+            for with_cache, without in zip(found[0].logits, found[1].logits, strict=True):
+                torch.testing.assert_close(with_cache, without, rtol=1e-5, atol=1e-5)
+
+
+def test_every_row_has_a_model():
+    found = {row.name for name in MODELS for _, row in find_layers(build(name)).values()}
+    assert found == {row.name for row in ARCHITECTURES} and len(found) == len(ARCHITECTURES) >= 45
 
 
 @pytest.mark.parametrize(
@@ -178,50 +336,6 @@ def test_initialisation_of_A(family, init, expected):
             assert not weight.any()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "roberta", "dinov2"])
-def test_gradients_equal_finite_differences(family):
-    config = ControlConfig(control_blocks=["attention", "mlp"], control_rank=2, control_alpha=1.3)
-    model = randomize_adapters(get_peft_model(build(family, torch.float64), config).eval(), std=0.1)
-    for norm in model.modules():  # LLaMA's computes in float32, too coarse for a difference quotient
-        if type(norm).__name__ == "LlamaRMSNorm":
-            norm.forward = functools.partial(
-                F.rms_norm, normalized_shape=(WIDTH,), weight=norm.weight, eps=1e-6
-            )
-    inputs = FAMILIES[family].inputs(torch.float64)
-    direction = torch.randn_like(logits(model, inputs))
-
-    def loss():
-        return (logits(model, inputs) * direction).sum()
-
-    loss().backward()
-    step = 1e-5
-    for name, parameter in model.named_parameters():
-        if not is_adapter(name):
-            assert parameter.grad is None or not parameter.requires_grad
-            continue
-        flat, gradient = parameter.data.view(-1), parameter.grad.view(-1)
-        for index in (0, flat.numel() // 2):
-            value = flat[index].item()
-            ends = []
-            for shift in (step, -step):
-                flat[index] = value + shift
-                ends.append(loss().item())
-            flat[index] = value
-            difference = (ends[0] - ends[1]) / (2 * step)
-            assert gradient[index].item() == pytest.approx(difference, rel=1e-5, abs=1e-7), name
-
-
-def test_control_dropout_acts_in_training_only():
-    config = ControlConfig(control_rank=4, control_dropout=0.5, init_weights=False)
-    model = get_peft_model(build("llama"), config)
-    inputs = FAMILIES["llama"].inputs()
-    with torch.no_grad():
-        model.eval()
-        assert torch.equal(logits(model, inputs), logits(model, inputs))
-        model.train()
-        assert not torch.equal(logits(model, inputs), logits(model, inputs))
-
-
 def test_control_dropout_sits_between_A_and_B():
     """With rank 1 a dropped hidden state removes the whole control of that position, a kept one doubles it."""
     config = ControlConfig(control_rank=1, control_dropout=0.5, init_weights=False, layers_to_transform=[1])
@@ -232,14 +346,14 @@ def test_control_dropout_sits_between_A_and_B():
     with torch.no_grad():
         model.base_model.disable_adapter_layers()
         model(**inputs)
-        plain = calls[layer][1]
+        plain = calls[layer][2]
         model.base_model.enable_adapter_layers()
         model.eval()
         model(**inputs)
-        full = calls[layer][1] - plain
+        full = calls[layer][2] - plain
         model.train()
         model(**inputs)
-        dropped = calls[layer][1] - plain
+        dropped = calls[layer][2] - plain
     ratio = (dropped * full).sum(-1) / (full * full).sum(-1)
     is_zero, is_double = (ratio.abs() < 1e-9), ((ratio - 2).abs() < 1e-9)
     assert (is_zero | is_double).all()
@@ -262,8 +376,7 @@ def test_drop_path_does_not_drop_the_control():
         model(**FAMILIES["dinov2"].inputs(torch.float64))
         state_dict = model.state_dict()
         for name in names:
-            bound, output = calls[name]
-            x = bound["hidden_states"]
+            (x, *_), _, output = calls[name]
             h = x + control_of(state_dict, name, "attention")(x)
             expected = h + control_of(state_dict, name, "mlp")(h)
             assert (output - expected).abs().max() <= 1e-10

@@ -45,7 +45,8 @@ _VISION = {
 
 @dataclass(frozen=True)
 class Family:
-    """How to build one family's tiny model; ``kind`` is "decoder", "encoder" or "vision"."""
+    """How to build one family's tiny model; ``kind`` says what it takes: "decoder", "encoder", "seq2seq", "vision",
+    "clip", "siglip2", "vision-language", "speech" (samples), "whisper" or "spectrogram"."""
 
     kind: str
     build: Callable[[], nn.Module]
@@ -53,12 +54,40 @@ class Family:
     def inputs(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         """Two examples; of text, the second one is padded on the right."""
         generator = torch.Generator().manual_seed(1)
-        if self.kind == "vision":
-            return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator, dtype=dtype)}
+        shapes = {
+            "vision": ("pixel_values", 3, 16, 16),
+            "clip": ("pixel_values", 3, 16, 16),
+            "speech": ("input_values", 400),
+            "whisper": ("input_features", 8, 16),
+            "spectrogram": ("input_values", 24, 16),
+        }
+        found = {}
+        if self.kind in shapes:
+            name, *shape = shapes[self.kind]
+            found[name] = torch.randn(2, *shape, generator=generator, dtype=dtype)
+        if self.kind in ("vision", "speech", "spectrogram"):
+            return found
         ids = torch.randint(3, VOCAB, (2, LENGTH), generator=generator)
+        if self.kind == "whisper":
+            return {**found, "decoder_input_ids": ids}
         mask = torch.ones_like(ids)
         mask[1, 6:] = 0
-        return {"input_ids": ids, "attention_mask": mask}
+        if self.kind == "siglip2":
+            found = {
+                "pixel_values": torch.randn(2, 4, 192, generator=generator, dtype=dtype),
+                "pixel_attention_mask": torch.ones(2, 4, dtype=torch.long),
+                "spatial_shapes": torch.tensor([[2, 2], [2, 2]]),
+            }
+        if self.kind == "vision-language":
+            ids = ids.clamp(max=50)
+            ids[:, 1:5] = 60
+            found = {
+                "pixel_values": torch.randn(32, 48, generator=generator, dtype=dtype),
+                "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
+                "mm_token_type_ids": (ids == 60).int(),
+            }
+        target = {"decoder_input_ids": ids.flip(1)} if self.kind == "seq2seq" else {}
+        return {**found, "input_ids": ids, "attention_mask": mask, **target}
 
 
 def _decoder(config: type, model: type, **fields) -> Family:
@@ -127,22 +156,199 @@ class TimmImages(timm.models.VisionTransformer):
         return super().forward(pixel_values)
 
 
+#: Fields of whatever kind of decoder: each configuration takes its own of them.
+_ANY_DECODER = {
+    **_DECODER,
+    **dict(
+        head_dim=8,
+        global_head_dim=8,
+        hidden_dropout=0.1,
+        residual_multiplier=0.3,
+        attention_out_multiplier=0.3,
+    ),
+    **dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1),
+    **dict(moe_intermediate_size=16, shared_expert_intermediate_size=16, shared_intermediate_size=16),
+    **dict(
+        n_group=2, topk_group=1, first_k_dense_replace=1, norm_topk_prob=False, interleave_moe_layer_step=2
+    ),
+    **dict(intermediate_size_mlp=48, num_kv_shared_layers=0, hidden_size_per_layer_input=0, laurel_rank=4),
+    **dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8),
+    **dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4),
+    **dict(ffn_dim=48, word_embed_proj_dim=WIDTH, rotary_dim=4, num_layers=LAYERS, num_heads=4),
+}
+_MLA = dict(
+    kv_lora_rank=8,
+    q_lora_rank=8,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
+    head_dim=4,
+    num_key_value_heads=4,
+)
+_MAMBA = dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, state_size=8, residual_in_fp32=False)
+_SEQ2SEQ = {
+    **dict(
+        vocab_size=VOCAB,
+        d_model=WIDTH,
+        encoder_layers=LAYERS,
+        decoder_layers=LAYERS,
+        max_position_embeddings=64,
+    ),
+    **dict(encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48),
+    **dict(
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, forced_eos_token_id=None
+    ),
+    **dict(num_mel_bins=8, max_source_positions=8, max_target_positions=64),
+}
+_SPEECH = {
+    **dict(
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    ),
+    **dict(conv_dim=[8, 8], conv_kernel=[8, 4], conv_stride=[8, 4], num_feat_extract_layers=2, layerdrop=0.0),
+    **dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, apply_spec_augment=False),
+}
+_DISTIL = dict(dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=48)
+_SWIN = dict(
+    image_size=16, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4, mlp_ratio=2
+)
+_AST = dict(num_mel_bins=16, max_length=24, time_stride=8, frequency_stride=8)
+
+
+def _model(kind: str, name: str, common: dict, **fields) -> Family:
+    """A family by its model's name in transformers."""
+
+    def build():
+        model = getattr(hf, name)
+        return model(model.config_class(**{**common, **fields}))
+
+    return Family(kind, build)
+
+
+def _decoder_of(prefix: str, **fields) -> Family:
+    return _model("decoder", f"{prefix}ForCausalLM", _ANY_DECODER, **fields)
+
+
+def _seq2seq_of(prefix: str, kind: str = "seq2seq", **fields) -> Family:
+    return _model(kind, prefix, _SEQ2SEQ, **fields)
+
+
+def _sides(prefix: str, kind: str = "clip", **vision) -> Family:
+    text = {**_ENCODER, "projection_dim": 16, "eos_token_id": 2}
+    return _model(
+        kind, f"{prefix}Model", {}, text_config=text, vision_config={**_VISION, **vision}, projection_dim=512
+    )
+
+
+def _vision_language(prefix: str, **vision) -> Family:
+    """A model of two parts: 4 x 4 patches of an image become 4 of its language model's tokens."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    image = dict(
+        depth=2, patch_size=4, temporal_patch_size=1, spatial_merge_size=2, num_heads=4, hidden_size=WIDTH
+    )
+    return _model(
+        "vision-language",
+        f"{prefix}ForConditionalGeneration",
+        dict(image_token_id=60, video_token_id=59, vision_start_token_id=58, vision_end_token_id=57),
+        text_config={**_DECODER, "head_dim": 8, "rope_parameters": rope},
+        vision_config={**image, "out_hidden_size": WIDTH, "intermediate_size": 48, **vision},
+    )
+
+
+_PLAIN = """Gemma Ministral Ministral3 SmolLM3 Starcoder2 Glm Olmo Ernie4_5 SeedOss Nemotron Granite Glm4 Olmo2 Olmo3 Exaone4
+    Apertus Cohere Cohere2 Mixtral Qwen2Moe Qwen3Moe GptOss Olmoe Phimoe Glm4Moe GraniteMoe FalconH1 OPT GPTJ"""
+_WINDOWS = {"layer_types": ["sliding_attention", "full_attention"]}
+_LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+
+#: One model for each row of ARCHITECTURES; what one configuration leaves out of a row, a second name adds.
+MODELS: dict[str, Family] = {
+    **FAMILIES,
+    **{getattr(hf, f"{p}ForCausalLM").config_class.model_type: _decoder_of(p) for p in _PLAIN.split()},
+    **{
+        name: _model("encoder", f"{prefix}ForSequenceClassification", {**_ENCODER, **fields})
+        for name, prefix, fields in [
+            ("camembert", "Camembert", {}),
+            ("ernie", "Ernie", {}),
+            ("albert", "Albert", {"embedding_size": 16}),
+            ("eurobert", "EuroBert", {}),
+            ("distilbert", "DistilBert", _DISTIL),
+            ("deberta-v2", "DebertaV2", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+            ("modernbert", "ModernBert", dict.fromkeys(["cls_token_id", "sep_token_id", "bos_token_id"], 1)),
+        ]
+    },
+    "gemma4": _decoder_of("Gemma4", **_WINDOWS),
+    "gemma3n": _decoder_of(
+        "Gemma3n",
+        **_WINDOWS,
+        **dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB, intermediate_size=[48, 48]),
+        activation_sparsity_pattern=[0.0, 0.0],
+    ),
+    "phi": _decoder_of("Phi", resid_pdrop=0.1),
+    "gpt_neox": _decoder_of("GPTNeoX"),
+    "gpt_neox-sequential": _decoder_of("GPTNeoX", use_parallel_residual=False),
+    "gpt_neo": _decoder_of("GPTNeo", attention_types=[[["global", "local"], 1]]),
+    "stablelm": _decoder_of("StableLm"),
+    "stablelm-parallel": _decoder_of("StableLm", use_parallel_residual=True),
+    "deepseek_v2": _decoder_of("DeepseekV2", **_MLA),
+    "deepseek_v3": _decoder_of("DeepseekV3", **_MLA),
+    "llama4": _decoder_of("Llama4"),
+    "qwen3_5": _decoder_of("Qwen3_5", **_LINEAR),
+    "qwen3_next": _decoder_of("Qwen3Next", **_LINEAR),
+    "granitemoehybrid": _decoder_of("GraniteMoeHybrid", layer_types=["mamba", "attention"]),
+    "lfm2": _decoder_of("Lfm2", layer_types=["conv", "full_attention"]),
+    "mamba": _model("decoder", "MambaForCausalLM", _MAMBA),
+    "mamba2": _model(
+        "decoder", "Mamba2ForCausalLM", _MAMBA, num_heads=8, head_dim=8, n_groups=2, chunk_size=4
+    ),
+    "t5": _seq2seq_of("T5ForConditionalGeneration", d_kv=8, d_ff=48, num_layers=LAYERS, num_heads=4),
+    "bart": _seq2seq_of("BartForConditionalGeneration"),
+    "marian": _seq2seq_of("MarianMTModel"),
+    "mbart": _seq2seq_of("MBartForConditionalGeneration"),
+    "whisper": _seq2seq_of("WhisperForConditionalGeneration", "whisper"),
+    "wav2vec2": _model("speech", "Wav2Vec2ForCTC", _SPEECH),
+    "wav2vec2-pre-norm": _model("speech", "Wav2Vec2ForCTC", _SPEECH, do_stable_layer_norm=True),
+    "hubert": _model("speech", "HubertForCTC", _SPEECH),
+    "hubert-pre-norm": _model("speech", "HubertForCTC", _SPEECH, do_stable_layer_norm=True),
+    "audio-spectrogram-transformer": _model("spectrogram", "ASTForAudioClassification", _VISION, **_AST),
+    "deit": _model("vision", "DeiTForImageClassification", _VISION),
+    "vit_mae": _model("vision", "ViTMAEModel", _VISION),
+    "beit": _model("vision", "BeitForImageClassification", _VISION, layer_scale_init_value=0.5),
+    "dinov2_with_registers": _model(
+        "vision", "Dinov2WithRegistersForImageClassification", _VISION, mlp_ratio=2
+    ),
+    "dinov3_vit": _model("vision", "DINOv3ViTModel", _VISION),
+    "swin": _model("vision", "SwinForImageClassification", _SWIN),
+    "clip": _sides("CLIP", projection_dim=16),
+    "siglip": _sides("Siglip"),
+    "siglip2": _sides("Siglip2", "siglip2", num_patches=4),
+    "qwen2_vl": _vision_language("Qwen2VL", embed_dim=WIDTH, mlp_ratio=2, in_channels=3),
+    "qwen2_5_vl": _vision_language("Qwen2_5_VL", fullatt_block_indexes=[1], window_size=8),
+    "qwen3_vl": _vision_language("Qwen3VL", num_position_embeddings=16, deepstack_visual_indexes=[0]),
+}
+
+
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Return the family's model in eval mode with every parameter away from its initial value.
 
     Norm scales of one and LayerScales of one constant would hide a control on the wrong side of them.
     """
     torch.manual_seed(0)
-    model = FAMILIES[name].build().to(dtype).eval()
+    model = MODELS[name].build().to(dtype).eval()
+    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # torch multiplies no groups of float64
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for key, buffer in model.named_buffers():
+            if key.endswith("layer_scalar"):  # Gemma 4's, of a layer's output
+                buffer.fill_(0.7)
     return model
 
 
 def logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     output = model(**inputs)
-    return output if isinstance(output, torch.Tensor) else output.logits
+    if isinstance(output, torch.Tensor):
+        return output
+    return output.logits if hasattr(output, "logits") else output[0]
 
 
 def randomize_adapters(model: nn.Module, std: float = 0.3, seed: int = 7) -> nn.Module:

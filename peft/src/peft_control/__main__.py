@@ -2,6 +2,9 @@
 
 Or ``python -m peft_control export ADAPTER OUT``: one model for serving from an adapter and its base (export.py).
 
+Or ``python -m peft_control architectures [MODEL]``: the table of architectures, or what a control would read and write in
+a model, of which it needs the configuration alone.
+
 Registers CONTROL with peft, then runs the module or script as ``python`` itself would: for tools that import
 only peft, for example ``python -m peft_control -m lm_eval --model_args pretrained=BASE,peft=ADAPTER ...``.
 """
@@ -10,10 +13,11 @@ import importlib.util
 import os
 import runpy
 import sys
+from typing import NoReturn
 
 from peft_control.registration import register
 
-USAGE = "usage: python -m peft_control (-m MODULE | SCRIPT | export ADAPTER OUT) [ARGUMENT ...]"
+USAGE = "usage: python -m peft_control (-m MODULE | SCRIPT | export ADAPTER OUT | architectures [MODEL]) [ARGUMENT ...]"
 
 
 def main() -> None:
@@ -26,6 +30,8 @@ def main() -> None:
         from .export import main as export
 
         export(arguments[1:])
+    elif arguments and arguments[0] == "architectures":
+        print(_architectures(*arguments[1:2]))
     elif len(arguments) > 1 and arguments[0] == "-m":
         sys.argv = arguments[1:]
         sys.path.insert(0, os.getcwd())
@@ -44,6 +50,35 @@ def main() -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
+def _architectures(place: str = "") -> str:
+    """The blocks of a model's layers, or the table of all rows as README.md has it."""
+    from peft_control import architectures
+
+    lines = ["| architecture | layer class | blocks | initialisation of A |", "| --- | --- | --- | --- |"]
+    for row in () if place else architectures.ARCHITECTURES:
+        layers = ", ".join(f"`{layer}`" for layer in row.layer.split("|"))
+        lines.append(f"| `{row.name}` | {layers} | {', '.join(row.blocks)} | {row.init} |")
+    if not place:
+        return "\n".join(lines)
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(place)
+        cls = getattr(transformers, (config.architectures or [""])[0], None)
+        with torch.device("meta"):
+            model = cls(config) if cls else transformers.AutoModel.from_config(config)
+        found = architectures.find_layers(model)
+    except (ValueError, OSError) as error:
+        _refuse(str(error))
+    lines = []
+    for name, (layer, row) in found.items():
+        lines.append(f"{name}: {type(layer).__name__}, row {row.name}, width {row.state_width(layer)}")
+        blocks = [(block, rule.of(layer)) for block, rule in row.blocks.items()]
+        lines += [f"  {block}: reads {paths.read}, writes {paths.write}" for block, paths in blocks]
+    return "\n".join(lines)
+
+
 def _exists(module: str) -> bool:
     try:
         spec = importlib.util.find_spec(module)
@@ -54,7 +89,7 @@ def _exists(module: str) -> bool:
         return False
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

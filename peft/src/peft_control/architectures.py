@@ -7,14 +7,18 @@ names two submodules of a transformer layer:
 - ``write``: the module whose output the control is added to: the last frozen module before the residual sum,
   because ``x + (f(x) + control) = (x + f(x)) + control``.
 
-So a frozen LayerScale, DropPath, dropout or post-block norm never touches the control. Neither module is the
+So a frozen LayerScale, DropPath, dropout or post-block norm never touches the control. Where a layer multiplies
+the write's output by a constant, the row names that and the control is divided by it. Neither module is the
 layer itself: gradient checkpointing may recompute a layer's ``forward`` without the hooks on the layer.
 Adding a family is one row; for a model of your own pass a row as ``ControlConfig(control_architecture=...)``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
@@ -23,10 +27,37 @@ INITS = ("kaiming", "normal")  # of A; see ControlConfig.control_init
 
 @dataclass(frozen=True)
 class Block:
-    """One controlled block of a layer; both fields are paths relative to the layer."""
+    """One controlled block of a layer.
+
+    Attributes:
+        read, write: paths relative to the layer; ``-1`` is a list's last module. Of alternatives, ``"self_attn|conv"``,
+            a layer's is the first that it has.
+        multiplier: the attribute of the layer that multiplies the output of ``write``, if one does.
+        shared: whether the layer also calls ``write`` before ``read``, for something else.
+    """
 
     read: str
     write: str
+    multiplier: str = ""
+    shared: bool = False
+
+    def of(self, layer: nn.Module) -> Block:
+        """The block with the paths that ``layer`` has; raises AttributeError where it has none."""
+        return replace(self, read=_path(layer, self.read), write=_path(layer, self.write))
+
+
+def _path(layer: nn.Module, alternatives: str) -> str:
+    for path in alternatives.split("|"):
+        parts: list[str] = []
+        for part in path.split("."):
+            parent = layer.get_submodule(".".join(parts)) if part == "-1" else ()
+            parts.append(str(len(parent) - 1) if part == "-1" else part)
+        try:
+            layer.get_submodule(".".join(parts))
+            return ".".join(parts)
+        except AttributeError:
+            continue
+    raise AttributeError(alternatives)
 
 
 @dataclass(frozen=True)
@@ -35,8 +66,8 @@ class Architecture:
 
     Attributes:
         name: the family, as in ``config.model_type`` where transformers has one.
-        layer: class name of the transformer layer; a dotted prefix narrows it to a module.
-        norm: path in the layer of a norm whose one-dimensional weight has the state's width.
+        layer: class name of the transformer layer; a dotted prefix narrows it to a module, ``|`` separates several.
+        norm: path in the layer of a norm whose one-dimensional weight (or ``normalized_shape``) has the state's width.
         blocks: the blocks by name.
         init: the family's own initialisation, "kaiming" or "normal" (see ``ControlConfig.control_init``).
     """
@@ -51,23 +82,33 @@ class Architecture:
         return self.matches_class(type(module))
 
     def matches_class(self, cls: type) -> bool:
-        return f".{cls.__module__}.{cls.__qualname__}".endswith(f".{self.layer}")
+        path = f".{cls.__module__}.{cls.__qualname__}"
+        return any(path.endswith(f".{layer}") for layer in self.layer.split("|"))
 
     def check(self, layer: nn.Module) -> None:
         """Raise ValueError if a path of the row does not lead to a module of ``layer``."""
-        for path in [
-            self.norm,
-            *(path for block in self.blocks.values() for path in (block.read, block.write)),
-        ]:
-            try:
-                layer.get_submodule(path)
-            except AttributeError as error:
-                raise ValueError(
-                    f"{type(layer).__name__} has no module {path!r}, which the row {self.name!r} names"
-                ) from error
+        try:
+            _path(layer, self.norm)
+            for block in self.blocks.values():
+                block.of(layer)
+        except AttributeError as error:
+            raise ValueError(
+                f"{type(layer).__name__} has no module {str(error)!r}, which the row {self.name!r} names"
+            ) from error
 
     def state_width(self, layer: nn.Module) -> int:
-        return next(layer.get_submodule(self.norm).parameters()).shape[0]
+        norm = layer.get_submodule(_path(layer, self.norm))
+        weight = next(norm.parameters(), None)
+        return norm.normalized_shape[-1] if weight is None else weight.shape[0]  # OLMo's has no weight
+
+    def as_dict(self) -> dict:
+        """The row as :meth:`from_dict` takes it, without what has its default."""
+        blocks = {
+            name: {key: value for key, value in asdict(block).items() if value}
+            for name, block in self.blocks.items()
+        }
+        init = {} if self.init == INITS[0] else {"init": self.init}
+        return {"layer": self.layer, "norm": self.norm, "blocks": blocks, **init}
 
     @classmethod
     def from_dict(cls, row: dict) -> Architecture:
@@ -84,82 +125,154 @@ class Architecture:
             architecture = cls(**{"name": row["layer"], **row, "blocks": blocks})
             paths = [path for block in blocks.values() for path in (block.read, block.write)]
             strings = [architecture.name, architecture.layer, architecture.norm, *blocks, *paths]
-            if not (blocks and architecture.init in INITS and all(isinstance(s, str) and s for s in strings)):
+            known = all(isinstance(b.multiplier, str) and isinstance(b.shared, bool) for b in blocks.values())
+            strings_are = all(isinstance(s, str) and s for s in strings)
+            if not (blocks and known and strings_are and architecture.init in INITS):
                 raise TypeError("a field is empty or of the wrong type")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"control_architecture must look like {example}, got {row!r}") from error
         return architecture
 
 
-def _pre_norm(name, layer, attention, mlp, norm="input_layernorm", init="kaiming"):
-    return Architecture(name, layer, norm, {"attention": Block(*attention), "mlp": Block(*mlp)}, init)
+# A row a line: name, class of the layer, and each block as read>write. What the layer multiplies the output of `write` by
+# follows a *, and ! says that it calls `write` before `read` too. The norm is what the last block reads if nothing else
+# is said.
+_TABLE = """
+# decoders
+llama       LlamaDecoderLayer        attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+mistral     MistralDecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+qwen2       Qwen2DecoderLayer        attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+qwen3       Qwen3DecoderLayer        attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+gemma2      Gemma2DecoderLayer       attention:input_layernorm>post_attention_layernorm mlp:pre_feedforward_layernorm>post_feedforward_layernorm
+gemma3      Gemma3DecoderLayer       attention:input_layernorm>post_attention_layernorm mlp:pre_feedforward_layernorm>post_feedforward_layernorm
+phi3        Phi3DecoderLayer         attention:input_layernorm>resid_attn_dropout mlp:post_attention_layernorm>resid_mlp_dropout
+gpt2        GPT2Block                attention:ln_1>attn mlp:ln_2>mlp
+gemma       GemmaDecoderLayer        attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+ministral   MinistralDecoderLayer    attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+ministral3  Ministral3DecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+smollm3     SmolLM3DecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+starcoder2  Starcoder2DecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+glm         GlmDecoderLayer          attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+olmo        OlmoDecoderLayer         attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+ernie4_5    Ernie4_5DecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+seed_oss    SeedOssDecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+nemotron    NemotronDecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+granite     GraniteDecoderLayer      attention:input_layernorm>self_attn*residual_multiplier mlp:post_attention_layernorm>mlp*residual_multiplier
+gemma4      Gemma4TextDecoderLayer   attention:input_layernorm>post_attention_layernorm mlp:pre_feedforward_layernorm>post_feedforward_layernorm
+gemma3n     Gemma3nTextDecoderLayer  mlp:pre_feedforward_layernorm>post_feedforward_layernorm
+glm4        Glm4DecoderLayer         attention:input_layernorm>post_self_attn_layernorm mlp:post_attention_layernorm>post_mlp_layernorm
+olmo2       Olmo2DecoderLayer        attention:self_attn>post_attention_layernorm mlp:mlp>post_feedforward_layernorm norm:post_feedforward_layernorm
+olmo3       Olmo3DecoderLayer        attention:self_attn>post_attention_layernorm mlp:mlp>post_feedforward_layernorm norm:post_feedforward_layernorm
+exaone4     Exaone4DecoderLayer      attention:self_attn>post_attention_layernorm mlp:mlp>post_feedforward_layernorm norm:post_feedforward_layernorm
+apertus     ApertusDecoderLayer      attention:attention_layernorm>self_attn mlp:feedforward_layernorm>mlp
+cohere      CohereDecoderLayer       attention:input_layernorm>self_attn mlp:input_layernorm>mlp
+cohere2     Cohere2DecoderLayer      attention:input_layernorm>self_attn mlp:input_layernorm>mlp
+phi         PhiDecoderLayer          attention:input_layernorm>resid_dropout mlp:input_layernorm>resid_dropout
+gptj        GPTJBlock                attention:ln_1>attn mlp:ln_1>mlp
+# blocks in parallel, or one after the other
+gpt_neox    GPTNeoXLayer             attention:input_layernorm>post_attention_dropout mlp:post_attention_layernorm>post_mlp_dropout
+gpt_neo     GPTNeoBlock              attention:ln_1>attn mlp:ln_2>mlp
+stablelm    StableLmDecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm|input_layernorm>dropout
+# functional dropout behind `write`; opt-350m, whose norms come last, is refused by its first forward
+opt         OPTDecoderLayer          attention:self_attn_layer_norm>self_attn mlp:final_layer_norm>fc2
+# mixtures of experts
+mixtral     MixtralDecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+qwen2_moe   Qwen2MoeDecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+qwen3_moe   Qwen3MoeDecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+gpt_oss     GptOssDecoderLayer       attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+glm4_moe    Glm4MoeDecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+deepseek_v2 DeepseekV2DecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+deepseek_v3 DeepseekV3DecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+olmoe       OlmoeDecoderLayer        attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+phimoe      PhimoeDecoderLayer       attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+llama4      Llama4TextDecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>feed_forward
+granitemoe  GraniteMoeDecoderLayer   attention:input_layernorm>self_attn*residual_multiplier mlp:post_attention_layernorm>block_sparse_moe*residual_multiplier
+# layers that differ among themselves: attention, or a linear attention, a convolution, a state space
+qwen3_5     Qwen3_5DecoderLayer      attention:input_layernorm>self_attn|linear_attn mlp:post_attention_layernorm>mlp
+qwen3_next  Qwen3NextDecoderLayer    attention:input_layernorm>self_attn|linear_attn mlp:post_attention_layernorm>mlp
+granitemoehybrid GraniteMoeHybridDecoderLayer attention:input_layernorm>self_attn|mamba*residual_multiplier mlp:post_attention_layernorm>shared_mlp*residual_multiplier
+lfm2        Lfm2DecoderLayer         attention:operator_norm>self_attn|conv mlp:ffn_norm>feed_forward
+falcon_h1   FalconH1DecoderLayer     attention:input_layernorm>self_attn*attn_out_multiplier mlp:pre_ff_layernorm>feed_forward
+mamba       MambaBlock               mixer:norm>mixer
+mamba2      Mamba2Block              mixer:norm>mixer
+# encoders of text; all layers of ALBERT are one, and share its control
+roberta     RobertaLayer             attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+xlm-roberta XLMRobertaLayer          attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+bert        BertLayer                attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+mpnet       MPNetLayer               attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+electra     ElectraLayer             attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+camembert   CamembertLayer           attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+ernie       ErnieLayer               attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+deberta-v2  DebertaV2Layer           attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+distilbert  modeling_distilbert.TransformerBlock attention:attention>sa_layer_norm mlp:ffn>output_layer_norm norm:sa_layer_norm init:normal
+albert      AlbertLayer              attention:attention>attention mlp:ffn>full_layer_layer_norm norm:full_layer_layer_norm init:normal
+eurobert    EuroBertDecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+modernbert  ModernBertEncoderLayer   attention:attn_norm>attn mlp:mlp_norm>mlp
+# encoder and decoder, whose cross-attention belongs to neither block
+t5          T5Block                  attention:layer.0.layer_norm>layer.0.dropout mlp:layer.-1.layer_norm>layer.-1.dropout
+bart        BartEncoderLayer|BartDecoderLayer attention:self_attn>self_attn_layer_norm mlp:fc1>final_layer_norm norm:final_layer_norm
+marian      MarianEncoderLayer|MarianDecoderLayer attention:self_attn>self_attn_layer_norm mlp:fc1>final_layer_norm norm:final_layer_norm
+# functional dropout behind `write`, as in whisper: while training it drops the control with the block
+mbart       MBartEncoderLayer|MBartDecoderLayer attention:self_attn_layer_norm>self_attn mlp:final_layer_norm>fc2
+# speech
+whisper     WhisperEncoderLayer|WhisperDecoderLayer attention:self_attn_layer_norm>self_attn mlp:final_layer_norm>fc2
+wav2vec2    Wav2Vec2EncoderLayer     attention:attention>layer_norm mlp:feed_forward>final_layer_norm norm:layer_norm
+wav2vec2-pre-norm Wav2Vec2EncoderLayerStableLayerNorm attention:layer_norm>dropout mlp:final_layer_norm>feed_forward
+hubert      HubertEncoderLayer       attention:attention>layer_norm mlp:feed_forward>final_layer_norm norm:layer_norm
+hubert-pre-norm HubertEncoderLayerStableLayerNorm attention:layer_norm>dropout mlp:final_layer_norm>feed_forward
+audio-spectrogram-transformer ASTLayer                 attention:layernorm_before>dropout mlp:layernorm_after>dropout
+# vision; where both blocks write to one module, its first call after a block's `read` is that block's
+vit         ViTLayer                 attention:layernorm_before>dropout mlp:layernorm_after>dropout
+deit        DeiTLayer                attention:layernorm_before>dropout mlp:layernorm_after>dropout
+vit_mae     ViTMAELayer              attention:layernorm_before>dropout mlp:layernorm_after>dropout
+beit        BeitLayer                attention:layernorm_before>drop_path mlp:layernorm_after>drop_path
+dinov2      Dinov2Layer              attention:norm1>drop_path mlp:norm2>drop_path
+dinov2_with_registers Dinov2WithRegistersLayer attention:norm1>drop_path mlp:norm2>drop_path
+dinov3_vit  DINOv3ViTLayer           attention:norm1>drop_path mlp:norm2>drop_path
+# its dropout is also called in the attention's windows
+swin        SwinLayer                attention:layernorm_before>drop_path mlp:layernorm_after>dropout!
+timm-vit    vision_transformer.Block attention:norm1>drop_path1 mlp:norm2>drop_path2
+# vision and text: `layers_pattern` chooses a side
+clip        CLIPEncoderLayer         attention:layer_norm1>self_attn mlp:layer_norm2>mlp
+siglip      SiglipEncoderLayer       attention:layer_norm1>self_attn mlp:layer_norm2>mlp
+siglip2     Siglip2EncoderLayer      attention:layer_norm1>self_attn mlp:layer_norm2>mlp
+qwen2_vl    Qwen2VLDecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+qwen2_vl-vision Qwen2VLVisionBlock       attention:norm1>attn mlp:norm2>mlp
+qwen2_5_vl  Qwen2_5_VLDecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+qwen2_5_vl-vision Qwen2_5_VLVisionBlock    attention:norm1>attn mlp:norm2>mlp
+qwen3_vl    Qwen3VLTextDecoderLayer  attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+qwen3_vl-vision Qwen3VLVisionBlock       attention:norm1>attn mlp:norm2>mlp
+"""
 
 
-def _llama_like(name, layer):
-    # h = x + self_attn(norm(x)); y = h + mlp(norm(h))
-    return _pre_norm(name, layer, ("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
+def _parse(line: str) -> Architecture:
+    name, layer, *rest = line.split()
+    fields = dict(part.split(":") for part in rest)
+    norm, init, blocks = fields.pop("norm", ""), fields.pop("init", INITS[0]), {}
+    for block, paths in fields.items():
+        read, write = paths.rstrip("!").split(">")
+        write, _, multiplier = write.partition("*")
+        blocks[block] = Block(read, write, multiplier, paths.endswith("!"))
+    return Architecture(name, layer, norm or read, blocks, init)
 
 
-def _gemma_like(name, layer):
-    # h = x + norm(self_attn(norm(x))): the control joins after the post-block norm; so for mlp
-    return _pre_norm(
-        name,
-        layer,
-        ("input_layernorm", "post_attention_layernorm"),
-        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    )
-
-
-def _post_norm(name, layer):
-    # a = norm(attention(x) + x) is the output of `attention`; y = norm(ffn(a) + a) that of `output`
-    blocks = {"attention": Block("attention", "attention"), "mlp": Block("intermediate", "output")}
-    return Architecture(name, layer, "output.LayerNorm", blocks, "normal")
-
-
-ARCHITECTURES: tuple[Architecture, ...] = (
-    _llama_like("llama", "LlamaDecoderLayer"),
-    _llama_like("mistral", "MistralDecoderLayer"),
-    _llama_like("qwen2", "Qwen2DecoderLayer"),
-    _llama_like("qwen3", "Qwen3DecoderLayer"),
-    _gemma_like("gemma2", "Gemma2DecoderLayer"),
-    _gemma_like("gemma3", "Gemma3DecoderLayer"),
-    _pre_norm(
-        "phi3",
-        "Phi3DecoderLayer",
-        ("input_layernorm", "resid_attn_dropout"),
-        ("post_attention_layernorm", "resid_mlp_dropout"),
-    ),
-    _pre_norm("gpt2", "GPT2Block", ("ln_1", "attn"), ("ln_2", "mlp"), norm="ln_1"),
-    _post_norm("roberta", "RobertaLayer"),
-    _post_norm("xlm-roberta", "XLMRobertaLayer"),
-    _post_norm("bert", "BertLayer"),
-    _post_norm("mpnet", "MPNetLayer"),
-    _post_norm("electra", "ElectraLayer"),
-    # HF's two vision families send both blocks' outputs through one dropout (ViT) or DropPath (DINOv2) module:
-    # its first call after a block's `read` is that block's.
-    _pre_norm(
-        "vit",
-        "ViTLayer",
-        ("layernorm_before", "dropout"),
-        ("layernorm_after", "dropout"),
-        norm="layernorm_before",
-    ),
-    _pre_norm("dinov2", "Dinov2Layer", ("norm1", "drop_path"), ("norm2", "drop_path"), norm="norm1"),
-    _pre_norm(
-        "timm-vit", "vision_transformer.Block", ("norm1", "drop_path1"), ("norm2", "drop_path2"), norm="norm1"
-    ),
+ARCHITECTURES: tuple[Architecture, ...] = tuple(
+    _parse(line) for line in _TABLE.splitlines() if line and not line.startswith("#")
 )
 
 
-def find_layers(model: nn.Module, row: dict | None = None) -> dict[str, tuple[nn.Module, Architecture]]:
+def find_layers(
+    model: nn.Module, row: dict | None = None, pattern: str | list[str] | None = None
+) -> dict[str, tuple[nn.Module, Architecture]]:
     """Return every transformer layer of ``model`` that has a row, by its name, with the row.
 
     Args:
         model: any module; layers are found by class name, so composite models work too.
         row: the user's own row (``ControlConfig.control_architecture``), which then is the only one used.
+        pattern: ``ControlConfig.layers_pattern``: names of the lists of layers that count, all if None.
 
     Raises:
-        ValueError: no layer has a row.
+        ValueError: no layer has a row, or none of those is in a list of that name.
     """
     rows = ARCHITECTURES if row is None else (Architecture.from_dict(row),)
     layers = {
@@ -176,6 +289,69 @@ def find_layers(model: nn.Module, row: dict | None = None) -> dict[str, tuple[nn
         known = ", ".join(architecture.name for architecture in ARCHITECTURES)
         raise ValueError(
             f"{type(model).__name__} has no layer that Control knows (known architectures: {known}); "
-            "pass your own row as ControlConfig(control_architecture=...)"
+            f"pass your own row as ControlConfig(control_architecture=...){_proposals(model)}"
         )
-    return layers
+    chosen = {name: layer for name, layer in layers.items() if layer_index(name, pattern) is not None}
+    if pattern and not chosen:
+        raise ValueError(f"layers_pattern {pattern!r} leaves none of {', '.join(layers)}")
+    return chosen if pattern else layers
+
+
+def layer_index(name: str, pattern: str | list[str] | None = None) -> int | None:
+    """The number of the layer or of a module in it by its dotted name: the last one in it, or with a pattern the one after
+    the list's name; None if it has none."""
+    if not pattern:
+        numbers = [part for part in name.split(".") if part.isdigit()]
+        return int(numbers[-1]) if numbers else None
+    for one in [pattern] if isinstance(pattern, str) else pattern:
+        if found := re.match(rf"(?:^|.*?\.){one}\.(\d+)(?:\.|$)", name):  # as upstream peft does
+            return int(found[1])
+    return None
+
+
+def propose(layer: nn.Module) -> Architecture | None:
+    """A row for a layer that has none, after the known row of which it has most norms and dropouts in the order of its
+    forward; nobody has tested it."""
+    try:
+        lines = inspect.getsource(type(layer).forward).splitlines()
+    except (OSError, TypeError):
+        lines = []
+    best: tuple = ()
+    for row in ARCHITECTURES:
+        try:
+            row.state_width(layer)
+            blocks = {name: block.of(layer) for name, block in row.blocks.items()}
+        except AttributeError:
+            continue
+        paths = {path for block in blocks.values() for path in (block.read, block.write)}
+        where = {
+            p: [n for n, line in enumerate(lines) if f"self.{p.split('.')[0]}" in line] or [0] for p in paths
+        }
+        if any(block.shared or where[block.read][0] > where[block.write][-1] for block in blocks.values()):
+            continue
+        for name, block in blocks.items():
+            known = [m for m in (block.multiplier, "residual_multiplier") if m and hasattr(layer, m)]
+            blocks[name] = replace(block, multiplier=known[0] if known else "")
+        modules = [layer.get_submodule(path) for path in paths]
+        light = sum(not any(p.dim() > 1 for p in module.parameters()) for module in modules)
+        score = (light, len(blocks), len(paths), sum(where[block.write][-1] for block in blocks.values()))
+        if not best or score > best[0]:
+            best = score, Architecture(type(layer).__name__, type(layer).__name__, row.norm, blocks, row.init)
+    return best[1] if best else None
+
+
+def _proposals(model: nn.Module) -> str:
+    """What the error about a model without a row says of its lists of layers of one class."""
+    text = []
+    for name, modules in model.named_modules():
+        if not isinstance(modules, nn.ModuleList) or not len(modules):
+            continue
+        cls, count = Counter(map(type, modules)).most_common(1)[0]
+        layer = next(module for module in modules if type(module) is cls)
+        children = ", ".join(child for child, _ in layer.named_children())
+        if count < len(modules) or not children:
+            continue
+        row = propose(layer)
+        tail = f"candidate row, untested: {row.as_dict()}" if row else "no known pattern fits"
+        text.append(f"\n{name}: {len(modules)} × {cls.__name__} ({children}); {tail}")
+    return "".join(dict.fromkeys(text))

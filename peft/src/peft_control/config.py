@@ -21,7 +21,9 @@ class ControlConfig(LoraConfig):
     A control adds ``control_alpha * B(A(state))`` to the output state of each chosen block, in parallel to the
     whole frozen block (paper, section 4). With ``target_modules`` the same adapter also holds LoRA or, with
     ``use_dora=True``, DoRA on those linear layers; all of `LoraConfig`'s fields keep their meaning for that
-    part, and without ``target_modules`` there is no such part.
+    part, and without ``target_modules`` there is no such part. ``layers_pattern`` names the lists of layers that the
+    adapter is put into, such as "language_model.layers" in a model of several parts; it also stands without
+    ``layers_to_transform``.
 
     Raises:
         ValueError: a field has no meaning (rank 0, no block, unknown initialisation, ...).
@@ -64,7 +66,13 @@ class ControlConfig(LoraConfig):
     )
 
     def __post_init__(self):
+        pattern = self.layers_pattern
+        if self.layers_to_transform is None:
+            self.layers_pattern = None  # upstream asks for both
         super().__post_init__()
+        self.layers_pattern = pattern
+        for one in [pattern] if isinstance(pattern, str) else pattern or ():
+            _compile("layers_pattern", one)
         self.peft_type = PeftType["CONTROL"]
         if isinstance(self.control_blocks, str):
             self.control_blocks = [self.control_blocks]
@@ -103,11 +111,15 @@ class ControlConfig(LoraConfig):
         if not isinstance(pattern, dict):
             raise ValueError(f"{name}_pattern must be a dict of block names to values, got {pattern!r}")
         for key in pattern:
-            try:
-                re.compile(key)
-            except (re.error, TypeError) as error:
-                raise ValueError(f"{name}_pattern: {key!r} is no regular expression: {error}") from error
+            _compile(f"{name}_pattern", key)
         return [(name, getattr(self, name)), *((f"{name}_pattern[{k!r}]", v) for k, v in pattern.items())]
+
+
+def _compile(field_name: str, expression) -> None:
+    try:
+        re.compile(expression)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{field_name}: {expression!r} is no regular expression: {error}") from error
 
 
 def _is_finite(value) -> bool:

@@ -32,8 +32,11 @@ class ControlLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, layer: nn.Module, architecture: Architecture, block: str):
         super().__init__()
-        self.block = architecture.blocks[block]
-        self.write_is_shared = [b.write for b in architecture.blocks.values()].count(self.block.write) > 1
+        self.block = architecture.blocks[block].of(layer)
+        writes = [other.write for other in architecture.blocks.values()]
+        self.write_is_shared = self.block.shared or writes.count(architecture.blocks[block].write) > 1
+        # what the layer multiplies the output of ``write`` by
+        self.multiplier = float(getattr(layer, self.block.multiplier)) if self.block.multiplier else 1.0
         self.width = architecture.state_width(layer)
         self.control_A = nn.ModuleDict()
         self.control_B = nn.ModuleDict()
@@ -62,7 +65,7 @@ class ControlLayer(nn.Module, BaseTunerLayer):
                 hidden = F.linear(state, down, down_bias)
                 hidden = F.dropout(hidden, self.dropout[name], self.training)
                 change = F.linear(hidden, up, up_bias).to(output.dtype)
-                output = torch.add(output, change, alpha=self.alpha[name])
+                output = torch.add(output, change, alpha=self.alpha[name] / self.multiplier)
         return output
 
     def _weights(self, name: str, state: torch.Tensor) -> list:
@@ -114,11 +117,19 @@ class ControlLayer(nn.Module, BaseTunerLayer):
                 return output
             raise RuntimeError(
                 f"{type(self.layer).__name__} wrote to {self.block.write!r} without calling {self.block.read!r}: "
-                "its forward was replaced by one that a control cannot follow"
+                "its forward was replaced by one that a control cannot follow, or it calls that module for something else "
+                "too, which the row must say ('shared': true)"
             )
-        if isinstance(output, tuple):
-            return (self.control(output[0], state), *output[1:])
-        return self.control(output, state)
+        change, *rest = output if isinstance(output, tuple) else (output,)
+        if state.shape != change.shape:
+            if state.numel() != change.numel():
+                raise RuntimeError(
+                    f"{type(self.layer).__name__} wrote {tuple(change.shape)} to {self.block.write!r}, having read "
+                    f"{tuple(state.shape)}: it works on a part of the state"
+                )
+            state = state.reshape(change.shape)  # a mixture of experts may write its tokens in one row
+        change = self.control(change, state)
+        return (change, *rest) if isinstance(output, tuple) else change
 
     def _replicate_for_data_parallel(self):
         """torch asks it of each module at the first forward; the hooks of a copy would be the first GPU's.
@@ -174,6 +185,42 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    @torch.no_grad()
+    def combine(self, adapters, weights, adapter_name, combination_type) -> None:
+        """Set an adapter of alpha 1 to the weighted sum of others.
+
+        "cat" is exact: ranks are concatenated. "svd" is exact up to its rank. "linear" adds A's and B's, each times the root
+        of its factor, as LoRA's does: a rough approximation.
+        """
+        down, up = self._linears(adapter_name)
+        for parameter in (*down.parameters(), *up.parameters()):
+            parameter.zero_()
+        exact = torch.promote_types(up.weight.dtype, torch.float32)
+        start, product = 0, torch.zeros(self.width, self.width, device=up.weight.device, dtype=exact)
+        for name, weight in zip(adapters, weights, strict=True):
+            if name not in self.rank:
+                continue
+            A, B = self._linears(name)
+            factor = weight * self.alpha[name]
+            root = math.sqrt(abs(factor)) if combination_type == "linear" else 1.0
+            if up.bias is not None and B.bias is not None:
+                up.bias += factor * B.bias
+            if combination_type == "svd":
+                product += factor * (B.weight.to(exact) @ A.weight.to(exact))
+                if up.bias is not None and A.bias is not None:
+                    up.bias += factor * (B.weight @ A.bias)
+                continue
+            rows = slice(start, start + self.rank[name])
+            start += self.rank[name] if combination_type == "cat" else 0
+            down.weight[rows] += root * A.weight
+            up.weight[:, rows] += factor / (root or 1.0) * B.weight
+            if down.bias is not None and A.bias is not None:
+                down.bias[rows] += root * A.bias
+        if combination_type == "svd":
+            U, S, Vh = torch.linalg.svd(product, full_matrices=False)
+            rank = min(self.rank[adapter_name], self.width)
+            up.weight[:, :rank], down.weight[:rank] = U[:, :rank] * S[:rank], Vh[:rank]
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name, device=None):
         for linear in self._linears(adapter_name):
             if not any(parameter.is_meta for parameter in linear.parameters()):
@@ -207,6 +254,8 @@ NO_REPLICAS = (
     "a control does not run in nn.DataParallel, whose copies share the hooks of the first GPU: start one process for each GPU "
     "(torchrun, accelerate launch) or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
 )
+
+COMBINATIONS = ("cat", "linear", "svd")  # of ControlLayer.combine
 
 CANNOT_MERGE = (
     "a control runs parallel to a nonlinear block and cannot be merged into its weights; "

@@ -136,19 +136,14 @@ def _take_apart(model: PeftModel) -> tuple[dict, dict[str, torch.Tensor]]:
         adapter = module.active_adapters[0]
         A, B = module.control_A[adapter], module.control_B[adapter]
         layer, _, child = name.rpartition(".")
-        control = controls.setdefault(
-            child.removesuffix("_control"),
-            {
-                "read": module.block.read,
-                "write": module.block.write,
-                "shared": module.write_is_shared,
-                "layers": {},
-            },
-        )
+        control = controls.setdefault(child.removesuffix("_control"), {"layers": {}})
         control["layers"][layer.removeprefix(prefix)] = {
+            "read": module.block.read,
+            "write": module.block.write,
+            "shared": module.write_is_shared,
             "width": module.width,
             "rank": module.rank[adapter],
-            "alpha": module.alpha[adapter],
+            "alpha": module.alpha[adapter] / module.multiplier,
             "bias": A.bias is not None,
         }
         dtype = module._reference().dtype

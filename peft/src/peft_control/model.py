@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from peft.tuners.lora import LoraModel
@@ -11,9 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from .architectures import find_layers
+from .architectures import find_layers, layer_index
 from .config import ControlConfig
-from .control_layer import CANNOT_MERGE, ControlLayer
+from .control_layer import CANNOT_MERGE, COMBINATIONS, ControlLayer
 
 
 class ControlModel(LoraModel):
@@ -44,7 +45,7 @@ class ControlModel(LoraModel):
 
     @staticmethod
     def _choose_layers(model: nn.Module, config: Any) -> dict:
-        layers = find_layers(model, config.control_architecture)
+        layers = find_layers(model, config.control_architecture, config.layers_pattern)
         for layer, architecture in layers.values():
             architecture.check(layer)
         for architecture in {row.name: row for _, row in layers.values()}.values():
@@ -57,8 +58,9 @@ class ControlModel(LoraModel):
             wanted = {wanted} if isinstance(wanted, int) else set(wanted)
             if not wanted:
                 raise ValueError("layers_to_transform is empty: leave it out to control all layers")
-            layers = {name: entry for name, entry in layers.items() if _index(name) in wanted}
-            if missing := wanted - {_index(name) for name in layers}:
+            index = {name: layer_index(name, config.layers_pattern) for name in layers}
+            layers = {name: entry for name, entry in layers.items() if index[name] in wanted}
+            if missing := wanted - set(index.values()):
                 raise ValueError(f"layers_to_transform names layers that do not exist: {sorted(missing)}")
         if config.exclude_modules:
             layers = {name: entry for name, entry in layers.items() if not _excluded(config, name)}
@@ -86,6 +88,9 @@ class ControlModel(LoraModel):
             return True
         if not peft_config.target_modules and not peft_config.target_parameters:
             return False
+        pattern = peft_config.layers_pattern
+        if pattern and layer_index(key, pattern) is None:
+            return False  # upstream heeds it only beside layers_to_transform
         return LoraModel._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
@@ -111,6 +116,65 @@ class ControlModel(LoraModel):
                 inference_mode=config.inference_mode,
             )
 
+    def add_weighted_adapter(
+        self, adapters, weights, adapter_name, combination_type="svd", svd_rank=None, **options
+    ):
+        """Add the adapter whose control is the sum of ``weights[i]`` times that of ``adapters[i]``; see :meth:`ControlLayer.combine`.
+
+        A LoRA part, which all of them or none must have, is combined by upstream, which says what ``options`` are.
+
+        Raises:
+            ValueError: an unknown adapter or combination, adapters on different layers or with modules_to_save, or (in
+                "linear") of different ranks.
+        """
+        if adapter_name in self.peft_config:
+            return  # as upstream
+        if not adapters or len(adapters) != len(weights) or not set(adapters) <= self.peft_config.keys():
+            raise ValueError(
+                f"adapters {adapters} with weights {weights}: there are {list(self.peft_config)}"
+            )
+        if combination_type not in COMBINATIONS:
+            raise ValueError(f"controls are combined by {', '.join(COMBINATIONS)}, not {combination_type!r}")
+        configs = [self.peft_config[name] for name in adapters]
+        for field in ("layers_to_transform", "layers_pattern", "exclude_modules", "control_architecture"):
+            if any(getattr(config, field) != getattr(configs[0], field) for config in configs):
+                raise ValueError(f"adapters with different {field} cannot be combined")
+        if any(config.modules_to_save for config in configs):
+            raise ValueError("adapters with modules_to_save cannot be combined")
+        ranks = [max([config.control_rank, *config.control_rank_pattern.values()]) for config in configs]
+        owners = [
+            [control.rank[name] for name in adapters if name in control.rank]
+            for control in _controls(self.model)
+        ]
+        if combination_type == "linear" and any(len(set(each)) > 1 for each in owners):
+            raise ValueError('"linear" combines controls of equal ranks')
+        first = configs[0]
+        combined = replace(
+            first,
+            control_blocks=list(
+                dict.fromkeys(block for config in configs for block in config.control_blocks)
+            ),
+            control_rank=sum(ranks) if combination_type == "cat" else (svd_rank or max(ranks)),
+            control_alpha=1.0,
+            control_bias=any(config.control_bias for config in configs),
+            control_rank_pattern={},
+            control_alpha_pattern={},
+        )
+        if any(config.target_modules or config.target_parameters for config in configs):
+            self.peft_config[adapters[0]] = combined
+            try:
+                super().add_weighted_adapter(
+                    adapters, weights, adapter_name, combination_type, svd_rank=svd_rank, **options
+                )
+            finally:
+                self.peft_config[adapters[0]] = first
+        else:
+            self.peft_config[adapter_name] = combined
+            self.inject_adapter(self.model, adapter_name)
+        for control in _controls(self.model):
+            if adapter_name in control.rank:
+                control.combine(adapters, weights, adapter_name, combination_type)
+
     # -- what cannot be done with a control -----------------------------------------------------------------
 
     @contextmanager
@@ -123,11 +187,6 @@ class ControlModel(LoraModel):
     def _check_merge_allowed(self):
         raise ValueError(CANNOT_MERGE)
 
-    def add_weighted_adapter(self, *args, **kwargs):
-        raise ValueError(
-            "controls cannot be combined by add_weighted_adapter; activate several adapters instead"
-        )
-
     def _unload_and_optionally_merge(self, merge=True, **kwargs):
         model: Any = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         for name, control in [(n, m) for n, m in model.named_modules() if isinstance(m, ControlLayer)]:
@@ -138,12 +197,6 @@ class ControlModel(LoraModel):
 
 def _controls(model: nn.Module) -> list[ControlLayer]:
     return [module for module in model.modules() if isinstance(module, ControlLayer)]
-
-
-def _index(layer_name: str) -> int | None:
-    """The layer's number: the last number in its dotted name."""
-    numbers = [part for part in layer_name.split(".") if part.isdigit()]
-    return int(numbers[-1]) if numbers else None
 
 
 def _by_pattern(pattern: dict, key: str, default):

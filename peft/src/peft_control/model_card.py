@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 PAPER = "https://proceedings.mlr.press/v267/"
 AUTO_CLASSES = {  # peft's and transformers' own names, by task type
     "CAUSAL_LM": "ModelForCausalLM",
+    "SEQ_2_SEQ_LM": "ModelForSeq2SeqLM",
     "SEQ_CLS": "ModelForSequenceClassification",
     "TOKEN_CLS": "ModelForTokenClassification",
     "QUESTION_ANS": "ModelForQuestionAnswering",

@@ -45,7 +45,7 @@ class Control(nn.Module):
         return self.added(output, state)
 
     def added(self, output, state):
-        hidden = linear(state, self.A)
+        hidden = linear(state.reshape(output.shape), self.A)
         return torch.add(output, linear(hidden, self.B).to(output.dtype), alpha=self.alpha)
 
 
@@ -62,10 +62,9 @@ def add_controls(model):
     if backbone is not model and isinstance(backbone, ControlledBackbone):
         return  # it has them already
     for block, control in model.config.control.items():
-        for name, sizes in control["layers"].items():
+        for name, fields in control["layers"].items():
             layer = backbone.get_submodule(name)
-            where = {key: control[key] for key in ("read", "write", "shared")}
-            layer.add_module(f"{block}_control", Control(layer, **where, **sizes))
+            layer.add_module(f"{block}_control", Control(layer, **fields))
 
 
 class ControlledConfig(BaseConfig):
