@@ -59,7 +59,7 @@ class Options:
         default=True, help="End a batch once no continuation can change an answer."
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = HfArg(default="auto", help="Type of all weights.")
-    quantization: Literal["none", "nf4", "fp4", "int8"] = HfArg(default="none", help=QUANTIZATION_HELP)
+    quantization: Literal["none", "nf4", "fp4", "int8", "fp8"] = HfArg(default="none", help=QUANTIZATION_HELP)
     compare_batch_one: int = HfArg(
         default=0,
         help="Instead of an evaluation: answer so many questions in batches and one by one, and compare.",

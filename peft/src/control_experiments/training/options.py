@@ -35,8 +35,11 @@ METHODS = {
     "probe": "no adapter: only the task's head is trained",
 }
 #: What `--quantization` takes.
-QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
-QUANTIZATION_HELP = "Frozen linear layers in 4 bits (nf4, fp4; scales quantized again) or 8 (int8) by bitsandbytes; none: as they are."
+QUANTIZATIONS = ("none", "nf4", "fp4", "int8", "fp8")
+QUANTIZATION_HELP = (
+    "Frozen linear layers in 4 bits (nf4, fp4; scales quantized again) or 8 (int8) by bitsandbytes, or in 8-bit floating "
+    "point, which is fast on GPUs of compute capability 8.9 and up (fp8); none: as they are."
+)
 SHARD_HELP = "What several processes share beside the rows: ddp: nothing, each holds the whole model; fsdp2: the frozen weights."
 #: What `--scheduler` takes, besides the schedules that need arguments of their own.
 SCHEDULERS = (
@@ -193,7 +196,7 @@ class MemoryOptions(_Group):
 class BaseOptions(_Group):
     """How the frozen weights are stored."""
 
-    quantization: Literal["none", "nf4", "fp4", "int8"] = HfArg(default="none", help=QUANTIZATION_HELP)
+    quantization: Literal["none", "nf4", "fp4", "int8", "fp8"] = HfArg(default="none", help=QUANTIZATION_HELP)
     shard: Literal["ddp", "fsdp2"] = HfArg(default="ddp", help=SHARD_HELP)
 
     neutral: ClassVar[tuple[str, ...]] = ("shard",)
@@ -293,4 +296,6 @@ def check_method_runs(method: str, quantization: str, device: object) -> None:
     """Raise UserError for DoRA over 8-bit weights on a CPU: each forward reads the weights' norms, and on a CPU peft
     (0.21) loses the layer's scales while it does."""
     if quantization == "int8" and "dora" in method and str(device) == "cpu":
-        raise UserError(f"{method} over int8 needs a GPU: choose --quantization nf4, fp4 or none on a CPU")
+        raise UserError(
+            f"{method} over int8 needs a GPU: choose --quantization nf4, fp4, fp8 or none on a CPU"
+        )
