@@ -74,7 +74,7 @@ def _product(rows, scales, weight, weight_scales, bias, dtype):
     None.
     """
     bias = None if bias is None else bias.to(torch.bfloat16)
-    if runs_in_fp8(rows.device) and _fits(rows, weight):
+    if _kernels_take(rows.device, *weight.shape) and len(rows):
         if weight.stride(0) != 1:
             weight = weight.t().contiguous().t()  # the kernels read both operands along k
         if weight_scales is None:
@@ -91,29 +91,27 @@ def _product(rows, scales, weight, weight_scales, bias, dtype):
 
 
 @functools.cache
-def runs_in_fp8(device: torch.device) -> bool:
-    """Whether products run in FP8 on ``device``; where they do not, a warning says so once."""
-    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9):
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device multiplies FP8: NVIDIA's GPUs from compute capability 8.9 on."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@torch.compiler.assume_constant_result  # so that compiled code can warn
+def _kernels_take(device, *widths):
+    """Whether ``torch._scaled_mm`` takes a weight of such ``widths`` there; it asks nothing of the number of rows."""
+    if not has_fp8(device):
+        instead = "; nf4 and int8 are for such GPUs" if device.type == "cuda" else ""
+        _warn_once(f"this {device.type} has no FP8: its products are emulated, slowly{instead}")
+    elif any(width % _MULTIPLE for width in widths):
+        _warn_once(f"FP8 kernels take widths that are multiples of {_MULTIPLE}: products of others are emulated")
+    else:
         return True
-    if device.type != "meta":
-        known = "; nf4 and int8 are for such GPUs" if device.type == "cuda" else ""
-        warnings.warn(f"no FP8 on this {device.type}: its products are emulated, slowly{known}", stacklevel=2)
-    return False
-
-
-def _fits(rows, weight):
-    """Whether the kernels take such sizes; of the rows' number they ask nothing but that it is not 0."""
-    if not any(size % _MULTIPLE for size in weight.shape):
-        return len(rows) > 0
-    _warn_of_widths()
     return False
 
 
 @functools.cache
-def _warn_of_widths():
-    warnings.warn(
-        f"FP8 kernels take widths that are multiples of {_MULTIPLE}: others are emulated", stacklevel=2
-    )
+def _warn_once(message):
+    warnings.warn(message, stacklevel=2)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------
@@ -132,12 +130,9 @@ class Fp8Linear(nn.Linear):
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, gradients="e4m3"):
         super(nn.Linear, self).__init__()
         self.in_features, self.out_features, self.gradients = in_features, out_features, gradients
-        shape = (out_features, in_features)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
-        scale = torch.empty(out_features, 1, dtype=torch.float32, device=device)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
-        bias = torch.empty(out_features, device=device, dtype=dtype) if bias else None
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.weight = _frozen(torch.empty(out_features, in_features, dtype=torch.uint8, device=device))
+        self.weight_scale = _frozen(torch.empty(out_features, 1, dtype=torch.float32, device=device))
+        self.bias = _frozen(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
     def of(cls, linear: nn.Linear, gradients: str = "e4m3") -> Fp8Linear:
@@ -145,9 +140,9 @@ class Fp8Linear(nn.Linear):
         weight, bias = linear.weight, linear.bias
         new = cls(*weight.shape[::-1], bias=False, device="meta", gradients=gradients)
         if bias is not None:
-            new.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            new.bias = _frozen(bias.detach())
         if not weight.is_meta:
-            new.weight.data, new.weight_scale.data = _stored(weight)
+            new.weight, new.weight_scale = _stored(weight)
         return new.train(linear.training)
 
     @property
@@ -208,9 +203,13 @@ def _input_gradient(dy, weight, weight_scale, gradients):
     return _product(rows, scales, weight, None, None, dy.dtype)
 
 
+def _frozen(tensor):
+    return nn.Parameter(tensor, requires_grad=False)
+
+
 def _stored(weight):
     q, scale = quantize_rows(weight.detach())
-    return q.view(torch.uint8), scale
+    return _frozen(q.view(torch.uint8)), _frozen(scale)
 
 
 # -- models -----------------------------------------------------------------------------------------------------
@@ -293,8 +292,4 @@ class _Quantize(ConversionOps):
     def convert(self, input_dict, **kwargs):
         ((name, weight),) = input_dict.items()
         stored = _stored(weight[0] if isinstance(weight, list) else weight)
-        names = name, f"{name}_scale"
-        return {
-            name: nn.Parameter(tensor, requires_grad=False)
-            for name, tensor in zip(names, stored, strict=True)
-        }
+        return dict(zip((name, f"{name}_scale"), stored, strict=True))

@@ -279,8 +279,8 @@ def choose_shard(shard: str, *, quantization: str = "none", cuda_graphs: bool = 
                 raise UserError(f"{option} true is not supported: leave it out; --memory lean needs less too")
         os.environ["ACCELERATE_USE_FSDP"] = "false"
         shard = "fsdp2"
-    if shard == "fsdp2" and quantization != "none":
-        raise UserError(f"--quantization {quantization} cannot be sharded: choose --shard ddp")
+    if shard == "fsdp2" and quantization not in ("none", "fp8"):
+        raise UserError(f"--quantization {quantization} cannot be sharded: choose fp8, or --shard ddp")
     if shard == "fsdp2" and cuda_graphs:
         raise UserError(
             "--cuda_graphs cannot replay the gathering of shards: leave it out, or choose --shard ddp"

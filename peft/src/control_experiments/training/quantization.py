@@ -36,7 +36,7 @@ def loading_arguments(quantization: str, device: torch.device, compute_dtype: to
     if quantization == "none":
         return {}
     if quantization == "fp8":
-        if device.type == "cuda" and not fp8.runs_in_fp8(device):
+        if device.type == "cuda" and not fp8.has_fp8(device):
             raise UserError(
                 f"{torch.cuda.get_device_name(device)} has no FP8 (NVIDIA's have from compute capability 8.9 on): "
                 "choose --quantization nf4 or int8"
