@@ -93,7 +93,9 @@ def _product(rows, scales, weight, weight_scales, bias, dtype):
 @functools.cache
 def has_fp8(device: torch.device) -> bool:
     """Whether a device multiplies FP8: NVIDIA's GPUs from compute capability 8.9 on."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
+    return (
+        device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
+    )
 
 
 @torch.compiler.assume_constant_result  # so that compiled code can warn
@@ -103,7 +105,9 @@ def _kernels_take(device, *widths):
         instead = "; nf4 and int8 are for such GPUs" if device.type == "cuda" else ""
         _warn_once(f"this {device.type} has no FP8: its products are emulated, slowly{instead}")
     elif any(width % _MULTIPLE for width in widths):
-        _warn_once(f"FP8 kernels take widths that are multiples of {_MULTIPLE}: products of others are emulated")
+        _warn_once(
+            f"FP8 kernels take widths that are multiples of {_MULTIPLE}: products of others are emulated"
+        )
     else:
         return True
     return False
@@ -184,17 +188,17 @@ class _Output(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, linear, weight, weight_scale):
-        ctx.gradients, ctx.dtype = linear.gradients, x.dtype
+        ctx.gradients, ctx.dtype, ctx.shape = linear.gradients, x.dtype, x.shape
         ctx.save_for_backward(weight, weight_scale)
         dtype = compute_dtype(x)
         rows, scales = quantize_rows(x.to(dtype).reshape(-1, x.shape[-1]))
-        return linear.of_rows(rows, scales, dtype).view(*x.shape[:-1], -1)
+        return linear.of_rows(rows, scales, dtype).view(*x.shape[:-1], linear.out_features)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         dx = _input_gradient(dy.reshape(-1, dy.shape[-1]), *ctx.saved_tensors, ctx.gradients)
-        return dx.to(ctx.dtype).view(*dy.shape[:-1], -1), None, None, None
+        return dx.to(ctx.dtype).view(ctx.shape), None, None, None
 
 
 def _input_gradient(dy, weight, weight_scale, gradients):

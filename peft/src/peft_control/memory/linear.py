@@ -67,7 +67,9 @@ def outputs(x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
         return tuple(linear(x) for linear in linears)
     dtype = compute_dtype(x)
     quantized = quantize_rows(x.to(dtype).reshape(-1, x.shape[-1]))
-    return tuple(linear.of_rows(*quantized, dtype).view(*x.shape[:-1], -1) for linear in linears)
+    return tuple(
+        linear.of_rows(*quantized, dtype).view(*x.shape[:-1], linear.out_features) for linear in linears
+    )
 
 
 def input_gradient(dy: torch.Tensor, linear: nn.Linear, add_to: torch.Tensor | None = None) -> torch.Tensor:
