@@ -63,6 +63,9 @@ class ModelOptions:
         default=2, help="2: the ordinary ViT; 4: with the paper's two frozen identity layers."
     )
     attention: Literal["eager", "sdpa"] = HfArg(default="sdpa", help="sdpa is fused.")
+    quantization: Literal["none", "fp8"] = HfArg(
+        default="none", help="fp8: the blocks' frozen linear layers in 8-bit floating point."
+    )
 
 
 @dataclass(kw_only=True)

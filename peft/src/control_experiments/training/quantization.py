@@ -36,11 +36,7 @@ def loading_arguments(quantization: str, device: torch.device, compute_dtype: to
     if quantization == "none":
         return {}
     if quantization == "fp8":
-        if device.type == "cuda" and not fp8.has_fp8(device):
-            raise UserError(
-                f"{torch.cuda.get_device_name(device)} has no FP8 (NVIDIA's have from compute capability 8.9 on): "
-                "choose --quantization nf4 or int8"
-            )
+        check_fp8(device, instead="nf4 or int8")
         return {"quantization_config": fp8.Fp8Config(), "device_map": {"": device}}
     check_available(device)
     if quantization == "int8":
@@ -54,6 +50,15 @@ def loading_arguments(quantization: str, device: torch.device, compute_dtype: to
             llm_int8_skip_modules=list(_NOT_QUANTIZED),
         )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def check_fp8(device: torch.device, instead: str) -> None:
+    """Raise UserError for a GPU without FP8; on a CPU it is emulated."""
+    if device.type == "cuda" and not fp8.has_fp8(device):
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} has no FP8 (NVIDIA's have from compute capability 8.9 on): "
+            f"choose --quantization {instead}"
+        )
 
 
 def check_available(device: torch.device) -> None:
