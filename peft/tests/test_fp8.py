@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -38,15 +37,6 @@ def on_kernels(monkeypatch):
     return calls
 
 
-@pytest.fixture
-def told():
-    """The warnings, each of which comes once."""
-    fp8._warn_once.cache_clear()
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        yield lambda: [str(warning.message) for warning in found if "FP8" in str(warning.message)]
-
-
 def random(rows, width, seed=0, spread=2.0):
     """Rows of very different sizes."""
     generator = torch.Generator().manual_seed(seed)
@@ -60,26 +50,23 @@ def layer(width=48, out=64, bias=True, gradients="e4m3", seed=0):
     return Fp8Linear.of(linear, gradients)
 
 
-def rounded(value, dtype):
-    """The nearest number of an FP8 type, the even one of two, found by looking through all of them."""
-    grid = torch.arange(128, dtype=torch.uint8).view(dtype).double()  # the positive ones
-    finite = grid[grid.isfinite()]
-    distances = (finite - abs(value)).abs()
-    nearest = min(range(len(finite)), key=lambda index: (distances[index].item(), index % 2))
-    return math.copysign(finite[nearest].item(), value)
-
-
 @pytest.mark.parametrize("dtype", fp8.FORMATS.values())
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_are_rounded_to_the_nearest_with_the_least_power_of_two(kind, dtype):
     x = torch.cat([random(6, 24, spread=1), torch.tensor([[448.0], [449.0], [0.25]]).expand(3, 24)]).to(kind)
     found, scale = fp8.quantize_rows(x, dtype)
     assert found.dtype == dtype and scale.dtype == torch.float32 and scale.shape == (9, 1)
-    top = torch.finfo(dtype).max
+    numbers = (
+        torch.arange(128, dtype=torch.uint8).view(dtype).double()
+    )  # the positive ones; the even lie at even places
+    numbers = numbers[numbers.isfinite()]
     for row, q, factor in zip(x.double(), found.double(), scale.double().flatten()):
         assert math.frexp(factor)[0] == 0.5  # a power of two
-        assert row.abs().max() <= top * factor and row.abs().max() > top * factor / 2
-        assert q.tolist() == [rounded(value, dtype) for value in (row / factor).tolist()]
+        assert numbers[-1] * factor / 2 < row.abs().max() <= numbers[-1] * factor
+        distances = (numbers - (row / factor).abs().unsqueeze(1)).abs() + torch.arange(
+            len(numbers)
+        ) % 2 * 1e-12
+        assert torch.equal(q, numbers[distances.argmin(1)].copysign(row))
 
 
 def test_zero_huge_and_nan():
@@ -125,7 +112,6 @@ def test_products_are_within_e4m3s_rounding(kind):
         bound = a.abs() @ e_b + e_a @ b.abs() + e_a @ e_b
         assert ((found.double() - exact).abs() <= bound + 2**-8 * (exact.abs() + bound)).all()
         assert 0.01 < (found.double() - exact).norm() / exact.norm() < 0.06
-    assert torch.allclose(stored.dequantize().double(), w, rtol=2**-4, atol=e_w.max().item())
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
@@ -138,12 +124,8 @@ def test_kernels_and_emulation_give_the_same_bits(kind, gradients, on_kernels, m
         leaf = x.clone().requires_grad_()
         y = linear(leaf)
         y.backward(dy.view(y.shape))
-        return [
-            y.detach(),
-            leaf.grad,
-            outputs(x, linear, linear)[1],
-            input_gradient(dy, linear, dy[:, :48] * 0),
-        ]
+        more = outputs(x, linear, linear)[1], input_gradient(dy, linear, torch.zeros(15, 48, dtype=kind))
+        return y.detach(), leaf.grad, *more
 
     by_kernels = both()
     assert on_kernels[:2] == [(E4M3, E4M3, 15, 48, 64), (fp8.FORMATS[gradients], E4M3, 15, 64, 48)]
@@ -157,13 +139,14 @@ def test_kernels_and_emulation_give_the_same_bits(kind, gradients, on_kernels, m
         assert torch.equal(linear(x), linear(x.bfloat16()))
 
 
-def test_other_widths_are_emulated_with_one_warning(on_kernels, told):
-    for width, out in ((40, 64), (48, 24)):
-        linear, x = layer(width, out), random(3, width).requires_grad_()
-        linear(x).sum().backward()
-    assert not on_kernels and len(told()) == 1 and "multiples of 16" in told()[0]
-    layer()(random(3, 48))  # of rows there may be any number
-    assert len(on_kernels) == 1 and len(told()) == 1
+def test_other_widths_are_emulated_with_one_warning(on_kernels):
+    fp8._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="multiples of 16") as found:
+        for width, out in ((40, 64), (48, 24)):
+            layer(width, out)(random(3, width).requires_grad_()).sum().backward()
+        assert not on_kernels
+        layer()(random(3, 48))  # of rows there may be any number
+    assert len(on_kernels) == len(found) == 1
 
 
 def adapter(name, method):
@@ -176,9 +159,7 @@ def adapter(name, method):
 
 def loss(model):
     ids = torch.randint(3, 61, (3, 11), generator=torch.Generator().manual_seed(1))
-    result = model(input_ids=ids)
-    logits = result.logits if hasattr(result, "logits") else result.last_hidden_state
-    return logits.float().square().mean()
+    return model(input_ids=ids)[0].float().square().mean()  # logits, or states
 
 
 def gradients(model, mode="plain"):
@@ -228,10 +209,9 @@ def test_methods_train_over_it_in_every_mode_and_are_saved(name, method, tmp_pat
 
 
 def test_gradients_are_those_of_the_stored_weights_but_for_rounding():
-    model = randomize_adapters(
-        get_peft_model(quantize_fp8(build("llama")), adapter("llama", "control")), std=0.1
-    )
-    exact = randomize_adapters(get_peft_model(build("llama"), adapter("llama", "control")), std=0.1)
+    config = adapter("llama", "control")
+    model = randomize_adapters(get_peft_model(quantize_fp8(build("llama")), config), std=0.1)
+    exact = randomize_adapters(get_peft_model(build("llama"), config), std=0.1)
     for name, module in model.named_modules():
         if isinstance(module, Fp8Linear):
             exact.get_submodule(name).weight.data = module.dequantize().float()
@@ -265,9 +245,8 @@ def test_what_is_replaced():
             "mlp.down_proj")  # fmt: skip
     assert half and stored == {f"layers.{i}.{name}" for i in range(half) for name in rest}
     assert {m.gradients for m in model.modules() if isinstance(m, Fp8Linear)} == {"e5m2"}
-    for bad in ({"keep_last": 1.5}, {"gradients": "e3m4"}):
-        with pytest.raises(ValueError, match="FP8 takes"):
-            quantize_fp8(base, **bad)
+    with pytest.raises(ValueError, match="FP8 takes"):
+        quantize_fp8(base, gradients="e3m4")
     with pytest.raises(ValueError, match="no nn.Linear"):
         quantize_fp8(build("gpt2"))
 
@@ -302,10 +281,11 @@ def test_models_are_quantized_as_they_are_read_and_saved_so(dtype, tmp_path):
     assert not any(isinstance(module, Fp8Linear) for module in kept.modules())
 
 
-def test_where_there_is_no_fp8(told, monkeypatch):
-    for _ in range(2):
-        layer()(random(3, 48))
-    assert told() == ["this cpu has no FP8: its products are emulated, slowly"]
+def test_where_there_is_no_fp8(monkeypatch):
+    fp8._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="this cpu has no FP8") as found:
+        layer()(layer(out=48)(random(3, 48)))
+    assert len(found) == 1
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An old GPU")
     with pytest.raises(UserError, match="An old GPU has no FP8.*choose --quantization nf4 or int8"):
