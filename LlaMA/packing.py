@@ -151,7 +151,9 @@ def batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     logits = model(**batch.inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
     labels = batch.labels[:, 1:].flatten()
     losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    return (losses * batch.weights[:, 1:].reshape(-1)).sum() / batch.divisor  # a product would be rounded by autocast
+    return (
+        losses * batch.weights[:, 1:].reshape(-1)
+    ).sum() / batch.divisor  # a product would be rounded by autocast
 
 
 def fused_batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

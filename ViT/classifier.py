@@ -21,6 +21,7 @@ from control_experiments.errors import UserError
 from control_experiments.record import read_json, write_json_atomic
 from control_experiments.training.checkpoints import check_adapter_files
 from control_experiments.training.methods import adapter_config, load_adapter
+from peft_control import quantize_fp8
 from ViT.options import RecipeOptions
 from ViT.vision_models import Base, create, load, load_weights, mlp_linears, set_attention, set_mlp_layers
 
@@ -44,10 +45,12 @@ class Description:
     mlp_layers: int
     crop: float
     classes: list[str]
+    quantization: str = "none"
 
     def check(self) -> None:
         """Raises TypeError: a value read from a file is none that `save` writes."""
         words = [self.method, self.model, self.architecture, *([] if self.sha256 is None else [self.sha256])]
+        words += [self.quantization]
         words += self.classes if isinstance(self.classes, list) else [None]
         named = all(isinstance(word, str) for word in words)
         numbers = (self.image_size, self.mlp_layers, self.crop)
@@ -184,6 +187,8 @@ def restore(
         )
     set_mlp_layers(vit, description.mlp_layers)
     set_attention(vit, attention)
+    if description.quantization == "fp8":
+        quantize_fp8(vit)
     if description.method != "probe":
         check_adapter_files(folder)
         return load_adapter(vit, folder, base.id), description, base

@@ -59,6 +59,9 @@ class ModelOptions:
     architecture: Optional[str] = HfArg(default=None, help="timm name, for weights from a file.")
     mlp_layers: int = HfArg(default=2, help="2: the ordinary ViT; 4: with the paper's two identity layers.")
     attention: Literal["eager", "sdpa"] = HfArg(default="sdpa", help="sdpa is fused.")
+    quantization: Literal["none", "fp8"] = HfArg(
+        default="none", help="fp8: the blocks' frozen linear layers in 8-bit floating point."
+    )
 
 
 @dataclass(kw_only=True)

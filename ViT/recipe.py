@@ -28,7 +28,9 @@ from control_experiments.training.device import seed_everything
 from control_experiments.training.losses import LossWatch, check_parameters
 from control_experiments.training.metering import MemoryMeter, Throughput
 from control_experiments.training.methods import describe_adapter, set_memory
+from control_experiments.training.quantization import check_fp8
 from control_experiments.training.setup import Run, start
+from peft_control import quantize_fp8
 from ViT import augment
 from ViT.classifier import Description, add_adapter, build_base, save, trained_state
 from ViT.images import ImageData, hold_out, load_data
@@ -85,6 +87,8 @@ def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | 
         if run.folder.finished:
             print(f"{run.folder.path} is finished: nothing to do")
             return
+        if options.quantization == "fp8":
+            check_fp8(run.device, instead="none")
         data = loader.data(options, run.device)
         record = run.begin_record(domain="vit", task=data.name, autocast=run.precision)
         vit, base, own_weights = loader.base(options, len(data.classes))
@@ -102,7 +106,7 @@ def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | 
             trained, counted = adapter["trainable_parameters"], total + adapter["adapter_parameters"]
             logger.info("%s", f"{options.method}: {trained:,} trained of {counted:,} parameters")
             history, clock, outcome = fit(run, model, data, memory)
-        named = ("method", "model", "image_size", "mlp_layers", "crop")
+        named = ("method", "model", "image_size", "mlp_layers", "crop", "quantization")
         about = {"architecture": base.architecture, "sha256": base.sha256, "classes": data.classes}
         description = Description(**{name: getattr(options, name) for name in named}, **about)
         write_test_predictions(run.folder, data, *outcome)
@@ -173,7 +177,8 @@ class Loader:
 
         key = (options.model, options.architecture, *shape.values(), *rest.values())
         vit, base, weights = self._once("base", key, make)
-        return copy.deepcopy(vit), base, weights
+        vit = copy.deepcopy(vit)
+        return quantize_fp8(vit) if options.quantization == "fp8" else vit, base, weights
 
 
 def fit(
@@ -315,8 +320,8 @@ def load_checkpoint(
 
 def loading_lines(options: Options, base: Base) -> str:
     """Python that loads the adapter again, for its card: with timm and peft alone where these can build the model."""
-    needs_us = options.model == TINY or options.mlp_layers != 2 or base.id.endswith(".npz")
-    if needs_us or options.method == "probe":
+    changed = options.mlp_layers != 2 or options.quantization != "none"
+    if changed or options.model == TINY or base.id.endswith(".npz") or options.method == "probe":
         return RESTORE
     weights = "" if base.sha256 is None else f', pretrained_cfg_overlay={{"file": "{base.id}"}}'
     size = "" if options.image_size == 224 else f", img_size={options.image_size}"

@@ -32,6 +32,7 @@ from LlaMA.commonsense import TokenRow
 from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS
 from LlaMA.models import SHAPES, ready_to_train
 from LlaMA.packing import IGNORE, VARLEN, batch_loss, fused_batch_loss, packed_step, varlen_available
+from peft_control import quantize_fp8
 
 LLAMA_SHAPES = {
     **SHAPES,
@@ -86,7 +87,7 @@ class Method:
                 f"method {self.text!r}: {shape} has no switches but checkpointing, graphs and eager, and no method "
                 "that reads causal tokens"
             )
-        if shape in VISION_SHAPES and self.base in QUANTIZATIONS:
+        if shape in VISION_SHAPES and self.base in QUANTIZATIONS and self.base != "fp8":
             raise UserError(f"method {self.text!r}: bitsandbytes' bases are for text models")
         if "graphs" in self.switches and device == "cpu":
             raise UserError(f"method {self.text!r}: CUDA graphs need a GPU")
@@ -192,11 +193,25 @@ def random_llama(
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
+def random_fp8_llama(shape: str, device: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The same with its layers in FP8, of which one at a time is made in `dtype`."""
+    model = random_llama(shape, device, dtype, attention, num_hidden_layers=0)
+    model.config.num_hidden_layers = LLAMA_SHAPES[shape]["num_hidden_layers"]
+    for index in range(model.config.num_hidden_layers):
+        short = random_llama(shape, device, dtype, attention, num_hidden_layers=1, vocab_size=1)
+        (layer,) = quantize_fp8(short).model.layers
+        layer.self_attn.layer_idx, layer.self_attn.config = index, model.config
+        model.model.layers.append(layer)
+    return model
+
+
 def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -> nn.Module:
     """A model of the shape with random weights, stored as the method says; 4-bit layers compute in `compute`."""
     own = DTYPES[recipe_of(shape).base]
     stored = DTYPES.get(method.base, own)
     attention = "eager" if "eager" in method.switches else "sdpa"
+    quantized = method.base in QUANTIZATIONS
+    settings = loading_arguments(method.base, torch.device(device), compute) if quantized else {}
     if shape in VISION_SHAPES:
         from ViT.vision_models import create, set_attention, set_mlp_layers
 
@@ -205,19 +220,25 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
             model = create(name, num_classes=CLASSES, image_size=vision_size(shape)[0])
             set_mlp_layers(model, layers)
         set_attention(model, attention)
-        return model.to(stored)
+        model = model.to(stored)
+        return quantize_fp8(model) if quantized else model
     if "packed" in method.switches and varlen_available(torch.device(device), compute):
         attention = VARLEN
     if shape in LLAMA_SHAPES:
-        model = random_llama(shape, device, stored, attention)
+        make = random_fp8_llama if method.base == "fp8" else random_llama
+        model = make(shape, device, stored, attention)
     else:
         config = RobertaConfig(**ENCODER_SHAPES[shape], type_vocab_size=1)
         with torch.device(device):
             model = AutoModelForSequenceClassification.from_config(
                 config, dtype=stored, attn_implementation=attention
             )
-    if method.base in QUANTIZATIONS:
-        quantize(model, method.base, compute, torch.device(device))
+    if method.base == "fp8":
+        quantize_fp8(model)
+    elif quantized:
+        quantize(model, method.base, settings["quantization_config"], torch.device(device))
+    if quantized:
+        model.config.quantization_config = settings["quantization_config"]
     return prepare(model)
 
 
@@ -230,9 +251,8 @@ def vision_size(shape: str) -> tuple[int, int]:
     return model.patch_embed.img_size[0], model.pos_embed.shape[1]
 
 
-def quantize(model: PreTrainedModel, kind: str, compute: torch.dtype, device: torch.device) -> None:
-    """Quantize the linear layers of every transformer layer, as `from_pretrained` would a stored model's."""
-    settings = loading_arguments(kind, device, compute)["quantization_config"]
+def quantize(model: PreTrainedModel, kind: str, settings, device: torch.device) -> None:
+    """Let bitsandbytes quantize the linear layers of every transformer layer, as `from_pretrained` would a stored model's."""
     import bitsandbytes as bnb
 
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
@@ -248,14 +268,17 @@ def quantize(model: PreTrainedModel, kind: str, compute: torch.dtype, device: to
                 new.weight = bnb.nn.Int8Params(linear.weight.data.cpu(), requires_grad=False).to(device)
             else:
                 new = bnb.nn.Linear4bit(
-                    *sizes, compute_dtype=compute, compress_statistics=True, quant_type=kind, device="meta"
+                    *sizes,
+                    compute_dtype=settings.bnb_4bit_compute_dtype,
+                    compress_statistics=True,
+                    quant_type=kind,
+                    device="meta",
                 )
                 new.weight = bnb.nn.Params4bit(
                     linear.weight.data, requires_grad=False, quant_type=kind, compress_statistics=True, module=new
                 ).to(device)  # fmt: skip
             new.bias = linear.bias
             setattr(parent, name, new)
-    model.config.quantization_config = settings
     model.is_loaded_in_4bit = kind != "int8"  # for num_parameters: two weights lie in one byte
 
 

@@ -35,10 +35,13 @@ METHODS = {
     "probe": "no adapter: only the task's head is trained",
 }
 #: What `--quantization` takes.
-QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
-Quantization = Literal["none", "nf4", "fp4", "int8"]
+QUANTIZATIONS = ("none", "nf4", "fp4", "int8", "fp8")
+Quantization = Literal["none", "nf4", "fp4", "int8", "fp8"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-QUANTIZATION_HELP = "Frozen linear layers in 4 bits (nf4, fp4; scales quantized again) or 8 (int8) by bitsandbytes; none: as they are."
+QUANTIZATION_HELP = (
+    "Frozen linear layers in 4 bits (nf4, fp4; scales quantized again) or 8 (int8) by bitsandbytes, or in 8-bit floating "
+    "point, which is fast on GPUs of compute capability 8.9 and up (fp8); none: as they are."
+)
 SHARD_HELP = "What several processes share beside the rows: ddp: nothing, each holds the whole model; fsdp2: the frozen weights."
 #: What `--scheduler` takes, besides the schedules that need arguments of their own.
 SCHEDULERS = (
@@ -260,8 +263,8 @@ def choose_shard(shard: str, *, quantization: str = "none", cuda_graphs: bool = 
                 raise UserError(f"{option} true is not supported: leave it out; --memory lean needs less too")
         os.environ["ACCELERATE_USE_FSDP"] = "false"
         shard = "fsdp2"
-    if shard == "fsdp2" and quantization != "none":
-        raise UserError(f"--quantization {quantization} cannot be sharded: choose --shard ddp")
+    if shard == "fsdp2" and quantization not in ("none", "fp8"):
+        raise UserError(f"--quantization {quantization} cannot be sharded: choose fp8, or --shard ddp")
     if shard == "fsdp2" and cuda_graphs:
         raise UserError(
             "--cuda_graphs cannot replay the gathering of shards: leave it out, or choose --shard ddp"
@@ -277,4 +280,6 @@ def check_method_runs(method: str, quantization: str, device: object) -> None:
     """Raise UserError for DoRA over 8-bit weights on a CPU: each forward reads the weights' norms, and on a CPU peft
     (0.21) loses the layer's scales while it does."""
     if quantization == "int8" and "dora" in method and str(device) == "cpu":
-        raise UserError(f"{method} over int8 needs a GPU: choose --quantization nf4, fp4 or none on a CPU")
+        raise UserError(
+            f"{method} over int8 needs a GPU: choose --quantization nf4, fp4, fp8 or none on a CPU"
+        )

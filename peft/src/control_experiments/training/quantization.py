@@ -1,4 +1,5 @@
-"""Frozen base models in 4 or 8 bits through bitsandbytes (QLoRA, arXiv 2305.14314, with any method on top).
+"""Frozen base models in 4 or 8 bits, with any method on top: through bitsandbytes (QLoRA, arXiv 2305.14314), or in FP8
+through `peft_control.fp8`.
 
 Only the linear layers inside the transformer blocks are quantized. Embeddings, norms and the head stay as they are
 loaded: float32 in encoders, the run's type in decoders, whose RMSNorms compute in float32 inside whatever type their
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
+from peft_control import fp8
+
 from ..errors import UserError
 from .options import QUANTIZATION_HELP, QUANTIZATIONS, check_method_runs  # noqa: F401
 
@@ -24,10 +27,13 @@ def loading_arguments(quantization: str, device: torch.device, compute_dtype: to
     """What `from_pretrained` needs beside the model's name to load it quantized onto `device`.
 
     4-bit weights are multiplied in `compute_dtype`, the run's precision. Raises UserError: bitsandbytes is not there, or
-    cannot quantize on this device.
+    cannot quantize on this device, or a GPU has no FP8.
     """
     if quantization == "none":
         return {}
+    if quantization == "fp8":
+        check_fp8(device, instead="nf4 or int8")
+        return {"quantization_config": fp8.Fp8Config(), "device_map": {"": device}}
     check_available(device)
     settings = {"llm_int8_skip_modules": list(_NOT_QUANTIZED), "load_in_8bit": quantization == "int8"}
     if quantization != "int8":
@@ -35,6 +41,15 @@ def loading_arguments(quantization: str, device: torch.device, compute_dtype: to
         settings |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute_dtype}
     config = BitsAndBytesConfig(**settings)
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def check_fp8(device: torch.device, instead: str) -> None:
+    """Raise UserError for a GPU without FP8; on a CPU it is emulated."""
+    if device.type == "cuda" and not fp8.has_fp8(device):
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} has no FP8 (NVIDIA's have from compute capability 8.9 on): "
+            f"choose --quantization {instead}"
+        )
 
 
 def check_available(device: torch.device) -> None:
@@ -69,7 +84,8 @@ def quantization_of(config: PretrainedConfig) -> str:
         return fields.get("bnb_4bit_quant_type", "fp4")
     if fields.get("load_in_8bit"):
         return "int8"
-    return str(fields.get("quant_method", "unknown"))
+    method = str(fields.get("quant_method", "unknown"))
+    return "fp8" if method == fp8.METHOD else method
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:

@@ -41,8 +41,8 @@ def shard_frozen(model: nn.Module, device: torch.device, memory: MemoryMeter) ->
     """Shard the frozen parameters of a model over all processes, and put its trained ones whole on each one's device.
 
     Call it in every process, with the process group running and memory modes set; each layer is moved as it is sharded.
-    `memory` gets its mark for the weights, which are this process's shards. Raises UserError: the base is quantized, or
-    has no transformer layers that are known.
+    `memory` gets its mark for the weights, which are this process's shards. Raises UserError: bitsandbytes has quantized the
+    base, or it has no transformer layers that are known.
     """
     trained = split_into_units(model, device.type)
     memory.after_load()
@@ -56,7 +56,7 @@ def split_into_units(model: nn.Module, device_type: str) -> list[nn.Parameter]:
     from peft_control.architectures import find_layers
 
     if quantized_linears(model):
-        raise UserError("a quantized base model cannot be sharded: choose --shard ddp")
+        raise UserError("a base model that bitsandbytes has quantized cannot be sharded: choose --shard ddp")
     try:
         layers = [layer for layer, _ in find_layers(model).values()]
     except ValueError as error:

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from . import kernels
 from .control import AddControl, control_backward, control_hidden
 from .exact import Parameters
-from .linear import compute_dtype, input_gradient, is_frozen_linear
+from .linear import compute_dtype, input_gradient, is_frozen_linear, keeps_nothing, outputs
 from .mlp import tokens
 
 
@@ -47,7 +47,7 @@ class FrozenProjections(torch.autograd.Function):
         ctx.parameters = Parameters(linears)
         ctx.save_for_backward(*ctx.parameters.now())
         ctx.set_materialize_grads(False)
-        return tuple(linear(x) for linear in linears)
+        return outputs(x, *linears)
 
     @staticmethod
     @once_differentiable
@@ -93,7 +93,7 @@ def decoder_attention(layer, hidden_states, *arguments, recompute=None, **named)
     :func:`decoder_attention_gradients` the projections: with queries, keys and values, or with nothing.
     """
     project = layer.self_attn.o_proj
-    if recompute and not (is_frozen_linear(project) and project.weight.dtype == compute_dtype(hidden_states)):
+    if recompute and not keeps_nothing(project, compute_dtype(hidden_states)):
         return recompute(decoder_attention, layer, hidden_states, *arguments, **named)
     mix = partial(recompute, _mixed_values) if recompute else _mixed_values
     mixed, state = mix(layer, hidden_states, *arguments, **named)

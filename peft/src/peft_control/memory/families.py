@@ -24,6 +24,7 @@ _LIBRARIES = (
     "transformers.activations.",
     "timm.layers.",
     "bitsandbytes.nn.",
+    "peft_control.fp8.",
     "liger_kernel.",
 )
 

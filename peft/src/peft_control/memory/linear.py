@@ -1,4 +1,4 @@
-"""Frozen linear layers inside hand-written backward passes: dense, or bitsandbytes 4-bit and 8-bit."""
+"""Frozen linear layers inside hand-written backward passes: dense, FP8, or bitsandbytes 4-bit and 8-bit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..fp8 import Fp8Linear, compute_dtype, quantize_rows
 from .exact import is_as_written
 
 
@@ -17,18 +18,20 @@ def is_frozen_linear(module: nn.Module) -> bool:
 
 
 def is_known_linear(module: nn.Module | None) -> bool:
-    """Whether ``module`` computes ``x @ weight.T`` with a weight as it is, or as bitsandbytes packs it, and nothing else."""
+    """Whether ``module`` computes ``x @ weight.T`` with a weight as it is, in FP8, or as bitsandbytes packs it, and
+    nothing else."""
     if not isinstance(module, nn.Linear) or isinstance(module, BaseTunerLayer):
         return False
     kind = type(module)
-    known = kind.forward is nn.Linear.forward or kind.__module__.startswith("bitsandbytes")
+    known = kind.forward in (nn.Linear.forward, Fp8Linear.forward) or kind.__module__.startswith(
+        "bitsandbytes"
+    )
     return known and is_as_written(module)
 
 
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which a linear layer works on ``x``: autocast's, if that is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+def keeps_nothing(linear: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether ``linear``, working in ``dtype``, keeps nothing of its input or for its backward but its own weight."""
+    return is_frozen_linear(linear) and (isinstance(linear, Fp8Linear) or linear.weight.dtype == dtype)
 
 
 def cast_once(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
@@ -46,6 +49,8 @@ def cast_once(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
 def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     """The weight ``(out, in)`` in ``dtype``, dequantized if need be."""
     weight = linear.weight
+    if isinstance(linear, Fp8Linear):
+        return linear.dequantize().to(dtype)
     if getattr(weight, "quant_state", None) is not None:  # Linear4bit
         from bitsandbytes.functional import dequantize_4bit
 
@@ -56,7 +61,21 @@ def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype)
 
 
+def outputs(x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
+    """The outputs of frozen linear layers of one input ``(..., in)``, which is quantized once if all are FP8."""
+    if not all(isinstance(linear, Fp8Linear) for linear in linears):
+        return tuple(linear(x) for linear in linears)
+    dtype = compute_dtype(x)
+    quantized = quantize_rows(x.to(dtype).reshape(-1, x.shape[-1]))
+    return tuple(
+        linear.of_rows(*quantized, dtype).view(*x.shape[:-1], linear.out_features) for linear in linears
+    )
+
+
 def input_gradient(dy: torch.Tensor, linear: nn.Linear, add_to: torch.Tensor | None = None) -> torch.Tensor:
     """Return ``dy @ weight``, the gradient of the linear layer's input; accumulated into ``add_to`` if given."""
+    if isinstance(linear, Fp8Linear):
+        dx = linear.input_gradient(dy)
+        return dx if add_to is None else add_to.add_(dx)
     weight = dense_weight(linear, dy.dtype)
     return dy @ weight if add_to is None else add_to.addmm_(dy, weight)

@@ -21,7 +21,7 @@ from transformers.activations import GELUActivation, GELUTanh
 
 from . import kernels
 from .control import add_control, control_hidden
-from .linear import cast_once, compute_dtype, input_gradient, is_frozen_linear
+from .linear import cast_once, compute_dtype, input_gradient, is_frozen_linear, outputs
 
 
 class GatedMlp:
@@ -82,7 +82,7 @@ class GatedMlp:
         # what is kept alone must not be a part of something larger, and chunks are no faster
         weight = self._stacked() if keep == 2 else None
         if weight is None:
-            gate, up = self.mlp.gate_proj(normal), self.mlp.up_proj(normal)
+            gate, up = outputs(normal, self.mlp.gate_proj, self.mlp.up_proj)
         else:
             gate, up = F.linear(normal, weight).chunk(2, dim=-1)
         del normal
@@ -97,8 +97,10 @@ class GatedMlp:
             gate, up, rstd = kept
         else:
             normal, rstd = self._normalise(state)
-            gate = kept[0] if kept else mlp.gate_proj(normal)
-            up = mlp.up_proj(normal)
+            if kept:
+                gate, up = kept[0], mlp.up_proj(normal)
+            else:
+                gate, up = outputs(normal, mlp.gate_proj, mlp.up_proj)
             del normal
         dact = input_gradient(dy.to(gate.dtype), mlp.down_proj)
         dgate, dup = kernels.swiglu_backward_(gate, up, dact)

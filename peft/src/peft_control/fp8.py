@@ -1,0 +1,299 @@
+"""Frozen linear layers in 8-bit floating point: half the weights' memory, and matmuls of twice the speed.
+
+It is small and simple here because the block of a control is frozen and whole. No weight gradient exists, so nothing is
+quantized along the tokens. No adapter sits between the matmuls, so each output goes on as it is. What remains are two
+products of one stored weight, forward and input gradient:
+
+- Weights are e4m3 with one scale per output channel. Activations are e4m3 with one scale per token, found anew each time.
+- The input gradient is ``(dy * scale) @ weight``. The weight's scales join dy before its rows are quantized, so the one
+  stored copy serves both directions, transposed on the fly.
+- All scales are powers of two, as in torchao's rowwise recipe: multiplying by them is exact.
+
+A product is summed in float32 and rounded once, to bfloat16, whatever the type of the layer's input. On GPUs that have FP8
+it runs in ``torch._scaled_mm``; elsewhere it is emulated, with the same rounding and slowly. Source of the number formats:
+"FP8 Formats for Deep Learning", arXiv 2209.05433.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .architectures import find_layers
+
+METHOD = "fp8_rowwise"  # "fp8" is transformers' own, with scales of blocks
+FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+_WEIGHT = torch.float8_e4m3fn
+_SMALLEST = 2.0**-100  # a row below it is quantized as if it reached it, so that scales stay normal numbers
+_MULTIPLE = 16  # of the widths that torch._scaled_mm takes
+
+
+# -- arithmetic -------------------------------------------------------------------------------------------------
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a linear layer works on ``x``: autocast's, if that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def quantize_rows(x: torch.Tensor, dtype: torch.dtype = _WEIGHT) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize each row of ``x`` ``(rows, width)`` to ``dtype``.
+
+    Returns:
+        ``(q, scale)`` with ``q * scale`` near ``x``; ``scale`` ``(rows, 1)`` is float32: the least power of two with
+        which the row fits, so that no finite number overflows. A row with NaN or infinity becomes NaN as a whole: there is
+        no infinity in e4m3, and a loss scaler must see it.
+    """
+    fraction, exponent = math.frexp(torch.finfo(dtype).max)
+    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    largest = torch.maximum(-low, high).float().clamp(min=_SMALLEST)
+    part, _ = torch.frexp(largest)
+    # each step is exact, on every device; infinity / infinity is NaN
+    scale = largest * 2.0**-exponent / part * (1.0 + (part > fraction))
+    wide = x if x.dtype == torch.bfloat16 else x.float()  # times a power of two: exact in both
+    return (wide * scale.reciprocal().to(wide.dtype)).to(dtype), scale
+
+
+def _product(rows, scales, weight, weight_scales, bias, dtype):
+    """``(rows * scales) @ (weight * weight_scales) + bias`` in ``dtype``.
+
+    ``rows`` ``(rows, k)`` are FP8 with scales ``(rows, 1)``, ``weight`` is e4m3's bytes ``(k, n)`` with scales ``(1, n)`` or
+    None.
+    """
+    bias = None if bias is None else bias.to(torch.bfloat16)
+    if _kernels_take(rows.device, *weight.shape) and len(rows):
+        if weight.stride(0) != 1:
+            weight = weight.t().contiguous().t()  # the kernels read both operands along k
+        if weight_scales is None:
+            weight_scales = scales.new_ones(1, weight.shape[1])
+        output = torch._scaled_mm(
+            rows, weight.view(_WEIGHT), scale_a=scales, scale_b=weight_scales, bias=bias, out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )  # fmt: skip
+        return output.to(dtype)
+    with torch.autocast(rows.device.type, enabled=False):
+        wide = weight.view(_WEIGHT).float()
+        output = (rows.float() * scales) @ (wide if weight_scales is None else wide * weight_scales)
+        return (output if bias is None else output + bias.float()).to(torch.bfloat16).to(dtype)
+
+
+@functools.cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device multiplies FP8: NVIDIA's GPUs from compute capability 8.9 on."""
+    return (
+        device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
+    )
+
+
+@torch.compiler.assume_constant_result  # so that compiled code can warn
+def _kernels_take(device, *widths):
+    """Whether ``torch._scaled_mm`` takes a weight of such ``widths`` there; it asks nothing of the number of rows."""
+    if not has_fp8(device):
+        instead = "; nf4 and int8 are for such GPUs" if device.type == "cuda" else ""
+        _warn_once(f"this {device.type} has no FP8: its products are emulated, slowly{instead}")
+    elif any(width % _MULTIPLE for width in widths):
+        _warn_once(
+            f"FP8 kernels take widths that are multiples of {_MULTIPLE}: products of others are emulated"
+        )
+    else:
+        return True
+    return False
+
+
+@functools.cache
+def _warn_once(message):
+    warnings.warn(message, stacklevel=2)
+
+
+# -- layers -----------------------------------------------------------------------------------------------------
+
+
+class Fp8Linear(nn.Linear):
+    """A frozen linear layer with an e4m3 weight.
+
+    Attributes:
+        weight: ``(out, in)``, e4m3's bytes as uint8: whoever casts a model's floating-point parameters leaves them alone.
+        weight_scale: ``(out, 1)``, float32 powers of two.
+        bias: ``(out,)`` or None, in the type that it had.
+        gradients: the format of the rows of dy, a key of :data:`FORMATS`.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, gradients="e4m3"):
+        super(nn.Linear, self).__init__()
+        self.in_features, self.out_features, self.gradients = in_features, out_features, gradients
+        self.weight = _frozen(torch.empty(out_features, in_features, dtype=torch.uint8, device=device))
+        self.weight_scale = _frozen(torch.empty(out_features, 1, dtype=torch.float32, device=device))
+        self.bias = _frozen(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def of(cls, linear: nn.Linear, gradients: str = "e4m3") -> Fp8Linear:
+        """What stands for ``linear``, on its device; of a layer on the meta device without values."""
+        weight, bias = linear.weight, linear.bias
+        new = cls(*weight.shape[::-1], bias=False, device="meta", gradients=gradients)
+        if bias is not None:
+            new.bias = _frozen(bias.detach())
+        if not weight.is_meta:
+            new.weight, new.weight_scale = _stored(weight)
+        return new.train(linear.training)
+
+    @property
+    def W_q(self):
+        """The name by which peft knows a layer that has ``dequantize``, which DoRA needs."""
+        return self.weight
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight ``(out, in)`` in bfloat16, which holds it exactly."""
+        return (self.weight.view(_WEIGHT).float() * self.weight_scale.float()).to(torch.bfloat16)
+
+    def of_rows(self, rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The layer's output ``(rows, out)`` in ``dtype`` for rows of :func:`quantize_rows`, which layers may share."""
+        weight_scales = self.weight_scale.float().view(1, -1)
+        return _product(rows, scales, self.weight.t(), weight_scales, self.bias, dtype)
+
+    def input_gradient(self, dy: torch.Tensor) -> torch.Tensor:
+        """The gradient ``(rows, in)`` of the layer's input for its output's ``(rows, out)``, in the same type."""
+        return _input_gradient(dy, self.weight, self.weight_scale, self.gradients)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Output.apply(
+            x, self, self.weight, self.weight_scale
+        )  # both as arguments: autograd saves them
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, gradients={self.gradients}"
+
+    def _apply(self, fn, recurse=True):
+        scale = self.weight_scale.data
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:  # it was cast, and float16 does not hold small ones
+            self.weight_scale.data = scale.to(self.weight_scale.device)
+        return self
+
+
+class _Output(torch.autograd.Function):
+    """A layer's output; of a forward nothing is kept but the layer's weight."""
+
+    @staticmethod
+    def forward(ctx, x, linear, weight, weight_scale):
+        ctx.gradients, ctx.dtype, ctx.shape = linear.gradients, x.dtype, x.shape
+        ctx.save_for_backward(weight, weight_scale)
+        dtype = compute_dtype(x)
+        rows, scales = quantize_rows(x.to(dtype).reshape(-1, x.shape[-1]))
+        return linear.of_rows(rows, scales, dtype).view(*x.shape[:-1], linear.out_features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        dx = _input_gradient(dy.reshape(-1, dy.shape[-1]), *ctx.saved_tensors, ctx.gradients)
+        return dx.to(ctx.dtype).view(ctx.shape), None, None, None
+
+
+def _input_gradient(dy, weight, weight_scale, gradients):
+    wide = dy if dy.dtype == torch.bfloat16 else dy.float()
+    rows, scales = quantize_rows(wide * weight_scale.to(wide.dtype).view(1, -1), FORMATS[gradients])
+    return _product(rows, scales, weight, None, None, dy.dtype)
+
+
+def _frozen(tensor):
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _stored(weight):
+    q, scale = quantize_rows(weight.detach())
+    return _frozen(q.view(torch.uint8)), _frozen(scale)
+
+
+# -- models -----------------------------------------------------------------------------------------------------
+
+
+def quantize_fp8(model: nn.Module, keep_last: float = 0.0, gradients: str = "e4m3") -> nn.Module:
+    """Replace the frozen linear layers of the transformer layers by :class:`Fp8Linear`, one after the other, in place.
+
+    Embeddings, norms, heads and everything of an adapter stay as they are; below LoRA the layer that it adapts is replaced.
+
+    Args:
+        model: of an architecture that Control knows, with an adapter or before it gets one.
+        keep_last: share of the transformer layers, the last ones, that stay as they are.
+        gradients: format of the rows of the output's gradient, "e4m3" or "e5m2" (two bits of fraction, for a wide range).
+
+    Raises:
+        ValueError: a value is out of its range, or no layer is found.
+    """
+    if not 0 <= keep_last <= 1 or gradients not in FORMATS:
+        raise ValueError(
+            f"FP8 takes keep_last from 0 to 1 and gradients {' or '.join(FORMATS)}, got {keep_last} and {gradients!r}"
+        )
+    layers = [layer for layer, _ in find_layers(model).values()]
+    if not any(isinstance(module, nn.Linear) for layer in layers for module in layer.modules()):
+        raise ValueError(f"{type(layers[0]).__name__} has no nn.Linear, which is what FP8 replaces")
+    for layer in layers[: len(layers) - round(keep_last * len(layers))]:
+        for parent, name, linear in list(_linears(layer)):
+            parent._modules[name] = Fp8Linear.of(linear, gradients)
+    return model
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    for name, child in module.named_children():
+        if isinstance(module, BaseTunerLayer) and name != "base_layer":
+            continue
+        if type(child) is nn.Linear:
+            yield module, name, child
+        elif not isinstance(child, AuxiliaryTrainingWrapper):
+            yield from _linears(child)
+
+
+@register_quantization_config(METHOD)
+class Fp8Config(QuantizationConfigMixin):
+    """``from_pretrained(..., quantization_config=Fp8Config())`` quantizes each weight as it is read: the model in 16 bits
+    need never fit. Arguments are those of :func:`quantize_fp8`."""
+
+    def __init__(self, keep_last: float = 0.0, gradients: str = "e4m3", **_):
+        self.keep_last, self.gradients, self.quant_method = keep_last, gradients, METHOD
+
+
+@register_quantizer(METHOD)
+class Fp8Quantizer(HfQuantizer):
+    """Loads models into :class:`Fp8Linear`, and those that were saved so."""
+
+    is_trainable = True
+    is_compileable = True
+    quantized_element_size = 1
+
+    def param_needs_quantization(self, model, param_name, **kwargs):
+        module, name = get_module_from_name(model, param_name)
+        return not self.pre_quantized and isinstance(module, Fp8Linear) and name == "weight"
+
+    def get_quantize_ops(self):
+        return _Quantize()
+
+    def is_serializable(self):
+        return True
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        return quantize_fp8(model, self.quantization_config.keep_last, self.quantization_config.gradients)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for module in model.modules():
+            if isinstance(module, Fp8Linear):
+                module.requires_grad_(False)
+        return model
+
+
+class _Quantize(ConversionOps):
+    def convert(self, input_dict, **kwargs):
+        ((name, weight),) = input_dict.items()
+        stored = _stored(weight[0] if isinstance(weight, list) else weight)
+        return dict(zip((name, f"{name}_scale"), stored, strict=True))

@@ -1,0 +1,299 @@
+"""Frozen linear layers in FP8: the arithmetic against float64 and torch's own FP8 product, models in every mode."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import build, randomize_adapters
+from transformers import AutoModelForCausalLM
+
+from control_experiments.errors import UserError
+from control_experiments.training.quantization import check_not_quantized, loading_arguments, quantization_of
+from peft_control import ControlConfig, Fp8Config, Fp8Linear, fp8, quantize_fp8
+from peft_control.memory import MODES, set_memory_mode
+from peft_control.memory.linear import input_gradient, outputs
+
+E4M3 = torch.float8_e4m3fn
+TARGETS = {"llama": ["q_proj", "v_proj"], "roberta": ["query", "value"]}
+METHODS = ("control", "lora", "dora", "control+lora", "control+dora")
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """The path of GPUs with FP8, on the CPU, whose `torch._scaled_mm` takes the same arguments; the calls are noted."""
+    calls, own = [], torch._scaled_mm
+
+    def noted(a, b, **named):
+        assert a.is_contiguous() and b.t().is_contiguous()  # what cuBLAS and CUTLASS ask for
+        assert named["scale_a"].shape == (len(a), 1) and named["scale_b"].shape == (1, b.shape[1])
+        calls.append((a.dtype, b.dtype, *a.shape, b.shape[1]))
+        return own(a, b, **named)
+
+    monkeypatch.setattr(torch, "_scaled_mm", noted)
+    monkeypatch.setattr(fp8, "has_fp8", lambda device: True)
+    return calls
+
+
+def random(rows, width, seed=0, spread=2.0):
+    """Rows of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.exp(spread * torch.randn(rows, 1, generator=generator))
+    return torch.randn(rows, width, generator=generator) * sizes
+
+
+def layer(width=48, out=64, bias=True, gradients="e4m3", seed=0):
+    linear = torch.nn.Linear(width, out, bias=bias)
+    linear.weight.data = random(out, width, seed=seed)
+    return Fp8Linear.of(linear, gradients)
+
+
+@pytest.mark.parametrize("dtype", fp8.FORMATS.values())
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_rounded_to_the_nearest_with_the_least_power_of_two(kind, dtype):
+    x = torch.cat([random(6, 24, spread=1), torch.tensor([[448.0], [449.0], [0.25]]).expand(3, 24)]).to(kind)
+    found, scale = fp8.quantize_rows(x, dtype)
+    assert found.dtype == dtype and scale.dtype == torch.float32 and scale.shape == (9, 1)
+    numbers = (
+        torch.arange(128, dtype=torch.uint8).view(dtype).double()
+    )  # the positive ones; the even lie at even places
+    numbers = numbers[numbers.isfinite()]
+    for row, q, factor in zip(x.double(), found.double(), scale.double().flatten()):
+        assert math.frexp(factor)[0] == 0.5  # a power of two
+        assert numbers[-1] * factor / 2 < row.abs().max() <= numbers[-1] * factor
+        distances = (numbers - (row / factor).abs().unsqueeze(1)).abs() + torch.arange(
+            len(numbers)
+        ) % 2 * 1e-12
+        assert torch.equal(q, numbers[distances.argmin(1)].copysign(row))
+
+
+def test_zero_huge_and_nan():
+    nan, inf = math.nan, math.inf
+    x = torch.tensor([[0, 0], [3e38, -1e38], [1e-42, 0], [1, nan], [inf, 1], [1, 2]])
+    linear = Fp8Linear.of(torch.nn.Linear(2, 3, bias=False))
+    for kind in (torch.float32, torch.bfloat16):
+        q, scale = fp8.quantize_rows(x.to(kind))
+        back = q.float() * scale
+        assert torch.equal(back[0], x[0]) and torch.equal(back[5], x[5])
+        assert back[1].isfinite().all() and torch.allclose(back[1], x[1], rtol=2**-4, atol=0)
+        assert back[3:5].isnan().all()  # infinity too: a loss scaler must see it, and e4m3 has none
+        for result in (linear(x.to(kind)), linear.input_gradient(torch.cat([x, x[:, :1]], 1).to(kind))):
+            assert (result[0] == 0).all() and result[3:5].isnan().all() and result[[2, 5]].isfinite().all()
+    assert linear(x[:0]).shape == (0, 3)
+
+
+def error(x, scale):
+    """The most by which e4m3 moves numbers: half a unit of 3 bits of fraction, 2**-4 of each, or half its least number."""
+    return torch.maximum(x.abs() * 2**-4, scale.double() * 2**-10)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_products_are_within_e4m3s_rounding(kind):
+    """Of a product of sums: |x| e(w) + e(x) |w| + e(x) e(w), and what bfloat16 rounds from the output, 2**-8 of it."""
+    linear = torch.nn.Linear(48, 64)
+    linear.weight.data = random(64, 48)
+    linear = linear.to(kind)
+    stored, w = Fp8Linear.of(linear), linear.weight.detach().double()
+    x, dy = (random(40, width, seed=seed).to(kind) for width, seed in ((48, 1), (64, 2)))
+    e_w = error(w, stored.weight_scale)
+    folded = dy.double() * stored.weight_scale.double().view(1, -1)
+    e_dy = error(folded, fp8.quantize_rows(folded.float())[1]) / stored.weight_scale.double().view(1, -1)
+    leaf = x.clone().requires_grad_()
+    y = stored(leaf)
+    y.backward(dy)
+    assert y.dtype == leaf.grad.dtype == kind
+    for found, a, e_a, b, e_b, bias in (
+        (y, x.double(), error(x.double(), fp8.quantize_rows(x)[1]), w.t(), e_w.t(), linear.bias.double()),
+        (leaf.grad, dy.double(), e_dy, w, e_w, 0),
+    ):
+        exact = a @ b + bias
+        bound = a.abs() @ e_b + e_a @ b.abs() + e_a @ e_b
+        assert ((found.double() - exact).abs() <= bound + 2**-8 * (exact.abs() + bound)).all()
+        assert 0.01 < (found.double() - exact).norm() / exact.norm() < 0.06
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gradients", fp8.FORMATS)
+def test_kernels_and_emulation_give_the_same_bits(kind, gradients, on_kernels, monkeypatch):
+    linear, x = layer(gradients=gradients), random(15, 48, seed=1).view(3, 5, 48).to(kind)
+    dy = random(15, 64, seed=2).to(kind)
+
+    def both():
+        leaf = x.clone().requires_grad_()
+        y = linear(leaf)
+        y.backward(dy.view(y.shape))
+        more = outputs(x, linear, linear)[1], input_gradient(dy, linear, torch.zeros(15, 48, dtype=kind))
+        return y.detach(), leaf.grad, *more
+
+    by_kernels = both()
+    assert on_kernels[:2] == [(E4M3, E4M3, 15, 48, 64), (fp8.FORMATS[gradients], E4M3, 15, 64, 48)]
+    assert len(on_kernels) == 5
+    monkeypatch.setattr(fp8, "has_fp8", lambda device: False)
+    emulated = both()
+    assert len(on_kernels) == 5 and all(map(torch.equal, by_kernels, emulated))
+    assert torch.equal(emulated[2], emulated[0]) and torch.equal(emulated[3], emulated[1].view(15, 48))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x).dtype == torch.bfloat16
+        assert torch.equal(linear(x), linear(x.bfloat16()))
+
+
+def test_other_widths_are_emulated_with_one_warning(on_kernels):
+    fp8._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="multiples of 16") as found:
+        for width, out in ((40, 64), (48, 24)):
+            layer(width, out)(random(3, width).requires_grad_()).sum().backward()
+        assert not on_kernels
+        layer()(random(3, 48))  # of rows there may be any number
+    assert len(on_kernels) == len(found) == 1
+
+
+def adapter(name, method):
+    per_weight = dict(target_modules=TARGETS[name], r=4, lora_alpha=8, use_dora="dora" in method)
+    if "control" not in method:
+        return LoraConfig(**per_weight)
+    more = per_weight if "+" in method else {}
+    return ControlConfig(control_blocks=["attention", "mlp"], control_rank=4, **more)
+
+
+def loss(model):
+    ids = torch.randint(3, 61, (3, 11), generator=torch.Generator().manual_seed(1))
+    return model(input_ids=ids)[0].float().square().mean()  # logits, or states
+
+
+def gradients(model, mode="plain"):
+    set_memory_mode(model, mode, chunk_tokens=8)
+    model.zero_grad()
+    torch.manual_seed(0)
+    loss(model.train()).backward()
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.requires_grad])
+
+
+def relative(found, reference):
+    return ((found - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_train_over_it_in_every_mode_and_are_saved(name, method, tmp_path, on_kernels):
+    torch.manual_seed(0)
+    base = quantize_fp8(build(name))
+    untouched = copy.deepcopy(base)
+    model = randomize_adapters(get_peft_model(base, adapter(name, method)))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = gradients(model)
+    for mode in MODES[1:] if "control" in method else ():
+        # the norms' last bit may move a number to its neighbour in e4m3
+        assert relative(gradients(model, mode), expected) < 1e-2, mode
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses, _ = [], model.eval()  # without dropout
+    for _ in range(4):
+        optimizer.zero_grad()
+        losses.append(loss(model))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] and on_kernels
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == trained
+
+    set_memory_mode(model, "plain").eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(untouched, tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loss(again), loss(model))
+    if method == "lora":
+        with pytest.raises(RuntimeError):
+            model.merge_and_unload()
+
+
+def test_gradients_are_those_of_the_stored_weights_but_for_rounding():
+    config = adapter("llama", "control")
+    model = randomize_adapters(get_peft_model(quantize_fp8(build("llama")), config), std=0.1)
+    exact = randomize_adapters(get_peft_model(build("llama"), config), std=0.1)
+    for name, module in model.named_modules():
+        if isinstance(module, Fp8Linear):
+            exact.get_submodule(name).weight.data = module.dequantize().float()
+    assert 0.005 < relative(gradients(model), gradients(exact.double())) < 0.2
+
+
+def test_one_quantized_activation_serves_several_layers(monkeypatch):
+    model = get_peft_model(quantize_fp8(build("llama")), adapter("llama", "control"))
+    calls, own = [], fp8.quantize_rows
+    for place in ("peft_control.fp8", "peft_control.memory.linear"):
+        monkeypatch.setattr(f"{place}.quantize_rows", lambda *given: calls.append(1) or own(*given))
+    counts = {}
+    for mode in ("plain", "fast"):
+        set_memory_mode(model, mode)
+        calls.clear()
+        loss(model.train())
+        counts[mode] = len(calls) / model.config.num_hidden_layers
+    assert counts == {"plain": 7, "fast": 4}  # of q k v, o, gate up, down
+
+
+def test_what_is_replaced():
+    torch.manual_seed(0)
+    base, lora = build("llama"), LoraConfig(target_modules=["q_proj", "lm_head"], modules_to_save=["o_proj"])
+    model = quantize_fp8(get_peft_model(base, lora), keep_last=0.5, gradients="e5m2")
+    kinds = {name: type(m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    stored = {
+        name.removeprefix("base_model.model.model.") for name, kind in kinds.items() if kind is Fp8Linear
+    }
+    half = model.config.num_hidden_layers // 2
+    rest = ("self_attn.q_proj.base_layer", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj",
+            "mlp.down_proj")  # fmt: skip
+    assert half and stored == {f"layers.{i}.{name}" for i in range(half) for name in rest}
+    assert {m.gradients for m in model.modules() if isinstance(m, Fp8Linear)} == {"e5m2"}
+    with pytest.raises(ValueError, match="FP8 takes"):
+        quantize_fp8(base, gradients="e3m4")
+    with pytest.raises(ValueError, match="no nn.Linear"):
+        quantize_fp8(build("gpt2"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_are_quantized_as_they_are_read_and_saved_so(dtype, tmp_path):
+    dense = build("llama", dtype)
+    dense.save_pretrained(tmp_path / "dense")
+    device = torch.device("cpu")
+    loading = loading_arguments("fp8", device, dtype)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype, **loading)
+    expected = quantize_fp8(dense).state_dict()
+    model.save_pretrained(tmp_path / "stored")
+    others = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / "stored"), copy.deepcopy(model), pickle.loads(pickle.dumps(model)),
+    ]  # fmt: skip
+    for found in (model, *others):
+        state = found.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], value) for key, value in expected.items())
+        assert quantization_of(found.config) == "fp8"
+        layers = [module for module in found.modules() if isinstance(module, Fp8Linear)]
+        assert layers and not any(p.requires_grad for layer in layers for p in layer.parameters())
+    with pytest.raises(UserError, match="quantized already"):
+        check_not_quantized("nf4", others[0].config, "it")
+    torch.nn.Module.half(model)  # transformers' own refuses
+    for key, value in model.state_dict().items():
+        assert value.dtype == (torch.float16 if "proj.weight" not in key else expected[key].dtype)
+    kept = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=Fp8Config(keep_last=1.0)
+    )
+    assert not any(isinstance(module, Fp8Linear) for module in kept.modules())
+
+
+def test_where_there_is_no_fp8(monkeypatch):
+    fp8._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="this cpu has no FP8") as found:
+        layer()(layer(out=48)(random(3, 48)))
+    assert len(found) == 1
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An old GPU")
+    with pytest.raises(UserError, match="An old GPU has no FP8.*choose --quantization nf4 or int8"):
+        loading_arguments("fp8", torch.device("cuda", 7), torch.bfloat16)
+
+
+@pytest.mark.slow
+def test_it_compiles_into_one_graph():
+    model, compiled = quantize_fp8(build("llama")), quantize_fp8(build("llama"))
+    compiled = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    assert torch.equal(loss(model), loss(compiled))
