@@ -19,6 +19,7 @@ import inspect
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -50,8 +51,8 @@ def _path(layer: nn.Module, alternatives: str) -> str:
     for path in alternatives.split("|"):
         parts: list[str] = []
         for part in path.split("."):
-            parent = layer.get_submodule(".".join(parts)) if part == "-1" else ()
-            parts.append(str(len(parent) - 1) if part == "-1" else part)
+            siblings = list(layer.get_submodule(".".join(parts)).children()) if part == "-1" else []
+            parts.append(str(len(siblings) - 1) if part == "-1" else part)
         try:
             layer.get_submodule(".".join(parts))
             return ".".join(parts)
@@ -97,7 +98,7 @@ class Architecture:
             ) from error
 
     def state_width(self, layer: nn.Module) -> int:
-        norm = layer.get_submodule(_path(layer, self.norm))
+        norm: Any = layer.get_submodule(_path(layer, self.norm))
         weight = next(norm.parameters(), None)
         return norm.normalized_shape[-1] if weight is None else weight.shape[0]  # OLMo's has no weight
 

@@ -135,7 +135,7 @@ class ControlModel(LoraModel):
             )
         if combination_type not in COMBINATIONS:
             raise ValueError(f"controls are combined by {', '.join(COMBINATIONS)}, not {combination_type!r}")
-        configs = [self.peft_config[name] for name in adapters]
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
         for field in ("layers_to_transform", "layers_pattern", "exclude_modules", "control_architecture"):
             if any(getattr(config, field) != getattr(configs[0], field) for config in configs):
                 raise ValueError(f"adapters with different {field} cannot be combined")
