@@ -251,7 +251,7 @@ def test_trl_sft_trainer(tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    options = {"max_length": 16, "bf16": False, "gradient_checkpointing": False, **TRAINING}
+    options = {"max_length": 16, "bf16": False, **TRAINING}
     trainer = trl.SFTTrainer(
         build("llama"),
         trl.SFTConfig(output_dir=str(tmp_path / "run"), **options),
@@ -345,7 +345,7 @@ def train(case: str, modes: tuple, folder) -> list[dict]:
     model = randomize_adapters(get_peft_model(base, ControlConfig(task_type=task, control_rank=4, **DOUBLE)))
     if modes and modes[0]:
         set_memory_mode(model, modes[0])
-    options = {**TRAINING, "max_steps": 3, "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-2, **options}
+    options = {**TRAINING, "max_steps": 3, "bf16": False, "learning_rate": 1e-2, **options}
     trainer = trainer_class(
         model=model, args=arguments_class(output_dir=str(folder), **options), train_dataset=data, **named
     )
