@@ -8,6 +8,7 @@ from tiny_models import FAMILIES, VOCAB, WIDTH, build, is_adapter, logits, rando
 from transformers.models.llama import modeling_llama
 
 from peft_control import ControlConfig
+from peft_control.memory import set_memory_mode
 
 INPUTS = FAMILIES["llama"].inputs()
 QKV = {"target_modules": ["q_proj", "k_proj", "v_proj"], "r": 4, "lora_alpha": 8}
@@ -249,27 +250,125 @@ def test_transformers_trainer_resumes(tmp_path):
 def test_trl_sft_trainer(tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
+
+    options = {"max_length": 16, "bf16": False, **TRAINING}
+    trainer = trl.SFTTrainer(
+        build("llama"),
+        trl.SFTConfig(output_dir=str(tmp_path / "run"), **options),
+        train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in repetitive_texts()]),
+        processing_class=words(),
+        peft_config=ControlConfig(task_type="CAUSAL_LM", control_rank=16, **DOUBLE),
+    )
+    set_memory_mode(trainer.model, "lean")
+    trainer.train()
+    check_run(trainer, build("llama"), tmp_path / "adapter")
+
+
+# -- memory modes in everybody's trainers -------------------------------------------------------------------
+
+
+def words():
+    """A tokenizer of the words w3, w4, … whose numbers they are, with a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    SFTConfig, SFTTrainer = trl.SFTConfig, trl.SFTTrainer
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{index}": index for index in range(3, VOCAB)}}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>"])}
-    vocabulary.update({f"w{index}": index for index in range(3, VOCAB)})
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+
+def text(start: int, length: int = 6) -> str:
+    return " ".join(f"w{(start + step) % (VOCAB - 3) + 3}" for step in range(length))
+
+
+def summed_loss(outputs, labels, num_items_in_batch=None):
+    logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+
+#: Trainer, its options, the columns of its data from a row's number, what else it takes.
+CASES = {
+    "Trainer": ("Trainer", {}, None, {}),
+    "label smoothing": ("Trainer", {"label_smoothing_factor": 0.2}, None, {}),
+    "num_items_in_batch": ("Trainer", {"gradient_accumulation_steps": 2}, None, {}),
+    "compute_loss_func": ("Trainer", {}, None, {"compute_loss_func": summed_loss}),
+    "SFT": ("SFT", {"max_length": 16}, lambda n: {"text": text(n, 5 + n % 4)}, {}),
+    "SFT label smoothing": ("SFT", {"label_smoothing_factor": 0.2}, lambda n: {"text": text(n)}, {}),
+    "SFT compute_loss_func": ("SFT", {}, lambda n: {"text": text(n)}, {"compute_loss_func": summed_loss}),
+    "DPO": ("DPO", {}, lambda n: {"prompt": text(n), "chosen": text(n + 6), "rejected": text(2 * n)}, {}),
+    "KTO": ("KTO", {}, lambda n: {"prompt": text(n), "completion": text(n + 6), "label": n % 2 == 0}, {}),
+    "Reward": ("Reward", {}, lambda n: {"chosen": text(n), "rejected": text(2 * n, 4)}, {}),
+    "GRPO": (
+        "GRPO", {"num_generations": 4, "max_completion_length": 6}, lambda n: {"prompt": text(n)},
+        {"reward_funcs": lambda completions, **_: [len({*text.split()}) / 6 for text in completions]},
+    ),
+}  # fmt: skip
+ORDERS = {"plain": (), "before": ("lean",), "after": (None, "lean"), "changed": ("fast", "lean"), "undone": ("fast", "plain"),
+          "undone after": (None, "lean", "plain")}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """``logged(case, order)``: what each step of a trainer logs if the mode is set so before it is made and after."""
+    seen = {}
+
+    def run(case: str, order: str) -> list[dict]:
+        if (case, order) not in seen:
+            seen[case, order] = train(case, ORDERS[order], tmp_path_factory.mktemp("run"))
+        return seen[case, order]
+
+    return run
+
+
+def train(case: str, modes: tuple, folder) -> list[dict]:
+    import transformers
+    from datasets import Dataset
+
+    kind, options, row, named = CASES[case]
+    if kind == "Trainer":
+        trainer_class, arguments_class = transformers.Trainer, transformers.TrainingArguments
+        data = repetitive_texts()
+    else:
+        trl = pytest.importorskip("trl")
+        trainer_class, arguments_class = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
+        data = Dataset.from_list([row(number) for number in range(16)])
+        named = {**named, "processing_class": words()}
+    base, task = build("llama"), "CAUSAL_LM"
+    if kind == "Reward":
+        config = base.config
+        config.num_labels = 1
+        torch.manual_seed(0)
+        base, task = transformers.LlamaForSequenceClassification(config), "SEQ_CLS"
+    model = randomize_adapters(get_peft_model(base, ControlConfig(task_type=task, control_rank=4, **DOUBLE)))
+    if modes and modes[0]:
+        set_memory_mode(model, modes[0])
+    options = {**TRAINING, "max_steps": 3, "bf16": False, "learning_rate": 1e-2, **options}
+    trainer = trainer_class(
+        model=model, args=arguments_class(output_dir=str(folder), **options), train_dataset=data, **named
     )
-    trainer = SFTTrainer(
-        build("llama"),
-        SFTConfig(output_dir=str(tmp_path / "run"), max_length=16, bf16=False, **TRAINING),
-        train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in repetitive_texts()]),
-        processing_class=tokenizer,
-        peft_config=ControlConfig(task_type="CAUSAL_LM", control_rank=16, **DOUBLE),
-    )
+    for mode in modes[1:]:
+        set_memory_mode(trainer.model, mode)
     trainer.train()
-    check_run(trainer, build("llama"), tmp_path / "adapter")
+    planned = any(hasattr(module, "memory_plan") for module in trainer.model.modules())
+    assert planned == ("lean" in modes[-1:])
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [order for order in ORDERS if order != "plain"])
+@pytest.mark.parametrize("case", CASES)
+def test_memory_modes_in_trainers(case, order, logged):
+    """Whatever the order, every step logs what plain autograd's does."""
+    expected, found = logged(case, "plain"), logged(case, order)
+    assert len(expected) == len(found) == 3 and expected[0]["loss"] != expected[-1]["loss"]
+    for plain, step in zip(expected, found):
+        assert step.keys() == plain.keys()
+        for name in plain:
+            if not name.startswith(("step_time", "profiling")) and isinstance(plain[name], float):
+                assert step[name] == pytest.approx(plain[name], abs=1e-5, rel=1e-4, nan_ok=True), name
 
 
 def test_accelerate_prepare():

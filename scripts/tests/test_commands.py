@@ -1,5 +1,6 @@
 """The shell commands, run for real in a copy of their folder, with an interpreter that only notes what it is asked."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -25,6 +26,16 @@ case "$*" in
 esac
 """
 LAUNCHER = """echo "launcher $* MODEL=$MODEL PYTHON=$PYTHON" >> "$CALLS"; exit "${FAKE_TRAIN_EXIT:-0}"\n"""
+#: Notes the variables of a trial and its arguments, but not where it writes, nor --resume.
+TRIED = """echo "$0 MODEL=$MODEL DATA=$DATA $EPOCHS $LR $BATCH $MICRO_BATCH $HELD_OUT $WARMUP $MLP_LAYERS $LORA_RANK $BATCH_SIZE $*" |
+    sed -E 's# --resume##; s# --output_dir [^ ]+##; s# /[^ ]+ # OUT #g' >> "$CALLS"
+"""
+TRIALS = (
+    "RoBERTa/run_roberta.sh",
+    "ViT/run_ViT.sh",
+    "LlaMA/llama3_8B_DoubleControl.sh",
+    "QControl/run_llama_quantization.sh",
+)
 
 
 class Checkout:
@@ -34,7 +45,7 @@ class Checkout:
         self.root, self.calls_file = root / "checkout", root / "calls"
         shutil.copytree(REPOSITORY / "scripts", self.root / "scripts", ignore=shutil.ignore_patterns("tests"))
         shutil.copytree(REPOSITORY / ".ci", self.root / ".ci")
-        for folder in ("peft", "RoBERTa"):
+        for folder in ("peft", "RoBERTa", "ViT", "LlaMA", "QControl"):
             (self.root / folder).mkdir()
         (self.root / "requirements.txt").write_text("torch\n")
         (self.root / "peft" / "pyproject.toml").write_text("[project]\n")
@@ -188,6 +199,24 @@ def test_the_quickstart_trains_three_methods_alike_and_then_makes_the_table(chec
     ]
     assert [line[:3] for line in done.stdout.splitlines() if "epochs" in line] == ["1/3", "2/3", "3/3"]
     assert checkout.calls[-1] == f"-m scripts.quickstart_table {out} control lora dora"
+
+
+def test_the_quickstarts_trials_are_those_of_the_readmes(checkout):
+    for launcher in TRIALS:
+        (checkout.root / launcher).write_text(TRIED)
+    assert checkout.run("checkout/scripts/quickstart.sh", "all").returncode == 0
+    tried = [call for call in checkout.calls if ".sh MODEL=" in call]
+    assert len(tried) == 4 and not any("-m scripts.quickstart_table" in call for call in checkout.calls)
+    for launcher, call in zip(TRIALS, tried):
+        readme = (REPOSITORY / launcher).parent.joinpath("README.md").read_text()
+        (command,) = (
+            re.search(r"## A trial of two minutes\n.*?```bash\n(.*?)\n```", readme, re.S)
+            .group(1)
+            .splitlines()
+        )
+        script = f"cd checkout; {command.replace('.venv/bin/python', '$PYTHON')}"
+        assert checkout.run("-c", script, BATCH_SIZE="32").returncode == 0
+        assert checkout.calls[-1] == call
 
 
 def test_the_quickstart_takes_a_device_and_stops_at_a_failed_run(checkout):

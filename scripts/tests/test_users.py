@@ -1,0 +1,91 @@
+"""What stopped users, as they type it in a fresh checkout: from the first command to a served adapter.
+
+Elsewhere: trainers and memory modes (peft/tests/test_training.py), the wheel (peft/tests/test_wheel.py), `transformers serve`
+(peft/tests/test_export.py), axolotl (peft/tests/test_axolotl.py), help and quickstart (test_commands.py), claims
+(test_claims.py), README's recipes and links (test_documents.py).
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from control_experiments.paths import REPOSITORY
+from RoBERTa.tests.conftest import encoders, write_glue  # noqa: F401
+
+pytestmark = pytest.mark.slow
+RUN = "results/roberta/tiny_rte_control_seed42"
+SHIPPED = ("tables/glue.md", "tables/glue.csv", "tables/vit_accuracy.md")
+
+
+@pytest.fixture(scope="module")
+def type_in(tmp_path_factory, encoders):  # noqa: F811
+    """``type_in(command)``: the output of a shell's command in a copy of the checkout, in which RTE was trained."""
+    root = tmp_path_factory.mktemp("checkout")
+    for name in ("RoBERTa", "ViT", "LlaMA", "QControl", "scripts", "peft"):
+        shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns("tests", "*.egg-info"))
+    (root / "results").mkdir()
+    for path in (REPOSITORY / "results").iterdir():
+        if path.is_file():
+            shutil.copy2(path, root / "results")
+    for name in ("published", "tables", "pictures"):
+        shutil.copytree(REPOSITORY / "results" / name, root / "results" / name)
+    shutil.copytree(encoders["roberta"], root / "tiny")
+    write_glue(root / "glue", "RTE")
+
+    def run(command: str, code: int = 0) -> str:
+        python = Path(sys.executable)
+        variables = {
+            "PATH": f"{python.parent}:/usr/bin:/bin",
+            "PYTHON": str(python),
+            "PYTHONPATH": f"{root / 'peft' / 'src'}:{root}",
+            "HOME": os.environ["HOME"],
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=root, env=variables, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    run.root = root
+    run("MODEL=tiny DATA=glue bash RoBERTa/run_roberta.sh control rte 1 1e-3 cpu")
+    return run
+
+
+def test_the_first_command_runs_and_drops_nothing_shipped(type_in):
+    assert (type_in.root / RUN / "record.json").is_file()
+    shipped = {name: (type_in.root / "results" / name).read_text() for name in SHIPPED}
+    type_in("python -m scripts.make_tables")
+    assert {name: (type_in.root / "results" / name).read_text() for name in SHIPPED} == shipped
+    assert "yours" in (type_in.root / "results" / "mine" / "tables" / "glue.md").read_text()
+
+
+def test_the_adapter_loads_with_the_readmes_and_its_cards_lines(type_in):
+    (block,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "RoBERTa" / "README.md").read_text(), re.S)
+    (type_in.root / "load.py").write_text(
+        block.replace("results/roberta/RUN", RUN)
+        + 'print(labels, len(tokenizer("a", "b")["input_ids"]) > 2)\n'
+    )
+    assert "['entailment', 'not_entailment'] True" in type_in("python load.py")
+    card = (type_in.root / RUN / "adapter" / "README.md").read_text()
+    assert "import peft_control" in card and "pip install" in card
+
+
+def test_the_adapter_is_exported_and_answers_without_the_library(type_in):
+    type_in(f"python -m peft_control export {RUN}/adapter served")
+    code = "import sys; from transformers import AutoModelForSequenceClassification as A; "
+    code += (
+        "m = A.from_pretrained('served', trust_remote_code=True); print('peft' in sys.modules, m.num_labels)"
+    )
+    assert "False 2" in type_in(f'python -c "{code}"')
+
+
+def test_a_mistake_is_one_line(type_in):
+    said = type_in("MODEL=tiny DATA=nowhere bash RoBERTa/run_roberta.sh control rte 1 1e-3 cpu", code=2)
+    assert "Traceback" not in said and "nowhere" in said.splitlines()[-1]
