@@ -12,19 +12,12 @@ from hypothesis import settings
 
 # The tests need no network and do not try any. Tiny models gain nothing from a second thread, and OpenMP's threads would not
 # live on in the processes that tests fork.
-os.environ |= {
-    "HF_HUB_OFFLINE": "1",
-    "WANDB_MODE": "offline",
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": "1",
-}
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 # Several domains have a script of the same name; tests say which they mean: `from RoBERTa import finetune`.
 ROOT = str(Path(__file__).parent)
 sys.path.append(ROOT)
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-).rstrip(os.pathsep)
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
 
 # On CPUs with AVX512-BF16 bitsandbytes warns at import that an optional kernel package is absent; pytest would print
 # what conftest files logged below its own closing line.

@@ -10,13 +10,7 @@ from itertools import takewhile
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from LlaMA.commonsense import ANSWER_LEAD, Row, extract_answer, offered_words, tokenize_prompts
@@ -40,14 +34,10 @@ class Reply:
     answer: str | None
 
 
-def questions_of(
-    rows: Sequence[Row], words: tuple[str, ...], tokenizer: Tokenizer, style: Style
-) -> list[Question]:
+def questions_of(rows: Sequence[Row], words: tuple[str, ...], tokenizer: Tokenizer, style: Style) -> list[Question]:
     """The rows as the model sees them."""
     prompts = tokenize_prompts(rows, tokenizer, style)
-    return [
-        Question(ids, words, tuple(offered_words(row, words))) for ids, row in zip(prompts, rows, strict=True)
-    ]
+    return [Question(ids, words, tuple(offered_words(row, words))) for ids, row in zip(prompts, rows, strict=True)]
 
 
 def batches(questions: Sequence[Question], indices: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -57,9 +47,7 @@ def batches(questions: Sequence[Question], indices: Sequence[int], size: int) ->
         yield ordered[start : start + size]
 
 
-def pad_left(
-    rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
-) -> dict[str, torch.Tensor]:
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Token ids and attention mask, `(rows, longest)` each, every row ending at the right edge."""
     ids = pad_sequence([torch.tensor(row) for row in rows], True, pad_token_id, "left")
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, "left")
@@ -147,10 +135,7 @@ def generate(
     how = {"generation_config": config, "stopping_criteria": stops}
     output = model.generate(**batch, past_key_values=read_prompts(model, batch, beams), **how)
     texts = tokenizer.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
-    return [
-        Reply(text.strip(), extract_answer(text, question.words))
-        for text, question in zip(texts, questions, strict=True)
-    ]
+    return [Reply(text.strip(), extract_answer(text, question.words)) for text, question in zip(texts, questions, strict=True)]
 
 
 @torch.inference_mode()
@@ -169,9 +154,7 @@ def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence
     def is_lead(pair: tuple[int, int]) -> bool:
         return pair[0] == pair[1]
 
-    shared = min(
-        len([*takewhile(is_lead, zip(lead, tail, strict=False))]) for words in tails for tail in words
-    )
+    shared = min(len([*takewhile(is_lead, zip(lead, tail, strict=False))]) for words in tails for tail in words)
     prefixes = [[*question.ids, *lead[:shared]] for question in questions]
     batch = pad_left(prefixes, tokenizer.pad_token_id, model.device)
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -211,9 +194,7 @@ def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence
     return [Reply(word, word) for word in words]
 
 
-def in_parts(
-    answer: Callable[[Sequence[Question]], list[Reply]],
-) -> Callable[[Sequence[Question]], list[Reply]]:
+def in_parts(answer: Callable[[Sequence[Question]], list[Reply]]) -> Callable[[Sequence[Question]], list[Reply]]:
     """`answer`, which halves a batch that the GPU's memory does not hold until it does. Raises
     torch.OutOfMemoryError: it does not hold a single question."""
     said = []

@@ -32,14 +32,7 @@ from control_experiments.training.setup import Run, start
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
 from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS
 from LlaMA.measuring import train_tokenizer
-from LlaMA.models import (
-    add_adapter,
-    choose_pad_token,
-    expected_config,
-    load_model,
-    load_tokenizer,
-    ready_to_train,
-)
+from LlaMA.models import add_adapter, choose_pad_token, expected_config, load_model, load_tokenizer, ready_to_train
 from LlaMA.packing import (
     VARLEN,
     Batch,
@@ -58,13 +51,9 @@ from scripts.workloads import LLAMA_SHAPES, random_llama
 class Options(RunOptions, AdapterOptions, MemoryOptions):
     data: str = HfArg(help="JSON file in the format of commonsense_170k.json.")
     model: Optional[str] = HfArg(default=None, help="Hub id, folder or GGUF file of a base model.")
-    shape: Optional[str] = HfArg(
-        default=None, help=f"Or random weights of a shape: {', '.join(LLAMA_SHAPES)}."
-    )
+    shape: Optional[str] = HfArg(default=None, help=f"Or random weights of a shape: {', '.join(LLAMA_SHAPES)}.")
     method: str = HfArg(default="control+lora", help="Method that is trained.")
-    attention: Literal["auto", "sdpa"] = HfArg(
-        default="auto", help="auto: flash attention over packs where it runs."
-    )
+    attention: Literal["auto", "sdpa"] = HfArg(default="auto", help="auto: flash attention over packs where it runs.")
     steps: int = HfArg(default=30, help="Timed optimizer steps of each way.")
     warmup: int = HfArg(default=5, help="Optimizer steps before the timed ones.")
     batch_size: int = HfArg(default=8, help="Rows per optimizer step.")
@@ -76,9 +65,7 @@ class Options(RunOptions, AdapterOptions, MemoryOptions):
     lora_rank: int = HfArg(default=32, help="Rank of LoRA and DoRA.")
     lora_alpha: float = HfArg(default=64, help="LoRA's updates are scaled by alpha/rank.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout of LoRA and DoRA.")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = HfArg(
-        default="auto", help="Frozen weights and autocast."
-    )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = HfArg(default="auto", help="Frozen weights and autocast.")
 
     def check(self) -> None:
         super().check()
@@ -96,9 +83,7 @@ class Options(RunOptions, AdapterOptions, MemoryOptions):
         )  # fmt: skip
 
 
-def train(
-    model: torch.nn.Module, steps: Sequence[list[Batch]], loss: Callable, run: Run, memory: MemoryMeter
-) -> dict:
+def train(model: torch.nn.Module, steps: Sequence[list[Batch]], loss: Callable, run: Run, memory: MemoryMeter) -> dict:
     """Train on `steps` (each a list of batches whose gradients add up) with AdamW under autocast.
 
     The first ones, in which kernels are chosen and memory is first taken, are not timed.

@@ -48,9 +48,7 @@ WHERE_TRAINING = (
     f"{SOURCE} has commonsense_170k.json in ft-training_set/: name it with --data (a launcher: TRAIN_DATA=FILE, or "
     "DATA=FOLDER with the test sets)"
 )
-WHERE_TESTS = (
-    f"{SOURCE} has the test sets in dataset/: name that folder with --data (a launcher: DATA=FOLDER)"
-)
+WHERE_TESTS = f"{SOURCE} has the test sets in dataset/: name that folder with --data (a launcher: DATA=FOLDER)"
 
 
 def read_rows(path: str | Path, words: Sequence[str] = ALL_WORDS, where: str = WHERE_TRAINING) -> list[Row]:
@@ -160,9 +158,7 @@ def tokenize_rows(
     return result
 
 
-def tokenize_prompts(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, style: Style = "matched"
-) -> list[list[int]]:
+def tokenize_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, style: Style = "matched") -> list[list[int]]:
     """Token ids of each question, ending where they end in training.
 
     A byte-pair tokenizer joins the prompt's last space with the response's first word. Encoding the prompt alone would

@@ -49,8 +49,7 @@ class Options:
     beams: int = HfArg(default=4, help="Beams of the search.")
     max_new_tokens: int = HfArg(default=32, help="Longest response, in tokens.")
     prompt_style: Literal["matched", "authors"] = HfArg(
-        default="matched",
-        help="matched: prompts as in training; authors: the published, slightly different ones.",
+        default="matched", help="matched: prompts as in training; authors: the published, slightly different ones."
     )
     stop_when_decided: bool = HfArg(default=True, help="End a batch when no continuation changes an answer.")
     dtype: Precision = HfArg(default="auto", help="Type of all weights.")

@@ -117,9 +117,7 @@ def evaluate(
     )
 
 
-def answer_all(
-    options: Options, folder: RunFolder, model, tokenizer, tests: dict[str, list[Row]], seconds: dict
-) -> dict:
+def answer_all(options: Options, folder: RunFolder, model, tokenizer, tests: dict[str, list[Row]], seconds: dict) -> dict:
     """Answer all test sets, which takes `seconds`; returns the record's metrics."""
     answer, scores, answered = in_parts(answerer(options, model, tokenizer)), {}, {}
     total = sum(map(len, tests.values()))
@@ -274,9 +272,7 @@ def read_answers(path: Path, rows: Sequence[Row]) -> dict[int, dict]:
             if not isinstance(answer, str | None) or entry["correct"] is not (answer == rows[row].answer):
                 raise ValueError("not as it was written")
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise UserError(
-                f"{path}, line {number} is no answer to this test set: delete the file"
-            ) from error
+            raise UserError(f"{path}, line {number} is no answer to this test set: delete the file") from error
         answers[row] = entry
     return answers
 

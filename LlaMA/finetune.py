@@ -57,12 +57,9 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
     batching: Literal["packed", "padded"] = HfArg(
         default="packed", help="packed: no padding; padded: micro-batches padded to their longest row."
     )
-    token_budget: Optional[int] = HfArg(
-        default=None, help="Of a forward; else --micro_batch_size x --cutoff."
-    )
+    token_budget: Optional[int] = HfArg(default=None, help="Of a forward; else --micro_batch_size x --cutoff.")
     attention: Literal["auto", "varlen", "sdpa"] = HfArg(
-        default="auto",
-        help="Attention over packed rows: varlen computes within rows only (GPU, half precision).",
+        default="auto", help="Attention over packed rows: varlen computes within rows only (GPU, half precision)."
     )
     loss_on: Literal["all", "response"] = HfArg(default="all", help="all: as published, prompts too.")
     held_out: int = HfArg(default=120, help="Rows kept out of training that choose the checkpoint.")
@@ -92,9 +89,7 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
     def check(self) -> None:
         """Raise UserError for values that cannot be."""
         super().check()
-        check_numbers(
-            self, "micro_batch_size", "cutoff", "token_budget", "eval_steps", "held_out", at_least=1
-        )
+        check_numbers(self, "micro_batch_size", "cutoff", "token_budget", "eval_steps", "held_out", at_least=1)
         check_numbers(self, "warmup_steps", at_least=0)
         if self.batch_size % (self.micro_batch_size * processes()):
             raise UserError(

@@ -12,9 +12,7 @@ from LlaMA.commonsense import Row
 from LlaMA.prompts import prompt
 
 
-def train_tokenizer(
-    rows: Sequence[Row], vocabulary: int = 16384, limit: int = 4000
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(rows: Sequence[Row], vocabulary: int = 16384, limit: int = 4000) -> PreTrainedTokenizerFast:
     """A byte-pair tokenizer made from the data's own prompts, for shapes with random weights: rows get about as many
     tokens as a LLaMA tokenizer gives them."""
     tokenizer = Tokenizer(models.BPE())

@@ -135,11 +135,7 @@ def load_model(
 def _forget_quantization(base: PreTrainedModel) -> None:
     """A GGUF file's weights arrive dequantized, yet some versions of transformers call the model quantized still, and
     the Trainer then refuses to train it."""
-    for owner, name in (
-        (base, "hf_quantizer"),
-        (base, "quantization_method"),
-        (base.config, "quantization_config"),
-    ):
+    for owner, name in ((base, "hf_quantizer"), (base, "quantization_method"), (base.config, "quantization_config")):
         if hasattr(owner, name):
             delattr(owner, name)
     base.is_quantized = False

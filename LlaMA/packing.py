@@ -151,9 +151,7 @@ def batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     logits = model(**batch.inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
     labels = batch.labels[:, 1:].flatten()
     losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    return (
-        losses * batch.weights[:, 1:].reshape(-1)
-    ).sum() / batch.divisor  # a product would be rounded by autocast
+    return (losses * batch.weights[:, 1:].reshape(-1)).sum() / batch.divisor  # a product would be rounded by autocast
 
 
 def fused_batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -231,17 +229,7 @@ def varlen_available(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def varlen_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    *,
-    cu_seq_lens_q,
-    max_length_q,
-    scaling=None,
-    sliding_window=None,
-    **_,
+    module, query, key, value, attention_mask, *, cu_seq_lens_q, max_length_q, scaling=None, sliding_window=None, **_
 ):
     """A transformers attention function over packed rows, causal within each.
 

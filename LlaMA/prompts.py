@@ -17,10 +17,7 @@ _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
-_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request."
-)
+_WITHOUT_INPUT = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
 _MATCHED = {
     True: f"{_WITH_INPUT} \n\n{_I}### Instruction:\n{_I}{{instruction}}\n{_I}\n"

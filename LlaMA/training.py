@@ -49,9 +49,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("finetune")
 LOGGERS = ("finetune", "control_experiments")
-LESS_MEMORY = (
-    "--memory lean, a smaller --token_budget or --micro_batch_size, --dtype bf16, a smaller --cutoff"
-)
+LESS_MEMORY = "--memory lean, a smaller --token_budget or --micro_batch_size, --dtype bf16, a smaller --cutoff"
 
 #: How the adapter's card says that it is loaded.
 LOAD = """
@@ -69,9 +67,7 @@ def run(options: Options, argv: Sequence[str] | None) -> RunRecord | None:
     """Train, unless the run is finished; returns its record, or None then."""
     options.model = place_of_model(options.model)
     types = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
-    with start(
-        options, "LlaMA.finetune", argv, less_memory=LESS_MEMORY, option="dtype", written=types
-    ) as begun:
+    with start(options, "LlaMA.finetune", argv, less_memory=LESS_MEMORY, option="dtype", written=types) as begun:
         if begun.folder.finished:
             print(f"{begun.folder.path} is finished: skipped (delete the folder to run it again)")
             return None
@@ -88,9 +84,7 @@ def train(options: Options, run: Run) -> RunRecord:
         dtype=str(dtype).removeprefix("torch."),
     )
     if is_gguf(options.model) and os.environ.get("RANK", "0") == "0":
-        first = (
-            f"first make a folder of it (python -m LlaMA.convert --model {options.model} --output_dir FOLDER)"
-        )
+        first = f"first make a folder of it (python -m LlaMA.convert --model {options.model} --output_dir FOLDER)"
         told = f"other tools cannot load {options.model} as the adapter's base: to serve the adapter, {first}"
         print(f"note: {told} and train over that", file=sys.stderr)
     rows = split_rows(read_rows(options.contents("data")), options.held_out, options.split_seed)
@@ -111,8 +105,7 @@ def train(options: Options, run: Run) -> RunRecord:
     choose_pad_token(tokenizer, model.get_input_embeddings().weight.shape[0])
 
     training, held_out = (
-        tokenize_rows(part, tokenizer, options.cutoff, response_only=options.loss_on == "response")
-        for part in rows
+        tokenize_rows(part, tokenizer, options.cutoff, response_only=options.loss_on == "response") for part in rows
     )
     for name, part in (("training", training), ("held-out", held_out)):
         if part and not any(row.targets for row in part):
@@ -125,11 +118,7 @@ def train(options: Options, run: Run) -> RunRecord:
     if options.method == "shadow":
         loss = shadow_batch_loss
     pad = tokenizer.pad_token_id
-    own = {
-        "memory": memory,
-        "unit": options.micro_batch_size,
-        "held_out": held_out_batches(held_out, options, pad),
-    }
+    own = {"memory": memory, "unit": options.micro_batch_size, "held_out": held_out_batches(held_out, options, pad)}
     own["loss"] = GraphedLoss(loss) if options.cuda_graphs else loss
     with folder.logging_from(*LOGGERS):
         collator = partial(collate, options=options, pad_token_id=pad)
@@ -164,11 +153,7 @@ def train(options: Options, run: Run) -> RunRecord:
         save,
         LOAD,
         model=describe_model(options.model, model.get_base_model(), total_parameters),
-        data={
-            "id": public_path(options.data),
-            "sha256": local_fingerprint(options.contents("data")),
-            "sizes": sizes,
-        },
+        data={"id": public_path(options.data), "sha256": local_fingerprint(options.contents("data")), "sizes": sizes},
         adapter=adapter,
         metrics=metrics,
         memory=memory.summary(),
@@ -182,9 +167,7 @@ def train(options: Options, run: Run) -> RunRecord:
     return record
 
 
-def prepare_model(
-    options: Options, device: torch.device, dtype: torch.dtype, memory: MemoryMeter
-) -> tuple[PeftModel, int]:
+def prepare_model(options: Options, device: torch.device, dtype: torch.dtype, memory: MemoryMeter) -> tuple[PeftModel, int]:
     """The base with its adapter, ready to train, and the base's number of parameters."""
     packed = options.batching == "packed" and options.attention != "sdpa"
     # SHADOW's own backbone is not told where rows end but by their positions

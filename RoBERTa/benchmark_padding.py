@@ -46,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Time both, print one line each and the ratio, write the figures."""
     (options,) = parse_arguments(Options, argv=argv, description=__doc__)
     check_numbers(options, "steps", at_least=0)
-    shared = {
-        name: getattr(options, name) for name in ("method", "model", "max_length", "batch_size", "data")
-    }
+    shared = {name: getattr(options, name) for name in ("method", "model", "max_length", "batch_size", "data")}
     training = finetune.Options(task="cola", **shared)
     training.check()
     training.check_places()
@@ -126,10 +124,7 @@ def measure(options: Options, training: finetune.Options) -> dict:
     count, figures = -(-len(rows) // options.batch_size), {}
     for padding, timed in epochs.items():
         share = 1 - real[padding] / processed[padding]
-        figures[padding] = {
-            "seconds_per_epoch": seconds[padding] * count / len(timed),
-            "padding_share": share,
-        }
+        figures[padding] = {"seconds_per_epoch": seconds[padding] * count / len(timed), "padding_share": share}
     given = {name: value for name, value in asdict(options).items() if name not in ("output", "data")}
     return {
         "git": git_state(),

@@ -25,9 +25,7 @@ from RoBERTa.glue import GLUE_TASKS, HUB_ID
 @dataclass
 class Options:
     tasks: list[str] = HfArg(default_factory=lambda: list(GLUE_TASKS), help="Which tasks.")
-    output: str = HfArg(
-        default=str(Path(__file__).resolve().parent / "data" / "glue"), help="Folder for all tasks."
-    )
+    output: str = HfArg(default=str(Path(__file__).resolve().parent / "data" / "glue"), help="Folder for all tasks.")
 
 
 def download(task: str, folder: Path) -> None:

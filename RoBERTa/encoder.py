@@ -39,11 +39,7 @@ DEFAULT_QUERY_VALUE = ("query", "value")  # BERT, RoBERTa, XLM-RoBERTa, ELECTRA,
 
 
 def load_tokenizer_and_model(
-    name: str,
-    task: Task,
-    quantization: str = "none",
-    device: torch.device | str = "cpu",
-    precision: str = "fp32",
+    name: str, task: Task, quantization: str = "none", device: torch.device | str = "cpu", precision: str = "fp32"
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """The encoder in float32 with a new head for the task, or with its linear layers quantized, then on
     `device`. Raises UserError: there is no such model, it is no sequence classifier, or it cannot be quantized."""
@@ -57,9 +53,7 @@ def load_tokenizer_and_model(
         config = AutoConfig.from_pretrained(name, **labels)
         check_not_quantized(quantization, config, name)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype=torch.float32, **quantized
-        )
+        model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32, **quantized)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"cannot load a model from {name!r}: {reason}") from error
@@ -102,9 +96,7 @@ def add_adapter(model: PreTrainedModel, options: Options) -> PeftModel:
         raise UserError(f"{options.method} on {options.model}: {error}{asked}") from error
 
 
-def tokenize(
-    splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> datasets.DatasetDict:
+def tokenize(splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.DatasetDict:
     """Token ids of each row and their `length`; dev and test sets also get their `row` and are sorted by length, so
     that batches padded to their longest row waste little. Padding itself is the collator's."""
 

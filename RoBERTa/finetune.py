@@ -49,8 +49,7 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
     save_steps: int = HfArg(default=0, help="Checkpoint every so many steps; 0: after each epoch.")
     max_length: int = HfArg(default=128, help="Longer inputs are cut to this many tokens.")
     padding: Literal["longest", "max_length"] = HfArg(
-        default="longest",
-        help="longest: rows of like length together, padded to their longest; max_length: the authors'.",
+        default="longest", help="longest: rows of like length together, padded to their longest; max_length: the authors'."
     )
     random_order: bool = HfArg(default=False, help="Rows of all lengths in a batch, at more padding.")
     precision: Precision = HfArg(default="auto", help="Autocast; auto: bf16 or fp16 on a GPU, else fp32.")

@@ -81,9 +81,7 @@ class Task:
     def server_files(self) -> dict[str, str]:
         """Test split -> file name that the GLUE server expects."""
         files = {"": "", "matched": "-m", "mismatched": "-mm"}
-        named = {
-            f"test_{suffix}".rstrip("_"): f"{self.folder}{files[suffix]}.tsv" for suffix in self.evaluations
-        }
+        named = {f"test_{suffix}".rstrip("_"): f"{self.folder}{files[suffix]}.tsv" for suffix in self.evaluations}
         return named if self.tested else {}
 
     @property

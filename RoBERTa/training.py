@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("finetune")
 LOGGERS = ("finetune", "control_experiments")
-LESS_MEMORY = (
-    "--memory lean, a smaller --batch_size, --padding longest, --precision bf16, a smaller --max_length"
-)
+LESS_MEMORY = "--memory lean, a smaller --batch_size, --padding longest, --precision bf16, a smaller --max_length"
 #: Folder of a run for the GLUE server's files.
 PREDICTIONS = "predictions"
 #: How the card of an adapter says that it is loaded.
@@ -70,11 +68,7 @@ def train(options: Options, run: Run) -> RunRecord:
     """Load, train, evaluate, save the adapter and write the record, all in the run's folder."""
     folder, device, task = run.folder, run.device, get_task(options.task)
     shared = shares_weights(options.shard)
-    settled = {
-        "precision": run.precision,
-        "optimizer": "AdamW",
-        **({"shard": options.shard} if shared else {}),
-    }
+    settled = {"precision": run.precision, "optimizer": "AdamW", **({"shard": options.shard} if shared else {})}
     record = run.begin_record(domain=options.domain, task=options.task, **settled)
 
     splits = load_task(options.task, options.data, tests=options.predict)
@@ -103,10 +97,7 @@ def train(options: Options, run: Run) -> RunRecord:
         return task.metrics(result.predictions, result.label_ids)
 
     with folder.logging_from(*LOGGERS):
-        sets = {
-            "train_dataset": encoded["train"],
-            "eval_dataset": dev if len(dev) > 1 else dev[task.evaluations[0]],
-        }
+        sets = {"train_dataset": encoded["train"], "eval_dataset": dev if len(dev) > 1 else dev[task.evaluations[0]]}
         words = {"data_collator": collator(options, tokenizer), "processing_class": tokenizer}
         trainer = ExperimentTrainer(model, arguments, **sets, **words, compute_metrics=score, memory=memory)
         logger.info("%s", options.identity())
@@ -134,9 +125,7 @@ def train(options: Options, run: Run) -> RunRecord:
             time=run.time(trainer.throughput),
             history=history,
         )
-        print(
-            f"last {_figures(metrics['last'])}; best {_figures(metrics['best'])}; record in {folder.record}"
-        )
+        print(f"last {_figures(metrics['last'])}; best {_figures(metrics['best'])}; record in {folder.record}")
     return record
 
 
@@ -144,10 +133,7 @@ def trainer_arguments(options: Options, run: Run) -> TrainingArguments:
     """The options in the Trainer's terms."""
     grouped = options.padding == "longest" and not options.random_order
     evaluation = "steps" if options.eval_steps else "epoch"
-    saved = {
-        "save_strategy": "steps" if options.save_steps else "epoch",
-        "save_steps": options.save_steps or 500,
-    }
+    saved = {"save_strategy": "steps" if options.save_steps else "epoch", "save_steps": options.save_steps or 500}
     looked_at = {"eval_strategy": evaluation, "eval_steps": options.eval_steps or None}
     logged = {"logging_strategy": evaluation, "logging_steps": options.eval_steps or 500}
     return training_arguments(
@@ -182,9 +168,7 @@ def summarise_history(log_history: list[dict], task: Task) -> tuple[list[dict], 
     return history, {"best": best, "last": history[-1] if history else {}}
 
 
-def keep_outcomes(
-    folder: Path, task: Task, evaluated: dict[str, EvalPrediction], dev: dict[str, Dataset]
-) -> None:
+def keep_outcomes(folder: Path, task: Task, evaluated: dict[str, EvalPrediction], dev: dict[str, Dataset]) -> None:
     """Write each dev example's outcome of the last evaluation into the run's folder, by the row of its dev file."""
     rows = np.concatenate([dev[suffix]["row"] for suffix in evaluated])
     groups = np.concatenate([[suffix] * len(dev[suffix]) for suffix in evaluated])

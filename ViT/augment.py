@@ -96,9 +96,7 @@ def sizes_of(images: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.tensor([image.shape[-2:] for image in images])
 
 
-def render(
-    images: torch.Tensor | Sequence[torch.Tensor], views: Views, size: int, device: torch.device | str
-) -> torch.Tensor:
+def render(images: torch.Tensor | Sequence[torch.Tensor], views: Views, size: int, device: torch.device | str) -> torch.Tensor:
     """Crop, resize and flip uint8 images; return `(B, 3, size, size)` float32 of whole levels 0 ... 255 on `device`.
 
     Images of one size come as a `(B, 3, H, W)` tensor, others as a list of `(3, H, W)` tensors, of which only the
@@ -143,9 +141,7 @@ def _chunks(boxes: torch.Tensor) -> list[list[int]]:
 
 def _resample(pixels: torch.Tensor, views: Views, size: int) -> torch.Tensor:
     numbers = torch.cat([views.box, views.scaled, views.window, views.flip[:, None].long()], 1)
-    top, left, height, width, high, wide, first_row, first_column, flip = (
-        to_device(numbers, pixels.device).float().unbind(1)
-    )
+    top, left, height, width, high, wide, first_row, first_column, flip = to_device(numbers, pixels.device).float().unbind(1)
     outputs = torch.arange(size, device=pixels.device, dtype=torch.float32)
     mirrored = torch.where(flip[:, None] > 0, size - 1 - outputs, outputs)
     columns = _bicubic(left, width, wide, first_column[:, None] + mirrored, pixels.shape[-1])

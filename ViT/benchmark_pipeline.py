@@ -32,12 +32,7 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import RunRecord
 from control_experiments.training.arguments import check_numbers, parse_arguments
-from control_experiments.training.device import (
-    choose_precision,
-    describe_device,
-    seed_everything,
-    select_device,
-)
+from control_experiments.training.device import choose_precision, describe_device, seed_everything, select_device
 from control_experiments.training.metering import MemoryMeter
 from control_experiments.training.methods import describe_adapter
 from control_experiments.training.options import check_method

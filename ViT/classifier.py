@@ -168,9 +168,7 @@ def read_description(folder: str | Path) -> Description:
     return description
 
 
-def restore(
-    folder: str | Path, *, attention: str = "sdpa", model: str | None = None
-) -> tuple[nn.Module, Description, Base]:
+def restore(folder: str | Path, *, attention: str = "sdpa", model: str | None = None) -> tuple[nn.Module, Description, Base]:
     """The trained classifier in `folder`; `model` says where its base model is now, if it moved. Raises
     UserError: broken adapter, missing base model, or another base model than it was trained on."""
     folder, description = Path(folder).expanduser(), read_description(folder)
@@ -182,9 +180,7 @@ def restore(
     else:
         vit, base = load(model or description.model, description.architecture, **shape)
     if base.sha256 != description.sha256:
-        raise UserError(
-            f"{model or description.model} is not the base model that {folder} was trained on (checksums differ)"
-        )
+        raise UserError(f"{model or description.model} is not the base model that {folder} was trained on (checksums differ)")
     set_mlp_layers(vit, description.mlp_layers)
     set_attention(vit, attention)
     if description.quantization == "fp8":

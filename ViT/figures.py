@@ -40,9 +40,7 @@ def curves(records: list[RunRecord]) -> Figure:
     tasks = list(dict.fromkeys(record.task for record in records))
     figure = Figure(figsize=(5 * len(tasks), 7), layout="constrained")
     panels = figure.subplots(2, len(tasks), squeeze=False)
-    for row, (key, label) in zip(
-        panels, (("train_loss", "training loss"), ("test_accuracy", "test accuracy, %"))
-    ):
+    for row, (key, label) in zip(panels, (("train_loss", "training loss"), ("test_accuracy", "test accuracy, %"))):
         for axes, task in zip(row, tasks):
             mine = [record for record in records if record.task == task]
             lines = [(r.method, r.seed, [(entry["epoch"], entry[key]) for entry in r.history]) for r in mine]
@@ -67,9 +65,7 @@ def grid(run: Path, record: RunRecord, options: argparse.Namespace) -> Figure:
     except OSError as error:
         raise UserError(f"{run} has no predictions.csv: only finished runs have one") from error
     if not isinstance(data.test, Decoded) or len(rows) != len(data.test):
-        raise UserError(
-            f"predictions.csv of {run} does not fit the {len(data.test)} test images of {options.data}"
-        )
+        raise UserError(f"predictions.csv of {run} does not fit the {len(data.test)} test images of {options.data}")
     if options.show == "wrong":
         rows = [row for row in rows if row["predicted"] != row["true"]]
         if not rows:
@@ -84,9 +80,7 @@ def grid(run: Path, record: RunRecord, options: argparse.Namespace) -> Figure:
     for axes, row in zip(panels.flat, (rows[position] for position in chosen)):
         axes.imshow(data.test.images[int(row["index"])].permute(1, 2, 0).numpy())
         right = row["predicted"] == row["true"]
-        text = f"{row['predicted']} {float(row['probability']):.2f}" + (
-            "" if right else f"\ntrue: {row['true']}"
-        )
+        text = f"{row['predicted']} {float(row['probability']):.2f}" + ("" if right else f"\ntrue: {row['true']}")
         axes.set_title(text, fontsize=7, color="tab:green" if right else "tab:red")
     accuracy = record.metrics["last"]["test_accuracy"]
     figure.suptitle(f"{record.method} on {record.task}: test accuracy {accuracy:.1f} %", fontsize=10)
@@ -98,17 +92,12 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    made.add_argument(
-        "--runs", nargs="+", type=Path, required=True, help="Run folders, each with a record.json."
-    )
+    made.add_argument("--runs", nargs="+", type=Path, required=True, help="Run folders, each with a record.json.")
     made.add_argument("--output_dir", type=Path, default=Path("figures"), help="Where the PNG files go.")
     made.add_argument("--data", help="Data of the first run, for the image grid.")
     made.add_argument("--data_root", default="data", help="Where torchvision keeps its downloads.")
     made.add_argument(
-        "--show",
-        choices=("mixed", "wrong"),
-        default="mixed",
-        help="Grid: images spread over the test set, or only wrong ones.",
+        "--show", choices=("mixed", "wrong"), default="mixed", help="Grid: images spread over the test set, or only wrong ones."
     )
     made.add_argument("--images", type=int, default=24, help="Images in the grid.")
     return made

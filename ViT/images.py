@@ -197,14 +197,10 @@ class ImageData:
             return
         size = self.train.bytes + self.test.bytes
         if keep == "device" or size < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-            self.train, self.test = (
-                part.to(device) if isinstance(part, Decoded) else part for part in (self.train, self.test)
-            )
+            self.train, self.test = (part.to(device) if isinstance(part, Decoded) else part for part in (self.train, self.test))
 
 
-def load_data(
-    name: str, *, root: str = "data", corrupt: str = "stop", keep: str = "auto", workers: int = 8
-) -> ImageData:
+def load_data(name: str, *, root: str = "data", corrupt: str = "stop", keep: str = "auto", workers: int = 8) -> ImageData:
     """Load a data set by its torchvision name, "digits", or the path of an `.npz`, a folder or a tar.
 
     Args:
@@ -244,9 +240,7 @@ def load_data(
     return ImageData(path.stem, train, test, classes, {"id": path.name, "sha256": fingerprint(path)})
 
 
-def read_folder(
-    folder: str, corrupt: str = "stop", workers: int = 8
-) -> tuple[list[Path], list[torch.Tensor]]:
+def read_folder(folder: str, corrupt: str = "stop", workers: int = 8) -> tuple[list[Path], list[torch.Tensor]]:
     """All images below a folder, without labels: their paths and their `(3, H, W)` pixels. Raises UserError: no
     folder, no image in it, or a corrupt image with `corrupt="stop"`."""
     root = Path(folder).expanduser()
@@ -324,9 +318,7 @@ def _npz(path: Path) -> ImageData:
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.size:
             wrong = f"x_{split} of {path} is {pixels.dtype} {pixels.shape}: it must be uint8 N x H x W x 3"
         elif labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
-            wrong = (
-                f"y_{split} of {path} is {labels.dtype} {labels.shape}: it must hold {len(pixels)} integers"
-            )
+            wrong = f"y_{split} of {path} is {labels.dtype} {labels.shape}: it must hold {len(pixels)} integers"
         elif labels.min() < 0 or labels.max() >= len(classes):
             found = f"labels {labels.min()} to {labels.max()}"
             wrong = f"y_{split} of {path} has {found} for {len(classes)} classes"
@@ -400,9 +392,7 @@ def hold_out(data: ImageData, share: float) -> ImageData:
     if not held.any():
         raise UserError(f"{data.name} has one training image for each class: there is none to hold out")
     split = f"{share:g} of the training images of each class, drawn with seed {SPLIT_SEED}, in the place of the test images"
-    return replace(
-        data, train=_part(train, ~held), test=_part(train, held), identity={**data.identity, "split": split}
-    )
+    return replace(data, train=_part(train, ~held), test=_part(train, held), identity={**data.identity, "split": split})
 
 
 def _part(decoded: Decoded, chosen: torch.Tensor) -> Decoded:

@@ -28,9 +28,7 @@ from ViT.training import Step, index_batches, predict, prepared, score
 from ViT.vision_models import Base
 
 PROGRAM = "ViT.finetune"
-LESS_MEMORY = (
-    "--memory lean, a smaller --batch_size or --eval_batch_size, --precision fp16 or bf16, --keep host"
-)
+LESS_MEMORY = "--memory lean, a smaller --batch_size or --eval_batch_size, --precision fp16 or bf16, --keep host"
 
 
 def evaluate(options: Options) -> None:
@@ -61,9 +59,7 @@ def evaluate(options: Options) -> None:
                 folder.record, **describe(base, total, data, "test"), adapter={"id": public_path(options.evaluate)},
                 metrics={"best": result, "last": result}, memory=memory.summary(), time=clock.summary(),
             )  # fmt: skip
-            print(
-                f"test accuracy {result['test_accuracy']:.2f} % on {len(labels)} images; record in {folder.record}"
-            )
+            print(f"test accuracy {result['test_accuracy']:.2f} % on {len(labels)} images; record in {folder.record}")
 
 
 def classify_folder(options: Options) -> None:
@@ -109,17 +105,12 @@ def check_classes(data: ImageData, description: Description) -> None:
         raise UserError(f"{data.name} has {len(here)} classes, more than the adapter's head ({len(there)})")
     if here != there:
         found = f"the classes of {data.name} ({', '.join(here[:3])}, ...)"
-        raise UserError(
-            f"{found} are not those that the adapter was trained on ({', '.join(there[:3])}, ...)"
-        )
+        raise UserError(f"{found} are not those that the adapter was trained on ({', '.join(there[:3])}, ...)")
 
 
 def reading(options: Options) -> dict:
     """How `load_data` is to read."""
-    return {
-        "root": options.data_root,
-        **{name: getattr(options, name) for name in ("corrupt", "keep", "workers")},
-    }
+    return {"root": options.data_root, **{name: getattr(options, name) for name in ("corrupt", "keep", "workers")}}
 
 
 def test_logits(step: Step, data: ImageData, options: Options, device: torch.device):
@@ -142,9 +133,7 @@ def resident_bytes(data: ImageData) -> int:
     return sum(part.bytes for part in parts)
 
 
-def write_test_predictions(
-    folder: RunFolder, data: ImageData, logits: torch.Tensor, labels: torch.Tensor
-) -> None:
+def write_test_predictions(folder: RunFolder, data: ImageData, logits: torch.Tensor, labels: torch.Tensor) -> None:
     """Each test image's outcome beside the record: for people with class names, and in compact form."""
     examples = range(len(labels))
     truth = [data.classes[label] for label in labels.tolist()]

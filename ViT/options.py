@@ -12,13 +12,7 @@ from control_experiments.errors import UserError
 from control_experiments.paths import RESULTS
 from control_experiments.training.arguments import check_numbers
 from control_experiments.training.options import METHODS as ALL_METHODS
-from control_experiments.training.options import (
-    AdapterOptions,
-    MemoryOptions,
-    Precision,
-    RunOptions,
-    TrainingOptions,
-)
+from control_experiments.training.options import AdapterOptions, MemoryOptions, Precision, RunOptions, TrainingOptions
 from control_experiments.training.rates import SEARCH_FOLDER
 from ViT.names import TINY, check_data, check_model, model_name, run_name
 
@@ -38,8 +32,7 @@ class DataOptions:
     data_root: str = HfArg(default="data", help="Where torchvision keeps its downloads.")
     corrupt: Literal["stop", "skip"] = HfArg(default="stop", help="At an unreadable image; skip warns.")
     keep: Literal["auto", "device", "host", "files"] = HfArg(
-        default="auto",
-        help="Where decoded images lie; auto: on the GPU if they fit, else host, else in files.",
+        default="auto", help="Where decoded images lie; auto: on the GPU if they fit, else host, else in files."
     )
     image_size: Optional[int] = HfArg(default=None, help="Pixels; 224, or for tiny 8 with digits, else 32.")
     augment: Optional[Literal["published", "none"]] = HfArg(default=None, help="published: crop and flip.")

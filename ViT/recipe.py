@@ -34,28 +34,11 @@ from peft_control import quantize_fp8
 from ViT import augment
 from ViT.classifier import Description, add_adapter, build_base, save, trained_state
 from ViT.images import ImageData, hold_out, load_data
-from ViT.inference import (
-    LESS_MEMORY,
-    PROGRAM,
-    describe,
-    reading,
-    resident_bytes,
-    test_logits,
-    write_test_predictions,
-)
+from ViT.inference import LESS_MEMORY, PROGRAM, describe, reading, resident_bytes, test_logits, write_test_predictions
 from ViT.names import TINY
 from ViT.options import Options
 from ViT.tiny_model import build_tiny
-from ViT.training import (
-    EpochLoss,
-    Step,
-    index_batches,
-    make_optimizer,
-    prepared,
-    rate_factor,
-    score,
-    train_epoch,
-)
+from ViT.training import EpochLoss, Step, index_batches, make_optimizer, prepared, rate_factor, score, train_epoch
 from ViT.vision_models import Base, new_head, set_attention, set_mlp_layers
 
 logger = logging.getLogger("vit")
@@ -124,9 +107,7 @@ def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | 
         )
         reached = f"{last['test_accuracy']:.2f} % (best epoch {best['test_accuracy']:.2f} %)"
         speed = f"{clock.summary()['examples_per_second'] or 0:.0f} images/s"
-        print(
-            f"{options.method}: {options.scored} accuracy {reached}, {speed}; record in {run.folder.record}"
-        )
+        print(f"{options.method}: {options.scored} accuracy {reached}, {speed}; record in {run.folder.record}")
 
 
 def free_memory() -> None:

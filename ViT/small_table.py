@@ -39,9 +39,7 @@ class Options(RecipeOptions):
 
     data: list[str] = HfArg(help="Data sets, as in finetune.py.")
     method: str = field(init=False, default="control")
-    methods: list[str] = HfArg(
-        default_factory=lambda: ["control", "lora", "dora", "probe"], help="Methods, as in finetune.py."
-    )
+    methods: list[str] = HfArg(default_factory=lambda: ["control", "lora", "dora", "probe"], help="Methods, as in finetune.py.")
     seeds: list[int] = HfArg(default_factory=lambda: [1, 2, 3], help="Seeds.")
     epochs: int = HfArg(default=10, help="Passes over the training images.")
     lora_rank: int = HfArg(default=0, help="As in finetune.py; 0: parameters as the control's.")
@@ -176,9 +174,7 @@ def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
     options.check()
     # every method gets its first seed before any gets its second one
-    cells = [
-        (data, method, seed) for data, seed, method in product(options.data, options.seeds, options.methods)
-    ]
+    cells = [(data, method, seed) for data, seed, method in product(options.data, options.seeds, options.methods)]
     runs = [plan_run(options, *cell, options.lr) for cell in cells]
     for lr in options.grid or ():
         plan_run(options, *cells[0], lr, options.held_out)

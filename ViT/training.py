@@ -16,12 +16,7 @@ from ViT.images import Decoded, OnDemand
 
 
 def make_optimizer(
-    name: str,
-    parameters: Sequence[nn.Parameter],
-    lr: float,
-    *,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
+    name: str, parameters: Sequence[nn.Parameter], lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
     """ "sgd" with momentum (as published) or "adamw" with torch's betas."""
     if name == "sgd":
@@ -50,9 +45,7 @@ class Step:
     finite): the next batch is prepared between them, while the device is busy with the backward.
     """
 
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, precision: str
-    ):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, precision: str):
         self.model, self.optimizer, self.device, self.precision = model, optimizer, device, precision
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
@@ -136,9 +129,7 @@ def train_epoch(
 
 
 @torch.inference_mode()
-def predict(
-    step: Step, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def predict(step: Step, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits `(N, classes)` float32 and labels `(N,)` of all batches, on the CPU."""
     step.model.eval()
     logits, labels = [], []

@@ -44,9 +44,7 @@ class Base:
     sha256: str | None = None
 
 
-def create(
-    architecture: str, *, num_classes: int, image_size: int, pretrained: bool = False
-) -> VisionTransformer:
+def create(architecture: str, *, num_classes: int, image_size: int, pretrained: bool = False) -> VisionTransformer:
     """A timm VisionTransformer, with random weights or those of timm's hub, and a new head. Raises UserError:
     unknown or other kind of architecture, an image size that patches do not fill, no such weights."""
     if architecture == TINY:
@@ -82,9 +80,7 @@ def new_head(model: VisionTransformer) -> None:
     nn.init.zeros_(model.head.bias)
 
 
-def load(
-    model: str, architecture: str | None, *, num_classes: int, image_size: int
-) -> tuple[VisionTransformer, Base]:
+def load(model: str, architecture: str | None, *, num_classes: int, image_size: int) -> tuple[VisionTransformer, Base]:
     """The model that `--model` names: a timm name, a weight file or a folder with `model.safetensors`.
 
     Args:

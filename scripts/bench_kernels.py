@@ -25,14 +25,7 @@ from transformers.hf_argparser import HfArg
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.training.arguments import parse_arguments
-from control_experiments.training.benchmarking import (
-    Campaign,
-    check_choices,
-    choose_device,
-    machine,
-    synchronize,
-    time_steps,
-)
+from control_experiments.training.benchmarking import Campaign, check_choices, choose_device, machine, synchronize, time_steps
 from peft_control.memory import kernels
 from peft_control.memory.loss import LinearCrossEntropy
 
@@ -156,11 +149,7 @@ def linear_cross_entropy(tokens: int, device: str, vocabulary: int) -> Kernels:
         return by_autograd(lambda hidden: loss(head.weight, hidden, labels), hidden)
 
     ours = by_autograd(lambda hidden: LinearCrossEntropy.apply(hidden, labels, head, 512, None), hidden)
-    return (
-        ours,
-        liger,
-        lambda: by_autograd(lambda h: F.cross_entropy(head(h).float(), labels, reduction="sum"), hidden),
-    )
+    return (ours, liger, lambda: by_autograd(lambda h: F.cross_entropy(head(h).float(), labels, reduction="sum"), hidden))
 
 
 def measure(step: Step, options: Options) -> dict:

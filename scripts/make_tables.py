@@ -40,13 +40,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    made.add_argument(
-        "--results", type=Path, default=RESULTS, help="Folder with the runs (default: %(default)s)."
-    )
+    made.add_argument("--results", type=Path, default=RESULTS, help="Folder with the runs (default: %(default)s).")
     paper = RESULTS / "paper.json"
-    made.add_argument(
-        "--paper", type=Path, default=paper, help="Published figures (default: this project's)."
-    )
+    made.add_argument("--paper", type=Path, default=paper, help="Published figures (default: this project's).")
     made.add_argument("--strict", action="store_true", help="Exit with 1 if a record had to be left out.")
     return made
 

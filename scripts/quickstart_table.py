@@ -28,10 +28,7 @@ TABLE, PICTURE = "table.md", "score_against_time.png"
 HEADER = ("method", "Matthews best", "Matthews last", "trained parameters", "training time", "peak memory")
 #: A constant prediction has Matthews correlation 0, whatever the classes' shares.
 MAJORITY = ("majority class", "0.000", "0.000", "0", "", "")
-MEMORY = {
-    "resident set": ("peak_resident_bytes", "CPU resident"),
-    "cuda allocator": ("peak_allocated_bytes", "GPU allocator"),
-}
+MEMORY = {"resident set": ("peak_resident_bytes", "CPU resident"), "cuda allocator": ("peak_allocated_bytes", "GPU allocator")}
 
 
 def load_records(folder: Path, methods: Sequence[str]) -> dict[str, RunRecord | None]:

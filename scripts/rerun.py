@@ -46,10 +46,7 @@ BENCHMARKS = {
     "roberta-base": ("--shape roberta-base --batch 64 --tokens 128", "roberta-base_64x128.json"),
     "vit-b16": ("--shape vit-b16 --batch 128", "vit-b16_128x197.json"),
     "llama3-8b-limit": ("--shape llama3-8b --batch 1 --limit 23.5", "llama3-8b_1x1024_limit23.5.json"),
-    "llama3-8b-profile": (
-        "--shape llama3-8b --batch 4 --tokens 1024 --profile",
-        "llama3-8b_4x1024_profile.json",
-    ),
+    "llama3-8b-profile": ("--shape llama3-8b --batch 4 --tokens 1024 --profile", "llama3-8b_4x1024_profile.json"),
 }
 #: The methods that a benchmark is about, where these are not all.
 SUBSETS = {
@@ -84,9 +81,7 @@ def per_task(name: str, task: str, default: str) -> str:
     text = variable(name, default)
     values = dict(part.split("=", 1) for part in text.split()) if "=" in text else {task: text}
     if task not in values:
-        raise UserError(
-            f"{name}={text!r} says nothing about {task}: add {task}=... or give one value for all"
-        )
+        raise UserError(f"{name}={text!r} says nothing about {task}: add {task}=... or give one value for all")
     return number(name, values[task])
 
 

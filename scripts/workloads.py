@@ -15,13 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from peft import MissConfig, ShadowConfig, get_peft_model
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    LlamaConfig,
-    PreTrainedModel,
-    RobertaConfig,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel, RobertaConfig
 
 from control_experiments.errors import UserError
 from control_experiments.training.device import DTYPES
@@ -179,16 +173,10 @@ def default_methods(shape: str, device: str, unsloth: bool) -> list[str]:
 
 
 def random_llama(
-    shape: str,
-    device: str | torch.device,
-    dtype: torch.dtype = torch.bfloat16,
-    attention: str = "sdpa",
-    **more,
+    shape: str, device: str | torch.device, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa", **more
 ) -> PreTrainedModel:
     """A LLaMA of random weights, made on the device, which may be "meta"; `more` changes its configuration."""
-    config = LlamaConfig(
-        **{**LLAMA_SHAPES[shape], "max_position_embeddings": 1 << 20, "use_cache": False, **more}
-    )
+    config = LlamaConfig(**{**LLAMA_SHAPES[shape], "max_position_embeddings": 1 << 20, "use_cache": False, **more})
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
@@ -230,9 +218,7 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
     else:
         config = RobertaConfig(**ENCODER_SHAPES[shape], type_vocab_size=1)
         with torch.device(device):
-            model = AutoModelForSequenceClassification.from_config(
-                config, dtype=stored, attn_implementation=attention
-            )
+            model = AutoModelForSequenceClassification.from_config(config, dtype=stored, attn_implementation=attention)
     if method.base == "fp8":
         quantize_fp8(model)
     elif quantized:
@@ -262,9 +248,7 @@ def quantize(model: PreTrainedModel, kind: str, settings, device: torch.device) 
                 continue
             sizes = (linear.in_features, linear.out_features, linear.bias is not None)
             if kind == "int8":
-                new = bnb.nn.Linear8bitLt(
-                    *sizes, has_fp16_weights=False, threshold=settings.llm_int8_threshold, device="meta"
-                )
+                new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=settings.llm_int8_threshold, device="meta")
                 new.weight = bnb.nn.Int8Params(linear.weight.data.cpu(), requires_grad=False).to(device)
             else:
                 new = bnb.nn.Linear4bit(
@@ -387,9 +371,7 @@ class Workload:
         return loss.detach()
 
 
-def build(
-    setting: Setting, method: Method, loaded: Callable[[], None] = lambda: None, longest: int | None = None
-) -> Workload:
+def build(setting: Setting, method: Method, loaded: Callable[[], None] = lambda: None, longest: int | None = None) -> Workload:
     """The method at work; `loaded` is called once the frozen model lies on the device.
 
     Args:
@@ -457,12 +439,7 @@ def unsloth_llama(setting: Setting, method: Method, tokens: int) -> nn.Module:
     recipe = RECIPES["llama"]
     rank = setting.lora_rank or recipe.lora[0]
     checkpointing = "unsloth" if "checkpointing" in method.switches else False
-    lora = {
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "lora_dropout": 0.0,
-        "target_modules": list(recipe.targets[method.name]),
-    }
+    lora = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "target_modules": list(recipe.targets[method.name])}
     model = FastLanguageModel.get_peft_model(model, **lora, use_gradient_checkpointing=checkpointing)
     gc.collect()
     return FastLanguageModel.for_training(model)

@@ -73,9 +73,7 @@ def model_folder(tmp_path_factory, tokenizer) -> Path:
 
 def adapted(model, method="control+lora"):
     """The model with an adapter whose parameters are random, so that it changes something."""
-    model = add_adapter(
-        model, expected_config(method, 4, 1.0, 0.0, 4, 8, 0.0, ("q_proj", "k_proj", "v_proj"))
-    )
+    model = add_adapter(model, expected_config(method, 4, 1.0, 0.0, 4, 8, 0.0, ("q_proj", "k_proj", "v_proj")))
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -4,16 +4,7 @@ import pytest
 
 from control_experiments.errors import UserError
 from control_experiments.paths import shared_folder
-from LlaMA.commonsense import (
-    TASKS,
-    Row,
-    extract_answer,
-    offered_words,
-    read_rows,
-    split_rows,
-    tokenize_prompts,
-    tokenize_rows,
-)
+from LlaMA.commonsense import TASKS, Row, extract_answer, offered_words, read_rows, split_rows, tokenize_prompts, tokenize_rows
 from LlaMA.prompts import prompt
 
 ROW = {"instruction": "Which?", "input": "", "output": "the correct answer is answer1", "answer": "answer1"}
@@ -41,10 +32,7 @@ def test_prompts_are_the_published_templates():
         (json.dumps([ROW, {"instruction": "Which?", "input": ""}]), "row 1: the field 'output' is missing"),
         (json.dumps([{**ROW, "answer": 3}]), "row 0: the field 'answer' must be text, got int"),
         (json.dumps([{**ROW, "instruction": " "}]), "row 0: the field 'instruction' is empty"),
-        (
-            json.dumps([{**ROW, "answer": "maybe"}]),
-            "row 0: the field 'answer' is 'maybe', not one of answer1",
-        ),
+        (json.dumps([{**ROW, "answer": "maybe"}]), "row 0: the field 'answer' is 'maybe', not one of answer1"),
     ],
 )
 def test_a_bad_data_file_is_named_with_row_and_field(tmp_path, contents, message):

@@ -60,9 +60,7 @@ def questions(rows, tokenizer, model):
 
 
 @pytest.mark.parametrize("method", [None, "double control", "miss", "shadow"])
-def test_prompts_read_once_for_all_beams_say_what_the_published_search_says(
-    model, tokenizer, questions, method
-):
+def test_prompts_read_once_for_all_beams_say_what_the_published_search_says(model, tokenizer, questions, method):
     if method is not None:
         model = adapted(model, method).eval()
     longest_first = sorted(questions, key=lambda question: -len(question.ids))
@@ -79,9 +77,7 @@ def test_prompts_read_once_for_all_beams_say_what_the_published_search_says(
     assert [reply.text for reply in said] == texts
 
 
-def test_stopping_when_decided_changes_no_answer_and_takes_fewer_steps(
-    model, tokenizer, questions, monkeypatch
-):
+def test_stopping_when_decided_changes_no_answer_and_takes_fewer_steps(model, tokenizer, questions, monkeypatch):
     steps, forward = [], model.forward
 
     def counted(*args, **kwargs):
@@ -132,8 +128,7 @@ def test_likelihood_ranks_as_whole_sequences_do(model, tokenizer, rows, method):
              for row in rows[:10]]  # fmt: skip
     prompts = tokenize_prompts([row for row, _ in tests], tokenizer)
     questions = [
-        Question(ids, words, words[: 2 + index % 3])
-        for index, (ids, (_, words)) in enumerate(zip(prompts, tests, strict=True))
+        Question(ids, words, words[: 2 + index % 3]) for index, (ids, (_, words)) in enumerate(zip(prompts, tests, strict=True))
     ]
     best = []
     model.requires_grad_(False)
@@ -171,9 +166,7 @@ def test_a_run_scores_all_tasks_and_keeps_every_answer(run, trained, tmp_path, m
     for task, accuracy in zip(TASKS, accuracies, strict=True):
         assert 100 * kept["correct"][kept["group"] == task].mean() == pytest.approx(accuracy)
     assert record.metrics["last"]["average"] == pytest.approx(sum(accuracies) / 8)
-    counts = [
-        entry.adapter["trainable_parameters"] for entry in (record, read_record(trained / "record.json"))
-    ]
+    counts = [entry.adapter["trainable_parameters"] for entry in (record, read_record(trained / "record.json"))]
     assert counts[0] == counts[1]
 
 
@@ -258,11 +251,7 @@ def test_an_adapter_of_another_base_is_refused(call, trained, data, model_folder
     assert "does not fit" in one_line(err)
 
 
-DAMAGES = {
-    "missing": "it has no base_model",
-    "more": "mlp_control.more has no place",
-    "nan": "are not finite",
-}
+DAMAGES = {"missing": "it has no base_model", "more": "mlp_control.more has no place", "nan": "are not finite"}
 
 
 @pytest.mark.parametrize("damage, said", DAMAGES.items())

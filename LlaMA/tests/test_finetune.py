@@ -125,9 +125,7 @@ def test_a_killed_run_resumes_with_the_same_batches(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("batching", ["padded", "packed"])
 @pytest.mark.parametrize("method", ["lora", "control+lora"])
-def test_the_trainer_learns_as_a_plain_loop_does(
-    call, model_folder, data, tmp_path, monkeypatch, method, batching
-):
+def test_the_trainer_learns_as_a_plain_loop_does(call, model_folder, data, tmp_path, monkeypatch, method, batching):
     """Row for row and step for step: two epochs, whose last steps are short, against AdamW written out."""
     seen, collate = [], training.collate
 
@@ -263,19 +261,9 @@ def test_memory_modes_checkpointing_and_fixed_shapes_train_alike(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "roles", "spare", "pad"),
     [
-        (
-            "<unk> </s>",
-            {"pad_token": "<unk>", "unk_token": "<unk>"},
-            0,
-            "</s>",
-        ),  # LLaMA-2, as its recipes padded
+        ("<unk> </s>", {"pad_token": "<unk>", "unk_token": "<unk>"}, 0, "</s>"),  # LLaMA-2, as its recipes padded
         ("<unk> </s>", {"unk_token": "<unk>"}, 8, "<|pad|>"),
-        (
-            "! </s> <|reserved_special_token_0|>",
-            {"pad_token": "!"},
-            0,
-            "<|reserved_special_token_0|>",
-        ),  # LLaMA-3
+        ("! </s> <|reserved_special_token_0|>", {"pad_token": "!"}, 0, "<|reserved_special_token_0|>"),  # LLaMA-3
         ("<|finetune_right_pad_id|> [PAD] </s>", {}, 9, "<|finetune_right_pad_id|>"),
         ("</s> [pad]", {"pad_token": "[pad]"}, 0, "[pad]"),
     ],

@@ -96,9 +96,7 @@ def test_data_is_looked_for_where_it_is(tmp_path):
 
 
 def test_missing_data_says_where_it_comes_from(model_folder, tmp_path):
-    done = launch(
-        "llama3_8B_DoubleControl.sh", 4, 2, 4, "out", "cpu", cwd=tmp_path, MODEL=model_folder, DATA="nowhere"
-    )
+    done = launch("llama3_8B_DoubleControl.sh", 4, 2, 4, "out", "cpu", cwd=tmp_path, MODEL=model_folder, DATA="nowhere")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: cannot read nowhere/commonsense_170k.json")
@@ -122,9 +120,7 @@ def test_answers_ranked_by_likelihood_have_a_folder_of_their_own(tmp_path):
 
 
 def test_the_table_script_runs_all_methods(tmp_path):
-    done = launch(
-        "run_smollm2_table.sh", "out", "0", "--max_steps", "3", cwd=tmp_path, PYTHON="echo", QUESTIONS=5
-    )
+    done = launch("run_smollm2_table.sh", "out", "0", "--max_steps", "3", cwd=tmp_path, PYTHON="echo", QUESTIONS=5)
     assert done.returncode == 0, done.stderr
     printed = [line for line in done.stdout.splitlines() if not line.startswith("+")]
     assert len(printed) == 1 + 2 * 4

@@ -22,9 +22,7 @@ def encoders(two_encoders, tmp_path_factory) -> dict[str, Path]:  # noqa: F811
     folder = tmp_path_factory.mktemp("mpnet") / "mpnet"
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    MPNetModel(
-        MPNetConfig(**shape, vocab_size=20, max_position_embeddings=132, pad_token_id=1)
-    ).save_pretrained(folder)
+    MPNetModel(MPNetConfig(**shape, vocab_size=20, max_position_embeddings=132, pad_token_id=1)).save_pretrained(folder)
     save_tokenizer(folder)
     return {**two_encoders, "mpnet": folder}
 

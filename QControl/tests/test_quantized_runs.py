@@ -151,8 +151,7 @@ def test_the_roberta_launcher(launch, encoders, glue_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, method",
-    [("QControl", "control"), ("QLoRA", "lora"), ("QDoRA", "dora"), ("double control", "double control")],
+    "name, method", [("QControl", "control"), ("QLoRA", "lora"), ("QDoRA", "dora"), ("double control", "double control")]
 )
 def test_the_roberta_launchers_recipe(launch, name, method):
     done = launch("run_roberta_quantization.sh", name, "rte", PYTHON="echo")
@@ -173,11 +172,7 @@ def test_the_roberta_launchers_recipe(launch, name, method):
 def test_launchers_say_what_is_wrong(launch):
     for name, arguments, part in (
         ("run_roberta_quantization.sh", ["QControl"], "METHOD and TASK are needed"),
-        (
-            "run_roberta_quantization.sh",
-            ["QBitFit", "rte"],
-            "unknown method 'QBitFit': choose one of control",
-        ),
+        ("run_roberta_quantization.sh", ["QBitFit", "rte"], "unknown method 'QBitFit': choose one of control"),
         ("run_roberta_quantization.sh", ["QControl", "sst5"], "unknown task 'sst5'"),
         ("run_llama_quantization.sh", ["control", 4], "METHOD CONTROL_RANK LORA_RANK"),
     ):

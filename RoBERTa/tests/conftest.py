@@ -23,9 +23,7 @@ def save_tokenizer(folder: Path) -> None:
     roles = {"bos": "<s>", "eos": "</s>", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>"}
     tokens = {f"{role}_token": token for role, token in roles.items()}
     names = ["input_ids", "attention_mask"]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **tokens).save_pretrained(
-        folder
-    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **tokens).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

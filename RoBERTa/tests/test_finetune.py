@@ -63,9 +63,7 @@ def one_line_error(done, *parts):
 
 
 @pytest.mark.parametrize(("method", "model"), [("control", "roberta"), ("lora", "bert"), ("dora", "roberta")])
-def test_methods_train_and_leave_a_record_and_an_adapter(
-    method, model, arguments, encoders, tmp_path, capsys
-):
+def test_methods_train_and_leave_a_record_and_an_adapter(method, model, arguments, encoders, tmp_path, capsys):
     # counts by hand: hidden 16, two layers, a head of 2 classes (RoBERTa's has a dense layer before it)
     counts = {"control": 2 * 2 * 16 * 16, "lora": 2 * 2 * 2 * 16 * 8, "dora": 2 * 2 * (2 * 16 * 8 + 16)}
     head = 16 * 2 + 2 + (16 * 16 + 16 if model == "roberta" else 0)
@@ -101,10 +99,7 @@ def test_methods_train_and_leave_a_record_and_an_adapter(
 
 def test_an_adapters_card_says_how_to_load_it(arguments, tmp_path):
     """The lines that a reader of the card would copy, labels and tokenizer included."""
-    for method, task, labels in (
-        ("control", "mnli", ["entailment", "neutral", "contradiction"]),
-        ("lora", "stsb", ["score"]),
-    ):
+    for method, task, labels in (("control", "mnli", ["entailment", "neutral", "contradiction"]), ("lora", "stsb", ["score"])):
         record = finetune.main(arguments(method, task, output=task, max_steps=1))
         folder = tmp_path / task / "adapter"
         card = ModelCard.load(folder / "README.md")
@@ -203,8 +198,7 @@ def test_mnli_has_two_dev_sets_and_two_prediction_files(arguments, encoders, glu
         rows = load_task("mnli", str(glue_folder), tests=True)[split]
         with torch.no_grad():
             logits = [
-                model(**tokenizer(a, b, return_tensors="pt")).logits
-                for a, b in zip(rows["first"], rows["second"], strict=True)
+                model(**tokenizer(a, b, return_tensors="pt")).logits for a, b in zip(rows["first"], rows["second"], strict=True)
             ]
         expected = [TASKS["mnli"].classes[row.argmax()] for row in logits]
         lines = (tmp_path / "run" / "predictions" / file).read_text().splitlines()

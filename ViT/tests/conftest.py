@@ -56,9 +56,7 @@ def npz(tmp_path_factory):
 
     (x_train, y_train), (x_test, y_test) = make(40), make(12)
     path = tmp_path_factory.mktemp("data") / "colors.npz"
-    np.savez(
-        path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, classes=["red", "green", "blue"]
-    )
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, classes=["red", "green", "blue"])
     return path
 
 

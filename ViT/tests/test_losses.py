@@ -11,9 +11,7 @@ from ViT.classifier import add_adapter, build_base
 from ViT.options import Options
 
 SEED, EPOCHS, BATCH, LR = 7, 3, 16, 0.02
-NORMALISE = v2.Compose(
-    [v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
-)
+NORMALISE = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 
 
 @pytest.fixture
@@ -53,8 +51,7 @@ def plain_losses(model, npz, optimizer):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "more"),
-    [("sgd", ("--lr_decay", 0.8)), ("adamw", ("--warmup_steps", 4, "--weight_decay", 0.1))],
+    ("optimizer", "more"), [("sgd", ("--lr_decay", 0.8)), ("adamw", ("--warmup_steps", 4, "--weight_decay", 0.1))]
 )
 @pytest.mark.parametrize("method", ["control", "control+lora"])
 def test_the_losses_are_a_plain_loops(call, options, square, tmp_path, monkeypatch, optimizer, more, method):

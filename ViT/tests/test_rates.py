@@ -157,9 +157,7 @@ def test_the_table_is_run_with_the_chosen_rates_and_nothing_twice(call, table, b
     assert code == 2 and wanted in stderr and stderr.count("\n") == 1 and records(tmp_path) == before
 
 
-def test_the_smallest_of_equal_rates_is_chosen_and_one_that_diverges_is_not(
-    call, table, tmp_path, monkeypatch
-):
+def test_the_smallest_of_equal_rates_is_chosen_and_one_that_diverges_is_not(call, table, tmp_path, monkeypatch):
     train = recipe.train
 
     def diverging(run, *rest):
@@ -223,9 +221,7 @@ def test_a_bad_table_is_one_line_and_leaves_nothing(call, table, tmp_path, argum
     assert not (tmp_path / "out").exists() and not stdout
 
 
-def test_search_only_needs_a_grid_and_the_notes_of_a_search_must_be_whole(
-    call, options, table, base_model, tmp_path
-):
+def test_search_only_needs_a_grid_and_the_notes_of_a_search_must_be_whole(call, options, table, base_model, tmp_path):
     plain = [value for value in options if value not in ("--lr", 0.05)]
     code, _, stderr = call("small_table", *plain, "--search_only", "--output_dir", tmp_path / "out")
     assert code == 2 and "--search_only needs --grid" in stderr and not (tmp_path / "out").exists()

@@ -24,9 +24,7 @@ def small(**arguments):
     return timm.create_model(ARCHITECTURE, **{"img_size": 32, "num_classes": 3, **arguments}).eval()
 
 
-@pytest.mark.parametrize(
-    ("method", "trained"), [("control", 381_220), ("lora", 316_516), ("dora", 436_324), ("probe", 76_900)]
-)
+@pytest.mark.parametrize(("method", "trained"), [("control", 381_220), ("lora", 316_516), ("dora", 436_324), ("probe", 76_900)])
 def test_published_parameter_counts(method, trained):
     with torch.device("meta"):
         vit = create("vit_base_patch16_224", num_classes=100, image_size=224)

@@ -168,9 +168,7 @@ def test_what_people_wrote_on_the_card_stays(tmp_path):
     model = llama()
     model.save_pretrained(tmp_path)
     card = tmp_path / "README.md"
-    card.write_text(
-        card.read_text().replace("# Parallel Control adapter", "# Mine") + "\n## Results\n\n87.1\n"
-    )
+    card.write_text(card.read_text().replace("# Parallel Control adapter", "# Mine") + "\n## Results\n\n87.1\n")
     model.peft_config["default"].control_alpha = 0.9  # as if trained anew into the same folder
     model.save_pretrained(tmp_path)
     text = card.read_text()
@@ -283,9 +281,7 @@ def test_weighted_adapters(method, kind, tmp_path):
     if "lora" in method:
         fields["target_modules"] = ["q_proj"]
     model = get_peft_model(build("llama"), config_of(method, **fields), adapter_name="one")
-    model.add_adapter(
-        "two", config_of(method, control_blocks=["attention", "mlp"], control_alpha=1.3, **fields)
-    )
+    model.add_adapter("two", config_of(method, control_blocks=["attention", "mlp"], control_alpha=1.3, **fields))
     model.add_adapter("long", config_of(method, control_rank=5, **fields))
     randomize_adapters(model.eval())
     names, weights = (["two"], [0.25]) if kind == "linear" else (["one", "two"], [0.5, -0.7])
@@ -365,9 +361,7 @@ def test_a_saved_pattern_that_matches_nothing_does_no_harm(tmp_path):
     model = get_peft_model(build("llama"), config_of("control"))
     model.save_pretrained(tmp_path)
     place = tmp_path / "adapter_config.json"
-    place.write_text(
-        json.dumps({**json.loads(place.read_text()), "control_rank_pattern": {"layers.9.mlp": 2}})
-    )
+    place.write_text(json.dumps({**json.loads(place.read_text()), "control_rank_pattern": {"layers.9.mlp": 2}}))
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path)
     assert torch.equal(outputs(loaded.eval()), outputs(model.eval()))
 
@@ -478,9 +472,7 @@ def test_a_module_that_serves_another_block_too_is_named():
         if shared:
             model(**MODELS["swin"].inputs())
         else:
-            with pytest.raises(
-                RuntimeError, match=r"for something else too, which the row must say \('shared': true"
-            ):
+            with pytest.raises(RuntimeError, match=r"for something else too, which the row must say \('shared': true"):
                 model(**MODELS["swin"].inputs())
 
 
@@ -497,19 +489,13 @@ def test_a_part_of_a_state_is_refused():
 @pytest.mark.parametrize(
     ("pattern", "layers", "controlled"),
     [
-        (
-            None,
-            None,
-            {"visual.blocks.0", "visual.blocks.1", "language_model.layers.0", "language_model.layers.1"},
-        ),
+        (None, None, {"visual.blocks.0", "visual.blocks.1", "language_model.layers.0", "language_model.layers.1"}),
         ("language_model.layers", None, {"language_model.layers.0", "language_model.layers.1"}),
         (["blocks"], [1], {"visual.blocks.1"}),
     ],
 )
 def test_choice_of_a_models_part(pattern, layers, controlled, tmp_path):
-    config = ControlConfig(
-        layers_pattern=pattern, layers_to_transform=layers, target_modules=["qkv", "q_proj"], r=2
-    )
+    config = ControlConfig(layers_pattern=pattern, layers_to_transform=layers, target_modules=["qkv", "q_proj"], r=2)
     model = get_peft_model(build("qwen2_5_vl"), config)
     found = {
         kind: {
@@ -544,9 +530,7 @@ def test_mixtures_of_experts(family):
         output = model(**INPUTS, labels=INPUTS["input_ids"], output_router_logits=True)
         assert output.aux_loss > 0
         output.aux_loss.backward()
-        found[mode] = torch.cat(
-            [p.grad.flatten() for n, p in model.named_parameters() if p.requires_grad and "layers.0" in n]
-        )
+        found[mode] = torch.cat([p.grad.flatten() for n, p in model.named_parameters() if p.requires_grad and "layers.0" in n])
     assert found["plain"].abs().max() > 0
     torch.testing.assert_close(found["lean"], found["plain"], rtol=1e-9, atol=1e-12)
 
@@ -653,10 +637,7 @@ def test_own_architecture(tmp_path):
         ({"control_rank": 0}, "control_rank must be an integer of at least 1, got 0"),
         ({"control_rank": True}, "control_rank must be an integer"),
         ({"control_rank": 2.0}, "control_rank must be an integer"),
-        (
-            {"control_rank_pattern": {"mlp": 0}},
-            r"control_rank_pattern\['mlp'\] must be an integer of at least 1",
-        ),
+        ({"control_rank_pattern": {"mlp": 0}}, r"control_rank_pattern\['mlp'\] must be an integer of at least 1"),
         ({"control_rank_pattern": [1]}, "control_rank_pattern must be a dict"),
         ({"control_rank_pattern": {"(": 4}}, r"control_rank_pattern: '\(' is no regular expression"),
         ({"control_alpha": 10**400}, "control_alpha must be a finite number"),
@@ -671,10 +652,7 @@ def test_own_architecture(tmp_path):
         ({"control_architecture": ["L"]}, "control_architecture must look like"),
         ({"control_architecture": {**ROW, "layer": 3}}, "control_architecture must look like"),
         ({"control_architecture": {**ROW, "blocks": {}}}, "control_architecture must look like"),
-        (
-            {"control_architecture": {**ROW, "blocks": {"mlp": {"read": "a"}}}},
-            "control_architecture must look like",
-        ),
+        ({"control_architecture": {**ROW, "blocks": {"mlp": {"read": "a"}}}}, "control_architecture must look like"),
         (
             {"control_architecture": {**ROW, "blocks": {"mlp": {"read": "a", "write": 1}}}},
             "control_architecture must look like",
@@ -700,10 +678,7 @@ def test_bad_configurations(fields, message):
         ({"control_alpha_pattern": {"layers.9.mlp": 2}}, "they are called as .*layers.0.mlp. is"),
         ({"target_modules": ["q_porj"]}, r"target_modules \{'q_porj'\} not found in LlamaForCausalLM"),
         ({"exclude_modules": ".*layers.*"}, "exclude_modules leaves no layer to control"),
-        (
-            {"layers_pattern": "blocks"},
-            "layers_pattern 'blocks' leaves none of model.layers.0, model.layers.1",
-        ),
+        ({"layers_pattern": "blocks"}, "layers_pattern 'blocks' leaves none of model.layers.0, model.layers.1"),
         ({"control_architecture": ROW}, r"LlamaForCausalLM has no layer of class 'OwnLayer'"),
         (
             {"control_architecture": {**ROW, "layer": "LlamaDecoderLayer"}, "control_blocks": "body"},

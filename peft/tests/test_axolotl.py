@@ -101,9 +101,7 @@ def test_what_trainers_ask_for_and_what_is_not_ours(plugin_module):
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(plugin_module, change, message):
-    class Whole(
-        plugin_module.ControlArgs
-    ):  # axolotl makes such a class of all plug-ins' arguments and its own
+    class Whole(plugin_module.ControlArgs):  # axolotl makes such a class of all plug-ins' arguments and its own
         gradient_checkpointing: bool | None = None
 
     with pytest.raises(ValueError, match=message):

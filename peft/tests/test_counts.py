@@ -7,12 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_control import ControlConfig
 
-LLAMA2_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-}
+LLAMA2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA3_8B = {**LLAMA2_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
 
 
@@ -40,9 +35,7 @@ def test_vit_base_cifar100():
 
 
 def test_llama2_7b_control_and_lora():
-    config = ControlConfig(
-        control_rank=64, target_modules=["q_proj", "k_proj", "v_proj"], r=32, lora_alpha=64
-    )
+    config = ControlConfig(control_rank=64, target_modules=["q_proj", "k_proj", "v_proj"], r=32, lora_alpha=64)
     assert sum(trained_parameters(meta_llama(LLAMA2_7B), config).values()) == 41_943_040
 
 

@@ -39,9 +39,7 @@ def losses(model, rows, steps=3):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     causal, found = any(name.endswith("lm_head") for name, _ in model.named_modules()), []
     for _ in range(steps):
-        if (
-            causal
-        ):  # with labels, a mode computes the loss without logits, reading the output layer's weight itself
+        if causal:  # with labels, a mode computes the loss without logits, reading the output layer's weight itself
             loss = model(input_ids=ids, labels=ids).loss
         else:
             loss = model(input_ids=ids).logits.float().square().mean()
@@ -94,15 +92,7 @@ def worker(results: Path, family: str):
 @pytest.mark.parametrize("family", ["llama", "llama-fp8", "roberta"])
 def test_two_processes_train_as_one(family, tmp_path):
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        __file__,
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     done = subprocess.run(
         [*command, tmp_path / "losses.json", family],
         env={**os.environ, "PYTHONPATH": path},

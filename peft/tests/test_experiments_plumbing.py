@@ -50,11 +50,7 @@ def make_record(**changes) -> RunRecord:
 
 @pytest.mark.parametrize(
     ("problem", "code", "line"),
-    [
-        (UserError("do\nthis"), 2, "error: do this\n"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
-        (None, 0, ""),
-    ],
+    [(UserError("do\nthis"), 2, "error: do this\n"), (KeyboardInterrupt(), 130, "interrupted\n"), (None, 0, "")],
 )
 def test_exit_codes(problem, code, line, capsys):
     def main():
@@ -322,9 +318,7 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_used(reason, damage
         ("pathlib.Path.read_text", OSError(errno.ENOMEM, "No memory"), UserError, "No memory"),
     ],
 )
-def test_a_trouble_that_may_pass_sets_no_checkpoint_aside(
-    place, problem, error, message, tmp_path, monkeypatch
-):
+def test_a_trouble_that_may_pass_sets_no_checkpoint_aside(place, problem, error, message, tmp_path, monkeypatch):
     def fails(path, *_, **__):
         if path.name != "run.json":
             raise problem
@@ -439,9 +433,7 @@ NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3690, {}, NCCL version 2.30.7\nLast 
         ("2", "Tensors for NCCL must be contiguous", False),
     ],
 )
-def test_a_lost_peer_is_said_in_a_line_and_other_errors_keep_their_traceback(
-    processes, message, told, monkeypatch, capsys
-):
+def test_a_lost_peer_is_said_in_a_line_and_other_errors_keep_their_traceback(processes, message, told, monkeypatch, capsys):
     def main():
         raise RuntimeError(message)
 

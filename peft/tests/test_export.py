@@ -177,9 +177,7 @@ def replace_by_lora(folder):
         (spoil("control_B", None), "lacks 1 tensors"),
         (rewrite("adapter/adapter_config.json", base_model_name_or_path=None), "pass --base FOLDER"),
         (
-            rewrite(
-                "adapter/adapter_config.json", task_type=None, auto_mapping={"parent_library": "timm.models"}
-            ),
+            rewrite("adapter/adapter_config.json", task_type=None, auto_mapping={"parent_library": "timm.models"}),
             "only models of transformers can be exported",
         ),
         (rewrite("base/config.json", quantization_config={"load_in_4bit": True}), "is quantized"),

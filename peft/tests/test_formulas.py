@@ -159,12 +159,8 @@ FORMULAS = {
     **dict.fromkeys(["bart", "marian"], BART),
     **dict.fromkeys(["mbart", "whisper"], MBART),
     **dict.fromkeys(["wav2vec2", "hubert"], SPEECH),
-    **dict.fromkeys(
-        ["wav2vec2-pre-norm", "hubert-pre-norm"], pre_norm("attention", "final_layer_norm feed_forward")
-    ),
-    **dict.fromkeys(
-        ["qwen3_5", "qwen3_next"], pre_norm("self_attn|linear_attn", "post_attention_layernorm mlp")
-    ),
+    **dict.fromkeys(["wav2vec2-pre-norm", "hubert-pre-norm"], pre_norm("attention", "final_layer_norm feed_forward")),
+    **dict.fromkeys(["qwen3_5", "qwen3_next"], pre_norm("self_attn|linear_attn", "post_attention_layernorm mlp")),
     **dict.fromkeys(["gpt2", "gpt_neo"], pre_norm("attn", "ln_2 mlp")),
     "albert": post_norm("attention", "ffn activation ffn_output", "full_layer_layer_norm"),
     "apertus": pre_norm("self_attn", "feedforward_layernorm mlp"),
@@ -281,9 +277,7 @@ def test_row(name, tmp_path):
     model = adapted(copy.deepcopy(base), every, init_weights=False)
     plain, lean = (gradients(model, inputs, mode) for mode in ("plain", "lean"))
     # the norms of some decoders compute in float32, and lean has those of four by hand
-    assert (lean - plain).norm() <= (
-        1e-5 if name in ("llama", "mistral", "qwen2", "qwen3") else 1e-10
-    ) * plain.norm()
+    assert (lean - plain).norm() <= (1e-5 if name in ("llama", "mistral", "qwen2", "qwen3") else 1e-10) * plain.norm()
     with torch.no_grad():
         model.save_pretrained(tmp_path)
         again = PeftModel.from_pretrained(base, tmp_path).eval()
@@ -296,9 +290,7 @@ def test_row(name, tmp_path):
                 prompt = {"input_ids": inputs["input_ids"].clamp(max=50)}  # without padding and image
             steps = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 1}
             found = [
-                again.generate(
-                    **prompt, **steps, use_cache=use_cache, return_dict_in_generate=True, output_logits=True
-                )
+                again.generate(**prompt, **steps, use_cache=use_cache, return_dict_in_generate=True, output_logits=True)
                 for use_cache in (True, False)
             ]
             assert torch.equal(found[0].sequences, found[1].sequences)
@@ -363,9 +355,7 @@ def test_control_dropout_sits_between_A_and_B():
 def test_drop_path_does_not_drop_the_control():
     """While DINOv2's DropPath drops the whole frozen block, y = x + c(x) for both blocks in turn."""
     base = build("dinov2", torch.float64)
-    config = ControlConfig(
-        control_blocks=["attention", "mlp"], control_rank=3, control_alpha=ALPHA, init_weights=False
-    )
+    config = ControlConfig(control_blocks=["attention", "mlp"], control_rank=3, control_alpha=ALPHA, init_weights=False)
     model = get_peft_model(base, config).train()
     for module in model.modules():
         if type(module).__name__ == "Dinov2DropPath":
@@ -384,9 +374,7 @@ def test_drop_path_does_not_drop_the_control():
 
 def test_chunked_feed_forward():
     """BERT may run its feed-forward in pieces along the sequence; each piece gets its own control."""
-    model = get_peft_model(
-        build("bert", torch.float64), ControlConfig(control_rank=3, init_weights=False)
-    ).eval()
+    model = get_peft_model(build("bert", torch.float64), ControlConfig(control_rank=3, init_weights=False)).eval()
     inputs = FAMILIES["bert"].inputs()
     with torch.no_grad():
         whole = logits(model, inputs)

@@ -56,16 +56,12 @@ def test_rows_are_rounded_to_the_nearest_with_the_least_power_of_two(kind, dtype
     x = torch.cat([random(6, 24, spread=1), torch.tensor([[448.0], [449.0], [0.25]]).expand(3, 24)]).to(kind)
     found, scale = fp8.quantize_rows(x, dtype)
     assert found.dtype == dtype and scale.dtype == torch.float32 and scale.shape == (9, 1)
-    numbers = (
-        torch.arange(128, dtype=torch.uint8).view(dtype).double()
-    )  # the positive ones; the even lie at even places
+    numbers = torch.arange(128, dtype=torch.uint8).view(dtype).double()  # the positive ones; the even lie at even places
     numbers = numbers[numbers.isfinite()]
     for row, q, factor in zip(x.double(), found.double(), scale.double().flatten()):
         assert math.frexp(factor)[0] == 0.5  # a power of two
         assert numbers[-1] * factor / 2 < row.abs().max() <= numbers[-1] * factor
-        distances = (numbers - (row / factor).abs().unsqueeze(1)).abs() + torch.arange(
-            len(numbers)
-        ) % 2 * 1e-12
+        distances = (numbers - (row / factor).abs().unsqueeze(1)).abs() + torch.arange(len(numbers)) % 2 * 1e-12
         assert torch.equal(q, numbers[distances.argmin(1)].copysign(row))
 
 
@@ -237,9 +233,7 @@ def test_what_is_replaced():
     base, lora = build("llama"), LoraConfig(target_modules=["q_proj", "lm_head"], modules_to_save=["o_proj"])
     model = quantize_fp8(get_peft_model(base, lora), keep_last=0.5, gradients="e5m2")
     kinds = {name: type(m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    stored = {
-        name.removeprefix("base_model.model.model.") for name, kind in kinds.items() if kind is Fp8Linear
-    }
+    stored = {name.removeprefix("base_model.model.model.") for name, kind in kinds.items() if kind is Fp8Linear}
     half = model.config.num_hidden_layers // 2
     rest = ("self_attn.q_proj.base_layer", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj",
             "mlp.down_proj")  # fmt: skip
@@ -275,9 +269,7 @@ def test_models_are_quantized_as_they_are_read_and_saved_so(dtype, tmp_path):
     torch.nn.Module.half(model)  # transformers' own refuses
     for key, value in model.state_dict().items():
         assert value.dtype == (torch.float16 if "proj.weight" not in key else expected[key].dtype)
-    kept = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "dense", quantization_config=Fp8Config(keep_last=1.0)
-    )
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=Fp8Config(keep_last=1.0))
     assert not any(isinstance(module, Fp8Linear) for module in kept.modules())
 
 

@@ -243,16 +243,11 @@ def test_what_is_computed_twice(mode, offload, twice, large_layers, monkeypatch)
     model = build()
     set_memory_mode(model, mode, offload=offload)
     modules = model.get_base_model().model.layers[1].named_modules()
-    calls = count_calls(
-        {module: name.partition(".")[2] for name, module in modules if name.endswith("_proj")}, monkeypatch
-    )
+    calls = count_calls({module: name.partition(".")[2] for name, module in modules if name.endswith("_proj")}, monkeypatch)
     inputs, labels = batch()
     model(**inputs, labels=labels).loss.backward()
     assert len(calls) == 7 and max(calls.values()) <= 2
-    assert not any(
-        layer.memory_plan.host and layer.memory_plan.host._held
-        for layer in model.get_base_model().model.layers
-    )
+    assert not any(layer.memory_plan.host and layer.memory_plan.host._held for layer in model.get_base_model().model.layers)
     assert {name for name, count in calls.items() if count == 2} == set(twice)
 
 
@@ -321,9 +316,7 @@ def test_memory_that_a_container_or_job_has_to_spare(version, own, tmp_path, mon
         (folder / most).write_text(str(size))
         (folder / used).write_text("900")
         lines = [
-            f"{prefix}{kind}_file {size}"
-            for prefix in ("", "total_")
-            for kind, size in (("inactive", 50), ("active", 30))
+            f"{prefix}{kind}_file {size}" for prefix in ("", "total_") for kind, size in (("inactive", 50), ("active", 30))
         ]
         (folder / "memory.stat").write_text("\n".join(lines))
 
@@ -382,9 +375,7 @@ def copied_in_pieces(monkeypatch):
 
 
 @pytest.mark.parametrize(("mode", "offload"), [("lean", True), ("lean", "all"), ("balanced", "all")])
-def test_states_come_back_from_the_pieces_that_they_wait_in(
-    mode, offload, copied_in_pieces, exact_norms, large_layers
-):
+def test_states_come_back_from_the_pieces_that_they_wait_in(mode, offload, copied_in_pieces, exact_norms, large_layers):
     model = build()
     _, reference = loss_and_gradients(model, "plain")
     for _ in range(2):  # a state is 9,728 bytes: two pieces and one of 2 KiB
@@ -415,9 +406,7 @@ def test_what_waits_on_the_host_depends_on_how_fast_copies_are(
     model = build()
     _, reference = loss_and_gradients(model, "plain")
     layers, names = model.get_base_model().model.layers[1:], ("q_proj", "o_proj")
-    calls = count_calls(
-        {getattr(layer.self_attn, name): name for layer in layers for name in names}, monkeypatch
-    )
+    calls = count_calls({getattr(layer.self_attn, name): name for layer in layers for name in names}, monkeypatch)
     inputs, labels = batch()
 
     def computed_twice(steps):
@@ -688,11 +677,7 @@ def test_what_cannot_be_done_says_so():
         set_memory_mode(checkpointing, "lean")
 
     cls, config_cls, _ = FAMILIES["llama"]
-    small = cls(
-        config_cls(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
-        )
-    )
+    small = cls(config_cls(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9))
     lora = get_peft_model(small, LoraConfig(target_modules=["up_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="frozen MLP"):
         set_memory_mode(lora, "fast")
@@ -728,9 +713,7 @@ def test_a_control_small_against_the_state_survives_half_precision(mode):
     model = set_memory_mode(build(dtype=torch.bfloat16, init_weights=True, control_rank=32), mode)
     layer = model.get_base_model().model.layers[0]
     for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
-        linear.weight.data.mul_(
-            100
-        )  # what the blocks add is far off the state's rounding grid, as in real models
+        linear.weight.data.mul_(100)  # what the blocks add is far off the state's rounding grid, as in real models
     state = (4 * torch.randn(1, 512, 32)).bfloat16().requires_grad_()
     rotary = model.get_base_model().model.rotary_emb(state, torch.arange(512)[None])
 
@@ -777,11 +760,7 @@ def test_gradients_can_be_taken_at_leaves_put_in_the_parameters_places(mode, lor
 def step(model, **inputs):
     """The gradients of a training step."""
     model.zero_grad()
-    inputs = {
-        **dict(zip(("input_ids", "attention_mask"), batch()[0].values())),
-        "labels": batch()[1],
-        **inputs,
-    }
+    inputs = {**dict(zip(("input_ids", "attention_mask"), batch()[0].values())), "labels": batch()[1], **inputs}
     model(**{name: value for name, value in inputs.items() if value is not None}).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
@@ -896,9 +875,7 @@ def test_inputs_of_any_strides_and_masks_that_are_trained(mode, offload=None):
     def of_mask(mode):
         model = set_memory_mode(build(), mode)
         bias = torch.zeros(2, 1, 19, 19, dtype=torch.float64, requires_grad=True)
-        return torch.autograd.grad(
-            model(batch()[0]["input_ids"], causal + bias, labels=batch()[1]).loss, bias
-        )[0]
+        return torch.autograd.grad(model(batch()[0]["input_ids"], causal + bias, labels=batch()[1]).loss, bias)[0]
 
     torch.testing.assert_close(of_mask(mode), of_mask("plain"), rtol=1e-5, atol=1e-9)
 
@@ -959,9 +936,5 @@ def test_layers_that_only_look_like_those_known_are_refused():
         layer.mlp.up_proj.__class__ = Scaled
     refused(model, "need a frozen MLP")
 
-    row = {
-        "layer": "LlamaDecoderLayer",
-        "norm": "input_layernorm",
-        "blocks": {"mlp": {"read": "mlp", "write": "mlp"}},
-    }
+    row = {"layer": "LlamaDecoderLayer", "norm": "input_layernorm", "blocks": {"mlp": {"read": "mlp", "write": "mlp"}}}
     refused(build(control_architecture=row, control_blocks=["mlp"]), "not mlp_control")

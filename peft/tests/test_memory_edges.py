@@ -40,9 +40,7 @@ def step(model, **more):
         del inputs["attention_mask"]
     model.zero_grad()
     model(**inputs, **more).logits.square().mean().backward()
-    return {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None
-    }
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
 def as_in_plain(model, mode, **more):
@@ -74,11 +72,7 @@ class Scaled(LlamaDecoderLayer):
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_a_subclass_with_a_forward_of_its_own(mode):
     config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=VOCABULARY,
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY
     )
     base = transformers.LlamaForCausalLM(config).double()
     for layer in layers(base):
@@ -140,15 +134,7 @@ def doubled(module, given, output):
     return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
 
 
-PLACES = [
-    "mlp",
-    "self_attn",
-    "input_layernorm",
-    "post_attention_layernorm",
-    "mlp.up_proj",
-    "self_attn.q_proj",
-    "mlp.act_fn",
-]
+PLACES = ["mlp", "self_attn", "input_layernorm", "post_attention_layernorm", "mlp.up_proj", "self_attn.q_proj", "mlp.act_fn"]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -203,9 +189,7 @@ def test_autocast_of_a_prepared_model(mode, order):
     else:
         model = accelerator.prepare(set_memory_mode(model, mode, chunk_tokens=8))
     seen, (inputs, labels) = set(), batch()
-    model.model.layers[0].register_forward_hook(
-        lambda module, given, output: seen.add(torch.is_autocast_enabled("cpu"))
-    )
+    model.model.layers[0].register_forward_hook(lambda module, given, output: seen.add(torch.is_autocast_enabled("cpu")))
     model(**inputs, labels=labels).loss.backward()
     set_memory_mode(model, "plain")
     model(**inputs, labels=labels).loss.backward()
@@ -252,12 +236,7 @@ def test_packed_positions_without_a_mask(mode, cache, labels):
 def test_lean_replays_attentions_dropout_whatever_its_name(name, monkeypatch):
     """The oldest supported transformers calls DINOv2's by the first name, the newest by the second."""
     config = transformers.Dinov2Config(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=8,
-        patch_size=4,
-        attention_probs_dropout_prob=0.3,
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4, attention_probs_dropout_prob=0.3
     )
     base = transformers.Dinov2Model(config).double()
     for module in base.modules():
@@ -293,9 +272,7 @@ def test_dataparallel_is_refused(monkeypatch):
     """``replicate`` copies modules before it copies what they hold, so that one device shows it."""
     module = importlib.import_module("torch.nn.parallel.replicate")
     monkeypatch.setattr(module, "_get_device_index", lambda device, *_: device)
-    monkeypatch.setattr(
-        module, "_broadcast_coalesced_reshape", lambda tensors, devices, detach=False: [tensors] * 2
-    )
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", lambda tensors, devices, detach=False: [tensors] * 2)
     with pytest.raises(RuntimeError, match="nn.DataParallel.*torchrun"):
         module.replicate(build(), [0, 1])
 
@@ -325,13 +302,7 @@ def test_labels_are_taken_and_refused_as_in_plain(mode):
             return type(error)
 
     base = model.get_base_model()
-    given = [
-        ids,
-        torch.full_like(ids, -100),
-        ids.masked_fill(ids == ids[0, 3], -1),
-        ids.int(),
-        ids + VOCABULARY,
-    ]
+    given = [ids, torch.full_like(ids, -100), ids.masked_fill(ids == ids[0, 3], -1), ids.int(), ids + VOCABULARY]
     expected = [outcome(labels) for labels in given]
     by_position = base(ids, mask, None, None, None, ids).loss.item()
     set_memory_mode(model, mode, chunk_tokens=8)
@@ -368,14 +339,10 @@ def random_setup(seed):
     control |= dict(control_alpha=draw.choice([1.0, 0.5]), control_dropout=draw.choice([0.0, 0.0, 0.2]))
     model = build(family, lora=draw.choice([False, False, True, "attention"]), **control)
     base = model.get_base_model()
-    for oddity in draw.sample(
-        ["adapter", "hook", "forward", "dropout", "cut", "norm", "off"], draw.choice([0, 1, 1, 2])
-    ):
+    for oddity in draw.sample(["adapter", "hook", "forward", "dropout", "cut", "norm", "off"], draw.choice([0, 1, 1, 2])):
         layer = draw.choice(base.model.layers)
         if oddity == "adapter":
-            model.add_adapter(
-                "other", ControlConfig(**{**control, "control_blocks": ["mlp"]}, init_weights=False)
-            )
+            model.add_adapter("other", ControlConfig(**{**control, "control_blocks": ["mlp"]}, init_weights=False))
             model.base_model.set_adapter(draw.choice([["other"], ["default", "other"]]))
             model.double()
         elif oddity == "hook":
@@ -406,9 +373,7 @@ def check_setup(seed):
     model, mode, options, more, functional = random_setup(seed)
     given = {}
     if functional:
-        given = {
-            n: (1.5 * p.detach()).requires_grad_() for n, p in model.named_parameters() if p.requires_grad
-        }
+        given = {n: (1.5 * p.detach()).requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
     inputs, _ = batch(padded="position_ids" not in more)
     if "position_ids" in more:
         del inputs["attention_mask"]

@@ -15,12 +15,7 @@ from peft_control.memory.families import halves
 
 VISION = ("vit", "dinov2", "timm-vit")
 POST_NORM = ("roberta", "xlm-roberta", "bert", "mpnet", "electra")
-ATTENTION_LINEARS = {
-    "vit": ["q_proj", "v_proj"],
-    "dinov2": ["query", "value"],
-    "timm-vit": ["qkv"],
-    "mpnet": ["q", "v"],
-}
+ATTENTION_LINEARS = {"vit": ["q_proj", "v_proj"], "dinov2": ["query", "value"], "timm-vit": ["qkv"], "mpnet": ["q", "v"]}
 
 
 def control_model(family, dtype=torch.float64, lora=False, dropout=None, **fields):
@@ -33,14 +28,10 @@ def control_model(family, dtype=torch.float64, lora=False, dropout=None, **field
             module.drop_prob = dropout
     per_weight = {}
     if lora:
-        names = {
-            name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)
-        }
+        names = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
         wanted = ATTENTION_LINEARS.get(family, ["query", "value"])
         per_weight = dict(target_modules=[name for name in wanted if name in names] or ["q_proj"], r=2)
-    config = ControlConfig(
-        **{"control_blocks": ["attention", "mlp"], "control_rank": 4, **fields}, **per_weight
-    )
+    config = ControlConfig(**{"control_blocks": ["attention", "mlp"], "control_rank": 4, **fields}, **per_weight)
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
     return randomize_adapters(model).train()
 
@@ -198,9 +189,7 @@ def test_what_cannot_be_done_says_so():
     with pytest.raises(ValueError, match="frozen MLP"):
         set_memory_mode(trained, "fast")
     assert not any("memory_plan" in vars(module) for module in trained.modules())
-    normed = timm.models.VisionTransformer(
-        img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=4, scale_mlp_norm=True
-    )
+    normed = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=4, scale_mlp_norm=True)
     with pytest.raises(ValueError, match="without an inner norm"):
         set_memory_mode(get_peft_model(normed, ControlConfig()), "fast")
 

@@ -20,9 +20,7 @@ def close(got, expected, tolerance):
     assert (got - expected).norm() <= tolerance * expected.norm()
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)]
-)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)])
 def test_kernels_equal_the_torch_path(dtype, tolerance):
     torch.manual_seed(0)
     x, dy, r = (torch.randn(37, 576, dtype=dtype) for _ in range(3))
@@ -31,11 +29,7 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
     y_ref, rstd_ref = kernels.rms_norm(x.double(), w.double(), 1e-6, 1.0)
     close(y, y_ref, tolerance)
     dx = kernels.rms_norm_backward(dy.cuda(), x.cuda(), w.cuda(), rstd, 1.0, r.cuda())
-    close(
-        dx,
-        kernels.rms_norm_backward(dy.double(), x.double(), w.double(), rstd_ref, 1.0, r.double()),
-        tolerance,
-    )
+    close(dx, kernels.rms_norm_backward(dy.double(), x.double(), w.double(), rstd_ref, 1.0, r.double()), tolerance)
 
     norm = torch.nn.LayerNorm(576, dtype=dtype)
     torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -48,9 +42,7 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
     close(got, kernels.layer_norm_backward(dy.double(), x.double(), wide, r.double()), tolerance)
 
     for rank in (3, 64, 80):
-        hidden, weight, bias = (
-            torch.randn(*shape, dtype=dtype) for shape in ((37, rank), (rank, 576), (576,))
-        )
+        hidden, weight, bias = (torch.randn(*shape, dtype=dtype) for shape in ((37, rank), (rank, 576), (576,)))
         for up in (weight, weight.float().t().contiguous().t()):  # the backward's and the forward's
             for residual in (None, r, r.float()):
                 tensors = x, hidden, up, 0.7, bias, residual
@@ -94,8 +86,7 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
 
 @pytest.mark.parametrize("cuda_graphs", [False, True], ids=["eager", "graphs"])
 @pytest.mark.parametrize(
-    ("mode", "offload"),
-    [*((mode, False) for mode in MODES[1:]), ("lean", True), ("lean", "all"), ("balanced", "all")],
+    ("mode", "offload"), [*((mode, False) for mode in MODES[1:]), ("lean", True), ("lean", "all"), ("balanced", "all")]
 )
 def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode, cuda_graphs, offload, monkeypatch):
     """The same steps on the same data: the losses of all modes lie on each other."""
@@ -124,10 +115,7 @@ def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode, cuda_graphs, of
             optimizer.zero_grad()
         return loss.item(), gradients
 
-    (plain, reference), (loss, gradients) = (
-        train("plain"),
-        train(mode, cuda_graphs=cuda_graphs, offload=offload),
-    )
+    (plain, reference), (loss, gradients) = (train("plain"), train(mode, cuda_graphs=cuda_graphs, offload=offload))
     assert plain < 10.0
     assert loss == pytest.approx(plain, rel=2e-3)
     assert (gradients - reference).norm() <= 0.05 * reference.norm()
@@ -218,9 +206,7 @@ def test_graphs_of_encoders_take_the_same_steps(family, mode):
 
     def train(**options):
         torch.manual_seed(0)
-        dropout = (
-            0.3 if family in ("roberta", "bert") and mode != "lean" else 0.0
-        )  # lean's graphs draw others
+        dropout = 0.3 if family in ("roberta", "bert") and mode != "lean" else 0.0  # lean's graphs draw others
         model = control_model(family, torch.float32, dropout=dropout).cuda()
         set_memory_mode(model, mode, **options)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -283,9 +269,7 @@ def test_balanced_with_lora_on_the_output_projection_is_captured():
         vocab_size=97,
     )  # fmt: skip
     torch.manual_seed(0)
-    adapter = ControlConfig(
-        task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], target_modules=["o_proj"], r=4
-    )
+    adapter = ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], target_modules=["o_proj"], r=4)
     model = get_peft_model(LlamaForCausalLM(config), adapter).cuda().train()
     ids, losses = torch.randint(97, (2, 16), device="cuda"), []
     for cuda_graphs in (False, True):
@@ -300,9 +284,7 @@ def test_balanced_with_lora_on_the_output_projection_is_captured():
 def test_copies_that_are_measured_to_be_slow_give_way_to_computing(mode, slower, monkeypatch):
     monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", 0)
     hides = memory.pace.Pace.hides
-    monkeypatch.setattr(
-        memory.pace.Pace, "hides", lambda pace, size, tokens: hides(pace, size * slower, tokens)
-    )
+    monkeypatch.setattr(memory.pace.Pace, "hides", lambda pace, size, tokens: hides(pace, size * slower, tokens))
     config = LlamaConfig(
         hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=2, vocab_size=97,
@@ -334,9 +316,7 @@ def test_lengths_and_forwards_without_a_backward_need_no_more_pinned_memory(monk
         hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=97,
     )  # fmt: skip
-    model = get_peft_model(
-        LlamaForCausalLM(config), ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"])
-    )
+    model = get_peft_model(LlamaForCausalLM(config), ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"]))
     set_memory_mode(model.cuda().train(), "lean", offload=True)
     host = model.get_base_model().model.layers[0].memory_plan.host
     for length in (8, 40, 16, 100, 24, 60):

@@ -169,10 +169,7 @@ def test_gradient_is_that_of_the_dequantized_weights(folders, quantization):
         for name, module in quantized.named_modules():
             if module in quantized_linears(quantized):
                 plain.get_submodule(name).weight.copy_(dense_weight(module, torch.float32))
-    models = [
-        randomize_adapters(get_peft_model(base, adapter_config("llama", "control")))
-        for base in (quantized, plain)
-    ]
+    models = [randomize_adapters(get_peft_model(base, adapter_config("llama", "control"))) for base in (quantized, plain)]
     assert relative(*(gradients(model, "llama") for model in models)) <= 2e-5
 
 
@@ -207,9 +204,7 @@ def test_memory_modes_under_bf16_autocast(folders, name):
 @pytest.mark.parametrize("family", ["bert", "mpnet", "electra", "xlm-roberta"])
 def test_other_encoders(family, tmp_path):
     build(family).save_pretrained(tmp_path)
-    base = type(build(family)).from_pretrained(
-        tmp_path, dtype=torch.float32, **loading_arguments("nf4", CPU, torch.float32)
-    )
+    base = type(build(family)).from_pretrained(tmp_path, dtype=torch.float32, **loading_arguments("nf4", CPU, torch.float32))
     config = ControlConfig(task_type="SEQ_CLS", control_blocks=["attention", "mlp"], control_rank=4)
     model = randomize_adapters(get_peft_model(prepare(base), config)).train()
     for module in model.modules():

@@ -23,9 +23,7 @@ def table(heading: str) -> list[list[str]]:
 
 
 def test_fields():
-    own = {field.name for field in dataclasses.fields(ControlConfig)} - {
-        field.name for field in dataclasses.fields(LoraConfig)
-    }
+    own = {field.name for field in dataclasses.fields(ControlConfig)} - {field.name for field in dataclasses.fields(LoraConfig)}
     rows = table("### Fields of `ControlConfig`")
     assert {row[0].strip("`") for row in rows} == own and len(rows) == len(own)
     config = ControlConfig()

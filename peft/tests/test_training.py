@@ -275,9 +275,7 @@ def words():
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{index}": index for index in range(3, VOCAB)}}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def text(start: int, length: int = 6) -> str:
@@ -346,9 +344,7 @@ def train(case: str, modes: tuple, folder) -> list[dict]:
     if modes and modes[0]:
         set_memory_mode(model, modes[0])
     options = {**TRAINING, "max_steps": 3, "bf16": False, "learning_rate": 1e-2, **options}
-    trainer = trainer_class(
-        model=model, args=arguments_class(output_dir=str(folder), **options), train_dataset=data, **named
-    )
+    trainer = trainer_class(model=model, args=arguments_class(output_dir=str(folder), **options), train_dataset=data, **named)
     for mode in modes[1:]:
         set_memory_mode(trainer.model, mode)
     trainer.train()
@@ -464,9 +460,7 @@ def test_liger_kernels(before, monkeypatch):
     base = build("llama").cuda()
     if before:
         apply(model=base, **LIGER)
-    model = randomize_adapters(
-        get_peft_model(base, ControlConfig(task_type="CAUSAL_LM", control_rank=3, **DOUBLE))
-    ).eval()
+    model = randomize_adapters(get_peft_model(base, ControlConfig(task_type="CAUSAL_LM", control_rank=3, **DOUBLE))).eval()
     if not before:
         apply(model=model.get_base_model(), **LIGER)
     assert torch.allclose(logits(model, inputs), expected, atol=1e-3)

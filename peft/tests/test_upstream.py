@@ -65,9 +65,7 @@ print("fresh", config.peft_type.value)
 @pytest.mark.slow
 def test_a_fresh_process():
     config = pickle.dumps(ControlConfig(control_rank=5)).hex()
-    result = subprocess.run(
-        [sys.executable, "-c", FRESH, config], capture_output=True, text=True, timeout=120, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", FRESH, config], capture_output=True, text=True, timeout=120, check=False)
     assert result.stdout == "fresh CONTROL\n", result.stderr
 
 

@@ -25,9 +25,7 @@ def source(tmp_path_factory):
 
 
 def build(source: Path, kind: str, folder: Path) -> zipfile.ZipFile:
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD, kind, folder], cwd=source, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", BUILD, kind, folder], cwd=source, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     (wheel,) = folder.glob("*.whl")
     return zipfile.ZipFile(wheel)
@@ -47,9 +45,7 @@ def test_the_wheel_holds_the_library_alone(source, tmp_path):
     assert metadata["Version"] == peft_control.__version__ and metadata["License-Expression"] == "MIT"
     assert metadata["Author"] and "proceedings.mlr.press" in metadata["Project-URL"]
     assert set(metadata.get_all("Provides-Extra")) == {"gpu", "quantization"}
-    ranges = {
-        re.split("[<>=]", line)[0]: line for line in metadata.get_all("Requires-Dist") if "extra" not in line
-    }
+    ranges = {re.split("[<>=]", line)[0]: line for line in metadata.get_all("Requires-Dist") if "extra" not in line}
     assert ranges.keys() == {"torch", "transformers", "peft", "psutil"}
     assert "<0.22" in ranges["peft"] and "<6" in ranges["transformers"]
 

@@ -159,58 +159,32 @@ class TimmImages(timm.models.VisionTransformer):
 #: Fields of whatever kind of decoder: each configuration takes its own of them.
 _ANY_DECODER = {
     **_DECODER,
-    **dict(
-        head_dim=8,
-        global_head_dim=8,
-        hidden_dropout=0.1,
-        residual_multiplier=0.3,
-        attention_out_multiplier=0.3,
-    ),
+    **dict(head_dim=8, global_head_dim=8, hidden_dropout=0.1, residual_multiplier=0.3, attention_out_multiplier=0.3),
     **dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1),
     **dict(moe_intermediate_size=16, shared_expert_intermediate_size=16, shared_intermediate_size=16),
-    **dict(
-        n_group=2, topk_group=1, first_k_dense_replace=1, norm_topk_prob=False, interleave_moe_layer_step=2
-    ),
+    **dict(n_group=2, topk_group=1, first_k_dense_replace=1, norm_topk_prob=False, interleave_moe_layer_step=2),
     **dict(intermediate_size_mlp=48, num_kv_shared_layers=0, hidden_size_per_layer_input=0, laurel_rank=4),
     **dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8),
     **dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4),
     **dict(ffn_dim=48, word_embed_proj_dim=WIDTH, rotary_dim=4, num_layers=LAYERS, num_heads=4),
 }
 _MLA = dict(
-    kv_lora_rank=8,
-    q_lora_rank=8,
-    qk_rope_head_dim=4,
-    qk_nope_head_dim=8,
-    v_head_dim=8,
-    head_dim=4,
-    num_key_value_heads=4,
+    kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, head_dim=4, num_key_value_heads=4
 )
 _MAMBA = dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, state_size=8, residual_in_fp32=False)
 _SEQ2SEQ = {
-    **dict(
-        vocab_size=VOCAB,
-        d_model=WIDTH,
-        encoder_layers=LAYERS,
-        decoder_layers=LAYERS,
-        max_position_embeddings=64,
-    ),
+    **dict(vocab_size=VOCAB, d_model=WIDTH, encoder_layers=LAYERS, decoder_layers=LAYERS, max_position_embeddings=64),
     **dict(encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48),
-    **dict(
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, forced_eos_token_id=None
-    ),
+    **dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, forced_eos_token_id=None),
     **dict(num_mel_bins=8, max_source_positions=8, max_target_positions=64),
 }
 _SPEECH = {
-    **dict(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    ),
+    **dict(vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
     **dict(conv_dim=[8, 8], conv_kernel=[8, 4], conv_stride=[8, 4], num_feat_extract_layers=2, layerdrop=0.0),
     **dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, apply_spec_augment=False),
 }
 _DISTIL = dict(dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=48)
-_SWIN = dict(
-    image_size=16, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4, mlp_ratio=2
-)
+_SWIN = dict(image_size=16, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4, mlp_ratio=2)
 _AST = dict(num_mel_bins=16, max_length=24, time_stride=8, frequency_stride=8)
 
 
@@ -234,17 +208,13 @@ def _seq2seq_of(prefix: str, kind: str = "seq2seq", **fields) -> Family:
 
 def _sides(prefix: str, kind: str = "clip", **vision) -> Family:
     text = {**_ENCODER, "projection_dim": 16, "eos_token_id": 2}
-    return _model(
-        kind, f"{prefix}Model", {}, text_config=text, vision_config={**_VISION, **vision}, projection_dim=512
-    )
+    return _model(kind, f"{prefix}Model", {}, text_config=text, vision_config={**_VISION, **vision}, projection_dim=512)
 
 
 def _vision_language(prefix: str, **vision) -> Family:
     """A model of two parts: 4 x 4 patches of an image become 4 of its language model's tokens."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-    image = dict(
-        depth=2, patch_size=4, temporal_patch_size=1, spatial_merge_size=2, num_heads=4, hidden_size=WIDTH
-    )
+    image = dict(depth=2, patch_size=4, temporal_patch_size=1, spatial_merge_size=2, num_heads=4, hidden_size=WIDTH)
     return _model(
         "vision-language",
         f"{prefix}ForConditionalGeneration",
@@ -296,9 +266,7 @@ MODELS: dict[str, Family] = {
     "granitemoehybrid": _decoder_of("GraniteMoeHybrid", layer_types=["mamba", "attention"]),
     "lfm2": _decoder_of("Lfm2", layer_types=["conv", "full_attention"]),
     "mamba": _model("decoder", "MambaForCausalLM", _MAMBA),
-    "mamba2": _model(
-        "decoder", "Mamba2ForCausalLM", _MAMBA, num_heads=8, head_dim=8, n_groups=2, chunk_size=4
-    ),
+    "mamba2": _model("decoder", "Mamba2ForCausalLM", _MAMBA, num_heads=8, head_dim=8, n_groups=2, chunk_size=4),
     "t5": _seq2seq_of("T5ForConditionalGeneration", d_kv=8, d_ff=48, num_layers=LAYERS, num_heads=4),
     "bart": _seq2seq_of("BartForConditionalGeneration"),
     "marian": _seq2seq_of("MarianMTModel"),
@@ -312,9 +280,7 @@ MODELS: dict[str, Family] = {
     "deit": _model("vision", "DeiTForImageClassification", _VISION),
     "vit_mae": _model("vision", "ViTMAEModel", _VISION),
     "beit": _model("vision", "BeitForImageClassification", _VISION, layer_scale_init_value=0.5),
-    "dinov2_with_registers": _model(
-        "vision", "Dinov2WithRegistersForImageClassification", _VISION, mlp_ratio=2
-    ),
+    "dinov2_with_registers": _model("vision", "Dinov2WithRegistersForImageClassification", _VISION, mlp_ratio=2),
     "dinov3_vit": _model("vision", "DINOv3ViTModel", _VISION),
     "swin": _model("vision", "SwinForImageClassification", _SWIN),
     "clip": _sides("CLIP", projection_dim=16),

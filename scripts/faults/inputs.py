@@ -80,12 +80,8 @@ def _value(draw: random.Random, depth: int = 2) -> object:
     if kind > 0.85:
         return [_value(draw, depth - 1) for _ in range(draw.randint(0, 4))]
     if kind > 0.7:
-        return {
-            draw.choice(("", "a", "step", "é")): _value(draw, depth - 1) for _ in range(draw.randint(0, 4))
-        }
-    return draw.choice(
-        (None, True, False, 0, -1, 10**30, 0.5, 1e308, math.nan, math.inf, "", "é\u2028", "\ud800")
-    )
+        return {draw.choice(("", "a", "step", "é")): _value(draw, depth - 1) for _ in range(draw.randint(0, 4))}
+    return draw.choice((None, True, False, 0, -1, 10**30, 0.5, 1e308, math.nan, math.inf, "", "é\u2028", "\ud800"))
 
 
 def _spoiled(contents: bytes, draw: random.Random) -> bytes:
@@ -158,18 +154,7 @@ def _npzs() -> list[bytes]:
 
 def a_record(**fields: object) -> RunRecord:
     """A record with nothing in it but the fields given."""
-    empty = (
-        "git",
-        "versions",
-        "device",
-        "model",
-        "data",
-        "adapter",
-        "hyperparameters",
-        "metrics",
-        "memory",
-        "time",
-    )
+    empty = ("git", "versions", "device", "model", "data", "adapter", "hyperparameters", "metrics", "memory", "time")
     named = {"domain": "vit", "name": "a", "method": "lora", "task": "cola", "seed": 1, "command": []}
     times = {"created": utc_now(), "finished": utc_now()}
     return RunRecord(**{**{name: {} for name in empty}, **named, **times, **fields})
@@ -193,9 +178,7 @@ def _answers() -> list[bytes]:
 
 def _read_answers(path: Path) -> None:
     evaluation = module("LlaMA.evaluation")
-    if answers := evaluation.read_answers(
-        path, [module("LlaMA.commonsense").Row("x", "", "true", "true")] * 2
-    ):
+    if answers := evaluation.read_answers(path, [module("LlaMA.commonsense").Row("x", "", "true", "true")] * 2):
         evaluation.score(answers)
 
 

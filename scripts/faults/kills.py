@@ -161,9 +161,7 @@ def undisturbed(run: Run, folder: Path) -> tuple[float, int]:
 
 def half_written(output: Path) -> list[str]:
     """What can be seen of a killed run and is not whole."""
-    damages = [
-        (checkpoint.name, find_damage(checkpoint)) for checkpoint in checkpoints(output / "checkpoints")
-    ]
+    damages = [(checkpoint.name, find_damage(checkpoint)) for checkpoint in checkpoints(output / "checkpoints")]
     if (output / "record.json").exists():
         read_record(output / "record.json")
     if (output / "adapter").exists():
@@ -206,9 +204,7 @@ def campaign(run: Run, folder: Path, kills: int, seed: int = 0) -> Outcome:
             differences.append(f"{output.name} ended with {ended.code} after {plan}: {ended.output[-2000:]}")
         else:
             resumed, found = resumed + (killed > 0), results(run, output)
-            differences += [
-                f"{output.name}: another {name}" for name in expected if found[name] != expected[name]
-            ]
+            differences += [f"{output.name}: another {name}" for name in expected if found[name] != expected[name]]
         if not differences:
             shutil.rmtree(output, ignore_errors=True)
     return Outcome(done, runs, resumed, differences)

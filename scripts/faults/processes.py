@@ -113,9 +113,7 @@ def execute(
             if found:
                 del running[rank]
                 ended[rank] = Ended(os.waitstatus_to_exitcode(status), logs[rank].read_text(), now)
-                if (
-                    ended[rank].code and sum(bool(other.code) for other in ended.values()) == 1
-                ):  # the first that failed
+                if ended[rank].code and sum(bool(other.code) for other in ended.values()) == 1:  # the first that failed
                     signals.append((now + alone, signal.SIGTERM, list(running)))
                     signals.append((now + alone + _GRACE, signal.SIGKILL, list(running)))
         for due in [entry for entry in signals if entry[0] <= now]:

@@ -49,9 +49,7 @@ class ResultsFolder:
         )  # fmt: skip
         return record.write(self.path / "vit" / record.name / "record.json")
 
-    def llama(
-        self, method, seed, average, *, folder=None, limit=None, ranks=(64, 32), domain="llama", **more
-    ):
+    def llama(self, method, seed, average, *, folder=None, limit=None, ranks=(64, 32), domain="llama", **more):
         """A training with its evaluation below it; `seed` None: zero-shot, which has no training."""
         metrics = {**dict.fromkeys(COMMONSENSE, average), "no_match": 1.5}
         answered = {"mode": "generate", "beams": 4, "limit": limit, "batch_size": 64}

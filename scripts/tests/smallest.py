@@ -86,9 +86,7 @@ class Runner:
         arguments = [*arguments, *(word.format(**fill) for word in self._spread(SMALL[name], fill))]
         if name not in NO_DEVICE:
             arguments += CPU
-        arguments = getattr(self, f"_{path.parent.name}_{path.stem}", lambda given, out: given)(
-            arguments, out
-        )
+        arguments = getattr(self, f"_{path.parent.name}_{path.stem}", lambda given, out: given)(arguments, out)
         monkeypatch.chdir(out)
         self._call(path, arguments, monkeypatch)
 
@@ -132,12 +130,7 @@ class Runner:
         folder = self.root / "trained_vit"
         if not folder.exists():
             with pytest.MonkeyPatch.context() as patch:
-                words = [
-                    *self._spread(SMALL["ViT/finetune.py"], asdict(self.inputs)),
-                    *CPU,
-                    "--output_dir",
-                    str(folder),
-                ]
+                words = [*self._spread(SMALL["ViT/finetune.py"], asdict(self.inputs)), *CPU, "--output_dir", str(folder)]
                 self._call(REPOSITORY / "ViT" / "finetune.py", words, patch)
         return folder
 
@@ -150,10 +143,7 @@ class Runner:
                 with pytest.MonkeyPatch.context() as patch:
                     text = SMALL["LlaMA/finetune.py"].format(**asdict(self.inputs), out=folder)
                     self._call(
-                        REPOSITORY / "LlaMA" / "finetune.py",
-                        [*text.split(), *CPU, "--method", method],
-                        patch,
-                        again=True,
+                        REPOSITORY / "LlaMA" / "finetune.py", [*text.split(), *CPU, "--method", method], patch, again=True
                     )
             given[given.index("--adapter") + 1] = str(folder / "adapter")
         return [*given, "--output_dir", str(out / "evaluation")]
@@ -173,11 +163,7 @@ class Runner:
         tiny = {"vit-b16": "tiny-vit", "roberta-base": "tiny-roberta"}.get(shape, "tiny")
         method = given[given.index("--methods") + 1] if "--methods" in given else "control:lean"
         method = method.replace("+liger", "").replace("+graphs", "")
-        for option, last in (
-            ("--limit", 2),
-            ("--lengths", 3),
-            ("--tokens", 2),
-        ):  # of a GPU's memory; a tiny model's are few
+        for option, last in (("--limit", 2), ("--lengths", 3), ("--tokens", 2)):  # of a GPU's memory; a tiny model's are few
             if option in given and (option != "--tokens" or tiny == "tiny-vit"):
                 del given[given.index(option) : given.index(option) + last]
         given = [*given, "--shape", tiny, "--methods", method, "--worker", method]

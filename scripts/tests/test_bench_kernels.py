@@ -14,9 +14,7 @@ def bench(*options):
 
 
 def test_compares_every_operation(tmp_path):
-    done = bench(
-        "--peers", "torch", "--tokens", 8, "--vocabulary", 99, "--repeats", 2, "--output", tmp_path / "k.json"
-    )
+    done = bench("--peers", "torch", "--tokens", 8, "--vocabulary", 99, "--repeats", 2, "--output", tmp_path / "k.json")
     assert done.returncode == 0 and not done.stderr, done.stderr
     results = json.loads((tmp_path / "k.json").read_text())["results"]
     assert len(results) == 5 and done.stdout.count("(time x") == 5

@@ -68,12 +68,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_kept(tmp_path, call, measure
     code, stdout, stderr = call("bench_memory", *asked)
     assert code == 0 and "3 measured before" in stdout and measured[4:] == ["lora+bf16"], stderr
     results = zip(record["results"], json.loads(path.read_text())["results"])
-    assert [one["step_seconds_all"] == other["step_seconds_all"] for one, other in results] == [
-        False,
-        True,
-        True,
-        True,
-    ]
+    assert [one["step_seconds_all"] == other["step_seconds_all"] for one, other in results] == [False, True, True, True]
 
 
 def test_only_the_same_benchmark_counts_as_measured(tmp_path, monkeypatch):
@@ -82,9 +77,7 @@ def test_only_the_same_benchmark_counts_as_measured(tmp_path, monkeypatch):
 
     def campaign(**options):
         asked = bench_memory.Options(**options)
-        return benchmarking.Campaign(
-            path, asked, lambda result: result["method"], benchmarking.machine("cpu")
-        )
+        return benchmarking.Campaign(path, asked, lambda result: result["method"], benchmarking.machine("cpu"))
 
     first = campaign(tokens=8)
     first.add(failed)
@@ -209,13 +202,7 @@ LONGEST = bench_memory.LONGEST
 
 @pytest.mark.parametrize(
     "most, found, limit, gib",
-    [
-        (100, 0, 3, 3),
-        (700, 512, None, 80),
-        (5000, 4608, 3, 3),
-        (100_000, 98_304, None, 80),
-        (1 << 30, LONGEST, 3, 3),
-    ],
+    [(100, 0, 3, 3), (700, 512, None, 80), (5000, 4608, 3, 3), (100_000, 98_304, None, 80), (1 << 30, LONGEST, 3, 3)],
 )
 def test_the_longest_sequence_is_searched_for(most, found, limit, gib, monkeypatch):
     """With a GPU's calls noted instead of made: a step fits up to `most` tokens."""
@@ -241,9 +228,7 @@ def test_the_longest_sequence_is_searched_for(most, found, limit, gib, monkeypat
     assert shares == [pytest.approx(gib / 80)] and f"within {gib}" in bench_memory.line(result)
 
 
-@pytest.mark.parametrize(
-    "shape, batch, tokens", [("llama3-8b", 4, 1024), ("vit-b16", 128, 197), ("roberta-base", 64, 128)]
-)
+@pytest.mark.parametrize("shape, batch, tokens", [("llama3-8b", 4, 1024), ("vit-b16", 128, 197), ("roberta-base", 64, 128)])
 def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, tokens, monkeypatch):
     """Without --methods; workloads of the true size are for a GPU, so only what would run is looked at."""
     options = bench_memory.Options(shape=shape, batch=batch, device="cpu").with_defaults()

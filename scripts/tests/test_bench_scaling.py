@@ -82,9 +82,7 @@ def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch
         result = Path(command[command.index("--result") + 1])
         with pytest.raises(MemoryError) as error:
             bench_scaling.longest(options, step_within(limit), result)
-        return subprocess.CompletedProcess(
-            command, 1, stderr=f"Traceback:\n{error.type.__name__}: {error.value}\n"
-        )
+        return subprocess.CompletedProcess(command, 1, stderr=f"Traceback:\n{error.type.__name__}: {error.value}\n")
 
     monkeypatch.setattr(bench_scaling.subprocess, "run", torchrun)
     limit = 5000
@@ -106,10 +104,7 @@ def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch
     "ends, said",
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
-        (
-            "print('MildError: a line of a log', file=sys.stderr); os.kill(os.getpid(), signal.SIGKILL)",
-            "Signal 9",
-        ),
+        ("print('MildError: a line of a log', file=sys.stderr); os.kill(os.getpid(), signal.SIGKILL)", "Signal 9"),
         ("raise RuntimeError('out of memory')", "RuntimeError: out of memory"),
         ("assert 0", "AssertionError"),
     ],

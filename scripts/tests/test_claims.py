@@ -72,10 +72,7 @@ def test_more_seeds_are_those_after_which_the_interval_decides():
 
 
 def test_a_pool_is_the_mean_over_tasks_without_those_below_the_majority_class():
-    tests = [
-        quality((61.0, 60.0), (62.5, 60.0), (60.5, 60.0)),
-        quality((70.0, 71.0), (71.0, 71.5), (69.0, 70.0)),
-    ]
+    tests = [quality((61.0, 60.0), (62.5, 60.0), (60.5, 60.0)), quality((70.0, 71.0), (71.0, 71.5), (69.0, 70.0))]
     parts = [test.differences.var(ddof=1) / 3 / 4 for test in tests]
     half = stats.t.ppf(0.975, sum(parts) ** 2 / sum(part**2 / 2 for part in parts)) * sum(parts) ** 0.5
     mean = np.mean([test.differences.mean() for test in tests])
@@ -101,10 +98,7 @@ def test_examples_are_paired_too(tmp_path):
         ("several", several, (differences[:100].var() / 100 + differences[100:].var() / 400) / 4),
     ):
         pairs = [
-            [
-                outcomes(tmp_path / f"{name}{seed}{n}", {"correct": row}, group=groups)
-                for n, row in enumerate(rows)
-            ]
+            [outcomes(tmp_path / f"{name}{seed}{n}", {"correct": row}, group=groups) for n, row in enumerate(rows)]
             for seed, rows in enumerate(correct)
         ]
         assert example_variance(pairs) == pytest.approx(expected, rel=0.15)
@@ -117,8 +111,7 @@ def test_a_metric_that_is_no_mean_is_bootstrapped_from_predictions(tmp_path):
     label = generator.integers(0, 2, 400)
     noisy = [np.where(generator.random(400) < 0.8, label, 1 - label) for _ in range(4)]
     one, other, *more = [
-        outcomes(tmp_path / str(n), {"prediction": p, "label": label}, metric="matthews")
-        for n, p in enumerate(noisy)
+        outcomes(tmp_path / str(n), {"prediction": p, "label": label}, metric="matthews") for n, p in enumerate(noisy)
     ]
     found = example_variance([(one, other), more]) ** 0.5
     # standard error of the mean of two differences of correlations near 0.6
@@ -165,9 +158,7 @@ def test_quality_from_records_is_paired_by_common_seeds(results):
     results.roberta("control", 9, 0.9)
     judged = claim(results, "roberta-quality")
     (test,) = judged.tests
-    assert test.pairs == {
-        seed: (100 * a, 100 * b) for seed, (a, b) in enumerate(zip([0.70, 0.72, 0.71], [0.60, 0.61, 0.62]))
-    }
+    assert test.pairs == {seed: (100 * a, 100 * b) for seed, (a, b) in enumerate(zip([0.70, 0.72, 0.71], [0.60, 0.61, 0.62]))}
     assert judged.verdict == "supported" and "**supported**" in markdown([*claims(results).values()], PAPER)
 
 
@@ -178,9 +169,7 @@ def test_outcomes_beside_records_enter_the_interval(results):
     for seed in range(3):
         for method in ("control", "lora"):
             write_outcomes(
-                results.path / "roberta" / f"tiny-encoder_cola_{method}_seed{seed}",
-                range(100),
-                generator.random(100) < 0.6,
+                results.path / "roberta" / f"tiny-encoder_cola_{method}_seed{seed}", range(100), generator.random(100) < 0.6
             )
     (test,) = claim(results, "roberta-quality").tests
     assert "by example too" in test.statistic and test.interval[0] < alone[0]
@@ -250,15 +239,11 @@ def test_the_average_decides_for_llama_and_graphs_are_compared_with_graphs(resul
 
 
 def test_the_overview_has_a_row_for_each_domain(results):
-    fill(
-        results, [0.70, 0.705, 0.71], [0.72, 0.71, 0.705], peak=(80 * 2**20, 100 * 2**20), seconds=(8.0, 10.0)
-    )
+    fill(results, [0.70, 0.705, 0.71], [0.72, 0.71, 0.705], peak=(80 * 2**20, 100 * 2**20), seconds=(8.0, 10.0))
     table = overview(judge(load(results.path)[0], PAPER))
     assert len(table) == 4
     first = table.iloc[0]
-    assert (
-        first.quality.startswith("**not decided**: -0.67 points [") and int(first["more seeds to decide"]) > 0
-    )
+    assert first.quality.startswith("**not decided**: -0.67 points [") and int(first["more seeds to decide"]) > 0
     assert first.memory == "**[supported](#roberta-memory)**: -20 %" and "supported" in first.time
     assert set(table.quality[1:]) == {"**not tested**"}
 
@@ -269,12 +254,7 @@ def two(results, **methods):
 
 
 def test_benchmarks_are_paired_over_repeats_and_like_with_like(results):
-    methods = {
-        "lora": (0.4, 40.0),
-        "lora+graphs": (0.1, 45.0),
-        "control:lean": (0.3, 1.0),
-        "control:fast": (0.2, 10.0),
-    }
+    methods = {"lora": (0.4, 40.0), "lora+graphs": (0.1, 45.0), "control:lean": (0.3, 1.0), "control:fast": (0.2, 10.0)}
     results.benchmark(**methods)
     assert claim(results, "lean-memory").verdict == "supported"
     assert claim(results, "fast-time").verdict == "not decided"
@@ -296,21 +276,13 @@ def test_each_shape_is_judged_by_its_own_domains_claim(results):
     found = claims(results)
     for quantity in ("memory", "time"):
         assert found[f"llama-shape-{quantity}"].verdict == "not tested"
-        for domain, shape in (
-            ("vit", "vit-b16, 128 x 197 tokens"),
-            ("roberta", "roberta-base, 64 x 128 tokens"),
-        ):
+        for domain, shape in (("vit", "vit-b16, 128 x 197 tokens"), ("roberta", "roberta-base, 64 x 128 tokens")):
             (test,) = found[f"{domain}-shape-{quantity}"].tests
-            assert (
-                test.verdict == "supported" and test.what == f"{shape}, Some GPU: control:plain against lora"
-            )
+            assert test.verdict == "supported" and test.what == f"{shape}, Some GPU: control:plain against lora"
             assert found[f"{domain}-shape-{quantity}"].scope.endswith("no record of DoRA yet")
     two(results, lora=(0.4, 40.0), dora=(0.2, 50.0), control_plain=(0.3, 30.0))
     judged = claim(results, "llama-shape-time")
-    assert [test.verdict for test in judged.tests] == [
-        "supported",
-        "contradicted",
-    ] and judged.verdict == "contradicted"
+    assert [test.verdict for test in judged.tests] == ["supported", "contradicted"] and judged.verdict == "contradicted"
 
 
 @pytest.mark.parametrize(("gibibytes", "verdict"), [((7.5,), "supported"), ((7.5, 8.5), "contradicted")])
@@ -330,9 +302,7 @@ def test_packing_and_answers_in_batches_need_repeats_for_speed_but_not_for_answe
     assert found["packing"].verdict == found["batches-speed"].verdict == "not decided"
     assert found["batches-answers"].verdict == "supported"  # none of 1,000: at least 99.63 %
     on_cpu = results.throughput(1.0, folder="throughput-cpu")  # decides nothing
-    on_cpu.write_text(
-        json.dumps({**json.loads(on_cpu.read_text()), "device": {"kind": "cpu", "name": "Some CPU"}})
-    )
+    on_cpu.write_text(json.dumps({**json.loads(on_cpu.read_text()), "device": {"kind": "cpu", "name": "Some CPU"}}))
     for folder, speed, agree in (("y", 2.01, 99.2), ("z", 1.99, 99.9)):
         results.throughput(speed, folder=f"throughput-{folder}")
         results.batches(6 * speed, agree, folder=f"batches-{folder}")

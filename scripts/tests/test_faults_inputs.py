@@ -110,10 +110,7 @@ def test_a_pickle_does_not_run(tmp_path):
         check_adapter(Options(data="x", output_dir="y", adapter=str(adapter)))
     tiny.vit(tmp_path)
     weights = tmp_path / "vit.safetensors"
-    description = json.loads(READERS["classifier"].seeds()[0]) | {
-        "architecture": "test_vit",
-        "model": str(weights),
-    }
+    description = json.loads(READERS["classifier"].seeds()[0]) | {"architecture": "test_vit", "model": str(weights)}
     (adapter / "classifier.json").write_text(json.dumps(description | {"sha256": fingerprint(weights)}))
     with pytest.raises(UserError, match="never from a pickle"):
         restore(adapter, attention="sdpa")

@@ -149,9 +149,7 @@ def run_all(run: tiny.Run, output: Path, count: int = 2, **more) -> list[kills.E
         ("llama", True, ("--memory", "fast")),
     ],
 )
-def test_two_processes_have_the_losses_of_one_and_save_one_adapter(
-    domain, sharded, options, tmp_path, monkeypatch
-):
+def test_two_processes_have_the_losses_of_one_and_save_one_adapter(domain, sharded, options, tmp_path, monkeypatch):
     run = processes.with_options(processes.RUNS[domain](tmp_path), *options)
     assert kills.execute(run, tmp_path / "one").code == 0
     if sharded:
@@ -172,9 +170,7 @@ def test_two_processes_have_the_losses_of_one_and_save_one_adapter(
     assert len(one) >= 8 and two == pytest.approx(one, abs=1e-5)
     shard = read_record(tmp_path / "two" / "record.json").hyperparameters.get("shard")
     assert (shard == "fsdp2") == sharded
-    one, two = (
-        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")
-    )
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all((value - two[name]).abs().max() < 1e-4 for name, value in one.items())
 

@@ -18,9 +18,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def record(method: str, /, **changes) -> dict:
     scores = {"control": (0.61, 0.72, 0.70), "lora": (0.5, 0.6, 0.65), "dora": (0.4, 0.5, 0.55)}[method]
-    history = [
-        {"step": 10 * i, "epoch": float(i), "matthews": score} for i, score in enumerate(scores, start=1)
-    ]
+    history = [{"step": 10 * i, "epoch": float(i), "matthews": score} for i, score in enumerate(scores, start=1)]
     fields = dict(
         name=method, method=method, task="demo", seed=42, versions={"python": "3.12.1"}, model={"id": "minilm"},
         device={"kind": "cpu", "name": "Some CPU", "count": 2}, adapter={"trainable_parameters": 223_106},

@@ -27,22 +27,9 @@ READMES = sorted(path for path in REPOSITORY.glob("*/README.md") if not path.par
 READMES = [REPOSITORY / "README.md", *READMES]
 RECIPES = read_json(RESULTS / "paper.json")["recipes"]
 #: Run for real by test_commands.py (they make environments), or no command of this project.
-ELSEWHERE = (
-    "bash scripts/quickstart.sh",
-    "bash scripts/test.sh",
-    "pip install ",
-    "python -m peft_control ",
-    "apt ",
-    "git ",
-)
+ELSEWHERE = ("bash scripts/quickstart.sh", "bash scripts/test.sh", "pip install ", "python -m peft_control ", "apt ", "git ")
 #: Scripts that parse without a dataclass of options.
-ARGPARSE = (
-    "download_models.py",
-    "quickstart_table.py",
-    "demo_task.py",
-    "make_tables.py",
-    "memory_mode_curves.py",
-)
+ARGPARSE = ("download_models.py", "quickstart_table.py", "demo_task.py", "make_tables.py", "memory_mode_curves.py")
 NOTE = """#!{python}
 import json, os, sys
 with open(os.environ["CALLS"], "a") as file:
@@ -93,12 +80,7 @@ def note(tmp_path):
     def run(command: str, **variables: str) -> list[list[str]]:
         calls.write_text("")
         clean = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
-        environment = {
-            **clean,
-            "PATH": f"{stubs}:/usr/bin:/bin",
-            "PYTHON": str(stubs / "python"),
-            "CALLS": str(calls),
-        }
+        environment = {**clean, "PATH": f"{stubs}:/usr/bin:/bin", "PYTHON": str(stubs / "python"), "CALLS": str(calls)}
         done = subprocess.run(
             ["bash", "-c", command.replace(".venv/bin/python", "python")], cwd=REPOSITORY, env={**environment, **variables},
             capture_output=True, text=True, timeout=30,
@@ -175,9 +157,7 @@ def assert_recipe(options, recipe: dict, ours: tuple[str, ...] = ()) -> None:
     assert set(ours) <= set(recipe.get("ours_differ", {}))
     for name, value in recipe.items():
         if name in vars(options) and getattr(options, name) is not None:
-            assert getattr(options, name) == value, (
-                f"{name}: {getattr(options, name)!r}, the paper has {value!r}"
-            )
+            assert getattr(options, name) == value, f"{name}: {getattr(options, name)!r}, the paper has {value!r}"
 
 
 def test_roberta_defaults_are_the_papers(note, monkeypatch):
@@ -185,9 +165,7 @@ def test_roberta_defaults_are_the_papers(note, monkeypatch):
         (call,) = note(f"bash RoBERTa/run_roberta.sh {method} cola")
         options = parsed(call, monkeypatch)
         assert_recipe(options, RECIPES["roberta"])
-        assert options == type(options)(method=method, task="cola"), (
-            "launcher and script have different defaults"
-        )
+        assert options == type(options)(method=method, task="cola"), "launcher and script have different defaults"
 
 
 def test_roberta_adapts_query_and_value():
@@ -206,9 +184,7 @@ def test_vit_defaults_are_the_papers(note, monkeypatch):
 
 
 @pytest.mark.parametrize("base", ["llama2_7B", "llama3_8B"])
-@pytest.mark.parametrize(
-    ("launcher", "method"), [("Control+LoRA", "control+lora"), ("DoubleControl", "double control")]
-)
+@pytest.mark.parametrize(("launcher", "method"), [("Control+LoRA", "control+lora"), ("DoubleControl", "double control")])
 def test_llama_defaults_are_the_papers(base, launcher, method, note, monkeypatch):
     train, evaluate = note(f"bash LlaMA/{base}_{launcher}.sh 64 32 64 OUT 0")
     recipe = {**RECIPES["llama"], **RECIPES[base]}
@@ -218,10 +194,7 @@ def test_llama_defaults_are_the_papers(base, launcher, method, note, monkeypatch
     assert_recipe(options, recipe)
     assert (options.method, options.memory, options.output_dir) == (method, "plain", "OUT")
     answers = parsed(evaluate, monkeypatch)
-    assert_recipe(
-        answers,
-        {name: recipe[name] for name in ("model", "beams", "max_new_tokens", "control_rank", "lora_rank")},
-    )
+    assert_recipe(answers, {name: recipe[name] for name in ("model", "beams", "max_new_tokens", "control_rank", "lora_rank")})
     assert (answers.adapter, answers.method) == ("OUT/adapter", method)
 
 
@@ -232,10 +205,7 @@ def test_llama_evaluation_launchers(base, note, monkeypatch):
     assert options.model == RECIPES[base]["model"] and options.adapter == "OUT/adapter"
 
 
-@pytest.mark.skipif(
-    not (REPOSITORY / "QControl" / "run_roberta_quantization.sh").is_file(),
-    reason="QControl is not built yet",
-)
+@pytest.mark.skipif(not (REPOSITORY / "QControl" / "run_roberta_quantization.sh").is_file(), reason="QControl is not built yet")
 def test_quantized_defaults_are_the_papers(note, monkeypatch):
     for method in ("control", "lora", "dora"):
         (call,) = note(f"bash QControl/run_roberta_quantization.sh {method} rte 320 4e-4 0")
@@ -243,11 +213,7 @@ def test_quantized_defaults_are_the_papers(note, monkeypatch):
         recipe = RECIPES["qcontrol"]
         assert options.batch_size == recipe["batch_size"]
         assert (options.epochs, options.lr) == (recipe["rte"]["epochs"], recipe["rte"]["lr"])
-        rest = {
-            name: value
-            for name, value in RECIPES["roberta"].items()
-            if name not in ("epochs", "lr", "batch_size")
-        }
+        rest = {name: value for name, value in RECIPES["roberta"].items() if name not in ("epochs", "lr", "batch_size")}
         assert_recipe(options, rest)
 
 
@@ -302,11 +268,7 @@ SOURCED = ("launch.sh",)
 
 
 def test_no_launcher_is_forgotten():
-    there = {
-        path
-        for folder in ("RoBERTa", "ViT", "LlaMA", "QControl")
-        for path in (REPOSITORY / folder).glob("*.sh")
-    }
+    there = {path for folder in ("RoBERTa", "ViT", "LlaMA", "QControl") for path in (REPOSITORY / folder).glob("*.sh")}
     names = {path.relative_to(REPOSITORY).as_posix() for path in there if path.name not in SOURCED}
     assert names <= set(LAUNCHERS), "add the new launcher to LAUNCHERS"
 

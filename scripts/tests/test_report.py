@@ -49,12 +49,7 @@ def test_the_page_is_self_contained_and_its_pictures_name_their_marks(page):
     assert {name for name, _ in marks} == {"control", "lora", "dora", "double control"}
     said = [tip.replace("&#10;", "\n") for name, tip in marks if name == "control"]
     assert "control, seed 1\nlast score 61.00 %\npeak 80 MiB" in said
-    headings = (
-        "Memory against speed",
-        "Score against memory",
-        "Training curves",
-        "Score against learning rate",
-    )
+    headings = ("Memory against speed", "Score against memory", "Training curves", "Score against learning rate")
     for heading in headings:
         drawn = rf"<h2[^>]*>{heading}</h2>\s*<p>[^<]*</p>\s*<div class=\"figures\">\s*<figure"
         assert re.search(drawn, text), heading
@@ -93,9 +88,7 @@ def test_scaling_is_drawn_as_bars_of_whole_gpus():
 @browser
 def test_the_filter_hides_other_domains_and_methods(page, tmp_path):
     text = page.read_text()
-    text = text.replace('value="lora" checked', 'value="lora"').replace(
-        'value="llama" checked', 'value="llama"'
-    )
+    text = text.replace('value="lora" checked', 'value="lora"').replace('value="llama" checked', 'value="llama"')
     filtered = page.with_name("filtered.html")
     filtered.write_text(text)
     dom = chromium(filtered, "--dump-dom", profile=tmp_path / "profile").stdout.split("<body>")[1]

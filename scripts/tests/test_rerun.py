@@ -136,9 +136,7 @@ def test_a_failed_cell_is_listed_at_the_end_and_stops_no_other(reruns):
     assert done.returncode == 1
     assert [option(c, "--method") for c in reruns.calls] == ["control", "lora", "dora"]
     (line,) = done.stderr.splitlines()
-    assert line.startswith(
-        "failed: roberta-base_rte_lora_seed1: error: out of everything (exit code 2, log: "
-    )
+    assert line.startswith("failed: roberta-base_rte_lora_seed1: error: out of everything (exit code 2, log: ")
     assert (reruns.results / "logs" / "glue" / "roberta-base_rte_lora_seed1.log").is_file()
     assert reruns.run("glue", "--tasks", "rte", "--seeds", "1", "--gpus", "cpu").returncode == 0
     assert len(reruns.calls) == 1
@@ -182,8 +180,7 @@ def test_a_finished_run_with_other_settings_does_not_count(reruns, table, change
 
 
 @pytest.mark.parametrize(
-    ("table", "name", "value"),
-    [(GLUE, "method", "dora"), (GLUE, "task", "cola"), (GLUE, "seed", 2), (LLAMA, "method", "lora")],
+    ("table", "name", "value"), [(GLUE, "method", "dora"), (GLUE, "task", "cola"), (GLUE, "seed", 2), (LLAMA, "method", "lora")]
 )
 def test_another_runs_record_in_a_cells_folder_does_not_count(reruns, table, name, value):
     reruns.run(*table)
@@ -299,11 +296,7 @@ def test_dry_runs_print_the_calls(reruns, table, arguments, environment, wanted)
     [
         ("glue", ("--tasks", "nope"), "has no 'nope': choose from cola"),
         ("glue", ("--methods", "nope"), "has no method 'nope'"),
-        (
-            "glue",
-            ("--methods", "control+dora"),
-            "has no method 'control+dora': choose from control, lora, dora",
-        ),
+        ("glue", ("--methods", "control+dora"), "has no method 'control+dora': choose from control, lora, dora"),
         ("glue", ("--grid", "fast"), "--grid must be a number"),
         ("commonsense", ("--tasks", "qwen0.5b"), "qwen0.5b needs MODEL=FOLDER"),
         ("vit", ("--grid", "1e-3"), "--grid is for the glue table"),

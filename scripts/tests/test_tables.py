@@ -53,17 +53,11 @@ def problems(results) -> list[str]:
 def test_a_cell_is_mean_and_sample_deviation_of_its_records_and_links_to_them(results):
     scores = {40: 0.61, 41: 0.64, 42: 0.58}
     for seed, score in scores.items():
-        results.roberta(
-            "control", seed, score, best=score + 0.05, peak=(100 + seed) * 2**20, seconds=10.0 + seed
-        )
+        results.roberta("control", seed, score, best=score + 0.05, peak=(100 + seed) * 2**20, seconds=10.0 + seed)
     line = row(results, "glue", "tiny-encoder", task="cola", method="control")
     assert statistics.stdev(100 * score for score in scores.values()) == pytest.approx(3.0)
     assert (line["last"], line["best"], line["n"]) == ("61.00 ± 3.00", "66.00 ± 3.00", 3)
-    assert (line["peak MiB"], line["train s"], line["trained parameters"]) == (
-        "141 ± 1",
-        "51.0 ± 1.0",
-        "1,234",
-    )
+    assert (line["peak MiB"], line["train s"], line["trained parameters"]) == ("141 ± 1", "51.0 ± 1.0", "1,234")
     assert [text for text, _ in line["runs"]] == ["40", "41", "42"]
     assert all((results.path / file).is_file() for _, file in line["runs"])
 
@@ -79,11 +73,7 @@ def test_published_figures_stand_below_ours_with_their_status(results):
     results.roberta("control", 42, 0.6, model="roberta-base")
     ours, paper = rows(results, "glue", "roberta-base", task="cola", method="control")
     assert (ours["whose"], ours["best"]) == ("ours", "60.00")
-    assert (paper["whose"], paper["best"], paper["last"]) == (
-        "paper",
-        "65.32 ± 0.44 (exact)",
-        "not published",
-    )
+    assert (paper["whose"], paper["best"], paper["last"]) == ("paper", "65.32 ± 0.44 (exact)", "not published")
     assert "Published: roberta-base, lora: peak memory 14.03 GB (inferred)." in table(results, "glue").remarks
     at_scale = "vit_base_patch16_224, 4-layer MLP"
     lora = row(results, "vit_accuracy", at_scale, method="lora", whose="paper")
@@ -103,11 +93,7 @@ def test_a_method_with_other_ranks_has_no_empty_row_beside_it(results):
     results.vit("control", 1, 80.0)
     results.vit("lora", 1, 80.0, lora_rank=0)
     lines = rows(results, "vit_accuracy", "vit_tiny, 2-layer MLP")
-    assert [(line["method"], line["n"]) for line in lines] == [
-        ("control", 1),
-        ("lora matched", 1),
-        ("dora", 0),
-    ]
+    assert [(line["method"], line["n"]) for line in lines] == [("control", 1), ("lora matched", 1), ("dora", 0)]
 
 
 def test_settings_that_are_not_comparable_have_sections_of_their_own(results):
@@ -158,9 +144,7 @@ def test_each_evaluation_below_a_training_reaches_the_table(results):
     for setting, average in (("", "50.00"), (", ranked by likelihood", "55.00")):
         line = row(results, "commonsense", f"tiny-llama{setting}", method="lora r32")
         assert (line["average"], line["train s"], len(line["runs"])) == (average, "100.0", 2)
-    other = results.llama(
-        "dora", 1, 60.0, folder="lora-seed1/inside"
-    )  # a training of its own, wherever it lies
+    other = results.llama("dora", 1, 60.0, folder="lora-seed1/inside")  # a training of its own, wherever it lies
     assert other.is_file()
     assert row(results, "commonsense", "tiny-llama", method="dora r32")["average"] == "60.00"
 
@@ -228,11 +212,7 @@ def test_throughput_and_answers_in_batches(results):
     assert section.shown["real tokens/s"][1] == "2,000"
     results.batches(12.0, 99.9)
     line = row(results, "batches", "smollm2, bfloat16, Some GPU, torch 2.14", method="zero-shot")
-    assert (line["times one by one"], line["times published"], line["same answers %"]) == (
-        "12.0",
-        "24.0",
-        "99.90",
-    )
+    assert (line["times one by one"], line["times published"], line["same answers %"]) == ("12.0", "24.0", "99.90")
 
 
 def test_scaling(results):
@@ -243,10 +223,7 @@ def test_scaling(results):
     results.scaling([("lora", "ddp", 1, 0.5, 30.0), ("control:fast", "ddp", 1, 0.3, 20.0)], repeat="b")
     results.scaling([("lora", "fsdp2", 1, 0.5, 30.0), ("lora", "ddp", 8, 0.5, 30.0)], repeat="c")
     # one method after another, whichever files they come from
-    cells = [
-        tuple(line[name] for name in ("method", "sharding", "processes"))
-        for line in rows(results, "scaling", title)
-    ]
+    cells = [tuple(line[name] for name in ("method", "sharding", "processes")) for line in rows(results, "scaling", title)]
     lora = [("lora", "ddp", "1"), ("lora", "ddp", "2"), ("lora", "ddp", "8"), ("lora", "fsdp2", "1")]
     assert cells == [*lora, ("control:fast", "ddp", "1")]
     results.scaling([("lora", "fsdp2", 8, 65536, 0)], repeat="longest", longest=True)
@@ -260,9 +237,7 @@ def test_a_real_measurement_reaches_its_table(results, call):
     code, _, stderr = call("bench_memory", *small.split(), results.path / "memory")
     assert code == 0, stderr
     (section,) = table(results, "memory_speed").sections
-    assert (
-        section.shown.method.to_list() == ["lora", "control:plain"] and (section.data["ms a step"] > 0).all()
-    )
+    assert section.shown.method.to_list() == ["lora", "control:plain"] and (section.data["ms a step"] > 0).all()
 
 
 # -- broken folders ---------------------------------------------------------------------------------------------
@@ -272,9 +247,7 @@ def test_a_real_measurement_reaches_its_table(results, call):
 def test_a_broken_record_is_left_out_by_name(results, contents):
     for seed in (1, 2):
         path = results.roberta("lora", seed, 0.5)
-    path.write_text(
-        contents if contents is not None else json.dumps({**json.loads(path.read_text()), "metrics": None})
-    )
+    path.write_text(contents if contents is not None else json.dumps({**json.loads(path.read_text()), "metrics": None}))
     (problem,) = problems(results)
     assert problem.startswith("roberta/tiny-encoder_cola_lora_seed2/record.json ")
     assert row(results, "glue", "tiny-encoder", method="lora")["n"] == 1
@@ -298,9 +271,7 @@ def test_two_runs_that_claim_one_cell_leave_it_empty(results):
     results.roberta("control", 1, 0.5)
     results.roberta("control", 1, 0.6, folder="again")
     results.roberta("lora", 1, 0.5)
-    both = (
-        "roberta/again/record.json and roberta/tiny-encoder_cola_control_seed1/record.json both claim control"
-    )
+    both = "roberta/again/record.json and roberta/tiny-encoder_cola_control_seed1/record.json both claim control"
     assert both in problems(results)[0]
     line = row(results, "glue", "tiny-encoder", method="control")
     assert (line["last"], line["runs"]) == ("no record", "left out <sup>1</sup>")
@@ -359,16 +330,12 @@ def test_the_command_writes_everything_and_says_what_it_left_out(results, call):
     assert code == 1 and stderr.startswith("left out: roberta/tiny-encoder_cola_lora_seed1/record.json")
     data = pd.read_csv(results.path / "tables" / "glue.csv").query("task == 'cola' and method == 'control'")
     ours, paper = data.to_dict("records")
-    assert float(ours["last"]) == pytest.approx(65) and ours["last sd"] == pytest.approx(
-        statistics.stdev([60, 70])
-    )
+    assert float(ours["last"]) == pytest.approx(65) and ours["last sd"] == pytest.approx(statistics.stdev([60, 70]))
     assert ours["runs"].split() == [f"roberta/roberta-base_cola_control_seed{n}/record.json" for n in (1, 2)]
     assert (float(paper["best"]), paper["best status"]) == (65.32, "exact")
     names = [table.name for table in all_tables(load(results.path)[0], PAPER)]
     assert len(names) == 14
-    assert all(
-        (results.path / "tables" / f"{name}.{kind}").is_file() for name in names for kind in ("md", "csv")
-    )
+    assert all((results.path / "tables" / f"{name}.{kind}").is_file() for name in names for kind in ("md", "csv"))
     assert (results.path / "claims.md").is_file() and (results.path / "report.html").is_file()
 
 
@@ -378,9 +345,7 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path, call):
 
 
 def files(folder) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_users_runs_stand_beside_the_shipped_ones_and_change_nothing_of_theirs(results, new_results, call):
@@ -408,9 +373,7 @@ def test_a_users_runs_stand_beside_the_shipped_ones_and_change_nothing_of_theirs
     assert "| lora | yes | yours | 1 |" in after["mine/tables/memory_speed.md"].decode()
     for name in ("tables/glue.md", "claims.md"):
         links = re.findall(r"\]\(([^)#]+)\)", after[f"mine/{name}"].decode())
-        assert links and all(
-            (mine.path / "mine" / name).parent.joinpath(link).resolve().is_file() for link in links
-        )
+        assert links and all((mine.path / "mine" / name).parent.joinpath(link).resolve().is_file() for link in links)
 
 
 def test_a_fresh_clone_reproduces_the_tracked_files_byte_for_byte(tmp_path, call):
@@ -424,9 +387,7 @@ def test_a_fresh_clone_reproduces_the_tracked_files_byte_for_byte(tmp_path, call
         if (name.startswith(("tables/", "pictures/")) or name == "claims.md")
         and (not name.endswith(".png") or drawn_here in content)
     }
-    assert (
-        len(tracked) > 28 and [name for name, content in tracked.items() if made.get(name) != content] == []
-    )
+    assert len(tracked) > 28 and [name for name, content in tracked.items() if made.get(name) != content] == []
     for page in [*(tmp_path / "tables").glob("*.md"), tmp_path / "claims.md"]:
         links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
         assert links and all((page.parent / link).resolve().is_file() for link in links)
@@ -440,11 +401,7 @@ def test_published_figures_are_consistent():
     assert set(figures.status) == {"exact", "inferred"} and set(figures.source) <= PAPER.sources.keys()
     for figure in figures[figures.runs.notna()].itertuples():  # printed means are rounded or cut
         assert figure.value == pytest.approx(statistics.fmean(figure.runs.values()), abs=0.01)
-    scores = (
-        figures[figures.quantity == "score"]
-        .pivot(index=["model", "row"], columns="column", values="value")
-        .dropna()
-    )
+    scores = figures[figures.quantity == "score"].pivot(index=["model", "row"], columns="column", values="value").dropna()
     assert len(scores) == 5 and len(scores.columns) == 9
     apart = (scores.drop(columns="average").mean(axis=1) - scores.average).abs()
     weak = scores.average == 78.56  # the known weakness
@@ -458,9 +415,7 @@ def test_reporting_and_training_know_nothing_of_each_other():
         for path in (wings / wing).glob("*.py"):
             assert not re.search(rf"^\s*(?:from|import) .*\b{other}\b", path.read_text(), re.M), path
     command = "import sys, control_experiments.reporting.page, scripts.make_tables; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=REPOSITORY
-    )
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     loaded = done.stdout.split()
     assert "control_experiments.reporting.page" in loaded and "torch" not in loaded
     assert not [name for name in loaded if name.startswith("control_experiments.training")]

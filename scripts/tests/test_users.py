@@ -19,7 +19,7 @@ from RoBERTa.tests.conftest import encoders, write_glue  # noqa: F401
 
 pytestmark = pytest.mark.slow
 RUN = "results/roberta/tiny_rte_control_seed42"
-SHIPPED = ("tables/glue.md", "tables/glue.csv", "tables/vit_accuracy.md")
+SHIPPED = ("claims.md", "report.html", "tables/glue.md", "tables/glue.csv", "tables/vit_accuracy.md")
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,7 @@ def type_in(tmp_path_factory, encoders):  # noqa: F811
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=root, env=variables, capture_output=True, text=True, timeout=280
-        )
+        done = subprocess.run(["bash", "-c", command], cwd=root, env=variables, capture_output=True, text=True, timeout=280)
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
 
@@ -69,8 +67,7 @@ def test_the_first_command_runs_and_drops_nothing_shipped(type_in):
 def test_the_adapter_loads_with_the_readmes_and_its_cards_lines(type_in):
     (block,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "RoBERTa" / "README.md").read_text(), re.S)
     (type_in.root / "load.py").write_text(
-        block.replace("results/roberta/RUN", RUN)
-        + 'print(labels, len(tokenizer("a", "b")["input_ids"]) > 2)\n'
+        block.replace("results/roberta/RUN", RUN) + 'print(labels, len(tokenizer("a", "b")["input_ids"]) > 2)\n'
     )
     assert "['entailment', 'not_entailment'] True" in type_in("python load.py")
     card = (type_in.root / RUN / "adapter" / "README.md").read_text()
@@ -80,9 +77,7 @@ def test_the_adapter_loads_with_the_readmes_and_its_cards_lines(type_in):
 def test_the_adapter_is_exported_and_answers_without_the_library(type_in):
     type_in(f"python -m peft_control export {RUN}/adapter served")
     code = "import sys; from transformers import AutoModelForSequenceClassification as A; "
-    code += (
-        "m = A.from_pretrained('served', trust_remote_code=True); print('peft' in sys.modules, m.num_labels)"
-    )
+    code += "m = A.from_pretrained('served', trust_remote_code=True); print('peft' in sys.modules, m.num_labels)"
     assert "False 2" in type_in(f'python -c "{code}"')
 
 

@@ -104,9 +104,7 @@ def run_main(main: Callable[[], object]) -> NoReturn:
         noted = (number, time.monotonic())
         raise Interrupted(number)
 
-    heeded = [
-        number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN
-    ]
+    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
     with on_signals(end, *heeded):
         original, argparse.ArgumentParser.error = argparse.ArgumentParser.error, _refuse
         try:

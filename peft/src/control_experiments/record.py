@@ -26,9 +26,7 @@ _PACKAGES = (
 )  # fmt: skip
 #: An option for a secret; `--token_budget` and `--chunk_tokens` count tokens.
 _SECRET_OPTION = re.compile(r"(token$|secret|password|api[-_]?key)", re.IGNORECASE)
-_SECRET_VALUE = re.compile(
-    r"\b(hf_[A-Za-z0-9]{16,}|(?:ghp|gho|ghs)_\w{20,}|github_pat_\w{20,}|sk-[\w-]{16,}|[0-9a-f]{40})\b"
-)
+_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|(?:ghp|gho|ghs)_\w{20,}|github_pat_\w{20,}|sk-[\w-]{16,}|[0-9a-f]{40})\b")
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(?:~|\.\.)?/[^\s'\",;:=]*|^\.\.(?:/[^\s]*)?$")
 _MASK = "***"
 

@@ -104,10 +104,7 @@ class Architecture:
 
     def as_dict(self) -> dict:
         """The row as :meth:`from_dict` takes it, without what has its default."""
-        blocks = {
-            name: {key: value for key, value in asdict(block).items() if value}
-            for name, block in self.blocks.items()
-        }
+        blocks = {name: {key: value for key, value in asdict(block).items() if value} for name, block in self.blocks.items()}
         init = {} if self.init == INITS[0] else {"init": self.init}
         return {"layer": self.layer, "norm": self.norm, "blocks": blocks, **init}
 
@@ -118,9 +115,7 @@ class Architecture:
         Raises:
             ValueError: a key is missing, unknown or of the wrong type.
         """
-        example = (
-            '{"layer": "MyLayer", "norm": "norm1", "blocks": {"mlp": {"read": "norm2", "write": "mlp"}}}'
-        )
+        example = '{"layer": "MyLayer", "norm": "norm1", "blocks": {"mlp": {"read": "norm2", "write": "mlp"}}}'
         try:
             blocks = {name: Block(**block) for name, block in row["blocks"].items()}
             architecture = cls(**{"name": row["layer"], **row, "blocks": blocks})
@@ -283,9 +278,7 @@ def find_layers(
         if architecture.matches(module)
     }
     if not layers and row is not None:
-        raise ValueError(
-            f"{type(model).__name__} has no layer of class {rows[0].layer!r} (control_architecture)"
-        )
+        raise ValueError(f"{type(model).__name__} has no layer of class {rows[0].layer!r} (control_architecture)")
     if not layers:
         known = ", ".join(architecture.name for architecture in ARCHITECTURES)
         raise ValueError(
@@ -325,9 +318,7 @@ def propose(layer: nn.Module) -> Architecture | None:
         except AttributeError:
             continue
         paths = {path for block in blocks.values() for path in (block.read, block.write)}
-        where = {
-            p: [n for n, line in enumerate(lines) if f"self.{p.split('.')[0]}" in line] or [0] for p in paths
-        }
+        where = {p: [n for n, line in enumerate(lines) if f"self.{p.split('.')[0]}" in line] or [0] for p in paths}
         if any(block.shared or where[block.read][0] > where[block.write][-1] for block in blocks.values()):
             continue
         for name, block in blocks.items():

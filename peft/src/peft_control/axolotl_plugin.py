@@ -51,9 +51,7 @@ class ControlArgs(BaseModel):
     def _no_checkpointing(self):
         mode = self.control.get("memory_mode", "plain")
         if mode != "plain" and getattr(self, "gradient_checkpointing", None):
-            raise ValueError(
-                f"memory_mode {mode} replaces gradient checkpointing: set gradient_checkpointing: false"
-            )
+            raise ValueError(f"memory_mode {mode} replaces gradient checkpointing: set gradient_checkpointing: false")
         return self
 
 

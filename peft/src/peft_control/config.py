@@ -47,8 +47,7 @@ class ControlConfig(LoraConfig):
         },
     )
     control_rank_pattern: dict = field(
-        default_factory=dict,
-        metadata={"help": "Other ranks by block name or regular expression, e.g. {'layers.0.mlp': 8}."},
+        default_factory=dict, metadata={"help": "Other ranks by block name or regular expression, e.g. {'layers.0.mlp': 8}."}
     )
     control_alpha_pattern: dict = field(
         default_factory=dict, metadata={"help": "Other alphas, matched as in control_rank_pattern."}
@@ -61,8 +60,7 @@ class ControlConfig(LoraConfig):
         },
     )
     init_weights: bool = field(
-        default=True,
-        metadata={"help": "False draws B like A, so that the adapter is no identity at first (for tests)."},
+        default=True, metadata={"help": "False draws B like A, so that the adapter is no identity at first (for tests)."}
     )
 
     def __post_init__(self):
@@ -94,9 +92,7 @@ class ControlConfig(LoraConfig):
         if self.control_init not in (None, *INITS):
             raise ValueError(f"control_init must be 'kaiming', 'normal' or None, got {self.control_init!r}")
         if self.layer_replication:
-            raise ValueError(
-                "layer_replication makes new layers, which a control cannot follow: replicate them first"
-            )
+            raise ValueError("layer_replication makes new layers, which a control cannot follow: replicate them first")
         if self.control_architecture is not None:
             Architecture.from_dict(self.control_architecture)
 

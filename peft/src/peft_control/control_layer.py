@@ -244,10 +244,7 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         return False
 
     def extra_repr(self) -> str:
-        return (
-            f"width={self.width}, rank={self.rank}, alpha={self.alpha}, "
-            f"read={self.block.read!r}, write={self.block.write!r}"
-        )
+        return f"width={self.width}, rank={self.rank}, alpha={self.alpha}, read={self.block.read!r}, write={self.block.write!r}"
 
 
 NO_REPLICAS = (

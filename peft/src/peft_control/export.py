@@ -79,18 +79,12 @@ def _load(adapter: str, config: ControlConfig, base: str | None, dtype: str) -> 
         raise ValueError(f"{adapter} has no adapter_model.safetensors")
     base_config = AutoConfig.from_pretrained(place)
     if getattr(base_config, "quantization_config", None):
-        raise ValueError(
-            f"{place} is quantized, and export needs its weights: pass --base FOLDER of the original"
-        )
+        raise ValueError(f"{place} is quantized, and export needs its weights: pass --base FOLDER of the original")
     saved = load_peft_weights(adapter, device="cpu")
     if broken := [name for name, tensor in saved.items() if not torch.isfinite(tensor).all()]:
         raise ValueError(f"{adapter} holds numbers that are not finite, in {broken[0]}")
-    heads = [
-        tensor for name, tensor in saved.items() if re.search(r"\.(classifier|score|head)\b.*weight$", name)
-    ]
-    labels = _labels(adapter) or (
-        {"num_labels": heads[-1].shape[0]} if heads and "Classification" in auto else {}
-    )
+    heads = [tensor for name, tensor in saved.items() if re.search(r"\.(classifier|score|head)\b.*weight$", name)]
+    labels = _labels(adapter) or ({"num_labels": heads[-1].shape[0]} if heads and "Classification" in auto else {})
     if labels.get("num_labels") == base_config.num_labels:
         labels = {}  # the base has names for them
     loaded = cls.from_pretrained(place, dtype=dtype, ignore_mismatched_sizes=True, **labels)
@@ -164,11 +158,7 @@ def _write(folder: Path, base: Any, auto: str, controls: dict, weights: dict) ->
     classes = {"Config": type(base.config), "Backbone": type(backbone), "Model": type(base)}
     source = Path(__file__).with_name(f"{MODELING}.py").read_text(encoding="utf-8")
     lines = [f"from {cls.__module__} import {cls.__name__} as Base{role}\n" for role, cls in classes.items()]
-    source = re.sub(
-        r"(?m)^from transformers\.\S+ import \w+ as BaseConfig\n(from .* as Base\w+\n)*",
-        "".join(lines),
-        source,
-    )
+    source = re.sub(r"(?m)^from transformers\.\S+ import \w+ as BaseConfig\n(from .* as Base\w+\n)*", "".join(lines), source)
     if base is backbone:
         source = source.split(HEAD)[0].rstrip() + "\n"
     for role, cls in classes.items():
@@ -180,9 +170,7 @@ def _write(folder: Path, base: Any, auto: str, controls: dict, weights: dict) ->
     modeling = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(modeling)
     names = {role: f"Control{cls.__name__}" for role, cls in classes.items()}
-    fields = {
-        k: v for k, v in base.config.to_dict().items() if k not in ("model_type", "auto_map", "architectures")
-    }
+    fields = {k: v for k, v in base.config.to_dict().items() if k not in ("model_type", "auto_map", "architectures")}
     config = getattr(modeling, names["Config"])(**fields, control=controls)
     config.auto_map = {
         "AutoConfig": f"{MODELING}.{names['Config']}",
@@ -210,9 +198,7 @@ def _copy_processor(folder: Path, *places: str) -> None:
             return
         except (OSError, ValueError, KeyError):
             continue
-    print(
-        "note: neither the adapter nor its base has a tokenizer or image processor to copy", file=sys.stderr
-    )
+    print("note: neither the adapter nor its base has a tokenizer or image processor to copy", file=sys.stderr)
 
 
 def _card(model: PreTrainedModel, auto: str, config: ControlConfig, adapter: str) -> str:
@@ -243,14 +229,10 @@ model = {auto}.from_pretrained("this folder", trust_remote_code=True)
 
 def main(arguments: list[str]) -> None:
     """The command line; what is wrong ends in one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        "python -m peft_control export", description=(export.__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser("python -m peft_control export", description=(export.__doc__ or "").split("\n")[0])
     parser.add_argument("adapter", help="folder or hub id of a control adapter")
     parser.add_argument("out", help="new folder")
-    parser.add_argument(
-        "--base", help="folder or hub id of the base; default: the one that the adapter names"
-    )
+    parser.add_argument("--base", help="folder or hub id of the base; default: the one that the adapter names")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()

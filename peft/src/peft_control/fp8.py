@@ -93,9 +93,7 @@ def _product(rows, scales, weight, weight_scales, bias, dtype):
 @functools.cache
 def has_fp8(device: torch.device) -> bool:
     """Whether a device multiplies FP8: NVIDIA's GPUs from compute capability 8.9 on."""
-    return (
-        device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
-    )
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @torch.compiler.assume_constant_result  # so that compiled code can warn
@@ -105,9 +103,7 @@ def _kernels_take(device, *widths):
         instead = "; nf4 and int8 are for such GPUs" if device.type == "cuda" else ""
         _warn_once(f"this {device.type} has no FP8: its products are emulated, slowly{instead}")
     elif any(width % _MULTIPLE for width in widths):
-        _warn_once(
-            f"FP8 kernels take widths that are multiples of {_MULTIPLE}: products of others are emulated"
-        )
+        _warn_once(f"FP8 kernels take widths that are multiples of {_MULTIPLE}: products of others are emulated")
     else:
         return True
     return False
@@ -168,9 +164,7 @@ class Fp8Linear(nn.Linear):
         return _input_gradient(dy, self.weight, self.weight_scale, self.gradients)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Output.apply(
-            x, self, self.weight, self.weight_scale
-        )  # both as arguments: autograd saves them
+        return _Output.apply(x, self, self.weight, self.weight_scale)  # both as arguments: autograd saves them
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gradients={self.gradients}"

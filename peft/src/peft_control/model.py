@@ -70,9 +70,7 @@ class ControlModel(LoraModel):
         for name in ("control_rank_pattern", "control_alpha_pattern"):
             for pattern in () if config.inference_mode else getattr(config, name):
                 if not any(_by_pattern({pattern: True}, key, False) for key in keys):
-                    raise ValueError(
-                        f"{name} {pattern!r} matches no block; they are called as {keys[0]!r} is"
-                    )
+                    raise ValueError(f"{name} {pattern!r} matches no block; they are called as {keys[0]!r} is")
         targets = config.target_modules
         if targets and targets != "all-linear":  # upstream's own check is content with the controlled layers
             matches = LoraModel._check_target_module_exists
@@ -95,9 +93,7 @@ class ControlModel(LoraModel):
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
         if current_key not in self._layers:
-            super()._create_and_replace(
-                config, adapter_name, target, target_name, parent, current_key, **kwargs
-            )
+            super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key, **kwargs)
             return
         layer, architecture = self._layers[current_key]
         for block in config.control_blocks:
@@ -116,9 +112,7 @@ class ControlModel(LoraModel):
                 inference_mode=config.inference_mode,
             )
 
-    def add_weighted_adapter(
-        self, adapters, weights, adapter_name, combination_type="svd", svd_rank=None, **options
-    ):
+    def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", svd_rank=None, **options):
         """Add the adapter whose control is the sum of ``weights[i]`` times that of ``adapters[i]``; see :meth:`ControlLayer.combine`.
 
         A LoRA part, which all of them or none must have, is combined by upstream, which says what ``options`` are.
@@ -130,9 +124,7 @@ class ControlModel(LoraModel):
         if adapter_name in self.peft_config:
             return  # as upstream
         if not adapters or len(adapters) != len(weights) or not set(adapters) <= self.peft_config.keys():
-            raise ValueError(
-                f"adapters {adapters} with weights {weights}: there are {list(self.peft_config)}"
-            )
+            raise ValueError(f"adapters {adapters} with weights {weights}: there are {list(self.peft_config)}")
         if combination_type not in COMBINATIONS:
             raise ValueError(f"controls are combined by {', '.join(COMBINATIONS)}, not {combination_type!r}")
         configs: list[Any] = [self.peft_config[name] for name in adapters]
@@ -142,18 +134,13 @@ class ControlModel(LoraModel):
         if any(config.modules_to_save for config in configs):
             raise ValueError("adapters with modules_to_save cannot be combined")
         ranks = [max([config.control_rank, *config.control_rank_pattern.values()]) for config in configs]
-        owners = [
-            [control.rank[name] for name in adapters if name in control.rank]
-            for control in _controls(self.model)
-        ]
+        owners = [[control.rank[name] for name in adapters if name in control.rank] for control in _controls(self.model)]
         if combination_type == "linear" and any(len(set(each)) > 1 for each in owners):
             raise ValueError('"linear" combines controls of equal ranks')
         first = configs[0]
         combined = replace(
             first,
-            control_blocks=list(
-                dict.fromkeys(block for config in configs for block in config.control_blocks)
-            ),
+            control_blocks=list(dict.fromkeys(block for config in configs for block in config.control_blocks)),
             control_rank=sum(ranks) if combination_type == "cat" else (svd_rank or max(ranks)),
             control_alpha=1.0,
             control_bias=any(config.control_bias for config in configs),
@@ -163,9 +150,7 @@ class ControlModel(LoraModel):
         if any(config.target_modules or config.target_parameters for config in configs):
             self.peft_config[adapters[0]] = combined
             try:
-                super().add_weighted_adapter(
-                    adapters, weights, adapter_name, combination_type, svd_rank=svd_rank, **options
-                )
+                super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, svd_rank=svd_rank, **options)
             finally:
                 self.peft_config[adapters[0]] = first
         else:

@@ -68,7 +68,9 @@ def add_controls(model):
 
 
 class ControlledConfig(BaseConfig):
-    model_type = f"control_{BaseConfig.model_type}"  # a type of its own: who does not trust this file gets an error, not the base model
+    model_type = (
+        f"control_{BaseConfig.model_type}"  # a type of its own: who does not trust this file gets an error, not the base model
+    )
 
 
 class ControlledBackbone(BaseBackbone):
@@ -79,9 +81,7 @@ class ControlledBackbone(BaseBackbone):
         add_controls(self)
 
 
-AutoModel.register(
-    ControlledConfig, ControlledBackbone, exist_ok=True
-)  # some heads make their backbone with it
+AutoModel.register(ControlledConfig, ControlledBackbone, exist_ok=True)  # some heads make their backbone with it
 
 
 # -- with its head ----------------------------------------------------------------------------------------------

@@ -21,10 +21,7 @@ UPSTREAM = (
         "transformers.integrations.peft.PeftAdapterMixin.load_adapter",
         "from peft.utils.transformers_weight_conversion import build_peft_weight_mapping",
     ),
-    (
-        "peft.utils.transformers_weight_conversion.build_peft_weight_mapping",
-        "PEFT_TYPE_TO_PREFIX_MAPPING[peft_type]",
-    ),
+    ("peft.utils.transformers_weight_conversion.build_peft_weight_mapping", "PEFT_TYPE_TO_PREFIX_MAPPING[peft_type]"),
     # ControlModel: the steps of injection and unloading that it overrides
     ("peft.tuners.tuners_utils.BaseTuner.inject_adapter", "self._prepare_adapter_config("),
     ("peft.tuners.tuners_utils.BaseTuner.inject_adapter", "self._create_and_replace("),
@@ -64,9 +61,7 @@ def register() -> None:
     from .model import ControlModel
 
     if add_peft_type("CONTROL") not in PEFT_TYPE_TO_TUNER_MAPPING:
-        register_peft_method(
-            name="control", config_cls=ControlConfig, model_cls=ControlModel, prefix=ControlModel.prefix
-        )
+        register_peft_method(name="control", config_cls=ControlConfig, model_cls=ControlModel, prefix=ControlModel.prefix)
         rename_both_parts(conversion)
 
 

@@ -120,9 +120,7 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
         if best and len(rivals := group.query(best, engine="python")):
             against = [rivals.groupby("row")[column].mean().idxmin()]
         for baseline in (name for name in against if name in rows and control in rows):
-            yield from _pair(
-                section, {control: rows[control], baseline: rows[baseline]}, column=column, **test
-            )
+            yield from _pair(section, {control: rows[control], baseline: rows[baseline]}, column=column, **test)
 
 
 def _pair(where: str, rows: dict[str, pd.DataFrame], column: str, rule: str, unit: str = "%", sign: int = -1,
@@ -155,29 +153,20 @@ def _published(paper: Paper, table: str, quantity: str, kinds: list[str]) -> lis
     """What the published figures themselves say on a claim."""
     figures = paper.figures[paper.figures.table == table]
     less = figures[(figures.quantity == "memory less than dora") & (quantity == "memory")]
-    lines = [
-        f"{f.model}: {f.row} needs {f.value:g} {f.unit} less than dora ({f.status})."
-        for f in less.itertuples()
-    ]
-    figures = figures[
-        figures.quantity.isin(kinds) & ((figures.quantity != "score") | (figures.column == "average"))
-    ]
+    lines = [f"{f.model}: {f.row} needs {f.value:g} {f.unit} less than dora ({f.status})." for f in less.itertuples()]
+    figures = figures[figures.quantity.isin(kinds) & ((figures.quantity != "score") | (figures.column == "average"))]
     unit = "points" if quantity == "quality" else "%"
     for (model, column, _), group in figures.groupby(["model", "column", "quantity"], sort=False):
         controls = group[group.row.str.startswith(("control", "double control"))]
         others = group[group.row.str.startswith(BASELINES)]
         for one, other in itertools.product(controls.itertuples(), others.itertuples()):
             test = Test("", {0: (one.value, other.value)}, "quality", unit)
-            line = f"{model}, {column}: {one.row} {one.text} against {other.row} {other.text}: {test.differences[0]:+.2f} {unit}"
+            line = (
+                f"{model}, {column}: {one.row} {one.text} against {other.row} {other.text}: {test.differences[0]:+.2f} {unit}"
+            )
             if isinstance(one.runs, dict) and isinstance(other.runs, dict):
-                test.pairs = {
-                    seed: (run, other.runs[seed])
-                    for seed, run in sorted(one.runs.items())
-                    if seed in other.runs
-                }
-                line += (
-                    f"; paired over the printed seeds {test.statistic}, which by our rule is: {test.verdict}"
-                )
+                test.pairs = {seed: (run, other.runs[seed]) for seed, run in sorted(one.runs.items()) if seed in other.runs}
+                line += f"; paired over the printed seeds {test.statistic}, which by our rule is: {test.verdict}"
             lines.append(f"{line}.")
     return lines
 
@@ -215,9 +204,7 @@ def overview(claims: Sequence[Claim]) -> pd.DataFrame:
 def _costs(by_name: dict[str, Claim], domain: str, quantity: str) -> str:
     """From the smallest to the largest difference against LoRA of whole trainings, else of steps at true shapes."""
     for name in (f"{domain}-{quantity}", f"{domain}-shape-{quantity}"):
-        tests = (
-            [test for test in by_name[name].tests if " against lora" in test.what] if name in by_name else []
-        )
+        tests = [test for test in by_name[name].tests if " against lora" in test.what] if name in by_name else []
         if tests:
             ends = [round(end(test.differences.mean() for test in tests)) for end in (max, min)]
             n = min(len(test.pairs) for test in tests)
@@ -236,15 +223,9 @@ def markdown(claims: Sequence[Claim], paper: Paper, up: str = "") -> str:
     parts = ["# Claims", _table(overview(claims)), ABOUT, "## All claims", _table(pd.DataFrame(summary))]
     for claim in claims:
         found = f" ({claim.tally}; on {claim.scope})." if claim.tests else ": no record tests it yet."
-        parts += [
-            f"## {claim.name}",
-            f"{claim.statement} Claimed by {claim.whose}.",
-            f"**{claim.verdict}**{found}",
-        ]
+        parts += [f"## {claim.name}", f"{claim.statement} Claimed by {claim.whose}.", f"**{claim.verdict}**{found}"]
         if claim.tests:
-            rows = [
-                _shown(pool, pool.tests, "those of its tests") for pool in claim.pools if len(pool.tests) > 1
-            ]
+            rows = [_shown(pool, pool.tests, "those of its tests") for pool in claim.pools if len(pool.tests) > 1]
             rows += [_shown(test, [test], linked(test.links, up)) for test in claim.tests]
             parts.append(_table(pd.DataFrame(rows).drop(columns=[] if claim.pools else "more seeds")))
         if claim.published:

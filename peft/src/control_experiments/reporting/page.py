@@ -52,9 +52,7 @@ def inline(text: object) -> Markup:
     return Markup(re.sub(r"&lt;sup&gt;(\d+)&lt;/sup&gt;", r"<sup>\1</sup>", html))
 
 
-def _parts(
-    frame: pd.DataFrame, runs: pd.DataFrame
-) -> list[tuple[str, str, str, list[tuple[str, str, Markup]]]]:
+def _parts(frame: pd.DataFrame, runs: pd.DataFrame) -> list[tuple[str, str, str, list[tuple[str, str, Markup]]]]:
     """(anchor, title, explanation, pictures as (domain, title, SVG)) of each group of pictures."""
     groups = runs.groupby(["domain", "section", "task"])
     comparisons = [(f"{task}, {section}", part) for (_, section, task), part in groups]

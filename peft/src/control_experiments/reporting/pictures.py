@@ -138,9 +138,7 @@ def scaling(cells: Sequence[Mapping], title: str) -> Figure:
         look = dict(height=0.9 * thick, color=shade, label=f"{count} GPU{'s' * (count > 1)}")
         speed = left.barh(rows, [cell["tokens_per_second"] / count for cell in mine], **look)
         size = right.barh(rows, [cell["peak_bytes_per_process"] / 1e9 for cell in mine], **look)
-        kept = [
-            f"{cell['efficiency']:.0f} %" if count > 1 and cell["efficiency"] > 0 else "" for cell in mine
-        ]
+        kept = [f"{cell['efficiency']:.0f} %" if count > 1 and cell["efficiency"] > 0 else "" for cell in mine]
         left.bar_label(speed, kept, padding=2, fontsize=8)
         right.bar_label(size, fmt="%.1f", padding=2, fontsize=8)
     middle = thick * (len(counts) - 1) / 2
@@ -176,8 +174,7 @@ def curves(runs: Sequence[tuple[str, object, Sequence[tuple[float, float]]]], ti
     axes.grid(alpha=0.25)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles = [
-        Line2D([], [], color=colours[label], linestyle=dashes[label], label=_NAMES.get(label, label))
-        for label in labels
+        Line2D([], [], color=colours[label], linestyle=dashes[label], label=_NAMES.get(label, label)) for label in labels
     ]
     axes.legend(handles=handles, fontsize=9)
     return axes.figure
@@ -190,9 +187,7 @@ def scores_against_memory(runs: pd.DataFrame, title: str, axes=None) -> Figure:
     for run in runs.itertuples():
         colour, marker = FAMILIES[family(run.row)]
         tip = f"{run.row}, seed {run.seed:.0f}\nlast score {run.last:.2f} %\npeak {run.peak / 2**20:,.0f} MiB"
-        axes.plot(
-            run.peak / 2**20, run.last, marker, color=colour, alpha=0.85, gid=mark(family(run.row), tip)
-        )
+        axes.plot(run.peak / 2**20, run.last, marker, color=colour, alpha=0.85, gid=mark(family(run.row), tip))
     axes.set(xlabel="peak memory, MiB", ylabel="last score, %", title=title)
     axes.grid(alpha=0.25)
     axes.margins(0.1)
@@ -212,9 +207,7 @@ def scores_against_rate(searched: pd.DataFrame, title: str) -> Figure:
         for label, part in searched[searched.task == task].groupby("row"):
             mean = part.groupby("lr")["last"].mean()
             colour, marker = FAMILIES[family(label)]
-            axes.plot(
-                mean.index, mean, marker=marker, color=colour, linewidth=1.2, gid=mark(family(label), label)
-            )
+            axes.plot(mean.index, mean, marker=marker, color=colour, linewidth=1.2, gid=mark(family(label), label))
         rates = sorted(searched[searched.task == task].lr.unique())
         axes.set(title=task, xscale="log", xlabel="learning rate", ylabel="held-out score, %")
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)

@@ -81,13 +81,7 @@ def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
         place = file.parts[1:] if shipped and own else file.parts
         if len(place) < 2 or set(place) & set(LEFT_OUT):
             continue
-        common = {
-            "whose": "ours" if own else "yours",
-            "n": 1,
-            "notes": (),
-            "problem": "",
-            "files": [("", path.name)],
-        }
+        common = {"whose": "ours" if own else "yours", "n": 1, "notes": (), "problem": "", "files": [("", path.name)]}
         try:
             for row in _rows(path, place):
                 row = common | row
@@ -96,9 +90,7 @@ def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
         except UserError as error:
             problems.append(str(error).replace(str(path), file.as_posix()))
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            problems.append(
-                f"{file.as_posix()} is a broken record ({error} is missing): delete it and run again"
-            )
+            problems.append(f"{file.as_posix()} is a broken record ({error} is missing): delete it and run again")
     columns = dict.fromkeys([*_TEXTS, *_NUMBERS, *_OBJECTS, *(key for row in rows for key in row)])
     frame = pd.DataFrame(rows, columns=list(columns)).astype(dict.fromkeys(_NUMBERS, float))
     frame[_TEXTS] = frame[_TEXTS].astype(object).where(frame[_TEXTS].notna(), "")
@@ -180,9 +172,7 @@ def _scored(path: Path, record: RunRecord, file: Path, scored: RunRecord, place:
         "peak": not resumed and (measured or memory.get("peak_resident_bytes")),
         "allocated": not resumed and measured,
         "seconds": not resumed and not shared_gpu and time.get("train_seconds"),
-        "rate": not resumed
-        and not shared_gpu
-        and time.get("tokens_per_second" if llama else "examples_per_second"),
+        "rate": not resumed and not shared_gpu and time.get("tokens_per_second" if llama else "examples_per_second"),
     }
     shared, own = _conditions(record, scored if scored is not record else None)
     return {
@@ -238,16 +228,12 @@ def _conditions(record: RunRecord, evaluation: RunRecord | None) -> tuple[dict[s
         elif name not in _NEUTRAL:
             shared[name] = str(value)
     for what in (record.model, record.data):
-        shared["model" if what is record.model else "data"] = str(what.get("sha256") or what.get("revision"))[
-            :12
-        ]
+        shared["model" if what is record.model else "data"] = str(what.get("sha256") or what.get("revision"))[:12]
     asked = shared if llama else {}  # zero-shot: nothing of it is training
     if evaluation or not llama:
         shared |= {"device": record.device["name"], "torch": str(_torch(record.versions))}
     if evaluation:
-        asked = {
-            name: str(value) for name, value in evaluation.hyperparameters.items() if name not in _NEUTRAL
-        }
+        asked = {name: str(value) for name, value in evaluation.hyperparameters.items() if name not in _NEUTRAL}
         asked["data"] = str(evaluation.data.get("sha256"))[:12]
     asked = {f"evaluation {name}": value for name, value in asked.items() if name != "batch_size"}
     return (shared | asked if evaluation or not llama else asked), own
@@ -316,11 +302,7 @@ def _steps(file: dict) -> Iterator[dict]:
             for kernel in result["kernels"]:
                 name = kernel["name"].lower()
                 kinds[next(kind for kind in KERNELS if re.search(KERNELS[kind], name))] += kernel["seconds"]
-            yield (
-                row
-                | kinds
-                | {"kind": "profile", "all": sum(kinds.values()), "seconds": result["step_seconds"]}
-            )
+            yield (row | kinds | {"kind": "profile", "all": sum(kinds.values()), "seconds": result["step_seconds"]})
         else:
             row |= {
                 "kind": "step", "trained": result["trained_parameters"], "weights": result["static_bytes"],
@@ -361,9 +343,7 @@ def _throughput(record: RunRecord) -> Iterator[dict]:
 def _batches(record: RunRecord) -> dict:
     o, last, (row, name, where) = record.hyperparameters, record.metrics["last"], _measured(record, "batches")
     base = name if o["quantization"] == "none" else f"{name}, {o['quantization']}"
-    return (
-        row | last | {"section": f"{base}, {o['dtype']}, {where}", "batch": f"{last['batch_size']} together"}
-    )
+    return row | last | {"section": f"{base}, {o['dtype']}, {where}", "batch": f"{last['batch_size']} together"}
 
 
 def _padding(file: dict) -> Iterator[dict]:
@@ -375,18 +355,10 @@ def _padding(file: dict) -> Iterator[dict]:
 def _scaling(file: dict) -> Iterator[dict]:
     """A file of scripts/bench_scaling.py; efficiency is the step time of one process over this one's, in percent."""
     o, results = file["options"], file["results"]
-    what = (
-        f"longest sequence, batch {o['batch']}"
-        if o.get("longest")
-        else f"{o['batch']} x {o['tokens']} tokens"
-    )
+    what = f"longest sequence, batch {o['batch']}" if o.get("longest") else f"{o['batch']} x {o['tokens']} tokens"
     section = f"{o['shape']}, {what} a process, {_where(file['device'], file.get('versions'))}"
     alone = {(r["method"], r["shard"]): r.get("step_seconds") for r in results if r["processes"] == 1}
-    lora = {
-        (r["shard"], r["processes"]): r.get("peak_bytes_per_process")
-        for r in results
-        if r["method"] == "lora"
-    }
+    lora = {(r["shard"], r["processes"]): r.get("peak_bytes_per_process") for r in results if r["method"] == "lora"}
     for r in results:
         method, shard, processes = r["method"], r["shard"], r["processes"]
         seconds, peak = r.get("step_seconds"), r.get("peak_bytes_per_process")

@@ -18,18 +18,7 @@ from .records import GLUE, Paper
 
 NO_RECORD, NOT_PUBLISHED, NOT_MEASURED = "no record", "not published", "not measured"
 #: Order of rows where the records' own says nothing.
-_ORDER = (
-    *GLUE,
-    "control",
-    "double control",
-    "control+lora",
-    "control+dora",
-    "lora",
-    "dora",
-    "ours",
-    "yours",
-    "paper",
-)
+_ORDER = (*GLUE, "control", "double control", "control+lora", "control+dora", "lora", "dora", "ours", "yours", "paper")
 _UNITS = {"MiB": 2**-20, "GB": 1e-9, "MB": 1e-6, "ms": 1e3}
 #: Figures that not every row can have: of one process there is no efficiency.
 _PARTLY = ("efficiency", "losses apart", "/ fastest", "/ leanest", "times published", "same as published")
@@ -120,9 +109,7 @@ def _runs(frame: pd.DataFrame, paper: Paper, specification: dict) -> pd.DataFram
     for place, group in list(rows.groupby(keys)):
         there = set(group.row[group.whose != "paper"].map(bare))
         empty = dict(zip(keys, place)) | {"whose": "ours", "n": 0}
-        missing = [
-            empty | {"row": method} for method in specification.get("always", ()) if method not in there
-        ]
+        missing = [empty | {"row": method} for method in specification.get("always", ()) if method not in there]
         rows = pd.concat([rows, pd.DataFrame(missing)]) if missing else rows
     rows = rows.reset_index(drop=True)
     for column, nothing in (("links", ()), ("notes", ()), ("problem", ""), ("error", "")):
@@ -143,17 +130,8 @@ def _printed(paper: Paper, specification: dict) -> pd.DataFrame:
         if header and figure.quantity not in specification.get("published", ()):
             task = "commonsense" if table == "commonsense" else figure.column
             section = f"{figure.model}, 4-layer MLP" if table == "vit" else figure.model
-            row = {
-                "whose": "paper",
-                "n": 0,
-                "domain": domain,
-                "section": section,
-                "task": task,
-                "row": figure.row,
-            }
-            rows.setdefault((section, task, figure.row), row | {"published": {}})["published"][header] = (
-                figure
-            )
+            row = {"whose": "paper", "n": 0, "domain": domain, "section": section, "task": task, "row": figure.row}
+            rows.setdefault((section, task, figure.row), row | {"published": {}})["published"][header] = figure
     return pd.DataFrame(rows.values())
 
 
@@ -166,11 +144,7 @@ def _in_text(paper: Paper, specification: dict) -> list[str]:
 
 def step_means(steps: pd.DataFrame) -> pd.DataFrame:
     """Mean seconds and bytes over the weights by whose, setting and method, and whether no other beats it in both."""
-    means = (
-        steps[steps.seconds.notna()]
-        .groupby(["whose", "section", "row"], sort=False)[["seconds", "over"]]
-        .mean()
-    )
+    means = steps[steps.seconds.notna()].groupby(["whose", "section", "row"], sort=False)[["seconds", "over"]].mean()
     ordered = means.sort_values(["seconds", "over"])
     leanest = ordered.groupby(["whose", "section"]).over.cummin()
     leanest = leanest.groupby(["whose", "section"]).shift(fill_value=float("inf"))
@@ -206,9 +180,7 @@ def _section(title: str, part: pd.DataFrame, keys: dict[str, str], figures: dict
     return Section(title, part.domain.iloc[0], shown, pd.DataFrame(data), methods, notes, _conditions(part))
 
 
-def _line(
-    group: pd.DataFrame, keys: dict[str, str], figures: dict[str, str], notes: list[str]
-) -> tuple[dict, dict]:
+def _line(group: pd.DataFrame, keys: dict[str, str], figures: dict[str, str], notes: list[str]) -> tuple[dict, dict]:
     """A row's texts and its figures; footnotes that it needs are added to `notes`."""
 
     def marked(text: str, reasons: list[str]) -> str:
@@ -230,9 +202,7 @@ def _line(
     for header, specification in figures.items():
         column, _, form = specification.rpartition(" ")
         factor = next((_UNITS[word] for word in header.split() if word in _UNITS), 1)
-        values = (
-            measured[column].dropna().astype(float) * factor if column in group else pd.Series(dtype=float)
-        )
+        values = measured[column].dropna().astype(float) * factor if column in group else pd.Series(dtype=float)
         if paper and (figure := first.published.get(header)):
             note = [f"{figure.note[0].upper()}{figure.note[1:]}."] if isinstance(figure.note, str) else []
             said += note
@@ -249,9 +219,7 @@ def _line(
             data[header] = line[header] = "" if header.startswith(_PARTLY) or "/ " in header else there
     left_out = marked("left out", problems) if problems and not paper else links or NO_RECORD
     line["runs"] = links if count or paper else left_out
-    noted = [
-        name for name in ("peak MiB", "train s", "ms a step", "longest tokens", "tokens/s") if name in line
-    ]
+    noted = [name for name in ("peak MiB", "train s", "ms a step", "longest tokens", "tokens/s") if name in line]
     if reasons and noted:  # at the figure that is missing, else at the first that the note can be about
         at = next((header for header in noted if line[header] in (NOT_MEASURED, "failed")), noted[0])
         line[at] = marked(line[at], reasons)

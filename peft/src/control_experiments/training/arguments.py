@@ -29,9 +29,7 @@ def parse_arguments(*types: type, argv: Sequence[str] | None = None, description
     look = {"description": description, "formatter_class": _HelpFormatter, "allow_abbrev": False}
     parser = HfArgumentParser(types, **look)
     how = {"return_remaining_strings": True, "look_for_args_file": False}
-    *instances, unknown = parser.parse_args_into_dataclasses(
-        list(sys.argv[1:] if argv is None else argv), **how
-    )
+    *instances, unknown = parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv), **how)
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}")
     return tuple(instances)

@@ -149,9 +149,7 @@ class Campaign:
     #: What each run says anew.
     ANEW = ("created", "matmul_tflops", "results")
 
-    def __init__(
-        self, path: Path, options: object, key: Callable[[dict], Hashable], machine: dict, **more: object
-    ):
+    def __init__(self, path: Path, options: object, key: Callable[[dict], Hashable], machine: dict, **more: object):
         self.path, self.key = path, key
         given = {name: value for name, value in asdict(options).items() if name not in _HOW}
         head = {"versions": package_versions(), "git": git_state(), "created": utc_now()}

@@ -34,11 +34,7 @@ def select_device(name: str) -> torch.device:
         raise UserError(f"GPU must be an index such as 0, or cpu; got {name!r}")
     index, count = int(os.environ.get("LOCAL_RANK", name)), torch.cuda.device_count()
     if index >= count:
-        why = (
-            f" ({count} visible): choose a smaller index, or cpu"
-            if count
-            else ": no GPU is visible, choose cpu"
-        )
+        why = f" ({count} visible): choose a smaller index, or cpu" if count else ": no GPU is visible, choose cpu"
         raise UserError(f"there is no GPU {index} here{why}")
     if "LOCAL_RANK" in os.environ or count == 1:
         return torch.device("cuda", index)
@@ -54,9 +50,7 @@ def select_device(name: str) -> torch.device:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_precision(
-    asked: str, device: torch.device, on_gpu: str = "bf16", option: str = "precision"
-) -> str:
+def choose_precision(asked: str, device: torch.device, on_gpu: str = "bf16", option: str = "precision") -> str:
     """What "auto" means on this device: fp32 on a CPU; `on_gpu` on a GPU, or fp16 where it has no bf16. Raises
     UserError: fp16 on a CPU, or bf16 on a GPU without it."""
     on_cpu = device.type == "cpu"
@@ -162,7 +156,5 @@ def describe_device(device: torch.device) -> dict:
 
 def _processor_name() -> str:
     information = Path("/proc/cpuinfo")
-    found = information.is_file() and re.search(
-        r"^model name\s*: *(.+)", information.read_text(), re.MULTILINE
-    )
+    found = information.is_file() and re.search(r"^model name\s*: *(.+)", information.read_text(), re.MULTILINE)
     return found.group(1).strip() if found else platform.processor() or platform.machine()

@@ -91,12 +91,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, base: str, **optio
 
 
 def set_memory(
-    model: nn.Module,
-    mode: str,
-    cuda_graphs: bool = False,
-    *,
-    chunk_tokens: int | None = None,
-    offload: str = "auto",
+    model: nn.Module, mode: str, cuda_graphs: bool = False, *, chunk_tokens: int | None = None, offload: str = "auto"
 ) -> None:
     """Set how `model` trains, in the words of `MemoryOptions`; "plain" without graphs changes nothing. Raises
     UserError: the model or its adapter does not support the mode."""

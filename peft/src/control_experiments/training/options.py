@@ -42,16 +42,15 @@ QUANTIZATION_HELP = (
     "Frozen linear layers in 4 bits (nf4, fp4; scales quantized again) or 8 (int8) by bitsandbytes, or in 8-bit floating "
     "point, which is fast on GPUs of compute capability 8.9 and up (fp8); none: as they are."
 )
-SHARD_HELP = "What several processes share beside the rows: ddp: nothing, each holds the whole model; fsdp2: the frozen weights."
+SHARD_HELP = (
+    "What several processes share beside the rows: ddp: nothing, each holds the whole model; fsdp2: the frozen weights."
+)
 #: What `--scheduler` takes, besides the schedules that need arguments of their own.
 SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     )  # fmt: skip
 #: What accelerate launch can ask FSDP for that is not done here, by the variable that it sets.
-_NOT_DONE = {
-    "FSDP_OFFLOAD_PARAMS": "--fsdp_offload_params",
-    "FSDP_ACTIVATION_CHECKPOINTING": "--fsdp_activation_checkpointing",
-}
+_NOT_DONE = {"FSDP_OFFLOAD_PARAMS": "--fsdp_offload_params", "FSDP_ACTIVATION_CHECKPOINTING": "--fsdp_activation_checkpointing"}
 #: Options that say what a run is; its record states them in fields of their own.
 _NAMED = ("method", "task", "model", "data", "seed")
 
@@ -215,9 +214,7 @@ class TrainingOptions(_Group):
         if self.max_steps != -1 and self.max_steps < 1:
             raise UserError(f"--max_steps must be at least 1, or -1 for no limit, got {self.max_steps}")
         if self.batch_size % processes():
-            raise UserError(
-                f"--batch_size {self.batch_size} must be a multiple of the {processes()} processes"
-            )
+            raise UserError(f"--batch_size {self.batch_size} must be a multiple of the {processes()} processes")
 
 
 @dataclass(kw_only=True)
@@ -266,9 +263,7 @@ def choose_shard(shard: str, *, quantization: str = "none", cuda_graphs: bool = 
     if shard == "fsdp2" and quantization not in ("none", "fp8"):
         raise UserError(f"--quantization {quantization} cannot be sharded: choose fp8, or --shard ddp")
     if shard == "fsdp2" and cuda_graphs:
-        raise UserError(
-            "--cuda_graphs cannot replay the gathering of shards: leave it out, or choose --shard ddp"
-        )
+        raise UserError("--cuda_graphs cannot replay the gathering of shards: leave it out, or choose --shard ddp")
     return shard
 
 
@@ -280,6 +275,4 @@ def check_method_runs(method: str, quantization: str, device: object) -> None:
     """Raise UserError for DoRA over 8-bit weights on a CPU: each forward reads the weights' norms, and on a CPU peft
     (0.21) loses the layer's scales while it does."""
     if quantization == "int8" and "dora" in method and str(device) == "cpu":
-        raise UserError(
-            f"{method} over int8 needs a GPU: choose --quantization nf4, fp4, fp8 or none on a CPU"
-        )
+        raise UserError(f"{method} over int8 needs a GPU: choose --quantization nf4, fp4, fp8 or none on a CPU")

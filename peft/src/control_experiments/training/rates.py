@@ -14,9 +14,7 @@ SEARCH_FOLDER = "learning_rate_search"
 SEARCH_SEED = 0
 
 
-def choose_rates(
-    scores: dict[tuple[str, str], dict[str, float | None]], file: Path, model: str
-) -> dict[tuple[str, str], str]:
+def choose_rates(scores: dict[tuple[str, str], dict[str, float | None]], file: Path, model: str) -> dict[tuple[str, str], str]:
     """(task, method) -> the learning rate with the best score, the smallest of equals.
 
     Scores and choices are also noted in `file`, where what is noted of other tasks and methods stays. Several processes may

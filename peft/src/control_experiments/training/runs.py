@@ -197,11 +197,7 @@ class RunFolder:
 
         def is_unused(name: str) -> bool:
             value = identity[name]
-            return (
-                value in _NOT_USED
-                or name.endswith("_sha256")
-                or (name in defaults and value == defaults[name])
-            )
+            return value in _NOT_USED or name.endswith("_sha256") or (name in defaults and value == defaults[name])
 
         file = self.path / "run.json"
         try:

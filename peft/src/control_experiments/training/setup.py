@@ -13,13 +13,7 @@ import torch
 
 from ..record import RunRecord
 from .checkpoints import discard, step_of, whole_folder
-from .device import (
-    choose_precision,
-    describe_device,
-    explain_out_of_memory,
-    make_deterministic,
-    select_device,
-)
+from .device import choose_precision, describe_device, explain_out_of_memory, make_deterministic, select_device
 from .metering import Throughput
 from .model_card import write_card
 from .options import RunOptions
@@ -64,9 +58,7 @@ class Run:
         resumed = step_of(self.checkpoint) if self.checkpoint else None
         return {**throughput.summary(), "resumed_from_step": resumed}
 
-    def finish(
-        self, record: RunRecord, save: Callable[[Path], object], load: str, **results: object
-    ) -> RunRecord:
+    def finish(self, record: RunRecord, save: Callable[[Path], object], load: str, **results: object) -> RunRecord:
         """Save the adapter with its card, which says how to `load` it, complete the record with `results` and write it,
         discard the checkpoints; for the process of rank 0."""
         record.finish(**results)

@@ -129,9 +129,7 @@ def set_memory_mode(
 
 
 def _plan_layers(model, mode, chunk_tokens, offload, paced, on_unsupported):
-    plans = {
-        layer: LayerPlan(layer, mode, halves, chunk_tokens) for layer in model.modules() if _is_layer(layer)
-    }
+    plans = {layer: LayerPlan(layer, mode, halves, chunk_tokens) for layer in model.modules() if _is_layer(layer)}
     message = None
     if not plans:
         message = f"{type(model).__name__} has no layer that Control knows and no control"
@@ -145,25 +143,17 @@ def _plan_layers(model, mode, chunk_tokens, offload, paced, on_unsupported):
             warnings.warn(f"{message}; it trains in mode 'plain'", stacklevel=3)
             return {}
         raise ValueError(message)
-    if any(
-        getattr(m, "gradient_checkpointing", getattr(m, "grad_checkpointing", False)) for m in model.modules()
-    ):
+    if any(getattr(m, "gradient_checkpointing", getattr(m, "grad_checkpointing", False)) for m in model.modules()):
         raise ValueError(f"memory mode {mode!r} replaces gradient checkpointing: switch that off first")
     host = HostStates(len(plans) if mode == "lean" else 0, paced)
     for layer, plan in plans.items():
         if plan.halves is not None:
             kept, hides_copies = plan.halves.attention_kept, partial(_hides_copies, layer, plan)
-            plan.attention_on_host = (
-                mode != "fast" and offload is not False and kept > 0 and hides_copies(kept)
-            )
+            plan.attention_on_host = mode != "fast" and offload is not False and kept > 0 and hides_copies(kept)
             states_on_host = mode == "lean" and (hides_copies() if offload is None else offload)
             if plan.attention_on_host or states_on_host:
                 plan.host = host
-            if (
-                mode == "fast"
-                and isinstance(plan.mlp, GatedMlp)
-                and plan.mlp.norm.weight.device.type == _STACKED_ON
-            ):
+            if mode == "fast" and isinstance(plan.mlp, GatedMlp) and plan.mlp.norm.weight.device.type == _STACKED_ON:
                 plan.mlp.stack()
         enter(layer, plan)
     return plans
@@ -197,11 +187,7 @@ def _plan_models(model, plans, chunk_tokens, fused_loss):
         if "use_cache" in inspect.signature(type(module).forward).parameters:
             enter(module, DecoderPlan())
         norm = getattr(module, "norm", None)
-        kinds = {
-            type(layer.input_layernorm)
-            for layer in layers
-            if layer in by_hand and hasattr(layer, "input_layernorm")
-        }
+        kinds = {type(layer.input_layernorm) for layer in layers if layer in by_hand and hasattr(layer, "input_layernorm")}
         if fused_loss and type(norm) in kinds and is_as_written(norm):
             enter(norm, NormPlan())
     for module in model.modules() if fused_loss else ():
@@ -213,9 +199,7 @@ def _plan_models(model, plans, chunk_tokens, fused_loss):
 
 
 def _replay_steps(model):
-    losses = [
-        plan for module in model.modules() if isinstance(plan := vars(module).get("memory_plan"), LossPlan)
-    ]
+    losses = [plan for module in model.modules() if isinstance(plan := vars(module).get("memory_plan"), LossPlan)]
     for plan in losses:
         plan.graphs = StepGraphs()
     if not losses:

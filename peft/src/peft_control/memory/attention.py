@@ -117,10 +117,7 @@ def decoder_attention_gradients(layer, state, dy, inputs, *arguments, kept=(), *
         gradients = _attend_gradients(layer.self_attn, kept, dmixed, *arguments, **named)
         del dmixed
         dstate = _through_projections(layer, state, dy, gradients, *arguments, **named)
-        return [
-            dstate,
-            *[None] * (len(inputs) - 1),
-        ], of_control  # the others take no part, or nothing was kept
+        return [dstate, *[None] * (len(inputs) - 1)], of_control  # the others take no part, or nothing was kept
     mixed, through = _mixed_values(layer, state, *arguments, **named)
     if not mixed.requires_grad:  # the inputs are an inactive adapter's
         return [None] * len(inputs), of_control

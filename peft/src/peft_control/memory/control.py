@@ -23,7 +23,9 @@ def tuner_setting(tuner: BaseTunerLayer) -> tuple:
     return tuner.training, tuner.disable_adapters, list(tuner.active_adapters), dict(scales), drops
 
 
-SWITCHED = "between a forward and its backward adapters were switched, or training and evaluation: that takes memory mode 'plain'"
+SWITCHED = (
+    "between a forward and its backward adapters were switched, or training and evaluation: that takes memory mode 'plain'"
+)
 
 
 def control_parameters(control: ControlLayer | None) -> list[torch.Tensor]:
@@ -65,9 +67,7 @@ def add_control(control: ControlLayer | None, kept, change, state=None, out=None
         if _drops(control, name):
             kept.pop(0)
         last = {"residual": state, "out": out} if name == names[-1] else {}
-        change = kernels.add_low_rank(
-            change, hidden, up.weight.t(), scale=control.alpha[name], bias=up.bias, **last
-        )
+        change = kernels.add_low_rank(change, hidden, up.weight.t(), scale=control.alpha[name], bias=up.bias, **last)
     if names:
         return change
     if state is not None:
@@ -165,8 +165,6 @@ class AddControl(torch.autograd.Function):
         flat = dy.reshape(-1, dy.shape[-1])
         dstate = flat if ctx.needs_input_grad[0] else None
         with ctx.parameters.put_back(parameters):
-            dstate, gradients = control_backward(
-                ctx.control, state.reshape(flat.shape), kept, flat, dstate, in_place=False
-            )
+            dstate, gradients = control_backward(ctx.control, state.reshape(flat.shape), kept, flat, dstate, in_place=False)
         dstate = None if dstate is None else dstate.view(dy.shape)
         return dstate, dy.to(ctx.change_dtype), None, *gradients

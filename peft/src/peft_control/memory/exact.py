@@ -34,9 +34,7 @@ def is_as_written(module: nn.Module, hooks: bool = True) -> bool:
     own, kind = vars(module).get("forward"), type(module)
     if own is not None and not (_of_liger(own) or (isinstance(own, Forward) and own.before is None)):
         return False
-    if kind.forward.__module__ not in {
-        base.__module__ for base in kind.__mro__
-    }:  # patched for the whole class
+    if kind.forward.__module__ not in {base.__module__ for base in kind.__mro__}:  # patched for the whole class
         return False
     found = [hook for kind in _HOOKS for hook in getattr(module, kind).values()] if hooks else []
     return not any(_counts(hook, module) for hook in found)

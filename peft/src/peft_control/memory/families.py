@@ -61,17 +61,13 @@ def halves(layer: nn.Module) -> Halves | None:
     (blocks,) = (row.blocks for row in ARCHITECTURES if row.name == name)
     for child_name, child in layer.named_children():
         if isinstance(child, ControlLayer) and child.block != blocks.get(child_name.removesuffix("_control")):
-            raise ValueError(
-                f"memory modes know the blocks of {name} ({', '.join(blocks)}), not {child_name}"
-            )
+            raise ValueError(f"memory modes know the blocks of {name} ({', '.join(blocks)}), not {child_name}")
     found = family.halves(layer)
     parts = {module for part in found.mlp_modules for module in part.modules()} | set(found.by_hand)
     for part in parts:
         known = path_of(type(part)).startswith((*_LIBRARIES, f"{family.home}.")) or _says_so(part)
         if not (known and is_as_written(part)):
-            raise ValueError(
-                f"memory modes run no {type(part).__name__} with a forward or hook of somebody else's"
-            )
+            raise ValueError(f"memory modes run no {type(part).__name__} with a forward or hook of somebody else's")
     if not is_as_written(layer, hooks=False):
         raise ValueError(f"memory modes run no {family.layer} with a forward of somebody else's")
     return found
@@ -94,9 +90,7 @@ def _plain(modules: Sequence[nn.Module]) -> list[nn.Module]:
 def _decoder(layer):
     attention, inner = layer.self_attn, layer.mlp
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    if not all(
-        type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon") for norm in norms
-    ):
+    if not all(type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon") for norm in norms):
         raise ValueError("memory modes know decoders with RMSNorm")
     if any(parameter.requires_grad for parameter in layer.input_layernorm.parameters()):
         raise ValueError("memory modes need frozen norms; input_layernorm has trainable parameters")
@@ -110,13 +104,7 @@ def _decoder(layer):
     kept = sum(linear.out_features for linear in projections) if gradients and simple else 0
     by_hand = [layer.input_layernorm, attention, *_plain([*projections, attention.o_proj])]
     return Halves(
-        decoder_attention,
-        mlp,
-        [layer.post_attention_layernorm, inner],
-        by_hand,
-        True,
-        gradients,
-        attention_kept=kept,
+        decoder_attention, mlp, [layer.post_attention_layernorm, inner], by_hand, True, gradients, attention_kept=kept
     )
 
 
@@ -129,9 +117,7 @@ def _vit_attention(layer, state, attention_mask=None, **named):
 
 
 def _activation(mlp):
-    return (
-        mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.activation
-    )  # its name before transformers 5.2x
+    return mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.activation  # its name before transformers 5.2x
 
 
 def _vit(layer):
@@ -164,11 +150,7 @@ def _timm_attention(layer, state, *arguments, **named):
 
 def _timm(layer):
     inner = layer.mlp
-    linears = [
-        getattr(inner, name)
-        for name in getattr(type(inner), "linear_chain", ("fc1", "fc2"))
-        if hasattr(inner, name)
-    ]
+    linears = [getattr(inner, name) for name in getattr(type(inner), "linear_chain", ("fc1", "fc2")) if hasattr(inner, name)]
     chained = all(a.out_features == b.in_features for a, b in pairwise(linears))
     if not isinstance(getattr(inner, "norm", None), nn.Identity) or not hasattr(inner, "fc1") or not chained:
         raise ValueError("memory modes know timm's Mlp without an inner norm or gate")
@@ -204,9 +186,7 @@ def _post_norm_mlp(layer):
     return PostNormMlp(first.dense, first.intermediate_act_fn, last.dense, last.dropout, last.LayerNorm)
 
 
-def _of_transformers(
-    name: str, prefix: str, build: Callable, layer: str = "Layer", model: str | None = None
-) -> Family:
+def _of_transformers(name: str, prefix: str, build: Callable, layer: str = "Layer", model: str | None = None) -> Family:
     home = f"transformers.models.{name}.modeling_{name}"
     return Family(home, prefix + layer, build, model and prefix + model)
 

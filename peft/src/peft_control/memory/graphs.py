@@ -44,9 +44,7 @@ class StepGraphs:
     def __reduce__(self):
         return StepGraphs, (self.limit,)
 
-    def __call__(
-        self, compute: Callable, inputs: Sequence[torch.Tensor], model: nn.Module, setting: object = None
-    ):
+    def __call__(self, compute: Callable, inputs: Sequence[torch.Tensor], model: nn.Module, setting: object = None):
         """Return ``compute(*inputs)``, a tensor or a structure of tensors, with gradients for ``model``'s trained
         parameters.
 
@@ -81,9 +79,7 @@ class StepGraphs:
             first = next(iter(self._graphs.values()), None)
             self._stream = self._stream or torch.cuda.Stream()
             with _own_leaves(model, parameters) as leaves:
-                self._graphs[key] = _Graph(
-                    compute, inputs, parameters, leaves, self._twins, first, self._stream
-                )
+                self._graphs[key] = _Graph(compute, inputs, parameters, leaves, self._twins, first, self._stream)
         graph = self._graphs[key]
         return tree_unflatten(list(_Replay.apply(graph, inputs, *parameters)), graph.structure)
 
@@ -97,9 +93,7 @@ def _settings(modules: Sequence[nn.Module]) -> list:
     return [tuners, drops, [state[name] for places in others for state, name in places]]
 
 
-_is = lru_cache(None)(
-    issubclass
-)  # ten times as fast as isinstance of an abstract class, and small steps feel it
+_is = lru_cache(None)(issubclass)  # ten times as fast as isinstance of an abstract class, and small steps feel it
 
 
 class StepPlan:
@@ -193,17 +187,11 @@ class _Graph:
                 for pair in self.twins:
                     self.forward.register_generator_state(pair.forward)
                     self.backward.register_generator_state(pair.backward)
-                with (
-                    capturing(twins),
-                    torch.cuda.graph(self.forward, pool=first and first.forward.pool(), stream=stream),
-                ):
+                with capturing(twins), torch.cuda.graph(self.forward, pool=first and first.forward.pool(), stream=stream):
                     outputs = forward()
                 ends = [x for x in outputs if x.requires_grad]
                 self.doutputs = [torch.zeros_like(x) for x in ends]
-                with (
-                    capturing(twins),
-                    torch.cuda.graph(self.backward, pool=self.forward.pool(), stream=stream),
-                ):
+                with capturing(twins), torch.cuda.graph(self.backward, pool=self.forward.pool(), stream=stream):
                     self.gradients = gradients_of(ends, self.doutputs)
                     if first:
                         self.gradients = _copied(self.gradients, first.gradients)
@@ -235,9 +223,7 @@ class _Replay(torch.autograd.Function):
         kept = [
             parameter
             for parameter, gradient in zip(graph.parameters, graph.gradients)
-            if gradient is not None
-            and parameter.grad is not None
-            and parameter.grad.data_ptr() == gradient.data_ptr()
+            if gradient is not None and parameter.grad is not None and parameter.grad.data_ptr() == gradient.data_ptr()
         ]
         if kept:
             before = [parameter.grad for parameter in kept]

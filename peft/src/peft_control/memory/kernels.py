@@ -36,9 +36,7 @@ def rms_norm(x, weight, eps, offset=0.0):
         y = torch.empty_like(x)
         rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         block, warps = _row_launch(x.shape[1])
-        _rms_norm_kernel[(x.shape[0],)](
-            x, weight, y, rstd, x.shape[1], eps, offset, BLOCK=block, num_warps=warps
-        )
+        _rms_norm_kernel[(x.shape[0],)](x, weight, y, rstd, x.shape[1], eps, offset, BLOCK=block, num_warps=warps)
         return y, rstd
     wide = _wide(x)
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
@@ -74,9 +72,7 @@ def layer_norm(x, norm, dtype):
     x = x.contiguous()
     y = torch.empty_like(x, dtype=dtype)
     block, warps = _row_launch(x.shape[1])
-    _layer_norm_kernel[(x.shape[0],)](
-        x, norm.weight, norm.bias, y, x.shape[1], norm.eps, BLOCK=block, num_warps=warps
-    )
+    _layer_norm_kernel[(x.shape[0],)](x, norm.weight, norm.bias, y, x.shape[1], norm.eps, BLOCK=block, num_warps=warps)
     return y
 
 
@@ -161,9 +157,7 @@ def swiglu_backward_(gate, up, dact):
     """Overwrite ``gate`` with the gradient of gate and ``up`` with that of up."""
     if _use_triton(gate):
         dact = dact.contiguous()
-        _swiglu_backward_kernel[_grid(gate)](
-            gate, up, dact, gate.stride(0), up.stride(0), gate.shape[1], BLOCK=_BLOCK
-        )
+        _swiglu_backward_kernel[_grid(gate)](gate, up, dact, gate.stride(0), up.stride(0), gate.shape[1], BLOCK=_BLOCK)
         return gate, up
     g, u, d = _wide(gate), _wide(up), _wide(dact)
     s = torch.sigmoid(g)
@@ -291,9 +285,7 @@ if triton is not None:
         tl.store(y + row * width + column, value * scale * w + b, mask=mask)
 
     @triton.jit
-    def _layer_norm_backward_kernel(
-        dy, x, weight, residual, dx, width, eps, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
-    ):
+    def _layer_norm_backward_kernel(dy, x, weight, residual, dx, width, eps, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         mask = column < width
@@ -325,9 +317,7 @@ if triton is not None:
         total = tl.zeros((BLOCK_TOKENS, BLOCK_WIDTH), dtype=tl.float32)
         for start in range(0, rank, RANK_BLOCK):
             k = start + tl.arange(0, RANK_BLOCK)
-            h = tl.load(
-                hidden + row * rank + k[None, :], mask=(row < tokens) & (k[None, :] < rank), other=0.0
-            )
+            h = tl.load(hidden + row * rank + k[None, :], mask=(row < tokens) & (k[None, :] < rank), other=0.0)
             w = tl.load(
                 weight + k[:, None] * stride_rank + column * stride_width,
                 mask=(k[:, None] < rank) & (column < width),

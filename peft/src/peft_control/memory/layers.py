@@ -23,14 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
 from ..control_layer import ControlLayer
-from .control import (
-    SWITCHED,
-    control_backward,
-    control_draws,
-    control_hidden,
-    control_parameters,
-    tuner_setting,
-)
+from .control import SWITCHED, control_backward, control_draws, control_hidden, control_parameters, tuner_setting
 from .exact import Parameters, touches
 from .mlp import probabilities, tokens
 from .offload import HostStates
@@ -106,9 +99,7 @@ class LayerPlan:
         if self.halves is None:
             self.parts, self.frozen = [], []
             if before is not None:
-                warnings.warn(
-                    f"{self.reason}: {type(layer).__name__} runs its own forward from here on", stacklevel=4
-                )
+                warnings.warn(f"{self.reason}: {type(layer).__name__} runs its own forward from here on", stacklevel=4)
             return
         self.mlp = self.halves.mlp
         if stacked is not None:  # the weights still lie where they were put
@@ -183,9 +174,7 @@ def recomputed(plan: LayerPlan, layer: nn.Module, function: Callable, *arguments
         if runs == 1:
             return function(*arguments, **named)
         if versions != [parameter._version for parameter in parameters]:
-            raise RuntimeError(
-                "a parameter was modified by an inplace operation between a forward and its backward"
-            )
+            raise RuntimeError("a parameter was modified by an inplace operation between a forward and its backward")
         if setting != plan.setting(layer):
             raise RuntimeError(SWITCHED)
         with plan.all.put_back(parameters):
@@ -467,11 +456,7 @@ def replays_random_numbers(model: nn.Module) -> bool:
     """Whether a layer's backward draws its forward's random numbers once more in a way that no CUDA graph can."""
     for layer in planned_layers(model):
         plan = layer.memory_plan
-        checkpointed = (
-            plan.halves is None
-            or plan.mlp.draws()
-            or (plan.mode == "balanced" and plan.halves.recompute_attention)
-        )
+        checkpointed = plan.halves is None or plan.mlp.draws() or (plan.mode == "balanced" and plan.halves.recompute_attention)
         if plan.mode != "fast" and checkpointed and draws_random_numbers(layer):
             return True
     return False
@@ -479,8 +464,4 @@ def replays_random_numbers(model: nn.Module) -> bool:
 
 def replaying_layers(model: nn.Module) -> list[nn.Module]:
     """The layers whose backward draws random numbers again through ``replay.py``."""
-    return [
-        layer
-        for layer in planned_layers(model)
-        if layer.memory_plan.mode == "lean" and draws_random_numbers(layer)
-    ]
+    return [layer for layer in planned_layers(model) if layer.memory_plan.mode == "lean" and draws_random_numbers(layer)]

@@ -23,9 +23,7 @@ def is_known_linear(module: nn.Module | None) -> bool:
     if not isinstance(module, nn.Linear) or isinstance(module, BaseTunerLayer):
         return False
     kind = type(module)
-    known = kind.forward in (nn.Linear.forward, Fp8Linear.forward) or kind.__module__.startswith(
-        "bitsandbytes"
-    )
+    known = kind.forward in (nn.Linear.forward, Fp8Linear.forward) or kind.__module__.startswith("bitsandbytes")
     return known and is_as_written(module)
 
 
@@ -67,9 +65,7 @@ def outputs(x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
         return tuple(linear(x) for linear in linears)
     dtype = compute_dtype(x)
     quantized = quantize_rows(x.to(dtype).reshape(-1, x.shape[-1]))
-    return tuple(
-        linear.of_rows(*quantized, dtype).view(*x.shape[:-1], linear.out_features) for linear in linears
-    )
+    return tuple(linear.of_rows(*quantized, dtype).view(*x.shape[:-1], linear.out_features) for linear in linears)
 
 
 def input_gradient(dy: torch.Tensor, linear: nn.Linear, add_to: torch.Tensor | None = None) -> torch.Tensor:

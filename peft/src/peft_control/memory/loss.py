@@ -67,9 +67,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return gradient * dloss.to(gradient.dtype), None, None, None, None, None
 
 
-def causal_lm_loss(
-    hidden, labels, head, *, chunk, num_items_in_batch=None, ignore_index=-100, softcap=None, weights=None
-):
+def causal_lm_loss(hidden, labels, head, *, chunk, num_items_in_batch=None, ignore_index=-100, softcap=None, weights=None):
     """Next-token loss of a causal language model, averaged as transformers' ``ForCausalLMLoss`` does.
 
     Args:
@@ -90,9 +88,7 @@ def _total(hidden, labels, head, chunk, ignore_index=-100, softcap=None, weights
     if weights is not None:
         weights = F.pad(weights[:, 1:], (0, 1)).reshape(-1)
     with _gathered(head):
-        return LinearCrossEntropy.apply(
-            hidden.reshape(-1, hidden.shape[-1]), targets, head, chunk, softcap, weights
-        )
+        return LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), targets, head, chunk, softcap, weights)
 
 
 def _check_labels(targets, ignore_index, classes):
@@ -171,15 +167,9 @@ class LossPlan:
         items = _items(labels, given.get("num_items_in_batch"))
         ids, mask = named.get("input_ids"), named.get("attention_mask")
         others = [name for name, value in named.items() if value is not None]
-        if (
-            self.graphs
-            and {*others} <= {"input_ids", "attention_mask"}
-            and _fits_a_graph(model.model, ids, mask)
-        ):
+        if self.graphs and {*others} <= {"input_ids", "attention_mask"} and _fits_a_graph(model.model, ids, mask):
             total = self.graphs(
-                lambda ids, labels: _total(_states(model.model, ids), labels, model.lm_head, self.chunk),
-                (ids, labels),
-                model,
+                lambda ids, labels: _total(_states(model.model, ids), labels, model.lm_head, self.chunk), (ids, labels), model
             )
             return CausalLMOutputWithPast(loss=total / items)
         outputs = model.model(**{name: named[name] for name in others})
@@ -203,9 +193,7 @@ def _fits_a_graph(base, ids, mask) -> bool:
         return False
     windows = [getattr(layer.self_attn, "sliding_window", None) for layer in base.layers]
     windows.append(getattr(base.config, "sliding_window", None))
-    return all(window is None or window >= ids.shape[1] for window in windows) and (
-        mask is None or bool(mask.all())
-    )
+    return all(window is None or window >= ids.shape[1] for window in windows) and (mask is None or bool(mask.all()))
 
 
 def _states(base, ids):

@@ -187,9 +187,7 @@ class PostNormMlp:
     KEEP = {"fast": 2, "balanced": 1, "lean": 0}
     CHUNK_ELEMENTS = 8192 * 3072  # tokens of RoBERTa-base
 
-    def __init__(
-        self, first: nn.Linear, activation: nn.Module, second: nn.Linear, dropout, norm: nn.LayerNorm
-    ):
+    def __init__(self, first: nn.Linear, activation: nn.Module, second: nn.Linear, dropout, norm: nn.LayerNorm):
         self.first, self.activation, self.second = first, activation, second
         self.dropout, self.norm = dropout, norm
         _check_frozen([norm], [first, second])
@@ -258,11 +256,7 @@ def draws(module: nn.Module) -> bool:
 def probabilities(module: nn.Module) -> list[tuple[dict, str]]:
     """Where ``module`` has the probability of its dropout: at ``p`` or a name with "drop" in it, as the version has it."""
     state = vars(module)
-    return [
-        (state, name)
-        for name, value in state.items()
-        if isinstance(value, float) and (name == "p" or "drop" in name)
-    ]
+    return [(state, name) for name, value in state.items() if isinstance(value, float) and (name == "p" or "drop" in name)]
 
 
 def _activation_backward(activation, inner, dy):

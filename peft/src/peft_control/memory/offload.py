@@ -15,9 +15,7 @@ import torch
 from .pace import Pace
 
 # public in the torch that is pinned here, not yet in 2.11
-_empty_host_cache = getattr(torch.accelerator.memory, "empty_host_cache", None) or getattr(
-    torch._C, "_host_emptyCache", None
-)
+_empty_host_cache = getattr(torch.accelerator.memory, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
 
 #: Beside the states themselves, a host is given what saves computing only until so much waits there.
 _SPARE_BYTES = 8 << 30
@@ -156,9 +154,7 @@ class HostStates:
 
     def _fetch(self, waiting):
         if waiting.tensors is None and waiting.places is not None:
-            waiting.tensors = [
-                torch.empty(place.shape, dtype=place.dtype, device=waiting.device) for place in waiting.places
-            ]
+            waiting.tensors = [torch.empty(place.shape, dtype=place.dtype, device=waiting.device) for place in waiting.places]
             # what used this memory before may still run
             self._stream.wait_stream(torch.cuda.current_stream(waiting.device))
             with torch.cuda.stream(self._stream):
@@ -206,9 +202,7 @@ def _free_memory() -> int:
         try:
             limit, now = (int((group / name).read_text()) for name in (most, used))
             parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            free = min(
-                free, limit - now + sum(int(parts[f"{cached}{kind}_file"]) for kind in ("inactive", "active"))
-            )
+            free = min(free, limit - now + sum(int(parts[f"{cached}{kind}_file"]) for kind in ("inactive", "active")))
         except (OSError, ValueError, KeyError):  # the group does not exist here, or has no limit
             continue
     return max(free, 0)
@@ -216,10 +210,7 @@ def _free_memory() -> int:
 
 def _memory_groups():
     """The folder of each control group of memory around this process, and the names of its files (versions 2 and 1)."""
-    two, one = (
-        ("memory.max", "memory.current", ""),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-    )
+    two, one = (("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"))
     try:
         lines = [line.split(":", 2) for line in _OWN_GROUPS.read_text().splitlines()]
     except OSError:  # no Linux
@@ -235,12 +226,7 @@ def _memory_groups():
 
 def _local_processes():
     """How many processes of this run there are on the host, as torchrun, Slurm or MPI say."""
-    for name in (
-        "LOCAL_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-        "MPI_LOCALNRANKS",
-        "SLURM_NTASKS_PER_NODE",
-    ):
+    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"):
         if os.environ.get(name, "").isdigit():
             return max(int(os.environ[name]), 1)
     return 1
