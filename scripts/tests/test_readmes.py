@@ -27,7 +27,15 @@ READMES = sorted(path for path in REPOSITORY.glob("*/README.md") if not path.par
 READMES = [REPOSITORY / "README.md", *READMES]
 RECIPES = read_json(RESULTS / "paper.json")["recipes"]
 #: Run for real by test_commands.py (they make environments), or no command of this project.
-ELSEWHERE = ("bash scripts/quickstart.sh", "bash scripts/test.sh", "pip install ", "python -m peft_control ", "transformers ", "apt ", "git ")
+ELSEWHERE = (
+    "bash scripts/quickstart.sh",
+    "bash scripts/test.sh",
+    "pip install ",
+    "python -m peft_control ",
+    "transformers ",
+    "apt ",
+    "git ",
+)
 #: Scripts that parse without a dataclass of options.
 ARGPARSE = ("download_models.py", "quickstart_table.py", "demo_task.py", "make_tables.py", "memory_mode_curves.py")
 NOTE = """#!{python}
