@@ -330,6 +330,16 @@ def test_columns_that_the_trainer_hands_on_stay_the_same():
 # -- random set-ups -----------------------------------------------------------------------------------------------
 
 
+def subclass(module):
+    """Give ``module`` a class of its own, with a formula of its own."""
+    kind = type(module)
+
+    def forward(self, *given, **named):
+        return doubled(None, None, kind.forward(self, *given, **named))
+
+    module.__class__ = type(f"Own{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
+
+
 def random_setup(seed):
     """A model with a few oddities, and what a step is called with; ``seed`` decides."""
     draw = random.Random(seed)
@@ -339,18 +349,25 @@ def random_setup(seed):
     control |= dict(control_alpha=draw.choice([1.0, 0.5]), control_dropout=draw.choice([0.0, 0.0, 0.2]))
     model = build(family, lora=draw.choice([False, False, True, "attention"]), **control)
     base = model.get_base_model()
-    for oddity in draw.sample(["adapter", "hook", "forward", "dropout", "cut", "norm", "off"], draw.choice([0, 1, 1, 2])):
+    for oddity in draw.sample(
+        ["adapter", "hook", "forward", "subclass", "dropout", "cut", "norm", "off"], draw.choice([0, 1, 1, 2])
+    ):
         layer = draw.choice(base.model.layers)
         if oddity == "adapter":
             model.add_adapter("other", ControlConfig(**{**control, "control_blocks": ["mlp"]}, init_weights=False))
             model.base_model.set_adapter(draw.choice([["other"], ["default", "other"]]))
             model.double()
+            for module in model.modules():
+                if hasattr(module, "control_A"):  # lean draws the masks of both chunk by chunk, plain one after the other
+                    module.dropout = dict.fromkeys(module.dropout, 0.0)
         elif oddity == "hook":
             layer.get_submodule(draw.choice(PLACES)).register_forward_hook(doubled)
         elif oddity == "forward":
             module = layer.get_submodule(draw.choice(PLACES))
             own = module.forward
             module.forward = lambda *given, own=own, **named: doubled(None, None, own(*given, **named))
+        elif oddity == "subclass":
+            subclass(draw.choice([layer, layer.mlp, layer.self_attn]))
         elif oddity == "dropout":
             layer.self_attn.attention_dropout = 0.2
         elif oddity == "cut":
