@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,13 +30,8 @@ class StepGraphs:
         self._stream: torch.cuda.Stream | None = None
         self._twins: dict[nn.Module, Twins] = {}
         self._places: list[int] = []
+        self._modules: list[nn.Module] = []
         self._settings: list[list] = []
-
-    def _number_of(self, settings: list) -> int:
-        """A number for settings, which are compared faster than hashed."""
-        if settings not in self._settings:
-            self._settings.append(settings)
-        return self._settings.index(settings)
 
     def __deepcopy__(self, memo):
         return StepGraphs(self.limit)
@@ -54,22 +49,7 @@ class StepGraphs:
         Raises:
             RuntimeError: ``compute`` cannot be captured.
         """
-        modules = list(model.modules())
-        tensors = [x for module in modules for x in (*module._parameters.values(), *module._buffers.values())]
-        parameters = list({id(x): x for x in tensors if x is not None and x.requires_grad}.values())
-        # a replay reads and writes where the tensors lay at its capture
-        places = [x.data_ptr() for x in tensors if x is not None]
-        if places != self._places:
-            self._graphs.clear()
-            self._places = places
-        key = (
-            *((x.shape, x.dtype) for x in inputs),
-            *map(id, parameters),
-            torch.is_autocast_enabled("cuda"),
-            torch.get_autocast_dtype("cuda"),
-            self._number_of(_settings(modules)),
-            setting,
-        )
+        parameters, key = self._look_at(inputs, model, setting)
         if key not in self._graphs:
             if len(self._graphs) == self.limit:
                 return compute(*inputs)
@@ -83,17 +63,34 @@ class StepGraphs:
         graph = self._graphs[key]
         return tree_unflatten(list(_Replay.apply(graph, inputs, *parameters)), graph.structure)
 
-
-def _settings(modules: Sequence[nn.Module]) -> list:
-    """What a step depends on besides its inputs and parameters: adapters, and how much dropout there is."""
-    tuners = [tuner_setting(module) for module in modules if _is(type(module), BaseTunerLayer)]
-    drops = [module.p for module in modules if _is(type(module), nn.modules.dropout._DropoutNd)]
-    plans = [module.__dict__["memory_plan"] for module in modules if "memory_plan" in module.__dict__]
-    others = [plan.dropouts for plan in plans if isinstance(plan, LayerPlan)]
-    return [tuners, drops, [state[name] for places in others for state, name in places]]
-
-
-_is = lru_cache(None)(issubclass)  # ten times as fast as isinstance of an abstract class, and small steps feel it
+    def _look_at(self, inputs, model, setting) -> tuple[list[nn.Parameter], tuple]:
+        """The trained parameters, and what a graph must have been captured with. Small steps wait for this."""
+        modules = list(model.modules())
+        if modules != self._modules:
+            self._modules = modules
+            self._tuners = [module for module in modules if isinstance(module, BaseTunerLayer)]
+            self._drops = [module for module in modules if isinstance(module, nn.modules.dropout._DropoutNd)]
+            self._plans = [plan for m in modules if isinstance(plan := vars(m).get("memory_plan"), LayerPlan)]
+        tensors = [x for module in modules for x in (*module._parameters.values(), *module._buffers.values())]
+        parameters = list({id(x): x for x in tensors if x is not None and x.requires_grad}.values())
+        # a replay reads and writes where the tensors lay at its capture
+        places = [x.data_ptr() for x in tensors if x is not None]
+        if places != self._places:
+            self._graphs.clear()
+            self._places = places
+        drops = [module.p for module in self._drops]
+        drops += [state[name] for plan in self._plans for state, name in plan.dropouts]
+        settings = [list(map(tuner_setting, self._tuners)), drops]
+        if settings not in self._settings:  # faster than a hash
+            self._settings.append(settings)
+        return parameters, (
+            *((x.shape, x.dtype) for x in inputs),
+            *map(id, parameters),
+            torch.is_autocast_enabled("cuda"),
+            torch.get_autocast_dtype("cuda"),
+            self._settings.index(settings),
+            setting,
+        )
 
 
 class StepPlan:
