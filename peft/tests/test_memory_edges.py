@@ -5,7 +5,7 @@ Everything is compared with the model in mode "plain", in float64.
 
 import functools
 import importlib
-import io
+import pickle
 import random
 
 import pytest
@@ -280,9 +280,7 @@ def test_dataparallel_is_refused(monkeypatch):
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_a_model_saved_whole_trains_in_its_mode_when_it_is_loaded(mode):
     model = set_memory_mode(build(), mode, chunk_tokens=8)
-    file = io.BytesIO()
-    torch.save(model, file)
-    again = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    again = pickle.loads(pickle.dumps(model))  # as torch.save does with a whole model
     assert distance(step(again), step(model)) == 0
     assert layers(again)[0].memory_plan.mode == mode and layers(again)[0].forward.module is layers(again)[0]
 
