@@ -273,6 +273,29 @@ def test_models_are_quantized_as_they_are_read_and_saved_so(dtype, tmp_path):
     assert not any(isinstance(module, Fp8Linear) for module in kept.modules())
 
 
+@pytest.mark.parametrize("block", [(16, 32), None])
+def test_bases_stored_in_blocks_of_fp8_train_in_every_mode(block, monkeypatch):
+    """transformers' layers, whose forward needs kernels of the hub: here it multiplies by what the blocks stand for."""
+    import transformers.integrations.finegrained_fp8 as blocks
+
+    def multiply(x, weight, scale, block_size, bias, *rest):
+        return torch.nn.functional.linear(x, blocks._dequantize_fp8_weight(weight, scale, block_size, x.dtype), bias)
+
+    monkeypatch.setattr(blocks, "fp8_linear", multiply)
+    base = build("llama")
+    for parent in [module for layer in base.model.layers for module in (layer.self_attn, layer.mlp)]:
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                new = blocks.FP8Linear(linear.in_features, linear.out_features, block)
+                new.weight.data = linear.weight.data.to(E4M3)
+                new.weight_scale_inv.data.uniform_(0.5, 2.0)
+                setattr(parent, name, new)
+    model = randomize_adapters(get_peft_model(base, adapter("llama", "control")))
+    expected = gradients(model)
+    for mode in MODES[1:]:
+        assert relative(gradients(model, mode), expected) < 1e-5, mode
+
+
 def test_where_there_is_no_fp8(monkeypatch):
     fp8._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="this cpu has no FP8") as found:
@@ -331,9 +354,9 @@ class TestOnGpu:
     def test_products(self, rows, gradients):
         linear, x, dy = layer(256, 96, gradients=gradients), random(rows, 256, seed=1), random(rows, 96, seed=2)
         on_gpu = copy.deepcopy(linear).cuda()
-        for given, found, expected in (
-            (x, on_gpu(x.bfloat16().cuda()), linear(x.bfloat16())),
-            (dy, on_gpu.input_gradient(dy.bfloat16().cuda()), linear.input_gradient(dy.bfloat16())),
+        for found, expected in (
+            (on_gpu(x.bfloat16().cuda()), linear(x.bfloat16())),
+            (on_gpu.input_gradient(dy.bfloat16().cuda()), linear.input_gradient(dy.bfloat16())),
         ):
             assert relative(found.cpu().double(), expected.double()) < 5e-3  # Hopper adds up in about 14 bits
 

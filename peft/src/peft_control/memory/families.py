@@ -24,6 +24,7 @@ _LIBRARIES = (
     "transformers.activations.",
     "timm.layers.",
     "bitsandbytes.nn.",
+    "transformers.integrations.finegrained_fp8.",
     "peft_control.fp8.",
     "liger_kernel.",
 )

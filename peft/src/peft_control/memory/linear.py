@@ -11,6 +11,9 @@ from torch import nn
 from ..fp8 import Fp8Linear, compute_dtype, quantize_rows
 from .exact import is_as_written
 
+#: Where transformers has the layers of bases that are stored in FP8 with a scale a block (`weight_scale_inv`).
+_BLOCK_FP8 = "transformers.integrations.finegrained_fp8"
+
 
 def is_frozen_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer of a kind known here, without trainable parameters or adapter."""
@@ -18,12 +21,12 @@ def is_frozen_linear(module: nn.Module) -> bool:
 
 
 def is_known_linear(module: nn.Module | None) -> bool:
-    """Whether ``module`` computes ``x @ weight.T`` with a weight as it is, in FP8, or as bitsandbytes packs it, and
-    nothing else."""
+    """Whether ``module`` computes ``x @ weight.T`` with a weight as it is, in FP8, or as bitsandbytes or transformers pack
+    it, and nothing else."""
     if not isinstance(module, nn.Linear) or isinstance(module, BaseTunerLayer):
         return False
     kind = type(module)
-    known = kind.forward in (nn.Linear.forward, Fp8Linear.forward) or kind.__module__.startswith("bitsandbytes")
+    known = kind.forward in (nn.Linear.forward, Fp8Linear.forward) or kind.__module__.startswith(("bitsandbytes", _BLOCK_FP8))
     return known and is_as_written(module)
 
 
@@ -56,6 +59,11 @@ def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     if weight.dtype == torch.int8:  # Linear8bitLt: row-wise absolute maxima
         scale = weight.SCB if getattr(weight, "SCB", None) is not None else linear.state.SCB
         return (weight.float() * (scale / 127.0)[:, None]).to(dtype)
+    if hasattr(linear, "weight_scale_inv"):  # a float for the layer, or one for each block of the weight
+        scale = linear.weight_scale_inv.float()
+        for side, length in enumerate(linear.block_size or ()):
+            scale = scale.repeat_interleave(length, side).narrow(side, 0, weight.shape[side])
+        return (weight.float() * scale).to(dtype)
     return weight.to(dtype)
 
 
