@@ -155,12 +155,12 @@ class LongRows:
 
     def output(self, groups: list[Group]) -> torch.Tensor:
         """The layer's output."""
-        output = _like(self.state)
+        output = self.state.new_empty(self.shape)  # no view: hooks may change it in place
         mixed = [tokens(group.output()) for group in groups]
         for rows in self._chunks():
             _, middle = self._middle(rows, mixed)
-            self.mlp.forward(middle, 0, self.controls[1], out=output[rows])
-        return output.view(self.shape)
+            self.mlp.forward(middle, 0, self.controls[1], out=tokens(output)[rows])
+        return output
 
     def backward(self, groups: list[Group], dy: torch.Tensor, needed: bool, then: Callable | None = None):
         """The gradient of the layer's state, if ``needed``, and pairs of the controls' parameters and their gradients.
