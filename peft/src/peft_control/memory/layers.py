@@ -316,17 +316,15 @@ class LongLayer(torch.autograd.Function):
         with nullcontext() if ctx.random is None else ctx.random.first():
             work = plan.halves.of_many_tokens(layer, plan, state.detach(), *arguments, **named)
             groups = work.attend()
-            if ctx.tickets and ctx.random is None:
-                kept = [group.take() for group in groups]
-                if host.has_room_beside(state, *sum(kept, [])):
-                    ctx.tickets.append(host.push(*sum(kept, []), own=0))
-                    ctx.groups = groups
-                for group, some in zip(groups, kept):
-                    group.give(some)
+            kept = [tensor for group in groups for tensor in group.kept()]
+            ctx.groups = None
+            if ctx.tickets and ctx.random is None and host.has_room_beside(state, *kept):
+                ctx.tickets.append(host.push(*kept, own=0))
+                ctx.groups = groups
+            del kept
             output = work.output(groups)
-        if len(ctx.tickets) > 1:
-            for group in groups:
-                group.take()
+        for group in groups:
+            group.forget()
         if host is not None:
             host.settle()
         return output
@@ -335,12 +333,10 @@ class LongLayer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         with _as_in_forward(ctx) as (layer, saved, trained):
-            host, groups, then = ctx.plan.host, None, None
-            if len(ctx.tickets) > 1:
-                groups, kept = ctx.groups, host.pop(ctx.tickets[1])
-                for group in groups:
-                    group.give([kept.pop(0) for _ in range(group.kept)])
-                del ctx.groups
+            host, groups, then, ctx.groups = ctx.plan.host, ctx.groups, None, None
+            kept = host.pop(ctx.tickets[1]) if groups else []
+            for group in groups or ():
+                group.remember(kept)
             if ctx.tickets:
                 (state,), then = host.pop(ctx.tickets[0], fetch_next=False), partial(host.fetch_below, ctx.tickets[0])
             else:
@@ -348,7 +344,7 @@ class LongLayer(torch.autograd.Function):
             replayed = nullcontext() if ctx.random is None else ctx.random.again()
             with ctx.autocast(), replayed:
                 work = ctx.plan.halves.of_many_tokens(layer, ctx.plan, state, *ctx.arguments, **ctx.named)
-                groups = work.attend() if groups is None else groups
+                groups = groups or work.attend()
                 dstate, gradients = work.backward(groups, dy, ctx.needs_input_grad[0], then)
         return dstate, None, None, None, *_in_order(trained, gradients)
 

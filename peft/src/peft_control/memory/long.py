@@ -76,16 +76,20 @@ class Group:
         self._starts, self._end = [get_gradient_edge(x) for x in inputs], get_gradient_edge(output)
         self._output, self._unpack, self._memory = pack(output.detach()), unpack, memory
         memory[:3] = [None] * 3
-        self.kept = len(memory) - 3
+        self._saved = len(memory) - 3
 
-    def take(self) -> list[torch.Tensor]:
-        """What was saved, of one dimension each; :meth:`give` it back before :meth:`output` and :meth:`backward`."""
-        kept = self._memory[3:]
+    def kept(self) -> list[torch.Tensor]:
+        """What was saved, of one dimension each."""
+        return self._memory[3:]
+
+    def forget(self) -> None:
+        """Let go of what was saved, until it is put back with :meth:`remember`."""
         del self._memory[3:]
-        return kept
 
-    def give(self, kept: list[torch.Tensor]) -> None:
-        self._memory += kept
+    def remember(self, kept: list[torch.Tensor]) -> None:
+        """Take what :meth:`kept` gave, from the front of a list."""
+        self._memory += kept[: self._saved]
+        del kept[: self._saved]
 
     def output(self) -> torch.Tensor:
         """``(batch, tokens, heads * head_dim)``."""
