@@ -16,6 +16,7 @@ from .attention import decoder_attention, decoder_attention_gradients
 from .exact import is_as_written, kind_of, path_of
 from .layers import Halves
 from .linear import is_frozen_linear
+from .long import LongRows
 from .mlp import GatedMlp, PostNormMlp, PreNormMlp
 
 #: Whose modules a layer may consist of, besides those of its own module.
@@ -105,7 +106,14 @@ def _decoder(layer):
     kept = sum(linear.out_features for linear in projections) if gradients and simple else 0
     by_hand = [layer.input_layernorm, attention, *_plain([*projections, attention.o_proj])]
     return Halves(
-        decoder_attention, mlp, [layer.post_attention_layernorm, inner], by_hand, True, gradients, attention_kept=kept
+        decoder_attention,
+        mlp,
+        [layer.post_attention_layernorm, inner],
+        by_hand,
+        True,
+        gradients,
+        attention_kept=kept,
+        of_many_tokens=LongRows if LongRows.takes(layer) else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -36,14 +37,36 @@ def keeps_nothing(linear: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def cast_once(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
-    """``linear`` with its dense weights in ``dtype``, for many uses: autocast casts a frozen weight at each of them."""
-    if type(linear) is not nn.Linear or linear.weight.dtype == dtype:
+    """``linear`` with its weights in ``dtype``, for many uses: autocast casts a frozen weight at each of them, and
+    bitsandbytes dequantizes 4 bits. FP8 and 8 bits stay."""
+    four_bits = getattr(linear.weight, "quant_state", None) is not None
+    if not four_bits and (type(linear) is not nn.Linear or linear.weight.dtype == dtype):
         return linear
-    twin = copy.copy(linear)
-    twin._parameters = {
-        name: None if parameter is None else nn.Parameter(parameter.to(dtype), requires_grad=False)
-        for name, parameter in linear._parameters.items()
+    bias = None if linear.bias is None else linear.bias.to(dtype)
+    return _twin(linear, nn.Linear, weight=dense_weight(linear, dtype), bias=bias)
+
+
+def rows_are_apart(linears: Sequence[nn.Linear]) -> bool:
+    """Whether :func:`rows_of` takes ``linears``: bitsandbytes' products of 8 bits are its own."""
+    kinds = {(isinstance(linear, Fp8Linear), linear.bias is None) for linear in linears}
+    return len(kinds) == 1 and not any(linear.weight.dtype == torch.int8 for linear in linears)
+
+
+def rows_of(linears: Sequence[nn.Linear], rows: Sequence[slice]) -> nn.Linear:
+    """One layer that computes some outputs of each of ``linears``, which are dense or FP8, one behind the other."""
+    named = {
+        name: None if parameter is None else torch.cat([x._parameters[name][part] for x, part in zip(linears, rows)])
+        for name, parameter in linears[0]._parameters.items()
     }
+    return _twin(linears[0], type(linears[0]), **named)
+
+
+def _twin(linear, kind, **tensors):
+    """A copy of ``linear`` of class ``kind`` with other parameters."""
+    twin = copy.copy(linear)
+    twin.__class__ = kind
+    twin._parameters = {name: None if x is None else nn.Parameter(x, requires_grad=False) for name, x in tensors.items()}
+    twin.out_features = len(tensors["weight"])
     return twin
 
 
