@@ -98,7 +98,7 @@ class LayerPlan:
         self.dropouts = [place for module in modules for place in probabilities(module)]
         self.all = Parameters(modules)
         if self.halves is None:
-            self.parts, self.frozen = [(part, touches(part)) for part in modules if self.alone], []
+            self.parts, self.frozen = [(part, touches(part)) for part in modules if part is not layer], []
             if before is not None:
                 warnings.warn(f"{self.reason}: {type(layer).__name__} runs its own forward from here on", stacklevel=4)
             return
