@@ -7,6 +7,7 @@
     python -m scripts.bench_memory --lengths 200 1024 --methods lora lora+packed control:lean control+packed:lean
     python -m scripts.bench_memory --shape vit-b16 --batch 128            # 4-layer MLP, 197 tokens, fp16 autocast
     python -m scripts.bench_memory --shape roberta-base --batch 64 --tokens 128
+    python -m scripts.bench_memory --shape qwen3-30b-a3b                  # 128 experts, 8 active; 61 GB of weights
     python -m scripts.bench_memory --limit 23.5 --batch 1 --methods lora+liger+checkpointing control:lean
     python -m scripts.bench_memory --methods control:fast --profile       # where the time goes
 
@@ -19,7 +20,8 @@ A method is NAME[+SWITCH...][+BASE][:MODE], with the ranks and targets of the pa
   NAME    lora, lora-all (every linear layer), lora-qkv, lora-fa (A is frozen), dora, miss, shadow (peft's), control,
           control+lora, control+dora
           LLaMA: LoRA r 32 on q,k,v,up,down, control r 64 on attention and mlp; ViT: LoRA r 1 on the MLP's linear layers,
-          control r 16; RoBERTa: LoRA r 8 on query and value, control r 16
+          control r 16; RoBERTa: LoRA r 8 on query and value, control r 16; Qwen3-MoE: LoRA r 16 on attention, and with
+          lora-experts on the experts' tensors too (peft's target_parameters), control as for LLaMA
   SWITCH  liger, unsloth, checkpointing, compile, graphs (CUDA graphs of the step), eager (attention), packed (rows laid
           end to end, with the losses of LlaMA/finetune.py), uncast (without peft's float32 copies of LoRA's inputs, as
           LlaMA/finetune.py trains)
@@ -67,7 +69,8 @@ from control_experiments.training.metering import MemoryMeter
 from scripts.workloads import (
     ALL_SHAPES,
     BASES,
-    LLAMA_SHAPES,
+    CAUSAL_SHAPES,
+    MOE_SHAPES,
     VISION_SHAPES,
     Method,
     Setting,
@@ -91,11 +94,11 @@ class Options:
     base: Optional[list[str]] = HfArg(default=None, help=f"For methods that name none: {', '.join(BASES)}.")
     batch: int = HfArg(default=4, help="Sequences per step.")
     tokens: Optional[int] = HfArg(
-        default=None, help="Tokens per sequence; default: 1024 for a LLaMA, 128 for a RoBERTa. A ViT has as many as it has."
+        default=None, help="Tokens per sequence; default: 1024 for a decoder, 128 for a RoBERTa. A ViT has as many as it has."
     )
     lengths: Optional[list[int]] = HfArg(default=None, help="Real tokens of the rows, in turn; the rest is padding.")
     precision: Optional[str] = HfArg(
-        default=None, help=f"Autocast: {', '.join(DTYPES)}; default: bf16 for a LLaMA, else fp16 on a GPU."
+        default=None, help=f"Autocast: {', '.join(DTYPES)}; default: bf16 for a decoder, else fp16 on a GPU."
     )
     control_rank: Optional[int] = HfArg(default=None, help="Rank of the control; default: the recipe's.")
     lora_rank: Optional[int] = HfArg(default=None, help="Rank of LoRA and its kin; default: the recipe's.")
@@ -122,7 +125,7 @@ class Options:
         for length in self.lengths or []:
             if length < 1:
                 raise UserError(f"--lengths must be at least 1, got {length}")
-        tokens = max(self.lengths) if self.lengths else 1024 if self.shape in LLAMA_SHAPES else 128
+        tokens = max(self.lengths) if self.lengths else 1024 if self.shape in CAUSAL_SHAPES else 128
         if self.shape in VISION_SHAPES:
             tokens = vision_size(self.shape)[1]
             if self.lengths or self.tokens not in (None, tokens):
@@ -130,8 +133,8 @@ class Options:
         if self.lengths and (self.tokens or tokens) < tokens:
             raise UserError(f"--lengths has {tokens}, which is more than --tokens {self.tokens}")
         device, searches = choose_device(self.device), self.longest or self.limit is not None
-        if searches and (device == "cpu" or self.shape not in LLAMA_SHAPES or self.lengths):
-            raise UserError("--limit and --longest need a GPU and a LLaMA shape, without --lengths")
+        if searches and (device == "cpu" or self.shape not in CAUSAL_SHAPES or self.lengths):
+            raise UserError("--limit and --longest need a GPU and a decoder's shape, without --lengths")
         if searches and self.profile:
             raise UserError("--limit, --longest and --profile are runs of their own: leave one out")
         unsloth = importlib.util.find_spec("unsloth")
@@ -205,6 +208,8 @@ def measure(options: Options, method: Method) -> dict:
         "static_bytes": static, "peak_bytes": peak, "peak_is": "reserved" if graphs else "allocated",
         "over_static_bytes": peak - static, **times, **rates, "loss": loss.item(), "memory": summary,
     }  # fmt: skip
+    if options.shape in MOE_SHAPES:
+        result["experts_implementation"] = work.model.config._experts_implementation
     return {**result, "kernels": profiled(options, work)} if options.profile else result
 
 

@@ -15,7 +15,14 @@ from dataclasses import dataclass, field
 import torch
 from peft import MissConfig, ShadowConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel, RobertaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    RobertaConfig,
+)
 
 from control_experiments.errors import UserError
 from control_experiments.training.device import DTYPES
@@ -34,6 +41,16 @@ LLAMA_SHAPES = {
     "llama3-70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
                        num_key_value_heads=8, vocab_size=128256),
 }  # fmt: skip
+#: Mixtures of experts, of class Qwen3Moe.
+MOE_SHAPES = {
+    "qwen3-30b-a3b": dict(hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48,
+                          num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+                          norm_topk_prob=True, vocab_size=151936),
+    "tiny-moe": dict(hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
+                     norm_topk_prob=True, vocab_size=2048),
+}  # fmt: skip
+CAUSAL_SHAPES = {**LLAMA_SHAPES, **MOE_SHAPES}
 ENCODER_SHAPES = {
     "roberta-base": dict(vocab_size=50265, max_position_embeddings=514),
     "tiny-roberta": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -45,14 +62,14 @@ VISION_SHAPES = {
     "vit-b16-plain": ("vit_base_patch16_224", 2),
     "tiny-vit": ("test_vit", 4),
 }
-ALL_SHAPES = (*LLAMA_SHAPES, *VISION_SHAPES, *ENCODER_SHAPES)
+ALL_SHAPES = (*CAUSAL_SHAPES, *VISION_SHAPES, *ENCODER_SHAPES)
 BASES = (*DTYPES, *QUANTIZATIONS[1:])
 CLASSES = 100  # of the ViT's images
 
 
 # -- methods ----------------------------------------------------------------------------------------------------
 
-NAMES = ("lora", "lora-all", "lora-qkv", "lora-fa", "dora", "miss", "shadow", "control", "control+lora", "control+dora")  # fmt: skip
+NAMES = ("lora", "lora-all", "lora-qkv", "lora-experts", "lora-fa", "dora", "miss", "shadow", "control", "control+lora", "control+dora")  # fmt: skip
 SWITCHES = ("liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "packed")
 MODES = ("plain", "fast", "balanced", "lean")
 #: Switches and names that need a LLaMA shape.
@@ -81,6 +98,10 @@ class Method:
                 f"method {self.text!r}: {shape} has no switches but checkpointing, graphs and eager, and no method "
                 "that reads causal tokens"
             )
+        if self.name == "lora-experts" and shape not in MOE_SHAPES:
+            raise UserError(f"method {self.text!r}: {shape} has no experts")
+        if shape in MOE_SHAPES and self.base in QUANTIZATIONS:
+            raise UserError(f"method {self.text!r}: experts are 3-D tensors, which stay in 16 bits: leave {self.base} out")
         if shape in VISION_SHAPES and self.base in QUANTIZATIONS and self.base != "fp8":
             raise UserError(f"method {self.text!r}: bitsandbytes' bases are for text models")
         if "graphs" in self.switches and device == "cpu":
@@ -138,6 +159,12 @@ RECIPES = {
          "lora-all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")},
         base="bf16", precision="bf16",
     ),
+    "moe": Recipe(  # not the paper's: attention's linear layers, as people adapt mixtures of experts
+        "CAUSAL_LM", ("double control", 64), (16, 32),
+        dict.fromkeys(("lora", "lora-all", "lora-experts"), ("q_proj", "k_proj", "v_proj", "o_proj"))
+        | dict.fromkeys(("mixed", "lora-qkv"), MIXED_TARGETS),
+        base="bf16", precision="bf16",
+    ),
     "encoder": Recipe(
         "SEQ_CLS", ("control", 16), (8, 16),
         {"lora": ("query", "value"), "mixed": ("query", "value"), "lora-all": ("query", "key", "value", "dense")},
@@ -150,11 +177,15 @@ RECIPES = {
 
 
 def recipe_of(shape: str) -> Recipe:
-    return RECIPES["llama" if shape in LLAMA_SHAPES else "vit" if shape in VISION_SHAPES else "encoder"]
+    kinds = {"llama": LLAMA_SHAPES, "moe": MOE_SHAPES, "vit": VISION_SHAPES, "encoder": ENCODER_SHAPES}
+    return next(RECIPES[kind] for kind, shapes in kinds.items() if shape in shapes)
 
 
 def default_methods(shape: str, device: str, unsloth: bool) -> list[str]:
     """The methods that a shape's benchmark runs when none are named."""
+    if shape in MOE_SHAPES:
+        loras = ["lora+checkpointing", "lora+uncast+checkpointing", "lora-experts+checkpointing"]
+        return [*loras, "control+checkpointing:plain", "control:lean"]
     methods = [
         "dora", "lora", "lora-all", "lora-fa", "lora+uncast", "lora+compile", "lora+liger", "lora+checkpointing",
         "lora+liger+checkpointing", "lora+graphs", "miss", "shadow", "control:plain", "control+liger:plain", "control:fast",
@@ -175,8 +206,10 @@ def default_methods(shape: str, device: str, unsloth: bool) -> list[str]:
 def random_llama(
     shape: str, device: str | torch.device, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa", **more
 ) -> PreTrainedModel:
-    """A LLaMA of random weights, made on the device, which may be "meta"; `more` changes its configuration."""
-    config = LlamaConfig(**{**LLAMA_SHAPES[shape], "max_position_embeddings": 1 << 20, "use_cache": False, **more})
+    """A LLaMA or mixture of experts of random weights, made on the device, which may be "meta"; `more` changes its
+    configuration. Experts run in transformers' own choice of kernels (grouped matmuls where the device has them)."""
+    kind = Qwen3MoeConfig if shape in MOE_SHAPES else LlamaConfig
+    config = kind(**{**CAUSAL_SHAPES[shape], "max_position_embeddings": 1 << 20, "use_cache": False, **more})
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
@@ -212,7 +245,7 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
         return quantize_fp8(model) if quantized else model
     if "packed" in method.switches and varlen_available(torch.device(device), compute):
         attention = VARLEN
-    if shape in LLAMA_SHAPES:
+    if shape in CAUSAL_SHAPES:
         make = random_fp8_llama if method.base == "fp8" else random_llama
         model = make(shape, device, stored, attention)
     else:
@@ -290,6 +323,8 @@ def adapt(model: nn.Module, shape: str, method: Method, control_rank: int | None
         options = AdapterOptions(method=known, **ranks, lora_alpha=rank * recipe.lora[1] / recipe.lora[0])
         bias = shape in VISION_SHAPES
         config = adapter_config(options, task_type=task, targets=targets, bias=bias, modules_to_save=head)
+        if name == "lora-experts":
+            config.target_parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     model = get_peft_model(model, config)
     for place, parameter in model.named_parameters():
         if "lora_A" in place and name == "lora-fa":
@@ -409,7 +444,7 @@ def step_loss(setting: Setting, method: Method, model: nn.Module) -> Callable[[]
         images = torch.randn(setting.batch, 3, size, size, generator=generator, device=device)
         labels = torch.arange(setting.batch, device=device) % CLASSES
         return lambda: nn.functional.cross_entropy(model(images), labels)
-    vocabulary = {**LLAMA_SHAPES, **ENCODER_SHAPES}[setting.shape]["vocab_size"]
+    vocabulary = {**CAUSAL_SHAPES, **ENCODER_SHAPES}[setting.shape]["vocab_size"]
     ids = torch.randint(3, vocabulary, (setting.batch, setting.tokens), generator=generator, device=device)
     if "packed" in method.switches:
         rows = [TokenRow(row[:length].tolist(), 1, cut=False) for row, length in zip(ids, setting.rows)]
@@ -420,7 +455,7 @@ def step_loss(setting: Setting, method: Method, model: nn.Module) -> Callable[[]
     inputs = {"input_ids": ids}
     if setting.lengths or setting.shape in ENCODER_SHAPES:  # a tokenizer's collator always gives a mask
         inputs["attention_mask"] = real.long()
-    inputs["labels"] = ids.masked_fill(~real, IGNORE) if setting.shape in LLAMA_SHAPES else ids[:, 0] % 2
+    inputs["labels"] = ids.masked_fill(~real, IGNORE) if setting.shape in CAUSAL_SHAPES else ids[:, 0] % 2
     return lambda: model(**inputs).loss
 
 

@@ -36,8 +36,9 @@ from ..architectures import ARCHITECTURES
 from ..control_layer import ControlLayer
 from .attention import NormPlan
 from .exact import is_as_written, kind_of
-from .families import FAMILIES, halves, is_known_model
+from .families import FAMILIES, halves, has_plain_head, is_known_model
 from .forward import enter, leave
+from .generic import look_at, parameters_per_token
 from .graphs import StepGraphs, StepPlan
 from .layers import LayerPlan
 from .loss import DecoderPlan, LossPlan
@@ -129,7 +130,7 @@ def set_memory_mode(
 
 
 def _plan_layers(model, mode, chunk_tokens, offload, paced, on_unsupported):
-    plans = {layer: LayerPlan(layer, mode, halves, chunk_tokens) for layer in model.modules() if _is_layer(layer)}
+    plans = {layer: LayerPlan(layer, mode, halves, look_at, chunk_tokens) for layer in model.modules() if _is_layer(layer)}
     message = None
     if not plans:
         message = f"{type(model).__name__} has no layer that Control knows and no control"
@@ -147,6 +148,8 @@ def _plan_layers(model, mode, chunk_tokens, offload, paced, on_unsupported):
         raise ValueError(f"memory mode {mode!r} replaces gradient checkpointing: switch that off first")
     host = HostStates(len(plans) if mode == "lean" else 0, paced)
     for layer, plan in plans.items():
+        if plan.halves is None and plan.alone and (_hides_state(layer) if offload is None else offload):
+            plan.host = host
         if plan.halves is not None:
             kept, hides_copies = plan.halves.attention_kept, partial(_hides_copies, layer, plan)
             plan.attention_on_host = mode != "fast" and offload is not False and kept > 0 and hides_copies(kept)
@@ -177,12 +180,20 @@ def _hides_copies(layer, plan, more=0):
     return _PARAMETERS_PER_BYTE * token_bytes <= parameters
 
 
+def _hides_state(layer):
+    """The same of one state and a layer that is not written by hand."""
+    widths = [child.width for child in layer.children() if isinstance(child, ControlLayer)]
+    weight = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
+    return bool(widths) and _PARAMETERS_PER_BYTE * widths[0] * weight.element_size() <= parameters_per_token(layer)
+
+
 def _plan_models(model, plans, chunk_tokens, fused_loss):
     """What surrounds the layers: no cache while training, the last norm, the loss."""
     by_hand = {layer for layer, plan in plans.items() if plan.halves is not None}
     for module in model.modules():
-        layers = getattr(module, "layers", ())
-        if not isinstance(module, PreTrainedModel) or not any(layer in plans for layer in layers):
+        lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
+        layers = next((found for found in lists if any(layer in plans for layer in found)), None)
+        if not isinstance(module, PreTrainedModel) or layers is None:
             continue
         if "use_cache" in inspect.signature(type(module).forward).parameters:
             enter(module, DecoderPlan())
@@ -191,15 +202,16 @@ def _plan_models(model, plans, chunk_tokens, fused_loss):
         if fused_loss and type(norm) in kinds and is_as_written(norm):
             enter(norm, NormPlan())
     for module in model.modules() if fused_loss else ():
-        if not is_known_model(module) or not is_as_written(module, hooks=False):
+        if not has_plain_head(module) or not is_as_written(module, hooks=False):
             continue
-        if any(layer in by_hand for layer in module.base_model.layers):
+        if any(layer in by_hand or plans[layer].alone for layer in module.model.layers if layer in plans):
             rows = chunk_tokens // 4 if chunk_tokens else _LOGITS_ELEMENTS // module.lm_head.out_features
             enter(module, LossPlan(max(rows, 1)))
 
 
 def _replay_steps(model):
-    losses = [plan for module in model.modules() if isinstance(plan := vars(module).get("memory_plan"), LossPlan)]
+    known = [vars(module).get("memory_plan") for module in model.modules() if is_known_model(module)]
+    losses = [plan for plan in known if isinstance(plan, LossPlan)]
     for plan in losses:
         plan.graphs = StepGraphs()
     if not losses:

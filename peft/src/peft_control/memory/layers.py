@@ -64,15 +64,15 @@ class LayerPlan:
 
     Attributes:
         mode: the memory mode.
-        halves: what is written by hand for the layer, or None: it then runs its own forward, in modes balanced and lean inside
-            torch's checkpointing.
+        halves: what is written by hand for the layer, or None: it then runs its own forward.
+        alone: what runs it so in mode lean (``generic.py``), or None: torch's checkpointing does.
         chunk: tokens of an MLP's chunk, or None for the MLP's own.
         host: where states wait in modes lean and balanced, or None.
         attention_on_host: whether the tensors that let attention's backward skip its projections wait there too.
     """
 
-    def __init__(self, layer: nn.Module, mode: str, find: Callable, chunk: int | None):
-        self.mode, self.find, self.chosen_chunk = mode, find, chunk
+    def __init__(self, layer: nn.Module, mode: str, find: Callable, generic: Callable, chunk: int | None):
+        self.mode, self.find, self.generic, self.chosen_chunk = mode, find, generic, chunk
         self.host: HostStates | None = None
         self.attention_on_host = False
         self.look_at(layer)
@@ -88,6 +88,7 @@ class LayerPlan:
             self.halves, self.reason = self.find(layer), None
         except ValueError as error:
             self.halves, self.reason = None, str(error)
+        self.alone = self.generic(layer, self) if self.mode == "lean" else None
         modules = list(layer.modules())
         self.children = [
             (module._modules, list(module._modules.values()))
@@ -99,7 +100,7 @@ class LayerPlan:
         self.dropouts = [place for module in modules for place in probabilities(module)]
         self.all = Parameters(modules)
         if self.halves is None:
-            self.parts, self.frozen = [], []
+            self.parts, self.frozen = [(part, touches(part)) for part in modules if part is not layer], []
             if before is not None:
                 warnings.warn(f"{self.reason}: {type(layer).__name__} runs its own forward from here on", stacklevel=4)
             return
@@ -143,7 +144,8 @@ class LayerPlan:
         if self.halves is None or self.mlp.draws() or trained_input:
             if self.mode == "fast":
                 return own(hidden_states, *arguments, **named)
-            return recomputed(self, layer, own, hidden_states, *arguments, **named)
+            again = self.alone or recomputed
+            return again(self, layer, own, hidden_states, *arguments, **named)
         if self.mode == "lean":
             long = self.halves.of_many_tokens
             node = LongLayer if long is not None and long.suits(hidden_states, *arguments, **named) else LeanLayer
