@@ -194,11 +194,12 @@ class WeightStream:
         return self.__reduce__()
 
     @property
-    def nbytes(self) -> int:
-        return sum(weights.nbytes for weights in self.layers)
+    def holders(self) -> set[int]:
+        """The ids of the parameters."""
+        return {id(place.holder) for weights in self.layers for place in weights.places}
 
     def slot_bytes(self) -> list[int]:
-        return _slot_sizes([weights.nbytes for weights in self.layers], self.resident)
+        return [max(weights.nbytes for weights in self.layers[slot :: self.resident]) for slot in range(self.resident)]
 
     @contextmanager
     def holding(self, weights: Weights, device: torch.device | None) -> Iterator[None]:
@@ -330,28 +331,35 @@ def start(model: nn.Module, is_layer: Callable[[nn.Module], bool], resident: int
     stop(model)
     free = _check_room(list(layers.values()))
     stream = WeightStream(layers, resident)
-    streamed = {id(place.holder) for weights in stream.layers for place in weights.places}
     # DDP refuses parameters on two kinds of devices, and would send these around
-    ignored = [name for name, parameter in model.named_parameters() if id(parameter) in streamed]
+    ignored = [name for name, parameter in model.named_parameters() if id(parameter) in stream.holders]
     setattr(model, _IGNORED_BY_DDP, [*getattr(model, _IGNORED_BY_DDP, []), *ignored])
-    others = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in streamed)
-    logger.info(
-        "frozen weights of %d layers wait in %s of the host's memory (%s were free); the GPU holds %d layers of them at a "
-        "time (%s), beside %s of other parameters",
-        *(len(stream.layers), _gib(stream.nbytes), _gib(free)),
-        *(stream.resident, _gib(sum(stream.slot_bytes())), _gib(others)),
-    )
+    logger.info("%s; %s of the host's memory were free", describe(model), _gib(free))
 
 
 def stop(model: nn.Module) -> None:
     """Undo :func:`start`: the weights return to where they were."""
     for stream in _streams(model):
-        streamed = {id(place.holder) for weights in stream.layers for place in weights.places}
         stream.stop()
         for module in model.modules():
             if (ignored := vars(module).get(_IGNORED_BY_DDP)) is not None:
-                names = {name for name, parameter in module.named_parameters() if id(parameter) in streamed}
+                names = {name for name, parameter in module.named_parameters() if id(parameter) in stream.holders}
                 setattr(module, _IGNORED_BY_DDP, [name for name in ignored if name not in names])
+
+
+def describe(model: nn.Module) -> str | None:
+    """What host and device hold of a model whose weights are streamed, in one line; None for any other."""
+    streams = _streams(model)
+    if not streams:
+        return None
+    (stream,) = streams
+    others = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in stream.holders)
+    host, slots = _gib(sum(weights.nbytes for weights in stream.layers)), _gib(sum(stream.slot_bytes()))
+    return (
+        f"frozen weights of {len(stream.layers)} layers wait on the host ({host}); the device holds {stream.resident} of them "
+        f"at a time ({slots}) and the model's other parameters ({_gib(others)})"
+    )
+
 
 
 def _streams(model):
@@ -494,10 +502,6 @@ def _spans(tensors):
         spans.append(Span(start, start + tensor.nbytes, tensor.dtype, tensor.shape, stride))
         start = -(-spans[-1].end // _ALIGNED) * _ALIGNED
     return spans
-
-
-def _slot_sizes(sizes, resident):
-    return [max(sizes[slot::resident]) for slot in range(resident)]
 
 
 def _in_own_pages(size):
