@@ -24,13 +24,15 @@ A method is NAME[+SWITCH...][+BASE][:MODE], with the ranks and targets of the pa
           lora-experts on the experts' tensors too (peft's target_parameters), control as for LLaMA
   SWITCH  liger, unsloth, checkpointing, compile, graphs (CUDA graphs of the step), eager (attention), packed (rows laid
           end to end, with the losses of LlaMA/finetune.py), uncast (without peft's float32 copies of LoRA's inputs, as
-          LlaMA/finetune.py trains)
+          LlaMA/finetune.py trains), streamed (the layers' frozen weights wait on the host; a LLaMA's are made layer by layer
+          and never all lie on the GPU)
   BASE    fp32, bf16, fp16, nf4, fp4, int8 or fp8: how the frozen weights are stored; else LLaMA bf16, the others fp32
   MODE    plain, fast, balanced or lean, for methods with a control (see peft_control.memory)
 By default those run that suit the shape. Unsloth, for lora and lora-all, only loads models from folders, so one is
 written for it (16 GB for LLaMA-3-8B, in TMPDIR); by default it runs on a GPU where it is installed, for which
 results/README.md has a command. With graphs memory is what the allocator reserves, in expandable segments, because a
-graph keeps its memory between the steps. --limit uses expandable segments for every method, as the LLaMA launchers do.
+graph keeps its memory between the steps. --limit and --within use expandable segments for every method, as the LLaMA
+launchers do.
 """
 
 from __future__ import annotations
@@ -107,6 +109,7 @@ class Options:
     repeats: Optional[int] = HfArg(default=None, help="Their median counts; default: 3 on a GPU, 1 on a CPU.")
     device: str = HfArg(default="cuda", help="cuda, a GPU's index, or cpu to try the script out.")
     limit: Optional[float] = HfArg(default=None, help="Instead: the longest sequence within this many GiB.")
+    within: Optional[float] = HfArg(default=None, help="GiB that the allocator may take: a method that needs more fails.")
     longest: bool = HfArg(default=False, help="Instead: the longest sequence that trains on the whole GPU.")
     profile: bool = HfArg(default=False, help="Instead: the kernels of a step, in a record of their own.")
     output: str = HfArg(default=str(RESULTS / "memory"), help="Folder of records.", aliases=["--output_dir"])
@@ -121,7 +124,7 @@ class Options:
         check_choices(self, shape=ALL_SHAPES, precision=DTYPES, base=BASES)
         check_numbers(self, "batch", "tokens", "steps", "repeats", "control_rank", "lora_rank", at_least=1)
         check_numbers(self, "warmup", at_least=0)
-        check_numbers(self, "limit", above=0)
+        check_numbers(self, "limit", "within", above=0)
         for length in self.lengths or []:
             if length < 1:
                 raise UserError(f"--lengths must be at least 1, got {length}")
@@ -135,6 +138,8 @@ class Options:
         device, searches = choose_device(self.device), self.longest or self.limit is not None
         if searches and (device == "cpu" or self.shape not in CAUSAL_SHAPES or self.lengths):
             raise UserError("--limit and --longest need a GPU and a decoder's shape, without --lengths")
+        if self.within is not None and (device == "cpu" or searches):
+            raise UserError("--within needs a GPU, and no search (--limit, --longest)")
         if searches and self.profile:
             raise UserError("--limit, --longest and --profile are runs of their own: leave one out")
         unsloth = importlib.util.find_spec("unsloth")
@@ -170,6 +175,7 @@ class Options:
 
     def file_name(self) -> str:
         words = [self.shape, f"{self.batch}x{self.tokens}", *(self.base or []), *self.particulars()]
+        words += [f"within{self.within:g}"] if self.within else []
         words += [f"limit{self.limit:g}"] if self.limit else ["profile"] if self.profile else []
         return "_".join(words) + ".json"
 
@@ -180,6 +186,8 @@ class Options:
 def measure(options: Options, method: Method) -> dict:
     """Train a few steps; memory in bytes, seconds per step and the loss after them."""
     device = torch.device(options.device)
+    if options.within:
+        allow(options.within)
     memory = MemoryMeter(device)
     work = build(options.setting(), method, memory.after_load)
     graphs, cuda = "graphs" in method.switches, device.type == "cuda"
@@ -213,6 +221,12 @@ def measure(options: Options, method: Method) -> dict:
     return {**result, "kernels": profiled(options, work)} if options.profile else result
 
 
+def allow(limit: float) -> None:
+    """Let torch's allocator take so many GiB of the GPU at most."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total))
+
+
 def profiled(options: Options, work: Workload) -> list[dict]:
     """Seconds of one step by kernel (on the CPU: by operation), the longest first."""
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
@@ -233,9 +247,8 @@ def longest(options: Options, method: Method) -> dict:
 
     The optimizer's states are there from the second length on, which is what the others are measured with.
     """
-    total = torch.cuda.get_device_properties(0).total_memory
-    limit = options.limit or round(total / 2**30, 2)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total))
+    limit = options.limit or round(torch.cuda.get_device_properties(0).total_memory / 2**30, 2)
+    allow(limit)
     setting = replace(options.setting(), tokens=512)
     work = build(setting, method, longest=LONGEST)
 
@@ -270,7 +283,7 @@ def longest(options: Options, method: Method) -> dict:
 def run_method(options: Options, method: Method, command: Sequence[str]) -> dict:
     """Measure the method in a process of its own."""
     start = ["-m", "scripts.bench_memory"]
-    grows = options.limit or options.longest or "graphs" in method.switches
+    grows = options.limit or options.within or options.longest or "graphs" in method.switches
     environment = dict(EXPANDABLE) if grows else {}
     if "unsloth" in method.switches:  # which also writes what it compiles
         start = ["-c", UNSLOTH_FIRST]

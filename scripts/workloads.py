@@ -70,7 +70,7 @@ CLASSES = 100  # of the ViT's images
 # -- methods ----------------------------------------------------------------------------------------------------
 
 NAMES = ("lora", "lora-all", "lora-qkv", "lora-experts", "lora-fa", "dora", "miss", "shadow", "control", "control+lora", "control+dora")  # fmt: skip
-SWITCHES = ("liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "packed")
+SWITCHES = ("liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "packed", "streamed")
 MODES = ("plain", "fast", "balanced", "lean")
 #: Switches and names that need a LLaMA shape.
 OF_LLAMA = ("liger", "unsloth", "compile", "packed", "lora-qkv", "shadow")
@@ -127,6 +127,8 @@ def parse_method(text: str) -> Method:
     plain_lora = name in ("lora", "lora-all") and not bases and switches <= {"unsloth", "checkpointing"}
     if "unsloth" in switches and not plain_lora:
         raise UserError(f"method {text!r}: unsloth is for lora and lora-all, with checkpointing or without")
+    if "streamed" in switches and ({"graphs", "unsloth"} & switches or mode == "fast" or "int8" in bases or name == "shadow"):
+        raise UserError(f"method {text!r}: weights are not streamed with graphs, unsloth, shadow, int8 or mode fast")
     if {"packed", "graphs"} <= switches:
         raise UserError(f"method {text!r}: packed rows are not measured as CUDA graphs")
     return Method(text, name, switches, bases[0] if bases else None, mode or "plain")
@@ -214,13 +216,16 @@ def random_llama(
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
-def random_fp8_llama(shape: str, device: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The same with its layers in FP8, of which one at a time is made in `dtype`."""
+def random_llama_in_parts(
+    shape: str, device: str, dtype: torch.dtype, attention: str, store: Callable[[nn.Module], None], place: str
+) -> PreTrainedModel:
+    """The same, of which one layer at a time is made in `dtype`, given to `store` and put on the device `place`."""
     model = random_llama(shape, device, dtype, attention, num_hidden_layers=0)
     model.config.num_hidden_layers = LLAMA_SHAPES[shape]["num_hidden_layers"]
     for index in range(model.config.num_hidden_layers):
         short = random_llama(shape, device, dtype, attention, num_hidden_layers=1, vocab_size=1)
-        (layer,) = quantize_fp8(short).model.layers
+        store(short)
+        (layer,) = short.model.layers.to(place)
         layer.self_attn.layer_idx, layer.self_attn.config = index, model.config
         model.model.layers.append(layer)
     return model
@@ -233,6 +238,13 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
     attention = "eager" if "eager" in method.switches else "sdpa"
     quantized = method.base in QUANTIZATIONS
     settings = loading_arguments(method.base, torch.device(device), compute) if quantized else {}
+
+    def store(model: nn.Module) -> None:
+        if method.base == "fp8":
+            quantize_fp8(model)
+        elif quantized:
+            quantize(model, method.base, settings["quantization_config"], torch.device(device))
+
     if shape in VISION_SHAPES:
         from ViT.vision_models import create, set_attention, set_mlp_layers
 
@@ -246,16 +258,17 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
     if "packed" in method.switches and varlen_available(torch.device(device), compute):
         attention = VARLEN
     if shape in CAUSAL_SHAPES:
-        make = random_fp8_llama if method.base == "fp8" else random_llama
-        model = make(shape, device, stored, attention)
+        if "streamed" in method.switches:
+            model = random_llama_in_parts(shape, device, stored, attention, store, "cpu")
+        elif method.base == "fp8":
+            model = random_llama_in_parts(shape, device, stored, attention, store, device)
+        else:
+            model = random_llama(shape, device, stored, attention)
     else:
         config = RobertaConfig(**ENCODER_SHAPES[shape], type_vocab_size=1)
         with torch.device(device):
             model = AutoModelForSequenceClassification.from_config(config, dtype=stored, attn_implementation=attention)
-    if method.base == "fp8":
-        quantize_fp8(model)
-    elif quantized:
-        quantize(model, method.base, settings["quantization_config"], torch.device(device))
+    store(model)
     if quantized:
         model.config.quantization_config = settings["quantization_config"]
     return prepare(model)
@@ -339,7 +352,7 @@ def adapt(model: nn.Module, shape: str, method: Method, control_rank: int | None
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if "uncast" in method.switches:
         ready_to_train(model, "plain", half=True)
-    set_memory(model, method.mode, cuda_graphs="graphs" in method.switches)
+    set_memory(model, method.mode, "graphs" in method.switches, stream_weights="streamed" in method.switches)
     return model.train()
 
 
@@ -430,6 +443,8 @@ def build(setting: Setting, method: Method, loaded: Callable[[], None] = lambda:
             torch.cuda.empty_cache()
         loaded()
         model = adapt(base, setting.shape, method, setting.control_rank, setting.lora_rank)
+        if "streamed" in method.switches:
+            model.to(setting.device)
     if "compile" in method.switches:
         model = torch.compile(model)
     return Workload(setting, model, step_loss(setting, method, model))
