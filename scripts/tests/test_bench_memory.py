@@ -288,7 +288,11 @@ def test_a_search_goes_on_after_a_kill_and_ends_in_time(gpu, tmp_path, call, mon
     assert call(*asked)[0] == 130
     path = tmp_path / "llama3-8b_1x1024_nf4_limit9.5-12.json"
     found = [json.loads(Path(f"{path}.partial").read_text())["results"]]
-    assert [(result.get("tokens"), result.get("limit_gib")) for result in found[0]] == [(1024, None), (10**6, None), (None, 9.5)]
+    assert [(result.get("tokens"), result.get("limit_gib")) for result in found[0]] == [
+        (1024, None),
+        (10**6, None),
+        (None, 9.5),
+    ]
     assert found[0][1]["fits"] is False and not path.exists()
 
     monkeypatch.setattr(bench_memory, "stream_apart", real)
@@ -313,7 +317,9 @@ def test_a_search_goes_on_after_a_kill_and_ends_in_time(gpu, tmp_path, call, mon
 
 
 def test_the_whole_gpu_is_a_limit_too(gpu, tmp_path, call):
-    code, _, stderr = call("bench_memory", "--batch", 1, "--methods", "lora", "--longest", "--up_to", 4096, "--output", tmp_path)
+    code, _, stderr = call(
+        "bench_memory", "--batch", 1, "--methods", "lora", "--longest", "--up_to", 4096, "--output", tmp_path
+    )
     assert code == 0, stderr
     (result,) = json.loads((tmp_path / "llama3-8b_1x1024_limit80.json").read_text())["results"]
     assert (result["limit_gib"], result["longest_tokens"], result["ended_by"]) == (80, 4096, "--up_to")
