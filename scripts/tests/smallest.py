@@ -163,8 +163,11 @@ class Runner:
         tiny = {"vit-b16": "tiny-vit", "roberta-base": "tiny-roberta"}.get(shape, "tiny")
         method = given[given.index("--methods") + 1] if "--methods" in given else "control:lean"
         method = method.replace("+liger", "").replace("+graphs", "")
-        for option, last in (("--limit", 2), ("--lengths", 3), ("--tokens", 2)):  # of a GPU's memory; a tiny model's are few
-            if option in given and (option != "--tokens" or tiny == "tiny-vit"):
-                del given[given.index(option) : given.index(option) + last]
+        unwanted = ("--limit", "--speed_at", "--lengths", *(["--tokens"] if tiny == "tiny-vit" else []))
+        for option in unwanted:  # of a GPU's memory; a tiny model's are few
+            if option in given:
+                first = given.index(option)
+                last = next((n for n, word in enumerate(given) if n > first and word.startswith("--")), len(given))
+                del given[first:last]
         given = [*given, "--shape", tiny, "--methods", method, "--worker", method]
         return given if tiny == "tiny-vit" else [*given, "--tokens", "8"]
