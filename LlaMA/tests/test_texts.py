@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from control_experiments.errors import UserError
 from control_experiments.record import read_record
-from LlaMA import finetune, training
+from LlaMA import finetune, library_texts, training
 from LlaMA.commonsense import IGNORE, Row, tokenize_rows
 from LlaMA.tests.conftest import NOUNS, one_line
 from LlaMA.texts import Chat, Text, read_data, tokenize_data
@@ -228,3 +230,32 @@ def test_rows_beyond_the_models_positions(call, model_folder, texts, tokenizer, 
     words = arguments(tmp_path / "gpt2", tmp_path / "none", *more, "--memory", "plain")
     code, _, err = call(finetune.main, *words)
     assert code == 2 and "has no more positions: choose --cutoff 128 or less" in one_line(err)
+
+
+def test_the_librarys_texts_share_no_module(call, tmp_path):
+    library = tmp_path / "lib"
+    for name in (
+        "json/__init__.py",
+        "json/decoder.py",
+        "zipfile/core.py",
+        "abc.py",
+        "ast.py",
+        "site-packages/own.py",
+        "test/more.py",
+    ):
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_text(f"print('{name}')\n")
+    code, out, err = call(library_texts.main, "--output_dir", tmp_path / "all")
+    assert code == 0 and "M characters for validation" in out, err
+    parts = {part: [*(tmp_path / "all" / part).iterdir()] for part in ("train", "validation")}
+    named = {part: re.findall(r"^# (\S+\.py)\n\n", "".join(map(Path.read_text, files)), re.M) for part, files in parts.items()}
+    assert len(named["validation"]) >= 20 and len(named["train"]) > 5 * len(named["validation"])
+    assert not {*named["train"]} & {*named["validation"]} and "json/decoder.py" in [*named["train"], *named["validation"]]
+    assert {*library_texts.texts(library)} == {"json", "zipfile", "modules_a"}
+    assert library_texts.texts(library)["json"].index("__init__") < library_texts.texts(library)["json"].index("decoder")
+    for more, said in (
+        (("--output_dir", tmp_path / "all"), "is there already"),
+        (("--library", tmp_path / "all"), "too few modules"),
+    ):
+        code, _, err = call(library_texts.main, "--output_dir", tmp_path / "other", *more)
+        assert code == 2 and said in one_line(err)
