@@ -124,9 +124,10 @@ def parse_method(text: str) -> Method:
         raise UserError(f"unknown method {text!r}: see --help")
     if mode not in ("", *MODES) or (mode not in ("", "plain") and "control" not in name):
         raise UserError(f"method {text!r}: no such memory mode")
-    plain_lora = name in ("lora", "lora-all") and not bases and switches <= {"unsloth", "checkpointing"}
+    plain_lora = name in ("lora", "lora-all") and switches <= {"unsloth", "checkpointing"} and {*bases} <= {"bf16", "nf4"}
     if "unsloth" in switches and not plain_lora:
-        raise UserError(f"method {text!r}: unsloth is for lora and lora-all, with checkpointing or without")
+        told = "unsloth is for lora and lora-all over bf16 or nf4, with checkpointing or without"
+        raise UserError(f"method {text!r}: {told}")
     if "streamed" in switches and ({"graphs", "unsloth"} & switches or mode == "fast" or "int8" in bases or name == "shadow"):
         raise UserError(f"method {text!r}: weights are not streamed with graphs, unsloth, shadow, int8 or mode fast")
     if {"packed", "graphs"} <= switches:
@@ -484,7 +485,7 @@ def unsloth_llama(setting: Setting, method: Method, tokens: int) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         write_llama(setting.shape, setting.device, folder, tokens)
         model, _ = FastLanguageModel.from_pretrained(
-            folder, max_seq_length=tokens, dtype=torch.bfloat16, load_in_4bit=False, local_files_only=True
+            folder, max_seq_length=tokens, dtype=torch.bfloat16, load_in_4bit=method.base == "nf4", local_files_only=True
         )
     recipe = RECIPES["llama"]
     rank = setting.lora_rank or recipe.lora[0]
