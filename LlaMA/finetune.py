@@ -11,7 +11,8 @@ run record.
 Defaults are the paper's recipe for LLaMA-2-7B. What the options trade: rows are packed end to end without padding, with
 the gradients of the published micro-batches; `--batching padded` computes on padding too, as published. A larger
 `--token_budget` is faster and takes more memory, results stay. `--memory fast|balanced|lean` keeps less of the frozen
-blocks for the backward, with exact gradients. See LlaMA/README.md.
+blocks for the backward, with exact gradients. `--stream_weights True` keeps the frozen weights in the host's memory, for
+models larger than the GPU. See LlaMA/README.md.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.checksums import local_fingerprint
 from control_experiments.training.options import (
+    STREAM_HELP,
     AdapterOptions,
     BaseOptions,
     MemoryOptions,
     Precision,
     RunOptions,
     TrainerOptions,
+    check_streaming,
     processes,
 )
 from LlaMA.demo import place_of_data
@@ -84,9 +87,10 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
         default="adamw", help="paged_adamw_8bit: states in 8 bits, in host memory when the GPU's runs out."
     )
     gradient_checkpointing: bool = HfArg(default=False, help="Recompute every layer in the backward.")
+    stream_weights: bool = HfArg(default=False, help=STREAM_HELP)
 
     methods: ClassVar[tuple[str, ...]] = METHODS
-    neutral: ClassVar[tuple[str, ...]] = ("validation",)
+    neutral: ClassVar[tuple[str, ...]] = ("stream_weights", "validation")
 
     @property
     def targets(self) -> Sequence[str]:
@@ -110,6 +114,8 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
             raise UserError(f"--token_budget {self.budget} must be at least --cutoff {self.cutoff}")
         if self.memory != "plain" and self.gradient_checkpointing:
             raise UserError("--gradient_checkpointing needs --memory plain: choose one of the two")
+        if self.stream_weights:
+            check_streaming(self)
         if self.cuda_graphs and self.batching == "padded":
             raise UserError("--cuda_graphs needs packed rows: leave out --batching padded")
         if self.cuda_graphs and self.gradient_checkpointing:

@@ -44,13 +44,16 @@ from LlaMA.packing import (
     varlen_available,
 )
 from LlaMA.texts import read_data, tokenize_data
+from peft_control.memory import describe_streaming
 
 if TYPE_CHECKING:
     from LlaMA.finetune import Options
 
 logger = logging.getLogger("finetune")
 LOGGERS = ("finetune", "control_experiments")
-LESS_MEMORY = "--memory lean, a smaller --token_budget or --micro_batch_size, --dtype bf16, a smaller --cutoff"
+LESS_MEMORY = (
+    "--memory lean, --stream_weights True, a smaller --token_budget or --micro_batch_size, --dtype bf16, a smaller --cutoff"
+)
 
 #: How the adapter's card says that it is loaded.
 LOAD = """
@@ -140,8 +143,11 @@ def train(options: Options, run: Run) -> RunRecord:
         counted = f"{len(training)} training and {len(held_out)} held-out rows, {cut} cut at {options.cutoff} tokens"
         line = f"{options.method} on {public_path(options.model)}: {counted}; {counts}, {run.described}"
         logger.info("%s", line)
+        plan = describe_streaming(model)
+        if plan:
+            logger.info("%s", plan)
         if trainer.is_world_process_zero():
-            print(line, flush=True)
+            print(*filter(None, (line, plan)), sep="\n", flush=True)
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
 
     history, metrics = summarise(trainer.state.log_history)
@@ -149,6 +155,7 @@ def train(options: Options, run: Run) -> RunRecord:
         return record
     record.hyperparameters |= {
         **({"shard": options.shard} if shares_weights(options.shard) else {}),
+        **({"stream_weights": True} if options.stream_weights else {}),
         "attention": model.config._attn_implementation,
         "pad_token": tokenizer.pad_token,
     }
@@ -189,12 +196,15 @@ def prepare_model(options: Options, device: torch.device, dtype: torch.dtype, me
         raise UserError("--attention varlen needs packed rows in half precision on an Ampere or newer GPU")
     shared = shares_weights(options.shard)
     place = torch.device("cpu") if shared else device
-    base = load_model(options.model, dtype, place, VARLEN if varlen else "sdpa", options.quantization)
+    attention = VARLEN if varlen else "sdpa"
+    base = load_model(options.model, dtype, place, attention, options.quantization, on_host=options.stream_weights)
     memory.after_load()
     total = base.num_parameters()
     model = add_adapter(base, adapter_config(options, task_type="CAUSAL_LM", targets=options.targets))
     how = {"half": dtype != torch.float32, "chunk_tokens": options.chunk_tokens, "offload": options.offload}
-    ready_to_train(model, options.memory, **how)
+    ready_to_train(model, options.memory, stream_to=device if options.stream_weights else None, **how)
+    if options.stream_weights:
+        memory.after_load()
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if shared:

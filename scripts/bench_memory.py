@@ -7,6 +7,7 @@
     python -m scripts.bench_memory --lengths 200 1024 --methods lora lora+packed control:lean control+packed:lean
     python -m scripts.bench_memory --shape vit-b16 --batch 128            # 4-layer MLP, 197 tokens, fp16 autocast
     python -m scripts.bench_memory --shape roberta-base --batch 64 --tokens 128
+    python -m scripts.bench_memory --shape qwen3-30b-a3b                  # 128 experts, 8 active; 61 GB of weights
     python -m scripts.bench_memory --limit 23.5 --batch 1 --methods lora+liger+checkpointing control:lean
     python -m scripts.bench_memory --limit 15.5 23.5 --speed_at 8192 --batch 1 --base nf4 --methods control:lean
     python -m scripts.bench_memory --methods control:fast --profile       # where the time goes
@@ -20,18 +21,20 @@ A method is NAME[+SWITCH...][+BASE][:MODE], with the ranks and targets of the pa
   NAME    lora, lora-all (every linear layer), lora-qkv, lora-fa (A is frozen), dora, miss, shadow (peft's), control,
           control+lora, control+dora
           LLaMA: LoRA r 32 on q,k,v,up,down, control r 64 on attention and mlp; ViT: LoRA r 1 on the MLP's linear layers,
-          control r 16; RoBERTa: LoRA r 8 on query and value, control r 16
+          control r 16; RoBERTa: LoRA r 8 on query and value, control r 16; Qwen3-MoE: LoRA r 16 on attention, and with
+          lora-experts on the experts' tensors too (peft's target_parameters), control as for LLaMA
   SWITCH  liger, unsloth, checkpointing, compile, graphs (CUDA graphs of the step), eager (attention), packed (rows laid
           end to end, with the losses of LlaMA/finetune.py), uncast (without peft's float32 copies of LoRA's inputs, as
-          LlaMA/finetune.py trains)
+          LlaMA/finetune.py trains), streamed (the layers' frozen weights wait on the host; a LLaMA's are made layer by layer
+          and never all lie on the GPU)
   BASE    fp32, bf16, fp16, nf4, fp4, int8 or fp8: how the frozen weights are stored; else LLaMA bf16, the others fp32
   MODE    plain, fast, balanced or lean, for methods with a control (see peft_control.memory)
 By default those run that suit the shape. Unsloth, for lora and lora-all, only loads models from folders, so one is
 written for it (16 GB for LLaMA-3-8B, in TMPDIR); by default it runs on a GPU where it is installed, for which
 results/README.md has a command. With graphs memory is what the allocator reserves, in expandable segments, because a
-graph keeps its memory between the steps. --limit uses expandable segments for every method, as the LLaMA launchers do. It
-limits what torch's allocator takes; a card keeps about half a GiB for itself besides. A found length ran within its limit; one
-longer by a thirtieth does not fit, or is predicted not to.
+graph keeps its memory between the steps. --limit and --within use expandable segments for every method, as the LLaMA
+launchers do. --limit limits what torch's allocator takes; a card keeps about half a GiB for itself besides. A found length ran
+within its limit; one longer by a thirtieth does not fit, or is predicted not to.
 """
 
 from __future__ import annotations
@@ -72,7 +75,8 @@ from scripts.longest import Search, Step
 from scripts.workloads import (
     ALL_SHAPES,
     BASES,
-    LLAMA_SHAPES,
+    CAUSAL_SHAPES,
+    MOE_SHAPES,
     VISION_SHAPES,
     Method,
     Setting,
@@ -97,11 +101,11 @@ class Options:
     base: Optional[list[str]] = HfArg(default=None, help=f"For methods that name none: {', '.join(BASES)}.")
     batch: int = HfArg(default=4, help="Sequences per step.")
     tokens: Optional[int] = HfArg(
-        default=None, help="Tokens per sequence; default: 1024 for a LLaMA, 128 for a RoBERTa. A ViT has as many as it has."
+        default=None, help="Tokens per sequence; default: 1024 for a decoder, 128 for a RoBERTa. A ViT has as many as it has."
     )
     lengths: Optional[list[int]] = HfArg(default=None, help="Real tokens of the rows, in turn; the rest is padding.")
     precision: Optional[str] = HfArg(
-        default=None, help=f"Autocast: {', '.join(DTYPES)}; default: bf16 for a LLaMA, else fp16 on a GPU."
+        default=None, help=f"Autocast: {', '.join(DTYPES)}; default: bf16 for a decoder, else fp16 on a GPU."
     )
     control_rank: Optional[int] = HfArg(default=None, help="Rank of the control; default: the recipe's.")
     lora_rank: Optional[int] = HfArg(default=None, help="Rank of LoRA and its kin; default: the recipe's.")
@@ -110,6 +114,7 @@ class Options:
     repeats: Optional[int] = HfArg(default=None, help="Their median counts; default: 3 on a GPU, 1 on a CPU.")
     device: str = HfArg(default="cuda", help="cuda, a GPU's index, or cpu to try the script out.")
     limit: Optional[list[float]] = HfArg(default=None, help="Instead: the longest sequence within each so many GiB.")
+    within: Optional[float] = HfArg(default=None, help="GiB that the allocator may take: a method that needs more fails.")
     longest: bool = HfArg(default=False, help="Instead: the longest sequence that trains on the whole GPU.")
     speed_at: Optional[list[int]] = HfArg(default=None, help="With --limit or --longest: tokens/s at these lengths too.")
     up_to: int = HfArg(default=LONGEST, help="With --limit or --longest: no longer sequences are tried.")
@@ -128,13 +133,13 @@ class Options:
         check_choices(self, shape=ALL_SHAPES, precision=DTYPES, base=BASES)
         check_numbers(self, "batch", "tokens", "steps", "repeats", "control_rank", "lora_rank", at_least=1)
         check_numbers(self, "warmup", at_least=0)
-        check_numbers(self, "max_minutes", above=0)
+        check_numbers(self, "within", "max_minutes", above=0)
         check_numbers(self, "up_to", at_least=512)
         for name, least in (("lengths", 1), ("speed_at", 1), ("limit", None)):
             for value in getattr(self, name) or []:
                 if not (value >= least if least else 0 < value < float("inf")):
                     raise UserError(f"--{name} must be {f'at least {least}' if least else 'greater than 0'}, got {value}")
-        tokens = max(self.lengths) if self.lengths else 1024 if self.shape in LLAMA_SHAPES else 128
+        tokens = max(self.lengths) if self.lengths else 1024 if self.shape in CAUSAL_SHAPES else 128
         if self.shape in VISION_SHAPES:
             tokens = vision_size(self.shape)[1]
             if self.lengths or self.tokens not in (None, tokens):
@@ -144,8 +149,10 @@ class Options:
         device, searches = choose_device(self.device), self.longest or self.limit is not None
         if not searches and (self.speed_at or self.max_minutes or self.up_to != LONGEST):
             raise UserError("--speed_at, --up_to and --max_minutes go with --limit or --longest")
-        if searches and (device == "cpu" or self.shape not in LLAMA_SHAPES or self.lengths):
-            raise UserError("--limit and --longest need a GPU and a LLaMA shape, without --lengths")
+        if searches and (device == "cpu" or self.shape not in CAUSAL_SHAPES or self.lengths):
+            raise UserError("--limit and --longest need a GPU and a decoder's shape, without --lengths")
+        if self.within is not None and (device == "cpu" or searches):
+            raise UserError("--within needs a GPU, and no search (--limit, --longest)")
         if searches and self.profile:
             raise UserError("--limit, --longest and --profile are runs of their own: leave one out")
         unsloth = importlib.util.find_spec("unsloth")
@@ -186,6 +193,7 @@ class Options:
 
     def file_name(self) -> str:
         words = [self.shape, f"{self.batch}x{self.tokens}", *(self.base or []), *self.particulars()]
+        words += [f"within{self.within:g}"] if self.within else []
         words += [f"limit{'-'.join(f'{limit:g}' for limit in self.limit)}"] if self.limit else []
         words += ["profile"] if self.profile else []
         return "_".join(words) + ".json"
@@ -197,6 +205,8 @@ class Options:
 def measure(options: Options, method: Method) -> dict:
     """Train a few steps; memory in bytes, seconds per step and the loss after them."""
     device = torch.device(options.device)
+    if options.within:
+        allow(options.within)
     memory = MemoryMeter(device)
     work = build(options.setting(), method, memory.after_load)
     graphs, cuda = "graphs" in method.switches, device.type == "cuda"
@@ -225,7 +235,15 @@ def measure(options: Options, method: Method) -> dict:
         "static_bytes": static, "peak_bytes": peak, "peak_is": "reserved" if graphs else "allocated",
         "over_static_bytes": peak - static, **times, **rates, "loss": loss.item(), "memory": summary,
     }  # fmt: skip
+    if options.shape in MOE_SHAPES:
+        result["experts_implementation"] = work.model.config._experts_implementation
     return {**result, "kernels": profiled(options, work)} if options.profile else result
+
+
+def allow(limit: float) -> None:
+    """Let torch's allocator take so many GiB of the GPU at most."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total))
 
 
 def profiled(options: Options, work: Workload) -> list[dict]:
@@ -250,7 +268,7 @@ def search(options: Options, method: Method) -> Iterator[dict]:
     torch.cuda.empty_cache()
 
     def run(tokens: int, limit: float | None) -> Step | None:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total) if limit else 1.0)
+        allow(limit or total / 2**30)
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         try:
@@ -293,7 +311,7 @@ def search(options: Options, method: Method) -> Iterator[dict]:
 def process_of(options: Options, method: Method, command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Command and environment of the method's own process."""
     start = ["-m", "scripts.bench_memory"]
-    grows = options.limit or options.longest or "graphs" in method.switches
+    grows = options.limit or options.within or options.longest or "graphs" in method.switches
     environment = dict(EXPANDABLE) if grows else {}
     if "unsloth" in method.switches:  # which also writes what it compiles
         start = ["-c", UNSLOTH_FIRST]
