@@ -26,7 +26,7 @@ from control_experiments.training.benchmarking import check_choices
 from control_experiments.training.checksums import fingerprint
 from control_experiments.training.device import DTYPES, seed_everything
 from control_experiments.training.metering import MemoryMeter, Throughput
-from control_experiments.training.methods import describe_adapter, describe_model
+from control_experiments.training.methods import count_unquantized, describe_adapter, describe_model
 from control_experiments.training.options import AdapterOptions, MemoryOptions, RunOptions
 from control_experiments.training.setup import Run, start
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
@@ -125,7 +125,7 @@ def measure(options: Options, run: Run) -> RunRecord:
         base = load_model(options.model, dtype, run.device)
     memory.after_load()
     choose_pad_token(tokenizer, base.get_input_embeddings().weight.shape[0])
-    total = base.num_parameters()
+    total = count_unquantized(base)
     model = add_adapter(base, options.config())
 
     def padded(step):

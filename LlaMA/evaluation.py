@@ -24,7 +24,7 @@ from control_experiments.training.checkpoints import check_adapter_files
 from control_experiments.training.checksums import fingerprint, local_fingerprint
 from control_experiments.training.device import DTYPES, describe_device, explain_out_of_memory
 from control_experiments.training.metering import MemoryMeter
-from control_experiments.training.methods import describe_model, load_adapter
+from control_experiments.training.methods import count_unquantized, describe_model, load_adapter
 from control_experiments.training.quantization import check_method_runs, quantization_of
 from control_experiments.training.runs import RunFolder
 from control_experiments.training.setup import choose
@@ -208,7 +208,7 @@ def load(options: Options, dtype: torch.dtype, device: torch.device):
     streams = options.stream_weights
     base = load_model(options.model, dtype, device, quantization=options.quantization, on_host=streams)
     choose_pad_token(tokenizer, base.get_input_embeddings().weight.shape[0])
-    total = base.num_parameters()
+    total = count_unquantized(base)
     if options.adapter is None:
         if streams:
             stream(base, "plain", device)

@@ -22,7 +22,7 @@ from control_experiments.record import RunRecord
 from control_experiments.training.checksums import local_fingerprint
 from control_experiments.training.device import DTYPES, seed_everything
 from control_experiments.training.metering import MemoryMeter
-from control_experiments.training.methods import adapter_config, describe_adapter, describe_model
+from control_experiments.training.methods import adapter_config, count_unquantized, describe_adapter, describe_model
 from control_experiments.training.quantization import check_paging
 from control_experiments.training.setup import Run, start
 from control_experiments.training.sharding import shard_frozen, shares_weights
@@ -199,7 +199,7 @@ def prepare_model(options: Options, device: torch.device, dtype: torch.dtype, me
     attention = VARLEN if varlen else "sdpa"
     base = load_model(options.model, dtype, place, attention, options.quantization, on_host=options.stream_weights)
     memory.after_load()
-    total = base.num_parameters()
+    total = count_unquantized(base)
     model = add_adapter(base, adapter_config(options, task_type="CAUSAL_LM", targets=options.targets))
     how = {"half": dtype != torch.float32, "chunk_tokens": options.chunk_tokens, "offload": options.offload}
     ready_to_train(model, options.memory, stream_to=device if options.stream_weights else None, **how)

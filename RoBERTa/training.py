@@ -22,7 +22,7 @@ from control_experiments.training.checkpoints import check_adapter_files, discar
 from control_experiments.training.checksums import local_fingerprint
 from control_experiments.training.device import seed_everything
 from control_experiments.training.metering import MemoryMeter
-from control_experiments.training.methods import describe_adapter, describe_model, load_adapter, set_memory
+from control_experiments.training.methods import count_unquantized, describe_adapter, describe_model, load_adapter, set_memory
 from control_experiments.training.setup import Run, start
 from control_experiments.training.sharding import shard_frozen, shares_weights
 from control_experiments.training.trainer import ExperimentTrainer, training_arguments
@@ -81,7 +81,7 @@ def train(options: Options, run: Run) -> RunRecord:
     if not shared:
         model.to(device)
         memory.after_load()
-    base = describe_model(options.model, model, model.num_parameters())
+    base = describe_model(options.model, model, count_unquantized(model))
     model = add_adapter(model, options)
     how = {"chunk_tokens": options.chunk_tokens, "offload": options.offload}
     set_memory(model, options.memory, options.cuda_graphs, **how)

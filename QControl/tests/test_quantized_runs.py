@@ -1,5 +1,7 @@
 """Quantized training and evaluation through the scripts and launchers, for real, on the CPU."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,7 +16,7 @@ from LlaMA import evaluate as llama_evaluate
 from LlaMA import finetune as llama_finetune
 from LlaMA.models import load_model
 from LlaMA.tests.conftest import one_line
-from QControl import quantized_memory
+from QControl import gradient_error, quantized_memory
 from RoBERTa import finetune as roberta_finetune
 from scripts import bench_memory
 
@@ -59,6 +61,8 @@ def llama(model_folder, data, tmp_path, call):
         ("control+dora", "roberta", "fp4"),
         ("control", "mpnet", "int8"),
         ("lora", "roberta", "int8"),
+        ("control", "bert", "fp8"),
+        ("dora", "roberta", "fp8"),
     ],
 )
 def test_encoders_train_quantized(roberta, tmp_path, method, model, quantization):
@@ -82,9 +86,10 @@ def weights(run):
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
-def test_a_killed_quantized_run_resumes_to_the_same_end(roberta, tmp_path, monkeypatch):
+@pytest.mark.parametrize("quantization", ["nf4", "fp8"])
+def test_a_killed_quantized_run_resumes_to_the_same_end(quantization, roberta, tmp_path, monkeypatch):
     """The checkpoint goes onto a freshly quantized base; evaluations before it change nothing."""
-    assert roberta(output="whole", quantization="nf4", save_steps=2)[0] == 0
+    assert roberta(output="whole", quantization=quantization, save_steps=2)[0] == 0
     step, calls = ExperimentTrainer.training_step, []
 
     def dies(self, *args, **kwargs):
@@ -94,11 +99,11 @@ def test_a_killed_quantized_run_resumes_to_the_same_end(roberta, tmp_path, monke
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(ExperimentTrainer, "training_step", dies)
-    assert roberta(quantization="nf4", save_steps=2)[0] == 130
+    assert roberta(quantization=quantization, save_steps=2)[0] == 130
     monkeypatch.undo()
     code, _, err = roberta(quantization="fp4", save_steps=2, resume=True)
-    assert code == 2 and "quantization 'nf4' there, 'fp4' asked for" in one_line(err)
-    assert roberta(quantization="nf4", save_steps=2, resume=True)[0] == 0
+    assert code == 2 and f"quantization '{quantization}' there, 'fp4' asked for" in one_line(err)
+    assert roberta(quantization=quantization, save_steps=2, resume=True)[0] == 0
     assert read_record(tmp_path / "run" / "record.json").time["resumed_from_step"] == 4
     whole, resumed = (weights(tmp_path / name) for name in ("whole", "run"))
     torch.testing.assert_close(resumed, whole, rtol=0, atol=1e-6)
@@ -264,3 +269,15 @@ def test_benchmarks_tables_are_calls_of_the_memory_benchmark(call, monkeypatch):
     methods = [options[place].with_defaults().methods for place in (3, 4)]
     assert {"control+nf4:lean", "lora-qkv+uncast+nf4", "lora-qkv+uncast+checkpointing+nf4"} < set(methods[0])
     assert methods[1] == ["control+fp32", "lora+fp32", "control+nf4", "lora+nf4"]
+
+
+def test_bases_are_compared_by_the_gradients_over_them(model_folder, data, tmp_path, call):
+    words = ("--model", model_folder, "--data", data / "train.json", "--rows", 2, "--device", "cpu", "--output_dir", tmp_path)
+    code, out, err = call(gradient_error.main, *words, "--bases", "bf16", "fp8", "fp8-e5m2")
+    assert code == 0, err
+    found = json.loads((tmp_path / "record.json").read_text())["relative_error"]
+    assert (tmp_path / "gradient_error.png").stat().st_size > 10_000
+    means = {base: sum(sum(values) for values in blocks.values()) for base, blocks in found.items()}
+    assert 0 < means["bf16"] < means["fp8"] < means["fp8-e5m2"]
+    code, _, err = call(gradient_error.main, *words, "--bases", "fp7")
+    assert code == 2 and "unknown base 'fp7'" in one_line(err)

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_control import Fp8Linear
+
 from ..errors import UserError
 from .checksums import local_fingerprint
 from .options import AdapterOptions, check_method, public_id
@@ -131,6 +133,12 @@ def describe_adapter(model: nn.Module) -> dict:
         "dtype": str(dtype).removeprefix("torch."),
         **count_parameters(model),
     }
+
+
+def count_unquantized(model: PreTrainedModel) -> int:
+    """How many parameters the model has before it is quantized: FP8's scales do not count."""
+    scales = (m.weight_scale.numel() for m in model.modules() if isinstance(m, Fp8Linear))
+    return model.num_parameters() - sum(scales)
 
 
 def describe_model(name: str, model: PreTrainedModel, total_parameters: int) -> dict:
