@@ -33,6 +33,8 @@ from .rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
 
 #: Folder for the locks of runs that are worked on; what is in one is why the run cannot be finished.
 LOCKS = ".lock"
+#: Options whose record says what "auto" came to.
+SETTLED = ("precision", "dtype", "attention")
 
 
 @dataclass(kw_only=True)
@@ -162,17 +164,16 @@ class Study(ABC):
 
     def check(self) -> None:
         """Raise `UserError`, before anything is loaded or written, for a run that cannot be."""
-        for task, arm in product(self.tasks, self.arms):
-            for searching, rates in ((True, self.options.grid or ()), (False, self.options.grid or [self.options.lr])):
-                for rate in rates:
-                    for seed in self.options.search_seeds if searching else self.options.seeds:
-                        self.plan(Cell(task, arm, seed, rate, searching))
+        for task, arm, rate in product(self.tasks, self.arms, self.options.grid or [self.options.lr]):
+            for searching in [True, False] if self.options.grid else [False]:
+                for seed in self.options.search_seeds if searching else self.options.seeds:
+                    self.plan(Cell(task, arm, seed, rate, searching))
 
     # -- what is left to do -----------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Work until nothing is left, or the time is up. Raises UserError: runs diverged, or a finished run has
-        another learning rate than the search's."""
+        other settings than the study's."""
         gc.freeze()  # what is imported is no garbage: the collection after each run need not look at it
         try:
             while left := self.left():
@@ -215,7 +216,7 @@ class Study(ABC):
                 elif missing := [cell for cell in cells if not self.is_done(cell)]:
                     left += missing
                 else:
-                    scores[rate] = statistics.fmean(map(self.score_of, cells))
+                    scores[rate] = statistics.fmean(self._scores[cell] for cell in cells)
             if left:
                 return left
             best = max(rates, key=lambda rate: (scores[rate] is not None, scores[rate] or 0.0, -rate))
@@ -239,21 +240,20 @@ class Study(ABC):
                 yield Cell(task, arm, seed, rate, False)
 
     def is_done(self, cell: Cell) -> bool:
-        """Whether a run is finished, or failed for good. Raises UserError: it had another learning rate."""
+        """Whether a run is finished, or failed for good. Raises UserError: it had other settings."""
         if cell in self._scores or self.failure(cell):
             return True
         records = self.records(cell)
         if not all(record.is_file() for record in records):
             return False
-        found = read_record(records[0]).hyperparameters.get("lr", cell.lr)
-        if found != cell.lr:
-            told = f"{self.folder(cell)} has lr {found}, not {cell.lr}"
-            raise UserError(f"{told}: delete such folders or choose another --output_dir")
+        if cell.arm.method not in self.untrained:
+            found, wanted = read_record(records[0]).hyperparameters, self.plan(cell).hyperparameters()
+            for name in wanted.keys() & found.keys() - set(SETTLED):
+                if found[name] != wanted[name]:
+                    told = f"{self.folder(cell)} has {name} {found[name]}, not {wanted[name]}"
+                    raise UserError(f"{told}: delete such folders or choose another --output_dir")
         self._scores[cell] = self.score(records[-1])
         return True
-
-    def score_of(self, cell: Cell) -> float:
-        return self._scores[cell]
 
     # -- doing it ---------------------------------------------------------------------------------------------
 
