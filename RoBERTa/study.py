@@ -27,7 +27,9 @@ class Options(StudyOptions, finetune.Options):
     """What the runs share, and what they differ in."""
 
     tasks: list[str] = HfArg(default_factory=lambda: ["cola", "rte", "mrpc", "stsb"], help="Tasks, as in finetune.py.")
-    epochs: list[str] = HfArg(default_factory=lambda: ["10"], help="Passes over the training set: one number, or TASK=NUMBER ...")
+    epochs: list[str] = HfArg(
+        default_factory=lambda: ["10"], help="Passes over the training set: one number, or TASK=NUMBER ..."
+    )
     method: str = field(init=False, default="control")
     task: str = field(init=False, default="cola")
     seed: int = field(init=False, default=0)

@@ -13,13 +13,30 @@ def test_a_study_searches_on_training_questions_and_asks_the_test_sets(call, dat
     output = tmp_path / "published" / "llama" / "tiny"
     words = f"study --model {model_folder} --data {data}/train.json --device cpu --seeds 1 2 --grid 1e-3 1e-2 --search_steps 1".split()
     words += ["--methods", "zero-shot", "lora", "double control:control_rank=8", "shadow:lora_rank=4"]
-    words += "--epochs 1 --held_out 4 --warmup_steps 1 --batch_size 16 --micro_batch_size 16 --search_share 0.25 --limit 3".split()
+    words += [
+        "--epochs",
+        "1",
+        "--held_out",
+        "4",
+        "--warmup_steps",
+        "1",
+        "--batch_size",
+        "16",
+        "--micro_batch_size",
+        "16",
+        "--search_share",
+        "0.25",
+        "--limit",
+        "3",
+    ]
     monkeypatch.setattr(sys, "argv", [*words, "--generate", "--output_dir", str(output)])
     code, stdout, stderr = call(lambda _: study.main())
     assert code == 0 and stdout.endswith("all 7 runs are finished\n"), stderr
     records = {path.parent.relative_to(output).as_posix(): read_record(path) for path in output.rglob("record.json")}
     name = "tiny-llama_train"
-    generated = {f"{name}_{arm}/evaluation" for arm in ("lora_seed1", "double_control_control_rank8_seed1", "shadow_lora_rank4_seed1")}
+    generated = {
+        f"{name}_{arm}/evaluation" for arm in ("lora_seed1", "double_control_control_rank8_seed1", "shadow_lora_rank4_seed1")
+    }
     found = {place for place, record in records.items() if record.hyperparameters.get("mode") == "generate"}
     assert found == {*generated, f"{name}_zero-shot_generated"}
 

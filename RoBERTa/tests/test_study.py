@@ -10,9 +10,22 @@ from RoBERTa import study
 from RoBERTa.glue import get_task, hold_out, load_task
 
 
-def test_a_study_scores_its_search_on_training_rows_and_its_tests_on_the_dev_set(encoders, glue_folder, tmp_path, monkeypatch, capsys):
+def test_a_study_scores_its_search_on_training_rows_and_its_tests_on_the_dev_set(
+    encoders, glue_folder, tmp_path, monkeypatch, capsys
+):
     words = f"study --model {encoders['bert']} --data {glue_folder} --device cpu --tasks cola stsb --epochs cola=1 stsb=2 --methods control".split()
-    words += ["double control:control_rank=8", "--batch_size", "8", "--seeds", "1", "--grid", "1e-3", "1e-2", "--search_share", "0.25"]
+    words += [
+        "double control:control_rank=8",
+        "--batch_size",
+        "8",
+        "--seeds",
+        "1",
+        "--grid",
+        "1e-3",
+        "1e-2",
+        "--search_share",
+        "0.25",
+    ]
     monkeypatch.setattr(sys, "argv", [*words, "--output_dir", str(tmp_path)])
     study.main()
     assert capsys.readouterr().out.endswith("all 4 runs are finished\n")
@@ -35,6 +48,10 @@ def test_a_study_scores_its_search_on_training_rows_and_its_tests_on_the_dev_set
 def test_the_held_out_rows_are_training_rows_and_the_same_each_time(glue_folder):
     task, splits = get_task("mnli"), load_task("mnli", str(glue_folder))
     held = hold_out(splits, task, 0.25)
-    assert held["validation_matched"]["first"] == held["validation_mismatched"]["first"] == hold_out(splits, task, 0.25)["validation_matched"]["first"]
+    assert (
+        held["validation_matched"]["first"]
+        == held["validation_mismatched"]["first"]
+        == hold_out(splits, task, 0.25)["validation_matched"]["first"]
+    )
     assert sorted([*held["train"]["first"], *held["validation_matched"]["first"]]) == sorted(splits["train"]["first"])
     assert len(held["validation_matched"]) == 6

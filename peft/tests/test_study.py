@@ -63,7 +63,9 @@ def test_the_grid_grows_until_the_best_rate_lies_inside_it(tmp_path):
     notes = json.loads((tmp_path / SEARCH_FOLDER / "model.json").read_text())["rates"]
     found = {entry["method"]: entry for entry in notes}
     assert list(found["control"]["scores"]) == ["0.0003", "0.001", "0.003"] and found["control"]["chosen"] == "0.001"
-    assert list(found["lora"]["scores"]) == ["1e-05", "3e-05", "9e-05", "0.0003", "0.001"] and found["lora"]["chosen"] == "3e-05"
+    assert (
+        list(found["lora"]["scores"]) == ["1e-05", "3e-05", "9e-05", "0.0003", "0.001"] and found["lora"]["chosen"] == "3e-05"
+    )
     tests = [name for name in done(tmp_path) if "_lr" not in name]
     assert tests == [f"model_task_{method}_seed{seed}" for method in ("control", "lora") for seed in (1, 2)]
     before = done(tmp_path)
