@@ -362,7 +362,7 @@ def test_the_command_writes_everything_and_says_what_it_left_out(results, call):
     assert ours["runs"].split() == [f"roberta/roberta-base_cola_control_seed{n}/record.json" for n in (1, 2)]
     assert (float(paper["best"]), paper["best status"]) == (65.32, "exact")
     names = [table.name for table in all_tables(load(results.path)[0], PAPER)]
-    assert len(names) == 15
+    assert len(names) == 16
     assert all((results.path / "tables" / f"{name}.{kind}").is_file() for name in names for kind in ("md", "csv"))
     assert (results.path / "claims.md").is_file() and (results.path / "report.html").is_file()
 
