@@ -149,7 +149,8 @@ def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence
     def answer_ids(word: str = "") -> list[int]:
         return tokenizer(f" {ANSWER_LEAD} {word}".rstrip(), add_special_tokens=False)["input_ids"]
 
-    lead, tails = answer_ids(), [[answer_ids(word) for word in question.offered] for question in questions]
+    words = {word: answer_ids(word) for word in dict.fromkeys(word for question in questions for word in question.offered)}
+    lead, tails = answer_ids(), [[words[word] for word in question.offered] for question in questions]
 
     def is_lead(pair: tuple[int, int]) -> bool:
         return pair[0] == pair[1]

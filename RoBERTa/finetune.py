@@ -32,6 +32,7 @@ from control_experiments.training.options import (
     RunOptions,
     TrainerOptions,
 )
+from control_experiments.training.rates import SEARCH_FOLDER
 from RoBERTa.glue import TASKS, find_folder, get_task
 
 
@@ -54,6 +55,11 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
     random_order: bool = HfArg(default=False, help="Rows of all lengths in a batch, at more padding.")
     precision: Precision = HfArg(default="auto", help="Autocast; auto: bf16 or fp16 on a GPU, else fp32.")
     predict: bool = HfArg(default=False, help="Write the GLUE server's files for the test sets.")
+    validation_share: float | None = HfArg(
+        default=None,
+        help="For choosing hyperparameters: this share of the training rows (at most 5,000) is held out and scored in the place "
+        f"of the dev sets. --output_dir must lie below a folder named {SEARCH_FOLDER}.",
+    )
 
     methods: ClassVar = ("control", "lora", "dora", "double control", "control+lora", "control+dora")
     neutral: ClassVar = ("predict", "save_steps", "eval_batch_size")
@@ -65,6 +71,13 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
         check_numbers(self, "warmup_ratio", at_least=0, below=1)
         if not get_task(self.task).test_splits and self.predict:
             raise UserError(f"task {self.task} has no test set to --predict")
+        if self.validation_share is not None:
+            check_numbers(self, "validation_share", above=0, below=1)
+            if SEARCH_FOLDER not in self.folder.resolve().parts:
+                raise UserError(
+                    f"--validation_share needs an --output_dir below a folder named {SEARCH_FOLDER}: its scores are not of dev "
+                    "sets, and tables leave that folder out"
+                )
 
     def check_places(self) -> None:
         """Raise `UserError` for folders that hold no model or data of the task; a finished run needs no data."""

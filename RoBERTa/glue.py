@@ -176,6 +176,15 @@ def load_task(name: str, data: str | None = None, *, tests: bool = False) -> Dat
     return DatasetDict({split: splits[split] for split in wanted})
 
 
+def hold_out(splits: DatasetDict, task: Task, share: float) -> DatasetDict:
+    """`splits` with a share of the training rows (at most 5,000), the same for every seed, in the place of the dev sets."""
+    from datasets import DatasetDict
+
+    rows = splits["train"]
+    parts = rows.train_test_split(test_size=max(1, min(int(len(rows) * share), 5000)), seed=0)
+    return DatasetDict({**splits, "train": parts["train"], **dict.fromkeys(task.dev_splits, parts["test"])})
+
+
 def _load_hub(name: str, task: Task, wanted: list[str]) -> Mapping[str, Dataset]:
     from datasets import load_dataset
 

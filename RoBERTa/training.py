@@ -27,7 +27,7 @@ from control_experiments.training.setup import Run, start
 from control_experiments.training.sharding import shard_frozen, shares_weights
 from control_experiments.training.trainer import ExperimentTrainer, training_arguments
 from RoBERTa.encoder import add_adapter, check_length, collator, load_tokenizer_and_model, save, tokenize
-from RoBERTa.glue import HUB_ID, Task, get_task, load_task, write_predictions
+from RoBERTa.glue import HUB_ID, Task, get_task, hold_out, load_task, write_predictions
 
 if TYPE_CHECKING:
     from RoBERTa.finetune import Options
@@ -72,6 +72,8 @@ def train(options: Options, run: Run) -> RunRecord:
     record = run.begin_record(domain=options.domain, task=options.task, **settled)
 
     splits = load_task(options.task, options.data, tests=options.predict)
+    if options.validation_share is not None:
+        splits = hold_out(splits, task, options.validation_share)
     seed_everything(options.seed)
     memory = MemoryMeter(device)
     how = (options.quantization, device, run.precision)

@@ -6,7 +6,6 @@ It leaves record, adapter with its card, predictions and log in the run's folder
 from __future__ import annotations
 
 import copy
-import gc
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -108,13 +107,6 @@ def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | 
         reached = f"{last['test_accuracy']:.2f} % (best epoch {best['test_accuracy']:.2f} %)"
         speed = f"{clock.summary()['examples_per_second'] or 0:.0f} images/s"
         print(f"{options.method}: {options.scored} accuracy {reached}, {speed}; record in {run.folder.record}")
-
-
-def free_memory() -> None:
-    """Let go of what a run held, so that the next one's memory holds none of it: a model's parts refer to each other."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class Loader:

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The real runs of results/vit: a real ViT-S/14 on two small real data sets, control, LoRA, DoRA and a linear probe,
-# three seeds each, on the ordinary MLP at equal trained parameters, all in one process.
+# The study of ViT-S/14 on two small real data sets: control, LoRA, DoRA and others on the ordinary MLP at equal trained
+# parameters, several seeds each, all in one process.
 #   bash ViT/run_small_table.sh GPU [options of small_table.py ...]
-# GRID="5e-4 1e-3 2e-3 5e-3 2e-2" gives each method its own learning rate, chosen on held-out training images.
-# Finished runs are skipped, so the same command completes an interrupted table, or one that --max_minutes ended.
+#   RECIPE=tuned IMAGE_SIZE=112 bash ViT/run_small_table.sh 0 --max_minutes 9
+# RECIPE=published has SGD and one learning rate; RECIPE=tuned AdamW and a search for each method's own (GRID), on held-out training
+# images. The same command on each GPU shares the runs out; started again it goes on. The protocol stands in results/README.md.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -11,11 +12,28 @@ SHARED=${PARALLEL_CONTROL_SHARED:-$here/../../shared}
 MODEL=${MODEL:-$SHARED/models/dinov2_small_timm}
 ARCHITECTURE=${ARCHITECTURE:-vit_small_patch14_dinov2}
 DATA=${DATA:-} # separated by spaces, paths with spaces in quotes; default: cifar100_7k.npz and flowers12.tar of ../shared
+RECIPE=${RECIPE:-published}
+EPOCHS=${EPOCHS:-10}
+IMAGE_SIZE=${IMAGE_SIZE:-224}
+if [[ $RECIPE == tuned ]]; then # AdamW: linear warm-up, then a half cosine
+    METHODS=${METHODS:-"control 'double control' lora dora control+lora miss probe"}
+    SEEDS=${SEEDS:-"1 2 3 4 5"}
+    OPTIMIZER=${OPTIMIZER:-adamw}
+    WARMUP_STEPS=${WARMUP_STEPS:-20}
+    WEIGHT_DECAY=${WEIGHT_DECAY:-0.01}
+    GRID=${GRID:-"1e-3 2e-3 4e-3"} # grows by at most GROWTH rates while the best one lies at an edge
+    GROWTH=${GROWTH:-4}
+    default_out=$here/../results/vit/tuned_$IMAGE_SIZE
+fi
 METHODS=${METHODS:-"control lora dora probe"} # separated by spaces; "double control" in quotes of its own
 SEEDS=${SEEDS:-"1 2 3"}
-EPOCHS=${EPOCHS:-10}
+OPTIMIZER=${OPTIMIZER:-sgd}
+WARMUP_STEPS=${WARMUP_STEPS:-0}
+WEIGHT_DECAY=${WEIGHT_DECAY:-0}
 LR=${LR:-5e-3}
 GRID=${GRID:-} # learning rates separated by spaces, in the place of LR
+GROWTH=${GROWTH:-0}
+OUT=${OUT:-${default_out:-}} # default: results/vit, or results/vit/tuned_IMAGE_SIZE
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
     sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
@@ -23,14 +41,8 @@ if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
 fi
 gpu=$1
 shift
-words() { # the words of variable $1, with quotes for spaces, as the array $2
-    local text
-    text=$(xargs printf '%s\n' <<<"${!1}") || {
-        echo "error: a quote in $1 is not closed: ${!1}" >&2
-        exit 2
-    }
-    mapfile -t "$2" <<<"$text"
-}
+source "$here/../scripts/interpreter.sh"
+check_recipe "$RECIPE"
 if [[ -z $DATA ]]; then
     data=("$SHARED/data/vision/cifar100_7k.npz" "$SHARED/data/vision/flowers12.tar")
 elif [[ -e $DATA ]]; then
@@ -39,8 +51,9 @@ else
     words DATA data
 fi
 words METHODS methods
-source "$here/../scripts/interpreter.sh"
 echo "$METHODS on ${data[*]} with $MODEL, seeds $SEEDS, $EPOCHS epochs, learning rate ${GRID:-$LR}, device $gpu"
 # shellcheck disable=SC2086  # the lists are meant to be split
 exec "$PYTHON" -m ViT.small_table --device "$gpu" --model "$MODEL" --architecture "$ARCHITECTURE" --data "${data[@]}" \
-    --methods "${methods[@]}" --seeds $SEEDS --epochs "$EPOCHS" --lr "$LR" ${GRID:+--grid $GRID} "$@"
+    --methods "${methods[@]}" --seeds $SEEDS --epochs "$EPOCHS" --lr "$LR" ${GRID:+--grid $GRID} --growth "$GROWTH" \
+    --optimizer "$OPTIMIZER" --warmup_steps "$WARMUP_STEPS" --weight_decay "$WEIGHT_DECAY" --image_size "$IMAGE_SIZE" \
+    ${OUT:+--output_dir "$OUT"} "$@"

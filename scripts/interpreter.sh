@@ -31,6 +31,23 @@ sort_words() {
     OPTIONS=("$@")
 }
 
+# The words of variable $1, with quotes around spaces, as the array $2.
+words() {
+    local text
+    text=$(xargs printf '%s\n' <<<"${!1}") || {
+        echo "error: a quote in $1 is not closed: ${!1}" >&2
+        exit 2
+    }
+    mapfile -t "$2" <<<"$text"
+}
+
+check_recipe() {
+    if [[ $1 != published && $1 != tuned ]]; then
+        echo "error: RECIPE is published or tuned, got $1" >&2
+        exit 2
+    fi
+}
+
 # Say what is run, and become it.
 run_command() {
     printf 'running:'

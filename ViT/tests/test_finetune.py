@@ -308,5 +308,5 @@ def test_small_table_runs_everything_once(call, base_model, npz, noting, tmp_pat
         ("double control", 1), ("double control", 2), ("probe", 1), ("probe", 2),
     ]  # fmt: skip
     code, stdout, stderr = call(module.removeprefix("ViT."), *words)
-    assert code == 0 and stdout.count("is finished") == 4, stderr
+    assert code == 0 and stdout == "all 4 runs are finished\n", stderr
     assert records == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")}

@@ -126,11 +126,11 @@ def test_the_table_is_run_with_the_chosen_rates_and_nothing_twice(call, table, b
     assert code == 0, stderr
     lines = [line for line in stdout.splitlines() if line.startswith("[")]
     assert lines == [
-        "[1/4] control on colors, lr 0.01, seed 0",
-        "[2/4] control on colors, lr 0.01, seed 5",
-        "[3/4] control on colors, lr 1e-06, seed 0",
-        "[4/4] control on colors, lr 1e-06, seed 5",
-        "[1/1] control on colors, lr 0.01, seed 1",
+        "[search] control on colors, lr 1e-06, seed 0",
+        "[search] control on colors, lr 1e-06, seed 5",
+        "[search] control on colors, lr 0.01, seed 0",
+        "[search] control on colors, lr 0.01, seed 5",
+        "[test] control on colors, lr 0.01, seed 1",
     ]
     found = rates(tmp_path)["colors", "control"]
     model, search = base_model.parent.name, tmp_path / "learning_rate_search"
@@ -148,13 +148,15 @@ def test_the_table_is_run_with_the_chosen_rates_and_nothing_twice(call, table, b
     before, command = records(tmp_path), record.command
     assert command[:3] == ["python", "-m", "ViT.finetune"] and command[command.index("--lr") + 1] == "0.01"
     code, stdout, stderr = call("small_table", *searched, "--max_minutes", 1e-9)
-    assert code == 0 and stdout.count("is finished") == 5 and records(tmp_path) == before, stderr
+    assert code == 0 and "[" not in stdout and records(tmp_path) == before, stderr
     assert stdout.endswith("all 1 runs are finished\n")
 
     # a table whose runs had another learning rate is not mixed with them
     wanted = f"{model}_colors_control_seed1 has lr 0.01, not 1e-06: delete such folders or choose another"
     code, stdout, stderr = call("small_table", *table, "--grid", "1e-6")
     assert code == 2 and wanted in stderr and stderr.count("\n") == 1 and records(tmp_path) == before
+    code, stdout, stderr = call("small_table", *searched, "--crop", 0.5)
+    assert code == 2 and "has crop 0.875, not 0.5" in stderr and records(tmp_path) == before
 
 
 def test_the_smallest_of_equal_rates_is_chosen_and_one_that_diverges_is_not(call, table, tmp_path, monkeypatch):
@@ -169,6 +171,7 @@ def test_the_smallest_of_equal_rates_is_chosen_and_one_that_diverges_is_not(call
     grid = ("--grid", "3", "2e-9", "1e-9", "--epochs", 1, "--search_only")
     code, stdout, stderr = call("small_table", *table, *grid)
     assert code == 0 and "warning: lr 3.0 is not chosen: the training loss is NaN" in stderr
+    assert "warning" not in call("small_table", *table, *grid)[2], "a rate that diverged is not tried again"
     found = rates(tmp_path)["colors", "control"]
     assert found["scores"]["3.0"] is None and found["scores"]["1e-09"] == found["scores"]["2e-09"]
     assert found["chosen"] == "1e-09"
@@ -200,7 +203,7 @@ def test_the_search_in_two_processes_then_the_table_in_one(call, base_model, npz
     ((_, module, *words),) = noting.calls
     code, stdout, stderr = call(module.removeprefix("ViT."), *words)
     assert code == 0, stderr
-    assert stdout.count("is finished") == 4
+    assert "[search]" not in stdout
     for method in ("lora", "probe"):
         record = read_record(tmp_path / f"{base_model.parent.name}_colors_{method}_seed1" / "record.json")
         assert record.hyperparameters["lr"] == float(rates(tmp_path)["colors", method]["chosen"])

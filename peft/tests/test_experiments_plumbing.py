@@ -609,8 +609,8 @@ def test_an_adapter_must_be_whole(part, tmp_path, recwarn):
 
 
 PROGRAMS = {
-    "RoBERTa": ("finetune", "benchmark_padding"),
-    "LlaMA": ("finetune", "evaluate", "convert"),
+    "RoBERTa": ("finetune", "study", "benchmark_padding"),
+    "LlaMA": ("finetune", "study", "evaluate", "convert"),
     "ViT": ("finetune", "small_table"),
 }
 

@@ -31,8 +31,10 @@ NO_DEVICE = ("scripts/make_tables.py", "scripts/rerun.py", "ViT/figures.py", "Ro
 SMALL = {
     "RoBERTa/finetune.py": "--model {encoder} --max_steps 1 --epochs 1 --batch_size 4 --precision fp32 --output_dir {out}",
     "RoBERTa/benchmark_padding.py": "--model {encoder} --data {glue} --batch_size 4 --steps 1 --output {out}/padding.json",
+    "RoBERTa/study.py": "--model {encoder} --data {glue} --tasks cola --methods control --seeds 1 --grid 1e-3 --growth 0 --max_steps 1 "
+    "--epochs 1 --batch_size 4 --precision fp32 --output_dir {out}",
     "ViT/finetune.py": "{vit} --epochs 1 --batch_size 16",
-    "ViT/small_table.py": "{vit} --methods control --seeds 1 --epochs 1 --batch_size 16 --output_dir {out}",
+    "ViT/small_table.py": "{vit} --methods control --seeds 1 --grid 1e-3 --growth 0 --epochs 1 --batch_size 16 --output_dir {out}",
     "ViT/benchmark_pipeline.py": "--data {images} --architecture test_vit --image_size 32 --batch_size 4 --steps 1 --rounds 1 "
     "--workers 1 --output_dir {out}",
     "LlaMA/finetune.py": "--model {llama} --data {questions}/train.json --max_steps 1 --epochs 1 --eval_steps 1 --warmup_steps 0 "
@@ -41,6 +43,9 @@ SMALL = {
     "LlaMA/library_texts.py": "--output_dir {out}/texts",
     "LlaMA/evaluate.py": "--model {llama} --data {questions} --tasks boolq --limit 2 --beams 1 --max_new_tokens 2 "
     "--control_rank 4 --lora_rank 2",
+    "LlaMA/study.py": "--model {llama} --data {questions}/train.json --tests {questions} --methods lora --seeds 1 --grid 1e-3 --growth 0 "
+    "--search_steps 1 --max_steps 1 --epochs 1 --eval_steps 1 --warmup_steps 0 --held_out 8 --batch_size 4 --micro_batch_size 2 --cutoff 64 --token_budget 128 --lora_rank 2 "
+    "--limit 2 --output_dir {out}",
     "LlaMA/benchmark_methods.py": "--tokens 8 --batch 1 --steps 1 --warmup 0",
     "LlaMA/benchmark_throughput.py": "--data {questions}/train.json --steps 1 --warmup 0 --batch_size 4 --large_batch 8 "
     "--micro_batch_size 2 --cutoff 64 --control_rank 4 --lora_rank 2 --output_dir {out}",

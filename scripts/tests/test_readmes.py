@@ -258,6 +258,8 @@ def test_every_launcher_variable_can_be_set_from_outside_and_reaches_the_script(
 #: Launcher -> arguments for the tests above and below, and how many scripts it then starts.
 LAUNCHERS = {
     "RoBERTa/run_roberta.sh": ("control cola", 1),
+    "RoBERTa/run_study.sh": ("0", 1),
+    "LlaMA/run_study.sh": ("0", 1),
     "ViT/run_ViT.sh": ("control 0", 1),
     "ViT/run_small_table.sh": ("0", 1),
     "LlaMA/llama2_7B_Control+LoRA.sh": ("64 32 64 OUT 0", 2),

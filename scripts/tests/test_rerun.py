@@ -228,7 +228,8 @@ def test_each_methods_learning_rate_is_chosen_on_training_data_only(reruns, tmp_
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     search, final = reruns.calls[:6], reruns.calls[6:]
-    assert all(c["DATA"] != str(data.parent) for c in search) and {c["SEED"] for c in search} == {"0"}
+    assert all(option(c, "--validation_share") == "0.1" for c in search) and {c["SEED"] for c in search} == {"0"}
+    assert all("--validation_share" not in c["arguments"] for c in final)
     assert [(option(c, "--method"), option(c, "--lr"), c["DATA"]) for c in final] == [
         (method, "1e-3", str(data.parent)) for method in ("control", "lora")
     ]
@@ -236,22 +237,6 @@ def test_each_methods_learning_rate_is_chosen_on_training_data_only(reruns, tmp_
     rates = json.loads(written.read_text())["rates"]
     assert [rate["chosen"] for rate in rates] == ["1e-3", "1e-3"]
     assert set(rates[0]["scores"]) == {"1e-4", "1e-3", "1e-2"}
-
-
-def test_the_search_holds_out_a_tenth_of_the_training_rows(tmp_path, monkeypatch):
-    from RoBERTa.glue import load_task
-
-    data = tmp_path / "glue" / "WNLI"
-    data.mkdir(parents=True)
-    rows = [f"{n}\tfirst {n}\tsecond {n}\t{n % 2}" for n in range(50)]
-    (data / "train.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
-    (data / "dev.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\tonly in dev\tx\t1\n")
-    monkeypatch.setenv("DATA", str(data.parent))
-    rerun.write_training_splits(["wnli"], tmp_path / "split")
-    split = load_task("wnli", str(tmp_path / "split"))
-    assert (len(split["train"]), len(split["validation"])) == (45, 5)
-    texts = [*split["train"]["first"], *split["validation"]["first"]]
-    assert sorted(texts) == sorted(f"first {n}" for n in range(50))
 
 
 @pytest.mark.parametrize(

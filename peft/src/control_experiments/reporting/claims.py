@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -135,6 +136,7 @@ def _pair(where: str, rows: dict[str, pd.DataFrame], column: str, rule: str, uni
     test = Test(f"{where}: {control} against {baseline}", pairs, rule, unit, sign, list(links.values()))
     if rule == "quality":
         test.size = one.record.iloc[0].model.get("total_parameters") or 0
+        test.trained = one.trained.iloc[0] / other.trained.iloc[0]
         test.floor = rules.MAJORITY.get(task)
         test.examples = rules.example_variance([(one.folder[seed], other.folder[seed]) for seed in shared])
     yield test
@@ -185,11 +187,13 @@ ABOUT = f"""Made by `scripts/make_tables.py` from run records. Differences are c
 
 
 def overview(claims: Sequence[Claim]) -> pd.DataFrame:
-    """A row for each domain: quality, memory and time of its control against LoRA, quality on its largest model."""
+    """A row for each domain: quality, memory and time of its control against LoRA. Quality is that on its largest model, with
+    the most seeds, at the most equal numbers of trained parameters."""
     by_name, rows = {claim.name: claim for claim in claims}, []
     for domain, about in SPECIFICATIONS["domains"].items():
         pools = [pool for pool in by_name[f"{domain}-quality"].pools if " against lora" in pool.what]
-        pool = max(pools, key=lambda pool: (bool(pool.counting), pool.tests[0].size), default=None)
+        pool = max(pools, key=lambda pool: (bool(pool.counting), pool.tests[0].size, min(len(test.pairs) for test in pool.tests),
+                                    -abs(math.log(pool.tests[0].trained))), default=None)  # fmt: skip
         more = rules.more_seeds(pool.tests) if pool else ""
         rows.append({
             "control against LoRA": f"[{about['title']}](#{domain}-quality)" + (f", {pool.what.partition(', all')[0]}" if pool else ""),

@@ -52,6 +52,7 @@ class Test:
         examples: variance of the mean difference that the choice of test examples causes; None without outcomes.
         floor: score of always answering the most frequent class; None if unknown.
         size: parameters of the model.
+        trained: trained parameters of control over the baseline's.
     """
 
     what: str
@@ -64,6 +65,7 @@ class Test:
     examples: float | None = None
     floor: float | None = None
     size: int = 0
+    trained: float = 1.0
 
     @property
     def differences(self) -> np.ndarray:

@@ -21,7 +21,7 @@ NO_RECORD, NOT_PUBLISHED, NOT_MEASURED = "no record", "not published", "not meas
 _ORDER = (*GLUE, "control", "double control", "control+lora", "control+dora", "lora", "dora", "ours", "yours", "paper")
 _UNITS = {"MiB": 2**-20, "GB": 1e-9, "MB": 1e-6, "ms": 1e3}
 #: Figures that not every row can have: of one process there is no efficiency.
-_PARTLY = ("efficiency", "losses apart", "/ fastest", "/ leanest", "times published", "same as published")
+_PARTLY = ("efficiency", "lost at", "losses apart", "/ fastest", "/ leanest", "times published", "same as published")
 #: Quantity of a published figure -> the header that it belongs under.
 _HEADERS = {"best score": "best", "peak memory": "peak MiB", "training time": "train s"}
 _HEADERS |= {"trained parameters": "trained parameters"}
@@ -73,7 +73,8 @@ def make_table(name: str, frame: pd.DataFrame, paper: Paper) -> Table:
         rows = _runs(frame, paper, specification)
     else:
         rows = frame.query(specification["where"], engine="python")
-        rows = _with_frontier(rows) if name == "memory_speed" else rows
+        more = {"memory_speed": _with_frontier, "learning_rates": _best_rates}.get(name)
+        rows = more(rows) if more else rows
     keys, remarks = specification["rows"], _in_text(paper, specification)
     rows = _sorted(rows, [*keys.values(), "whose"])
     counts = rows.groupby("section", sort=False).n.sum()
@@ -163,6 +164,23 @@ def _with_frontier(steps: pd.DataFrame) -> pd.DataFrame:
     return steps.assign(
         time_ratio=steps.seconds_mean / steps.seconds_lora, memory_ratio=steps.over_mean / steps.over_lora, frontier=frontier
     )  # fmt: skip
+
+
+def _best_rates(searched: pd.DataFrame) -> pd.DataFrame:
+    """The runs with each method's best rate (of equals the smallest), the rates next to it whose score is at most a point lower,
+    and how much lower the score is with LoRA's best rate."""
+    kept, best_of_lora = [], {}
+    ranked = searched.assign(_lora=searched.method != "lora").sort_values("_lora", kind="stable")
+    for (section, task, _), runs in ranked.groupby(["section", "task", "row"], sort=False):
+        means = runs.groupby("lr")["last"].mean()
+        best, good = means.idxmax(), means >= means.max() - 1
+        apart = (~good).cumsum()  # rates between which none is worse have one number
+        inside = good[good & (apart == apart[best])].index
+        if runs.method.iloc[0] == "lora":
+            best_of_lora.setdefault((section, task), best)
+        lost = means.max() - means.get(best_of_lora.get((section, task)), float("nan"))
+        kept.append(runs[runs.lr == best].assign(low=inside.min(), high=inside.max(), lost=lost))
+    return pd.concat(kept).sort_index() if kept else searched
 
 
 # -- cells ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,62 @@
+"""The commonsense study: what is trained on, what is asked, and by whom."""
+
+import json
+import sys
+
+from control_experiments.record import read_record
+from control_experiments.reporting.records import load
+from LlaMA import study
+from LlaMA.commonsense import TASKS
+
+
+def test_a_study_searches_on_training_questions_and_asks_the_test_sets(call, data, model_folder, tmp_path, monkeypatch):
+    output = tmp_path / "published" / "llama" / "tiny"
+    words = f"study --model {model_folder} --data {data}/train.json --device cpu --seeds 1 2 --grid 1e-3 1e-2 --search_steps 1".split()
+    words += ["--methods", "zero-shot", "lora", "double control:control_rank=8", "shadow:lora_rank=4"]
+    words += [
+        "--epochs",
+        "1",
+        "--held_out",
+        "4",
+        "--warmup_steps",
+        "1",
+        "--batch_size",
+        "16",
+        "--micro_batch_size",
+        "16",
+        "--search_share",
+        "0.25",
+        "--limit",
+        "3",
+    ]
+    monkeypatch.setattr(sys, "argv", [*words, "--generate", "--output_dir", str(output)])
+    code, stdout, stderr = call(lambda _: study.main())
+    assert code == 0 and stdout.endswith("all 7 runs are finished\n"), stderr
+    records = {path.parent.relative_to(output).as_posix(): read_record(path) for path in output.rglob("record.json")}
+    name = "tiny-llama_train"
+    generated = {
+        f"{name}_{arm}/evaluation" for arm in ("lora_seed1", "double_control_control_rank8_seed1", "shadow_lora_rank4_seed1")
+    }
+    found = {place for place, record in records.items() if record.hyperparameters.get("mode") == "generate"}
+    assert found == {*generated, f"{name}_zero-shot_generated"}
+
+    # training rows are held out: none is lost, none is on both sides, and the tests are the test sets' questions
+    rows = json.loads((data / "train.json").read_text())
+    held = {path.parent.name: json.loads(path.read_text()) for path in (output / ".lock" / "held_out").glob("*/test.json")}
+    kept = json.loads((output / ".lock" / "held_out" / "train.json").read_text())
+    assert len(kept) == 48 and sum(map(len, held.values())) == 16
+    assert sorted(map(json.dumps, [*kept, *(row for part in held.values() for row in part)])) == sorted(map(json.dumps, rows))
+    assert all(row["answer"] in TASKS[task] for task, part in held.items() for row in part)
+    for place, record in records.items():
+        searching = place.startswith("learning_rate_search")
+        if record.history:
+            assert record.data["sizes"]["train"] == (44 if searching else 60)
+            assert record.history[-1]["step"] == (1 if searching else 4)
+        else:
+            assert set(record.data["sizes"]) == (set(held) if searching else set(TASKS))
+
+    frame, problems = load(tmp_path)
+    assert not problems
+    likelihood = frame[(frame.kind == "run") & frame.section.str.contains("likelihood")]
+    assert sorted(likelihood.row) == ["double control r8"] * 2 + ["lora r32"] * 2 + ["shadow"] * 2 + ["zero-shot"]
+    assert (frame.kind == "search").sum() == 6

@@ -1,0 +1,83 @@
+"""Run a table on one device: GLUE tasks x methods x seeds, each a run of finetune.py with its own folder and record.
+
+    python -m RoBERTa.study --tasks cola rte --epochs cola=10 rte=20 --model MODEL --data GLUE --grid 3e-4 1e-3 3e-3
+
+`run_study.sh` calls it with the recipe. Every option of finetune.py is one here. With --grid a search comes first: runs for each
+task, method and learning rate, scored on a part of the training rows that is held out for it; no dev set is looked at. The
+same command on several GPUs shares the runs out, and goes on where one was interrupted (`control_experiments.training.study`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers.hf_argparser import HfArg
+
+from control_experiments.errors import UserError, run_main
+from control_experiments.paths import RESULTS
+from control_experiments.record import read_record
+from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.study import Cell, Study, StudyOptions, command_of, make_run, settle_device
+from RoBERTa import finetune
+
+
+@dataclass(kw_only=True)
+class Options(StudyOptions, finetune.Options):
+    """What the runs share, and what they differ in."""
+
+    tasks: list[str] = HfArg(default_factory=lambda: ["cola", "rte", "mrpc", "stsb"], help="Tasks, as in finetune.py.")
+    epochs: list[str] = HfArg(
+        default_factory=lambda: ["10"], help="Passes over the training set: one number, or TASK=NUMBER ..."
+    )
+    method: str = field(init=False, default="control")
+    task: str = field(init=False, default="cola")
+    seed: int = field(init=False, default=0)
+    validation_share: None = field(init=False, default=None)
+    resume: bool = field(init=False, default=True)
+    overwrite: bool = field(init=False, default=False)
+    predict: bool = field(init=False, default=False)
+
+    def epochs_of(self, task: str) -> float:
+        """Raises UserError: --epochs says nothing about the task, or no number."""
+        values = dict(part.split("=", 1) if "=" in part else (task, part) for part in self.epochs)
+        if task not in values:
+            raise UserError(f"--epochs says nothing about {task}: add {task}=... or give one value for all")
+        try:
+            return float(values[task])
+        except ValueError:
+            raise UserError(f"--epochs must be numbers, got {values[task]!r}") from None
+
+
+class GlueStudy(Study):
+    def __init__(self, options: Options):
+        output = Path(options.output_dir) if options.output_dir else RESULTS / "roberta"
+        super().__init__(options, Path(options.model).name, options.tasks, output)
+
+    def plan(self, cell: Cell) -> finetune.Options:
+        own = {"task": cell.task, "seed": cell.seed, "lr": cell.lr, "epochs": self.options.epochs_of(cell.task)}
+        own |= {"validation_share": self.options.search_share if cell.searching else None, "resume": True}
+        run = make_run(finetune.Options, self.options, cell.arm, **own, output_dir=str(self.folder(cell)))
+        run.check_places()
+        return run
+
+    def train(self, cell: Cell, run: finetune.Options) -> None:
+        from RoBERTa.training import finetune  # with torch, for which --help and a wrong option do not wait
+
+        finetune(run, command_of(run))
+
+    def score(self, record: Path) -> float:
+        return read_record(record).metrics["last"]["score"]
+
+
+def main() -> None:
+    (options,) = parse_arguments(Options, description=__doc__)
+    options.check_study()
+    study = GlueStudy(options)
+    study.check()
+    settle_device(options)
+    study.run()
+
+
+if __name__ == "__main__":
+    run_main(main)

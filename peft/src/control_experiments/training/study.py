@@ -1,0 +1,352 @@
+"""A study: each method's learning rate chosen on held-out training data, then runs with it on the test sets.
+
+The protocol is the one of results/README.md. A domain says how a run is named, trained and scored (it subclasses `Study`); which
+runs there are and in which order is decided here, once for all domains.
+
+Any number of processes may work on one study, with the same command: each takes the next run that no other one works on, under
+a lock that a dying process lets go of. Finished runs are skipped and unfinished ones resumed, so the same command also
+completes a study that was interrupted, or that --max_minutes ended.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import json
+import statistics
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from itertools import product
+from pathlib import Path
+from typing import ClassVar, Optional
+
+from transformers.hf_argparser import HfArg
+
+from ..errors import UserError
+from ..record import read_record
+from .arguments import check_numbers
+from .rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
+
+#: Folder for the locks of runs that are worked on; what is in one is why the run cannot be finished.
+LOCKS = ".lock"
+#: Options whose record says what "auto" came to.
+SETTLED = ("precision", "dtype", "attention")
+
+
+@dataclass(kw_only=True)
+class StudyOptions:
+    """What the runs of a study differ in; a domain's options add what they share."""
+
+    methods: list[str] = HfArg(
+        default_factory=lambda: ["control", "lora", "dora"],
+        help="Methods, each perhaps with options of its own: 'double control:control_rank=8,control_alpha=0.5'.",
+    )
+    seeds: list[int] = HfArg(default_factory=lambda: [1, 2, 3], help="Seeds.")
+    grid: Optional[list[float]] = HfArg(
+        default=None,
+        help="Learning rates from which each method gets its own for each task, chosen on held-out training data; "
+        "default: --lr for all, no search.",
+    )
+    growth: int = HfArg(default=0, help="Rates to add at most beyond an edge of --grid while the best one lies on it.")
+    search_share: float = HfArg(default=0.1, help="Share of the training data on which the search scores.")
+    search_seeds: list[int] = HfArg(default_factory=lambda: [SEARCH_SEED], help="Of the search.")
+    search_only: bool = HfArg(default=False, help="Choose the learning rates and stop there.")
+    max_minutes: Optional[float] = HfArg(default=None, help="Begin no run that would end later.")
+
+    def check_study(self) -> None:
+        """Raise `UserError` for what the runs themselves do not check."""
+        if self.search_only and not self.grid:
+            raise UserError("--search_only needs --grid with the learning rates to choose from")
+        if self.grid and not 0 < self.search_share < 1:
+            raise UserError(f"--search_share must lie between 0 and 1, both excluded, got {self.search_share}")
+        check_numbers(self, "max_minutes", above=0)
+        check_numbers(self, "growth", at_least=0)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method with the options that are its own in this study; `text` is both as they were given."""
+
+    text: str
+
+    @property
+    def method(self) -> str:
+        return self.text.partition(":")[0]
+
+    @property
+    def own(self) -> dict[str, object]:
+        """Options of the run by name. Raises UserError: they are not written NAME=VALUE,NAME=VALUE."""
+        parts = [part.partition("=") for part in self.text.partition(":")[2].split(",") if part]
+        if not all(name and equals for name, equals, _ in parts):
+            raise UserError(f"--methods {self.text!r}: after a method come options as NAME=VALUE,NAME=VALUE")
+        return {name: _value(text) for name, _, text in parts}
+
+    @property
+    def slug(self) -> str:
+        """The arm in names of folders."""
+        words = [self.method.replace(" ", "_"), *(f"{name}{value}" for name, value in self.own.items())]
+        return "_".join(words)
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study; `searching` runs choose the learning rate, the others are tested with the chosen one."""
+
+    task: str
+    arm: Arm
+    seed: int
+    lr: float
+    searching: bool
+
+    def __str__(self) -> str:
+        kind = "search" if self.searching else "test"
+        return f"[{kind}] {self.arm.text} on {Path(self.task).stem}, lr {self.lr}, seed {self.seed}"
+
+
+class TimeIsUp(Exception):
+    """The next run would not end within --max_minutes."""
+
+
+class Study(ABC):
+    """Runs what is left of a study; subclasses know their domain.
+
+    Args:
+        model: the model in names of runs.
+        tasks: the data sets, in order.
+        output: the folder of all runs.
+    """
+
+    #: Methods that nothing is trained for, so that they have neither learning rates nor seeds.
+    untrained: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, options: StudyOptions, model: str, tasks: Sequence[str], output: Path):
+        self.options, self.model, self.output, self.tasks = options, model, output, list(tasks)
+        self.arms = [Arm(text) for text in dict.fromkeys(options.methods)]
+        self.end = None if options.max_minutes is None else time.monotonic() + 60 * options.max_minutes
+        self.longest = 0.0
+        self._scores: dict[Cell, float] = {}
+        self._chosen: dict[tuple[str, Arm], float | None] = {}
+
+    @abstractmethod
+    def plan(self, cell: Cell) -> object:
+        """The options of the cell's run, checked."""
+
+    @abstractmethod
+    def train(self, cell: Cell, run: object) -> None:
+        """Train and evaluate the run that `plan` made. Raises Diverged: its loss is not finite."""
+
+    @abstractmethod
+    def score(self, record: Path) -> float:
+        """The last score that a run's last record states, larger is better."""
+
+    def records(self, cell: Cell) -> list[Path]:
+        """The records that a finished run has left, the one with its score last."""
+        return [self.folder(cell) / "record.json"]
+
+    def folder(self, cell: Cell) -> Path:
+        """The folder of the cell's run."""
+        name = f"{self.model}_{Path(cell.task).stem}_{cell.arm.slug}"
+        if cell.arm.method in self.untrained:
+            return self.output / name
+        name += f"_seed{cell.seed}"
+        return self.output / SEARCH_FOLDER / f"{name}_lr{cell.lr}" if cell.searching else self.output / name
+
+    def check(self) -> None:
+        """Raise `UserError`, before anything is loaded or written, for a run that cannot be."""
+        for task, arm, rate in product(self.tasks, self.arms, self.options.grid or [self.options.lr]):
+            for searching in [True, False] if self.options.grid else [False]:
+                for seed in self.options.search_seeds if searching else self.options.seeds:
+                    self.plan(Cell(task, arm, seed, rate, searching))
+
+    # -- what is left to do -----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Work until nothing is left, or the time is up. Raises UserError: runs diverged, or a finished run has
+        other settings than the study's."""
+        gc.freeze()  # what is imported is no garbage: the collection after each run need not look at it
+        try:
+            while left := self.left():
+                if not any(self.take(cell) for cell in left):
+                    time.sleep(0.5)  # other processes work on all that is left
+        except TimeIsUp:
+            print(f"the next run does not fit into {self.options.max_minutes:g} minutes: the same command goes on")
+            return
+        lost = [f"{arm.text} on {Path(task).stem} diverges with every learning rate of --grid: add lower"
+                for (task, arm), rate in self._chosen.items() if rate is None]  # fmt: skip
+        tests = [] if self.options.search_only else [*self.tests()]
+        failed = [self.folder(cell).name for cell in tests if self.failure(cell)]
+        if failed:
+            lost.append(f"{len(failed)} of {len(tests)} runs diverged: {', '.join(failed)}")
+        if lost:
+            raise UserError("; ".join(lost))
+        print(f"all {len(tests)} runs are finished" if tests else "all learning rates are chosen")
+
+    def left(self) -> list[Cell]:
+        """The runs to do next: those of searches, and tests of methods whose search is done; each method gets its
+        first seed before any gets its second one."""
+        searches = [cell for key in product(self.tasks, self.arms) for cell in self.searches(*key)]
+        tests = [] if self.options.search_only else self.tests()
+        return searches + [cell for cell in tests if not self.is_done(cell)]
+
+    def searches(self, task: str, arm: Arm) -> list[Cell]:
+        """What the search for one method's learning rate lacks; once that is nothing, the rate is chosen."""
+        if (task, arm) in self._chosen:
+            return []
+        if not self.options.grid or arm.method in self.untrained:
+            self._chosen[task, arm] = self.options.lr
+            return []
+        rates, scores = sorted(dict.fromkeys(self.options.grid)), {}
+        for grown in range(self.options.growth + 1):
+            left = []
+            for rate in rates:
+                cells = [Cell(task, arm, seed, rate, True) for seed in self.options.search_seeds]
+                if any(self.failure(cell) for cell in cells):
+                    scores[rate] = None
+                elif missing := [cell for cell in cells if not self.is_done(cell)]:
+                    left += missing
+                else:
+                    scores[rate] = statistics.fmean(self._scores[cell] for cell in cells)
+            if left:
+                return left
+            best = max(rates, key=lambda rate: (scores[rate] is not None, scores[rate] or 0.0, -rate))
+            if grown == self.options.growth or len(rates) < 2 or best not in (rates[0], rates[-1]):
+                break
+            low = best == rates[0]
+            rates = [beyond(rates[0], rates[1]), *rates] if low else [*rates, beyond(rates[-1], rates[-2])]
+        notes = self.output / SEARCH_FOLDER / f"{self.model}.json"
+        key = (Path(task).stem, arm.text)
+        chosen = choose_rates({key: {str(rate): scores[rate] for rate in rates}}, notes, self.model).get(key)
+        self._chosen[task, arm] = None if chosen is None else float(chosen)
+        if chosen is not None:
+            print(f"{arm.text} on {key[0]}: lr {chosen} is chosen", flush=True)
+        return []
+
+    def tests(self) -> Iterator[Cell]:
+        """The runs on test sets of all methods whose learning rate is known."""
+        for number, (seed, task, arm) in enumerate(product(self.options.seeds, self.tasks, self.arms)):
+            first = number < len(self.tasks) * len(self.arms)
+            if (rate := self._chosen.get((task, arm))) is not None and (first or arm.method not in self.untrained):
+                yield Cell(task, arm, seed, rate, False)
+
+    def is_done(self, cell: Cell) -> bool:
+        """Whether a run is finished, or failed for good. Raises UserError: it had other settings."""
+        if cell in self._scores or self.failure(cell):
+            return True
+        records = self.records(cell)
+        if not all(record.is_file() for record in records):
+            return False
+        if cell.arm.method not in self.untrained:
+            found, wanted = read_record(records[0]).hyperparameters, self.plan(cell).hyperparameters()
+            for name in wanted.keys() & found.keys() - set(SETTLED):
+                if found[name] != wanted[name]:
+                    told = f"{self.folder(cell)} has {name} {found[name]}, not {wanted[name]}"
+                    raise UserError(f"{told}: delete such folders or choose another --output_dir")
+        self._scores[cell] = self.score(records[-1])
+        return True
+
+    # -- doing it ---------------------------------------------------------------------------------------------
+
+    def lock(self, cell: Cell) -> Path:
+        return self.output / LOCKS / self.folder(cell).name
+
+    def failure(self, cell: Cell) -> str:
+        """Why a run cannot be finished; empty if it can."""
+        return self.lock(cell).read_text() if self.lock(cell).is_file() else ""
+
+    def take(self, cell: Cell) -> bool:
+        """Do the run unless another process works on it, or has finished it; whether it was done here."""
+        with self.claim(cell) as mine:
+            if not mine or self.is_done(cell):
+                return False
+            self.work(cell)
+            return True
+
+    @contextmanager
+    def claim(self, cell: Cell) -> Iterator[bool]:
+        """Hold a run's lock while in the block; False if another process holds it."""
+        self.lock(cell).parent.mkdir(parents=True, exist_ok=True)
+        with self.lock(cell).open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def work(self, cell: Cell) -> None:
+        """Do the run; one that diverges is noted and never tried again. Raises TimeIsUp: it would not end in
+        time, if it takes as long as the longest run so far."""
+        from .losses import Diverged  # with torch, for which --help and a wrong option do not wait
+
+        began = time.monotonic()
+        if self.end is not None and began + self.longest > self.end:
+            raise TimeIsUp
+        print(cell, flush=True)
+        try:
+            self.train(cell, self.plan(cell))
+        except Diverged as error:
+            self.lock(cell).write_text(str(error))
+            what = f"lr {cell.lr} is not chosen" if cell.searching else self.folder(cell).name
+            print(f"warning: {what}: {error}", file=sys.stderr)
+        finally:
+            free_memory()
+        self.longest = max(self.longest, time.monotonic() - began)
+
+
+def beyond(edge: float, inner: float) -> float:
+    """The learning rate on the other side of a grid's edge, as far away as the one inside, to one digit."""
+    return float(f"{edge * edge / inner:.0e}")
+
+
+def free_memory() -> None:
+    """Let go of what a run held, so that the next one's memory holds none of it: a model's parts refer to each other."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def make_run(kind: type, options: object, arm: Arm, **own: object):
+    """Options of one run of `kind`: those that it shares with the study's `options`, the arm's and `own`, checked.
+
+    Raises UserError: the arm names an option that a run does not have, or a value cannot be.
+    """
+    known = {entry.name for entry in fields(kind) if entry.init}
+    shared = {entry.name: getattr(options, entry.name) for entry in fields(options) if entry.name in known}
+    for name in arm.own:
+        if name not in known or name in own:
+            raise UserError(f"--methods {arm.text!r}: a run has no option {name!r} of its own")
+    run = kind(**{**shared, "method": arm.method, **own, **arm.own})
+    run.check()
+    return run
+
+
+def command_of(run) -> list[str]:
+    """The arguments with which a domain's finetune.py makes the same run."""
+    words = []
+    for entry in fields(run):
+        value = getattr(run, entry.name)
+        usual = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        if entry.init and value != usual:
+            words += [f"--{entry.name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def settle_device(options) -> None:
+    """Choose the device once for all runs, by its index among those that this process still sees."""
+    from .device import select_device
+
+    device = select_device(options.device)
+    options.device = "cpu" if device.type == "cpu" else str(device.index)
