@@ -53,7 +53,7 @@ CLASSES = 100  # of the ViT's images
 # -- methods ----------------------------------------------------------------------------------------------------
 
 NAMES = ("lora", "lora-all", "lora-qkv", "lora-fa", "dora", "miss", "shadow", "control", "control+lora", "control+dora")  # fmt: skip
-SWITCHES = ("liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "packed")
+SWITCHES = ("liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "packed", "fp8states")
 MODES = ("plain", "fast", "balanced", "lean")
 #: Switches and names that need a LLaMA shape.
 OF_LLAMA = ("liger", "unsloth", "compile", "packed", "lora-qkv", "shadow")
@@ -304,7 +304,8 @@ def adapt(model: nn.Module, shape: str, method: Method, control_rank: int | None
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if "uncast" in method.switches:
         ready_to_train(model, "plain", half=True)
-    set_memory(model, method.mode, cuda_graphs="graphs" in method.switches)
+    offload = "fp8" if "fp8states" in method.switches else "auto"
+    set_memory(model, method.mode, cuda_graphs="graphs" in method.switches, offload=offload)
     return model.train()
 
 

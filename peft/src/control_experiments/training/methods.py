@@ -99,7 +99,7 @@ def set_memory(
         return
     from peft_control.memory import set_memory_mode
 
-    waits = {"auto": None, "always": True, "never": False}[offload]
+    waits = {"auto": None, "always": True, "never": False, "fp8": "fp8"}[offload]
     try:
         set_memory_mode(model, mode, chunk_tokens=chunk_tokens, offload=waits, cuda_graphs=cuda_graphs)
     except ValueError as error:
