@@ -106,6 +106,8 @@ def parse_method(text: str) -> Method:
     plain_lora = name in ("lora", "lora-all") and not bases and switches <= {"unsloth", "checkpointing"}
     if "unsloth" in switches and not plain_lora:
         raise UserError(f"method {text!r}: unsloth is for lora and lora-all, with checkpointing or without")
+    if "fp8states" in switches and mode != "lean":
+        raise UserError(f"method {text!r}: fp8states is for mode lean")
     if {"packed", "graphs"} <= switches:
         raise UserError(f"method {text!r}: packed rows are not measured as CUDA graphs")
     return Method(text, name, switches, bases[0] if bases else None, mode or "plain")

@@ -258,6 +258,7 @@ def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, toke
         (("--methods", "lora+unsloth"), "unsloth is not installed"),
         (("--methods", "lora+unsloth+compile"), "unsloth is for lora and lora-all, with checkpointing or without"),
         (("--methods", "control+unsloth"), "unsloth is for lora and lora-all"),
+        (("--methods", "control+fp8states:balanced"), "fp8states is for mode lean"),
         (("--shape", "vit-b16", "--methods", "lora+liger"), "no switches but checkpointing"),
         (("--shape", "vit-b16", "--methods", "lora+nf4"), "for text models"),
         (("--shape", "tiny-vit", "--tokens", 8), "tiny-vit has 101 tokens"),

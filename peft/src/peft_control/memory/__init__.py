@@ -17,6 +17,9 @@ decoder keeps from its forward to its backward (pinned: in pinned host memory; A
 
     -: never needed again    *: where the copies hide behind the computation and the host has room (``offload.py``)
 
+From 8,192 tokens a step on lean works a SwiGLU decoder's attention by groups of heads and all else by chunks of tokens, so that
+a backward needs half the memory a token, and attention's output waits on the host in the place of what else does (``long.py``).
+
 Calls: ``set_memory_mode`` puts a plan on each layer and a ``Forward`` in its forward's place (``forward.py``). ``LayerPlan.run``
 (``layers.py``) looks whether the layer still is what ``families.py`` knows (``exact.py``), then runs it as one or two autograd
 nodes, made of ``attention.py``, ``mlp.py`` and ``control.py``, made of ``linear.py`` and ``kernels.py``; any other layer

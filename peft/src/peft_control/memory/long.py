@@ -49,10 +49,10 @@ class Group:
     """Attention of a group of heads between its forward and its backward: autograd's node of it, and in ``memory`` what
     that has saved. Its inputs are left out, and are to be put back before :meth:`backward`.
 
-    ``elsewhere``: tensors that are kept anyway.
+    ``elsewhere``: tensors that are kept anyway. ``graph``: whether there will be a backward.
     """
 
-    def __init__(self, function: Callable, inputs: list[torch.Tensor], elsewhere: list[torch.Tensor]):
+    def __init__(self, function: Callable, inputs: list[torch.Tensor], elsewhere: list[torch.Tensor], graph: bool):
         memory = list(inputs)  # held by the node, so it must not hold the node
         known = {x.untyped_storage().data_ptr() for x in elsewhere}
 
@@ -70,10 +70,11 @@ class Group:
         def unpack(packed):
             return packed if isinstance(packed, torch.Tensor) else memory[packed[0]].as_strided(*packed[1:])
 
-        with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
+        with torch.set_grad_enabled(graph), saved_tensors_hooks(pack, unpack):
             inputs = _Start.apply(torch.empty(0, requires_grad=True), *inputs)
             output = function(*inputs)
-        self._starts, self._end = [get_gradient_edge(x) for x in inputs], get_gradient_edge(output)
+        if graph:
+            self._starts, self._end = [get_gradient_edge(x) for x in inputs], get_gradient_edge(output)
         self._output, self._unpack, self._memory = pack(output.detach()), unpack, memory
         memory[:3] = [None] * 3
         self._saved = len(memory) - 3
@@ -81,6 +82,10 @@ class Group:
     def kept(self) -> list[torch.Tensor]:
         """What was saved, of one dimension each."""
         return self._memory[3:]
+
+    def is_small(self) -> bool:
+        """Whether that is little more than the output, and not, say, all its weights or keys repeated for a mask."""
+        return sum(x.nbytes for x in self.kept()) < 1.5 * self.output().nbytes
 
     def forget(self) -> None:
         """Let go of what was saved, until it is put back with :meth:`remember`."""
@@ -148,14 +153,15 @@ class LongRows:
         by_head = getattr(attention_mask, "ndim", 0) == 4 and attention_mask.shape[1] > 1
         return state.ndim == 3 and state.shape[0] * state.shape[1] >= FROM_TOKENS and not by_head
 
-    def attend(self) -> list[Group]:
-        """The forward of attention, from the layer's state to what the output projection takes."""
+    def attend(self, graph: bool = True) -> list[Group]:
+        """The forward of attention, from the layer's state to what the output projection takes; with ``graph`` for a
+        backward."""
         elsewhere = [x for x in (self.mask, *self.named.values()) if isinstance(x, torch.Tensor)]
 
         def function(*inputs):
             return attend(self.attention, *inputs, self.mask, **self.named)
 
-        return [Group(function, self._inputs(number)[0], elsewhere) for number in range(self.groups)]
+        return [Group(function, self._inputs(number)[0], elsewhere, graph) for number in range(self.groups)]
 
     def output(self, groups: list[Group]) -> torch.Tensor:
         """The layer's output."""
