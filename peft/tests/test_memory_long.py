@@ -191,7 +191,7 @@ def peaks(waits, tokens=4096, width=256, **config):
 def test_memory_of_a_long_row(waits, monkeypatch):
     forward, backward = peaks(waits)
     # three and five states, chunks, and a group of an eighth of the heads, which without kernels takes more memory
-    assert forward <= 4.0 and backward <= 6.8
+    assert forward <= 4.1 and backward <= 6.8
     monkeypatch.setattr(memory.long, "FROM_TOKENS", 1 << 20)
     whole = peaks(waits)
     assert whole[0] > 1.8 * forward and whole[1] > 1.7 * backward

@@ -10,7 +10,8 @@ What exists at the peak of a backward, in states (8 KB a token of a LLaMA-3-8B i
     1     of one group: queries, keys, values, their gradients and what attention works in; after the last group
           what comes next from the host has its place
 
-So five to six, and three in a forward: state, attention's output, output. The state between the halves exists in chunks.
+So five to six, and half a state more over FP8, whose projections take the normalised state quantized once. In a forward there
+are three: state, normalised state or output, attention's output. The state between the halves exists in chunks.
 
 Attention's node of autograd lives from the forward to the backward. Of what it has saved its output waits on the host where
 there is room: attention then is computed once, and only queries, keys and values are computed again. Where there is none the
@@ -25,11 +26,12 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
+from ..fp8 import Fp8Linear
 from . import kernels
 from .attention import attend
 from .control import add_control, control_backward, control_hidden, control_parameters
 from .exact import is_as_written
-from .linear import cast_once, compute_dtype, input_gradient, is_frozen_linear, outputs, rows_are_apart, rows_of
+from .linear import cast_once, compute_dtype, input_gradient, is_frozen_linear, of_ready, ready, rows_are_apart, rows_of
 from .mlp import tokens
 
 #: From so many tokens on. With fewer, larger matmuls count for more than memory does.
@@ -129,7 +131,7 @@ class LongRows:
         self.state, self.norm, self.mlp = tokens(state), layer.input_layernorm, plan.mlp.for_chunks(state)
         self.controls = [getattr(layer, f"{block}_control", None) for block in ("attention", "mlp")]
         self.mask, self.angles, self.named = attention_mask, position_embeddings, named
-        self.dtype, attention = compute_dtype(state), self.attention
+        self.dtype, attention, self.normals = compute_dtype(state), self.attention, None
         self.projections = [cast_once(x, self.dtype) for x in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self.project_back = cast_once(attention.o_proj, self.dtype)
         heads = attention.k_proj.out_features // attention.head_dim
@@ -161,7 +163,10 @@ class LongRows:
         def function(*inputs):
             return attend(self.attention, *inputs, self.mask, **self.named)
 
-        return [Group(function, self._inputs(number)[0], elsewhere, graph) for number in range(self.groups)]
+        self.normals = []  # here is room for it
+        groups = [Group(function, self._inputs(number)[0], elsewhere, graph) for number in range(self.groups)]
+        self.normals = None
+        return groups
 
     def output(self, groups: list[Group]) -> torch.Tensor:
         """The layer's output."""
@@ -181,8 +186,10 @@ class LongRows:
         dstate, dmixed, sums = self._by_chunks(groups, tokens(dy), needed, bool(of_attention))
         gradients = [*zip((*of_attention, *of_mlp), sums)]
         if needed:
+            self.normals = [] if isinstance(self.projections[0], Fp8Linear) else None  # half a state, and slow to quantize
             through = [self._through_attention(number, groups, dmixed) for number in range(self.groups)]
         groups.clear()
+        self.normals = None
         if then is not None:
             then()
         if not needed:
@@ -206,8 +213,8 @@ class LongRows:
         these."""
         part = rows_of(self.projections, [slice(number * width, (number + 1) * width) for width in self.widths])
         found = torch.empty(len(self.state), sum(self.widths), dtype=self.dtype, device=self.state.device)
-        for rows in self._chunks(_WIDER):
-            (found[rows],) = outputs(self._normalise(rows)[0].to(self.dtype), part)
+        for rows, normal in zip(self._chunks(_WIDER), self._normals()):
+            found[rows] = of_ready(normal, part, self.dtype)
         shape = (*self.shape[:2], -1, self.attention.head_dim)
         query, key, value = (x.view(shape) for x in found.split(self.widths, dim=1))
         value, before = value.contiguous(), ()
@@ -216,6 +223,17 @@ class LongRows:
             query, key = (self._of_heads(*pair)[0].view_as(pair[0]) for pair in zip(before, self._norms()))
         del found
         return [*kernels.rope(query, key, *self.angles), value], before
+
+    def _normals(self):
+        """The normalised state, chunk by chunk, as projections take it: kept until ``normals`` is set anew if that is a list."""
+        if self.normals:
+            yield from self.normals
+            return
+        for rows in self._chunks(_WIDER):
+            normal = ready(self._normalise(rows)[0], self.projections[0])
+            if self.normals is not None:
+                self.normals.append(normal)
+            yield normal
 
     def _normalise(self, rows):
         return kernels.rms_norm(self.state[rows], self.norm.weight, self.norm.variance_epsilon)
