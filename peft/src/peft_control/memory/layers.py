@@ -146,7 +146,7 @@ class LayerPlan:
             return recomputed(self, layer, own, hidden_states, *arguments, **named)
         if self.mode == "lean":
             long = self.halves.of_many_tokens
-            node = LongLayer if long is not None and long.suits(hidden_states, *arguments, **named) else LeanLayer
+            node = LongLayer if long is not None and long.suits(layer, hidden_states, *arguments, **named) else LeanLayer
             output = node.apply(hidden_states, layer, arguments, named, *_trained(self.all))
         else:
             if self.mode != "balanced" or not self.halves.recompute_attention:

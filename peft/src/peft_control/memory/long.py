@@ -29,7 +29,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from ..fp8 import Fp8Linear
 from . import kernels
 from .attention import attend
-from .control import add_control, control_backward, control_hidden, control_parameters
+from .control import add_control, control_backward, control_draws, control_hidden, control_parameters
 from .exact import is_as_written
 from .linear import cast_once, compute_dtype, input_gradient, is_frozen_linear, of_ready, ready, rows_are_apart, rows_of
 from .mlp import tokens
@@ -43,7 +43,7 @@ _GROUPS = 8
 #: Chunks of projections are so many of the MLP's, whose intermediate tensors are larger.
 _WIDER = 4
 
-#: Numbers. Attention saves its dropout's seeds too.
+#: Numbers. Attention saves its generator's state too.
 _SMALL = 8
 
 
@@ -131,7 +131,7 @@ class LongRows:
         self.state, self.norm, self.mlp = tokens(state), layer.input_layernorm, plan.mlp.for_chunks(state)
         self.controls = [getattr(layer, f"{block}_control", None) for block in ("attention", "mlp")]
         self.mask, self.angles, self.named = attention_mask, position_embeddings, named
-        self.dtype, attention, self.normals = compute_dtype(state), self.attention, None
+        self.dtype, attention, self.normals, self.drawn = compute_dtype(state), self.attention, None, []
         self.projections = [cast_once(x, self.dtype) for x in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self.project_back = cast_once(attention.o_proj, self.dtype)
         heads = attention.k_proj.out_features // attention.head_dim
@@ -150,9 +150,11 @@ class LongRows:
         )
 
     @staticmethod
-    def suits(state: torch.Tensor, attention_mask=None, *arguments, **named) -> bool:
-        """Whether a layer's call is one: it has the tokens, and no mask that tells heads apart."""
+    def suits(layer: nn.Module, state: torch.Tensor, attention_mask=None, *arguments, **named) -> bool:
+        """Whether a layer's call is one: it has the tokens, and neither a mask nor a dropout that tells heads apart."""
+        attention = layer.self_attn
         by_head = getattr(attention_mask, "ndim", 0) == 4 and attention_mask.shape[1] > 1
+        by_head |= attention.training and attention.attention_dropout > 0.0
         return state.ndim == 3 and state.shape[0] * state.shape[1] >= FROM_TOKENS and not by_head
 
     def attend(self, graph: bool = True) -> list[Group]:
@@ -203,10 +205,14 @@ class LongRows:
 
     def _middle(self, rows, mixed):
         """What the attention block's control's backward needs, and the state between the halves, of some tokens."""
-        state = self.state[rows]
-        hidden = control_hidden(self.controls[0], state)
+        control, state = self.controls[0], self.state[rows]
+        if control_draws(control):  # for all tokens at once, as plain does
+            self.drawn = self.drawn or control_hidden(control, self.state)
+            hidden = [x[rows] for x in self.drawn]
+        else:
+            hidden = control_hidden(control, state)
         change = self.project_back(torch.cat([part[rows] for part in mixed], dim=1))
-        return hidden, add_control(self.controls[0], hidden, change, state)
+        return hidden, add_control(control, hidden, change, state)
 
     def _inputs(self, number):
         """Queries, keys and values ``(batch, tokens, heads, head_dim)`` of a group; and with norms the former two before
