@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from LlaMA.finetune import Options
 
 logger = logging.getLogger("finetune")
-LOGGERS = ("finetune", "control_experiments")
+LOGGERS = ("finetune", "control_experiments", "peft_control")
 LESS_MEMORY = (
     "--memory lean, --stream_weights True, a smaller --token_budget or --micro_batch_size, --dtype bf16, a smaller --cutoff"
 )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from RoBERTa.finetune import Options
 
 logger = logging.getLogger("finetune")
-LOGGERS = ("finetune", "control_experiments")
+LOGGERS = ("finetune", "control_experiments", "peft_control")
 LESS_MEMORY = "--memory lean, a smaller --batch_size, --padding longest, --precision bf16, a smaller --max_length"
 #: Folder of a run for the GLUE server's files.
 PREDICTIONS = "predictions"

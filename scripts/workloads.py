@@ -70,7 +70,7 @@ CLASSES = 100  # of the ViT's images
 # -- methods ----------------------------------------------------------------------------------------------------
 
 NAMES = ("lora", "lora-all", "lora-qkv", "lora-experts", "lora-fa", "dora", "miss", "shadow", "control", "control+lora", "control+dora")  # fmt: skip
-SWITCHES = ("liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "packed", "streamed")
+SWITCHES = ("liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "packed", "streamed", "fp8states")
 MODES = ("plain", "fast", "balanced", "lean")
 #: Switches and names that need a LLaMA shape.
 OF_LLAMA = ("liger", "unsloth", "compile", "packed", "lora-qkv", "shadow")
@@ -130,6 +130,8 @@ def parse_method(text: str) -> Method:
         raise UserError(f"method {text!r}: {told}")
     if "streamed" in switches and ({"graphs", "unsloth"} & switches or mode == "fast" or "int8" in bases or name == "shadow"):
         raise UserError(f"method {text!r}: weights are not streamed with graphs, unsloth, shadow, int8 or mode fast")
+    if "fp8states" in switches and mode != "lean":
+        raise UserError(f"method {text!r}: fp8states is for mode lean")
     if {"packed", "graphs"} <= switches:
         raise UserError(f"method {text!r}: packed rows are not measured as CUDA graphs")
     return Method(text, name, switches, bases[0] if bases else None, mode or "plain")
@@ -353,7 +355,8 @@ def adapt(model: nn.Module, shape: str, method: Method, control_rank: int | None
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if "uncast" in method.switches:
         ready_to_train(model, "plain", half=True)
-    set_memory(model, method.mode, "graphs" in method.switches, stream_weights="streamed" in method.switches)
+    how = {"offload": "fp8" if "fp8states" in method.switches else "auto", "stream_weights": "streamed" in method.switches}
+    set_memory(model, method.mode, cuda_graphs="graphs" in method.switches, **how)
     return model.train()
 
 

@@ -1,5 +1,6 @@
 """Control, LoRA and DoRA on bitsandbytes 4-bit and 8-bit bases: real layers and real training steps on the CPU."""
 
+import bitsandbytes.functional
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -184,6 +185,23 @@ def test_memory_modes_give_plains_gradients(folders, name, quantization, method,
         assert relative(gradients(model, name, mode), reference) <= 1e-5, mode
         if mode == "lean":  # and once more as long rows are worked
             monkeypatch.setattr(memory.long, "FROM_TOKENS", 1)
+            monkeypatch.setattr(memory.mlp.GatedMlp, "DENSE_FROM", 0)
+
+
+def test_four_bits_are_unpacked_once_for_a_long_row(folders, monkeypatch):
+    """Of two layers' seven weights each, attention's four in forward and backward, and the MLP's three in these too, or in each
+    of a backward's five chunks (the forward of bitsandbytes' own layers counts for itself)."""
+    calls, own = [], bitsandbytes.functional.dequantize_4bit
+    monkeypatch.setattr(
+        bitsandbytes.functional, "dequantize_4bit", lambda *given, **named: calls.append(1) or own(*given, **named)
+    )
+    monkeypatch.setattr(memory.long, "FROM_TOKENS", 1)
+    model = get_peft_model(load(folders, "llama", "nf4"), adapter_config("llama", "control"))
+    for dense_from, count in ((1000, 16 + 30), (0, 16 + 12)):
+        monkeypatch.setattr(memory.mlp.GatedMlp, "DENSE_FROM", dense_from)
+        calls.clear()
+        gradients(model, "llama", "lean")
+        assert len(calls) == count
 
 
 @pytest.mark.parametrize("name", CLASSES)

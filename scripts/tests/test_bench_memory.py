@@ -361,6 +361,7 @@ def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, toke
         (("--methods", "lora+unsloth+compile"), "unsloth is for lora and lora-all over bf16 or nf4, with checkpointing"),
         (("--methods", "lora+unsloth+fp8"), "unsloth is for lora and lora-all over bf16 or nf4"),
         (("--methods", "control+unsloth"), "unsloth is for lora and lora-all"),
+        (("--methods", "control+fp8states:balanced"), "fp8states is for mode lean"),
         (("--shape", "vit-b16", "--methods", "lora+liger"), "no switches but checkpointing"),
         (("--shape", "vit-b16", "--methods", "lora+nf4"), "for text models"),
         (("--shape", "tiny-vit", "--tokens", 8), "tiny-vit has 101 tokens"),

@@ -17,6 +17,9 @@ decoder keeps from its forward to its backward (pinned: in pinned host memory; A
 
     -: never needed again    *: where the copies hide behind the computation and the host has room (``offload.py``)
 
+From 8,192 tokens a step on lean works a SwiGLU decoder's attention by groups of heads and all else by chunks of tokens, so that
+a backward needs half the memory a token, and attention's output waits on the host in the place of what else does (``long.py``).
+
 Calls: ``set_memory_mode`` puts a plan on each layer and a ``Forward`` in its forward's place (``forward.py``). ``LayerPlan.run``
 (``layers.py``) looks whether the layer still is what ``families.py`` knows (``exact.py``), then runs it as one or two autograd
 nodes, made of ``attention.py``, ``mlp.py`` and ``control.py``, made of ``linear.py`` and ``kernels.py``; any other layer
@@ -71,7 +74,7 @@ def set_memory_mode(
     mode: str,
     *,
     chunk_tokens: int | None = None,
-    offload: bool | None = None,
+    offload: bool | str | None = None,
     fused_loss: bool = True,
     cuda_graphs: bool = False,
     stream_weights: bool | int = False,
@@ -95,7 +98,11 @@ def set_memory_mode(
             to take no longer than a layer's forward: those of several GPUs of one host may. Nothing is measured with
             ``cuda_graphs``, nor used under ``torch.use_deterministic_algorithms``.
             All processes of a host together use at most three quarters of its free memory: if that is less than two states
-            of each layer, some layers keep one there, and if it is less than one, some on the GPU.
+            of each layer, some layers keep one there, and if it is less than one, some on the GPU. A line of the log says
+            what waits where.
+            "fp8" (lean alone) is for the longest sequences: one state of each layer waits, in 8 bits a number (e4m3, with a
+            power of two for each token). The loss is the same; the backward sees rounded states, which moves the gradients of
+            small random models by 3 % of their norm, in no direction of its own.
         fused_loss: causal language models compute their training loss without a batch's logits, so that
             ``outputs.logits`` is None while training with labels, and their last norm by the layers' kernel. Not where the
             output layer is trained.
@@ -138,6 +145,8 @@ def set_memory_mode(
         raise ValueError(f"stream_weights must be True, False or a number of layers from 2 on, got {stream_weights!r}")
     if resident and (cuda_graphs or mode == "fast"):
         raise ValueError(f"weights are not streamed {'with CUDA graphs' if cuda_graphs else 'in memory mode fast'}")
+    if offload not in (None, True, False, "fp8") or (offload == "fp8" and mode != "lean"):
+        raise ValueError(f"offload must be None, True, False or, in mode 'lean', 'fp8', got {offload!r} in mode {mode!r}")
     for module in model.modules():
         leave(module)
     if resident:
@@ -172,7 +181,7 @@ def _plan_layers(model, mode, chunk_tokens, offload, paced, on_unsupported):
         raise ValueError(message)
     if any(getattr(m, "gradient_checkpointing", getattr(m, "grad_checkpointing", False)) for m in model.modules()):
         raise ValueError(f"memory mode {mode!r} replaces gradient checkpointing: switch that off first")
-    host = HostStates(len(plans) if mode == "lean" else 0, paced)
+    host = HostStates(len(plans) if mode == "lean" else 0, paced, offload == "fp8")
     for layer, plan in plans.items():
         if plan.halves is None and plan.alone and (_hides_state(layer) if offload is None else offload):
             plan.host = host

@@ -148,7 +148,7 @@ class LayerPlan:
             return again(self, layer, own, hidden_states, *arguments, **named)
         if self.mode == "lean":
             long = self.halves.of_many_tokens
-            node = LongLayer if long is not None and long.suits(hidden_states, *arguments, **named) else LeanLayer
+            node = LongLayer if long is not None and long.suits(layer, hidden_states, *arguments, **named) else LeanLayer
             output = node.apply(hidden_states, layer, arguments, named, *_trained(self.all))
         else:
             if self.mode != "balanced" or not self.halves.recompute_attention:
@@ -317,10 +317,10 @@ class LongLayer(torch.autograd.Function):
         _save(ctx, *([] if ctx.tickets else [state]))
         with nullcontext() if ctx.random is None else ctx.random.first():
             work = plan.halves.of_many_tokens(layer, plan, state.detach(), *arguments, **named)
-            groups = work.attend()
+            ctx.groups, may_wait = None, bool(ctx.tickets) and ctx.random is None
+            groups = work.attend(graph=may_wait)
             kept = [tensor for group in groups for tensor in group.kept()]
-            ctx.groups = None
-            if ctx.tickets and ctx.random is None and host.has_room_beside(state, *kept):
+            if may_wait and groups[0].is_small() and host.has_room_beside(state, *kept):
                 ctx.tickets.append(host.push(*kept, own=0))
                 ctx.groups = groups
             del kept

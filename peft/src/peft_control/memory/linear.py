@@ -94,9 +94,19 @@ def outputs(x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
     """The outputs of frozen linear layers of one input ``(..., in)``, which is quantized once if all are FP8."""
     if not all(isinstance(linear, Fp8Linear) for linear in linears):
         return tuple(linear(x) for linear in linears)
-    dtype = compute_dtype(x)
-    quantized = quantize_rows(x.to(dtype).reshape(-1, x.shape[-1]))
-    return tuple(linear.of_rows(*quantized, dtype).view(*x.shape[:-1], linear.out_features) for linear in linears)
+    rows = ready(x.reshape(-1, x.shape[-1]), linears[0])
+    return tuple(of_ready(rows, linear, compute_dtype(x)).view(*x.shape[:-1], linear.out_features) for linear in linears)
+
+
+def ready(x: torch.Tensor, linear: nn.Linear) -> tuple[torch.Tensor, ...]:
+    """What ``linear`` and others of its kind multiply of an input ``(tokens, in)``."""
+    x = x.to(compute_dtype(x))
+    return quantize_rows(x) if isinstance(linear, Fp8Linear) else (x,)
+
+
+def of_ready(rows: tuple[torch.Tensor, ...], linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
+    """The output ``(tokens, out)`` for what :func:`ready` gave."""
+    return linear.of_rows(*rows, dtype) if isinstance(linear, Fp8Linear) else linear(*rows)
 
 
 def input_gradient(dy: torch.Tensor, linear: nn.Linear, add_to: torch.Tensor | None = None) -> torch.Tensor:

@@ -10,7 +10,8 @@ What exists at the peak of a backward, in states (8 KB a token of a LLaMA-3-8B i
     1     of one group: queries, keys, values, their gradients and what attention works in; after the last group
           what comes next from the host has its place
 
-So five to six, and three in a forward: state, attention's output, output. The state between the halves exists in chunks.
+So five to six, and half a state more over FP8, whose projections take the normalised state quantized once. In a forward there
+are three: state, normalised state or output, attention's output. The state between the halves exists in chunks.
 
 Attention's node of autograd lives from the forward to the backward. Of what it has saved its output waits on the host where
 there is room: attention then is computed once, and only queries, keys and values are computed again. Where there is none the
@@ -25,11 +26,12 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
+from ..fp8 import Fp8Linear
 from . import kernels
 from .attention import attend
-from .control import add_control, control_backward, control_hidden, control_parameters
+from .control import add_control, control_backward, control_draws, control_hidden, control_parameters
 from .exact import is_as_written
-from .linear import cast_once, compute_dtype, input_gradient, is_frozen_linear, outputs, rows_are_apart, rows_of
+from .linear import cast_once, compute_dtype, input_gradient, is_frozen_linear, of_ready, ready, rows_are_apart, rows_of
 from .mlp import tokens
 
 #: From so many tokens on. With fewer, larger matmuls count for more than memory does.
@@ -41,7 +43,7 @@ _GROUPS = 8
 #: Chunks of projections are so many of the MLP's, whose intermediate tensors are larger.
 _WIDER = 4
 
-#: Numbers. Attention saves its dropout's seeds too.
+#: Numbers. Attention saves its generator's state too.
 _SMALL = 8
 
 
@@ -49,10 +51,10 @@ class Group:
     """Attention of a group of heads between its forward and its backward: autograd's node of it, and in ``memory`` what
     that has saved. Its inputs are left out, and are to be put back before :meth:`backward`.
 
-    ``elsewhere``: tensors that are kept anyway.
+    ``elsewhere``: tensors that are kept anyway. ``graph``: whether there will be a backward.
     """
 
-    def __init__(self, function: Callable, inputs: list[torch.Tensor], elsewhere: list[torch.Tensor]):
+    def __init__(self, function: Callable, inputs: list[torch.Tensor], elsewhere: list[torch.Tensor], graph: bool):
         memory = list(inputs)  # held by the node, so it must not hold the node
         known = {x.untyped_storage().data_ptr() for x in elsewhere}
 
@@ -70,10 +72,11 @@ class Group:
         def unpack(packed):
             return packed if isinstance(packed, torch.Tensor) else memory[packed[0]].as_strided(*packed[1:])
 
-        with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
+        with torch.set_grad_enabled(graph), saved_tensors_hooks(pack, unpack):
             inputs = _Start.apply(torch.empty(0, requires_grad=True), *inputs)
             output = function(*inputs)
-        self._starts, self._end = [get_gradient_edge(x) for x in inputs], get_gradient_edge(output)
+        if graph:
+            self._starts, self._end = [get_gradient_edge(x) for x in inputs], get_gradient_edge(output)
         self._output, self._unpack, self._memory = pack(output.detach()), unpack, memory
         memory[:3] = [None] * 3
         self._saved = len(memory) - 3
@@ -81,6 +84,10 @@ class Group:
     def kept(self) -> list[torch.Tensor]:
         """What was saved, of one dimension each."""
         return self._memory[3:]
+
+    def is_small(self) -> bool:
+        """Whether that is little more than the output, and not, say, all its weights or keys repeated for a mask."""
+        return sum(x.nbytes for x in self.kept()) < 1.5 * self.output().nbytes
 
     def forget(self) -> None:
         """Let go of what was saved, until it is put back with :meth:`remember`."""
@@ -124,7 +131,7 @@ class LongRows:
         self.state, self.norm, self.mlp = tokens(state), layer.input_layernorm, plan.mlp.for_chunks(state)
         self.controls = [getattr(layer, f"{block}_control", None) for block in ("attention", "mlp")]
         self.mask, self.angles, self.named = attention_mask, position_embeddings, named
-        self.dtype, attention = compute_dtype(state), self.attention
+        self.dtype, attention, self.normals, self.drawn = compute_dtype(state), self.attention, None, []
         self.projections = [cast_once(x, self.dtype) for x in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self.project_back = cast_once(attention.o_proj, self.dtype)
         heads = attention.k_proj.out_features // attention.head_dim
@@ -143,19 +150,25 @@ class LongRows:
         )
 
     @staticmethod
-    def suits(state: torch.Tensor, attention_mask=None, *arguments, **named) -> bool:
-        """Whether a layer's call is one: it has the tokens, and no mask that tells heads apart."""
+    def suits(layer: nn.Module, state: torch.Tensor, attention_mask=None, *arguments, **named) -> bool:
+        """Whether a layer's call is one: it has the tokens, and neither a mask nor a dropout that tells heads apart."""
+        attention = layer.self_attn
         by_head = getattr(attention_mask, "ndim", 0) == 4 and attention_mask.shape[1] > 1
+        by_head |= attention.training and attention.attention_dropout > 0.0
         return state.ndim == 3 and state.shape[0] * state.shape[1] >= FROM_TOKENS and not by_head
 
-    def attend(self) -> list[Group]:
-        """The forward of attention, from the layer's state to what the output projection takes."""
+    def attend(self, graph: bool = True) -> list[Group]:
+        """The forward of attention, from the layer's state to what the output projection takes; with ``graph`` for a
+        backward."""
         elsewhere = [x for x in (self.mask, *self.named.values()) if isinstance(x, torch.Tensor)]
 
         def function(*inputs):
             return attend(self.attention, *inputs, self.mask, **self.named)
 
-        return [Group(function, self._inputs(number)[0], elsewhere) for number in range(self.groups)]
+        self.normals = []  # here is room for it
+        groups = [Group(function, self._inputs(number)[0], elsewhere, graph) for number in range(self.groups)]
+        self.normals = None
+        return groups
 
     def output(self, groups: list[Group]) -> torch.Tensor:
         """The layer's output."""
@@ -175,8 +188,10 @@ class LongRows:
         dstate, dmixed, sums = self._by_chunks(groups, tokens(dy), needed, bool(of_attention))
         gradients = [*zip((*of_attention, *of_mlp), sums)]
         if needed:
+            self.normals = [] if isinstance(self.projections[0], Fp8Linear) else None  # half a state, and slow to quantize
             through = [self._through_attention(number, groups, dmixed) for number in range(self.groups)]
         groups.clear()
+        self.normals = None
         if then is not None:
             then()
         if not needed:
@@ -190,18 +205,22 @@ class LongRows:
 
     def _middle(self, rows, mixed):
         """What the attention block's control's backward needs, and the state between the halves, of some tokens."""
-        state = self.state[rows]
-        hidden = control_hidden(self.controls[0], state)
+        control, state = self.controls[0], self.state[rows]
+        if control_draws(control):  # for all tokens at once, as plain does
+            self.drawn = self.drawn or control_hidden(control, self.state)
+            hidden = [x[rows] for x in self.drawn]
+        else:
+            hidden = control_hidden(control, state)
         change = self.project_back(torch.cat([part[rows] for part in mixed], dim=1))
-        return hidden, add_control(self.controls[0], hidden, change, state)
+        return hidden, add_control(control, hidden, change, state)
 
     def _inputs(self, number):
         """Queries, keys and values ``(batch, tokens, heads, head_dim)`` of a group; and with norms the former two before
         these."""
         part = rows_of(self.projections, [slice(number * width, (number + 1) * width) for width in self.widths])
         found = torch.empty(len(self.state), sum(self.widths), dtype=self.dtype, device=self.state.device)
-        for rows in self._chunks(_WIDER):
-            (found[rows],) = outputs(self._normalise(rows)[0].to(self.dtype), part)
+        for rows, normal in zip(self._chunks(_WIDER), self._normals()):
+            found[rows] = of_ready(normal, part, self.dtype)
         shape = (*self.shape[:2], -1, self.attention.head_dim)
         query, key, value = (x.view(shape) for x in found.split(self.widths, dim=1))
         value, before = value.contiguous(), ()
@@ -210,6 +229,17 @@ class LongRows:
             query, key = (self._of_heads(*pair)[0].view_as(pair[0]) for pair in zip(before, self._norms()))
         del found
         return [*kernels.rope(query, key, *self.angles), value], before
+
+    def _normals(self):
+        """The normalised state, chunk by chunk, as projections take it: kept until ``normals`` is set anew if that is a list."""
+        if self.normals:
+            yield from self.normals
+            return
+        for rows in self._chunks(_WIDER):
+            normal = ready(self._normalise(rows)[0], self.projections[0])
+            if self.normals is not None:
+                self.normals.append(normal)
+            yield normal
 
     def _normalise(self, rows):
         return kernels.rms_norm(self.state[rows], self.norm.weight, self.norm.variance_epsilon)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ class GatedMlp:
 
     KEEP = {"fast": 2, "balanced": 1, "lean": 0}
     CHUNK_ELEMENTS = 2048 * 14336  # tokens of LLaMA-3-8B; 57 MB in bfloat16
+    DENSE_FROM = 16  # chunks: weights of four bits are dequantized once for so many; 336 MiB, and then little beside the states
 
     def __init__(self, norm: nn.Module, mlp: nn.Module):
         self.norm, self.mlp, self.stacked = norm, mlp, None
@@ -46,7 +48,12 @@ class GatedMlp:
         return False
 
     def for_chunks(self, state):
-        return self  # such models hold their weights in the dtype in which they work
+        # such models hold their weights in the dtype in which they work, or in four bits
+        if state.numel() // state.shape[-1] * self.width < self.DENSE_FROM * self.CHUNK_ELEMENTS:
+            return self
+        twin, names = copy.copy(self), ("gate_proj", "up_proj", "down_proj")
+        twin.mlp = SimpleNamespace(**{name: cast_once(getattr(self.mlp, name), compute_dtype(state)) for name in names})
+        return twin
 
     def stack(self) -> None:
         """Store the weights of gate and up one behind the other, so that each pair of matmuls is one where gate and up are

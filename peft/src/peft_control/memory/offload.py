@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from bisect import bisect_left, insort
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import torch
 
+from ..fp8 import quantize_rows
 from .pace import Pace
+
+logger = logging.getLogger(__name__)
 
 # public in the torch that is pinned here, not yet in 2.11
 _empty_host_cache = getattr(torch.accelerator.memory, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
@@ -23,8 +26,8 @@ _SPARE_BYTES = 8 << 30
 #: Of the memory that a host has to spare before the first state waits there, its processes take so much together at most.
 _SHARE = 0.75
 
-#: Tensors wait in pieces of so many bytes, which tensors of all lengths share. What is left of each takes a power of two, as
-#: torch allocates pinned memory, which for a whole tensor would be up to twice its size.
+#: What waits together does so in pieces of so many bytes, which tensors of all lengths share. What is left takes a power of
+#: two, as torch allocates pinned memory, which for a whole tensor would be up to twice its size.
 _PIECE = 32 << 20
 
 # Where tensors are copied from.
@@ -41,11 +44,13 @@ class HostStates:
     tensors at a time. On the CPU the tensors are simply kept.
 
     ``layers``: how many have a state that is to wait here before anything else may. ``paced``: whether what spares computing
-    may wait only where its copies hide behind the computation, as measured, see ``pace.py``.
+    may wait only where its copies hide behind the computation, as measured, see ``pace.py``. ``narrow``: states wait in FP8,
+    and nothing else waits: computed from other states, it would not fit to them.
     """
 
-    def __init__(self, layers: int = 0, paced: bool = False):
-        self._layers, self._pace = layers, Pace() if paced else None
+    def __init__(self, layers: int = 0, paced: bool = False, narrow: bool = False):
+        self._layers, self._pace, self._narrow = layers, Pace() if paced else None, narrow
+        self._told = 0  # bytes of the largest state of which the log tells
         self._last = _nothing  # what was pushed last of what was not popped
         self._held = self._extra = 0  # bytes: all, and those that are no layer's own state
         self._limit = None
@@ -56,29 +61,46 @@ class HostStates:
         self._stream = None
 
     def __deepcopy__(self, memo):
-        return HostStates(self._layers, self._pace is not None)
+        return HostStates(self._layers, self._pace is not None, self._narrow)
 
     def __reduce__(self):
-        return HostStates, (self._layers, self._pace is not None)
+        return HostStates, (self._layers, self._pace is not None, self._narrow)
 
     def has_room(self, state: torch.Tensor, *more: torch.Tensor) -> bool:
         """Whether with these of one layer there would still be no more here than what a host surely has to spare."""
-        extra = sum(map(_buffer_size, more))
-        small = self._held + _buffer_size(state) + extra <= _SPARE_BYTES
-        return small and self._fits(_buffer_size(state), extra)
+        size, extra = _buffer_size(state), sum(map(_buffer_size, more))
+        return not self._narrow and self._held + size + extra <= _SPARE_BYTES and self._fits(size, extra)
 
     def room_for(self, state: torch.Tensor) -> int:
         """How many tensors like a layer's ``state`` may wait here for that layer: 2, 1 or, where the host is full, 0.
 
         One always may, so that a slow host costs time and no memory of the GPU's."""
-        size = _buffer_size(state)
-        two = self._fits(size, size) and self.hides(state, state)
+        size = self._size(state)
+        if state.nbytes > self._told:
+            self._tell(state, size)
+        two = not self._narrow and self._fits(size, size) and self.hides(state, state)
         return 2 if two else int(self._fits(size, 0, layers=0))
 
     def has_room_beside(self, state: torch.Tensor, *more: torch.Tensor) -> bool:
         """Whether ``more`` may wait here for a layer whose ``state`` does already."""
-        extra = sum(map(_buffer_size, more))
-        return self._fits(0, extra, state=_buffer_size(state)) and self.hides(state, *more)
+        size, extra = _buffer_size(state), _buffer_size(*more)
+        return not self._narrow and self._fits(0, extra, state=size) and self.hides(state, *more)
+
+    def _size(self, state):
+        """The bytes that a layer's state takes here."""
+        return sum(_sizes(_tokens(state) * (state.shape[-1] + 4) if self._narrow else state.nbytes))
+
+    def _tell(self, state, size):
+        """Log what will wait where, before the first step and where a later one has twice the tokens."""
+        self._told, limit = 2 * state.nbytes, self._bytes()
+        here = min(int(limit // size), self._layers)
+        twice = 0 if self._narrow else min(int((limit - here * size) // size), here)
+        logger.info(
+            "%d tokens: %d of %d layers' states (%.1f GiB%s) wait in host memory, which has %.1f GiB to spare; for up to %d of "
+            "them so does as much again that spares computing; %.1f GiB of states stay on the GPU",
+            _tokens(state), here, self._layers, here * size / 2**30, " in FP8" if self._narrow else "", limit / 2**30, twice,
+            (self._layers - here) * state.nbytes / 2**30,
+        )  # fmt: skip
 
     def hides(self, *tensors: torch.Tensor) -> bool:
         """Whether a layer's forward takes as long as the copies of these, of which the first is its state."""
@@ -87,10 +109,14 @@ class HostStates:
     def _fits(self, size, extra, layers=None, state=None):
         """Whether ``extra`` bytes leave room for a state of ``size`` bytes, now and (or of ``state``) in each of
         ``layers``."""
+        layers, state = self._layers if layers is None else layers, size if state is None else state
+        return max(self._held + size, self._extra + layers * state) + extra <= self._bytes()
+
+    def _bytes(self):
+        """The most bytes that may be here."""
         if self._limit is None:
             self._limit = _SHARE * _free_memory() / _local_processes()
-        layers, state = self._layers if layers is None else layers, size if state is None else state
-        return max(self._held + size, self._extra + layers * state) + extra <= self._limit
+        return self._limit
 
     def push(self, *tensors: torch.Tensor, own: int = 1) -> Waiting:
         """Keep ``tensors``, which must not change before ``settle``, until they are popped or nobody holds what is
@@ -98,22 +124,27 @@ class HostStates:
         waiting = Waiting(self._last)
         self._last = weakref.ref(waiting)
         device, captured, buffers = tensors[0].device, False, []
+        if self._narrow:
+            waiting.dtype = tensors[0].dtype
+            tensors = quantize_rows(tensors[0])
         if device.type == _COPIED_FROM:
+            captured = torch.cuda.is_current_stream_capturing()
+            buffers = self._buffers(_sizes(sum(tensor.nbytes for tensor in tensors)), captured)
+        if buffers:
             tensors = [tensor.contiguous() for tensor in tensors]
             if self._stream is None:
                 self._stream = torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
-            captured = torch.cuda.is_current_stream_capturing()
-            waiting.device, waiting.places = device, [self._place(tensor, captured) for tensor in tensors]
+            waiting.device, waiting.buffers = device, buffers
+            waiting.kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
             with torch.cuda.stream(self._stream), self._timed(tensors, waiting.below() is None):
-                for tensor, place in zip(tensors, waiting.places):
-                    for piece, buffer in zip(_pieces(tensor), place.buffers):
-                        buffer[: len(piece)].copy_(piece, non_blocking=True)
+                for piece, place in _pieces(tensors, buffers):
+                    place.copy_(piece, non_blocking=True)
             self._leaving.append((tensors, self._stream.record_event()))
-            buffers = [buffer for place in waiting.places for buffer in place.buffers]
         else:
             waiting.tensors = list(tensors)
-        sizes = sum(map(_buffer_size, tensors)), sum(map(_buffer_size, tensors[own:]))
+        size = sum(map(len, buffers)) or _buffer_size(*tensors)
+        sizes = size, size - _buffer_size(*tensors[:own])
         self._held, self._extra = self._held + sizes[0], self._extra + sizes[1]
         waiting.release = weakref.finalize(waiting, self._release, sizes, buffers, captured, waiting.fetched)
         waiting.release.atexit = False
@@ -154,7 +185,10 @@ class HostStates:
             self.fetch_below(waiting)
         if self._last() is waiting:
             self._last = waiting.below
-        waiting.tensors = waiting.places = None
+        waiting.tensors = waiting.buffers = None
+        if waiting.dtype is not None:
+            rows, scales = tensors
+            return [rows.to(waiting.dtype).mul_(scales.to(waiting.dtype))]
         return tensors
 
     def fetch_below(self, waiting: Waiting) -> None:
@@ -163,14 +197,13 @@ class HostStates:
             self._fetch(below)
 
     def _fetch(self, waiting):
-        if waiting.tensors is None and waiting.places is not None:
-            waiting.tensors = [torch.empty(place.shape, dtype=place.dtype, device=waiting.device) for place in waiting.places]
+        if waiting.tensors is None and waiting.buffers is not None:
+            waiting.tensors = [torch.empty(shape, dtype=dtype, device=waiting.device) for shape, dtype in waiting.kinds]
             # what used this memory before may still run
             self._stream.wait_stream(torch.cuda.current_stream(waiting.device))
             with torch.cuda.stream(self._stream):
-                for tensor, place in zip(waiting.tensors, waiting.places):
-                    for piece, buffer in zip(_pieces(tensor), place.buffers):
-                        piece.copy_(buffer[: len(piece)], non_blocking=True)
+                for piece, place in _pieces(waiting.tensors, waiting.buffers):
+                    piece.copy_(place, non_blocking=True)
             waiting.arrived = self._stream.record_event()
             waiting.fetched.append(waiting.device)
         return waiting.tensors
@@ -181,8 +214,20 @@ class HostStates:
         for device in fetched:  # and never popped: the memory that the copy writes to is about to be free
             torch.cuda.current_stream(device).wait_stream(self._stream)
 
-    def _place(self, tensor, captured):
-        return Place(tensor.shape, tensor.dtype, [self._buffer(size, captured) for size in _sizes(tensor)])
+    def _buffers(self, sizes, captured):
+        """Buffers of such sizes, or none where the system refuses them, whatever it said was free."""
+        found = []
+        try:
+            for size in sizes:
+                found.append(self._buffer(size, captured))
+        except RuntimeError as error:
+            self._returned[captured] += found
+            self._limit = self._held
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning("the host gives no pinned memory beyond %.1f GiB (%s): what would wait there stays on the GPU",
+                           self._held / 2**30, reason)  # fmt: skip
+            return []
+        return found
 
     def _buffer(self, size, captured):
         """The smallest free buffer of at least ``size`` bytes, or a new one in the place of one that is too small."""
@@ -246,14 +291,21 @@ def _pinned(size):
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
-def _pieces(tensor):
-    """The bytes of a contiguous tensor, piece by piece."""
-    return tensor.view(-1).view(torch.uint8).split(_PIECE)
+def _pieces(tensors, buffers):
+    """The bytes of contiguous tensors, and their places in the buffers, which are filled one after the other."""
+    at = 0
+    for tensor in tensors:
+        rest = tensor.view(-1).view(torch.uint8)
+        while len(rest):
+            number, start = divmod(at, _PIECE)
+            piece, rest = rest[: _PIECE - start], rest[_PIECE - start :]
+            yield piece, buffers[number][start : start + len(piece)]
+            at += len(piece)
 
 
-def _sizes(tensor):
-    """The bytes of the buffers for a tensor's pieces."""
-    pieces, rest = divmod(max(tensor.nbytes, 1), _PIECE)
+def _sizes(size):
+    """The bytes of the buffers for so many."""
+    pieces, rest = divmod(size, _PIECE)
     return [_PIECE] * pieces + ([1 << (rest - 1).bit_length()] if rest else [])
 
 
@@ -261,20 +313,12 @@ def _tokens(state):
     return state.numel() // state.shape[-1]
 
 
-def _buffer_size(tensor):
-    return sum(_sizes(tensor))
+def _buffer_size(*tensors):
+    return sum(_sizes(sum(tensor.nbytes for tensor in tensors)))
 
 
 def _nothing():
     """A weak reference's answer when what it referred to is gone."""
-
-
-class Place(NamedTuple):
-    """Where a tensor waits, piece by piece."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    buffers: list[torch.Tensor]
 
 
 class Waiting:
@@ -282,5 +326,6 @@ class Waiting:
 
     def __init__(self, below):
         self.below = below
-        self.tensors = self.places = self.device = self.arrived = self.release = None
+        self.tensors = self.buffers = self.kinds = self.device = self.arrived = self.release = None
+        self.dtype = None  # of a state that waits in FP8
         self.fetched = []  # the device, while a copy back to it is under way

@@ -1,37 +1,43 @@
-"""Whether copies to the host hide behind the computation, as measured while training."""
+"""Whether copies to the host hide behind the computation, as measured in the first steps."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
-# Of so many measurements the lowest but one counts: copies of several GPUs that hold each other up do not start again as
-# soon as they stop, and a single hindrance stops none.
-_WINDOW = 8
+logger = logging.getLogger(__name__)
+
+#: Layers that are timed and do not count: kernels are still compiled, and the first memory is taken.
+_SKIPPED = 8
+
+#: Of so many layers after them the lowest measurement but one counts: copies of several GPUs that hold each other up count,
+#: and a single hindrance does not.
+_COUNTED = 8
 
 
 class Pace:
-    """How many bytes a token travel to the host during a layer's forward, from one layer at a time.
+    """How many bytes a token travel to the host during a layer's forward, from one layer at a time, decided once.
 
     The events that say so are read when the GPU has come to them; nothing waits for them.
     """
 
     def __init__(self):
-        self._bytes_per_token = deque(maxlen=_WINDOW)
+        self._measured: list[float] = []
+        self._limit: float | None = None  # bytes a token
         self._timing: Sample | None = None
         self._timed: Sample | None = None
 
     def hides(self, size: int, tokens: int) -> bool:
-        """Whether a layer of so many tokens computes for as long as ``size`` bytes travel; True until it is known.
+        """Whether a layer of so many tokens computes for as long as ``size`` bytes travel; True until it is decided.
 
         Where every run must give the same bits nothing may depend on what was measured.
         """
-        known = len(self._bytes_per_token) > 1 and not torch.are_deterministic_algorithms_enabled()
-        return not known or size <= sorted(self._bytes_per_token)[1] * tokens
+        known = self._limit is not None and not torch.are_deterministic_algorithms_enabled()
+        return not known or size <= self._limit * tokens
 
     def interrupt(self) -> None:
         """Something else than one layer is computed between the calls before and after this one."""
@@ -39,7 +45,7 @@ class Pace:
 
     def starts_layer(self, stream: torch.cuda.Stream) -> None:
         """The computing stream starts on a layer."""
-        if self._read():
+        if self._limit is None and self._read():
             self._timing = Sample(stream, _event(stream))
 
     @contextmanager
@@ -60,7 +66,7 @@ class Pace:
             timing.ended, self._timed = _event(stream), timing
 
     def _read(self):
-        """Whether the GPU has come to the end of what was timed last, which then counts."""
+        """Whether another layer is to be timed: the GPU has come to the end of the last one, which then counts."""
         timed = self._timed
         if timed is None:
             return True
@@ -70,8 +76,12 @@ class Pace:
         computed = timed.started.elapsed_time(timed.ended)
         copied = sum(started.elapsed_time(ended) for _, started, ended in timed.copies)
         size = sum(size for size, *_ in timed.copies)
-        self._bytes_per_token.append(size * computed / copied / timed.tokens if copied > 0 else math.inf)
-        return True
+        self._measured.append(size * computed / copied / timed.tokens if copied > 0 else math.inf)
+        if len(self._measured) < _SKIPPED + _COUNTED:
+            return True
+        self._limit = sorted(self._measured[_SKIPPED:])[1]
+        logger.info("behind a layer's forward the copies of %.0f bytes a token to the host hide", self._limit)
+        return False
 
 
 @dataclass
