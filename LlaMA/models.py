@@ -197,9 +197,7 @@ def add_adapter(base: PreTrainedModel, config) -> PeftModel:
     return model
 
 
-def ready_to_train(
-    model: PeftModel, memory: str, *, half: bool, stream_to: torch.device | None = None, **how
-) -> None:
+def ready_to_train(model: PeftModel, memory: str, *, half: bool, stream_to: torch.device | None = None, **how) -> None:
     """Set the memory mode (`how` is `set_memory`'s), `stream` the weights if a device is given for that, and spare LoRA the float32 copies of its inputs that
     autocast makes needless.
 

@@ -50,7 +50,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("finetune")
 LOGGERS = ("finetune", "control_experiments")
-LESS_MEMORY = "--memory lean, --stream_weights True, a smaller --token_budget or --micro_batch_size, --dtype bf16, a smaller --cutoff"
+LESS_MEMORY = (
+    "--memory lean, --stream_weights True, a smaller --token_budget or --micro_batch_size, --dtype bf16, a smaller --cutoff"
+)
 
 #: How the adapter's card says that it is loaded.
 LOAD = """

@@ -361,7 +361,6 @@ def describe(model: nn.Module) -> str | None:
     )
 
 
-
 def _streams(model):
     found = [weights.stream for module in model.modules() if (weights := vars(module).get("memory_weights")) is not None]
     return list(dict.fromkeys(found))
@@ -371,11 +370,15 @@ def _frozen_places(model, is_layer):
     """The places of each layer's frozen tensors, but of those that other modules share."""
     layers = [module for module in model.modules() if is_layer(module)]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no layer that Control knows and no control: its weights cannot be streamed")
+        raise ValueError(
+            f"{type(model).__name__} has no layer that Control knows and no control: its weights cannot be streamed"
+        )
     if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
         raise ValueError("weights that are sharded (FSDP) cannot be streamed: use one of the two")
     if any(hasattr(module, "_hf_hook") for layer in layers for module in layer.modules()):
-        raise ValueError("accelerate moves this model's weights (device_map, CPU offload): load it on one device to stream them")
+        raise ValueError(
+            "accelerate moves this model's weights (device_map, CPU offload): load it on one device to stream them"
+        )
     owners: dict[int, set] = {}
     inside: dict[nn.Module, nn.Module] = {}
     for layer in layers:
