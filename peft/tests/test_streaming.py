@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_control import ControlConfig, memory, quantize_fp8
-from peft_control.memory import describe_streaming, set_memory_mode, streaming
+from peft_control.memory import set_memory_mode, streaming
 
 LAYERS, WORDS = 5, 61
 
@@ -389,12 +389,12 @@ def test_what_cannot_be_streamed_is_refused_and_leaves_the_model_as_it_is(monkey
 
 def test_the_plan_is_said_in_one_line(caplog):
     model = build(lora=False)
-    assert describe_streaming(model) is None
+    assert streaming.describe(model) is None
     with caplog.at_level(logging.INFO, logger=streaming.__name__):
         set_memory_mode(model, "lean", stream_weights=3)
         set_memory_mode(model, "plain", stream_weights=3)  # the weights stay where they are
     (record,) = caplog.records
-    line = describe_streaming(model)
+    line = streaming.describe(model)
     assert record.getMessage().startswith(line) and "\n" not in line
     assert "5 layers wait on the host" in line and "holds 3 of them" in line
     layer = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64)
@@ -474,6 +474,6 @@ def test_the_computation_waits_for_what_it_needs_and_copies_for_what_is_read(mon
     for _ in range(2):
         equal(step(model), reference)
         equal(answers(model), answered)
-    assert memory.describe_streaming(model)
+    assert streaming.describe(model)
     set_memory_mode(model, mode, chunk_tokens=8)
     equal(step(model), reference)

@@ -45,7 +45,6 @@ from .loss import DecoderPlan, LossPlan
 from .mlp import GatedMlp
 from .offload import HostStates
 from .streaming import RESIDENT, start, stop
-from .streaming import describe as describe_streaming
 
 MODES = ("plain", "fast", "balanced", "lean")
 
