@@ -143,7 +143,8 @@ class Weights:
         return True
 
     def _versions(self):
-        return [place.holder._version for place in self.places if isinstance(place.holder, torch.Tensor)]
+        holders = [place.holder for place in self.places if isinstance(place.holder, torch.Tensor)]
+        return [0 if holder.is_inference() else holder._version for holder in holders]
 
     def give_back(self) -> None:
         """Put the weights where they were before, or leave them on the host if they were there."""
@@ -162,7 +163,7 @@ class Slot:
     def __init__(self, size: int, device: torch.device):
         self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
         self.holds: Weights | None = None
-        self.arrived = None
+        self.arrived: torch.cuda.Event | None = None
 
 
 class WeightStream:
@@ -177,7 +178,9 @@ class WeightStream:
         self.layers: list[Weights] = []
         self._held: Weights | None = None
         self._slots: list[Slot] = []
-        self._copies = self._used_on = self._registered = None
+        self._copies: torch.cuda.Stream | None = None
+        self._used_on: torch.cuda.Stream | None = None
+        self._registered: Callable | None = None
         try:
             for index, (layer, places) in enumerate(layers.items()):
                 self.layers.append(Weights(self, index, layer, places))
@@ -283,9 +286,10 @@ class WeightStream:
         self.device = device
         try:
             self._slots = [Slot(size, device) for size in self.slot_bytes()]
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             self.device = None
-            raise
+            needed = _gib(sum(self.slot_bytes()))
+            raise torch.OutOfMemoryError(f"{self.resident} layers of streamed weights take {needed}: {error}") from error
         if device.type == _COPIED_TO:
             self._copies = torch.cuda.Stream(device)
         for weights in self.layers:
