@@ -22,8 +22,9 @@ A method is NAME[+SWITCH...][+BASE][:MODE], with the ranks and targets of the pa
           control r 16; RoBERTa: LoRA r 8 on query and value, control r 16
   SWITCH  liger, unsloth, checkpointing, compile, graphs (CUDA graphs of the step), eager (attention), packed (rows laid
           end to end, with the losses of LlaMA/finetune.py), uncast (without peft's float32 copies of LoRA's inputs, as
-          LlaMA/finetune.py trains), streamed (the layers' frozen weights wait on the host; a LLaMA's are made layer by layer
-          and never all lie on the GPU)
+          LlaMA/finetune.py trains), streamed (the layers' frozen weights wait on the host, two layers lie on the GPU; a
+          LLaMA's are made layer by layer and never all lie there), streamed3 (three layers), onboard (lean's states stay on
+          the GPU)
   BASE    fp32, bf16, fp16, nf4, fp4, int8 or fp8: how the frozen weights are stored; else LLaMA bf16, the others fp32
   MODE    plain, fast, balanced or lean, for methods with a control (see peft_control.memory)
 By default those run that suit the shape. Unsloth, for lora and lora-all, only loads models from folders, so one is
@@ -66,6 +67,7 @@ from control_experiments.training.benchmarking import (
 )
 from control_experiments.training.device import DTYPES
 from control_experiments.training.metering import MemoryMeter
+from peft_control.memory import streaming
 from scripts.workloads import (
     ALL_SHAPES,
     BASES,
@@ -213,7 +215,25 @@ def measure(options: Options, method: Method) -> dict:
         "static_bytes": static, "peak_bytes": peak, "peak_is": "reserved" if graphs else "allocated",
         "over_static_bytes": peak - static, **times, **rates, "loss": loss.item(), "memory": summary,
     }  # fmt: skip
+    if method.resident:
+        result["streaming"] = streamed(options, work)
     return {**result, "kernels": profiled(options, work)} if options.profile else result
+
+
+def streamed(options: Options, work: Workload) -> dict:
+    """What waits on the host, and the seconds in which all of it comes to the GPU once with nothing beside it. Of a step's two
+    passes each leaves out the resident layers."""
+    (stream,) = streaming.streams(work.model)
+    seconds = min(time_steps(stream.copy_all, 3, options.device))
+    layers = len(stream.layers)
+    floor = 2 * seconds * (layers - stream.resident) / layers
+    return {
+        "bytes": stream.nbytes,
+        "layers": layers,
+        "resident": stream.resident,
+        "copy_seconds": seconds,
+        "floor_seconds": floor,
+    }
 
 
 def allow(limit: float) -> None:
@@ -297,11 +317,13 @@ def line(result: dict) -> str:
     if "longest_tokens" in result:
         return f"{result['method']:32s} {result['longest_tokens']:7d} tokens within {result['limit_gib']} GiB"
     spread = 100 * result["step_seconds_spread"] / result["step_seconds"]
+    floor = result.get("streaming", {}).get("floor_seconds")
+    copies = f"  copies {floor * 1e3:.1f} ms" if floor else ""
     shared = "  OTHERS USE THIS GPU" if result["memory"]["other_processes_bytes"] else ""
     return (
         f"{result['method']:32s} {result['over_static_bytes'] / 1e9:7.2f} GB over {result['static_bytes'] / 1e9:6.2f}"
         f"  {result['step_seconds'] * 1e3:7.1f} ms, spread {spread:4.1f} %  {result['tokens_per_second']:9.0f} tokens/s"
-        f"  loss {result['loss']:.4f}{shared}"
+        f"  loss {result['loss']:.4f}{copies}{shared}"
     )
 
 

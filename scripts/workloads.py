@@ -53,7 +53,19 @@ CLASSES = 100  # of the ViT's images
 # -- methods ----------------------------------------------------------------------------------------------------
 
 NAMES = ("lora", "lora-all", "lora-qkv", "lora-fa", "dora", "miss", "shadow", "control", "control+lora", "control+dora")  # fmt: skip
-SWITCHES = ("liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "packed", "streamed")
+SWITCHES = (
+    "liger",
+    "unsloth",
+    "checkpointing",
+    "compile",
+    "graphs",
+    "uncast",
+    "eager",
+    "packed",
+    "streamed",
+    "streamed3",
+    "onboard",
+)
 MODES = ("plain", "fast", "balanced", "lean")
 #: Switches and names that need a LLaMA shape.
 OF_LLAMA = ("liger", "unsloth", "compile", "packed", "lora-qkv", "shadow")
@@ -68,6 +80,11 @@ class Method:
     switches: frozenset[str]
     base: str | None
     mode: str
+
+    @property
+    def resident(self) -> int:
+        """How many layers' weights lie on the GPU while the others wait on the host; 0: all, and none waits."""
+        return 2 if "streamed" in self.switches else 3 if "streamed3" in self.switches else 0
 
     def over(self, base: str) -> str:
         """The same over a base, unless it names one."""
@@ -106,7 +123,9 @@ def parse_method(text: str) -> Method:
     plain_lora = name in ("lora", "lora-all") and not bases and switches <= {"unsloth", "checkpointing"}
     if "unsloth" in switches and not plain_lora:
         raise UserError(f"method {text!r}: unsloth is for lora and lora-all, with checkpointing or without")
-    if "streamed" in switches and ({"graphs", "unsloth"} & switches or mode == "fast" or "int8" in bases or name == "shadow"):
+    if {"streamed", "streamed3"} & switches and (
+        {"graphs", "unsloth"} & switches or mode == "fast" or "int8" in bases or name == "shadow"
+    ):
         raise UserError(f"method {text!r}: weights are not streamed with graphs, unsloth, shadow, int8 or mode fast")
     if {"packed", "graphs"} <= switches:
         raise UserError(f"method {text!r}: packed rows are not measured as CUDA graphs")
@@ -225,7 +244,7 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
     if "packed" in method.switches and varlen_available(torch.device(device), compute):
         attention = VARLEN
     if shape in LLAMA_SHAPES:
-        if "streamed" in method.switches:
+        if method.resident:
             model = random_llama_in_parts(shape, device, stored, attention, store, "cpu")
         elif method.base == "fp8":
             model = random_llama_in_parts(shape, device, stored, attention, store, device)
@@ -317,7 +336,8 @@ def adapt(model: nn.Module, shape: str, method: Method, control_rank: int | None
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if "uncast" in method.switches:
         ready_to_train(model, "plain", half=True)
-    set_memory(model, method.mode, "graphs" in method.switches, stream_weights="streamed" in method.switches)
+    offload = "never" if "onboard" in method.switches else "auto"
+    set_memory(model, method.mode, "graphs" in method.switches, offload=offload, stream_weights=method.resident)
     return model.train()
 
 
@@ -408,7 +428,7 @@ def build(setting: Setting, method: Method, loaded: Callable[[], None] = lambda:
             torch.cuda.empty_cache()
         loaded()
         model = adapt(base, setting.shape, method, setting.control_rank, setting.lora_rank)
-        if "streamed" in method.switches:
+        if method.resident:
             model.to(setting.device)
     if "compile" in method.switches:
         model = torch.compile(model)

@@ -126,7 +126,7 @@ def ciphered(monkeypatch):
 
 
 def stream_of(model):
-    (stream,) = streaming._streams(model)
+    (stream,) = streaming.streams(model)
     return stream
 
 
@@ -188,6 +188,19 @@ def test_models_without_a_control_are_streamed(adapter):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     equal(step(model), reference)
+
+
+def test_a_lora_is_merged_on_the_host_and_taken_out_again(ciphered):
+    model = build().unload()
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    twin = copy.deepcopy(model)
+    set_memory_mode(model, "plain", stream_weights=True)
+    equal(answers(model), answers(twin))
+    for change in ("merge_adapter", "unmerge_adapter"):
+        for changed in (model, twin):
+            with ciphered():
+                getattr(changed, change)()
+        equal(answers(model), answers(twin))
 
 
 @pytest.mark.parametrize("resident", [2, 3])
@@ -379,7 +392,7 @@ def test_what_cannot_be_streamed_is_refused_and_leaves_the_model_as_it_is(monkey
     with pytest.raises(ValueError, match=r"takes .* of the host's memory .* are free"):
         set_memory_mode(model, "lean", stream_weights=True)
     monkeypatch.undo()
-    assert not streaming._streams(model)
+    assert not streaming.streams(model)
     equal(step(model), reference)
     set_memory_mode(model, "lean", stream_weights=True)
     model.get_base_model().model.layers[2].mlp.up_proj.weight.requires_grad_()
@@ -466,6 +479,7 @@ def test_the_computation_waits_for_what_it_needs_and_copies_for_what_is_read(mon
     monkeypatch.setattr(streaming, "_COPIED_TO", "cpu")
     monkeypatch.setattr(streaming, "_PIECE", 1000)
     monkeypatch.setattr(streaming, "_page_lock", lambda buffers, owner: lambda: None)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     monkeypatch.setattr(torch.cuda, "Stream", Copies)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computing)
     monkeypatch.setattr(torch.cuda, "stream", Deferred)
