@@ -211,7 +211,7 @@ def load(options: Options, dtype: torch.dtype, device: torch.device):
     total = count_unquantized(base)
     if options.adapter is None:
         if streams:
-            stream(base, "plain", device)
+            stream(base.requires_grad_(False), "plain", device)
         return tokenizer, base, total
     warn_of_other_quantization(options.adapter, quantization_of(base.config))
     model = load_adapter(base, options.adapter, options.model, autocast_adapter_dtype=False)

@@ -44,7 +44,7 @@ from LlaMA.packing import (
     varlen_available,
 )
 from LlaMA.texts import read_data, tokenize_data
-from peft_control.memory import describe_streaming
+from peft_control.memory import streaming
 
 if TYPE_CHECKING:
     from LlaMA.finetune import Options
@@ -143,7 +143,7 @@ def train(options: Options, run: Run) -> RunRecord:
         counted = f"{len(training)} training and {len(held_out)} held-out rows, {cut} cut at {options.cutoff} tokens"
         line = f"{options.method} on {public_path(options.model)}: {counted}; {counts}, {run.described}"
         logger.info("%s", line)
-        plan = describe_streaming(model)
+        plan = streaming.describe(model)
         if plan:
             logger.info("%s", plan)
         if trainer.is_world_process_zero():

@@ -25,8 +25,9 @@ A method is NAME[+SWITCH...][+BASE][:MODE], with the ranks and targets of the pa
           lora-experts on the experts' tensors too (peft's target_parameters), control as for LLaMA
   SWITCH  liger, unsloth, checkpointing, compile, graphs (CUDA graphs of the step), eager (attention), packed (rows laid
           end to end, with the losses of LlaMA/finetune.py), uncast (without peft's float32 copies of LoRA's inputs, as
-          LlaMA/finetune.py trains), streamed (the layers' frozen weights wait on the host; a LLaMA's are made layer by layer
-          and never all lie on the GPU), fp8states (lean's states wait on the host in FP8)
+          LlaMA/finetune.py trains), streamed (the layers' frozen weights wait on the host, two layers lie on the GPU; a
+          LLaMA's are made layer by layer and never all lie there), streamed3 (three layers), onboard (lean's states stay on
+          the GPU), fp8states (they wait on the host in FP8)
   BASE    fp32, bf16, fp16, nf4, fp4, int8 or fp8: how the frozen weights are stored; else LLaMA bf16, the others fp32
   MODE    plain, fast, balanced or lean, for methods with a control (see peft_control.memory)
 By default those run that suit the shape. Unsloth, for lora and lora-all, only loads models from folders, so one is
@@ -71,6 +72,7 @@ from control_experiments.training.benchmarking import (
 )
 from control_experiments.training.device import DTYPES
 from control_experiments.training.metering import MemoryMeter
+from peft_control.memory import streaming
 from scripts.longest import Search, Step
 from scripts.workloads import (
     ALL_SHAPES,
@@ -237,7 +239,25 @@ def measure(options: Options, method: Method) -> dict:
     }  # fmt: skip
     if options.shape in MOE_SHAPES:
         result["experts_implementation"] = work.model.config._experts_implementation
+    if method.resident:
+        result["streaming"] = streamed(options, work)
     return {**result, "kernels": profiled(options, work)} if options.profile else result
+
+
+def streamed(options: Options, work: Workload) -> dict:
+    """What waits on the host, and the seconds in which all of it comes to the GPU once with nothing beside it. Of a step's two
+    passes each leaves out the resident layers."""
+    (stream,) = streaming.streams(work.model)
+    seconds = min(time_steps(stream.copy_all, 3, options.device))
+    layers = len(stream.layers)
+    floor = 2 * seconds * (layers - stream.resident) / layers
+    return {
+        "bytes": stream.nbytes,
+        "layers": layers,
+        "resident": stream.resident,
+        "copy_seconds": seconds,
+        "floor_seconds": floor,
+    }
 
 
 def allow(limit: float) -> None:
@@ -359,11 +379,13 @@ def line(result: dict) -> str:
         text += f", {result['step_seconds']:.1f} s a step, {result['tokens_per_second']:.0f} tokens/s" if rate else ""
         return f"{result['method']:32s} {text}"
     spread = 100 * result["step_seconds_spread"] / result["step_seconds"]
+    floor = result.get("streaming", {}).get("floor_seconds")
+    copies = f"  copies {floor * 1e3:.1f} ms" if floor else ""
     shared = "  OTHERS USE THIS GPU" if result["memory"]["other_processes_bytes"] else ""
     return (
         f"{result['method']:32s} {result['over_static_bytes'] / 1e9:7.2f} GB over {result['static_bytes'] / 1e9:6.2f}"
         f"  {result['step_seconds'] * 1e3:7.1f} ms, spread {spread:4.1f} %  {result['tokens_per_second']:9.0f} tokens/s"
-        f"  loss {result['loss']:.4f}{shared}"
+        f"  loss {result['loss']:.4f}{copies}{shared}"
     )
 
 

@@ -70,7 +70,10 @@ CLASSES = 100  # of the ViT's images
 # -- methods ----------------------------------------------------------------------------------------------------
 
 NAMES = ("lora", "lora-all", "lora-qkv", "lora-experts", "lora-fa", "dora", "miss", "shadow", "control", "control+lora", "control+dora")  # fmt: skip
-SWITCHES = ("liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "packed", "streamed", "fp8states")
+SWITCHES = (
+    "liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "packed", "streamed", "streamed3", "onboard",
+    "fp8states",
+)  # fmt: skip
 MODES = ("plain", "fast", "balanced", "lean")
 #: Switches and names that need a LLaMA shape.
 OF_LLAMA = ("liger", "unsloth", "compile", "packed", "lora-qkv", "shadow")
@@ -85,6 +88,11 @@ class Method:
     switches: frozenset[str]
     base: str | None
     mode: str
+
+    @property
+    def resident(self) -> int:
+        """How many layers' weights lie on the GPU while the others wait on the host; 0: all, and none waits."""
+        return 2 if "streamed" in self.switches else 3 if "streamed3" in self.switches else 0
 
     def over(self, base: str) -> str:
         """The same over a base, unless it names one."""
@@ -128,7 +136,9 @@ def parse_method(text: str) -> Method:
     if "unsloth" in switches and not plain_lora:
         told = "unsloth is for lora and lora-all over bf16 or nf4, with checkpointing or without"
         raise UserError(f"method {text!r}: {told}")
-    if "streamed" in switches and ({"graphs", "unsloth"} & switches or mode == "fast" or "int8" in bases or name == "shadow"):
+    if {"streamed", "streamed3"} & switches and (
+        {"graphs", "unsloth"} & switches or mode == "fast" or "int8" in bases or name == "shadow"
+    ):
         raise UserError(f"method {text!r}: weights are not streamed with graphs, unsloth, shadow, int8 or mode fast")
     if "fp8states" in switches and mode != "lean":
         raise UserError(f"method {text!r}: fp8states is for mode lean")
@@ -261,7 +271,7 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
     if "packed" in method.switches and varlen_available(torch.device(device), compute):
         attention = VARLEN
     if shape in CAUSAL_SHAPES:
-        if "streamed" in method.switches:
+        if method.resident:
             model = random_llama_in_parts(shape, device, stored, attention, store, "cpu")
         elif method.base == "fp8":
             model = random_llama_in_parts(shape, device, stored, attention, store, device)
@@ -355,8 +365,8 @@ def adapt(model: nn.Module, shape: str, method: Method, control_rank: int | None
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if "uncast" in method.switches:
         ready_to_train(model, "plain", half=True)
-    how = {"offload": "fp8" if "fp8states" in method.switches else "auto", "stream_weights": "streamed" in method.switches}
-    set_memory(model, method.mode, cuda_graphs="graphs" in method.switches, **how)
+    offload = "never" if "onboard" in method.switches else "fp8" if "fp8states" in method.switches else "auto"
+    set_memory(model, method.mode, cuda_graphs="graphs" in method.switches, offload=offload, stream_weights=method.resident)
     return model.train()
 
 
@@ -447,7 +457,7 @@ def build(setting: Setting, method: Method, loaded: Callable[[], None] = lambda:
             torch.cuda.empty_cache()
         loaded()
         model = adapt(base, setting.shape, method, setting.control_rank, setting.lora_rank)
-        if "streamed" in method.switches:
+        if method.resident:
             model.to(setting.device)
     if "compile" in method.switches:
         model = torch.compile(model)

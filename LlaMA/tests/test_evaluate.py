@@ -12,6 +12,7 @@ from LlaMA import answering, evaluate, evaluation, finetune
 from LlaMA.answering import Question, generate, pad_left, rank_words
 from LlaMA.commonsense import ANSWER_LEAD, TASKS, offered_words, tokenize_prompts
 from LlaMA.tests.conftest import adapted, one_line, tiny_model
+from peft_control import memory
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +40,20 @@ def run(call, model_folder, data, tmp_path):
         )  # fmt: skip
 
     return start
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_streamed_weights_answer_alike(run, trained, tmp_path, monkeypatch, adapted):
+    monkeypatch.setattr(memory, "RESIDENT", 1)  # of two layers
+    more = expected(trained) if adapted else ()
+    for mode in ("generate", "likelihood"):
+        how = ("--limit", 3, "--tasks", "boolq", "piqa", "--mode", mode, *more)
+        assert run(*how, name=f"resident-{mode}")[0] == 0
+        code, _, err = run(*how, "--stream_weights", "True", name=f"streamed-{mode}")
+        assert code == 0, err
+        for task in ("boolq", "piqa"):
+            answers = [(tmp_path / f"{where}-{mode}" / f"{task}.jsonl").read_text() for where in ("resident", "streamed")]
+            assert answers[0] == answers[1] != ""
 
 
 def expected(trained, *more):

@@ -11,11 +11,17 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from control_experiments.record import read_record
+from control_experiments.reporting import records
 from LlaMA import convert, finetune, training
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
 from LlaMA.models import SHAPES, add_adapter, choose_pad_token, expected_config
 from LlaMA.tests.conftest import one_line
-from peft_control import ControlConfig  # noqa: F401  registers CONTROL
+from peft_control import ControlConfig, memory  # noqa: F401  registers CONTROL
+
+
+def describe_row(record):
+    """A record's method as tables name it."""
+    return records._label(record.domain, record.method, record.hyperparameters)
 
 
 def arguments(model, data, out, *more, method="control+lora"):
@@ -256,6 +262,46 @@ def test_memory_modes_checkpointing_and_fixed_shapes_train_alike(run, tmp_path):
         losses, plain = ([row["eval_loss"] for row in found[name].history] for name in (how, "plain"))
         assert losses == pytest.approx(plain, rel=1e-4)
         assert found[how].time["real_tokens"] == found["plain"].time["real_tokens"]
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8", "nf4"])
+def test_streamed_weights_train_to_the_same_bits_and_resume(run, tmp_path, monkeypatch, quantization):
+    monkeypatch.setattr(memory, "RESIDENT", 1)  # of two layers
+    how = ("--memory", "lean", "--dtype", "bf16", "--quantization", quantization)
+    streamed = (*how, "--stream_weights", "True")
+    assert run(*how, name="resident")[0] == 0
+    real = training.CommonsenseTrainer.training_step
+
+    def dying(self, model, inputs, *rest):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return real(self, model, inputs, *rest)
+
+    monkeypatch.setattr(training.CommonsenseTrainer, "training_step", dying)
+    code, out, _ = run(*streamed, name="streamed")
+    assert code == 130
+    assert "frozen weights of 2 layers wait on the host" in out
+    monkeypatch.setattr(training.CommonsenseTrainer, "training_step", real)
+    code, out, err = run(*streamed, "--resume", name="streamed")
+    assert code == 0, err
+    weights = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("resident", "streamed"))
+    torch.testing.assert_close(*map(load_file, weights), rtol=0, atol=0)
+    resident, streamed = (read_record(tmp_path / name / "record.json") for name in ("resident", "streamed"))
+    assert streamed.history == resident.history
+    assert "streamed" in describe_row(streamed) and "streamed" not in describe_row(resident)
+
+
+@pytest.mark.parametrize("more", ["--memory fast", "--cuda_graphs", "--quantization int8", "--method shadow"])
+def test_what_does_not_go_together_with_streamed_weights_is_said(run, tmp_path, more):
+    code, _, err = run("--stream_weights", "True", *more.split())
+    assert code == 2 and f"--stream_weights does not go together with {more}" in one_line(err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_host_without_room_for_streamed_weights_is_said(run, monkeypatch):
+    monkeypatch.setattr(memory.streaming, "_free_memory", lambda: 1000)
+    code, _, err = run("--stream_weights", "True")
+    assert code == 2 and "of the host's memory" in one_line(err)
 
 
 @pytest.mark.parametrize(

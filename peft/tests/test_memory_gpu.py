@@ -8,8 +8,9 @@ from peft import get_peft_model
 from test_memory import count_calls
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_control import ControlConfig, memory
-from peft_control.memory import MODES, kernels, set_memory_mode
+from peft_control import ControlConfig, memory, quantize_fp8
+from peft_control.fp8 import has_fp8
+from peft_control.memory import MODES, kernels, set_memory_mode, streaming
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -443,6 +444,76 @@ def test_graphs_notice_what_they_were_not_captured_with(mode, change):
     set_memory_mode(model, "plain")
     close(found, gradients_of(model, ids), 1e-4)
     assert change == "moved" or (found - before).norm() > 1e-2 * before.norm()
+
+
+@pytest.mark.parametrize("mode", ["plain", "balanced", "lean"])
+@pytest.mark.parametrize("base", ["dense", "fp8", "nf4"])
+def test_streamed_weights_take_the_same_steps_to_the_bit(base, mode):
+    """Twelve layers whose copies take longer than their computation, and states that wait on the host too."""
+    if base == "fp8" and not has_fp8(torch.device("cuda", 0)):
+        pytest.skip("needs a GPU with FP8")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=16, num_key_value_heads=4,
+        vocab_size=101, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        attn_implementation="eager",  # the others add up gradients in any order
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).bfloat16()
+    if base == "fp8":
+        quantize_fp8(model)
+    elif base == "nf4":
+        bnb = pytest.importorskip("bitsandbytes")
+        for parent in [module for layer in model.model.layers for module in (layer.self_attn, layer.mlp)]:
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    new = bnb.nn.Linear4bit(*linear.weight.shape[::-1], bias=False, quant_type="nf4")
+                    new.load_state_dict(linear.state_dict())
+                    setattr(parent, name, new.cuda().cpu())
+    adapter = ControlConfig(control_blocks=["attention", "mlp"], control_rank=8, init_weights=False)
+    model = get_peft_model(model, adapter).train()
+    ids = torch.randint(3, 101, (2, 64), device="cuda")
+
+    def steps():
+        found = []
+        for _ in range(3):
+            model.train().zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            found += [p.grad for p in model.parameters() if p.grad is not None]
+            with torch.no_grad():
+                model.eval()
+                found += [model(input_ids=ids).logits, model.generate(input_ids=ids[:, :8], max_new_tokens=4, do_sample=False)]
+        return found
+
+    reference, most = None, {}
+    for resident in (2, 3, False):  # the weights come to the GPU last
+        set_memory_mode(model, mode, stream_weights=resident, offload=mode == "lean" or None)
+        model.cuda()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        found = steps()
+        most[resident] = torch.cuda.max_memory_allocated()
+        reference = reference or found
+        assert len(found) == len(reference) > 6
+        assert all(torch.equal(one, other) for one, other in zip(found, reference))
+    layer = sum(p.nbytes for p in model.get_base_model().model.layers[0].parameters() if not p.requires_grad)
+    assert most[False] - most[2] > 8 * layer and 0.9 * layer < most[3] - most[2] < 1.1 * layer
+
+
+def test_a_model_on_the_gpu_is_streamed_from_there_and_comes_back():
+    torch.manual_seed(0)
+    model = tiny_llama().cuda()
+    ids = torch.randint(101, (3, 24), device="cuda")
+    set_memory_mode(model, "lean")
+    reference, before = gradients_of(model, ids), {name: x.clone() for name, x in model.state_dict().items()}
+    set_memory_mode(model, "lean", stream_weights=True)
+    assert torch.equal(gradients_of(model, ids), reference)
+    on_host = {name for name, x in model.state_dict().items() if x.device.type == "cpu"}
+    assert on_host and all("layers" in name and "control" not in name for name in on_host)
+    for layer in streaming.streams(model)[0].layers:
+        assert layer.buffer.is_pinned() and layer.on_host[0].is_pinned()
+    set_memory_mode(model, "lean")
+    assert all(x.is_cuda and torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert torch.equal(gradients_of(model, ids), reference)
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")

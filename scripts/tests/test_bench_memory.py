@@ -15,6 +15,7 @@ from control_experiments.paths import RESULTS
 from control_experiments.reporting.records import load
 from control_experiments.training import benchmarking
 from control_experiments.training.quantization import loading_arguments
+from peft_control.memory import streaming
 from scripts import bench_memory, workloads
 from scripts.workloads import Setting, build, parse_method
 
@@ -124,6 +125,19 @@ def test_every_method_is_the_same_model_at_first(shape, size, methods):
         losses[text] = work.step().item()
         assert dropout or work.step().item() < losses[text]
     assert losses == dict.fromkeys(losses, pytest.approx(losses["control"], abs=0.2 if dropout else 1e-4))
+
+
+@pytest.mark.parametrize("text", ["control+fp8:lean", "control+lora+nf4:balanced", "lora+checkpointing"])
+def test_streamed_weights_take_the_same_steps(text):
+    head, _, mode = text.partition(":")
+    streamed = f"{head}+streamed:{mode}".removesuffix(":")
+    setting = Setting("tiny", "cpu", 2, 16)
+    work, other = (build(setting, parse_method(name)) for name in (text, streamed))
+    assert streaming.describe(work.model) is None and "2 layers wait on the host" in streaming.describe(other.model)
+    found = [other.step().item() for _ in range(3)]
+    assert found[2] < found[0]
+    if "fp8" in text:  # other random weights are drawn as a whole
+        assert found == [work.step().item() for _ in range(3)]
 
 
 def test_peers_train_what_their_papers_say():
@@ -357,6 +371,10 @@ def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, toke
         (("--methods", "control+graphs+packed"), "packed rows are not measured as CUDA graphs"),
         (("--methods", "lora+graphs"), "CUDA graphs need a GPU"),
         (("--methods", "dora+int8"), "dora over int8 needs a GPU"),
+        (("--methods", "control+streamed:fast"), "weights are not streamed with"),
+        (("--methods", "control+streamed+graphs:lean"), "weights are not streamed with"),
+        (("--within", 0), "--within must be greater than 0"),
+        (("--within", 3), "--within needs a GPU"),
         (("--methods", "lora+unsloth"), "unsloth is not installed"),
         (("--methods", "lora+unsloth+compile"), "unsloth is for lora and lora-all over bf16 or nf4, with checkpointing"),
         (("--methods", "lora+unsloth+fp8"), "unsloth is for lora and lora-all over bf16 or nf4"),

@@ -49,7 +49,7 @@ _USUAL_RANKS = {"roberta": (16, 8), "qcontrol": (16, 8), "vit": (16, 1)}
 #: LLaMA's records name their targets always: those of the recipes need no mention.
 _RECIPE_TARGETS = ({"q_proj", "k_proj", "v_proj"}, {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"})
 #: Hyperparameters in which methods may differ from each other, but seeds of one method may not.
-_METHODS_OWN = ("lr", "learning_rate", "memory", "cuda_graphs", "gradient_checkpointing", "shard", "lora_", "control_")  # fmt: skip
+_METHODS_OWN = ("lr", "learning_rate", "memory", "cuda_graphs", "stream_weights", "gradient_checkpointing", "shard", "lora_", "control_")  # fmt: skip
 #: Hyperparameters that change neither what is learned nor what it costs, or that name what is compared.
 _NEUTRAL = ("method", "seed", "task", "data", "model", "limit", "mode", "quantization", "mlp_layers")
 #: What a kernel does -> how the names of such kernels are recognised, in this order.
@@ -212,6 +212,7 @@ def _label(domain: str, method: str, options: dict) -> str:
         f"on {'+'.join(targets)}" if targets and set(targets) not in _RECIPE_TARGETS else "",
         options.get("memory") if options.get("memory") != "plain" else "",
         "graphs" if options.get("cuda_graphs") else "",
+        "streamed" if options.get("stream_weights") else "",
         "checkpointing" if options.get("gradient_checkpointing") else "",
         options.get("shard"),
     ]

@@ -50,7 +50,6 @@ from .loss import DecoderPlan, LossPlan
 from .mlp import GatedMlp
 from .offload import HostStates
 from .streaming import RESIDENT, start, stop
-from .streaming import describe as describe_streaming
 
 MODES = ("plain", "fast", "balanced", "lean")
 
@@ -141,7 +140,7 @@ def set_memory_mode(
     if chunk_tokens is not None and (type(chunk_tokens) is not int or chunk_tokens < 1):
         raise ValueError(f"chunk_tokens must be an integer of at least 1, got {chunk_tokens!r}")
     resident = RESIDENT if stream_weights is True else stream_weights
-    if resident is not False and (type(resident) is not int or resident < 2):
+    if type(stream_weights) is not bool and (type(stream_weights) is not int or stream_weights < 2):
         raise ValueError(f"stream_weights must be True, False or a number of layers from 2 on, got {stream_weights!r}")
     if resident and (cuda_graphs or mode == "fast"):
         raise ValueError(f"weights are not streamed {'with CUDA graphs' if cuda_graphs else 'in memory mode fast'}")

@@ -78,7 +78,9 @@ class Weights:
     def __init__(self, stream: WeightStream, index: int, layer: nn.Module, places: Sequence[Place]):
         self.stream, self.index, self.layer, self.places = stream, index, layer, places
         # by which a cache knows the layer
-        self.number = next((module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")), index)
+        numbers = [getattr(module, "layer_idx", None) for module in layer.modules()]
+        self.number = next((number for number in numbers if isinstance(number, int)), index)
+        self.tuners = [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
         tensors = [place.get() for place in places]
         self.origins = [tensor.device for tensor in tensors]
         self.spans = _spans(tensors)
@@ -143,7 +145,9 @@ class Weights:
         return True
 
     def _versions(self):
-        return [place.holder._version for place in self.places if isinstance(place.holder, torch.Tensor)]
+        holders = [place.holder for place in self.places if isinstance(place.holder, torch.Tensor)]
+        versions = [0 if holder.is_inference() else holder._version for holder in holders]
+        return [*versions, *(list(tuner.merged_adapters) for tuner in self.tuners)]  # merging writes past all versions
 
     def give_back(self) -> None:
         """Put the weights where they were before, or leave them on the host if they were there."""
@@ -162,7 +166,7 @@ class Slot:
     def __init__(self, size: int, device: torch.device):
         self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
         self.holds: Weights | None = None
-        self.arrived = None
+        self.arrived: torch.cuda.Event | None = None
 
 
 class WeightStream:
@@ -177,7 +181,9 @@ class WeightStream:
         self.layers: list[Weights] = []
         self._held: Weights | None = None
         self._slots: list[Slot] = []
-        self._copies = self._used_on = self._registered = None
+        self._copies: torch.cuda.Stream | None = None
+        self._used_on: torch.cuda.Stream | None = None
+        self._registered: Callable | None = None
         try:
             for index, (layer, places) in enumerate(layers.items()):
                 self.layers.append(Weights(self, index, layer, places))
@@ -192,6 +198,10 @@ class WeightStream:
 
     def __deepcopy__(self, memo):
         return self.__reduce__()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weights.nbytes for weights in self.layers)
 
     @property
     def holders(self) -> set[int]:
@@ -283,14 +293,26 @@ class WeightStream:
         self.device = device
         try:
             self._slots = [Slot(size, device) for size in self.slot_bytes()]
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             self.device = None
-            raise
+            needed = _gib(sum(self.slot_bytes()))
+            raise torch.OutOfMemoryError(f"{self.resident} layers of streamed weights take {needed}: {error}") from error
         if device.type == _COPIED_TO:
             self._copies = torch.cuda.Stream(device)
+            for slot in self._slots:  # nobody else gets its memory while a copy into it is under way
+                slot.buffer.record_stream(self._copies)
         for weights in self.layers:
             buffer = self._slots[weights.index % self.resident].buffer
             weights.in_slot = [span.of(buffer[span.start : span.end]) for span in weights.spans]
+
+    def copy_all(self) -> None:
+        """Fetch every layer's weights once, for measurements; what is computed next waits for it."""
+        for weights in self.layers:
+            slot = self._slots[weights.index % self.resident]
+            slot.holds = None
+            self._fetch(weights)
+            if self._copies is not None:
+                torch.cuda.current_stream(self.device).wait_event(slot.arrived)
 
     def synchronize(self) -> None:
         """Wait for all copies."""
@@ -301,7 +323,7 @@ class WeightStream:
         """Put all weights back where they came from."""
         self._let_go()
         if self._copies is not None:
-            torch.cuda.synchronize(self.device)  # what runs may read the slots
+            torch.cuda.synchronize(self.device)
         self._slots.clear()
         for weights in self.layers:
             weights.give_back()
@@ -321,9 +343,9 @@ def start(model: nn.Module, is_layer: Callable[[nn.Module], bool], resident: int
             cannot hold them. The model is as it was.
     """
     layers = _frozen_places(model, is_layer)
-    streams = _streams(model)
-    if len(streams) == 1:
-        (stream,) = streams
+    running = streams(model)
+    if len(running) == 1:
+        (stream,) = running
         known = {weights.layer: {id(place.holder) for place in weights.places} for weights in stream.layers}
         same = known == {layer: {id(place.holder) for place in places} for layer, places in layers.items()}
         if same and stream.resident == min(resident, len(layers)):
@@ -339,7 +361,7 @@ def start(model: nn.Module, is_layer: Callable[[nn.Module], bool], resident: int
 
 def stop(model: nn.Module) -> None:
     """Undo :func:`start`: the weights return to where they were."""
-    for stream in _streams(model):
+    for stream in streams(model):
         stream.stop()
         for module in model.modules():
             if (ignored := vars(module).get(_IGNORED_BY_DDP)) is not None:
@@ -349,19 +371,20 @@ def stop(model: nn.Module) -> None:
 
 def describe(model: nn.Module) -> str | None:
     """What host and device hold of a model whose weights are streamed, in one line; None for any other."""
-    streams = _streams(model)
-    if not streams:
+    running = streams(model)
+    if not running:
         return None
-    (stream,) = streams
+    (stream,) = running
     others = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in stream.holders)
-    host, slots = _gib(sum(weights.nbytes for weights in stream.layers)), _gib(sum(stream.slot_bytes()))
+    host, slots = _gib(stream.nbytes), _gib(sum(stream.slot_bytes()))
     return (
         f"frozen weights of {len(stream.layers)} layers wait on the host ({host}); the device holds {stream.resident} of them "
         f"at a time ({slots}) and the model's other parameters ({_gib(others)})"
     )
 
 
-def _streams(model):
+def streams(model: nn.Module) -> list[WeightStream]:
+    """What streams weights of the model: nothing, or one."""
     found = [weights.stream for module in model.modules() if (weights := vars(module).get("memory_weights")) is not None]
     return list(dict.fromkeys(found))
 

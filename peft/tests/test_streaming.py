@@ -1,0 +1,493 @@
+"""Frozen weights that wait on the host: the same losses and gradients, to the bit, and the weights there at any time."""
+
+import copy
+import logging
+import pickle
+from contextlib import contextmanager
+
+import pytest
+import tiny_models
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from peft_control import ControlConfig, memory, quantize_fp8
+from peft_control.memory import set_memory_mode, streaming
+
+LAYERS, WORDS = 5, 61
+
+
+def build(base="dense", lora=True, dtype=torch.float32, **control):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=WORDS, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2,
+        )
+    ).to(dtype)  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+    if base == "fp8":
+        quantize_fp8(model)
+    elif base == "nf4":
+        bnb = pytest.importorskip("bitsandbytes")
+        for layer in model.model.layers:
+            for part in (layer.self_attn, layer.mlp):
+                for name, linear in list(part.named_children()):
+                    if type(linear) is torch.nn.Linear:
+                        new = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4")
+                        new.load_state_dict(linear.state_dict())
+                        new.support_avx512bf16_for_cpu = False
+                        setattr(part, name, new.to("cpu"))
+        assert layer.mlp.up_proj.weight.quant_state.nested
+    config = dict(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], control_rank=4, init_weights=False)
+    per_weight = dict(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False) if lora else {}
+    return get_peft_model(model, ControlConfig(**config, **per_weight, **control)).train()
+
+
+def ids():
+    return torch.randint(3, WORDS, (2, 13), generator=torch.Generator().manual_seed(1))
+
+
+def step(model, seed=2):
+    """The loss and the gradients of one batch, and the words that the model would go on with afterwards."""
+    model.train().zero_grad()
+    torch.manual_seed(seed)
+    loss = model(input_ids=ids(), labels=ids()).loss
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+def answers(model):
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids()).logits
+        words = model.generate(input_ids=ids()[:, :4], max_new_tokens=5, do_sample=False)
+    return {"logits": logits, "words": words}
+
+
+def equal(found, reference):
+    assert found.keys() == reference.keys()
+    for name, tensor in reference.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.fixture(autouse=True)
+def ciphered(monkeypatch):
+    """What waits on the host is unreadable, and readable again once it was copied into a slot: so nothing can compute with
+    anything but a slot's contents. ``open`` undoes it for a look at the host."""
+    streams, fetch, stop = [], streaming.WeightStream._fetch, streaming.WeightStream.stop
+
+    def turn(stream):
+        for weights in stream.layers:
+            weights.buffer.bitwise_not_()
+
+    def make(*arguments):
+        stream = original(*arguments)
+        turn(stream)
+        streams.append(stream)
+        stream.copies = []
+        return stream
+
+    def fetch_readable(self, weights):
+        slot = self._slots[weights.index % self.resident]
+        before, slot.holds_before = slot.holds, slot.holds
+        version = slot.buffer._version
+        fetch(self, weights)
+        if slot.buffer._version != version:
+            slot.buffer[: weights.nbytes].bitwise_not_()
+            self.copies.append(weights.index)
+        assert before is slot.holds_before
+        return slot
+
+    def stop_readable(self):
+        if self in streams:
+            streams.remove(self)
+            turn(self)
+        stop(self)
+
+    original = streaming.WeightStream
+    monkeypatch.setattr(streaming, "WeightStream", make)
+    monkeypatch.setattr(original, "_fetch", fetch_readable)
+    monkeypatch.setattr(original, "stop", stop_readable)
+
+    @contextmanager
+    def opened():
+        for stream in streams:
+            turn(stream)
+        yield
+        for stream in streams:
+            turn(stream)
+
+    return opened
+
+
+def stream_of(model):
+    (stream,) = streaming.streams(model)
+    return stream
+
+
+@pytest.mark.parametrize("mode", ["plain", "balanced", "lean"])
+@pytest.mark.parametrize("base", ["dense", "fp8", "nf4"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_losses_gradients_and_answers_are_those_of_resident_weights(base, mode, lora):
+    model = build(base, lora)
+    set_memory_mode(model, mode, chunk_tokens=8)
+    reference, answered = step(model), answers(model)
+    for resident in (True, 3, LAYERS + 4):
+        set_memory_mode(model, mode, chunk_tokens=8, stream_weights=resident)
+        for _ in range(2):  # training and evaluation in turns
+            equal(step(model), reference)
+            equal(step(model), reference)
+            equal(answers(model), answered)
+    set_memory_mode(model, mode, chunk_tokens=8)
+    equal(step(model), reference)
+    equal(answers(model), answered)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_may_wait_on_the_host_too(offload, dtype):
+    model = build(dtype=dtype, control_dropout=0.3)
+    set_memory_mode(model, "lean", offload=offload)
+    reference = step(model)
+    set_memory_mode(model, "lean", offload=offload, stream_weights=True)
+    equal(step(model), reference)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_layers_of_every_architecture_are_streamed(family, monkeypatch):
+    """Through a single slot. Those that no memory mode knows run their own forward inside torch's checkpointing."""
+    monkeypatch.setattr(memory, "RESIDENT", 1)
+    model = tiny_models.build(family)
+    model = get_peft_model(model, ControlConfig(control_rank=2, init_weights=False)).eval()
+    found = {}
+    for mode in ("plain", "lean"):
+        for streamed in (False, True):
+            set_memory_mode(model, mode, stream_weights=streamed)
+            model.zero_grad()
+            output = tiny_models.logits(model, tiny_models.FAMILIES[family].inputs())
+            output.float().square().mean().backward()
+            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            found[streamed] = {"output": output.detach(), **gradients}
+        assert len(found[True]) > 1
+        equal(found[True], found[False])
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_models_without_a_control_are_streamed(adapter):
+    model = build().unload()
+    config = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False, use_dora=adapter == "dora")
+    model = get_peft_model(model, config)
+    reference = step(model)
+    set_memory_mode(model, "plain", stream_weights=True)
+    equal(step(model), reference)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    equal(step(model), reference)
+
+
+def test_a_lora_is_merged_on_the_host_and_taken_out_again(ciphered):
+    model = build().unload()
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    twin = copy.deepcopy(model)
+    set_memory_mode(model, "plain", stream_weights=True)
+    equal(answers(model), answers(twin))
+    for change in ("merge_adapter", "unmerge_adapter"):
+        for changed in (model, twin):
+            with ciphered():
+                getattr(changed, change)()
+        equal(answers(model), answers(twin))
+
+
+@pytest.mark.parametrize("resident", [2, 3])
+def test_each_layer_is_copied_once_on_each_way_but_at_the_turns(resident):
+    model = build()
+    set_memory_mode(model, "lean", stream_weights=resident)
+    step(model)
+    stream = stream_of(model)
+    stream.copies.clear()
+    step(model)
+    assert len(stream.copies) == 2 * (LAYERS - resident)
+    assert stream.copies == [*range(resident, LAYERS), *reversed(range(LAYERS - resident))]
+    model.eval()
+    with torch.no_grad():
+        for _ in range(2):
+            stream.copies.clear()
+            model(input_ids=ids())
+    shares = [n for n in range(LAYERS) if any(n != other and (n - other) % resident == 0 for other in range(LAYERS))]
+    assert sorted(stream.copies) == shares  # the last ones fetch the first for the next forward
+
+
+def test_a_state_dict_is_right_at_any_time(ciphered, tmp_path):
+    model = build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    seen = []
+
+    def look(module, arguments):
+        with ciphered():
+            seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    set_memory_mode(model, "lean", stream_weights=True)
+    step(model)
+    with ciphered():
+        equal(model.state_dict(), before)
+        for tensor in model.state_dict().values():  # a file of weights takes each by itself
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        model.save_pretrained(tmp_path / "adapter")
+        model.get_base_model().save_pretrained(tmp_path / "base")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    name = "model.layers.3.self_attn.o_proj.weight"
+    assert torch.equal(again.state_dict()[name], before[f"base_model.model.{name}"])
+    hook = model.get_base_model().model.layers[2].mlp.register_forward_pre_hook(look)
+    with torch.no_grad():
+        model(input_ids=ids())
+    hook.remove()
+    layer = "base_model.model.model.layers.2."  # the one that runs lies in its slot, readable
+    assert len(seen) == 1
+    equal({k: v for k, v in seen[0].items() if layer not in k}, {k: v for k, v in before.items() if layer not in k})
+
+
+def test_weights_that_are_written_to_or_replaced_are_fetched_anew(ciphered):
+    model, twin = build(lora=False), build(lora=False)
+    set_memory_mode(model, "lean", stream_weights=True)
+    set_memory_mode(twin, "lean")
+    reference = step(twin)
+    equal(step(model), reference)
+    for changed in (model, twin):
+        with ciphered() if changed is model else torch.no_grad(), torch.no_grad():
+            layers = changed.get_base_model().model.layers
+            layers[1].mlp.up_proj.weight.mul_(2)
+            layers[0].mlp.load_state_dict({name: -x for name, x in layers[0].mlp.state_dict().items()})
+            # taken over at the next forward, when the host is unreadable in this test
+            value = layers[3].self_attn.v_proj.weight + 1
+            layers[3].self_attn.v_proj.weight.data = value
+    weight = stream_of(model).layers[3].layer.self_attn.v_proj.weight
+    weight.data = weight.data.view(torch.int32).bitwise_not().view(torch.float32)
+    changed = step(twin)
+    assert not torch.equal(changed["loss"], reference["loss"])
+    equal(step(model), changed)
+
+
+def test_a_step_that_broke_off_leaves_the_next_one_right():
+    model = build()
+    set_memory_mode(model, "lean", stream_weights=True)
+    reference = step(model)
+    layers = model.get_base_model().model.layers
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    hook = layers[3].self_attn.q_proj.base_layer.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        step(model)
+    hook.remove()
+    equal(step(model), reference)
+    for number in (3, 0):
+        control = layers[number].mlp_control.control_A["default"].weight
+        handle = control.register_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            step(model)
+        handle.remove()
+        equal(step(model), reference)
+
+
+def test_two_backwards_and_accumulated_gradients():
+    model = build()
+    twice = {}
+    for streamed in (False, True):
+        set_memory_mode(model, "plain", stream_weights=streamed)
+        model.zero_grad()
+        loss = model(input_ids=ids(), labels=ids()).loss
+        other = model(input_ids=ids().flip(1), labels=ids()).loss
+        loss.backward(retain_graph=True)
+        loss.backward()
+        other.backward()
+        twice[streamed] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    equal(twice[True], twice[False])
+
+
+def test_gradients_with_a_cache():
+    model = build().eval()
+    found = {}
+    for streamed in (False, True):
+        set_memory_mode(model, "lean", stream_weights=streamed)
+        model.zero_grad()
+        first = model(input_ids=ids(), use_cache=True)
+        first.logits.square().mean().backward()
+        found[streamed] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    equal(found[True], found[False])
+    first = model(input_ids=ids(), use_cache=True)
+    second = model(input_ids=ids(), past_key_values=first.past_key_values)
+    with pytest.raises(RuntimeError, match="no backward through a cache"):
+        second.logits.square().mean().backward()
+
+
+def test_adapters_are_left_where_they_are_and_may_be_switched():
+    model = build()
+    config = ControlConfig(control_rank=3, target_modules=["k_proj"], r=2, init_weights=False, init_lora_weights=False)
+    model.add_adapter("other", config)
+    set_memory_mode(model, "lean", stream_weights=True)
+    ours = {id(p) for m in model.modules() if isinstance(m, BaseTunerLayer) for p in m.parameters()}
+    ours -= {id(p) for m in model.modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "base_layer") for p in m.base_layer.parameters()}  # fmt: skip
+    assert not ours & stream_of(model).holders
+    first = step(model)
+    model.set_adapter("other")
+    other = step(model)
+    set_memory_mode(model, "lean")
+    equal(step(model), other)
+    model.set_adapter("default")
+    equal(step(model), first)
+    set_memory_mode(model, "lean", stream_weights=True)
+    model.delete_adapter("other")
+    equal(step(model), first)
+
+
+def test_moves_and_casts():
+    model = build()
+    set_memory_mode(model, "lean", stream_weights=True)
+    reference = step(model)
+    stream = stream_of(model)
+    places = [tensor.data_ptr() for weights in stream.layers for tensor in weights.on_host]
+    model.to("cpu", torch.float32)
+    assert [place.get().data_ptr() for weights in stream.layers for place in weights.places] == places
+    equal(step(model), reference)
+    with pytest.raises(RuntimeError, match="keep their type"):
+        model.to(torch.bfloat16)
+    moved = build().to("meta")  # adapters and the rest do move
+    assert {p.device.type for p in moved.parameters()} == {"meta"}
+    model.to("meta")
+    devices = {p.device.type for p in model.parameters() if id(p) not in stream.holders}
+    assert devices == {"meta"} and {place.get().device.type for w in stream.layers for place in w.places} == {"cpu"}
+
+
+def test_a_streamed_model_is_not_copied():
+    model = build()
+    set_memory_mode(model, "lean", stream_weights=True)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="set_memory_mode"):
+            copied(model)
+    set_memory_mode(model, "plain")
+    equal(copy.deepcopy(model).state_dict(), model.state_dict())
+    assert not any("forward" in vars(m) or "_apply" in vars(m) for m in model.modules())
+
+
+def test_what_cannot_be_streamed_is_refused_and_leaves_the_model_as_it_is(monkeypatch):
+    model = build()
+    reference = step(model)
+    for options, said in (
+        ({"mode": "lean", "cuda_graphs": True}, "CUDA graphs"),
+        ({"mode": "fast"}, "mode fast"),
+        ({"mode": "lean", "stream_weights": 1}, "from 2 on"),
+        ({"mode": "lean", "stream_weights": "yes"}, "from 2 on"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            set_memory_mode(model, **{"stream_weights": True, **options})
+    with pytest.raises(ValueError, match="no layer"):
+        set_memory_mode(torch.nn.Linear(3, 3), "plain", stream_weights=True)
+    monkeypatch.setattr(streaming, "_free_memory", lambda: 40_000)
+    with pytest.raises(ValueError, match=r"takes .* of the host's memory .* are free"):
+        set_memory_mode(model, "lean", stream_weights=True)
+    monkeypatch.undo()
+    assert not streaming.streams(model)
+    equal(step(model), reference)
+    set_memory_mode(model, "lean", stream_weights=True)
+    model.get_base_model().model.layers[2].mlp.up_proj.weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="trained since"):
+        step(model)
+
+
+def test_the_plan_is_said_in_one_line(caplog):
+    model = build(lora=False)
+    assert streaming.describe(model) is None
+    with caplog.at_level(logging.INFO, logger=streaming.__name__):
+        set_memory_mode(model, "lean", stream_weights=3)
+        set_memory_mode(model, "plain", stream_weights=3)  # the weights stay where they are
+    (record,) = caplog.records
+    line = streaming.describe(model)
+    assert record.getMessage().startswith(line) and "\n" not in line
+    assert "5 layers wait on the host" in line and "holds 3 of them" in line
+    layer = 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64)
+    assert [weights.nbytes for weights in stream_of(model).layers] == [layer] * LAYERS
+    assert stream_of(model).slot_bytes() == [layer] * 3
+
+
+def test_ddp_leaves_streamed_weights_out():
+    model = build()
+    set_memory_mode(model, "lean", stream_weights=True)
+    by_name = dict(model.named_parameters())
+    ignored = {id(by_name[name]) for name in model._ddp_params_and_buffers_to_ignore}
+    assert ignored and ignored == stream_of(model).holders & {id(p) for p in by_name.values()}
+    set_memory_mode(model, "plain")
+    assert model._ddp_params_and_buffers_to_ignore == []
+
+
+class Computing:
+    """The stream of the computation, which runs at once, but for copies that it waits for."""
+
+    def wait_event(self, event):
+        copies, position = event
+        while copies.done < position:
+            copies.queue[copies.done]()
+            copies.done += 1
+
+
+class Copies:
+    """A stream that copies as late as it may."""
+
+    def __init__(self, *_):
+        self.queue, self.done, self.waited = [], 0, False
+
+    def wait_stream(self, other):
+        assert isinstance(other, Computing)
+        self.waited = True
+
+    def record_event(self):
+        return self, len(self.queue)
+
+    def synchronize(self):
+        Computing().wait_event(self.record_event())
+
+
+class Deferred(TorchFunctionMode):
+    def __init__(self, copies):
+        self.copies = copies
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if function is torch.Tensor.copy_:
+            assert self.copies.waited, "the slot may still be read"
+            self.copies.queue.append(lambda: function(*arguments))
+            return arguments[0]
+        return function(*arguments, **(named or {}))
+
+    def __exit__(self, *error):
+        self.copies.waited = False
+        return super().__exit__(*error)
+
+
+@pytest.mark.parametrize("resident", [2, 3])
+@pytest.mark.parametrize("mode", ["plain", "balanced", "lean"])
+def test_the_computation_waits_for_what_it_needs_and_copies_for_what_is_read(monkeypatch, mode, resident):
+    monkeypatch.undo()  # with copies that come late the cipher would be late too
+    model = build()
+    set_memory_mode(model, mode, chunk_tokens=8)
+    reference, answered = step(model), answers(model)
+    computing = Computing()
+    monkeypatch.setattr(streaming, "_COPIED_TO", "cpu")
+    monkeypatch.setattr(streaming, "_PIECE", 1000)
+    monkeypatch.setattr(streaming, "_page_lock", lambda buffers, owner: lambda: None)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(torch.cuda, "Stream", Copies)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computing)
+    monkeypatch.setattr(torch.cuda, "stream", Deferred)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    set_memory_mode(model, mode, chunk_tokens=8, stream_weights=resident)
+    for _ in range(2):
+        equal(step(model), reference)
+        equal(answers(model), answered)
+    assert streaming.describe(model)
+    set_memory_mode(model, mode, chunk_tokens=8)
+    equal(step(model), reference)
