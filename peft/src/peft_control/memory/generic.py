@@ -306,6 +306,7 @@ class Call:
         """
         with self.random.first(), self.run.active():
             self.flat, self.spec = tree_flatten(self.own(state, *self.arguments, **self.named))
+        self.run.last = None  # what waits for the backward is the state alone
         first, *more = [leaf for leaf in self.flat if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
         given = {id(leaf) for leaf in self.leaves}
         if any(self.shared) or any(id(leaf) not in given for leaf in more):
