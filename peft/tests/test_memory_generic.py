@@ -1,6 +1,8 @@
 """Mode lean in layers that nobody wrote by hand: what runs how often, what is kept, and whose gradients arrive."""
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -175,6 +177,17 @@ def test_most_decoders_make_no_logits():
     left = {"gpt2", "granite", "granitemoe", "granitemoehybrid", "cohere", "cohere2", "falcon_h1", "opt", "gptj", "gpt_neo"}
     left |= {"gemma3n", "gemma4", "gpt_neox", "gpt_neox-sequential", "mamba", "mamba2"}
     assert {*HEADS} - {*without} == left
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_train_alike(duplicate):
+    model, inputs = control("qwen3_moe"), {**MODELS["qwen3_moe"].inputs(torch.float64), "use_cache": False}
+    set_memory_mode(model, "lean", chunk_tokens=4)
+    expected = step(model, inputs)[1]
+    other = duplicate(model)
+    set_memory_mode(model, "plain")
+    torch.testing.assert_close(step(other, inputs)[1], expected, rtol=1e-9, atol=1e-12)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_what_somebody_put_into_a_layer_runs_in_checkpointing(counted):
