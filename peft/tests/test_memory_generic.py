@@ -133,6 +133,17 @@ def test_lora_beside_the_control_gets_its_gradients(counted):
     assert counted["alone"] == 2
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_lora_on_experts_beside_the_control_gets_its_gradients(name, counted):
+    """peft's target_parameters; what is trained in an MLP has it run within the layer's graph."""
+    model = control(name, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], r=2)
+    inputs = {**MODELS[name].inputs(torch.float64), "use_cache": False}
+    expected = step(model, inputs)[1]
+    set_memory_mode(model, "lean", chunk_tokens=5)
+    torch.testing.assert_close(step(model, inputs)[1], expected, rtol=1e-9, atol=1e-12)
+    assert counted["alone"] == 2 and not counted["computed"]
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "qwen3_next"])
 def test_the_loss_of_the_routers_keeps_its_gradient(name, counted):
     """Routers record their logits, which a layer does not return."""
