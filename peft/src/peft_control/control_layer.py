@@ -61,7 +61,7 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return output
         if self.adapter_names is not None:
-            return self._control_rows(output, state)
+            return self._control_rows(self.adapter_names, output, state)
         for name in self.active_adapters:
             if name in self.control_A:
                 output = self._add(name, output, state)
@@ -74,9 +74,9 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         change = F.linear(hidden, up, up_bias).to(output.dtype)
         return torch.add(output, change, alpha=self.alpha[name] / self.multiplier)
 
-    def _control_rows(self, output, state):
+    def _control_rows(self, names, output, state):
         """The same with each row's own adapter."""
-        names, output = self.adapter_names, output.clone()
+        output = output.clone()
         for name in {*names} & {*self.control_A}:
             rows = [row for row, wanted in enumerate(names) if wanted == name]
             output[rows] = self._add(name, output[rows], state[rows])

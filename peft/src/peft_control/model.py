@@ -191,10 +191,10 @@ class ControlModel(LoraModel):
         # an encoder has run before its states are repeated for the beams
         once = set() if encoder in (None, self.model) else set(encoder.modules())
         hooks, controls = [], _controls(self.model)
-        for module in self.model.modules():
-            if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
-                give = partial(_give_names, names=[*names] if module in once else repeated)
-                hooks.append(module.register_forward_pre_hook(give, with_kwargs=True))
+        takers: list[Any] = [m for m in self.model.modules() if isinstance(m, (LoraLayer, AuxiliaryTrainingWrapper))]
+        for module in takers:
+            give = partial(_give_names, names=[*names] if module in once else repeated)
+            hooks.append(module.register_forward_pre_hook(give, with_kwargs=True))
         try:
             for control in controls:
                 control.adapter_names = [*names] if control in once else repeated
