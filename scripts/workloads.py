@@ -177,7 +177,7 @@ RECIPES = {
     "moe": Recipe(  # not the paper's: attention's linear layers, as people adapt mixtures of experts
         "CAUSAL_LM", ("double control", 64), (16, 32),
         dict.fromkeys(("lora", "lora-all", "lora-experts"), ("q_proj", "k_proj", "v_proj", "o_proj"))
-        | dict.fromkeys(("mixed", "lora-qkv"), MIXED_TARGETS),
+        | {"mixed": MIXED_TARGETS},
         base="bf16", precision="bf16",
     ),
     "encoder": Recipe(

@@ -281,7 +281,7 @@ def test_row(name, tmp_path):
     assert (lean - plain).norm() <= (1e-5 if name in ("llama", "mistral", "qwen2", "qwen3") else 1e-10) * plain.norm()
     # in the second step no MLP is computed once more than it must; some routers compute in float32
     chunked = gradients(model, inputs, "lean", steps=2, chunk_tokens=4)
-    rounds = name in ("llama", "mistral", "qwen2", "qwen3", "gptj", "gpt_neo", "glm4_moe", "deepseek_v2", "deepseek_v3")
+    rounds = name in ("llama", "mistral", "qwen2", "qwen3") or any("Rout" in type(m).__name__ for m in base.modules())
     assert (chunked - plain).norm() <= (1e-5 if rounds else 1e-10) * plain.norm()
     with torch.no_grad():
         model.save_pretrained(tmp_path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from test_memory import count_calls
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from peft_control import ControlConfig, memory, quantize_fp8
 from peft_control.fp8 import has_fp8
@@ -127,6 +127,36 @@ def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode, cuda_graphs, of
     assert plain < 10.0
     assert loss == pytest.approx(plain, rel=2e-3)
     assert (gradients - reference).norm() <= 0.05 * reference.norm()
+
+
+@pytest.mark.parametrize("offload, chunk", [(False, None), (True, None), (True, 300)])
+def test_experts_in_grouped_kernels_learn_as_in_plain(offload, chunk):
+    config = Qwen3MoeConfig(
+        hidden_size=512, moe_intermediate_size=256, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
+        head_dim=64, num_experts=16, num_experts_per_tok=4, vocab_size=8000,
+    )  # fmt: skip
+    ids = torch.randint(8000, (2, 512), generator=torch.Generator().manual_seed(1)).cuda()
+
+    def train(mode, **options):
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            base = Qwen3MoeForCausalLM(config).bfloat16()
+        assert base.config._experts_implementation == "grouped_mm"
+        adapter = ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], control_rank=16)
+        model = set_memory_mode(get_peft_model(base, adapter).train(), mode, **options)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        losses = []
+        for _ in range(12):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    plain, lean = train("plain"), train("lean", offload=offload, chunk_tokens=chunk)
+    assert plain[-1] < plain[0] - 0.1
+    assert lean == pytest.approx(plain, rel=2e-2)
 
 
 @pytest.mark.parametrize("mode", MODES[1:])

@@ -110,6 +110,8 @@ def test_a_method_says_why_it_failed(program, result):
     [
         ("tiny", (2, 16, [5, 16]), "control control:fast control:lean control+packed control+packed:fast lora+packed "
          "lora+checkpointing lora+eager lora+uncast lora-all lora-qkv dora miss lora-fa control+lora:lean"),
+        ("tiny-moe", (2, 16, None), "control control:lean control+checkpointing lora lora+uncast lora-experts+checkpointing "
+         "lora-all dora miss control+lora:lean"),
         ("tiny-roberta", (2, 16, [5, 16]), "control control:fast lora-all+checkpointing dora miss control+lora:balanced"),
         ("tiny-vit", (2, 101, None), "control control:lean control+eager lora+checkpointing miss control+lora:fast"),
     ],
@@ -141,8 +143,8 @@ def test_streamed_weights_take_the_same_steps(text):
 
 
 def test_peers_train_what_their_papers_say():
-    def trained(text, **ranks):
-        work = build(Setting("tiny", "cpu", 1, 8, **ranks), parse_method(text))
+    def trained(text, shape="tiny", **ranks):
+        work = build(Setting(shape, "cpu", 1, 8, **ranks), parse_method(text))
         return sum(parameter.numel() for parameter in work.trained)
 
     width, inner, keys, layers = 64, 128, 32, 2
@@ -153,6 +155,8 @@ def test_peers_train_what_their_papers_say():
     assert trained("miss") == layers * 64 * (width + 2 * keys + inner + width), "one matrix"
     assert trained("control") == layers * 2 * 64 * 2 * width
     assert trained("control", control_rank=3) == layers * 2 * 3 * 2 * width
+    experts = 2 * 4 * 16 * (64 + 64 + 32 + 64)  # of 4 experts in 2 layers; gate and up, 64, are one tensor, down is another
+    assert trained("lora-experts", shape="tiny-moe") - trained("lora", shape="tiny-moe") == experts
     assert trained("shadow") > layers * width * width, "a small model beside the base"
 
 
@@ -351,6 +355,8 @@ def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, toke
     assert options.tokens == tokens and options.file_name() == f"{shape}_{batch}x{tokens}.json"
     assert {"dora", "lora", "miss", "control:plain", "control:lean"} <= set(options.methods)
     assert {"lora+liger" in options.methods, "shadow" in options.methods} == {shape == "llama3-8b"}
+    experts = bench_memory.Options(shape="qwen3-30b-a3b", device="cpu").with_defaults()
+    assert experts.tokens == 1024 and {"lora+checkpointing", "lora-experts+checkpointing", "control:lean"} <= {*experts.methods}
     # unsloth's by default on a GPU where it is installed
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
     monkeypatch.setattr(bench_memory, "choose_device", lambda name: name)
@@ -383,6 +389,8 @@ def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, toke
         (("--shape", "vit-b16", "--methods", "lora+liger"), "no switches but checkpointing"),
         (("--shape", "vit-b16", "--methods", "lora+nf4"), "for text models"),
         (("--shape", "tiny-vit", "--tokens", 8), "tiny-vit has 101 tokens"),
+        (("--shape", "tiny-moe", "--methods", "lora+nf4"), "experts are 3-D tensors, which stay in 16 bits: leave nf4 out"),
+        (("--shape", "tiny", "--methods", "lora-experts"), "tiny has no experts"),
         (("--base", "nf5"), "unknown --base 'nf5'"),
         (("--precision", "half"), "unknown --precision 'half'"),
         (("--lengths", 3, 9, "--tokens", 8), "--lengths has 9, which is more than --tokens 8"),

@@ -48,6 +48,7 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         self._hooks = []
         self._states = {}  # by thread: servers run one model in several
         self._cast_weights = {}  # by adapter, while decoding
+        self.adapter_names: list[str] | None = None  # of a batch's rows, while each has its own
 
     # -- the computation ------------------------------------------------------------------------------------
 
@@ -59,13 +60,26 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             return output
+        if self.adapter_names is not None:
+            return self._control_rows(self.adapter_names, output, state)
         for name in self.active_adapters:
             if name in self.control_A:
-                down, down_bias, up, up_bias = self._weights(name, state)
-                hidden = F.linear(state, down, down_bias)
-                hidden = F.dropout(hidden, self.dropout[name], self.training)
-                change = F.linear(hidden, up, up_bias).to(output.dtype)
-                output = torch.add(output, change, alpha=self.alpha[name] / self.multiplier)
+                output = self._add(name, output, state)
+        return output
+
+    def _add(self, name, output, state):
+        down, down_bias, up, up_bias = self._weights(name, state)
+        hidden = F.linear(state, down, down_bias)
+        hidden = F.dropout(hidden, self.dropout[name], self.training)
+        change = F.linear(hidden, up, up_bias).to(output.dtype)
+        return torch.add(output, change, alpha=self.alpha[name] / self.multiplier)
+
+    def _control_rows(self, names, output, state):
+        """The same with each row's own adapter."""
+        output = output.clone()
+        for name in {*names} & {*self.control_A}:
+            rows = [row for row, wanted in enumerate(names) if wanted == name]
+            output[rows] = self._add(name, output[rows], state[rows])
         return output
 
     def _weights(self, name: str, state: torch.Tensor) -> list:
@@ -121,14 +135,20 @@ class ControlLayer(nn.Module, BaseTunerLayer):
                 "too, which the row must say ('shared': true)"
             )
         change, *rest = output if isinstance(output, tuple) else (output,)
+        if self.adapter_names is not None and len(state) != len(self.adapter_names):
+            raise ValueError(
+                f"adapter_names has {len(self.adapter_names)} names, but {type(self.layer).__name__} works on {len(state)} rows"
+            )
         if state.shape != change.shape:
             if state.numel() != change.numel():
                 raise RuntimeError(
                     f"{type(self.layer).__name__} wrote {tuple(change.shape)} to {self.block.write!r}, having read "
                     f"{tuple(state.shape)}: it works on a part of the state"
                 )
-            state = state.reshape(change.shape)  # a mixture of experts may write its tokens in one row
-        change = self.control(change, state)
+            # a mixture of experts may write its tokens in one row
+            change = self.control(change.reshape(state.shape), state).reshape(change.shape)
+        else:
+            change = self.control(change, state)
         return (change, *rest) if isinstance(output, tuple) else change
 
     def _replicate_for_data_parallel(self):
@@ -235,10 +255,9 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         return next(p for p in self.layer.parameters() if id(p) not in own and p.is_floating_point())
 
     def merge(self, *args, **kwargs):
-        raise ValueError(CANNOT_MERGE)
+        """Does nothing: beside it the LoRA part is merged, and the control stays (see ``ControlModel``)."""
 
-    def unmerge(self):
-        raise ValueError(CANNOT_MERGE)
+    unmerge = merge
 
     def supports_lora_conversion(self, adapter_name="default") -> bool:
         return False
@@ -253,6 +272,11 @@ NO_REPLICAS = (
 )
 
 COMBINATIONS = ("cat", "linear", "svd")  # of ControlLayer.combine
+
+STAYS = (
+    "the LoRA part is merged into the weights; the control stays a path of its own: save the adapter and the merged base, or "
+    "use `python -m peft_control export` for one model"
+)
 
 CANNOT_MERGE = (
     "a control runs parallel to a nonlinear block and cannot be merged into its weights; "

@@ -211,6 +211,8 @@ def quantize_fp8(model: nn.Module, keep_last: float = 0.0, gradients: str = "e4m
     layers = [layer for layer, _ in find_layers(model).values()]
     if not any(isinstance(module, nn.Linear) for layer in layers for module in layer.modules()):
         raise ValueError(f"{type(layers[0]).__name__} has no nn.Linear, which is what FP8 replaces")
+    if any(_is_experts(module) for layer in layers for module in layer.modules()):
+        _warn_once("FP8 replaces nn.Linear: experts are 3-D tensors, which stay as they are")
     for layer in layers[: len(layers) - round(keep_last * len(layers))]:
         for parent, name, linear in list(_linears(layer)):
             parent._modules[name] = Fp8Linear.of(linear, gradients)
@@ -219,6 +221,11 @@ def quantize_fp8(model: nn.Module, keep_last: float = 0.0, gradients: str = "e4m
 
 def _fp8_linears(model: nn.Module) -> list[Fp8Linear]:
     return [module for module in model.modules() if isinstance(module, Fp8Linear)]
+
+
+def _is_experts(module):
+    of_torch = type(module).__module__.startswith("torch.")
+    return not of_torch and any(p is not None and p.dim() == 3 for p in module._parameters.values())
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

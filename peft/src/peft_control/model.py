@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from .architectures import find_layers, layer_index
 from .config import ControlConfig
-from .control_layer import CANNOT_MERGE, COMBINATIONS, ControlLayer
+from .control_layer import CANNOT_MERGE, COMBINATIONS, STAYS, ControlLayer
 
 
 class ControlModel(LoraModel):
@@ -48,6 +50,8 @@ class ControlModel(LoraModel):
         layers = find_layers(model, config.control_architecture, config.layers_pattern)
         for layer, architecture in layers.values():
             architecture.check(layer)
+        if not config.inference_mode and any(type(module).__name__ == "Mxfp4GptOssExperts" for module in model.modules()):
+            raise ValueError(NO_GRADIENT)
         for architecture in {row.name: row for _, row in layers.values()}.values():
             if unknown := [block for block in config.control_blocks if block not in architecture.blocks]:
                 raise ValueError(
@@ -160,24 +164,86 @@ class ControlModel(LoraModel):
             if adapter_name in control.rank:
                 control.combine(adapters, weights, adapter_name, combination_type)
 
-    # -- what cannot be done with a control -----------------------------------------------------------------
+    # -- an adapter for each row of a batch -----------------------------------------------------------------
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("a control adapter cannot be chosen per sample: use set_adapter instead")
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
+        names = kwargs.pop("adapter_names", None)
+        with super()._enable_peft_forward_hooks(*args, **kwargs), self._rows_have(names, kwargs.get("num_beams") or 1):
             yield
 
+    @contextmanager
+    def _rows_have(self, names, beams):
+        """Within, the rows of a batch have the adapters ``names``, or "__base__" for none.
+
+        Raises:
+            ValueError: while training, unknown names, or none for the rows.
+        """
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names is for inference: call model.eval() first")
+        if unknown := sorted({*names} - {*self.peft_config, "__base__"}):
+            raise ValueError(f"adapter_names has {unknown[0]!r}: there are {', '.join([*self.peft_config, '__base__'])}")
+        repeated = [name for name in names for _ in range(beams)]
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        # an encoder has run before its states are repeated for the beams
+        once = set() if encoder in (None, self.model) else set(encoder.modules())
+        hooks, controls = [], _controls(self.model)
+        takers: list[Any] = [m for m in self.model.modules() if isinstance(m, (LoraLayer, AuxiliaryTrainingWrapper))]
+        for module in takers:
+            give = partial(_give_names, names=[*names] if module in once else repeated)
+            hooks.append(module.register_forward_pre_hook(give, with_kwargs=True))
+        try:
+            for control in controls:
+                control.adapter_names = [*names] if control in once else repeated
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for control in controls:
+                control.adapter_names = None
+
+    # -- what can be merged, and what not -------------------------------------------------------------------
+
     def _check_merge_allowed(self):
-        raise ValueError(CANNOT_MERGE)
+        if not any(isinstance(module, LoraLayer) for module in self.model.modules()):
+            raise ValueError(CANNOT_MERGE)
+        super()._check_merge_allowed()
+        warnings.warn(STAYS, stacklevel=4)
 
     def _unload_and_optionally_merge(self, merge=True, **kwargs):
-        model: Any = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        """Merging leaves the controls where they are, and an adapter of each that is nothing else."""
+        controls = _controls(self.model)
+        if merge:
+            for control in controls:  # LoRA layers are replaced, and may carry hooks
+                control.detach()
+            try:
+                model: Any = super()._unload_and_optionally_merge(merge=True, **kwargs)
+                alone = {"target_modules": None, "target_parameters": None, "modules_to_save": None, "use_dora": False}
+                for name, config in self.peft_config.items():
+                    self.peft_config[name] = replace(config, **alone)
+                model.peft_config = self.peft_config
+            finally:
+                for control in controls:
+                    control.attach()
+            return model
+        model = super()._unload_and_optionally_merge(merge=False, **kwargs)
         for name, control in [(n, m) for n, m in model.named_modules() if isinstance(m, ControlLayer)]:
             control.detach()
             delattr(control.layer, name.rpartition(".")[2])
         return model
+
+
+NO_GRADIENT = (
+    "experts in MXFP4 pass no gradient on, so nothing can be trained below them: load the model with "
+    "quantization_config=Mxfp4Config(dequantize=True)"
+)
+
+
+def _give_names(module, args, kwargs, names):
+    return args, {**kwargs, "adapter_names": names}
 
 
 def _controls(model: nn.Module) -> list[ControlLayer]:

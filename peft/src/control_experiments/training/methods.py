@@ -108,7 +108,12 @@ def set_memory(
     from peft_control.memory import set_memory_mode
 
     waits = {"auto": None, "always": True, "never": False, "fp8": "fp8"}[offload]
-    how = {"chunk_tokens": chunk_tokens, "offload": waits, "cuda_graphs": cuda_graphs, "stream_weights": stream_weights or False}
+    how = {
+        "chunk_tokens": chunk_tokens,
+        "offload": waits,
+        "cuda_graphs": cuda_graphs,
+        "stream_weights": stream_weights or False,
+    }
     try:
         set_memory_mode(model, mode, **how)
     except ValueError as error:

@@ -22,9 +22,9 @@ a backward needs half the memory a token, and attention's output waits on the ho
 
 Calls: ``set_memory_mode`` puts a plan on each layer and a ``Forward`` in its forward's place (``forward.py``). ``LayerPlan.run``
 (``layers.py``) looks whether the layer still is what ``families.py`` knows (``exact.py``), then runs it as one or two autograd
-nodes, made of ``attention.py``, ``mlp.py`` and ``control.py``, made of ``linear.py`` and ``kernels.py``; any other layer
-runs its own forward. Around the layers: ``loss.py`` computes the loss in chunks, ``graphs.py`` replays whole steps. Below all
-of it ``streaming.py`` has the layers' frozen weights wait on the host.
+nodes, made of ``attention.py``, ``mlp.py`` and ``control.py``, made of ``linear.py`` and ``kernels.py``. Any other layer
+runs its own forward, in mode lean once more in its backward (``generic.py``). Around the layers: ``loss.py`` computes the
+loss in chunks, ``graphs.py`` replays whole steps. Below all of it ``streaming.py`` has frozen weights wait on the host.
 """
 
 from __future__ import annotations
@@ -120,9 +120,11 @@ def set_memory_mode(
         on_unsupported: "error", or "warn" to stay plain.
 
     The hand-written paths know the layers of ``families.py`` exactly as their library has them. A layer that is anything else
-    (another class, a forward or hook of somebody else's on it or inside it, a trained norm or MLP) trains through its own
-    forward: in mode "lean" inside torch's checkpointing, while "fast" and "balanced" refuse it. One that becomes so later
-    does that too, with a warning. A loss of one's own, ``shift_labels`` or ``ignore_index``, and what needs a cache or
+    (another class, a trained norm or MLP) trains through its own forward, while "fast" and "balanced" refuse it. In mode
+    "lean" a layer of a tested row keeps its state, and its token-wise MLP or experts run once more in their own backward, in
+    chunks. Torch's checkpointing runs what may have other results than its state: a class, forward or hook of somebody
+    else's on it or inside it, recorded outputs (routers' logits, hidden states), keys that layers share. One that becomes
+    so later does that too, with a warning. A loss of one's own, ``shift_labels`` or ``ignore_index``, and what needs a cache or
     attention's weights, run the model's own code. Decoders make no cache while they train unless ``use_cache=True`` is
     given with the call. Between a forward and its backward adapters may not be switched, nor training and evaluation, nor
     parameters be changed in place.

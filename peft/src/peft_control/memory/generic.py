@@ -91,9 +91,9 @@ def plan_mlps(layer: nn.Module, chunk: int | None) -> None:
 
 def plan_tails(layer: nn.Module, row: Architecture) -> None:
     """Let the norm that follows an MLP (Gemma's, OLMo's) run in the MLP's backward."""
-    for block in row.blocks.values():
-        tail = layer.get_submodule(block.of(layer).write)
-        if type(tail).__name__.endswith("Norm") and not any(p.requires_grad for p in tail.parameters()):
+    for path in [path for block in row.blocks.values() for path in block.write.split("|")]:
+        tail = dict(layer.named_modules()).get(path)
+        if type(tail).__name__.endswith("Norm") and tail is not None and not any(p.requires_grad for p in tail.parameters()):
             enter(tail, TailPlan())
 
 
@@ -274,7 +274,7 @@ class Tokens(torch.autograd.Function):
                     for y, dy in zip(outputs, gradients, strict=True)
                     if dy is not None and y.requires_grad
                 ]
-                outputs, dys = zip(*pairs)
+                outputs, dys = zip(*pairs)  # an output that needs this node needs one of them
                 (found,) = torch.autograd.grad(outputs, piece, dys)
             into[rows] = found.view(-1, found.shape[-1])
         return dx, None, None, None
@@ -306,6 +306,7 @@ class Call:
         """
         with self.random.first(), self.run.active():
             self.flat, self.spec = tree_flatten(self.own(state, *self.arguments, **self.named))
+        self.run.last = None  # what waits for the backward is the state alone
         first, *more = [leaf for leaf in self.flat if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
         given = {id(leaf) for leaf in self.leaves}
         if any(self.shared) or any(id(leaf) not in given for leaf in more):
@@ -371,9 +372,10 @@ class GenericLayer(torch.autograd.Function):
     def forward(ctx, state, layer, call, *tensors):
         plan = _remember(ctx, layer, layer.memory_plan.all)
         ctx.call, ctx.autocast, ctx.ticket = call, _autocast_state(state), None
+        if plan.host is not None and plan.host.room_for(state):
+            ctx.ticket = _wait_on_host(plan, state)  # travels while the layer computes
         output = call.forward(state)
         if plan.host is not None:
-            ctx.ticket = _wait_on_host(plan, state) if plan.host.room_for(state) else None
             plan.host.settle()
         _save(ctx, *([] if ctx.ticket else [state]))
         return output

@@ -136,7 +136,8 @@ class LayerPlan:
         """Replaces ``layer.forward``; without gradients, or with a cache, the layer runs as it always did."""
         given = (*arguments, *named.values())
         cached = any(isinstance(value, Cache) for value in given)
-        if not torch.is_grad_enabled() or cached or named.get("output_attentions"):
+        chosen = any(control.adapter_names is not None for control in self.controls)
+        if not torch.is_grad_enabled() or cached or chosen or named.get("output_attentions"):
             return own(hidden_states, *arguments, **named)
         self.renew(layer)
         # dropout in the middle of an MLP and trained masks are rare: recompute the layer as a whole

@@ -274,9 +274,11 @@ def draws(module: nn.Module) -> bool:
 
 
 def probabilities(module: nn.Module) -> list[tuple[dict, str]]:
-    """Where ``module`` has the probability of its dropout: at ``p`` or a name with "drop" in it, as the version has it."""
+    """Where ``module`` has the probability of its dropout, or the size of a router's noise, as the version has it: at ``p`` or
+    a name with "drop" or "jitter" in it."""
     state = vars(module)
-    return [(state, name) for name, value in state.items() if isinstance(value, float) and (name == "p" or "drop" in name)]
+    known = [name for name in state if name == "p" or "drop" in name or "jitter" in name]
+    return [(state, name) for name in known if isinstance(state[name], float)]
 
 
 def _activation_backward(activation, inner, dy):
