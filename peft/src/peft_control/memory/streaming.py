@@ -33,7 +33,8 @@ from .offload import _free_memory, _local_processes
 
 logger = logging.getLogger(__name__)
 
-#: Layers whose weights the GPU holds at a time: the one that runs and the next.
+#: Layers whose weights the GPU holds at a time: the one that runs and the next, whose copy starts as the one before ends. That
+#: keeps the way busy where copies take longer than layers; more than two even out layers of unequal times.
 RESIDENT = 2
 
 # Where each tensor begins in a buffer, in bytes, as CUDA's allocator has it.
@@ -436,7 +437,7 @@ def _frozen_parameters(module):
 
 
 def _places(parameter):
-    if parameter.is_meta or parameter.is_sparse or type(parameter.data).__name__ == "DTensor":
+    if parameter.is_meta or parameter.is_sparse or type(parameter.data) is not torch.Tensor:
         raise ValueError("weights without values, or of a tensor's subclass, cannot be streamed")
     if type(parameter).__name__ == "Int8Params":
         raise ValueError("bitsandbytes' int8 layers keep weights of their own and cannot be streamed: use nf4 or FP8")
