@@ -192,7 +192,7 @@ def overview(claims: Sequence[Claim]) -> pd.DataFrame:
     by_name, rows = {claim.name: claim for claim in claims}, []
     for domain, about in SPECIFICATIONS["domains"].items():
         pools = [pool for pool in by_name[f"{domain}-quality"].pools if " against lora" in pool.what]
-        pool = max(pools, key=lambda pool: (bool(pool.counting), pool.tests[0].size, min(len(test.pairs) for test in pool.tests),
+        pool = max(pools, key=lambda pool: (bool(pool.counting), round(math.log2(pool.tests[0].size or 1), 1), min(len(test.pairs) for test in pool.tests),
                                     -abs(math.log(pool.tests[0].trained))), default=None)  # fmt: skip
         more = rules.more_seeds(pool.tests) if pool else ""
         rows.append({
