@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from control_experiments import outcomes
-from control_experiments.errors import UserError, run_main
+from control_experiments.errors import UserError
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.record import read_record
 from control_experiments.training.device import seed_everything
@@ -31,8 +31,6 @@ from RoBERTa import encoder, finetune
 from RoBERTa.glue import TASKS, load_task
 from RoBERTa.tests.conftest import write_glue
 
-LAUNCHER = Path(finetune.__file__).with_name("run_roberta.sh")
-
 
 @pytest.fixture
 def arguments(encoders, glue_folder, tmp_path):
@@ -40,26 +38,12 @@ def arguments(encoders, glue_folder, tmp_path):
 
     def make(method="control", task="cola", model="bert", output="run", **options):
         options = {
-            "method": method, "task": task, "model": encoders[model], "data": glue_folder, "device": "cpu",
+            "method": method, "task": task, "model": encoders.get(model, tmp_path / model), "data": glue_folder, "device": "cpu",
             "epochs": 2, "lr": 1e-2, "batch_size": 8, "output_dir": tmp_path / output, **options,
         }  # fmt: skip
         return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
     return make
-
-
-def launch(*words, **environment):
-    return subprocess.run(
-        ["bash", str(LAUNCHER), *map(str, words)],
-        capture_output=True, text=True, cwd="/", env={**os.environ, "PYTHON": sys.executable, **environment},
-    )  # fmt: skip
-
-
-def one_line_error(done, *parts):
-    assert done.returncode == 2, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "Traceback" not in done.stderr
-    assert all(part in errors[0] for part in parts), errors[0]
 
 
 @pytest.mark.parametrize(("method", "model"), [("control", "roberta"), ("lora", "bert"), ("dora", "roberta")])
@@ -231,13 +215,15 @@ def test_a_finished_run_can_still_predict(arguments, encoders, tmp_path, capsys)
 
 
 def test_memory_modes_train_alike(arguments, tmp_path):
-    """Dropout included: every mode draws what plain draws."""
+    """Dropout included: every mode draws what plain draws. In bf16 the trained parameters stay in float32."""
     states = {}
     for mode in ("plain", "fast", "balanced", "lean"):
         record = finetune.main(arguments("control", memory=mode, output=mode, epochs=1))
         assert record.hyperparameters["memory"] == mode
         states[mode] = load_file(tmp_path / mode / "adapter" / "adapter_model.safetensors")
         torch.testing.assert_close(states[mode], states["plain"], rtol=1e-3, atol=1e-5)
+    record = finetune.main(arguments("lora", precision="bf16", max_steps=2))
+    assert record.adapter["dtype"] == "float32" and record.hyperparameters["precision"] == "bf16"
 
 
 def test_padding_to_the_longest_changes_no_logit(encoders):
@@ -285,11 +271,6 @@ def test_a_killed_run_resumes_to_the_same_end(arguments, monkeypatch, tmp_path):
         assert resumed.metrics["last"][name] == pytest.approx(whole.metrics["last"][name], abs=1e-6)
 
 
-def test_bf16_keeps_trained_parameters_in_float32(arguments):
-    record = finetune.main(arguments("lora", precision="bf16", max_steps=2))
-    assert record.adapter["dtype"] == "float32" and record.hyperparameters["precision"] == "bf16"
-
-
 def test_save_to_disk_data_and_tensorboard(arguments, glue_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     splits = load_task("cola", str(glue_folder)).rename_columns({"first": "sentence"})
@@ -301,9 +282,8 @@ def test_save_to_disk_data_and_tensorboard(arguments, glue_folder, tmp_path, mon
 
 
 def test_wandb_offline(arguments, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
     finetune.main(arguments(report_to="wandb", max_steps=2))
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
@@ -314,26 +294,24 @@ def test_wandb_without_an_account_is_one_line(arguments, tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_SILENT": "true"}
     command = [sys.executable, "-m", "RoBERTa.finetune", *arguments(report_to="wandb", max_steps=2)]
-    done = subprocess.run(
-        [*map(str, command)], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    one_line_error(done, "--report_to wandb:", "WANDB_MODE=offline")
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and "--report_to wandb:" in line and "WANDB_MODE=offline" in line
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-def test_launcher_end_to_end(encoders, glue_folder, tmp_path):
+def test_launcher_end_to_end(launch, encoders, glue_folder, tmp_path):
     """The first command of a new user: the default folder, which no shipped record occupies."""
     model = shutil.copytree(encoders["roberta"], tmp_path / f"tiny-{os.getpid()}")
     folder = RESULTS / "roberta" / f"{model.name}_rte_control_seed7"
     try:
-        command = ("control", "rte", 1, "1e-3", "cpu", "--max_length", 64)
-        done = launch(*command, MODEL=str(model), DATA=str(glue_folder), SEED="7")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("running:")
+        command = ("RoBERTa/run_roberta.sh", "control", "rte", 1, "1e-3", "cpu", "--max_length", 64)
+        variables = {"MODEL": model, "DATA": glue_folder, "SEED": 7}
+        assert launch(*command, **variables).finished().out.startswith("running:")
         record = read_record(folder / "record.json")
-        refused = launch(*command, "--lr", "1e-2", MODEL=str(model), DATA=str(glue_folder), SEED="7")
-        one_line_error(refused, "lr 0.001 there, 0.01 asked for", "--output_dir", "--overwrite")
+        refused = launch(*command, "--lr", "1e-2", **variables).refused()
+        assert all(words in refused for words in ("lr 0.001 there, 0.01 asked for", "--output_dir", "--overwrite"))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     assert (record.method, record.task, record.seed) == ("control", "rte", 7)
@@ -342,31 +320,14 @@ def test_launcher_end_to_end(encoders, glue_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_launcher_defaults_are_the_papers_recipe():
-    recipe = {
-        "epochs": "80", "lr": "3e-4", "batch_size": "64", "max_length": "128", "warmup_ratio": "0.06",
-        "weight_decay": "0.1", "lora_rank": "8", "lora_alpha": "16", "control_rank": "16", "control_alpha": "1.0",
-        "model": "roberta-base", "seed": "42", "device": "0",
-    }  # fmt: skip
-    words = launch("control", "cola", PYTHON="echo", MODEL="", DATA="").stdout.splitlines()[-1].split()
-    given = {name.removeprefix("--"): value for name, value in zip(words[2::2], words[3::2], strict=True)}
-    assert {name: given[name] for name in recipe} == recipe
-    options = finetune.Options(method="control", task="cola")
-    for name in recipe.keys() - {"model"}:
-        assert float(recipe[name]) == float(getattr(options, name))
-
-
-@pytest.mark.slow
-def test_launcher_refuses_in_one_line(noting, tmp_path, capsys):
-    one_line_error(launch("lora"), "METHOD and TASK")
-    assert launch("-h").stdout.startswith("usage:")
-    refused = launch("lora", "cola", 1, "1e-3", 99, "--output_dir", tmp_path / "run")
-    one_line_error(refused, "no GPU 99" if torch.cuda.is_available() else "no GPU is visible, choose cpu")
-    assert launch("lora", "cola", 1, "abc", "cpu", PYTHON=str(noting.interpreter)).returncode == 0
-    ((_, *words),) = noting.calls
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: finetune.main(words))
-    one_line_error(SimpleNamespace(returncode=stop.value.code, stderr=capsys.readouterr().err), "--lr")
+def test_launcher_refuses_in_one_line(launch, started, call, tmp_path):
+    launcher = "RoBERTa/run_roberta.sh"
+    assert "METHOD and TASK" in launch(launcher, "lora").refused()
+    assert launch(launcher, "-h").out.startswith("usage:")
+    refused = launch(launcher, "lora", "cola", 1, "1e-3", 99, "--output_dir", tmp_path / "run").refused()
+    assert ("no GPU 99" if torch.cuda.is_available() else "no GPU is visible, choose cpu") in refused
+    (command,) = started(launcher, "lora", "cola", 1, "abc", "cpu")
+    assert "--lr" in call(*command).refused()
     assert not (tmp_path / "run").exists()
 
 
@@ -387,22 +348,19 @@ def test_launcher_refuses_in_one_line(noting, tmp_path, capsys):
         ({"max_length": 131}, r"more than .* can read \(130 tokens\)"),
         ({"max_length": 131, "model": "roberta"}, r"more than .* can read \(130 tokens\)"),
         ({"task": "demo", "predict": True}, "no test set"),
+        ({"model": "empty"}, r"no model folder: it has no config\.json"),
+        ({"model": "hollow"}, "cannot load a model"),
+        ({"model": "broken"}, "cannot load a model"),
     ],
 )
-def test_bad_options_write_nothing(options, message, arguments, tmp_path):
+def test_bad_options_and_models_write_nothing(options, message, arguments, tmp_path, encoders):
+    (tmp_path / "empty").mkdir()
+    for name in ("hollow", "broken"):
+        shutil.copytree(encoders["bert"], tmp_path / name)
+    (tmp_path / "hollow" / "model.safetensors").unlink()
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(UserError, match=message):
         finetune.main(arguments(**options))
-    assert not (tmp_path / "run").exists()
-
-
-def test_bad_models(arguments, tmp_path, encoders):
-    with pytest.raises(UserError, match=r"no model folder: it has no config\.json"):
-        finetune.main([*arguments(), "--model", str(tmp_path)])
-    hollow = shutil.copytree(encoders["bert"], tmp_path / "hollow")
-    for damage in (Path.unlink, lambda weights: weights.write_bytes(b"not safetensors")):
-        damage(hollow / "model.safetensors")
-        with pytest.raises(UserError, match="cannot load a model"):
-            finetune.main([*arguments(), "--model", str(hollow)])
     assert not (tmp_path / "run").exists()
 
 
@@ -468,12 +426,9 @@ def test_the_longest_input_of_each_family(tmp_path):
     """One forward of the longest input that is let through, and an error of torch's for one token more."""
     from transformers import BertConfig, ElectraConfig, MPNetConfig, RobertaConfig, XLMRobertaConfig
 
-    shape = {
-        "vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "intermediate_size": 16, "max_position_embeddings": 40,
-    }  # fmt: skip
+    shape = dict(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     for kind in (BertConfig, ElectraConfig, MPNetConfig, RobertaConfig, XLMRobertaConfig):
-        config = kind(**shape, **({"embedding_size": 16} if kind is ElectraConfig else {}))
+        config = kind(**shape, max_position_embeddings=40, **({"embedding_size": 16} if kind is ElectraConfig else {}))
         model = AutoModelForSequenceClassification.from_config(config).eval()
         longest = 40 if kind in (BertConfig, ElectraConfig) else 38
         options = finetune.Options(method="control", task="cola", max_length=longest)
@@ -486,35 +441,25 @@ def test_the_longest_input_of_each_family(tmp_path):
             model(input_ids=torch.full((1, longest + 1), 7))
 
 
-@pytest.mark.slow
-def test_padding_benchmark(encoders, glue_folder, tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "RoBERTa.benchmark_padding", "--model", encoders["bert"], "--data", glue_folder, "--device", "cpu",
-         "--batch_size", "4", "--steps", "3", "--output", tmp_path / "figures.json"],
-        check=True,
-    )  # fmt: skip
+def test_padding_benchmark(call, encoders, glue_folder, tmp_path):
+    words = ("--model", encoders["bert"], "--data", glue_folder, "--device", "cpu", "--batch_size", 4, "--steps", 3)
+    call("RoBERTa.benchmark_padding", *words, "--output", tmp_path / "figures.json").finished()
     written = json.loads((tmp_path / "figures.json").read_text())
     seconds = {padding: written[padding]["seconds_per_epoch"] for padding in ("longest", "max_length")}
     assert written["ratio"] == seconds["longest"] / seconds["max_length"]
     assert written["longest"]["padding_share"] < 0.5 < written["max_length"]["padding_share"]
 
 
-def test_download_glue(monkeypatch, tmp_path, capsys):
-    from RoBERTa import download_glue
+def test_download_glue(call, monkeypatch, tmp_path):
+    def download(task):
+        return call("RoBERTa.download_glue", "--tasks", task, "--output", tmp_path)
 
     rows = Dataset.from_dict({"sentence": ["a b", "c d"], "label": [0, 1]})
     monkeypatch.setattr("datasets.load_dataset", lambda *_: DatasetDict(train=rows, validation=rows))
-    download_glue.main(["--tasks", "cola", "--output", str(tmp_path)])
+    download("cola").finished()
     assert len(load_task("cola", str(tmp_path))["train"]) == 2
-    download_glue.main(["--tasks", "cola", "--output", str(tmp_path)])
-    assert "is there already" in capsys.readouterr().out
-
-    def offline(*_):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(UserError, match=r"cannot download rte .*no route.*network"):
-        download_glue.main(["--tasks", "rte", "--output", str(tmp_path)])
+    assert "is there already" in download("cola").finished().out
+    monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=ConnectionError("no route")))
+    assert re.search(r"cannot download rte .*no route.*network", download("rte").refused())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cola"]
-    with pytest.raises(UserError, match="unknown task 'snli'"):
-        download_glue.main(["--tasks", "snli", "--output", str(tmp_path)])
+    assert "unknown task 'snli'" in download("snli").refused()

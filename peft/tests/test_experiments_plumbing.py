@@ -359,21 +359,9 @@ def test_a_whole_folder_is_there_at_once_or_not_at_all(tmp_path):
     assert [p.name for p in place.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 64 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs to be root")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
-
-
 @pytest.mark.parametrize("writer", ["python", "torch", "safetensors"])
 def test_a_full_disk_is_one_line_and_costs_only_what_was_being_written(writer, small_disk, capsys):
-    large = torch.zeros(1 << 20)
+    disk, large = small_disk("64k"), torch.zeros(1 << 20)
     write = {
         "python": lambda place: (place / "x").write_bytes(large.numpy().tobytes()),
         "torch": lambda place: torch.save(large, place / "x.pt"),
@@ -381,7 +369,7 @@ def test_a_full_disk_is_one_line_and_costs_only_what_was_being_written(writer, s
     }[writer]
 
     def main():
-        with RunFolder(small_disk / "run") as folder:
+        with RunFolder(disk / "run") as folder:
             folder.claim({})
             checkpoint(folder, 3)
             with whole_folder(folder.checkpoints / "checkpoint-4") as place:
@@ -392,7 +380,7 @@ def test_a_full_disk_is_one_line_and_costs_only_what_was_being_written(writer, s
     (line,) = capsys.readouterr().err.splitlines()
     assert exit_.value.code == 2
     assert all(words in line for words in ("is full", "checkpoint-3 is kept", "--resume"))
-    (left,) = (small_disk / "run" / "checkpoints").iterdir()
+    (left,) = (disk / "run" / "checkpoints").iterdir()
     assert left.name == "checkpoint-3" and find_damage(left) is None
 
 

@@ -61,6 +61,30 @@ class Ended(NamedTuple):
     output: str
     seconds: float
 
+    def finished(self) -> Ended:
+        """Itself.
+
+        Raises:
+            RuntimeError: the process failed.
+        """
+        if self.code:
+            raise RuntimeError(f"ended with {self.code}: {self.output[-2000:]}")
+        return self
+
+
+class Started(NamedTuple):
+    """A process that does a run."""
+
+    id: int
+    log: Path
+    since: float
+
+    def ended(self, *, wait: bool = True) -> Ended | None:
+        """How it ended; None if it is still running and is not waited for."""
+        found, status = os.waitpid(self.id, 0 if wait else os.WNOHANG)
+        if found:
+            return Ended(os.waitstatus_to_exitcode(status), self.log.read_text(), time.perf_counter() - self.since)
+
 
 class Outcome(NamedTuple):
     """What a campaign came to; `differences` is empty when nothing was lost."""
@@ -71,17 +95,18 @@ class Outcome(NamedTuple):
     differences: list[str]
 
 
-def start(run: Run, output: Path, log: Path, *, resume: bool = False, on_change: Callable[[int], object] | None = None,
-          environment: Mapping[str, str] | None = None) -> int:  # fmt: skip
-    """Fork a process that does `run`; returns its id. The modules are imported once, here, which saves most time.
+def start(run: Run, output: Path, *, resume: bool = False, on_change: Callable[[int], object] | None = None,
+          environment: Mapping[str, str] | None = None) -> Started:  # fmt: skip
+    """Fork a process that does `run`. The modules are imported once, here, which saves most time.
 
     Args:
         on_change: called in it before each change to its folder, with the change's number.
         environment: variables to set in it.
     """
-    main = run.main
+    main, environment = run.main, environment or {}
+    log, since = output.with_name(f"{output.name}.rank{environment.get('RANK', 0)}.log"), time.perf_counter()
     if process := os.fork():
-        return process
+        return Started(process, log, since)
     code = 1
     try:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -90,7 +115,7 @@ def start(run: Run, output: Path, log: Path, *, resume: bool = False, on_change:
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
         sys.argv = [run.program, *run.arguments, "--output_dir", str(output)]
         sys.argv += ["--resume"] if resume and run.resumes else []
-        os.environ.update(environment or {})
+        os.environ.update(environment)
         gc.freeze()  # or every collection goes through all that was imported, and copies its pages
         # torch renews a forked process's thread pool when it first wants it, and fails if two threads (gloo's, autograd's)
         # do so at once
@@ -106,19 +131,13 @@ def start(run: Run, output: Path, log: Path, *, resume: bool = False, on_change:
     os._exit(code)
 
 
-def wait(process: int, log: Path, started: float) -> Ended:
-    _, status = os.waitpid(process, 0)
-    return Ended(os.waitstatus_to_exitcode(status), log.read_text(), time.perf_counter() - started)
-
-
 def execute(run: Run, output: Path, plan: Plan = UNDISTURBED, *, resume: bool = False) -> Ended:
     """Do `run` in a process of its own, and kill it as planned."""
-    log, started = output.with_name(output.name + ".log"), time.perf_counter()
-    process = start(run, output, log, resume=resume, on_change=plan.at_change if plan.change else None)
+    process = start(run, output, resume=resume, on_change=plan.at_change if plan.change else None)
     if plan.seconds is not None:
         time.sleep(plan.seconds)
-        os.kill(process, signal.SIGKILL)  # it is not waited for yet, so its number is still its own
-    return wait(process, log, started)
+        os.kill(process.id, signal.SIGKILL)  # it is not waited for yet, so its number is still its own
+    return process.ended()
 
 
 def _watch(folder: str, on_change: Callable[[int], object]) -> None:
@@ -138,22 +157,15 @@ def _watch(folder: str, on_change: Callable[[int], object]) -> None:
 
 def count_changes(run: Run, output: Path) -> int:
     """How many changes to its folder an undisturbed run makes."""
-    tally, log, started = output.with_name("changes"), output.with_name("counted.log"), time.perf_counter()
+    tally = output.with_name("changes")
     with tally.open("wb", buffering=0) as file:
-        wait(start(run, output, log, on_change=lambda _: file.write(b".")), log, started)
+        start(run, output, on_change=lambda _: file.write(b".")).ended()
     return max(1, tally.stat().st_size)
 
 
 def undisturbed(run: Run, folder: Path) -> tuple[float, int]:
-    """Do the run in `folder`/whole; how many seconds it takes and how many changes it makes.
-
-    Raises:
-        RuntimeError: it fails.
-    """
-    whole = execute(run, folder / "whole")
-    if whole.code:
-        raise RuntimeError(f"{run.program} fails undisturbed: {whole.output}")
-    return whole.seconds, count_changes(run, folder / "counted")
+    """Do the run in `folder`/whole; how many seconds it takes and how many changes it makes."""
+    return execute(run, folder / "whole").finished().seconds, count_changes(run, folder / "counted")
 
 
 # -- what must hold -----------------------------------------------------------------------------------------

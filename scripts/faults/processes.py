@@ -92,15 +92,14 @@ def execute(
         free.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
-    logs = [output.with_name(f"{output.name}.rank{rank}.log") for rank in range(processes)]
-    started = time.perf_counter()
     running = {
         rank: kills.start(
-            run, output, logs[rank], resume=resume, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            run, output, resume=resume, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             on_change=kill.plan.at_change if kill.plan.change and rank == kill.rank else None,
         )
         for rank in range(processes)
     }  # fmt: skip
+    started = time.perf_counter()
     ended: dict[int, Ended] = {}
     # what happens to whom when, in seconds from the start
     signals = [(_LIMIT, signal.SIGKILL, list(running))]
@@ -109,18 +108,17 @@ def execute(
     while running:
         now = time.perf_counter() - started
         for rank, process in list(running.items()):
-            found, status = os.waitpid(process, os.WNOHANG)
-            if found:
+            if found := process.ended(wait=False):
                 del running[rank]
-                ended[rank] = Ended(os.waitstatus_to_exitcode(status), logs[rank].read_text(), now)
-                if ended[rank].code and sum(bool(other.code) for other in ended.values()) == 1:  # the first that failed
+                ended[rank] = found
+                if found.code and sum(bool(other.code) for other in ended.values()) == 1:  # the first that failed
                     signals.append((now + alone, signal.SIGTERM, list(running)))
                     signals.append((now + alone + _GRACE, signal.SIGKILL, list(running)))
         for due in [entry for entry in signals if entry[0] <= now]:
             signals.remove(due)
             for rank in due[2]:
                 if rank in running:
-                    os.kill(running[rank], due[1])
+                    os.kill(running[rank].id, due[1])
         time.sleep(0.005)
     return [ended[rank] for rank in range(processes)]
 

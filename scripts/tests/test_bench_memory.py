@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,14 +17,7 @@ from control_experiments.training.quantization import loading_arguments
 from scripts import bench_memory, workloads
 from scripts.workloads import Setting, build, parse_method
 
-ROOT = Path(__file__).resolve().parents[2]
 BRIEFLY = ("--device", "cpu", "--steps", "2", "--warmup", "1")
-
-
-def bench(*options, first=""):
-    command = [sys.executable, "-m", "scripts.bench_memory", *BRIEFLY, *map(str, options)]
-    environment = {**os.environ, "PYTHONPATH": f"{first}:{os.environ.get('PYTHONPATH', '')}"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd=ROOT)
 
 
 @pytest.fixture
@@ -45,8 +37,8 @@ def measured(monkeypatch):
 def test_a_killed_run_goes_on_and_a_finished_one_is_kept(tmp_path, call, measured):
     asked = (*BRIEFLY, "--shape", "tiny", "--batch", 2, "--tokens", 8, "--output_dir", tmp_path)
     asked += ("--repeats", 2, "--base", "bf16", "nf4", "--methods", "lora", "control:fast")
-    code, stdout, stderr = call("bench_memory", *asked)
-    assert code == 0 and "tiny, 2 x 8 tokens, bfloat16, cpu" in stdout, stderr
+    stdout = call("scripts.bench_memory", *asked).finished().out
+    assert "tiny, 2 x 8 tokens, bfloat16, cpu" in stdout
     assert measured == ["lora+bf16", "control+bf16:fast", "lora+nf4", "control+nf4:fast"]
     path = tmp_path / "tiny_2x8_bf16_nf4.json"
     record = json.loads(path.read_text())
@@ -61,12 +53,11 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_kept(tmp_path, call, measure
     loras = {r["method"]: r["step_seconds"] for r in record["results"] if r["method"].startswith("lora")}
     assert f"against {min(loras, key=loras.get)} (fastest)" in stdout and "time x1.00" in stdout
 
-    assert call("bench_memory", *asked)[0] == 0
+    call("scripts.bench_memory", *asked).finished()
     assert len(measured) == 4, "all was measured before"
     left = {**record, "results": record["results"][1:]}
     path.rename(f"{path}.partial").write_text(json.dumps(left))
-    code, stdout, stderr = call("bench_memory", *asked)
-    assert code == 0 and "3 measured before" in stdout and measured[4:] == ["lora+bf16"], stderr
+    assert "3 measured before" in call("scripts.bench_memory", *asked).finished().out and measured[4:] == ["lora+bf16"]
     results = zip(record["results"], json.loads(path.read_text())["results"])
     assert [one["step_seconds_all"] == other["step_seconds_all"] for one, other in results] == [False, True, True, True]
 
@@ -183,8 +174,8 @@ def test_random_bases_are_quantized_as_loaded_ones(shape, tmp_path):
 def test_a_profile_is_a_record_of_its_own(tmp_path, call, measured):
     asked = ("--shape", "tiny", "--batch", 2, "--tokens", 8, "--methods", "control:fast", "--profile")
     folder = tmp_path / "memory"
-    code, stdout, stderr = call("bench_memory", *BRIEFLY, *asked, "--output", folder)
-    assert code == 0 and "ms" in stdout.splitlines()[2], stderr
+    stdout = call("scripts.bench_memory", *BRIEFLY, *asked, "--output", folder).finished().out
+    assert "ms" in stdout.splitlines()[2]
     assert [path.name for path in folder.iterdir()] == ["tiny_2x8_profile.json"]
     (result,) = json.loads((folder / "tiny_2x8_profile.json").read_text())["results"]
     seconds = [kernel["seconds"] for kernel in result["kernels"]]
@@ -271,8 +262,7 @@ def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, toke
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(options, message, tmp_path, call):
-    code, _, stderr = call("bench_memory", *BRIEFLY, "--output", tmp_path / "out", *options)
-    assert code == 2 and message in stderr and stderr.count("\n") == 1
+    assert message in call("scripts.bench_memory", *BRIEFLY, "--output", tmp_path / "out", *options).refused()
     assert not (tmp_path / "out").exists()
 
 
@@ -305,8 +295,21 @@ class FastLanguageModel:
         return model.train()
 """
     )
-    asked = ["--shape", "tiny", "--batch", 2, "--tokens", 8, "--output", tmp_path]
-    done = bench(*asked, "--methods", "lora-all+unsloth+checkpointing", first=tmp_path)
+    asked = [
+        "--shape",
+        "tiny",
+        "--batch",
+        2,
+        "--tokens",
+        8,
+        "--output",
+        tmp_path,
+        "--methods",
+        "lora-all+unsloth+checkpointing",
+    ]
+    command = [sys.executable, "-m", "scripts.bench_memory", *BRIEFLY, *map(str, asked)]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     (result,) = json.loads((tmp_path / "tiny_2x8.json").read_text())["results"]
     rank, (width, inner, keys, layers) = 32, (64, 128, 32, 2)
