@@ -1,4 +1,5 @@
 import math
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -130,10 +131,8 @@ def test_the_trainer_learns_as_a_plain_loop_does(call, model_folder, data, tmp_p
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(rows)
 
     torch.manual_seed(42)
-    base = AutoModelForCausalLM.from_pretrained(model_folder)
-    targets = finetune.Options(method=method, data="x").targets
-    config = expected_config(method, 4, 1.0, 0.0, 2, 4, 0.0, targets)
-    model = get_peft_model(base, config).train()
+    config = expected_config(method, 4, 1.0, 0.0, 2, 4, 0.0, finetune.Options(method=method, data="x").targets)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
     for number, (step, entry) in enumerate(zip(seen, history, strict=True)):
@@ -142,10 +141,8 @@ def test_the_trainer_learns_as_a_plain_loop_does(call, model_folder, data, tmp_p
         losses = []
         for micro_batch in (step[:4], step[4:]):  # each a mean over its tokens, as published
             if micro_batch:
-                rows = [torch.tensor(row.ids) for row in micro_batch]
-                ids = torch.nn.utils.rnn.pad_sequence(rows, True, -100)
-                mask = (ids >= 0).long()
-                losses.append(model(input_ids=ids.clamp(min=0), attention_mask=mask, labels=ids).loss)
+                ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in micro_batch], True, -100)
+                losses.append(model(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), labels=ids).loss)
         loss = torch.stack(losses).mean()
         assert loss.item() == pytest.approx(entry["train_loss"], rel=2e-5), f"step {number + 1}"
         loss.backward()
@@ -265,10 +262,7 @@ def test_shapes_have_the_published_numbers_of_adapter_parameters():
 
 
 def test_smollm2_gguf_trains(call, data, tmp_path):
-    import os
-
-    cache = Path(os.environ.get("PARALLEL_CONTROL_CACHE", "nowhere")) / "models"
-    files = sorted(cache.rglob("SmolLM2*.gguf"))
+    files = sorted(Path(os.environ.get("PARALLEL_CONTROL_CACHE", "nowhere"), "models").rglob("SmolLM2*.gguf"))
     if not files:
         pytest.skip("SmolLM2's GGUF file is not in PARALLEL_CONTROL_CACHE/models")
     more = ("--max_steps", 1, "--eval_steps", 1, "--held_out", 2, "--batch_size", 2, "--micro_batch_size", 2)

@@ -3,16 +3,13 @@
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 
 from control_experiments.paths import REPOSITORY
 from control_experiments.record import read_record
-from control_experiments.training.checkpoints import checkpoints
 from LlaMA import demo
 from LlaMA.commonsense import TASKS, offered_words, read_tests
 
@@ -153,24 +150,3 @@ def test_a_signal_reaches_the_program_whose_end_is_waited_for(launching, script,
         said = launcher.stdout.read()
     assert launcher.returncode == 128 + number
     assert said == f"saved {number}\n"  # and nothing was started after it
-
-
-def test_a_terminated_launcher_leaves_a_checkpoint_and_no_process(launching, model_folder, data, tmp_path):
-    call = launching(
-        "LlaMA/llama3_8B_DoubleControl.sh", 4, 2, 4, tmp_path / "out", "cpu", "--max_steps", 2000, "--held_out", 4,
-        MODEL=model_folder, DATA=data, TRAIN_DATA=data / "train.json", EVAL_STEPS=5,
-    )  # fmt: skip
-    with subprocess.Popen(**call, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as launcher:
-        while not checkpoints(tmp_path / "out" / "checkpoints"):
-            assert launcher.poll() is None, launcher.stderr.read()
-            time.sleep(0.05)
-        (program,) = psutil.Process(launcher.pid).children()
-        # as a scheduler does that signals every process of a job: with what the launcher passes on it comes twice
-        program.send_signal(signal.SIGTERM)
-        launcher.send_signal(signal.SIGTERM)
-        _, said = launcher.communicate(timeout=60)
-    assert launcher.returncode == 143
-    (newest, *_) = checkpoints(tmp_path / "out" / "checkpoints")
-    assert f"terminated; {newest.name} is kept: add --resume" in said
-    assert not program.is_running()
-    assert not (tmp_path / "out" / "evaluation").exists()

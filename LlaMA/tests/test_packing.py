@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from control_experiments.errors import UserError
 from LlaMA.commonsense import TokenRow, tokenize_rows
-from LlaMA.models import add_adapter, expected_config
+from LlaMA.models import add_adapter, expected_config, ready_to_train
 from LlaMA.packing import (
     IGNORE,
     VARLEN,
@@ -51,8 +51,7 @@ def published_loss(model, step, micro_batch):
     for start in range(0, len(step), micro_batch):
         rows = [torch.tensor(row.ids) for row in step[start : start + micro_batch]]
         labels = torch.nn.utils.rnn.pad_sequence(rows, True, IGNORE)
-        mask = (labels != IGNORE).long()
-        losses.append(model(input_ids=labels.clamp(min=0), attention_mask=mask, labels=labels).loss)
+        losses.append(model(input_ids=labels.clamp(min=0), attention_mask=(labels != IGNORE).long(), labels=labels).loss)
     return sum(losses) / len(losses)
 
 
@@ -96,8 +95,6 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.mark.parametrize("loss", [batch_loss, fused_batch_loss])
 def test_graphs_replay_the_packs_of_a_step(model, step, loss, method):
     """Packs of several shapes whose gradients add up, in any order, replayed with other rows than they were captured with."""
-    from LlaMA.models import ready_to_train
-
     model = adapted(model.bfloat16(), method).cuda().train()
     model.base_model.model.set_attn_implementation(VARLEN)
     # as accelerate does: inside, autocast keeps casts even though the capture asks it not to
@@ -119,8 +116,6 @@ def test_graphs_replay_the_packs_of_a_step(model, step, loss, method):
 @needs_gpu
 @pytest.mark.parametrize("method", ["control+lora", "lora", "dora"])
 def test_lora_dropout_draws_anew_in_each_replay(model, step, method):
-    from LlaMA.models import ready_to_train
-
     config = expected_config(method, 4, 1.0, 0.0, 4, 8, 0.5, ("q_proj", "k_proj", "v_proj"))
     model = add_adapter(model.bfloat16(), config).cuda().train()
     for name, parameter in model.named_parameters():

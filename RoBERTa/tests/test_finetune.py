@@ -24,7 +24,6 @@ from control_experiments.errors import UserError
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.record import read_record
 from control_experiments.training.device import seed_everything
-from control_experiments.training.runs import RunFolder
 from control_experiments.training.trainer import ExperimentTrainer
 from peft_control import ControlConfig  # (importing it registers CONTROL for PeftModel.from_pretrained)
 from RoBERTa import encoder, finetune
@@ -48,12 +47,11 @@ def arguments(encoders, glue_folder, tmp_path):
 
 @pytest.mark.parametrize(("method", "model"), [("control", "roberta"), ("lora", "bert"), ("dora", "roberta")])
 def test_methods_train_and_leave_a_record_and_an_adapter(method, model, arguments, encoders, tmp_path, capsys):
+    record = finetune.main(arguments(method, model=model))
     # counts by hand: hidden 16, two layers, a head of 2 classes (RoBERTa's has a dense layer before it)
     counts = {"control": 2 * 2 * 16 * 16, "lora": 2 * 2 * 2 * 16 * 8, "dora": 2 * 2 * (2 * 16 * 8 + 16)}
-    head = 16 * 2 + 2 + (16 * 16 + 16 if model == "roberta" else 0)
-    record = finetune.main(arguments(method, model=model))
     assert record.adapter["adapter_parameters"] == counts[method]
-    assert record.adapter["head_parameters"] == head
+    assert record.adapter["head_parameters"] == 16 * 2 + 2 + (16 * 16 + 16 if model == "roberta" else 0)
     assert [row["epoch"] for row in record.history] == [1.0, 2.0]
     assert all(np.isfinite(row["train_loss"]) for row in record.history)
     assert record.metrics["last"] == record.history[-1]
@@ -97,10 +95,9 @@ def test_an_adapters_card_says_how_to_load_it(arguments, tmp_path):
 
 
 def dev_metrics(model, encoder, task, data):
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
     rows = load_task(task, str(data))["validation"]
     texts = [list(rows[column]) for column in ("first", "second") if column in rows.column_names]
-    batch = tokenizer(*texts, padding=True, return_tensors="pt")
+    batch = AutoTokenizer.from_pretrained(encoder)(*texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         return TASKS[task].metrics(model(**batch).logits.numpy(), np.array(rows["label"]))
 
@@ -180,11 +177,8 @@ def test_mnli_has_two_dev_sets_and_two_prediction_files(arguments, encoders, glu
     tokenizer = AutoTokenizer.from_pretrained(encoders["bert"])
     for split, file in TASKS["mnli"].server_files.items():
         rows = load_task("mnli", str(glue_folder), tests=True)[split]
-        with torch.no_grad():
-            logits = [
-                model(**tokenizer(a, b, return_tensors="pt")).logits for a, b in zip(rows["first"], rows["second"], strict=True)
-            ]
-        expected = [TASKS["mnli"].classes[row.argmax()] for row in logits]
+        pairs = zip(rows["first"], rows["second"], strict=True)
+        expected = [TASKS["mnli"].classes[model(**tokenizer(*pair, return_tensors="pt")).logits.argmax()] for pair in pairs]
         lines = (tmp_path / "run" / "predictions" / file).read_text().splitlines()
         assert lines == ["index\tprediction", *(f"{i}\t{label}" for i, label in enumerate(expected))]
 
@@ -228,12 +222,10 @@ def test_memory_modes_train_alike(arguments, tmp_path):
 
 def test_padding_to_the_longest_changes_no_logit(encoders):
     tokenizer, model = encoder.load_tokenizer_and_model(str(encoders["roberta"]), TASKS["cola"])
-    options = finetune.Options(method="control", task="cola")
-    model = encoder.add_adapter(model, options).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.1)
+    model = encoder.add_adapter(model, finetune.Options(method="control", task="cola")).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
     texts = ("the cat sees a dog", "dog runs", "a big red bird sleeps and the cat hears")
     rows = [tokenizer(text) for text in texts]
     outputs = []
@@ -245,47 +237,13 @@ def test_padding_to_the_longest_changes_no_logit(encoders):
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_killed_run_resumes_to_the_same_end(arguments, monkeypatch, tmp_path):
-    whole = finetune.main(arguments(epochs=4, output="whole"))
-    step, calls = ExperimentTrainer.training_step, []
-
-    def dies(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 9:  # in the third epoch, after the checkpoint of step 7 in its midst
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    command = arguments(epochs=4, save_steps=7)
-    monkeypatch.setattr(ExperimentTrainer, "training_step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        finetune.main(command)
-    monkeypatch.undo()
-    assert not (tmp_path / "run" / "record.json").exists()
-    with pytest.raises(UserError, match=r"unfinished run \(checkpoint-7\): add --resume"):
-        finetune.main(command)
-    with pytest.raises(UserError, match=r"belongs to another run.*method 'control' there, 'lora' asked for"):
-        finetune.main([*arguments("lora", epochs=4, save_steps=7), "--resume"])
-    resumed = finetune.main([*command, "--resume"])
-    assert resumed.time["resumed_from_step"] == 7
-    for name in ("loss", "matthews", "step"):
-        assert resumed.metrics["last"][name] == pytest.approx(whole.metrics["last"][name], abs=1e-6)
-
-
-def test_save_to_disk_data_and_tensorboard(arguments, glue_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    splits = load_task("cola", str(glue_folder)).rename_columns({"first": "sentence"})
-    splits.save_to_disk(str(tmp_path / "disk" / "cola"))
-    ours = finetune.main(arguments(data=tmp_path / "disk", report_to="tensorboard", output="disk_run"))
-    classic = finetune.main(arguments(output="classic_run"))
-    assert ours.metrics["last"]["loss"] == pytest.approx(classic.metrics["last"]["loss"])
-    assert list((tmp_path / "board").glob("events*"))
-
-
-def test_wandb_offline(arguments, tmp_path, monkeypatch):
-    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
-        monkeypatch.setenv(name, value)
-    finetune.main(arguments(report_to="wandb", max_steps=2))
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+def test_reports(arguments, tmp_path, monkeypatch):
+    places = {"WANDB_DIR": tmp_path, "TENSORBOARD_LOGGING_DIR": tmp_path / "board"}
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **places}.items():
+        monkeypatch.setenv(name, str(value))
+    for reporter, files in (("wandb", "wandb/offline-run-*/*.wandb"), ("tensorboard", "board/events*")):
+        finetune.main(arguments(report_to=reporter, max_steps=2, output=reporter))
+        assert list(tmp_path.glob(files))
 
 
 @pytest.mark.slow
@@ -364,17 +322,12 @@ def test_bad_options_and_models_write_nothing(options, message, arguments, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_in_use_is_refused_and_left_alone(arguments, tmp_path):
-    with RunFolder(tmp_path / "run") as held:
-        (held.path / "precious").write_text("x")
-        with pytest.raises(UserError, match="in use by another run"):
-            finetune.main(arguments())
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one_nor_what_is_no_run(arguments, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious").write_text("x")
     with pytest.raises(UserError, match="holds no run: --overwrite deletes nothing there"):
-        finetune.main([*arguments(), "--overwrite"])
-    assert [path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock"] == ["precious"]
-
-
-def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(arguments):
+        finetune.main([*arguments(output="mine"), "--overwrite"])
+    assert (tmp_path / "mine" / "precious").exists()
     finetune.main(arguments(max_steps=1))
     with pytest.raises(UserError, match=r"lr 0\.01 there, 0\.02 asked for"):
         finetune.main(arguments(max_steps=1, lr=2e-2))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
-from tiny_models import FAMILIES, VOCAB, WIDTH, build, is_adapter, logits, randomize_adapters
+from tiny_models import FAMILIES, VOCAB, WIDTH, build, is_adapter, logits, randomize_adapters, word_tokenizer
 from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 from transformers.models.llama import modeling_llama
 
@@ -224,7 +224,7 @@ def test_trl_sft_trainer(tmp_path):
         build("llama"),
         trl.SFTConfig(output_dir=str(tmp_path / "run"), **options),
         train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in repetitive_texts()]),
-        processing_class=words(),
+        processing_class=word_tokenizer(),
         peft_config=ControlConfig(task_type="CAUSAL_LM", control_rank=16, **DOUBLE),
     )
     set_memory_mode(trainer.model, "lean")
@@ -232,17 +232,6 @@ def test_trl_sft_trainer(tmp_path):
 
 
 # -- memory modes in everybody's trainers -------------------------------------------------------------------
-
-
-def words():
-    """A tokenizer of the words w3, w4, … whose numbers they are, with a chat template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{index}": index for index in range(3, VOCAB)}}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def text(start: int, length: int = 6) -> str:
@@ -299,7 +288,7 @@ def train(case: str, modes: tuple, folder) -> list[dict]:
         trl = pytest.importorskip("trl")
         trainer_class, arguments_class = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
         data = Dataset.from_list([row(number) for number in range(16)])
-        named = {**named, "processing_class": words()}
+        named = {**named, "processing_class": word_tokenizer()}
     base, task = build("llama"), "CAUSAL_LM"
     if kind == "Reward":
         config = base.config

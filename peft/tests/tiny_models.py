@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import timm
+import tokenizers
 import torch
 import transformers as hf
 from torch import nn
@@ -271,6 +272,14 @@ def randomize_adapters(model: nn.Module, std: float = 0.3, seed: int = 7) -> nn.
                 else:
                     parameter.copy_(std * noise)
     return model
+
+
+def word_tokenizer() -> hf.PreTrainedTokenizerFast:
+    """A tokenizer of the words w3, w4, … whose numbers they are."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{index}": index for index in range(3, VOCAB)}}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return hf.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def is_adapter(name: str) -> bool:
