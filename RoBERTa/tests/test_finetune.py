@@ -259,25 +259,6 @@ def test_wandb_without_an_account_is_one_line(arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_launcher_end_to_end(launch, encoders, glue_folder, tmp_path):
-    """The first command of a new user: the default folder, which no shipped record occupies."""
-    model = shutil.copytree(encoders["roberta"], tmp_path / f"tiny-{os.getpid()}")
-    folder = RESULTS / "roberta" / f"{model.name}_rte_control_seed7"
-    try:
-        command = ("RoBERTa/run_roberta.sh", "control", "rte", 1, "1e-3", "cpu", "--max_length", 64)
-        variables = {"MODEL": model, "DATA": glue_folder, "SEED": 7}
-        assert launch(*command, **variables).finished().out.startswith("running:")
-        record = read_record(folder / "record.json")
-        refused = launch(*command, "--lr", "1e-2", **variables).refused()
-        assert all(words in refused for words in ("lr 0.001 there, 0.01 asked for", "--output_dir", "--overwrite"))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    assert (record.method, record.task, record.seed) == ("control", "rte", 7)
-    given = {"epochs": 1.0, "lr": 1e-3, "max_length": 64, "batch_size": 64, "weight_decay": 0.1}
-    assert {name: record.hyperparameters[name] for name in given} == given
-
-
-@pytest.mark.slow
 def test_launcher_refuses_in_one_line(launch, started, call, tmp_path):
     launcher = "RoBERTa/run_roberta.sh"
     assert "METHOD and TASK" in launch(launcher, "lora").refused()

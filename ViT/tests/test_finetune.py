@@ -24,11 +24,9 @@ def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_pat
     out = tmp_path / "run"
     stdout = call("ViT.finetune", *options, "--method", method, "--mlp_layers", 4, "--output_dir", out).finished().out
     record = read_record(out / "record.json")
-    expected = {"control": 6 * (2 * 64 * 16 + 16 + 64), "probe": 0}
     hidden = load_file(base_model)["blocks.0.mlp.fc1.weight"].shape[0]
-    expected["lora"] = 6 * (2 * (64 + hidden) + 2 * 2 * hidden)
-    expected["dora"] = expected["lora"] + 6 * (64 + 3 * hidden)
-    expected["miss"] = 6 * (64 + 3 * hidden)
+    lora, outputs = 6 * (2 * (64 + hidden) + 2 * 2 * hidden), 6 * (64 + 3 * hidden)
+    expected = {"control": 6 * (2 * 64 * 16 + 16 + 64), "lora": lora, "dora": lora + outputs, "miss": outputs, "probe": 0}
     assert record.adapter["adapter_parameters"] == expected[method]
     assert record.adapter["head_parameters"] == 3 * 64 + 3
     assert [row["epoch"] for row in record.history] == [1, 2]
@@ -51,8 +49,7 @@ def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_pat
 
     photos = tmp_path / "photos" / "inner"
     photos.mkdir(parents=True)
-    pixels = np.load(npz)["x_test"]
-    for index, image in enumerate(pixels):
+    for index, image in enumerate(np.load(npz)["x_test"]):
         Image.fromarray(image).save(photos / f"{index:02}.png")
     predicted = ("--predict", tmp_path / "photos", "--adapter", out / "adapter")
     call(*common, *predicted, "--output", tmp_path / "classes.csv").finished()
@@ -75,10 +72,10 @@ def test_the_adapters_card_says_what_it_is_and_loads_it(call, options, base_mode
     assert f"base_model: {base_model.parent.name}/model.safetensors" in card and "rank 16" in card
     assert str(tmp_path) not in card and f"{6 * (2 * 64 * 16 + 16 + 64) + 195:,} of " in card
     (lines,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    lines = lines.replace("results/vit/RUN", str(out))
-    lines = lines.replace(f"{base_model.parent.name}/model.safetensors", str(base_model))
-    loaded: dict = {}
-    exec(lines, loaded)
+    named = {"results/vit/RUN": str(out), f"{base_model.parent.name}/model.safetensors": str(base_model)}
+    for shown, place in named.items():
+        lines = lines.replace(shown, place)
+    exec(lines, loaded := {})
     assert loaded["classes"] == ["red", "green", "blue"]
     again, _, _ = restore(out / "adapter", model=str(base_model))
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -29,9 +29,9 @@ from scripts.faults.processes import losses
 pytestmark = pytest.mark.slow
 
 
-def command(run: tiny.Run, output: Path, count: int, *more: str) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    return [sys.executable, *launcher, "-m", run.program, *run.arguments, "--output_dir", str(output), *more]
+def torchrun(run: tiny.Run, output: Path, *more: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return [*launcher, "-m", run.program, *run.arguments, "--output_dir", str(output), *more]
 
 
 @pytest.mark.parametrize("rows", [8, 12, 13, 14, 15, 17])
@@ -72,28 +72,26 @@ def test_torchrun_is_terminated_then_loses_a_process_and_the_run_goes_on_with_an
     run.arguments += ("--max_steps", "60", "--eval_steps", "5")
     log = tmp_path / "log"
 
-    def torchrun(*more: str) -> subprocess.Popen:
-        with log.open("w") as file:
-            return subprocess.Popen(command(run, cut, 2, *more), stdout=file, stderr=file)
-
     def step_of(checkpoint: Path) -> int:
         return int(checkpoint.name.partition("-")[2])
 
-    def wait_for(process: subprocess.Popen, step: int) -> None:
-        while not any(step_of(found) >= step for found in checkpoints(cut / "checkpoints")):
+    def start(*more: str, until: int) -> subprocess.Popen:
+        """Up to a checkpoint of a step."""
+        with log.open("w") as file:
+            process = subprocess.Popen(torchrun(run, cut, *more), stdout=file, stderr=file)
+        while not any(step_of(found) >= until for found in checkpoints(cut / "checkpoints")):
             assert process.poll() is None, log.read_text()
             time.sleep(0.02)
+        return process
 
-    process = torchrun()
-    wait_for(process, 5)
+    process = start(until=5)
     process.terminate()
     assert process.wait(60) != 0
     told = log.read_text()
     (newest, *_) = checkpoints(cut / "checkpoints")
     assert f"{newest.name} is kept" in told and "--resume" in told, told
 
-    process = torchrun("--resume")
-    wait_for(process, step_of(newest) + 1)
+    process = start("--resume", until=step_of(newest) + 1)
     workers = [child for child in psutil.Process(process.pid).children() if "RANK" in child.environ()]
     next(child for child in workers if child.environ()["RANK"] == "1").send_signal(signal.SIGKILL)
     assert process.wait(60) != 0
@@ -157,7 +155,7 @@ def test_two_processes_have_the_losses_of_one_and_save_one_adapter(domain, shard
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         monkeypatch.setenv("FSDP_VERSION", "2")
     if domain == "roberta" and not sharded:  # LlaMA goes through torchrun below
-        done = subprocess.run(command(run, tmp_path / "two", 2), capture_output=True, text=True)
+        done = subprocess.run(torchrun(run, tmp_path / "two"), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         told = done.stdout
     else:
@@ -228,11 +226,12 @@ def test_what_cannot_be_sharded_is_refused(domain, environment, options, told, t
 
 def test_models_that_cannot_be_sharded_are_refused():
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    for model, told in (
-        (torch.nn.Sequential(bitsandbytes.nn.Linear4bit(4, 4)), "quantized"),
-        (torch.nn.Sequential(torch.nn.Linear(4, 4)), "no layer that Control knows"),
+    cpu = torch.device("cpu")
+    for layer, told in (
+        (bitsandbytes.nn.Linear4bit(4, 4), "quantized"),
+        (torch.nn.Linear(4, 4), "no layer that Control knows"),
     ):
         with pytest.raises(UserError, match=told):
-            shard_frozen(model, torch.device("cpu"), MemoryMeter(torch.device("cpu")))
+            shard_frozen(torch.nn.Sequential(layer), cpu, MemoryMeter(cpu))
     with pytest.raises(UserError, match="cuda_graphs"):
         choose_shard("fsdp2", cuda_graphs=True)
