@@ -562,18 +562,29 @@ def test_methods_are_the_configurations_they_say():
     assert {config(method).peft_type.value for method in METHODS if "control" in method} == {"CONTROL"}
 
 
-@pytest.mark.parametrize("part", ["lora_A", "lora_magnitude_vector", "control_B"])
-def test_an_adapter_must_be_whole(part, tmp_path, recwarn):
+PLACE = "base_model.model.model.layers.9.mlp_control.more"
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        *[(part, lambda name, tensor: {}, "it has no {name}") for part in ("lora_A", "lora_magnitude_vector", "control_B")],
+        ("control_B", lambda name, tensor: {name: tensor, PLACE: tensor.clone()}, "mlp_control.more has no place"),
+        ("control_B", lambda name, tensor: {name: tensor * torch.nan}, "{name} has numbers that are not finite"),
+    ],
+)
+def test_an_adapter_must_be_whole_and_finite(part, change, said, tmp_path, recwarn):
     """Of a mixed adapter peft misses no LoRA tensor."""
     config = adapter_config(AdapterOptions(method="control+dora", lora_targets=["q_proj"]), task_type="CAUSAL_LM")
     get_peft_model(build("llama"), config).save_pretrained(tmp_path)
-    model = load_adapter(build("llama"), tmp_path, "llama")
+    model, file = load_adapter(build("llama"), tmp_path, "llama"), tmp_path / "adapter_model.safetensors"
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    lost = next(name for name in tensors if part in name)
-    save_file({k: v for k, v in tensors.items() if k != lost}, tmp_path / "adapter_model.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if part in name)
+    spoiled = change(name, tensors.pop(name))
+    save_file({**tensors, **spoiled}, file)
     recwarn.clear()
-    with pytest.raises(UserError, match=f"does not fit llama: it has no {re.escape(lost)}"):
+    with pytest.raises(UserError, match=re.escape(said.format(name=name))):
         load_adapter(build("llama"), tmp_path, "llama")
     assert not [w for w in recwarn if "missing adapter keys" in str(w.message)]
 
