@@ -101,11 +101,10 @@ def test_modules_to_save_train_and_reload_too(tmp_path):
     model = randomize_adapters(get_peft_model(build("roberta"), config).eval())
     heads = trained(model) - adapter(model)
     assert heads and all("classifier.modules_to_save.default" in name for name in heads)
-    with torch.no_grad():
-        model.base_model.classifier.modules_to_save["default"].dense.weight.mul_(2)
-        model.save_pretrained(tmp_path)
-        again, inputs = PeftModel.from_pretrained(build("roberta"), tmp_path).eval(), FAMILIES["roberta"].inputs()
-        assert torch.equal(logits(again, inputs), logits(model, inputs))
+    model.base_model.classifier.modules_to_save["default"].dense.weight.data.mul_(2)
+    model.save_pretrained(tmp_path)
+    again, inputs = PeftModel.from_pretrained(build("roberta"), tmp_path).eval(), FAMILIES["roberta"].inputs()
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -267,11 +266,10 @@ def test_two_active_adapters_add_their_controls():
     model.add_adapter("two", config_of(init_weights=False))
     model.base_model.set_adapter(["one", "two"])
     stacked = get_peft_model(build("llama", torch.float64), config_of(control_rank=6))
-    with torch.no_grad():
-        for both, one in zip(controls(model).values(), controls(stacked).values(), strict=True):
-            A, B = ([matrices[name].weight for name in ("one", "two")] for matrices in (both.control_A, both.control_B))
-            one.control_A["default"].weight.copy_(torch.cat(A))
-            one.control_B["default"].weight.copy_(torch.cat(B, dim=1))
+    for both, one in zip(controls(model).values(), controls(stacked).values(), strict=True):
+        A, B = ([matrices[name].weight for name in ("one", "two")] for matrices in (both.control_A, both.control_B))
+        one.control_A["default"].weight.data = torch.cat(A)
+        one.control_B["default"].weight.data = torch.cat(B, dim=1)
     assert torch.allclose(outputs(model.eval()), outputs(stacked.eval()), atol=1e-10)
 
 
@@ -295,14 +293,12 @@ def test_weighted_adapters(method, kind, tmp_path):
     found = outputs(model)
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     assert torch.equal(outputs(reloaded(tmp_path / "sum")), found)
-    with torch.no_grad():
-        for name, weight in zip(names, weights):
-            for control in controls(model).values():
-                if name in control.alpha:
-                    control.alpha[name] *= weight
-            for module in model.modules():
-                if name in getattr(module, "lora_B", ()):
-                    module.lora_B[name].weight.mul_(weight)
+    for name, weight in zip(names, weights):
+        for module in model.modules():
+            if name in getattr(module, "alpha", ()):
+                module.alpha[name] *= weight
+            if name in getattr(module, "lora_B", ()):
+                module.lora_B[name].weight.data.mul_(weight)
     model.base_model.set_adapter(names)
     torch.testing.assert_close(outputs(model), found, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="equal ranks"):
@@ -315,9 +311,8 @@ def test_weighted_adapters(method, kind, tmp_path):
 
 def base_with_norms(scale: float) -> nn.Module:
     base = build("llama")
-    with torch.no_grad():
-        for layer in base.model.layers:
-            layer.post_attention_layernorm.weight.mul_(scale)
+    for layer in base.model.layers:
+        layer.post_attention_layernorm.weight.data.mul_(scale)
     return base
 
 
@@ -325,10 +320,9 @@ def test_a_saved_norm_that_a_control_reads(tmp_path):
     """modules_to_save puts a wrapper where the hook sat; the control must read there all the same."""
     fields = {"modules_to_save": ["post_attention_layernorm"]}
     model = llama(**fields)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "modules_to_save" in name:
-                parameter.mul_(1.5)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.mul_(1.5)
     expected = outputs(model)
     with model.disable_adapter():
         assert torch.equal(outputs(model), outputs(build("llama")))

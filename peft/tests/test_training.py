@@ -55,20 +55,18 @@ def test_gradient_checkpointing(family, fields, use_reentrant):
             model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         assert model.is_gradient_checkpointing
-    found = gradients(model, inputs)
-    for name in expected:
-        assert expected[name].any() and torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-6), name
+    assert all(gradient.any() for gradient in expected.values())
+    torch.testing.assert_close(gradients(model, inputs), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_forward_after_an_interrupted_one():
     """An exception inside a block leaves no state behind for the next forward."""
     model = adapted().eval()
     mlp = model.base_model.model.model.layers[0].mlp
-    with torch.no_grad():
-        expected = logits(model, INPUTS)
-        with patch.object(mlp, "forward", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-            model(**INPUTS)
-        assert torch.equal(logits(model, INPUTS), expected)
+    expected = logits(model, INPUTS)
+    with patch.object(mlp, "forward", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        model(**INPUTS)
+    assert torch.equal(logits(model, INPUTS), expected)
 
 
 # -- generation ---------------------------------------------------------------------------------------------
@@ -87,8 +85,7 @@ def test_generation_with_and_without_cache(family, beams):
 
     cached, plain = generate(True), generate(False)
     assert torch.equal(cached.sequences, plain.sequences)
-    for with_cache, without in zip(cached.logits, plain.logits, strict=True):
-        assert torch.allclose(with_cache, without, atol=1e-4)
+    torch.testing.assert_close(cached.logits, plain.logits, rtol=1e-4, atol=1e-4)
     with model.disable_adapter():
         assert not torch.equal(generate(True).sequences, cached.sequences)
 
@@ -158,8 +155,8 @@ def test_compile_fullgraph(family, fields):
         assert torch.allclose(logits(compiled, inputs), output, atol=1e-5)
     model.zero_grad()
     logits(compiled, inputs).square().mean().backward()
-    for name, gradient in expected.items():
-        assert torch.allclose(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6), name
+    found = {name: model.get_parameter(name).grad for name in expected}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 # -- trainers -----------------------------------------------------------------------------------------------
@@ -187,8 +184,7 @@ def check_run(trainer, folder):
     model = trainer.model.eval()
     assert any(p.abs().max() > 0 for n, p in model.named_parameters() if "control_B" in n)
     reloaded = PeftModel.from_pretrained(build("llama"), folder).eval()
-    with torch.no_grad():
-        assert torch.equal(logits(reloaded, INPUTS), logits(model, INPUTS))
+    assert torch.equal(logits(reloaded, INPUTS), logits(model, INPUTS))
 
 
 def test_transformers_trainer(tmp_path):
@@ -210,8 +206,7 @@ def test_transformers_trainer_resumes(tmp_path):
 
     whole = run(4)
     run(2)
-    resumed = run(4, resume=True)
-    assert all(torch.allclose(resumed[name], whole[name], atol=1e-7) for name in whole)
+    torch.testing.assert_close(run(4, resume=True), whole, rtol=0, atol=1e-7)
 
 
 @pytest.mark.slow
@@ -362,19 +357,15 @@ def test_liger_before_and_after_the_adapter(liger, order):
     monkey_patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
     fields = {**DOUBLE, "modules_to_save": ["post_attention_layernorm"] if "saved" in order else None}
     model = adapted(**fields).eval()
-    with torch.no_grad():
-        expected = logits(model, INPUTS)
-    expected_gradients = gradients(model, INPUTS)
+    expected, expected_gradients = logits(model, INPUTS), gradients(model, INPUTS)
     if order == "before":
         monkey_patch.apply_liger_kernel_to_llama(**LIGER)
         model = adapted(**fields).eval()
     else:
         monkey_patch._apply_liger_kernel_to_instance(model=model.get_base_model(), **LIGER)
-    with torch.no_grad():
-        assert torch.allclose(logits(model, INPUTS), expected, atol=1e-5)
+    assert torch.allclose(logits(model, INPUTS), expected, atol=1e-5)
     assert liger.count("mlp") == 2 and liger.count("norm") == 5
-    found = gradients(model, INPUTS)
-    assert all(torch.allclose(found[n], expected_gradients[n], rtol=1e-3, atol=1e-6) for n in found)
+    torch.testing.assert_close(gradients(model, INPUTS), expected_gradients, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a GPU")
@@ -382,9 +373,8 @@ def test_liger_before_and_after_the_adapter(liger, order):
 def test_liger_kernels(before):
     apply = pytest.importorskip("liger_kernel.transformers").apply_liger_kernel_to_llama
     inputs = {name: value.cuda() for name, value in INPUTS.items()}
-    expected_model = adapted(**DOUBLE).cuda().eval()
-    expected = logits(expected_model, inputs)
-    expected_gradients = gradients(expected_model, inputs)
+    model = adapted(**DOUBLE).cuda().eval()
+    expected, expected_gradients = logits(model, inputs), gradients(model, inputs)
     base = build("llama").cuda()
     if before:
         apply(model=base, **LIGER)
@@ -392,5 +382,4 @@ def test_liger_kernels(before):
     if not before:
         apply(model=model.get_base_model(), **LIGER)
     assert torch.allclose(logits(model, inputs), expected, atol=1e-3)
-    found = gradients(model, inputs)
-    assert all(torch.allclose(found[n], expected_gradients[n], rtol=1e-2, atol=1e-4) for n in found)
+    torch.testing.assert_close(gradients(model, inputs), expected_gradients, rtol=1e-2, atol=1e-4)
