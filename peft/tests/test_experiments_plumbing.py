@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import make_dataclass
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -25,7 +26,7 @@ from tiny_models import build
 from control_experiments import record as record_module
 from control_experiments.errors import Interrupted, StopRequest, UserError, run_main
 from control_experiments.paths import REPOSITORY, public_path
-from control_experiments.record import RunRecord, public_command, read_record, utc_now, write_json_atomic
+from control_experiments.record import public_command, read_record, write_json_atomic
 from control_experiments.training import checkpoints
 from control_experiments.training.arguments import parse_arguments
 from control_experiments.training.checkpoints import begin, find_damage, whole_folder
@@ -36,17 +37,9 @@ from control_experiments.training.metering import MemoryMeter, Throughput
 from control_experiments.training.methods import adapter_config, load_adapter
 from control_experiments.training.options import METHODS, AdapterOptions
 from control_experiments.training.runs import RunFolder
+from scripts.faults.inputs import a_record
 
-
-def make_record(**changes) -> RunRecord:
-    return RunRecord(
-        **{
-            "domain": "roberta", "name": "a", "method": "lora", "task": "cola", "seed": 42, "command": ["python", "x.py"],
-            "created": utc_now(), "finished": utc_now(), "git": {"commit": None, "dirty": None}, "versions": {},
-            "device": {}, "model": {}, "data": {}, "adapter": {}, "hyperparameters": {}, "metrics": {"best": {"x": 1.5}},
-            "memory": {}, "time": {}, **changes,
-        }
-    )  # fmt: skip
+make_record = partial(a_record, seed=42, metrics={"best": {"x": 1.5}})
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -30,20 +31,26 @@ from control_experiments.training.checkpoints import checkpoints, find_damage
 from .tiny import Run
 
 KILLS_PER_RUN = 3
+#: Longer than any of these tiny runs takes; torchrun gives processes 30 s from SIGTERM to SIGKILL.
+_LIMIT, _GRACE = 300, 30
 _CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 
 
 class Plan(NamedTuple):
-    """When to kill: after `seconds`, or before the change to the file system of number `change` (from 1), or never."""
+    """When to kill which process: after `seconds`, or before the change to the file system of number `change` (from 1), or
+    never."""
 
     seconds: float | None = None
     change: int | None = None
+    rank: int = 0
 
     @classmethod
-    def random(cls, draw: random.Random, seconds: float, changes: int) -> Plan:
-        """Some moment of a run that takes so long and makes so many changes."""
+    def random(cls, draw: random.Random, seconds: float, changes: int, processes: int = 1) -> Plan:
+        """Some moment of a run that takes so long and makes so many changes, which its process 0 makes."""
         by_time = draw.random() < 0.5
-        return cls(seconds=draw.uniform(0, seconds)) if by_time else cls(change=draw.randint(1, changes))
+        return (
+            cls(draw.uniform(0, seconds), None, draw.randrange(processes)) if by_time else cls(None, draw.randint(1, changes))
+        )
 
     def at_change(self, number: int) -> None:
         """Die if it is time."""
@@ -131,13 +138,53 @@ def start(run: Run, output: Path, *, resume: bool = False, on_change: Callable[[
     os._exit(code)
 
 
-def execute(run: Run, output: Path, plan: Plan = UNDISTURBED, *, resume: bool = False) -> Ended:
-    """Do `run` in a process of its own, and kill it as planned."""
-    process = start(run, output, resume=resume, on_change=plan.at_change if plan.change else None)
+def together(
+    run: Run, output: Path, processes: int, plan: Plan = UNDISTURBED, *, resume: bool = False, alone: float = 0.0
+) -> list[Ended]:
+    """Do `run` in so many processes, one of which is killed as planned; how each of them ended, by rank.
+
+    As torchrun does, the others are sent SIGTERM when one has died, and several get the environment that it would give them.
+
+    Args:
+        alone: seconds from the first failure to the others' SIGTERM, in which they should end by themselves.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    running = {
+        rank: start(
+            run, output, resume=resume, on_change=plan.at_change if plan.change and rank == plan.rank else None,
+            environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else None,
+        )
+        for rank in range(processes)
+    }  # fmt: skip
+    started, ended = time.perf_counter(), {}
+    # what happens to whom when, in seconds from the start
+    signals = [(_LIMIT, signal.SIGKILL, list(running))]
     if plan.seconds is not None:
-        time.sleep(plan.seconds)
-        os.kill(process.id, signal.SIGKILL)  # it is not waited for yet, so its number is still its own
-    return process.ended()
+        signals.append((plan.seconds, signal.SIGKILL, [plan.rank]))
+    while running:
+        now = time.perf_counter() - started
+        for rank, process in list(running.items()):
+            if found := process.ended(wait=False):
+                del running[rank]
+                ended[rank] = found
+                if found.code and sum(bool(other.code) for other in ended.values()) == 1:  # the first that failed
+                    signals.append((now + alone, signal.SIGTERM, list(running)))
+                    signals.append((now + alone + _GRACE, signal.SIGKILL, list(running)))
+        for due in [entry for entry in signals if entry[0] <= now]:
+            signals.remove(due)
+            for rank in due[2]:
+                if rank in running:  # not waited for yet, so that its number is still its own
+                    os.kill(running[rank].id, due[1])
+        time.sleep(0.005)
+    return [ended[rank] for rank in range(processes)]
+
+
+def execute(run: Run, output: Path, plan: Plan = UNDISTURBED, *, resume: bool = False) -> Ended:
+    """Do `run` in one process, which is killed as planned."""
+    return together(run, output, 1, plan, resume=resume)[0]
 
 
 def _watch(folder: str, on_change: Callable[[int], object]) -> None:

@@ -129,7 +129,7 @@ def check_shards(monkeypatch) -> None:
 
 def run_all(run: tiny.Run, output: Path, count: int = 2, **more) -> list[kills.Ended]:
     """Do the run in so many processes, all of which must come to its end."""
-    return [process.finished() for process in processes.execute(run, output, count, **more)]
+    return [process.finished() for process in kills.together(run, output, count, **more)]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_lost_process_ends_a_sharded_run_which_goes_on_with_any_number(domain,
 
     with monkeypatch.context() as patch:
         patch.setattr(ExperimentTrainer, "loss_share", die)
-        ended = processes.execute(run, cut, 2, alone=60)
+        ended = kills.together(run, cut, 2, alone=60)
     assert ended[1].code == -signal.SIGKILL and ended[0].code == 2
     assert "error: another process of this run died" in ended[0].output and "--resume" in ended[0].output
     for count, shard in ((1, "fsdp2"), (2, "fsdp2"), (4, "fsdp2"), (2, "ddp")):
