@@ -1,5 +1,6 @@
 """Small data and a small base model."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +48,9 @@ def options(base_model, npz):
         "--device", "cpu", "--model", base_model, "--architecture", ARCHITECTURE, "--data", npz,
         "--image_size", 32, "--epochs", 2, "--batch_size", 16, "--lr", 0.05,
     )  # fmt: skip
+
+
+@pytest.fixture
+def train(call, options, tmp_path):
+    """``train("--lr", 1)``: such a run into tmp_path/"run", or where the last --output_dir says."""
+    return partial(call, "ViT.finetune", *options, "--output_dir", tmp_path / "run")

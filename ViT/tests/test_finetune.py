@@ -3,6 +3,7 @@
 import csv
 import logging
 import re
+from functools import partial
 
 import huggingface_hub
 import numpy as np
@@ -20,9 +21,9 @@ from ViT.vision_models import Base
 
 
 @pytest.mark.parametrize("method", ["control", "lora", "dora", "miss", "probe"])
-def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_path, method):
+def test_train_then_evaluate_and_predict(call, train, npz, base_model, tmp_path, method):
     out = tmp_path / "run"
-    stdout = call("ViT.finetune", *options, "--method", method, "--mlp_layers", 4, "--output_dir", out).finished().out
+    stdout = train("--method", method, "--mlp_layers", 4).finished().out
     record = read_record(out / "record.json")
     hidden = load_file(base_model)["blocks.0.mlp.fc1.weight"].shape[0]
     lora, outputs = 6 * (2 * (64 + hidden) + 2 * 2 * hidden), 6 * (64 + 3 * hidden)
@@ -64,10 +65,9 @@ def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_pat
 
 
 @pytest.mark.parametrize("mlp_layers", [2, 4])
-def test_the_adapters_card_says_what_it_is_and_loads_it(call, options, base_model, tmp_path, mlp_layers):
+def test_the_adapters_card_says_what_it_is_and_loads_it(train, base_model, tmp_path, mlp_layers):
     out = tmp_path / "run"
-    arguments = (*options, "--epochs", 1, "--mlp_layers", mlp_layers, "--output_dir", out)
-    call("ViT.finetune", *arguments).finished()
+    train("--epochs", 1, "--mlp_layers", mlp_layers).finished()
     card = (out / "adapter" / "README.md").read_text()
     assert f"base_model: {base_model.parent.name}/model.safetensors" in card and "rank 16" in card
     assert str(tmp_path) not in card and f"{6 * (2 * 64 * 16 + 16 + 64) + 195:,} of " in card
@@ -89,20 +89,18 @@ def test_the_readme_loads_an_adapter_as_its_card_does():
 
 
 @pytest.mark.parametrize("mlp_layers", [2, 4])
-def test_memory_modes_train_alike(call, options, tmp_path, mlp_layers):
+def test_memory_modes_train_alike(train, tmp_path, mlp_layers):
     states = {}
     for mode in ("plain", "fast", "balanced", "lean"):
-        arguments = (*options, "--memory", mode, "--mlp_layers", mlp_layers)
-        call("ViT.finetune", *arguments, "--output_dir", tmp_path / mode).finished()
+        train("--memory", mode, "--mlp_layers", mlp_layers, "--output_dir", tmp_path / mode).finished()
         states[mode] = load_file(tmp_path / mode / "adapter" / "adapter_model.safetensors")
         torch.testing.assert_close(states[mode], states["plain"], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_resumed_run_is_the_uninterrupted_one(call, options, tmp_path, monkeypatch, optimizer):
-    longer = (*options, "--epochs", 3, "--optimizer", optimizer, "--lr", 0.01)
-    assert call("ViT.finetune", *longer, "--output_dir", tmp_path / "whole")[0] == 0
-    save = recipe.save_checkpoint
+def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path, monkeypatch, optimizer):
+    longer, save = partial(train, "--epochs", 3, "--optimizer", optimizer, "--lr", 0.01), recipe.save_checkpoint
+    longer("--output_dir", tmp_path / "whole").finished()
 
     def interrupt(folder, step, *rest):
         save(folder, step, *rest)
@@ -110,17 +108,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(call, options, tmp_path, monkeyp
             raise KeyboardInterrupt
 
     monkeypatch.setattr(recipe, "save_checkpoint", interrupt)
-    cut = (*longer, "--output_dir", tmp_path / "cut")
-    assert call("ViT.finetune", *cut)[0] == 130
+    assert longer().code == 130
     monkeypatch.setattr(recipe, "save_checkpoint", save)
-    assert "--resume" in call("ViT.finetune", *cut).refused()
-    assert "control_rank 16 there, 8 asked for" in call("ViT.finetune", *cut, "--resume", "--control_rank", 8).refused()
-    assert call("ViT.finetune", *cut, "--resume")[0] == 0
-    ends = [read_record(tmp_path / name / "record.json").history[-1] for name in ("whole", "cut")]
-    assert [e["test_loss"] for e in ends] == pytest.approx([ends[0]["test_loss"]] * 2, abs=1e-7)
-    weights = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "cut"))
+    assert "--resume" in longer().refused()
+    assert "control_rank 16 there, 8 asked for" in longer("--resume", "--control_rank", 8).refused()
+    longer("--resume").finished()
+    weights = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "run"))
     torch.testing.assert_close(*map(load_file, weights), rtol=0, atol=0)
-    assert "is finished" in call("ViT.finetune", *cut).finished().out
+    assert "is finished" in longer().finished().out
 
 
 def broken_image_folder(tmp_path):
@@ -147,14 +142,14 @@ def broken_image_folder(tmp_path):
         (lambda p: ("--evaluate", p), "no adapter folder"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(call, options, tmp_path, changed, message):
-    assert message in call("ViT.finetune", *options, "--output_dir", tmp_path / "run", *changed(tmp_path)).refused()
+def test_bad_input_is_one_line_and_leaves_nothing(train, tmp_path, changed, message):
+    assert message in train(*changed(tmp_path)).refused()
     assert not (tmp_path / "run").exists()
 
 
-def test_data_and_base_model_must_fit_the_adapter(call, options, npz, base_model, tmp_path):
+def test_data_and_base_model_must_fit_the_adapter(call, train, npz, base_model, tmp_path):
     out = tmp_path / "run"
-    assert call("ViT.finetune", *options, "--epochs", 1, "--output_dir", out)[0] == 0
+    train("--epochs", 1).finished()
     arrays = dict(np.load(npz))
     np.savez(tmp_path / "more.npz", **{**arrays, "classes": ["red", "green", "blue", "black"]})
     np.savez(tmp_path / "other.npz", **{**arrays, "classes": ["cyan", "green", "blue"]})
@@ -169,10 +164,10 @@ def test_data_and_base_model_must_fit_the_adapter(call, options, npz, base_model
         assert message in call("ViT.finetune", *words).refused()
 
 
-def test_pictures(call, options, npz, tmp_path):
+def test_pictures(call, train, npz, tmp_path):
     runs = [tmp_path / method for method in ("control", "probe")]
     for run in runs:
-        assert call("ViT.finetune", *options, "--method", run.name, "--output_dir", run)[0] == 0
+        train("--method", run.name, "--output_dir", run).finished()
     call("ViT.figures", "--runs", *runs, "--data", npz, "--output_dir", tmp_path / "figures").finished()
     for name in ("accuracy_memory", "curves", "control_images"):
         with Image.open(tmp_path / "figures" / f"{name}.png") as picture:
@@ -181,7 +176,7 @@ def test_pictures(call, options, npz, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_an_unreachable_hub_is_one_line(call, options, tmp_path, monkeypatch):
+def test_an_unreachable_hub_is_one_line(train, tmp_path, monkeypatch):
     told, retries = [], logging.getLogger("huggingface_hub.utils._http")
 
     def unreachable(*_, **__):
@@ -189,9 +184,8 @@ def test_an_unreachable_hub_is_one_line(call, options, tmp_path, monkeypatch):
         raise OSError("cannot reach the hub")
 
     monkeypatch.setattr("timm.create_model", unreachable)
-    more = ("--model", "vit_tiny_patch16_224", "--output_dir", tmp_path / "run")
     huggingface_hub.utils.logging.set_verbosity_warning()
-    assert "cannot reach the hub" in call("ViT.finetune", *options, *more).refused()
+    assert "cannot reach the hub" in train("--model", "vit_tiny_patch16_224").refused()
     assert told == [False]  # nothing more is said of it
     assert not (tmp_path / "run").exists()
 

@@ -43,13 +43,13 @@ def test_the_split_is_of_training_images_alone_and_leaves_none_out(npz):
         assert sorted(pixels(split.train) + pixels(split.test)) == sorted(pixels(data.train))
 
 
-def test_a_run_with_held_out_images_says_so_and_enters_no_table(call, options, npz, tmp_path):
+def test_a_run_with_held_out_images_says_so_and_enters_no_table(train, npz, tmp_path):
     arrays, blind = dict(np.load(npz)), tmp_path / "blind.npz"
     np.savez(blind, **{**arrays, "y_test": (arrays["y_test"] + 1) % 3})  # would change every score
     results = tmp_path / "results"
     out = results / "vit" / "learning_rate_search" / "run"
     share = ("--validation_share", 0.25, "--seed", 3)
-    _, stdout, stderr = call("ViT.finetune", *options, *share, "--output_dir", out).finished()
+    _, stdout, stderr = train(*share, "--output_dir", out).finished()
     assert "held-out accuracy" in stdout and "test accuracy" not in stdout + stderr
     record = read_record(out / "record.json")
     assert record.data["sizes"] == {"train": 30, "held-out": 10}
@@ -60,22 +60,19 @@ def test_a_run_with_held_out_images_says_so_and_enters_no_table(call, options, n
     assert frame.kind.tolist() == ["search"]
     # the score does not depend on the test images
     other = results / "vit" / "learning_rate_search" / "blind"
-    assert call("ViT.finetune", *options, *share, "--data", blind, "--output_dir", other)[0] == 0
+    train(*share, "--data", blind, "--output_dir", other).finished()
     assert read_record(other / "record.json").history[-1]["test_loss"] == record.history[-1]["test_loss"]
 
 
-def test_runs_from_before_the_option_are_still_this_run(call, options, tmp_path):
-    out = tmp_path / "run"
-    assert call("ViT.finetune", *options, "--epochs", 1, "--output_dir", out)[0] == 0
-    identity = json.loads((out / "run.json").read_text())
+def test_runs_from_before_the_option_are_still_this_run(train, tmp_path):
+    claim, once = tmp_path / "run" / "run.json", ("--epochs", 1)
+    train(*once).finished()
+    identity = json.loads(claim.read_text())
     for newer in ("validation_share", "deterministic", "optimizer", "control_blocks"):
         del identity[newer]  # as their defaults say
-    (out / "run.json").write_text(json.dumps(identity))
-    assert "is finished" in call("ViT.finetune", *options, "--epochs", 1, "--output_dir", out).finished().out
-    assert (
-        "(deterministic None there, True asked for)"
-        in call("ViT.finetune", *options, "--epochs", 1, "--output_dir", out, "--deterministic").refused()
-    )
+    claim.write_text(json.dumps(identity))
+    assert "is finished" in train(*once).finished().out
+    assert "(deterministic None there, True asked for)" in train(*once, "--deterministic").refused()
 
 
 @pytest.mark.parametrize(
@@ -87,8 +84,8 @@ def test_runs_from_before_the_option_are_still_this_run(call, options, tmp_path)
         (("--validation_share", 0.1, "--evaluate", "x"), "is for training"),
     ],
 )
-def test_bad_shares_are_one_line_and_leave_nothing(call, options, tmp_path, arguments, message):
-    assert message in call("ViT.finetune", *options, "--output_dir", tmp_path / "run", *arguments).refused()
+def test_bad_shares_are_one_line_and_leave_nothing(train, tmp_path, arguments, message):
+    assert message in train(*arguments).refused()
     assert not (tmp_path / "run").exists()
 
 
@@ -164,10 +161,8 @@ def test_the_smallest_of_equal_rates_is_chosen_and_one_that_diverges_is_not(call
     assert found["scores"]["3.0"] is None and found["scores"]["1e-09"] == found["scores"]["2e-09"]
     assert found["chosen"] == "1e-09"
     assert not list(tmp_path.glob("*/record.json")), "only the search was asked for"
-    assert (
-        "probe on colors diverges with every learning rate of --grid"
-        in call("ViT.small_table", *table, "--methods", "probe", "--grid", 3, "--search_only").refused()
-    )
+    refused = call("ViT.small_table", *table, "--methods", "probe", "--grid", 3, "--search_only").refused()
+    assert "probe on colors diverges with every learning rate of --grid" in refused
     assert set(rates(tmp_path)) == {("colors", "control"), ("colors", "probe")}
 
 
