@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -183,29 +184,24 @@ def test_mnli_has_two_dev_sets_and_two_prediction_files(arguments, encoders, glu
         assert lines == ["index\tprediction", *(f"{i}\t{label}" for i, label in enumerate(expected))]
 
 
-def test_a_finished_run_can_still_predict(arguments, encoders, tmp_path, capsys):
+def test_a_finished_run_can_still_predict(arguments, call, tmp_path):
     command = arguments("control", "rte", model="roberta", epochs=1)
-    finetune.main(arguments("control", "rte", model="roberta", epochs=1, predict=True, output="at once"))
+    predict = partial(call, "RoBERTa.finetune", *command, "--predict")
+    predict("--output_dir", tmp_path / "at once").finished()
     finetune.main(command)
     contents = (tmp_path / "run" / "record.json").read_bytes()
-    assert finetune.main([*command, "--predict"]) is None
-    assert f"in {tmp_path / 'run' / 'predictions'}" in capsys.readouterr().out
+    assert f"in {tmp_path / 'run' / 'predictions'}" in predict().finished().out
     later, at_once = (tmp_path / run / "predictions" / "RTE.tsv" for run in ("run", "at once"))
     assert later.read_text() == at_once.read_text()
     assert (tmp_path / "run" / "record.json").read_bytes() == contents
     assert not (tmp_path / "run" / "checkpoints").exists()
-    assert finetune.main([*command, "--predict"]) is None
-    assert "is finished: skipped" in capsys.readouterr().out
+    assert "is finished: skipped" in predict().finished().out
     later.unlink()
     weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    lost = next(name for name in tensors if "classifier" in name)
-    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, weights)
-    with pytest.raises(UserError, match="it has no .*classifier"):
-        finetune.main([*command, "--predict"])
+    save_file({name: tensor for name, tensor in load_file(weights).items() if "classifier" not in name}, weights)
+    assert re.search("it has no .*classifier", predict().refused())
     (tmp_path / "run" / "adapter").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="holds no adapter to --predict with"):
-        finetune.main([*command, "--predict"])
+    assert "holds no adapter to --predict with" in predict().refused()
 
 
 def test_memory_modes_train_alike(arguments, tmp_path):
@@ -303,41 +299,37 @@ def test_bad_options_and_models_write_nothing(options, message, arguments, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_of_other_settings_is_not_taken_for_this_one_nor_what_is_no_run(arguments, tmp_path):
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one_nor_what_is_no_run(arguments, call, tmp_path):
+    train = partial(call, "RoBERTa.finetune", *arguments(max_steps=1))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious").write_text("x")
-    with pytest.raises(UserError, match="holds no run: --overwrite deletes nothing there"):
-        finetune.main([*arguments(output="mine"), "--overwrite"])
-    assert (tmp_path / "mine" / "precious").exists()
-    finetune.main(arguments(max_steps=1))
-    with pytest.raises(UserError, match=r"lr 0\.01 there, 0\.02 asked for"):
-        finetune.main(arguments(max_steps=1, lr=2e-2))
-    record = finetune.main([*arguments(max_steps=1, lr=2e-2), "--overwrite"])
-    assert record.hyperparameters["lr"] == 2e-2
-    with pytest.raises(UserError, match="choose one of the two"):
-        finetune.main([*arguments(max_steps=1), "--overwrite", "--resume"])
+    refused = train("--output_dir", tmp_path / "mine", "--overwrite").refused()
+    assert "holds no run: --overwrite deletes nothing there" in refused and (tmp_path / "mine" / "precious").exists()
+    train().finished()
+    assert "lr 0.01 there, 0.02 asked for" in train("--lr", 2e-2).refused()
+    train("--lr", 2e-2, "--overwrite").finished()
+    assert read_record(tmp_path / "run" / "record.json").hyperparameters["lr"] == 2e-2
+    assert "choose one of the two" in train("--overwrite", "--resume").refused()
 
 
-def test_a_run_is_told_by_what_its_data_and_model_hold(arguments, encoders, glue_folder, tmp_path):
+def test_a_run_is_told_by_what_its_data_and_model_hold(arguments, call, encoders, glue_folder, tmp_path):
     """Folders of the same name with other contents are another run, but for a record that is older than this check."""
-    for name, source in (("glue", glue_folder / "RTE"), ("bert", encoders["bert"])):
-        shutil.copytree(source, tmp_path / name / ("RTE" if name == "glue" else ""))
-    command = arguments("lora", "rte", max_steps=1, data=tmp_path / "glue")
-    command[command.index("--model") + 1] = str(tmp_path / "bert")
-    finetune.main(command)
-    train = tmp_path / "glue" / "RTE" / "train.tsv"
-    whole = train.read_text()
-    train.write_text(whole.replace("cat", "dog"))
-    with pytest.raises(UserError, match="belongs to another run .data_sha256"):
-        finetune.main(command)
-    train.write_text(whole)
-    (tmp_path / "bert" / "vocabulary.txt").write_text("another tokenizer")
-    with pytest.raises(UserError, match="belongs to another run .model_sha256"):
-        finetune.main(command)
+    data, model = (tmp_path / name for name in ("glue", "copied"))
+    shutil.copytree(glue_folder / "RTE", data / "RTE")
+    shutil.copytree(encoders["bert"], model)
+    train = partial(call, "RoBERTa.finetune", *arguments("lora", "rte", max_steps=1, data=data, model="copied"))
+    train().finished()
+    rows = data / "RTE" / "train.tsv"
+    whole = rows.read_text()
+    rows.write_text(whole.replace("cat", "dog"))
+    assert "belongs to another run (data_sha256" in train().refused()
+    rows.write_text(whole)
+    (model / "vocabulary.txt").write_text("another tokenizer")
+    assert "belongs to another run (model_sha256" in train().refused()
     claim = tmp_path / "run" / "run.json"
     older = {name: value for name, value in json.loads(claim.read_text()).items() if "sha256" not in name}
     claim.write_text(json.dumps(older))
-    assert finetune.main(command) is None
+    assert "skipped" in train().finished().out
 
 
 @pytest.mark.slow

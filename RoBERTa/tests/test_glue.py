@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from control_experiments.errors import UserError
 from RoBERTa import glue
 
+
 @pytest.mark.parametrize("name", glue.GLUE_TASKS)
 def test_classic_folder(name, glue_folder):
     splits = glue.load_task(name, str(glue_folder), tests=True)
@@ -120,8 +121,8 @@ def test_metrics_by_hand():
     accuracy, f1 = (tp + tn) / 7, 2 * tp / (2 * tp + fp + fn)
     expected = {
         "cola": {"matthews": matthews, "score": matthews},
-        **dict.fromkeys(("mrpc", "qqp"), {"accuracy": accuracy, "f1": f1, "score": (accuracy + f1) / 2}),
-        **dict.fromkeys(("mnli", "qnli", "rte", "sst2", "wnli"), {"accuracy": accuracy, "score": accuracy}),
+        **{key: {"accuracy": accuracy, "f1": f1, "score": (accuracy + f1) / 2} for key in ("mrpc", "qqp")},
+        **{key: {"accuracy": accuracy, "score": accuracy} for key in ("mnli", "qnli", "rte", "sst2", "wnli")},
     }
     for name, metrics in expected.items():
         assert glue.TASKS[name].metrics(np.eye(3)[predicted], labels) == pytest.approx(metrics)
