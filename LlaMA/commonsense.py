@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from control_experiments.errors import UserError
 from control_experiments.record import read_json
@@ -120,17 +120,34 @@ def split_rows(rows: Sequence[Row], held_out: int, seed: int) -> tuple[list[Row]
     return [rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]
 
 
+#: The label of a token that the loss does not count.
+IGNORE = -100
+
+
 @dataclass(frozen=True)
 class TokenRow:
-    """Token ids of one training row; the loss counts the tokens from index `loss_from` on (at least 1)."""
+    """Token ids of one training row; the loss counts the tokens from index `loss_from` on (at least 1), and of these,
+    where `learned` is given, those that have a 1 there."""
 
-    ids: list[int]
+    ids: Sequence[int]
     loss_from: int
     cut: bool
+    learned: Optional[bytes] = None
+
+    @property
+    def labels(self) -> list[int]:
+        """The ids that the loss counts, `IGNORE` elsewhere."""
+        first = min(self.loss_from, len(self.ids))
+        counted = self.ids[first:]
+        if self.learned is not None:
+            counted = (token if one else IGNORE for token, one in zip(counted, self.learned[first:], strict=True))
+        return [IGNORE] * first + list(counted)
 
     @property
     def targets(self) -> int:
         """How many tokens are predicted."""
+        if self.learned is not None:
+            return sum(self.learned[self.loss_from :])
         return max(0, len(self.ids) - self.loss_from)
 
 

@@ -24,7 +24,14 @@ from transformers.hf_argparser import HfArg
 from control_experiments.errors import UserError, run_main
 from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.checksums import local_fingerprint
-from control_experiments.training.options import QUANTIZATION_HELP, Precision, Quantization, check_method
+from control_experiments.training.options import (
+    QUANTIZATION_HELP,
+    STREAM_HELP,
+    Precision,
+    Quantization,
+    check_method,
+    check_streaming,
+)
 from LlaMA.commonsense import TASKS, check_tasks
 from LlaMA.demo import DEMO, demo_folder
 from LlaMA.finetune import METHODS
@@ -54,6 +61,7 @@ class Options:
     stop_when_decided: bool = HfArg(default=True, help="End a batch when no continuation changes an answer.")
     dtype: Precision = HfArg(default="auto", help="Type of all weights.")
     quantization: Quantization = HfArg(default="none", help=QUANTIZATION_HELP)
+    stream_weights: bool = HfArg(default=False, help=STREAM_HELP)
     compare_batch_one: int = HfArg(default=0, help="Instead, answer so many questions in batches and singly.")
     method: Optional[str] = HfArg(default=None, help="What the adapter must be; then ranks are checked too.")
     control_rank: int = HfArg(default=64, help="Expected rank of the control.")
@@ -68,6 +76,8 @@ class Options:
         check_tasks(self.tasks)
         if self.method is not None:
             check_method(self.method, METHODS)
+        if self.stream_weights:
+            check_streaming(self)
         if self.adapter is not None and not (Path(self.adapter) / "adapter_config.json").is_file():
             raise UserError(f"{self.adapter} is no adapter folder: it has no adapter_config.json")
 

@@ -32,7 +32,7 @@ from LlaMA.answering import Question, Reply, batches, generate, in_parts, questi
 from LlaMA.batch_one import compare_batch_one
 from LlaMA.commonsense import TASKS, Row, read_tests
 from LlaMA.demo import place_of_model
-from LlaMA.models import choose_pad_token, expected_config, load_model, load_tokenizer
+from LlaMA.models import choose_pad_token, expected_config, load_model, load_tokenizer, stream
 
 if TYPE_CHECKING:
     from LlaMA.evaluate import Options
@@ -205,10 +205,13 @@ def _identity(config: PeftConfig) -> dict:
 def load(options: Options, dtype: torch.dtype, device: torch.device):
     """Tokenizer, model (with its adapter, if there is one) and the base's number of parameters."""
     tokenizer = load_tokenizer(options.model)
-    base = load_model(options.model, dtype, device, quantization=options.quantization)
+    streams = options.stream_weights
+    base = load_model(options.model, dtype, device, quantization=options.quantization, on_host=streams)
     choose_pad_token(tokenizer, base.get_input_embeddings().weight.shape[0])
     total = base.num_parameters()
     if options.adapter is None:
+        if streams:
+            stream(base, "plain", device)
         return tokenizer, base, total
     warn_of_other_quantization(options.adapter, quantization_of(base.config))
     model = load_adapter(base, options.adapter, options.model, autocast_adapter_dtype=False)
@@ -216,6 +219,8 @@ def load(options: Options, dtype: torch.dtype, device: torch.device):
     for parameter in model.parameters():  # not buffers: rotary frequencies stay exact
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    if streams:
+        stream(model, "plain", device)
     return tokenizer, model.eval(), total
 
 

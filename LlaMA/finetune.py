@@ -1,15 +1,18 @@
-"""Fine-tune a causal language model on commonsense questions with control, LoRA, DoRA or both, and write a run record.
+"""Fine-tune a causal language model on commonsense questions, texts or chats with control, LoRA, DoRA or both, and write a
+run record.
 
     python -m LlaMA.finetune --method "control+lora" --data commonsense_170k.json --output_dir OUT
     python -m LlaMA.finetune --method "double control" --model SmolLM2.gguf --data commonsense_51k.json --output_dir OUT
     python -m LlaMA.finetune --method "double control" --model tiny --data demo --device cpu --output_dir OUT      a trial
+    python -m LlaMA.finetune --method "double control" --data chats.jsonl --validation others.jsonl --output_dir OUT
     torchrun --nproc_per_node 4 -m LlaMA.finetune ...        the batch is shared out over the processes
     torchrun --nproc_per_node 4 -m LlaMA.finetune ... --shard fsdp2                  the frozen weights too
 
 Defaults are the paper's recipe for LLaMA-2-7B. What the options trade: rows are packed end to end without padding, with
 the gradients of the published micro-batches; `--batching padded` computes on padding too, as published. A larger
 `--token_budget` is faster and takes more memory, results stay. `--memory fast|balanced|lean` keeps less of the frozen
-blocks for the backward, with exact gradients. See LlaMA/README.md.
+blocks for the backward, with exact gradients. `--stream_weights True` keeps the frozen weights in the host's memory, for
+models larger than the GPU. See LlaMA/README.md.
 """
 
 from __future__ import annotations
@@ -23,13 +26,16 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.training.arguments import check_numbers, parse_arguments
+from control_experiments.training.checksums import local_fingerprint
 from control_experiments.training.options import (
+    STREAM_HELP,
     AdapterOptions,
     BaseOptions,
     MemoryOptions,
     Precision,
     RunOptions,
     TrainerOptions,
+    check_streaming,
     processes,
 )
 from LlaMA.demo import place_of_data
@@ -46,14 +52,18 @@ MIXED_TARGETS = ("q_proj", "k_proj", "v_proj")
 @dataclass(kw_only=True)
 class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOptions):
     method: str = HfArg(help=f"What to train: {', '.join(METHODS)}.")
-    data: str = HfArg(help="JSON file in the format of commonsense_170k.json, or demo (made on the spot).")
+    data: str = HfArg(
+        help="JSON file in the format of commonsense_170k.json; JSON lines of messages, text or instructions; a text, or a folder of "
+        ".txt files; or demo (made on the spot)."
+    )
+    validation: Optional[str] = HfArg(default=None, help="Held-out data of the same formats, instead of --held_out rows.")
     model: str = HfArg(default="meta-llama/Llama-2-7b-hf", help="Base: hub id, folder, GGUF file, or tiny.")
     epochs: float = HfArg(default=3, help="Passes over the training rows.")
     lr: float = HfArg(default=2e-4, help="Peak learning rate; linear decay after the warm-up.")
     warmup_steps: int = HfArg(default=100, help="Optimizer steps in which the rate rises.")
     batch_size: int = HfArg(default=8, help="Rows per optimizer step, over all processes.")
     micro_batch_size: int = HfArg(default=4, help="Rows whose loss is averaged over their tokens.")
-    cutoff: int = HfArg(default=256, help="Longer rows are cut to this many tokens.")
+    cutoff: int = HfArg(default=256, help="Longer rows are cut to this many tokens, longer texts become several rows.")
     batching: Literal["packed", "padded"] = HfArg(
         default="packed", help="packed: no padding; padded: micro-batches padded to their longest row."
     )
@@ -61,7 +71,9 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
     attention: Literal["auto", "varlen", "sdpa"] = HfArg(
         default="auto", help="Attention over packed rows: varlen computes within rows only (GPU, half precision)."
     )
-    loss_on: Literal["all", "response"] = HfArg(default="all", help="all: as published, prompts too.")
+    loss_on: Literal["all", "response"] = HfArg(
+        default="all", help="all: as published, prompts too. Of a chat the assistant's turns count, whatever is given."
+    )
     held_out: int = HfArg(default=120, help="Rows kept out of training that choose the checkpoint.")
     split_seed: int = HfArg(default=42, help="Seeds which rows are held out.")
     eval_steps: int = HfArg(default=80, help="Optimizer steps between checkpoints, each evaluated.")
@@ -75,8 +87,10 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
         default="adamw", help="paged_adamw_8bit: states in 8 bits, in host memory when the GPU's runs out."
     )
     gradient_checkpointing: bool = HfArg(default=False, help="Recompute every layer in the backward.")
+    stream_weights: bool = HfArg(default=False, help=STREAM_HELP)
 
     methods: ClassVar[tuple[str, ...]] = METHODS
+    neutral: ClassVar[tuple[str, ...]] = ("stream_weights", "validation")
 
     @property
     def targets(self) -> Sequence[str]:
@@ -100,6 +114,8 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
             raise UserError(f"--token_budget {self.budget} must be at least --cutoff {self.cutoff}")
         if self.memory != "plain" and self.gradient_checkpointing:
             raise UserError("--gradient_checkpointing needs --memory plain: choose one of the two")
+        if self.stream_weights:
+            check_streaming(self)
         if self.cuda_graphs and self.batching == "padded":
             raise UserError("--cuda_graphs needs packed rows: leave out --batching padded")
         if self.cuda_graphs and self.gradient_checkpointing:
@@ -110,6 +126,10 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
 
     def contents(self, name: str) -> Path:
         return place_of_data(self.data) if name == "data" else super().contents(name)
+
+    def identity(self) -> dict:
+        given = {"validation_sha256": local_fingerprint(self.validation)} if self.validation else {}
+        return {**super().identity(), **given}
 
     def hyperparameters(self) -> dict:
         """Every option that can move the result, as it took effect."""

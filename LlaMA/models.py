@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -103,10 +104,16 @@ def _check_causal(model: str, name: str) -> None:
 
 
 def load_model(
-    model: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa", quantization: str = "none"
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str = "sdpa",
+    quantization: str = "none",
+    on_host: bool = False,
 ) -> PreTrainedModel:
-    """The base model on its device, in evaluation mode, its linear layers quantized if asked for. Raises
-    UserError: there is no such model, it is no causal language model, or it cannot be quantized."""
+    """The base model in evaluation mode, its linear layers quantized if asked for; `on_host`: in the host's memory, to be
+    given to `device` in parts. Raises UserError: there is no such model, it is no causal language model, or it cannot be
+    quantized."""
     name, extra = _source(model)
     if quantization != "none" and "gguf_file" in extra:
         raise UserError(
@@ -114,10 +121,11 @@ def load_model(
             f"(python -m LlaMA.convert --model {model} --output_dir FOLDER)"
         )
     quantized = loading_arguments(quantization, device, dtype)
+    place = {"device_map": {"": torch.device("cpu") if on_host else device}}
     try:
         if quantization != "none":
             check_not_quantized(quantization, AutoConfig.from_pretrained(name), model)
-        how = {"attn_implementation": attention, **({"device_map": {"": device}} | quantized), **extra}
+        how = {"attn_implementation": attention, **quantized, **place, **extra}
         base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **how)
     except torch.OutOfMemoryError:
         raise
@@ -189,8 +197,8 @@ def add_adapter(base: PreTrainedModel, config) -> PeftModel:
     return model
 
 
-def ready_to_train(model: PeftModel, memory: str, *, half: bool, **how) -> None:
-    """Set the memory mode (`how` is `set_memory`'s), and spare LoRA the float32 copies of its inputs that
+def ready_to_train(model: PeftModel, memory: str, *, half: bool, stream_to: torch.device | None = None, **how) -> None:
+    """Set the memory mode (`how` is `set_memory`'s), `stream` the weights if a device is given for that, and spare LoRA the float32 copies of its inputs that
     autocast makes needless.
 
     DoRA keeps its float32 inputs: it computes its weights' norms in their type. Raises UserError: the memory
@@ -199,7 +207,19 @@ def ready_to_train(model: PeftModel, memory: str, *, half: bool, **how) -> None:
     for module in model.modules():
         if half and isinstance(module, LoraLayer) and not any(module.use_dora.values()):
             module.cast_input_dtype_enabled = False
-    set_memory(model, memory, **how)
+    if stream_to is None:
+        set_memory(model, memory, **how)
+    else:
+        stream(model, memory, stream_to, **how)
+
+
+def stream(model: nn.Module, memory: str, device: torch.device, **how) -> None:
+    """Have the frozen weights of the layers of a model on the host wait there, and put the rest on `device`; `how` is
+    `set_memory`'s. Raises UserError: the host has no room, or something does not go together with it."""
+    set_memory(model, memory, stream_weights=True, **how)
+    nn.Module.to(model, device)  # transformers' own refuses quantized models
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.hf_device_map = {"": device}  # where it computes, for the Trainer
 
 
 def _first_line(error: Exception) -> str:

@@ -18,11 +18,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from control_experiments.errors import UserError
-from LlaMA.commonsense import TokenRow
+from LlaMA.commonsense import IGNORE, TokenRow
 from peft_control.memory.graphs import StepGraphs
 from peft_control.memory.layers import replays_random_numbers
-
-IGNORE = -100
 
 
 @dataclass
@@ -68,11 +66,9 @@ def padded_step(rows: Sequence[TokenRow], micro_batch: int, pad_token_id: int) -
     """One optimizer step as published: micro-batches padded on the right to their longest row."""
     batches = []
     for group, divisor in micro_batches(rows, micro_batch):
-        ids = pad_sequence([torch.tensor(row.ids) for row in group], True, pad_token_id)
+        ids = pad_sequence([torch.tensor(row.ids, dtype=torch.long) for row in group], True, pad_token_id)
         mask = pad_sequence([torch.ones(len(row.ids), dtype=torch.long) for row in group], True)
-        labels = ids.masked_fill(mask == 0, IGNORE)
-        for index, row in enumerate(group):
-            labels[index, : row.loss_from] = IGNORE
+        labels = pad_sequence([torch.tensor(row.labels) for row in group], True, IGNORE)
         inputs, weights = {"input_ids": ids, "attention_mask": mask}, torch.ones(labels.shape)
         divisor = torch.tensor(float(divisor))
         batches.append(Batch(inputs, labels, weights, divisor, len(group), int(mask.sum())))
@@ -105,7 +101,7 @@ def _pack(pack: list[tuple[int, TokenRow]], groups: list[tuple[list[TokenRow], f
     for number, row in pack:
         ids += row.ids
         positions += range(len(row.ids))
-        labels += [IGNORE] * min(row.loss_from, len(row.ids)) + row.ids[row.loss_from :]
+        labels += row.labels
         weights += [divisor / groups[number][1]] * len(row.ids)
         ends.append(len(ids))
     longest = max(len(row.ids) for _, row in pack)
@@ -259,7 +255,7 @@ def check_packing(model: torch.nn.Module, rows: Sequence[TokenRow]) -> None:
     weight = _causal_lm(model).get_input_embeddings().weight
     device, half = weight.device, weight.dtype != torch.float32
     # the beginnings of all rows are alike, so one row's beginning goes before another's end
-    rows = [TokenRow(ids, 1, cut=False) for ids in (rows[0].ids[:32], rows[-1].ids[-32:])]
+    rows = [TokenRow(list(ids), 1, cut=False) for ids in (rows[0].ids[:32], rows[-1].ids[-32:])]
     training = model.training
     model.eval()
     with torch.no_grad(), torch.autocast(device.type, dtype=weight.dtype, enabled=half):

@@ -27,7 +27,7 @@ from control_experiments.training.quantization import check_paging
 from control_experiments.training.setup import Run, start
 from control_experiments.training.sharding import shard_frozen, shares_weights
 from control_experiments.training.trainer import ExperimentTrainer, training_arguments
-from LlaMA.commonsense import TokenRow, read_rows, split_rows, tokenize_rows
+from LlaMA.commonsense import Row, TokenRow, split_rows, tokenize_rows
 from LlaMA.demo import place_of_model
 from LlaMA.models import add_adapter, choose_pad_token, is_gguf, load_model, load_tokenizer, ready_to_train
 from LlaMA.packing import (
@@ -43,13 +43,17 @@ from LlaMA.packing import (
     shadow_batch_loss,
     varlen_available,
 )
+from LlaMA.texts import read_data, tokenize_data
+from peft_control.memory import describe_streaming
 
 if TYPE_CHECKING:
     from LlaMA.finetune import Options
 
 logger = logging.getLogger("finetune")
 LOGGERS = ("finetune", "control_experiments")
-LESS_MEMORY = "--memory lean, a smaller --token_budget or --micro_batch_size, --dtype bf16, a smaller --cutoff"
+LESS_MEMORY = (
+    "--memory lean, --stream_weights True, a smaller --token_budget or --micro_batch_size, --dtype bf16, a smaller --cutoff"
+)
 
 #: How the adapter's card says that it is loaded.
 LOAD = """
@@ -78,16 +82,20 @@ def run(options: Options, argv: Sequence[str] | None) -> RunRecord | None:
 def train(options: Options, run: Run) -> RunRecord:
     """Load, train, save the best adapter and write the record, all in the run's folder."""
     folder, dtype = run.folder, DTYPES[run.precision]
+    data = read_data(options.contents("data"))
+    kept = read_data(options.validation) if options.validation else None
+    questions = all(isinstance(row, Row) and row.answer for row in data)
     record = run.begin_record(
         domain="llama" if options.quantization == "none" else "qcontrol",
-        task="commonsense",
+        task="commonsense" if questions else "texts",
         dtype=str(dtype).removeprefix("torch."),
     )
     if is_gguf(options.model) and os.environ.get("RANK", "0") == "0":
         first = f"first make a folder of it (python -m LlaMA.convert --model {options.model} --output_dir FOLDER)"
         told = f"other tools cannot load {options.model} as the adapter's base: to serve the adapter, {first}"
         print(f"note: {told} and train over that", file=sys.stderr)
-    rows = split_rows(read_rows(options.contents("data")), options.held_out, options.split_seed)
+    if questions and kept is None:
+        data, kept = split_rows(data, options.held_out, options.split_seed)
     tokenizer = load_tokenizer(options.model)
     seed_everything(options.seed)
     memory = MemoryMeter(run.device)
@@ -98,17 +106,23 @@ def train(options: Options, run: Run) -> RunRecord:
         eval_strategy="steps", save_strategy="steps", save_steps=options.eval_steps, save_total_limit=3,
         eval_steps=options.eval_steps, logging_strategy="steps", logging_steps=min(10, options.eval_steps),
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+        eval_on_start=not (questions or run.checkpoint),
         remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
     # asking for its device starts the process group, if there are several processes
     model, total_parameters = prepare_model(options, arguments.device, dtype, memory)
     choose_pad_token(tokenizer, model.get_input_embeddings().weight.shape[0])
 
-    training, held_out = (
-        tokenize_rows(part, tokenizer, options.cutoff, response_only=options.loss_on == "response") for part in rows
-    )
+    tokenize = tokenize_rows if questions else tokenize_data
+    how = {"tokenizer": tokenizer, "cutoff": options.cutoff, "response_only": options.loss_on == "response"}
+    training = tokenize(data, **how)
+    if kept is None:  # of texts, rows are held out
+        training, held_out = split_rows(training, options.held_out, options.split_seed)
+    else:
+        held_out = tokenize_data(kept, **how)
+    check_positions(model, max(len(row.ids) for row in [*training, *held_out]), options)
     for name, part in (("training", training), ("held-out", held_out)):
-        if part and not any(row.targets for row in part):
+        if not any(row.targets for row in part):
             raise UserError(f"no {name} row has a token to learn within --cutoff {options.cutoff}: raise it")
     cut = sum(row.cut for row in [*training, *held_out])
     if options.batching == "packed":
@@ -129,8 +143,11 @@ def train(options: Options, run: Run) -> RunRecord:
         counted = f"{len(training)} training and {len(held_out)} held-out rows, {cut} cut at {options.cutoff} tokens"
         line = f"{options.method} on {public_path(options.model)}: {counted}; {counts}, {run.described}"
         logger.info("%s", line)
+        plan = describe_streaming(model)
+        if plan:
+            logger.info("%s", plan)
         if trainer.is_world_process_zero():
-            print(line, flush=True)
+            print(*filter(None, (line, plan)), sep="\n", flush=True)
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
 
     history, metrics = summarise(trainer.state.log_history)
@@ -138,11 +155,13 @@ def train(options: Options, run: Run) -> RunRecord:
         return record
     record.hyperparameters |= {
         **({"shard": options.shard} if shares_weights(options.shard) else {}),
+        **({"stream_weights": True} if options.stream_weights else {}),
         "attention": model.config._attn_implementation,
         "pad_token": tokenizer.pad_token,
     }
 
     sizes = {"train": len(training), "held_out": len(held_out), "cut": cut}
+    held = {"validation_sha256": local_fingerprint(options.validation)} if options.validation else {}
 
     def save(place: Path) -> None:
         model.save_pretrained(place)
@@ -153,7 +172,7 @@ def train(options: Options, run: Run) -> RunRecord:
         save,
         LOAD,
         model=describe_model(options.model, model.get_base_model(), total_parameters),
-        data={"id": public_path(options.data), "sha256": local_fingerprint(options.contents("data")), "sizes": sizes},
+        data={"id": public_path(options.data), "sha256": local_fingerprint(options.contents("data")), "sizes": sizes, **held},
         adapter=adapter,
         metrics=metrics,
         memory=memory.summary(),
@@ -162,7 +181,8 @@ def train(options: Options, run: Run) -> RunRecord:
     )
     rate, best = record.time["tokens_per_second"], metrics["best"]
     speed = f", {rate:,.0f} tokens/s" if rate else ""
-    loss = f"{best.get('eval_loss', math.nan):.4f} at step {best.get('step')}"
+    loss = f"{metrics['before']['eval_loss']:.4f} before, " if "before" in metrics else ""
+    loss += f"{best.get('eval_loss', math.nan):.4f} at step {best.get('step')}"
     print(f"held-out loss {loss}{speed}; record in {folder.record}")
     return record
 
@@ -176,17 +196,35 @@ def prepare_model(options: Options, device: torch.device, dtype: torch.dtype, me
         raise UserError("--attention varlen needs packed rows in half precision on an Ampere or newer GPU")
     shared = shares_weights(options.shard)
     place = torch.device("cpu") if shared else device
-    base = load_model(options.model, dtype, place, VARLEN if varlen else "sdpa", options.quantization)
+    attention = VARLEN if varlen else "sdpa"
+    base = load_model(options.model, dtype, place, attention, options.quantization, on_host=options.stream_weights)
     memory.after_load()
     total = base.num_parameters()
     model = add_adapter(base, adapter_config(options, task_type="CAUSAL_LM", targets=options.targets))
     how = {"half": dtype != torch.float32, "chunk_tokens": options.chunk_tokens, "offload": options.offload}
-    ready_to_train(model, options.memory, **how)
+    ready_to_train(model, options.memory, stream_to=device if options.stream_weights else None, **how)
+    if options.stream_weights:
+        memory.after_load()
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if shared:
         shard_frozen(model, device, memory)
     return model, total
+
+
+def check_positions(model: PeftModel, tokens: int, options: Options) -> None:
+    """Say so if a row has more tokens than the model's positions; positions are scaled as its configuration says, and not
+    changed. Raises UserError: its positions are a table that ends there."""
+    config = model.get_base_model().config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if most is None or tokens <= most:
+        return
+    told = f"rows have up to {tokens} tokens, {public_path(options.model)} was made for {most} (max_position_embeddings)"
+    if getattr(config, "rope_parameters", None) is None:
+        raise UserError(f"{told} and has no more positions: choose --cutoff {most} or less")
+    if os.environ.get("RANK", "0") == "0":
+        kind = (config.rope_parameters or {}).get("rope_type", "default")
+        print(f"note: {told}; its positions stay as its config.json scales them ({kind})", file=sys.stderr)
 
 
 def collate(rows: Sequence[TokenRow], *, options: Options, pad_token_id: int) -> dict:
@@ -262,12 +300,15 @@ class CommonsenseTrainer(ExperimentTrainer):
 
 
 def summarise(log_history: list[dict]) -> tuple[list[dict], dict]:
-    """The Trainer's log -> one entry per evaluation (step, epoch, train_loss, eval_loss), and the best and the last."""
+    """The Trainer's log -> one entry per evaluation (step, epoch, train_loss, eval_loss), and the best and the last, and the one
+    before the first step if there is one."""
     history, train_loss = [], None
     for entry in log_history:
         train_loss = entry.get("loss", train_loss)
         if "eval_loss" in entry:
-            seen = {name: entry[name] for name in ("step", "epoch", "eval_loss")}
+            seen = {name: entry.get(name, 0) for name in ("step", "epoch", "eval_loss")}
             history.append({**seen, "train_loss": train_loss})
-    best = min(history, key=lambda entry: entry["eval_loss"], default={})
-    return history, {"best": best, "last": history[-1] if history else {}}
+    before = {"before": history[0]} if history and history[0]["step"] == 0 else {}
+    trained = history[len(before) :]
+    best = min(trained, key=lambda entry: entry["eval_loss"], default={})
+    return history, {**before, "best": best, "last": trained[-1] if trained else {}}

@@ -7,7 +7,9 @@
     python -m scripts.bench_memory --lengths 200 1024 --methods lora lora+packed control:lean control+packed:lean
     python -m scripts.bench_memory --shape vit-b16 --batch 128            # 4-layer MLP, 197 tokens, fp16 autocast
     python -m scripts.bench_memory --shape roberta-base --batch 64 --tokens 128
+    python -m scripts.bench_memory --shape qwen3-30b-a3b                  # 128 experts, 8 active; 61 GB of weights
     python -m scripts.bench_memory --limit 23.5 --batch 1 --methods lora+liger+checkpointing control:lean
+    python -m scripts.bench_memory --limit 15.5 23.5 --speed_at 8192 --batch 1 --base nf4 --methods control:lean
     python -m scripts.bench_memory --methods control:fast --profile       # where the time goes
 
 Random weights of the true shape: memory and time do not depend on their values. Every method runs in a process of its
@@ -19,16 +21,20 @@ A method is NAME[+SWITCH...][+BASE][:MODE], with the ranks and targets of the pa
   NAME    lora, lora-all (every linear layer), lora-qkv, lora-fa (A is frozen), dora, miss, shadow (peft's), control,
           control+lora, control+dora
           LLaMA: LoRA r 32 on q,k,v,up,down, control r 64 on attention and mlp; ViT: LoRA r 1 on the MLP's linear layers,
-          control r 16; RoBERTa: LoRA r 8 on query and value, control r 16
+          control r 16; RoBERTa: LoRA r 8 on query and value, control r 16; Qwen3-MoE: LoRA r 16 on attention, and with
+          lora-experts on the experts' tensors too (peft's target_parameters), control as for LLaMA
   SWITCH  liger, unsloth, checkpointing, compile, graphs (CUDA graphs of the step), eager (attention), packed (rows laid
           end to end, with the losses of LlaMA/finetune.py), uncast (without peft's float32 copies of LoRA's inputs, as
-          LlaMA/finetune.py trains)
+          LlaMA/finetune.py trains), streamed (the layers' frozen weights wait on the host; a LLaMA's are made layer by layer
+          and never all lie on the GPU)
   BASE    fp32, bf16, fp16, nf4, fp4, int8 or fp8: how the frozen weights are stored; else LLaMA bf16, the others fp32
   MODE    plain, fast, balanced or lean, for methods with a control (see peft_control.memory)
 By default those run that suit the shape. Unsloth, for lora and lora-all, only loads models from folders, so one is
 written for it (16 GB for LLaMA-3-8B, in TMPDIR); by default it runs on a GPU where it is installed, for which
 results/README.md has a command. With graphs memory is what the allocator reserves, in expandable segments, because a
-graph keeps its memory between the steps. --limit uses expandable segments for every method, as the LLaMA launchers do.
+graph keeps its memory between the steps. --limit and --within use expandable segments for every method, as the LLaMA
+launchers do. --limit limits what torch's allocator takes; a card keeps about half a GiB for itself besides. A found length ran
+within its limit; one longer by a thirtieth does not fit, or is predicted not to.
 """
 
 from __future__ import annotations
@@ -39,7 +45,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -58,16 +64,19 @@ from control_experiments.training.benchmarking import (
     choose_device,
     machine,
     run_apart,
+    stream_apart,
     summarise_repeats,
     synchronize,
     time_steps,
 )
 from control_experiments.training.device import DTYPES
 from control_experiments.training.metering import MemoryMeter
+from scripts.longest import Search, Step
 from scripts.workloads import (
     ALL_SHAPES,
     BASES,
-    LLAMA_SHAPES,
+    CAUSAL_SHAPES,
+    MOE_SHAPES,
     VISION_SHAPES,
     Method,
     Setting,
@@ -80,6 +89,7 @@ from scripts.workloads import (
 )
 
 LONGEST = 1 << 20  # tokens: where the search of --limit ends
+REPEATED = 120  # seconds: a step that takes longer is timed as it ran first
 #: `python -c` this ... runs this module; unsloth wants to be imported before transformers.
 UNSLOTH_FIRST = "import runpy, unsloth; runpy.run_module('scripts.bench_memory', run_name='__main__', alter_sys=True)"
 
@@ -91,11 +101,11 @@ class Options:
     base: Optional[list[str]] = HfArg(default=None, help=f"For methods that name none: {', '.join(BASES)}.")
     batch: int = HfArg(default=4, help="Sequences per step.")
     tokens: Optional[int] = HfArg(
-        default=None, help="Tokens per sequence; default: 1024 for a LLaMA, 128 for a RoBERTa. A ViT has as many as it has."
+        default=None, help="Tokens per sequence; default: 1024 for a decoder, 128 for a RoBERTa. A ViT has as many as it has."
     )
     lengths: Optional[list[int]] = HfArg(default=None, help="Real tokens of the rows, in turn; the rest is padding.")
     precision: Optional[str] = HfArg(
-        default=None, help=f"Autocast: {', '.join(DTYPES)}; default: bf16 for a LLaMA, else fp16 on a GPU."
+        default=None, help=f"Autocast: {', '.join(DTYPES)}; default: bf16 for a decoder, else fp16 on a GPU."
     )
     control_rank: Optional[int] = HfArg(default=None, help="Rank of the control; default: the recipe's.")
     lora_rank: Optional[int] = HfArg(default=None, help="Rank of LoRA and its kin; default: the recipe's.")
@@ -103,11 +113,16 @@ class Options:
     warmup: int = HfArg(default=3, help="Steps before the timed ones.")
     repeats: Optional[int] = HfArg(default=None, help="Their median counts; default: 3 on a GPU, 1 on a CPU.")
     device: str = HfArg(default="cuda", help="cuda, a GPU's index, or cpu to try the script out.")
-    limit: Optional[float] = HfArg(default=None, help="Instead: the longest sequence within this many GiB.")
+    limit: Optional[list[float]] = HfArg(default=None, help="Instead: the longest sequence within each so many GiB.")
+    within: Optional[float] = HfArg(default=None, help="GiB that the allocator may take: a method that needs more fails.")
     longest: bool = HfArg(default=False, help="Instead: the longest sequence that trains on the whole GPU.")
+    speed_at: Optional[list[int]] = HfArg(default=None, help="With --limit or --longest: tokens/s at these lengths too.")
+    up_to: int = HfArg(default=LONGEST, help="With --limit or --longest: no longer sequences are tried.")
+    max_minutes: Optional[float] = HfArg(default=None, help="With --limit or --longest: begin nothing after so long.")
     profile: bool = HfArg(default=False, help="Instead: the kernels of a step, in a record of their own.")
     output: str = HfArg(default=str(RESULTS / "memory"), help="Folder of records.", aliases=["--output_dir"])
     worker: Optional[str] = HfArg(default=None, help="Used by the script itself: run this one method.")
+    left: Optional[list[str]] = HfArg(default=None, help="Used by the script itself: what is to be searched for.")
 
     def with_defaults(self) -> Options:
         """The options with what was left out as the shape and the device have it.
@@ -118,11 +133,13 @@ class Options:
         check_choices(self, shape=ALL_SHAPES, precision=DTYPES, base=BASES)
         check_numbers(self, "batch", "tokens", "steps", "repeats", "control_rank", "lora_rank", at_least=1)
         check_numbers(self, "warmup", at_least=0)
-        check_numbers(self, "limit", above=0)
-        for length in self.lengths or []:
-            if length < 1:
-                raise UserError(f"--lengths must be at least 1, got {length}")
-        tokens = max(self.lengths) if self.lengths else 1024 if self.shape in LLAMA_SHAPES else 128
+        check_numbers(self, "within", "max_minutes", above=0)
+        check_numbers(self, "up_to", at_least=512)
+        for name, least in (("lengths", 1), ("speed_at", 1), ("limit", None)):
+            for value in getattr(self, name) or []:
+                if not (value >= least if least else 0 < value < float("inf")):
+                    raise UserError(f"--{name} must be {f'at least {least}' if least else 'greater than 0'}, got {value}")
+        tokens = max(self.lengths) if self.lengths else 1024 if self.shape in CAUSAL_SHAPES else 128
         if self.shape in VISION_SHAPES:
             tokens = vision_size(self.shape)[1]
             if self.lengths or self.tokens not in (None, tokens):
@@ -130,8 +147,12 @@ class Options:
         if self.lengths and (self.tokens or tokens) < tokens:
             raise UserError(f"--lengths has {tokens}, which is more than --tokens {self.tokens}")
         device, searches = choose_device(self.device), self.longest or self.limit is not None
-        if searches and (device == "cpu" or self.shape not in LLAMA_SHAPES or self.lengths):
-            raise UserError("--limit and --longest need a GPU and a LLaMA shape, without --lengths")
+        if not searches and (self.speed_at or self.max_minutes or self.up_to != LONGEST):
+            raise UserError("--speed_at, --up_to and --max_minutes go with --limit or --longest")
+        if searches and (device == "cpu" or self.shape not in CAUSAL_SHAPES or self.lengths):
+            raise UserError("--limit and --longest need a GPU and a decoder's shape, without --lengths")
+        if self.within is not None and (device == "cpu" or searches):
+            raise UserError("--within needs a GPU, and no search (--limit, --longest)")
         if searches and self.profile:
             raise UserError("--limit, --longest and --profile are runs of their own: leave one out")
         unsloth = importlib.util.find_spec("unsloth")
@@ -151,6 +172,11 @@ class Options:
             repeats=self.repeats or (3 if device == "cuda" else 1),
         )  # fmt: skip
 
+    def cells(self, method: str) -> list[tuple]:
+        """What --limit and --longest find for a method, shortest first: (method, "speed_at", tokens) and (method, "limit", GiB)."""
+        found = [(method, "speed_at", tokens) for tokens in sorted({*(self.speed_at or [])})]
+        return found + [(method, "limit", limit) for limit in sorted({*(self.limit or [])})]
+
     def setting(self) -> Setting:
         names = ("shape", "device", "batch", "tokens", "lengths", "precision", "control_rank", "lora_rank")
         return Setting(**{name: getattr(self, name) for name in names})
@@ -167,7 +193,9 @@ class Options:
 
     def file_name(self) -> str:
         words = [self.shape, f"{self.batch}x{self.tokens}", *(self.base or []), *self.particulars()]
-        words += [f"limit{self.limit:g}"] if self.limit else ["profile"] if self.profile else []
+        words += [f"within{self.within:g}"] if self.within else []
+        words += [f"limit{'-'.join(f'{limit:g}' for limit in self.limit)}"] if self.limit else []
+        words += ["profile"] if self.profile else []
         return "_".join(words) + ".json"
 
 
@@ -177,6 +205,8 @@ class Options:
 def measure(options: Options, method: Method) -> dict:
     """Train a few steps; memory in bytes, seconds per step and the loss after them."""
     device = torch.device(options.device)
+    if options.within:
+        allow(options.within)
     memory = MemoryMeter(device)
     work = build(options.setting(), method, memory.after_load)
     graphs, cuda = "graphs" in method.switches, device.type == "cuda"
@@ -205,7 +235,15 @@ def measure(options: Options, method: Method) -> dict:
         "static_bytes": static, "peak_bytes": peak, "peak_is": "reserved" if graphs else "allocated",
         "over_static_bytes": peak - static, **times, **rates, "loss": loss.item(), "memory": summary,
     }  # fmt: skip
+    if options.shape in MOE_SHAPES:
+        result["experts_implementation"] = work.model.config._experts_implementation
     return {**result, "kernels": profiled(options, work)} if options.profile else result
+
+
+def allow(limit: float) -> None:
+    """Let torch's allocator take so many GiB of the GPU at most."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total))
 
 
 def profiled(options: Options, work: Workload) -> list[dict]:
@@ -222,50 +260,58 @@ def profiled(options: Options, work: Workload) -> list[dict]:
     return sorted(found, key=lambda kernel: -kernel["seconds"])
 
 
-def longest(options: Options, method: Method) -> dict:
-    """The longest sequence, in steps of 512 tokens and up to LONGEST, whose training step fits ``options.limit`` GiB
-    or, without one, the GPU.
-
-    The optimizer's states are there from the second length on, which is what the others are measured with.
-    """
+def search(options: Options, method: Method) -> Iterator[dict]:
+    """Each of `options.left` as it is found: tokens/s at a length, or the longest sequence within a limit."""
     total = torch.cuda.get_device_properties(0).total_memory
-    limit = options.limit or round(total / 2**30, 2)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total))
-    setting = replace(options.setting(), tokens=512)
-    work = build(setting, method, longest=LONGEST)
+    setting, begun = replace(options.setting(), tokens=512), time.monotonic()
+    work = build(setting, method, longest=options.up_to)
+    torch.cuda.empty_cache()
 
-    def fits(tokens: int) -> bool:
-        work.loss = step_loss(replace(setting, tokens=tokens), method, work.model)
+    def run(tokens: int, limit: float | None) -> Step | None:
+        allow(limit or total / 2**30)
+        torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
         try:
+            work.loss = step_loss(replace(setting, tokens=tokens), method, work.model)
             work.step()
             torch.cuda.synchronize()
-            return True
+            return Step(torch.cuda.max_memory_allocated(), time.perf_counter() - started)
         except RuntimeError as error:  # torch's own, or CUDA's when pinned memory runs out
             if "out of memory" not in str(error):
                 raise
-            return False
+            return None
         finally:
             work.optimizer.zero_grad()
             torch.cuda.empty_cache()
 
-    good, bad = 0, 512
-    while good < LONGEST and fits(bad):
-        good, bad = bad, bad * 2
-    while good < LONGEST and bad - good > max(512, good // 16):
-        middle = (good + bad) // 2 // 512 * 512
-        if middle in (good, bad):
-            break
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return {"method": method.text, "limit_gib": limit, "longest_tokens": good}
+    steps, good = Search(run, options.up_to, torch.cuda.memory_allocated()), 0
+    steps.probe(total)
+    for _, what, value in options.cells(method.text):
+        if f"{what}={value}" not in options.left:
+            continue
+        if options.max_minutes is not None and time.monotonic() - begun > 60 * options.max_minutes:
+            return
+        limit = value if what == "limit" else None
+        tokens, step = steps.longest(value, good) if limit else (value, steps.attempt(value, None))
+        good = tokens if limit else good
+        # A second step is timed: the first of its length also allocates host memory.
+        if tokens and ((not step and limit) or (step and step.seconds < REPEATED)):
+            step = run(tokens, limit) or step
+        found = {"limit_gib": limit, "longest_tokens": tokens} if limit else {"tokens": tokens, "fits": bool(step)}
+        found |= {"ended_by": "--up_to"} if limit and tokens + 512 > options.up_to else {}
+        if step:
+            found |= {"step_seconds": step.seconds, "tokens_per_second": setting.batch * tokens / step.seconds}
+            found |= {"peak_bytes": step.peak}
+        yield {"method": method.text, **found}
 
 
 # -- in the process that starts them ----------------------------------------------------------------------------
 
 
-def run_method(options: Options, method: Method, command: Sequence[str]) -> dict:
-    """Measure the method in a process of its own."""
+def process_of(options: Options, method: Method, command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of the method's own process."""
     start = ["-m", "scripts.bench_memory"]
-    grows = options.limit or options.longest or "graphs" in method.switches
+    grows = options.limit or options.within or options.longest or "graphs" in method.switches
     environment = dict(EXPANDABLE) if grows else {}
     if "unsloth" in method.switches:  # which also writes what it compiles
         start = ["-c", UNSLOTH_FIRST]
@@ -274,15 +320,44 @@ def run_method(options: Options, method: Method, command: Sequence[str]) -> dict
             "UNSLOTH_COMPILE_LOCATION": str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"),
         }
     words = [*command, "--device", options.device, "--worker", method.text]
-    result = run_apart([sys.executable, *start, *words], environment)
+    return [sys.executable, *start, *words], environment
+
+
+def run_method(options: Options, method: Method, command: Sequence[str]) -> dict:
+    """Measure the method in a process of its own."""
+    result = run_apart(*process_of(options, method, command))
     return result if "error" not in result else {"method": method.text, **result}
+
+
+def run_search(options: Options, method: Method, command: Sequence[str], left: list[tuple], minutes: float | None) -> Iterator[dict]:  # fmt: skip
+    """The cells that are left, as they are found in a process of their own, which begins none after so many minutes."""
+    words = [*command, "--left", *(f"{what}={value}" for _, what, value in left)]
+    words += ["--max_minutes", str(minutes)] if minutes else []
+    for result in stream_apart(*process_of(options, method, words)):
+        if "error" not in result:
+            left.remove(cell(result))
+            yield result
+        else:
+            places = ({"limit_gib": value} if what == "limit" else {"tokens": value} for _, what, value in left)
+            yield from ({"method": method.text, **place, **result} for place in places)
+
+
+def cell(result: dict) -> tuple:
+    """What tells a result of a search from the others; see `Options.cells`."""
+    what = ("limit", result["limit_gib"]) if "limit_gib" in result else ("speed_at", result["tokens"])
+    return (result["method"], *what)
 
 
 def line(result: dict) -> str:
     if "error" in result:
         return f"{result['method']:32s} failed: {result['error']}"
-    if "longest_tokens" in result:
-        return f"{result['method']:32s} {result['longest_tokens']:7d} tokens within {result['limit_gib']} GiB"
+    if "longest_tokens" in result or "fits" in result:
+        longest = "longest_tokens" in result
+        text = f"{result['longest_tokens' if longest else 'tokens']:7d} tokens"
+        text += f" within {result['limit_gib']} GiB" if longest else "" if result["fits"] else " do not fit"
+        rate = "step_seconds" in result
+        text += f", {result['step_seconds']:.1f} s a step, {result['tokens_per_second']:.0f} tokens/s" if rate else ""
+        return f"{result['method']:32s} {text}"
     spread = 100 * result["step_seconds_spread"] / result["step_seconds"]
     shared = "  OTHERS USE THIS GPU" if result["memory"]["other_processes_bytes"] else ""
     return (
@@ -314,41 +389,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = list(sys.argv[1:] if argv is None else argv)
     (options,) = parse_arguments(Options, argv=command, description=__doc__)
     options = options.with_defaults()
+    searches = options.longest or options.limit is not None
     if options.worker:
+        printed, method = sys.stdout, parse_method(options.worker)
         with contextlib.redirect_stdout(sys.stderr):
-            search = longest if options.limit or options.longest else measure
-            result = search(options, parse_method(options.worker))
-        print(json.dumps(result))
+            for result in search(options, method) if searches else [measure(options, method)]:
+                print(json.dumps(result), file=printed, flush=True)
         return
-    found = machine(options.device)
+    begun, found = time.monotonic(), machine(options.device)
     if options.longest and not options.limit:
-        options.limit = round(found["machine"]["total_memory_bytes"] / 2**30, 2)
+        options.limit = [round(found["machine"]["total_memory_bytes"] / 2**30, 2)]
+        command += ["--limit", str(options.limit[0])]
     words = [options.shape, f"{options.batch} x {options.tokens} tokens", *options.particulars().values()]
     setting, dtype, rate = ", ".join(words), str(options.setting().autocast)[6:], found["matmul_tflops"]
     title = f"{setting}, {dtype}, {found['device']}"
     print(title + (f", bf16 matmul {rate:.0f} TFLOP/s" if rate else ""), flush=True)
     campaign = Campaign(
-        Path(options.output) / options.file_name(), options, itemgetter("method"), found,
+        Path(options.output) / options.file_name(), options, cell if searches else itemgetter("method"), found,
         setting=setting, dtype=dtype, weights="random",
     )  # fmt: skip
+    planned = [place for text in options.methods for place in (options.cells(text) if searches else [text])]
     finished = campaign.finished
     for number, text in enumerate(options.methods, 1):
-        if text in finished:
+        left = [place for place in planned if place not in finished and text in (place, place[0])]
+        minutes = options.max_minutes and options.max_minutes - (time.monotonic() - begun) / 60
+        if not left or (minutes is not None and minutes <= 0):
             continue
-        started = time.time()
-        result = run_method(options, parse_method(text), command)
-        campaign.add(result)
-        print(f"[{number}/{len(options.methods)}, {time.time() - started:.0f} s] {line(result)}", flush=True)
-        for kernel in result.get("kernels", [])[:20]:
-            print(f"    {kernel['seconds'] * 1e3:8.2f} ms {kernel['calls']:5d} x {kernel['name'][:90]}")
-    print(table(campaign.results))
+        started, method = time.time(), parse_method(text)
+        measured = run_search(options, method, command, left, minutes) if searches else [run_method(options, method, command)]
+        for result in measured:
+            campaign.add(result)
+            print(f"[{number}/{len(options.methods)}, {time.time() - started:.0f} s] {line(result)}", flush=True)
+            for kernel in result.get("kernels", [])[:20]:
+                print(f"    {kernel['seconds'] * 1e3:8.2f} ms {kernel['calls']:5d} x {kernel['name'][:90]}")
+    if not searches:
+        print(table(campaign.results))
     measured = [result for result in campaign.results if "step_seconds" in result]
-    if measured and not options.profile:
+    if measured and not (searches or options.profile):
         from control_experiments.reporting import pictures  # with pandas, which no method's process needs
 
         points = {result["method"]: (result["step_seconds"], result["over_static_bytes"]) for result in measured}
         pictures.save(pictures.memory_against_time(points, title), campaign.path.with_suffix(".png"))
-    campaign.finish(options.methods)
+    if missing := len(planned) - len(campaign.finished):
+        print(f"time is up, {missing} of {len(planned)} are left: the same command goes on", file=sys.stderr)
+        sys.exit(1)
+    campaign.finish(planned)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ def publish(frame: pd.DataFrame, judged: pd.DataFrame, paper: records.Paper, pro
     folder; return the number of files."""
     filled, found = tables.all_tables(frame, paper), claims.judge(judged, paper)
     written = tables.write_tables(filled, folder / "tables", f"../{up}")
-    written += page.write_pictures(frame, folder / "pictures")
+    written += page.write_pictures(frame, paper, folder / "pictures")
     written.append(write_text_atomic(folder / "claims.md", claims.markdown(found, paper, up)))
-    return len(written) + bool(page.write_page(frame, filled, found, problems, folder / "report.html", up))
+    return len(written) + bool(page.write_page(frame, filled, found, paper, problems, folder / "report.html", up))
 
 
 def parser() -> argparse.ArgumentParser:

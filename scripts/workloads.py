@@ -15,7 +15,14 @@ from dataclasses import dataclass, field
 import torch
 from peft import MissConfig, ShadowConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel, RobertaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    RobertaConfig,
+)
 
 from control_experiments.errors import UserError
 from control_experiments.training.device import DTYPES
@@ -34,6 +41,16 @@ LLAMA_SHAPES = {
     "llama3-70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
                        num_key_value_heads=8, vocab_size=128256),
 }  # fmt: skip
+#: Mixtures of experts, of class Qwen3Moe.
+MOE_SHAPES = {
+    "qwen3-30b-a3b": dict(hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48,
+                          num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+                          norm_topk_prob=True, vocab_size=151936),
+    "tiny-moe": dict(hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
+                     norm_topk_prob=True, vocab_size=2048),
+}  # fmt: skip
+CAUSAL_SHAPES = {**LLAMA_SHAPES, **MOE_SHAPES}
 ENCODER_SHAPES = {
     "roberta-base": dict(vocab_size=50265, max_position_embeddings=514),
     "tiny-roberta": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -45,15 +62,15 @@ VISION_SHAPES = {
     "vit-b16-plain": ("vit_base_patch16_224", 2),
     "tiny-vit": ("test_vit", 4),
 }
-ALL_SHAPES = (*LLAMA_SHAPES, *VISION_SHAPES, *ENCODER_SHAPES)
+ALL_SHAPES = (*CAUSAL_SHAPES, *VISION_SHAPES, *ENCODER_SHAPES)
 BASES = (*DTYPES, *QUANTIZATIONS[1:])
 CLASSES = 100  # of the ViT's images
 
 
 # -- methods ----------------------------------------------------------------------------------------------------
 
-NAMES = ("lora", "lora-all", "lora-qkv", "lora-fa", "dora", "miss", "shadow", "control", "control+lora", "control+dora")  # fmt: skip
-SWITCHES = ("liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "packed")
+NAMES = ("lora", "lora-all", "lora-qkv", "lora-experts", "lora-fa", "dora", "miss", "shadow", "control", "control+lora", "control+dora")  # fmt: skip
+SWITCHES = ("liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "packed", "streamed")
 MODES = ("plain", "fast", "balanced", "lean")
 #: Switches and names that need a LLaMA shape.
 OF_LLAMA = ("liger", "unsloth", "compile", "packed", "lora-qkv", "shadow")
@@ -81,6 +98,10 @@ class Method:
                 f"method {self.text!r}: {shape} has no switches but checkpointing, graphs and eager, and no method "
                 "that reads causal tokens"
             )
+        if self.name == "lora-experts" and shape not in MOE_SHAPES:
+            raise UserError(f"method {self.text!r}: {shape} has no experts")
+        if shape in MOE_SHAPES and self.base in QUANTIZATIONS:
+            raise UserError(f"method {self.text!r}: experts are 3-D tensors, which stay in 16 bits: leave {self.base} out")
         if shape in VISION_SHAPES and self.base in QUANTIZATIONS and self.base != "fp8":
             raise UserError(f"method {self.text!r}: bitsandbytes' bases are for text models")
         if "graphs" in self.switches and device == "cpu":
@@ -103,9 +124,12 @@ def parse_method(text: str) -> Method:
         raise UserError(f"unknown method {text!r}: see --help")
     if mode not in ("", *MODES) or (mode not in ("", "plain") and "control" not in name):
         raise UserError(f"method {text!r}: no such memory mode")
-    plain_lora = name in ("lora", "lora-all") and not bases and switches <= {"unsloth", "checkpointing"}
+    plain_lora = name in ("lora", "lora-all") and switches <= {"unsloth", "checkpointing"} and {*bases} <= {"bf16", "nf4"}
     if "unsloth" in switches and not plain_lora:
-        raise UserError(f"method {text!r}: unsloth is for lora and lora-all, with checkpointing or without")
+        told = "unsloth is for lora and lora-all over bf16 or nf4, with checkpointing or without"
+        raise UserError(f"method {text!r}: {told}")
+    if "streamed" in switches and ({"graphs", "unsloth"} & switches or mode == "fast" or "int8" in bases or name == "shadow"):
+        raise UserError(f"method {text!r}: weights are not streamed with graphs, unsloth, shadow, int8 or mode fast")
     if {"packed", "graphs"} <= switches:
         raise UserError(f"method {text!r}: packed rows are not measured as CUDA graphs")
     return Method(text, name, switches, bases[0] if bases else None, mode or "plain")
@@ -138,6 +162,12 @@ RECIPES = {
          "lora-all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")},
         base="bf16", precision="bf16",
     ),
+    "moe": Recipe(  # not the paper's: attention's linear layers, as people adapt mixtures of experts
+        "CAUSAL_LM", ("double control", 64), (16, 32),
+        dict.fromkeys(("lora", "lora-all", "lora-experts"), ("q_proj", "k_proj", "v_proj", "o_proj"))
+        | dict.fromkeys(("mixed", "lora-qkv"), MIXED_TARGETS),
+        base="bf16", precision="bf16",
+    ),
     "encoder": Recipe(
         "SEQ_CLS", ("control", 16), (8, 16),
         {"lora": ("query", "value"), "mixed": ("query", "value"), "lora-all": ("query", "key", "value", "dense")},
@@ -150,11 +180,15 @@ RECIPES = {
 
 
 def recipe_of(shape: str) -> Recipe:
-    return RECIPES["llama" if shape in LLAMA_SHAPES else "vit" if shape in VISION_SHAPES else "encoder"]
+    kinds = {"llama": LLAMA_SHAPES, "moe": MOE_SHAPES, "vit": VISION_SHAPES, "encoder": ENCODER_SHAPES}
+    return next(RECIPES[kind] for kind, shapes in kinds.items() if shape in shapes)
 
 
 def default_methods(shape: str, device: str, unsloth: bool) -> list[str]:
     """The methods that a shape's benchmark runs when none are named."""
+    if shape in MOE_SHAPES:
+        loras = ["lora+checkpointing", "lora+uncast+checkpointing", "lora-experts+checkpointing"]
+        return [*loras, "control+checkpointing:plain", "control:lean"]
     methods = [
         "dora", "lora", "lora-all", "lora-fa", "lora+uncast", "lora+compile", "lora+liger", "lora+checkpointing",
         "lora+liger+checkpointing", "lora+graphs", "miss", "shadow", "control:plain", "control+liger:plain", "control:fast",
@@ -175,19 +209,24 @@ def default_methods(shape: str, device: str, unsloth: bool) -> list[str]:
 def random_llama(
     shape: str, device: str | torch.device, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa", **more
 ) -> PreTrainedModel:
-    """A LLaMA of random weights, made on the device, which may be "meta"; `more` changes its configuration."""
-    config = LlamaConfig(**{**LLAMA_SHAPES[shape], "max_position_embeddings": 1 << 20, "use_cache": False, **more})
+    """A LLaMA or mixture of experts of random weights, made on the device, which may be "meta"; `more` changes its
+    configuration. Experts run in transformers' own choice of kernels (grouped matmuls where the device has them)."""
+    kind = Qwen3MoeConfig if shape in MOE_SHAPES else LlamaConfig
+    config = kind(**{**CAUSAL_SHAPES[shape], "max_position_embeddings": 1 << 20, "use_cache": False, **more})
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
-def random_fp8_llama(shape: str, device: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The same with its layers in FP8, of which one at a time is made in `dtype`."""
+def random_llama_in_parts(
+    shape: str, device: str, dtype: torch.dtype, attention: str, store: Callable[[nn.Module], None], place: str
+) -> PreTrainedModel:
+    """The same, of which one layer at a time is made in `dtype`, given to `store` and put on the device `place`."""
     model = random_llama(shape, device, dtype, attention, num_hidden_layers=0)
     model.config.num_hidden_layers = LLAMA_SHAPES[shape]["num_hidden_layers"]
     for index in range(model.config.num_hidden_layers):
         short = random_llama(shape, device, dtype, attention, num_hidden_layers=1, vocab_size=1)
-        (layer,) = quantize_fp8(short).model.layers
+        store(short)
+        (layer,) = short.model.layers.to(place)
         layer.self_attn.layer_idx, layer.self_attn.config = index, model.config
         model.model.layers.append(layer)
     return model
@@ -200,6 +239,13 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
     attention = "eager" if "eager" in method.switches else "sdpa"
     quantized = method.base in QUANTIZATIONS
     settings = loading_arguments(method.base, torch.device(device), compute) if quantized else {}
+
+    def store(model: nn.Module) -> None:
+        if method.base == "fp8":
+            quantize_fp8(model)
+        elif quantized:
+            quantize(model, method.base, settings["quantization_config"], torch.device(device))
+
     if shape in VISION_SHAPES:
         from ViT.vision_models import create, set_attention, set_mlp_layers
 
@@ -212,17 +258,18 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
         return quantize_fp8(model) if quantized else model
     if "packed" in method.switches and varlen_available(torch.device(device), compute):
         attention = VARLEN
-    if shape in LLAMA_SHAPES:
-        make = random_fp8_llama if method.base == "fp8" else random_llama
-        model = make(shape, device, stored, attention)
+    if shape in CAUSAL_SHAPES:
+        if "streamed" in method.switches:
+            model = random_llama_in_parts(shape, device, stored, attention, store, "cpu")
+        elif method.base == "fp8":
+            model = random_llama_in_parts(shape, device, stored, attention, store, device)
+        else:
+            model = random_llama(shape, device, stored, attention)
     else:
         config = RobertaConfig(**ENCODER_SHAPES[shape], type_vocab_size=1)
         with torch.device(device):
             model = AutoModelForSequenceClassification.from_config(config, dtype=stored, attn_implementation=attention)
-    if method.base == "fp8":
-        quantize_fp8(model)
-    elif quantized:
-        quantize(model, method.base, settings["quantization_config"], torch.device(device))
+    store(model)
     if quantized:
         model.config.quantization_config = settings["quantization_config"]
     return prepare(model)
@@ -290,6 +337,8 @@ def adapt(model: nn.Module, shape: str, method: Method, control_rank: int | None
         options = AdapterOptions(method=known, **ranks, lora_alpha=rank * recipe.lora[1] / recipe.lora[0])
         bias = shape in VISION_SHAPES
         config = adapter_config(options, task_type=task, targets=targets, bias=bias, modules_to_save=head)
+        if name == "lora-experts":
+            config.target_parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     model = get_peft_model(model, config)
     for place, parameter in model.named_parameters():
         if "lora_A" in place and name == "lora-fa":
@@ -304,7 +353,7 @@ def adapt(model: nn.Module, shape: str, method: Method, control_rank: int | None
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if "uncast" in method.switches:
         ready_to_train(model, "plain", half=True)
-    set_memory(model, method.mode, cuda_graphs="graphs" in method.switches)
+    set_memory(model, method.mode, "graphs" in method.switches, stream_weights="streamed" in method.switches)
     return model.train()
 
 
@@ -395,6 +444,8 @@ def build(setting: Setting, method: Method, loaded: Callable[[], None] = lambda:
             torch.cuda.empty_cache()
         loaded()
         model = adapt(base, setting.shape, method, setting.control_rank, setting.lora_rank)
+        if "streamed" in method.switches:
+            model.to(setting.device)
     if "compile" in method.switches:
         model = torch.compile(model)
     return Workload(setting, model, step_loss(setting, method, model))
@@ -409,7 +460,7 @@ def step_loss(setting: Setting, method: Method, model: nn.Module) -> Callable[[]
         images = torch.randn(setting.batch, 3, size, size, generator=generator, device=device)
         labels = torch.arange(setting.batch, device=device) % CLASSES
         return lambda: nn.functional.cross_entropy(model(images), labels)
-    vocabulary = {**LLAMA_SHAPES, **ENCODER_SHAPES}[setting.shape]["vocab_size"]
+    vocabulary = {**CAUSAL_SHAPES, **ENCODER_SHAPES}[setting.shape]["vocab_size"]
     ids = torch.randint(3, vocabulary, (setting.batch, setting.tokens), generator=generator, device=device)
     if "packed" in method.switches:
         rows = [TokenRow(row[:length].tolist(), 1, cut=False) for row, length in zip(ids, setting.rows)]
@@ -420,7 +471,7 @@ def step_loss(setting: Setting, method: Method, model: nn.Module) -> Callable[[]
     inputs = {"input_ids": ids}
     if setting.lengths or setting.shape in ENCODER_SHAPES:  # a tokenizer's collator always gives a mask
         inputs["attention_mask"] = real.long()
-    inputs["labels"] = ids.masked_fill(~real, IGNORE) if setting.shape in LLAMA_SHAPES else ids[:, 0] % 2
+    inputs["labels"] = ids.masked_fill(~real, IGNORE) if setting.shape in CAUSAL_SHAPES else ids[:, 0] % 2
     return lambda: model(**inputs).loss
 
 
@@ -434,7 +485,7 @@ def unsloth_llama(setting: Setting, method: Method, tokens: int) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         write_llama(setting.shape, setting.device, folder, tokens)
         model, _ = FastLanguageModel.from_pretrained(
-            folder, max_seq_length=tokens, dtype=torch.bfloat16, load_in_4bit=False, local_files_only=True
+            folder, max_seq_length=tokens, dtype=torch.bfloat16, load_in_4bit=method.base == "nf4", local_files_only=True
         )
     recipe = RECIPES["llama"]
     rank = setting.lora_rank or recipe.lora[0]

@@ -46,13 +46,11 @@ def exact_norms(monkeypatch):
         cls.forward.__module__ = cls.__module__  # as if transformers had written it
 
 
-def build(family="llama", dtype=torch.float64, lora=False, **control):
+def build(family="llama", dtype=torch.float64, lora=False, config=None, **control):
     torch.manual_seed(0)
     cls, config_cls, extra = FAMILIES[family]
-    config = config_cls(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCABULARY, **extra,
-    )  # fmt: skip
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    config = config_cls(**{**shape, "vocab_size": VOCABULARY, **extra, **(config or {})})
     targets = ["q_proj", "k_proj", "v_proj", *(["o_proj"] if lora == "attention" else [])]
     per_weight = dict(target_modules=targets, r=2, init_lora_weights=False) if lora else {}
     config_control = ControlConfig(
@@ -79,6 +77,8 @@ def batch(padded=False):
 
 
 def loss_and_gradients(model, mode, padded=False, **options):
+    if options.get("offload") in LONG:
+        options["offload"] = LONG[options["offload"]]
     set_memory_mode(model, mode, chunk_tokens=8, **options)
     model.zero_grad()
     inputs, labels = batch(padded)
@@ -118,13 +118,22 @@ def distance(gradients, reference):
 
 @pytest.fixture
 def large_layers(monkeypatch, request):
-    """With the parameter "all" of `offload`, layers count as large enough to hide all copies."""
-    if request.node.callspec.params.get("offload") == "all":
+    """With the parameter "all" of `offload`, layers count as large enough to hide all copies; with those of LONG, rows as
+    long enough to be worked by groups of heads."""
+    offload = request.node.callspec.params.get("offload")
+    if offload == "all":
         monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", 0)
+    if offload in LONG:
+        monkeypatch.setattr(memory.long, "FROM_TOKENS", 1)
 
 
 #: A mode and whether the states wait on the host, "all" with queries, keys and values.
-WAYS = [*((mode, None) for mode in MODES[1:]), ("lean", True), ("lean", "all"), ("balanced", "all")]
+LONG = {"long": False, "long, waiting": True}
+WAYS = [
+    *((mode, None) for mode in MODES[1:]),
+    *(("lean", True), ("lean", "all"), ("balanced", "all")),
+    *(("lean", offload) for offload in LONG),
+]
 
 
 @pytest.mark.parametrize(("mode", "offload"), WAYS)

@@ -86,6 +86,21 @@ class ResultsFolder:
         options = {"shape": shape, "batch": batch, "tokens": tokens, "limit": None}
         return self._file(f"memory/{repeat}/{name}", options=options, results=results)
 
+    def searched(self, name, cells, speeds=(), **options):
+        """A file of bench_memory.py's --limit: `cells` are (method, GiB, tokens, seconds or None), `speeds` (method, tokens, seconds)."""
+        found = [
+            {"method": method, "tokens": tokens, "fits": bool(seconds),
+             **({"step_seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": 9e9} if seconds else {})}
+            for method, tokens, seconds in speeds
+        ] + [
+            {"method": method, "limit_gib": limit, "longest_tokens": tokens,
+             **({"step_seconds": seconds, "tokens_per_second": tokens / seconds} if seconds else {})}
+            for method, limit, tokens, seconds in cells
+        ]  # fmt: skip
+        limits = sorted({limit for _, limit, *_ in cells})
+        options = {"shape": "llama3-8b", "batch": 1, "tokens": 1024, "limit": limits, "up_to": 1 << 20, **options}
+        return self._file(f"memory/{name}.json", options=options, results=found)
+
     def throughput(self, packed, large=5.0, *, folder="throughput-x"):
         """A record of LlaMA/benchmark_throughput.py; the ways' rates in times the published."""
         ways = {

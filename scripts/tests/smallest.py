@@ -26,7 +26,7 @@ ONLY_PARSED = {
 }
 CPU = ("--device", "cpu")
 #: Scripts that have no --device.
-NO_DEVICE = ("scripts/make_tables.py", "scripts/rerun.py", "ViT/figures.py", "RoBERTa/demo_task.py")
+NO_DEVICE = ("scripts/make_tables.py", "scripts/rerun.py", "ViT/figures.py", "RoBERTa/demo_task.py", "LlaMA/library_texts.py")
 #: Scripts -> arguments that make their commands small; {name} stands for an input, {out} for a folder of the test's own.
 SMALL = {
     "RoBERTa/finetune.py": "--model {encoder} --max_steps 1 --epochs 1 --batch_size 4 --precision fp32 --output_dir {out}",
@@ -38,6 +38,7 @@ SMALL = {
     "LlaMA/finetune.py": "--model {llama} --data {questions}/train.json --max_steps 1 --epochs 1 --eval_steps 1 --warmup_steps 0 "
     "--held_out 8 --batch_size 4 --micro_batch_size 2 --cutoff 64 --token_budget 128 --control_rank 4 --lora_rank 2 "
     "--optimizer adamw --output_dir {out}",
+    "LlaMA/library_texts.py": "--output_dir {out}/texts",
     "LlaMA/evaluate.py": "--model {llama} --data {questions} --tasks boolq --limit 2 --beams 1 --max_new_tokens 2 "
     "--control_rank 4 --lora_rank 2",
     "LlaMA/benchmark_methods.py": "--tokens 8 --batch 1 --steps 1 --warmup 0",
@@ -134,6 +135,9 @@ class Runner:
                 self._call(REPOSITORY / "ViT" / "finetune.py", words, patch)
         return folder
 
+    def _LlaMA_finetune(self, given: list[str], out: Path) -> list[str]:
+        return [*given, *(["--validation", str(self.inputs.questions / "train.json")] if "--validation" in given else [])]
+
     def _LlaMA_evaluate(self, given: list[str], out: Path) -> list[str]:
         """Over an adapter of the method; LlaMA/tests/test_launchers.py evaluates what a launcher has trained."""
         if "--adapter" in given:
@@ -163,8 +167,11 @@ class Runner:
         tiny = {"vit-b16": "tiny-vit", "roberta-base": "tiny-roberta"}.get(shape, "tiny")
         method = given[given.index("--methods") + 1] if "--methods" in given else "control:lean"
         method = method.replace("+liger", "").replace("+graphs", "")
-        for option, last in (("--limit", 2), ("--lengths", 3), ("--tokens", 2)):  # of a GPU's memory; a tiny model's are few
-            if option in given and (option != "--tokens" or tiny == "tiny-vit"):
-                del given[given.index(option) : given.index(option) + last]
+        unwanted = ("--limit", "--speed_at", "--lengths", *(["--tokens"] if tiny == "tiny-vit" else []))
+        for option in unwanted:  # of a GPU's memory; a tiny model's are few
+            if option in given:
+                first = given.index(option)
+                last = next((n for n, word in enumerate(given) if n > first and word.startswith("--")), len(given))
+                del given[first:last]
         given = [*given, "--shape", tiny, "--methods", method, "--worker", method]
         return given if tiny == "tiny-vit" else [*given, "--tokens", "8"]

@@ -188,35 +188,142 @@ def test_a_profile_is_a_record_of_its_own(tmp_path, call, measured):
     assert line["all"] == pytest.approx(sum(seconds)) and line["matmuls"] > 0
 
 
-LONGEST = bench_memory.LONGEST
-
-
-@pytest.mark.parametrize(
-    "most, found, limit, gib",
-    [(100, 0, 3, 3), (700, 512, None, 80), (5000, 4608, 3, 3), (100_000, 98_304, None, 80), (1 << 30, LONGEST, 3, 3)],
-)
-def test_the_longest_sequence_is_searched_for(most, found, limit, gib, monkeypatch):
-    """With a GPU's calls noted instead of made: a step fits up to `most` tokens."""
-    shares = []
-    for name in ("synchronize", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
-    properties = SimpleNamespace(total_memory=80 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of 80 GiB that allocates nothing: a step of so many tokens has the peak in bytes that `gpu.peak` says."""
+    found = SimpleNamespace(limit=80 * 2**30, ran=[], tokens=0, peak=lambda tokens: 2**33 + tokens * 2**17)
 
     class Work:
         model, optimizer = None, SimpleNamespace(zero_grad=lambda: None)
 
         def step(self):
-            if self.loss > most:
+            found.tokens = self.loss
+            found.ran.append((self.loss, round(found.limit / 2**30, 3)))
+            if found.peak(self.loss) > found.limit:
                 raise RuntimeError("CUDA error: out of memory")
 
+    memory = {
+        "synchronize": lambda: None, "empty_cache": lambda: None, "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: found.peak(0), "max_memory_allocated": lambda: found.peak(found.tokens),
+        "set_per_process_memory_fraction": lambda share: setattr(found, "limit", share * 80 * 2**30),
+        "get_device_properties": lambda index: SimpleNamespace(total_memory=80 * 2**30),
+    }  # fmt: skip
+    for name, stand_in in memory.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(bench_memory, "build", lambda setting, method, longest: Work())
     monkeypatch.setattr(bench_memory, "step_loss", lambda setting, method, model: setting.tokens)
-    options = bench_memory.Options(tokens=1024, limit=limit, longest=limit is None)
-    result = bench_memory.longest(options, parse_method("lora"))
-    assert result == {"method": "lora", "limit_gib": gib, "longest_tokens": found}
-    assert shares == [pytest.approx(gib / 80)] and f"within {gib}" in bench_memory.line(result)
+    monkeypatch.setattr(bench_memory, "choose_device", lambda name: name)
+    machine = {"device": "GPU", "machine": {"total_memory_bytes": 80 * 2**30}, "matmul_tflops": None}
+    monkeypatch.setattr(bench_memory, "machine", lambda device: machine)
+    monkeypatch.setattr(benchmarking, "git_state", lambda: {"commit": "0", "dirty": False})
+
+    def here(start, environment):
+        """What the worker prints, in this process."""
+        words = start[start.index("scripts.bench_memory") + 1 :]
+        (options,) = bench_memory.parse_arguments(bench_memory.Options, argv=words)
+        options = options.with_defaults()
+        yield from bench_memory.search(options, parse_method(options.worker))
+
+    monkeypatch.setattr(bench_memory, "stream_apart", here)
+    return found
+
+
+LINEAR, KINKED = (lambda t: 2**33 + t * 2**17), (lambda t: 2**33 + t * 2**17 + max(0, t - 100_000) * 2**18)
+
+
+@pytest.mark.parametrize(
+    "peak, most_steps",
+    [
+        (LINEAR, 8),
+        (KINKED, 16),  # the host is full and states stay on the GPU
+        (lambda t: 2**33 + t * 2**22, 8),  # a step of 16,384 tokens fits nowhere
+        (lambda t: 2**33 + t * 2**17 + (t > 5000) * 2**30, 10),
+        (lambda t: 100 * 2**30, 4),  # the weights alone are too large
+        (lambda t: 2**33 + t, 8),
+    ],
+)
+def test_the_longest_sequences_are_found_in_few_steps(gpu, peak, most_steps, tmp_path, call):
+    gpu.peak = peak
+    limits = [8.5, 23.5, 78.5]
+    asked = ("--batch", 1, "--methods", "lora", "--output", tmp_path, "--limit", *limits)
+    _, stdout, stderr = call("scripts.bench_memory", *asked).finished()
+    assert "nothing could" not in stderr
+    results = json.loads((tmp_path / "llama3-8b_1x1024_limit8.5-23.5-78.5.json").read_text())["results"]
+    assert [result["limit_gib"] for result in results] == limits
+    for result in results:
+        found, room = result["longest_tokens"], result["limit_gib"] * 2**30
+        fits = [tokens for tokens in range(512, bench_memory.LONGEST + 1, 512) if peak(tokens) <= room]
+        best = max(fits, default=0)
+        assert found % 512 == 0 and 0.95 * best - 512 <= found <= best
+        assert f"{found:7d} tokens within {result['limit_gib']} GiB" in stdout
+        if found:
+            assert (found, result["limit_gib"]) in gpu.ran and result["peak_bytes"] == peak(found)
+            assert result["tokens_per_second"] == pytest.approx(found / result["step_seconds"])
+        assert (result.get("ended_by") == "--up_to") == (found == bench_memory.LONGEST)
+    assert len(gpu.ran) <= most_steps * len(limits)
+
+
+def test_a_search_goes_on_after_a_kill_and_ends_in_time(gpu, tmp_path, call, monkeypatch):
+    asked = (
+        "scripts.bench_memory",
+        "--batch",
+        1,
+        "--base",
+        "nf4",
+        "--methods",
+        "control:lean",
+        "lora",
+        "--speed_at",
+        1024,
+        10**6,
+    )
+    asked += ("--limit", 9.5, 12, "--output", tmp_path)
+    gpu.peak = KINKED
+    real, count = bench_memory.stream_apart, [3]
+
+    def dying(command, environment):
+        for result in real(command, environment):
+            if not count[0]:
+                raise KeyboardInterrupt
+            count[0] -= 1
+            yield result
+
+    monkeypatch.setattr(bench_memory, "stream_apart", dying)
+    assert call(*asked)[0] == 130
+    path = tmp_path / "llama3-8b_1x1024_nf4_limit9.5-12.json"
+    found = [json.loads(path.with_name(f"{path.name}.partial").read_text())["results"]]
+    measured = [(result.get("tokens"), result.get("limit_gib")) for result in found[0]]
+    assert measured == [(1024, None), (10**6, None), (None, 9.5)]
+    assert found[0][1]["fits"] is False and not path.exists()
+
+    monkeypatch.setattr(bench_memory, "stream_apart", real)
+    clock = iter([0, *[61] * 99])
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_memory, "time", SimpleNamespace(monotonic=lambda: next(clock), time=lambda: 0))
+        code, stdout, stderr = call(*asked, "--max_minutes", 1)
+    assert code == 1 and "time is up, 5 of 8 are left: the same command goes on" in stderr and "3 measured before" in stdout
+    call(*asked).finished()
+    results = json.loads(path.read_text())["results"]
+    assert results[:3] == found[0] and len(results) == 8
+    assert [result["method"] for result in results] == ["control+nf4:lean"] * 4 + ["lora+nf4"] * 4
+    call(*asked).finished()  # all was measured before
+
+    monkeypatch.setattr(bench_memory, "stream_apart", lambda *_: iter([{"error": "exit code -9"}]))
+    done = call(*asked, "--methods", "lora-all")
+    assert "nothing could be measured" in done.refused() and done.out.count("failed: exit code -9") == 4
+
+
+def test_the_whole_gpu_is_a_limit_too(gpu, tmp_path, call):
+    call(
+        "scripts.bench_memory", "--batch", 1, "--methods", "lora", "--longest", "--up_to", 4096, "--output", tmp_path
+    ).finished()
+    (result,) = json.loads((tmp_path / "llama3-8b_1x1024_limit80.json").read_text())["results"]
+    assert (result["limit_gib"], result["longest_tokens"], result["ended_by"]) == (80, 4096, "--up_to")
+
+
+def test_results_arrive_as_they_are_printed():
+    program = "import os; print('a line'); print('{\"loss\": 1}', flush=True); os._exit(9)"
+    assert [*benchmarking.stream_apart([sys.executable, "-c", program], {})] == [{"loss": 1}, {"error": "exit code 9"}]
 
 
 @pytest.mark.parametrize("shape, batch, tokens", [("llama3-8b", 4, 1024), ("vit-b16", 128, 197), ("roberta-base", 64, 128)])
@@ -247,7 +354,8 @@ def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, toke
         (("--methods", "lora+graphs"), "CUDA graphs need a GPU"),
         (("--methods", "dora+int8"), "dora over int8 needs a GPU"),
         (("--methods", "lora+unsloth"), "unsloth is not installed"),
-        (("--methods", "lora+unsloth+compile"), "unsloth is for lora and lora-all, with checkpointing or without"),
+        (("--methods", "lora+unsloth+compile"), "unsloth is for lora and lora-all over bf16 or nf4, with checkpointing"),
+        (("--methods", "lora+unsloth+fp8"), "unsloth is for lora and lora-all over bf16 or nf4"),
         (("--methods", "control+unsloth"), "unsloth is for lora and lora-all"),
         (("--shape", "vit-b16", "--methods", "lora+liger"), "no switches but checkpointing"),
         (("--shape", "vit-b16", "--methods", "lora+nf4"), "for text models"),
@@ -258,6 +366,8 @@ def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, toke
         (("--device", "gpu"), "--device is cuda, cpu or a GPU's index"),
         (("--limit", 0), "--limit must be greater than 0"),
         (("--limit", 3), "need a GPU"),
+        (("--speed_at", 64), "--speed_at, --up_to and --max_minutes go with --limit"),
+        (("--speed_at", 0, "--limit", 3), "--speed_at must be at least 1"),
         (("--longest",), "need a GPU"),
     ],
 )  # fmt: skip

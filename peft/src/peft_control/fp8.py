@@ -17,7 +17,6 @@ it runs in ``torch._scaled_mm``; elsewhere it is emulated, with the same roundin
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Iterator
 
@@ -32,11 +31,11 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .architectures import find_layers
+from .fp8_kernels import has_fp8, quantize_rows, transposed
 
 METHOD = "fp8_rowwise"  # "fp8" is transformers' own, with scales of blocks
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _WEIGHT = torch.float8_e4m3fn
-_SMALLEST = 2.0**-100  # a row below it is quantized as if it reached it, so that scales stay normal numbers
 _MULTIPLE = 16  # of the widths that torch._scaled_mm takes
 
 
@@ -49,24 +48,6 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def quantize_rows(x: torch.Tensor, dtype: torch.dtype = _WEIGHT) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize each row of ``x`` ``(rows, width)`` to ``dtype``.
-
-    Returns:
-        ``(q, scale)`` with ``q * scale`` near ``x``; ``scale`` ``(rows, 1)`` is float32: the least power of two with
-        which the row fits, so that no finite number overflows. A row with NaN or infinity becomes NaN as a whole: there is
-        no infinity in e4m3, and a loss scaler must see it.
-    """
-    fraction, exponent = math.frexp(torch.finfo(dtype).max)
-    low, high = torch.aminmax(x, dim=-1, keepdim=True)
-    largest = torch.maximum(-low, high).float().clamp(min=_SMALLEST)
-    part, _ = torch.frexp(largest)
-    # each step is exact, on every device; infinity / infinity is NaN
-    scale = largest * 2.0**-exponent / part * (1.0 + (part > fraction))
-    wide = x if x.dtype == torch.bfloat16 else x.float()  # times a power of two: exact in both
-    return (wide * scale.reciprocal().to(wide.dtype)).to(dtype), scale
-
-
 def _product(rows, scales, weight, weight_scales, bias, dtype):
     """``(rows * scales) @ (weight * weight_scales) + bias`` in ``dtype``.
 
@@ -76,7 +57,7 @@ def _product(rows, scales, weight, weight_scales, bias, dtype):
     bias = None if bias is None else bias.to(torch.bfloat16)
     if _kernels_take(rows.device, *weight.shape) and len(rows):
         if weight.stride(0) != 1:
-            weight = weight.t().contiguous().t()  # the kernels read both operands along k
+            weight = transposed(weight).t()  # the kernels read both operands along k
         if weight_scales is None:
             weight_scales = scales.new_ones(1, weight.shape[1])
         output = torch._scaled_mm(
@@ -88,12 +69,6 @@ def _product(rows, scales, weight, weight_scales, bias, dtype):
         wide = weight.view(_WEIGHT).float()
         output = (rows.float() * scales) @ (wide if weight_scales is None else wide * weight_scales)
         return (output if bias is None else output + bias.float()).to(torch.bfloat16).to(dtype)
-
-
-@functools.cache
-def has_fp8(device: torch.device) -> bool:
-    """Whether a device multiplies FP8: NVIDIA's GPUs from compute capability 8.9 on."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @torch.compiler.assume_constant_result  # so that compiled code can warn
@@ -163,6 +138,10 @@ class Fp8Linear(nn.Linear):
         """The gradient ``(rows, in)`` of the layer's input for its output's ``(rows, out)``, in the same type."""
         return _input_gradient(dy, self.weight, self.weight_scale, self.gradients)
 
+    def gradient_of_rows(self, rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The same for rows of dy that were multiplied by :attr:`weight_scale`, then quantized."""
+        return _product(rows, scales, self.weight, None, None, dtype)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Output.apply(x, self, self.weight, self.weight_scale)  # both as arguments: autograd saves them
 
@@ -196,8 +175,7 @@ class _Output(torch.autograd.Function):
 
 
 def _input_gradient(dy, weight, weight_scale, gradients):
-    wide = dy if dy.dtype == torch.bfloat16 else dy.float()
-    rows, scales = quantize_rows(wide * weight_scale.to(wide.dtype).view(1, -1), FORMATS[gradients])
+    rows, scales = quantize_rows(dy, FORMATS[gradients], weight_scale.float())
     return _product(rows, scales, weight, None, None, dy.dtype)
 
 
@@ -239,6 +217,10 @@ def quantize_fp8(model: nn.Module, keep_last: float = 0.0, gradients: str = "e4m
     return model
 
 
+def _fp8_linears(model: nn.Module) -> list[Fp8Linear]:
+    return [module for module in model.modules() if isinstance(module, Fp8Linear)]
+
+
 def _linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     for name, child in module.named_children():
         if isinstance(module, BaseTunerLayer) and name != "base_layer":
@@ -277,12 +259,15 @@ class Fp8Quantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        return quantize_fp8(model, self.quantization_config.keep_last, self.quantization_config.gradients)
+        quantize_fp8(model, self.quantization_config.keep_last, self.quantization_config.gradients)
+        if not self.pre_quantized:
+            for module in _fp8_linears(model):  # transformers 5.17 casts to this type before it quantizes
+                module.weight.data = module.weight.data.float()
+        return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        for module in model.modules():
-            if isinstance(module, Fp8Linear):
-                module.requires_grad_(False)
+        for module in _fp8_linears(model):
+            module.requires_grad_(False)
         return model
 
 

@@ -17,13 +17,14 @@ from markupsafe import Markup, escape
 from ..record import write_text_atomic
 from . import pictures
 from .claims import Claim, overview
+from .records import Paper
 from .tables import Table, linked, step_means
 
 NAMES = {"roberta": "RoBERTa", "vit": "ViT", "llama": "LLaMA", "qcontrol": "quantized"}
 
 
-def write_page(frame: pd.DataFrame, tables: Sequence[Table], claims: Sequence[Claim], problems: Sequence[str], path: Path,
-               up: str) -> Path:  # fmt: skip
+def write_page(frame: pd.DataFrame, tables: Sequence[Table], claims: Sequence[Claim], paper: Paper, problems: Sequence[str],
+               path: Path, up: str) -> Path:  # fmt: skip
     """Write the page; `up` leads from its folder to the results folder."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -33,7 +34,7 @@ def write_page(frame: pd.DataFrame, tables: Sequence[Table], claims: Sequence[Cl
     runs = frame[(frame.kind == "run") & frame.usable]
     page = environment.get_template("page.html").render(
         runs=len(runs), measurements=len(frame) - len(runs), problems=problems, names=NAMES, families=families, colours=pictures.FAMILIES,
-        overview=overview(claims), claims=claims, tables=tables, parts=_parts(frame, runs),
+        overview=overview(claims), claims=claims, tables=tables, parts=_parts(frame, runs, paper),
     )  # fmt: skip
     return write_text_atomic(path, page + "\n")
 
@@ -52,12 +53,13 @@ def inline(text: object) -> Markup:
     return Markup(re.sub(r"&lt;sup&gt;(\d+)&lt;/sup&gt;", r"<sup>\1</sup>", html))
 
 
-def _parts(frame: pd.DataFrame, runs: pd.DataFrame) -> list[tuple[str, str, str, list[tuple[str, str, Markup]]]]:
+def _parts(frame: pd.DataFrame, runs: pd.DataFrame, paper: Paper) -> list[tuple[str, str, str, list[tuple[str, str, Markup]]]]:
     """(anchor, title, explanation, pictures as (domain, title, SVG)) of each group of pictures."""
     groups = runs.groupby(["domain", "section", "task"])
     comparisons = [(f"{task}, {section}", part) for (_, section, task), part in groups]
     return [
         ("frontier", "Memory against speed", "One training step on random weights of the true shape. Left and low is better.", _drawn(frontiers(frame))),
+        ("longest", "Longest sequence", "The longest sequence that trains against the size of the card.", _drawn(longests(frame, paper))),
         ("score-memory", "Score against memory", "Each mark is one run: its last score and the peak of its training memory. Left and high is better.",
          _drawn((part.domain.iloc[0], title, pictures.scores_against_memory(part[part.peak.notna()], title))
                 for title, part in comparisons if part.peak.notna().any())),
@@ -91,6 +93,19 @@ def scalings(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
         yield "llama", section, pictures.scaling(part.to_dict("records"), section)
 
 
+def longests(frame: pd.DataFrame, paper: Paper) -> Iterable[tuple[str, str, object]]:
+    """(domain, setting, picture) of each setting whose longest sequences were searched for at three limits or more."""
+    figures = paper.figures[paper.figures.table == "longest"]
+    published = {int(figure.column): figure.value for figure in figures.itertuples()}
+    for (whose, section), part in frame[(frame.kind == "longest") & (frame.longest > 0)].groupby(
+        ["whose", "section"], sort=False
+    ):
+        if part.limit.nunique() > 2:
+            title = section if whose == "ours" else f"{section} ({whose})"
+            known = published if part.task.iloc[0] == "llama3-8b" else {}
+            yield "llama", title, pictures.longest_sequences(part, known, title)
+
+
 def rates(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
     """(domain, model, picture) of each search for a learning rate."""
     for (domain, section), part in frame[frame.kind == "search"].groupby(["domain", "section"]):
@@ -106,10 +121,12 @@ def curve(record) -> list[tuple[float, float]]:
     return []
 
 
-def write_pictures(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """The pictures that READMEs show, as PNG: memory against time, scaling, and scores against learning rates."""
+def write_pictures(frame: pd.DataFrame, paper: Paper, folder: Path) -> list[Path]:
+    """The pictures that READMEs show, as PNG: memory against time, the longest sequences, scaling, and scores against learning
+    rates."""
     written = {}
-    for kind, drawn in (("memory", frontiers(frame)), ("scaling", scalings(frame)), ("rates", rates(frame))):
+    kinds = {"memory": frontiers(frame), "longest": longests(frame, paper), "scaling": scalings(frame), "rates": rates(frame)}
+    for kind, drawn in kinds.items():
         for _, title, figure in drawn:
             name = f"{kind}_{_slug(title)}"
             if name in written:  # of another torch, or another's

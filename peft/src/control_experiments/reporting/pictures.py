@@ -156,6 +156,40 @@ def scaling(cells: Sequence[Mapping], title: str) -> Figure:
     return figure
 
 
+#: GB of graphics cards as they are sold. A limit in GiB is drawn at the card that gives an allocator so much.
+CARDS = (8, 12, 16, 24, 40, 48, 80)
+
+
+def longest_sequences(rows: pd.DataFrame, published: Mapping[int, float], title: str) -> Figure:
+    """Longest sequence (columns row, limit in GiB, longest in tokens) against the card's size, a line for each method; `published`
+    are Unsloth's, card in GB -> tokens."""
+    figure, axes = _axes(title)
+    measured = rows[rows.longest > 0].groupby(["row", "limit"], sort=False).longest.min().reset_index()
+    measured["card"] = [next((card for card in CARDS if limit <= card), limit) for limit in measured.limit]
+    bases = dict.fromkeys(_base(row) for row in measured.row)
+    dashes = dict(zip(bases, itertools.cycle(("-", "--", ":", "-."))))
+    for row, part in measured.groupby("row", sort=False):
+        part, (colour, marker) = part.sort_values("card"), FAMILIES[family(row)]
+        look = dict(color=colour, marker="X" if "unsloth" in row else marker, linestyle=dashes[_base(row)], label=row)
+        axes.plot(part.card, part.longest, markersize=5, linewidth=1.4, gid=mark(family(row), row), **look)
+    if published:
+        look = dict(color="#444", linewidth=2, linestyle=(0, (1, 1)), zorder=1)
+        axes.plot(*zip(*sorted(published.items())), label="published: Unsloth, QLoRA r32", **look)
+    axes.set(xscale="log", yscale="log", xlabel="card, GB", ylabel="longest sequence, tokens")
+    axes.set_xticks(CARDS, [f"{card}" for card in CARDS])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.legend(fontsize=8.5)
+    return figure
+
+
+def _base(row: str) -> str:
+    """How a benchmark's label says that the frozen weights are stored, which the line's dashes show."""
+    return next((word for word in re.split("[+:]", row) if word in ("nf4", "fp4", "int8", "fp8")), "bf16")
+
+
 def curves(runs: Sequence[tuple[str, object, Sequence[tuple[float, float]]]], title: str, y_label: str,
            x_label: str = "epoch", axes=None) -> Figure:  # fmt: skip
     """A line for each (label, seed, points), into `axes` if given; the legend names each label once."""

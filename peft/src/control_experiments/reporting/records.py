@@ -4,7 +4,7 @@ Columns (missing where a kind has no such thing):
 
 - `whose`: "ours" (shipped, below `published/`), "yours" (any other run of such a folder) or "paper".
 - `kind`: "run" (a training with its scores), "search" (a run that chose a learning rate), "step" (scripts/bench_memory.py),
-  "longest" and "profile" (its --limit and --profile), "throughput", "batches", "padding" and "scaling".
+  "longest", "length" and "profile" (its --limit, --speed_at and --profile), "throughput", "batches", "padding" and "scaling".
 - `links`: (text, file) of the records behind the row, files relative to the results folder.
 - `domain`, `section` (model and setting: a heading of a table), `task`, `row` (method with what else tells rows apart),
   `method`, `seed`, `n` (1 for a record).
@@ -280,9 +280,9 @@ def _where(device: str, versions: dict | None) -> str:
 def _steps(file: dict) -> Iterator[dict]:
     """A file of scripts/bench_memory.py: a row for each method and repeat."""
     o = file["options"]
-    shape, limit = o["shape"], o.get("limit")
+    shape, searched = o["shape"], o.get("limit")
     section = file.get("setting") or f"{shape}, {o['batch']} x {o['tokens']} tokens"
-    section = f"{shape}, batch {o['batch']}: longest sequence within {limit:g} GiB" if limit else section
+    section = f"{shape}, batch {o['batch']}" if searched else section
     domain = next((name for name in ("vit", "roberta") if name in shape), "llama")
     for result in file["results"]:
         name, memory = result["method"], result.get("memory") or {}
@@ -290,10 +290,19 @@ def _steps(file: dict) -> Iterator[dict]:
         shared = memory.get("other_processes_bytes")
         row = {
             "domain": domain, "section": f"{section}, {_where(file['device'], file.get('versions'))}", "row": name,
-            "method": name, "task": shape, "tokens": o["tokens"], "limit": limit, "error": result.get("error", ""),
+            "method": name, "task": shape, "tokens": o["tokens"], "error": result.get("error", ""),
         }  # fmt: skip
-        if limit:
-            yield row | {"kind": "longest", "longest": result.get("longest_tokens")}
+        if searched:
+            row |= {"seconds": result.get("step_seconds"), "rate": result.get("tokens_per_second")}
+            if "tokens" in result:
+                unfit = {} if result.get("fits", True) else {"error": f"{result['tokens']:,} tokens do not fit on this GPU"}
+                yield row | {"kind": "length", "tokens": result["tokens"], "peak": result.get("peak_bytes")} | unfit
+            else:  # a file of one limit alone did not use to repeat it
+                limit = result.get("limit_gib", searched if isinstance(searched, float) else searched[0])
+                ended = f"{name} within {limit:g} GiB: no longer sequence than {o.get('up_to', 0):,} tokens was tried."
+                notes = (ended,) if "ended_by" in result else ()
+                found = {"longest": result.get("longest_tokens"), "limit": limit, "notes": notes}
+                yield row | {"kind": "longest", **found}
         elif "step_seconds" not in result:
             if not o.get("profile"):
                 yield row | {"kind": "step", "error": result.get("error", "no result")}

@@ -8,8 +8,9 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from .device import describe_device, select_device
 #: The environment of a process whose tensors change their sizes.
 EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 #: Options that say how a benchmark is run, not what it measures.
-_HOW = ("output", "worker", "result", "accumulate")
+_HOW = ("output", "worker", "left", "max_minutes", "result", "accumulate")
 
 
 def check_choices(options: object, **choices: Sequence[str] | dict) -> None:
@@ -130,6 +131,25 @@ def run_apart(command: Sequence[str], environment: dict[str, str], *, needed: bo
             raise UserError(f"{' '.join(command[:2])} failed: {reason}")
         return {"error": reason}
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def stream_apart(command: Sequence[str], environment: dict[str, str]) -> Iterator[dict]:
+    """Each JSON object that a process prints on a line of its own, at once; then ``{"error": ...}`` as `run_apart`, if it fails."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=errors, text=True
+        )  # fmt: skip
+        try:
+            for line in process.stdout or ():
+                if line.startswith("{"):
+                    yield json.loads(line)
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        if code:
+            errors.seek(0)
+            yield {"error": (errors.read().strip().splitlines()[-1:] or [f"exit code {code}"])[0][:300]}
 
 
 # -- records ----------------------------------------------------------------------------------------------------

@@ -91,19 +91,27 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, base: str, **optio
 
 
 def set_memory(
-    model: nn.Module, mode: str, cuda_graphs: bool = False, *, chunk_tokens: int | None = None, offload: str = "auto"
+    model: nn.Module,
+    mode: str,
+    cuda_graphs: bool = False,
+    *,
+    chunk_tokens: int | None = None,
+    offload: str = "auto",
+    stream_weights: bool | int = False,
 ) -> None:
-    """Set how `model` trains, in the words of `MemoryOptions`; "plain" without graphs changes nothing. Raises
-    UserError: the model or its adapter does not support the mode."""
-    if mode == "plain" and not cuda_graphs:
+    """Set how `model` trains, in the words of `MemoryOptions`; "plain" alone changes nothing. Raises
+    UserError: the model or its adapter does not support the mode, or the host cannot hold streamed weights."""
+    if mode == "plain" and not cuda_graphs and not stream_weights:
         return
     from peft_control.memory import set_memory_mode
 
     waits = {"auto": None, "always": True, "never": False}[offload]
+    how = {"chunk_tokens": chunk_tokens, "offload": waits, "cuda_graphs": cuda_graphs, "stream_weights": stream_weights}
     try:
-        set_memory_mode(model, mode, chunk_tokens=chunk_tokens, offload=waits, cuda_graphs=cuda_graphs)
+        set_memory_mode(model, mode, **how)
     except ValueError as error:
-        raise UserError(f"--memory {mode}: {error}; use --memory plain") from error
+        instead = "leave out --stream_weights" if stream_weights else "use --memory plain"
+        raise UserError(f"--memory {mode}: {error}; {instead}") from error
 
 
 def count_parameters(model: nn.Module) -> dict:

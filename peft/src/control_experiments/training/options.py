@@ -45,6 +45,9 @@ QUANTIZATION_HELP = (
 SHARD_HELP = (
     "What several processes share beside the rows: ddp: nothing, each holds the whole model; fsdp2: the frozen weights."
 )
+STREAM_HELP = (
+    "The layers' frozen weights wait in the host's memory and come to the GPU as they are needed: for models larger than it."
+)
 #: What `--scheduler` takes, besides the schedules that need arguments of their own.
 SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
@@ -265,6 +268,20 @@ def choose_shard(shard: str, *, quantization: str = "none", cuda_graphs: bool = 
     if shard == "fsdp2" and cuda_graphs:
         raise UserError("--cuda_graphs cannot replay the gathering of shards: leave it out, or choose --shard ddp")
     return shard
+
+
+def check_streaming(options: object) -> None:
+    """Raise UserError for options that do not go together with `--stream_weights True`."""
+    wrong = {
+        "--cuda_graphs": getattr(options, "cuda_graphs", False),
+        "--memory fast": getattr(options, "memory", "plain") == "fast",
+        "--shard fsdp2": getattr(options, "shard", "ddp") == "fsdp2" and processes() > 1,
+        "--quantization int8": options.quantization == "int8",
+        "--method shadow": options.method == "shadow",
+    }
+    for option, given in wrong.items():
+        if given:
+            raise UserError(f"--stream_weights does not go together with {option}: leave one of the two out")
 
 
 def _is_set(variable: str) -> bool:

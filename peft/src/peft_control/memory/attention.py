@@ -133,7 +133,7 @@ def _attend_gradients(attention, kept, dmixed, attention_mask=None, position_emb
     """The gradients of queries, keys and values, which leave the list ``kept``."""
     leaves = [tensor.requires_grad_() for tensor in kept]
     kept.clear()
-    mixed = _attend(attention, *leaves, attention_mask, **named)
+    mixed = attend(attention, *leaves, attention_mask, **named)
     return list(torch.autograd.grad(mixed, leaves, dmixed.view(mixed.shape)))
 
 
@@ -170,10 +170,10 @@ def _mixed_values(layer, hidden_states, attention_mask=None, position_embeddings
     query, key = Rope.apply(query, key, cos, sin)
     if keep is not None:
         keep(*((query, key, value) if frozen and not hasattr(attention, "q_norm") else ()))
-    return _attend(attention, query, key, value, attention_mask, **named), state
+    return attend(attention, query, key, value, attention_mask, **named), state
 
 
-def _attend(attention, query, key, value, attention_mask, **named):
+def attend(attention, query, key, value, attention_mask, **named):
     """Attention of ``(batch, tokens, heads, head_dim)`` by the model's own code, as ``(batch, tokens, heads * head_dim)``."""
     for unused in ("past_key_values", "use_cache"):  # position_ids tell flash attention of packed sequences
         named.pop(unused, None)

@@ -16,6 +16,7 @@ from .attention import decoder_attention, decoder_attention_gradients
 from .exact import is_as_written, kind_of, path_of
 from .layers import Halves
 from .linear import is_frozen_linear
+from .long import LongRows
 from .mlp import GatedMlp, PostNormMlp, PreNormMlp
 
 #: Whose modules a layer may consist of, besides those of its own module.
@@ -24,6 +25,7 @@ _LIBRARIES = (
     "transformers.activations.",
     "timm.layers.",
     "bitsandbytes.nn.",
+    "transformers.integrations.finegrained_fp8.",
     "peft_control.fp8.",
     "liger_kernel.",
 )
@@ -83,6 +85,54 @@ def is_known_model(model: nn.Module) -> bool:
     return path_of(type(model)) in {f"{family.home}.{family.model}" for family in FAMILIES.values()}
 
 
+#: Causal language models of transformers besides those of FAMILIES whose loss is that of ``lm_head(model(...))``, softcapped
+#: where the configuration says so.
+_PLAIN_HEADS = {
+    f"{prefix}ForCausalLM"
+    for prefix in [
+        "Phi3",
+        "Gemma",
+        "Ministral",
+        "Ministral3",
+        "SmolLM3",
+        "Starcoder2",
+        "Glm",
+        "Glm4",
+        "Olmo",
+        "Olmo2",
+        "Olmo3",
+        "Ernie4_5",
+        "SeedOss",
+        "Exaone4",
+        "Apertus",
+        "Nemotron",
+        "Phi",
+        "StableLm",
+        "Qwen3_5",
+        "Lfm2",
+        "Gemma2",
+        "Gemma3",
+        "Mixtral",
+        "Qwen2Moe",
+        "Qwen3Moe",
+        "GptOss",
+        "Olmoe",
+        "Phimoe",
+        "Qwen3Next",
+        "Glm4Moe",
+        "DeepseekV2",
+        "DeepseekV3",
+        "Llama4",
+    ]
+}
+
+
+def has_plain_head(model: nn.Module) -> bool:
+    """Whether ``model`` is exactly a causal language model whose loss ``loss.py`` can compute."""
+    kind = type(model)
+    return is_known_model(model) or (kind.__module__.startswith("transformers.models.") and kind.__name__ in _PLAIN_HEADS)
+
+
 def _plain(modules: Sequence[nn.Module]) -> list[nn.Module]:
     return [module for module in modules if not isinstance(module, BaseTunerLayer)]
 
@@ -104,7 +154,14 @@ def _decoder(layer):
     kept = sum(linear.out_features for linear in projections) if gradients and simple else 0
     by_hand = [layer.input_layernorm, attention, *_plain([*projections, attention.o_proj])]
     return Halves(
-        decoder_attention, mlp, [layer.post_attention_layernorm, inner], by_hand, True, gradients, attention_kept=kept
+        decoder_attention,
+        mlp,
+        [layer.post_attention_layernorm, inner],
+        by_hand,
+        True,
+        gradients,
+        attention_kept=kept,
+        of_many_tokens=LongRows if LongRows.takes(layer) else None,
     )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Forward:
-    """Runs what ``module.memory_plan`` says, and without one what stood here before.
+    """Runs what ``module.memory_plan`` says, and without one what stood here before, with ``module.memory_weights`` in place.
 
     Others may wrap it, keep it and put it back at any time (accelerate does): it never outlives its plan. It is an object, not
     a closure, for deep copies and pickles, and has the signature of the forward that it stands for.
@@ -26,10 +26,15 @@ class Forward:
         return self.before or partial(type(self.module).forward, self.module)
 
     def __call__(self, *arguments, **named):
-        plan = vars(self.module).get("memory_plan")
-        if plan is None:
-            return self.own(*arguments, **named)
-        return plan.run(self.module, self.own, *arguments, **named)
+        plan, weights = (vars(self.module).get(name) for name in ("memory_plan", "memory_weights"))
+        run = self.own if plan is None else partial(plan.run, self.module, self.own)
+        return run(*arguments, **named) if weights is None else weights.run(run, *arguments, **named)
+
+    def leave(self) -> None:
+        """Put back what stood here before."""
+        del self.module.forward
+        if self.before is not None:
+            self.module.forward = self.before
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -47,7 +52,5 @@ def leave(module: nn.Module) -> None:
     """Undo :func:`enter`; a forward that somebody else has put on top since stays and finds the module's own below."""
     vars(module).pop("memory_plan", None)
     forward = vars(module).get("forward")
-    if isinstance(forward, Forward):
-        del module.forward
-        if forward.before is not None:
-            module.forward = forward.before
+    if isinstance(forward, Forward) and "memory_weights" not in vars(module):
+        forward.leave()

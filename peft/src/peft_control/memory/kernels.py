@@ -11,9 +11,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..fp8_kernels import empty_rows, quantize_rows, row_launch, uses_kernels
+
 try:
     import triton
     import triton.language as tl
+
+    from ..fp8_kernels import store_row
 except ImportError:  # CPU-only and Windows builds of torch
     triton = None
 
@@ -163,6 +167,30 @@ def swiglu_backward_(gate, up, dact):
     s = torch.sigmoid(g)
     dgate, dup = d * u * s * (1 + g * (1 - s)), d * g * s  # both before either is overwritten
     return gate.copy_(dgate), up.copy_(dup)
+
+
+def swiglu_rows(gate, up):
+    """The rows of :func:`swiglu`, quantized as :func:`quantize_rows` does."""
+    if not uses_kernels(gate):
+        return quantize_rows(swiglu(gate, up))
+    width = gate.shape[1]
+    q, scale = empty_rows(gate, width, torch.float8_e4m3fn)
+    _swiglu_rows_kernel[(len(gate),)](gate, up, q, scale, gate.stride(0), up.stride(0), width, **row_launch(width))
+    return q, scale
+
+
+def swiglu_backward_rows(gate, up, dact, dtype, gate_columns, up_columns):
+    """The rows of gate's and of up's gradient, multiplied by ``..._columns`` and quantized to ``dtype``: two pairs."""
+    if not uses_kernels(gate):
+        dgate, dup = swiglu_backward_(gate.clone(), up.clone(), dact)
+        return quantize_rows(dgate, dtype, gate_columns), quantize_rows(dup, dtype, up_columns)
+    width, dact = gate.shape[1], dact.contiguous()
+    (dgate, gate_scale), (dup, up_scale) = (empty_rows(gate, width, dtype) for _ in range(2))
+    _swiglu_backward_rows_kernel[(len(gate),)](
+        gate, up, dact, gate_columns, up_columns, dgate, gate_scale, dup, up_scale, gate.stride(0), up.stride(0), width,
+        **row_launch(width, dtype),
+    )  # fmt: skip
+    return (dgate, gate_scale), (dup, up_scale)
 
 
 # -- rotary position embedding ----------------------------------------------------------------------------------
@@ -353,6 +381,34 @@ if triton is not None:
         s = tl.sigmoid(g)
         tl.store(gate + column, d * u * s * (1 + g * (1 - s)), mask=mask)
         tl.store(up + column, d * g * s, mask=mask)
+
+    @triton.jit
+    def _swiglu_rows_kernel(gate, up, q, scale, stride_gate, stride_up, width, BLOCK: tl.constexpr, EXPONENT: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        mask = column < width
+        g = tl.load(gate + row * stride_gate + column, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(up + row * stride_up + column, mask=mask, other=0.0)
+        act = (g * tl.sigmoid(g) * u.to(tl.float32)).to(u.dtype).to(tl.float32)  # rounded as swiglu rounds
+        store_row(act, q, scale, row, width, column, mask, EXPONENT)
+
+    @triton.jit
+    def _swiglu_backward_rows_kernel(
+        gate, up, dact, gate_columns, up_columns, dgate, gate_scale, dup, up_scale, stride_gate, stride_up, width,
+        BLOCK: tl.constexpr, EXPONENT: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        mask = column < width
+        g = tl.load(gate + row * stride_gate + column, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(up + row * stride_up + column, mask=mask, other=0.0)
+        d = tl.load(dact + row * width + column, mask=mask, other=0.0).to(tl.float32)
+        s = tl.sigmoid(g)
+        of_up = (d * g * s).to(u.dtype).to(tl.float32) * tl.load(up_columns + column, mask=mask, other=0.0)
+        store_row(of_up, dup, up_scale, row, width, column, mask, EXPONENT)
+        of_gate = (d * u.to(tl.float32) * s * (1 + g * (1 - s))).to(u.dtype).to(tl.float32)
+        of_gate *= tl.load(gate_columns + column, mask=mask, other=0.0)
+        store_row(of_gate, dgate, gate_scale, row, width, column, mask, EXPONENT)
 
     @triton.jit
     def _rope_kernel(

@@ -44,6 +44,7 @@ class Halves:
             the block's control's parameters, for a backward that need not compute the attention block's output; ``dy``
             is overwritten, ``kept`` is what ``attention`` gave to its argument ``keep``. Or None.
         attention_kept: how many numbers a token that is.
+        of_many_tokens: how mode "lean" works layers of many tokens (``long.py``), or None.
         returns_tuple: whether the layer's own forward returns its state in a tuple.
     """
 
@@ -54,6 +55,7 @@ class Halves:
     recompute_attention: bool = False
     attention_gradients: Callable | None = None
     attention_kept: int = 0
+    of_many_tokens: type | None = None
     returns_tuple: bool = False
 
 
@@ -62,15 +64,15 @@ class LayerPlan:
 
     Attributes:
         mode: the memory mode.
-        halves: what is written by hand for the layer, or None: it then runs its own forward, in modes balanced and lean inside
-            torch's checkpointing.
+        halves: what is written by hand for the layer, or None: it then runs its own forward.
+        alone: what runs it so in mode lean (``generic.py``), or None: torch's checkpointing does.
         chunk: tokens of an MLP's chunk, or None for the MLP's own.
         host: where states wait in modes lean and balanced, or None.
         attention_on_host: whether the tensors that let attention's backward skip its projections wait there too.
     """
 
-    def __init__(self, layer: nn.Module, mode: str, find: Callable, chunk: int | None):
-        self.mode, self.find, self.chosen_chunk = mode, find, chunk
+    def __init__(self, layer: nn.Module, mode: str, find: Callable, generic: Callable, chunk: int | None):
+        self.mode, self.find, self.generic, self.chosen_chunk = mode, find, generic, chunk
         self.host: HostStates | None = None
         self.attention_on_host = False
         self.look_at(layer)
@@ -86,6 +88,7 @@ class LayerPlan:
             self.halves, self.reason = self.find(layer), None
         except ValueError as error:
             self.halves, self.reason = None, str(error)
+        self.alone = self.generic(layer, self) if self.mode == "lean" else None
         modules = list(layer.modules())
         self.children = [
             (module._modules, list(module._modules.values()))
@@ -97,7 +100,7 @@ class LayerPlan:
         self.dropouts = [place for module in modules for place in probabilities(module)]
         self.all = Parameters(modules)
         if self.halves is None:
-            self.parts, self.frozen = [], []
+            self.parts, self.frozen = [(part, touches(part)) for part in modules if part is not layer], []
             if before is not None:
                 warnings.warn(f"{self.reason}: {type(layer).__name__} runs its own forward from here on", stacklevel=4)
             return
@@ -141,9 +144,12 @@ class LayerPlan:
         if self.halves is None or self.mlp.draws() or trained_input:
             if self.mode == "fast":
                 return own(hidden_states, *arguments, **named)
-            return recomputed(self, layer, own, hidden_states, *arguments, **named)
+            again = self.alone or recomputed
+            return again(self, layer, own, hidden_states, *arguments, **named)
         if self.mode == "lean":
-            output = LeanLayer.apply(hidden_states, layer, arguments, named, *_trained(self.all))
+            long = self.halves.of_many_tokens
+            node = LongLayer if long is not None and long.suits(hidden_states, *arguments, **named) else LeanLayer
+            output = node.apply(hidden_states, layer, arguments, named, *_trained(self.all))
         else:
             if self.mode != "balanced" or not self.halves.recompute_attention:
                 middle = self.halves.attention(layer, hidden_states, *arguments, **named)
@@ -294,6 +300,54 @@ class LeanLayer(torch.autograd.Function):
         with _as_in_forward(ctx) as (layer, saved, trained):
             backward = _backward_from_the_middle if len(ctx.tickets) > 1 else _backward_from_the_start
             dstate, gradients = backward(ctx, layer, saved, trained, dy)
+        return dstate, None, None, None, *_in_order(trained, gradients)
+
+
+class LongLayer(torch.autograd.Function):
+    """:class:`LeanLayer` for many tokens, see ``long.py``: with the state attention's output waits on the host, while there is
+    room for both."""
+
+    @staticmethod
+    def forward(ctx, state, layer, arguments, named, *trained):
+        plan = _remember(ctx, layer, layer.memory_plan.all, arguments, named)
+        ctx.autocast, ctx.tickets, host = _autocast_state(state), [], plan.host
+        ctx.random = draw(layer, state.device) if draws_random_numbers(layer) else None
+        if host is not None and host.room_for(state):
+            ctx.tickets.append(_wait_on_host(plan, state))
+        _save(ctx, *([] if ctx.tickets else [state]))
+        with nullcontext() if ctx.random is None else ctx.random.first():
+            work = plan.halves.of_many_tokens(layer, plan, state.detach(), *arguments, **named)
+            groups = work.attend()
+            kept = [tensor for group in groups for tensor in group.kept()]
+            ctx.groups = None
+            if ctx.tickets and ctx.random is None and host.has_room_beside(state, *kept):
+                ctx.tickets.append(host.push(*kept, own=0))
+                ctx.groups = groups
+            del kept
+            output = work.output(groups)
+        for group in groups:
+            group.forget()
+        if host is not None:
+            host.settle()
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        with _as_in_forward(ctx) as (layer, saved, trained):
+            host, groups, then, ctx.groups = ctx.plan.host, ctx.groups, None, None
+            kept = host.pop(ctx.tickets[1]) if groups else []
+            for group in groups or ():
+                group.remember(kept)
+            if ctx.tickets:
+                (state,), then = host.pop(ctx.tickets[0], fetch_next=False), partial(host.fetch_below, ctx.tickets[0])
+            else:
+                (state,) = saved
+            replayed = nullcontext() if ctx.random is None else ctx.random.again()
+            with ctx.autocast(), replayed:
+                work = ctx.plan.halves.of_many_tokens(layer, ctx.plan, state, *ctx.arguments, **ctx.named)
+                groups = groups or work.attend()
+                dstate, gradients = work.backward(groups, dy, ctx.needs_input_grad[0], then)
         return dstate, None, None, None, *_in_order(trained, gradients)
 
 

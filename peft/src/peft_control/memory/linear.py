@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -11,6 +12,9 @@ from torch import nn
 from ..fp8 import Fp8Linear, compute_dtype, quantize_rows
 from .exact import is_as_written
 
+#: Where transformers has the layers of bases that are stored in FP8 with a scale a block (`weight_scale_inv`).
+_BLOCK_FP8 = "transformers.integrations.finegrained_fp8"
+
 
 def is_frozen_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer of a kind known here, without trainable parameters or adapter."""
@@ -18,12 +22,12 @@ def is_frozen_linear(module: nn.Module) -> bool:
 
 
 def is_known_linear(module: nn.Module | None) -> bool:
-    """Whether ``module`` computes ``x @ weight.T`` with a weight as it is, in FP8, or as bitsandbytes packs it, and
-    nothing else."""
+    """Whether ``module`` computes ``x @ weight.T`` with a weight as it is, in FP8, or as bitsandbytes or transformers pack
+    it, and nothing else."""
     if not isinstance(module, nn.Linear) or isinstance(module, BaseTunerLayer):
         return False
     kind = type(module)
-    known = kind.forward in (nn.Linear.forward, Fp8Linear.forward) or kind.__module__.startswith("bitsandbytes")
+    known = kind.forward in (nn.Linear.forward, Fp8Linear.forward) or kind.__module__.startswith(("bitsandbytes", _BLOCK_FP8))
     return known and is_as_written(module)
 
 
@@ -33,14 +37,36 @@ def keeps_nothing(linear: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def cast_once(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
-    """``linear`` with its dense weights in ``dtype``, for many uses: autocast casts a frozen weight at each of them."""
-    if type(linear) is not nn.Linear or linear.weight.dtype == dtype:
+    """``linear`` with its weights in ``dtype``, for many uses: autocast casts a frozen weight at each of them, and
+    bitsandbytes dequantizes 4 bits. FP8 and 8 bits stay."""
+    four_bits = getattr(linear.weight, "quant_state", None) is not None
+    if not four_bits and (type(linear) is not nn.Linear or linear.weight.dtype == dtype):
         return linear
-    twin = copy.copy(linear)
-    twin._parameters = {
-        name: None if parameter is None else nn.Parameter(parameter.to(dtype), requires_grad=False)
-        for name, parameter in linear._parameters.items()
+    bias = None if linear.bias is None else linear.bias.to(dtype)
+    return _twin(linear, nn.Linear, weight=dense_weight(linear, dtype), bias=bias)
+
+
+def rows_are_apart(linears: Sequence[nn.Linear]) -> bool:
+    """Whether :func:`rows_of` takes ``linears``: bitsandbytes' products of 8 bits are its own."""
+    kinds = {(isinstance(linear, Fp8Linear), linear.bias is None) for linear in linears}
+    return len(kinds) == 1 and not any(linear.weight.dtype == torch.int8 for linear in linears)
+
+
+def rows_of(linears: Sequence[nn.Linear], rows: Sequence[slice]) -> nn.Linear:
+    """One layer that computes some outputs of each of ``linears``, which are dense or FP8, one behind the other."""
+    named = {
+        name: None if parameter is None else torch.cat([x._parameters[name][part] for x, part in zip(linears, rows)])
+        for name, parameter in linears[0]._parameters.items()
     }
+    return _twin(linears[0], type(linears[0]), **named)
+
+
+def _twin(linear, kind, **tensors):
+    """A copy of ``linear`` of class ``kind`` with other parameters."""
+    twin = copy.copy(linear)
+    twin.__class__ = kind
+    twin._parameters = {name: None if x is None else nn.Parameter(x, requires_grad=False) for name, x in tensors.items()}
+    twin.out_features = len(tensors["weight"])
     return twin
 
 
@@ -56,6 +82,11 @@ def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     if weight.dtype == torch.int8:  # Linear8bitLt: row-wise absolute maxima
         scale = weight.SCB if getattr(weight, "SCB", None) is not None else linear.state.SCB
         return (weight.float() * (scale / 127.0)[:, None]).to(dtype)
+    if hasattr(linear, "weight_scale_inv"):  # a float for the layer, or one for each block of the weight
+        scale = linear.weight_scale_inv.float()
+        for side, length in enumerate(linear.block_size or ()):
+            scale = scale.repeat_interleave(length, side).narrow(side, 0, weight.shape[side])
+        return (weight.float() * scale).to(dtype)
     return weight.to(dtype)
 
 

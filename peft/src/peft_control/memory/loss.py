@@ -156,6 +156,9 @@ class LossPlan:
             isinstance(given.get(name), torch.Tensor) or given.get(name)
             for name in ("shift_labels", "ignore_index", "logits_to_keep", "use_cache")
         )
+        asked = given.get("output_router_logits")
+        if asked or (asked is None and getattr(model.config, "output_router_logits", False)):
+            usual = False  # the routers have a loss of their own
         frozen = is_known_linear(model.lm_head) and not model.lm_head.weight.requires_grad
         if (
             not (model.training and torch.is_grad_enabled() and usual and frozen)
@@ -173,8 +176,9 @@ class LossPlan:
             )
             return CausalLMOutputWithPast(loss=total / items)
         outputs = model.model(**{name: named[name] for name in others})
+        softcap = getattr(model.config, "final_logit_softcapping", None)
         return CausalLMOutputWithPast(
-            loss=_total(outputs.last_hidden_state, labels, model.lm_head, self.chunk) / items,
+            loss=_total(outputs.last_hidden_state, labels, model.lm_head, self.chunk, softcap=softcap) / items,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import GELUActivation, GELUTanh
 
+from ..fp8 import FORMATS, Fp8Linear
 from . import kernels
 from .control import add_control, control_hidden
 from .linear import cast_once, compute_dtype, input_gradient, is_frozen_linear, outputs
@@ -86,7 +87,11 @@ class GatedMlp:
         else:
             gate, up = F.linear(normal, weight).chunk(2, dim=-1)
         del normal
-        change = self.mlp.down_proj(kernels.swiglu(gate, up))
+        down = self.mlp.down_proj
+        if isinstance(down, Fp8Linear):
+            change = down.of_rows(*kernels.swiglu_rows(gate, up), gate.dtype)
+        else:
+            change = down(kernels.swiglu(gate, up))
         hidden = control_hidden(control, state)
         kept = (gate, up, rstd) if keep == 2 else (gate,)[:keep]
         return add_control(control, hidden, change, state, out), kept, hidden
@@ -102,17 +107,25 @@ class GatedMlp:
             else:
                 gate, up = outputs(normal, mlp.gate_proj, mlp.up_proj)
             del normal
-        dact = input_gradient(dy.to(gate.dtype), mlp.down_proj)
+        dnormal = self._normals_gradient(gate, up, dy.to(gate.dtype))
+        return kernels.rms_norm_backward(dnormal, state, self.norm.weight, rstd, residual=dy, out=out)
+
+    def _normals_gradient(self, gate, up, dchange):
+        """The gradient of the normalised state; gate and up are overwritten."""
+        mlp = self.mlp
+        linears, dact = (mlp.gate_proj, mlp.up_proj), input_gradient(dchange, mlp.down_proj)
+        if all(isinstance(linear, Fp8Linear) for linear in linears):
+            dtype, scales = FORMATS[mlp.gate_proj.gradients], [linear.weight_scale.float() for linear in linears]
+            rows = kernels.swiglu_backward_rows(gate, up, dact, dtype, *scales)
+            dnormal, more = (linear.gradient_of_rows(*pair, dact.dtype) for linear, pair in zip(linears, rows))
+            return dnormal.add_(more)
         dgate, dup = kernels.swiglu_backward_(gate, up, dact)
         del dact
         both = _as_one(dgate, dup)
         weight = None if both is None else self._stacked()
         if weight is not None:
-            dnormal = both @ weight.to(both.dtype)
-        else:
-            dnormal = input_gradient(dgate, mlp.gate_proj)
-            dnormal = input_gradient(dup, mlp.up_proj, add_to=dnormal)
-        return kernels.rms_norm_backward(dnormal, state, self.norm.weight, rstd, residual=dy, out=out)
+            return both @ weight.to(both.dtype)
+        return input_gradient(dup, mlp.up_proj, add_to=input_gradient(dgate, mlp.gate_proj))
 
     def _normalise(self, state):
         return kernels.rms_norm(state, self.norm.weight, self.norm.variance_epsilon)

@@ -75,16 +75,22 @@ class HostStates:
         two = self._fits(size, size) and self.hides(state, state)
         return 2 if two else int(self._fits(size, 0, layers=0))
 
+    def has_room_beside(self, state: torch.Tensor, *more: torch.Tensor) -> bool:
+        """Whether ``more`` may wait here for a layer whose ``state`` does already."""
+        extra = sum(map(_buffer_size, more))
+        return self._fits(0, extra, state=_buffer_size(state)) and self.hides(state, *more)
+
     def hides(self, *tensors: torch.Tensor) -> bool:
         """Whether a layer's forward takes as long as the copies of these, of which the first is its state."""
         return self._pace is None or self._pace.hides(sum(t.nbytes for t in tensors), _tokens(tensors[0]))
 
-    def _fits(self, size, extra, layers=None):
-        """Whether ``extra`` bytes leave room for a state of ``size`` bytes, now and in each of ``layers``."""
+    def _fits(self, size, extra, layers=None, state=None):
+        """Whether ``extra`` bytes leave room for a state of ``size`` bytes, now and (or of ``state``) in each of
+        ``layers``."""
         if self._limit is None:
             self._limit = _SHARE * _free_memory() / _local_processes()
-        layers = self._layers if layers is None else layers
-        return max(self._held + size, self._extra + layers * size) + extra <= self._limit
+        layers, state = self._layers if layers is None else layers, size if state is None else state
+        return max(self._held + size, self._extra + layers * state) + extra <= self._limit
 
     def push(self, *tensors: torch.Tensor, own: int = 1) -> Waiting:
         """Keep ``tensors``, which must not change before ``settle``, until they are popped or nobody holds what is
@@ -137,20 +143,24 @@ class HostStates:
         if timed:
             self._pace.starts_layer(stream)
 
-    def pop(self, waiting: Waiting) -> list[torch.Tensor]:
-        """Return the tensors on their device and start fetching what was pushed before them."""
+    def pop(self, waiting: Waiting, fetch_next: bool = True) -> list[torch.Tensor]:
+        """Return the tensors on their device and start fetching what was pushed before them, now or by ``fetch_below``."""
         tensors = self._fetch(waiting)
         if waiting.arrived is not None:
             torch.cuda.current_stream(waiting.device).wait_event(waiting.arrived)
         waiting.fetched.clear()
         waiting.release()
-        below = waiting.below()
-        if below is not None:
-            self._fetch(below)
+        if fetch_next:
+            self.fetch_below(waiting)
         if self._last() is waiting:
             self._last = waiting.below
         waiting.tensors = waiting.places = None
         return tensors
+
+    def fetch_below(self, waiting: Waiting) -> None:
+        below = waiting.below()
+        if below is not None:
+            self._fetch(below)
 
     def _fetch(self, waiting):
         if waiting.tensors is None and waiting.places is not None:

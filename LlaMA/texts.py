@@ -1,0 +1,220 @@
+"""Training data besides the commonsense questions: texts, chats and instructions of any length.
+
+A text longer than the cutoff becomes several rows. A chat or an instruction is one row, and loses what is beyond the cutoff.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from control_experiments.errors import UserError
+from control_experiments.record import read_json
+from LlaMA.commonsense import Row, TokenRow, read_rows, tokenize_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KINDS = "messages (a list of role and content), text, or instruction and output"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document; every token of it is learned."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Turns as objects of "role" and "content"; the assistant's are learned. `where` is file and line."""
+
+    messages: list[dict[str, str]]
+    where: str
+
+
+def read_data(path: str | Path) -> list[Row] | list[Text | Chat | Row]:
+    """What a file holds.
+
+    - a `.json` list: commonsense questions, as `read_rows` checks them, or rows with "messages" or "text";
+    - `.jsonl`, a row in each line: "messages", "text", or "instruction" and "output" (and "input");
+    - any other file: one text; a folder: one text of each `.txt` file below it.
+
+    Raises UserError: there is no such file or it holds nothing; or a row is none of these, and which.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return [_text(file) for file in _files(path)]
+    if path.suffix == ".jsonl":
+        rows = [_row(entry, f"{path}, line {number}") for number, entry in _lines(path)]
+        if not rows:
+            raise UserError(f"{path} is empty: it needs a row of JSON in each line")
+        return rows
+    if path.suffix != ".json" and path.exists():
+        return [_text(path)]
+    if path.exists() and _is_list_of_texts(contents := read_json(path)):
+        return [_row(entry, f"{path}, row {number}") for number, entry in enumerate(contents)]
+    return read_rows(path)
+
+
+def _is_list_of_texts(contents: object) -> bool:
+    return isinstance(contents, list) and bool(contents) and isinstance(contents[0], dict) and not contents[0].keys().isdisjoint(
+        ("messages", "text")
+    )  # fmt: skip
+
+
+def _files(folder: Path) -> list[Path]:
+    if not (found := sorted(folder.rglob("*.txt"))):
+        raise UserError(f"{folder} holds no .txt file: each is a text to learn")
+    return found
+
+
+def _text(file: Path) -> Text:
+    text = _read(file)
+    if not text.strip():
+        raise UserError(f"{file} is empty")
+    return Text(text)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{file} is no text in UTF-8: {error}") from error
+
+
+def _lines(file: Path) -> Iterator[tuple[int, object]]:
+    """(number counted from 1, what it says) of each line that is not blank."""
+    for number, line in enumerate(_read(file).split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{file}, line {number}: no JSON: {error}") from error
+
+
+def _row(entry: object, where: str) -> Text | Chat | Row:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: must be an object with {KINDS}")
+    if "messages" in entry:
+        return Chat(_turns(entry["messages"], where), where)
+    if "text" in entry:
+        return Text(_field(entry, "text", where))
+    if "instruction" not in entry:
+        raise UserError(f"{where}: has neither {KINDS.replace(', or', ', nor')}")
+    given = {name: _field(entry, name, where) for name in ("instruction", "output")}
+    more = _field({"input": "", **entry}, "input", where, empty=True)
+    return Row(given["instruction"], more, given["output"], "")
+
+
+def _turns(messages: object, where: str) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: the field 'messages' must be a list of turns")
+    for number, turn in enumerate(messages):
+        place = f"{where}: message {number}"
+        if not isinstance(turn, dict):
+            raise UserError(f"{place} must be an object with role and content")
+        for name in ("role", "content"):
+            _field(turn, name, place, empty=name == "content" and turn.get("role") != "assistant")
+    if all(turn["role"] != "assistant" for turn in messages):
+        raise UserError(f"{where}: no message is the assistant's, so there is nothing to learn")
+    return messages
+
+
+def _field(entry: Mapping, name: str, where: str, empty: bool = False) -> str:
+    text, wrong = entry.get(name), None
+    if name not in entry:
+        wrong = "is missing"
+    elif not isinstance(text, str):
+        wrong = f"must be text, got {type(text).__name__}"
+    elif re.search("[\ud800-\udfff]", text):
+        wrong = "holds half a surrogate pair, which is no character"
+    elif not empty and not text.strip():
+        wrong = "is empty"
+    if wrong:
+        raise UserError(f"{where}: the field {name!r} {wrong}")
+    return str(text)
+
+
+# -- tokens -----------------------------------------------------------------------------------------------------
+
+
+def tokenize_data(
+    data: Sequence[Text | Chat | Row], tokenizer: PreTrainedTokenizerBase, cutoff: int, *, response_only: bool = False
+) -> list[TokenRow]:
+    """Rows of at most `cutoff` tokens. `response_only` is about instructions, see `tokenize_rows`.
+
+    Raises UserError: the tokenizer knows no end-of-sequence token, or has no chat template, or one that refuses a chat.
+    """
+    rows: list[TokenRow] = []
+    for one in data:
+        if isinstance(one, Text):
+            rows += _split(one, tokenizer, cutoff)
+        elif isinstance(one, Chat):
+            rows.append(_tokenize_chat(one, tokenizer, cutoff))
+        else:
+            rows += tokenize_rows([one], tokenizer, cutoff, response_only=response_only)
+    return rows
+
+
+def _split(text: Text, tokenizer: PreTrainedTokenizerBase, cutoff: int) -> list[TokenRow]:
+    """The text's tokens and the end-of-sequence token in rows of `cutoff`; a last row of one token has nothing to predict."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token, so texts could never end")
+    ids = array("i", tokenizer(text.text, verbose=False)["input_ids"])
+    if ids[-1:] != array("i", [tokenizer.eos_token_id]):
+        ids.append(tokenizer.eos_token_id)
+    pieces = [ids[start : start + cutoff] for start in range(0, len(ids), cutoff)]
+    return [TokenRow(piece, 1, cut=False) for piece in pieces if len(piece) > 1 or len(pieces) == 1]
+
+
+def _tokenize_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, cutoff: int) -> TokenRow:
+    template = tokenizer.chat_template
+    if not template:
+        raise UserError("the tokenizer has no chat template (tokenizer.chat_template): take a model that was made for chats")
+    try:
+        if re.search(r"\{%-?\s*generation\b", str(template)):
+            found = tokenizer.apply_chat_template(chat.messages, return_dict=True, return_assistant_tokens_mask=True)
+            ids, learned = found["input_ids"], bytes(found["assistant_masks"])
+        else:
+            ids, learned = _marked(chat, tokenizer)
+    except UserError:
+        raise
+    except Exception as error:  # Jinja2's, and whatever the template's own code raises
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{chat.where}: the tokenizer's chat template refuses it: {reason}") from error
+    return TokenRow(array("i", ids[:cutoff]), 1, cut=len(ids) > cutoff, learned=learned[:cutoff])
+
+
+def _marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], bytes]:
+    """Token ids, and a 1 for each token of the assistant's turns, its end-of-turn token included.
+
+    For templates that do not mark these turns with `{% generation %}`. A turn begins where the chat so far ends with the
+    header of the next answer, as at inference.
+    """
+
+    def written(turns: int, **more) -> str:
+        return tokenizer.apply_chat_template(chat.messages[:turns], tokenize=False, **more)
+
+    whole, spans = written(len(chat.messages)), []
+    for number, turn in enumerate(chat.messages):
+        if turn["role"] == "assistant":
+            before, after = written(number, add_generation_prompt=True), written(number + 1)
+            if not (whole.startswith(after) and after.startswith(before)):
+                told = "whose text changes with later turns: mark the assistant's with {% generation %} in it"
+                raise UserError(f"{chat.where}: message {number} follows a chat template {told}")
+            spans.append((len(before), len(after.rstrip())))
+    found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    marks = bytearray(len(found["input_ids"]))
+    for index, (first, last) in enumerate(found["offset_mapping"]):
+        while spans and first >= spans[0][1]:
+            del spans[0]
+        marks[index] = bool(spans) and first < last and last > spans[0][0]  # a first word may hold the space before it
+    return found["input_ids"], bytes(marks)

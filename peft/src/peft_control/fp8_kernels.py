@@ -1,0 +1,125 @@
+"""What FP8 needs beside its matmuls, each in one pass over memory: rows quantized, and bytes transposed.
+
+Every function has a pure torch path (CPU, and the reference for tests) and, on GPUs that have FP8 and where Triton is
+installed, a kernel that gives the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU-only and Windows builds of torch
+    triton = None
+
+_SMALLEST = 2.0**-100  # a row below it is quantized as if it reached it, so that scales stay normal numbers
+
+
+@functools.cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device multiplies FP8: NVIDIA's GPUs from compute capability 8.9 on."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def uses_kernels(x: torch.Tensor) -> bool:
+    return triton is not None and x.is_cuda and has_fp8(x.device)
+
+
+def quantize_rows(
+    x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn, columns: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize each row of ``x`` ``(rows, width)`` to ``dtype``; before that multiply by ``columns``, ``width`` powers of two.
+
+    Returns:
+        ``(q, scale)`` with ``q * scale`` near ``x``; ``scale`` ``(rows, 1)`` is float32: the least power of two with
+        which the row fits, so that no finite number overflows. A row with NaN or infinity becomes NaN as a whole: there is
+        no infinity in e4m3, and a loss scaler must see it.
+    """
+    if uses_kernels(x):
+        x = x.contiguous()
+        q, scale = empty_rows(x, x.shape[1], dtype)
+        if len(x):
+            _quantize_rows_kernel[(len(x),)](
+                x, columns, q, scale, x.shape[1], HAS_COLUMNS=columns is not None, **row_launch(x.shape[1], dtype)
+            )
+        return q, scale
+    wide = x if x.dtype == torch.bfloat16 else x.float()  # times a power of two: exact in both
+    if columns is not None:
+        wide = wide * columns.to(wide.dtype).view(1, -1)
+    fraction, exponent = math.frexp(torch.finfo(dtype).max)
+    low, high = torch.aminmax(wide, dim=-1, keepdim=True)
+    largest = torch.maximum(-low, high).float().clamp(min=_SMALLEST)
+    part, _ = torch.frexp(largest)
+    # each step is exact, on every device; infinity / infinity is NaN
+    scale = largest * 2.0**-exponent / part * (1.0 + (part > fraction))
+    return (wide * scale.reciprocal().to(wide.dtype)).to(dtype), scale
+
+
+def transposed(weight: torch.Tensor) -> torch.Tensor:
+    """A copy ``(columns, rows)`` of bytes ``(rows, columns)``."""
+    if not uses_kernels(weight):
+        return weight.t().contiguous()
+    rows, columns = weight.shape
+    out = weight.new_empty(columns, rows)
+    grid = (triton.cdiv(columns, _TILE), triton.cdiv(rows, _TILE))
+    _transpose_kernel[grid](weight.contiguous(), out, rows, columns, TILE=_TILE, num_warps=8)
+    return out
+
+
+def empty_rows(x: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a kernel puts the quantized rows of something as long as ``x``."""
+    q = torch.empty(len(x), width, dtype=dtype, device=x.device)
+    return q, torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+
+
+def row_launch(width: int, dtype: torch.dtype = torch.float8_e4m3fn) -> dict[str, int]:
+    """Settings of one program a row."""
+    block = triton.next_power_of_2(width)
+    exponent = math.frexp(torch.finfo(dtype).max)[1]
+    return {"BLOCK": block, "EXPONENT": exponent, "num_warps": min(max(block // 512, 1), 32)}
+
+
+_TILE = 128
+
+if triton is not None:
+
+    @triton.jit
+    def store_row(value, q, scale, row, width, column, mask, EXPONENT: tl.constexpr):
+        """Quantize and store one row, float32, of zeros where ``mask`` is not set. Both formats' largest number is 0.875 *
+        2 ** EXPONENT."""
+        largest = tl.max(tl.where(value == value, tl.abs(value), float("inf")))
+        clamped = tl.maximum(largest, 7.888609052210118e-31)  # 2 ** -100
+        bits = clamped.to(tl.int32, bitcast=True)
+        power = (bits >> 23) - 126 - EXPONENT + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+        finite = largest < float("inf")
+        factor = tl.where(finite, ((127 - power) << 23).to(tl.float32, bitcast=True), float("nan"))
+        tl.store(scale + row, tl.where(finite, ((127 + power) << 23).to(tl.float32, bitcast=True), float("nan")))
+        tl.store(q + row * width + column, (value * factor).to(q.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _quantize_rows_kernel(
+        x, columns, q, scale, width, HAS_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, EXPONENT: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        mask = column < width
+        value = tl.load(x + row * width + column, mask=mask, other=0.0).to(tl.float32)
+        if HAS_COLUMNS:
+            value *= tl.load(columns + column, mask=mask, other=0.0)
+        store_row(value, q, scale, row, width, column, mask, EXPONENT)
+
+    @triton.jit
+    def _transpose_kernel(x, y, rows, columns, TILE: tl.constexpr):
+        row = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+        column = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+        tile = tl.load(
+            x + row[:, None] * columns + column[None, :], mask=(row < rows)[:, None] & (column < columns)[None, :], other=0
+        )
+        tl.store(
+            y + column[:, None] * rows + row[None, :], tl.trans(tile), mask=(column < columns)[:, None] & (row < rows)[None, :]
+        )

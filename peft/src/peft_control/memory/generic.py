@@ -1,0 +1,418 @@
+"""Layers that nobody wrote by hand, in mode lean: their state is kept, and they run their own forward again in the backward.
+
+The recomputation runs what a layer has, with input gradients only. Its token-wise MLPs and mixtures of experts wait until
+their own backward, where they run once, in chunks of tokens: :class:`Tokens`. Forward and backward take the same chunks, so
+that a router sees the same numbers twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.utils import output_capturing
+
+from ..architectures import ARCHITECTURES, Architecture
+from .exact import is_as_written, kind_of, path_of
+from .forward import enter
+from .layers import (
+    LayerPlan,
+    _as_in_forward,
+    _autocast_state,
+    _remember,
+    _save,
+    _wait_on_host,
+    draws_random_numbers,
+    recomputed,
+)
+from .mlp import draws
+from .replay import draw
+
+#: Whose modules compute nothing but their outputs, and leave nothing behind.
+_LIBRARIES = (
+    "torch.nn.modules.",
+    "transformers.",
+    "timm.",
+    "bitsandbytes.nn.",
+    "peft.tuners.lora.",
+    "peft_control.",
+    "liger_kernel.",
+)
+
+#: How the tested rows call an MLP or a mixture of experts that works on each token for itself.
+_TOKENWISE = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "ffn", "DenseReluDense")
+
+#: Their routers look at other tokens, or draw random numbers that no attribute tells of.
+_NOT_TOKENWISE = ("PhimoeSparseMoeBlock",)
+
+#: Numbers that the linear layers of a chunk put out: 4,096 tokens of Qwen3-30B-A3B, 235 MB in bfloat16.
+_CHUNK_ELEMENTS = 4096 * 8 * (2 * 768 + 2048)
+
+#: Nodes of autograd that pass a gradient on without the values of their inputs.
+_LINEAR = {
+    *("AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "NativeDropoutBackward0", "ToCopyBackward0"),
+    *("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "AliasBackward0", "CloneBackward0"),
+    *("SqueezeBackward0", "SqueezeBackward1", "UnsqueezeBackward0", "TransposeBackward0"),
+}
+
+
+def look_at(layer: nn.Module, plan: LayerPlan) -> Callable | None:
+    """:func:`run_alone`, if ``layer`` is of a tested row and all in it is as its library has it: its forward then has no
+    results but those that it returns. Else None."""
+    plan.returns_more, plan.adds = False, None
+    row = next((row for row in ARCHITECTURES if row.matches_class(kind_of(layer))), None)
+    written = all(
+        path_of(kind_of(module)).startswith(_LIBRARIES) and is_as_written(module, hooks=module is not layer)
+        for module in layer.modules()
+    )
+    if row is None or not written:
+        return None
+    if plan.halves is None:
+        plan_mlps(layer, plan.chosen_chunk)
+        plan_tails(layer, row)
+    return run_alone
+
+
+def plan_mlps(layer: nn.Module, chunk: int | None) -> None:
+    """Have the token-wise MLPs of ``layer`` work in chunks of ``chunk`` tokens, or by their size."""
+    found: list[nn.Module] = []
+    for name, module in layer.named_modules():
+        is_mlp = name.rpartition(".")[2] in _TOKENWISE and not isinstance(module, nn.Linear)
+        if is_mlp and type(module).__name__ not in _NOT_TOKENWISE and not any(module in set(mlp.modules()) for mlp in found):
+            found.append(module)
+            enter(module, TokensPlan(chunk or max(_CHUNK_ELEMENTS // max(outputs_per_token(module), 1), 1)))
+
+
+def plan_tails(layer: nn.Module, row: Architecture) -> None:
+    """Let the norm that follows an MLP (Gemma's, OLMo's) run in the MLP's backward."""
+    for block in row.blocks.values():
+        tail = layer.get_submodule(block.of(layer).write)
+        if type(tail).__name__.endswith("Norm") and not any(p.requires_grad for p in tail.parameters()):
+            enter(tail, TailPlan())
+
+
+def outputs_per_token(module: nn.Module) -> int:
+    """How many numbers the linear layers in ``module`` put out for one token; of experts, those of as many as it asks."""
+    return sum(outputs for _, outputs in _matrices(module))
+
+
+def parameters_per_token(module: nn.Module) -> int:
+    """How many parameters of matrices one token is multiplied by."""
+    return sum(inputs * outputs for inputs, outputs in _matrices(module))
+
+
+def _matrices(module):
+    experts = next((found for part in module.modules() if (found := _experts_per_token(part))), 1)
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            yield part.in_features, part.out_features
+        for stack in part._parameters.values():
+            if stack is not None and stack.dim() == 3:
+                # which of the two comes first differs: the width of the state goes in or comes out
+                for _ in range(experts):
+                    yield stack.shape[2], stack.shape[1]
+
+
+def _experts_per_token(part):
+    return next((n for name in ("top_k", "num_experts_per_tok") if isinstance(n := getattr(part, name, None), int)), 0)
+
+
+# -- MLPs -------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A layer's forward and its recomputation.
+
+    Attributes:
+        again: whether this is the recomputation.
+        skips: whether the recomputation may leave the MLPs' outputs at zero.
+        calls: how many MLPs have run.
+        shapes: of the outputs of the MLPs, in the order of their calls.
+        last: the output of the last of them.
+        tails: the numbers of those whose output a norm takes.
+        waiting: in the recomputation, what stands for the output of such a one, and how it runs.
+        nodes: of autograd, those of the recomputed MLPs.
+    """
+
+    def __init__(self):
+        self.again, self.skips, self.calls = False, False, 0
+        self.shapes: list = []
+        self.tails: set[int] = set()
+        self.last = self.waiting = None
+        self.nodes: list = []
+
+    @contextmanager
+    def active(self):
+        before = _running.set(self)
+        try:
+            yield
+        finally:
+            _running.reset(before)
+
+
+_running: ContextVar[Run | None] = ContextVar("running", default=None)
+
+
+class TokensPlan:
+    """How a token-wise MLP runs within a recomputed layer: ``chunk`` tokens at a time."""
+
+    def __init__(self, chunk: int):
+        self.chunk = chunk
+
+    def run(self, module, own, *arguments, **named):
+        """Replaces ``module.forward``; outside of such a layer, with dropout or trained parameters, the module's own runs."""
+        run, given = _running.get(), [*arguments, *named.values()]
+        x = given[0] if len(given) == 1 and isinstance(given[0], torch.Tensor) else None
+        if run is None or x is None or x.dim() not in (2, 3) or _needs_autograd(module):
+            return own(*arguments, **named)
+        number, run.calls = run.calls, run.calls + 1
+        if run.again and x.requires_grad:
+            if number not in run.tails:
+                return self.node(own, x, run, number)
+            run.waiting = x.new_zeros(()), partial(self.node, x=x, run=run, number=number), own
+            return run.waiting[0]
+        outputs = self.outputs(own, x)
+        if not run.again:
+            run.last = outputs
+            run.shapes.append(_shapes(outputs))
+        return outputs
+
+    def node(self, own, x, run, number):
+        outputs = Tokens.apply(x, self, own, run.shapes[number] if run.skips else None)
+        tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+        run.nodes += [tensor.grad_fn for tensor in tensors if tensor.requires_grad][:1]
+        return outputs
+
+    def pieces(self, x):
+        """``x`` in chunks of tokens, with as many dimensions."""
+        if x[..., 0].numel() <= self.chunk:
+            return (x,)
+        rows = x.reshape(-1, x.shape[-1]).split(self.chunk)
+        return rows if x.dim() == 2 else [piece.unsqueeze(0) for piece in rows]
+
+    @torch.no_grad()
+    def outputs(self, own, x):
+        pieces = self.pieces(x)
+        found = [own(piece) for piece in pieces]
+        if len(pieces) == 1:
+            return found[0]
+        if not isinstance(found[0], tuple):
+            return _joined(found, x)
+        return tuple(_joined(parts, x) for parts in zip(*found, strict=True))
+
+
+class TailPlan:
+    """A frozen norm that takes the output of a token-wise MLP, and runs with it where that is recomputed."""
+
+    def run(self, module, own, y):
+        """Replaces ``module.forward``."""
+        run = _running.get()
+        if run is not None and run.again and run.waiting is not None and y is run.waiting[0]:
+            (_, node, mlp), run.waiting = run.waiting, None
+            return node(lambda piece: own(mlp(piece)))
+        normed = own(y)
+        if run is not None and not run.again and y is run.last:
+            run.tails.add(run.calls - 1)
+            run.shapes[-1] = _shapes(normed)
+        return normed
+
+
+def _shapes(outputs):
+    several = isinstance(outputs, tuple)
+    return several, [(y.shape, y.dtype) for y in (outputs if several else (outputs,))]
+
+
+def _needs_autograd(module):
+    return any(parameter.requires_grad for parameter in module.parameters()) or any(map(draws, module.modules()))
+
+
+def _joined(parts, x):
+    """The outputs of pieces of ``x`` as its own; a mixture of experts may write its tokens in one row."""
+    joined = torch.cat(list(parts), dim=-2)
+    return joined.view(*x.shape[:-1], -1) if joined.dim() == 3 else joined
+
+
+class Tokens(torch.autograd.Function):
+    """A frozen token-wise module as one node that keeps its input, and runs once more in its backward, chunk by chunk. With
+    ``shapes`` its outputs are zeros: only their gradients are wanted."""
+
+    @staticmethod
+    def forward(ctx, x, plan, own, shapes):
+        ctx.plan, ctx.own, ctx.autocast = plan, own, _autocast_state(x)
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        if shapes is None:
+            outputs = plan.outputs(own, x)
+        else:
+            zeros = tuple(x.new_zeros(shape, dtype=dtype) for shape, dtype in shapes[1])
+            outputs = zeros if shapes[0] else zeros[0]
+        if isinstance(outputs, tuple):
+            ctx.mark_non_differentiable(*(y for y in outputs if not y.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        (x,), plan = ctx.saved_tensors, ctx.plan
+        dx, start = torch.empty_like(x, memory_format=torch.contiguous_format), 0
+        into = dx.view(-1, dx.shape[-1])
+        for piece in plan.pieces(x):
+            piece = piece.detach().requires_grad_()
+            rows = slice(start, start + piece[..., 0].numel())
+            start = rows.stop
+            with ctx.autocast(), torch.enable_grad():
+                outputs = ctx.own(piece)
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                pairs = [
+                    (y, dy.reshape(-1, dy.shape[-1])[rows].reshape(y.shape))
+                    for y, dy in zip(outputs, gradients, strict=True)
+                    if dy is not None and y.requires_grad
+                ]
+                outputs, dys = zip(*pairs)
+                (found,) = torch.autograd.grad(outputs, piece, dys)
+            into[rows] = found.view(-1, found.shape[-1])
+        return dx, None, None, None
+
+
+# -- layers -----------------------------------------------------------------------------------------------------
+
+
+class Call:
+    """One call of a layer: what it was given, and what it drew.
+
+    Attributes:
+        inputs: the tensors among its arguments that need gradients, besides the state.
+        flat, spec: what it returned, with its state left out, as a tree of torch's.
+    """
+
+    def __init__(self, layer, own, state, arguments, named):
+        self.own, self.arguments, self.named = own, arguments, named
+        self.run, self.random = Run(), _random_numbers(layer, state.device)
+        self.leaves, self.given = tree_flatten((arguments, named))
+        self.inputs = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        self.shared = [value for value in (*arguments, *named.values()) if isinstance(value, Mapping)]
+
+    def forward(self, state):
+        """The layer's state.
+
+        Raises:
+            ReturnsMore: the layer returned more that may need gradients, or left it in a mapping that it was given.
+        """
+        with self.random.first(), self.run.active():
+            self.flat, self.spec = tree_flatten(self.own(state, *self.arguments, **self.named))
+        first, *more = [leaf for leaf in self.flat if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+        given = {id(leaf) for leaf in self.leaves}
+        if any(self.shared) or any(id(leaf) not in given for leaf in more):
+            raise ReturnsMore
+        self.at = next(index for index, leaf in enumerate(self.flat) if leaf is first)
+        self.flat[self.at] = None
+        return first
+
+    def result(self, state):
+        """What the layer returned, with ``state`` for its own."""
+        flat, self.flat = self.flat, None
+        flat[self.at] = state
+        return tree_unflatten(flat, self.spec)
+
+    def again(self, state, needed):
+        """The state of a second run, and what it depends on in the place of ``inputs``, as far as it is ``needed``."""
+        inputs = [x.detach().requires_grad_(need) for x, need in zip(self.inputs, needed, strict=True)]
+        by_id = {id(x): new for x, new in zip(self.inputs, inputs)}
+        arguments, named = tree_unflatten([by_id.get(id(leaf), leaf) for leaf in self.leaves], self.given)
+        self.run.again, self.run.calls = True, 0
+        with self.run.active():
+            output = self.own(state, *arguments, **named)
+        return tree_flatten(output)[0][self.at], inputs
+
+
+class _Still:
+    """Stands for random numbers where none are drawn."""
+
+    first = again = staticmethod(nullcontext)
+
+
+def _random_numbers(layer, device):
+    """As nobody knows what a layer of somebody else's draws, all is taken for drawn but in a CUDA graph."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return _Still() if capturing and not draws_random_numbers(layer) else draw(layer, device)
+
+
+class ReturnsMore(Exception):
+    """A layer gave more than its state that may need gradients."""
+
+
+def run_alone(plan: LayerPlan, layer: nn.Module, own, state, *arguments, **named):
+    """What ``layer`` returns. Where that is more than a state, or somebody records what is computed inside, torch's
+    checkpointing runs it."""
+    call = Call(layer, own, state, arguments, named)
+    trained = [parameter for parameter in plan.all.now() if parameter.requires_grad]
+    if not (state.requires_grad or call.inputs or trained):
+        return own(state, *arguments, **named)
+    if not plan.returns_more and not any(call.shared) and not output_capturing._active_collector.get():
+        try:
+            return call.result(GenericLayer.apply(state, layer, call, *call.inputs, *trained))
+        except ReturnsMore:
+            plan.returns_more = True
+            with call.random.again():
+                return recomputed(plan, layer, own, state, *arguments, **named)
+    return recomputed(plan, layer, own, state, *arguments, **named)
+
+
+class GenericLayer(torch.autograd.Function):
+    """A whole layer that keeps its input state alone, on the device or on the host."""
+
+    @staticmethod
+    def forward(ctx, state, layer, call, *tensors):
+        plan = _remember(ctx, layer, layer.memory_plan.all)
+        ctx.call, ctx.autocast, ctx.ticket = call, _autocast_state(state), None
+        output = call.forward(state)
+        if plan.host is not None:
+            ctx.ticket = _wait_on_host(plan, state) if plan.host.room_for(state) else None
+            plan.host.settle()
+        _save(ctx, *([] if ctx.ticket else [state]))
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        with _as_in_forward(ctx) as (layer, saved, trained):
+            call, ctx.call, plan = ctx.call, None, ctx.plan
+            (state,) = plan.host.pop(ctx.ticket) if ctx.ticket else saved
+            state = state.detach().requires_grad_(ctx.needs_input_grad[0])
+            of_call = ctx.needs_input_grad[3 : 3 + len(call.inputs)]
+            # what stands between an MLP and the layer's output is looked at once for each way in which the layer runs
+            way = ctx.setting, call.given, [type(leaf) for leaf in call.leaves]
+            call.run.skips = plan.adds == (way, True)
+            with ctx.autocast(), call.random.again(), torch.enable_grad():
+                output, inputs = call.again(state, of_call)
+                if call.run.nodes and (plan.adds is None or plan.adds[0] != way):
+                    plan.adds = way, only_adds(output.grad_fn, call.run.nodes)
+                wanted = [x for x in (state, *inputs, *trained) if x.requires_grad]
+                found = torch.autograd.grad(output, wanted, dy, allow_unused=True) if output.requires_grad else ()
+            by_id = {id(x): gradient for x, gradient in zip(wanted, found)}
+        return by_id.get(id(state)), None, None, *(by_id.pop(id(x), None) for x in (*inputs, *trained))
+
+
+def only_adds(output, nodes) -> bool:
+    """Whether no node of autograd between ``nodes`` and the node ``output`` needs the values that ``nodes`` gave."""
+    reaches, ends, stack = {}, {*nodes}, [output]
+    while stack:
+        node = stack[-1]
+        below = [next_node for next_node, _ in node.next_functions if next_node is not None]
+        if node not in reaches:
+            reaches[node] = False
+            stack += [other for other in below if other not in reaches]
+            continue
+        stack.pop()
+        on_the_way = any(other in ends or reaches[other] for other in below)
+        reaches[node] = on_the_way
+        factors = node.name() in ("MulBackward0", "DivBackward0") and len(below) > 1
+        if on_the_way and (factors or node in ends or node.name() not in _LINEAR):
+            return False
+    return True
