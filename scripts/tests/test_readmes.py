@@ -97,7 +97,7 @@ def script_and_arguments(call: list[str]) -> tuple[Path, list[str]]:
     return REPOSITORY / (call[place].replace(".", "/") + ".py"), call[place + 1 :]
 
 
-def parsed(call: list[str], monkeypatch):
+def parsed(call: list[str]):
     """The script's options as the call sets them."""
     path, arguments = script_and_arguments(call)
     assert path.is_file(), f"{path} does not exist"
@@ -119,7 +119,7 @@ def runner(tmp_path_factory, encoders, data, model_folder, base_model, npz):  # 
 
 
 @pytest.mark.parametrize("command", [*commands(), *shown_by_scripts()])
-def test_commands_run_in_their_smallest_form(command, note, runner, monkeypatch):
+def test_commands_run_in_their_smallest_form(command, note, runner):
     """Each is parsed as it stands; then the script runs here, small. ONLY_PARSED says which do not, and why.
 
     What torchrun and accelerate start runs as one process; the domains' tests run it as several.
@@ -133,7 +133,7 @@ def test_commands_run_in_their_smallest_form(command, note, runner, monkeypatch)
             options = [argument for argument in arguments if argument.startswith("-")]
             assert all(f'"{option}"' in path.read_text() for option in options)
         else:
-            options = parsed(call, monkeypatch)
+            options = parsed(call)
             if name == "RoBERTa/finetune.py":
                 options.check()
         if name in SMALL:
@@ -173,9 +173,9 @@ def assert_recipe(options, recipe: dict, ours: tuple[str, ...] = ()) -> None:
         ("qcontrol", "QControl/run_roberta_quantization.sh {method} rte 320 4e-4 0", None),
     ],
 )
-def test_defaults_are_the_papers(domain, command, own, method, note, monkeypatch):
+def test_defaults_are_the_papers(domain, command, own, method, note):
     (call,) = note(f"bash {command.format(method=method)}")
-    options, recipe = parsed(call, monkeypatch), RECIPES[domain]
+    options, recipe = parsed(call), RECIPES[domain]
     if domain == "qcontrol":
         recipe = {**RECIPES["roberta"], **recipe["rte"], "batch_size": recipe["batch_size"]}
     assert_recipe(options, recipe)
@@ -190,19 +190,19 @@ def test_roberta_adapts_query_and_value():
 
 @pytest.mark.parametrize("base", ["llama2_7B", "llama3_8B"])
 @pytest.mark.parametrize(("launcher", "method"), [("Control+LoRA", "control+lora"), ("DoubleControl", "double control")])
-def test_llama_defaults_are_the_papers(base, launcher, method, note, monkeypatch):
+def test_llama_defaults_are_the_papers(base, launcher, method, note):
     train, evaluate = note(f"bash LlaMA/{base}_{launcher}.sh 64 32 64 OUT 0")
     recipe = {**RECIPES["llama"], **RECIPES[base]}
     if method == "control+lora":
         recipe["batch_size"] = recipe.get("batch_size_control_lora", recipe["batch_size"])
-    options = parsed(train, monkeypatch)
+    options = parsed(train)
     assert_recipe(options, recipe)
     assert (options.method, options.memory, options.output_dir) == (method, "plain", "OUT")
-    answers = parsed(evaluate, monkeypatch)
+    answers = parsed(evaluate)
     assert_recipe(answers, {name: recipe[name] for name in ("model", "beams", "max_new_tokens", "control_rank", "lora_rank")})
     assert (answers.adapter, answers.method) == ("OUT/adapter", method)
     (call,) = note(f'bash LlaMA/{base}_Evaluate.sh 64 32 64 OUT 0 "{method}"')
-    assert parsed(call, monkeypatch) == answers
+    assert parsed(call) == answers
 
 
 def test_rerun_scripts_start_from_the_papers_recipes():
@@ -220,7 +220,7 @@ def test_rerun_scripts_start_from_the_papers_recipes():
         assert float(default(table, name)) == value
 
 
-def test_every_launcher_variable_can_be_set_from_outside_and_reaches_the_script(note, monkeypatch):
+def test_every_launcher_variable_can_be_set_from_outside_and_reaches_the_script(note):
     for launcher, arguments, options_of in (
         ("RoBERTa/run_roberta.sh", "control cola", {"BATCH_SIZE": "batch_size", "CONTROL_RANK": "control_rank", "LORA_ALPHA": "lora_alpha", "WARMUP_RATIO": "warmup_ratio", "SEED": "seed"}),
         ("ViT/run_ViT.sh", "control 0", {"EPOCHS": "epochs", "BATCH": "batch_size", "MLP_LAYERS": "mlp_layers", "LORA_RANK": "lora_rank"}),
@@ -229,6 +229,6 @@ def test_every_launcher_variable_can_be_set_from_outside_and_reaches_the_script(
         variables = {name: str(number) for number, name in enumerate(options_of, 2)}
         if "WARMUP_RATIO" in variables:
             variables["WARMUP_RATIO"] = "0.5"
-        options = parsed(note(f"bash {launcher} {arguments}", **variables)[0], monkeypatch)
+        options = parsed(note(f"bash {launcher} {arguments}", **variables)[0])
         for name, option in options_of.items():
             assert float(getattr(options, option)) == float(variables[name]), name
