@@ -4,6 +4,7 @@
     bash scripts/bench_scaling.sh                                           # 1, 2, 4, ... of this host's GPUs
     bash scripts/bench_scaling.sh --processes 1 8 --shards fsdp2 --methods control:lean lora+checkpointing
     bash scripts/bench_scaling.sh --shape llama3-70b --processes 8 --shards fsdp2 --longest --batch 1
+    bash scripts/bench_scaling.sh --processes 1 2 --shards fsdp2 --longest --limit 23.5 --batch 1 --tokens 32768
     bash scripts/bench_scaling.sh --device cpu --shape tiny --tokens 16 --processes 1 2      # to try it out
 
 Weak scaling: each process trains on --batch sequences of --tokens tokens, so the work per GPU stays the same. "ddp"
@@ -45,7 +46,7 @@ from transformers.hf_argparser import HfArg
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import write_json_atomic
-from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.benchmarking import EXPANDABLE, Campaign, check_choices, machine
 from control_experiments.training.sharding import average_gradients, split_into_units
 from scripts.workloads import LLAMA_SHAPES, adapt, parse_method, random_llama
@@ -66,6 +67,7 @@ class Options:
     warmup: int = HfArg(default=2, help="Steps before the timed ones.")
     device: str = HfArg(default="cuda", help="cuda, or cpu (over gloo) to try the script out.")
     longest: bool = HfArg(default=False, help="Instead: the longest sequence that trains, from --tokens on.")
+    limit: Optional[float] = HfArg(default=None, help="With --longest: GiB that torch's allocator may take of each GPU.")
     output: str = HfArg(default=str(RESULTS / "scaling"), help="Folder of record and picture.")
     worker: Optional[str] = HfArg(default=None, help="Used by the script itself: one method.")
     accumulate: int = HfArg(default=1, help="Used by the script itself: micro-batches a step.")
@@ -88,6 +90,9 @@ class Options:
                 raise UserError(f"--processes {number}: this host has {there}")
         if self.longest and self.device == "cpu":
             raise UserError("--longest needs GPUs")
+        check_numbers(self, "limit", above=0)
+        if self.limit and not self.longest:
+            raise UserError("--limit goes with --longest")
 
     def counts(self) -> list[int]:
         there = torch.cuda.device_count() if self.device == "cuda" else 2
@@ -187,6 +192,9 @@ def work(options: Options, shard: str) -> dict | None:
         return total.item() / world
 
     if options.longest:
+        if options.limit:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, options.limit * 2**30 / total), device)
         longest(options, step, Path(options.result) if rank == 0 else None)
         return None
     for number in range(options.warmup + options.steps):
@@ -298,6 +306,7 @@ def main() -> None:
     found = machine(options.device)
     there = torch.cuda.device_count() if options.device == "cuda" else os.cpu_count()
     name = f"{options.shape}_{options.batch}x{options.tokens}" + ("_longest" if options.longest else "")
+    name += f"_limit{options.limit:g}" if options.limit else ""
     title = f"{options.shape}, {options.batch} x {options.tokens} tokens per process, {found['device']}"
     print(title, flush=True)
     campaign = Campaign(

@@ -125,7 +125,7 @@ class ResultsFolder:
             metrics={"best": {}, "last": last}, memory=ALONE, time={},
         ).write(self.path / "llama" / folder / "record.json")  # fmt: skip
 
-    def scaling(self, cells, repeat="", longest=False):
+    def scaling(self, cells, repeat="", longest=False, **options):
         """A file of scripts/bench_scaling.py; `cells` are (method, shard, processes, seconds a step, GB each)."""
         results = [
             {"method": method, "shard": shard, "processes": processes, "accumulate": 1,
@@ -134,7 +134,7 @@ class ResultsFolder:
                  "sent_bytes_per_process": 7e6, **({"loss_distance": 1e-5} if processes > 1 else {})})}
             for method, shard, processes, seconds, size in cells
         ]  # fmt: skip
-        options = {"shape": "llama3-8b", "batch": 4, "tokens": 1024, "longest": longest}
+        options = {"shape": "llama3-8b", "batch": 4, "tokens": 1024, "longest": longest, **options}
         more = {"devices": 8, "versions": {"torch": "2.14.1"}}
         return self._file(f"scaling/{repeat}/llama3-8b_4x1024.json", **more, options=options, results=results)
 

@@ -253,6 +253,9 @@ def test_scaling(results):
     results.scaling([("lora", "fsdp2", 8, 65536, 0)], repeat="longest", longest=True)
     title = "llama3-8b, longest sequence, batch 4 a process, Some GPU, torch 2.14"
     assert row(results, "scaling_longest", title, processes="8")["longest tokens"] == "65,536"
+    results.scaling([("lora", "fsdp2", 2, 4096, 0)], repeat="limit", longest=True, limit=23.5)
+    title = title.replace("batch 4", "batch 4, within 23.5 GiB")
+    assert row(results, "scaling_longest", title, processes="2")["longest tokens"] == "4,096"
 
 
 def test_a_real_measurement_reaches_its_table(results, call):

@@ -48,9 +48,9 @@ def quantize_rows(
                 x, columns, q, scale, x.shape[1], HAS_COLUMNS=columns is not None, **row_launch(x.shape[1], dtype)
             )
         return q, scale
-    wide = x if x.dtype == torch.bfloat16 else x.float()  # times a power of two: exact in both
+    wide = x if x.dtype == torch.bfloat16 and columns is None else x.float()
     if columns is not None:
-        wide = wide * columns.to(wide.dtype).view(1, -1)
+        wide = wide * columns.view(1, -1)
     fraction, exponent = math.frexp(torch.finfo(dtype).max)
     low, high = torch.aminmax(wide, dim=-1, keepdim=True)
     largest = torch.maximum(-low, high).float().clamp(min=_SMALLEST)
@@ -80,8 +80,11 @@ def empty_rows(x: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.T
 def row_launch(width: int, dtype: torch.dtype = torch.float8_e4m3fn) -> dict[str, int]:
     """Settings of one program a row."""
     block = triton.next_power_of_2(width)
-    exponent = math.frexp(torch.finfo(dtype).max)[1]
-    return {"BLOCK": block, "EXPONENT": exponent, "num_warps": min(max(block // 512, 1), 32)}
+    return {"BLOCK": block, "EXPONENT": exponent_of(dtype), "num_warps": min(max(block // 512, 1), 32)}
+
+
+def exponent_of(dtype: torch.dtype) -> int:
+    return math.frexp(torch.finfo(dtype).max)[1]
 
 
 _TILE = 128
@@ -89,17 +92,20 @@ _TILE = 128
 if triton is not None:
 
     @triton.jit
-    def store_row(value, q, scale, row, width, column, mask, EXPONENT: tl.constexpr):
-        """Quantize and store one row, float32, of zeros where ``mask`` is not set. Both formats' largest number is 0.875 *
-        2 ** EXPONENT."""
-        largest = tl.max(tl.where(value == value, tl.abs(value), float("inf")))
+    def magnitude(value):
+        """Its largest part is finite where all are."""
+        return tl.where(value == value, tl.abs(value), float("inf"))
+
+    @triton.jit
+    def factor_of(largest, scale, EXPONENT: tl.constexpr):
+        """Store a row's scale; return its reciprocal. Both formats' largest number is 0.875 * 2 ** EXPONENT."""
         clamped = tl.maximum(largest, 7.888609052210118e-31)  # 2 ** -100
         bits = clamped.to(tl.int32, bitcast=True)
         power = (bits >> 23) - 126 - EXPONENT + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
         finite = largest < float("inf")
         factor = tl.where(finite, ((127 - power) << 23).to(tl.float32, bitcast=True), float("nan"))
-        tl.store(scale + row, tl.where(finite, ((127 + power) << 23).to(tl.float32, bitcast=True), float("nan")))
-        tl.store(q + row * width + column, (value * factor).to(q.dtype.element_ty), mask=mask)
+        tl.store(scale, tl.where(finite, ((127 + power) << 23).to(tl.float32, bitcast=True), float("nan")))
+        return factor
 
     @triton.jit
     def _quantize_rows_kernel(
@@ -111,7 +117,8 @@ if triton is not None:
         value = tl.load(x + row * width + column, mask=mask, other=0.0).to(tl.float32)
         if HAS_COLUMNS:
             value *= tl.load(columns + column, mask=mask, other=0.0)
-        store_row(value, q, scale, row, width, column, mask, EXPONENT)
+        factor = factor_of(tl.max(magnitude(value)), scale + row, EXPONENT)
+        tl.store(q + row * width + column, (value * factor).to(q.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _transpose_kernel(x, y, rows, columns, TILE: tl.constexpr):

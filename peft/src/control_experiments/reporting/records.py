@@ -365,6 +365,7 @@ def _scaling(file: dict) -> Iterator[dict]:
     """A file of scripts/bench_scaling.py; efficiency is the step time of one process over this one's, in percent."""
     o, results = file["options"], file["results"]
     what = f"longest sequence, batch {o['batch']}" if o.get("longest") else f"{o['batch']} x {o['tokens']} tokens"
+    what += f", within {o['limit']:g} GiB" if o.get("limit") else ""
     section = f"{o['shape']}, {what} a process, {_where(file['device'], file.get('versions'))}"
     alone = {(r["method"], r["shard"]): r.get("step_seconds") for r in results if r["processes"] == 1}
     lora = {(r["shard"], r["processes"]): r.get("peak_bytes_per_process") for r in results if r["method"] == "lora"}

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..fp8_kernels import empty_rows, quantize_rows, row_launch, uses_kernels
+from ..fp8_kernels import empty_rows, exponent_of, quantize_rows, uses_kernels
 
 try:
     import triton
     import triton.language as tl
 
-    from ..fp8_kernels import store_row
+    from ..fp8_kernels import factor_of, magnitude
 except ImportError:  # CPU-only and Windows builds of torch
     triton = None
 
@@ -175,7 +175,9 @@ def swiglu_rows(gate, up):
         return quantize_rows(swiglu(gate, up))
     width = gate.shape[1]
     q, scale = empty_rows(gate, width, torch.float8_e4m3fn)
-    _swiglu_rows_kernel[(len(gate),)](gate, up, q, scale, gate.stride(0), up.stride(0), width, **row_launch(width))
+    _swiglu_rows_kernel[(len(gate),)](
+        gate, up, q, scale, gate.stride(0), up.stride(0), width, BLOCK=_BLOCK, EXPONENT=exponent_of(q.dtype)
+    )
     return q, scale
 
 
@@ -188,7 +190,7 @@ def swiglu_backward_rows(gate, up, dact, dtype, gate_columns, up_columns):
     (dgate, gate_scale), (dup, up_scale) = (empty_rows(gate, width, dtype) for _ in range(2))
     _swiglu_backward_rows_kernel[(len(gate),)](
         gate, up, dact, gate_columns, up_columns, dgate, gate_scale, dup, up_scale, gate.stride(0), up.stride(0), width,
-        **row_launch(width, dtype),
+        BLOCK=_BLOCK, EXPONENT=exponent_of(dtype),
     )  # fmt: skip
     return (dgate, gate_scale), (dup, up_scale)
 
@@ -382,15 +384,27 @@ if triton is not None:
         tl.store(gate + column, d * u * s * (1 + g * (1 - s)), mask=mask)
         tl.store(up + column, d * g * s, mask=mask)
 
+    # Rows are read twice, the second time from the cache: one that is held whole leaves too few threads.
+
     @triton.jit
     def _swiglu_rows_kernel(gate, up, q, scale, stride_gate, stride_up, width, BLOCK: tl.constexpr, EXPONENT: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        mask = column < width
-        g = tl.load(gate + row * stride_gate + column, mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(up + row * stride_up + column, mask=mask, other=0.0)
-        act = (g * tl.sigmoid(g) * u.to(tl.float32)).to(u.dtype).to(tl.float32)  # rounded as swiglu rounds
-        store_row(act, q, scale, row, width, column, mask, EXPONENT)
+        gate += row * stride_gate
+        up += row * stride_up
+        largest = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, width, BLOCK):
+            largest = tl.maximum(largest, magnitude(_activated(gate, up, start + tl.arange(0, BLOCK), width)))
+        factor = factor_of(tl.max(largest), scale + row, EXPONENT)
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            act = _activated(gate, up, column, width) * factor
+            tl.store(q + row * width + column, act.to(q.dtype.element_ty), mask=column < width)
+
+    @triton.jit
+    def _activated(gate, up, column, width):
+        g = tl.load(gate + column, mask=column < width, other=0.0).to(tl.float32)
+        u = tl.load(up + column, mask=column < width, other=0.0)
+        return (g * tl.sigmoid(g) * u.to(tl.float32)).to(u.dtype).to(tl.float32)  # rounded as swiglu rounds
 
     @triton.jit
     def _swiglu_backward_rows_kernel(
@@ -398,17 +412,34 @@ if triton is not None:
         BLOCK: tl.constexpr, EXPONENT: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
+        gate += row * stride_gate
+        up += row * stride_up
+        dact += row * width
+        of_gate = tl.zeros((BLOCK,), dtype=tl.float32)
+        of_up = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            dg, du = _deactivated(gate, up, dact, gate_columns, up_columns, column, width)
+            of_gate, of_up = tl.maximum(of_gate, magnitude(dg)), tl.maximum(of_up, magnitude(du))
+        gate_factor = factor_of(tl.max(of_gate), gate_scale + row, EXPONENT)
+        up_factor = factor_of(tl.max(of_up), up_scale + row, EXPONENT)
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            dg, du = _deactivated(gate, up, dact, gate_columns, up_columns, column, width)
+            tl.store(dgate + row * width + column, (dg * gate_factor).to(dgate.dtype.element_ty), mask=column < width)
+            tl.store(dup + row * width + column, (du * up_factor).to(dup.dtype.element_ty), mask=column < width)
+
+    @triton.jit
+    def _deactivated(gate, up, dact, gate_columns, up_columns, column, width):
         mask = column < width
-        g = tl.load(gate + row * stride_gate + column, mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(up + row * stride_up + column, mask=mask, other=0.0)
-        d = tl.load(dact + row * width + column, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(gate + column, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(up + column, mask=mask, other=0.0)
+        d = tl.load(dact + column, mask=mask, other=0.0).to(tl.float32)
         s = tl.sigmoid(g)
-        of_up = (d * g * s).to(u.dtype).to(tl.float32) * tl.load(up_columns + column, mask=mask, other=0.0)
-        store_row(of_up, dup, up_scale, row, width, column, mask, EXPONENT)
-        of_gate = (d * u.to(tl.float32) * s * (1 + g * (1 - s))).to(u.dtype).to(tl.float32)
-        of_gate *= tl.load(gate_columns + column, mask=mask, other=0.0)
-        store_row(of_gate, dgate, gate_scale, row, width, column, mask, EXPONENT)
+        dg = (d * u.to(tl.float32) * s * (1 + g * (1 - s))).to(u.dtype).to(tl.float32)
+        du = (d * g * s).to(u.dtype).to(tl.float32)
+        dg *= tl.load(gate_columns + column, mask=mask, other=0.0)
+        return dg, du * tl.load(up_columns + column, mask=mask, other=0.0)
 
     @triton.jit
     def _rope_kernel(
