@@ -27,6 +27,7 @@ from control_experiments.training.device import seed_everything
 from control_experiments.training.runs import RunFolder
 from control_experiments.training.trainer import ExperimentTrainer
 from peft_control import ControlConfig  # (importing it registers CONTROL for PeftModel.from_pretrained)
+from peft_control.export import export
 from RoBERTa import encoder, finetune
 from RoBERTa.glue import TASKS, load_task
 from RoBERTa.tests.conftest import write_glue
@@ -110,6 +111,10 @@ def test_an_adapters_card_says_how_to_load_it(arguments, tmp_path):
         exec(re.sub(r'folder = ".*?"', f"folder = {str(folder)!r}", lines), loaded)
         assert list(loaded["model"].config.id2label.values()) == labels
         assert loaded["tokenizer"]("the cat")["input_ids"]
+    exported = export(str(tmp_path / "mnli" / "adapter"), tmp_path / "exported")
+    names = exported.config.id2label
+    assert [*names.values()] == ["entailment", "neutral", "contradiction"]
+    assert exported.config.label2id == {name: label for label, name in names.items()}
 
 
 def dev_metrics(model, encoder, task, data):
