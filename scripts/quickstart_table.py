@@ -103,7 +103,7 @@ def markdown(records: dict[str, RunRecord | None], rows: Sequence[Sequence[str]]
 
 The demonstration task is made by the project itself from text that Python carries; it is not GLUE.
 
-{chr(10).join(markdown_rows(table))}
+{markdown_rows(table)}
 
 Equal conditions for all: {caption}.
 

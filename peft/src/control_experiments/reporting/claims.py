@@ -13,8 +13,8 @@ import yaml
 
 from . import statistics as rules
 from .records import UNQUANTIZED, Paper
-from .statistics import CONTRADICTED, MARGIN, NOT_DECIDED, NOT_TESTED, REPEATS, SUPPORTED, Pool, Test
-from .tables import linked, markdown_rows
+from .statistics import CONTRADICTED, NOT_DECIDED, NOT_TESTED, REPEATS, SUPPORTED, Pool, Test
+from .tables import environment, linked
 
 BASELINES = ("lora", "dora")
 BELOW = "below the majority class"
@@ -173,16 +173,6 @@ def _published(paper: Paper, table: str, quantity: str, kinds: list[str]) -> lis
 
 # -- claims.md ------------------------------------------------------------------------------------------------
 
-ABOUT = f"""Made by `scripts/make_tables.py` from run records. Differences are control minus baseline, with 95 % intervals in brackets.
-
-- **Quality** asks whether control loses anything, with a margin of {MARGIN:g} point. The answer is *supported* if the interval's lower
-  end lies above -{MARGIN:.1f}. It is *contradicted* if the upper end lies below 0 and the lower end not above -{MARGIN:.1f}. Else it is *not decided*.
-- Runs are paired by seed, and example by example where outcomes lie beside the records. Tasks are judged one by one and pooled.
-- A test in which neither method is above the most frequent class is flagged and does not count.
-- **Memory** is the allocator's peak, which is deterministic: one measurement decides, the worst of several.
-- **Time** needs {REPEATS} repeats and an interval on one side of zero.
-- Intervals are not corrected for the number of tests."""
-
 
 def overview(claims: Sequence[Claim]) -> pd.DataFrame:
     """A row for each domain: quality, memory and time of its control against LoRA, quality on its largest model."""
@@ -220,23 +210,16 @@ def markdown(claims: Sequence[Claim], paper: Paper, up: str = "") -> str:
         {"claim": f"[{claim.statement}](#{claim.name})", "whose": claim.whose, "verdict": f"**{claim.verdict}**", "tests": claim.tally, "tested on": claim.scope}
         for claim in claims
     ]  # fmt: skip
-    parts = ["# Claims", _table(overview(claims)), ABOUT, "## All claims", _table(pd.DataFrame(summary))]
-    for claim in claims:
-        found = f" ({claim.tally}; on {claim.scope})." if claim.tests else ": no record tests it yet."
-        parts += [f"## {claim.name}", f"{claim.statement} Claimed by {claim.whose}.", f"**{claim.verdict}**{found}"]
-        if claim.tests:
-            rows = [_shown(pool, pool.tests, "those of its tests") for pool in claim.pools if len(pool.tests) > 1]
-            rows += [_shown(test, [test], linked(test.links, up)) for test in claim.tests]
-            parts.append(_table(pd.DataFrame(rows).drop(columns=[] if claim.pools else "more seeds")))
-        if claim.published:
-            parts += ["The published figures:", "\n".join(f"- {line}" for line in claim.published)]
-        parts.append(f"At full scale, with hub access and a GPU: `{claim.command}`")
-    parts += ["## Doubts about the published figures", "\n".join(f"- {doubt}" for doubt in paper.weaknesses)]
-    return "\n\n".join(parts) + "\n"
 
+    def tests(claim: Claim) -> pd.DataFrame:
+        rows = [_shown(pool, pool.tests, "those of its tests") for pool in claim.pools if len(pool.tests) > 1]
+        rows += [_shown(test, [test], linked(test.links, up)) for test in claim.tests]
+        return pd.DataFrame(rows).drop(columns=[] if claim.pools else "more seeds")
 
-def _table(frame: pd.DataFrame) -> str:
-    return "\n".join(markdown_rows(frame))
+    about = {"overview": overview(claims), "summary": pd.DataFrame(summary), "claims": claims, "doubts": paper.weaknesses}
+    places = environment(keep_trailing_newline=True)
+    places.filters["tests"] = tests
+    return places.get_template("claims.md.jinja").render(**about, rules=rules)
 
 
 def _shown(judged: Test | Pool, tests: list[Test], links: str) -> dict[str, str]:

@@ -10,14 +10,13 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import jinja2
 import pandas as pd
 from markupsafe import Markup, escape
 
 from ..record import write_text_atomic
 from . import pictures
 from .claims import Claim, overview
-from .tables import Table, linked, step_means
+from .tables import Table, environment, linked, step_means
 
 NAMES = {"roberta": "RoBERTa", "vit": "ViT", "llama": "LLaMA", "qcontrol": "quantized"}
 
@@ -25,13 +24,11 @@ NAMES = {"roberta": "RoBERTa", "vit": "ViT", "llama": "LLaMA", "qcontrol": "quan
 def write_page(frame: pd.DataFrame, tables: Sequence[Table], claims: Sequence[Claim], problems: Sequence[str], path: Path,
                up: str) -> Path:  # fmt: skip
     """Write the page; `up` leads from its folder to the results folder."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )  # fmt: skip
-    environment.filters |= dict(inline=inline, family=pictures.family, linked=lambda links: linked(links, up))
+    made = environment(autoescape=True)
+    made.filters |= dict(inline=inline, family=pictures.family, linked=lambda links: linked(links, up))
     families = [name for name in pictures.FAMILIES if name in set(frame.row.dropna().map(pictures.family))]
     runs = frame[(frame.kind == "run") & frame.usable]
-    page = environment.get_template("page.html").render(
+    page = made.get_template("page.html").render(
         runs=len(runs), measurements=len(frame) - len(runs), problems=problems, names=NAMES, families=families, colours=pictures.FAMILIES,
         overview=overview(claims), claims=claims, tables=tables, parts=_parts(frame, runs),
     )  # fmt: skip
