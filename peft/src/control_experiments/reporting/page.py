@@ -27,10 +27,12 @@ def write_page(frame: pd.DataFrame, tables: Sequence[Table], claims: Sequence[Cl
     made = environment(autoescape=True)
     made.filters |= dict(inline=inline, family=pictures.family, linked=lambda links: linked(links, up))
     families = [name for name in pictures.FAMILIES if name in set(frame.row.dropna().map(pictures.family))]
-    runs = frame[(frame.kind == "run") & frame.usable]
+    runs = ((frame.kind == "run") & frame.usable).sum()
+    parts = [(anchor, title, about, [(domain, name, Markup(pictures.svg(figure))) for domain, name, figure in draw(frame)])
+             for anchor, title, about, draw in PARTS]  # fmt: skip
     page = made.get_template("page.html").render(
-        runs=len(runs), measurements=len(frame) - len(runs), problems=problems, names=NAMES, families=families, colours=pictures.FAMILIES,
-        overview=overview(claims), claims=claims, tables=tables, parts=_parts(frame, runs),
+        runs=runs, measurements=len(frame) - runs, problems=problems, names=NAMES, families=families, colours=pictures.FAMILIES,
+        overview=overview(claims), claims=claims, tables=tables, parts=parts,
     )  # fmt: skip
     return write_text_atomic(path, page + "\n")
 
@@ -49,24 +51,25 @@ def inline(text: object) -> Markup:
     return Markup(re.sub(r"&lt;sup&gt;(\d+)&lt;/sup&gt;", r"<sup>\1</sup>", html))
 
 
-def _parts(frame: pd.DataFrame, runs: pd.DataFrame) -> list[tuple[str, str, str, list[tuple[str, str, Markup]]]]:
-    """(anchor, title, explanation, pictures as (domain, title, SVG)) of each group of pictures."""
-    groups = runs.groupby(["domain", "section", "task"])
-    comparisons = [(f"{task}, {section}", part) for (_, section, task), part in groups]
-    return [
-        ("frontier", "Memory against speed", "One training step on random weights of the true shape. Left and low is better.", _drawn(frontiers(frame))),
-        ("score-memory", "Score against memory", "Each mark is one run: its last score and the peak of its training memory. Left and high is better.",
-         _drawn((part.domain.iloc[0], title, pictures.scores_against_memory(part[part.peak.notna()], title))
-                for title, part in comparisons if part.peak.notna().any())),
-        ("curves", "Training curves", "Score of each evaluation, one line a run; for LLaMA the held-out loss.",
-         _drawn((part.domain.iloc[0], title, pictures.curves(lines, title, "held-out loss" if part.domain.iloc[0] == "llama" else "score, %"))
-                for title, part in comparisons if (lines := [(run.row, run.seed, line) for run in part.itertuples() if len(line := curve(run.record)) > 1]))),
-        ("rates", "Score against learning rate", "On held-out training data.", _drawn(rates(frame))),
-    ]  # fmt: skip
+def _comparisons(frame: pd.DataFrame) -> Iterable[tuple[str, str, pd.DataFrame]]:
+    """(domain, title, runs) of each model and task."""
+    runs = frame[(frame.kind == "run") & frame.usable]
+    for (domain, section, task), part in runs.groupby(["domain", "section", "task"]):
+        yield domain, f"{task}, {section}", part
 
 
-def _drawn(figures: Iterable[tuple[str, str, object]]) -> list[tuple[str, str, Markup]]:
-    return [(domain, title, Markup(pictures.svg(figure))) for domain, title, figure in figures]
+def scores(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
+    """(domain, title, picture) of each comparison whose runs measured memory."""
+    for domain, title, part in _comparisons(frame):
+        if part.peak.notna().any():
+            yield domain, title, pictures.scores_against_memory(part[part.peak.notna()], title)
+
+
+def training_curves(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
+    """(domain, title, picture) of each comparison whose runs were evaluated more than once."""
+    for domain, title, part in _comparisons(frame):
+        if lines := [(run.row, run.seed, line) for run in part.itertuples() if len(line := curve(run.record)) > 1]:
+            yield domain, title, pictures.curves(lines, title, "held-out loss" if domain == "llama" else "score, %")
 
 
 def frontiers(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
@@ -119,3 +122,12 @@ def _slug(title: str) -> str:
     """llama3-8b, 4 x 1024 tokens, NVIDIA H100 80GB HBM3, torch 2.11 -> llama3-8b_4x1024_h100"""
     title = re.sub(r"(\d+) x (\d+) tokens( a process)?", r"\1x\2", title.lower()).partition(", torch")[0]
     return re.sub(r"[^a-z0-9.-]+", "_", re.sub(r"nvidia (\w+)[^,]*", r"\1", title))
+
+
+#: The groups of pictures of the page: anchor, title, explanation, and what draws them.
+PARTS = (
+    ("frontier", "Memory against speed", "One training step on random weights of the true shape. Left and low is better.", frontiers),
+    ("score-memory", "Score against memory", "Each mark is one run: its last score and the peak of its training memory. Left and high is better.", scores),
+    ("curves", "Training curves", "Score of each evaluation, one line a run; for LLaMA the held-out loss.", training_curves),
+    ("rates", "Score against learning rate", "On held-out training data.", rates),
+)  # fmt: skip
