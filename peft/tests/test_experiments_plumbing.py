@@ -611,7 +611,7 @@ def test_an_adapter_must_be_whole(part, tmp_path, recwarn):
 PROGRAMS = {
     "RoBERTa": ("finetune", "benchmark_padding"),
     "LlaMA": ("finetune", "evaluate", "convert"),
-    "ViT": ("finetune", "small_table"),
+    "ViT": ("finetune", "small_table", "benchmark_pipeline"),
 }
 
 
