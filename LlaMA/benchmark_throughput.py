@@ -26,13 +26,13 @@ from control_experiments.training.benchmarking import check_choices
 from control_experiments.training.checksums import fingerprint
 from control_experiments.training.device import DTYPES, seed_everything
 from control_experiments.training.metering import MemoryMeter, Throughput
-from control_experiments.training.methods import describe_adapter, describe_model
-from control_experiments.training.options import AdapterOptions, MemoryOptions, RunOptions
+from control_experiments.training.methods import adapter_config, describe_adapter, describe_model
+from control_experiments.training.options import MemoryOptions, RunOptions
 from control_experiments.training.setup import Run, start
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
-from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS
+from LlaMA.finetune import RecipeOptions
 from LlaMA.measuring import train_tokenizer
-from LlaMA.models import add_adapter, choose_pad_token, expected_config, load_model, load_tokenizer, ready_to_train
+from LlaMA.models import add_adapter, choose_pad_token, load_model, load_tokenizer, ready_to_train
 from LlaMA.packing import (
     VARLEN,
     Batch,
@@ -48,7 +48,7 @@ from scripts.workloads import LLAMA_SHAPES, random_llama
 
 
 @dataclass(kw_only=True)
-class Options(RunOptions, AdapterOptions, MemoryOptions):
+class Options(RunOptions, RecipeOptions, MemoryOptions):
     data: str = HfArg(help="JSON file in the format of commonsense_170k.json.")
     model: Optional[str] = HfArg(default=None, help="Hub id, folder or GGUF file of a base model.")
     shape: Optional[str] = HfArg(default=None, help=f"Or random weights of a shape: {', '.join(LLAMA_SHAPES)}.")
@@ -56,31 +56,16 @@ class Options(RunOptions, AdapterOptions, MemoryOptions):
     attention: Literal["auto", "sdpa"] = HfArg(default="auto", help="auto: flash attention over packs where it runs.")
     steps: int = HfArg(default=30, help="Timed optimizer steps of each way.")
     warmup: int = HfArg(default=5, help="Optimizer steps before the timed ones.")
-    batch_size: int = HfArg(default=8, help="Rows per optimizer step.")
     large_batch: int = HfArg(default=64, help="Rows per optimizer step of `large`.")
-    micro_batch_size: int = HfArg(default=4, help="Rows per padded micro-batch.")
     token_budget: int = HfArg(default=8192, help="Most tokens in a pack.")
-    cutoff: int = HfArg(default=256, help="Longer rows are cut to this many tokens.")
-    control_rank: int = HfArg(default=64, help="Rank of the control.")
-    lora_rank: int = HfArg(default=32, help="Rank of LoRA and DoRA.")
-    lora_alpha: float = HfArg(default=64, help="LoRA's updates are scaled by alpha/rank.")
-    lora_dropout: float = HfArg(default=0.05, help="Dropout of LoRA and DoRA.")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = HfArg(default="auto", help="Frozen weights and autocast.")
 
     def check(self) -> None:
         super().check()
         if (self.model is None) == (self.shape is None):
             raise UserError("give either --model or --shape")
         check_choices(self, shape=LLAMA_SHAPES)
-        rows = ("batch_size", "large_batch", "micro_batch_size")
-        check_numbers(self, "steps", *rows, "cutoff", "token_budget", at_least=1)
-
-    def config(self):
-        targets = self.lora_targets or (MIXED_TARGETS if "control" in self.method else LORA_TARGETS)
-        return expected_config(
-            self.method, self.control_rank, self.control_alpha, self.control_dropout, self.lora_rank,
-            self.lora_alpha, self.lora_dropout, targets,
-        )  # fmt: skip
+        check_numbers(self, "steps", "large_batch", at_least=1)
+        check_numbers(self, "warmup", at_least=0)
 
 
 def train(model: torch.nn.Module, steps: Sequence[list[Batch]], loss: Callable, run: Run, memory: MemoryMeter) -> dict:
@@ -126,7 +111,7 @@ def measure(options: Options, run: Run) -> RunRecord:
     memory.after_load()
     choose_pad_token(tokenizer, base.get_input_embeddings().weight.shape[0])
     total = base.num_parameters()
-    model = add_adapter(base, options.config())
+    model = add_adapter(base, adapter_config(options, task_type="CAUSAL_LM", targets=options.targets))
 
     def padded(step):
         return padded_step(step, options.micro_batch_size, tokenizer.pad_token_id)

@@ -184,17 +184,18 @@ def main() -> None:
     found = machine(options.device)
     print(f"{options.tokens} tokens, {found['device']}; forward and backward")
     campaign = Campaign(Path(options.output), options, itemgetter("operation"), found)
-    for name in [name for name in operations if name not in campaign.finished]:
+
+    def compare(name: str) -> dict:
         ours, *makers = operations[name]
         row = {"operation": name, "ours": measure(ours, options)}
-        words = [f"{name:30s} ours {shown(row['ours'])}"]
-        for peer, make in zip(PEERS, makers):
-            if peer in options.peers:
-                row[peer] = measure(make(), options)
-                ratio = row["ours"]["seconds"] / row[peer]["seconds"]
-                words.append(f"{peer} {shown(row[peer])} (time x{ratio:.2f})")
-        campaign.add(row)
-        print("   ".join(words), flush=True)
+        return row | {peer: measure(make(), options) for peer, make in zip(PEERS, makers) if peer in options.peers}
+
+    def say(row: dict) -> str:
+        times = {peer: row["ours"]["seconds"] / row[peer]["seconds"] for peer in PEERS if peer in row}
+        told = [f"{peer} {shown(row[peer])} (time x{ratio:.2f})" for peer, ratio in times.items()]
+        return "   ".join([f"{row['operation']:30s} ours {shown(row['ours'])}", *told])
+
+    campaign.run(list(operations), compare, say)
     campaign.finish(list(operations))
 
 

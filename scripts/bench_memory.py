@@ -38,7 +38,6 @@ import importlib.util
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter, itemgetter
@@ -285,10 +284,14 @@ def line(result: dict) -> str:
         return f"{result['method']:32s} {result['longest_tokens']:7d} tokens within {result['limit_gib']} GiB"
     spread = 100 * result["step_seconds_spread"] / result["step_seconds"]
     shared = "  OTHERS USE THIS GPU" if result["memory"]["other_processes_bytes"] else ""
+    kernels = [
+        f"\n    {kernel['seconds'] * 1e3:8.2f} ms {kernel['calls']:5d} x {kernel['name'][:90]}"
+        for kernel in result.get("kernels", [])[:20]
+    ]
     return (
         f"{result['method']:32s} {result['over_static_bytes'] / 1e9:7.2f} GB over {result['static_bytes'] / 1e9:6.2f}"
         f"  {result['step_seconds'] * 1e3:7.1f} ms, spread {spread:4.1f} %  {result['tokens_per_second']:9.0f} tokens/s"
-        f"  loss {result['loss']:.4f}{shared}"
+        f"  loss {result['loss']:.4f}{shared}{''.join(kernels)}"
     )
 
 
@@ -331,16 +334,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Path(options.output) / options.file_name(), options, itemgetter("method"), found,
         setting=setting, dtype=dtype, weights="random",
     )  # fmt: skip
-    finished = campaign.finished
-    for number, text in enumerate(options.methods, 1):
-        if text in finished:
-            continue
-        started = time.time()
-        result = run_method(options, parse_method(text), command)
-        campaign.add(result)
-        print(f"[{number}/{len(options.methods)}, {time.time() - started:.0f} s] {line(result)}", flush=True)
-        for kernel in result.get("kernels", [])[:20]:
-            print(f"    {kernel['seconds'] * 1e3:8.2f} ms {kernel['calls']:5d} x {kernel['name'][:90]}")
+    campaign.run(options.methods, lambda text: run_method(options, parse_method(text), command), line)
     print(table(campaign.results))
     measured = [result for result in campaign.results if "step_seconds" in result]
     if measured and not options.profile:

@@ -186,6 +186,14 @@ class Campaign:
         self.results.append(result)
         write_json_atomic(self._partial, self.record)
 
+    def run(self, keys: Sequence[Hashable], measure: Callable[[Hashable], dict], say: Callable[[dict], str]) -> None:
+        """Measure what is not finished, key by key, and say each result when it is there."""
+        for number, key in enumerate(keys, 1):
+            if key not in self.finished:
+                started, result = time.time(), measure(key)
+                self.add(result)
+                print(f"[{number}/{len(keys)}, {time.time() - started:.0f} s] {say(result)}", flush=True)
+
     def finish(self, order: Sequence[Hashable]) -> None:
         """Put the results in order and the record in its place.
 
