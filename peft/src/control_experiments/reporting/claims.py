@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -180,15 +181,13 @@ def overview(claims: Sequence[Claim]) -> pd.DataFrame:
     for domain, about in SPECIFICATIONS["domains"].items():
         pools = [pool for pool in by_name[f"{domain}-quality"].pools if " against lora" in pool.what]
         pool = max(pools, key=lambda pool: (bool(pool.counting), pool.tests[0].size), default=None)
-        more = rules.more_seeds(pool.tests) if pool else ""
-        rows.append({
-            "control against LoRA": f"[{about['title']}](#{domain}-quality)" + (f", {pool.what.partition(', all')[0]}" if pool else ""),
-            "quality": f"**{pool.verdict}**: {pool.statistic}" if pool else f"**{NOT_TESTED}**",
-            "more seeds to decide": more,
-            "memory": _costs(by_name, domain, "memory"),
-            "time": _costs(by_name, domain, "time"),
-        })  # fmt: skip
-    return pd.DataFrame(rows)
+        where = f"[{about['title']}](#{domain}-quality)"
+        quality, more = f"**{NOT_TESTED}**", ""
+        if pool:
+            where += f", {pool.what.partition(', all')[0]}"
+            quality, more = f"**{pool.verdict}**: {pool.statistic}", rules.more_seeds(pool.tests)
+        rows.append([where, quality, more, *(_costs(by_name, domain, quantity) for quantity in ("memory", "time"))])
+    return pd.DataFrame(rows, columns=["control against LoRA", "quality", "more seeds to decide", "memory", "time"])
 
 
 def _costs(by_name: dict[str, Claim], domain: str, quantity: str) -> str:
@@ -206,24 +205,6 @@ def _costs(by_name: dict[str, Claim], domain: str, quantity: str) -> str:
 
 def markdown(claims: Sequence[Claim], paper: Paper, up: str = "") -> str:
     """The overview, all claims, each with its tests, records and command, and what is doubtful in the published figures."""
-    summary = [
-        {"claim": f"[{claim.statement}](#{claim.name})", "whose": claim.whose, "verdict": f"**{claim.verdict}**", "tests": claim.tally, "tested on": claim.scope}
-        for claim in claims
-    ]  # fmt: skip
-
-    def tests(claim: Claim) -> pd.DataFrame:
-        rows = [_shown(pool, pool.tests, "those of its tests") for pool in claim.pools if len(pool.tests) > 1]
-        rows += [_shown(test, [test], linked(test.links, up)) for test in claim.tests]
-        return pd.DataFrame(rows).drop(columns=[] if claim.pools else "more seeds")
-
-    about = {"overview": overview(claims), "summary": pd.DataFrame(summary), "claims": claims, "doubts": paper.weaknesses}
-    places = environment(keep_trailing_newline=True)
-    places.filters["tests"] = tests
-    return places.get_template("claims.md.jinja").render(**about, rules=rules)
-
-
-def _shown(judged: Test | Pool, tests: list[Test], links: str) -> dict[str, str]:
-    below = isinstance(judged, Test) and judged.below_majority
-    verdict, more = (f"{BELOW}, does not count", "") if below else (judged.verdict, rules.more_seeds(tests))
-    row = {"test": judged.what, "difference": judged.statistic, "verdict": verdict}
-    return row | {"more seeds": more, "records": links}
+    template = environment(keep_trailing_newline=True).get_template("claims.md.jinja")
+    shown = {"overview": overview(claims), "doubts": paper.weaknesses, "below": BELOW, "rules": rules}
+    return template.render(claims=claims, **shown, linked=partial(linked, up=up))
