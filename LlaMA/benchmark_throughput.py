@@ -21,8 +21,7 @@ from transformers.hf_argparser import HfArg
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import public_path
 from control_experiments.record import RunRecord
-from control_experiments.training.arguments import check_numbers, parse_arguments
-from control_experiments.training.benchmarking import check_choices
+from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
 from control_experiments.training.checksums import fingerprint
 from control_experiments.training.device import DTYPES, seed_everything
 from control_experiments.training.metering import MemoryMeter, Throughput

@@ -24,8 +24,8 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
-from control_experiments.training.arguments import parse_arguments
-from control_experiments.training.benchmarking import Campaign, check_choices, choose_device, machine, synchronize, time_steps
+from control_experiments.training.arguments import check_choices, parse_arguments
+from control_experiments.training.benchmarking import Campaign, choose_device, machine, synchronize, time_steps
 from peft_control.memory import kernels
 from peft_control.memory.loss import LinearCrossEntropy
 

@@ -49,11 +49,10 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
-from control_experiments.training.arguments import check_numbers, parse_arguments
+from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
 from control_experiments.training.benchmarking import (
     EXPANDABLE,
     Campaign,
-    check_choices,
     choose_device,
     machine,
     run_apart,

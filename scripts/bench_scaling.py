@@ -46,8 +46,8 @@ from transformers.hf_argparser import HfArg
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import write_json_atomic
-from control_experiments.training.arguments import parse_arguments
-from control_experiments.training.benchmarking import EXPANDABLE, Campaign, check_choices, machine
+from control_experiments.training.arguments import check_choices, parse_arguments
+from control_experiments.training.benchmarking import EXPANDABLE, Campaign, machine
 from control_experiments.training.sharding import average_gradients, split_into_units
 from scripts.workloads import LLAMA_SHAPES, adapt, parse_method, random_llama
 

@@ -380,7 +380,6 @@ def test_launcher_refuses_in_one_line(noting, tmp_path, capsys):
     [
         ({"method": "adapter"}, "unknown method 'adapter': choose one of control, lora, dora"),
         ({"task": "snli"}, "unknown task 'snli'"),
-        ({"scheduler": "square"}, "unknown --scheduler 'square': choose one of linear"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
         ({"device": "gpu"}, "GPU must be an index"),
         ({"control_blocks": "memory"}, "memory"),

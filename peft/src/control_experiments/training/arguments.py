@@ -56,3 +56,16 @@ def check_numbers(options: object, *names: str, **bounds: float) -> None:
             holds, words = _BOUNDS[kind]
             if not holds(value, bound):
                 raise UserError(f"--{name} must be {words} {bound}, got {value}")
+
+
+def check_choices(options: object, **choices: Sequence[str] | dict) -> None:
+    """Check that options, or each of several values, are among those named; None was left out and passes.
+
+    Raises:
+        UserError: one is not; the message names it, what was given and what there is.
+    """
+    for name, known in choices.items():
+        given = getattr(options, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value not in known:
+                raise UserError(f"unknown --{name} {value!r}: choose from {', '.join(known)}")

@@ -25,19 +25,6 @@ EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 _HOW = ("output", "worker", "result", "accumulate")
 
 
-def check_choices(options: object, **choices: Sequence[str] | dict) -> None:
-    """Check that options, or each of several values, are among those named; None was left out and passes.
-
-    Raises:
-        UserError: one is not; the message names it, what was given and what there is.
-    """
-    for name, known in choices.items():
-        given = getattr(options, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and value not in known:
-                raise UserError(f"unknown --{name} {value!r}: choose from {', '.join(known)}")
-
-
 # -- timing -----------------------------------------------------------------------------------------------------
 
 
