@@ -7,8 +7,8 @@ from tiny_models import FAMILIES, build, logits, randomize_adapters
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 from control_experiments.errors import UserError
+from control_experiments.training.options import check_method_runs
 from control_experiments.training.quantization import (
-    check_method_runs,
     check_not_quantized,
     check_paging,
     loading_arguments,
