@@ -49,10 +49,10 @@ from control_experiments.record import write_json_atomic
 from control_experiments.training.arguments import check_choices, parse_arguments
 from control_experiments.training.benchmarking import EXPANDABLE, Campaign, machine
 from control_experiments.training.sharding import average_gradients, split_into_units
+from scripts.bench_memory import LONGEST
 from scripts.workloads import LLAMA_SHAPES, adapt, parse_method, random_llama
 
 SHARDS = ("ddp", "fsdp2")
-LONGEST = 1 << 20  # tokens: where --longest ends
 
 
 @dataclass
