@@ -13,44 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import TYPE_CHECKING, Literal, Optional
 
-import torch
 from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import public_path
-from control_experiments.record import RunRecord
 from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
-from control_experiments.training.checksums import fingerprint
-from control_experiments.training.device import DTYPES, seed_everything
-from control_experiments.training.metering import MemoryMeter, Throughput
-from control_experiments.training.methods import adapter_config, describe_adapter, describe_model
 from control_experiments.training.options import MemoryOptions, RunOptions
-from control_experiments.training.setup import Run, start
-from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
 from LlaMA.finetune import RecipeOptions
-from LlaMA.measuring import train_tokenizer
-from LlaMA.models import add_adapter, choose_pad_token, load_model, load_tokenizer, ready_to_train
-from LlaMA.packing import (
-    VARLEN,
-    Batch,
-    GraphedLoss,
-    batch_loss,
-    fixed_shape,
-    fused_batch_loss,
-    packed_step,
-    padded_step,
-    varlen_available,
-)
-from scripts.workloads import LLAMA_SHAPES, random_llama
+
+if TYPE_CHECKING:
+    from control_experiments.record import RunRecord
+    from control_experiments.training.setup import Run
+    from LlaMA.packing import Batch
 
 
 @dataclass(kw_only=True)
 class Options(RunOptions, RecipeOptions, MemoryOptions):
     data: str = HfArg(help="JSON file in the format of commonsense_170k.json.")
     model: Optional[str] = HfArg(default=None, help="Hub id, folder or GGUF file of a base model.")
-    shape: Optional[str] = HfArg(default=None, help=f"Or random weights of a shape: {', '.join(LLAMA_SHAPES)}.")
+    shape: Optional[str] = HfArg(default=None, help="Or random weights of a LLaMA shape of scripts.bench_memory.")
     method: str = HfArg(default="control+lora", help="Method that is trained.")
     attention: Literal["auto", "sdpa"] = HfArg(default="auto", help="auto: flash attention over packs where it runs.")
     steps: int = HfArg(default=30, help="Timed optimizer steps of each way.")
@@ -62,39 +45,23 @@ class Options(RunOptions, RecipeOptions, MemoryOptions):
         super().check()
         if (self.model is None) == (self.shape is None):
             raise UserError("give either --model or --shape")
-        check_choices(self, shape=LLAMA_SHAPES)
         check_numbers(self, "steps", "large_batch", at_least=1)
         check_numbers(self, "warmup", at_least=0)
 
 
-def train(model: torch.nn.Module, steps: Sequence[list[Batch]], loss: Callable, run: Run, memory: MemoryMeter) -> dict:
-    """Train on `steps` (each a list of batches whose gradients add up) with AdamW under autocast.
-
-    The first ones, in which kernels are chosen and memory is first taken, are not timed.
-    """
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0)
-    throughput, dtype = Throughput(run.device), DTYPES[run.precision]
-    model.train()
-    for number, batches in enumerate(steps, -run.options.warmup):
-        if number == 0:
-            throughput.start()
-        for batch in batches:
-            with torch.autocast(run.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                value = loss(model, batch.to(run.device))
-            value.backward()
-            if number >= 0:
-                throughput.add(batch.rows, batch.tokens)
-        optimizer.step()
-        optimizer.zero_grad()
-        memory.after_optimizer()
-        if number >= 0:
-            throughput.step()
-    throughput.stop()
-    return throughput.summary()
-
-
 def measure(options: Options, run: Run) -> RunRecord:
     """Time all three ways on one model and write the record."""
+    import torch
+
+    from control_experiments.training.checksums import fingerprint
+    from control_experiments.training.device import DTYPES, seed_everything
+    from control_experiments.training.metering import MemoryMeter, Throughput
+    from control_experiments.training.methods import adapter_config, describe_adapter, describe_model
+    from LlaMA import models, packing
+    from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
+    from LlaMA.measuring import train_tokenizer
+    from scripts.workloads import LLAMA_SHAPES, random_llama
+
     dtype = DTYPES[run.precision]
     record = run.begin_record(domain="llama", task="throughput", dtype=str(dtype).removeprefix("torch."))
     seed_everything(options.seed)
@@ -105,23 +72,48 @@ def measure(options: Options, run: Run) -> RunRecord:
         tokenizer = train_tokenizer(order, min(16384, LLAMA_SHAPES[options.shape]["vocab_size"]))
         base = random_llama(options.shape, run.device, dtype)
     else:
-        tokenizer = load_tokenizer(options.model)
-        base = load_model(options.model, dtype, run.device)
+        tokenizer = models.load_tokenizer(options.model)
+        base = models.load_model(options.model, dtype, run.device)
     memory.after_load()
-    choose_pad_token(tokenizer, base.get_input_embeddings().weight.shape[0])
+    models.choose_pad_token(tokenizer, base.get_input_embeddings().weight.shape[0])
     total = base.num_parameters()
-    model = add_adapter(base, adapter_config(options, task_type="CAUSAL_LM", targets=options.targets))
+    model = models.add_adapter(base, adapter_config(options, task_type="CAUSAL_LM", targets=options.targets))
 
     def padded(step):
-        return padded_step(step, options.micro_batch_size, tokenizer.pad_token_id)
+        return packing.padded_step(step, options.micro_batch_size, tokenizer.pad_token_id)
 
     def packed(step):
-        packs = packed_step(step, options.micro_batch_size, options.token_budget)
+        packs = packing.packed_step(step, options.micro_batch_size, options.token_budget)
         if not options.cuda_graphs:
             return packs
         quantum = -(-options.token_budget // 16)
         size = (quantum, len(step), options.cutoff, tokenizer.pad_token_id)
-        return [fixed_shape(pack, *size) for pack in packs]
+        return [packing.fixed_shape(pack, *size) for pack in packs]
+
+    def train(steps: Sequence[list[Batch]], loss: Callable) -> dict:
+        """Train on `steps` (each a list of batches whose gradients add up) with AdamW under autocast.
+
+        The first ones, in which kernels are chosen and memory is first taken, are not timed.
+        """
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0)
+        throughput = Throughput(run.device)
+        model.train()
+        for number, batches in enumerate(steps, -options.warmup):
+            if number == 0:
+                throughput.start()
+            for batch in batches:
+                with torch.autocast(run.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    value = loss(model, batch.to(run.device))
+                value.backward()
+                if number >= 0:
+                    throughput.add(batch.rows, batch.tokens)
+            optimizer.step()
+            optimizer.zero_grad()
+            memory.after_optimizer()
+            if number >= 0:
+                throughput.step()
+        throughput.stop()
+        return throughput.summary()
 
     results: dict[str, dict] = {}
     for name, size, make, mode in (
@@ -129,17 +121,17 @@ def measure(options: Options, run: Run) -> RunRecord:
         ("packed", options.batch_size, packed, options.memory),
         ("large", options.large_batch, packed, options.memory),
     ):
-        varlen = options.attention == "auto" and make is packed and varlen_available(run.device, dtype)
-        attention = VARLEN if varlen else "sdpa"
+        varlen = options.attention == "auto" and make is packed and packing.varlen_available(run.device, dtype)
+        attention = packing.VARLEN if varlen else "sdpa"
         base.set_attn_implementation(attention)
-        ready_to_train(model, mode, half=dtype != torch.float32)
-        loss = batch_loss if mode == "plain" else fused_batch_loss
-        loss = GraphedLoss(loss) if options.cuda_graphs and make is packed else loss
+        models.ready_to_train(model, mode, half=dtype != torch.float32)
+        loss = packing.batch_loss if mode == "plain" else packing.fused_batch_loss
+        loss = packing.GraphedLoss(loss) if options.cuda_graphs and make is packed else loss
         count = (options.steps + options.warmup) * size
         wanted = [order[index % len(order)] for index in range(count)]
         tokens = tokenize_rows(wanted, tokenizer, options.cutoff)
         steps = [make(tokens[start : start + size]) for start in range(0, count, size)]
-        summary = train(model, steps, loss, run, memory)
+        summary = train(steps, loss)
         rate = summary["tokens_per_second"]
         speedup = rate / results["published"]["real_tokens_per_second"] if results else 1.0
         forwards, seconds = sum(map(len, steps)) / len(steps), summary["train_seconds"] / summary["steps"]
@@ -165,6 +157,10 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     """Measure as the command line says; None when the folder holds the finished measurement."""
     (options,) = parse_arguments(Options, argv=argv, description=__doc__)
     options.check()
+    from control_experiments.training.setup import start  # and torch with it: not before the options are known to be right
+    from scripts.workloads import LLAMA_SHAPES
+
+    check_choices(options, shape=LLAMA_SHAPES)
     less = "a smaller --token_budget, --large_batch or --micro_batch_size, --memory lean"
     with start(options, "LlaMA.benchmark_throughput", argv, less_memory=less, option="dtype") as run:
         if run.folder.finished:

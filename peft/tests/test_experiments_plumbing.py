@@ -610,7 +610,7 @@ def test_an_adapter_must_be_whole(part, tmp_path, recwarn):
 
 PROGRAMS = {
     "RoBERTa": ("finetune", "benchmark_padding"),
-    "LlaMA": ("finetune", "evaluate", "convert"),
+    "LlaMA": ("finetune", "evaluate", "convert", "benchmark_throughput"),
     "ViT": ("finetune", "small_table", "benchmark_pipeline"),
 }
 

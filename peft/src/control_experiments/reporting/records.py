@@ -246,13 +246,15 @@ def _mark_unequal(frame: pd.DataFrame) -> list[str]:
     runs, keys = frame[frame.kind == "run"], ["whose", "domain", "section", "task", "row"]
     others = {"shared": "the others of its comparison", "own": "other seeds of its row"}
     for what, places in (("shared", keys[:-1]), ("own", keys)):
-        conditions = pd.DataFrame(list(runs[what]), index=runs.index)
-        usual = conditions.groupby([runs[key] for key in places]).transform(lambda given: next(iter(given.mode()), None))
-        wrong = conditions.notna() & (conditions != usual)
-        for index, name in wrong[wrong.any(axis=1)].idxmax(axis=1).items():
-            differs = f"with {name} {conditions[name][index]}, {others[what]} with {usual[name][index]}"
-            remedy = "run it again under equal conditions, or move it to another results folder"
-            found.setdefault(index, f"{runs.links[index][0][1]} was run {differs}: {remedy}")
+        for _, group in runs.groupby(places):
+            conditions = pd.DataFrame(list(group[what]), index=group.index)
+            usual = conditions.mode().iloc[0] if len(conditions.columns) else {}
+            wrong = conditions.notna() & (conditions != usual)
+            for index in group.index[wrong.any(axis=1)]:
+                name = wrong.columns[wrong.loc[index]][0]
+                differs = f"with {name} {conditions[name][index]}, {others[what]} with {usual[name]}"
+                remedy = "run it again under equal conditions, or move it to another results folder"
+                found.setdefault(index, f"{group.links[index][0][1]} was run {differs}: {remedy}")
     twice = runs[runs.duplicated([*keys, "seed"], keep=False)]
     for (*_, row, seed), group in twice.groupby([*keys, "seed"]):
         files = " and ".join(links[0][1] for links in group.links)
