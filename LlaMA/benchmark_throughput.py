@@ -59,7 +59,6 @@ def measure(options: Options, run: Run) -> RunRecord:
     from control_experiments.training.methods import adapter_config, describe_adapter, describe_model
     from LlaMA import models, packing
     from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
-    from LlaMA.measuring import train_tokenizer
     from scripts.workloads import LLAMA_SHAPES, random_llama
 
     dtype = DTYPES[run.precision]
@@ -69,7 +68,7 @@ def measure(options: Options, run: Run) -> RunRecord:
     order, _ = split_rows(rows, 1, options.seed)
     memory = MemoryMeter(run.device)
     if options.model is None:
-        tokenizer = train_tokenizer(order, min(16384, LLAMA_SHAPES[options.shape]["vocab_size"]))
+        tokenizer = models.train_tokenizer(order, min(16384, LLAMA_SHAPES[options.shape]["vocab_size"]))
         base = random_llama(options.shape, run.device, dtype)
     else:
         tokenizer = models.load_tokenizer(options.model)

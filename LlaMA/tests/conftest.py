@@ -10,8 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from control_experiments.errors import run_main
 from LlaMA.commonsense import TASKS, Row
-from LlaMA.measuring import train_tokenizer
-from LlaMA.models import add_adapter, expected_config
+from LlaMA.models import add_adapter, expected_config, train_tokenizer
 
 NOUNS = ("river", "teacher", "engine", "garden", "letter", "window", "doctor", "bridge", "candle", "market")
 

@@ -102,7 +102,7 @@ def vit(folder: Path, **changes: object) -> Run:
 
 def _llama_files(folder: Path) -> tuple[Path, Path]:
     from LlaMA.commonsense import TASKS, Row
-    from LlaMA.measuring import train_tokenizer
+    from LlaMA.models import train_tokenizer
     from LlaMA.tests.conftest import make_row, tiny_model
 
     model, data = folder / "llama", folder / "commonsense"
