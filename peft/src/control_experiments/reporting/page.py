@@ -21,19 +21,18 @@ from .tables import Table, environment, linked, step_means
 NAMES = {"roberta": "RoBERTa", "vit": "ViT", "llama": "LLaMA", "qcontrol": "quantized"}
 
 
-def write_page(frame: pd.DataFrame, tables: Sequence[Table], claims: Sequence[Claim], problems: Sequence[str], path: Path,
-               up: str) -> Path:  # fmt: skip
+def write_page(
+    frame: pd.DataFrame, tables: Sequence[Table], claims: Sequence[Claim], problems: Sequence[str], path: Path, up: str
+) -> Path:
     """Write the page; `up` leads from its folder to the results folder."""
     made = environment(autoescape=True)
     made.filters |= dict(inline=inline, family=pictures.family, linked=lambda links: linked(links, up))
     families = [name for name in pictures.FAMILIES if name in set(frame.row.dropna().map(pictures.family))]
     runs = ((frame.kind == "run") & frame.usable).sum()
-    parts = [(anchor, title, about, [(domain, name, Markup(pictures.svg(figure))) for domain, name, figure in draw(frame)])
-             for anchor, title, about, draw in PARTS]  # fmt: skip
-    page = made.get_template("page.html").render(
-        runs=runs, measurements=len(frame) - runs, problems=problems, names=NAMES, families=families, colours=pictures.FAMILIES,
-        overview=overview(claims), claims=claims, tables=tables, parts=parts,
-    )  # fmt: skip
+    parts = [(*about, _drawn(draw(frame))) for *about, draw in PARTS]
+    known = {"names": NAMES, "families": families, "colours": pictures.FAMILIES, "parts": parts}
+    found = {"overview": overview(claims), "claims": claims, "tables": tables, "problems": problems}
+    page = made.get_template("page.html").render(runs=runs, measurements=len(frame) - runs, **known, **found)
     return write_text_atomic(path, page + "\n")
 
 
@@ -49,6 +48,10 @@ def inline(text: object) -> Markup:
     html = re.sub(r"\[([^\]]+)\]\(([^)]+)\)", link, str(escape(text)))
     html = re.sub(r"\*\*([a-z ]+|<a.*?</a>)\*\*", bold, html)
     return Markup(re.sub(r"&lt;sup&gt;(\d+)&lt;/sup&gt;", r"<sup>\1</sup>", html))
+
+
+def _drawn(figures: Iterable[tuple[str, str, object]]) -> list[tuple[str, str, Markup]]:
+    return [(domain, title, Markup(pictures.svg(figure))) for domain, title, figure in figures]
 
 
 def _comparisons(frame: pd.DataFrame) -> Iterable[tuple[str, str, pd.DataFrame]]:

@@ -160,9 +160,8 @@ def _with_frontier(steps: pd.DataFrame) -> pd.DataFrame:
     loras = means[means.index.get_level_values("row").str.startswith("lora")].groupby(setting).min()
     steps = steps.join(means, on=[*setting, "row"], rsuffix="_mean").join(loras, on=setting, rsuffix="_lora")
     frontier = steps.frontier.map({True: "yes", False: "no"}).fillna("")
-    return steps.assign(
-        time_ratio=steps.seconds_mean / steps.seconds_lora, memory_ratio=steps.over_mean / steps.over_lora, frontier=frontier
-    )  # fmt: skip
+    ratios = {"time_ratio": steps.seconds_mean / steps.seconds_lora, "memory_ratio": steps.over_mean / steps.over_lora}
+    return steps.assign(**ratios, frontier=frontier)
 
 
 # -- cells ----------------------------------------------------------------------------------------------------
@@ -260,10 +259,8 @@ def markdown_rows(frame: pd.DataFrame) -> str:
 
 def environment(**options: object) -> jinja2.Environment:
     """Where the templates of this folder are filled in; filter `table` makes Markdown of a frame."""
-    made = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-        **options,
-    )  # fmt: skip
+    blocks = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    made = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **blocks, **options)
     made.filters["table"] = markdown_rows
     return made
 
