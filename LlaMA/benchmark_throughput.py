@@ -142,14 +142,12 @@ def measure(options: Options, run: Run) -> RunRecord:
     return record.finish(
         run.folder.record,
         model=describe_model(options.model or f"random {options.shape}", base, total),
-        data={
-            "id": public_path(options.data), "sha256": fingerprint(options.data), "sizes": {"rows": len(rows)},
-        },
+        data={"id": public_path(options.data), "sha256": fingerprint(options.data), "sizes": {"rows": len(rows)}},
         adapter=describe_adapter(model),
         metrics={"best": {}, "last": results},
         memory=memory.summary(),
         time={name: result["real_tokens_per_second"] for name, result in results.items()},
-    )  # fmt: skip
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> RunRecord | None:

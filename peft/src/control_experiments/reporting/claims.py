@@ -124,8 +124,9 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
             yield from _pair(section, {control: rows[control], baseline: rows[baseline]}, column=column, **test)
 
 
-def _pair(where: str, rows: dict[str, pd.DataFrame], column: str, rule: str, unit: str = "%", sign: int = -1,
-          task: str = "") -> Iterable[Test]:  # fmt: skip
+def _pair(
+    where: str, rows: dict[str, pd.DataFrame], column: str, rule: str, unit: str = "%", sign: int = -1, task: str = ""
+) -> Iterable[Test]:
     """Two rows, control and baseline, whose index is the seed or the repeat that pairs them."""
     (control, one), (baseline, other) = rows.items()
     if not (shared := sorted(set(one.index) & set(other.index))):

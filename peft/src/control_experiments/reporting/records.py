@@ -38,9 +38,7 @@ _OBJECTS = """links notes shared own record folder published timed""".split()  #
 SEARCH = "learning_rate_search"
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 #: Columns of the commonsense tables, in the paper's order.
-COMMONSENSE = (
-    "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa", "average",
-)  # fmt: skip
+COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa", "average")
 UNQUANTIZED = "not quantized"
 SHARED_GPU = "Not shown: other processes used the GPU at the same time."
 RESIDENT = "Resident memory of the whole process on a CPU, not comparable with a GPU's."
@@ -49,7 +47,7 @@ _USUAL_RANKS = {"roberta": (16, 8), "qcontrol": (16, 8), "vit": (16, 1)}
 #: LLaMA's records name their targets always: those of the recipes need no mention.
 _RECIPE_TARGETS = ({"q_proj", "k_proj", "v_proj"}, {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"})
 #: Hyperparameters in which methods may differ from each other, but seeds of one method may not.
-_METHODS_OWN = ("lr", "learning_rate", "memory", "cuda_graphs", "gradient_checkpointing", "shard", "lora_", "control_")  # fmt: skip
+_METHODS_OWN = ("lr", "learning_rate", "memory", "cuda_graphs", "gradient_checkpointing", "shard", "lora_", "control_")
 #: Hyperparameters that change neither what is learned nor what it costs, or that name what is compared.
 _NEUTRAL = ("method", "seed", "task", "data", "model", "limit", "mode", "quantization", "mlp_layers")
 #: What a kernel does -> how the names of such kernels are recognised, in this order.
@@ -61,7 +59,7 @@ KERNELS = {
     "host copies": "memcpy (dtoh|htod)",
     "optimizer": "adam|multi_tensor",
     "others": "",
-}  # fmt: skip
+}
 
 
 def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
