@@ -137,7 +137,7 @@ def _pair(
     test = Test(f"{where}: {control} against {baseline}", pairs, rule, unit, sign, list(links.values()))
     if rule == "quality":
         test.size = one.record.iloc[0].model.get("total_parameters") or 0
-        test.floor = rules.MAJORITY.get(task)
+        test.floor = SPECIFICATIONS["majority"].get(task)
         test.examples = rules.example_variance([(one.folder[seed], other.folder[seed]) for seed in shared])
     yield test
 

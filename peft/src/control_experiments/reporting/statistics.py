@@ -32,11 +32,6 @@ MARGIN = 1.0  # points: control "loses no quality" if its score is at most this 
 REPEATS = 3  # of a time, before it decides anything
 RESAMPLES = 1000
 MOST_SEEDS = 100  # more than anybody will run
-#: Score in percent of always answering the most frequent class of the usual test set (counted in its files), by task.
-MAJORITY = {
-    "cola": 0.0, "stsb": 0.0, "sst2": 50.92, "rte": 52.71, "wnli": 56.34, "mrpc": 74.80, "qqp": 31.59, "qnli": 50.54, "mnli": 35.45,
-    "commonsense": 37.90, "cifar100": 1.0, "cifar100_7k": 1.0, "flowers12": 8.34,
-}  # fmt: skip
 
 
 @dataclass
