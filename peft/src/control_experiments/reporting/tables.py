@@ -108,12 +108,14 @@ def _runs(frame: pd.DataFrame, paper: Paper, specification: dict) -> pd.DataFram
     keys = ["domain", "section", "task"]
     runs = frame[(frame.kind == "run") & (frame.domain == specification["runs"])]
     rows = pd.concat([runs, _printed(paper, specification)])
-    wanted = rows[keys].drop_duplicates().merge(pd.DataFrame({"bare": specification.get("always", ())}), how="cross")
-    there = rows[rows.whose != "paper"].assign(bare=lambda there: there.row.map(bare))[[*keys, "bare"]]
-    missing = wanted.merge(there, how="left", indicator="found").query("found == 'left_only'").rename(columns={"bare": "row"})
-    rows = pd.concat([rows, missing[[*keys, "row"]].assign(whose="ours", n=0)], ignore_index=True)
+    for place, group in list(rows.groupby(keys)):
+        there = set(group.row[group.whose != "paper"].map(bare))
+        empty = dict(zip(keys, place)) | {"whose": "ours", "n": 0}
+        missing = [empty | {"row": method} for method in specification.get("always", ()) if method not in there]
+        rows = pd.concat([rows, pd.DataFrame(missing)]) if missing else rows
+    rows = rows.reset_index(drop=True)
     for column, nothing in (("links", ()), ("notes", ()), ("problem", ""), ("error", "")):
-        rows[column] = [value if isinstance(value, type(nothing) | list) else nothing for value in rows[column]]
+        rows[column] = rows[column].where(rows[column].notna(), pd.Series([nothing] * len(rows)))
     lr = rows.lr.map(lambda rate: "" if pd.isna(rate) else f"{rate:g}")
     rows["rates"] = lr.groupby([rows[key] for key in (*keys, "row", "whose")]).transform(
         lambda rates: " / ".join(sorted(set(rates)))
