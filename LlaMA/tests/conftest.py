@@ -9,8 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from LlaMA.commonsense import TASKS, Row, read_rows
-from LlaMA.measuring import train_tokenizer
-from LlaMA.models import add_adapter, expected_config
+from LlaMA.models import add_adapter, expected_config, train_tokenizer
 
 NOUNS = ("river", "teacher", "engine", "garden", "letter", "window", "doctor", "bridge", "candle", "market")
 

@@ -27,6 +27,7 @@ from control_experiments.record import read_record
 from control_experiments.training.device import seed_everything
 from control_experiments.training.trainer import ExperimentTrainer
 from peft_control import ControlConfig  # (importing it registers CONTROL for PeftModel.from_pretrained)
+from peft_control.export import export
 from RoBERTa import encoder, finetune
 from RoBERTa.glue import TASKS, load_task
 from RoBERTa.tests.conftest import write_glue
@@ -93,6 +94,10 @@ def test_an_adapters_card_says_how_to_load_it(arguments, tmp_path):
         exec(re.sub(r'folder = ".*?"', f"folder = {str(folder)!r}", lines), loaded)
         assert list(loaded["model"].config.id2label.values()) == labels
         assert loaded["tokenizer"]("the cat")["input_ids"]
+    exported = export(str(tmp_path / "mnli" / "adapter"), tmp_path / "exported")
+    names = exported.config.id2label
+    assert [*names.values()] == ["entailment", "neutral", "contradiction"]
+    assert exported.config.label2id == {name: label for label, name in names.items()}
 
 
 def dev_metrics(model, encoder, task, data):
@@ -271,7 +276,6 @@ def test_launcher_refuses_in_one_line(launch, started, call, tmp_path):
     [
         ({"method": "adapter"}, "unknown method 'adapter': choose one of control, lora, dora"),
         ({"task": "snli"}, "unknown task 'snli'"),
-        ({"scheduler": "square"}, "unknown --scheduler 'square': choose one of linear"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
         ({"device": "gpu"}, "GPU must be an index"),
         ({"control_blocks": "memory"}, "memory"),

@@ -590,8 +590,10 @@ PROGRAMS = [
     "LlaMA.study",
     "LlaMA.evaluate",
     "LlaMA.convert",
+    "LlaMA.benchmark_throughput",
     "ViT.finetune",
     "ViT.small_table",
+    "ViT.benchmark_pipeline",
 ]
 
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaFo
 
 from control_experiments.errors import UserError
 from control_experiments.training import quantization as quantizing
+from control_experiments.training.options import check_method_runs
 from control_experiments.training.quantization import loading_arguments, prepare, quantization_of, quantized_linears
 from peft_control import ControlConfig, memory
 from peft_control.memory import MODES, set_memory_mode
@@ -281,9 +282,9 @@ def test_what_is_missing_says_so(monkeypatch):
 
 def test_dora_over_int8_on_a_cpu_says_so(folders):
     with pytest.raises(UserError, match="needs a GPU"):
-        quantizing.check_method_runs("control+dora", "int8", CPU)
-    quantizing.check_method_runs("control+dora", "nf4", CPU)
-    quantizing.check_method_runs("dora", "int8", torch.device("cuda"))
+        check_method_runs("control+dora", "int8", CPU)
+    check_method_runs("control+dora", "nf4", CPU)
+    check_method_runs("dora", "int8", torch.device("cuda"))
     model = get_peft_model(load(folders, "roberta", "int8"), adapter_config("roberta", "dora"))
     with pytest.raises(AttributeError):  # when peft no longer fails here, the check above can go
         train(model, "roberta", steps=2)

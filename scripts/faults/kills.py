@@ -236,7 +236,7 @@ def results(run: Run, output: Path) -> dict[str, object]:
 
     record = read_record(output / "record.json")
     metrics = {place: timeless(row) for place, row in record.metrics.items()}
-    found = {"history": list(map(timeless, record.history)), "metrics": metrics, "hyperparameters": record.hyperparameters}  # fmt: skip
+    found = {"history": list(map(timeless, record.history)), "metrics": metrics, "hyperparameters": record.hyperparameters}
     for name in run.results:
         contents = (output / name).read_bytes()
         # answers are appended in batches: their order is that of the work

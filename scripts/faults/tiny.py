@@ -74,7 +74,7 @@ def vit(folder: Path, **changes: object) -> Run:
 
 def _llama_files(folder: Path) -> tuple[Path, Path]:
     from LlaMA.commonsense import read_rows
-    from LlaMA.measuring import train_tokenizer
+    from LlaMA.models import train_tokenizer
     from LlaMA.tests.conftest import save_data, save_model
 
     model, data = folder / "llama", folder / "commonsense"
