@@ -68,7 +68,7 @@ def test_the_adapter_loads_with_the_readmes_lines(type_in):
     (type_in.root / "load.py").write_text(
         block.replace("results/roberta/RUN", RUN) + 'print(labels, len(tokenizer("a", "b")["input_ids"]) > 2)\n'
     )
-    assert "['entailment', 'not_entailment'] True" in type_in("python load.py")
+    assert "{0: 'entailment', 1: 'not_entailment'} True" in type_in("python load.py")
 
 
 def test_the_adapter_is_exported_and_answers_without_the_library(type_in):
