@@ -364,9 +364,9 @@ def test_lengths_and_forwards_without_a_backward_need_no_more_pinned_memory(monk
         other.backward()
     assert host._held == 0
     free = host._free[False] + host._returned[False]
-    # three forwards' at once: two states of each of three layers, of two layers queries, keys and values
-    assert len(free) <= 3 * (2 * 3 + 3 * 2)
-    assert max(buffer.numel() for buffer in free) <= 1 << 16  # 2 x 100 tokens of 64 numbers
+    # three forwards' at once: of each of three layers the state, with queries, keys and values, and the one in its middle
+    assert len(free) <= 3 * 2 * 3
+    assert max(buffer.numel() for buffer in free) <= 1 << 18  # 2 x 100 tokens of 64 + 128 numbers
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True], ids=["eager", "graphs"])
@@ -512,7 +512,7 @@ def test_streamed_weights_take_the_same_steps_to_the_bit(base, mode):
             with torch.no_grad():
                 model.eval()
                 found += [model(input_ids=ids).logits, model.generate(input_ids=ids[:, :8], max_new_tokens=4, do_sample=False)]
-        return found
+        return [x.cpu() for x in found]  # what stays on the GPU would count in the next peak
 
     reference, most = None, {}
     for resident in (2, 3, False):  # the weights come to the GPU last

@@ -195,9 +195,10 @@ def overview(claims: Sequence[Claim]) -> pd.DataFrame:
 
 
 def _weight(pool: Pool) -> tuple[bool, float, int, float]:
-    """What `overview` chooses by."""
+    """What `overview` chooses by. Sizes are compared coarsely: position embeddings make no other model."""
     first = pool.tests[0]
-    return bool(pool.counting), first.size, min(len(test.pairs) for test in pool.tests), -abs(math.log(first.trained))
+    size = round(math.log2(first.size or 1), 1)
+    return bool(pool.counting), size, min(len(test.pairs) for test in pool.tests), -abs(math.log(first.trained))
 
 
 def _costs(by_name: dict[str, Claim], domain: str, quantity: str) -> str:
