@@ -4,8 +4,11 @@ import gc
 import json
 import logging
 import os
+import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hypothesis import settings
@@ -47,30 +50,95 @@ def _deterministic_no_longer():
         sys.modules["torch"].use_deterministic_algorithms(False)
 
 
-_NOTING = """#!{python}
-import json, sys
-with open({notes!r}, "a") as file:
-    file.write(json.dumps(sys.argv[1:]) + "\\n")
-"""
+class Said(NamedTuple):
+    """How a program ended and what it printed."""
 
+    code: int
+    out: str
+    err: str
 
-class Noting:
-    """A stand-in for Python (a launcher's PYTHON) that only notes what it is to run.
+    def finished(self) -> "Said":
+        assert self.code == 0, self.err
+        return self
 
-    A test can then run that in its own process, which has imported what a new one would import for seconds.
-    """
-
-    def __init__(self, folder: Path):
-        self.interpreter, self._notes = folder / "noting-python", folder / "noting-python.notes"
-        self.interpreter.write_text(_NOTING.format(python=sys.executable, notes=str(self._notes)))
-        self.interpreter.chmod(0o755)
-
-    @property
-    def calls(self) -> list[list[str]]:
-        """The script and the options of each call, in order."""
-        return [json.loads(line) for line in self._notes.read_text().splitlines()]
+    def refused(self) -> str:
+        """The one line in which it said why not."""
+        lines = [line for line in self.err.splitlines() if line.startswith("error:")]
+        assert (self.code, len(lines)) == (2, 1) and "Traceback" not in self.err, self.err
+        return lines[0]
 
 
 @pytest.fixture
-def noting(tmp_path) -> Noting:
-    return Noting(tmp_path)
+def call(monkeypatch, capfd):
+    """``call("ViT.finetune", "--lr", 1)``: a program as its command line runs it, spared a process's start and imports."""
+
+    def run(program: str, *words) -> Said:
+        from control_experiments.errors import run_main
+
+        monkeypatch.setattr(sys, "argv", [program, *map(str, words)])
+        with pytest.raises(SystemExit) as exit_:
+            run_main(import_module(program).main)
+        return Said(exit_.value.code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def launching(tmp_path):
+    """What to give to subprocess for a launcher's call from another folder; ``script`` is its path from the root."""
+
+    def arguments(script: str, *words, **variables) -> dict:
+        variables = {**os.environ, "PYTHON": sys.executable, **{name: str(value) for name, value in variables.items()}}
+        return {"args": ["bash", f"{ROOT}/{script}", *map(str, words)], "env": variables, "cwd": tmp_path, "text": True}
+
+    return arguments
+
+
+@pytest.fixture
+def launch(launching):
+    """``launch("ViT/run_ViT.sh", "lora", EPOCHS=3)``: a launcher as users type it."""
+
+    def run(script: str, *words, **variables) -> Said:
+        done = subprocess.run(**launching(script, *words, **variables), capture_output=True, timeout=280)
+        return Said(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+_NOTING = """#!{python}
+import json, sys
+with open({notes!r}, "a") as file:
+    file.write(json.dumps(sys.argv[2:]) + "\\n")
+"""
+
+
+@pytest.fixture
+def started(launch, tmp_path):
+    """``started("ViT/run_ViT.sh", "lora")``: the module and options of each program that a launcher starts, to be called here."""
+
+    def run(script: str, *words, **variables) -> list[list[str]]:
+        interpreter, notes = tmp_path / "noting-python", tmp_path / "notes"
+        interpreter.write_text(_NOTING.format(python=sys.executable, notes=str(notes)))
+        interpreter.chmod(0o755)
+        notes.write_text("")
+        launch(script, *words, **{"PYTHON": interpreter, **variables}).finished()
+        return [json.loads(line) for line in notes.read_text().splitlines()]
+
+    return run
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """``small_disk("64k")``: the folder of a disk of this size."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(size: str) -> Path:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True)
+        if done.returncode:
+            pytest.skip("mounting a small disk needs to be root")
+        return place
+
+    yield mount
+    if place.is_mount():
+        subprocess.run(["umount", "-l", place], check=True)

@@ -13,104 +13,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import TYPE_CHECKING, Literal, Optional
 
-import torch
 from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import public_path
-from control_experiments.record import RunRecord
-from control_experiments.training.arguments import check_numbers, parse_arguments
-from control_experiments.training.benchmarking import check_choices
-from control_experiments.training.checksums import fingerprint
-from control_experiments.training.device import DTYPES, seed_everything
-from control_experiments.training.metering import MemoryMeter, Throughput
-from control_experiments.training.methods import count_unquantized, describe_adapter, describe_model
-from control_experiments.training.options import AdapterOptions, MemoryOptions, RunOptions
-from control_experiments.training.setup import Run, start
-from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
-from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS
-from LlaMA.measuring import train_tokenizer
-from LlaMA.models import add_adapter, choose_pad_token, expected_config, load_model, load_tokenizer, ready_to_train
-from LlaMA.packing import (
-    VARLEN,
-    Batch,
-    GraphedLoss,
-    batch_loss,
-    fixed_shape,
-    fused_batch_loss,
-    packed_step,
-    padded_step,
-    varlen_available,
-)
-from scripts.workloads import LLAMA_SHAPES, random_llama
+from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
+from control_experiments.training.options import MemoryOptions, RunOptions
+from LlaMA.finetune import RecipeOptions
+
+if TYPE_CHECKING:
+    from control_experiments.record import RunRecord
+    from control_experiments.training.setup import Run
+    from LlaMA.packing import Batch
 
 
 @dataclass(kw_only=True)
-class Options(RunOptions, AdapterOptions, MemoryOptions):
+class Options(RunOptions, RecipeOptions, MemoryOptions):
     data: str = HfArg(help="JSON file in the format of commonsense_170k.json.")
     model: Optional[str] = HfArg(default=None, help="Hub id, folder or GGUF file of a base model.")
-    shape: Optional[str] = HfArg(default=None, help=f"Or random weights of a shape: {', '.join(LLAMA_SHAPES)}.")
+    shape: Optional[str] = HfArg(default=None, help="Or random weights of a LLaMA shape of scripts.bench_memory.")
     method: str = HfArg(default="control+lora", help="Method that is trained.")
     attention: Literal["auto", "sdpa"] = HfArg(default="auto", help="auto: flash attention over packs where it runs.")
     steps: int = HfArg(default=30, help="Timed optimizer steps of each way.")
     warmup: int = HfArg(default=5, help="Optimizer steps before the timed ones.")
-    batch_size: int = HfArg(default=8, help="Rows per optimizer step.")
     large_batch: int = HfArg(default=64, help="Rows per optimizer step of `large`.")
-    micro_batch_size: int = HfArg(default=4, help="Rows per padded micro-batch.")
     token_budget: int = HfArg(default=8192, help="Most tokens in a pack.")
-    cutoff: int = HfArg(default=256, help="Longer rows are cut to this many tokens.")
-    control_rank: int = HfArg(default=64, help="Rank of the control.")
-    lora_rank: int = HfArg(default=32, help="Rank of LoRA and DoRA.")
-    lora_alpha: float = HfArg(default=64, help="LoRA's updates are scaled by alpha/rank.")
-    lora_dropout: float = HfArg(default=0.05, help="Dropout of LoRA and DoRA.")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = HfArg(default="auto", help="Frozen weights and autocast.")
 
     def check(self) -> None:
         super().check()
         if (self.model is None) == (self.shape is None):
             raise UserError("give either --model or --shape")
-        check_choices(self, shape=LLAMA_SHAPES)
-        rows = ("batch_size", "large_batch", "micro_batch_size")
-        check_numbers(self, "steps", *rows, "cutoff", "token_budget", at_least=1)
-
-    def config(self):
-        targets = self.lora_targets or (MIXED_TARGETS if "control" in self.method else LORA_TARGETS)
-        return expected_config(
-            self.method, self.control_rank, self.control_alpha, self.control_dropout, self.lora_rank,
-            self.lora_alpha, self.lora_dropout, targets,
-        )  # fmt: skip
-
-
-def train(model: torch.nn.Module, steps: Sequence[list[Batch]], loss: Callable, run: Run, memory: MemoryMeter) -> dict:
-    """Train on `steps` (each a list of batches whose gradients add up) with AdamW under autocast.
-
-    The first ones, in which kernels are chosen and memory is first taken, are not timed.
-    """
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0)
-    throughput, dtype = Throughput(run.device), DTYPES[run.precision]
-    model.train()
-    for number, batches in enumerate(steps, -run.options.warmup):
-        if number == 0:
-            throughput.start()
-        for batch in batches:
-            with torch.autocast(run.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                value = loss(model, batch.to(run.device))
-            value.backward()
-            if number >= 0:
-                throughput.add(batch.rows, batch.tokens)
-        optimizer.step()
-        optimizer.zero_grad()
-        memory.after_optimizer()
-        if number >= 0:
-            throughput.step()
-    throughput.stop()
-    return throughput.summary()
+        check_numbers(self, "steps", "large_batch", at_least=1)
+        check_numbers(self, "warmup", at_least=0)
 
 
 def measure(options: Options, run: Run) -> RunRecord:
     """Time all three ways on one model and write the record."""
+    import torch
+
+    from control_experiments.training.checksums import fingerprint
+    from control_experiments.training.device import DTYPES, seed_everything
+    from control_experiments.training.metering import MemoryMeter, Throughput
+    from control_experiments.training.methods import adapter_config, count_unquantized, describe_adapter, describe_model
+    from LlaMA import models, packing
+    from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
+    from scripts.workloads import LLAMA_SHAPES, random_llama
+
     dtype = DTYPES[run.precision]
     record = run.begin_record(domain="llama", task="throughput", dtype=str(dtype).removeprefix("torch."))
     seed_everything(options.seed)
@@ -118,26 +68,51 @@ def measure(options: Options, run: Run) -> RunRecord:
     order, _ = split_rows(rows, 1, options.seed)
     memory = MemoryMeter(run.device)
     if options.model is None:
-        tokenizer = train_tokenizer(order, min(16384, LLAMA_SHAPES[options.shape]["vocab_size"]))
+        tokenizer = models.train_tokenizer(order, min(16384, LLAMA_SHAPES[options.shape]["vocab_size"]))
         base = random_llama(options.shape, run.device, dtype)
     else:
-        tokenizer = load_tokenizer(options.model)
-        base = load_model(options.model, dtype, run.device)
+        tokenizer = models.load_tokenizer(options.model)
+        base = models.load_model(options.model, dtype, run.device)
     memory.after_load()
-    choose_pad_token(tokenizer, base.get_input_embeddings().weight.shape[0])
+    models.choose_pad_token(tokenizer, base.get_input_embeddings().weight.shape[0])
     total = count_unquantized(base)
-    model = add_adapter(base, options.config())
+    model = models.add_adapter(base, adapter_config(options, task_type="CAUSAL_LM", targets=options.targets))
 
     def padded(step):
-        return padded_step(step, options.micro_batch_size, tokenizer.pad_token_id)
+        return packing.padded_step(step, options.micro_batch_size, tokenizer.pad_token_id)
 
     def packed(step):
-        packs = packed_step(step, options.micro_batch_size, options.token_budget)
+        packs = packing.packed_step(step, options.micro_batch_size, options.token_budget)
         if not options.cuda_graphs:
             return packs
         quantum = -(-options.token_budget // 16)
         size = (quantum, len(step), options.cutoff, tokenizer.pad_token_id)
-        return [fixed_shape(pack, *size) for pack in packs]
+        return [packing.fixed_shape(pack, *size) for pack in packs]
+
+    def train(steps: Sequence[list[Batch]], loss: Callable) -> dict:
+        """Train on `steps` (each a list of batches whose gradients add up) with AdamW under autocast.
+
+        The first ones, in which kernels are chosen and memory is first taken, are not timed.
+        """
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0)
+        throughput = Throughput(run.device)
+        model.train()
+        for number, batches in enumerate(steps, -options.warmup):
+            if number == 0:
+                throughput.start()
+            for batch in batches:
+                with torch.autocast(run.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    value = loss(model, batch.to(run.device))
+                value.backward()
+                if number >= 0:
+                    throughput.add(batch.rows, batch.tokens)
+            optimizer.step()
+            optimizer.zero_grad()
+            memory.after_optimizer()
+            if number >= 0:
+                throughput.step()
+        throughput.stop()
+        return throughput.summary()
 
     results: dict[str, dict] = {}
     for name, size, make, mode in (
@@ -145,17 +120,17 @@ def measure(options: Options, run: Run) -> RunRecord:
         ("packed", options.batch_size, packed, options.memory),
         ("large", options.large_batch, packed, options.memory),
     ):
-        varlen = options.attention == "auto" and make is packed and varlen_available(run.device, dtype)
-        attention = VARLEN if varlen else "sdpa"
+        varlen = options.attention == "auto" and make is packed and packing.varlen_available(run.device, dtype)
+        attention = packing.VARLEN if varlen else "sdpa"
         base.set_attn_implementation(attention)
-        ready_to_train(model, mode, half=dtype != torch.float32)
-        loss = batch_loss if mode == "plain" else fused_batch_loss
-        loss = GraphedLoss(loss) if options.cuda_graphs and make is packed else loss
+        models.ready_to_train(model, mode, half=dtype != torch.float32)
+        loss = packing.batch_loss if mode == "plain" else packing.fused_batch_loss
+        loss = packing.GraphedLoss(loss) if options.cuda_graphs and make is packed else loss
         count = (options.steps + options.warmup) * size
         wanted = [order[index % len(order)] for index in range(count)]
         tokens = tokenize_rows(wanted, tokenizer, options.cutoff)
         steps = [make(tokens[start : start + size]) for start in range(0, count, size)]
-        summary = train(model, steps, loss, run, memory)
+        summary = train(steps, loss)
         rate = summary["tokens_per_second"]
         speedup = rate / results["published"]["real_tokens_per_second"] if results else 1.0
         forwards, seconds = sum(map(len, steps)) / len(steps), summary["train_seconds"] / summary["steps"]
@@ -167,20 +142,22 @@ def measure(options: Options, run: Run) -> RunRecord:
     return record.finish(
         run.folder.record,
         model=describe_model(options.model or f"random {options.shape}", base, total),
-        data={
-            "id": public_path(options.data), "sha256": fingerprint(options.data), "sizes": {"rows": len(rows)},
-        },
+        data={"id": public_path(options.data), "sha256": fingerprint(options.data), "sizes": {"rows": len(rows)}},
         adapter=describe_adapter(model),
         metrics={"best": {}, "last": results},
         memory=memory.summary(),
         time={name: result["real_tokens_per_second"] for name, result in results.items()},
-    )  # fmt: skip
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     """Measure as the command line says; None when the folder holds the finished measurement."""
     (options,) = parse_arguments(Options, argv=argv, description=__doc__)
     options.check()
+    from control_experiments.training.setup import start  # and torch with it: not before the options are known to be right
+    from scripts.workloads import LLAMA_SHAPES
+
+    check_choices(options, shape=LLAMA_SHAPES)
     less = "a smaller --token_budget, --large_batch or --micro_batch_size, --memory lean"
     with start(options, "LlaMA.benchmark_throughput", argv, less_memory=less, option="dtype") as run:
         if run.folder.finished:

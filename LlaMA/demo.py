@@ -90,7 +90,7 @@ def _make_tiny(place: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from LlaMA.commonsense import Row
-    from LlaMA.measuring import train_tokenizer
+    from LlaMA.models import train_tokenizer
 
     rows = [Row(**row) for row in json.loads((demo_folder() / FILE).read_text())]
     tokenizer = train_tokenizer(rows, vocabulary=700)

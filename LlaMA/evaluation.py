@@ -25,7 +25,8 @@ from control_experiments.training.checksums import fingerprint, local_fingerprin
 from control_experiments.training.device import DTYPES, describe_device, explain_out_of_memory
 from control_experiments.training.metering import MemoryMeter
 from control_experiments.training.methods import count_unquantized, describe_model, load_adapter
-from control_experiments.training.quantization import check_method_runs, quantization_of
+from control_experiments.training.options import check_method_runs
+from control_experiments.training.quantization import quantization_of
 from control_experiments.training.runs import RunFolder
 from control_experiments.training.setup import choose
 from LlaMA.answering import Question, Reply, batches, generate, in_parts, questions_of, rank_words

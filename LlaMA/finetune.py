@@ -50,8 +50,34 @@ MIXED_TARGETS = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(kw_only=True)
-class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOptions):
+class RecipeOptions(AdapterOptions):
+    """What a training and the benchmark of its batching share."""
+
     method: str = HfArg(help=f"What to train: {', '.join(METHODS)}.")
+    batch_size: int = HfArg(default=8, help="Rows per optimizer step, over all processes.")
+    micro_batch_size: int = HfArg(default=4, help="Rows whose loss is averaged over their tokens.")
+    cutoff: int = HfArg(default=256, help="Longer rows are cut to this many tokens, longer texts become several rows.")
+    token_budget: Optional[int] = HfArg(default=None, help="Of a forward; else --micro_batch_size x --cutoff.")
+    control_rank: int = HfArg(default=64, help="Rank of the control.")
+    lora_rank: int = HfArg(default=32, help="Rank of LoRA, DoRA, MiSS and SHADOW.")
+    lora_alpha: float = HfArg(default=64, help="LoRA's updates are scaled by alpha/rank.")
+    lora_dropout: float = HfArg(default=0.05, help="Dropout before LoRA's A.")
+    lora_targets: Optional[list[str]] = HfArg(default=None, help="Else q,k,v; without control up,down too.")
+    dtype: Precision = HfArg(default="auto", help="Frozen weights and autocast; adapters are float32.")
+
+    methods: ClassVar[tuple[str, ...]] = METHODS
+
+    @property
+    def targets(self) -> Sequence[str]:
+        return self.lora_targets or (MIXED_TARGETS if "control" in self.method else LORA_TARGETS)
+
+    def check(self) -> None:
+        super().check()
+        check_numbers(self, "batch_size", "micro_batch_size", "cutoff", "token_budget", at_least=1)
+
+
+@dataclass(kw_only=True)
+class Options(RunOptions, RecipeOptions, MemoryOptions, BaseOptions, TrainerOptions):
     data: str = HfArg(
         help="JSON file in the format of commonsense_170k.json; JSON lines of messages, text or instructions; a text, or a folder of "
         ".txt files; or demo (made on the spot)."
@@ -61,13 +87,9 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
     epochs: float = HfArg(default=3, help="Passes over the training rows.")
     lr: float = HfArg(default=2e-4, help="Peak learning rate; linear decay after the warm-up.")
     warmup_steps: int = HfArg(default=100, help="Optimizer steps in which the rate rises.")
-    batch_size: int = HfArg(default=8, help="Rows per optimizer step, over all processes.")
-    micro_batch_size: int = HfArg(default=4, help="Rows whose loss is averaged over their tokens.")
-    cutoff: int = HfArg(default=256, help="Longer rows are cut to this many tokens, longer texts become several rows.")
     batching: Literal["packed", "padded"] = HfArg(
         default="packed", help="packed: no padding; padded: micro-batches padded to their longest row."
     )
-    token_budget: Optional[int] = HfArg(default=None, help="Of a forward; else --micro_batch_size x --cutoff.")
     attention: Literal["auto", "varlen", "sdpa"] = HfArg(
         default="auto", help="Attention over packed rows: varlen computes within rows only (GPU, half precision)."
     )
@@ -77,24 +99,13 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
     held_out: int = HfArg(default=120, help="Rows kept out of training that choose the checkpoint.")
     split_seed: int = HfArg(default=42, help="Seeds which rows are held out.")
     eval_steps: int = HfArg(default=80, help="Optimizer steps between checkpoints, each evaluated.")
-    control_rank: int = HfArg(default=64, help="Rank of the control.")
-    lora_rank: int = HfArg(default=32, help="Rank of LoRA, DoRA, MiSS and SHADOW.")
-    lora_alpha: float = HfArg(default=64, help="LoRA's updates are scaled by alpha/rank.")
-    lora_dropout: float = HfArg(default=0.05, help="Dropout before LoRA's A.")
-    lora_targets: Optional[list[str]] = HfArg(default=None, help="Else q,k,v; without control up,down too.")
-    dtype: Precision = HfArg(default="auto", help="Frozen weights and autocast; adapters are float32.")
     optimizer: Literal["adamw", "paged_adamw_8bit"] = HfArg(
         default="adamw", help="paged_adamw_8bit: states in 8 bits, in host memory when the GPU's runs out."
     )
     gradient_checkpointing: bool = HfArg(default=False, help="Recompute every layer in the backward.")
     stream_weights: bool = HfArg(default=False, help=STREAM_HELP)
 
-    methods: ClassVar[tuple[str, ...]] = METHODS
     neutral: ClassVar[tuple[str, ...]] = ("stream_weights", "validation")
-
-    @property
-    def targets(self) -> Sequence[str]:
-        return self.lora_targets or (MIXED_TARGETS if "control" in self.method else LORA_TARGETS)
 
     @property
     def budget(self) -> int:
@@ -103,7 +114,7 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
     def check(self) -> None:
         """Raise UserError for values that cannot be."""
         super().check()
-        check_numbers(self, "micro_batch_size", "cutoff", "token_budget", "eval_steps", "held_out", at_least=1)
+        check_numbers(self, "eval_steps", "held_out", at_least=1)
         check_numbers(self, "warmup_steps", at_least=0)
         if self.batch_size % (self.micro_batch_size * processes()):
             raise UserError(

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"# {title}\n\n"
         f"Double control of {used.model['id']} on {used.data['id']}, {used.history[-1]['step']} steps, "
         f"{used.device['name']}, seed {used.seed}; {OTHER} is plain with another seed, for scale.\n\n"
-        + "\n".join(markdown_rows(pd.DataFrame(rows)))
+        + markdown_rows(pd.DataFrame(rows))
         + "\n\n![Held-out loss in every mode](curves.png)\n"
     )
     write_text_atomic(folder / "curves.md", text)

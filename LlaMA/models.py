@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
+import tokenizers
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -18,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     modeling_gguf_pytorch_utils,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -26,6 +30,8 @@ from control_experiments.errors import UserError
 from control_experiments.training.methods import adapter_config, set_memory
 from control_experiments.training.options import AdapterOptions
 from control_experiments.training.quantization import check_not_quantized, loading_arguments, prepare
+from LlaMA.commonsense import Row
+from LlaMA.prompts import prompt
 
 # transformers shows a bar while it takes a GGUF file apart, whatever the switch of its other bars says
 modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)
@@ -89,6 +95,20 @@ def load_tokenizer(model: str) -> Tokenizer:
     if not getattr(tokenizer, "is_fast", False) or len(tokenizer) == 0:
         raise UserError(f"{model!r} has no fast tokenizer (tokenizer.json): add one to its folder")
     return tokenizer
+
+
+def train_tokenizer(rows: Sequence[Row], vocabulary: int = 16384, limit: int = 4000) -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer made from the data's own prompts, for models of random weights: rows get about as many tokens
+    as a LLaMA tokenizer gives them."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    texts = [prompt(row.instruction, row.input) + row.output for row in islice(rows, limit)]
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    how = {"special_tokens": list(special.values()), "initial_alphabet": tokenizers.pre_tokenizers.ByteLevel.alphabet()}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **how)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def _check_causal(model: str, name: str) -> None:

@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 def measure(options: Options, training: finetune.Options) -> dict:
     """The figures of both ways to pad, and what they were measured on."""
+    import pandas as pd
     import torch
     from torch.utils.data import BatchSampler, RandomSampler
     from transformers import DataCollatorWithPadding
@@ -97,7 +98,8 @@ def measure(options: Options, training: finetune.Options) -> dict:
         chosen = min(options.steps or len(found), len(found))
         return [found[place * len(found) // chosen] for place in range(chosen)]
 
-    def step(padding: str, batch: list[int]) -> tuple[float, torch.Tensor]:
+    def step(padding: str, batch: list[int]) -> tuple[str, float, int, int]:
+        """How it was padded, its seconds, and its real and all tokens."""
         begun = time.perf_counter()
         collate = DataCollatorWithPadding(tokenizer, padding, options.max_length)
         batch = collate([inputs[index] for index in batch])
@@ -109,22 +111,17 @@ def measure(options: Options, training: finetune.Options) -> dict:
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - begun, batch["attention_mask"]
+        mask = batch["attention_mask"]
+        return padding, time.perf_counter() - begun, int(mask.sum()), mask.numel()
 
     epochs = {padding: batches(padding) for padding in samplers}
     for padding, batch in ((p, b) for p in epochs for b in islice(cycle(epochs[p]), WARM_UP_STEPS)):
         step(padding, batch)
-    seconds, real, processed = (dict.fromkeys(epochs, 0) for _ in range(3))
-    for pair in zip(*epochs.values(), strict=True):
-        for padding, batch in zip(epochs, pair, strict=True):
-            taken, mask = step(padding, batch)
-            seconds[padding] += taken
-            real[padding] += int(mask.sum())
-            processed[padding] += mask.numel()
-    count, figures = -(-len(rows) // options.batch_size), {}
-    for padding, timed in epochs.items():
-        share = 1 - real[padding] / processed[padding]
-        figures[padding] = {"seconds_per_epoch": seconds[padding] * count / len(timed), "padding_share": share}
+    steps = [step(padding, batch) for pair in zip(*epochs.values(), strict=True) for padding, batch in zip(epochs, pair)]
+    mean = pd.DataFrame(steps, columns=["padding", "seconds", "real", "all"]).groupby("padding").mean()
+    mean["seconds_per_epoch"] = mean.seconds * -(-len(rows) // options.batch_size)
+    mean["padding_share"] = 1 - mean.real / mean["all"]
+    figures = mean.loc[list(epochs), ["seconds_per_epoch", "padding_share"]].to_dict("index")
     given = {name: value for name, value in asdict(options).items() if name not in ("output", "data")}
     return {
         "git": git_state(),

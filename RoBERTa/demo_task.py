@@ -13,14 +13,14 @@ Python versions, so a run's record holds the checksum of what was made.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import random
 import re
-import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from control_experiments.errors import UserError, run_main
+from control_experiments.errors import run_main
 
 SEED = 20250717
 MAX_WORDS = 28
@@ -109,9 +109,9 @@ def _tsv(rows: list[tuple[str, int]]) -> str:
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise UserError("usage: python -m RoBERTa.demo_task FOLDER")
-    splits, folder = make_demo(), Path(sys.argv[1]) / "Demo"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the folder Demo goes")
+    splits, folder = make_demo(), parser.parse_args().folder / "Demo"
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
         name = f"{split.replace('validation', 'dev')}.tsv"

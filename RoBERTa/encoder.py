@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from control_experiments.errors import UserError
-from control_experiments.record import write_json_atomic
 from control_experiments.training.device import DTYPES
 from control_experiments.training.methods import adapter_config
 from control_experiments.training.quantization import check_not_quantized, loading_arguments, prepare
@@ -44,8 +43,7 @@ def load_tokenizer_and_model(
     """The encoder in float32 with a new head for the task, or with its linear layers quantized, then on
     `device`. Raises UserError: there is no such model, it is no sequence classifier, or it cannot be quantized."""
     names = task.classes or ("score",)
-    numbered = dict(enumerate(names))
-    labels = {"id2label": numbered, "label2id": {name: label for label, name in numbered.items()}}
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
     if task.regression:
         labels["problem_type"] = "regression"
     quantized = loading_arguments(quantization, device, DTYPES[precision])
@@ -61,11 +59,9 @@ def load_tokenizer_and_model(
 
 
 def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The adapter with its tokenizer and the names of its classes in label order (labels.json)."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    names = model.get_base_model().config.id2label
-    write_json_atomic(folder / "labels.json", [names[label] for label in sorted(names)])
+    """The adapter, its tokenizer, and the base's configuration, from which `peft_control export` takes the classes' names."""
+    for part in (model, tokenizer, model.get_base_model().config):
+        part.save_pretrained(folder)
 
 
 def check_length(options: Options, model: PreTrainedModel) -> None:

@@ -39,14 +39,13 @@ LESS_MEMORY = "--memory lean, a smaller --batch_size, --padding longest, --preci
 PREDICTIONS = "predictions"
 #: How the card of an adapter says that it is loaded.
 LOAD = """
-import json
 import peft_control
 from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 folder = "results/roberta/RUN/adapter"  # where this file is
-labels = json.load(open(f"{folder}/labels.json"))
-model = AutoPeftModelForSequenceClassification.from_pretrained(folder, id2label=dict(enumerate(labels)))
+labels = AutoConfig.from_pretrained(folder).id2label
+model = AutoPeftModelForSequenceClassification.from_pretrained(folder, id2label=labels)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 

@@ -15,36 +15,21 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, Optional
 
-import torch
-from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
 from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import RunRecord
 from control_experiments.training.arguments import check_numbers, parse_arguments
-from control_experiments.training.device import choose_precision, describe_device, seed_everything, select_device
-from control_experiments.training.metering import MemoryMeter
-from control_experiments.training.methods import describe_adapter
-from control_experiments.training.options import check_method
-from ViT import augment
-from ViT.classifier import add_adapter
-from ViT.images import Decoded, ImageData, load_data
+from control_experiments.training.options import Precision, check_method
 from ViT.names import check_data
 from ViT.options import METHODS, RecipeOptions
-from ViT.training import Step, index_batches, make_optimizer, prepared, train_epoch
-from ViT.vision_models import create, set_attention
-
-Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -58,7 +43,7 @@ class Options:
     batch_size: int = HfArg(default=128, help="Images a step.")
     method: str = HfArg(default="control", help="As in finetune.py; with as many parameters as the control.")
     attention: Literal["sdpa", "eager"] = HfArg(default="sdpa", help="sdpa is fused.")
-    precision: Literal["auto", "fp16", "bf16", "fp32"] = HfArg(default="auto", help="fp16 on a GPU.")
+    precision: Precision = HfArg(default="auto", help="fp16 on a GPU.")
     steps: int = HfArg(default=40, help="Steps of each way in each round.")
     rounds: int = HfArg(default=3, help="Rounds; the median counts.")
     workers: int = HfArg(default=8, help="DataLoader workers of the published pipeline.")
@@ -79,122 +64,119 @@ class Options:
         return {**asdict(self), "data_root": None}
 
 
-class PillowImages(Dataset):
-    """Decoded images as Pillow images again, through the published transforms."""
+@dataclass
+class PillowImages:
+    """Decoded images `(3, H, W)` as Pillow images again, through a transform; what a DataLoader reads."""
 
-    def __init__(self, data: Decoded, size: int):
-        self.images = [image.permute(1, 2, 0).numpy() for image in data.images]
-        self.labels = data.labels.tolist()
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-            ]
-        )
+    images: list
+    labels: list[int]
+    transform: Callable
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int):
-        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+        return self.transform(self.images[index]), self.labels[index]
 
 
-def ours(data: ImageData, options: Options, device: torch.device) -> Batches:
-    """Endless epochs of our pipeline."""
-    for epoch in itertools.count():
-        generator = torch.Generator().manual_seed(epoch)
-        indices = index_batches(len(data.train), options.batch_size, generator)
-        yield from prepared(
-            data.train,
-            [i for i in indices if len(i) == options.batch_size],
-            lambda sizes, generator=generator: augment.random_views(sizes, options.image_size, generator),
-            options.image_size,
-            device,
-        )
+def measure(options: Options) -> tuple[RunRecord, Path]:
+    """Let the three ways train in turn; the record and where it lies."""
+    import torch
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
 
+    from control_experiments.training import device as devices
+    from control_experiments.training.metering import MemoryMeter
+    from control_experiments.training.methods import describe_adapter
+    from ViT import augment, classifier, images, training, vision_models
 
-def published(images: Dataset, options: Options, device: torch.device) -> Batches:
-    """Endless epochs of the published pipeline; the workers live on between epochs."""
-    loader = DataLoader(
-        images, options.batch_size, shuffle=True, drop_last=True, num_workers=options.workers,
-        pin_memory=device.type == "cuda", persistent_workers=options.workers > 0,
-    )  # fmt: skip
-    while True:
-        for inputs, labels in loader:
-            yield inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-
-def images_per_second(step: Step, batches: Batches, options: Options, device: torch.device) -> float:
-    """Rate of `options.steps` training steps, after two that do not count."""
-    train_epoch(step, itertools.islice(batches, 2))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    float(train_epoch(step, itertools.islice(batches, options.steps)).total)  # waits for the device
-    return options.steps * options.batch_size / (time.perf_counter() - started)
-
-
-def main() -> None:
-    """Measure the three ways in turn, print their rates and write the record."""
-    (options,) = parse_arguments(Options, description=__doc__)
-    options.check()
-    device = select_device(options.device)
-    precision = choose_precision(options.precision, device, "fp16")
-    seed_everything(options.seed)
-    data = load_data(options.data, root=options.data_root)
-    if not isinstance(data.train, Decoded) or len(data.train) < options.batch_size:
+    device, size = devices.select_device(options.device), options.image_size
+    precision = devices.choose_precision(options.precision, device, "fp16")
+    devices.seed_everything(options.seed)
+    data = images.load_data(options.data, root=options.data_root)
+    if not isinstance(data.train, images.Decoded) or len(data.train) < options.batch_size:
         raise UserError(f"{data.name} is too large for the memory or smaller than a batch")
     architecture = options.architecture
     name = f"{architecture}_{data.name}_{options.method}_batch{options.batch_size}"
     record = RunRecord.begin(
-        options, domain="vit", name=name, task="pipeline", device=describe_device(device),
+        options, domain="vit", name=name, task="pipeline", device=devices.describe_device(device),
         command=["python", "-m", "ViT.benchmark_pipeline", *sys.argv[1:]], data=data.name, autocast=precision,
     )  # fmt: skip
-    pillow = PillowImages(data.train, options.image_size)
+    published_transform = transforms.Compose(
+        [
+            transforms.ToPILImage(),
+            transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+    )
+    pillow = PillowImages(list(data.train.images), data.train.labels.tolist(), published_transform)
     data.place(device)
-    vit = create(architecture, num_classes=len(data.classes), image_size=options.image_size)
-    set_attention(vit, options.attention)
+    vit = vision_models.create(architecture, num_classes=len(data.classes), image_size=size)
+    vision_models.set_attention(vit, options.attention)
     total = sum(p.numel() for p in vit.parameters())
     memory = MemoryMeter(device)
-    model = add_adapter(vit.to(device), RecipeOptions(method=options.method, lora_rank=0)).to(device)
+    model = classifier.add_adapter(vit.to(device), RecipeOptions(method=options.method, lora_rank=0)).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    step = Step(model, make_optimizer("sgd", parameters, 5e-3, momentum=0.9), device, precision)
-    our_batches = ours(data, options, device)
-    ways = {
-        "ours": our_batches,
-        "resident": itertools.repeat(next(our_batches)),
-        "published": published(pillow, options, device),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(options.rounds):
-        for way, batches in ways.items():
-            rates[way].append(images_per_second(step, batches, options, device))
+    step = training.Step(model, training.make_optimizer("sgd", parameters, 5e-3, momentum=0.9), device, precision)
+
+    def ours() -> Iterator[tuple]:
+        """Endless epochs of our pipeline."""
+        for epoch in itertools.count():
+            generator = torch.Generator().manual_seed(epoch)
+            indices = training.index_batches(len(data.train), options.batch_size, generator)
+            whole = [part for part in indices if len(part) == options.batch_size]
+            views = partial(augment.random_views, size=size, generator=generator)
+            yield from training.prepared(data.train, whole, views, size, device)
+
+    def published() -> Iterator[tuple]:
+        """Endless epochs of the published pipeline; the workers live on between epochs."""
+        how = {"num_workers": options.workers, "persistent_workers": options.workers > 0}
+        how |= {"pin_memory": device.type == "cuda", "shuffle": True, "drop_last": True}
+        for inputs, labels in itertools.chain.from_iterable(itertools.repeat(DataLoader(pillow, options.batch_size, **how))):
+            yield inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def images_per_second(batches: Iterator[tuple]) -> float:
+        """Rate of `options.steps` training steps, after two that do not count."""
+        training.train_epoch(step, itertools.islice(batches, 2))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        float(training.train_epoch(step, itertools.islice(batches, options.steps)).total)  # waits for the device
+        return options.steps * options.batch_size / (time.perf_counter() - started)
+
+    our_batches = ours()
+    ways = {"ours": our_batches, "resident": itertools.repeat(next(our_batches)), "published": published()}
+    rounds = [{way: images_per_second(batches) for way, batches in ways.items()} for _ in range(options.rounds)]
+    rates = {way: [rate[way] for rate in rounds] for way in ways}
     median = {way: statistics.median(values) for way, values in rates.items()}
-    metrics = {
-        "images_per_second": median,
-        "rounds": rates,
-        "ours_over_resident": median["ours"] / median["resident"],
-        "ours_over_published": median["ours"] / median["published"],
-    }
-    folder = Path(options.output_dir) if options.output_dir else RESULTS / "vit" / "pipeline"
-    place = folder / f"{name}.json"
+    over = {f"ours_over_{way}": median["ours"] / median[way] for way in ("resident", "published")}
+    place = (Path(options.output_dir) if options.output_dir else RESULTS / "vit" / "pipeline") / f"{name}.json"
     record.finish(
         place,
         model={"id": f"{architecture} (random weights)", "class": architecture, "total_parameters": total},
         data={**data.identity, "sizes": {"train": len(data.train)}},
         adapter=describe_adapter(model),
-        metrics=metrics,
+        metrics={"images_per_second": median, "rounds": rates, **over},
         memory=memory.summary(),
         time={"steps": options.steps * options.rounds * len(ways)},
     )
+    return record, place
+
+
+def main() -> None:
+    """Measure, print the rates and say where the record is."""
+    (options,) = parse_arguments(Options, description=__doc__)
+    options.check()
+    record, place = measure(options)
     print(f"{'pipeline':<12}{'images/s':>10}")
-    for way, rate in median.items():
+    for way, rate in record.metrics["images_per_second"].items():
         print(f"{way:<12}{rate:>10.0f}")
     print(
-        f"ours is {100 * metrics['ours_over_resident']:.1f} % of the resident batch and "
-        f"{metrics['ours_over_published']:.2f} times the published pipeline; record in {place}"
+        f"ours is {100 * record.metrics['ours_over_resident']:.1f} % of the resident batch and "
+        f"{record.metrics['ours_over_published']:.2f} times the published pipeline; record in {place}"
     )
 
 

@@ -10,7 +10,6 @@ Everything but the grid is made from records alone; the grid reads the run's pre
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -60,28 +59,25 @@ def grid(run: Path, record: RunRecord, options: argparse.Namespace) -> Figure:
     if data.identity != {key: value for key, value in record.data.items() if key != "sizes"}:
         raise UserError(f"{options.data} is not the data of {run.name} ({record.data.get('id')})")
     try:
-        with (run / "predictions.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = pd.read_csv(run / "predictions.csv", dtype=str, keep_default_na=False)
     except OSError as error:
         raise UserError(f"{run} has no predictions.csv: only finished runs have one") from error
     if not isinstance(data.test, Decoded) or len(rows) != len(data.test):
         raise UserError(f"predictions.csv of {run} does not fit the {len(data.test)} test images of {options.data}")
+    rows = rows.assign(right=rows.predicted == rows.true)
     if options.show == "wrong":
-        rows = [row for row in rows if row["predicted"] != row["true"]]
-        if not rows:
+        rows = rows[~rows.right]
+        if rows.empty:
             raise UserError(f"{run.name} has no wrong prediction to show")
-    chosen = np.linspace(0, len(rows) - 1, min(options.images, len(rows))).astype(int)
+    chosen = rows.iloc[np.linspace(0, len(rows) - 1, min(options.images, len(rows))).astype(int)]
     columns = min(8, len(chosen))
     lines = -(-len(chosen) // columns)
     figure = Figure(figsize=(1.7 * columns, 2.1 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False)
-    for axes in panels.flat:
-        axes.axis("off")
-    for axes, row in zip(panels.flat, (rows[position] for position in chosen)):
-        axes.imshow(data.test.images[int(row["index"])].permute(1, 2, 0).numpy())
-        right = row["predicted"] == row["true"]
-        text = f"{row['predicted']} {float(row['probability']):.2f}" + ("" if right else f"\ntrue: {row['true']}")
-        axes.set_title(text, fontsize=7, color="tab:green" if right else "tab:red")
+    panels = figure.subplots(lines, columns, squeeze=False, subplot_kw={"frame_on": False, "xticks": [], "yticks": []})
+    for axes, row in zip(panels.flat, chosen.itertuples(index=False)):
+        axes.imshow(data.test.images[int(row.index)].permute(1, 2, 0).numpy())
+        text = f"{row.predicted} {float(row.probability):.2f}" + ("" if row.right else f"\ntrue: {row.true}")
+        axes.set_title(text, fontsize=7, color="tab:green" if row.right else "tab:red")
     accuracy = record.metrics["last"]["test_accuracy"]
     figure.suptitle(f"{record.method} on {record.task}: test accuracy {accuracy:.1f} %", fontsize=10)
     return figure

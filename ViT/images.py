@@ -14,8 +14,9 @@ import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -147,30 +148,35 @@ def _decoded_bytes(source, corrupt: str) -> float:
     return len(source) * sum(sizes) / max(1, len(sizes))
 
 
+class Entry(NamedTuple):
+    """An image file, or its bytes within a tar, which is never unpacked; `place` is its name in the folder or tar."""
+
+    place: PurePath
+    file: Path
+    offset: int = 0
+    length: int = -1
+
+
 @dataclass
 class Files:
-    """Image files with labels: paths, or members of a tar that is read in memory and never unpacked."""
+    """Image files with labels."""
 
-    paths: Sequence[Path | PurePosixPath]
+    entries: Sequence[Entry]
     labels: Sequence[int]
-    archive: Path | None = None
-    members: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False)  # offset and length by name
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.entries)
 
     def name(self, index: int) -> str:
-        where = f"{self.archive.name}:" if self.archive else ""
-        return f"{where}{self.paths[index]}"
+        entry = self.entries[index]
+        return str(entry.file) if entry.length < 0 else f"{entry.file.name}:{entry.place}"
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path = self.paths[index]
-        if self.archive:
-            with open(self.archive, "rb") as file:
-                offset, length = self.members[str(path)]
-                file.seek(offset)
-                path = io.BytesIO(file.read(length))
-        with Image.open(path, formats=FORMATS) as image:
+        entry = self.entries[index]
+        with open(entry.file, "rb") as file:
+            file.seek(entry.offset)
+            contents = io.BytesIO(file.read(entry.length))
+        with Image.open(contents, formats=FORMATS) as image:
             image.load()
             return image, self.labels[index]
 
@@ -218,26 +224,27 @@ def load_data(name: str, *, root: str = "data", corrupt: str = "stop", keep: str
     path = Path(name).expanduser()
     if path.suffix == ".npz":
         return _npz(path)
-    if path.is_dir():
-        files, archive, places = sorted(p for p in path.rglob("*") if p.is_file()), None, {}
-        parts = [p.relative_to(path).parts for p in files]
-    else:
-        places = _tar_members(path)
-        files, archive = sorted(map(PurePosixPath, places)), path
-        parts = [p.parts for p in files]
     splits = {"train": {}, "test": {}}
-    for file, (*folders, _) in zip(files, parts, strict=True):
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and len(folders) >= 2:
-            split = "test" if folders[-2] in TEST_NAMES else folders[-2]
-            if split in splits:
-                splits[split].setdefault(folders[-1], []).append(file)
+    for entry in sorted(_folder_entries(path) if path.is_dir() else _tar_entries(path)):
+        *_, split, name = (None, None, *entry.place.parts[:-1])
+        split = "test" if split in TEST_NAMES else split
+        if split in splits:
+            splits[split].setdefault(name, []).append(entry)
     classes, parts = _same_classes(path, splits), []
     for found in splits.values():
-        paths = [file for name in classes for file in found[name]]
+        entries = [entry for name in classes for entry in found[name]]
         labels = [label for label, name in enumerate(classes) for _ in found[name]]
-        parts.append(read(Files(paths, labels, archive, places), corrupt, keep, workers))
-    train, test = parts
-    return ImageData(path.stem, train, test, classes, {"id": path.name, "sha256": fingerprint(path)})
+        parts.append(read(Files(entries, labels), corrupt, keep, workers))
+    return ImageData(path.stem, *parts, classes, {"id": path.name, "sha256": fingerprint(path)})
+
+
+def _is_image(place: PurePath) -> bool:
+    return place.suffix.lower() in SUFFIXES and not place.name.startswith(".")
+
+
+def _folder_entries(folder: Path) -> list[Entry]:
+    files = ((file.relative_to(folder), file) for file in folder.rglob("*") if file.is_file())
+    return [Entry(place, file) for place, file in files if _is_image(place)]
 
 
 def read_folder(folder: str, corrupt: str = "stop", workers: int = 8) -> tuple[list[Path], list[torch.Tensor]]:
@@ -246,12 +253,12 @@ def read_folder(folder: str, corrupt: str = "stop", workers: int = 8) -> tuple[l
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise UserError(f"{folder} is no folder of images")
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not paths:
+    entries = sorted(_folder_entries(root))
+    if not entries:
         raise UserError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))})")
     # the label is the position in the list, by which skipped files fall out of it
-    decoded = read(Files(paths, list(range(len(paths)))), corrupt, "host", workers)
-    return [paths[i] for i in decoded.labels.tolist()], list(decoded.images)
+    decoded = read(Files(entries, range(len(entries))), corrupt, "host", workers)
+    return [entries[i].file for i in decoded.labels.tolist()], list(decoded.images)
 
 
 def _same_classes(path: Path, splits: dict[str, dict]) -> list[str]:
@@ -269,30 +276,27 @@ def _same_classes(path: Path, splits: dict[str, dict]) -> list[str]:
     return sorted(splits["train"])
 
 
-def _tar_members(path: Path) -> dict[str, tuple[int, int]]:
-    """Where in an uncompressed tar each regular file lies: offset and length in bytes by name.
-
-    Links are no files of their own and never followed. Raises UserError: it is no such tar, or has members
-    outside of itself or of the file.
-    """
-    members, size = [], path.stat().st_size
+def _tar_entries(path: Path) -> list[Entry]:
+    """The images in an uncompressed tar. Links are no files of their own and never followed. Raises UserError: it is no
+    such tar, or has members outside of itself or of the file."""
+    entries, size = {}, path.stat().st_size  # by name: of several members of one name the last counts
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.size < 0 or member.offset_data + member.size > size:
                     # tarfile would go round in circles after a negative size
                     raise tarfile.ReadError("a member reaches outside of the file")
-                if member.isreg() and not member.issparse() and PurePosixPath(member.name).name:
-                    members.append(member)
+                if member.isreg() and not member.issparse():
+                    entries[member.name] = Entry(PurePosixPath(member.name), path, member.offset_data, member.size)
     except Exception as error:  # tarfile lets many kinds through for a broken header
         raise UserError(
             f"{path} is no .npz, no folder of class folders and no tar that can be read ({error}): a compressed tar must "
             "be unpacked, or packed without compression"
         ) from error
-    for member in members:
-        if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
-            raise UserError(f"{path} has a member outside of itself ({member.name}): do not trust this file")
-    return {member.name: (member.offset_data, member.size) for member in members}
+    for place, *_ in entries.values():
+        if place.is_absolute() or ".." in place.parts:
+            raise UserError(f"{path} has a member outside of itself ({place}): do not trust this file")
+    return [entry for entry in entries.values() if _is_image(entry.place)]
 
 
 def _npz(path: Path) -> ImageData:
@@ -316,16 +320,12 @@ def _npz(path: Path) -> ImageData:
     for split in ("train", "test"):
         pixels, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.size:
-            wrong = f"x_{split} of {path} is {pixels.dtype} {pixels.shape}: it must be uint8 N x H x W x 3"
-        elif labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
-            wrong = f"y_{split} of {path} is {labels.dtype} {labels.shape}: it must hold {len(pixels)} integers"
-        elif labels.min() < 0 or labels.max() >= len(classes):
+            raise UserError(f"x_{split} of {path} is {pixels.dtype} {pixels.shape}: it must be uint8 N x H x W x 3")
+        if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
+            raise UserError(f"y_{split} of {path} is {labels.dtype} {labels.shape}: it must hold {len(pixels)} integers")
+        if labels.min() < 0 or labels.max() >= len(classes):
             found = f"labels {labels.min()} to {labels.max()}"
-            wrong = f"y_{split} of {path} has {found} for {len(classes)} classes"
-        else:
-            wrong = None
-        if wrong:
-            raise UserError(wrong)
+            raise UserError(f"y_{split} of {path} has {found} for {len(classes)} classes")
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         splits.append(Decoded(images, torch.from_numpy(labels.astype(np.int64))))
     return ImageData(path.stem, *splits, classes, {"id": path.name, "sha256": fingerprint(path)})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from control_experiments.errors import UserError
@@ -147,7 +146,5 @@ def write_predictions(
     """A CSV file, written atomically: name, predicted class, its probability, and the columns of `more`."""
     probability, chosen = (tensor.tolist() for tensor in logits.softmax(1).max(1))
     answers = {"predicted": [classes[i] for i in chosen], "probability": [f"{p:.4f}" for p in probability]}
-    columns = {first: names, **answers, **more}
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([columns, *zip(*columns.values(), strict=True)])
-    write_text_atomic(path, text.getvalue())
+    table = pd.DataFrame({first: names, **answers, **more})
+    write_text_atomic(path, table.to_csv(index=False, lineterminator="\r\n"))

@@ -17,17 +17,11 @@ from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
 from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
-from control_experiments.training.arguments import parse_arguments
-from control_experiments.training.benchmarking import Campaign, check_choices, choose_device, machine, synchronize, time_steps
-from peft_control.memory import kernels
-from peft_control.memory.loss import LinearCrossEntropy
+from control_experiments.training.arguments import check_choices, parse_arguments
 
 PEERS = ("liger", "torch")
 
@@ -43,159 +37,162 @@ class Options:
 
 
 Step = Callable[[], None]  # one forward and backward
-Kernels = tuple[Step, Callable[[], Step], Callable[[], Step]]  # ours, and what makes Liger's and torch's
 
 
-def by_autograd(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Step:
-    """A peer's step, through autograd as its users run it."""
-    inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    tracked = [x for x in inputs if x.requires_grad]
+def operations(options: Options) -> dict[str, tuple[Step, Callable[[], Step], Callable[[], Step]]]:
+    """Each operation: our step, and what makes Liger's and torch's."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
 
-    def step() -> None:
-        output = function(*inputs)
-        torch.autograd.grad(output, tracked, torch.ones_like(output))
+    from peft_control.memory import kernels
+    from peft_control.memory.loss import LinearCrossEntropy
 
-    return step
+    tokens, half = options.tokens, {"device": options.device, "dtype": torch.bfloat16}
 
+    def by_autograd(function: Callable, *inputs: torch.Tensor) -> Step:
+        """A peer's step, through autograd as its users run it."""
+        inputs = [x.clone().requires_grad_() for x in inputs]
 
-def rms_norm(tokens: int, device: str) -> Kernels:
-    x, dy = (torch.randn(tokens, 4096, device=device, dtype=torch.bfloat16) for _ in range(2))
-    weight = torch.ones(4096, device=device, dtype=torch.bfloat16)
+        def step() -> None:
+            output = function(*inputs)
+            torch.autograd.grad(output, inputs, torch.ones_like(output))
 
-    def ours() -> None:
-        _, rstd = kernels.rms_norm(x, weight, 1e-5)
-        kernels.rms_norm_backward(dy, x, weight, rstd)
+        return step
 
-    def liger() -> Step:
-        from liger_kernel.transformers import LigerRMSNorm
+    def rms_norm():
+        x, dy, weight = *(torch.randn(tokens, 4096, **half) for _ in range(2)), torch.ones(4096, **half)
 
-        norm = LigerRMSNorm(4096, eps=1e-5).to(device, torch.bfloat16).requires_grad_(False)
-        return by_autograd(norm, x)
+        def ours() -> None:
+            _, rstd = kernels.rms_norm(x, weight, 1e-5)
+            kernels.rms_norm_backward(dy, x, weight, rstd)
 
-    return ours, liger, lambda: by_autograd(lambda x: F.rms_norm(x, (4096,), weight), x)
+        def liger() -> Step:
+            from liger_kernel.transformers import LigerRMSNorm
 
+            return by_autograd(LigerRMSNorm(4096, eps=1e-5).to(**half).requires_grad_(False), x)
 
-def swiglu(tokens: int, device: str) -> Kernels:
-    gate, up, dact = (torch.randn(tokens, 14336, device=device, dtype=torch.bfloat16) for _ in range(3))
+        return ours, liger, lambda: by_autograd(lambda x: F.rms_norm(x, (4096,), weight), x)
 
-    def ours() -> None:
-        kernels.swiglu(gate, up)
-        kernels.swiglu_backward_(gate, up, dact)
+    def swiglu():
+        gate, up, dact = (torch.randn(tokens, 14336, **half) for _ in range(3))
 
-    def liger() -> Step:
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+        def ours() -> None:
+            kernels.swiglu(gate, up)
+            kernels.swiglu_backward_(gate, up, dact)
 
-        return by_autograd(LigerSiLUMulFunction.apply, gate, up)
+        def liger() -> Step:
+            from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-    return ours, liger, lambda: by_autograd(lambda a, b: F.silu(a) * b, gate, up)
+            return by_autograd(LigerSiLUMulFunction.apply, gate, up)
 
+        return ours, liger, lambda: by_autograd(lambda a, b: F.silu(a) * b, gate, up)
 
-def layer_norm(tokens: int, device: str) -> Kernels:
-    x, dy = (torch.randn(tokens, 768, device=device) for _ in range(2))
-    norm = nn.LayerNorm(768, device=device).requires_grad_(False)
+    def layer_norm():
+        x, dy = (torch.randn(tokens, 768, device=options.device) for _ in range(2))
+        norm = nn.LayerNorm(768, device=options.device).requires_grad_(False)
 
-    def ours() -> None:  # as under float16 autocast: the normal goes to a half-precision linear layer
-        kernels.layer_norm(x, norm, torch.float16)
-        kernels.layer_norm_backward(dy, x, norm, residual=dy)
+        def ours() -> None:  # as under float16 autocast: the normal goes to a half-precision linear layer
+            kernels.layer_norm(x, norm, torch.float16)
+            kernels.layer_norm_backward(dy, x, norm, residual=dy)
 
-    def liger() -> Step:
-        from liger_kernel.transformers import LigerLayerNorm
+        def liger() -> Step:
+            from liger_kernel.transformers import LigerLayerNorm
 
-        other = LigerLayerNorm(768, bias=True).to(device).requires_grad_(False)
-        return by_autograd(lambda x: other(x).half() + x, x)
+            other = LigerLayerNorm(768, bias=True).to(options.device).requires_grad_(False)
+            return by_autograd(lambda x: other(x).half() + x, x)
 
-    return ours, liger, lambda: by_autograd(lambda x: norm(x).half() + x, x)
+        return ours, liger, lambda: by_autograd(lambda x: norm(x).half() + x, x)
 
+    def rope():
+        query, key = (torch.randn(1, tokens, heads, 128, **half) for heads in (32, 8))
+        angle = torch.rand(1, tokens, 64, device=options.device).repeat(1, 1, 2)
+        cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
 
-def rope(tokens: int, device: str) -> Kernels:
-    query = torch.randn(1, tokens, 32, 128, device=device, dtype=torch.bfloat16)
-    key = torch.randn(1, tokens, 8, 128, device=device, dtype=torch.bfloat16)
-    angle = torch.rand(1, tokens, 64, device=device).repeat(1, 1, 2)
-    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+        def ours() -> None:
+            kernels.rope(query, key, cos, sin)
+            kernels.rope(query, key, cos, sin, backward=True)
 
-    def ours() -> None:
-        kernels.rope(query, key, cos, sin)
-        kernels.rope(query, key, cos, sin, backward=True)
+        def through(function: Callable) -> Step:
+            def both(q, k):
+                q, k = function(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+                return torch.cat((q.flatten(), k.flatten()))
 
-    def through(function) -> Step:
-        def both(q, k):
-            q, k = function(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-            return torch.cat((q.flatten(), k.flatten()))
+            return by_autograd(both, query, key)
 
-        return by_autograd(both, query, key)
+        def liger() -> Step:
+            from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
-    def liger() -> Step:
-        from liger_kernel.transformers.rope import liger_rotary_pos_emb
+            return through(liger_rotary_pos_emb)
 
-        return through(liger_rotary_pos_emb)
+        def plain() -> Step:
+            from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    def plain() -> Step:
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+            return through(apply_rotary_pos_emb)
 
-        return through(apply_rotary_pos_emb)
+        return ours, liger, plain
 
-    return ours, liger, plain
+    def linear_cross_entropy():
+        hidden = torch.randn(tokens, 4096, **half)
+        head = nn.Linear(4096, options.vocabulary, bias=False, **half).requires_grad_(False)
+        labels = torch.randint(options.vocabulary, (tokens,), device=options.device)
 
+        def liger() -> Step:
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-def linear_cross_entropy(tokens: int, device: str, vocabulary: int) -> Kernels:
-    hidden = torch.randn(tokens, 4096, device=device, dtype=torch.bfloat16)
-    head = nn.Linear(4096, vocabulary, bias=False, device=device, dtype=torch.bfloat16).requires_grad_(False)
-    labels = torch.randint(vocabulary, (tokens,), device=device)
+            loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+            return by_autograd(lambda hidden: loss(head.weight, hidden, labels), hidden)
 
-    def liger() -> Step:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        ours = by_autograd(lambda hidden: LinearCrossEntropy.apply(hidden, labels, head, 512, None), hidden)
+        return ours, liger, lambda: by_autograd(lambda h: F.cross_entropy(head(h).float(), labels, reduction="sum"), hidden)
 
-        loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-        return by_autograd(lambda hidden: loss(head.weight, hidden, labels), hidden)
-
-    ours = by_autograd(lambda hidden: LinearCrossEntropy.apply(hidden, labels, head, 512, None), hidden)
-    return (ours, liger, lambda: by_autograd(lambda h: F.cross_entropy(head(h).float(), labels, reduction="sum"), hidden))
-
-
-def measure(step: Step, options: Options) -> dict:
-    cuda = options.device == "cuda"
-    time_steps(step, 3, options.device)
-    if cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-
-    def alone() -> None:
-        step()
-        synchronize(options.device)
-
-    seconds = time_steps(alone, options.repeats, options.device)
-    over = torch.cuda.max_memory_allocated() - before if cuda else 0
-    return {"seconds": statistics.median(seconds), "over_inputs_bytes": over}
+    return {
+        "RMSNorm, width 4096": rms_norm(),
+        "SwiGLU, width 14336": swiglu(),
+        "RoPE, 32 + 8 heads of 128": rope(),
+        "LayerNorm to half, width 768": layer_norm(),
+        "linear + cross entropy": linear_cross_entropy(),
+    }
 
 
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
     check_choices(options, peers=PEERS)
-    options.device = choose_device(options.device)
+    import torch  # not before the options are known to be right
+
+    from control_experiments.training import benchmarking
+
+    options.device = benchmarking.choose_device(options.device)
     if options.device == "cpu" and "liger" in options.peers:
         raise UserError("liger's kernels need a GPU: --peers torch")
-    operations: dict[str, Kernels] = {
-        "RMSNorm, width 4096": rms_norm(options.tokens, options.device),
-        "SwiGLU, width 14336": swiglu(options.tokens, options.device),
-        "RoPE, 32 + 8 heads of 128": rope(options.tokens, options.device),
-        "LayerNorm to half, width 768": layer_norm(options.tokens, options.device),
-        "linear + cross entropy": linear_cross_entropy(options.tokens, options.device, options.vocabulary),
-    }
-    found = machine(options.device)
+    compared, found = operations(options), benchmarking.machine(options.device)
     print(f"{options.tokens} tokens, {found['device']}; forward and backward")
-    campaign = Campaign(Path(options.output), options, itemgetter("operation"), found)
-    for name in [name for name in operations if name not in campaign.finished]:
-        ours, *makers = operations[name]
-        row = {"operation": name, "ours": measure(ours, options)}
-        words = [f"{name:30s} ours {shown(row['ours'])}"]
-        for peer, make in zip(PEERS, makers):
-            if peer in options.peers:
-                row[peer] = measure(make(), options)
-                ratio = row["ours"]["seconds"] / row[peer]["seconds"]
-                words.append(f"{peer} {shown(row[peer])} (time x{ratio:.2f})")
-        campaign.add(row)
-        print("   ".join(words), flush=True)
-    campaign.finish(list(operations))
+    campaign = benchmarking.Campaign(Path(options.output), options, itemgetter("operation"), found)
+
+    def measure(step: Step) -> dict:
+        cuda = options.device == "cuda"
+        benchmarking.time_steps(step, 3, options.device)
+        if cuda:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        seconds = benchmarking.time_steps(
+            lambda: (step(), benchmarking.synchronize(options.device)), options.repeats, options.device
+        )
+        over = torch.cuda.max_memory_allocated() - before if cuda else 0
+        return {"seconds": statistics.median(seconds), "over_inputs_bytes": over}
+
+    def compare(name: str) -> dict:
+        ours, *makers = compared[name]
+        row = {"operation": name, "ours": measure(ours)}
+        return row | {peer: measure(make()) for peer, make in zip(PEERS, makers) if peer in options.peers}
+
+    def say(row: dict) -> str:
+        times = {peer: row["ours"]["seconds"] / row[peer]["seconds"] for peer in PEERS if peer in row}
+        told = [f"{peer} {shown(row[peer])} (time x{ratio:.2f})" for peer, ratio in times.items()]
+        return "   ".join([f"{row['operation']:30s} ours {shown(row['ours'])}", *told])
+
+    campaign.run(list(compared), compare, say)
+    campaign.finish(list(compared))
 
 
 def shown(measured: dict) -> str:

@@ -57,11 +57,10 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
-from control_experiments.training.arguments import check_numbers, parse_arguments
+from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
 from control_experiments.training.benchmarking import (
     EXPANDABLE,
     Campaign,
-    check_choices,
     choose_device,
     machine,
     run_apart,
@@ -382,10 +381,14 @@ def line(result: dict) -> str:
     floor = result.get("streaming", {}).get("floor_seconds")
     copies = f"  copies {floor * 1e3:.1f} ms" if floor else ""
     shared = "  OTHERS USE THIS GPU" if result["memory"]["other_processes_bytes"] else ""
+    kernels = [
+        f"\n    {kernel['seconds'] * 1e3:8.2f} ms {kernel['calls']:5d} x {kernel['name'][:90]}"
+        for kernel in result.get("kernels", [])[:20]
+    ]
     return (
         f"{result['method']:32s} {result['over_static_bytes'] / 1e9:7.2f} GB over {result['static_bytes'] / 1e9:6.2f}"
         f"  {result['step_seconds'] * 1e3:7.1f} ms, spread {spread:4.1f} %  {result['tokens_per_second']:9.0f} tokens/s"
-        f"  loss {result['loss']:.4f}{copies}{shared}"
+        f"  loss {result['loss']:.4f}{copies}{shared}{''.join(kernels)}"
     )
 
 
@@ -442,8 +445,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         for result in measured:
             campaign.add(result)
             print(f"[{number}/{len(options.methods)}, {time.time() - started:.0f} s] {line(result)}", flush=True)
-            for kernel in result.get("kernels", [])[:20]:
-                print(f"    {kernel['seconds'] * 1e3:8.2f} ms {kernel['calls']:5d} x {kernel['name'][:90]}")
     if not searches:
         print(table(campaign.results))
     measured = [result for result in campaign.results if "step_seconds" in result]

@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from typing import Optional
@@ -46,13 +47,13 @@ from transformers.hf_argparser import HfArg
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import write_json_atomic
-from control_experiments.training.arguments import check_numbers, parse_arguments
-from control_experiments.training.benchmarking import EXPANDABLE, Campaign, check_choices, machine
+from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
+from control_experiments.training.benchmarking import EXPANDABLE, Campaign, machine
 from control_experiments.training.sharding import average_gradients, split_into_units
+from scripts.bench_memory import LONGEST
 from scripts.workloads import LLAMA_SHAPES, adapt, parse_method, random_llama
 
 SHARDS = ("ddp", "fsdp2")
-LONGEST = 1 << 20  # tokens: where --longest ends
 
 
 @dataclass
@@ -313,27 +314,25 @@ def main() -> None:
         Path(options.output) / f"{name}.json", options, itemgetter("method", "shard", "processes"), found,
         devices=there, weights="pseudo-random",
     )  # fmt: skip
-    finished = campaign.finished
     singles = {(cell["method"], cell["shard"]): cell for cell in campaign.results if cell["processes"] == 1}
-    references = {}
-    planned = [(m, s, n) for m in options.methods for s in options.shards for n in options.counts()]
-    for number, (method, shard, processes) in enumerate(planned, 1):
-        if (method, shard, processes) in finished:
-            continue
-        started = time.time()
+
+    @cache
+    def reference(method: str, processes: int) -> list[float]:
+        """The losses of one process that does the work of all."""
+        return run_cell(replace(options, warmup=0), method, "ddp", 1, accumulate=processes).get("losses", [])
+
+    def measure(key: tuple[str, str, int]) -> dict:
+        method, shard, processes = key
         cell = run_cell(options, method, shard, processes)
         if processes == 1:
             singles[method, shard] = cell
-        elif "losses" in cell:
-            if (method, processes) not in references:
-                references[method, processes] = run_cell(replace(options, warmup=0), method, "ddp", 1, accumulate=processes)
-            reference = references[method, processes]
-            if "losses" in reference:
-                pairs = zip(cell["losses"], reference["losses"])
-                cell["loss_distance"] = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
-        campaign.add(cell)
-        said = line(cell, singles.get((method, shard)))
-        print(f"[{number}/{len(planned)}, {time.time() - started:.0f} s] {said}", flush=True)
+        elif "losses" in cell and (losses := reference(method, processes)):
+            apart = [abs(ours - theirs) / abs(theirs) for ours, theirs in zip(cell["losses"], losses)]
+            cell["loss_distance"] = max(apart)
+        return cell
+
+    planned = [(m, s, n) for m in options.methods for s in options.shards for n in options.counts()]
+    campaign.run(planned, measure, lambda cell: line(cell, singles.get((cell["method"], cell["shard"]))))
     if any("step_seconds" in cell for cell in campaign.results):
         from control_experiments.reporting import pictures  # with pandas, which no process of a cell needs
 

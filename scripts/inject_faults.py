@@ -29,8 +29,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NU
 
 from control_experiments.errors import run_main
 from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
-from control_experiments.training.arguments import parse_arguments
-from control_experiments.training.benchmarking import check_choices
+from control_experiments.training.arguments import check_choices, parse_arguments
 from scripts.faults import kills, processes
 from scripts.faults.inputs import READERS, fast_folder, feed
 from scripts.faults.tiny import RUNS

@@ -25,7 +25,7 @@ from control_experiments.record import write_text_atomic
 from control_experiments.reporting import claims, page, records, tables
 
 
-def publish(frame: pd.DataFrame, judged: pd.DataFrame, paper: records.Paper, problems: list[str], folder: Path, up: str) -> int:  # fmt: skip
+def publish(frame: pd.DataFrame, judged: pd.DataFrame, paper: records.Paper, problems: list[str], folder: Path, up: str) -> int:
     """Write tables of `frame`, claims judged by `judged`, pictures and page into `folder`, from which `up` leads to the results
     folder; return the number of files."""
     filled, found = tables.all_tables(frame, paper), claims.judge(judged, paper)

@@ -24,10 +24,8 @@ from control_experiments.reporting import pictures
 from control_experiments.reporting.tables import markdown_rows
 
 METRIC = "matthews"
+TITLE = "Demonstration task (not GLUE)"
 TABLE, PICTURE = "table.md", "score_against_time.png"
-HEADER = ("method", "Matthews best", "Matthews last", "trained parameters", "training time", "peak memory")
-#: A constant prediction has Matthews correlation 0, whatever the classes' shares.
-MAJORITY = ("majority class", "0.000", "0.000", "0", "", "")
 MEMORY = {"resident set": ("peak_resident_bytes", "CPU resident"), "cuda allocator": ("peak_allocated_bytes", "GPU allocator")}
 
 
@@ -51,19 +49,21 @@ def load_records(folder: Path, methods: Sequence[str]) -> dict[str, RunRecord | 
     return records
 
 
-def row(method: str, record: RunRecord | None) -> tuple[str, ...]:
-    """The table's cells for one method, in HEADER's order."""
-    if record is None:
-        return (method, "not run", "", "", "", "")
-    bytes_key, label = MEMORY[record.memory["kind"]]
-    return (
-        method,
-        f"{record.metrics['best'][METRIC]:.3f}",
-        f"{record.metrics['last'][METRIC]:.3f}",
-        f"{record.adapter['trainable_parameters']:,}",
-        f"{record.time['train_seconds']:.0f} s",
-        f"{record.memory[bytes_key] / 2**20:,.0f} MiB {label}",
-    )
+def table(records: dict[str, RunRecord | None]) -> pd.DataFrame:
+    """A row of texts for each method, and one for a constant prediction, whose Matthews correlation is 0 whatever the
+    classes' shares."""
+    rows = []
+    for method, record in records.items():
+        rows.append({"method": method, "Matthews best": "not run"})
+        if record is not None:
+            bytes_key, label = MEMORY[record.memory["kind"]]
+            rows[-1] |= {
+                "Matthews best": f"{record.metrics['best'][METRIC]:.3f}", "Matthews last": f"{record.metrics['last'][METRIC]:.3f}",
+                "trained parameters": f"{record.adapter['trainable_parameters']:,}", "training time": f"{record.time['train_seconds']:.0f} s",
+                "peak memory": f"{record.memory[bytes_key] / 2**20:,.0f} MiB {label}",
+            }  # fmt: skip
+    constant = {"method": "majority class", "Matthews best": "0.000", "Matthews last": "0.000", "trained parameters": "0"}
+    return pd.DataFrame([*rows, constant]).fillna("")
 
 
 def conditions(records: Sequence[RunRecord]) -> str:
@@ -85,25 +85,24 @@ def conditions(records: Sequence[RunRecord]) -> str:
     return "; ".join(parts)
 
 
-def print_table(rows: Sequence[Sequence[str]], caption: str) -> None:
-    table = Table(title="Demonstration task (not GLUE)", caption=caption, box=box.SIMPLE_HEAD)
-    table.add_column(HEADER[0], no_wrap=True)
-    for name in HEADER[1:]:
-        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
-    for cells in rows:
-        table.add_row(*cells)
-    Console().print(table)
+def print_table(rows: pd.DataFrame, caption: str) -> None:
+    shown = Table(title=TITLE, caption=caption, box=box.SIMPLE_HEAD)
+    for number, name in enumerate(rows):
+        how = {"justify": "right", "min_width": max(map(len, name.split()))} if number else {"no_wrap": True}
+        shown.add_column(name, **how)
+    for cells in rows.values:
+        shown.add_row(*cells)
+    Console().print(shown)
 
 
-def markdown(records: dict[str, RunRecord | None], rows: Sequence[Sequence[str]], caption: str) -> str:
+def markdown(records: dict[str, RunRecord | None], rows: pd.DataFrame, caption: str) -> str:
     """The table as Markdown; each method's name links to its record."""
-    names = [f"[{cells[0]}]({cells[0]}/record.json)" if records.get(cells[0]) else cells[0] for cells in rows]
-    table = pd.DataFrame(rows, columns=HEADER).assign(method=names)
+    names = [f"[{name}]({name}/record.json)" if records.get(name) else name for name in rows.method]
     return f"""# Quickstart
 
 The demonstration task is made by the project itself from text that Python carries; it is not GLUE.
 
-{chr(10).join(markdown_rows(table))}
+{markdown_rows(rows.assign(method=names))}
 
 Equal conditions for all: {caption}.
 
@@ -114,13 +113,11 @@ Equal conditions for all: {caption}.
 def plot(records: dict[str, RunRecord | None], path: Path) -> None:
     """Dev metric of each evaluation against the training time up to it (evaluations themselves left out)."""
     lines = []
-    for method, record in records.items():
-        if record is not None:
-            seconds_per_step = record.time["train_seconds"] / record.time["steps"]
-            points = [(e["step"] * seconds_per_step, e[METRIC]) for e in record.history if METRIC in e]
-            lines.append((method, record.seed, points))
-    title = "Demonstration task (not GLUE)"
-    figure = pictures.curves(lines, title, "Matthews correlation on dev", "training time (s)")
+    for method, record in ((method, record) for method, record in records.items() if record):
+        seconds_per_step = record.time["train_seconds"] / record.time["steps"]
+        points = [(e["step"] * seconds_per_step, e[METRIC]) for e in record.history if METRIC in e]
+        lines.append((method, record.seed, points))
+    figure = pictures.curves(lines, TITLE, "Matthews correlation on dev", "training time (s)")
     (axes,) = figure.axes
     axes.axhline(0, color="grey", linestyle=":")
     axes.annotate("majority class", (0, 0), (2, 3), textcoords="offset points", fontsize=9, color="grey")
@@ -128,31 +125,25 @@ def plot(records: dict[str, RunRecord | None], path: Path) -> None:
     pictures.save(figure, path)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
+def main() -> None:
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    made.add_argument("folder", type=Path, help="folder of the runs, one sub-folder a method")
-    made.add_argument("methods", nargs="+", help="methods in the table's order")
-    return made
-
-
-def main() -> None:
-    arguments = parser().parse_args()
-
-    records = load_records(arguments.folder, arguments.methods)
+    parser.add_argument("folder", type=Path, help="folder of the runs, one sub-folder a method")
+    parser.add_argument("methods", nargs="+", help="methods in the table's order")
+    arguments = parser.parse_args()
+    folder, records = arguments.folder, load_records(arguments.folder, arguments.methods)
     try:
-        rows = [*(row(method, record) for method, record in records.items()), MAJORITY]
+        rows = table(records)
         caption = conditions([record for record in records.values() if record])
-        plot(records, arguments.folder / PICTURE)
+        plot(records, folder / PICTURE)
     except KeyError as missing:
-        told = f"a record in {arguments.folder} lacks {missing}: delete that folder and run scripts/quickstart.sh again"
+        told = f"a record in {folder} lacks {missing}: delete that folder and run scripts/quickstart.sh again"
         raise UserError(told) from missing
-    (arguments.folder / TABLE).write_text(markdown(records, rows, caption), encoding="utf-8")
+    (folder / TABLE).write_text(markdown(records, rows, caption), encoding="utf-8")
     print_table(rows, caption)
     for name in (TABLE, PICTURE):
-        print(os.path.relpath(arguments.folder / name))
+        print(os.path.relpath(folder / name))
 
 
 if __name__ == "__main__":

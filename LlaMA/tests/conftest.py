@@ -1,4 +1,4 @@
-"""A tiny random LLaMA with its own tokenizer, a small data set, and a way to run entry points in this process."""
+"""A tiny random LLaMA with its own tokenizer, and a small data set."""
 
 import json
 import random
@@ -8,10 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from control_experiments.errors import run_main
-from LlaMA.commonsense import TASKS, Row
-from LlaMA.measuring import train_tokenizer
-from LlaMA.models import add_adapter, expected_config
+from LlaMA.commonsense import TASKS, Row, read_rows
+from LlaMA.models import add_adapter, expected_config, train_tokenizer
 
 NOUNS = ("river", "teacher", "engine", "garden", "letter", "window", "doctor", "bridge", "candle", "market")
 
@@ -27,21 +25,23 @@ def make_row(task: str, number: int) -> dict:
     return {"instruction": instruction, "input": "", "output": output, "answer": answer}
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    """train.json (64 rows) and <task>/test.json (7 rows each)."""
-    folder = tmp_path_factory.mktemp("data")
-    rows = [make_row(task, number) for number in range(8) for task in TASKS]
-    (folder / "train.json").write_text(json.dumps(rows))
+def save_data(folder: Path) -> Path:
+    """train.json (64 rows) and <task>/test.json (7 rows each) in a folder."""
     for task in TASKS:
-        (folder / task).mkdir()
+        (folder / task).mkdir(parents=True)
         (folder / task / "test.json").write_text(json.dumps([make_row(task, 100 + n) for n in range(7)]))
+    (folder / "train.json").write_text(json.dumps([make_row(task, number) for number in range(8) for task in TASKS]))
     return folder
 
 
 @pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    return save_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
 def rows(data) -> list[Row]:
-    return [Row(**entry) for entry in json.loads((data / "train.json").read_text())]
+    return read_rows(data / "train.json")
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +58,12 @@ def tiny_model(vocabulary: int, **changes) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).eval()
 
 
+def save_model(folder: Path, tokenizer) -> Path:
+    tiny_model(len(tokenizer) + 4).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def model(tokenizer) -> LlamaForCausalLM:
     return tiny_model(len(tokenizer) + 4)
@@ -65,10 +71,7 @@ def model(tokenizer) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory, tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tiny_model(len(tokenizer) + 4).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("models") / "tiny-llama", tokenizer)
 
 
 def adapted(model, method="control+lora"):
@@ -81,22 +84,10 @@ def adapted(model, method="control+lora"):
     return model
 
 
-@pytest.fixture
-def call(capsys):
-    """Run an entry point as the command line would: (exit code, stdout, stderr)."""
-
-    def run(main, *arguments) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            run_main(lambda: main([str(argument) for argument in arguments]))
-        output = capsys.readouterr()
-        return exit_.value.code, output.out, output.err
-
-    return run
-
-
-def one_line(error: str) -> str:
-    """The single `error:` line of what went to stderr."""
-    lines = [line for line in error.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, error
-    assert "Traceback" not in error
-    return lines[0]
+def training_options(model, data, out, *more, method="control+lora") -> list:
+    """Options of a training of the tiny model that takes a second."""
+    return [
+        "--method", method, "--model", model, "--data", data / "train.json", "--output_dir", out, "--device", "cpu",
+        "--max_steps", 6, "--eval_steps", 2, "--held_out", 6, "--warmup_steps", 1, "--lr", "1e-2", "--control_rank", 4,
+        "--lora_rank", 2, "--lora_alpha", 4, *more,
+    ]  # fmt: skip

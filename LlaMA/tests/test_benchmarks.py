@@ -2,17 +2,14 @@ import pytest
 
 from control_experiments.record import read_record
 from control_experiments.training.arguments import parse_arguments
-from LlaMA import benchmark_methods, benchmark_throughput
+from LlaMA import benchmark_methods
 from scripts import bench_memory
-
-TINY = ("--device", "cpu", "--steps", 2, "--warmup", 1, "--control_rank", 4, "--lora_rank", 2)
 
 
 def test_throughput_of_the_published_batching_and_ours(call, data, tmp_path):
-    arguments = ("--data", data / "train.json", "--output_dir", tmp_path / "out", "--large_batch", 16, *TINY)
-    arguments = ("--shape", "tiny", "--cuda_graphs", *arguments)
-    code, out, err = call(benchmark_throughput.main, *arguments)
-    assert code == 0, err
+    arguments = ("--shape", "tiny", "--cuda_graphs", "--data", data / "train.json", "--output_dir", tmp_path / "out",
+                 "--large_batch", 16, "--device", "cpu", "--steps", 2, "--warmup", 1, "--control_rank", 4, "--lora_rank", 2)  # fmt: skip
+    out = call("LlaMA.benchmark_throughput", *arguments).finished().out
     record = read_record(tmp_path / "out" / "record.json")
     ways = record.metrics["last"]
     assert list(ways) == ["published", "packed", "large"]
@@ -24,15 +21,14 @@ def test_throughput_of_the_published_batching_and_ours(call, data, tmp_path):
     assert record.task == "throughput" and record.model["id"] == "random tiny"
     options = ("memory", "batch_size", "cutoff", "dtype")
     assert [record.hyperparameters[name] for name in options] == ["plain", 8, 256, "float32"]
-    code, out, _ = call(benchmark_throughput.main, *arguments)
-    assert (code, "skipped" in out) == (0, True)
+    assert "skipped" in call("LlaMA.benchmark_throughput", *arguments).finished().out
 
 
 def test_methods_on_shapes_are_a_call_of_the_memory_benchmark(call, monkeypatch):
     calls = []
     monkeypatch.setattr(bench_memory, "main", calls.append)
-    assert call(benchmark_methods.main, "--device", "cpu")[0] == 0
-    assert call(benchmark_methods.main, "--shape", "tiny", "--device", "cpu", "--methods", "lora")[0] == 0
+    call("LlaMA.benchmark_methods", "--device", "cpu").finished()
+    call("LlaMA.benchmark_methods", "--shape", "tiny", "--device", "cpu", "--methods", "lora").finished()
     options = [parse_arguments(bench_memory.Options, argv=words)[0] for words in calls]
     assert [(o.shape, o.batch, o.tokens) for o in options] == [
         ("llama2-7b", 4, 256), ("llama3-8b", 3, 256), ("tiny", 4, 256),
@@ -51,6 +47,4 @@ def test_methods_on_shapes_are_a_call_of_the_memory_benchmark(call, monkeypatch)
     ],
 )
 def test_bad_input(call, arguments, message):
-    code, _, err = call(benchmark_throughput.main, "--data", "x", "--output_dir", "o", *arguments)
-    assert code == 2
-    assert message in err
+    assert message in call("LlaMA.benchmark_throughput", "--data", "x", "--output_dir", "o", *arguments).refused()

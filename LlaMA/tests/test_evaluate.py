@@ -4,14 +4,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from control_experiments.record import read_record
-from LlaMA import answering, evaluate, evaluation, finetune
+from LlaMA import answering, evaluation, finetune
 from LlaMA.answering import Question, generate, pad_left, rank_words
 from LlaMA.commonsense import ANSWER_LEAD, TASKS, offered_words, tokenize_prompts
-from LlaMA.tests.conftest import adapted, one_line, tiny_model
+from LlaMA.tests.conftest import adapted, tiny_model, training_options
 from peft_control import memory
 
 
@@ -19,13 +18,8 @@ from peft_control import memory
 def trained(tmp_path_factory, model_folder, data):
     """The output folder of a control+lora run."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    finetune.main(
-        [str(part) for part in (
-            "--method", "control+lora", "--model", model_folder, "--data", data / "train.json", "--output_dir", out,
-            "--device", "cpu", "--max_steps", 60, "--eval_steps", 20, "--held_out", 6, "--warmup_steps", 5, "--lr", "2e-2",
-            "--control_rank", 4, "--lora_rank", 2, "--lora_alpha", 4,
-        )]
-    )  # fmt: skip
+    longer = ("--max_steps", 60, "--eval_steps", 20, "--warmup_steps", 5, "--lr", "2e-2")
+    finetune.main([*map(str, training_options(model_folder, data, out, *longer))])
     return out
 
 
@@ -34,10 +28,8 @@ def run(call, model_folder, data, tmp_path):
     """Evaluate the tiny model on the CPU into tmp_path/<name>."""
 
     def start(*more, name="evaluation"):
-        return call(
-            evaluate.main, "--model", model_folder, "--data", data, "--output_dir", tmp_path / name,
-            "--device", "cpu", "--batch_size", 4, *more,
-        )  # fmt: skip
+        given = ("--model", model_folder, "--data", data, "--output_dir", tmp_path / name, "--device", "cpu")
+        return call("LlaMA.evaluate", *given, "--batch_size", 4, *more)
 
     return start
 
@@ -48,9 +40,8 @@ def test_streamed_weights_answer_alike(run, trained, tmp_path, monkeypatch, adap
     more = expected(trained) if adapted else ()
     for mode in ("generate", "likelihood"):
         how = ("--limit", 3, "--tasks", "boolq", "piqa", "--mode", mode, *more)
-        assert run(*how, name=f"resident-{mode}")[0] == 0
-        code, _, err = run(*how, "--stream_weights", "True", name=f"streamed-{mode}")
-        assert code == 0, err
+        run(*how, name=f"resident-{mode}").finished()
+        run(*how, "--stream_weights", "True", name=f"streamed-{mode}").finished()
         for task in ("boolq", "piqa"):
             answers = [(tmp_path / f"{where}-{mode}" / f"{task}.jsonl").read_text() for where in ("resident", "streamed")]
             assert answers[0] == answers[1] != ""
@@ -161,8 +152,7 @@ def test_likelihood_ranks_as_whole_sequences_do(model, tokenizer, rows, method):
 
 @pytest.mark.parametrize("mode", ["generate", "likelihood"])
 def test_a_run_scores_all_tasks_and_keeps_every_answer(run, trained, tmp_path, mode):
-    code, out, err = run(*expected(trained, "--mode", mode))
-    assert code == 0, err
+    out = run(*expected(trained, "--mode", mode)).finished().out
     record = read_record(tmp_path / "evaluation" / "record.json")
     assert record.method == "control+lora"
     assert record.task == ("commonsense" if mode == "generate" else "commonsense-likelihood")
@@ -186,8 +176,8 @@ def test_a_run_scores_all_tasks_and_keeps_every_answer(run, trained, tmp_path, m
 
 
 def test_a_killed_run_answers_only_what_is_left(run, tmp_path, monkeypatch):
-    assert run("--tasks", "boolq", "piqa", "--batch_size", 3, name="whole")[0] == 0
-    folder = tmp_path / "whole"
+    words, folder = ("--tasks", "boolq", "piqa", "--batch_size", 3), tmp_path / "evaluation"
+    run(*words).finished()
     (folder / "record.json").unlink()
     (folder / "piqa.jsonl").unlink()
     kept = (folder / "boolq.jsonl").read_text().splitlines(keepends=True)
@@ -200,14 +190,11 @@ def test_a_killed_run_answers_only_what_is_left(run, tmp_path, monkeypatch):
         return real(model, tokenizer, questions, **kwargs)
 
     monkeypatch.setattr(evaluation, "generate", counted)
-    code, _, err = run("--tasks", "boolq", "piqa", "--batch_size", 3, name="whole")
-    assert code == 0, err
+    run(*words).finished()
     assert len(asked) == 4 + 7
     assert sorted((folder / "boolq.jsonl").read_text().splitlines()) == sorted(line.strip() for line in kept)
-    code, out, _ = run("--tasks", "boolq", "piqa", "--batch_size", 3, name="whole")
-    assert (code, "skipped" in out) == (0, True)
-    code, _, err = run("--tasks", "boolq", "--beams", 1, name="whole")
-    assert (code, "beams 4 there, 1 asked for" in one_line(err)) == (2, True)
+    assert "skipped" in run(*words).finished().out
+    assert "beams 4 there, 1 asked for" in run("--tasks", "boolq", "--beams", 1).refused()
 
 
 def test_other_test_sets_of_the_same_name_are_another_evaluation(run, data, tmp_path):
@@ -216,13 +203,11 @@ def test_other_test_sets_of_the_same_name_are_another_evaluation(run, data, tmp_
     assert run(*words)[0] == 0
     file = tmp_path / "data" / "piqa" / "test.json"
     file.write_text(json.dumps(json.loads(file.read_text())[1:]))
-    code, _, err = run(*words)
-    assert code == 2 and "belongs to another run (data_sha256" in one_line(err)
+    assert "belongs to another run (data_sha256" in run(*words).refused()
 
 
 def test_comparison_with_batch_one(run, tmp_path):
-    code, _, err = run("--compare_batch_one", 9, "--max_new_tokens", 6)
-    assert code == 0, err
+    run("--compare_batch_one", 9, "--max_new_tokens", 6).finished()
     result = read_record(tmp_path / "evaluation" / "record.json").metrics["last"]
     assert (result["questions"], result["answers_agree"]) == (9, 100)
     speed = result["questions_per_second"] / result["questions_per_second_batch_one"]
@@ -243,9 +228,7 @@ def test_comparison_with_batch_one(run, tmp_path):
     ],
 )
 def test_bad_input_is_one_line(run, trained, tmp_path, change, message):
-    code, _, err = run(*expected(trained, *change))
-    assert code == 2
-    assert message in one_line(err)
+    assert message in run(*expected(trained, *change)).refused()
     assert not (tmp_path / "evaluation").exists()
 
 
@@ -254,72 +237,37 @@ def test_an_adapter_of_another_base_is_refused(call, trained, data, model_folder
     shutil.copytree(model_folder, other)
     tiny_model(len(tokenizer) + 4, initializer_range=0.1).save_pretrained(other)
     arguments = ("--data", data, "--output_dir", tmp_path / "out", "--device", "cpu")
-    code, _, err = call(evaluate.main, "--model", other, *arguments, *expected(trained))
-    assert code == 2
-    assert "trained on another base model" in one_line(err)
+    assert "trained on another base model" in call("LlaMA.evaluate", "--model", other, *arguments, *expected(trained)).refused()
 
     bare = tmp_path / "adapter"  # without its record only the shapes can tell
     shutil.copytree(trained / "adapter", bare)
     tiny_model(len(tokenizer) + 4, hidden_size=48).save_pretrained(other)
-    code, _, err = call(evaluate.main, "--model", other, *arguments, "--adapter", bare)
-    assert code == 2
-    assert "does not fit" in one_line(err)
+    assert "does not fit" in call("LlaMA.evaluate", "--model", other, *arguments, "--adapter", bare).refused()
 
 
-DAMAGES = {"missing": "it has no base_model", "more": "mlp_control.more has no place", "nan": "are not finite"}
+def test_batches_that_the_gpus_memory_does_not_hold_are_halved_and_what_was_answered_is_kept(run, tmp_path, monkeypatch):
+    real, path = evaluation.generate, tmp_path / "evaluation" / "boolq.jsonl"
 
+    def limited(fits) -> list[int]:
+        """Batches for which ``fits`` says no run out of memory; returns the sizes that are asked for."""
+        sizes = []
 
-@pytest.mark.parametrize("damage, said", DAMAGES.items())
-def test_an_adapter_of_which_something_is_missing_is_refused(run, trained, tmp_path, damage, said):
-    adapter = tmp_path / "adapter"
-    shutil.copytree(trained / "adapter", adapter)
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    name = sorted(tensors)[1]
-    tensors[name][0] = float("nan")
-    if damage != "nan":
-        tensor = tensors.pop(name).nan_to_num()
-    if damage == "more":
-        tensors |= {name: tensor, "base_model.model.model.layers.9.mlp_control.more": tensor.clone()}
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    code, _, err = run("--adapter", adapter, name="out")
-    assert code == 2 and said in one_line(err) and str(adapter) in err
-    assert not (tmp_path / "out").exists()
+        def generate(model, tokenizer, questions, **named):
+            sizes.append(len(questions))
+            if not fits(sizes):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0")
+            return real(model, tokenizer, questions, **named)
 
+        monkeypatch.setattr(evaluation, "generate", generate)
+        return sizes
 
-def test_batches_that_the_gpus_memory_does_not_hold_are_halved(run, tmp_path, monkeypatch):
-    real, sizes = evaluation.generate, []
-
-    def small(model, tokenizer, questions, **named):
-        sizes.append(len(questions))
-        if len(questions) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0")
-        return real(model, tokenizer, questions, **named)
-
-    monkeypatch.setattr(evaluation, "generate", small)
-    code, _, err = run()
-    assert code == 0 and err.count("answered in parts") == 1
-    assert sizes[:7] == [4, 2, 1, 1, 2, 1, 1]
-    path = tmp_path / "evaluation" / "boolq.jsonl"
-    halved = path.read_text()
+    limited(lambda sizes: len(sizes) == 1)
+    assert "smaller --batch_size" in run().refused()
+    assert len(path.read_text().splitlines()) == 4
+    monkeypatch.setattr(evaluation, "generate", real)
+    run("--batch_size", 1).finished()
+    alone = path.read_text()
     shutil.rmtree(path.parent)
-    monkeypatch.setattr(evaluation, "generate", real)
-    assert run("--batch_size", 1)[0] == 0
-    assert path.read_text() == halved
-
-
-def test_too_little_gpu_memory_keeps_what_was_answered(run, tmp_path, monkeypatch):
-    real, calls = evaluation.generate, []
-
-    def full(*args, **kwargs):
-        calls.append(1)
-        if len(calls) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0")
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(evaluation, "generate", full)
-    code, _, err = run()
-    assert code == 2
-    assert "smaller --batch_size" in one_line(err)
-    assert len((tmp_path / "evaluation" / "boolq.jsonl").read_text().splitlines()) == 4
-    monkeypatch.setattr(evaluation, "generate", real)
-    assert run("--batch_size", 2)[0] == 0
+    sizes = limited(lambda sizes: sizes[-1] == 1)
+    assert run().finished().err.count("answered in parts") == 1
+    assert sizes[:7] == [4, 2, 1, 1, 2, 1, 1] and path.read_text() == alone

@@ -1,4 +1,5 @@
 import math
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -12,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from control_experiments.record import read_record
 from control_experiments.reporting import records
-from LlaMA import convert, finetune, training
+from LlaMA import finetune, training
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
 from LlaMA.models import SHAPES, add_adapter, choose_pad_token, expected_config
-from LlaMA.tests.conftest import one_line
+from LlaMA.tests.conftest import training_options
 from peft_control import ControlConfig, memory  # noqa: F401  registers CONTROL
 
 
@@ -24,28 +25,19 @@ def describe_row(record):
     return records._label(record.domain, record.method, record.hyperparameters)
 
 
-def arguments(model, data, out, *more, method="control+lora"):
-    return [
-        "--method", method, "--model", model, "--data", data / "train.json", "--output_dir", out, "--device", "cpu",
-        "--max_steps", 6, "--eval_steps", 2, "--held_out", 6, "--warmup_steps", 1, "--lr", "1e-2", "--control_rank", 4,
-        "--lora_rank", 2, "--lora_alpha", 4, *more,
-    ]  # fmt: skip
-
-
 @pytest.fixture
 def run(call, model_folder, data, tmp_path):
     """Fine-tune the tiny model into tmp_path/<name>."""
 
     def start(*more, name="run", method="control+lora"):
-        return call(finetune.main, *arguments(model_folder, data, tmp_path / name, *more, method=method))
+        return call("LlaMA.finetune", *training_options(model_folder, data, tmp_path / name, *more, method=method))
 
     return start
 
 
 @pytest.mark.parametrize("method", finetune.METHODS)
 def test_every_method_trains_and_leaves_an_adapter_and_a_record(run, tmp_path, method, monkeypatch):
-    code, out, err = run(method=method)
-    assert code == 0, err
+    out = run(method=method).finished().out
     record = read_record(tmp_path / "run" / "record.json")
     assert record.method == method
     width, layers, rank, lora = 32, 2, 4, 2
@@ -78,8 +70,7 @@ def test_every_method_trains_and_leaves_an_adapter_and_a_record(run, tmp_path, m
 
 @pytest.mark.parametrize("method", ["miss", "shadow", "control+dora"])
 def test_methods_train_over_a_half_precision_base(run, tmp_path, method):
-    code, _, err = run("--dtype", "bf16", "--max_steps", 2, method=method)
-    assert code == 0, err
+    run("--dtype", "bf16", "--max_steps", 2, method=method).finished()
     record = read_record(tmp_path / "run" / "record.json")
     assert (record.hyperparameters["dtype"], record.adapter["dtype"]) == ("bfloat16", "float32")
 
@@ -95,8 +86,7 @@ def test_the_best_checkpoint_is_saved_not_the_last(run, tmp_path, monkeypatch):
         return value + 10 * max(0, len(seen) - 2)
 
     monkeypatch.setattr(training, "batch_loss", worse_after_the_second_evaluation)
-    code, _, err = run("--token_budget", 10_000, "--max_steps", 10)
-    assert code == 0, err
+    run("--token_budget", 10_000, "--max_steps", 10).finished()
     record = read_record(tmp_path / "run" / "record.json")
     assert (record.metrics["best"]["step"], record.metrics["last"]["step"]) == (4, 10)
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
@@ -116,17 +106,13 @@ def test_a_killed_run_resumes_with_the_same_batches(run, tmp_path, monkeypatch):
     monkeypatch.setattr(training.CommonsenseTrainer, "training_step", dying)
     assert run(name="killed")[0] == 130
     for more, said in ((), "add --resume"), (("--resume", "--lr", 1), "lr 0.01 there, 1.0 asked for"):
-        code, _, err = run(*more, name="killed")
-        assert code == 2 and said in one_line(err)
+        assert said in run(*more, name="killed").refused()
     monkeypatch.setattr(training.CommonsenseTrainer, "training_step", real)
-    code, out, err = run("--resume", name="killed")
-    assert code == 0, err
-    assert "resumed from checkpoint-4" in out
+    assert "resumed from checkpoint-4" in run("--resume", name="killed").finished().out
     weights = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "killed"))
     torch.testing.assert_close(*map(load_file, weights), rtol=0, atol=0)
     assert read_record(tmp_path / "killed" / "record.json").time["resumed_from_step"] == 4
-    code, out, _ = run(name="killed")
-    assert (code, "skipped" in out) == (0, True)
+    assert "skipped" in run(name="killed").finished().out
 
 
 @pytest.mark.parametrize("batching", ["padded", "packed"])
@@ -141,9 +127,8 @@ def test_the_trainer_learns_as_a_plain_loop_does(call, model_folder, data, tmp_p
 
     monkeypatch.setattr(training, "collate", noting)
     more = ("--epochs", 2, "--max_steps", -1, "--eval_steps", 1, "--warmup_steps", 3, "--lora_dropout", 0)
-    words = arguments(model_folder, data, tmp_path / "run", *more, "--batching", batching, method=method)
-    code, _, err = call(finetune.main, *words)
-    assert code == 0, err
+    words = training_options(model_folder, data, tmp_path / "run", *more, "--batching", batching, method=method)
+    call("LlaMA.finetune", *words).finished()
     history = read_record(tmp_path / "run" / "record.json").history
     kept, _ = split_rows(read_rows(data / "train.json"), 6, seed=42)
     rows = [row.ids for row in tokenize_rows(kept, AutoTokenizer.from_pretrained(model_folder), 256)]
@@ -152,10 +137,8 @@ def test_the_trainer_learns_as_a_plain_loop_does(call, model_folder, data, tmp_p
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(rows)
 
     torch.manual_seed(42)
-    base = AutoModelForCausalLM.from_pretrained(model_folder)
-    targets = finetune.Options(method=method, data="x").targets
-    config = expected_config(method, 4, 1.0, 0.0, 2, 4, 0.0, targets)
-    model = get_peft_model(base, config).train()
+    config = expected_config(method, 4, 1.0, 0.0, 2, 4, 0.0, finetune.Options(method=method, data="x").targets)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
     for number, (step, entry) in enumerate(zip(seen, history, strict=True)):
@@ -164,10 +147,8 @@ def test_the_trainer_learns_as_a_plain_loop_does(call, model_folder, data, tmp_p
         losses = []
         for micro_batch in (step[:4], step[4:]):  # each a mean over its tokens, as published
             if micro_batch:
-                rows = [torch.tensor(row.ids) for row in micro_batch]
-                ids = torch.nn.utils.rnn.pad_sequence(rows, True, -100)
-                mask = (ids >= 0).long()
-                losses.append(model(input_ids=ids.clamp(min=0), attention_mask=mask, labels=ids).loss)
+                ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in micro_batch], True, -100)
+                losses.append(model(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), labels=ids).loss)
         loss = torch.stack(losses).mean()
         assert loss.item() == pytest.approx(entry["train_loss"], rel=2e-5), f"step {number + 1}"
         loss.backward()
@@ -186,10 +167,8 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(run, 
         return value * math.nan if calls.count(True) > 5 else value
 
     monkeypatch.setattr(training, "batch_loss", spoiled)
-    code, _, err = run("--token_budget", 10_000)
-    assert code == 2
-    assert "loss is NaN or infinite at step" in one_line(err)
-    assert "checkpoint-4" in one_line(err)
+    said = run("--token_budget", 10_000).refused()
+    assert "loss is NaN or infinite at step" in said and "checkpoint-4" in said
     kept = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
     assert not (tmp_path / "run" / "record.json").exists()
@@ -211,10 +190,8 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(run, 
         (("--held_out", 64), "--held_out 64"),
         (("--attention", "varlen"), "--attention varlen needs"),
         (("--ranks", 3), "unknown argument"),
-        (("--lr", "nan"), "--lr must be a finite number, got nan"),
         (("--lr", -1), "--lr must be greater than 0, got -1.0"),
         (("--epochs", 0), "--epochs must be greater than 0, got 0"),
-        (("--epochs", "inf"), "--epochs must be a finite number, got inf"),
         (("--epochs", "nan"), "--epochs must be a finite number, got nan"),
         (("--max_steps", 0), "--max_steps must be at least 1, or -1 for no limit, got 0"),
         (("--warmup_steps", -1), "--warmup_steps must be at least 0, got -1"),
@@ -226,9 +203,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(run, 
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, more, message):
-    code, _, err = run(*more)
-    assert code == 2
-    assert message in one_line(err)
+    assert message in run(*more).refused()
     assert not (tmp_path / "run").exists()
 
 
@@ -246,8 +221,7 @@ def test_bases_that_cannot_be_trained(call, model_folder, data, tmp_path):
         ("bert", "is a bert model, no causal language model"),
         ("cut.gguf", "no tokenizer can be loaded from"),
     ):
-        code, _, err = call(finetune.main, *arguments(tmp_path / base, data, tmp_path / "out"))
-        assert code == 2 and said in one_line(err)
+        assert said in call("LlaMA.finetune", *training_options(tmp_path / base, data, tmp_path / "out")).refused()
         assert not (tmp_path / "out").exists()
 
 
@@ -256,8 +230,7 @@ def test_memory_modes_checkpointing_and_fixed_shapes_train_alike(run, tmp_path):
     found = {}
     for how in ("plain", "fast", "balanced", "lean", "gradient_checkpointing", "cuda_graphs"):
         more = (f"--{how}",) if "_" in how else ("--memory", how)
-        code, _, err = run("--lora_dropout", 0, *more, name=how, method="control+lora")
-        assert code == 0, err
+        run("--lora_dropout", 0, *more, name=how, method="control+lora").finished()
         found[how] = read_record(tmp_path / how / "record.json")
         losses, plain = ([row["eval_loss"] for row in found[name].history] for name in (how, "plain"))
         assert losses == pytest.approx(plain, rel=1e-4)
@@ -269,7 +242,7 @@ def test_streamed_weights_train_to_the_same_bits_and_resume(run, tmp_path, monke
     monkeypatch.setattr(memory, "RESIDENT", 1)  # of two layers
     how = ("--memory", "lean", "--dtype", "bf16", "--quantization", quantization)
     streamed = (*how, "--stream_weights", "True")
-    assert run(*how, name="resident")[0] == 0
+    run(*how, name="resident").finished()
     real = training.CommonsenseTrainer.training_step
 
     def dying(self, model, inputs, *rest):
@@ -282,8 +255,7 @@ def test_streamed_weights_train_to_the_same_bits_and_resume(run, tmp_path, monke
     assert code == 130
     assert "frozen weights of 2 layers wait on the host" in out
     monkeypatch.setattr(training.CommonsenseTrainer, "training_step", real)
-    code, out, err = run(*streamed, "--resume", name="streamed")
-    assert code == 0, err
+    run(*streamed, "--resume", name="streamed").finished()
     weights = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("resident", "streamed"))
     torch.testing.assert_close(*map(load_file, weights), rtol=0, atol=0)
     resident, streamed = (read_record(tmp_path / name / "record.json") for name in ("resident", "streamed"))
@@ -293,15 +265,14 @@ def test_streamed_weights_train_to_the_same_bits_and_resume(run, tmp_path, monke
 
 @pytest.mark.parametrize("more", ["--memory fast", "--cuda_graphs", "--quantization int8", "--method shadow"])
 def test_what_does_not_go_together_with_streamed_weights_is_said(run, tmp_path, more):
-    code, _, err = run("--stream_weights", "True", *more.split())
-    assert code == 2 and f"--stream_weights does not go together with {more}" in one_line(err)
+    refused = run("--stream_weights", "True", *more.split()).refused()
+    assert f"--stream_weights does not go together with {more}" in refused
     assert not (tmp_path / "run").exists()
 
 
 def test_a_host_without_room_for_streamed_weights_is_said(run, monkeypatch):
     monkeypatch.setattr(memory.streaming, "_free_memory", lambda: 1000)
-    code, _, err = run("--stream_weights", "True")
-    assert code == 2 and "of the host's memory" in one_line(err)
+    assert "of the host's memory" in run("--stream_weights", "True").refused()
 
 
 @pytest.mark.parametrize(
@@ -335,25 +306,18 @@ def test_shapes_have_the_published_numbers_of_adapter_parameters():
 
 
 def test_smollm2_gguf_trains(call, data, tmp_path):
-    import os
-
-    cache = Path(os.environ.get("PARALLEL_CONTROL_CACHE", "nowhere")) / "models"
-    files = sorted(cache.rglob("SmolLM2*.gguf"))
+    files = sorted(Path(os.environ.get("PARALLEL_CONTROL_CACHE", "nowhere"), "models").rglob("SmolLM2*.gguf"))
     if not files:
         pytest.skip("SmolLM2's GGUF file is not in PARALLEL_CONTROL_CACHE/models")
     more = ("--max_steps", 1, "--eval_steps", 1, "--held_out", 2, "--batch_size", 2, "--micro_batch_size", 2)
     with warnings.catch_warnings(record=True) as warned:
-        code, _, err = call(finetune.main, *arguments(files[0], data, tmp_path / "out", *more))
-    assert code == 0, err
+        err = call("LlaMA.finetune", *training_options(files[0], data, tmp_path / "out", *more)).finished().err
     assert not [str(warning.message) for warning in warned if "config" in str(warning.message)]
     assert "Converting and de-quantizing" not in err  # transformers' own bar
     assert read_record(tmp_path / "out" / "record.json").model["total_parameters"] == 134_515_008
     assert "python -m LlaMA.convert --model" in err
     converting = ("--model", files[0], "--output_dir", tmp_path / "folder", "--dtype", "fp32")
-    code, _, err = call(convert.main, *converting)
-    assert code == 0, err
-    code, _, err = call(convert.main, *converting)
-    assert code == 2 and "is there already" in one_line(err)
+    call("LlaMA.convert", *converting).finished()
+    assert "is there already" in call("LlaMA.convert", *converting).refused()
     more += ("--quantization", "nf4")  # which a GGUF file cannot be
-    code, _, err = call(finetune.main, *arguments(tmp_path / "folder", data, tmp_path / "nf4", *more))
-    assert code == 0, err
+    call("LlaMA.finetune", *training_options(tmp_path / "folder", data, tmp_path / "nf4", *more)).finished()

@@ -1,37 +1,21 @@
 """The commonsense study: what is trained on, what is asked, and by whom."""
 
 import json
-import sys
 
 from control_experiments.record import read_record
 from control_experiments.reporting.records import load
-from LlaMA import study
 from LlaMA.commonsense import TASKS
 
 
-def test_a_study_searches_on_training_questions_and_asks_the_test_sets(call, data, model_folder, tmp_path, monkeypatch):
+def test_a_study_searches_on_training_questions_and_asks_the_test_sets(call, data, model_folder, tmp_path):
     output = tmp_path / "published" / "llama" / "tiny"
-    words = f"study --model {model_folder} --data {data}/train.json --device cpu --seeds 1 2 --grid 1e-3 1e-2 --search_steps 1".split()
-    words += ["--methods", "zero-shot", "lora", "double control:control_rank=8", "shadow:lora_rank=4"]
-    words += [
-        "--epochs",
-        "1",
-        "--held_out",
-        "4",
-        "--warmup_steps",
-        "1",
-        "--batch_size",
-        "16",
-        "--micro_batch_size",
-        "16",
-        "--search_share",
-        "0.25",
-        "--limit",
-        "3",
-    ]
-    monkeypatch.setattr(sys, "argv", [*words, "--generate", "--output_dir", str(output)])
-    code, stdout, stderr = call(lambda _: study.main())
-    assert code == 0 and stdout.endswith("all 7 runs are finished\n"), stderr
+    words = (
+        "--model", model_folder, "--data", data / "train.json", "--device", "cpu", "--output_dir", output, "--generate",
+        "--methods", "zero-shot", "lora", "double control:control_rank=8", "shadow:lora_rank=4", "--seeds", 1, 2,
+        "--grid", "1e-3", "1e-2", "--search_steps", 1, "--search_share", 0.25, "--epochs", 1, "--held_out", 4,
+        "--warmup_steps", 1, "--batch_size", 16, "--micro_batch_size", 16, "--limit", 3,
+    )  # fmt: skip
+    assert call("LlaMA.study", *words).finished().out.endswith("all 7 runs are finished\n")
     records = {path.parent.relative_to(output).as_posix(): read_record(path) for path in output.rglob("record.json")}
     name = "tiny-llama_train"
     generated = {

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from control_experiments.errors import UserError
 from control_experiments.record import read_record
-from LlaMA import finetune, library_texts, training
+from LlaMA import library_texts, training
 from LlaMA.commonsense import IGNORE, Row, tokenize_rows
-from LlaMA.tests.conftest import NOUNS, one_line
+from LlaMA.tests.conftest import NOUNS, training_options
 from LlaMA.texts import Chat, Text, read_data, tokenize_data
 
 #: ChatML, with the assistant's turns marked as transformers wants them, and without.
@@ -116,8 +117,7 @@ def test_a_bad_row_is_one_line_with_its_number(call, model_folder, tmp_path, con
     for option in ("--data", "--validation"):
         words = [*arguments(model_folder, tmp_path / "out"), "--data", tmp_path / "other.txt", option, file]
         (tmp_path / "other.txt").write_text("river garden " * 200)
-        code, _, err = call(finetune.main, *words)
-        assert code == 2 and message in one_line(err)
+        assert message in call("LlaMA.finetune", *words).refused()
 
 
 @pytest.mark.parametrize(
@@ -138,11 +138,8 @@ def test_a_template_that_cannot_be_used(talking, template, message):
 
 
 def arguments(model, out, *more):
-    return [
-        "--method", "double control", "--model", model, "--output_dir", out, "--device", "cpu", "--max_steps", 6, "--eval_steps", 2,
-        "--held_out", 2, "--warmup_steps", 1, "--lr", "2e-2", "--control_rank", 4, "--batch_size", 2, "--micro_batch_size", 1,
-        "--memory", "lean", "--cutoff", 512, *more,
-    ]  # fmt: skip
+    long = ("--held_out", 2, "--lr", "2e-2", "--batch_size", 2, "--micro_batch_size", 1, "--memory", "lean", "--cutoff", 512)
+    return training_options(model, out, out, *long, *more, method="double control")
 
 
 @pytest.fixture
@@ -157,10 +154,9 @@ def texts(tmp_path):
 
 def test_long_texts_are_learned_and_a_killed_run_resumes(call, model_folder, texts, tmp_path, monkeypatch):
     def run(name, *more):
-        return call(finetune.main, *arguments(model_folder, tmp_path / name, "--data", texts, *more))
+        return call("LlaMA.finetune", *arguments(model_folder, tmp_path / name, "--data", texts, *more))
 
-    code, out, err = run("whole")
-    assert code == 0, err
+    out = run("whole").finished().out
     record = read_record(tmp_path / "whole" / "record.json")
     before, last = record.metrics["before"]["eval_loss"], record.metrics["last"]["eval_loss"]
     assert record.task == "texts" and [entry["step"] for entry in record.history] == [0, 2, 4, 6]
@@ -178,8 +174,7 @@ def test_long_texts_are_learned_and_a_killed_run_resumes(call, model_folder, tex
     with monkeypatch.context() as patch:
         patch.setattr(training.CommonsenseTrainer, "training_step", dying)
         assert run("killed")[0] == 130
-    code, out, err = run("killed", "--resume")
-    assert code == 0 and "resumed from checkpoint-2" in out, err
+    assert "resumed from checkpoint-2" in run("killed", "--resume").finished().out
     weights = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "killed"))
     torch.testing.assert_close(*map(load_file, weights), rtol=0, atol=0)
     resumed = read_record(tmp_path / "killed" / "record.json")
@@ -187,9 +182,7 @@ def test_long_texts_are_learned_and_a_killed_run_resumes(call, model_folder, tex
 
 
 def test_chats_train_with_their_own_validation_data(call, model_folder, talking, tmp_path):
-    talking.save_pretrained(tmp_path / "model")
-    for file in ("config.json", "model.safetensors"):
-        (tmp_path / "model" / file).write_bytes((model_folder / file).read_bytes())
+    talking.save_pretrained(shutil.copytree(model_folder, tmp_path / "model"))
     for name, count in (("train", 9), ("validation", 3)):
         draw = random.Random(name)
         rows = [{"messages": chat(" ".join(draw.choices(NOUNS, k=40)), "river river river")} for _ in range(count)]
@@ -198,64 +191,48 @@ def test_chats_train_with_their_own_validation_data(call, model_folder, talking,
     losses = {}
     for batching in ("packed", "padded"):
         out = tmp_path / batching
-        code, printed, err = call(finetune.main, *arguments(tmp_path / "model", out, *words, "--batching", batching))
-        assert code == 0 and "9 training and 3 held-out rows, 0 cut at 512 tokens" in printed, err
+        printed = call("LlaMA.finetune", *arguments(tmp_path / "model", out, *words, "--batching", batching)).finished().out
+        assert "9 training and 3 held-out rows, 0 cut at 512 tokens" in printed
         record = read_record(out / "record.json")
         losses[batching] = [entry["eval_loss"] for entry in record.history]
         assert losses[batching][-1] < 0.95 * losses[batching][0]
     assert losses["packed"] == pytest.approx(losses["padded"], rel=1e-3)
     (tmp_path / "validation.jsonl").write_text(json.dumps(rows[0]))
-    code, _, err = call(finetune.main, *arguments(tmp_path / "model", out, *words, "--batching", "padded"))
-    assert code == 2 and "validation" in one_line(err), "another validation file is another run"
+    refused = call("LlaMA.finetune", *arguments(tmp_path / "model", out, *words, "--batching", "padded")).refused()
+    assert "validation" in refused, "another validation file is another run"
 
 
 def test_rows_beyond_the_models_positions(call, model_folder, texts, tokenizer, tmp_path, monkeypatch):
-    config = model_folder / "config.json"
-    folder = tmp_path / "short"
-    folder.mkdir()
-    for file in model_folder.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    (folder / "config.json").write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 256}))
+    folder = shutil.copytree(model_folder, tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
     more = ("--data", texts, "--max_steps", 1, "--eval_steps", 1)
-    code, _, err = call(finetune.main, *arguments(folder, tmp_path / "out", *more))
-    assert code == 0, err
+    err = call("LlaMA.finetune", *arguments(folder, tmp_path / "out", *more)).finished().err
     (note,) = [line for line in err.splitlines() if line.startswith("note: rows")]
     assert "rows have up to 512 tokens" in note and "made for 256 (max_position_embeddings)" in note and "(default)" in note
-    code, _, err = call(finetune.main, *arguments(folder, tmp_path / "other", *more, "--cutoff", 256))
-    assert code == 0 and "note: rows" not in err
+    again = call("LlaMA.finetune", *arguments(folder, tmp_path / "other", *more, "--cutoff", 256)).finished()
+    assert "note: rows" not in again.err
 
     shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 128}
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer) + 4, **shape)).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
     words = arguments(tmp_path / "gpt2", tmp_path / "none", *more, "--memory", "plain")
-    code, _, err = call(finetune.main, *words)
-    assert code == 2 and "has no more positions: choose --cutoff 128 or less" in one_line(err)
+    assert "has no more positions: choose --cutoff 128 or less" in call("LlaMA.finetune", *words).refused()
 
 
 def test_the_librarys_texts_share_no_module(call, tmp_path):
     library = tmp_path / "lib"
-    for name in (
-        "json/__init__.py",
-        "json/decoder.py",
-        "zipfile/core.py",
-        "abc.py",
-        "ast.py",
-        "site-packages/own.py",
-        "test/more.py",
-    ):
+    shared = ("json/__init__.py", "json/decoder.py", "zipfile/core.py", "abc.py", "ast.py")
+    for name in (*shared, "site-packages/own.py", "test/more.py"):
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_text(f"print('{name}')\n")
-    code, out, err = call(library_texts.main, "--output_dir", tmp_path / "all")
-    assert code == 0 and "M characters for validation" in out, err
+    assert "M characters for validation" in call("LlaMA.library_texts", "--output_dir", tmp_path / "all").finished().out
     parts = {part: [*(tmp_path / "all" / part).iterdir()] for part in ("train", "validation")}
     named = {part: re.findall(r"^# (\S+\.py)\n\n", "".join(map(Path.read_text, files)), re.M) for part, files in parts.items()}
     assert len(named["validation"]) >= 20 and len(named["train"]) > 5 * len(named["validation"])
     assert not {*named["train"]} & {*named["validation"]} and "json/decoder.py" in [*named["train"], *named["validation"]]
     assert {*library_texts.texts(library)} == {"json", "zipfile", "modules_a"}
     assert library_texts.texts(library)["json"].index("__init__") < library_texts.texts(library)["json"].index("decoder")
-    for more, said in (
-        (("--output_dir", tmp_path / "all"), "is there already"),
-        (("--library", tmp_path / "all"), "too few modules"),
-    ):
-        code, _, err = call(library_texts.main, "--output_dir", tmp_path / "other", *more)
-        assert code == 2 and said in one_line(err)
+    for option, said in (("--output_dir", "is there already"), ("--library", "too few modules")):
+        more = (option, tmp_path / "all")
+        assert said in call("LlaMA.library_texts", "--output_dir", tmp_path / "other", *more).refused()

@@ -5,14 +5,37 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
-_TEXT = "the a cat dog bird sees hears likes big small red blue runs sleeps not and"
-WORDS = _TEXT.split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "sees",
+    "hears",
+    "likes",
+    "big",
+    "small",
+    "red",
+    "blue",
+    "runs",
+    "sleeps",
+    "not",
+    "and",
+]
 
 
-def save_tokenizer(folder: Path) -> None:
+def save_encoder(folder: Path, kind: str = "Bert") -> Path:
+    """A folder of a tiny random encoder with its tokenizer."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=4 + len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        pad_token_id=1, initializer_range=0.3, max_position_embeddings=130 if kind == "Bert" else 132,
+    )  # fmt: skip
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -23,21 +46,15 @@ def save_tokenizer(folder: Path) -> None:
     roles = {"bos": "<s>", "eos": "</s>", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>"}
     tokens = {f"{role}_token": token for role, token in roles.items()}
     names = ["input_ids", "attention_mask"]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **tokens).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **tokens).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def encoders(tmp_path_factory) -> dict[str, Path]:
-    """Folders of a tiny random BERT and a tiny random RoBERTa, each with a tokenizer."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    shape = {**sizes, "vocab_size": 4 + len(WORDS), "pad_token_id": 1, "initializer_range": 0.3}
+    """Folders of a tiny random BERT, RoBERTa and MPNet."""
     root = tmp_path_factory.mktemp("encoders")
-    torch.manual_seed(0)
-    BertModel(BertConfig(**shape, max_position_embeddings=130)).save_pretrained(root / "bert")
-    RobertaModel(RobertaConfig(**shape, max_position_embeddings=132)).save_pretrained(root / "roberta")
-    for name in ("bert", "roberta"):
-        save_tokenizer(root / name)
-    return {name: root / name for name in ("bert", "roberta")}
+    return {kind.lower(): save_encoder(root / kind.lower(), kind) for kind in ("Bert", "Roberta", "MPNet")}
 
 
 def sentence(rng: random.Random) -> str:
@@ -69,19 +86,17 @@ LABELS = {
     "MNLI": ["entailment", "neutral", "contradiction"],
     "STS-B": ["0.000", "2.500", "4.250", "5.000"],
 }
-TEXT_COLUMNS = {"sentence", "sentence1", "sentence2", "question", "question1", "question2"}
-TEXT_COLUMNS |= {"#1 String", "#2 String"}
+TEXT_COLUMNS = {"sentence", "sentence1", "sentence2", "question", "question1", "question2", "#1 String", "#2 String"}
 LABEL_COLUMNS = {"label", "Quality", "is_duplicate", "score", "gold_label"}
 
 
-def write_glue(root: Path, folder: str, train: int = 24, dev: int = 10, test: int = 7) -> Path:
+def write_glue(root: Path, folder: str, train: int = 24) -> Path:
     """A tiny folder of one task in the classic layout; returns `root`, the DATA to pass."""
     rng = random.Random(folder)
     labels = LABELS.get(folder, ["0", "1"])
     (root / folder).mkdir(parents=True)
     kinds = ("_matched", "_mismatched") if folder == "MNLI" else ("",)
-    sizes = {f"{split}{kind}": n for split, n in (("dev", dev), ("test", test)) for kind in kinds}
-    sizes["train"] = train
+    sizes = {"train": train, **{f"{split}{kind}": n for split, n in (("dev", 10), ("test", 7)) for kind in kinds}}
     for split, rows in sizes.items():
         header = HEADERS[folder]
         if split.startswith("test"):

@@ -11,11 +11,6 @@ from hypothesis import strategies as st
 from control_experiments.errors import UserError
 from RoBERTa import glue
 
-FOLDERS = {
-    "cola": "CoLA", "mnli": "MNLI", "mrpc": "MRPC", "qnli": "QNLI", "qqp": "QQP",
-    "rte": "RTE", "sst2": "SST-2", "stsb": "STS-B", "wnli": "WNLI",
-}  # fmt: skip
-
 
 @pytest.mark.parametrize("name", glue.GLUE_TASKS)
 def test_classic_folder(name, glue_folder):
@@ -31,7 +26,7 @@ def test_classic_folder(name, glue_folder):
         assert splits["train"]["label"][:classes] == list(range(classes))
     assert ("second" in splits["train"].column_names) == (name not in ("cola", "sst2"))
     # the first training row's first text, cut out by hand
-    line = (glue_folder / FOLDERS[name] / "train.tsv").read_text().splitlines()[0 if name == "cola" else 1]
+    line = (glue_folder / glue.TASKS[name].folder / "train.tsv").read_text().splitlines()[0 if name == "cola" else 1]
     place = {"cola": 3, "sst2": 0, "mrpc": 3, "qqp": 3, "stsb": 7, "mnli": 8}.get(name, 1)
     assert splits["train"][0]["first"] == line.split("\t")[place]
 
@@ -124,11 +119,11 @@ def test_metrics_by_hand():
     tp, fp, fn, tn = 2, 2, 1, 2
     matthews = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     accuracy, f1 = (tp + tn) / 7, 2 * tp / (2 * tp + fp + fn)
-    expected = {"cola": {"matthews": matthews, "score": matthews}}
-    both = {"accuracy": accuracy, "f1": f1, "score": (accuracy + f1) / 2}
-    expected |= dict.fromkeys(("mrpc", "qqp"), both)
-    alone = {"accuracy": accuracy, "score": accuracy}
-    expected |= dict.fromkeys(("mnli", "qnli", "rte", "sst2", "wnli"), alone)
+    expected = {
+        "cola": {"matthews": matthews, "score": matthews},
+        **{key: {"accuracy": accuracy, "f1": f1, "score": (accuracy + f1) / 2} for key in ("mrpc", "qqp")},
+        **{key: {"accuracy": accuracy, "score": accuracy} for key in ("mnli", "qnli", "rte", "sst2", "wnli")},
+    }
     for name, metrics in expected.items():
         assert glue.TASKS[name].metrics(np.eye(3)[predicted], labels) == pytest.approx(metrics)
 

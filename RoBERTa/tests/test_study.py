@@ -1,34 +1,16 @@
 """The GLUE study and the rows that its search holds out."""
 
-import sys
-
-import pytest
-
-from control_experiments.errors import UserError
 from control_experiments.record import read_record
-from RoBERTa import study
 from RoBERTa.glue import get_task, hold_out, load_task
 
 
-def test_a_study_scores_its_search_on_training_rows_and_its_tests_on_the_dev_set(
-    encoders, glue_folder, tmp_path, monkeypatch, capsys
-):
-    words = f"study --model {encoders['bert']} --data {glue_folder} --device cpu --tasks cola stsb --epochs cola=1 stsb=2 --methods control".split()
-    words += [
-        "double control:control_rank=8",
-        "--batch_size",
-        "8",
-        "--seeds",
-        "1",
-        "--grid",
-        "1e-3",
-        "1e-2",
-        "--search_share",
-        "0.25",
-    ]
-    monkeypatch.setattr(sys, "argv", [*words, "--output_dir", str(tmp_path)])
-    study.main()
-    assert capsys.readouterr().out.endswith("all 4 runs are finished\n")
+def test_a_study_scores_its_search_on_training_rows_and_its_tests_on_the_dev_set(call, encoders, glue_folder, tmp_path):
+    words = (
+        "--model", encoders["bert"], "--data", glue_folder, "--device", "cpu", "--output_dir", tmp_path, "--batch_size", 8,
+        "--tasks", "cola", "stsb", "--epochs", "cola=1", "stsb=2", "--methods", "control", "double control:control_rank=8",
+        "--seeds", 1, "--grid", "1e-3", "1e-2", "--search_share", 0.25,
+    )  # fmt: skip
+    assert call("RoBERTa.study", *words).finished().out.endswith("all 4 runs are finished\n")
     records = {path.parent.name: read_record(path) for path in tmp_path.rglob("record.json")}
     assert len(records) == 4 + 8
     for name, record in records.items():
@@ -40,9 +22,7 @@ def test_a_study_scores_its_search_on_training_rows_and_its_tests_on_the_dev_set
     # two blocks of half the rank have as many parameters as one
     counts = {record.adapter["adapter_parameters"] for record in records.values()}
     assert counts == {2 * 2 * 16 * 16}
-    monkeypatch.setattr(sys, "argv", [*words, "--output_dir", str(tmp_path), "--epochs", "cola=1"])
-    with pytest.raises(UserError, match="--epochs says nothing about stsb"):
-        study.main()
+    assert "--epochs says nothing about stsb" in call("RoBERTa.study", *words, "--epochs", "cola=1").refused()
 
 
 def test_the_held_out_rows_are_training_rows_and_the_same_each_time(glue_folder):

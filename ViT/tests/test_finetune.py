@@ -2,11 +2,8 @@
 
 import csv
 import logging
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import huggingface_hub
 import numpy as np
@@ -15,34 +12,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from control_experiments.paths import REPOSITORY
 from control_experiments.record import read_record
 from ViT import recipe
 from ViT.classifier import restore
 from ViT.options import Options
 from ViT.vision_models import Base
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def launch(*command, **environment):
-    return subprocess.run(
-        ["bash", *map(str, command)], capture_output=True, text=True, cwd="/", timeout=240,
-        env={**os.environ, "PYTHON": sys.executable, **environment},
-    )  # fmt: skip
-
 
 @pytest.mark.parametrize("method", ["control", "lora", "dora", "miss", "probe"])
-def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_path, method):
+def test_train_then_evaluate_and_predict(call, train, npz, base_model, tmp_path, method):
     out = tmp_path / "run"
-    trained = (*options, "--method", method, "--mlp_layers", 4, "--output_dir", out)
-    code, stdout, stderr = call("finetune", *trained)
-    assert code == 0, stderr
+    stdout = train("--method", method, "--mlp_layers", 4).finished().out
     record = read_record(out / "record.json")
-    expected = {"control": 6 * (2 * 64 * 16 + 16 + 64), "probe": 0}
     hidden = load_file(base_model)["blocks.0.mlp.fc1.weight"].shape[0]
-    expected["lora"] = 6 * (2 * (64 + hidden) + 2 * 2 * hidden)
-    expected["dora"] = expected["lora"] + 6 * (64 + 3 * hidden)
-    expected["miss"] = 6 * (64 + 3 * hidden)
+    lora, outputs = 6 * (2 * (64 + hidden) + 2 * 2 * hidden), 6 * (64 + 3 * hidden)
+    expected = {"control": 6 * (2 * 64 * 16 + 16 + 64), "lora": lora, "dora": lora + outputs, "miss": outputs, "probe": 0}
     assert record.adapter["adapter_parameters"] == expected[method]
     assert record.adapter["head_parameters"] == 3 * 64 + 3
     assert [row["epoch"] for row in record.history] == [1, 2]
@@ -52,27 +37,23 @@ def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_pat
     assert not (out / "checkpoints").exists()
 
     evaluation = tmp_path / "evaluation"
-    common = ("finetune", "--device", "cpu", "--model", base_model)
+    common = ("ViT.finetune", "--device", "cpu", "--model", base_model)
     asked = (*common, "--evaluate", out / "adapter", "--data", npz, "--output_dir")
     assert f"record in {out / 'record.json'}\n" in stdout
     contents = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    code, _, stderr = call(*asked, out)
-    assert (code, stderr.count("\n")) == (2, 1) and "holds a training run" in stderr
+    assert "holds a training run" in call(*asked, out).refused()
     assert contents == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    code, stdout, stderr = call(*asked, evaluation)
-    assert code == 0, stderr
+    stdout = call(*asked, evaluation).finished().out
     assert f"record in {evaluation / 'record.json'}\n" in stdout
     again = read_record(evaluation / "record.json").metrics["last"]
     assert again == pytest.approx({key: record.history[-1][key] for key in again}, rel=1e-4)
 
     photos = tmp_path / "photos" / "inner"
     photos.mkdir(parents=True)
-    pixels = np.load(npz)["x_test"]
-    for index, image in enumerate(pixels):
+    for index, image in enumerate(np.load(npz)["x_test"]):
         Image.fromarray(image).save(photos / f"{index:02}.png")
     predicted = ("--predict", tmp_path / "photos", "--adapter", out / "adapter")
-    code, stdout, stderr = call(*common, *predicted, "--output", tmp_path / "classes.csv")
-    assert code == 0, stderr
+    call(*common, *predicted, "--output", tmp_path / "classes.csv").finished()
     with (tmp_path / "classes.csv").open() as file, (out / "predictions.csv").open() as trained:
         rows, tested = list(csv.DictReader(file)), list(csv.DictReader(trained))
     assert rows[0]["file"] == "inner/00.png"
@@ -84,19 +65,17 @@ def test_train_then_evaluate_and_predict(call, options, npz, base_model, tmp_pat
 
 
 @pytest.mark.parametrize("mlp_layers", [2, 4])
-def test_the_adapters_card_says_what_it_is_and_loads_it(call, options, base_model, tmp_path, mlp_layers):
+def test_the_adapters_card_says_what_it_is_and_loads_it(train, base_model, tmp_path, mlp_layers):
     out = tmp_path / "run"
-    arguments = (*options, "--epochs", 1, "--mlp_layers", mlp_layers, "--output_dir", out)
-    code, _, stderr = call("finetune", *arguments)
-    assert code == 0, stderr
+    train("--epochs", 1, "--mlp_layers", mlp_layers).finished()
     card = (out / "adapter" / "README.md").read_text()
     assert f"base_model: {base_model.parent.name}/model.safetensors" in card and "rank 16" in card
     assert str(tmp_path) not in card and f"{6 * (2 * 64 * 16 + 16 + 64) + 195:,} of " in card
     (lines,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    lines = lines.replace("results/vit/RUN", str(out))
-    lines = lines.replace(f"{base_model.parent.name}/model.safetensors", str(base_model))
-    loaded: dict = {}
-    exec(lines, loaded)
+    named = {"results/vit/RUN": str(out), f"{base_model.parent.name}/model.safetensors": str(base_model)}
+    for shown, place in named.items():
+        lines = lines.replace(shown, place)
+    exec(lines, loaded := {})
     assert loaded["classes"] == ["red", "green", "blue"]
     again, _, _ = restore(out / "adapter", model=str(base_model))
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -104,27 +83,24 @@ def test_the_adapters_card_says_what_it_is_and_loads_it(call, options, base_mode
 
 
 def test_the_readme_loads_an_adapter_as_its_card_does():
-    readme = (ROOT / "ViT" / "README.md").read_text()
+    readme = (REPOSITORY / "ViT" / "README.md").read_text()
     lines = recipe.loading_lines(Options(image_size=224), Base(Options.model, Options.model))
     assert lines.strip() in readme and recipe.RESTORE.strip() in readme
 
 
 @pytest.mark.parametrize("mlp_layers", [2, 4])
-def test_memory_modes_train_alike(call, options, tmp_path, mlp_layers):
+def test_memory_modes_train_alike(train, tmp_path, mlp_layers):
     states = {}
     for mode in ("plain", "fast", "balanced", "lean"):
-        arguments = (*options, "--memory", mode, "--mlp_layers", mlp_layers)
-        code, _, stderr = call("finetune", *arguments, "--output_dir", tmp_path / mode)
-        assert code == 0, stderr
+        train("--memory", mode, "--mlp_layers", mlp_layers, "--output_dir", tmp_path / mode).finished()
         states[mode] = load_file(tmp_path / mode / "adapter" / "adapter_model.safetensors")
         torch.testing.assert_close(states[mode], states["plain"], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_resumed_run_is_the_uninterrupted_one(call, options, tmp_path, monkeypatch, optimizer):
-    longer = (*options, "--epochs", 3, "--optimizer", optimizer, "--lr", 0.01)
-    assert call("finetune", *longer, "--output_dir", tmp_path / "whole")[0] == 0
-    save = recipe.save_checkpoint
+def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path, monkeypatch, optimizer):
+    longer, save = partial(train, "--epochs", 3, "--optimizer", optimizer, "--lr", 0.01), recipe.save_checkpoint
+    longer("--output_dir", tmp_path / "whole").finished()
 
     def interrupt(folder, step, *rest):
         save(folder, step, *rest)
@@ -132,20 +108,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(call, options, tmp_path, monkeyp
             raise KeyboardInterrupt
 
     monkeypatch.setattr(recipe, "save_checkpoint", interrupt)
-    cut = (*longer, "--output_dir", tmp_path / "cut")
-    assert call("finetune", *cut)[0] == 130
+    assert longer().code == 130
     monkeypatch.setattr(recipe, "save_checkpoint", save)
-    code, _, stderr = call("finetune", *cut)
-    assert code == 2 and "--resume" in stderr
-    code, _, stderr = call("finetune", *cut, "--resume", "--control_rank", 8)
-    assert code == 2 and "control_rank 16 there, 8 asked for" in stderr
-    assert call("finetune", *cut, "--resume")[0] == 0
-    ends = [read_record(tmp_path / name / "record.json").history[-1] for name in ("whole", "cut")]
-    assert [e["test_loss"] for e in ends] == pytest.approx([ends[0]["test_loss"]] * 2, abs=1e-7)
-    weights = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "cut"))
+    assert "--resume" in longer().refused()
+    assert "control_rank 16 there, 8 asked for" in longer("--resume", "--control_rank", 8).refused()
+    longer("--resume").finished()
+    weights = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "run"))
     torch.testing.assert_close(*map(load_file, weights), rtol=0, atol=0)
-    code, stdout, _ = call("finetune", *cut)
-    assert code == 0 and "is finished" in stdout
+    assert "is finished" in longer().finished().out
 
 
 def broken_image_folder(tmp_path):
@@ -172,16 +142,14 @@ def broken_image_folder(tmp_path):
         (lambda p: ("--evaluate", p), "no adapter folder"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(call, options, tmp_path, changed, message):
-    code, _, stderr = call("finetune", *options, "--output_dir", tmp_path / "run", *changed(tmp_path))
-    lines = [line for line in stderr.splitlines() if not line.startswith("warning")]
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+def test_bad_input_is_one_line_and_leaves_nothing(train, tmp_path, changed, message):
+    assert message in train(*changed(tmp_path)).refused()
     assert not (tmp_path / "run").exists()
 
 
-def test_data_and_base_model_must_fit_the_adapter(call, options, npz, base_model, tmp_path):
+def test_data_and_base_model_must_fit_the_adapter(call, train, npz, base_model, tmp_path):
     out = tmp_path / "run"
-    assert call("finetune", *options, "--epochs", 1, "--output_dir", out)[0] == 0
+    train("--epochs", 1).finished()
     arrays = dict(np.load(npz))
     np.savez(tmp_path / "more.npz", **{**arrays, "classes": ["red", "green", "blue", "black"]})
     np.savez(tmp_path / "other.npz", **{**arrays, "classes": ["cyan", "green", "blue"]})
@@ -193,66 +161,53 @@ def test_data_and_base_model_must_fit_the_adapter(call, options, npz, base_model
         (npz, ("--model", tmp_path / "model.safetensors"), "checksums differ"),
     ):
         words = ("--device", "cpu", "--evaluate", out / "adapter", "--data", data, *more)
-        code, _, stderr = call("finetune", *words)
-        assert code == 2 and message in stderr
+        assert message in call("ViT.finetune", *words).refused()
 
 
-def test_pictures(call, options, npz, tmp_path):
+def test_pictures(call, train, npz, tmp_path):
     runs = [tmp_path / method for method in ("control", "probe")]
     for run in runs:
-        assert call("finetune", *options, "--method", run.name, "--output_dir", run)[0] == 0
-    code, _, stderr = call("figures", "--runs", *runs, "--data", npz, "--output_dir", tmp_path / "figures")
-    assert code == 0, stderr
+        train("--method", run.name, "--output_dir", run).finished()
+    call("ViT.figures", "--runs", *runs, "--data", npz, "--output_dir", tmp_path / "figures").finished()
     for name in ("accuracy_memory", "curves", "control_images"):
         with Image.open(tmp_path / "figures" / f"{name}.png") as picture:
             assert min(picture.size) > 200
-    code, _, stderr = call("figures", "--runs", tmp_path / "nothing", "--output_dir", tmp_path / "none")
-    assert code == 2 and "record.json" in stderr and not (tmp_path / "none").exists()
+    assert "record.json" in call("ViT.figures", "--runs", tmp_path / "nothing", "--output_dir", tmp_path / "none").refused()
+    assert not (tmp_path / "none").exists()
 
 
-def test_an_unreachable_hub_is_one_line(call, options, tmp_path, monkeypatch):
-    import timm
-
+def test_an_unreachable_hub_is_one_line(train, tmp_path, monkeypatch):
     told, retries = [], logging.getLogger("huggingface_hub.utils._http")
 
     def unreachable(*_, **__):
         told.append(retries.isEnabledFor(logging.WARNING))
         raise OSError("cannot reach the hub")
 
-    monkeypatch.setattr(timm, "create_model", unreachable)
-    more = ("--model", "vit_tiny_patch16_224", "--output_dir", tmp_path / "run")
+    monkeypatch.setattr("timm.create_model", unreachable)
     huggingface_hub.utils.logging.set_verbosity_warning()
-    code, _, stderr = call("finetune", *options, *more)
-    assert (code, stderr.count("\n"), told) == (2, 1, [False]) and "cannot reach the hub" in stderr
+    assert "cannot reach the hub" in train("--model", "vit_tiny_patch16_224").refused()
+    assert told == [False]  # nothing more is said of it
     assert not (tmp_path / "run").exists()
 
 
-def test_the_small_tables_data_may_have_spaces_in_its_paths(tmp_path):
+def test_the_small_tables_data_may_have_spaces_in_its_paths(launch, started, tmp_path):
     def data(value):
-        settings = {"PYTHON": printer, "DATA": value, "PARALLEL_CONTROL_SHARED": "/shared"}
-        done = launch(ROOT / "ViT" / "run_small_table.sh", "cpu", **settings)
-        assert done.returncode == 0, done.stderr
-        words = done.stdout.splitlines()[1:]
+        (words,) = started("ViT/run_small_table.sh", "cpu", DATA=value, PARALLEL_CONTROL_SHARED="/shared")
         return words[words.index("--data") + 1 : words.index("--methods")]
 
-    printer = tmp_path / "printer"
-    printer.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
-    printer.chmod(0o755)
     (tmp_path / "my data").mkdir()
     assert data(str(tmp_path / "my data")) == [str(tmp_path / "my data")]
     assert data("a.npz b.tar") == ["a.npz", "b.tar"]
     assert data("'my data/a.npz' digits") == ["my data/a.npz", "digits"]
     assert data("") == ["/shared/data/vision/cifar100_7k.npz", "/shared/data/vision/flowers12.tar"]
-    refused = launch(ROOT / "ViT" / "run_small_table.sh", "cpu", DATA="it's")
-    assert refused.returncode == 2 and "a quote in DATA is not closed" in refused.stderr
+    assert "a quote in DATA is not closed" in launch("ViT/run_small_table.sh", "cpu", DATA="it's").refused()
 
 
 def test_benchmark(call, npz, tmp_path):
-    code, stdout, stderr = call(
-        "benchmark_pipeline", "--data", npz, "--architecture", "test_vit", "--image_size", 32, "--device", "cpu",
+    stdout = call(
+        "ViT.benchmark_pipeline", "--data", npz, "--architecture", "test_vit", "--image_size", 32, "--device", "cpu",
         "--steps", 2, "--rounds", 1, "--workers", 0, "--batch_size", 8, "--output_dir", tmp_path,
-    )  # fmt: skip
-    assert code == 0, stderr
+    ).finished().out  # fmt: skip
     assert {"ours", "resident", "published"} <= set(stdout.split())
     (record,) = tmp_path.glob("*.json")
     metrics = read_record(record).metrics
@@ -260,53 +215,40 @@ def test_benchmark(call, npz, tmp_path):
     assert metrics["ours_over_resident"] == pytest.approx(rates["ours"] / rates["resident"])
 
 
-def test_launcher_demonstration(tmp_path):
-    done = launch(
-        ROOT / "ViT" / "run_ViT.sh", "control", "cpu", "--seed", "3", "--output_dir", tmp_path / "run",
-        MODEL="tiny", DATA="digits", MLP_LAYERS="2", EPOCHS="4", BATCH="32", LR="0.05",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("control on digits with tiny, published recipe, device cpu:")
+def test_launcher_demonstration(launch, tmp_path):
+    recipe = {"MODEL": "tiny", "DATA": "digits", "MLP_LAYERS": 2, "EPOCHS": 4, "BATCH": 32, "LR": 0.05}
+    done = launch("ViT/run_ViT.sh", "control", "cpu", "--seed", 3, "--output_dir", tmp_path / "run", **recipe).finished()
+    assert done.out.startswith("control on digits with tiny, published recipe, device cpu:")
     record = read_record(tmp_path / "run" / "record.json")
     assert record.seed == 3 and record.metrics["best"]["test_accuracy"] > 35  # five classes
     assert (tmp_path / "run" / "adapter" / "base.safetensors").is_file()
 
 
-def test_the_tuned_recipe_is_the_other_one(noting):
-    run = (ROOT / "ViT" / "run_ViT.sh", "lora", "cpu")
-    assert launch(*run, PYTHON=str(noting.interpreter), RECIPE="tuned").returncode == 0
-    assert launch(*run, PYTHON=str(noting.interpreter), RECIPE="tuned", LR="1e-3", EPOCHS="3").returncode == 0
-    calls = [dict(zip(words[2::2], words[3::2], strict=True)) for words in noting.calls]
+def test_the_tuned_recipe_is_the_other_one(launch, started):
     recipe = {"--optimizer": "adamw", "--lr": "2e-3", "--epochs": "10", "--warmup_steps": "20"}
-    assert recipe.items() <= calls[0].items()
-    assert {**recipe, "--lr": "1e-3", "--epochs": "3"}.items() <= calls[1].items()
-    refused = launch(*run, RECIPE="best")
-    assert refused.returncode == 2 and "RECIPE is published or tuned, got best" in refused.stderr
+    for more, changed in (({}, {}), ({"LR": "1e-3", "EPOCHS": 3}, {"--lr": "1e-3", "--epochs": "3"})):
+        ((_, *words),) = started("ViT/run_ViT.sh", "lora", "cpu", RECIPE="tuned", **more)
+        assert {**recipe, **changed}.items() <= dict(zip(words[::2], words[1::2], strict=True)).items()
+    assert "RECIPE is published or tuned, got best" in launch("ViT/run_ViT.sh", "lora", "cpu", RECIPE="best").refused()
 
 
-def test_launchers_explain_themselves(call, noting):
+def test_launchers_explain_themselves(call, launch, started):
     for script in ("ViT/run_ViT.sh", "ViT/run_small_table.sh", "scripts/table_vit_memory.sh"):
-        assert launch(ROOT / script, "-h").returncode == 0
-        assert launch(ROOT / script).returncode == 2
-    assert launch(ROOT / "ViT" / "run_ViT.sh", "magic", "cpu", PYTHON=str(noting.interpreter)).returncode == 0
-    ((_, module, *words),) = noting.calls
-    code, _, stderr = call(module.removeprefix("ViT."), *words)
-    assert code == 2 and "unknown method 'magic': choose one of control, lora, dora, double control" in stderr
+        launch(script, "-h").finished()
+        assert launch(script).code == 2
+    (command,) = started("ViT/run_ViT.sh", "magic", "cpu")
+    assert "unknown method 'magic': choose one of control, lora, dora, double control" in call(*command).refused()
 
 
-def test_small_table_runs_everything_once(call, base_model, npz, noting, tmp_path):
-    settings = {
-        "MODEL": str(base_model), "ARCHITECTURE": "test_vit", "DATA": str(npz), "METHODS": "'double control' probe",
-        "SEEDS": "1 2", "EPOCHS": "1", "PYTHON": str(noting.interpreter),
-    }  # fmt: skip
-    more = ("--image_size", "32", "--batch_size", "16", "--output_dir", tmp_path)
-    assert launch(ROOT / "ViT" / "run_small_table.sh", "cpu", *more, **settings).returncode == 0
-    ((_, module, *words),) = noting.calls
-    assert call(module.removeprefix("ViT."), *words)[0] == 0
+def test_small_table_runs_everything_once(call, base_model, npz, started, tmp_path):
+    settings = {"MODEL": base_model, "ARCHITECTURE": "test_vit", "DATA": npz, "METHODS": "'double control' probe",
+                "SEEDS": "1 2", "EPOCHS": 1}  # fmt: skip
+    more = ("--image_size", 32, "--batch_size", 16, "--output_dir", tmp_path)
+    (command,) = started("ViT/run_small_table.sh", "cpu", *more, **settings)
+    call(*command).finished()
     records = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")}
     assert sorted((r.method, r.seed) for r in map(read_record, records)) == [
         ("double control", 1), ("double control", 2), ("probe", 1), ("probe", 2),
     ]  # fmt: skip
-    code, stdout, stderr = call(module.removeprefix("ViT."), *words)
-    assert code == 0 and stdout == "all 4 runs are finished\n", stderr
+    assert call(*command).finished().out == "all 4 runs are finished\n"
     assert records == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")}

@@ -54,7 +54,7 @@ def plain_losses(model, npz, optimizer):
     ("optimizer", "more"), [("sgd", ("--lr_decay", 0.8)), ("adamw", ("--warmup_steps", 4, "--weight_decay", 0.1))]
 )
 @pytest.mark.parametrize("method", ["control", "control+lora"])
-def test_the_losses_are_a_plain_loops(call, options, square, tmp_path, monkeypatch, optimizer, more, method):
+def test_the_losses_are_a_plain_loops(train, base_model, square, monkeypatch, optimizer, more, method):
     seen = []
 
     class Watch(recipe.LossWatch):
@@ -63,14 +63,10 @@ def test_the_losses_are_a_plain_loops(call, options, square, tmp_path, monkeypat
             super().add(loss, step)
 
     monkeypatch.setattr(recipe, "LossWatch", Watch)
-    arguments = (
-        *options, "--method", method, "--data", square, "--optimizer", optimizer, *more, "--augment", "none",
+    train(
+        "--method", method, "--data", square, "--optimizer", optimizer, *more, "--augment", "none",
         "--crop", 1, "--seed", SEED, "--epochs", EPOCHS, "--batch_size", BATCH, "--lr", LR,
-    )  # fmt: skip
-    code, _, stderr = call("finetune", *arguments, "--output_dir", tmp_path / "run")
-    assert code == 0, stderr
-
-    base_model = options[options.index("--model") + 1]
+    ).finished()  # fmt: skip
     shape = {"num_classes": 3, "image_size": 32, "mlp_layers": 2, "attention": "sdpa"}
     vit, _ = build_base(str(base_model), "test_vit", **shape)
     torch.manual_seed(SEED)

@@ -1,12 +1,9 @@
 """Learning rates chosen on held-out training images: the split, the search, and the table with what was chosen."""
 
 import json
-import os
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +14,6 @@ from control_experiments.reporting.records import load
 from control_experiments.training.losses import Diverged
 from ViT import recipe
 from ViT.images import OnDemand, hold_out, load_data
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def pixels(part):
@@ -48,14 +43,13 @@ def test_the_split_is_of_training_images_alone_and_leaves_none_out(npz):
         assert sorted(pixels(split.train) + pixels(split.test)) == sorted(pixels(data.train))
 
 
-def test_a_run_with_held_out_images_says_so_and_enters_no_table(call, options, npz, tmp_path):
+def test_a_run_with_held_out_images_says_so_and_enters_no_table(train, npz, tmp_path):
     arrays, blind = dict(np.load(npz)), tmp_path / "blind.npz"
     np.savez(blind, **{**arrays, "y_test": (arrays["y_test"] + 1) % 3})  # would change every score
     results = tmp_path / "results"
     out = results / "vit" / "learning_rate_search" / "run"
     share = ("--validation_share", 0.25, "--seed", 3)
-    code, stdout, stderr = call("finetune", *options, *share, "--output_dir", out)
-    assert code == 0, stderr
+    _, stdout, stderr = train(*share, "--output_dir", out).finished()
     assert "held-out accuracy" in stdout and "test accuracy" not in stdout + stderr
     record = read_record(out / "record.json")
     assert record.data["sizes"] == {"train": 30, "held-out": 10}
@@ -66,21 +60,19 @@ def test_a_run_with_held_out_images_says_so_and_enters_no_table(call, options, n
     assert frame.kind.tolist() == ["search"]
     # the score does not depend on the test images
     other = results / "vit" / "learning_rate_search" / "blind"
-    assert call("finetune", *options, *share, "--data", blind, "--output_dir", other)[0] == 0
+    train(*share, "--data", blind, "--output_dir", other).finished()
     assert read_record(other / "record.json").history[-1]["test_loss"] == record.history[-1]["test_loss"]
 
 
-def test_runs_from_before_the_option_are_still_this_run(call, options, tmp_path):
-    out = tmp_path / "run"
-    assert call("finetune", *options, "--epochs", 1, "--output_dir", out)[0] == 0
-    identity = json.loads((out / "run.json").read_text())
+def test_runs_from_before_the_option_are_still_this_run(train, tmp_path):
+    claim, once = tmp_path / "run" / "run.json", ("--epochs", 1)
+    train(*once).finished()
+    identity = json.loads(claim.read_text())
     for newer in ("validation_share", "deterministic", "optimizer", "control_blocks"):
         del identity[newer]  # as their defaults say
-    (out / "run.json").write_text(json.dumps(identity))
-    code, stdout, stderr = call("finetune", *options, "--epochs", 1, "--output_dir", out)
-    assert code == 0 and "is finished" in stdout, stderr
-    code, _, stderr = call("finetune", *options, "--epochs", 1, "--output_dir", out, "--deterministic")
-    assert code == 2 and "(deterministic None there, True asked for)" in stderr
+    claim.write_text(json.dumps(identity))
+    assert "is finished" in train(*once).finished().out
+    assert "(deterministic None there, True asked for)" in train(*once, "--deterministic").refused()
 
 
 @pytest.mark.parametrize(
@@ -92,9 +84,8 @@ def test_runs_from_before_the_option_are_still_this_run(call, options, tmp_path)
         (("--validation_share", 0.1, "--evaluate", "x"), "is for training"),
     ],
 )
-def test_bad_shares_are_one_line_and_leave_nothing(call, options, tmp_path, arguments, message):
-    code, _, stderr = call("finetune", *options, "--output_dir", tmp_path / "run", *arguments)
-    assert code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1 and message in stderr
+def test_bad_shares_are_one_line_and_leave_nothing(train, tmp_path, arguments, message):
+    assert message in train(*arguments).refused()
     assert not (tmp_path / "run").exists()
 
 
@@ -119,11 +110,10 @@ def records(folder):
 
 def test_the_table_is_run_with_the_chosen_rates_and_nothing_twice(call, table, base_model, tmp_path):
     searched = (*table, "--search_seeds", 0, 5)
-    code, stdout, stderr = call("small_table", *searched, "--max_minutes", 1e-9)
-    assert code == 0 and "the next run does not fit into 1e-09 minutes" in stdout and not records(tmp_path)
+    stdout = call("ViT.small_table", *searched, "--max_minutes", 1e-9).finished().out
+    assert "the next run does not fit into 1e-09 minutes" in stdout and not records(tmp_path)
 
-    code, stdout, stderr = call("small_table", *searched)
-    assert code == 0, stderr
+    stdout = call("ViT.small_table", *searched).finished().out
     lines = [line for line in stdout.splitlines() if line.startswith("[")]
     assert lines == [
         "[search] control on colors, lr 1e-06, seed 0",
@@ -147,16 +137,15 @@ def test_the_table_is_run_with_the_chosen_rates_and_nothing_twice(call, table, b
     # the record's own command is the same run
     before, command = records(tmp_path), record.command
     assert command[:3] == ["python", "-m", "ViT.finetune"] and command[command.index("--lr") + 1] == "0.01"
-    code, stdout, stderr = call("small_table", *searched, "--max_minutes", 1e-9)
-    assert code == 0 and "[" not in stdout and records(tmp_path) == before, stderr
+    stdout = call("ViT.small_table", *searched, "--max_minutes", 1e-9).finished().out
+    assert "[" not in stdout and records(tmp_path) == before
     assert stdout.endswith("all 1 runs are finished\n")
 
     # a table whose runs had another learning rate is not mixed with them
     wanted = f"{model}_colors_control_seed1 has lr 0.01, not 1e-06: delete such folders or choose another"
-    code, stdout, stderr = call("small_table", *table, "--grid", "1e-6")
-    assert code == 2 and wanted in stderr and stderr.count("\n") == 1 and records(tmp_path) == before
-    code, stdout, stderr = call("small_table", *searched, "--crop", 0.5)
-    assert code == 2 and "has crop 0.875, not 0.5" in stderr and records(tmp_path) == before
+    assert wanted in call("ViT.small_table", *table, "--grid", "1e-6").refused() and records(tmp_path) == before
+    refused = call("ViT.small_table", *searched, "--crop", 0.5).refused()
+    assert "has crop 0.875, not 0.5" in refused and records(tmp_path) == before
 
 
 def test_the_smallest_of_equal_rates_is_chosen_and_one_that_diverges_is_not(call, table, tmp_path, monkeypatch):
@@ -169,41 +158,31 @@ def test_the_smallest_of_equal_rates_is_chosen_and_one_that_diverges_is_not(call
 
     monkeypatch.setattr(recipe, "train", diverging)
     grid = ("--grid", "3", "2e-9", "1e-9", "--epochs", 1, "--search_only")
-    code, stdout, stderr = call("small_table", *table, *grid)
-    assert code == 0 and "warning: lr 3.0 is not chosen: the training loss is NaN" in stderr
-    assert "warning" not in call("small_table", *table, *grid)[2], "a rate that diverged is not tried again"
+    assert "warning: lr 3.0 is not chosen: the training loss is NaN" in call("ViT.small_table", *table, *grid).finished().err
+    again = call("ViT.small_table", *table, *grid).finished().err
+    assert "warning" not in again, "a rate that diverged is not tried again"
     found = rates(tmp_path)["colors", "control"]
     assert found["scores"]["3.0"] is None and found["scores"]["1e-09"] == found["scores"]["2e-09"]
     assert found["chosen"] == "1e-09"
     assert not list(tmp_path.glob("*/record.json")), "only the search was asked for"
-    code, _, stderr = call("small_table", *table, "--methods", "probe", "--grid", 3, "--search_only")
-    assert code == 2 and "probe on colors diverges with every learning rate of --grid" in stderr
+    refused = call("ViT.small_table", *table, "--methods", "probe", "--grid", 3, "--search_only").refused()
+    assert "probe on colors diverges with every learning rate of --grid" in refused
     assert set(rates(tmp_path)) == {("colors", "control"), ("colors", "probe")}
 
 
-def test_the_search_in_two_processes_then_the_table_in_one(call, base_model, npz, noting, tmp_path):
-    settings = {
-        **os.environ, "PYTHON": sys.executable, "MODEL": str(base_model),
-        "ARCHITECTURE": "test_vit", "DATA": str(npz), "SEEDS": "1", "EPOCHS": "1", "GRID": "1e-2 1e-4",
-    }  # fmt: skip
-    script = ROOT / "ViT" / "run_small_table.sh"
-    command = ["bash", script, "cpu", "--image_size", "32", "--output_dir", tmp_path]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [
-        subprocess.Popen([*command, "--search_only"], env={**settings, "METHODS": method}, **output)
-        for method in ("lora", "probe")
-    ]
+def test_the_search_in_two_processes_then_the_table_in_one(call, base_model, npz, launching, started, tmp_path):
+    settings = {"MODEL": base_model, "ARCHITECTURE": "test_vit", "DATA": npz, "SEEDS": 1, "EPOCHS": 1, "GRID": "1e-2 1e-4"}
+    words = ("ViT/run_small_table.sh", "cpu", "--image_size", 32, "--output_dir", tmp_path)
+    searches = [launching(*words, "--search_only", **settings, METHODS=method) for method in ("lora", "probe")]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    processes = [subprocess.Popen(**search, **output) for search in searches]
     for process in processes:
         printed, _ = process.communicate(timeout=240)
         assert process.returncode == 0, printed
     search = records(tmp_path)
     assert len(search) == 4 and set(rates(tmp_path)) == {("colors", "lora"), ("colors", "probe")}
-    table = {**settings, "METHODS": "lora probe", "PYTHON": str(noting.interpreter)}
-    subprocess.run(command, env=table, check=True, capture_output=True)
-    ((_, module, *words),) = noting.calls
-    code, stdout, stderr = call(module.removeprefix("ViT."), *words)
-    assert code == 0, stderr
-    assert "[search]" not in stdout
+    (command,) = started(*words, **settings, METHODS="lora probe")
+    assert "[search]" not in call(*command).finished().out
     for method in ("lora", "probe"):
         record = read_record(tmp_path / f"{base_model.parent.name}_colors_{method}_seed1" / "record.json")
         assert record.hyperparameters["lr"] == float(rates(tmp_path)["colors", method]["chosen"])
@@ -219,17 +198,16 @@ def test_the_search_in_two_processes_then_the_table_in_one(call, base_model, npz
     ],
 )
 def test_a_bad_table_is_one_line_and_leaves_nothing(call, table, tmp_path, arguments, message):
-    code, stdout, stderr = call("small_table", *table, "--output_dir", tmp_path / "out", *arguments)
-    assert code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1 and message in stderr
-    assert not (tmp_path / "out").exists() and not stdout
+    assert message in call("ViT.small_table", *table, "--output_dir", tmp_path / "out", *arguments).refused()
+    assert not (tmp_path / "out").exists()
 
 
 def test_search_only_needs_a_grid_and_the_notes_of_a_search_must_be_whole(call, options, table, base_model, tmp_path):
     plain = [value for value in options if value not in ("--lr", 0.05)]
-    code, _, stderr = call("small_table", *plain, "--search_only", "--output_dir", tmp_path / "out")
-    assert code == 2 and "--search_only needs --grid" in stderr and not (tmp_path / "out").exists()
+    refused = call("ViT.small_table", *plain, "--search_only", "--output_dir", tmp_path / "out").refused()
+    assert "--search_only needs --grid" in refused and not (tmp_path / "out").exists()
     notes = tmp_path / "learning_rate_search" / f"{base_model.parent.name}.json"
     notes.parent.mkdir()
     notes.write_text('{"rates": ')
-    code, _, stderr = call("small_table", *table, "--grid", 0.01, "--epochs", 1, "--search_only")
-    assert code == 2 and f"{notes.name} is broken" in stderr and notes.read_text() == '{"rates": '
+    refused = call("ViT.small_table", *table, "--grid", 0.01, "--epochs", 1, "--search_only").refused()
+    assert f"{notes.name} is broken" in refused and notes.read_text() == '{"rates": '

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from tiny_models import build, randomize_adapters
 
 from peft_control import ControlConfig
+from peft_control.__main__ import main
 
 TOOL = """
 import sys
@@ -38,21 +39,12 @@ def run(folder, *arguments):
 
 
 @pytest.mark.slow
-def test_module(folder):
+def test_a_module_or_script_runs_and_without_us_it_cannot_load_the_adapter(folder):
     result = run(folder, "-m", "peft_control", "-m", "tool", "base", "adapter", "--limit", "3")
     assert result.stdout == "__main__ ControlModel ['--limit', '3']\n", result.stderr
     assert result.returncode == 7  # the module's own
-
-
-@pytest.mark.slow
-def test_script(folder):
     result = run(folder, "-m", "peft_control", str(folder / "tool.py"), "base", "adapter")
-    assert result.stdout == "__main__ ControlModel []\n", result.stderr
-    assert result.returncode == 0
-
-
-@pytest.mark.slow
-def test_without_it_the_tool_cannot_load_the_adapter(folder):
+    assert (result.stdout, result.returncode) == ("__main__ ControlModel []\n", 0), result.stderr
     result = run(folder, "tool.py", "base", "adapter")
     assert result.returncode == 1 and "CONTROL" in result.stderr
 
@@ -71,8 +63,6 @@ def test_without_it_the_tool_cannot_load_the_adapter(folder):
     ],
 )
 def test_what_cannot_run(arguments, text, monkeypatch, capsys):
-    from peft_control.__main__ import main
-
     monkeypatch.setattr(sys, "argv", ["peft_control", *arguments])
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit) as exit_:
@@ -83,8 +73,6 @@ def test_what_cannot_run(arguments, text, monkeypatch, capsys):
 
 
 def test_help(monkeypatch, capsys):
-    from peft_control.__main__ import main
-
     monkeypatch.setattr(sys, "argv", ["peft_control", "--help"])
     main()
     printed = capsys.readouterr().out

@@ -73,9 +73,11 @@ def worker(results: Path, family: str):
         for kind in ("ddp", "fsdp2"):
             model = set_memory_mode(build(family), mode, chunk_tokens=5)
             if kind == "fsdp2":
-                head = model.get_base_model().get_output_embeddings()
-                units = [layer for layer, _ in find_layers(model).values()]
-                for unit in (*units, *([] if head is None else [head])):
+                base, units = model.get_base_model(), [layer for layer, _ in find_layers(model).values()]
+                head = base.get_output_embeddings()
+                if head is not None and head.weight is not base.get_input_embeddings().weight:  # FSDP2 shards a weight once
+                    units.append(head)
+                for unit in units:
                     fully_shard(unit, mesh=mesh)
                 fully_shard(model, mesh=mesh)
                 if mode != "plain":  # set before or after sharding

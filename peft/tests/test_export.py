@@ -14,7 +14,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, MODELS, VOCAB, build, logits, randomize_adapters
+from tiny_models import FAMILIES, MODELS, build, logits, randomize_adapters, word_tokenizer
 
 from peft_control import ControlConfig
 from peft_control.export import export, main
@@ -93,8 +93,7 @@ def test_generation_with_and_without_cache(dtype, tmp_path):
 
 def test_trained_head_names_of_classes_and_backbone(tmp_path):
     model = adapter(tmp_path, "bert")
-    with torch.no_grad():
-        model.base_model.classifier.modules_to_save["default"].weight.mul_(2)
+    model.base_model.classifier.modules_to_save["default"].weight.data.mul_(2)
     model.save_pretrained(tmp_path / "adapter")
     names = {"id2label": {"0": "bad", "1": "good"}}
     (tmp_path / "adapter" / "config.json").write_text(json.dumps(names))
@@ -103,8 +102,7 @@ def test_trained_head_names_of_classes_and_backbone(tmp_path):
     assert_same(model, exported, "bert")
     assert exported.config.id2label == {0: "bad", 1: "good"}
     backbone = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
-    with torch.no_grad():
-        hidden, expected = (m(**FAMILIES["bert"].inputs())[0] for m in (backbone, model.base_model.bert))
+    hidden, expected = (m(**FAMILIES["bert"].inputs())[0] for m in (backbone, model.base_model.bert))
     assert torch.equal(hidden, expected)
 
 
@@ -133,26 +131,23 @@ def test_the_folder_needs_neither_package_and_says_what_it_is(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
 
 
-def run(*arguments) -> None:
-    main([*map(str, arguments)])
-
-
 def test_command_line(tmp_path, capsys):
     adapter(tmp_path, dtype=torch.bfloat16)
     (tmp_path / "base").rename(tmp_path / "moved")
-    run(tmp_path / "adapter", tmp_path / "out", "--base", tmp_path / "moved", "--dtype", "float32")
+    main([f"{tmp_path}/adapter", f"{tmp_path}/out", "--base", f"{tmp_path}/moved", "--dtype", "float32"])
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}: ControlLlamaForCausalLM")
     assert reload(tmp_path).dtype == torch.float32
 
 
-def spoil(name, value):
+def spoil(value):
+    """Put a value, or nothing, in the place of a control's B."""
+
     def change(folder):
         weights = load_file(folder / "adapter" / "adapter_model.safetensors")
-        key = next(key for key in weights if name in key)
-        weights.update({key: torch.full_like(weights[key], value)} if value is not None else {})
-        if value is None:
-            del weights[key]
-        save_file(weights, folder / "adapter" / "adapter_model.safetensors")
+        key = next(key for key in weights if "control_B" in key)
+        lost = weights.pop(key)
+        spoiled = {} if value is None else {key: torch.full_like(lost, value)}
+        save_file({**weights, **spoiled}, folder / "adapter" / "adapter_model.safetensors")
 
     return change
 
@@ -173,8 +168,8 @@ def replace_by_lora(folder):
     ("change", "message"),
     [
         (replace_by_lora, "is a LORA adapter: peft's merge_and_unload exports it"),
-        (spoil("control_B", float("nan")), "not finite, in"),
-        (spoil("control_B", None), "lacks 1 tensors"),
+        (spoil(float("nan")), "not finite, in"),
+        (spoil(None), "lacks 1 tensors"),
         (rewrite("adapter/adapter_config.json", base_model_name_or_path=None), "pass --base FOLDER"),
         (
             rewrite("adapter/adapter_config.json", task_type=None, auto_mapping={"parent_library": "timm.models"}),
@@ -192,7 +187,7 @@ def test_what_cannot_be_exported_is_one_line(change, message, tmp_path, capsys):
     change(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(SystemExit) as exit_:
-        run(tmp_path / "adapter", tmp_path / "out")
+        main([f"{tmp_path}/adapter", f"{tmp_path}/out"])
     printed = capsys.readouterr().err
     lines = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert exit_.value.code == 2 and len(lines) == 1 and message in lines[0] and "Traceback" not in printed
@@ -206,32 +201,20 @@ def test_transformers_serve_answers_over_http(tmp_path):
 
     if not is_serve_available():
         pytest.skip("transformers serve needs fastapi, uvicorn and openai")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    model = adapter(tmp_path, control_blocks=["attention", "mlp"])
-    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCAB)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w0")
+    model, tokenizer = adapter(tmp_path, control_blocks=["attention", "mlp"]), word_tokenizer()
     tokenizer.save_pretrained(tmp_path / "base")
     export(str(tmp_path / "adapter"), tmp_path / "out")
     prompt = "w5 w9 w11"
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    expected = tokenizer.decode(
-        model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)[0, 3:], skip_special_tokens=True
-    )
-
+    said = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)[0, 3:]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = "from transformers.cli.transformers import main; main()"
-    options = ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-c", command, "serve", "--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1"]
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-c", command, "serve", *options],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": ""},
-        )
+        piped = dict(stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": ""})
+        server = subprocess.Popen([*command, "--port", str(port)], **piped)
     try:
         address = f"http://127.0.0.1:{port}"
         for _ in range(240):
@@ -242,11 +225,10 @@ def test_transformers_serve_answers_over_http(tmp_path):
                 assert server.poll() is None, (tmp_path / "log").read_text()
                 time.sleep(0.5)
         body = {"model": str(tmp_path / "out"), "prompt": prompt, "max_tokens": 6, "temperature": 0}
-        request = urllib.request.Request(
-            f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        kind = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), kind)
         answer = json.load(urllib.request.urlopen(request, timeout=120))
-        assert answer["choices"][0]["text"].split() == expected.split()
+        assert answer["choices"][0]["text"].split() == tokenizer.decode(said, skip_special_tokens=True).split()
     finally:
         server.terminate()
         server.wait(30)

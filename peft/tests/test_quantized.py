@@ -1,5 +1,8 @@
 """Control, LoRA and DoRA on bitsandbytes 4-bit and 8-bit bases: real layers and real training steps on the CPU."""
 
+import sys
+from unittest.mock import Mock
+
 import bitsandbytes.functional
 import pytest
 import torch
@@ -8,15 +11,9 @@ from tiny_models import FAMILIES, build, logits, randomize_adapters
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 from control_experiments.errors import UserError
-from control_experiments.training.quantization import (
-    check_method_runs,
-    check_not_quantized,
-    check_paging,
-    loading_arguments,
-    prepare,
-    quantization_of,
-    quantized_linears,
-)
+from control_experiments.training import quantization as quantizing
+from control_experiments.training.options import check_method_runs
+from control_experiments.training.quantization import loading_arguments, prepare, quantization_of, quantized_linears
 from peft_control import ControlConfig, memory
 from peft_control.memory import MODES, set_memory_mode
 
@@ -28,15 +25,10 @@ SHAPE = {
     "vocab_size": 61, "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2,
 }  # fmt: skip
+NO_DROPOUT = {"pad_token_id": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CLASSES = {
     "llama": (LlamaForCausalLM, LlamaConfig, "CAUSAL_LM", ["q_proj", "v_proj"], {"num_key_value_heads": 2}),
-    "roberta": (
-        RobertaForSequenceClassification,
-        RobertaConfig,
-        "SEQ_CLS",
-        ["query", "value"],
-        {"pad_token_id": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    ),
+    "roberta": (RobertaForSequenceClassification, RobertaConfig, "SEQ_CLS", ["query", "value"], NO_DROPOUT),
 }
 
 
@@ -76,16 +68,20 @@ def inputs(name):
 def quantized_bytes(model):
     """Every quantized weight with its scales, as it lies in memory."""
     found = {}
-    for name, module in model.named_modules():
-        if module in quantized_linears(model):
-            weight = module.weight
-            state = getattr(weight, "quant_state", None)
-            if state is not None:
-                found[name] = [weight.data, state.absmax, state.state2.absmax, state.offset]
-            else:
-                scale = weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB
-                found[name] = [weight.data, scale]
-    return {name: [tensor.clone() for tensor in tensors] for name, tensors in found.items()}
+    for number, module in enumerate(quantized_linears(model)):
+        weight, state = module.weight, getattr(module.weight, "quant_state", None)
+        if state is not None:
+            scales = [state.absmax, state.state2.absmax, state.offset]
+        else:
+            scales = [weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB]
+        found[number] = [tensor.clone() for tensor in (weight.data, *scales)]
+    return found
+
+
+def assert_same_bytes(before, after):
+    assert before.keys() == after.keys()
+    for key in before:
+        assert all(torch.equal(a, b) for a, b in zip(before[key], after[key])), key
 
 
 def train(model, name, steps=4):
@@ -130,11 +126,7 @@ def test_trains_saves_and_reloads_on_a_fresh_base(folders, tmp_path, name, quant
 
     losses = train(model, name)
     assert losses[-1] < losses[0]
-    after = quantized_bytes(model)
-    assert before.keys() == after.keys()
-    for key in before:
-        assert all(torch.equal(a, b) for a, b in zip(before[key], after[key])), key
-
+    assert_same_bytes(before, quantized_bytes(model))
     model.eval().save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(load(folders, name, quantization), tmp_path).eval()
     with torch.no_grad():
@@ -267,9 +259,9 @@ def test_a_quantized_model_is_not_quantized_again(folders, tmp_path):
     stored = RobertaConfig.from_pretrained(tmp_path)
     assert quantization_of(stored) == "nf4"
     with pytest.raises(UserError, match="quantized already"):
-        check_not_quantized("int8", stored, "that model")
-    check_not_quantized("none", stored, "that model")
-    check_not_quantized("nf4", RobertaConfig.from_pretrained(folders / "roberta"), "that model")
+        quantizing.check_not_quantized("int8", stored, "that model")
+    quantizing.check_not_quantized("none", stored, "that model")
+    quantizing.check_not_quantized("nf4", RobertaConfig.from_pretrained(folders / "roberta"), "that model")
     reread = prepare(RobertaForSequenceClassification.from_pretrained(tmp_path, device_map={"": CPU}))
     assert len(quantized_linears(reread)) == 12
     model = get_peft_model(reread, adapter_config("roberta", "control"))
@@ -278,19 +270,11 @@ def test_a_quantized_model_is_not_quantized_again(folders, tmp_path):
 
 
 def test_what_is_missing_says_so(monkeypatch):
-    import sys
-
-    import bitsandbytes.functional
-
-    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    with pytest.raises(UserError, match="pip install bitsandbytes"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="pip install bitsandbytes"):
+        patch.setitem(sys.modules, "bitsandbytes.functional", None)
         loading_arguments("nf4", CPU, torch.float32)
-    monkeypatch.undo()
-
-    def lacking(*_, **__):
-        raise RuntimeError("no binary for this device\nlong story")
-
-    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", lacking)
+    lacking = Mock(side_effect=RuntimeError("no binary for this device\nlong story"))
+    monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", lacking)
     with pytest.raises(UserError, match=r"cannot quantize on cpu here \(no binary for this device\)"):
         loading_arguments("int8", CPU, torch.float32)
     assert loading_arguments("none", CPU, torch.float32) == {}
@@ -304,12 +288,6 @@ def test_dora_over_int8_on_a_cpu_says_so(folders):
     model = get_peft_model(load(folders, "roberta", "int8"), adapter_config("roberta", "dora"))
     with pytest.raises(AttributeError):  # when peft no longer fails here, the check above can go
         train(model, "roberta", steps=2)
-
-
-def test_paged_optimizers_need_a_gpu():
-    with pytest.raises(UserError, match="needs a GPU"):
-        check_paging("paged_adamw_8bit", CPU)
-    check_paging("adamw", CPU)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -331,5 +309,4 @@ def test_on_a_gpu(folders, name, quantization):
             model.train()(**batch).loss.backward()
         found[mode] = torch.cat([p.grad.flatten().double() for p in model.parameters() if p.requires_grad])
     assert all(relative(found[mode], found["plain"]) <= 0.1 for mode in MODES[1:])
-    after = quantized_bytes(model)
-    assert all(torch.equal(a, b) for key in before for a, b in zip(before[key], after[key]))
+    assert_same_bytes(before, quantized_bytes(model))

@@ -1,10 +1,13 @@
 """Controls under the machinery people train and serve with: checkpointing, caches, compile, Trainers, Liger."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
-from tiny_models import FAMILIES, VOCAB, WIDTH, build, is_adapter, logits, randomize_adapters
+from tiny_models import FAMILIES, VOCAB, WIDTH, build, is_adapter, logits, randomize_adapters, word_tokenizer
+from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 from transformers.models.llama import modeling_llama
 
 from peft_control import ControlConfig
@@ -30,55 +33,40 @@ def gradients(model, inputs) -> dict[str, torch.Tensor]:
 # -- gradient checkpointing ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("fields", [DOUBLE, {**DOUBLE, **QKV}], ids=["double control", "with LoRA"])
-def test_gradient_checkpointing_of_llama(use_reentrant, fields):
-    model = adapted(**fields).train()
-    expected = gradients(model, INPUTS)
-    model.enable_input_require_grads()  # the reentrant kind sees only gradients of its inputs
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    found = gradients(model, INPUTS)
-    assert model.is_gradient_checkpointing and expected.keys() == found.keys()
-    for name in expected:
-        assert expected[name].any()
-        assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-7), name
-
-
-@pytest.mark.parametrize("family", ["gemma2", "gpt2", "bert", "vit", "dinov2", "timm-vit"])
-def test_gradient_checkpointing_of_other_families(family):
-    """Without input gradients, so in the default non-reentrant mode; stochastic layers off."""
-    model = adapted(family, **DOUBLE).train()
+@pytest.mark.parametrize(
+    ("family", "fields", "use_reentrant"),
+    [
+        *[("llama", fields, reentrant) for fields in (DOUBLE, {**DOUBLE, **QKV}) for reentrant in (True, False)],
+        *[(family, DOUBLE, False) for family in ("gemma2", "gpt2", "bert", "vit", "dinov2", "timm-vit")],
+    ],
+)
+def test_gradient_checkpointing(family, fields, use_reentrant):
+    """With stochastic layers off."""
+    model, inputs = adapted(family, **fields).train(), FAMILIES[family].inputs()
     for module in model.modules():
         for probability in ("p", "drop_prob", "dropout_prob", "attention_dropout"):
             if isinstance(getattr(module, probability, None), float):
                 setattr(module, probability, 0.0)
-    inputs = FAMILIES[family].inputs()
     expected = gradients(model, inputs)
     if family == "timm-vit":
         model.base_model.model.set_grad_checkpointing()
     else:
-        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    found = gradients(model, inputs)
-    for name in expected:
-        assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-6), name
+        if use_reentrant:  # which sees only gradients of its inputs
+            model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        assert model.is_gradient_checkpointing
+    assert all(gradient.any() for gradient in expected.values())
+    torch.testing.assert_close(gradients(model, inputs), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_forward_after_an_interrupted_one():
     """An exception inside a block leaves no state behind for the next forward."""
     model = adapted().eval()
     mlp = model.base_model.model.model.layers[0].mlp
-    with torch.no_grad():
-        expected = logits(model, INPUTS)
-        forward = mlp.forward
-
-        def fail(x):
-            raise KeyboardInterrupt
-
-        mlp.forward = fail
-        with pytest.raises(KeyboardInterrupt):
-            model(**INPUTS)
-        mlp.forward = forward
-        assert torch.equal(logits(model, INPUTS), expected)
+    expected = logits(model, INPUTS)
+    with patch.object(mlp, "forward", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        model(**INPUTS)
+    assert torch.equal(logits(model, INPUTS), expected)
 
 
 # -- generation ---------------------------------------------------------------------------------------------
@@ -90,22 +78,14 @@ def test_generation_with_and_without_cache(family, beams):
     model = adapted(family, **DOUBLE).eval()
     inputs = {name: value.flip(1) for name, value in FAMILIES[family].inputs().items()}  # padding on the left
 
+    options = dict(num_beams=beams, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+
     def generate(use_cache):
-        return model.generate(
-            **inputs,
-            use_cache=use_cache,
-            num_beams=beams,
-            max_new_tokens=6,
-            min_new_tokens=6,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
+        return model.generate(**inputs, **options, use_cache=use_cache, return_dict_in_generate=True, output_logits=True)
 
     cached, plain = generate(True), generate(False)
     assert torch.equal(cached.sequences, plain.sequences)
-    for with_cache, without in zip(cached.logits, plain.logits, strict=True):
-        assert torch.allclose(with_cache, without, atol=1e-4)
+    torch.testing.assert_close(cached.logits, plain.logits, rtol=1e-4, atol=1e-4)
     with model.disable_adapter():
         assert not torch.equal(generate(True).sequences, cached.sequences)
 
@@ -175,9 +155,8 @@ def test_compile_fullgraph(family, fields):
         assert torch.allclose(logits(compiled, inputs), output, atol=1e-5)
     model.zero_grad()
     logits(compiled, inputs).square().mean().backward()
-    for name, parameter in model.named_parameters():
-        if is_adapter(name):
-            assert torch.allclose(parameter.grad, expected[name], rtol=1e-4, atol=1e-6), name
+    found = {name: model.get_parameter(name).grad for name in expected}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 # -- trainers -----------------------------------------------------------------------------------------------
@@ -191,59 +170,43 @@ def repetitive_texts(rows: int = 16) -> list[dict]:
 
 
 TRAINING = {
-    "per_device_train_batch_size": 8,
-    "max_steps": 12,
-    "learning_rate": 3e-2,
-    "logging_steps": 1,
-    "report_to": "none",
-    "use_cpu": True,
-    "save_strategy": "no",
-    "disable_tqdm": True,
+    **dict(per_device_train_batch_size=8, max_steps=12, learning_rate=3e-2, logging_steps=1, use_cpu=True),
+    **dict(report_to="none", save_strategy="no", disable_tqdm=True),
 }
 
 
-def check_run(trainer, base, folder):
+def check_run(trainer, folder):
+    trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 12 and losses[-1] < 0.8 * losses[0]
     trainer.save_model(str(folder))
     assert (folder / "adapter_model.safetensors").exists() and not (folder / "model.safetensors").exists()
     model = trainer.model.eval()
     assert any(p.abs().max() > 0 for n, p in model.named_parameters() if "control_B" in n)
-    reloaded = PeftModel.from_pretrained(base, folder).eval()
-    with torch.no_grad():
-        assert torch.equal(logits(reloaded, INPUTS), logits(model, INPUTS))
+    reloaded = PeftModel.from_pretrained(build("llama"), folder).eval()
+    assert torch.equal(logits(reloaded, INPUTS), logits(model, INPUTS))
 
 
 def test_transformers_trainer(tmp_path):
-    from transformers import Trainer, TrainingArguments
-
     model = get_peft_model(build("llama"), ControlConfig(task_type="CAUSAL_LM", **QKV))
     arguments = TrainingArguments(output_dir=str(tmp_path / "run"), gradient_checkpointing=True, **TRAINING)
     trainer = Trainer(model, arguments, train_dataset=repetitive_texts())
-    trainer.train()
-    check_run(trainer, build("llama"), tmp_path / "adapter")
+    check_run(trainer, tmp_path / "adapter")
 
 
 def test_transformers_trainer_resumes(tmp_path):
-    from transformers import Trainer, TrainingArguments
-
     def run(steps, resume=False):
         torch.manual_seed(0)
         model = get_peft_model(build("llama"), ControlConfig(task_type="CAUSAL_LM"))
-        options = {**TRAINING, "max_steps": steps, "save_strategy": "steps", "save_steps": 2}
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path / ("whole" if steps == 4 and not resume else "parts")),
-            lr_scheduler_type="constant",
-            **options,
-        )
-        trainer = Trainer(model, arguments, train_dataset=repetitive_texts())
+        options = {**TRAINING, "max_steps": steps, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+        folder = tmp_path / ("whole" if steps == 4 and not resume else "parts")
+        trainer = Trainer(model, TrainingArguments(output_dir=str(folder), **options), train_dataset=repetitive_texts())
         trainer.train(resume_from_checkpoint=resume)
         return {n: p.detach() for n, p in trainer.model.named_parameters() if is_adapter(n)}
 
     whole = run(4)
     run(2)
-    resumed = run(4, resume=True)
-    assert all(torch.allclose(resumed[name], whole[name], atol=1e-7) for name in whole)
+    torch.testing.assert_close(run(4, resume=True), whole, rtol=0, atol=1e-7)
 
 
 @pytest.mark.slow
@@ -256,26 +219,14 @@ def test_trl_sft_trainer(tmp_path):
         build("llama"),
         trl.SFTConfig(output_dir=str(tmp_path / "run"), **options),
         train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in repetitive_texts()]),
-        processing_class=words(),
+        processing_class=word_tokenizer(),
         peft_config=ControlConfig(task_type="CAUSAL_LM", control_rank=16, **DOUBLE),
     )
     set_memory_mode(trainer.model, "lean")
-    trainer.train()
-    check_run(trainer, build("llama"), tmp_path / "adapter")
+    check_run(trainer, tmp_path / "adapter")
 
 
 # -- memory modes in everybody's trainers -------------------------------------------------------------------
-
-
-def words():
-    """A tokenizer of the words w3, w4, … whose numbers they are, with a chat template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{index}": index for index in range(3, VOCAB)}}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def text(start: int, length: int = 6) -> str:
@@ -322,24 +273,23 @@ def logged(tmp_path_factory):
 
 
 def train(case: str, modes: tuple, folder) -> list[dict]:
-    import transformers
     from datasets import Dataset
 
     kind, options, row, named = CASES[case]
     if kind == "Trainer":
-        trainer_class, arguments_class = transformers.Trainer, transformers.TrainingArguments
+        trainer_class, arguments_class = Trainer, TrainingArguments
         data = repetitive_texts()
     else:
         trl = pytest.importorskip("trl")
         trainer_class, arguments_class = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
         data = Dataset.from_list([row(number) for number in range(16)])
-        named = {**named, "processing_class": words()}
+        named = {**named, "processing_class": word_tokenizer()}
     base, task = build("llama"), "CAUSAL_LM"
     if kind == "Reward":
         config = base.config
         config.num_labels = 1
         torch.manual_seed(0)
-        base, task = transformers.LlamaForSequenceClassification(config), "SEQ_CLS"
+        base, task = LlamaForSequenceClassification(config), "SEQ_CLS"
     model = randomize_adapters(get_peft_model(base, ControlConfig(task_type=task, control_rank=4, **DOUBLE)))
     if modes and modes[0]:
         set_memory_mode(model, modes[0])
@@ -367,25 +317,6 @@ def test_memory_modes_in_trainers(case, order, logged):
                 assert step[name] == pytest.approx(plain[name], abs=1e-5, rel=1e-4, nan_ok=True), name
 
 
-def test_accelerate_prepare():
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)  # of a Trainer before us in this process
-    model = adapted(**DOUBLE).eval()
-    with torch.no_grad():
-        expected = logits(model, INPUTS)
-    accelerator = Accelerator(cpu=True)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    with torch.no_grad():
-        assert torch.equal(logits(prepared, INPUTS), expected)
-    accelerator.backward(prepared(**INPUTS, labels=INPUTS["input_ids"]).loss)
-    optimizer.step()
-    with torch.no_grad():
-        assert not torch.allclose(logits(accelerator.unwrap_model(prepared), INPUTS), expected)
-
-
 # -- Liger --------------------------------------------------------------------------------------------------
 
 LIGER = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -411,52 +342,39 @@ def liger(monkeypatch):
 
     monkeypatch.setattr(rms_norm, "LigerRMSNormFunction", RMSNorm)
     monkeypatch.setattr(swiglu, "_swiglu_dispatch", silu_mul)
-    put_back(monkeypatch)
     return calls
 
 
-def put_back(monkeypatch):
-    """Have monkeypatch put back, after the test, the classes that Liger replaces for good."""
+@pytest.fixture(autouse=True)
+def _put_back(monkeypatch):
+    """What Liger replaces for good."""
     for name in ("LlamaRMSNorm", "LlamaMLP"):
         monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
 
 
-@pytest.mark.parametrize("saved_norm", [None, ["post_attention_layernorm"]], ids=["", "saved norm"])
-def test_liger_after_the_adapter(liger, saved_norm):
-    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
-
-    model = adapted(**DOUBLE, modules_to_save=saved_norm).eval()
-    with torch.no_grad():
-        expected = logits(model, INPUTS)
-    expected_gradients = gradients(model, INPUTS)
-    _apply_liger_kernel_to_instance(model=model.get_base_model(), **LIGER)
-    with torch.no_grad():
-        assert torch.allclose(logits(model, INPUTS), expected, atol=1e-5)
+@pytest.mark.parametrize("order", ["before", "after", "after, saved norm"])
+def test_liger_before_and_after_the_adapter(liger, order):
+    monkey_patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
+    fields = {**DOUBLE, "modules_to_save": ["post_attention_layernorm"] if "saved" in order else None}
+    model = adapted(**fields).eval()
+    expected, expected_gradients = logits(model, INPUTS), gradients(model, INPUTS)
+    if order == "before":
+        monkey_patch.apply_liger_kernel_to_llama(**LIGER)
+        model = adapted(**fields).eval()
+    else:
+        monkey_patch._apply_liger_kernel_to_instance(model=model.get_base_model(), **LIGER)
+    assert torch.allclose(logits(model, INPUTS), expected, atol=1e-5)
     assert liger.count("mlp") == 2 and liger.count("norm") == 5
-    found = gradients(model, INPUTS)
-    assert all(torch.allclose(found[n], expected_gradients[n], rtol=1e-3, atol=1e-6) for n in found)
-
-
-def test_liger_before_the_adapter(liger):
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-    with torch.no_grad():
-        expected = logits(adapted(**DOUBLE).eval(), INPUTS)
-        apply_liger_kernel_to_llama(**LIGER)
-        model = adapted(**DOUBLE).eval()
-        assert torch.allclose(logits(model, INPUTS), expected, atol=1e-5)
-    assert liger.count("mlp") == 2 and liger.count("norm") == 5
+    torch.testing.assert_close(gradients(model, INPUTS), expected_gradients, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a GPU")
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-def test_liger_kernels(before, monkeypatch):
-    put_back(monkeypatch)
+def test_liger_kernels(before):
     apply = pytest.importorskip("liger_kernel.transformers").apply_liger_kernel_to_llama
     inputs = {name: value.cuda() for name, value in INPUTS.items()}
-    expected_model = adapted(**DOUBLE).cuda().eval()
-    expected = logits(expected_model, inputs)
-    expected_gradients = gradients(expected_model, inputs)
+    model = adapted(**DOUBLE).cuda().eval()
+    expected, expected_gradients = logits(model, inputs), gradients(model, inputs)
     base = build("llama").cuda()
     if before:
         apply(model=base, **LIGER)
@@ -464,5 +382,4 @@ def test_liger_kernels(before, monkeypatch):
     if not before:
         apply(model=model.get_base_model(), **LIGER)
     assert torch.allclose(logits(model, inputs), expected, atol=1e-3)
-    found = gradients(model, inputs)
-    assert all(torch.allclose(found[n], expected_gradients[n], rtol=1e-2, atol=1e-4) for n in found)
+    torch.testing.assert_close(gradients(model, inputs), expected_gradients, rtol=1e-2, atol=1e-4)

@@ -6,41 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import timm
+import tokenizers
 import torch
 import transformers as hf
 from torch import nn
 
 WIDTH, LAYERS, VOCAB, LENGTH = 32, 2, 61, 9
 
-_DECODER = {
-    "vocab_size": VOCAB,
-    "hidden_size": WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_ENCODER = {
-    "vocab_size": VOCAB,
-    "hidden_size": WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 1,
-}
-_VISION = {
-    "hidden_size": WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "image_size": 16,
-    "patch_size": 8,
-}
+_SHAPE = dict(hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4)
+_ENCODER = dict(**_SHAPE, vocab_size=VOCAB, max_position_embeddings=64, pad_token_id=1)
+_DECODER = {**_ENCODER, **dict(num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)}
+_GPT2 = dict(vocab_size=VOCAB, n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+_VISION = dict(**_SHAPE, image_size=16, patch_size=8)
+_TIMM = dict(img_size=16, patch_size=8, embed_dim=WIDTH, depth=LAYERS, num_heads=4, num_classes=3, init_values=0.5)
 
 
 @dataclass(frozen=True)
@@ -90,70 +68,52 @@ class Family:
         return {**found, "input_ids": ids, "attention_mask": mask, **target}
 
 
-def _decoder(config: type, model: type, **fields) -> Family:
-    return Family("decoder", lambda: model(config(**{**_DECODER, **fields})))
-
-
-def _encoder(config: type, model: type, **fields) -> Family:
-    return Family("encoder", lambda: model(config(**{**_ENCODER, **fields})))
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": _decoder(hf.LlamaConfig, hf.LlamaForCausalLM),
-    "mistral": _decoder(hf.MistralConfig, hf.MistralForCausalLM, sliding_window=4),
-    "qwen2": _decoder(hf.Qwen2Config, hf.Qwen2ForCausalLM),
-    "qwen3": _decoder(hf.Qwen3Config, hf.Qwen3ForCausalLM, head_dim=8),
-    "gemma2": _decoder(hf.Gemma2Config, hf.Gemma2ForCausalLM, head_dim=8, query_pre_attn_scalar=8),
-    "gemma3": _decoder(hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, head_dim=8, query_pre_attn_scalar=8),
-    "phi3": _decoder(hf.Phi3Config, hf.Phi3ForCausalLM, resid_pdrop=0.1),
-    "gpt2": Family(
-        "decoder",
-        lambda: hf.GPT2LMHeadModel(
-            hf.GPT2Config(
-                vocab_size=VOCAB,
-                n_embd=WIDTH,
-                n_layer=LAYERS,
-                n_head=4,
-                n_positions=64,
-                bos_token_id=1,
-                eos_token_id=2,
-                pad_token_id=0,
-            )
-        ),
-    ),
-    "roberta": _encoder(hf.RobertaConfig, hf.RobertaForSequenceClassification),
-    "xlm-roberta": _encoder(hf.XLMRobertaConfig, hf.XLMRobertaForSequenceClassification),
-    "bert": _encoder(hf.BertConfig, hf.BertForSequenceClassification),
-    "mpnet": _encoder(hf.MPNetConfig, hf.MPNetForSequenceClassification),
-    "electra": _encoder(hf.ElectraConfig, hf.ElectraForSequenceClassification, embedding_size=16),
-    "vit": Family("vision", lambda: hf.ViTForImageClassification(hf.ViTConfig(**_VISION))),
-    "dinov2": Family(
-        "vision",
-        lambda: hf.Dinov2ForImageClassification(
-            hf.Dinov2Config(**_VISION, mlp_ratio=2, layerscale_value=0.5, drop_path_rate=0.3)
-        ),
-    ),
-    "timm-vit": Family("vision", lambda: TimmImages(0.3)),
-}
-
-
 class TimmImages(timm.models.VisionTransformer):
     """timm's own VisionTransformer with LayerScale, under the keyword that the vision inputs use here."""
 
     def __init__(self, drop_path_rate: float = 0.0):
-        super().__init__(
-            img_size=16,
-            patch_size=8,
-            embed_dim=WIDTH,
-            depth=LAYERS,
-            num_heads=4,
-            num_classes=3,
-            init_values=0.5,
-            drop_path_rate=drop_path_rate,
-        )
+        super().__init__(**_TIMM, drop_path_rate=drop_path_rate)
 
     def forward(self, pixel_values):
         return super().forward(pixel_values)
+
+
+def _model(kind: str, name: str, common: dict, **fields) -> Family:
+    """A family by its model's name in transformers."""
+
+    def build():
+        model = getattr(hf, name)
+        return model(model.config_class(**{**common, **fields}))
+
+    return Family(kind, build)
+
+
+def _decoder(prefix: str, **fields) -> Family:
+    return _model("decoder", f"{prefix}ForCausalLM", _DECODER, **fields)
+
+
+def _encoder(prefix: str, **fields) -> Family:
+    return _model("encoder", f"{prefix}ForSequenceClassification", _ENCODER, **fields)
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": _decoder("Llama"),
+    "mistral": _decoder("Mistral", sliding_window=4),
+    "qwen2": _decoder("Qwen2"),
+    "qwen3": _decoder("Qwen3", head_dim=8),
+    "gemma2": _decoder("Gemma2", head_dim=8, query_pre_attn_scalar=8),
+    "gemma3": _decoder("Gemma3", head_dim=8, query_pre_attn_scalar=8),
+    "phi3": _decoder("Phi3", resid_pdrop=0.1),
+    "gpt2": _model("decoder", "GPT2LMHeadModel", _GPT2, pad_token_id=0),
+    "roberta": _encoder("Roberta"),
+    "xlm-roberta": _encoder("XLMRoberta"),
+    "bert": _encoder("Bert"),
+    "mpnet": _encoder("MPNet"),
+    "electra": _encoder("Electra", embedding_size=16),
+    "vit": _model("vision", "ViTForImageClassification", _VISION),
+    "dinov2": _model("vision", "Dinov2ForImageClassification", _VISION, mlp_ratio=2, layerscale_value=0.5, drop_path_rate=0.3),
+    "timm-vit": Family("vision", lambda: TimmImages(0.3)),
+}
 
 
 #: Fields of whatever kind of decoder: each configuration takes its own of them.
@@ -168,9 +128,10 @@ _ANY_DECODER = {
     **dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4),
     **dict(ffn_dim=48, word_embed_proj_dim=WIDTH, rotary_dim=4, num_layers=LAYERS, num_heads=4),
 }
-_MLA = dict(
-    kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, head_dim=4, num_key_value_heads=4
-)
+_MLA = {
+    **dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, head_dim=4),
+    "num_key_value_heads": 4,
+}
 _MAMBA = dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, state_size=8, residual_in_fp32=False)
 _SEQ2SEQ = {
     **dict(vocab_size=VOCAB, d_model=WIDTH, encoder_layers=LAYERS, decoder_layers=LAYERS, max_position_embeddings=64),
@@ -183,19 +144,8 @@ _SPEECH = {
     **dict(conv_dim=[8, 8], conv_kernel=[8, 4], conv_stride=[8, 4], num_feat_extract_layers=2, layerdrop=0.0),
     **dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, apply_spec_augment=False),
 }
-_DISTIL = dict(dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=48)
 _SWIN = dict(image_size=16, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4, mlp_ratio=2)
 _AST = dict(num_mel_bins=16, max_length=24, time_stride=8, frequency_stride=8)
-
-
-def _model(kind: str, name: str, common: dict, **fields) -> Family:
-    """A family by its model's name in transformers."""
-
-    def build():
-        model = getattr(hf, name)
-        return model(model.config_class(**{**common, **fields}))
-
-    return Family(kind, build)
 
 
 def _decoder_of(prefix: str, **fields) -> Family:
@@ -233,18 +183,11 @@ _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 MODELS: dict[str, Family] = {
     **FAMILIES,
     **{getattr(hf, f"{p}ForCausalLM").config_class.model_type: _decoder_of(p) for p in _PLAIN.split()},
-    **{
-        name: _model("encoder", f"{prefix}ForSequenceClassification", {**_ENCODER, **fields})
-        for name, prefix, fields in [
-            ("camembert", "Camembert", {}),
-            ("ernie", "Ernie", {}),
-            ("albert", "Albert", {"embedding_size": 16}),
-            ("eurobert", "EuroBert", {}),
-            ("distilbert", "DistilBert", _DISTIL),
-            ("deberta-v2", "DebertaV2", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
-            ("modernbert", "ModernBert", dict.fromkeys(["cls_token_id", "sep_token_id", "bos_token_id"], 1)),
-        ]
-    },
+    **{name.lower(): _encoder(name) for name in ("Camembert", "Ernie", "EuroBert")},
+    "albert": _encoder("Albert", embedding_size=16),
+    "distilbert": _encoder("DistilBert", dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=48),
+    "deberta-v2": _encoder("DebertaV2", relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "modernbert": _encoder("ModernBert", **dict.fromkeys(["cls_token_id", "sep_token_id", "bos_token_id"], 1)),
     "gemma4": _decoder_of("Gemma4", **_WINDOWS),
     "gemma3n": _decoder_of(
         "Gemma3n",
@@ -329,6 +272,14 @@ def randomize_adapters(model: nn.Module, std: float = 0.3, seed: int = 7) -> nn.
                 else:
                     parameter.copy_(std * noise)
     return model
+
+
+def word_tokenizer() -> hf.PreTrainedTokenizerFast:
+    """A tokenizer of the words w3, w4, … whose numbers they are."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{index}": index for index in range(3, VOCAB)}}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return hf.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def is_adapter(name: str) -> bool:

@@ -188,7 +188,7 @@ def _glue(task: str) -> Callable[[Path], object]:
 
 def _read_image(path: Path) -> None:
     images = module("ViT.images")
-    images.decode(images.Files([path], [0]), 0, "stop")
+    images.decode(images.Files([images.Entry(path, path)], [0]), 0, "stop")
 
 
 def _read_run(path: Path) -> None:

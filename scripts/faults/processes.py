@@ -1,37 +1,30 @@
 """Runs of several processes that lose one: the others must end in a line, and the run must go on with 1, 2 or 4.
 
-The processes are forked, which spares them the imports, with the environment that torchrun would give them; as torchrun does,
-the others are sent SIGTERM when one has died.
+The processes are forked, which spares them the imports.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
-import socket
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from control_experiments.record import read_record
 
 from . import kills, tiny
-from .kills import UNDISTURBED, Ended, Outcome, Plan
+from .kills import Ended, Outcome, Plan
 from .tiny import Run
 
 PROCESSES = 2
 GOES_ON_WITH = (1, 2, 4)
 #: How far losses may be from those of one process, which sums in another order.
 TOLERANCE = 1e-5
-#: Longer than any of these tiny runs takes; torchrun gives processes 30 s from SIGTERM to SIGKILL.
-_LIMIT, _GRACE = 300, 30
 
 
 def _roberta(folder: Path) -> Run:
@@ -70,61 +63,6 @@ def losses(output: Path) -> list[float]:
     return [row[name] for row in history for name in ("train_loss", "loss", "eval_loss") if name in row]
 
 
-class Kill(NamedTuple):
-    """Which process is killed, and when."""
-
-    rank: int
-    plan: Plan
-
-
-NOBODY = Kill(0, UNDISTURBED)
-
-
-def execute(
-    run: Run, output: Path, processes: int, kill: Kill = NOBODY, *, resume: bool = False, alone: float = 0.0
-) -> list[Ended]:
-    """Do `run` in so many processes, one of which is killed as planned; how each of them ended, by rank.
-
-    Args:
-        alone: seconds from the first failure to the others' SIGTERM, in which they should end by themselves.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
-    logs = [output.with_name(f"{output.name}.rank{rank}.log") for rank in range(processes)]
-    started = time.perf_counter()
-    running = {
-        rank: kills.start(
-            run, output, logs[rank], resume=resume, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            on_change=kill.plan.at_change if kill.plan.change and rank == kill.rank else None,
-        )
-        for rank in range(processes)
-    }  # fmt: skip
-    ended: dict[int, Ended] = {}
-    # what happens to whom when, in seconds from the start
-    signals = [(_LIMIT, signal.SIGKILL, list(running))]
-    if kill.plan.seconds is not None:
-        signals.append((kill.plan.seconds, signal.SIGKILL, [kill.rank]))
-    while running:
-        now = time.perf_counter() - started
-        for rank, process in list(running.items()):
-            found, status = os.waitpid(process, os.WNOHANG)
-            if found:
-                del running[rank]
-                ended[rank] = Ended(os.waitstatus_to_exitcode(status), logs[rank].read_text(), now)
-                if ended[rank].code and sum(bool(other.code) for other in ended.values()) == 1:  # the first that failed
-                    signals.append((now + alone, signal.SIGTERM, list(running)))
-                    signals.append((now + alone + _GRACE, signal.SIGKILL, list(running)))
-        for due in [entry for entry in signals if entry[0] <= now]:
-            signals.remove(due)
-            for rank in due[2]:
-                if rank in running:
-                    os.kill(running[rank], due[1])
-        time.sleep(0.005)
-    return [ended[rank] for rank in range(processes)]
-
-
 def not_told(output: Path, ended: list[Ended], lost: int) -> list[str]:
     """Survivors that did not end by themselves, in a line."""
     log = output / "run.log"
@@ -144,28 +82,26 @@ def campaign(run: Run, folder: Path, count: int, seed: int = 0) -> Outcome:
     draw = random.Random(seed)
     _, changes = kills.undisturbed(run, folder)
     expected = losses(folder / "whole")
-    shared = execute(run, folder / "shared", PROCESSES)
+    shared = kills.together(run, folder / "shared", PROCESSES)
     seconds = max(process.seconds for process in shared)
     done = runs = 0
     differences = _differences(run, folder / "shared", shared, expected)
     while done < count and not differences:
         output, runs = folder / f"run{runs}", runs + 1
-        plan = Plan.random(draw, seconds, changes)
-        # process 0 writes
-        kill = Kill(0 if plan.change else draw.randrange(PROCESSES), plan)
-        ended = execute(run, output, PROCESSES, kill)
-        if ended[kill.rank].code != -signal.SIGKILL:
+        plan = Plan.random(draw, seconds, changes, PROCESSES)
+        ended = kills.together(run, output, PROCESSES, plan)
+        if ended[plan.rank].code != -signal.SIGKILL:
             differences += _differences(run, output, ended, expected)  # it came to its end before
             continue
         done += 1
-        found = [*not_told(output, ended, kill.rank), *kills.half_written(output)]
+        found = [*not_told(output, ended, plan.rank), *kills.half_written(output)]
         for processes in GOES_ON_WITH:
             again = folder / f"{output.name}-on{processes}"
             if output.exists():
                 shutil.copytree(output, again)
-            found += _differences(run, again, execute(run, again, processes, resume=True), expected)
+            found += _differences(run, again, kills.together(run, again, processes, resume=True), expected)
             shutil.rmtree(again, ignore_errors=True)
-        differences += [f"{output.name} after {kill}: {what}" for what in found]
+        differences += [f"{output.name} after {plan}: {what}" for what in found]
         shutil.rmtree(output, ignore_errors=True)
     return Outcome(done, runs, len(GOES_ON_WITH) * done, differences)
 

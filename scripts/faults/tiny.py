@@ -1,17 +1,14 @@
-"""Runs of every domain that take a second: tiny random models and tiny data, made on the spot."""
+"""Runs of every domain that take a second, on the tiny random models and data of the domains' tests."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
-import torch
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+ADAPTER = "adapter/adapter_model.safetensors"
 
 
 @dataclass
@@ -26,7 +23,7 @@ class Run:
 
     program: str
     arguments: list[str]
-    results: tuple[str, ...]
+    results: tuple[str, ...] = (ADAPTER,)
     resumes: bool = True
     heavy: tuple[str, ...] = ()
 
@@ -48,73 +45,41 @@ def words(**options: object) -> list[str]:
 
 def roberta(folder: Path, **changes: object) -> Run:
     """Control on a tiny BERT and a CoLA of 24 rows: 12 steps in 4 epochs, with checkpoints within epochs."""
-    from transformers import BertConfig, BertModel
+    from RoBERTa.tests.conftest import save_encoder, write_glue
 
-    from RoBERTa.tests.conftest import WORDS, save_tokenizer, write_glue
-
-    model = folder / "bert"
-    if not model.exists():
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=4 + len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=32, pad_token_id=1, initializer_range=0.3, max_position_embeddings=130,
-        )  # fmt: skip
-        BertModel(config).save_pretrained(model)
-        save_tokenizer(model)
+    if not (folder / "bert").exists():
+        save_encoder(folder / "bert")
         write_glue(folder / "glue", "CoLA")
     options = {
-        "method": "control", "task": "cola", "model": model, "data": folder / "glue", "device": "cpu", "epochs": 4,
+        "method": "control", "task": "cola", "model": folder / "bert", "data": folder / "glue", "device": "cpu", "epochs": 4,
         "lr": 1e-2, "batch_size": 8, "save_steps": 2, **changes,
     }  # fmt: skip
-    adapter = ("adapter/adapter_model.safetensors",)
-    return Run("RoBERTa.finetune", words(**options), adapter, heavy=("RoBERTa.training",))
-
-
-def qcontrol(folder: Path, **changes: object) -> Run:
-    """The same over 4-bit weights."""
-    return roberta(folder, quantization="nf4", **changes)
+    return Run("RoBERTa.finetune", words(**options), heavy=("RoBERTa.training",))
 
 
 def vit(folder: Path, **changes: object) -> Run:
     """Control on timm's test ViT and 40 images of three colors: 15 steps in 3 epochs."""
-    import timm
-    from safetensors.torch import save_file
+    from ViT.tests.conftest import ARCHITECTURE, save_base, save_colors
 
     model, data = folder / "vit.safetensors", folder / "colors.npz"
     if not model.exists():
-        torch.manual_seed(0)
-        save_file(timm.create_model("test_vit", img_size=32, num_classes=0).state_dict(), model)
-        generator = np.random.default_rng(0)
-        arrays = {}
-        for split, count in (("train", 40), ("test", 12)):
-            labels = np.arange(count) % 3
-            pixels = generator.integers(0, 60, (count, 20, 20, 3), dtype=np.uint8)
-            pixels[np.arange(count), :, :, labels] += 150
-            arrays |= {f"x_{split}": pixels, f"y_{split}": labels}
-        np.savez(data, **arrays, classes=["red", "green", "blue"])
+        save_base(model)
+        save_colors(data)
     options = {
-        "method": "control", "model": model, "architecture": "test_vit", "data": data, "image_size": 32, "epochs": 3,
+        "method": "control", "model": model, "architecture": ARCHITECTURE, "data": data, "image_size": 32, "epochs": 3,
         "batch_size": 8, "lr": 0.05, "device": "cpu", **changes,
     }  # fmt: skip
-    results = ("adapter/adapter_model.safetensors", "adapter/classifier.json", "predictions.csv")
-    return Run("ViT.finetune", words(**options), results)
+    return Run("ViT.finetune", words(**options), (ADAPTER, "adapter/classifier.json", "predictions.csv"))
 
 
 def _llama_files(folder: Path) -> tuple[Path, Path]:
-    from LlaMA.commonsense import TASKS, Row
-    from LlaMA.measuring import train_tokenizer
-    from LlaMA.tests.conftest import make_row, tiny_model
+    from LlaMA.commonsense import read_rows
+    from LlaMA.models import train_tokenizer
+    from LlaMA.tests.conftest import save_data, save_model
 
     model, data = folder / "llama", folder / "commonsense"
     if not model.exists():
-        rows = [make_row(task, number) for number in range(6) for task in TASKS]
-        tokenizer = train_tokenizer([Row(**row) for row in rows], vocabulary=500)
-        tiny_model(len(tokenizer) + 4).save_pretrained(model)
-        tokenizer.save_pretrained(model)
-        for task in TASKS:
-            (data / task).mkdir(parents=True)
-            (data / task / "test.json").write_text(json.dumps([make_row(task, 100 + n) for n in range(7)]))
-        (data / "train.json").write_text(json.dumps(rows))
+        save_model(model, train_tokenizer(read_rows(save_data(data) / "train.json"), vocabulary=500))
     return model, data
 
 
@@ -126,7 +91,7 @@ def llama(folder: Path, **changes: object) -> Run:
         "eval_steps": 2, "held_out": 6, "warmup_steps": 1, "lr": 1e-2, "control_rank": 4, "lora_rank": 2,
         "lora_alpha": 4, **changes,
     }  # fmt: skip
-    return Run("LlaMA.finetune", words(**options), ("adapter/adapter_model.safetensors",))
+    return Run("LlaMA.finetune", words(**options))
 
 
 def llama_evaluate(folder: Path, **changes: object) -> Run:
@@ -139,6 +104,8 @@ def llama_evaluate(folder: Path, **changes: object) -> Run:
     return Run("LlaMA.evaluate", words(**options), ("boolq.jsonl", "piqa.jsonl"), resumes=False)
 
 
+#: "qcontrol" is the same as "roberta" over 4-bit weights.
 RUNS: dict[str, Callable[..., Run]] = {
-    "roberta": roberta, "qcontrol": qcontrol, "vit": vit, "llama": llama, "llama-evaluate": llama_evaluate,
+    "roberta": roberta, "qcontrol": partial(roberta, quantization="nf4"), "vit": vit, "llama": llama,
+    "llama-evaluate": llama_evaluate,
 }  # fmt: skip

@@ -1,12 +1,9 @@
-"""Results folders made of small records, for the tests of tables, claims and report; scripts called in this process."""
+"""Results folders made of small records, for the tests of tables, claims and report."""
 
 import json
-import sys
-from importlib import import_module
 
 import pytest
 
-from control_experiments.errors import run_main
 from control_experiments.record import RunRecord
 from control_experiments.reporting.records import COMMONSENSE
 
@@ -172,18 +169,3 @@ def results(new_results):
     folder = new_results()
     folder.path.mkdir()
     return folder
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """call("bench_memory", "--shape", ...) -> (exit code, stdout, stderr), spared a process's start and imports."""
-
-    def run(script, *arguments):
-        module = import_module(f"scripts.{script}")
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            run_main(module.main)
-        captured = capfd.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return run

@@ -50,6 +50,7 @@ SMALL = {
     "LlaMA/benchmark_throughput.py": "--data {questions}/train.json --steps 1 --warmup 0 --batch_size 4 --large_batch 8 "
     "--micro_batch_size 2 --cutoff 64 --control_rank 4 --lora_rank 2 --output_dir {out}",
     "QControl/quantized_memory.py": "--tokens 8 --batch 1 --steps 1 --warmup 0 --methods control",
+    "QControl/gradient_error.py": "--model {llama} --data {questions}/train.json --rows 2 --bases bf16 --output_dir {out}",
     "scripts/bench_memory.py": "--batch 1 --steps 1 --warmup 0",
     "scripts/bench_kernels.py": "--peers torch --tokens 8 --vocabulary 99 --repeats 2 --output {out}/kernels.json",
     "scripts/make_tables.py": "--results {out}",
@@ -88,26 +89,29 @@ class Runner:
         self.count += 1
         out = self.root / f"out{self.count}"
         out.mkdir()
-        fill = {**asdict(self.inputs), "out": out}
-        arguments = [*arguments, *(word.format(**fill) for word in self._spread(SMALL[name], fill))]
-        if name not in NO_DEVICE:
-            arguments += CPU
+        arguments = [*arguments, *self._small(name, out), *(() if name in NO_DEVICE else CPU)]
         arguments = getattr(self, f"_{path.parent.name}_{path.stem}", lambda given, out: given)(arguments, out)
         monkeypatch.chdir(out)
         self._call(path, arguments, monkeypatch)
 
-    @staticmethod
-    def _spread(text: str, fill: dict) -> list[str]:
-        return text.replace("{vit}", fill["vit"]).split()
+    def _small(self, name: str, out: Path) -> list[str]:
+        return SMALL[name].format(**asdict(self.inputs), out=out).split()
 
-    def _call(self, path: Path, arguments: list[str], monkeypatch, again: bool = False) -> None:
+    def _call(self, path: Path, arguments: list[str], monkeypatch) -> None:
         key = (path, *(word for word in arguments if not word.startswith(str(self.root / "out"))))
-        if key in self.done and not again:
-            return
-        self.done.add(key)
-        module = import_script(path)
-        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
-        module.main()
+        if key not in self.done:
+            self.done.add(key)
+            monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+            import_script(path).main()
+
+    def _trained(self, domain: str, *method: str) -> Path:
+        """The folder of a run of the domain's finetune.py."""
+        folder = self.root / "_".join(["trained", domain, *method]).replace(" ", "_")
+        if not folder.exists():
+            words = [*self._small(f"{domain}/finetune.py", folder), *CPU, "--output_dir", str(folder)]
+            with pytest.MonkeyPatch.context() as patch:
+                self._call(REPOSITORY / domain / "finetune.py", [*words, *(["--method", *method] if method else [])], patch)
+        return folder
 
     # -- what depends on the call
 
@@ -118,7 +122,7 @@ class Runner:
     def _ViT_finetune(self, given: list[str], out: Path) -> list[str]:
         for option in ("--evaluate", "--adapter"):
             if option in given:
-                given[given.index(option) + 1] = str(self._trained_vit() / "adapter")
+                given[given.index(option) + 1] = str(self._trained("ViT") / "adapter")
         if "--predict" in given:
             from PIL import Image
 
@@ -129,16 +133,7 @@ class Runner:
 
     def _ViT_figures(self, given: list[str], out: Path) -> list[str]:
         data = ["--data", str(self.inputs.images)] if "--data" in given else []
-        return ["--runs", str(self._trained_vit()), "--output_dir", str(out), *data]
-
-    def _trained_vit(self) -> Path:
-        """A run of ViT/finetune.py."""
-        folder = self.root / "trained_vit"
-        if not folder.exists():
-            with pytest.MonkeyPatch.context() as patch:
-                words = [*self._spread(SMALL["ViT/finetune.py"], asdict(self.inputs)), *CPU, "--output_dir", str(folder)]
-                self._call(REPOSITORY / "ViT" / "finetune.py", words, patch)
-        return folder
+        return ["--runs", str(self._trained("ViT")), "--output_dir", str(out), *data]
 
     def _LlaMA_finetune(self, given: list[str], out: Path) -> list[str]:
         return [*given, *(["--validation", str(self.inputs.questions / "train.json")] if "--validation" in given else [])]
@@ -147,14 +142,7 @@ class Runner:
         """Over an adapter of the method; LlaMA/tests/test_launchers.py evaluates what a launcher has trained."""
         if "--adapter" in given:
             method = given[given.index("--method") + 1] if "--method" in given else "lora"
-            folder = self.root / f"trained_{method.replace(' ', '_')}"
-            if not folder.exists():
-                with pytest.MonkeyPatch.context() as patch:
-                    text = SMALL["LlaMA/finetune.py"].format(**asdict(self.inputs), out=folder)
-                    self._call(
-                        REPOSITORY / "LlaMA" / "finetune.py", [*text.split(), *CPU, "--method", method], patch, again=True
-                    )
-            given[given.index("--adapter") + 1] = str(folder / "adapter")
+            given[given.index("--adapter") + 1] = str(self._trained("LlaMA", method) / "adapter")
         return [*given, "--output_dir", str(out / "evaluation")]
 
     def _LlaMA_benchmark_throughput(self, given: list[str], out: Path) -> list[str]:

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,14 +18,7 @@ from peft_control.memory import streaming
 from scripts import bench_memory, workloads
 from scripts.workloads import Setting, build, parse_method
 
-ROOT = Path(__file__).resolve().parents[2]
 BRIEFLY = ("--device", "cpu", "--steps", "2", "--warmup", "1")
-
-
-def bench(*options, first=""):
-    command = [sys.executable, "-m", "scripts.bench_memory", *BRIEFLY, *map(str, options)]
-    environment = {**os.environ, "PYTHONPATH": f"{first}:{os.environ.get('PYTHONPATH', '')}"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd=ROOT)
 
 
 @pytest.fixture
@@ -46,8 +38,8 @@ def measured(monkeypatch):
 def test_a_killed_run_goes_on_and_a_finished_one_is_kept(tmp_path, call, measured):
     asked = (*BRIEFLY, "--shape", "tiny", "--batch", 2, "--tokens", 8, "--output_dir", tmp_path)
     asked += ("--repeats", 2, "--base", "bf16", "nf4", "--methods", "lora", "control:fast")
-    code, stdout, stderr = call("bench_memory", *asked)
-    assert code == 0 and "tiny, 2 x 8 tokens, bfloat16, cpu" in stdout, stderr
+    stdout = call("scripts.bench_memory", *asked).finished().out
+    assert "tiny, 2 x 8 tokens, bfloat16, cpu" in stdout
     assert measured == ["lora+bf16", "control+bf16:fast", "lora+nf4", "control+nf4:fast"]
     path = tmp_path / "tiny_2x8_bf16_nf4.json"
     record = json.loads(path.read_text())
@@ -62,12 +54,11 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_kept(tmp_path, call, measure
     loras = {r["method"]: r["step_seconds"] for r in record["results"] if r["method"].startswith("lora")}
     assert f"against {min(loras, key=loras.get)} (fastest)" in stdout and "time x1.00" in stdout
 
-    assert call("bench_memory", *asked)[0] == 0
+    call("scripts.bench_memory", *asked).finished()
     assert len(measured) == 4, "all was measured before"
     left = {**record, "results": record["results"][1:]}
     path.rename(f"{path}.partial").write_text(json.dumps(left))
-    code, stdout, stderr = call("bench_memory", *asked)
-    assert code == 0 and "3 measured before" in stdout and measured[4:] == ["lora+bf16"], stderr
+    assert "3 measured before" in call("scripts.bench_memory", *asked).finished().out and measured[4:] == ["lora+bf16"]
     results = zip(record["results"], json.loads(path.read_text())["results"])
     assert [one["step_seconds_all"] == other["step_seconds_all"] for one, other in results] == [False, True, True, True]
 
@@ -201,8 +192,8 @@ def test_random_bases_are_quantized_as_loaded_ones(shape, tmp_path):
 def test_a_profile_is_a_record_of_its_own(tmp_path, call, measured):
     asked = ("--shape", "tiny", "--batch", 2, "--tokens", 8, "--methods", "control:fast", "--profile")
     folder = tmp_path / "memory"
-    code, stdout, stderr = call("bench_memory", *BRIEFLY, *asked, "--output", folder)
-    assert code == 0 and "ms" in stdout.splitlines()[2], stderr
+    stdout = call("scripts.bench_memory", *BRIEFLY, *asked, "--output", folder).finished().out
+    assert "ms" in stdout.splitlines()[2]
     assert [path.name for path in folder.iterdir()] == ["tiny_2x8_profile.json"]
     (result,) = json.loads((folder / "tiny_2x8_profile.json").read_text())["results"]
     seconds = [kernel["seconds"] for kernel in result["kernels"]]
@@ -272,8 +263,9 @@ LINEAR, KINKED = (lambda t: 2**33 + t * 2**17), (lambda t: 2**33 + t * 2**17 + m
 def test_the_longest_sequences_are_found_in_few_steps(gpu, peak, most_steps, tmp_path, call):
     gpu.peak = peak
     limits = [8.5, 23.5, 78.5]
-    code, stdout, stderr = call("bench_memory", "--batch", 1, "--methods", "lora", "--output", tmp_path, "--limit", *limits)
-    assert (code, "nothing could" in stderr) == (0, False), stderr
+    asked = ("--batch", 1, "--methods", "lora", "--output", tmp_path, "--limit", *limits)
+    _, stdout, stderr = call("scripts.bench_memory", *asked).finished()
+    assert "nothing could" not in stderr
     results = json.loads((tmp_path / "llama3-8b_1x1024_limit8.5-23.5-78.5.json").read_text())["results"]
     assert [result["limit_gib"] for result in results] == limits
     for result in results:
@@ -290,7 +282,19 @@ def test_the_longest_sequences_are_found_in_few_steps(gpu, peak, most_steps, tmp
 
 
 def test_a_search_goes_on_after_a_kill_and_ends_in_time(gpu, tmp_path, call, monkeypatch):
-    asked = ("bench_memory", "--batch", 1, "--base", "nf4", "--methods", "control:lean", "lora", "--speed_at", 1024, 10**6)
+    asked = (
+        "scripts.bench_memory",
+        "--batch",
+        1,
+        "--base",
+        "nf4",
+        "--methods",
+        "control:lean",
+        "lora",
+        "--speed_at",
+        1024,
+        10**6,
+    )
     asked += ("--limit", 9.5, 12, "--output", tmp_path)
     gpu.peak = KINKED
     real, count = bench_memory.stream_apart, [3]
@@ -305,12 +309,9 @@ def test_a_search_goes_on_after_a_kill_and_ends_in_time(gpu, tmp_path, call, mon
     monkeypatch.setattr(bench_memory, "stream_apart", dying)
     assert call(*asked)[0] == 130
     path = tmp_path / "llama3-8b_1x1024_nf4_limit9.5-12.json"
-    found = [json.loads(Path(f"{path}.partial").read_text())["results"]]
-    assert [(result.get("tokens"), result.get("limit_gib")) for result in found[0]] == [
-        (1024, None),
-        (10**6, None),
-        (None, 9.5),
-    ]
+    found = [json.loads(path.with_name(f"{path.name}.partial").read_text())["results"]]
+    measured = [(result.get("tokens"), result.get("limit_gib")) for result in found[0]]
+    assert measured == [(1024, None), (10**6, None), (None, 9.5)]
     assert found[0][1]["fits"] is False and not path.exists()
 
     monkeypatch.setattr(bench_memory, "stream_apart", real)
@@ -319,26 +320,21 @@ def test_a_search_goes_on_after_a_kill_and_ends_in_time(gpu, tmp_path, call, mon
         patch.setattr(bench_memory, "time", SimpleNamespace(monotonic=lambda: next(clock), time=lambda: 0))
         code, stdout, stderr = call(*asked, "--max_minutes", 1)
     assert code == 1 and "time is up, 5 of 8 are left: the same command goes on" in stderr and "3 measured before" in stdout
-    code, stdout, stderr = call(*asked)
-    assert code == 0, stderr
+    call(*asked).finished()
     results = json.loads(path.read_text())["results"]
     assert results[:3] == found[0] and len(results) == 8
     assert [result["method"] for result in results] == ["control+nf4:lean"] * 4 + ["lora+nf4"] * 4
-    assert call(*asked)[0] == 0, "all was measured before"
+    call(*asked).finished()  # all was measured before
 
-    def failing(command, environment):
-        yield {"error": "exit code -9"}
-
-    monkeypatch.setattr(bench_memory, "stream_apart", failing)
-    code, stdout, stderr = call(*asked, "--methods", "lora-all")
-    assert code == 2 and "nothing could be measured" in stderr and stdout.count("failed: exit code -9") == 4
+    monkeypatch.setattr(bench_memory, "stream_apart", lambda *_: iter([{"error": "exit code -9"}]))
+    done = call(*asked, "--methods", "lora-all")
+    assert "nothing could be measured" in done.refused() and done.out.count("failed: exit code -9") == 4
 
 
 def test_the_whole_gpu_is_a_limit_too(gpu, tmp_path, call):
-    code, _, stderr = call(
-        "bench_memory", "--batch", 1, "--methods", "lora", "--longest", "--up_to", 4096, "--output", tmp_path
-    )
-    assert code == 0, stderr
+    call(
+        "scripts.bench_memory", "--batch", 1, "--methods", "lora", "--longest", "--up_to", 4096, "--output", tmp_path
+    ).finished()
     (result,) = json.loads((tmp_path / "llama3-8b_1x1024_limit80.json").read_text())["results"]
     assert (result["limit_gib"], result["longest_tokens"], result["ended_by"]) == (80, 4096, "--up_to")
 
@@ -403,8 +399,7 @@ def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, toke
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(options, message, tmp_path, call):
-    code, _, stderr = call("bench_memory", *BRIEFLY, "--output", tmp_path / "out", *options)
-    assert code == 2 and message in stderr and stderr.count("\n") == 1
+    assert message in call("scripts.bench_memory", *BRIEFLY, "--output", tmp_path / "out", *options).refused()
     assert not (tmp_path / "out").exists()
 
 
@@ -437,8 +432,21 @@ class FastLanguageModel:
         return model.train()
 """
     )
-    asked = ["--shape", "tiny", "--batch", 2, "--tokens", 8, "--output", tmp_path]
-    done = bench(*asked, "--methods", "lora-all+unsloth+checkpointing", first=tmp_path)
+    asked = [
+        "--shape",
+        "tiny",
+        "--batch",
+        2,
+        "--tokens",
+        8,
+        "--output",
+        tmp_path,
+        "--methods",
+        "lora-all+unsloth+checkpointing",
+    ]
+    command = [sys.executable, "-m", "scripts.bench_memory", *BRIEFLY, *map(str, asked)]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     (result,) = json.loads((tmp_path / "tiny_2x8.json").read_text())["results"]
     rank, (width, inner, keys, layers) = 32, (64, 128, 32, 2)

@@ -1,7 +1,6 @@
 """The scaling benchmark in two processes over gloo, on a tiny shape."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,23 +10,13 @@ import pytest
 from control_experiments.errors import UserError
 from scripts import bench_scaling
 
-LAUNCHER = Path(__file__).resolve().parents[1] / "bench_scaling.sh"
-
-
-def bench(*options):
-    environment = {**os.environ, "PYTHON": sys.executable}
-    command = ["bash", LAUNCHER, "--device", "cpu", "--shape", "tiny", *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=290, env=environment)
-
 
 def test_two_processes_lose_what_one_loses(call, tmp_path):
     asked = (
-        "--processes", 2, "--methods", "control:lean", "--batch", 2, "--tokens", 8, "--steps", 1, "--warmup", 1,
-        "--output", tmp_path,
+        "--device", "cpu", "--shape", "tiny", "--processes", 2, "--methods", "control:lean", "--batch", 2, "--tokens", 8,
+        "--steps", 1, "--warmup", 1, "--output", tmp_path,
     )  # fmt: skip
-    asked = ("--device", "cpu", "--shape", "tiny", *asked)
-    code, stdout, stderr = call("bench_scaling", *asked)
-    assert code == 0, f"{stdout}{stderr}"
+    call("scripts.bench_scaling", *asked).finished()
     record = json.loads((tmp_path / "tiny_2x8.json").read_text())
     cells = {(cell["shard"], cell["processes"]): cell for cell in record["results"]}
     assert set(cells) == {("ddp", 2), ("fsdp2", 2)}
@@ -41,15 +30,13 @@ def test_two_processes_lose_what_one_loses(call, tmp_path):
 
     # a run that was killed after both measurements
     (tmp_path / "tiny_2x8.json").rename(tmp_path / "tiny_2x8.json.partial")
-    code, stdout, stderr = call("bench_scaling", *asked)
-    assert code == 0 and "2 measured before" in stdout, f"{code}: {stdout}{stderr}"
+    assert "2 measured before" in call("scripts.bench_scaling", *asked).finished().out
     assert json.loads((tmp_path / "tiny_2x8.json").read_text())["results"] == record["results"]
 
 
-def test_bad_input_is_one_line(tmp_path):
-    done = bench("--output", tmp_path / "out", "--shards", "zero")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "unknown --shards 'zero': choose from ddp, fsdp2" in done.stderr
+def test_the_launcher_refuses_in_one_line(launch, tmp_path):
+    words = ("--device", "cpu", "--shape", "tiny", "--output", tmp_path / "out", "--shards", "zero")
+    assert "unknown --shards 'zero': choose from ddp, fsdp2" in launch("scripts/bench_scaling.sh", *words).refused()
     assert not (tmp_path / "out").exists()
 
 

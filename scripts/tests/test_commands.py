@@ -15,6 +15,7 @@ echo "$*" >> "$CALLS"
 case "$*" in
     --version) echo "Python $FAKE_VERSION" ;;
     *"sys.version_info < (3, 10)"*) [[ $FAKE_VERSION != 3.9* ]] ;;
+    *"find_spec"*) [[ -z ${FAKE_LACKS:-} ]] ;;
     *"import ensurepip, venv"*) [[ -z ${FAKE_NO_VENV:-} ]] ;;
     "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
     "-m pip install "*) echo "WARNING: pip warns"; exit "${FAKE_PIP_EXIT:-0}" ;;
@@ -51,16 +52,9 @@ class Checkout:
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess:
         self.calls_file.write_text("")
-        variables = {
-            "PATH": "/usr/bin:/bin",
-            "CALLS": str(self.calls_file),
-            "PYTHON": str(self.interpreter),
-            "FAKE_VERSION": "3.12.1",
-            **environment,
-        }
-        return subprocess.run(
-            ["bash", *command], cwd=self.root.parent, env=variables, capture_output=True, text=True, timeout=60
-        )
+        variables = dict(PATH="/usr/bin:/bin", CALLS=str(self.calls_file), PYTHON=str(self.interpreter), FAKE_VERSION="3.12.1")
+        piped = dict(cwd=self.root.parent, env=variables | environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(["bash", *command], **piped)
 
     @property
     def calls(self) -> list[str]:
@@ -73,14 +67,6 @@ class Checkout:
 @pytest.fixture
 def checkout(tmp_path):
     return Checkout(tmp_path)
-
-
-def test_every_shell_script_parses():
-    scripts = [*REPOSITORY.glob("scripts/*.sh"), REPOSITORY / ".ci" / "run", *REPOSITORY.glob("[A-Z]*/*.sh")]
-    assert len(scripts) >= 4
-    for script in scripts:
-        done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
-        assert done.returncode == 0, f"{script}: {done.stderr}"
 
 
 def test_the_environment_is_made_once_and_installed_again_only_when_something_changed(checkout):
@@ -100,10 +86,7 @@ def test_the_environment_is_made_once_and_installed_again_only_when_something_ch
             file.write("# changed\n")
         assert "Installed in" in checkout.run("checkout/scripts/test.sh").stdout
         assert len(checkout.called("-m pip install")) == 1 and not checkout.called("-m venv")
-
-
-def test_a_moved_checkout_is_installed_again(checkout):
-    checkout.run("checkout/scripts/test.sh")
+    # a moved checkout
     checkout.root.rename(checkout.root.parent / "moved")
     checkout.run("moved/scripts/test.sh")
     assert len(checkout.called("-m pip install")) == 1
@@ -142,10 +125,12 @@ def test_arguments_reach_pytest_and_its_exit_code_and_last_line_come_back(checko
     assert checkout.called("-m basedpyright")
 
 
-def test_quick_leaves_out_types_and_slow_tests(checkout):
+def test_quick_leaves_out_types_and_slow_tests_and_ci_does_not(checkout):
     assert checkout.run("checkout/scripts/test.sh", "--quick", "ViT/tests").returncode == 0
     assert checkout.called("-m pytest") == ["-m pytest -n 2 --dist worksteal -m not slow ViT/tests"]
     assert checkout.called("-m ruff check") and not checkout.called("-m basedpyright")
+    assert checkout.run("checkout/.ci/run").returncode == 0  # continuous integration: all of it
+    assert checkout.called("-m pytest") == ["-m pytest -n 2 --dist worksteal"] and checkout.called("-m basedpyright")
 
 
 @pytest.mark.parametrize("fake", ["FAKE_RUFF_EXIT", "FAKE_TYPES_EXIT"])
@@ -172,11 +157,6 @@ def test_help_installs_nothing(checkout, script, option):
     done = checkout.run(f"checkout/scripts/{script}", option)
     assert done.returncode == 0 and f"bash scripts/{script}" in done.stdout and not done.stderr
     assert not checkout.calls and not (checkout.root / ".venv").exists()
-
-
-def test_ci_runs_the_same_command(checkout):
-    assert checkout.run("checkout/.ci/run").returncode == 0
-    assert checkout.called("-m pytest") == ["-m pytest -n 2 --dist worksteal"]
 
 
 def test_the_quickstart_trains_three_methods_alike_and_then_makes_the_table(checkout):
@@ -229,6 +209,10 @@ def test_launchers_take_only_a_complete_environment(checkout, tmp_path):
         return done.stdout.strip()
 
     assert chosen(PYTHON="") == "python3"
+    lacking = checkout.run(
+        "-c", "source checkout/scripts/interpreter.sh", PYTHON="", PATH=f"{active}:/usr/bin:/bin", FAKE_LACKS="1"
+    )
+    assert lacking.returncode == 2 and "error: python3 lacks what" in lacking.stderr and lacking.stderr.count("\n") == 1
     (venv / "lib/python3.12/site-packages/peft_control-0.1.0.dist-info").mkdir(parents=True)
     assert chosen(PYTHON="") == str(venv / "bin" / "python")
     assert chosen(PYTHON=str(checkout.interpreter)) == str(checkout.interpreter)

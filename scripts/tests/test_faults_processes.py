@@ -29,9 +29,9 @@ from scripts.faults.processes import losses
 pytestmark = pytest.mark.slow
 
 
-def command(run: tiny.Run, output: Path, count: int, *more: str) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    return [sys.executable, *launcher, "-m", run.program, *run.arguments, "--output_dir", str(output), *more]
+def torchrun(run: tiny.Run, output: Path, *more: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return [*launcher, "-m", run.program, *run.arguments, "--output_dir", str(output), *more]
 
 
 @pytest.mark.parametrize("rows", [8, 12, 13, 14, 15, 17])
@@ -72,28 +72,26 @@ def test_torchrun_is_terminated_then_loses_a_process_and_the_run_goes_on_with_an
     run.arguments += ("--max_steps", "60", "--eval_steps", "5")
     log = tmp_path / "log"
 
-    def torchrun(*more: str) -> subprocess.Popen:
-        with log.open("w") as file:
-            return subprocess.Popen(command(run, cut, 2, *more), stdout=file, stderr=file)
-
     def step_of(checkpoint: Path) -> int:
         return int(checkpoint.name.partition("-")[2])
 
-    def wait_for(process: subprocess.Popen, step: int) -> None:
-        while not any(step_of(found) >= step for found in checkpoints(cut / "checkpoints")):
+    def start(*more: str, until: int) -> subprocess.Popen:
+        """Up to a checkpoint of a step."""
+        with log.open("w") as file:
+            process = subprocess.Popen(torchrun(run, cut, *more), stdout=file, stderr=file)
+        while not any(step_of(found) >= until for found in checkpoints(cut / "checkpoints")):
             assert process.poll() is None, log.read_text()
             time.sleep(0.02)
+        return process
 
-    process = torchrun()
-    wait_for(process, 5)
+    process = start(until=5)
     process.terminate()
     assert process.wait(60) != 0
     told = log.read_text()
     (newest, *_) = checkpoints(cut / "checkpoints")
     assert f"{newest.name} is kept" in told and "--resume" in told, told
 
-    process = torchrun("--resume")
-    wait_for(process, step_of(newest) + 1)
+    process = start("--resume", until=step_of(newest) + 1)
     workers = [child for child in psutil.Process(process.pid).children() if "RANK" in child.environ()]
     next(child for child in workers if child.environ()["RANK"] == "1").send_signal(signal.SIGKILL)
     assert process.wait(60) != 0
@@ -102,12 +100,11 @@ def test_torchrun_is_terminated_then_loses_a_process_and_the_run_goes_on_with_an
     assert "SIGKILL" in told  # torchrun's own summary
     assert "error: another process of this run died" in told and "--resume" in told
 
-    assert kills.execute(run, tmp_path / "one").code == 0
+    kills.execute(run, tmp_path / "one").finished()
     for count in (1, 2, 4):
         again = shutil.copytree(cut, tmp_path / f"on{count}")
-        first, *others = processes.execute(run, again, count, resume=True)
-        assert first.code == 0 and "resumed from checkpoint-" in first.output, first.output
-        assert [other.code for other in others] == [0] * (count - 1)
+        first, *_ = run_all(run, again, count, resume=True)
+        assert "resumed from checkpoint-" in first.output
         assert losses(again) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
@@ -132,9 +129,7 @@ def check_shards(monkeypatch) -> None:
 
 def run_all(run: tiny.Run, output: Path, count: int = 2, **more) -> list[kills.Ended]:
     """Do the run in so many processes, all of which must come to its end."""
-    ended = processes.execute(run, output, count, **more)
-    assert not any(process.code for process in ended), [process for process in ended if process.code]
-    return ended
+    return [process.finished() for process in kills.together(run, output, count, **more)]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +146,7 @@ def run_all(run: tiny.Run, output: Path, count: int = 2, **more) -> list[kills.E
 )
 def test_two_processes_have_the_losses_of_one_and_save_one_adapter(domain, sharded, options, tmp_path, monkeypatch):
     run = processes.with_options(processes.RUNS[domain](tmp_path), *options)
-    assert kills.execute(run, tmp_path / "one").code == 0
+    kills.execute(run, tmp_path / "one").finished()
     if sharded:
         check_shards(monkeypatch)
     if sharded and domain == "roberta":
@@ -160,7 +155,7 @@ def test_two_processes_have_the_losses_of_one_and_save_one_adapter(domain, shard
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         monkeypatch.setenv("FSDP_VERSION", "2")
     if domain == "roberta" and not sharded:  # LlaMA goes through torchrun below
-        done = subprocess.run(command(run, tmp_path / "two", 2), capture_output=True, text=True)
+        done = subprocess.run(torchrun(run, tmp_path / "two"), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         told = done.stdout
     else:
@@ -187,7 +182,7 @@ def test_a_sharded_half_precision_base_trains_float32_adapters_as_ddp_does(tmp_p
 @pytest.mark.parametrize("domain", ["roberta", "llama"])
 def test_a_lost_process_ends_a_sharded_run_which_goes_on_with_any_number(domain, tmp_path, monkeypatch):
     run, cut = processes.RUNS[f"{domain}-fsdp2"](tmp_path), tmp_path / "cut"
-    assert kills.execute(run, tmp_path / "one").code == 0
+    kills.execute(run, tmp_path / "one").finished()
     share = ExperimentTrainer.loss_share
 
     def die(trainer):  # within a step, in which the other waits for shards or gradients
@@ -197,7 +192,7 @@ def test_a_lost_process_ends_a_sharded_run_which_goes_on_with_any_number(domain,
 
     with monkeypatch.context() as patch:
         patch.setattr(ExperimentTrainer, "loss_share", die)
-        ended = processes.execute(run, cut, 2, alone=60)
+        ended = kills.together(run, cut, 2, alone=60)
     assert ended[1].code == -signal.SIGKILL and ended[0].code == 2
     assert "error: another process of this run died" in ended[0].output and "--resume" in ended[0].output
     for count, shard in ((1, "fsdp2"), (2, "fsdp2"), (4, "fsdp2"), (2, "ddp")):
@@ -231,11 +226,12 @@ def test_what_cannot_be_sharded_is_refused(domain, environment, options, told, t
 
 def test_models_that_cannot_be_sharded_are_refused():
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    for model, told in (
-        (torch.nn.Sequential(bitsandbytes.nn.Linear4bit(4, 4)), "quantized"),
-        (torch.nn.Sequential(torch.nn.Linear(4, 4)), "no layer that Control knows"),
+    cpu = torch.device("cpu")
+    for layer, told in (
+        (bitsandbytes.nn.Linear4bit(4, 4), "quantized"),
+        (torch.nn.Linear(4, 4), "no layer that Control knows"),
     ):
         with pytest.raises(UserError, match=told):
-            shard_frozen(model, torch.device("cpu"), MemoryMeter(torch.device("cpu")))
+            shard_frozen(torch.nn.Sequential(layer), cpu, MemoryMeter(cpu))
     with pytest.raises(UserError, match="cuda_graphs"):
         choose_shard("fsdp2", cuda_graphs=True)

@@ -1,17 +1,14 @@
 """quickstart_table.py on records made by hand."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from scripts.faults.inputs import a_record
 
-SCRIPT = Path(__file__).resolve().parents[1] / "quickstart_table.py"
 METHODS = ("control", "lora", "dora")
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -37,9 +34,10 @@ def write(folder: Path, *records: dict) -> None:
         path.write_text(json.dumps(contents))
 
 
-def run(folder: Path, *methods: str) -> subprocess.CompletedProcess:
-    command, environment = [sys.executable, SCRIPT, folder, *methods], {**os.environ, "COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+@pytest.fixture
+def run(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    return partial(call, "scripts.quickstart_table")
 
 
 def cells(folder: Path) -> list[list[str]]:
@@ -47,24 +45,23 @@ def cells(folder: Path) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_table_says_what_the_records_say(tmp_path):
+def test_the_table_says_what_the_records_say(run, tmp_path):
     write(tmp_path, *map(record, METHODS))
-    done = run(tmp_path, *METHODS)
-    assert done.returncode == 0, done.stderr
+    out = run(tmp_path, *METHODS).finished().out
     _, _, control, lora, _, majority = cells(tmp_path)
     memory = "900 MiB CPU resident"
     assert control == ["[control](control/record.json)", "0.720", "0.700", "223,106", "60 s", memory]
     assert lora[1:3] == ["0.650", "0.650"]
     assert majority[:2] == ["majority class", "0.000"]
     for shown in ("0.720", "223,106", memory, "majority class", "not GLUE", "800 train + 100 validation"):
-        assert shown in " ".join(done.stdout.split())
-    assert "DIFFERENT" not in done.stdout
+        assert shown in " ".join(out.split())
+    assert "DIFFERENT" not in out
     assert (tmp_path / "score_against_time.png").read_bytes().startswith(PNG)
 
 
-def test_a_missing_record_keeps_its_row(tmp_path):
+def test_a_missing_record_keeps_its_row(run, tmp_path):
     write(tmp_path, record("control"), record("dora"))
-    assert run(tmp_path, *METHODS).returncode == 0
+    run(tmp_path, *METHODS).finished()
     assert [row[:2] for row in cells(tmp_path)[2:5]] == [
         ["[control](control/record.json)", "0.720"],
         ["lora", "not run"],
@@ -72,15 +69,15 @@ def test_a_missing_record_keeps_its_row(tmp_path):
     ]
 
 
-def test_gpu_memory_is_labelled_and_unequal_conditions_are_told(tmp_path):
+def test_gpu_memory_is_labelled_and_unequal_conditions_are_told(run, tmp_path):
     gpu = {
         "memory": {"kind": "cuda allocator", "peak_allocated_bytes": 2**30, "peak_resident_bytes": None},
         "device": {"kind": "cuda", "name": "Some GPU", "count": 1},
     }
     write(tmp_path, record("control", **gpu), record("lora"))
-    done = run(tmp_path, "control", "lora")
+    out = run(tmp_path, "control", "lora").finished().out
     assert cells(tmp_path)[2][-1] == "1,024 MiB GPU allocator"
-    assert "DIFFERENT device: 1 x Some GPU, 2 x Some CPU" in " ".join(done.stdout.split())
+    assert "DIFFERENT device: 1 x Some GPU, 2 x Some CPU" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
@@ -93,17 +90,13 @@ def test_gpu_memory_is_labelled_and_unequal_conditions_are_told(tmp_path):
         (json.dumps(record("control", time={})), "lacks 'train_seconds'"),
     ],
 )
-def test_a_broken_folder_is_one_line_and_writes_nothing(tmp_path, contents, message):
+def test_a_broken_folder_is_one_line_and_writes_nothing(run, tmp_path, contents, message):
     if contents is not None:
         (tmp_path / "control").mkdir()
         (tmp_path / "control" / "record.json").write_text(contents)
-    done = run(tmp_path, "control")
-    assert done.returncode == 2
-    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert message in run(tmp_path, "control").refused()
     assert not list(tmp_path.glob("*.*"))
 
 
-def test_the_command_line_is_checked(tmp_path):
-    done = run(tmp_path)
-    assert done.returncode == 2
-    assert "arguments are required: methods" in done.stderr and done.stderr.count("\n") == 1
+def test_the_command_line_is_checked(run, tmp_path):
+    assert "arguments are required: methods" in run(tmp_path).refused()

@@ -16,6 +16,7 @@ import pytest
 
 from control_experiments.errors import run_main
 from control_experiments.paths import REPOSITORY
+from RoBERTa.tests.conftest import write_glue
 from scripts import rerun
 
 # Runs rerun.py for real; instead of a training it notes the call and writes a record with the learning rate's score.
@@ -95,8 +96,7 @@ class Reruns:
     def run_for_real(self, table, *arguments, **environment):
         """All of it in processes."""
         self.calls_file.write_text("")
-        variables = {**self.environment, **environment}
-        piped = dict(env=variables, cwd=self.root, capture_output=True, text=True, timeout=100)
+        piped = dict(env={**self.environment, **environment}, capture_output=True, text=True, timeout=100)
         return subprocess.run(self.command(table, *arguments), **piped)
 
     @property
@@ -115,7 +115,7 @@ def option(call, name):
 
 
 def test_a_table_is_run_cell_by_cell_and_then_skipped(reruns):
-    glue = ["glue", *["--tasks", "rte", "wnli", "--methods", "lora", "--seeds", "1", "2", "--gpus", "cpu"]]
+    glue = ("glue", "--tasks", "rte", "wnli", "--methods", "lora", "--seeds", "1", "2", "--gpus", "cpu")
     done = reruns.run_for_real(*glue)
     assert done.returncode == 0, done.stderr
     cells = [(option(c, "--task"), option(c, "--method"), c["SEED"]) for c in reruns.calls]
@@ -216,23 +216,15 @@ def test_interrupting_ends_the_running_cells_and_starts_no_other(reruns, number,
 
 
 def test_each_methods_learning_rate_is_chosen_on_training_data_only(reruns, tmp_path):
-    data = tmp_path / "glue" / "RTE"
-    data.mkdir(parents=True)
-    header = "index\tsentence1\tsentence2\tlabel"
-    rows = [f"{n}\ttrain {n}\tsecond {n}\t{'entailment' if n % 2 else 'not_entailment'}" for n in range(40)]
-    (data / "train.tsv").write_text("\n".join([header, *rows]) + "\n")
-    (data / "dev.tsv").write_text(f"{header}\n0\tdev\tsecond\tentailment\n")
-    done = reruns.run(
-        "glue", "--tasks", "rte", "--methods", "control", "lora", "--seeds", "1", "--gpus", "cpu", "--grid", "1e-4", "1e-3", "1e-2",
-        DATA=str(data.parent), FAKE_SECONDS="0",
-    )  # fmt: skip
+    data = str(write_glue(tmp_path / "glue", "RTE"))
+    asked = ("--tasks", "rte", "--methods", "control", "lora", *ONE, "--grid", "1e-4", "1e-3", "1e-2")
+    done = reruns.run("glue", *asked, DATA=data, FAKE_SECONDS="0")
     assert done.returncode == 0, done.stderr
     search, final = reruns.calls[:6], reruns.calls[6:]
     assert all(option(c, "--validation_share") == "0.1" for c in search) and {c["SEED"] for c in search} == {"0"}
     assert all("--validation_share" not in c["arguments"] for c in final)
-    assert [(option(c, "--method"), option(c, "--lr"), c["DATA"]) for c in final] == [
-        (method, "1e-3", str(data.parent)) for method in ("control", "lora")
-    ]
+    chosen = [(option(c, "--method"), option(c, "--lr"), c["DATA"]) for c in final]
+    assert chosen == [("control", "1e-3", data), ("lora", "1e-3", data)]
     (written,) = (reruns.results / "roberta" / "learning_rate_search").glob("*.json")
     rates = json.loads(written.read_text())["rates"]
     assert [rate["chosen"] for rate in rates] == ["1e-3", "1e-3"]

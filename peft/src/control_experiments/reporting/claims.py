@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -14,8 +15,8 @@ import yaml
 
 from . import statistics as rules
 from .records import UNQUANTIZED, Paper
-from .statistics import CONTRADICTED, MARGIN, NOT_DECIDED, NOT_TESTED, REPEATS, SUPPORTED, Pool, Test
-from .tables import linked, markdown_rows
+from .statistics import CONTRADICTED, NOT_DECIDED, NOT_TESTED, REPEATS, SUPPORTED, Pool, Test
+from .tables import environment, linked
 
 BASELINES = ("lora", "dora")
 BELOW = "below the majority class"
@@ -124,8 +125,9 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
             yield from _pair(section, {control: rows[control], baseline: rows[baseline]}, column=column, **test)
 
 
-def _pair(where: str, rows: dict[str, pd.DataFrame], column: str, rule: str, unit: str = "%", sign: int = -1,
-          task: str = "") -> Iterable[Test]:  # fmt: skip
+def _pair(
+    where: str, rows: dict[str, pd.DataFrame], column: str, rule: str, unit: str = "%", sign: int = -1, task: str = ""
+) -> Iterable[Test]:
     """Two rows, control and baseline, whose index is the seed or the repeat that pairs them."""
     (control, one), (baseline, other) = rows.items()
     if not (shared := sorted(set(one.index) & set(other.index))):
@@ -137,7 +139,7 @@ def _pair(where: str, rows: dict[str, pd.DataFrame], column: str, rule: str, uni
     if rule == "quality":
         test.size = one.record.iloc[0].model.get("total_parameters") or 0
         test.trained = one.trained.iloc[0] / other.trained.iloc[0]
-        test.floor = rules.MAJORITY.get(task)
+        test.floor = SPECIFICATIONS["majority"].get(task)
         test.examples = rules.example_variance([(one.folder[seed], other.folder[seed]) for seed in shared])
     yield test
 
@@ -175,16 +177,6 @@ def _published(paper: Paper, table: str, quantity: str, kinds: list[str]) -> lis
 
 # -- claims.md ------------------------------------------------------------------------------------------------
 
-ABOUT = f"""Made by `scripts/make_tables.py` from run records. Differences are control minus baseline, with 95 % intervals in brackets.
-
-- **Quality** asks whether control loses anything, with a margin of {MARGIN:g} point. The answer is *supported* if the interval's lower
-  end lies above -{MARGIN:.1f}. It is *contradicted* if the upper end lies below 0 and the lower end not above -{MARGIN:.1f}. Else it is *not decided*.
-- Runs are paired by seed, and example by example where outcomes lie beside the records. Tasks are judged one by one and pooled.
-- A test in which neither method is above the most frequent class is flagged and does not count.
-- **Memory** is the allocator's peak, which is deterministic: one measurement decides, the worst of several.
-- **Time** needs {REPEATS} repeats and an interval on one side of zero.
-- Intervals are not corrected for the number of tests."""
-
 
 def overview(claims: Sequence[Claim]) -> pd.DataFrame:
     """A row for each domain: quality, memory and time of its control against LoRA. Quality is that on its largest model, with
@@ -192,17 +184,21 @@ def overview(claims: Sequence[Claim]) -> pd.DataFrame:
     by_name, rows = {claim.name: claim for claim in claims}, []
     for domain, about in SPECIFICATIONS["domains"].items():
         pools = [pool for pool in by_name[f"{domain}-quality"].pools if " against lora" in pool.what]
-        pool = max(pools, key=lambda pool: (bool(pool.counting), round(math.log2(pool.tests[0].size or 1), 1), min(len(test.pairs) for test in pool.tests),
-                                    -abs(math.log(pool.tests[0].trained))), default=None)  # fmt: skip
-        more = rules.more_seeds(pool.tests) if pool else ""
-        rows.append({
-            "control against LoRA": f"[{about['title']}](#{domain}-quality)" + (f", {pool.what.partition(', all')[0]}" if pool else ""),
-            "quality": f"**{pool.verdict}**: {pool.statistic}" if pool else f"**{NOT_TESTED}**",
-            "more seeds to decide": more,
-            "memory": _costs(by_name, domain, "memory"),
-            "time": _costs(by_name, domain, "time"),
-        })  # fmt: skip
-    return pd.DataFrame(rows)
+        pool = max(pools, key=_weight, default=None)
+        where = f"[{about['title']}](#{domain}-quality)"
+        quality, more = f"**{NOT_TESTED}**", ""
+        if pool:
+            where += f", {pool.what.partition(', all')[0]}"
+            quality, more = f"**{pool.verdict}**: {pool.statistic}", rules.more_seeds(pool.tests)
+        rows.append([where, quality, more, *(_costs(by_name, domain, quantity) for quantity in ("memory", "time"))])
+    return pd.DataFrame(rows, columns=["control against LoRA", "quality", "more seeds to decide", "memory", "time"])
+
+
+def _weight(pool: Pool) -> tuple[bool, float, int, float]:
+    """What `overview` chooses by. Sizes are compared coarsely: position embeddings make no other model."""
+    first = pool.tests[0]
+    size = round(math.log2(first.size or 1), 1)
+    return bool(pool.counting), size, min(len(test.pairs) for test in pool.tests), -abs(math.log(first.trained))
 
 
 def _costs(by_name: dict[str, Claim], domain: str, quantity: str) -> str:
@@ -220,31 +216,6 @@ def _costs(by_name: dict[str, Claim], domain: str, quantity: str) -> str:
 
 def markdown(claims: Sequence[Claim], paper: Paper, up: str = "") -> str:
     """The overview, all claims, each with its tests, records and command, and what is doubtful in the published figures."""
-    summary = [
-        {"claim": f"[{claim.statement}](#{claim.name})", "whose": claim.whose, "verdict": f"**{claim.verdict}**", "tests": claim.tally, "tested on": claim.scope}
-        for claim in claims
-    ]  # fmt: skip
-    parts = ["# Claims", _table(overview(claims)), ABOUT, "## All claims", _table(pd.DataFrame(summary))]
-    for claim in claims:
-        found = f" ({claim.tally}; on {claim.scope})." if claim.tests else ": no record tests it yet."
-        parts += [f"## {claim.name}", f"{claim.statement} Claimed by {claim.whose}.", f"**{claim.verdict}**{found}"]
-        if claim.tests:
-            rows = [_shown(pool, pool.tests, "those of its tests") for pool in claim.pools if len(pool.tests) > 1]
-            rows += [_shown(test, [test], linked(test.links, up)) for test in claim.tests]
-            parts.append(_table(pd.DataFrame(rows).drop(columns=[] if claim.pools else "more seeds")))
-        if claim.published:
-            parts += ["The published figures:", "\n".join(f"- {line}" for line in claim.published)]
-        parts.append(f"At full scale, with hub access and a GPU: `{claim.command}`")
-    parts += ["## Doubts about the published figures", "\n".join(f"- {doubt}" for doubt in paper.weaknesses)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _table(frame: pd.DataFrame) -> str:
-    return "\n".join(markdown_rows(frame))
-
-
-def _shown(judged: Test | Pool, tests: list[Test], links: str) -> dict[str, str]:
-    below = isinstance(judged, Test) and judged.below_majority
-    verdict, more = (f"{BELOW}, does not count", "") if below else (judged.verdict, rules.more_seeds(tests))
-    row = {"test": judged.what, "difference": judged.statistic, "verdict": verdict}
-    return row | {"more seeds": more, "records": links}
+    template = environment(keep_trailing_newline=True).get_template("claims.md.jinja")
+    shown = {"overview": overview(claims), "doubts": paper.weaknesses, "below": BELOW, "rules": rules}
+    return template.render(claims=claims, **shown, linked=partial(linked, up=up))

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import jinja2
 import pandas as pd
 from markupsafe import Markup, escape
 
@@ -18,24 +17,39 @@ from ..record import write_text_atomic
 from . import pictures
 from .claims import Claim, overview
 from .records import Paper
-from .tables import Table, linked, step_means
+from .tables import Table, environment, linked, step_means
 
 NAMES = {"roberta": "RoBERTa", "vit": "ViT", "llama": "LLaMA", "qcontrol": "quantized"}
+#: The page's groups of pictures: title and explanation.
+PARTS = {
+    "frontier": ("Memory against speed", "One training step on random weights of the true shape. Left and low is better."),
+    "longest": ("Longest sequence", "The longest sequence that trains against the size of the card."),
+    "score-memory": ("Score against memory", "Each mark is one run: its last score and the peak of its training memory. Left and high is better."),
+    "curves": ("Training curves", "Score of each evaluation, one line a run; for LLaMA the held-out loss."),
+    "rates": ("Score against learning rate", "On held-out training data."),
+}  # fmt: skip
 
 
-def write_page(frame: pd.DataFrame, tables: Sequence[Table], claims: Sequence[Claim], paper: Paper, problems: Sequence[str],
-               path: Path, up: str) -> Path:  # fmt: skip
+def write_page(
+    frame: pd.DataFrame,
+    tables: Sequence[Table],
+    claims: Sequence[Claim],
+    paper: Paper,
+    problems: Sequence[str],
+    path: Path,
+    up: str,
+) -> Path:
     """Write the page; `up` leads from its folder to the results folder."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )  # fmt: skip
-    environment.filters |= dict(inline=inline, family=pictures.family, linked=lambda links: linked(links, up))
+    made = environment(autoescape=True)
+    made.filters |= dict(inline=inline, family=pictures.family, linked=lambda links: linked(links, up))
     families = [name for name in pictures.FAMILIES if name in set(frame.row.dropna().map(pictures.family))]
-    runs = frame[(frame.kind == "run") & frame.usable]
-    page = environment.get_template("page.html").render(
-        runs=len(runs), measurements=len(frame) - len(runs), problems=problems, names=NAMES, families=families, colours=pictures.FAMILIES,
-        overview=overview(claims), claims=claims, tables=tables, parts=_parts(frame, runs, paper),
-    )  # fmt: skip
+    runs = ((frame.kind == "run") & frame.usable).sum()
+    drawn = {"frontier": frontiers(frame), "longest": longests(frame, paper), "score-memory": scores(frame)}
+    drawn |= {"curves": training_curves(frame), "rates": rates(frame)}
+    parts = [(anchor, *PARTS[anchor], _drawn(figures)) for anchor, figures in drawn.items()]
+    known = {"names": NAMES, "families": families, "colours": pictures.FAMILIES, "parts": parts}
+    found = {"overview": overview(claims), "claims": claims, "tables": tables, "problems": problems}
+    page = made.get_template("page.html").render(runs=runs, measurements=len(frame) - runs, **known, **found)
     return write_text_atomic(path, page + "\n")
 
 
@@ -53,25 +67,29 @@ def inline(text: object) -> Markup:
     return Markup(re.sub(r"&lt;sup&gt;(\d+)&lt;/sup&gt;", r"<sup>\1</sup>", html))
 
 
-def _parts(frame: pd.DataFrame, runs: pd.DataFrame, paper: Paper) -> list[tuple[str, str, str, list[tuple[str, str, Markup]]]]:
-    """(anchor, title, explanation, pictures as (domain, title, SVG)) of each group of pictures."""
-    groups = runs.groupby(["domain", "section", "task"])
-    comparisons = [(f"{task}, {section}", part) for (_, section, task), part in groups]
-    return [
-        ("frontier", "Memory against speed", "One training step on random weights of the true shape. Left and low is better.", _drawn(frontiers(frame))),
-        ("longest", "Longest sequence", "The longest sequence that trains against the size of the card.", _drawn(longests(frame, paper))),
-        ("score-memory", "Score against memory", "Each mark is one run: its last score and the peak of its training memory. Left and high is better.",
-         _drawn((part.domain.iloc[0], title, pictures.scores_against_memory(part[part.peak.notna()], title))
-                for title, part in comparisons if part.peak.notna().any())),
-        ("curves", "Training curves", "Score of each evaluation, one line a run; for LLaMA the held-out loss.",
-         _drawn((part.domain.iloc[0], title, pictures.curves(lines, title, "held-out loss" if part.domain.iloc[0] == "llama" else "score, %"))
-                for title, part in comparisons if (lines := [(run.row, run.seed, line) for run in part.itertuples() if len(line := curve(run.record)) > 1]))),
-        ("rates", "Score against learning rate", "On held-out training data.", _drawn(rates(frame))),
-    ]  # fmt: skip
-
-
 def _drawn(figures: Iterable[tuple[str, str, object]]) -> list[tuple[str, str, Markup]]:
     return [(domain, title, Markup(pictures.svg(figure))) for domain, title, figure in figures]
+
+
+def _comparisons(frame: pd.DataFrame) -> Iterable[tuple[str, str, pd.DataFrame]]:
+    """(domain, title, runs) of each model and task."""
+    runs = frame[(frame.kind == "run") & frame.usable]
+    for (domain, section, task), part in runs.groupby(["domain", "section", "task"]):
+        yield domain, f"{task}, {section}", part
+
+
+def scores(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
+    """(domain, title, picture) of each comparison whose runs measured memory."""
+    for domain, title, part in _comparisons(frame):
+        if part.peak.notna().any():
+            yield domain, title, pictures.scores_against_memory(part[part.peak.notna()], title)
+
+
+def training_curves(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
+    """(domain, title, picture) of each comparison whose runs were evaluated more than once."""
+    for domain, title, part in _comparisons(frame):
+        if lines := [(run.row, run.seed, line) for run in part.itertuples() if len(line := curve(run.record)) > 1]:
+            yield domain, title, pictures.curves(lines, title, "held-out loss" if domain == "llama" else "score, %")
 
 
 def frontiers(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:

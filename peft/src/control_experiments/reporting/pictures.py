@@ -117,28 +117,26 @@ def _name(axes, placed: Mapping[str, tuple[float, float]], frontier: list[tuple[
 def scaling(cells: Sequence[Mapping], title: str) -> Figure:
     """Bars for each method, sharding and number of processes (cells as scripts/bench_scaling.py writes them): tokens/s of each
     GPU, with the share of one GPU's speed that is kept, and peak memory of each GPU."""
-    measured = pd.DataFrame(cell for cell in cells if "step_seconds" in cell)
+    measured = pd.DataFrame(cells).dropna(subset="step_seconds")
+    kind = ["method", "shard"]
     if "efficiency" not in measured:
-        alone = measured[measured.processes == 1].set_index(["method", "shard"]).step_seconds
-        single = [alone.get((cell.method, cell.shard), float("nan")) for cell in measured.itertuples()]
-        measured["efficiency"] = 100 * pd.Series(single, measured.index) / measured.step_seconds
-    place = ["method", "shard", "processes"]  # measured in several files: their mean
+        alone = measured[measured.processes == 1].set_index(kind).step_seconds.rename("alone")
+        measured = measured.join(alone, on=kind).eval("efficiency = 100 * alone / step_seconds")
     numbers = ["tokens_per_second", "peak_bytes_per_process", "efficiency"]
-    cells = measured.groupby(place, sort=False, as_index=False)[numbers].mean().to_dict("records")
-    kinds = list(dict.fromkeys((cell["method"], cell["shard"]) for cell in cells))
-    counts = sorted({int(cell["processes"]) for cell in cells})
+    means = measured.groupby([*kind, "processes"], sort=False, as_index=False)[numbers].mean()  # of several files
+    kinds, counts = list(dict.fromkeys(zip(means.method, means.shard))), sorted(map(int, means.processes.unique()))
     figure = Figure(figsize=(8.3, 1.4 + 0.24 * len(kinds) * (len(counts) + 1)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     thick = 0.8 / len(counts)
     shades = matplotlib.colormaps["Blues"]
     for number, count in enumerate(counts):
-        mine = [cell for cell in cells if cell["processes"] == count]
-        rows = [kinds.index((cell["method"], cell["shard"])) + number * thick for cell in mine]
+        mine = means[means.processes == count]
+        rows = [kinds.index(pair) + number * thick for pair in zip(mine.method, mine.shard)]
         shade = shades(0.35 + 0.6 * number / len(counts))
         look = dict(height=0.9 * thick, color=shade, label=f"{count} GPU{'s' * (count > 1)}")
-        speed = left.barh(rows, [cell["tokens_per_second"] / count for cell in mine], **look)
-        size = right.barh(rows, [cell["peak_bytes_per_process"] / 1e9 for cell in mine], **look)
-        kept = [f"{cell['efficiency']:.0f} %" if count > 1 and cell["efficiency"] > 0 else "" for cell in mine]
+        speed = left.barh(rows, mine.tokens_per_second / count, **look)
+        size = right.barh(rows, mine.peak_bytes_per_process / 1e9, **look)
+        kept = [f"{share:.0f} %" if count > 1 and share > 0 else "" for share in mine.efficiency]
         left.bar_label(speed, kept, padding=2, fontsize=8)
         right.bar_label(size, fmt="%.1f", padding=2, fontsize=8)
     middle = thick * (len(counts) - 1) / 2

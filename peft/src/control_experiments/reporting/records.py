@@ -38,9 +38,7 @@ _OBJECTS = """links notes shared own record folder published timed""".split()  #
 SEARCH = "learning_rate_search"
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 #: Columns of the commonsense tables, in the paper's order.
-COMMONSENSE = (
-    "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa", "average",
-)  # fmt: skip
+COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa", "average")
 UNQUANTIZED = "not quantized"
 SHARED_GPU = "Not shown: other processes used the GPU at the same time."
 RESIDENT = "Resident memory of the whole process on a CPU, not comparable with a GPU's."
@@ -61,7 +59,7 @@ KERNELS = {
     "host copies": "memcpy (dtoh|htod)",
     "optimizer": "adam|multi_tensor",
     "others": "",
-}  # fmt: skip
+}
 
 
 def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
@@ -330,29 +328,28 @@ def _steps(file: dict) -> Iterator[dict]:
 WAYS = {"published": "the published micro-batches, padded", "packed": "the same steps, packed", "large": "packed, more rows a step"}  # fmt: skip
 
 
-def _measured(record: RunRecord, kind: str) -> tuple[dict, str, str]:
-    """What throughput and answers in batches have in common, the model's name, and where they were measured."""
+def _measured(record: RunRecord, kind: str) -> tuple[dict, str]:
+    """What throughput and answers in batches have in common, and where they were measured."""
     shared = record.memory.get("other_processes_bytes")
-    name = record.model["id"].rpartition("/")[2]
     row = {
-        "kind": kind, "domain": record.domain, "task": name, "row": record.method, "method": record.method, "record": record,
+        "kind": kind, "domain": record.domain, "task": record.model["id"].rpartition("/")[2], "row": record.method, "method": record.method,
         "mode": record.hyperparameters.get("mode"), "timed": not shared and record.device.get("kind") == "cuda",
-        "notes": (SHARED_GPU,) if shared else (),
+        "record": record, "notes": (SHARED_GPU,) if shared else (),
     }  # fmt: skip
-    return row, name, _where(record.device["name"], record.versions)
+    return row, _where(record.device["name"], record.versions)
 
 
 def _throughput(record: RunRecord) -> Iterator[dict]:
-    o, (row, name, where) = record.hyperparameters, _measured(record, "throughput")
+    o, (row, where) = record.hyperparameters, _measured(record, "throughput")
     recipe = f"{o['batch_size']} rows a step, at most {o['cutoff']} tokens each, {o['dtype']}"
-    section = f"{name}, {record.method}, memory mode {o['memory']}, {recipe}, {where}"
+    section = f"{row['task']}, {record.method}, memory mode {o['memory']}, {recipe}, {where}"
     for way, what in WAYS.items():
         yield row | record.metrics["last"][way] | {"section": section, "way": f"{way}: {what}"}
 
 
 def _batches(record: RunRecord) -> dict:
-    o, last, (row, name, where) = record.hyperparameters, record.metrics["last"], _measured(record, "batches")
-    base = name if o["quantization"] == "none" else f"{name}, {o['quantization']}"
+    o, last, (row, where) = record.hyperparameters, record.metrics["last"], _measured(record, "batches")
+    base = row["task"] if o["quantization"] == "none" else f"{row['task']}, {o['quantization']}"
     return row | last | {"section": f"{base}, {o['dtype']}, {where}", "batch": f"{last['batch_size']} together"}
 
 
@@ -370,19 +367,25 @@ def _scaling(file: dict) -> Iterator[dict]:
     section = f"{o['shape']}, {what} a process, {_where(file['device'], file.get('versions'))}"
     alone = {(r["method"], r["shard"]): r.get("step_seconds") for r in results if r["processes"] == 1}
     lora = {(r["shard"], r["processes"]): r.get("peak_bytes_per_process") for r in results if r["method"] == "lora"}
+    figures = {
+        "longest": "longest_tokens",
+        "rate": "tokens_per_second",
+        "seconds": "step_seconds",
+        "peak": "peak_bytes_per_process",
+    }
+    figures |= {"sent": "sent_bytes_per_process", "apart": "loss_distance"}
     for r in results:
-        method, shard, processes = r["method"], r["shard"], r["processes"]
-        seconds, peak = r.get("step_seconds"), r.get("peak_bytes_per_process")
-        single, other = alone.get((method, shard)), lora.get((shard, processes))
-        ended = f"{method}, {shard}, {processes}: the next attempt ended by {r.get('ended_by')}."
-        yield {
-            "kind": "scaling", "domain": "llama", "section": section, "row": method, "method": method, "task": o["shape"],
-            "shard": shard, "processes": processes, "error": r.get("error", ""), "longest": r.get("longest_tokens"),
-            "rate": r.get("tokens_per_second"), "seconds": seconds, "peak": peak, "sent": r.get("sent_bytes_per_process"),
-            "apart": r.get("loss_distance"), "share": 100 * peak / other if peak and other else None,
-            "efficiency": 100 * single / seconds if single and seconds and processes > 1 else None,
-            "notes": (ended,) if "ended_by" in r else (),
-        }  # fmt: skip
+        method, shard, processes = (r[name] for name in ("method", "shard", "processes"))
+        row = {"kind": "scaling", "domain": "llama", "section": section, "row": method, "method": method, "task": o["shape"]}
+        row |= {"shard": shard, "processes": processes, "error": r.get("error", "")}
+        row |= {name: r.get(theirs) for name, theirs in figures.items()}
+        if (single := alone.get((method, shard))) and row["seconds"] and processes > 1:
+            row["efficiency"] = 100 * single / row["seconds"]
+        if (other := lora.get((shard, processes))) and row["peak"]:
+            row["share"] = 100 * row["peak"] / other
+        if "ended_by" in r:
+            row["notes"] = (f"{method}, {shard}, {processes}: the next attempt ended by {r['ended_by']}.",)
+        yield row
 
 
 # -- the paper ------------------------------------------------------------------------------------------------

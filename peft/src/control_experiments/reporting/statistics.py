@@ -14,13 +14,13 @@ one, and its quantiles are the normal distribution's. Several tasks are pooled a
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from ..errors import UserError
@@ -32,11 +32,6 @@ MARGIN = 1.0  # points: control "loses no quality" if its score is at most this 
 REPEATS = 3  # of a time, before it decides anything
 RESAMPLES = 1000
 MOST_SEEDS = 100  # more than anybody will run
-#: Score in percent of always answering the most frequent class of the usual test set (counted in its files), by task.
-MAJORITY = {
-    "cola": 0.0, "stsb": 0.0, "sst2": 50.92, "rte": 52.71, "wnli": 56.34, "mrpc": 74.80, "qqp": 31.59, "qnli": 50.54, "mnli": 35.45,
-    "commonsense": 37.90, "cifar100": 1.0, "cifar100_7k": 1.0, "flowers12": 8.34,
-}  # fmt: skip
 
 
 @dataclass
@@ -108,9 +103,8 @@ def verdict(rule: str, ends: tuple[float, float] | None, sign: int, n: int) -> s
     if ends is None or (rule == "time" and n < REPEATS):
         return NOT_DECIDED
     low, high = sorted(sign * end for end in ends)
-    if rule == "quality":  # non-inferiority with a margin
-        return SUPPORTED if low > -MARGIN else CONTRADICTED if high < 0 else NOT_DECIDED
-    return SUPPORTED if low > 0 else CONTRADICTED if high < 0 else NOT_DECIDED
+    bound = -MARGIN if rule == "quality" else 0  # non-inferiority with a margin
+    return SUPPORTED if low > bound else CONTRADICTED if high < 0 else NOT_DECIDED
 
 
 def interval(tests: Sequence[Test], more: int = 0) -> tuple[float, float] | None:
@@ -195,10 +189,9 @@ def read_outcomes(folder: Path) -> dict[str, np.ndarray] | None:
             with np.load(folder / FILE, allow_pickle=False) as file:
                 found = dict(file)
         elif (folder / "predictions.csv").is_file():  # of a ViT
-            with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-            found = {"example": np.array([row["index"] for row in rows]), "group": np.array([""] * len(rows)),
-                     "correct": np.array([row["predicted"] == row["true"] for row in rows], float)}  # fmt: skip
+            rows = pd.read_csv(folder / "predictions.csv", dtype=str, keep_default_na=False)
+            found = {"example": rows["index"].to_numpy(str), "group": np.full(len(rows), ""),
+                     "correct": (rows["predicted"] == rows["true"]).to_numpy(float)}  # fmt: skip
         else:
             return None
         order = np.lexsort((found["example"], found["group"]))
@@ -217,27 +210,18 @@ def example_variance(pairs: Sequence[tuple[Path, Path]]) -> float | None:
     first = found[0]
     if not all(np.array_equal(one[name], first[name]) for one in found for name in ("example", "group")):
         return None
+    correct = "correct" in first
+    names, metric = (("correct",), np.mean) if correct else (("prediction", "label"), METRICS[str(first["metric"])])
+
+    def score(*arrays: np.ndarray) -> float:
+        """Control minus baseline, in points; runs take turns, each with one array for each name."""
+        scores = [metric(*arrays[at : at + len(names)]) for at in range(0, len(arrays), len(names))]
+        return 100 * (np.mean(scores[0::2]) - np.mean(scores[1::2]))
+
     variances = []
     for group in np.unique(first["group"]):
-        inside = first["group"] == group
-        if "correct" in first:
-            scores = np.array([one["correct"][inside] for one in found])
-            columns = ((scores[0::2] - scores[1::2]).mean(axis=0),)
-
-            def score(x, axis):
-                return 100 * x.mean(axis=axis)
-
-            options = {"vectorized": True}
-        else:
-            columns = [one[name][inside] for one in found for name in ("prediction", "label")]
-            metric = METRICS[str(first["metric"])]
-
-            def score(*arrays, metric=metric):
-                scores = [metric(*arrays[at : at + 2]) for at in range(0, len(arrays), 2)]
-                return 100 * (np.mean(scores[0::2]) - np.mean(scores[1::2]))
-
-            options = {"vectorized": False, "paired": True}
-        options |= {"n_resamples": RESAMPLES, "method": "percentile", "rng": np.random.default_rng(0)}
-        done = stats.bootstrap(columns, score, **options)
+        columns = [one[name][first["group"] == group] for one in found for name in names]
+        how = {"n_resamples": RESAMPLES, "method": "percentile", "rng": np.random.default_rng(0)}
+        done = stats.bootstrap(columns, score, vectorized=False, paired=True, **how)
         variances.append(done.standard_error**2)
     return float(np.sum(variances) / len(variances) ** 2)

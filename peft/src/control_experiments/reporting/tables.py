@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import jinja2
 import pandas as pd
 import yaml
 
@@ -161,9 +163,8 @@ def _with_frontier(steps: pd.DataFrame) -> pd.DataFrame:
     loras = means[means.index.get_level_values("row").str.startswith("lora")].groupby(setting).min()
     steps = steps.join(means, on=[*setting, "row"], rsuffix="_mean").join(loras, on=setting, rsuffix="_lora")
     frontier = steps.frontier.map({True: "yes", False: "no"}).fillna("")
-    return steps.assign(
-        time_ratio=steps.seconds_mean / steps.seconds_lora, memory_ratio=steps.over_mean / steps.over_lora, frontier=frontier
-    )  # fmt: skip
+    ratios = {"time_ratio": steps.seconds_mean / steps.seconds_lora, "memory_ratio": steps.over_mean / steps.over_lora}
+    return steps.assign(**ratios, frontier=frontier)
 
 
 def _best_rates(searched: pd.DataFrame) -> pd.DataFrame:
@@ -270,29 +271,28 @@ def linked(links: list[tuple[str, str]] | str, up: str) -> str:
     return ", ".join(f"[{text}]({(up + file).replace(' ', '%20')})" for text, file in links)
 
 
-def markdown_rows(frame: pd.DataFrame) -> list[str]:
-    """A frame of texts as the lines of a Markdown table."""
+def markdown_rows(frame: pd.DataFrame) -> str:
+    """A frame of texts as a Markdown table."""
     cells = [list(frame.columns), ["---"] * len(frame.columns), *frame.values.tolist()]
-    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)
 
 
-def markdown(table: Table, up: str) -> str:
-    """The table for GitHub."""
-    lines = [f"# {table.title}", "", table.about, *(f"\n{remark}" for remark in table.remarks), ""]
-    lines += ["All figures in a row come from the records (by seed) that its last column links to.", ""]
-    for section in table.sections:
-        shown = section.shown.assign(runs=[linked(links, up) for links in section.shown.runs])
-        below = ["", *(f"{number}. {note}" for number, note in enumerate(section.notes, 1))]
-        below += ["", *(f"- {remark}" for remark in section.remarks)]
-        lines += [f"## {section.title}", "", *markdown_rows(shown), *below, ""]
-    return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"
+def environment(**options: object) -> jinja2.Environment:
+    """Where the templates of this folder are filled in; filter `table` makes Markdown of a frame."""
+    blocks = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    made = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **blocks, **options)
+    made.filters["table"] = markdown_rows
+    return made
 
 
 def write_tables(tables: list[Table], folder: Path, up: str) -> list[Path]:
     """Write each table as .md and .csv."""
-    written = []
+    written, template = [], environment(keep_trailing_newline=True).get_template("table.md.jinja")
     for table in tables:
         data = pd.concat([section.data for section in table.sections] or [pd.DataFrame(columns=["section"])])
-        texts = {"md": markdown(table, up), "csv": data.to_csv(index=False, lineterminator="\n")}
+        texts = {
+            "md": template.render(table=table, linked=partial(linked, up=up)),
+            "csv": data.to_csv(index=False, lineterminator="\n"),
+        }
         written += [write_text_atomic(folder / f"{table.name}.{kind}", text) for kind, text in texts.items()]
     return written

@@ -17,7 +17,10 @@ LARGEST_SEED = 2**32 - 1
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside every option, and the description as it was written."""
+    """The description as it was written, and each option's default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "", argparse.SUPPRESS) else super()._get_help_string(action)
 
 
 def parse_arguments(*types: type, argv: Sequence[str] | None = None, description: str | None = None) -> tuple:
@@ -26,8 +29,9 @@ def parse_arguments(*types: type, argv: Sequence[str] | None = None, description
     An option that does not exist or does not parse ends as argparse's error does, which
     `control_experiments.errors.run_main` reports in one line.
     """
-    look = {"description": description, "formatter_class": _HelpFormatter, "allow_abbrev": False}
-    parser = HfArgumentParser(types, **look)
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # argparse names the file, which nobody types
+    look = {"prog": module and f"python -m {module.name}", "description": description, "formatter_class": _HelpFormatter}
+    parser = HfArgumentParser(types, **look, allow_abbrev=False)
     how = {"return_remaining_strings": True, "look_for_args_file": False}
     *instances, unknown = parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv), **how)
     if unknown:
@@ -56,3 +60,16 @@ def check_numbers(options: object, *names: str, **bounds: float) -> None:
             holds, words = _BOUNDS[kind]
             if not holds(value, bound):
                 raise UserError(f"--{name} must be {words} {bound}, got {value}")
+
+
+def check_choices(options: object, **choices: Sequence[str] | dict) -> None:
+    """Check that options, or each of several values, are among those named; None was left out and passes.
+
+    Raises:
+        UserError: one is not; the message names it, what was given and what there is.
+    """
+    for name, known in choices.items():
+        given = getattr(options, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value not in known:
+                raise UserError(f"unknown --{name} {value!r}: choose from {', '.join(known)}")

@@ -26,19 +26,6 @@ EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 _HOW = ("output", "worker", "left", "max_minutes", "result", "accumulate")
 
 
-def check_choices(options: object, **choices: Sequence[str] | dict) -> None:
-    """Check that options, or each of several values, are among those named; None was left out and passes.
-
-    Raises:
-        UserError: one is not; the message names it, what was given and what there is.
-    """
-    for name, known in choices.items():
-        given = getattr(options, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and value not in known:
-                raise UserError(f"unknown --{name} {value!r}: choose from {', '.join(known)}")
-
-
 # -- timing -----------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +192,14 @@ class Campaign:
     def add(self, result: dict) -> None:
         self.results.append(result)
         write_json_atomic(self._partial, self.record)
+
+    def run(self, keys: Sequence[Hashable], measure: Callable[[Hashable], dict], say: Callable[[dict], str]) -> None:
+        """Measure what is not finished, key by key, and say each result when it is there."""
+        for number, key in enumerate(keys, 1):
+            if key not in self.finished:
+                started, result = time.time(), measure(key)
+                self.add(result)
+                print(f"[{number}/{len(keys)}, {time.time() - started:.0f} s] {say(result)}", flush=True)
 
     def finish(self, order: Sequence[Hashable]) -> None:
         """Put the results in order and the record in its place.

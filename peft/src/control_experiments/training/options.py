@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Literal, Optional
+from typing import ClassVar, Literal, Optional, get_args
 
 from transformers.hf_argparser import HfArg
 
@@ -34,9 +34,8 @@ METHODS = {
     "shadow": "SHADOW: a small network beside the whole decoder, whose states correct each layer's input (peft's)",
     "probe": "no adapter: only the task's head is trained",
 }
-#: What `--quantization` takes.
-QUANTIZATIONS = ("none", "nf4", "fp4", "int8", "fp8")
 Quantization = Literal["none", "nf4", "fp4", "int8", "fp8"]
+QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 QUANTIZATION_HELP = (
     "Frozen linear layers in 4 bits (nf4, fp4; scales quantized again) or 8 (int8) by bitsandbytes, or in 8-bit floating "
@@ -48,10 +47,6 @@ SHARD_HELP = (
 STREAM_HELP = (
     "The layers' frozen weights wait in the host's memory and come to the GPU as they are needed: for models larger than it."
 )
-#: What `--scheduler` takes, besides the schedules that need arguments of their own.
-SCHEDULERS = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-    )  # fmt: skip
 #: What accelerate launch can ask FSDP for that is not done here, by the variable that it sets.
 _NOT_DONE = {"FSDP_OFFLOAD_PARAMS": "--fsdp_offload_params", "FSDP_ACTIVATION_CHECKPOINTING": "--fsdp_activation_checkpointing"}
 #: Options that say what a run is; its record states them in fields of their own.
@@ -227,7 +222,10 @@ class TrainingOptions(_Group):
 class TrainerOptions(TrainingOptions):
     """What transformers' Trainer takes besides (AdamW with a schedule)."""
 
-    scheduler: str = HfArg(default="linear", help=f"After the warm-up: {', '.join(SCHEDULERS)}.")
+    # all but the schedules that need arguments of their own
+    scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = HfArg(default="linear", help="How the learning rate goes on after the warm-up.")
     weight_decay: float = HfArg(default=0.0, help="AdamW's, on every trained parameter, biases too.")
     eval_steps: int = HfArg(default=0, help="Evaluate every so many steps; 0: after each epoch.")
     report_to: Literal["none", "tensorboard", "wandb"] = HfArg(
@@ -239,8 +237,6 @@ class TrainerOptions(TrainingOptions):
     def check(self) -> None:
         super().check()
         check_numbers(self, "weight_decay", "eval_steps", at_least=0)
-        if self.scheduler not in SCHEDULERS:
-            raise UserError(f"unknown --scheduler {self.scheduler!r}: choose one of {', '.join(SCHEDULERS)}")
 
 
 def check_method(method: str, known: tuple[str, ...] = tuple(METHODS)) -> str:

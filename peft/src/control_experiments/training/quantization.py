@@ -17,7 +17,6 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from peft_control import fp8
 
 from ..errors import UserError
-from .options import QUANTIZATION_HELP, QUANTIZATIONS, check_method_runs  # noqa: F401
 
 #: Heads, which are new or small, by the names that transformers gives them.
 _NOT_QUANTIZED = ("classifier", "pre_classifier", "score", "pooler", "lm_head")

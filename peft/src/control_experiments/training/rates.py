@@ -36,8 +36,7 @@ def choose_rates(scores: dict[tuple[str, str], dict[str, float | None]], file: P
         # else another process's entry could be lost between reading and writing
         fcntl.flock(lock, fcntl.LOCK_EX)
         entries = {**_noted(file), **entries}
-        contents = {"model": model, "held out of": "the training data",
-                    "rates": [entries[key] for key in sorted(entries)]}  # fmt: skip
+        contents = {"model": model, "held out of": "the training data", "rates": [entries[key] for key in sorted(entries)]}
         write_json_atomic(file, contents)
     return chosen
 

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..errors import UserError
 from .metering import MemoryMeter
-from .options import SHARD_HELP, choose_shard, processes  # noqa: F401
+from .options import processes
 from .quantization import quantized_linears
 
 
