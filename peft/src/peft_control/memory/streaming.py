@@ -78,9 +78,6 @@ class Weights:
 
     def __init__(self, stream: WeightStream, index: int, layer: nn.Module, places: Sequence[Place]):
         self.stream, self.index, self.layer, self.places = stream, index, layer, places
-        # by which a cache knows the layer
-        numbers = [getattr(module, "layer_idx", None) for module in layer.modules()]
-        self.number = next((number for number in numbers if isinstance(number, int)), index)
         self.tuners = [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
         tensors = [place.get() for place in places]
         self.origins = [tensor.device for tensor in tensors]
@@ -103,7 +100,8 @@ class Weights:
         given = tree_leaves((arguments, named))
         tensors = [x for x in given if isinstance(x, torch.Tensor)]
         # gradients of what an earlier call has put into a cache do not pass through that call's output
-        cached = torch.is_grad_enabled() and any(isinstance(x, Cache) and x.get_seq_length(self.number) for x in given)
+        caches = [x for x in given if isinstance(x, Cache)] if torch.is_grad_enabled() else ()
+        cached = bool(caches) and self.stream.goes_on(self, caches)
         with self.stream.holding(self, tensors[0].device if tensors else None):
             output = forward(*arguments, **named)
         for tensor in tree_leaves(output):
@@ -181,6 +179,7 @@ class WeightStream:
         self.device: torch.device | None = None
         self.layers: list[Weights] = []
         self._held: Weights | None = None
+        self._cached_to, self._goes_on = len(layers), False
         self._slots: list[Slot] = []
         self._copies: torch.cuda.Stream | None = None
         self._used_on: torch.cuda.Stream | None = None
@@ -211,6 +210,13 @@ class WeightStream:
 
     def slot_bytes(self) -> list[int]:
         return [max(weights.nbytes for weights in self.layers[slot :: self.resident]) for slot in range(self.resident)]
+
+    def goes_on(self, weights: Weights, caches: Sequence[Cache]) -> bool:
+        """Whether this pass over the layers has begun with caches that an earlier one has filled."""
+        if weights.index <= self._cached_to:
+            self._goes_on = any(map(_is_filled, caches))
+        self._cached_to = weights.index
+        return self._goes_on
 
     @contextmanager
     def holding(self, weights: Weights, device: torch.device | None) -> Iterator[None]:
@@ -515,6 +521,14 @@ class Unmoved:
             finally:
                 module._parameters.update(hidden)
         return weights.layer
+
+
+def _is_filled(cache):
+    try:
+        return bool(cache.get_seq_length())
+    except ValueError:  # it has states of recurrences alone
+        states = [getattr(layer, "has_previous_state", False) for layer in cache.layers]
+        return any(any(state.values()) if isinstance(state, dict) else state for state in states)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------
