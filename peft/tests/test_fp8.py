@@ -206,6 +206,13 @@ def test_methods_train_over_it_in_every_mode_and_are_saved(name, method, tmp_pat
             model.merge_and_unload()
 
 
+def test_experts_stay_as_they_are():
+    with pytest.warns(UserWarning, match="experts are 3-D tensors, which stay as they are"):
+        model = quantize_fp8(build("qwen3_moe"))
+    layer = model.model.layers[0]
+    assert isinstance(layer.self_attn.q_proj, Fp8Linear) and layer.mlp.experts.gate_up_proj.dtype == torch.float32
+
+
 def test_gradients_are_those_of_the_stored_weights_but_for_rounding():
     config = adapter("llama", "control")
     model = randomize_adapters(get_peft_model(quantize_fp8(build("llama")), config), std=0.1)

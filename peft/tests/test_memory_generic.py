@@ -110,6 +110,27 @@ def test_dropout_is_replayed(name, offload, counted):
     assert counted["alone"] == 2 * len(find_layers(model)) and not counted["checkpoint"]
 
 
+@pytest.mark.parametrize("name", ["gemma2", "t5", "bart", "starcoder2", "gpt_oss", "clip", "whisper"])
+def test_autocast_rounds_as_in_plain(name):
+    """Bit for bit, dropout included: the same casts are made, and the backward runs outside of autocast."""
+    model, inputs = control(name, dtype=torch.float32), MODELS[name].inputs()
+    if "input_ids" in inputs and name != "clip":
+        inputs["use_cache"] = False
+
+    def gradients():
+        torch.manual_seed(0)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = logits(model, inputs).float().square().mean()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    expected = gradients()
+    set_memory_mode(model, "lean")
+    for _ in range(2):
+        assert torch.equal(gradients(), expected)
+
+
 @pytest.mark.parametrize("name, attribute", [("mixtral", "jitter_noise"), ("phimoe", "router_jitter_noise")])
 def test_noise_of_routers_is_replayed(name, attribute, counted):
     model, inputs = control(name), {**MODELS[name].inputs(torch.float64), "use_cache": False}

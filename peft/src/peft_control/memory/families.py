@@ -87,50 +87,18 @@ def is_known_model(model: nn.Module) -> bool:
 
 #: Causal language models of transformers besides those of FAMILIES whose loss is that of ``lm_head(model(...))``, softcapped
 #: where the configuration says so.
-_PLAIN_HEADS = {
-    f"{prefix}ForCausalLM"
-    for prefix in [
-        "Phi3",
-        "Gemma",
-        "Ministral",
-        "Ministral3",
-        "SmolLM3",
-        "Starcoder2",
-        "Glm",
-        "Glm4",
-        "Olmo",
-        "Olmo2",
-        "Olmo3",
-        "Ernie4_5",
-        "SeedOss",
-        "Exaone4",
-        "Apertus",
-        "Nemotron",
-        "Phi",
-        "StableLm",
-        "Qwen3_5",
-        "Lfm2",
-        "Gemma2",
-        "Gemma3",
-        "Mixtral",
-        "Qwen2Moe",
-        "Qwen3Moe",
-        "GptOss",
-        "Olmoe",
-        "Phimoe",
-        "Qwen3Next",
-        "Glm4Moe",
-        "DeepseekV2",
-        "DeepseekV3",
-        "Llama4",
-    ]
-}
+_PLAIN_HEADS = """
+    Phi3 Gemma Ministral Ministral3 SmolLM3 Starcoder2 Glm Glm4 Olmo Olmo2 Olmo3 Ernie4_5 SeedOss Exaone4 Apertus Nemotron Phi
+    StableLm Qwen3_5 Lfm2 Gemma2 Gemma3 Mixtral Qwen2Moe Qwen3Moe GptOss Olmoe Phimoe Qwen3Next Glm4Moe DeepseekV2 DeepseekV3
+    Llama4
+"""
 
 
 def has_plain_head(model: nn.Module) -> bool:
     """Whether ``model`` is exactly a causal language model whose loss ``loss.py`` can compute."""
-    kind = type(model)
-    return is_known_model(model) or (kind.__module__.startswith("transformers.models.") and kind.__name__ in _PLAIN_HEADS)
+    module, name = type(model).__module__, type(model).__name__
+    listed = name.endswith("ForCausalLM") and name.removesuffix("ForCausalLM") in _PLAIN_HEADS.split()
+    return is_known_model(model) or (listed and module.startswith("transformers.models."))
 
 
 def _plain(modules: Sequence[nn.Module]) -> list[nn.Module]:

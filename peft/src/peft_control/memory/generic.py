@@ -228,6 +228,12 @@ def _shapes(outputs):
     return several, [(y.shape, y.dtype) for y in (outputs if several else (outputs,))]
 
 
+def _no_leaf(x):
+    """``x`` as autocast saw it in the forward: of a leaf it would keep one cast for all that read it, and their gradients would
+    be summed in the narrow type."""
+    return x.view_as(x)
+
+
 def _needs_autograd(module):
     return any(parameter.requires_grad for parameter in module.parameters()) or any(map(draws, module.modules()))
 
@@ -267,15 +273,15 @@ class Tokens(torch.autograd.Function):
             rows = slice(start, start + piece[..., 0].numel())
             start = rows.stop
             with ctx.autocast(), torch.enable_grad():
-                outputs = ctx.own(piece)
-                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-                pairs = [
-                    (y, dy.reshape(-1, dy.shape[-1])[rows].reshape(y.shape))
-                    for y, dy in zip(outputs, gradients, strict=True)
-                    if dy is not None and y.requires_grad
-                ]
-                outputs, dys = zip(*pairs)  # an output that needs this node needs one of them
-                (found,) = torch.autograd.grad(outputs, piece, dys)
+                outputs = ctx.own(_no_leaf(piece))
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            pairs = [
+                (y, dy.reshape(-1, dy.shape[-1])[rows].reshape(y.shape))
+                for y, dy in zip(outputs, gradients, strict=True)
+                if dy is not None and y.requires_grad
+            ]
+            outputs, dys = zip(*pairs)  # an output that needs this node needs one of them
+            (found,) = torch.autograd.grad(outputs, piece, dys)
             into[rows] = found.view(-1, found.shape[-1])
         return dx, None, None, None
 
@@ -324,11 +330,11 @@ class Call:
     def again(self, state, needed):
         """The state of a second run, and what it depends on in the place of ``inputs``, as far as it is ``needed``."""
         inputs = [x.detach().requires_grad_(need) for x, need in zip(self.inputs, needed, strict=True)]
-        by_id = {id(x): new for x, new in zip(self.inputs, inputs)}
+        by_id = {id(x): _no_leaf(new) for x, new in zip(self.inputs, inputs)}
         arguments, named = tree_unflatten([by_id.get(id(leaf), leaf) for leaf in self.leaves], self.given)
         self.run.again, self.run.calls = True, 0
         with self.run.active():
-            output = self.own(state, *arguments, **named)
+            output = self.own(_no_leaf(state), *arguments, **named)
         return tree_flatten(output)[0][self.at], inputs
 
 
@@ -395,8 +401,9 @@ class GenericLayer(torch.autograd.Function):
                 output, inputs = call.again(state, of_call)
                 if call.run.nodes and (plan.adds is None or plan.adds[0] != way):
                     plan.adds = way, only_adds(output.grad_fn, call.run.nodes)
-                wanted = [x for x in (state, *inputs, *trained) if x.requires_grad]
-                found = torch.autograd.grad(output, wanted, dy, allow_unused=True) if output.requires_grad else ()
+            wanted = [x for x in (state, *inputs, *trained) if x.requires_grad]
+            # outside of autocast, as a backward is
+            found = torch.autograd.grad(output, wanted, dy, allow_unused=True) if output.requires_grad else ()
             by_id = {id(x): gradient for x, gradient in zip(wanted, found)}
         return by_id.get(id(state)), None, None, *(by_id.pop(id(x), None) for x in (*inputs, *trained))
 
