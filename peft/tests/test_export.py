@@ -14,7 +14,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, MODELS, build, logits, randomize_adapters, word_tokenizer
+from tiny_models import FAMILIES, MODELS, build, logits, randomize_adapters, skip_before, word_tokenizer
 
 from peft_control import ControlConfig
 from peft_control.export import export, main
@@ -55,6 +55,8 @@ def assert_same(model, exported, family, atol=0.0):
 
 @pytest.mark.parametrize("family", [*sorted({*FAMILIES} - {"timm-vit"}), "granite", "llama4", "lfm2", "t5"])
 def test_every_family(family, tmp_path):
+    if family == "lfm2":
+        skip_before("transformers", "5.23", "does not read its configuration back")
     bias = MODELS[family].kind == "vision"
     model = adapter(tmp_path, family, control_blocks=["attention", "mlp"], control_bias=bias)
     export(str(tmp_path / "adapter"), tmp_path / "out")

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import build, randomize_adapters
+from tiny_models import build, randomize_adapters, skip_before
 from transformers import AutoModelForCausalLM
 
 from control_experiments.errors import UserError
@@ -286,6 +286,8 @@ def test_models_are_quantized_as_they_are_read_and_saved_so(dtype, tmp_path):
 def test_bases_stored_in_blocks_of_fp8_train_in_every_mode(block, monkeypatch):
     """transformers' layers, whose forward needs kernels of the hub: here it multiplies by what the blocks stand for."""
     import transformers.integrations.finegrained_fp8 as blocks
+
+    skip_before("transformers", "5.23", "has no gradient through such layers")
 
     def multiply(x, weight, scale, block_size, bias, *rest):
         return torch.nn.functional.linear(x, blocks._dequantize_fp8_weight(weight, scale, block_size, x.dtype), bias)

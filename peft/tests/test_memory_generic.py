@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_models import MODELS, build, logits, randomize_adapters
+from tiny_models import MODELS, build, logits, randomize_adapters, skip_before
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -69,6 +69,8 @@ def counted(monkeypatch):
 )
 def test_a_step_runs_each_mlp_once_more(name, counted):
     """From the second step on; the first finds out that what follows an MLP needs none of its values."""
+    if name == "gemma4":
+        skip_before("transformers", "5.23", "has its layers share what torch's checkpointing must recompute")
     model, inputs = control(name), MODELS[name].inputs(torch.float64)
     count = len(find_layers(model))
     for module in model.modules():
@@ -168,6 +170,8 @@ def test_lora_on_experts_beside_the_control_gets_its_gradients(name, counted):
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "qwen3_next"])
 def test_the_loss_of_the_routers_keeps_its_gradient(name, counted):
     """Routers record their logits, which a layer does not return."""
+    if name == "granitemoe":
+        skip_before("transformers", "5.23", "cannot add this loss to one of its own")
     model = control(name)
     inputs = labelled(name, use_cache=False)
     with_routers = {**inputs, "output_router_logits": True}

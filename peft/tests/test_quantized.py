@@ -3,7 +3,6 @@
 import sys
 from unittest.mock import Mock
 
-import bitsandbytes.functional
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,7 +16,7 @@ from control_experiments.training.quantization import loading_arguments, prepare
 from peft_control import ControlConfig, memory
 from peft_control.memory import MODES, set_memory_mode
 
-pytest.importorskip("bitsandbytes")
+bitsandbytes = pytest.importorskip("bitsandbytes")
 
 CPU = torch.device("cpu")
 WIDTH = 64  # bitsandbytes scales 64 weights together

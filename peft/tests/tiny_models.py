@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 
+import pytest
 import timm
 import tokenizers
 import torch
 import transformers as hf
+from packaging.version import Version
 from torch import nn
 
 WIDTH, LAYERS, VOCAB, LENGTH = 32, 2, 61, 9
@@ -19,6 +22,12 @@ _DECODER = {**_ENCODER, **dict(num_key_value_heads=2, pad_token_id=0, bos_token_
 _GPT2 = dict(vocab_size=VOCAB, n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
 _VISION = dict(**_SHAPE, image_size=16, patch_size=8)
 _TIMM = dict(img_size=16, patch_size=8, embed_dim=WIDTH, depth=LAYERS, num_heads=4, num_classes=3, init_values=0.5)
+
+
+def skip_before(package: str, release: str, why: str) -> None:
+    """Skip a test of what the lowest supported releases cannot do by themselves."""
+    if Version(version(package)) < Version(release):
+        pytest.skip(f"{package} before {release} {why}")
 
 
 @dataclass(frozen=True)
