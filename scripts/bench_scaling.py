@@ -274,8 +274,10 @@ def run_cell(options: Options, method: str, shard: str, processes: int, accumula
             env={**os.environ, **(EXPANDABLE if options.longest else {})},
         )
         found = json.loads(result.read_text()) if result.is_file() else {}
-        if done.returncode or not found:
-            found["ended_by" if found and options.longest else "error"] = cause(done.stderr)
+        if not found:
+            found["error"] = cause(done.stderr)
+        elif done.returncode and options.longest:  # else all was measured: a process has only left badly
+            found["ended_by"] = cause(done.stderr)
         return {**cell, **found}
 
 
