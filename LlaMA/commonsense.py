@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Optional
@@ -64,22 +64,28 @@ def read_rows(path: str | Path, words: Sequence[str] = ALL_WORDS, where: str = W
     return [_check_row(path, number, entry, words) for number, entry in enumerate(contents)]
 
 
+def text_field(entry: Mapping, name: str, where: str, empty: bool = False) -> str:
+    """The text of a row's field. Raises UserError: it is missing, no text, or `empty` though that may not be."""
+    text, wrong = entry.get(name), None
+    if name not in entry:
+        wrong = "is missing"
+    elif not isinstance(text, str):
+        wrong = f"must be text, got {type(text).__name__}"
+    elif re.search("[\ud800-\udfff]", text):
+        wrong = "holds half a surrogate pair, which is no character"
+    elif not empty and not text.strip():
+        wrong = "is empty"
+    if wrong:
+        raise UserError(f"{where}: the field {name!r} {wrong}")
+    return str(text)
+
+
 def _check_row(path: Path, number: int, entry: object, words: Sequence[str]) -> Row:
     where = f"{path}, row {number}"
     if not isinstance(entry, dict):
         raise UserError(f"{where}: must be an object with the fields {', '.join(Row._fields)}")
     for name in Row._fields:
-        text, wrong = entry.get(name), None
-        if name not in entry:
-            wrong = "is missing"
-        elif not isinstance(text, str):
-            wrong = f"must be text, got {type(text).__name__}"
-        elif re.search("[\ud800-\udfff]", text):
-            wrong = "holds half a surrogate pair, which is no character"
-        elif name != "input" and not text.strip():
-            wrong = "is empty"
-        if wrong:
-            raise UserError(f"{where}: the field {name!r} {wrong}")
+        text_field(entry, name, where, empty=name == "input")
     if entry["answer"] not in words:
         raise UserError(f"{where}: the field 'answer' is {entry['answer']!r}, not one of {'/'.join(words)}")
     return Row(*(entry[name] for name in Row._fields))

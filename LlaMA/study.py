@@ -18,8 +18,8 @@ from transformers.hf_argparser import HfArg
 from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import read_record, write_json_atomic
-from control_experiments.training.arguments import check_numbers, parse_arguments
-from control_experiments.training.study import LOCKS, Arm, Cell, Study, StudyOptions, command_of, make_run, settle_device
+from control_experiments.training.arguments import check_numbers
+from control_experiments.training.study import LOCKS, Arm, Cell, Study, StudyOptions, command_of, make_run, run_study
 from LlaMA import evaluate, finetune
 from LlaMA.commonsense import TASKS, read_rows, read_tests, split_rows
 from LlaMA.demo import demo_folder, place_of_data
@@ -131,12 +131,7 @@ class CommonsenseStudy(Study):
 
 
 def main() -> None:
-    (options,) = parse_arguments(Options, description=__doc__)
-    options.check_study()
-    study = CommonsenseStudy(options)
-    study.check()
-    settle_device(options)
-    study.run()
+    run_study(CommonsenseStudy, Options, __doc__)
 
 
 if __name__ == "__main__":

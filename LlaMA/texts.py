@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from control_experiments.errors import UserError
 from control_experiments.record import read_json
-from LlaMA.commonsense import Row, TokenRow, read_rows, tokenize_rows
+from LlaMA.commonsense import Row, TokenRow, read_rows, text_field, tokenize_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,11 +106,11 @@ def _row(entry: object, where: str) -> Text | Chat | Row:
     if "messages" in entry:
         return Chat(_turns(entry["messages"], where), where)
     if "text" in entry:
-        return Text(_field(entry, "text", where))
+        return Text(text_field(entry, "text", where))
     if "instruction" not in entry:
         raise UserError(f"{where}: has neither {KINDS.replace(', or', ', nor')}")
-    given = {name: _field(entry, name, where) for name in ("instruction", "output")}
-    more = _field({"input": "", **entry}, "input", where, empty=True)
+    given = {name: text_field(entry, name, where) for name in ("instruction", "output")}
+    more = text_field({"input": "", **entry}, "input", where, empty=True)
     return Row(given["instruction"], more, given["output"], "")
 
 
@@ -122,25 +122,10 @@ def _turns(messages: object, where: str) -> list[dict[str, str]]:
         if not isinstance(turn, dict):
             raise UserError(f"{place} must be an object with role and content")
         for name in ("role", "content"):
-            _field(turn, name, place, empty=name == "content" and turn.get("role") != "assistant")
+            text_field(turn, name, place, empty=name == "content" and turn.get("role") != "assistant")
     if all(turn["role"] != "assistant" for turn in messages):
         raise UserError(f"{where}: no message is the assistant's, so there is nothing to learn")
     return messages
-
-
-def _field(entry: Mapping, name: str, where: str, empty: bool = False) -> str:
-    text, wrong = entry.get(name), None
-    if name not in entry:
-        wrong = "is missing"
-    elif not isinstance(text, str):
-        wrong = f"must be text, got {type(text).__name__}"
-    elif re.search("[\ud800-\udfff]", text):
-        wrong = "holds half a surrogate pair, which is no character"
-    elif not empty and not text.strip():
-        wrong = "is empty"
-    if wrong:
-        raise UserError(f"{where}: the field {name!r} {wrong}")
-    return str(text)
 
 
 # -- tokens -----------------------------------------------------------------------------------------------------

@@ -17,8 +17,7 @@ from transformers.hf_argparser import HfArg
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import read_record
-from control_experiments.training.arguments import parse_arguments
-from control_experiments.training.study import Cell, Study, StudyOptions, command_of, make_run, settle_device
+from control_experiments.training.study import Cell, Study, StudyOptions, command_of, make_run, run_study
 from RoBERTa import finetune
 
 
@@ -71,12 +70,7 @@ class GlueStudy(Study):
 
 
 def main() -> None:
-    (options,) = parse_arguments(Options, description=__doc__)
-    options.check_study()
-    study = GlueStudy(options)
-    study.check()
-    settle_device(options)
-    study.run()
+    run_study(GlueStudy, Options, __doc__)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ from transformers.hf_argparser import HfArg
 from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import read_record
-from control_experiments.training.arguments import parse_arguments
-from control_experiments.training.study import Cell, Study, StudyOptions, command_of, make_run, settle_device
+from control_experiments.training.study import Cell, Study, StudyOptions, command_of, make_run, run_study
 from ViT.names import model_name
 from ViT.options import Options as RunOptions
 from ViT.options import RecipeOptions
@@ -69,12 +68,7 @@ class ImageStudy(Study):
 
 
 def main() -> None:
-    (options,) = parse_arguments(Options, description=__doc__)
-    options.check_study()
-    study = ImageStudy(options)
-    study.check()
-    settle_device(options)
-    study.run()
+    run_study(ImageStudy, Options, __doc__)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from control_experiments.errors import UserError
 from control_experiments.record import read_record
-from LlaMA import library_texts, training
+from LlaMA import python_sources, training
 from LlaMA.commonsense import IGNORE, Row, tokenize_rows
 from LlaMA.tests.conftest import NOUNS, training_options
 from LlaMA.texts import Chat, Text, read_data, tokenize_data
@@ -226,13 +226,13 @@ def test_the_librarys_texts_share_no_module(call, tmp_path):
     for name in (*shared, "site-packages/own.py", "test/more.py"):
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_text(f"print('{name}')\n")
-    assert "M characters for validation" in call("LlaMA.library_texts", "--output_dir", tmp_path / "all").finished().out
+    assert "M characters for validation" in call("LlaMA.python_sources", "--output_dir", tmp_path / "all").finished().out
     parts = {part: [*(tmp_path / "all" / part).iterdir()] for part in ("train", "validation")}
     named = {part: re.findall(r"^# (\S+\.py)\n\n", "".join(map(Path.read_text, files)), re.M) for part, files in parts.items()}
     assert len(named["validation"]) >= 20 and len(named["train"]) > 5 * len(named["validation"])
     assert not {*named["train"]} & {*named["validation"]} and "json/decoder.py" in [*named["train"], *named["validation"]]
-    assert {*library_texts.texts(library)} == {"json", "zipfile", "modules_a"}
-    assert library_texts.texts(library)["json"].index("__init__") < library_texts.texts(library)["json"].index("decoder")
-    for option, said in (("--output_dir", "is there already"), ("--library", "too few modules")):
+    assert {*python_sources.texts(library)} == {"json", "zipfile", "modules_a"}
+    assert python_sources.texts(library)["json"].index("__init__") < python_sources.texts(library)["json"].index("decoder")
+    for option, said in (("--output_dir", "is there already"), ("--sources", "too few modules")):
         more = (option, tmp_path / "all")
-        assert said in call("LlaMA.library_texts", "--output_dir", tmp_path / "other", *more).refused()
+        assert said in call("LlaMA.python_sources", "--output_dir", tmp_path / "other", *more).refused()

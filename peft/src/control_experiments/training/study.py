@@ -28,7 +28,7 @@ from transformers.hf_argparser import HfArg
 
 from ..errors import UserError
 from ..record import read_record
-from .arguments import check_numbers
+from .arguments import check_numbers, parse_arguments
 from .rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
 
 #: Folder for the locks of runs that are worked on; what is in one is why the run cannot be finished.
@@ -342,6 +342,16 @@ def command_of(run) -> list[str]:
         if entry.init and value != usual:
             words += [f"--{entry.name}", *map(str, value if isinstance(value, list) else [value])]
     return words
+
+
+def run_study(study: type[Study], options: type[StudyOptions], description: str | None) -> None:
+    """A domain's program: the study that its command line asks for."""
+    (given,) = parse_arguments(options, description=description)
+    given.check_study()
+    asked = study(given)
+    asked.check()
+    settle_device(given)
+    asked.run()
 
 
 def settle_device(options) -> None:

@@ -1,6 +1,6 @@
 """Long texts that every machine has: the sources of Python's own standard library, to try finetune.py on long rows.
 
-    python -m LlaMA.library_texts --output_dir long_texts
+    python -m LlaMA.python_sources --output_dir long_texts
     python -m LlaMA.finetune --data long_texts/train --validation long_texts/validation --cutoff 32768 ...
 
 A text is all modules of one package, or all single modules with one first letter, in the order of their names. About a
@@ -39,7 +39,7 @@ LEFT_OUT = (
 @dataclass(kw_only=True)
 class Options:
     output_dir: str = HfArg(help="The folder to make.")
-    library: str = HfArg(default=sysconfig.get_path("stdlib"), help="Folder of Python's own modules.")
+    sources: str = HfArg(default=sysconfig.get_path("stdlib"), help="Folder of Python's own modules.")
 
 
 def texts(library: Path) -> dict[str, str]:
@@ -64,12 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_arguments(Options, argv=argv, description=__doc__)
     from control_experiments.training.checkpoints import whole_folder
 
-    folder, library = Path(options.output_dir), Path(options.library)
+    folder, library = Path(options.output_dir), Path(options.sources)
     if folder.exists():
         raise UserError(f"{folder} is there already: delete it or name another folder")
     found = texts(library)
     if len({held_out(name) for name in found}) < 2:
-        raise UserError(f"{library} holds too few modules: name Python's own with --library")
+        raise UserError(f"{library} holds too few modules: name Python's own with --sources")
     sizes = {"train": 0, "validation": 0}
     with whole_folder(folder, sealed=False) as place:
         for name, text in found.items():
