@@ -74,6 +74,8 @@ def test_what_cannot_run(arguments, text, monkeypatch, capsys):
 
 def test_help(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["peft_control", "--help"])
-    main()
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code is None
     printed = capsys.readouterr().out
     assert "usage: python -m peft_control" in printed and "lm_eval" in printed

@@ -15,8 +15,9 @@ from control_experiments.reporting.records import load
 from control_experiments.training import benchmarking
 from control_experiments.training.quantization import loading_arguments
 from peft_control.memory import streaming
-from scripts import bench_memory, workloads
-from scripts.workloads import Setting, build, parse_method
+from scripts import bench_memory, measuring, workloads
+from scripts.catalogue import LONGEST, Setting, parse_method
+from scripts.workloads import build
 
 BRIEFLY = ("--device", "cpu", "--steps", "2", "--warmup", "1")
 
@@ -28,9 +29,9 @@ def measured(monkeypatch):
 
     def run_here(options, method, command):
         done.append(method.text)
-        return json.loads(json.dumps(bench_memory.measure(options, method)))
+        return json.loads(json.dumps(measuring.measure(options, method)))
 
-    monkeypatch.setattr(bench_memory, "run_method", run_here)
+    monkeypatch.setattr(measuring, "run_method", run_here)
     monkeypatch.setattr(benchmarking, "git_state", lambda: {"commit": "0", "dirty": False})
     return done
 
@@ -228,11 +229,11 @@ def gpu(monkeypatch):
     }  # fmt: skip
     for name, stand_in in memory.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(bench_memory, "build", lambda setting, method, longest: Work())
-    monkeypatch.setattr(bench_memory, "step_loss", lambda setting, method, model: setting.tokens)
-    monkeypatch.setattr(bench_memory, "choose_device", lambda name: name)
+    monkeypatch.setattr(measuring, "build", lambda setting, method, longest: Work())
+    monkeypatch.setattr(measuring, "step_loss", lambda setting, method, model: setting.tokens)
+    monkeypatch.setattr(benchmarking, "choose_device", lambda name: name)
     machine = {"device": "GPU", "machine": {"total_memory_bytes": 80 * 2**30}, "matmul_tflops": None}
-    monkeypatch.setattr(bench_memory, "machine", lambda device: machine)
+    monkeypatch.setattr(measuring, "machine", lambda device: machine)
     monkeypatch.setattr(benchmarking, "git_state", lambda: {"commit": "0", "dirty": False})
 
     def here(start, environment):
@@ -240,9 +241,9 @@ def gpu(monkeypatch):
         words = start[start.index("scripts.bench_memory") + 1 :]
         (options,) = bench_memory.parse_arguments(bench_memory.Options, argv=words)
         options = options.with_defaults()
-        yield from bench_memory.search(options, parse_method(options.worker))
+        yield from measuring.search(options, parse_method(options.worker))
 
-    monkeypatch.setattr(bench_memory, "stream_apart", here)
+    monkeypatch.setattr(measuring, "stream_apart", here)
     return found
 
 
@@ -270,14 +271,14 @@ def test_the_longest_sequences_are_found_in_few_steps(gpu, peak, most_steps, tmp
     assert [result["limit_gib"] for result in results] == limits
     for result in results:
         found, room = result["longest_tokens"], result["limit_gib"] * 2**30
-        fits = [tokens for tokens in range(512, bench_memory.LONGEST + 1, 512) if peak(tokens) <= room]
+        fits = [tokens for tokens in range(512, LONGEST + 1, 512) if peak(tokens) <= room]
         best = max(fits, default=0)
         assert found % 512 == 0 and 0.95 * best - 512 <= found <= best
         assert f"{found:7d} tokens within {result['limit_gib']} GiB" in stdout
         if found:
             assert (found, result["limit_gib"]) in gpu.ran and result["peak_bytes"] == peak(found)
             assert result["tokens_per_second"] == pytest.approx(found / result["step_seconds"])
-        assert (result.get("ended_by") == "--up_to") == (found == bench_memory.LONGEST)
+        assert (result.get("ended_by") == "--up_to") == (found == LONGEST)
     assert len(gpu.ran) <= most_steps * len(limits)
 
 
@@ -297,7 +298,7 @@ def test_a_search_goes_on_after_a_kill_and_ends_in_time(gpu, tmp_path, call, mon
     )
     asked += ("--limit", 9.5, 12, "--output", tmp_path)
     gpu.peak = KINKED
-    real, count = bench_memory.stream_apart, [3]
+    real, count = measuring.stream_apart, [3]
 
     def dying(command, environment):
         for result in real(command, environment):
@@ -306,7 +307,7 @@ def test_a_search_goes_on_after_a_kill_and_ends_in_time(gpu, tmp_path, call, mon
             count[0] -= 1
             yield result
 
-    monkeypatch.setattr(bench_memory, "stream_apart", dying)
+    monkeypatch.setattr(measuring, "stream_apart", dying)
     assert call(*asked)[0] == 130
     path = tmp_path / "llama3-8b_1x1024_nf4_limit9.5-12.json"
     found = [json.loads(path.with_name(f"{path.name}.partial").read_text())["results"]]
@@ -314,10 +315,10 @@ def test_a_search_goes_on_after_a_kill_and_ends_in_time(gpu, tmp_path, call, mon
     assert measured == [(1024, None), (10**6, None), (None, 9.5)]
     assert found[0][1]["fits"] is False and not path.exists()
 
-    monkeypatch.setattr(bench_memory, "stream_apart", real)
+    monkeypatch.setattr(measuring, "stream_apart", real)
     clock = iter([0, *[61] * 99])
     with monkeypatch.context() as patch:
-        patch.setattr(bench_memory, "time", SimpleNamespace(monotonic=lambda: next(clock), time=lambda: 0))
+        patch.setattr(measuring, "time", SimpleNamespace(monotonic=lambda: next(clock), time=lambda: 0))
         code, stdout, stderr = call(*asked, "--max_minutes", 1)
     assert code == 1 and "time is up, 5 of 8 are left: the same command goes on" in stderr and "3 measured before" in stdout
     call(*asked).finished()
@@ -326,7 +327,7 @@ def test_a_search_goes_on_after_a_kill_and_ends_in_time(gpu, tmp_path, call, mon
     assert [result["method"] for result in results] == ["control+nf4:lean"] * 4 + ["lora+nf4"] * 4
     call(*asked).finished()  # all was measured before
 
-    monkeypatch.setattr(bench_memory, "stream_apart", lambda *_: iter([{"error": "exit code -9"}]))
+    monkeypatch.setattr(measuring, "stream_apart", lambda *_: iter([{"error": "exit code -9"}]))
     done = call(*asked, "--methods", "lora-all")
     assert "nothing could be measured" in done.refused() and done.out.count("failed: exit code -9") == 4
 
@@ -355,7 +356,7 @@ def test_what_help_shows_runs_with_methods_that_the_shape_has(shape, batch, toke
     assert experts.tokens == 1024 and {"lora+checkpointing", "lora-experts+checkpointing", "control:lean"} <= {*experts.methods}
     # unsloth's by default on a GPU where it is installed
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
-    monkeypatch.setattr(bench_memory, "choose_device", lambda name: name)
+    monkeypatch.setattr(benchmarking, "choose_device", lambda name: name)
     for device in ("cpu", "cuda"):
         chosen = bench_memory.Options(shape=shape, device=device).with_defaults().methods
         assert ("lora+unsloth" in chosen) == (device == "cuda" and shape == "llama3-8b")
