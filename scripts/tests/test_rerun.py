@@ -16,7 +16,6 @@ import pytest
 
 from control_experiments.errors import run_main
 from control_experiments.paths import REPOSITORY
-from RoBERTa.tests.conftest import write_glue
 from scripts import rerun
 
 # Runs rerun.py for real; instead of a training it notes the call and writes a record with the learning rate's score.
@@ -215,22 +214,6 @@ def test_interrupting_ends_the_running_cells_and_starts_no_other(reruns, number,
             os.kill(call["pid"], 0)
 
 
-def test_each_methods_learning_rate_is_chosen_on_training_data_only(reruns, tmp_path):
-    data = str(write_glue(tmp_path / "glue", "RTE"))
-    asked = ("--tasks", "rte", "--methods", "control", "lora", *ONE, "--grid", "1e-4", "1e-3", "1e-2")
-    done = reruns.run("glue", *asked, DATA=data, FAKE_SECONDS="0")
-    assert done.returncode == 0, done.stderr
-    search, final = reruns.calls[:6], reruns.calls[6:]
-    assert all(option(c, "--validation_share") == "0.1" for c in search) and {c["SEED"] for c in search} == {"0"}
-    assert all("--validation_share" not in c["arguments"] for c in final)
-    chosen = [(option(c, "--method"), option(c, "--lr"), c["DATA"]) for c in final]
-    assert chosen == [("control", "1e-3", data), ("lora", "1e-3", data)]
-    (written,) = (reruns.results / "roberta" / "learning_rate_search").glob("*.json")
-    rates = json.loads(written.read_text())["rates"]
-    assert [rate["chosen"] for rate in rates] == ["1e-3", "1e-3"]
-    assert set(rates[0]["scores"]) == {"1e-4", "1e-3", "1e-2"}
-
-
 @pytest.mark.parametrize(
     ("table", "arguments", "environment", "wanted"),
     [
@@ -274,9 +257,7 @@ def test_dry_runs_print_the_calls(reruns, table, arguments, environment, wanted)
         ("glue", ("--tasks", "nope"), "has no 'nope': choose from cola"),
         ("glue", ("--methods", "nope"), "has no method 'nope'"),
         ("glue", ("--methods", "control+dora"), "has no method 'control+dora': choose from control, lora, dora"),
-        ("glue", ("--grid", "fast"), "--grid must be a number"),
         ("commonsense", ("--tasks", "qwen0.5b"), "qwen0.5b needs MODEL=FOLDER"),
-        ("vit", ("--grid", "1e-3"), "--grid is for the glue table"),
         ("glue", ("--gpus", "x"), "--gpus takes indices or cpu"),
         ("memory", ("--nonsense",), "--nonsense"),
     ],
