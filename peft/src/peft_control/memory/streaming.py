@@ -334,7 +334,9 @@ class WeightStream:
         self._slots.clear()
         for weights in self.layers:
             weights.give_back()
+            weights.in_slot = []
             _stand_off(weights.layer)
+        self.layers.clear()  # they hold this object, and gigabytes that should not wait for a garbage collection
         if self._registered is not None:
             self._registered()
 
@@ -369,10 +371,11 @@ def start(model: nn.Module, is_layer: Callable[[nn.Module], bool], resident: int
 def stop(model: nn.Module) -> None:
     """Undo :func:`start`: the weights return to where they were."""
     for stream in streams(model):
+        holders = stream.holders
         stream.stop()
         for module in model.modules():
             if (ignored := vars(module).get(_IGNORED_BY_DDP)) is not None:
-                names = {name for name, parameter in module.named_parameters() if id(parameter) in stream.holders}
+                names = {name for name, parameter in module.named_parameters() if id(parameter) in holders}
                 setattr(module, _IGNORED_BY_DDP, [name for name in ignored if name not in names])
 
 
