@@ -227,7 +227,7 @@ def test_launchers_take_only_a_complete_environment(checkout, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("words", "code"), [("--help", 0), ("--no_such_option 1", 2)])
+@pytest.mark.parametrize(("words", "code"), [("--help", 0), ("--method none --data no", 2)])
 @pytest.mark.parametrize("program", [*PROGRAMS, "peft_control", "peft_control export"])
 def test_help_and_wrong_options_are_answered_before_torch_is_imported(program, words, code):
     """Importing it takes most of the seconds that a script takes to start."""
