@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from operator import itemgetter
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from control_experiments.record import write_json_atomic
 from control_experiments.training.benchmarking import EXPANDABLE, Campaign, machine
 from control_experiments.training.sharding import average_gradients, split_into_units
+from control_experiments.training.study import command_of
 from scripts.bench_scaling import Options
 from scripts.catalogue import LLAMA_SHAPES, LONGEST, parse_method
 from scripts.workloads import adapt, random_llama
@@ -190,16 +191,11 @@ def run_cell(options: Options, method: str, shard: str, processes: int, accumula
     cell = {"method": method, "shard": shard, "processes": processes, "accumulate": accumulate}
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        passed = asdict(options) | {"worker": method, "accumulate": accumulate, "result": result, "shards": [shard]}
-        arguments = [
-            word
-            for name, value in passed.items()
-            if value is not None and name not in ("methods", "processes", "output")
-            for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
-        ]
+        asked = replace(options, methods=[method], shards=[shard], processes=None, accumulate=accumulate)
+        words = command_of(replace(asked, worker=method, result=str(result)))
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         done = subprocess.run(
-            [sys.executable, *torchrun, "-m", "scripts.bench_scaling", *arguments],
+            [sys.executable, *torchrun, "-m", "scripts.bench_scaling", *words],
             stdout=None if options.longest else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
