@@ -37,8 +37,10 @@ def answer(arguments: list[str]) -> None:
         package = rest[0].partition(".")[0]
         if not package or find_spec(package) is None:
             refuse_module(rest[0])
-    elif first != "architectures" and not any(place.is_file() for place in (Path(first), Path(first, "__main__.py"))):
-        refuse(f"there is no script {first!r}; {USAGE}")
+    elif first != "architectures":
+        script = Path(first, "__main__.py") if Path(first).is_dir() else Path(first)
+        if not script.exists():
+            refuse(f"there is no script {first!r}; {USAGE}")
 
 
 def parse_export(arguments: list[str]) -> argparse.Namespace:
