@@ -1,4 +1,4 @@
-"""Loading causal language models: hub ids, folders, GGUF files and random weights of a known shape."""
+"""Loading causal language models: hub ids, folders and GGUF files."""
 
 from __future__ import annotations
 
@@ -38,22 +38,6 @@ modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)
 
 #: Tokens that models of the LLaMA family reserve and never use.
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "[PAD]", "<|pad|>")
-
-
-def _shape(width: int, inner: int, layers: int, heads: int, shared_heads: int, words: int, **more) -> dict:
-    return {
-        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": shared_heads, "vocab_size": words, **more,
-    }  # fmt: skip
-
-
-#: Shapes for measurements with random weights.
-SHAPES: dict[str, dict] = {
-    "smollm2": _shape(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
-    "llama2-7b": _shape(4096, 11008, 32, 32, 32, 32000),
-    "llama3-8b": _shape(4096, 14336, 32, 32, 8, 128256),
-    "tiny": _shape(64, 128, 2, 4, 2, 2048),
-}
 
 
 def _source(model: str) -> tuple[str, dict]:

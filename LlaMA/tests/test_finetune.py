@@ -15,9 +15,10 @@ from control_experiments.record import read_record
 from control_experiments.reporting import records
 from LlaMA import finetune, training
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
-from LlaMA.models import SHAPES, add_adapter, choose_pad_token, expected_config
+from LlaMA.models import add_adapter, choose_pad_token, expected_config
 from LlaMA.tests.conftest import training_options
 from peft_control import ControlConfig, memory  # noqa: F401  registers CONTROL
+from scripts.catalogue import LLAMA_SHAPES
 
 
 def describe_row(record):
@@ -299,7 +300,7 @@ def test_shapes_have_the_published_numbers_of_adapter_parameters():
     published = {("llama2-7b", "control+lora"): 41_943_040, ("llama3-8b", "double control"): 33_554_432}
     for (shape, method), count in published.items():
         with init_empty_weights():
-            base = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
+            base = LlamaForCausalLM(LlamaConfig(**LLAMA_SHAPES[shape]))
             config = expected_config(method, 64, 1.0, 0.0, 32, 64, 0.05, finetune.MIXED_TARGETS)
             model = add_adapter(base, config)
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count

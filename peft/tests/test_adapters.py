@@ -183,7 +183,7 @@ def test_the_card_says_what_the_adapter_is_and_how_to_load_it(tmp_path, base_fol
         "| controlled blocks | mlp |",
         "| rank, alpha | 3, 0.7; but for {'0.mlp': 2} |",
         "| part on the weights | DoRA of rank 4, alpha 8, on k_proj, q_proj, v_proj |",
-        "pip install peft-control",
+        "pip install ./peft",
         "AutoPeftModelForCausalLM.from_pretrained",
     ):
         assert text in card, text

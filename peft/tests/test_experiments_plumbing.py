@@ -8,8 +8,6 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import make_dataclass
 from functools import partial
@@ -580,30 +578,3 @@ def test_an_adapter_must_be_whole_and_finite(part, change, said, tmp_path, recwa
     with pytest.raises(UserError, match=re.escape(said.format(name=name))):
         load_adapter(build("llama"), tmp_path, "llama")
     assert not [w for w in recwarn if "missing adapter keys" in str(w.message)]
-
-
-PROGRAMS = [
-    "RoBERTa.finetune",
-    "RoBERTa.study",
-    "RoBERTa.benchmark_padding",
-    "LlaMA.finetune",
-    "LlaMA.study",
-    "LlaMA.evaluate",
-    "LlaMA.convert",
-    "LlaMA.benchmark_throughput",
-    "ViT.finetune",
-    "ViT.small_table",
-    "ViT.benchmark_pipeline",
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["--method", "none", "--data", "no"], 2)])
-def test_help_and_wrong_options_are_answered_before_torch_is_imported(program, words, code):
-    """Importing it takes most of the seconds that a script takes to start."""
-    command = [sys.executable, "-X", "importtime", "-m", program, *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert (done.returncode, "control_experiments.errors" in imported) == (code, True), done.stderr[-500:]
-    assert not imported & {"torch", "datasets", "peft", "timm", "sklearn", "scipy", "pandas", "bitsandbytes"}

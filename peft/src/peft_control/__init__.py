@@ -7,6 +7,13 @@ Source: Zhang, Ren, Cheng and Li, "From Weight-Based to State-Based Fine-Tuning:
 LoRA with Parallel Control", ICML 2025.
 """
 
+import sys
+
+from .command_line import answer
+
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__:  # python -m peft_control
+    answer(sys.argv[1:])  # help and what is wrong need not wait for torch
+
 from .architectures import ARCHITECTURES, Architecture, Block
 from .config import ControlConfig
 from .control_layer import ControlLayer
