@@ -67,6 +67,7 @@ def test_more_seeds_are_those_after_which_the_interval_decides():
     assert more_seeds([test]) == str(needed - 3)
     assert more_seeds([quality((50.0, 50.0), (50.1, 50.0))]) == ""  # decided
     assert more_seeds([quality((50.0, 50.0))]) == "two seeds first"
+    assert more_seeds([quality((50.0, 50.0), floor=60.0)]) == "no number: below the majority class"
     test.examples = 4.0  # no number of seeds makes up for so few examples
     assert "more test examples" in more_seeds([test])
 
@@ -216,7 +217,7 @@ def test_without_records_a_claim_is_not_tested_and_says_what_to_run(results):
     text = markdown(found, PAPER)
     for script in re.findall(r"`(?:bash|python) (scripts/[^`\s]+)", text):
         assert (REPOSITORY / script).is_file()
-    assert text.count("At full scale") == len(found) == 29
+    assert text.count("At full scale") == len(found) == 33
 
 
 def test_runs_that_must_not_be_mixed_decide_nothing(results):
@@ -293,6 +294,27 @@ def test_whether_a_quantized_model_fits_is_decided_by_its_worst_peak(results, gi
     results.benchmark("short.json", batch=1, tokens=256, **{"control+nf4:lean": (0.4, 17.0)})
     judged = claim(results, "nf4-8gib")
     assert judged.verdict == verdict and f"{gibibytes[-1] - 8:+.2f} GiB" in judged.tests[0].statistic
+
+
+def test_weights_that_wait_on_the_host_are_judged_by_peak_and_by_the_floor(results):
+    where = {"shape": "llama3-70b", "batch": 1, "tokens": 16384, "weights": 0}
+    point = {"control+streamed+fp8:lean": (5.5, 20.0), "control+fp8:lean": (5.0, 70.0)}
+    two(results, name="a.json", **where, copies=2.0, **point)
+    found = claims(results)
+    assert found["streaming-70b"].verdict == found["streaming-time"].verdict == "supported"
+    assert found["streaming-time"].tests[0].statistic == "-0.15 times [-0.15, -0.15], n = 3"
+    assert found["streaming-8b"].verdict == "not tested"
+    two(results, name="b.json", **where | {"tokens": 512}, copies=4.0, **point | {"control+fp8:lean": (1.0, 70.0)})
+    tests = claim(results, "streaming-time").tests
+    assert [test.verdict for test in tests] == ["contradicted", "supported"]  # 5.5 s against 4 and 5
+
+
+def test_each_cards_longest_sequence_is_compared_with_what_is_published_for_it(results):
+    cells = [("control+nf4:lean", 7.5, 6144, 1.0), ("control+nf4:lean", 23.5, 150_000, 1.0), ("lora+nf4", 7.5, 512, 1.0)]
+    results.searched("a", cells)
+    results.searched("b", [("control+nf4:lean", 7.5, 99_999, 1.0)], batch=4)
+    tests = claim(results, "context-published").tests
+    assert [(test.verdict, test.statistic) for test in tests] == [("supported", "+0.07 times"), ("contradicted", "-0.09 times")]
 
 
 def test_packing_and_answers_in_batches_need_repeats_for_speed_but_not_for_answers(results):

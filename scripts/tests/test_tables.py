@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from control_experiments.paths import REPOSITORY, RESULTS
-from control_experiments.reporting.page import longests
+from control_experiments.reporting.page import longests, streamings
 from control_experiments.reporting.records import load, read_paper
 from control_experiments.reporting.tables import Table, all_tables, make_table
 
@@ -191,14 +191,35 @@ def test_memory_over_quantized_bases_by_its_parts(results):
     for repeat, over in (("", 3.0), ("repeat2", 4.0)):
         results.benchmark(repeat=repeat, weights=2**32, **{"lora+nf4": (0.1, over), "lora": (0.2, 9.0)})
     results.benchmark("shared.json", others=2**30, **{"control+nf4:lean": (0.1, 2.0)})
-    title = "llama3-8b, 4 x 1024 tokens, Some GPU"
-    line = row(results, "quantized_memory", title, method="lora+nf4")
+    line = row(results, "quantized_memory", "llama3-8b, Some GPU", batch="4", tokens="1,024", method="lora+nf4")
     assert (line["n"], line["weights MiB"], line["adapter + optimizer MiB"]) == (2, "4,096", "1,024")
     assert line["peak MiB"] == "7,434 ± 674" and line["activations MiB"] == "2,314 ± 674"
-    shared = row(results, "quantized_memory", title, method="control+nf4:lean")
+    shared = row(results, "quantized_memory", "llama3-8b, Some GPU", method="control+nf4:lean")
     assert shared["ms a step"] == "not measured <sup>1</sup>"
-    assert "other processes" in notes(results, "quantized_memory", title)[0]
-    assert [line["method"] for line in rows(results, "memory_speed", title)] == ["lora"]
+    assert "other processes" in notes(results, "quantized_memory", "llama3-8b, Some GPU")[0]
+    assert [line["method"] for line in rows(results, "memory_speed", "llama3-8b, 4 x 1024 tokens, Some GPU")] == ["lora"]
+
+
+def test_weights_that_wait_on_the_host_stand_beside_resident_ones_and_the_floor(results):
+    """By hand: at 2,048 tokens copying takes longest, at 16,384 the resident step."""
+    waits, stays = "control+streamed+fp8:lean", "control+fp8:lean"
+    for tokens, copies, streamed, resident in ((16384, 2.5, 5.5, 5.0), (2048, 2.5, 3.0, 1.0)):
+        size = {"shape": "llama3-70b", "batch": 1, "tokens": tokens, "weights": 2**30}
+        results.benchmark(f"{tokens}.json", **size, copies=copies, others=64e9 / 300, **{waits: (streamed, 2**30 / 1e9)})
+        results.benchmark(f"{tokens}_resident.json", **size, **{stays: (resident, 7 * 2**30 / 1e9)})
+    results.benchmark("shared.json", **size, copies=9.0, others=1e9, **{"control+streamed3+fp8:lean": (99.0, 1.0)})
+    first, shared, second = rows(results, "streaming", "llama3-70b, Some GPU")
+    shown = ("tokens", "peak MiB", "resident peak MiB", "ms a step", "resident ms", "copies ms", "floor ms", "times the floor")
+    assert [first[name] for name in shown] == ["2,048", "2,048", "8,192", "3,000", "1,000", "2,500", "2,500", "1.20"]
+    assert [second[name] for name in shown] == ["16,384", "2,048", "8,192", "5,500", "5,000", "2,500", "5,000", "1.10"]
+    assert [file for _, file in first["runs"]] == ["memory/2048.json", "memory/2048_resident.json"]
+    assert first["GB on the host"] == "64.00" and shared["times the floor"] == ""
+    lines = rows(results, "quantized_memory", "llama3-70b, Some GPU")
+    assert [line["method"] for line in lines] == [stays, stays]
+    ((_, drawn, figure),) = streamings(load(results.path)[0])
+    lines = [dict(zip(*map(list, line.get_data()))) for line in figure.axes[0].lines]
+    assert drawn == "llama3-70b, batch 1, Some GPU"
+    assert lines == [{2048: 2.5, 16384: 5.0}, {2048: 3.0, 16384: 5.5}, {2048: 1.0, 16384: 5.0}]
 
 
 def test_the_longest_sequences_stand_by_limit_and_against_the_card(results):
@@ -207,16 +228,15 @@ def test_the_longest_sequences_stand_by_limit_and_against_the_card(results):
     results.searched("a", ours, speeds=[("control+nf4:lean", 8192, 0.5), ("lora+nf4", 8192, None)])
     results.searched("b", peers)
     title = "llama3-8b, batch 1, Some GPU"
-    lines = [(line["GiB"], line["method"], line["longest tokens"]) for line in rows(results, "longest", title)]
-    assert lines[:3] == [
-        ("7.5", "control+nf4:lean", "16,384"),
-        ("7.5", "lora+nf4", "0"),
-        ("23.5", "control+nf4:lean", "262,144"),
-    ]
+    shown = ("card GB", "GiB", "method", "longest tokens", "times published")
+    lines = [tuple(line[name] for name in shown) for line in rows(results, "longest", title)]
+    assert lines[:4] == [
+        ("8", "7.5", "control+nf4:lean", "16,384", "5.51"), ("8", "7.5", "lora+nf4", "0", "0.00"),
+        ("8", "7.5", "qlora r32", "2,972 tokens (exact)", ""), ("24", "23.5", "control+nf4:lean", "262,144", "3.34"),
+    ]  # fmt: skip
     line = row(results, "longest", title, GiB="23.5", method="lora+nf4")
     assert (line["s a step"], line["tokens/s"]) == ("1.50", "10,240")
-    assert "unsloth qlora r32 on a card of 24 GB: longest sequence 78,475 tokens" in "".join(table(results, "longest").remarks)
-    fast, unfit = rows(results, "length_speed", title, tokens="8192")
+    fast, unfit = rows(results, "length_speed", title, tokens="8,192")
     assert (fast["tokens/s"], fast["peak GB"]) == ("16,384", "9.00") and unfit["tokens/s"].startswith("failed")
     assert "8,192 tokens do not fit on this GPU" in notes(results, "length_speed", title)[0]
 
@@ -360,7 +380,7 @@ def test_the_command_writes_everything_and_says_what_it_left_out(results, call):
     assert ours["runs"].split() == [f"roberta/roberta-base_cola_control_seed{n}/record.json" for n in (1, 2)]
     assert (float(paper["best"]), paper["best status"]) == (65.32, "exact")
     names = [table.name for table in all_tables(load(results.path)[0], PAPER)]
-    assert len(names) == 16
+    assert len(names) == 17
     assert all((results.path / "tables" / f"{name}.{kind}").is_file() for name in names for kind in ("md", "csv"))
     assert (results.path / "claims.md").is_file() and (results.path / "report.html").is_file()
 

@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from . import statistics as rules
-from .records import UNQUANTIZED, Paper
+from .records import UNQUANTIZED, Paper, beside_published
 from .statistics import CONTRADICTED, NOT_DECIDED, NOT_TESTED, REPEATS, SUPPORTED, Pool, Test
 from .tables import environment, linked
 
@@ -55,7 +55,7 @@ class Claim:
 
 def judge(frame: pd.DataFrame, paper: Paper) -> list[Claim]:
     """Every claim with all tests that the records allow."""
-    claims = []
+    claims, frame = [], beside_published(frame, paper)
     for domain, about in SPECIFICATIONS["domains"].items():
         for quantity, specification in SPECIFICATIONS["quantities"].items():
             tests = list(_run_tests(frame, domain, about["methods"], specification["test"]))
@@ -102,12 +102,15 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
               bound: float | str | None = None, what: str = "", **test) -> Iterable[Test]:  # fmt: skip
     """Tests on measurements, section by section, as claims.yaml describes them."""
     found = frame.query(where, engine="python")
-    found = found[found[column].notna()] if column in found else found[:0]
+    found = found[found[column].notna()].sort_values(["task", "tokens"], kind="stable") if column in found else found[:0]
+    # both methods of a pair come from one file
+    repeats = found.links.map(lambda links: links[0][1]) + found.repeat.fillna(0).map(" {:.0f}".format)
     if bound is not None:
-        for _, group in found.groupby(["section", "row", "processes"], dropna=False, sort=False):
+        for _, group in found.groupby(["section", "row", "processes", "limit"], dropna=False, sort=False):
             limits = group[bound] if isinstance(bound, str) else [bound] * len(group)
-            pairs = {links[0][1]: values for links, *values in zip(group.links, group[column], limits)}
-            links = [(str(number), file) for number, file in enumerate(pairs, 1)]
+            pairs = {repeat: values for repeat, *values in zip(repeats[group.index], group[column], limits)}
+            files = dict.fromkeys(file for links in group.links for _, file in links)
+            links = [(str(number), file) for number, file in enumerate(files, 1)]
             name = f"{group.section.iloc[0]}: {what.format(**group.iloc[0])}"
             made = Test(name, pairs, links=links, **test)
             if made.rule == "share":
@@ -116,8 +119,6 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
         return
     found = found[found[column] != 0]  # on a CPU memory is not measured: zero
     for section, group in found.groupby("section", sort=False):
-        # both methods of a pair come from one file
-        repeats = group.links.map(lambda links: links[0][1]) + group.repeat.fillna(0).map(" {:.0f}".format)
         rows = {label: part.set_index(repeats[part.index]) for label, part in group.groupby("row")}
         if best and len(rivals := group.query(best, engine="python")):
             against = [rivals.groupby("row")[column].mean().idxmin()]
@@ -186,7 +187,7 @@ def overview(claims: Sequence[Claim]) -> pd.DataFrame:
         pools = [pool for pool in by_name[f"{domain}-quality"].pools if " against lora" in pool.what]
         pool = max(pools, key=_weight, default=None)
         where = f"[{about['title']}](#{domain}-quality)"
-        quality, more = f"**{NOT_TESTED}**", ""
+        quality, more = f"**{NOT_TESTED}**", "two seeds first"
         if pool:
             where += f", {pool.what.partition(', all')[0]}"
             quality, more = f"**{pool.verdict}**: {pool.statistic}", rules.more_seeds(pool.tests)

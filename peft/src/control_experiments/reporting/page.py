@@ -24,6 +24,7 @@ NAMES = {"roberta": "RoBERTa", "vit": "ViT", "llama": "LLaMA", "qcontrol": "quan
 PARTS = {
     "frontier": ("Memory against speed", "One training step on random weights of the true shape. Left and low is better."),
     "longest": ("Longest sequence", "The longest sequence that trains against the size of the card."),
+    "streaming": ("Weights that wait on the host", "Time of a step against its tokens, and the floor: the longer of copying weights and the step without."),
     "score-memory": ("Score against memory", "Each mark is one run: its last score and the peak of its training memory. Left and high is better."),
     "curves": ("Training curves", "Score of each evaluation, one line a run; for LLaMA the held-out loss."),
     "rates": ("Score against learning rate", "On held-out training data."),
@@ -44,8 +45,8 @@ def write_page(
     made.filters |= dict(inline=inline, family=pictures.family, linked=lambda links: linked(links, up))
     families = [name for name in pictures.FAMILIES if name in set(frame.row.dropna().map(pictures.family))]
     runs = ((frame.kind == "run") & frame.usable).sum()
-    drawn = {"frontier": frontiers(frame), "longest": longests(frame, paper), "score-memory": scores(frame)}
-    drawn |= {"curves": training_curves(frame), "rates": rates(frame)}
+    drawn = {"frontier": frontiers(frame), "longest": longests(frame, paper), "streaming": streamings(frame)}
+    drawn |= {"score-memory": scores(frame), "curves": training_curves(frame), "rates": rates(frame)}
     parts = [(anchor, *PARTS[anchor], _drawn(figures)) for anchor, figures in drawn.items()]
     known = {"names": NAMES, "families": families, "colours": pictures.FAMILIES, "parts": parts}
     found = {"overview": overview(claims), "claims": claims, "tables": tables, "problems": problems}
@@ -124,6 +125,16 @@ def longests(frame: pd.DataFrame, paper: Paper) -> Iterable[tuple[str, str, obje
             yield "llama", title, pictures.longest_sequences(part, known, title)
 
 
+def streamings(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
+    """(domain, setting, picture) of each setting in which weights waited on the host at two lengths or more."""
+    steps = frame[(frame.kind == "step") & frame.floor.notna() & frame.seconds.notna()]
+    for (whose, place, sequences), part in steps.groupby(["whose", "place", "sequences"], sort=False):
+        if part.tokens.nunique() > 1:
+            title = f"{part.task.iloc[0]}, batch {sequences:.0f}{place.removeprefix(part.task.iloc[0])}"
+            title += "" if whose == "ours" else f" ({whose})"
+            yield "llama", title, pictures.streaming(part, title)
+
+
 def rates(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
     """(domain, model, picture) of each search for a learning rate."""
     for (domain, section), part in frame[frame.kind == "search"].groupby(["domain", "section"]):
@@ -140,10 +151,11 @@ def curve(record) -> list[tuple[float, float]]:
 
 
 def write_pictures(frame: pd.DataFrame, paper: Paper, folder: Path) -> list[Path]:
-    """The pictures that READMEs show, as PNG: memory against time, the longest sequences, scaling, and scores against learning
-    rates."""
+    """The pictures that READMEs show, as PNG: memory against time, the longest sequences, weights that wait on the host, scaling,
+    and scores against learning rates."""
     written = {}
-    kinds = {"memory": frontiers(frame), "longest": longests(frame, paper), "scaling": scalings(frame), "rates": rates(frame)}
+    kinds = {"memory": frontiers(frame), "longest": longests(frame, paper), "streaming": streamings(frame)}
+    kinds |= {"scaling": scalings(frame), "rates": rates(frame)}
     for kind, drawn in kinds.items():
         for _, title, figure in drawn:
             name = f"{kind}_{_slug(title)}"

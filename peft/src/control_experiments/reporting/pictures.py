@@ -183,6 +183,30 @@ def longest_sequences(rows: pd.DataFrame, published: Mapping[int, float], title:
     return figure
 
 
+def streaming(steps: pd.DataFrame, title: str) -> Figure:
+    """Seconds a step against tokens (columns as the records'), a line for each method whose weights wait on the host, the same with
+    resident weights, and the floor: the longer of that and copying the weights."""
+    figure, axes = _axes(title)
+    means = steps.groupby(["row", "tokens"], sort=False)[["seconds", "resident_seconds", "floor"]].mean().reset_index()
+    labels = iter(("floor: the longer of copying and resident",))
+    for (row, part), dash in zip(means.sort_values("tokens").groupby("row", sort=False), itertools.cycle(("-", "-.", ":"))):
+        part, (colour, marker) = part.set_index("tokens"), FAMILIES[family(row)]
+        axes.plot(part.floor, color="#444", linewidth=5, alpha=0.25, label=next(labels, None), zorder=1)
+        axes.plot(part.seconds, color=colour, marker=marker, linestyle=dash, gid=mark(family(row), row), label=row)
+    for row, part in means.assign(row=means.row.str.replace(r"\+streamed3?", "", regex=True)).groupby("row", sort=False):
+        line = part.groupby("tokens").resident_seconds.mean().dropna()
+        look = dict(color="#c25a00", marker="s", markersize=4, linestyle="--", linewidth=1.2)
+        axes.plot(line, gid=mark(family(row), row), label=f"{row}, resident", **look)
+    axes.set(xscale="log", yscale="log", xlabel="tokens a step", ylabel="seconds a step")
+    axes.set_xticks(tokens := sorted(means.tokens.unique()), [f"{count:,.0f}" for count in tokens])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.legend(fontsize=9)
+    return figure
+
+
 def _base(row: str) -> str:
     """How a benchmark's label says that the frozen weights are stored, which the line's dashes show."""
     return next((word for word in re.split("[+:]", row) if word in ("nf4", "fp4", "int8", "fp8")), "bf16")

@@ -11,6 +11,8 @@ Columns (missing where a kind has no such thing):
 - `last`, `best` and the commonsense test sets: percent. `trained`: parameters. `peak`, `weights`, `state`,
   `activations`, `over` (peak over the weights): bytes; `gib`: the peak in GiB. `seconds`: of the training, or of a step. `rate`: examples or
   tokens a second.
+- Of weights that wait on the host: `host` bytes, `copies` seconds a step to copy them, `resident_*` of the same method without,
+  `floor` (the longer of both times) and `times_floor`. `card`: GB of the graphics card that gives an allocator `limit` GiB.
 - `shared`, `own`: conditions that all runs of a comparison, or all seeds of a row, must have in common.
 - `problem`: why the record must not be shown, and `usable`: whether all of its row may be. `notes`: what a reader has to know about its figures.
 - `record`, `folder`: the RunRecord and where it lies, for what only pictures and statistics need.
@@ -30,16 +32,20 @@ from ..record import RunRecord, read_json, read_record
 
 #: Folders whose runs belong to no comparison of methods: a demonstration, runs that vary settings, and our own tables.
 LEFT_OUT = ("quickstart", "ablations", "mine", "logs")
-_TEXTS = """whose kind domain section task row method mode way attention batch shard error problem""".split()  # noqa: SIM905
+_TEXTS = """whose kind domain section place task row method mode way attention batch shard error problem""".split()  # noqa: SIM905
 _NUMBERS = """n seed last best trained lr peak allocated gib weights state activations over seconds rate no_match
-limit longest processes tokens baseline speedup answers_agree questions efficiency share sent apart
-repeat""".split()  # noqa: SIM905
+limit card longest processes sequences tokens baseline speedup answers_agree questions efficiency share sent apart
+repeat host copies resident_peak resident_seconds floor times_floor""".split()  # noqa: SIM905
 _OBJECTS = """links notes shared own record folder published timed""".split()  # noqa: SIM905
 SEARCH = "learning_rate_search"
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 #: Columns of the commonsense tables, in the paper's order.
 COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa", "average")
 UNQUANTIZED = "not quantized"
+#: GB of graphics cards as they are sold.
+CARDS = (8, 12, 16, 24, 40, 48, 80)
+#: A GPU's tables of the host memory that it reads, as a share of it: they are no other process.
+PAGE_TABLES = 1 / 256
 SHARED_GPU = "Not shown: other processes used the GPU at the same time."
 RESIDENT = "Resident memory of the whole process on a CPU, not comparable with a GPU's."
 #: Ranks that need no mention in a method's label; other domains always mention them.
@@ -94,6 +100,7 @@ def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
     frame[_TEXTS] = frame[_TEXTS].astype(object).where(frame[_TEXTS].notna(), "")
     frame["timed"] = frame.timed.eq(True)
     problems += _mark_unequal(frame)
+    frame = _beside_resident(frame)
     row = [frame[name] for name in ("whose", "kind", "domain", "section", "task", "row")]
     frame["usable"] = ~(frame.problem != "").groupby(row).transform("any") if len(frame) else True
     return frame, problems
@@ -282,14 +289,18 @@ def _steps(file: dict) -> Iterator[dict]:
     shape, searched = o["shape"], o.get("limit")
     section = file.get("setting") or f"{shape}, {o['batch']} x {o['tokens']} tokens"
     section = f"{shape}, batch {o['batch']}" if searched else section
+    where = _where(file["device"], file.get("versions"))
+    place = re.sub(r", \d+ x \d+ tokens", "", section)
     domain = next((name for name in ("vit", "roberta") if name in shape), "llama")
     for result in file["results"]:
         name, memory = result["method"], result.get("memory") or {}
         name += ":plain" if "control" in name and ":" not in name else ""
-        shared = memory.get("other_processes_bytes")
+        waiting = result.get("streaming", {})
+        shared = memory.get("other_processes_bytes") or 0
+        shared = shared > PAGE_TABLES * waiting.get("bytes", 0)
         row = {
-            "domain": domain, "section": f"{section}, {_where(file['device'], file.get('versions'))}", "row": name,
-            "method": name, "task": shape, "tokens": o["tokens"], "error": result.get("error", ""),
+            "domain": domain, "section": f"{section}, {where}", "place": f"{place}, {where}", "row": name, "method": name,
+            "task": shape, "sequences": o["batch"], "tokens": o["tokens"], "error": result.get("error", ""),
         }  # fmt: skip
         if searched:
             row |= {"seconds": result.get("step_seconds"), "rate": result.get("tokens_per_second")}
@@ -300,7 +311,8 @@ def _steps(file: dict) -> Iterator[dict]:
                 limit = result.get("limit_gib", searched if isinstance(searched, float) else searched[0])
                 ended = f"{name} within {limit:g} GiB: no longer sequence than {o.get('up_to', 0):,} tokens was tried."
                 notes = (ended,) if "ended_by" in result else ()
-                found = {"longest": result.get("longest_tokens"), "limit": limit, "notes": notes}
+                card = next((card for card in CARDS if limit <= card), limit)
+                found = {"longest": result.get("longest_tokens"), "limit": limit, "card": card, "notes": notes}
                 yield row | {"kind": "longest", **found}
         elif "step_seconds" not in result:
             if not o.get("profile"):
@@ -316,12 +328,31 @@ def _steps(file: dict) -> Iterator[dict]:
                 "kind": "step", "trained": result["trained_parameters"], "weights": result["static_bytes"],
                 "over": result["over_static_bytes"], "peak": result["peak_bytes"], "gib": result["peak_bytes"] / 2**30,
                 "state": memory.get("adapter_and_optimizer_bytes"), "activations": memory.get("activations_bytes"),
-                "notes": (SHARED_GPU,) if shared else (),
+                "host": waiting.get("bytes"), "copies": waiting.get("floor_seconds"), "notes": (SHARED_GPU,) if shared else (),
             }  # fmt: skip
             tokens = result["tokens_per_second"] * result["step_seconds"]
             for number, seconds in enumerate(result.get("step_seconds_repeats") or [result["step_seconds"]]):
                 timed = {} if shared else {"seconds": seconds, "rate": tokens / seconds}
                 yield row | timed | {"repeat": number}
+
+
+def _beside_resident(frame: pd.DataFrame) -> pd.DataFrame:
+    """Steps whose weights wait on the host, beside the same step without (its files too), and the floor under both. What was not
+    measured only lowers the floor."""
+    steps = frame[frame.kind == "step"].assign(
+        twin=lambda steps: steps.row.str.replace(r"\+(streamed3?|bf16)\b", "", regex=True)
+    )
+    waits, key = steps.row.str.contains("+streamed", regex=False), ["whose", "place", "sequences", "tokens", "twin"]
+    resident = steps[~waits].groupby(key).agg(peak=("peak", "max"), seconds=("seconds", "mean"), links=("links", "sum"))
+    found = steps.loc[waits, key].join(resident, on=key)
+    floor = pd.concat([steps.copies[waits], found.seconds], axis=1).max(axis=1)
+    frame.loc[found.index, ["resident_peak", "resident_seconds", "floor"]] = found.assign(floor=floor)[
+        ["peak", "seconds", "floor"]
+    ].values
+    frame["times_floor"] = frame.seconds / frame.floor
+    for index, links in found.links.dropna().items():
+        frame.at[index, "links"] = frame.at[index, "links"] + links
+    return frame
 
 
 #: Ways of batching in LlaMA/benchmark_throughput.py, and what they are.
@@ -414,6 +445,14 @@ def read_paper(path: Path) -> Paper:
         return Paper(figures, contents["sources"], tuple(contents["known_weaknesses"]), contents["recipes"])
     except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is missing or broken ({error}): restore it with git checkout") from error
+
+
+def beside_published(frame: pd.DataFrame, paper: Paper) -> pd.DataFrame:
+    """With column `times_published`: LLaMA-3-8B's longest sequences, one a step, over those that are published for the card."""
+    figures = paper.figures[paper.figures.table == "longest"]
+    published = frame.card.map(dict(zip(figures.column.astype(int), figures.value)))
+    ours = (frame.kind == "longest") & (frame.task == "llama3-8b") & (frame.sequences == 1)
+    return frame.assign(times_published=(frame.longest / published).where(ours))
 
 
 def _published(figure) -> str:

@@ -157,8 +157,11 @@ class Pool:
 
 def more_seeds(tests: Sequence[Test]) -> str:
     """How many seeds more would decide on quality if differences and spread stayed as they are, for people."""
-    tests = [test for test in tests if not test.below_majority]
-    if not tests or tests[0].rule != "quality" or verdict("quality", interval(tests), 1, 0) != NOT_DECIDED:
+    if not tests or tests[0].rule != "quality":
+        return ""
+    if not (tests := [test for test in tests if not test.below_majority]):
+        return "no number: below the majority class"
+    if verdict("quality", interval(tests), 1, 0) != NOT_DECIDED:
         return ""
     if any(len(test.pairs) < 2 for test in tests):
         return "two seeds first"

@@ -16,14 +16,14 @@ import pandas as pd
 import yaml
 
 from ..record import write_text_atomic
-from .records import GLUE, Paper
+from .records import GLUE, Paper, beside_published
 
 NO_RECORD, NOT_PUBLISHED, NOT_MEASURED = "no record", "not published", "not measured"
 #: Order of rows where the records' own says nothing.
 _ORDER = (*GLUE, "control", "double control", "control+lora", "control+dora", "lora", "dora", "ours", "yours", "paper")
 _UNITS = {"MiB": 2**-20, "GB": 1e-9, "MB": 1e-6, "ms": 1e3}
 #: Figures that not every row can have: of one process there is no efficiency.
-_PARTLY = ("efficiency", "lost at", "losses apart", "/ fastest", "/ leanest", "times published", "same as published")
+_PARTLY = ("efficiency", "lost at", "losses apart", "/ fastest", "/ leanest", "times ", "same as published")
 #: Quantity of a published figure -> the header that it belongs under.
 _HEADERS = {"best score": "best", "peak memory": "peak MiB", "training time": "train s"}
 _HEADERS |= {"trained parameters": "trained parameters"}
@@ -74,8 +74,13 @@ def make_table(name: str, frame: pd.DataFrame, paper: Paper) -> Table:
     if "runs" in specification:
         rows = _runs(frame, paper, specification)
     else:
-        rows = frame.query(specification["where"], engine="python")
-        more = {"memory_speed": _with_frontier, "learning_rates": _best_rates}.get(name)
+        rows = beside_published(frame, paper).query(specification["where"], engine="python")
+        rows = rows.assign(section=rows[specification.get("section", "section")])
+        more = {
+            "memory_speed": _with_frontier,
+            "learning_rates": _best_rates,
+            "longest": partial(_with_cards, paper=paper),
+        }.get(name)
         rows = more(rows) if more else rows
     keys, remarks = specification["rows"], _in_text(paper, specification)
     rows = _sorted(rows, [*keys.values(), "whose"])
@@ -114,9 +119,7 @@ def _runs(frame: pd.DataFrame, paper: Paper, specification: dict) -> pd.DataFram
         empty = dict(zip(keys, place)) | {"whose": "ours", "n": 0}
         missing = [empty | {"row": method} for method in specification.get("always", ()) if method not in there]
         rows = pd.concat([rows, pd.DataFrame(missing)]) if missing else rows
-    rows = rows.reset_index(drop=True)
-    for column, nothing in (("links", ()), ("notes", ()), ("problem", ""), ("error", "")):
-        rows[column] = rows[column].where(rows[column].notna(), pd.Series([nothing] * len(rows)))
+    rows = _filled(rows.reset_index(drop=True))
     lr = rows.lr.map(lambda rate: "" if pd.isna(rate) else f"{rate:g}")
     rows["rates"] = lr.groupby([rows[key] for key in (*keys, "row", "whose")]).transform(
         lambda rates: " / ".join(sorted(set(rates)))
@@ -167,6 +170,26 @@ def _with_frontier(steps: pd.DataFrame) -> pd.DataFrame:
     return steps.assign(**ratios, frontier=frontier)
 
 
+def _with_cards(longest: pd.DataFrame, paper: Paper) -> pd.DataFrame:
+    """The longest sequences, and a row for what is published of each card that one of them stands for."""
+    figures = paper.figures[paper.figures.table == "longest"].set_index("column")
+    cards = longest[longest.times_published.notna()].drop_duplicates(["section", "limit"])
+    published = [
+        {"whose": "Unsloth", "n": 0, "section": one.section, "domain": one.domain, "card": one.card, "limit": one.limit,
+         "row": figures.row[f"{one.card:g}"].removeprefix("unsloth ").partition(" on")[0],
+         "published": {"longest tokens": next(figures.loc[[f"{one.card:g}"]].itertuples())}}
+        for one in cards.itertuples()
+    ]  # fmt: skip
+    return _filled(pd.concat([longest, pd.DataFrame(published)], ignore_index=True))
+
+
+def _filled(rows: pd.DataFrame) -> pd.DataFrame:
+    """With nothing where a row made here lacks what records have."""
+    for column, nothing in (("links", ()), ("notes", ()), ("problem", ""), ("error", "")):
+        rows[column] = rows[column].where(rows[column].notna(), pd.Series([nothing] * len(rows)))
+    return rows
+
+
 def _best_rates(searched: pd.DataFrame) -> pd.DataFrame:
     """The runs with each method's best rate (of equals the smallest), the rates next to it whose score is at most a point lower,
     and how much lower the score is with LoRA's best rate."""
@@ -206,7 +229,7 @@ def _line(group: pd.DataFrame, keys: dict[str, str], figures: dict[str, str], no
         notes.extend(reason for reason in reasons if reason not in notes)
         return text + "".join(f" <sup>{notes.index(reason) + 1}</sup>" for reason in reasons)
 
-    first, paper = group.iloc[0], group.whose.iloc[0] == "paper"
+    first, paper = group.iloc[0], group.whose.iloc[0] not in ("ours", "yours")
     links = dict.fromkeys((text, file) for part in group.links for text, file in part)
     links = list(dict.fromkeys((text or str(number), file) for number, (text, file) in enumerate(links, 1)))
     problems = list(dict.fromkeys(filter(None, group.problem)))
@@ -214,10 +237,12 @@ def _line(group: pd.DataFrame, keys: dict[str, str], figures: dict[str, str], no
     measured = group[group.error == ""]
     count = len(measured) if links and not problems else 0
     reasons += [] if len(measured) else [f"{first.row}: {error}." for error in group.error]
-    line = {header: first[column] for header, column in keys.items()}
-    line = {header: f"{key:g}" if isinstance(key, float) else str(key) for header, key in line.items()}
-    line |= {"whose": first.whose, "n": "" if paper else count}
-    data, said = dict(line), []
+    line = {header: first[column] for header, column in keys.items()} | {"whose": first.whose, "n": "" if paper else count}
+    data, line = (
+        {header: f"{key:{form}}" if isinstance(key, float) else key for header, key in line.items()}
+        for form in (".10g", ",.10g")
+    )
+    said = []
     for header, specification in figures.items():
         column, _, form = specification.rpartition(" ")
         factor = next((_UNITS[word] for word in header.split() if word in _UNITS), 1)
@@ -227,14 +252,13 @@ def _line(group: pd.DataFrame, keys: dict[str, str], figures: dict[str, str], no
             said += note
             line[header] = marked(figure.text, note)
             data |= {header: figure.value, f"{header} status": figure.status}
-        elif paper:
-            data[header] = line[header] = NOT_PUBLISHED
         elif count and len(values) == count:
             spread = "" if values.nunique() == 1 else f" ± {values.std():{form}}"
             line[header] = f"{values.mean():{form}}{spread}"
             data |= {header: values.mean()} | ({f"{header} sd": values.std()} if count > 1 else {})
         else:
-            there = NOT_MEASURED if count else "failed" if links and not problems else NO_RECORD
+            lacking = NOT_MEASURED if count else "failed" if links and not problems else NO_RECORD
+            there = NOT_PUBLISHED if paper else lacking
             data[header] = line[header] = "" if header.startswith(_PARTLY) or "/ " in header else there
     left_out = marked("left out", problems) if problems and not paper else links or NO_RECORD
     line["runs"] = links if count or paper else left_out
