@@ -99,16 +99,15 @@ def frontiers(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
     steps = steps[steps.row.str.endswith(":fast").groupby(steps.section).transform("any")]
     domains = steps.groupby("section").domain.first()
     for (whose, section), part in step_means(steps).groupby(["whose", "section"], sort=False):
-        points = {row: (means.seconds, means.over) for (*_, row), means in part.iterrows()}
+        points = {row: (means.step_seconds, means.over_static_bytes) for (*_, row), means in part.iterrows()}
         title = section if whose == "ours" else f"{section} ({whose})"
         yield domains[section], title, pictures.memory_against_time(points, title)
 
 
 def scalings(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
     """(domain, setting, picture) of each setting of scripts/bench_scaling.py."""
-    rows = frame[(frame.kind == "scaling") & frame.rate.notna()]
-    names = dict(rate="tokens_per_second", peak="peak_bytes_per_process", seconds="step_seconds")
-    for section, part in rows.rename(columns=names).groupby("section"):
+    rows = frame[(frame.kind == "scaling") & frame.tokens_per_second.notna()]
+    for section, part in rows.groupby("section"):
         yield "llama", section, pictures.scaling(part.to_dict("records"), section)
 
 
@@ -116,10 +115,10 @@ def longests(frame: pd.DataFrame, paper: Paper) -> Iterable[tuple[str, str, obje
     """(domain, setting, picture) of each setting whose longest sequences were searched for at three limits or more."""
     figures = paper.figures[paper.figures.table == "longest"]
     published = {int(figure.column): figure.value for figure in figures.itertuples()}
-    for (whose, section), part in frame[(frame.kind == "longest") & (frame.longest > 0)].groupby(
+    for (whose, section), part in frame[(frame.kind == "longest") & (frame.longest_tokens > 0)].groupby(
         ["whose", "section"], sort=False
     ):
-        if part.limit.nunique() > 2:
+        if part.limit_gib.nunique() > 2:
             title = section if whose == "ours" else f"{section} ({whose})"
             known = published if part.task.iloc[0] == "llama3-8b" else {}
             yield "llama", title, pictures.longest_sequences(part, known, title)
@@ -127,7 +126,7 @@ def longests(frame: pd.DataFrame, paper: Paper) -> Iterable[tuple[str, str, obje
 
 def streamings(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
     """(domain, setting, picture) of each setting in which weights waited on the host at two lengths or more."""
-    steps = frame[(frame.kind == "step") & frame.floor.notna() & frame.seconds.notna()]
+    steps = frame[(frame.kind == "step") & frame.floor.notna() & frame.step_seconds.notna()]
     for (whose, place, sequences), part in steps.groupby(["whose", "place", "sequences"], sort=False):
         if part.tokens.nunique() > 1:
             title = f"{part.task.iloc[0]}, batch {sequences:.0f}{place.removeprefix(part.task.iloc[0])}"

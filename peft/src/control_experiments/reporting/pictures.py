@@ -162,14 +162,13 @@ def longest_sequences(rows: pd.DataFrame, published: Mapping[int, float], title:
     """Longest sequence (columns row, limit in GiB, longest in tokens) against the card's size, a line for each method; `published`
     are Unsloth's, card in GB -> tokens."""
     figure, axes = _axes(title)
-    measured = rows[rows.longest > 0].groupby(["row", "limit"], sort=False).longest.min().reset_index()
-    measured["card"] = [next((card for card in CARDS if limit <= card), limit) for limit in measured.limit]
+    measured = rows[rows.longest_tokens > 0].groupby(["row", "card"], sort=False).longest_tokens.min().reset_index()
     bases = dict.fromkeys(_base(row) for row in measured.row)
     dashes = dict(zip(bases, itertools.cycle(("-", "--", ":", "-."))))
     for row, part in measured.groupby("row", sort=False):
         part, (colour, marker) = part.sort_values("card"), FAMILIES[family(row)]
         look = dict(color=colour, marker="X" if "unsloth" in row else marker, linestyle=dashes[_base(row)], label=row)
-        axes.plot(part.card, part.longest, markersize=5, linewidth=1.4, gid=mark(family(row), row), **look)
+        axes.plot(part.card, part.longest_tokens, markersize=5, linewidth=1.4, gid=mark(family(row), row), **look)
     if published:
         look = dict(color="#444", linewidth=2, linestyle=(0, (1, 1)), zorder=1)
         axes.plot(*zip(*sorted(published.items())), label="published: Unsloth, QLoRA r32", **look)
@@ -187,14 +186,14 @@ def streaming(steps: pd.DataFrame, title: str) -> Figure:
     """Seconds a step against tokens (columns as the records'), a line for each method whose weights wait on the host, the same with
     resident weights, and the floor: the longer of that and copying the weights."""
     figure, axes = _axes(title)
-    means = steps.groupby(["row", "tokens"], sort=False)[["seconds", "resident_seconds", "floor"]].mean().reset_index()
+    means = steps.groupby(["row", "tokens"], sort=False)[["step_seconds", "resident_step_seconds", "floor"]].mean().reset_index()
     labels = iter(("floor: the longer of copying and resident",))
     for (row, part), dash in zip(means.sort_values("tokens").groupby("row", sort=False), itertools.cycle(("-", "-.", ":"))):
         part, (colour, marker) = part.set_index("tokens"), FAMILIES[family(row)]
         axes.plot(part.floor, color="#444", linewidth=5, alpha=0.25, label=next(labels, None), zorder=1)
-        axes.plot(part.seconds, color=colour, marker=marker, linestyle=dash, gid=mark(family(row), row), label=row)
+        axes.plot(part.step_seconds, color=colour, marker=marker, linestyle=dash, gid=mark(family(row), row), label=row)
     for row, part in means.assign(row=means.row.str.replace(r"\+streamed3?", "", regex=True)).groupby("row", sort=False):
-        line = part.groupby("tokens").resident_seconds.mean().dropna()
+        line = part.groupby("tokens").resident_step_seconds.mean().dropna()
         look = dict(color="#c25a00", marker="s", markersize=4, linestyle="--", linewidth=1.2)
         axes.plot(line, gid=mark(family(row), row), label=f"{row}, resident", **look)
     axes.set(xscale="log", yscale="log", xlabel="tokens a step", ylabel="seconds a step")

@@ -150,32 +150,32 @@ def _in_text(paper: Paper, specification: dict) -> list[str]:
 
 def step_means(steps: pd.DataFrame) -> pd.DataFrame:
     """Mean seconds and bytes over the weights by whose, setting and method, and whether no other beats it in both."""
-    means = steps[steps.seconds.notna()].groupby(["whose", "section", "row"], sort=False)[["seconds", "over"]].mean()
-    ordered = means.sort_values(["seconds", "over"])
-    leanest = ordered.groupby(["whose", "section"]).over.cummin()
+    means = steps[steps.step_seconds.notna()].groupby(["whose", "section", "row"], sort=False)[["step_seconds", "over_static_bytes"]].mean()
+    ordered = means.sort_values(["step_seconds", "over_static_bytes"])
+    leanest = ordered.groupby(["whose", "section"]).over_static_bytes.cummin()
     leanest = leanest.groupby(["whose", "section"]).shift(fill_value=float("inf"))
-    means["frontier"] = ordered.over < leanest
+    means["frontier"] = ordered.over_static_bytes < leanest
     return means
 
 
 def _with_frontier(steps: pd.DataFrame) -> pd.DataFrame:
     """Steps with their distances from the best LoRA of their setting; a failure only where nothing was measured."""
     setting = ["whose", "section"]
-    steps = steps[steps.seconds.notna() | ~steps.duplicated([*setting, "row"], keep=False)]
+    steps = steps[steps.step_seconds.notna() | ~steps.duplicated([*setting, "row"], keep=False)]
     means = step_means(steps)
     loras = means[means.index.get_level_values("row").str.startswith("lora")].groupby(setting).min()
     steps = steps.join(means, on=[*setting, "row"], rsuffix="_mean").join(loras, on=setting, rsuffix="_lora")
     frontier = steps.frontier.map({True: "yes", False: "no"}).fillna("")
-    ratios = {"time_ratio": steps.seconds_mean / steps.seconds_lora, "memory_ratio": steps.over_mean / steps.over_lora}
+    ratios = {"time_ratio": steps.step_seconds_mean / steps.step_seconds_lora, "memory_ratio": steps.over_static_bytes_mean / steps.over_static_bytes_lora}
     return steps.assign(**ratios, frontier=frontier)
 
 
 def _with_cards(longest: pd.DataFrame, paper: Paper) -> pd.DataFrame:
     """The longest sequences, and a row for what is published of each card that one of them stands for."""
     figures = paper.figures[paper.figures.table == "longest"].set_index("column")
-    cards = longest[longest.times_published.notna()].drop_duplicates(["section", "limit"])
+    cards = longest[longest.times_published.notna()].drop_duplicates(["section", "limit_gib"])
     published = [
-        {"whose": "Unsloth", "n": 0, "section": one.section, "domain": one.domain, "card": one.card, "limit": one.limit,
+        {"whose": "Unsloth", "n": 0, "section": one.section, "domain": one.domain, "card": one.card, "limit_gib": one.limit_gib,
          "row": figures.row[f"{one.card:g}"].removeprefix("unsloth ").partition(" on")[0],
          "published": {"longest tokens": next(figures.loc[[f"{one.card:g}"]].itertuples())}}
         for one in cards.itertuples()
