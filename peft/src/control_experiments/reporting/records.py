@@ -28,6 +28,7 @@ import pandas as pd
 
 from ..errors import UserError
 from ..record import RunRecord, read_json, read_record
+from .pictures import CARDS
 
 #: Folders whose runs belong to no comparison of methods: a demonstration, runs that vary settings, and our own tables.
 LEFT_OUT = ("quickstart", "ablations", "mine", "logs")
@@ -41,8 +42,6 @@ GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 #: Columns of the commonsense tables, in the paper's order.
 COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa", "average")
 UNQUANTIZED = "not quantized"
-#: GB of graphics cards as they are sold.
-CARDS = (8, 12, 16, 24, 40, 48, 80)
 #: A GPU's tables of the host memory that it reads, as a share of it: they are no other process.
 PAGE_TABLES = 1 / 256
 SHARED_GPU = "Not shown: other processes used the GPU at the same time."
