@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from control_experiments.paths import REPOSITORY, RESULTS
-from control_experiments.reporting.page import longests, streamings
+from control_experiments.reporting.page import draw
 from control_experiments.reporting.records import load, read_paper
 from control_experiments.reporting.tables import Table, all_tables, make_table
 
@@ -216,7 +216,7 @@ def test_weights_that_wait_on_the_host_stand_beside_resident_ones_and_the_floor(
     assert first["GB on the host"] == "64.00" and shared["times the floor"] == ""
     lines = rows(results, "quantized_memory", "llama3-70b, Some GPU")
     assert [line["method"] for line in lines] == [stays, stays]
-    ((_, drawn, figure),) = streamings(load(results.path)[0])
+    ((_, _, drawn, figure),) = draw(load(results.path)[0], PAPER)
     lines = [dict(zip(*map(list, line.get_data()))) for line in figure.axes[0].lines]
     assert drawn == "llama3-70b, batch 1, Some GPU"
     assert lines == [{2048: 2.5, 16384: 5.0}, {2048: 3.0, 16384: 5.5}, {2048: 1.0, 16384: 5.0}]
@@ -240,9 +240,9 @@ def test_the_longest_sequences_stand_by_limit_and_against_the_card(results):
     assert (fast["tokens/s"], fast["peak GB"]) == ("16,384", "9.00") and unfit["tokens/s"].startswith("failed")
     assert "8,192 tokens do not fit on this GPU" in notes(results, "length_speed", title)[0]
 
-    (_, drawn, figure), *more = longests(load(results.path)[0], PAPER)
+    ((_, _, drawn, figure),) = draw(load(results.path)[0], PAPER)
     lines = {line.get_label(): dict(zip(*map(list, line.get_data()))) for line in figure.axes[0].lines}
-    assert drawn == title and not more
+    assert drawn == title
     assert lines["control+nf4:lean"] == {8: 16384, 24: 262144, 80: 524288}
     assert lines["lora+nf4"] == {24: 15360, 80: 65536}, "what does not fit at all has no mark"
     assert lines["published: Unsloth, QLoRA r32"][24] == 78475

@@ -150,7 +150,11 @@ def _in_text(paper: Paper, specification: dict) -> list[str]:
 
 def step_means(steps: pd.DataFrame) -> pd.DataFrame:
     """Mean seconds and bytes over the weights by whose, setting and method, and whether no other beats it in both."""
-    means = steps[steps.step_seconds.notna()].groupby(["whose", "section", "row"], sort=False)[["step_seconds", "over_static_bytes"]].mean()
+    means = (
+        steps[steps.step_seconds.notna()]
+        .groupby(["whose", "section", "row"], sort=False)[["step_seconds", "over_static_bytes"]]
+        .mean()
+    )
     ordered = means.sort_values(["step_seconds", "over_static_bytes"])
     leanest = ordered.groupby(["whose", "section"]).over_static_bytes.cummin()
     leanest = leanest.groupby(["whose", "section"]).shift(fill_value=float("inf"))
@@ -166,7 +170,10 @@ def _with_frontier(steps: pd.DataFrame) -> pd.DataFrame:
     loras = means[means.index.get_level_values("row").str.startswith("lora")].groupby(setting).min()
     steps = steps.join(means, on=[*setting, "row"], rsuffix="_mean").join(loras, on=setting, rsuffix="_lora")
     frontier = steps.frontier.map({True: "yes", False: "no"}).fillna("")
-    ratios = {"time_ratio": steps.step_seconds_mean / steps.step_seconds_lora, "memory_ratio": steps.over_static_bytes_mean / steps.over_static_bytes_lora}
+    ratios = {
+        "time_ratio": steps.step_seconds_mean / steps.step_seconds_lora,
+        "memory_ratio": steps.over_static_bytes_mean / steps.over_static_bytes_lora,
+    }
     return steps.assign(**ratios, frontier=frontier)
 
 
