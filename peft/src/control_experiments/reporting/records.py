@@ -110,12 +110,8 @@ def _rows(path: Path, place: tuple[str, ...]) -> Iterator[dict]:
         record, above = read_record(path), path.parents[1] / name
         if above.is_file() and _evaluates(record, read_record(above)):
             return  # read with its training
-        if "questions_per_second_batch_one" in (record.metrics.get("last") or {}):
-            yield _batches(record)
-        elif record.task == "throughput":
-            yield from _throughput(record)
-        else:
-            yield from _run(path, record, place)
+        compares = record.task == "throughput" or "questions_per_second_batch_one" in (record.metrics.get("last") or {})
+        yield from _ways(record) if compares else _run(path, record, place)
     elif top in ("memory", "scaling") or name.startswith("benchmark_padding"):
         contents = read_json(path)
         if not isinstance(contents, dict) or contents.get("schema", 1) != 1:
@@ -223,7 +219,7 @@ def _conditions(record: RunRecord, evaluation: RunRecord | None) -> tuple[dict[s
         shared[name] = str(what.get("sha256") or what.get("revision"))[:12]
     asked = shared if llama else {}  # zero-shot: nothing of it is training
     if evaluation or not llama:
-        shared |= {"device": record.device["name"], "torch": str(_torch(record.versions))}
+        shared |= {"device": record.device["name"], "torch": ".".join(str(record.versions.get("torch")).split(".")[:2])}
     if evaluation:
         asked = {name: str(value) for name, value in evaluation.hyperparameters.items() if name not in _NEUTRAL}
         asked["data"] = str(evaluation.data.get("sha256"))[:12]
@@ -256,15 +252,10 @@ def _mark_unequal(frame: pd.DataFrame) -> list[str]:
 # -- measurements: steps, batches, scaling --------------------------------------------------------------------
 
 
-def _torch(versions: dict | None) -> str | None:
-    """torch's version without its patch, such as 2.14; None where it was not noted."""
-    version = (versions or {}).get("torch")
-    return version and ".".join(version.split(".")[:2])
-
-
 def _where(device: str, versions: dict | None) -> str:
-    torch = _torch(versions)
-    return f"{device}, torch {torch}" if torch else device
+    """Where something was measured: device and torch without its patch, such as 2.14, if it was noted."""
+    version = (versions or {}).get("torch")
+    return f"{device}, torch {'.'.join(version.split('.')[:2])}" if version else device
 
 
 def _steps(file: dict) -> Iterator[dict]:
@@ -321,29 +312,23 @@ def _beside_resident(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(times_floor=frame.step_seconds / frame.floor)
 
 
-def _measured(record: RunRecord, kind: str) -> tuple[dict, str]:
-    """What throughput and answers in batches have in common, and where they were measured."""
-    shared = record.memory.get("other_processes_bytes")
+def _ways(record: RunRecord) -> Iterator[dict]:
+    """Ways of batching (LlaMA/benchmark_throughput.py) or of answering (evaluate.py --compare_batch_one), measured in one process."""
+    o, last, model = record.hyperparameters, record.metrics["last"], record.model["id"].rpartition("/")[2]
+    where, shared = _where(record.device["name"], record.versions), record.memory.get("other_processes_bytes")
     row = {
-        "kind": kind, "domain": record.domain, "task": record.model["id"].rpartition("/")[2], "row": record.method, "method": record.method,
-        "mode": record.hyperparameters.get("mode"), "timed": not shared and record.device.get("kind") == "cuda",
-        "record": record, "notes": (SHARED_GPU,) if shared else (),
+        "domain": record.domain, "task": model, "row": record.method, "method": record.method, "mode": o.get("mode"), "record": record,
+        "timed": not shared and record.device.get("kind") == "cuda", "notes": (SHARED_GPU,) if shared else (),
     }  # fmt: skip
-    return row, _where(record.device["name"], record.versions)
-
-
-def _throughput(record: RunRecord) -> Iterator[dict]:
-    o, (row, where) = record.hyperparameters, _measured(record, "throughput")
+    if record.task != "throughput":
+        base = model if o["quantization"] == "none" else f"{model}, {o['quantization']}"
+        row |= {"section": f"{base}, {o['dtype']}, {where}", "batch": f"{last['batch_size']} together"}
+        yield row | last | {"kind": "batches"}
+        return
     recipe = f"{o['batch_size']} rows a step, at most {o['cutoff']} tokens each, {o['dtype']}"
-    section = f"{row['task']}, {record.method}, memory mode {o['memory']}, {recipe}, {where}"
+    row["section"] = f"{model}, {record.method}, memory mode {o['memory']}, {recipe}, {where}"
     for way, what in WAYS.items():
-        yield row | record.metrics["last"][way] | {"section": section, "way": f"{way}: {what}"}
-
-
-def _batches(record: RunRecord) -> dict:
-    o, last, (row, where) = record.hyperparameters, record.metrics["last"], _measured(record, "batches")
-    base = row["task"] if o["quantization"] == "none" else f"{row['task']}, {o['quantization']}"
-    return row | last | {"section": f"{base}, {o['dtype']}, {where}", "batch": f"{last['batch_size']} together"}
+        yield row | last[way] | {"kind": "throughput", "way": f"{way}: {what}"}
 
 
 def _padding(file: dict) -> Iterator[dict]:
