@@ -168,13 +168,14 @@ def longest_sequences(rows: pd.DataFrame, published: Mapping[int, float], title:
     Unsloth's, card in GB -> tokens."""
     axes = _axes(title)
     measured = rows[rows.longest_tokens > 0].groupby(["row", "card"], sort=False).longest_tokens.min().reset_index()
-    dashes = dict(zip(dict.fromkeys(map(_base, measured.row)), itertools.cycle(("-", "--", ":", "-."))))
-    for row, part in measured.groupby("row", sort=False):
-        look = _look(row) | ({"marker": "X"} if "unsloth" in row else {}) | {"linestyle": dashes[_base(row)], "label": row}
+    measured["base"] = measured.row.str.extract(r"\b(nf4|fp4|int8|fp8)\b", expand=False).fillna("bf16")
+    dashes = dict(zip(measured.base.unique(), itertools.cycle(("-", "--", ":", "-."))))
+    for (row, base), part in measured.groupby(["row", "base"], sort=False):
+        look = _look(row) | {"linestyle": dashes[base], "label": row} | ({"marker": "X"} if "unsloth" in row else {})
         axes.plot(part.sort_values("card").set_index("card").longest_tokens, markersize=5, linewidth=1.4, **look)
     if published:
-        look = dict(color="#444", linewidth=2, linestyle=(0, (1, 1)), zorder=1)
-        axes.plot(*zip(*sorted(published.items())), label="published: Unsloth, QLoRA r32", **look)
+        look = dict(color="#444", linewidth=2, linestyle=(0, (1, 1)), zorder=1, label="published: Unsloth, QLoRA r32")
+        axes.plot(*zip(*sorted(published.items())), **look)
     axes.set(xlabel="card, GB", ylabel="longest sequence, tokens")
     _at(axes, CARDS)
     _logarithmic(axes, "{x:,.0f}")
@@ -182,26 +183,20 @@ def longest_sequences(rows: pd.DataFrame, published: Mapping[int, float], title:
     return axes.figure
 
 
-def _base(row: str) -> str:
-    """How a benchmark's label says that the frozen weights are stored, which the line's dashes show."""
-    return next((word for word in re.split("[+:]", row) if word in ("nf4", "fp4", "int8", "fp8")), "bf16")
-
-
 def streaming(steps: pd.DataFrame, title: str) -> Figure:
     """Seconds a step against tokens (columns as the records'), a line for each method whose weights wait on the host, the same with
     resident weights, and the floor: the longer of that and copying the weights."""
     axes, labels = _axes(title), iter(("floor: the longer of copying and resident",))
     figures = ["step_seconds", "resident_step_seconds", "floor"]
-    means = steps.groupby(["row", "tokens"], sort=False)[figures].mean().reset_index().sort_values("tokens")
+    means = steps.groupby(["row", "tokens"], sort=False)[figures].mean().reset_index("row").sort_index()
     for (row, part), dash in zip(means.groupby("row", sort=False), itertools.cycle(_DASHES)):
-        part = part.set_index("tokens")
         axes.plot(part.floor, color="#444", linewidth=5, alpha=0.25, label=next(labels, None), zorder=1)
         axes.plot(part.step_seconds, linestyle=dash, label=row, **_look(row))
     for row, part in means.groupby(means.row.str.replace(r"\+streamed3?", "", regex=True), sort=False):
-        look = dict(color="#c25a00", marker="s", markersize=4, linestyle="--", linewidth=1.2, gid=mark(family(row), row))
-        axes.plot(part.groupby("tokens").resident_step_seconds.mean().dropna(), label=f"{row}, resident", **look)
+        look = _look(row) | {"color": "#c25a00", "marker": "s", "linestyle": "--", "label": f"{row}, resident"}
+        axes.plot(part.resident_step_seconds.dropna().groupby("tokens").mean(), markersize=4, linewidth=1.2, **look)
     axes.set(xlabel="tokens a step", ylabel="seconds a step")
-    _at(axes, sorted(means.tokens.unique()))
+    _at(axes, sorted(means.index.unique()))
     _logarithmic(axes, "{x:g}")
     axes.legend(fontsize=9)
     return axes.figure

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -361,14 +361,11 @@ def _scaling(file: dict) -> Iterator[dict]:
 # -- the paper ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Paper:
-    """results/paper.json: `figures` (a row each, with its status "exact" or "inferred"), doubts about them, recipes."""
+class Paper(NamedTuple):
+    """results/paper.json: `figures` (a row each, with its status "exact" or "inferred") and doubts about them."""
 
     figures: pd.DataFrame
-    sources: dict[str, str]
-    weaknesses: tuple[str, ...]
-    recipes: dict[str, dict]
+    weaknesses: list[str]
 
 
 def read_paper(path: Path) -> Paper:
@@ -380,8 +377,7 @@ def read_paper(path: Path) -> Paper:
     try:
         contents = read_json(path)
         figures = pd.DataFrame(contents["figures"]).astype({"value": float})
-        figures["text"] = [_published(figure) for figure in figures.itertuples()]
-        return Paper(figures, contents["sources"], tuple(contents["known_weaknesses"]), contents["recipes"])
+        return Paper(figures.assign(text=[_published(figure) for figure in figures.itertuples()]), contents["known_weaknesses"])
     except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is missing or broken ({error}): restore it with git checkout") from error
 
