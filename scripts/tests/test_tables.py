@@ -114,7 +114,7 @@ def test_settings_that_are_not_comparable_have_sections_of_their_own(results):
         assert row(results, "quantized", f"tiny-encoder, {setting}", task="cola", method="control")["last"] == last
 
 
-def test_commonsense_joins_a_training_with_its_evaluation(results):
+def test_commonsense_joins_a_training_with_each_of_its_evaluations(results):
     results.llama("double control", 43, 51.0)
     results.llama("double control", 44, 53.0)
     results.llama("zero-shot", None, 40.0, folder="zero-shot")
@@ -127,8 +127,6 @@ def test_commonsense_joins_a_training_with_its_evaluation(results):
     paper = row(results, "commonsense", "meta-llama-3-8b", method="control+lora r64+r32")
     assert paper["average"] == "85.40 (exact)" and paper["hellaswag"].startswith("95.40 (inferred)")
 
-
-def test_each_evaluation_below_a_training_reaches_the_table(results):
     path = results.llama("lora", 1, 50.0)
     ranked = path.parents[1] / "likelihood" / "record.json"
     ranked.parent.mkdir()
@@ -137,8 +135,7 @@ def test_each_evaluation_below_a_training_reaches_the_table(results):
     for setting, average in (("", "50.00"), (", ranked by likelihood", "55.00")):
         line = row(results, "commonsense", f"tiny-llama{setting}", method="lora r32")
         assert (line["average"], line["train s"], len(line["runs"])) == (average, "100.0", 2)
-    other = results.llama("dora", 1, 60.0, folder="lora-seed1/inside")  # a training of its own, wherever it lies
-    assert other.is_file()
+    results.llama("dora", 1, 60.0, folder="lora-seed1/inside")  # a training of its own, wherever it lies
     assert row(results, "commonsense", "tiny-llama", method="dora r32")["average"] == "60.00"
 
 
@@ -273,34 +270,27 @@ def test_a_broken_record_is_left_out_by_name(results, contents):
     for seed in (1, 2):
         path = results.roberta("lora", seed, 0.5)
     path.write_text(contents if contents is not None else json.dumps({**json.loads(path.read_text()), "metrics": None}))
-    (problem,) = problems(results)
-    assert problem.startswith("roberta/tiny-encoder_cola_lora_seed2/record.json ")
+    measured = {results.throughput(2.0): "dtype", results.batches(12.0, 100.0): "dtype"}
+    measured |= {results.benchmark(lora=(0.4, 40.0)): "device", results.scaling([("lora", "ddp", 1, 0.4, 30.0)]): "device"}
+    for file, missing in measured.items():
+        found = json.loads(file.read_text())
+        del (found if missing == "device" else found["hyperparameters"])[missing]
+        file.write_text(json.dumps(found))
+    *lacking, last = problems(results)
+    assert last.startswith("roberta/tiny-encoder_cola_lora_seed2/record.json ")
+    told = "{} is a broken record ('{}' is missing): delete it and run again"
+    assert lacking == sorted(told.format(file.relative_to(results.path), missing) for file, missing in measured.items())
     assert row(results, "glue", "tiny-encoder", method="lora")["n"] == 1
 
 
-@pytest.mark.parametrize("write", ["throughput", "batches", "benchmark", "scaling"])
-def test_a_measurement_that_lacks_something_is_named_and_left_out(results, write):
-    make = {"throughput": lambda: results.throughput(2.0),
-            "batches": lambda: results.batches(12.0, 100.0), "benchmark": lambda: results.benchmark(lora=(0.4, 40.0)),
-            "scaling": lambda: results.scaling([("lora", "ddp", 1, 0.4, 30.0)])}  # fmt: skip
-    path = make[write]()
-    contents = json.loads(path.read_text())
-    missing = "device" if write in ("benchmark", "scaling") else "dtype"
-    del (contents if missing == "device" else contents["hyperparameters"])[missing]
-    path.write_text(json.dumps(contents))
-    told = f"{path.relative_to(results.path)} is a broken record ('{missing}' is missing)"
-    assert told in problems(results)[0]
-
-
 def test_two_runs_that_claim_one_cell_leave_it_empty(results):
-    results.roberta("control", 1, 0.5)
-    results.roberta("control", 1, 0.6, folder="again")
+    for folder in (None, "again"):
+        results.roberta("control", 1, 0.5, folder=folder)
     results.roberta("lora", 1, 0.5)
     both = "roberta/again/record.json and roberta/tiny-encoder_cola_control_seed1/record.json both claim control"
-    assert both in problems(results)[0]
+    assert both in problems(results)[0] and both in notes(results, "glue", "tiny-encoder")[0]
     line = row(results, "glue", "tiny-encoder", method="control")
     assert (line["last"], line["runs"]) == ("no record", "left out <sup>1</sup>")
-    assert both in notes(results, "glue", "tiny-encoder")[0]
     assert row(results, "glue", "tiny-encoder", method="lora")["last"] == "50.00"
 
 
@@ -322,16 +312,11 @@ def test_a_run_under_other_conditions_is_not_mixed_in(results, change):
 
 
 def test_a_resumed_run_keeps_its_score_but_not_its_cost(results):
-    results.roberta("control", 1, 0.6, resumed=10)
+    path = results.roberta("control", 1, 0.6, resumed=10)
     line = row(results, "glue", "tiny-encoder", method="control")
-    assert line["last"] == "60.00" and line["train s"] == "not measured"
-    assert line["peak MiB"] == "not measured <sup>1</sup>"
+    assert (line["last"], line["train s"], line["peak MiB"]) == ("60.00", "not measured", "not measured <sup>1</sup>")
     assert "was resumed" in notes(results, "glue", "tiny-encoder")[0]
-
-
-def test_runs_that_choose_settings_and_the_quickstart_are_no_results(results):
-    path = results.roberta("control", 1, 0.6)
-    for folder in ("quickstart", "roberta/learning_rate_search", "roberta/ablations"):
+    for folder in ("quickstart", "roberta/learning_rate_search", "roberta/ablations"):  # what lies there is no result
         (results.path / folder).mkdir(parents=True)
         path.parent.rename(results.path / folder / "control")
         assert [*sections(results, "glue")] == ["roberta-base"]  # the paper's
@@ -342,6 +327,7 @@ def test_runs_that_choose_settings_and_the_quickstart_are_no_results(results):
 
 
 def test_the_command_writes_everything_and_says_what_it_left_out(results, call):
+    assert "nowhere is no folder" in call("scripts.make_tables", "--results", results.path / "nowhere").refused()
     for seed in (1, 2):
         results.roberta("control", seed, 0.5 + seed / 10, model="roberta-base")
     results.roberta("lora", 1, 0.5).write_text("{")
@@ -352,28 +338,21 @@ def test_the_command_writes_everything_and_says_what_it_left_out(results, call):
     assert float(ours["last"]) == pytest.approx(65) and ours["last sd"] == pytest.approx(statistics.stdev([60, 70]))
     assert ours["runs"].split() == [f"roberta/roberta-base_cola_control_seed{n}/record.json" for n in (1, 2)]
     assert (float(paper["best"]), paper["best status"]) == (65.32, "exact")
-    names = [table.name for table in all_tables(load(results.path)[0], PAPER)]
-    assert len(names) == 17
-    assert all((results.path / "tables" / f"{name}.{kind}").is_file() for name in names for kind in ("md", "csv"))
-    assert (results.path / "claims.md").is_file() and (results.path / "report.html").is_file()
-
-
-def test_a_folder_that_is_not_there_is_one_line(tmp_path, call):
-    assert "nowhere is no folder" in call("scripts.make_tables", "--results", tmp_path / "nowhere").refused()
+    tables = {f"tables/{table.name}.{kind}" for table in all_tables(load(results.path)[0], PAPER) for kind in ("md", "csv")}
+    assert len(tables) == 2 * 17 and tables | {"claims.md", "report.html"} <= files(results.path).keys()
 
 
 def files(folder) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_users_runs_stand_beside_the_shipped_ones_and_change_nothing_of_theirs(results, new_results, call):
+def test_a_users_runs_stand_beside_the_shipped_ones_and_change_nothing_of_theirs(results, call):
+    mine = type(results)(results.path / "shipped")
+    results.path = mine.path / "published"
     for seed in (1, 2):
         results.roberta("control", seed, 0.6)
         results.roberta("lora", seed, 0.5)
     results.benchmark(lora=(0.4, 40.0), control_fast=(0.2, 13.0))
-    mine = new_results()
-    mine.path.mkdir()
-    shutil.copytree(results.path, mine.path / "published")
     assert call("scripts.make_tables", "--results", mine.path)[0] == 0
     before = files(mine.path)
     mine.roberta("control", 1, 0.9)  # the same cell again, and another device
@@ -386,8 +365,7 @@ def test_a_users_runs_stand_beside_the_shipped_ones_and_change_nothing_of_theirs
     assert {name: after[name] for name in before} == before
     assert "published" not in stderr and "left out: roberta/" in stderr
     shown = after["mine/tables/glue.md"].decode()
-    assert "| cola | control | 0.001 | ours | 2 | 1,234 | 60.00 |" in shown
-    assert "| cola | control | 0.001 | yours |" in shown
+    assert "| cola | control | 0.001 | ours | 2 | 1,234 | 60.00 |" in shown and "| cola | control | 0.001 | yours |" in shown
     assert "| lora | yes | yours | 1 |" in after["mine/tables/memory_speed.md"].decode()
     for name in ("tables/glue.md", "claims.md"):
         links = re.findall(r"\]\(([^)#]+)\)", after[f"mine/{name}"].decode())

@@ -35,7 +35,8 @@ LEFT_OUT = ("quickstart", "ablations", "mine", "logs")
 #: Columns that exist whatever there are records of.
 _TEXTS = "whose kind domain section place task row method mode way shard error problem".split()  # noqa: SIM905
 _NUMBERS = """n seed last best trained lr peak allocated seconds rate repeat timed sequences tokens limit_gib card longest_tokens
-processes step_seconds tokens_per_second peak_bytes over_static_bytes copies resident_peak_bytes resident_step_seconds floor""".split()  # noqa: SIM905
+processes step_seconds tokens_per_second peak_bytes over_static_bytes
+adapter_and_optimizer_bytes copies resident_peak_bytes resident_step_seconds floor""".split()  # noqa: SIM905
 _OBJECTS = "links notes shared own record folder".split()  # noqa: SIM905
 SEARCH = "learning_rate_search"
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
