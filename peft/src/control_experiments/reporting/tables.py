@@ -80,7 +80,7 @@ def make_table(name: str, frame: pd.DataFrame, paper: Paper) -> Table:
     keys, quoted = specification["rows"], paper.figures[paper.figures.quantity.isin(specification.get("published", []))]
     quoted = quoted[quoted.table == specification.get("quoted", specification.get("paper"))]
     remarks = [f"Published: {f.model}, {f.row}: {f.quantity} {f.text}." for f in quoted.itertuples()]
-    rows = _sorted(rows, [*keys.values(), "whose"])
+    rows = _sorted(rows, [*keys.values(), "whose"]) if len(rows) else rows
     counts = rows.groupby("section", sort=False).n.sum()
     sections = [
         _section(title, rows[rows.section == title], keys, specification["figures"])
