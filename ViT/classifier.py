@@ -22,7 +22,9 @@ from control_experiments.record import read_json, write_json_atomic
 from control_experiments.training.checkpoints import check_adapter_files
 from control_experiments.training.methods import adapter_config, load_adapter
 from peft_control import quantize_fp8
+from ViT.names import TINY
 from ViT.options import RecipeOptions
+from ViT.tiny_model import build_tiny
 from ViT.vision_models import Base, create, load, load_weights, mlp_linears, set_attention, set_mlp_layers
 
 HEAD = "head"
@@ -140,21 +142,23 @@ def build_base(
     model: str, architecture: str | None, *, mlp_layers: int, attention: str, **shape: int
 ) -> tuple[VisionTransformer, Base]:
     """The base model of a `shape` (`load`'s) with a new head, its MLP layers and its kind of attention."""
-    vit, base = load(model, architecture, **shape)
+    vit, base = build_tiny(**shape) if model == TINY else load(model, architecture, **shape)
     set_mlp_layers(vit, mlp_layers)
     set_attention(vit, attention)
     return vit, base
 
 
-def save(model: nn.Module, folder: Path, description: Description, base_weights: dict | None = None) -> None:
-    """Write the adapter folder; `base_weights` are kept beside it when the base model exists nowhere else."""
+def save(model: nn.Module, folder: Path, description: Description, base: VisionTransformer) -> None:
+    """Write the adapter folder; the tiny `base` model, which exists nowhere else, is kept beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         model.save_pretrained(folder)
     else:
         save_file(model.get_submodule(HEAD).state_dict(), folder / "head.safetensors")
-    if base_weights is not None:
-        save_file(base_weights, folder / "base.safetensors")
+    if description.model == TINY:
+        # the head is the adapter's, and the identities of a deeper MLP are made anew
+        weights = {n: v for n, v in base.state_dict().items() if not n.startswith("head.") and ".eye" not in n}
+        save_file(weights, folder / "base.safetensors")
     write_json_atomic(folder / "classifier.json", asdict(description))
 
 

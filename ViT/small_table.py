@@ -50,7 +50,6 @@ class ImageStudy(Study):
     def __init__(self, options: Options):
         output = Path(options.output_dir) if options.output_dir else RESULTS / "vit"
         super().__init__(options, model_name(options.model), options.data, output)
-        self.loader = None
 
     def plan(self, cell: Cell) -> RunOptions:
         share = self.options.search_share if cell.searching else None
@@ -60,8 +59,7 @@ class ImageStudy(Study):
     def train(self, cell: Cell, run: RunOptions) -> None:
         from ViT import recipe  # with torch and timm, for which --help and a wrong option do not wait
 
-        self.loader = self.loader or recipe.Loader()
-        recipe.train(run, self.loader, command_of(run))
+        recipe.train(run, command_of(run))
 
     def score(self, record: Path) -> float:
         return read_record(record).metrics["last"]["test_accuracy"]
