@@ -82,8 +82,7 @@ def trained(options: Options, adapter: str) -> Iterator[tuple[Step, Description,
         model, description, base = restore(adapter, attention=options.attention, model=moved)
         for name in ("method", "model", "image_size", "mlp_layers", "crop"):
             setattr(options, name, getattr(description, name))
-        unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-        yield Step(model.to(device), unused, device, precision), description, base
+        yield Step(model.to(device), None, device, precision), description, base
 
 
 def check_no_training(folder: RunFolder) -> None:

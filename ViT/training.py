@@ -45,7 +45,7 @@ class Step:
     finite): the next batch is prepared between them, while the device is busy with the backward.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, precision: str):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device, precision: str):
         self.model, self.optimizer, self.device, self.precision = model, optimizer, device, precision
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 

@@ -85,21 +85,6 @@ def test_four_layer_mlp_and_eager_attention_are_the_same_function_and_the_lora_t
     assert not any(p.requires_grad for n, p in model.named_parameters() if "eye" in n and "lora" not in n)
 
 
-@pytest.mark.parametrize("init_values", [None, 1e-5])
-def test_layer_scale_does_not_scale_the_control(init_values):
-    model = adapted(small(init_values=init_values), "control")
-    block = model.base_model.model.blocks[2].eval()
-    state = torch.randn(2, 5, 64)
-    with torch.no_grad():
-        for parameter in block.mlp_control.parameters():
-            parameter.normal_()
-        a, b = block.mlp_control.control_A["default"], block.mlp_control.control_B["default"]
-        h = state + block.ls1(block.attn(block.norm1(state)))
-        expected = h + block.ls2(block.mlp(block.norm2(h))) + b(a(h))
-        torch.testing.assert_close(block(state), expected)
-        assert b(a(h)).abs().mean() > 1  # not the small thing that a scaled one would be
-
-
 def test_position_embeddings_are_resampled_and_the_head_is_new(tmp_path):
     path = tmp_path / "model.safetensors"
     source = small(img_size=96)
