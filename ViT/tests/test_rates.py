@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -106,6 +107,20 @@ def test_the_launchers_table_has_each_methods_own_rate_and_runs_nothing_twice(ca
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
 
 
+@pytest.fixture
+def table(call, base_model, npz, tmp_path):
+    model = ("--model", base_model, "--architecture", "test_vit", "--image_size", 32, "--device", "cpu")
+    return partial(call, "ViT.small_table", *model, "--data", npz, "--epochs", 1, "--output_dir", tmp_path / "out")
+
+
+def test_a_study_does_not_mix_two_forms_of_miss(table, tmp_path):
+    once = ("--methods", "miss", "--seeds", 1)
+    table(*once).finished()
+    (record,) = (tmp_path / "out").glob("*/record.json")
+    record.write_text(record.read_text().replace('"init_weights": "mini"', '"init_weights": true'))
+    assert "colors_miss_seed1 is of MiSS's other form" in table(*once).refused()
+
+
 def test_the_smallest_of_equal_rates_is_chosen(tmp_path):
     scores = {("data", "probe"): {"0.002": 50.0, "0.001": 50.0, "0.0005": 49.0, "0.004": None}}
     assert choose_rates(scores, tmp_path / "search" / "model.json", "model") == {("data", "probe"): "0.001"}
@@ -120,7 +135,6 @@ def test_the_smallest_of_equal_rates_is_chosen(tmp_path):
         (("--search_only",), "--search_only needs --grid"),
     ],
 )
-def test_a_bad_table_is_one_line_and_leaves_nothing(call, base_model, npz, tmp_path, arguments, message):
-    table = ("--model", base_model, "--architecture", "test_vit", "--data", npz, "--device", "cpu", "--image_size", 32)
-    assert message in call("ViT.small_table", *table, "--output_dir", tmp_path / "out", *arguments).refused()
+def test_a_bad_table_is_one_line_and_leaves_nothing(table, tmp_path, arguments, message):
+    assert message in table(*arguments).refused()
     assert not (tmp_path / "out").exists()
