@@ -24,8 +24,8 @@ from control_experiments.training.checkpoints import check_adapter_files
 from control_experiments.training.checksums import fingerprint, local_fingerprint
 from control_experiments.training.device import DTYPES, describe_device, explain_out_of_memory
 from control_experiments.training.metering import MemoryMeter
-from control_experiments.training.methods import count_unquantized, describe_model, load_adapter
-from control_experiments.training.options import check_method_runs
+from control_experiments.training.methods import adapter_config, count_unquantized, describe_model, load_adapter
+from control_experiments.training.options import AdapterOptions, check_method_runs
 from control_experiments.training.quantization import quantization_of
 from control_experiments.training.runs import RunFolder
 from control_experiments.training.setup import choose
@@ -33,7 +33,7 @@ from LlaMA.answering import Question, Reply, batches, generate, in_parts, questi
 from LlaMA.batch_one import compare_batch_one
 from LlaMA.commonsense import TASKS, Row, read_tests
 from LlaMA.demo import place_of_model
-from LlaMA.models import choose_pad_token, expected_config, load_model, load_tokenizer, stream
+from LlaMA.models import choose_pad_token, load_model, load_tokenizer, stream
 
 if TYPE_CHECKING:
     from LlaMA.evaluate import Options
@@ -95,7 +95,7 @@ def evaluate(
     if options.compare_batch_one:
         questions = []
         for task, rows in tests.items():
-            questions += questions_of(rows, TASKS[task], tokenizer, options.prompt_style)
+            questions += questions_of(tuple(rows), TASKS[task], tokenizer, options.prompt_style)
         answer = answerer(options, model, tokenizer)
         published = partial(answer, stop_when_decided=False) if options.mode == "generate" else None
         size = {"count": options.compare_batch_one, "batch_size": options.batch_size}
@@ -126,7 +126,7 @@ def answer_all(options: Options, folder: RunFolder, model, tokenizer, tests: dic
         for task, rows in tests.items():
             path, began = folder.path / f"{task}.jsonl", time.perf_counter()
             left = len(rows) - len(read_answers(path, rows))
-            questions = questions_of(rows, TASKS[task], tokenizer, options.prompt_style)
+            questions = questions_of(tuple(rows), TASKS[task], tokenizer, options.prompt_style)
             answered[task] = answer_task(path, rows, questions, answer, options.batch_size, bar)
             scores[task] = score(answered[task])
             seconds[task] = time.perf_counter() - began
@@ -139,12 +139,9 @@ def answer_all(options: Options, folder: RunFolder, model, tokenizer, tests: dic
 
 def keep_outcomes(folder: Path, answered: dict[str, dict[int, dict]]) -> None:
     """Every question's outcome in compact form, for comparisons question by question."""
-    names, correct, tasks = [], [], []
-    for task, answers in sorted(answered.items()):
-        names += [f"{task} {row}" for row in sorted(answers)]
-        correct += [answers[row]["correct"] for row in sorted(answers)]
-        tasks += [task] * len(answers)
-    write_outcomes(folder, names, correct, group=tasks)
+    rows = [(task, row) for task in sorted(answered) for row in sorted(answered[task])]
+    correct = [answered[task][row]["correct"] for task, row in rows]
+    write_outcomes(folder, [f"{task} {row}" for task, row in rows], correct, group=[task for task, _ in rows])
 
 
 def check_adapter(options: Options) -> None:
@@ -156,8 +153,10 @@ def check_adapter(options: Options) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{options.adapter} is no adapter that peft can read: {error}") from error
     if options.method is not None:
-        ranks = (options.control_rank, 1.0, 0.0, options.lora_rank, options.lora_alpha, 0.0)
-        expected = expected_config(options.method, *ranks, config.target_modules or ("q_proj",))
+        given = {name: getattr(options, name) for name in ("method", "control_rank", "lora_rank", "lora_alpha")}
+        wanted = AdapterOptions(**given)
+        wanted.check()
+        expected = adapter_config(wanted, task_type="CAUSAL_LM", targets=config.target_modules or ("q_proj",))
         for name, wanted in _identity(expected).items():
             if (found := _identity(config).get(name)) != wanted:
                 asked = f"{options.method} with {name} {wanted} was asked for: give the values it was trained with"

@@ -10,6 +10,7 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,13 +140,13 @@ def tokenize_data(
     Raises UserError: the tokenizer knows no end-of-sequence token, or has no chat template, or one that refuses a chat.
     """
     rows: list[TokenRow] = []
-    for one in data:
-        if isinstance(one, Text):
-            rows += _split(one, tokenizer, cutoff)
-        elif isinstance(one, Chat):
-            rows.append(_tokenize_chat(one, tokenizer, cutoff))
+    for kind, alike in groupby(data, type):
+        if kind is Row:
+            rows += tokenize_rows(list(alike), tokenizer, cutoff, response_only=response_only)
+        elif kind is Text:
+            rows += (row for text in alike for row in _split(text, tokenizer, cutoff))
         else:
-            rows += tokenize_rows([one], tokenizer, cutoff, response_only=response_only)
+            rows += (_tokenize_chat(chat, tokenizer, cutoff) for chat in alike)
     return rows
 
 

@@ -222,7 +222,7 @@ def test_memory_modes_train_alike(arguments, tmp_path):
 
 
 def test_padding_to_the_longest_changes_no_logit(encoders):
-    tokenizer, model = encoder.load_tokenizer_and_model(str(encoders["roberta"]), TASKS["cola"])
+    tokenizer, model = encoder.load_tokenizer(encoders["roberta"]), encoder.load_model(encoders["roberta"], TASKS["cola"])
     model = encoder.add_adapter(model, finetune.Options(method="control", task="cola")).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:

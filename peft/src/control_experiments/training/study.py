@@ -18,7 +18,6 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -207,6 +206,7 @@ class Study(ABC):
             self._chosen[task, arm] = self.options.lr
             return []
         rates, scores = sorted(dict.fromkeys(self.options.grid)), {}
+        key, notes = (Path(task).stem, arm.text), self.output / SEARCH_FOLDER / f"{self.model}.json"
         for grown in range(self.options.growth + 1):
             left = []
             for rate in rates:
@@ -219,14 +219,12 @@ class Study(ABC):
                     scores[rate] = statistics.fmean(self._scores[cell] for cell in cells)
             if left:
                 return left
-            best = max(rates, key=lambda rate: (scores[rate] is not None, scores[rate] or 0.0, -rate))
+            chosen = choose_rates({key: {str(rate): scores[rate] for rate in rates}}, notes, self.model).get(key)
+            best = rates[0] if chosen is None else float(chosen)
             if grown == self.options.growth or len(rates) < 2 or best not in (rates[0], rates[-1]):
                 break
             low = best == rates[0]
             rates = [beyond(rates[0], rates[1]), *rates] if low else [*rates, beyond(rates[-1], rates[-2])]
-        notes = self.output / SEARCH_FOLDER / f"{self.model}.json"
-        key = (Path(task).stem, arm.text)
-        chosen = choose_rates({key: {str(rate): scores[rate] for rate in rates}}, notes, self.model).get(key)
         self._chosen[task, arm] = None if chosen is None else float(chosen)
         if chosen is not None:
             print(f"{arm.text} on {key[0]}: lr {chosen} is chosen", flush=True)
@@ -265,24 +263,17 @@ class Study(ABC):
         return self.lock(cell).read_text() if self.lock(cell).is_file() else ""
 
     def take(self, cell: Cell) -> bool:
-        """Do the run unless another process works on it, or has finished it; whether it was done here."""
-        with self.claim(cell) as mine:
-            if not mine or self.is_done(cell):
-                return False
-            self.work(cell)
-            return True
-
-    @contextmanager
-    def claim(self, cell: Cell) -> Iterator[bool]:
-        """Hold a run's lock while in the block; False if another process holds it."""
+        """Do the run unless another process holds its lock, or has finished it; whether it was done here."""
         self.lock(cell).parent.mkdir(parents=True, exist_ok=True)
         with self.lock(cell).open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                yield False
-                return
-            yield True
+                return False
+            if self.is_done(cell):
+                return False
+            self.work(cell)
+            return True
 
     def work(self, cell: Cell) -> None:
         """Do the run; one that diverges is noted and never tried again. Raises TimeIsUp: it would not end in
