@@ -8,24 +8,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "bird",
-    "sees",
-    "hears",
-    "likes",
-    "big",
-    "small",
-    "red",
-    "blue",
-    "runs",
-    "sleeps",
-    "not",
-    "and",
-]
+WORDS = "the a cat dog bird sees hears likes big small red blue runs sleeps not and".split()
 
 
 def save_encoder(folder: Path, kind: str = "Bert") -> Path:
