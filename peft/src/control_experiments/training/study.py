@@ -173,7 +173,6 @@ class Study(ABC):
     def run(self) -> None:
         """Work until nothing is left, or the time is up. Raises UserError: runs diverged, or a finished run has
         other settings than the study's."""
-        gc.freeze()  # what is imported is no garbage: the collection after each run need not look at it
         try:
             while left := self.left():
                 if not any(self.take(cell) for cell in left):
@@ -305,6 +304,7 @@ def free_memory() -> None:
     import torch
 
     gc.collect()
+    gc.freeze()  # what is left was imported or read for all runs: collections need not look at it again
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
