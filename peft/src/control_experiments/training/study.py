@@ -175,8 +175,9 @@ class Study(ABC):
         other settings than the study's."""
         try:
             while left := self.left():
-                if not any(self.take(cell) for cell in left):
-                    time.sleep(0.5)  # other processes work on all that is left
+                if not any(self.take(cell) for cell in left):  # other processes work on all that is left
+                    self.check_time()
+                    time.sleep(0.5)
         except TimeIsUp:
             print(f"the next run does not fit into {self.options.max_minutes:g} minutes: the same command goes on")
             return
@@ -274,14 +275,17 @@ class Study(ABC):
             self.work(cell)
             return True
 
+    def check_time(self) -> None:
+        """Raises TimeIsUp: a run that takes as long as the longest one so far would not end in time."""
+        if self.end is not None and time.monotonic() + self.longest > self.end:
+            raise TimeIsUp
+
     def work(self, cell: Cell) -> None:
-        """Do the run; one that diverges is noted and never tried again. Raises TimeIsUp: it would not end in
-        time, if it takes as long as the longest run so far."""
+        """Do the run; one that diverges is noted and never tried again. Raises TimeIsUp: it would not end in time."""
         from .losses import Diverged  # with torch, for which --help and a wrong option do not wait
 
+        self.check_time()
         began = time.monotonic()
-        if self.end is not None and began + self.longest > self.end:
-            raise TimeIsUp
         print(cell, flush=True)
         try:
             self.train(cell, self.plan(cell))

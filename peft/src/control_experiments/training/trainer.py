@@ -336,7 +336,7 @@ class ExperimentTrainer(Trainer):
         return ResumableLengthSampler(
             self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             # from the full data set: what arrives here has lost the columns that the model does not take
-            lengths=self.train_dataset[self.args.length_column_name],
+            lengths=list(self.train_dataset[self.args.length_column_name]),  # a column looks each one up anew
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
 
