@@ -153,11 +153,8 @@ def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence
 
     words = {word: answer_ids(word) for word in dict.fromkeys(word for question in questions for word in question.offered)}
     lead, tails = answer_ids(), [[words[word] for word in question.offered] for question in questions]
-
-    def is_lead(pair: tuple[int, int]) -> bool:
-        return pair[0] == pair[1]
-
-    shared = min(len([*takewhile(is_lead, zip(lead, tail, strict=False))]) for words in tails for tail in words)
+    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(lead, *words.values(), strict=False))
+    shared = len([*alike])
     prefixes = [[*question.ids, *lead[:shared]] for question in questions]
     batch = pad_left(prefixes, tokenizer.pad_token_id, model.device)
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)

@@ -120,7 +120,7 @@ def evaluate(
 
 def answer_all(options: Options, folder: RunFolder, model, tokenizer, tests: dict[str, list[Row]], seconds: dict) -> dict:
     """Answer all test sets, which takes `seconds`; returns the record's metrics."""
-    answer, scores, answered = in_parts(answerer(options, model, tokenizer)), {}, {}
+    answer, answered = in_parts(answerer(options, model, tokenizer)), {}
     total = sum(map(len, tests.values()))
     with tqdm(total=total, unit="question", disable=None) as bar:
         for task, rows in tests.items():
@@ -128,13 +128,12 @@ def answer_all(options: Options, folder: RunFolder, model, tokenizer, tests: dic
             left = len(rows) - len(read_answers(path, rows))
             questions = questions_of(tuple(rows), TASKS[task], tokenizer, options.prompt_style)
             answered[task] = answer_task(path, rows, questions, answer, options.batch_size, bar)
-            scores[task] = score(answered[task])
             seconds[task] = time.perf_counter() - began
             rate = f", {left / seconds[task]:.1f} questions/s" if left else ""
-            reached = "accuracy {accuracy:6.2f}  no match {no_match:5.2f}".format(**scores[task])
-            tqdm.write(f"{task:14} {reached}{rate}", file=sys.stdout)
+            accuracy, no_match = score(answered[task])
+            tqdm.write(f"{task:14} accuracy {accuracy:6.2f}  no match {no_match:5.2f}{rate}", file=sys.stdout)
     keep_outcomes(folder.path, answered)
-    return summarise(scores)
+    return summarise(answered)
 
 
 def keep_outcomes(folder: Path, answered: dict[str, dict[int, dict]]) -> None:
@@ -161,14 +160,17 @@ def check_adapter(options: Options) -> None:
             if (found := _identity(config).get(name)) != wanted:
                 asked = f"{options.method} with {name} {wanted} was asked for: give the values it was trained with"
                 raise UserError(f"the adapter in {options.adapter} has {name} {found}, but {asked}")
-    check_base(options, config.base_model_name_or_path)
+    check_base(options, trained_base(options.adapter) or {"id": config.base_model_name_or_path})
 
 
-def check_base(options: Options, noted: str | None) -> None:
-    """Compare the base with the training run's record beside the adapter, else with the adapter's own note.
-    Raises UserError: the adapter was trained on another base model."""
-    record = Path(options.adapter).parent / "record.json"
-    trained = read_record(record).model if record.is_file() else {"id": noted}
+def trained_base(adapter: str) -> dict | None:
+    """What the training run's record beside the adapter says of its base model, if there is one."""
+    record = Path(adapter).parent / "record.json"
+    return read_record(record).model if record.is_file() else None
+
+
+def check_base(options: Options, trained: dict) -> None:
+    """Compare the base with the one that the adapter was trained on. Raises UserError: it is another one."""
     checksum = local_fingerprint(options.model)
     if checksum and trained.get("sha256"):
         same = trained["sha256"] == checksum
@@ -178,15 +180,6 @@ def check_base(options: Options, noted: str | None) -> None:
         other = f"{Path(trained['id']).name}, not this {Path(options.model).name}"
         told = f"{options.adapter} was trained on another base model ({other})"
         raise UserError(f"the adapter in {told}: give that one as --model")
-
-
-def warn_of_other_quantization(adapter: str, quantization: str) -> None:
-    """Say on stderr when the adapter was trained on a base quantized otherwise; that is legitimate, but not the same."""
-    record = Path(adapter).parent / "record.json"
-    trained = read_record(record).model.get("quantization", "none") if record.is_file() else quantization
-    if trained != quantization:
-        told = f"{adapter} was trained with --quantization {trained}, the base here is loaded with {quantization}"
-        print(f"warning: the adapter in {told}: answers may differ", file=sys.stderr)
 
 
 def _identity(config: PeftConfig) -> dict:
@@ -213,9 +206,13 @@ def load(options: Options, dtype: torch.dtype, device: torch.device):
         if streams:
             stream(base.requires_grad_(False), "plain", device)
         return tokenizer, base, total
-    warn_of_other_quantization(options.adapter, quantization_of(base.config))
+    stored = quantization_of(base.config)
+    trained = (trained_base(options.adapter) or {"quantization": stored}).get("quantization", "none")
+    if trained != stored:  # which is legitimate, but not the same
+        told = f"{options.adapter} was trained with --quantization {trained}, the base here is loaded with {stored}"
+        print(f"warning: the adapter in {told}: answers may differ", file=sys.stderr)
     model = load_adapter(base, options.adapter, options.model, autocast_adapter_dtype=False)
-    check_method_runs(method_of(options, model), quantization_of(base.config), device)
+    check_method_runs(method_of(options, model), stored, device)
     for parameter in model.parameters():  # not buffers: rotary frequencies stay exact
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -297,11 +294,9 @@ def answer_task(
             missing = [index for index in indices if index not in answers]
             if not missing:
                 continue
-            replies = answer([questions[index] for index in indices])
-            for index, reply in zip(indices, replies, strict=True):
-                if index not in missing:
-                    continue
-                label = rows[index].answer
+            replies = dict(zip(indices, answer([questions[index] for index in indices]), strict=True))
+            for index in missing:
+                reply, label = replies[index], rows[index].answer
                 said = {"answer": reply.answer, "correct": reply.answer == label, "text": reply.text}
                 answers[index] = {"row": index, "label": label, **said}
                 file.write(json.dumps(answers[index], ensure_ascii=False) + "\n")
@@ -311,21 +306,16 @@ def answer_task(
     return answers
 
 
-def score(answers: dict[int, dict]) -> dict:
+def score(answers: dict[int, dict]) -> tuple[float, float]:
     """Accuracy and share of answers without an answer word (which count as wrong), both in percent."""
-    count = len(answers)
-    return {
-        "accuracy": 100 * sum(entry["correct"] for entry in answers.values()) / count,
-        "no_match": 100 * sum(entry["answer"] is None for entry in answers.values()) / count,
-        "questions": count,
-    }
+    found = ([entry["correct"] for entry in answers.values()], [entry["answer"] is None for entry in answers.values()])
+    return tuple(100 * sum(ones) / len(ones) for ones in found)
 
 
-def summarise(scores: dict[str, dict]) -> dict:
+def summarise(answered: dict[str, dict[int, dict]]) -> dict:
     """The record's metrics: each task's accuracy under its name, their mean, and the no-match rates."""
-    tasks = {task: entry["accuracy"] for task, entry in scores.items()}
-    no_match = {f"{task}/no_match": entry["no_match"] for task, entry in scores.items()}
-    questions = sum(entry["questions"] for entry in scores.values())
-    average = sum(tasks.values()) / len(tasks)
-    missed = sum(entry["no_match"] * entry["questions"] for entry in scores.values()) / questions
-    return {**tasks, "average": average, **no_match, "no_match": missed}
+    scores = {task: score(answers) for task, answers in answered.items()}
+    tasks = {task: accuracy for task, (accuracy, _) in scores.items()}
+    no_match = {f"{task}/no_match": share for task, (_, share) in scores.items()}
+    missed = sum(scores[task][1] * len(answers) for task, answers in answered.items()) / sum(map(len, answered.values()))
+    return {**tasks, "average": sum(tasks.values()) / len(tasks), **no_match, "no_match": missed}

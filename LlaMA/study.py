@@ -9,7 +9,7 @@ same command on several GPUs shares the runs out, and goes on where one was inte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
@@ -42,10 +42,6 @@ class Options(StudyOptions, finetune.Options):
     questions: int = HfArg(default=256, help="Questions answered together.")
     generate: bool = HfArg(default=False, help="Let each method's first seed also generate its answers, as published.")
     search_steps: int = HfArg(default=-1, help="Steps of the search's runs; -1: as many as of the others.")
-    method: str = field(init=False, default="control")
-    seed: int = field(init=False, default=0)
-    resume: bool = field(init=False, default=True)
-    overwrite: bool = field(init=False, default=False)
 
 
 class CommonsenseStudy(Study):
@@ -63,7 +59,7 @@ class CommonsenseStudy(Study):
 
     def plan(self, cell: Cell) -> finetune.Options:
         arm = Arm("control") if cell.arm.method == ZERO_SHOT else cell.arm
-        own = {"seed": cell.seed, "lr": cell.lr, "resume": True, "output_dir": str(self.folder(cell))}
+        own = {"seed": cell.seed, "lr": cell.lr, "output_dir": str(self.folder(cell))}
         if cell.searching:
             own |= {"data": str(self.held_out / "train.json"), "max_steps": self.options.search_steps}
         return make_run(finetune.Options, self.options, arm, **own)

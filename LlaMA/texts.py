@@ -50,7 +50,9 @@ def read_data(path: str | Path) -> list[Row] | list[Text | Chat | Row]:
     """
     path = Path(path)
     if path.is_dir():
-        return [_text(file) for file in _files(path)]
+        if not (found := sorted(path.rglob("*.txt"))):
+            raise UserError(f"{path} holds no .txt file: each is a text to learn")
+        return [_text(file) for file in found]
     if path.suffix == ".jsonl":
         rows = [_row(entry, f"{path}, line {number}") for number, entry in _lines(path)]
         if not rows:
@@ -58,21 +60,11 @@ def read_data(path: str | Path) -> list[Row] | list[Text | Chat | Row]:
         return rows
     if path.suffix != ".json" and path.exists():
         return [_text(path)]
-    if path.exists() and _is_list_of_texts(contents := read_json(path)):
+    contents = read_json(path) if path.exists() else None
+    first = contents[0] if isinstance(contents, list) and contents else None
+    if isinstance(first, dict) and ("messages" in first or "text" in first):
         return [_row(entry, f"{path}, row {number}") for number, entry in enumerate(contents)]
     return read_rows(path)
-
-
-def _is_list_of_texts(contents: object) -> bool:
-    return isinstance(contents, list) and bool(contents) and isinstance(contents[0], dict) and not contents[0].keys().isdisjoint(
-        ("messages", "text")
-    )  # fmt: skip
-
-
-def _files(folder: Path) -> list[Path]:
-    if not (found := sorted(folder.rglob("*.txt"))):
-        raise UserError(f"{folder} holds no .txt file: each is a text to learn")
-    return found
 
 
 def _text(file: Path) -> Text:

@@ -167,9 +167,8 @@ def summarise_history(log_history: list[dict], task: Task) -> tuple[list[dict], 
         if "loss" in entry:
             row["train_loss"] = entry["loss"]
         for name, value in entry.items():
-            name = name.removeprefix("eval_")
-            if f"eval_{name}" in entry and not name.endswith(("runtime", "per_second", "preparation_time")):
-                row[name] = value
+            if name.startswith("eval_") and not name.endswith(("runtime", "per_second", "preparation_time")):
+                row[name.removeprefix("eval_")] = value
     history = []
     for row in by_step.values():
         scores = [row.get(f"{suffix}_score" if suffix else "score") for suffix in task.evaluations]

@@ -18,7 +18,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import ClassVar, Optional
@@ -55,6 +55,11 @@ class StudyOptions:
     search_seeds: list[int] = HfArg(default_factory=lambda: [SEARCH_SEED], help="Of the search.")
     search_only: bool = HfArg(default=False, help="Choose the learning rates and stop there.")
     max_minutes: Optional[float] = HfArg(default=None, help="Begin no run that would end later.")
+    # what the study itself says of each run
+    method: str = field(init=False, default="control")
+    seed: int = field(init=False, default=0)
+    resume: bool = field(init=False, default=True)
+    overwrite: bool = field(init=False, default=False)
 
     def check_study(self) -> None:
         """Raise `UserError` for what the runs themselves do not check."""
@@ -345,13 +350,8 @@ def run_study(study: type[Study], options: type[StudyOptions], description: str 
     given.check_study()
     asked = study(given)
     asked.check()
-    settle_device(given)
+    from .device import select_device  # with torch, for which --help and a wrong option do not wait
+
+    device = select_device(given.device)  # once for all runs, by its index among those that this process still sees
+    given.device = "cpu" if device.type == "cpu" else str(device.index)
     asked.run()
-
-
-def settle_device(options) -> None:
-    """Choose the device once for all runs, by its index among those that this process still sees."""
-    from .device import select_device
-
-    device = select_device(options.device)
-    options.device = "cpu" if device.type == "cpu" else str(device.index)
