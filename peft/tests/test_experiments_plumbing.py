@@ -37,7 +37,7 @@ from control_experiments.training.metering import MemoryMeter, Throughput
 from control_experiments.training.methods import adapter_config, load_adapter
 from control_experiments.training.options import METHODS, AdapterOptions
 from control_experiments.training.runs import RunFolder
-from scripts.faults.inputs import a_record
+from scripts.tests.faults import a_record
 
 make_record = partial(a_record, seed=42, metrics={"best": {"x": 1.5}})
 
