@@ -46,6 +46,16 @@ def a_record(**fields: object) -> RunRecord:
     return RunRecord(**{**empty, **named, "finished": utc_now(), **fields})
 
 
+class Bomb:
+    """A pickle that makes a file where it is read."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (open, (str(self.mark), "w"))
+
+
 # -- runs that take a second ------------------------------------------------------------------------------------
 
 

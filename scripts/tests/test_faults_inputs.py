@@ -33,7 +33,7 @@ from LlaMA.commonsense import Row, read_rows
 from LlaMA.evaluate import Options
 from LlaMA.evaluation import check_adapter, read_answers, score
 from RoBERTa.glue import TASKS, read_tsv
-from scripts.tests.faults import CASES, SEED, a_record, vit
+from scripts.tests.faults import CASES, SEED, Bomb, a_record, vit
 from ViT.classifier import read_description, restore
 from ViT.images import Entry, Files, decode, load_data
 
@@ -243,6 +243,7 @@ def npz_of_bytes(buffer: io.BytesIO) -> None:
             file.writestr(f"{key}.npy", b"no array")
 
 
+A_RECORD = READERS["record"].valid[0]
 A_FILE = archive(("a.png", b"", {}))
 
 
@@ -258,7 +259,11 @@ A_FILE = archive(("a.png", b"", {}))
         ("tar", archive(("", b"xxx", {})), "no train images"),
         ("npz", NPZS[0].replace(b"\x93NUMPY", b"\x93NUMPX", 1), "no readable|is no array"),
         ("npz", written(npz_of_bytes), "x_train of .* is no array"),
-        ("record", b"[" * 200_000, "no JSON file"),
+        ("record", b"[" * 200_000, "no readable run record .*record.json is no JSON file"),
+        ("record", b"[]", "record.json is no run record of schema 1"),
+        ("record", b'{"schema": 2}', "no run record of schema 1 .found 2"),
+        ("record", A_RECORD.replace(b'"metrics"', b'"other"'), "'metrics' is missing or no dict"),
+        ("record", A_RECORD.replace(b'"seed": 1', b'"seed": "1"'), "'seed' is missing or no int"),
         ("commonsense", b'[{"instruction": "\\ud800", "input": "", "output": "x", "answer": "true"}]', "surrogate"),
         ("answers", b'{"row": -1, "label": "true", "answer": "true", "correct": true}\n', "line 1 is no answer"),
         ("answers", b'{"row": 0, "label": "true", "answer": "true", "correct": false}\n', "line 1 is no answer"),
@@ -268,16 +273,6 @@ A_FILE = archive(("a.png", b"", {}))
 def test_known_attacks_are_refused(name, data, message, tmp_path):
     refusal = offer(READERS[name], tmp_path, data)
     assert refusal and re.search(message, refusal)
-
-
-class Bomb:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return (open, (str(self.mark), "w"))
 
 
 def test_a_pickle_does_not_run(tmp_path):
