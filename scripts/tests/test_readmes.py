@@ -19,7 +19,7 @@ from control_experiments.record import read_json
 from control_experiments.training.arguments import parse_arguments
 from LlaMA.tests.conftest import data, model_folder, rows, tokenizer  # noqa: F401
 from RoBERTa.tests.conftest import encoders, write_glue  # noqa: F401
-from scripts.tests.smallest import ONLY_PARSED, SMALL, Inputs, Runner, import_script
+from scripts.tests.smallest import ONLY_PARSED, SMALL, Runner, import_script
 from ViT.tests.conftest import base_model, npz  # noqa: F401
 
 READMES = sorted(path for path in REPOSITORY.glob("*/README.md") if not path.parent.name.startswith("."))
@@ -114,8 +114,8 @@ def runner(tmp_path_factory, encoders, data, model_folder, base_model, npz):  # 
     for folder in ("CoLA", "RTE", "MNLI"):
         write_glue(glue, folder)
     vit = f"--data {npz} --model {base_model} --architecture test_vit --image_size 32"
-    inputs = Inputs(encoders["roberta"], glue, model_folder, data, npz, vit)
-    return Runner(inputs, tmp_path_factory.mktemp("commands"))
+    inputs = {"encoder": encoders["roberta"], "glue": glue, "llama": model_folder, "questions": data, "images": npz, "vit": vit}
+    return Runner(tmp_path_factory.mktemp("commands"), **inputs)
 
 
 @pytest.mark.parametrize("command", [*commands(), *shown_by_scripts()])
