@@ -120,16 +120,16 @@ def written(save: Callable[[io.BytesIO], object]) -> bytes:
     return buffer.getvalue()
 
 
-def archive(*members: tuple[str, bytes, dict], form: int = tarfile.PAX_FORMAT) -> bytes:
+def archive(*members: tuple[str, bytes | None, dict], form: int = tarfile.PAX_FORMAT) -> bytes:
     """A tar of (name, contents, other fields)."""
 
     def save(buffer: io.BytesIO) -> None:
         with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
             for name, contents, fields in members:
                 found = tarfile.TarInfo(name)
-                for field, value in {"size": len(contents), **fields}.items():
+                for field, value in {"size": len(contents or b""), **fields}.items():
                     setattr(found, field, value)
-                tar.addfile(found, io.BytesIO(contents))
+                tar.addfile(found, contents and io.BytesIO(contents))
 
     return written(save)
 
@@ -244,7 +244,6 @@ def npz_of_bytes(buffer: io.BytesIO) -> None:
 
 
 A_RECORD = READERS["record"].valid[0]
-A_FILE = archive(("a.png", b"", {}))
 
 
 @pytest.mark.parametrize(
@@ -252,8 +251,8 @@ A_FILE = archive(("a.png", b"", {}))
     [
         ("tar", archive(("../../evil.png", b"xxx", {})), "outside of itself"),
         ("tar", archive(("/etc/evil.png", b"xxx", {})), "outside of itself"),
-        # a negative size, which sends Python's tarfile round in circles
-        ("tar", A_FILE[:124] + b"\xff" * 12 + A_FILE[136:], "no tar that can be read"),
+        # after it Python's tarfile would go back to its start, for ever
+        ("tar", archive(("a.png", None, {"size": -512}), form=tarfile.GNU_FORMAT), "no tar that can be read"),
         ("tar", archive(("a.png", b"x" * 600, {}))[:700], "no tar that can be read"),
         ("tar", archive(("s/train/a/1.png", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})), "no train images"),
         ("tar", archive(("", b"xxx", {})), "no train images"),
