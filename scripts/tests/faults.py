@@ -84,9 +84,8 @@ def roberta(folder: Path) -> Run:
     from RoBERTa.tests.conftest import save_encoder, write_glue
 
     import_module("RoBERTa.training")  # once, here, and not in every process when its options are parsed
-    if not (folder / "bert").exists():
-        save_encoder(folder / "bert")
-        write_glue(folder / "glue", "CoLA")
+    save_encoder(folder / "bert")
+    write_glue(folder / "glue", "CoLA")
     options = f"--task cola --model {folder}/bert --data {folder}/glue --epochs 4 --lr 1e-2 --batch_size 8 --save_steps 2"
     return Run("RoBERTa.finetune", f"--method control --device cpu {options}".split())
 
@@ -100,9 +99,8 @@ def vit(folder: Path) -> Run:
     """Control on timm's test ViT and 40 images of three colors: 15 steps in 3 epochs."""
     from ViT.tests.conftest import ARCHITECTURE, save_base, save_colors
 
-    if not (folder / "colors.npz").exists():
-        save_base(folder / "vit.safetensors")
-        save_colors(folder / "colors.npz")
+    save_base(folder / "vit.safetensors")
+    save_colors(folder / "colors.npz")
     model = f"--model {folder}/vit.safetensors --architecture {ARCHITECTURE} --data {folder}/colors.npz --image_size 32"
     options = f"--method control --device cpu {model} --epochs 3 --batch_size 8 --lr 0.05"
     return Run("ViT.finetune", options.split(), (ADAPTER, "adapter/classifier.json", "predictions.csv"))
@@ -114,8 +112,7 @@ def _llama_files(folder: Path) -> tuple[Path, Path]:
     from LlaMA.tests.conftest import save_data, save_model
 
     model, data = folder / "llama", folder / "commonsense"
-    if not model.exists():
-        save_model(model, train_tokenizer(read_rows(save_data(data) / "train.json"), vocabulary=500))
+    save_model(model, train_tokenizer(read_rows(save_data(data) / "train.json"), vocabulary=500))
     return model, data
 
 
@@ -154,12 +151,8 @@ class Attempt(ForkProcess):
     def __init__(self, run: Run, output: Path, *, resume: bool = False, dies_at: object = None,
                  environment: Mapping[str, str] | None = None):  # fmt: skip
         super().__init__()
-        self.main, self.output, self.dies_at, self.environment = (
-            import_module(run.program).main,
-            output,
-            dies_at,
-            environment or {},
-        )
+        self.main, self.output = import_module(run.program).main, output
+        self.dies_at, self.environment = dies_at, environment or {}
         self.words = [run.program, *run.arguments, "--output_dir", str(output), *(run.resume if resume else ())]
         self.log = output.with_name(f"{output.name}.rank{self.environment.get('RANK', 0)}.log")
         self.changes = RawValue("i", 0)
