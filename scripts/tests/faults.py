@@ -1,7 +1,7 @@
 """Tiny runs of every domain in processes that die when told: what the tests of faults share.
 
-    FAULTS=20 bash scripts/test.sh scripts/tests -k faults     20 cases of each fault; the ordinary tests have 1
-    FAULTS=20 FAULTS_SEED=1 bash scripts/test.sh ...           at other moments, with other inputs
+    FAULTS=20 bash scripts/test.sh scripts/tests -k test_faults     20 cases of each fault; the ordinary tests have 1
+    FAULTS=20 FAULTS_SEED=1 bash scripts/test.sh ...                at other moments, with other inputs
 
 A run is killed at a random time or before a random change to its folder, so that the short moments in which checkpoints,
 adapters and records are written get their share.
