@@ -272,7 +272,7 @@ def test_graphs_of_encoders_take_the_same_steps(family, mode):
 @pytest.mark.parametrize("family", ["timm-vit", "vit", "dinov2", "roberta", "mpnet"])
 def test_half_precision_autocast_is_as_near_to_float32_as_plain(family):
     """Float32 weights under float16 autocast, as the image and GLUE scripts run on GPUs without bfloat16."""
-    from test_memory_families import control_model, distance
+    from test_memory_families import control_model
     from tiny_models import FAMILIES, logits
 
     model = control_model(family, torch.float32, dropout=0.0).cuda()

@@ -12,7 +12,12 @@ import tokenizers
 import torch
 import transformers as hf
 from packaging.version import Version
+from peft import PeftModel, get_peft_model
 from torch import nn
+
+from peft_control import ControlConfig
+from peft_control.architectures import find_layers
+from peft_control.memory import set_memory_mode
 
 WIDTH, LAYERS, VOCAB, LENGTH = 32, 2, 61, 9
 
@@ -281,6 +286,60 @@ def randomize_adapters(model: nn.Module, std: float = 0.3, seed: int = 7) -> nn.
                 else:
                     parameter.copy_(std * noise)
     return model
+
+
+def step_of(model: nn.Module, loss: Callable[[], torch.Tensor], seed: int = 2) -> tuple[torch.Tensor, dict]:
+    """What ``loss`` gives after a seed, and its gradients by the parameters' names."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    found = loss()
+    found.backward()
+    return found.detach().double(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step_on(model: nn.Module, inputs: dict[str, torch.Tensor], seed: int = 2) -> tuple[torch.Tensor, dict]:
+    """The same of the model's own loss where ``inputs`` have labels, else of its logits' mean square."""
+
+    def loss():
+        return model(**inputs).loss if "labels" in inputs else logits(model, inputs).double().square().mean()
+
+    return step_of(model, loss, seed)
+
+
+def assert_as_plain(model, inputs, *modes, tolerance=1e-9, steps=1, **options) -> tuple[torch.Tensor, dict]:
+    """Assert that ``modes`` have the loss and the gradients of plain autograd, in every one of ``steps``; return those."""
+    set_memory_mode(model, "plain")
+    expected, reference = step_on(model, inputs)
+    for mode in modes:
+        set_memory_mode(model, mode, **options)
+        for _ in range(steps):
+            loss, found = step_on(model, inputs)
+            torch.testing.assert_close(loss, expected, rtol=max(tolerance, 1e-6), atol=0)  # some are computed in float32
+            assert distance(found, reference) <= tolerance, mode
+    return expected, reference
+
+
+def distance(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
+    """The norm of the difference of two models' gradients, relative to that of the second."""
+    assert found and found.keys() == reference.keys()
+    one, other = (torch.cat([x.double().flatten().cpu() for x in tensors.values()]) for tensors in (found, reference))
+    return ((one - other).norm() / other.norm()).item()
+
+
+def adapted(base: str | nn.Module, blocks=(), dtype: torch.dtype = torch.float64, **fields) -> PeftModel:
+    """A family's model with random controls on ``blocks``, or on all that it has, in training mode."""
+    base = build(base, dtype) if isinstance(base, str) else base
+    every = next(iter(find_layers(base).values()))[1].blocks
+    config = ControlConfig(**{"control_blocks": list(blocks or every), "control_rank": 3, **fields})
+    return randomize_adapters(get_peft_model(base, config, autocast_adapter_dtype=False)).train()
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Of each dropout, drop path and attention."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and (name in ("p", "drop_prob") or "dropout" in name):
+                setattr(module, name, probability)
 
 
 def word_tokenizer() -> hf.PreTrainedTokenizerFast:
