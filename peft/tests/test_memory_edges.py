@@ -16,7 +16,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from test_memory import FAMILIES, VOCABULARY, batch, build
-from tiny_models import distance, step_of
+from tiny_models import distance, step_on
 from torch import nn
 
 from peft_control import ControlConfig, memory
@@ -32,8 +32,7 @@ def layers(model):
 
 def step(model, **inputs):
     """The gradients of a loss of the logits, so that modes and plain work in the same dtype."""
-    inputs = inputs or batch(padded=True)[0]
-    return step_of(model, lambda: model(**inputs).logits.square().mean())[1]
+    return step_on(model, inputs or batch(padded=True)[0])[1]
 
 
 def as_in_plain(model, mode, **inputs):
@@ -241,7 +240,9 @@ def adapter(draw, model, layer):
     lora = dict(target_modules=[draw.choice(["q_proj", "o_proj", "up_proj"])], r=2, init_lora_weights=False)
     config = ControlConfig(control_blocks=["mlp"], control_rank=3, init_weights=False, **draw.choice([{}, {}, lora]))
     model.add_adapter("other", config)
-    model.base_model.set_adapter(draw.choice([["other"], ["default", "other"]]))
+    model.base_model.set_adapter(draw.choice([["other"], ["default", "other"], ["default"]]))
+    for name, parameter in model.named_parameters():  # of one that is off it takes no part
+        parameter.requires_grad_("control_" in name or parameter.requires_grad)
     model.double()
     for module in model.modules():
         if hasattr(module, "control_A"):  # lean draws the masks of both chunk by chunk, plain one after the other
@@ -257,15 +258,22 @@ def activation(draw, model, layer):
 
 
 def trained(draw, model, layer):
-    path = draw.choice(["post_attention_layernorm", "input_layernorm", "mlp.down_proj", "self_attn.o_proj"])
-    getattr(layer.get_submodule(path), "base_layer", layer.get_submodule(path)).weight.requires_grad_(True)
+    place, path = draw.choice(
+        [*((layer, path) for path in ("post_attention_layernorm", "input_layernorm", "mlp.down_proj", "self_attn.o_proj")),
+         (model.get_base_model(), "model.norm"), (model.get_base_model(), "lm_head")]
+    )  # fmt: skip
+    getattr(place.get_submodule(path), "base_layer", place.get_submodule(path)).weight.requires_grad_(True)
+
+
+def loss(draw, model, layer):
+    model.get_base_model().loss_function = lambda logits, labels, vocab_size, **_: logits.square().mean()
 
 
 def no_cache(draw, model, layer):
     model.get_base_model().config.use_cache = False
 
 
-ODDITIES = [hook, forward, subclass, adapter, dropout, activation, trained, no_cache]
+ODDITIES = [hook, forward, subclass, adapter, dropout, activation, trained, loss, no_cache]
 
 
 def random_setup(draw):
@@ -278,7 +286,8 @@ def random_setup(draw):
     attention = "sdpa" if padded else draw.choice(["sdpa", "eager"])
     config = dict(num_key_value_heads=draw.choice([1, 2, 4]), attn_implementation=attention)
     model = build(family, lora=draw.choice([False, False, True, "attention"]), config=config, **control)
-    inputs = dict(batch(padded)[0])
+    inputs, labels = batch(padded)
+    inputs = dict(inputs)
     if draw.random() < 0.2:
         lengths = draw.choice([(8, 11), (19,), (1, 2, 16)])
         inputs = {**inputs, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None].expand(2, -1)}
@@ -289,6 +298,10 @@ def random_setup(draw):
         del inputs["input_ids"]
     if draw.random() < 0.2:
         inputs["use_cache"] = draw.choice([True, False])
+    if draw.random() < 0.3:
+        shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        renamed = dict(ignore_index=7, labels=labels.masked_fill(labels == -100, 7))
+        inputs |= draw.choice([dict(labels=labels), dict(labels=labels), dict(labels=labels, shift_labels=shifted), renamed])
     options = dict(chunk_tokens=draw.choice([None, 1, 8, 64]), offload=draw.choice([None, True, False]))
     oddities = draw.sample(ODDITIES, draw.choice([0, 1, 1, 2]))
     return model, draw.choice(MODES[1:]), options, inputs, oddities
@@ -330,13 +343,15 @@ def check_setup(seed):
 
         def gradients():
             torch.manual_seed(seed)
-            loss = torch.func.functional_call(model, given, (), inputs).logits.square().mean()
+            output = torch.func.functional_call(model, given, (), inputs)
+            loss = output.loss if "labels" in inputs else output.logits.square().mean()
             found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
             return {name: g for name, g in zip(trained, found) if g is not None}
 
         found = gradients()
         set_memory_mode(model, "plain")
-        assert distance(found, gradients()) <= 1e-9, f"seed {seed}"
+        # transformers' own loss is float32 whatever the model's dtype
+        assert distance(found, gradients()) <= (1e-6 if "labels" in inputs else 1e-9), f"seed {seed}"
     return mode
 
 

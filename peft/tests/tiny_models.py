@@ -12,7 +12,7 @@ import tokenizers
 import torch
 import transformers as hf
 from packaging.version import Version
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_control import ControlConfig
@@ -332,6 +332,30 @@ def adapted(base: str | nn.Module, blocks=(), dtype: torch.dtype = torch.float64
     every = next(iter(find_layers(base).values()))[1].blocks
     config = ControlConfig(**{"control_blocks": list(blocks or every), "control_rank": 3, **fields})
     return randomize_adapters(get_peft_model(base, config, autocast_adapter_dtype=False)).train()
+
+
+METHODS = ("control", "lora", "dora", "control+lora", "control+dora")
+
+
+def config_of(method: str, targets: list[str], **fields) -> LoraConfig:
+    """Of one of ``METHODS``; its part on weights, if it has one, is on ``targets``."""
+    per_weight = dict(target_modules=targets, r=4, lora_alpha=8, use_dora="dora" in method)
+    if "control" not in method:
+        return LoraConfig(**per_weight, **fields)
+    more = per_weight if "+" in method else {}
+    return ControlConfig(control_blocks=["attention", "mlp"], control_rank=4, **more, **fields)
+
+
+def bits_of_four(layers: nn.ModuleList, device: str = "cpu") -> None:
+    """Put bitsandbytes' NF4, made on ``device``, in the place of the linear layers of a LLaMA's ``layers``."""
+    bnb = pytest.importorskip("bitsandbytes")
+    for parent in [module for layer in layers for module in (layer.self_attn, layer.mlp)]:
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear:
+                new = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4")
+                new.load_state_dict(linear.state_dict())
+                new.support_avx512bf16_for_cpu = False  # which would repack the weights
+                setattr(parent, name, new.to(device).cpu())
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
