@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from accelerate.state import AcceleratorState
-from peft import get_peft_model
 from test_memory import FAMILIES, VOCABULARY, batch, build
 from tiny_models import distance, step_on
 from torch import nn
@@ -49,16 +48,6 @@ def set_or_refused(model, mode, **options):
     except ValueError as refusal:
         assert mode != "lean" and "memory mode" in str(refusal)
         return None
-
-
-@pytest.mark.parametrize("mode", MODES[1:])
-@pytest.mark.parametrize("block", ["mlp", "whole"])
-def test_a_control_with_another_row_comes_after_the_mode(mode, block):
-    base = set_memory_mode(build().unload(), mode, chunk_tokens=8)
-    blocks = {block: {"read": "input_layernorm", "write": "mlp"}}
-    row = {"layer": "LlamaDecoderLayer", "norm": "input_layernorm", "blocks": blocks}
-    config = ControlConfig(control_blocks=[block], init_weights=False, control_architecture=row)
-    as_in_plain(get_peft_model(base, config, autocast_adapter_dtype=False).train(), mode)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -6,7 +6,7 @@ import torch
 from peft import get_peft_model
 from timm.layers import GluMlp, RmsNorm, SwiGLU
 from timm.models.vision_transformer import Block
-from tiny_models import FAMILIES, TimmImages, adapted, assert_as_plain, distance, logits, set_dropout, step_on
+from tiny_models import FAMILIES, Live, TimmImages, adapted, assert_as_plain, distance, logits, set_dropout, step_on
 from transformers.activations import ACT2FN
 
 from peft_control import ControlConfig
@@ -116,26 +116,16 @@ def test_attentions_are_still_there():
     assert len(outputs.attentions) == 2 and all(a.shape[-1] == 9 for a in outputs.attentions)
 
 
-def kept_bytes(model, family, mode):
-    """Bytes that the forward leaves for the backward, each storage once, parameters aside."""
-    set_memory_mode(model, mode)
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = logits(model, FAMILIES[family].inputs(torch.float32)).square().sum()
-    loss.backward()
-    return sum(size for start, size in storages.items() if start not in parameters)
-
-
 @pytest.mark.parametrize("family", ["vit", "timm-vit", "roberta"])
 def test_each_mode_keeps_less_than_the_one_before(family):
-    model = control_model(family, torch.float32, dropout=0.0, control_blocks=["mlp"])
-    kept = [kept_bytes(model, family, mode) for mode in MODES]
+    """Between forward and backward."""
+    model, kept = control_model(family, torch.float32, dropout=0.0, control_blocks=["mlp"]), []
+    for mode in MODES:
+        set_memory_mode(model, mode)
+        with Live() as live:
+            loss = logits(model, FAMILIES[family].inputs(torch.float32)).square().sum()
+            kept.append(live.bytes())
+        loss.backward()
     assert kept == sorted(kept, reverse=True) and len(set(kept)) == len(kept), kept
 
 

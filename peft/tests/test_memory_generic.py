@@ -1,7 +1,6 @@
 """Mode lean in layers that nobody wrote by hand: what runs how often, what is kept, and whose gradients arrive."""
 
 import gc
-import weakref
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import transformers
 from tiny_models import (
     _ANY_DECODER,
     MODELS,
+    Live,
     adapted,
     assert_as_plain,
     distance,
@@ -18,8 +18,6 @@ from tiny_models import (
     step_of,
     step_on,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from peft_control.architectures import find_layers
 from peft_control.memory import generic, layers, set_memory_mode
@@ -227,29 +225,6 @@ def test_a_second_backward_and_changes_in_between_are_errors():
         value.backward()
 
 
-class Alive(TorchDispatchMode):
-    """Numbers in tensors that were made within and are still held by somebody; those of ``model`` are no news."""
-
-    def __init__(self, model):
-        super().__init__()
-        tensors = (*model.parameters(), *model.buffers())
-        self.count, self.known = 0, {tensor.untyped_storage()._cdata for tensor in tensors}
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        result = function(*arguments, **(named or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
-                size = storage.nbytes() // tensor.element_size()
-                self.count += size
-                self.known.add(storage._cdata)
-                weakref.finalize(storage, self.gone, storage._cdata, size)
-        return result
-
-    def gone(self, key, size):
-        self.known.discard(key)
-        self.count -= size
-
-
 @pytest.mark.parametrize("name", ["qwen3_moe", "glm4", "gpt2"])
 def test_a_layer_keeps_its_state_alone(name):
     """Between forward and backward; what the embeddings and the last norm keep is there without layers too."""
@@ -264,10 +239,10 @@ def test_a_layer_keeps_its_state_alone(name):
         set_memory_mode(model, mode)
         inner.config.num_hidden_layers = count
         inner(**inputs)
-        with Alive(model) as alive:
+        with Live() as live:
             output = inner(**inputs)
             gc.collect()
-            now = alive.count
+            now = live.bytes() / 4
         del output
         return now
 

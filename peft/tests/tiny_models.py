@@ -14,6 +14,9 @@ import transformers as hf
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from peft_control import ControlConfig
 from peft_control.architectures import find_layers
@@ -356,6 +359,27 @@ def bits_of_four(layers: nn.ModuleList, device: str = "cpu") -> None:
                 new.load_state_dict(linear.state_dict())
                 new.support_avx512bf16_for_cpu = False  # which would repack the weights
                 setattr(parent, name, new.to(device).cpu())
+
+
+class Live(TorchDispatchMode):
+    """The bytes of the tensors that torch's functions have made within and that somebody still holds, ``peak`` at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = {}, 0
+
+    def bytes(self) -> int:
+        self.storages = {key: (ref, size) for key, (ref, size) in self.storages.items() if not ref.expired()}
+        return sum(size for _, size in self.storages.values())
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        given = {x.untyped_storage()._cdata for x in tree_leaves((arguments, named)) if isinstance(x, torch.Tensor)}
+        found = function(*arguments, **(named or {}))
+        for storage in [x.untyped_storage() for x in tree_leaves(found) if isinstance(x, torch.Tensor)]:
+            if storage._cdata not in given:  # no view
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, self.bytes())
+        return found
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
