@@ -20,6 +20,12 @@ except ImportError:  # CPU-only and Windows builds of torch
 _SMALLEST = 2.0**-100  # a row below it is quantized as if it reached it, so that scales stay normal numbers
 
 
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a linear layer works on ``x``: autocast's, if that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 @functools.cache
 def has_fp8(device: torch.device) -> bool:
     """Whether a device multiplies FP8: NVIDIA's GPUs from compute capability 8.9 on."""
@@ -58,6 +64,12 @@ def quantize_rows(
     # each step is exact, on every device; infinity / infinity is NaN
     scale = largest * 2.0**-exponent / part * (1.0 + (part > fraction))
     return (wide * scale.reciprocal().to(wide.dtype)).to(dtype), scale
+
+
+def dequantize_rows(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """What e4m3's bytes ``(..., rows, width)`` stand for, with a scale for each row; bfloat16 and float32 hold it exactly."""
+    wide = weight.view(torch.float8_e4m3fn).to(dtype)
+    return wide.mul_(scale.view(*weight.shape[:-1], 1).to(torch.float32 if dtype == torch.float16 else dtype))
 
 
 def transposed(weight: torch.Tensor) -> torch.Tensor:
