@@ -108,8 +108,10 @@ class Method:
             )
         if self.name == "lora-experts" and shape not in MOE_SHAPES:
             raise UserError(f"method {self.text!r}: {shape} has no experts")
-        if shape in MOE_SHAPES and self.base in QUANTIZATIONS:
-            raise UserError(f"method {self.text!r}: experts are 3-D tensors, which stay in 16 bits: leave {self.base} out")
+        if shape in MOE_SHAPES and self.base in QUANTIZATIONS and self.base != "fp8":
+            raise UserError(f"method {self.text!r}: bitsandbytes leaves experts, 3-D tensors, in 16 bits: take fp8")
+        if self.name == "lora-experts" and self.base == "fp8":
+            raise UserError(f"method {self.text!r}: experts in FP8 take no LoRA on their weights")
         if shape in VISION_SHAPES and self.base in QUANTIZATIONS and self.base != "fp8":
             raise UserError(f"method {self.text!r}: bitsandbytes' bases are for text models")
         if "graphs" in self.switches and device == "cpu":
@@ -234,12 +236,15 @@ def random_llama_in_parts(
 ) -> PreTrainedModel:
     """The same, of which one layer at a time is made in `dtype`, given to `store` and put on the device `place`."""
     model = random_llama(shape, device, dtype, attention, num_hidden_layers=0)
-    model.config.num_hidden_layers = LLAMA_SHAPES[shape]["num_hidden_layers"]
+    model.config.num_hidden_layers = CAUSAL_SHAPES[shape]["num_hidden_layers"]
     for index in range(model.config.num_hidden_layers):
         short = random_llama(shape, device, dtype, attention, num_hidden_layers=1, vocab_size=1)
         store(short)
         (layer,) = short.model.layers.to(place)
-        layer.self_attn.layer_idx, layer.self_attn.config = index, model.config
+        layer.self_attn.layer_idx = index
+        for module in layer.modules():
+            if hasattr(module, "config"):
+                module.config = model.config
         model.model.layers.append(layer)
     return model
 

@@ -87,6 +87,8 @@ class Fp8Experts(InFp8):
 
     @torch.compiler.disable
     def forward(self, *arguments, **named):
+        if not self._parameters.keys() >= {*self.stored}:  # parametrized
+            raise ValueError("experts in FP8 take no LoRA on their weights (target_parameters): leave one of the two out")
         x = next(value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor))
         dtype, held = compute_dtype(x), _held.get()
         if held is None:
