@@ -11,7 +11,8 @@ products of one stored weight, forward and input gradient:
 
 A product is summed in float32 and rounded once, to bfloat16, whatever the type of the layer's input. On GPUs that have FP8
 it runs in ``torch._scaled_mm``; elsewhere it is emulated, with the same rounding and slowly. Source of the number formats:
-"FP8 Formats for Deep Learning", arXiv 2209.05433.
+"FP8 Formats for Deep Learning", arXiv 2209.05433. Experts of a mixture are stored so, but multiply in 16 bits:
+:mod:`.fp8_experts`.
 """
 
 from __future__ import annotations

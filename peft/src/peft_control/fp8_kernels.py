@@ -1,4 +1,4 @@
-"""What FP8 needs beside its matmuls, each in one pass over memory: rows quantized, and bytes transposed.
+"""What FP8 needs beside its matmuls, each in one pass over memory: rows quantized and dequantized, bytes transposed.
 
 Every function has a pure torch path (CPU, and the reference for tests) and, on GPUs that have FP8 and where Triton is
 installed, a kernel that gives the same bits.
