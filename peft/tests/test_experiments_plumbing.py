@@ -540,8 +540,19 @@ def test_an_adapter_must_be_whole_and_finite(part, change, said, tmp_path, recwa
     assert not [w for w in recwarn if "missing adapter keys" in str(w.message)]
 
 
-PROGRAMS = ["RoBERTa.finetune", "RoBERTa.study", "RoBERTa.benchmark_padding", "LlaMA.finetune", "LlaMA.study", "LlaMA.evaluate",
-            "LlaMA.convert", "LlaMA.benchmark_throughput", "ViT.finetune", "ViT.small_table", "ViT.benchmark_pipeline"]  # fmt: skip
+PROGRAMS = [
+    "RoBERTa.finetune",
+    "RoBERTa.study",
+    "RoBERTa.benchmark_padding",
+    "LlaMA.finetune",
+    "LlaMA.study",
+    "LlaMA.evaluate",
+    "LlaMA.convert",
+    "LlaMA.benchmark_throughput",
+    "ViT.finetune",
+    "ViT.small_table",
+    "ViT.benchmark_pipeline",
+]
 
 
 @pytest.mark.slow
