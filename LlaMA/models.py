@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -27,8 +27,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from control_experiments.errors import UserError
-from control_experiments.training.methods import adapter_config, set_memory
-from control_experiments.training.options import AdapterOptions
+from control_experiments.training.methods import set_memory
 from control_experiments.training.quantization import check_not_quantized, loading_arguments, prepare
 from LlaMA.commonsense import Row
 from LlaMA.prompts import prompt
@@ -63,8 +62,9 @@ def is_gguf(model: str) -> bool:
     return bool(_source(model)[1])
 
 
+@lru_cache(maxsize=1)  # of a GGUF file that takes seconds, which the runs of a study need not wait for each time
 def load_tokenizer(model: str) -> Tokenizer:
-    """The base model's tokenizer. Raises UserError: the model is no causal language model, or has no tokenizer,
+    """The base model's tokenizer, the same object each time. Raises UserError: the model is no causal language model, or has no tokenizer,
     or one that cannot tell where its tokens stand in the text."""
     name, extra = _source(model)
     if not extra:
@@ -173,19 +173,7 @@ def choose_pad_token(tokenizer: Tokenizer, embeddings: int) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def expected_config(
-    method: str, control_rank, control_alpha, control_dropout, lora_rank, lora_alpha, lora_dropout, targets
-) -> PeftConfig:
-    """The peft configuration of a commonsense run. Raises UserError: an unknown method or impossible values."""
-    options = AdapterOptions(
-        method=method, control_rank=control_rank, control_alpha=control_alpha, control_dropout=control_dropout,
-        lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
-    )  # fmt: skip
-    options.check()
-    return adapter_config(options, task_type="CAUSAL_LM", targets=targets)
-
-
-def add_adapter(base: PreTrainedModel, config) -> PeftModel:
+def add_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """The base with a new adapter, whose parameters are float32. Raises UserError: the architecture has no such
     blocks or target modules."""
     for target in config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else ():
@@ -202,8 +190,8 @@ def add_adapter(base: PreTrainedModel, config) -> PeftModel:
 
 
 def ready_to_train(model: PeftModel, memory: str, *, half: bool, stream_to: torch.device | None = None, **how) -> None:
-    """Set the memory mode (`how` is `set_memory`'s), `stream` the weights if a device is given for that, and spare LoRA the float32 copies of its inputs that
-    autocast makes needless.
+    """Set the memory mode (`how` is `set_memory`'s), `stream` the weights if a device is given for that, and spare LoRA the
+    float32 copies of its inputs that autocast makes needless.
 
     DoRA keeps its float32 inputs: it computes its weights' norms in their type. Raises UserError: the memory
     mode does not support this model or method.

@@ -7,7 +7,7 @@
     python -m scripts.bench_memory --lengths 200 1024 --methods lora lora+packed control:lean control+packed:lean
     python -m scripts.bench_memory --shape vit-b16 --batch 128            # 4-layer MLP, 197 tokens, fp16 autocast
     python -m scripts.bench_memory --shape roberta-base --batch 64 --tokens 128
-    python -m scripts.bench_memory --shape qwen3-30b-a3b                  # 128 experts, 8 active; 61 GB of weights
+    python -m scripts.bench_memory --shape qwen3-30b-a3b                  # 128 experts, 8 active; 61 GB of weights (fp8: 31)
     python -m scripts.bench_memory --limit 23.5 --batch 1 --methods lora+liger+checkpointing control:lean
     python -m scripts.bench_memory --limit 15.5 23.5 --speed_at 8192 --batch 1 --base nf4 --methods control:lean
     python -m scripts.bench_memory --methods control:fast --profile       # where the time goes

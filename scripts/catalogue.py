@@ -109,8 +109,10 @@ class Method:
             )
         if self.name == "lora-experts" and shape not in MOE_SHAPES:
             raise UserError(f"method {self.text!r}: {shape} has no experts")
-        if shape in MOE_SHAPES and self.base in QUANTIZATIONS:
-            raise UserError(f"method {self.text!r}: experts are 3-D tensors, which stay in 16 bits: leave {self.base} out")
+        if shape in MOE_SHAPES and self.base in QUANTIZATIONS and self.base != "fp8":
+            raise UserError(f"method {self.text!r}: bitsandbytes leaves experts, 3-D tensors, in 16 bits: take fp8")
+        if self.name == "lora-experts" and self.base == "fp8":
+            raise UserError(f"method {self.text!r}: experts in FP8 take no LoRA on their weights")
         if shape in VISION_SHAPES and self.base in QUANTIZATIONS and self.base != "fp8":
             raise UserError(f"method {self.text!r}: bitsandbytes' bases are for text models")
         if "graphs" in self.switches and device == "cpu":

@@ -62,12 +62,15 @@ def random_llama_in_parts(
 ) -> PreTrainedModel:
     """The same, of which one layer at a time is made in `dtype`, given to `store` and put on the device `place`."""
     model = random_llama(shape, device, dtype, attention, num_hidden_layers=0)
-    model.config.num_hidden_layers = LLAMA_SHAPES[shape]["num_hidden_layers"]
+    model.config.num_hidden_layers = CAUSAL_SHAPES[shape]["num_hidden_layers"]
     for index in range(model.config.num_hidden_layers):
         short = random_llama(shape, device, dtype, attention, num_hidden_layers=1, vocab_size=1)
         store(short)
         (layer,) = short.model.layers.to(place)
-        layer.self_attn.layer_idx, layer.self_attn.config = index, model.config
+        layer.self_attn.layer_idx = index
+        for module in layer.modules():
+            if hasattr(module, "config"):
+                module.config = model.config
         model.model.layers.append(layer)
     return model
 

@@ -18,13 +18,14 @@ from .architectures import ARCHITECTURES, Architecture, Block
 from .config import ControlConfig
 from .control_layer import ControlLayer
 from .fp8 import Fp8Config, Fp8Linear, quantize_fp8
+from .fp8_experts import Fp8Experts
 from .model import ControlModel
 from .registration import register
 
 register()
 
 __all__ = [
-    "ARCHITECTURES", "Architecture", "Block", "ControlConfig", "ControlLayer", "ControlModel", "Fp8Config", "Fp8Linear",
-    "quantize_fp8",
+    "ARCHITECTURES", "Architecture", "Block", "ControlConfig", "ControlLayer", "ControlModel", "Fp8Config", "Fp8Experts",
+    "Fp8Linear", "quantize_fp8",
 ]  # fmt: skip
 __version__ = "0.1.0"
