@@ -179,6 +179,18 @@ def test_memory_over_quantized_bases_by_its_parts(results):
     assert [line["method"] for line in rows(results, "memory_speed", "llama3-8b, 4 x 1024 tokens, Some GPU")] == ["lora"]
 
 
+def test_searches_show_weights_that_wait_on_the_host_too(results):
+    """Three times of each length, their mean in the table; at 1,024 tokens the resident step is the floor."""
+    speeds = [(method, tokens, seconds * tokens / 1024) for tokens in (1024, 8192)
+              for method, seconds in (("control+streamed+fp8:lean", 3.0), ("control+fp8:lean", 2.0))]  # fmt: skip
+    results.searched("s", [("control+streamed+fp8:lean", 23.5, 8192, 24.0)], speeds)
+    found = rows(results, "streaming", "llama3-8b, Some GPU")
+    assert [(line["tokens"], line["ms a step"], line["times the floor"]) for line in found] == [
+        ("1,024", "3,000 ± 300", "1.20 ± 0.12"),
+        ("8,192", "24,000 ± 2,400", "1.50 ± 0.15"),
+    ]
+
+
 def test_weights_that_wait_on_the_host_stand_beside_resident_ones_and_the_floor(results):
     """By hand: at 2,048 tokens copying takes longest, at 16,384 the resident step."""
     waits, stays = "control+streamed+fp8:lean", "control+fp8:lean"
