@@ -188,16 +188,8 @@ def test_columns_that_the_trainer_hands_on_stay_the_same():
 
 # -- random set-ups -----------------------------------------------------------------------------------------------
 
-PLACES = [
-    "",
-    "mlp",
-    "self_attn",
-    "input_layernorm",
-    "post_attention_layernorm",
-    "mlp.up_proj",
-    "self_attn.q_proj",
-    "mlp.act_fn",
-]
+PLACES = ["mlp", "self_attn", "input_layernorm", "post_attention_layernorm", "mlp.up_proj", "self_attn.q_proj", "mlp.act_fn"]
+PLACES += ["", "", ""]  # the layer
 
 
 def doubled(module, given, output):
