@@ -130,6 +130,7 @@ def test_the_lora_part_is_merged_and_the_control_stays(method, tmp_path):
     base = model.unload()
     assert not torch.allclose(outputs(base), expected, **CLOSE)
     again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert again.peft_config["default"].target_modules is None
     torch.testing.assert_close(outputs(again), expected, **CLOSE)
     assert not {"lora_A", "lora_B"} & {part for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors") for part in name.split(".")}  # fmt: skip
 
