@@ -6,10 +6,13 @@
 # epochs for CoLA only; the others are those of LoRA's paper (Hu et al. 2022, table 9), and 80 for WNLI.
 set -euo pipefail
 
-export EPOCHS=${EPOCHS:-"cola=80 mnli=30 mrpc=30 qnli=25 qqp=25 rte=80 sst2=60 stsb=40 wnli=80"}   # or one number for all
-export LR=${LR:-3e-4}          # or cola=3e-4 rte=1e-3 ...; RoBERTa/run_study.sh chooses one for each method
+EPOCHS=${EPOCHS:-"cola=80 mnli=30 mrpc=30 qnli=25 qqp=25 rte=80 sst2=60 stsb=40 wnli=80"}   # or one number for all
+LR=${LR:-3e-4}                 # RoBERTa/run_study.sh chooses one for each method
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-source "$root/scripts/interpreter.sh"
-echo "rerunning the glue table: scripts/rerun.py --table glue $*"
-exec "$PYTHON" -m scripts.rerun --table glue "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/interpreter.sh"
+OPTIONS=()
+options_of MODEL DATA LR BATCH_SIZE MAX_LENGTH WARMUP_RATIO WEIGHT_DECAY CONTROL_RANK CONTROL_ALPHA LORA_RANK LORA_ALPHA \
+    LORA_DROPOUT PRECISION EVAL_STEPS
+# shellcheck disable=SC2086  # a list, meant to be split
+run_command "$PYTHON" -m RoBERTa.study --tasks cola mnli mrpc qnli qqp rte sst2 stsb wnli --methods control lora dora \
+    --seeds 42 41 40 --epochs $EPOCHS "${OPTIONS[@]}" --gpus all "$@"
