@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from control_experiments.paths import REPOSITORY
 from control_experiments.training.arguments import parse_arguments
 from scripts import bench_memory
 from scripts.rerun import Options, plan_cells
@@ -22,110 +21,86 @@ import json, os, sys, time
 arguments = sys.argv[1:]
 if arguments[:2] == ["-m", "scripts.rerun"]:
     os.execv({python!r}, [{python!r}, *arguments])
-module, value = arguments[1], dict(zip(arguments[2:], arguments[3:]))
-with open(os.environ["CALLS"], "a") as file:
-    file.write(json.dumps({{"pid": os.getpid(), "arguments": arguments}}) + "\\n")
+value = dict(zip(arguments[2:], arguments[3:]))
+with open({notes!r}, "a") as file:
+    file.write(json.dumps({{"pid": os.getpid(), "module": arguments[1], **value}}) + "\\n")
 time.sleep(float(os.environ.get("FAKE_SECONDS", 0)))
 if os.environ.get("FAKE_FAIL") in arguments:
     print("error: out of everything", file=sys.stderr)
     sys.exit(2)
-if module == "scripts.bench_memory":
-    folder, name = value["--output"], f"{{value['--shape']}}_{{value['--batch']}}x{{value.get('--tokens', 197)}}.json"
-else:
-    folder, name = value["--output_dir"], "record.json"
+folder, name = value.get("--output_dir"), "record.json"
+if "--shape" in value:
+    folder, name = value["--output"], f"{{value['--shape']}}_{{value['--batch']}}x{{value['--tokens']}}.json"
 os.makedirs(folder, exist_ok=True)
 with open(os.path.join(folder, name), "w") as file:
     json.dump({{"results": [{{"method": "lora"}}]}}, file)
 """
 MEMORY = ("memory", "--tasks", "llama3-8b", "llama3-8b-short", "llama2-7b", "--methods", "lora", "--seeds", "1")
+CPU = ("--gpus", "cpu")
 
 
 class Reruns:
-    def __init__(self, root):
-        self.results, self.calls_file, interpreter = root / "results", root / "calls", root / "fake-python"
-        interpreter.write_text(INTERPRETER.format(python=sys.executable))
-        interpreter.chmod(0o755)
-        self.environment = {**os.environ, "PYTHON": str(interpreter), "CALLS": str(self.calls_file)}
-        for name in ("MODEL", "DATA", "EPOCHS", "LR", "CUDA_VISIBLE_DEVICES"):
-            self.environment.pop(name, None)
+    def __init__(self, launching, root):
+        self.launching, self.root, self.results, self.notes = launching, root, root / "results", root / "notes"
+        (root / "python").write_text(INTERPRETER.format(python=sys.executable, notes=str(self.notes)))
+        (root / "python").chmod(0o755)
 
-    def command(self, table, *arguments):
-        launcher = REPOSITORY / "scripts" / f"rerun_{table}.sh"
-        return ["bash", str(launcher), "--results", str(self.results), *arguments]
+    def launcher(self, table, *words, **variables):
+        self.notes.write_text("")
+        more = {"PYTHON": self.root / "python", **variables}
+        return self.launching(f"scripts/rerun_{table}.sh", "--results", self.results, *words, **more)
 
-    def run(self, table, *arguments, **environment):
-        self.calls_file.write_text("")
-        piped = dict(env={**self.environment, **environment}, capture_output=True, text=True, timeout=100)
-        return subprocess.run(self.command(table, *arguments), **piped)
+    def run(self, *words, **variables):
+        return subprocess.run(**self.launcher(*words, **variables), capture_output=True, timeout=100)
 
     @property
     def calls(self):
-        return [json.loads(line) for line in self.calls_file.read_text().splitlines()]
-
-    def options(self, name):
-        """What each call says of an option."""
-        return [call["arguments"][call["arguments"].index(name) + 1] for call in self.calls]
+        return [json.loads(line) for line in self.notes.read_text().splitlines()]
 
 
 @pytest.fixture
-def reruns(tmp_path):
-    return Reruns(tmp_path)
+def reruns(launching, tmp_path):
+    return Reruns(launching, tmp_path)
 
 
 def test_a_table_is_run_cell_by_cell_and_then_skipped(reruns):
-    memory = (*MEMORY, "2", "--gpus", "cpu")
-    done = reruns.run(*memory)
+    done = reruns.run(*MEMORY, "2", *CPU)
     assert done.returncode == 0 and "all 6 cells are finished" in done.stdout, done.stderr
     folder = str(reruns.results / "memory")
-    assert reruns.options("--output") == [folder] * 3 + [f"{folder}/repeat2"] * 3
-    assert set(reruns.options("--device")) == {"cpu"}
-    assert reruns.run(*memory).returncode == 0 and not reruns.calls
-    other = reruns.run(*(word.replace("lora", "dora") for word in memory))
+    assert [call["--output"] for call in reruns.calls] == [folder] * 3 + [f"{folder}/repeat2"] * 3
+    assert {call["--device"] for call in reruns.calls} == {"cpu"}
+    assert reruns.run(*MEMORY, "2", *CPU).returncode == 0 and not reruns.calls
+    other = reruns.run(*(word.replace("lora", "dora") for word in MEMORY), *CPU)
     assert other.returncode == 2 and "has methods lora, not dora" in other.stderr and not reruns.calls
 
 
-def test_cells_go_to_all_gpus_one_at_a_time_on_each(reruns):
-    assert reruns.run(*MEMORY, "2", "--gpus", "0", "1", FAKE_SECONDS="2").returncode == 0
-    assert len(reruns.calls) == 6 and {*reruns.options("--device")} == {"0", "1"}
+def test_cells_go_to_all_gpus(reruns):
+    assert reruns.run(*MEMORY, "2", "--gpus", "0", "1", FAKE_SECONDS=2).returncode == 0
+    assert len(reruns.calls) == 6 and {call["--device"] for call in reruns.calls} == {"0", "1"}
 
 
 def test_a_failed_cell_is_listed_at_the_end_and_stops_no_other(reruns):
-    done = reruns.run(*MEMORY, "--gpus", "cpu", FAKE_FAIL="llama3-8b")
+    done = reruns.run(*MEMORY, *CPU, FAKE_FAIL="llama3-8b")
     assert done.returncode == 2 and len(reruns.calls) == 3
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     for name in ("llama3-8b_repeat1", "llama3-8b-short_repeat1"):
         assert f"{name} failed: error: out of everything (exit code 2, log: " in line
         assert (reruns.results / "logs" / "memory" / f"{name}.log").is_file()
-    assert reruns.run(*MEMORY, "--gpus", "cpu").returncode == 0 and len(reruns.calls) == 2
+    assert reruns.run(*MEMORY, *CPU).returncode == 0 and len(reruns.calls) == 2
 
 
 def test_no_cell_starts_when_time_is_up(reruns):
-    done = reruns.run(*MEMORY, "--gpus", "cpu", "--max-hours", "0.0001", FAKE_SECONDS="1")
+    done = reruns.run(*MEMORY, *CPU, "--max-hours", "0.0001", FAKE_SECONDS=1)
     assert done.returncode == 0 and len(reruns.calls) == 1 and "does not fit into 0.006 minutes" in done.stdout
 
 
 def test_a_training_is_left_to_its_launcher(reruns):
-    """Which skips a finished run, and refuses one with other settings: LlaMA/tests have both."""
-    table = (
-        "commonsense",
-        "--tasks",
-        "llama3_8b",
-        "--methods",
-        "double control",
-        "zero-shot",
-        "--seeds",
-        "5",
-        "6",
-        "--gpus",
-        "cpu",
-    )
+    """Which skips a finished run, and refuses one with other settings."""
+    table = ("commonsense", "--tasks", "llama3_8b", "--methods", "double control", "zero-shot", "--seeds", "5", "6", *CPU)
     for _ in range(2):
         assert reruns.run(*table).returncode == 0
-        modules = [call["arguments"][1] for call in reruns.calls]
-        assert modules == ["LlaMA.finetune", "LlaMA.evaluate", "LlaMA.evaluate", "LlaMA.finetune", "LlaMA.evaluate"]
-        assert {"double-control-seed5", "double-control-seed6"} < {
-            path.name for path in (reruns.results / "llama" / "llama3_8b").iterdir()
-        }
+        modules = [call["module"].removeprefix("LlaMA.") for call in reruns.calls]
+        assert modules == ["finetune", "evaluate", "evaluate", "finetune", "evaluate"]  # zero-shot has no seeds
     failed = reruns.run(*table, FAKE_FAIL="LlaMA.finetune")
     assert "llama3_8b_double-control-seed5 failed: error: out of everything" in failed.stderr and failed.returncode == 2
 
@@ -133,12 +108,10 @@ def test_a_training_is_left_to_its_launcher(reruns):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupting_ends_the_running_cells_and_starts_no_other(reruns, number, code):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
-    process = subprocess.Popen(
-        reruns.command(*MEMORY, "--gpus", "0", "1"), env={**reruns.environment, "FAKE_SECONDS": "60"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = reruns.launcher(*MEMORY, "--gpus", "0", "1", FAKE_SECONDS=60)
+    process = subprocess.Popen(**command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.time() + 60
-    while not (reruns.calls_file.exists() and len(reruns.calls) == 2) and time.time() < deadline:
+    while len(reruns.calls) < 2 and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
     _, errors = process.communicate(timeout=20)
@@ -149,27 +122,35 @@ def test_interrupting_ends_the_running_cells_and_starts_no_other(reruns, number,
             os.kill(call["pid"], 0)
 
 
+BENCH = r"\S+ -m scripts.bench_memory --shape"
+LLAMA3 = r"bash LlaMA/llama3_8B_DoubleControl.sh 64 32 64 out/llama/llama3_8b"
+
+
 @pytest.mark.parametrize(
-    ("table", "arguments", "wanted"),
+    ("table", "words", "wanted"),
     [
-        ("commonsense", ("--tasks", "llama3_8b", "--methods", "double control", "--seeds", "5"),
-         r"SEED=5 bash LlaMA/llama3_8B_DoubleControl.sh 64 32 64 \S+/llama/llama3_8b/double-control-seed5 {gpu} --resume"),
-        ("commonsense", ("--tasks", "llama3_8b", "--methods", "control+dora", "--seeds", "5"),
-         r"SEED=5 METHOD=control\+dora bash LlaMA/llama3_8B_DoubleControl.sh 64 32 64 \S+/llama/llama3_8b/control\+dora-seed5 {gpu} --resume"),
-        ("commonsense", ("--tasks", "llama2_7b", "--methods", "zero-shot"),
-         r"bash LlaMA/llama2_7B_Evaluate.sh 64 32 64 \S+/llama/llama2_7b/zero-shot {gpu} zero-shot"),
-        ("memory", ("--tasks", "vit", "--seeds", "2"), r"\S+ -m scripts.bench_memory .* --output \S+/memory/repeat2/published_vit --methods lora\+eager .*"),
-        ("memory", ("--tasks", "llama3-8b-profile", "--seeds", "1"),
-         r"\S+ -m scripts.bench_memory --shape llama3-8b .* --profile --device {gpu} --output \S+ --methods lora\+liger control:fast .*"),
-        ("memory", ("--tasks", "vit-b16", "--seeds", "2"),
-         r"\S+ -m scripts.bench_memory --shape vit-b16 --batch 128 --device {gpu} --output \S+/memory/repeat2"),
+        ("commonsense", ("llama3_8b", "--methods", "double control", "--seeds", 5), rf"SEED=5 {LLAMA3}/double-control-seed5 {{gpu}} --resume"),
+        ("commonsense", ("llama3_8b", "--methods", "dora", "--seeds", 5), rf"SEED=5 METHOD=dora {LLAMA3}/dora-seed5 {{gpu}} --resume"),
+        ("commonsense", ("llama2_7b", "--methods", "zero-shot"), r"bash LlaMA/llama2_7B_Evaluate.sh 64 32 64 out/llama/llama2_7b/zero-shot {gpu} zero-shot"),
+        ("memory", ("llama3-8b-profile", "--seeds", 1), rf"{BENCH} .* --profile --device {{gpu}} --output out/memory --methods lora\+liger control:fast .*"),
+        ("memory", ("vit-b16", "--seeds", 2, "--extra", "--steps 2"), rf"{BENCH} vit-b16 --batch 128 --device {{gpu}} --output out/memory/repeat2 --steps 2"),
     ],
 )  # fmt: skip
-def test_dry_runs_print_the_calls(reruns, table, arguments, wanted):
-    done = reruns.run(table, *arguments, "--dry_run")
-    assert done.returncode == 0, done.stderr
-    _, call = done.stdout.splitlines()
-    assert re.fullmatch(wanted, call), call
+def test_dry_runs_print_the_calls(call, started, table, words, wanted):
+    (command,) = started(f"scripts/rerun_{table}.sh", "--results", "out", "--dry_run", "--tasks", *words)
+    assert re.fullmatch(wanted, call(*command).finished().out.strip())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tasks", "nope"), "has no 'nope': choose from llama3-8b,"),
+        (("--gpus", "x"), "--gpus takes indices, cpu or all, got 'x'"),
+        (("--nonsense",), "--nonsense"),
+    ],
+)
+def test_bad_arguments_are_one_line(call, words, message):
+    assert message in call("scripts.rerun", "--table", "memory", *words).refused()
 
 
 def test_each_benchmark_writes_the_file_that_is_looked_for(monkeypatch, tmp_path):
@@ -177,17 +158,3 @@ def test_each_benchmark_writes_the_file_that_is_looked_for(monkeypatch, tmp_path
     for cell in plan_cells(Options(table="memory", results=str(tmp_path))):
         (options,) = parse_arguments(bench_memory.Options, argv=cell.command[3:])
         assert Path(options.output, options.with_defaults().file_name()) == cell.record
-
-
-@pytest.mark.parametrize(
-    ("table", "arguments", "message"),
-    [
-        ("memory", ("--tasks", "nope"), "has no 'nope': choose from llama3-8b,"),
-        ("memory", ("--gpus", "x"), "--gpus takes indices, cpu or all, got 'x'"),
-        ("memory", ("--nonsense",), "--nonsense"),
-    ],
-)
-def test_bad_arguments_are_one_line(reruns, table, arguments, message):
-    done = reruns.run(table, *arguments)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
-    assert not reruns.results.exists()
