@@ -275,5 +275,7 @@ def svg(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results"}):
         figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
     text = output.getvalue()
-    unwanted = r' (?:width|height)="[\d.]+pt"|\s*<metadata>.*?</metadata>'
-    return re.sub(unwanted, "", text[text.index("<svg") :], flags=re.DOTALL)
+    unwanted = r' (?:width|height)="[\d.]+pt"|\s*<metadata>.*?</metadata>|(?<=\n) +'
+    text = re.sub(unwanted, "", text[text.index("<svg") :], flags=re.DOTALL)
+    # hundredths of a point do not show
+    return re.sub(r' (?:d|[xy]|transform)="[^"]*"', lambda place: re.sub(r"(?<=\.\d)\d+", "", place[0]), text)
