@@ -236,7 +236,7 @@ def _plan_models(model, plans, chunk_tokens, fused_loss):
             enter(module, DecoderPlan())
         norm = getattr(module, "norm", None)
         kinds = {type(layer.input_layernorm) for layer in layers if layer in by_hand and hasattr(layer, "input_layernorm")}
-        if fused_loss and type(norm) in kinds and is_as_written(norm):
+        if fused_loss and isinstance(norm, nn.Module) and type(norm) in kinds and is_as_written(norm):
             enter(norm, NormPlan())
     for module in model.modules() if fused_loss else ():
         if not has_plain_head(module) or not is_as_written(module, hooks=False):

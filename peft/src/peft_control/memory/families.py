@@ -16,7 +16,7 @@ from .attention import decoder_attention, decoder_attention_gradients
 from .exact import is_as_written, kind_of, path_of
 from .layers import Halves
 from .linear import is_frozen_linear
-from .long import LongRows
+from .long import LongCall
 from .mlp import GatedMlp, PostNormMlp, PreNormMlp
 
 #: Whose modules a layer may consist of, besides those of its own module.
@@ -129,7 +129,7 @@ def _decoder(layer):
         True,
         gradients,
         attention_kept=kept,
-        of_many_tokens=LongRows if LongRows.takes(layer) else None,
+        of_many_tokens=LongCall if LongCall.takes(layer) else None,
     )
 
 

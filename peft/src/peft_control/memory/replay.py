@@ -29,6 +29,12 @@ class Drawn:
             _set_states(now, self.device)
 
 
+class Still:
+    """Stands for :class:`Drawn` where nothing is drawn."""
+
+    first = again = staticmethod(nullcontext)
+
+
 class Twins:
     """Two states of the GPU's generator in step: one for a layer's forward in a graph, one for the graph of its backward.
 
@@ -76,7 +82,7 @@ def capturing(twins: dict[nn.Module, Twins]):
         _captured = before
 
 
-def draw(layer: nn.Module, device: torch.device) -> Drawn | Twins:
+def draw(layer: nn.Module, device: torch.device) -> Drawn | Twins | Still:
     """To be called at the start of a layer's forward that draws random numbers."""
     if device.type == "cuda" and layer in _captured and torch.cuda.is_current_stream_capturing():
         return _captured[layer]
