@@ -1,6 +1,6 @@
 """Lean control: how much of a frozen block training keeps, and how much it recomputes.
 
-A controlled block's frozen interior has no weight gradients, so a backward needs far less of it than plain
+A controlled block's frozen interior has no weight gradients, so a backward needs far fewer activations than plain
 autograd keeps. :func:`set_memory_mode` chooses the trade; gradients are exact in every mode. What a layer of a SwiGLU
 decoder keeps from its forward to its backward (pinned: in pinned host memory; A and B are the control's):
 
@@ -15,16 +15,22 @@ decoder keeps from its forward to its backward (pinned: in pinned host memory; A
     silu(gate), its product      GPU     -       -                      -
     A(x), A(h)                   GPU     GPU     recomputed, GPU        recomputed
 
-    -: never needed again    *: where the copies hide behind the computation and the host has room (``offload.py``)
+    -: never needed again    *: where the copies overlap with the computation and the host has room (``offload.py``)
 
-From 8,192 tokens a step on lean works a SwiGLU decoder's attention by groups of heads and all else by chunks of tokens, so that
-a backward needs half the memory a token, and attention's output waits on the host in the place of what else does (``long.py``).
+From 8,192 tokens a step on, lean works a SwiGLU decoder's attention by groups of heads and all else by chunks of tokens.
+A backward then needs half the memory a token. Attention's output waits in pinned memory instead of the other tensors
+(``long.py``).
 
-Calls: ``set_memory_mode`` puts a plan on each layer and a ``Forward`` in its forward's place (``forward.py``). ``LayerPlan.run``
-(``layers.py``) looks whether the layer still is what ``families.py`` knows (``exact.py``), then runs it as one or two autograd
-nodes, made of ``attention.py``, ``mlp.py`` and ``control.py``, made of ``linear.py`` and ``kernels.py``. Any other layer
-runs its own forward, in mode lean once more in its backward (``generic.py``). Around the layers: ``loss.py`` computes the
-loss in chunks, ``graphs.py`` replays whole steps. Below all of it ``streaming.py`` has frozen weights wait on the host.
+Who calls whom in a training step:
+
+    model.forward             loss.py         LossPlan: the loss in chunks; graphs.py replays whole steps
+      layer.forward           forward.py      Forward: the layer's weights arrive (streaming.py), then its plan runs
+        LayerPlan.run         layers.py       is the layer still what families.py knows (exact.py)?
+          Node, with a Call   layers.py       one or two nodes of autograd: what is kept, where, and what is recomputed
+            the two halves    attention.py, mlp.py, control.py, made of linear.py and kernels.py
+            HostStates        offload.py      copies to and from pinned memory; pace.py measures whether they overlap
+            Drawn, Twins      replay.py       dropout's numbers, drawn again in the backward
+          GenericCall         generic.py      any other layer in mode lean: its own forward, once more in the backward
 """
 
 from __future__ import annotations
