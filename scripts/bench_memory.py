@@ -305,6 +305,7 @@ def search(options: Options, method: Method) -> Iterator[dict]:
 
     steps, good = Search(run, options.up_to, torch.cuda.memory_allocated()), 0
     steps.probe(total)
+    waits = {"streaming": streamed(options, work)} if method.resident else {}
     for _, what, value in options.cells(method.text):
         if f"{what}={value}" not in options.left:
             continue
@@ -321,7 +322,7 @@ def search(options: Options, method: Method) -> Iterator[dict]:
         if step:
             found |= {"step_seconds": step.seconds, "tokens_per_second": setting.batch * tokens / step.seconds}
             found |= {"peak_bytes": step.peak}
-        yield {"method": method.text, **found}
+        yield {"method": method.text, **found, **waits}
 
 
 # -- in the process that starts them ----------------------------------------------------------------------------

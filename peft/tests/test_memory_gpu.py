@@ -540,7 +540,7 @@ def test_a_model_on_the_gpu_is_streamed_from_there_and_comes_back():
     on_host = {name for name, x in model.state_dict().items() if x.device.type == "cpu"}
     assert on_host and all("layers" in name and "control" not in name for name in on_host)
     for layer in streaming.streams(model)[0].layers:
-        assert layer.buffer.is_pinned() and layer.on_host[0].is_pinned()
+        assert layer.on_host[0].is_pinned()  # torch does not ask for the buffer, which it made itself
     set_memory_mode(model, "lean")
     assert all(x.is_cuda and torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert torch.equal(gradients_of(model, ids), reference)

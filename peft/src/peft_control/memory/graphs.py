@@ -39,17 +39,17 @@ class StepGraphs:
     def __reduce__(self):
         return StepGraphs, (self.limit,)
 
-    def __call__(self, compute: Callable, inputs: Sequence[torch.Tensor], model: nn.Module, setting: object = None):
+    def __call__(self, compute: Callable, inputs: Sequence[torch.Tensor], model: nn.Module, seen: tuple | None = None):
         """Return ``compute(*inputs)``, a tensor or a structure of tensors, with gradients for ``model``'s trained
         parameters.
 
         ``compute`` must do the same work for the same shapes, adapters and ``setting``, and read nothing from the
-        device.
+        device. ``seen`` is what :meth:`look_at` has returned.
 
         Raises:
             RuntimeError: ``compute`` cannot be captured.
         """
-        parameters, key = self._look_at(inputs, model, setting)
+        parameters, key = seen or self.look_at(inputs, model)
         if key not in self._graphs:
             if len(self._graphs) == self.limit:
                 return compute(*inputs)
@@ -63,8 +63,11 @@ class StepGraphs:
         graph = self._graphs[key]
         return tree_unflatten(list(_Replay.apply(graph, inputs, *parameters)), graph.structure)
 
-    def _look_at(self, inputs, model, setting) -> tuple[list[nn.Parameter], tuple]:
-        """The trained parameters, and what a graph must have been captured with. Small steps wait for this."""
+    def look_at(self, inputs, model, setting: object = None) -> tuple[list[nn.Parameter], tuple]:
+        """The trained parameters, and what a graph must have been captured with.
+
+        It takes half a millisecond: whoever waits for the GPU looks before, while the step before computes.
+        """
         modules = list(model.modules())
         if modules != self._modules:
             self._modules = modules
@@ -118,7 +121,7 @@ class StepPlan:
             return run(*arguments, **named)
 
         others = [value for value in values if not isinstance(value, torch.Tensor)]
-        return self.graphs(compute, tensors, model, f"{structure} {others}")
+        return self.graphs(compute, tensors, model, self.graphs.look_at(tensors, model, f"{structure} {others}"))
 
 
 @contextmanager

@@ -176,7 +176,7 @@ def swiglu_rows(gate, up):
     width = gate.shape[1]
     q, scale = empty_rows(gate, width, torch.float8_e4m3fn)
     _swiglu_rows_kernel[(len(gate),)](
-        gate, up, q, scale, gate.stride(0), up.stride(0), width, BLOCK=_BLOCK, EXPONENT=exponent_of(q.dtype)
+        gate, up, q, scale, gate.stride(0), up.stride(0), width, EXPONENT=exponent_of(q.dtype), **_row_launch(width)
     )
     return q, scale
 
@@ -190,9 +190,16 @@ def swiglu_backward_rows(gate, up, dact, dtype, gate_columns, up_columns):
     (dgate, gate_scale), (dup, up_scale) = (empty_rows(gate, width, dtype) for _ in range(2))
     _swiglu_backward_rows_kernel[(len(gate),)](
         gate, up, dact, gate_columns, up_columns, dgate, gate_scale, dup, up_scale, gate.stride(0), up.stride(0), width,
-        BLOCK=_BLOCK, EXPONENT=exponent_of(dtype),
+        EXPONENT=exponent_of(dtype), **_row_launch(width),
     )  # fmt: skip
     return (dgate, gate_scale), (dup, up_scale)
+
+
+def _row_launch(width):
+    """Rows that a program's registers hold are read and computed once, wider ones twice."""
+    once = width <= 16384
+    block = triton.next_power_of_2(width) if once else _BLOCK
+    return {"BLOCK": block, "ONCE": once, "num_warps": min(max(block // 1024, 4), 16) if once else 4}
 
 
 # -- rotary position embedding ----------------------------------------------------------------------------------
@@ -387,18 +394,26 @@ if triton is not None:
     # Rows are read twice, the second time from the cache: one that is held whole leaves too few threads.
 
     @triton.jit
-    def _swiglu_rows_kernel(gate, up, q, scale, stride_gate, stride_up, width, BLOCK: tl.constexpr, EXPONENT: tl.constexpr):
+    def _swiglu_rows_kernel(
+        gate, up, q, scale, stride_gate, stride_up, width, BLOCK: tl.constexpr, EXPONENT: tl.constexpr, ONCE: tl.constexpr
+    ):
         row = tl.program_id(0).to(tl.int64)
         gate += row * stride_gate
         up += row * stride_up
-        largest = tl.zeros((BLOCK,), dtype=tl.float32)
-        for start in range(0, width, BLOCK):
-            largest = tl.maximum(largest, magnitude(_activated(gate, up, start + tl.arange(0, BLOCK), width)))
-        factor = factor_of(tl.max(largest), scale + row, EXPONENT)
-        for start in range(0, width, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            act = _activated(gate, up, column, width) * factor
+        if ONCE:
+            column = tl.arange(0, BLOCK)
+            act = _activated(gate, up, column, width)
+            act *= factor_of(tl.max(magnitude(act)), scale + row, EXPONENT)
             tl.store(q + row * width + column, act.to(q.dtype.element_ty), mask=column < width)
+        else:
+            largest = tl.zeros((BLOCK,), dtype=tl.float32)
+            for start in range(0, width, BLOCK):
+                largest = tl.maximum(largest, magnitude(_activated(gate, up, start + tl.arange(0, BLOCK), width)))
+            factor = factor_of(tl.max(largest), scale + row, EXPONENT)
+            for start in range(0, width, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                act = _activated(gate, up, column, width) * factor
+                tl.store(q + row * width + column, act.to(q.dtype.element_ty), mask=column < width)
 
     @triton.jit
     def _activated(gate, up, column, width):
@@ -409,25 +424,33 @@ if triton is not None:
     @triton.jit
     def _swiglu_backward_rows_kernel(
         gate, up, dact, gate_columns, up_columns, dgate, gate_scale, dup, up_scale, stride_gate, stride_up, width,
-        BLOCK: tl.constexpr, EXPONENT: tl.constexpr,
+        BLOCK: tl.constexpr, EXPONENT: tl.constexpr, ONCE: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         gate += row * stride_gate
         up += row * stride_up
         dact += row * width
-        of_gate = tl.zeros((BLOCK,), dtype=tl.float32)
-        of_up = tl.zeros((BLOCK,), dtype=tl.float32)
-        for start in range(0, width, BLOCK):
-            column = start + tl.arange(0, BLOCK)
+        if ONCE:
+            column = tl.arange(0, BLOCK)
             dg, du = _deactivated(gate, up, dact, gate_columns, up_columns, column, width)
-            of_gate, of_up = tl.maximum(of_gate, magnitude(dg)), tl.maximum(of_up, magnitude(du))
-        gate_factor = factor_of(tl.max(of_gate), gate_scale + row, EXPONENT)
-        up_factor = factor_of(tl.max(of_up), up_scale + row, EXPONENT)
-        for start in range(0, width, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            dg, du = _deactivated(gate, up, dact, gate_columns, up_columns, column, width)
-            tl.store(dgate + row * width + column, (dg * gate_factor).to(dgate.dtype.element_ty), mask=column < width)
-            tl.store(dup + row * width + column, (du * up_factor).to(dup.dtype.element_ty), mask=column < width)
+            dg *= factor_of(tl.max(magnitude(dg)), gate_scale + row, EXPONENT)
+            du *= factor_of(tl.max(magnitude(du)), up_scale + row, EXPONENT)
+            tl.store(dgate + row * width + column, dg.to(dgate.dtype.element_ty), mask=column < width)
+            tl.store(dup + row * width + column, du.to(dup.dtype.element_ty), mask=column < width)
+        else:
+            of_gate = tl.zeros((BLOCK,), dtype=tl.float32)
+            of_up = tl.zeros((BLOCK,), dtype=tl.float32)
+            for start in range(0, width, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                dg, du = _deactivated(gate, up, dact, gate_columns, up_columns, column, width)
+                of_gate, of_up = tl.maximum(of_gate, magnitude(dg)), tl.maximum(of_up, magnitude(du))
+            gate_factor = factor_of(tl.max(of_gate), gate_scale + row, EXPONENT)
+            up_factor = factor_of(tl.max(of_up), up_scale + row, EXPONENT)
+            for start in range(0, width, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                dg, du = _deactivated(gate, up, dact, gate_columns, up_columns, column, width)
+                tl.store(dgate + row * width + column, (dg * gate_factor).to(dgate.dtype.element_ty), mask=column < width)
+                tl.store(dup + row * width + column, (du * up_factor).to(dup.dtype.element_ty), mask=column < width)
 
     @triton.jit
     def _deactivated(gate, up, dact, gate_columns, up_columns, column, width):

@@ -172,11 +172,14 @@ class LossPlan:
         ids, mask = named.get("input_ids"), named.get("attention_mask")
         others = [name for name, value in named.items() if value is not None]
         known = {*others} <= {"input_ids", "attention_mask"}
-        if self.graphs and known and ids is not None and _fits_a_graph(model.model, ids, mask):
-            total = self.graphs(
-                lambda ids, labels: _total(_states(model.model, ids), labels, model.lm_head, self.chunk), (ids, labels), model
-            )
-            return CausalLMOutputWithPast(loss=total / items)
+        if self.graphs and known and ids is not None and _fits_a_graph(model.model, ids):
+            seen = self.graphs.look_at((ids, labels), model)
+            if mask is None or mask.all():  # here the GPU is waited for
+                total = self.graphs(
+                    lambda ids, labels: _total(_states(model.model, ids), labels, model.lm_head, self.chunk),
+                    (ids, labels), model, seen,
+                )  # fmt: skip
+                return CausalLMOutputWithPast(loss=total / items)
         outputs = model.model(**{name: named[name] for name in others})
         softcap = getattr(model.config, "final_logit_softcapping", None)
         return CausalLMOutputWithPast(
@@ -194,12 +197,12 @@ def _by_name(forward, arguments, named) -> dict:
     return {**dict(zip(names, arguments)), **named}
 
 
-def _fits_a_graph(base, ids, mask) -> bool:
+def _fits_a_graph(base, ids) -> bool:
     if not ids.is_cuda or replays_random_numbers(base) or not is_as_written(base):
         return False
     windows = [getattr(layer.self_attn, "sliding_window", None) for layer in base.layers]
     windows.append(getattr(base.config, "sliding_window", None))
-    return all(window is None or window >= ids.shape[1] for window in windows) and (mask is None or bool(mask.all()))
+    return all(window is None or window >= ids.shape[1] for window in windows)
 
 
 def _states(base, ids):

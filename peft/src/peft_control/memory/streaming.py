@@ -182,6 +182,7 @@ class Weights:
         """Put the weights where they were before, or leave them on the host if they were there."""
         for place, tensor, origin in zip(self.places, self.on_host, self.origins):
             place.set(tensor.to(origin))
+        self.in_slot = []
         vars(self.layer).pop("_apply", None)
         leave(self.layer, "memory_weights")
 
@@ -368,6 +369,7 @@ class WeightStream:
         self._slots.clear()
         for weights in self.layers:
             weights.stop()
+        self.layers.clear()  # they hold this object, and gigabytes that should not wait for a garbage collection
         if self._registered is not None:
             self._registered()
 
@@ -402,10 +404,11 @@ def start(model: nn.Module, is_layer: Callable[[nn.Module], bool], resident: int
 def stop(model: nn.Module) -> None:
     """Undo :func:`start`: the weights return to where they were."""
     for stream in streams(model):
+        holders = stream.holders
         stream.stop()
         for module in model.modules():
             if (ignored := vars(module).get(_IGNORED_BY_DDP)) is not None:
-                names = {name for name, parameter in module.named_parameters() if id(parameter) in stream.holders}
+                names = {name for name, parameter in module.named_parameters() if id(parameter) in holders}
                 setattr(module, _IGNORED_BY_DDP, [name for name in ignored if name not in names])
 
 
