@@ -262,6 +262,7 @@ class Call:
         self, plan: LayerPlan, layer: nn.Module, parameters: Parameters, state: torch.Tensor, arguments=(), named=None
     ):
         self.plan, self.layer, self.parameters = plan, layer, parameters
+        self.halves: Any = plan.halves
         self.arguments, self.named = arguments, named or {}
         self.setting, self.read = plan.setting(layer), parameters.now()
         self.autocast = autocast_state(state)
@@ -269,7 +270,7 @@ class Call:
 
     def run(self, state: torch.Tensor) -> torch.Tensor:
         """The output, with this as its node of autograd."""
-        return Node.apply(state, self, *self.inputs, *(x for x in self.read if x.requires_grad))  # type: ignore[return-value]
+        return Node.apply(state, self, *self.inputs, *(x for x in self.read if x.requires_grad))
 
     def forward(self, state: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """The output, and what autograd is to keep."""
@@ -287,11 +288,6 @@ class Call:
     def host(self) -> HostStates:
         assert self.plan.host is not None
         return self.plan.host
-
-    @property
-    def halves(self) -> Halves:
-        assert self.plan.halves is not None
-        return self.plan.halves
 
     def control(self, block: str) -> ControlLayer | None:
         return getattr(self.layer, f"{block}_control", None)
@@ -329,10 +325,10 @@ class AttentionCall(Call):
         own = control_parameters(self.control("attention"))
         others = _besides(trained, own)
         inputs = [*([state] if state.requires_grad else []), *others]
-        gradients_of = self.halves.attention_gradients
-        assert gradients_of is not None
         with torch.enable_grad():
-            found, of_control = gradients_of(self.layer, state, dy, inputs, *self.arguments, kept=kept, **self.named)
+            found, of_control = self.halves.attention_gradients(
+                self.layer, state, dy, inputs, *self.arguments, kept=kept, **self.named
+            )
         dstate = found.pop(0) if state.requires_grad else None
         return dstate, [*zip(own, of_control), *zip(others, found)]
 
