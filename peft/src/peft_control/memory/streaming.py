@@ -91,7 +91,6 @@ class Weights:
         # each with a storage of its own, as files of weights are written
         pieces = [torch.from_dlpack(self.buffer[span.start : span.end]) for span in self.spans]
         self.on_host = [span.of(piece) for span, piece in zip(self.spans, pieces)]
-        self.addresses = [tensor.data_ptr() for tensor in self.on_host]
         self.in_slot: list[torch.Tensor] = []
         for place, tensor in zip(places, self.on_host):
             tensor.copy_(place.get())
@@ -129,11 +128,11 @@ class Weights:
         Raises:
             RuntimeError: they are trained, or of another shape or type.
         """
-        for place, tensor, address in zip(self.places, self.on_host, self.addresses):
-            if place.holder is not None and getattr(place.holder, "requires_grad", False):
+        for place, tensor in zip(self.places, self.on_host):
+            if getattr(place.holder, "requires_grad", False):
                 raise RuntimeError("a weight that is streamed is trained since: call set_memory_mode again")
             found = place.get()
-            if found.data_ptr() == address:
+            if found.data_ptr() == tensor.data_ptr():
                 continue
             if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
                 raise RuntimeError("a weight that is streamed has another shape or type since: call set_memory_mode again")
