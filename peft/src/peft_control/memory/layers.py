@@ -281,6 +281,11 @@ class Call:
         ``saved``; the layer has the parameters of the forward."""
         raise NotImplementedError
 
+    def start_drawing(self, device: torch.device) -> None:
+        """From here on the forward's random numbers count: ``random.again()`` draws them once more."""
+        self.draws = self.plan.draws()
+        self.random = draw(self.layer, device) if self.draws else Still()
+
     def wait_on_host(self, *tensors: torch.Tensor, own: int = 1) -> None:
         self.tickets.append(self.host.push(*(tensor.detach() for tensor in tensors), own=own))
 
@@ -368,8 +373,7 @@ class LeanCall(AttentionCall):
 
     def forward(self, state):
         plan, named = self.plan, self.named
-        self.draws = plan.draws()
-        self.random = draw(self.layer, state.device) if self.draws else Still()
+        self.start_drawing(state.device)
         room = self.host.room_for(state) if plan.host is not None else 0
         from_the_middle = room == 2 and self.halves.attention_gradients and not self.draws
         if from_the_middle:

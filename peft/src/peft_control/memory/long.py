@@ -35,7 +35,6 @@ from .exact import is_as_written
 from .layers import Call
 from .linear import cast_once, compute_dtype, input_gradient, is_frozen_linear, of_ready, ready, rows_are_apart, rows_of
 from .mlp import tokens
-from .replay import Still, draw
 
 #: From so many tokens on. With fewer, larger matmuls count for more than memory does.
 FROM_TOKENS = 8192
@@ -152,8 +151,7 @@ class LongCall(Call):
 
     def forward(self, state):
         host = self.plan.host
-        self.draws = self.plan.draws()
-        self.random = draw(self.layer, state.device) if self.draws else Still()
+        self.start_drawing(state.device)
         if host is not None and host.room_for(state):
             self.wait_on_host(state)
         with self.random.first():
