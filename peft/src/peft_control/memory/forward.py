@@ -1,4 +1,11 @@
-"""The one door through which a memory mode enters a model: what stands in the place of a module's ``forward``."""
+"""The one door through which a memory mode enters a model: what stands in the place of a module's ``forward``.
+
+All that memory modes put on a module, and take off again:
+
+    forward          :class:`Forward`
+    memory_plan      what it runs: a LayerPlan, TokensPlan, TailPlan, NormPlan, DecoderPlan, LossPlan or StepPlan
+    memory_weights   the layer's Weights (``streaming.py``); beside them ``_apply``, and what torch's DDP is to ignore
+"""
 
 from __future__ import annotations
 

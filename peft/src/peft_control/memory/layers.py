@@ -251,7 +251,7 @@ class Call:
     Attributes:
         read: its parameters as they are now, until autograd has saved them.
         inputs: what needs gradients besides the state and the parameters.
-        needs_dstate: whether the state needs one.
+        needs_dstate: whether the state needs a gradient.
         tickets: of what waits on the host, in the order in which it was pushed.
     """
 
