@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from importlib import import_module
@@ -106,25 +107,40 @@ def launch(launching):
 
 
 _NOTING = """#!{python}
-import json, sys
+import json, os, sys
 with open({notes!r}, "a") as file:
-    file.write(json.dumps(sys.argv[2:]) + "\\n")
+    file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
 """
 
 
 @pytest.fixture
-def started(launch, tmp_path):
-    """``started("ViT/run_ViT.sh", "lora")``: the module and options of each program that a launcher starts, to be called here."""
+def noted(tmp_path):
+    """``noted("bash ViT/run_ViT.sh lora", EPOCHS=3)``: how a command, typed at the root, calls python, torchrun and accelerate,
+    whose stand-ins only note it."""
+    stubs, notes = tmp_path / "stubs", tmp_path / "notes"
+    stubs.mkdir()
+    for name in ("python", "python3", "torchrun", "accelerate"):
+        (stubs / name).write_text(_NOTING.format(python=sys.executable, notes=str(notes)))
+        (stubs / name).chmod(0o755)
 
-    def run(script: str, *words, **variables) -> list[list[str]]:
-        interpreter, notes = tmp_path / "noting-python", tmp_path / "notes"
-        interpreter.write_text(_NOTING.format(python=sys.executable, notes=str(notes)))
-        interpreter.chmod(0o755)
+    def run(command: str, **variables) -> list[list[str]]:
         notes.write_text("")
-        launch(script, *words, **{"PYTHON": interpreter, **variables}).finished()
+        clean = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
+        clean |= {"PATH": f"{stubs}:/usr/bin:/bin", "PYTHON": str(stubs / "python")}
+        clean |= {name: str(value) for name, value in variables.items()}
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in notes.read_text().splitlines()]
 
     return run
+
+
+@pytest.fixture
+def started(noted):
+    """``started("ViT/run_ViT.sh", "lora")``: the module and options of each program that a launcher starts, to be called here."""
+    return lambda script, *words, **variables: [
+        call[2:] for call in noted(shlex.join(["bash", script, *map(str, words)]), **variables)
+    ]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 
 import torch
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from LlaMA.commonsense import ANSWER_LEAD, Row, extract_answer, offered_words, tokenize_prompts
+from LlaMA.commonsense import ANSWER_LEAD, TASKS, Row, extract_answer, offered_words, tokenize_prompts
 from LlaMA.prompts import Style
 
 
@@ -34,7 +35,8 @@ class Reply:
     answer: str | None
 
 
-def questions_of(rows: Sequence[Row], words: tuple[str, ...], tokenizer: Tokenizer, style: Style) -> list[Question]:
+@lru_cache(maxsize=2 * len(TASKS))  # the runs of a study ask the same test sets, and the same held-out questions
+def questions_of(rows: tuple[Row, ...], words: tuple[str, ...], tokenizer: Tokenizer, style: Style) -> list[Question]:
     """The rows as the model sees them."""
     prompts = tokenize_prompts(rows, tokenizer, style)
     return [Question(ids, words, tuple(offered_words(row, words))) for ids, row in zip(prompts, rows, strict=True)]
@@ -151,11 +153,8 @@ def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence
 
     words = {word: answer_ids(word) for word in dict.fromkeys(word for question in questions for word in question.offered)}
     lead, tails = answer_ids(), [[words[word] for word in question.offered] for question in questions]
-
-    def is_lead(pair: tuple[int, int]) -> bool:
-        return pair[0] == pair[1]
-
-    shared = min(len([*takewhile(is_lead, zip(lead, tail, strict=False))]) for words in tails for tail in words)
+    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(lead, *words.values(), strict=False))
+    shared = len([*alike])
     prefixes = [[*question.ids, *lead[:shared]] for question in questions]
     batch = pad_left(prefixes, tokenizer.pad_token_id, model.device)
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)

@@ -22,6 +22,7 @@ from control_experiments.paths import public_path
 from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
 from control_experiments.training.options import MemoryOptions, RunOptions
 from LlaMA.finetune import RecipeOptions
+from scripts.catalogue import LLAMA_SHAPES
 
 if TYPE_CHECKING:
     from control_experiments.record import RunRecord
@@ -45,6 +46,7 @@ class Options(RunOptions, RecipeOptions, MemoryOptions):
         super().check()
         if (self.model is None) == (self.shape is None):
             raise UserError("give either --model or --shape")
+        check_choices(self, shape=LLAMA_SHAPES)
         check_numbers(self, "steps", "large_batch", at_least=1)
         check_numbers(self, "warmup", at_least=0)
 
@@ -59,7 +61,7 @@ def measure(options: Options, run: Run) -> RunRecord:
     from control_experiments.training.methods import adapter_config, count_unquantized, describe_adapter, describe_model
     from LlaMA import models, packing
     from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
-    from scripts.workloads import LLAMA_SHAPES, random_llama
+    from scripts.workloads import random_llama
 
     dtype = DTYPES[run.precision]
     record = run.begin_record(domain="llama", task="throughput", dtype=str(dtype).removeprefix("torch."))
@@ -155,9 +157,7 @@ def main(argv: Sequence[str] | None = None) -> RunRecord | None:
     (options,) = parse_arguments(Options, argv=argv, description=__doc__)
     options.check()
     from control_experiments.training.setup import start  # and torch with it: not before the options are known to be right
-    from scripts.workloads import LLAMA_SHAPES
 
-    check_choices(options, shape=LLAMA_SHAPES)
     less = "a smaller --token_budget, --large_batch or --micro_batch_size, --memory lean"
     with start(options, "LlaMA.benchmark_throughput", argv, less_memory=less, option="dtype") as run:
         if run.folder.finished:

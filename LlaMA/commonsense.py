@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,7 @@ def tokenize_rows(
         loss_from = 1
         if response_only:
             loss_from = max(1, _prompt_length(encoded["offset_mapping"][index], len(prompts[index])))
-        result.append(TokenRow(ids[:cutoff], loss_from, cut=len(ids) > cutoff))
+        result.append(TokenRow(array("i", ids[:cutoff]), loss_from, cut=len(ids) > cutoff))
     return result
 
 

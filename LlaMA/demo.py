@@ -35,6 +35,11 @@ def place_of_data(data: str) -> Path:
     return demo_folder() / FILE if data == DEMO else Path(data)
 
 
+def place_of_tests(data: str) -> Path:
+    """The folder of the test sets that `--data` names; "demo" is made if need be."""
+    return demo_folder() if data == DEMO else Path(data)
+
+
 def demo_folder() -> Path:
     """The folder of the demonstration's training file and its eight test sets."""
     folder = cache_folder() / "llama-demo"

@@ -33,7 +33,7 @@ from control_experiments.training.options import (
     check_streaming,
 )
 from LlaMA.commonsense import TASKS, check_tasks
-from LlaMA.demo import DEMO, demo_folder
+from LlaMA.demo import place_of_tests
 from LlaMA.finetune import METHODS
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Options:
     @property
     def test_sets(self) -> Path:
         """The folder of the test sets."""
-        return demo_folder() if self.data == DEMO else Path(self.data)
+        return place_of_tests(self.data)
 
     def settings(self) -> dict:
         """What is to be answered, and how. Batches are left out: a run may go on with smaller ones."""

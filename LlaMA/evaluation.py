@@ -24,8 +24,8 @@ from control_experiments.training.checkpoints import check_adapter_files
 from control_experiments.training.checksums import fingerprint, local_fingerprint
 from control_experiments.training.device import DTYPES, describe_device, explain_out_of_memory
 from control_experiments.training.metering import MemoryMeter
-from control_experiments.training.methods import count_unquantized, describe_model, load_adapter
-from control_experiments.training.options import check_method_runs
+from control_experiments.training.methods import adapter_config, count_unquantized, describe_model, load_adapter
+from control_experiments.training.options import AdapterOptions, check_method_runs
 from control_experiments.training.quantization import quantization_of
 from control_experiments.training.runs import RunFolder
 from control_experiments.training.setup import choose
@@ -33,7 +33,7 @@ from LlaMA.answering import Question, Reply, batches, generate, in_parts, questi
 from LlaMA.batch_one import compare_batch_one
 from LlaMA.commonsense import TASKS, Row, read_tests
 from LlaMA.demo import place_of_model
-from LlaMA.models import choose_pad_token, expected_config, load_model, load_tokenizer, stream
+from LlaMA.models import choose_pad_token, load_model, load_tokenizer, stream
 
 if TYPE_CHECKING:
     from LlaMA.evaluate import Options
@@ -95,7 +95,7 @@ def evaluate(
     if options.compare_batch_one:
         questions = []
         for task, rows in tests.items():
-            questions += questions_of(rows, TASKS[task], tokenizer, options.prompt_style)
+            questions += questions_of(tuple(rows), TASKS[task], tokenizer, options.prompt_style)
         answer = answerer(options, model, tokenizer)
         published = partial(answer, stop_when_decided=False) if options.mode == "generate" else None
         size = {"count": options.compare_batch_one, "batch_size": options.batch_size}
@@ -120,31 +120,27 @@ def evaluate(
 
 def answer_all(options: Options, folder: RunFolder, model, tokenizer, tests: dict[str, list[Row]], seconds: dict) -> dict:
     """Answer all test sets, which takes `seconds`; returns the record's metrics."""
-    answer, scores, answered = in_parts(answerer(options, model, tokenizer)), {}, {}
+    answer, answered = in_parts(answerer(options, model, tokenizer)), {}
     total = sum(map(len, tests.values()))
     with tqdm(total=total, unit="question", disable=None) as bar:
         for task, rows in tests.items():
             path, began = folder.path / f"{task}.jsonl", time.perf_counter()
             left = len(rows) - len(read_answers(path, rows))
-            questions = questions_of(rows, TASKS[task], tokenizer, options.prompt_style)
+            questions = questions_of(tuple(rows), TASKS[task], tokenizer, options.prompt_style)
             answered[task] = answer_task(path, rows, questions, answer, options.batch_size, bar)
-            scores[task] = score(answered[task])
             seconds[task] = time.perf_counter() - began
             rate = f", {left / seconds[task]:.1f} questions/s" if left else ""
-            reached = "accuracy {accuracy:6.2f}  no match {no_match:5.2f}".format(**scores[task])
-            tqdm.write(f"{task:14} {reached}{rate}", file=sys.stdout)
+            accuracy, no_match = score(answered[task])
+            tqdm.write(f"{task:14} accuracy {accuracy:6.2f}  no match {no_match:5.2f}{rate}", file=sys.stdout)
     keep_outcomes(folder.path, answered)
-    return summarise(scores)
+    return summarise(answered)
 
 
 def keep_outcomes(folder: Path, answered: dict[str, dict[int, dict]]) -> None:
     """Every question's outcome in compact form, for comparisons question by question."""
-    names, correct, tasks = [], [], []
-    for task, answers in sorted(answered.items()):
-        names += [f"{task} {row}" for row in sorted(answers)]
-        correct += [answers[row]["correct"] for row in sorted(answers)]
-        tasks += [task] * len(answers)
-    write_outcomes(folder, names, correct, group=tasks)
+    rows = [(task, row) for task in sorted(answered) for row in sorted(answered[task])]
+    correct = [answered[task][row]["correct"] for task, row in rows]
+    write_outcomes(folder, [f"{task} {row}" for task, row in rows], correct, group=[task for task, _ in rows])
 
 
 def check_adapter(options: Options) -> None:
@@ -156,20 +152,25 @@ def check_adapter(options: Options) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{options.adapter} is no adapter that peft can read: {error}") from error
     if options.method is not None:
-        ranks = (options.control_rank, 1.0, 0.0, options.lora_rank, options.lora_alpha, 0.0)
-        expected = expected_config(options.method, *ranks, config.target_modules or ("q_proj",))
+        given = {name: getattr(options, name) for name in ("method", "control_rank", "lora_rank", "lora_alpha")}
+        wanted = AdapterOptions(**given)
+        wanted.check()
+        expected = adapter_config(wanted, task_type="CAUSAL_LM", targets=config.target_modules or ("q_proj",))
         for name, wanted in _identity(expected).items():
             if (found := _identity(config).get(name)) != wanted:
                 asked = f"{options.method} with {name} {wanted} was asked for: give the values it was trained with"
                 raise UserError(f"the adapter in {options.adapter} has {name} {found}, but {asked}")
-    check_base(options, config.base_model_name_or_path)
+    check_base(options, trained_base(options.adapter) or {"id": config.base_model_name_or_path})
 
 
-def check_base(options: Options, noted: str | None) -> None:
-    """Compare the base with the training run's record beside the adapter, else with the adapter's own note.
-    Raises UserError: the adapter was trained on another base model."""
-    record = Path(options.adapter).parent / "record.json"
-    trained = read_record(record).model if record.is_file() else {"id": noted}
+def trained_base(adapter: str) -> dict | None:
+    """What the training run's record beside the adapter says of its base model, if there is one."""
+    record = Path(adapter).parent / "record.json"
+    return read_record(record).model if record.is_file() else None
+
+
+def check_base(options: Options, trained: dict) -> None:
+    """Compare the base with the one that the adapter was trained on. Raises UserError: it is another one."""
     checksum = local_fingerprint(options.model)
     if checksum and trained.get("sha256"):
         same = trained["sha256"] == checksum
@@ -179,15 +180,6 @@ def check_base(options: Options, noted: str | None) -> None:
         other = f"{Path(trained['id']).name}, not this {Path(options.model).name}"
         told = f"{options.adapter} was trained on another base model ({other})"
         raise UserError(f"the adapter in {told}: give that one as --model")
-
-
-def warn_of_other_quantization(adapter: str, quantization: str) -> None:
-    """Say on stderr when the adapter was trained on a base quantized otherwise; that is legitimate, but not the same."""
-    record = Path(adapter).parent / "record.json"
-    trained = read_record(record).model.get("quantization", "none") if record.is_file() else quantization
-    if trained != quantization:
-        told = f"{adapter} was trained with --quantization {trained}, the base here is loaded with {quantization}"
-        print(f"warning: the adapter in {told}: answers may differ", file=sys.stderr)
 
 
 def _identity(config: PeftConfig) -> dict:
@@ -214,9 +206,13 @@ def load(options: Options, dtype: torch.dtype, device: torch.device):
         if streams:
             stream(base.requires_grad_(False), "plain", device)
         return tokenizer, base, total
-    warn_of_other_quantization(options.adapter, quantization_of(base.config))
+    stored = quantization_of(base.config)
+    trained = (trained_base(options.adapter) or {"quantization": stored}).get("quantization", "none")
+    if trained != stored:  # which is legitimate, but not the same
+        told = f"{options.adapter} was trained with --quantization {trained}, the base here is loaded with {stored}"
+        print(f"warning: the adapter in {told}: answers may differ", file=sys.stderr)
     model = load_adapter(base, options.adapter, options.model, autocast_adapter_dtype=False)
-    check_method_runs(method_of(options, model), quantization_of(base.config), device)
+    check_method_runs(method_of(options, model), stored, device)
     for parameter in model.parameters():  # not buffers: rotary frequencies stay exact
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -298,11 +294,9 @@ def answer_task(
             missing = [index for index in indices if index not in answers]
             if not missing:
                 continue
-            replies = answer([questions[index] for index in indices])
-            for index, reply in zip(indices, replies, strict=True):
-                if index not in missing:
-                    continue
-                label = rows[index].answer
+            replies = dict(zip(indices, answer([questions[index] for index in indices]), strict=True))
+            for index in missing:
+                reply, label = replies[index], rows[index].answer
                 said = {"answer": reply.answer, "correct": reply.answer == label, "text": reply.text}
                 answers[index] = {"row": index, "label": label, **said}
                 file.write(json.dumps(answers[index], ensure_ascii=False) + "\n")
@@ -312,21 +306,16 @@ def answer_task(
     return answers
 
 
-def score(answers: dict[int, dict]) -> dict:
+def score(answers: dict[int, dict]) -> tuple[float, float]:
     """Accuracy and share of answers without an answer word (which count as wrong), both in percent."""
-    count = len(answers)
-    return {
-        "accuracy": 100 * sum(entry["correct"] for entry in answers.values()) / count,
-        "no_match": 100 * sum(entry["answer"] is None for entry in answers.values()) / count,
-        "questions": count,
-    }
+    found = ([entry["correct"] for entry in answers.values()], [entry["answer"] is None for entry in answers.values()])
+    return tuple(100 * sum(ones) / len(ones) for ones in found)
 
 
-def summarise(scores: dict[str, dict]) -> dict:
+def summarise(answered: dict[str, dict[int, dict]]) -> dict:
     """The record's metrics: each task's accuracy under its name, their mean, and the no-match rates."""
-    tasks = {task: entry["accuracy"] for task, entry in scores.items()}
-    no_match = {f"{task}/no_match": entry["no_match"] for task, entry in scores.items()}
-    questions = sum(entry["questions"] for entry in scores.values())
-    average = sum(tasks.values()) / len(tasks)
-    missed = sum(entry["no_match"] * entry["questions"] for entry in scores.values()) / questions
-    return {**tasks, "average": average, **no_match, "no_match": missed}
+    scores = {task: score(answers) for task, answers in answered.items()}
+    tasks = {task: accuracy for task, (accuracy, _) in scores.items()}
+    no_match = {f"{task}/no_match": share for task, (_, share) in scores.items()}
+    missed = sum(scores[task][1] * len(answers) for task, answers in answered.items()) / sum(map(len, answered.values()))
+    return {**tasks, "average": sum(tasks.values()) / len(tasks), **no_match, "no_match": missed}

@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import pandas as pd
 from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import run_main
 from control_experiments.record import read_record, write_text_atomic
-from control_experiments.reporting import pictures
-from control_experiments.reporting.tables import markdown_rows
 from control_experiments.training.arguments import parse_arguments
 
 MODES = ("plain", "fast", "balanced", "lean")
@@ -31,6 +28,11 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_arguments(Options, argv=argv, description=__doc__)
+    import pandas as pd
+
+    from control_experiments.reporting import pictures
+    from control_experiments.reporting.tables import markdown_rows
+
     folder = Path(options.folder)
     places = {name: folder / name / "record.json" for name in (*MODES, OTHER)}
     needed = (MODES[0], OTHER)

@@ -1,10 +1,10 @@
-"""Loading causal language models: hub ids, folders, GGUF files and random weights of a known shape."""
+"""Loading causal language models: hub ids, folders and GGUF files."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -27,8 +27,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from control_experiments.errors import UserError
-from control_experiments.training.methods import adapter_config, set_memory
-from control_experiments.training.options import AdapterOptions
+from control_experiments.training.methods import set_memory
 from control_experiments.training.quantization import check_not_quantized, loading_arguments, prepare
 from LlaMA.commonsense import Row
 from LlaMA.prompts import prompt
@@ -38,22 +37,6 @@ modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)
 
 #: Tokens that models of the LLaMA family reserve and never use.
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "[PAD]", "<|pad|>")
-
-
-def _shape(width: int, inner: int, layers: int, heads: int, shared_heads: int, words: int, **more) -> dict:
-    return {
-        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": shared_heads, "vocab_size": words, **more,
-    }  # fmt: skip
-
-
-#: Shapes for measurements with random weights.
-SHAPES: dict[str, dict] = {
-    "smollm2": _shape(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
-    "llama2-7b": _shape(4096, 11008, 32, 32, 32, 32000),
-    "llama3-8b": _shape(4096, 14336, 32, 32, 8, 128256),
-    "tiny": _shape(64, 128, 2, 4, 2, 2048),
-}
 
 
 def _source(model: str) -> tuple[str, dict]:
@@ -79,8 +62,9 @@ def is_gguf(model: str) -> bool:
     return bool(_source(model)[1])
 
 
+@lru_cache(maxsize=1)  # of a GGUF file that takes seconds, which the runs of a study need not wait for each time
 def load_tokenizer(model: str) -> Tokenizer:
-    """The base model's tokenizer. Raises UserError: the model is no causal language model, or has no tokenizer,
+    """The base model's tokenizer, the same object each time. Raises UserError: the model is no causal language model, or has no tokenizer,
     or one that cannot tell where its tokens stand in the text."""
     name, extra = _source(model)
     if not extra:
@@ -189,19 +173,7 @@ def choose_pad_token(tokenizer: Tokenizer, embeddings: int) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def expected_config(
-    method: str, control_rank, control_alpha, control_dropout, lora_rank, lora_alpha, lora_dropout, targets
-) -> PeftConfig:
-    """The peft configuration of a commonsense run. Raises UserError: an unknown method or impossible values."""
-    options = AdapterOptions(
-        method=method, control_rank=control_rank, control_alpha=control_alpha, control_dropout=control_dropout,
-        lora_rank=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
-    )  # fmt: skip
-    options.check()
-    return adapter_config(options, task_type="CAUSAL_LM", targets=targets)
-
-
-def add_adapter(base: PreTrainedModel, config) -> PeftModel:
+def add_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """The base with a new adapter, whose parameters are float32. Raises UserError: the architecture has no such
     blocks or target modules."""
     for target in config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else ():
@@ -218,8 +190,8 @@ def add_adapter(base: PreTrainedModel, config) -> PeftModel:
 
 
 def ready_to_train(model: PeftModel, memory: str, *, half: bool, stream_to: torch.device | None = None, **how) -> None:
-    """Set the memory mode (`how` is `set_memory`'s), `stream` the weights if a device is given for that, and spare LoRA the float32 copies of its inputs that
-    autocast makes needless.
+    """Set the memory mode (`how` is `set_memory`'s), `stream` the weights if a device is given for that, and spare LoRA the
+    float32 copies of its inputs that autocast makes needless.
 
     DoRA keeps its float32 inputs: it computes its weights' norms in their type. Raises UserError: the memory
     mode does not support this model or method.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from peft import ShadowModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedModel
@@ -45,14 +46,8 @@ class Batch:
     fixed: bool = False
 
     def to(self, device: torch.device) -> Batch:
-        def moved(value):
-            return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-        return replace(
-            self,
-            inputs={name: moved(value) for name, value in self.inputs.items()},
-            labels=moved(self.labels), weights=moved(self.weights), divisor=moved(self.divisor),
-        )  # fmt: skip
+        parts = {name: getattr(self, name) for name in ("inputs", "labels", "weights", "divisor")}
+        return replace(self, **send_to_device(parts, device, non_blocking=True))
 
 
 def micro_batches(rows: Sequence[TokenRow], size: int) -> list[tuple[list[TokenRow], float]]:

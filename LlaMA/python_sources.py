@@ -24,16 +24,8 @@ from control_experiments.training.arguments import parse_arguments
 
 #: What is no part of the release, depends on the machine, repeats other parts, or is tables and no text.
 LEFT_OUT = (
-    "site-packages",
-    "dist-packages",
-    "lib-dynload",
-    "__pycache__",
-    "test",
-    "tests",
-    "idlelib",
-    "pydoc_data",
-    "encodings",
-)
+    "site-packages", "dist-packages", "lib-dynload", "__pycache__", "test", "tests", "idlelib", "pydoc_data", "encodings",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ same command on several GPUs shares the runs out, and goes on where one was inte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
@@ -22,7 +22,7 @@ from control_experiments.training.arguments import check_numbers
 from control_experiments.training.study import LOCKS, Arm, Cell, Study, StudyOptions, command_of, make_run, run_study
 from LlaMA import evaluate, finetune
 from LlaMA.commonsense import TASKS, read_rows, read_tests, split_rows
-from LlaMA.demo import demo_folder, place_of_data
+from LlaMA.demo import DEMO, place_of_data, place_of_tests
 
 #: Held-out questions are at most so many: their accuracy is then known to about a point.
 MOST_HELD_OUT = 2000
@@ -37,15 +37,11 @@ class Options(StudyOptions, finetune.Options):
         default_factory=lambda: [ZERO_SHOT, "lora", "double control"],
         help="Methods, as in finetune.py, or zero-shot, each perhaps with options of its own: 'double control:control_rank=137'.",
     )
-    tests: Optional[str] = HfArg(default=None, help="Folder of the test sets; default: the one of --data.")
+    tests: Optional[str] = HfArg(default=None, help="Folder of the test sets, or demo; default: the one of --data.")
     limit: Optional[int] = HfArg(default=None, help="Only the first so many questions of each test set.")
     questions: int = HfArg(default=256, help="Questions answered together.")
     generate: bool = HfArg(default=False, help="Let each method's first seed also generate its answers, as published.")
     search_steps: int = HfArg(default=-1, help="Steps of the search's runs; -1: as many as of the others.")
-    method: str = field(init=False, default="control")
-    seed: int = field(init=False, default=0)
-    resume: bool = field(init=False, default=True)
-    overwrite: bool = field(init=False, default=False)
 
 
 class CommonsenseStudy(Study):
@@ -54,7 +50,7 @@ class CommonsenseStudy(Study):
     def __init__(self, options: Options):
         output = Path(options.output_dir) if options.output_dir else RESULTS / "llama" / Path(options.model).name
         super().__init__(options, Path(options.model).stem, [options.data], output)
-        self.test_sets = Path(options.tests or (demo_folder() if options.data == "demo" else Path(options.data).parent))
+        self.test_sets = place_of_tests(options.tests or (DEMO if options.data == DEMO else str(Path(options.data).parent)))
 
     def check(self) -> None:
         check_numbers(self.options, "limit", "questions", at_least=1)
@@ -63,7 +59,7 @@ class CommonsenseStudy(Study):
 
     def plan(self, cell: Cell) -> finetune.Options:
         arm = Arm("control") if cell.arm.method == ZERO_SHOT else cell.arm
-        own = {"seed": cell.seed, "lr": cell.lr, "resume": True, "output_dir": str(self.folder(cell))}
+        own = {"seed": cell.seed, "lr": cell.lr, "output_dir": str(self.folder(cell))}
         if cell.searching:
             own |= {"data": str(self.held_out / "train.json"), "max_steps": self.options.search_steps}
         return make_run(finetune.Options, self.options, arm, **own)

@@ -10,6 +10,7 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,9 @@ def read_data(path: str | Path) -> list[Row] | list[Text | Chat | Row]:
     """
     path = Path(path)
     if path.is_dir():
-        return [_text(file) for file in _files(path)]
+        if not (found := sorted(path.rglob("*.txt"))):
+            raise UserError(f"{path} holds no .txt file: each is a text to learn")
+        return [_text(file) for file in found]
     if path.suffix == ".jsonl":
         rows = [_row(entry, f"{path}, line {number}") for number, entry in _lines(path)]
         if not rows:
@@ -57,21 +60,11 @@ def read_data(path: str | Path) -> list[Row] | list[Text | Chat | Row]:
         return rows
     if path.suffix != ".json" and path.exists():
         return [_text(path)]
-    if path.exists() and _is_list_of_texts(contents := read_json(path)):
+    contents = read_json(path) if path.exists() else None
+    first = contents[0] if isinstance(contents, list) and contents else None
+    if isinstance(first, dict) and ("messages" in first or "text" in first):
         return [_row(entry, f"{path}, row {number}") for number, entry in enumerate(contents)]
     return read_rows(path)
-
-
-def _is_list_of_texts(contents: object) -> bool:
-    return isinstance(contents, list) and bool(contents) and isinstance(contents[0], dict) and not contents[0].keys().isdisjoint(
-        ("messages", "text")
-    )  # fmt: skip
-
-
-def _files(folder: Path) -> list[Path]:
-    if not (found := sorted(folder.rglob("*.txt"))):
-        raise UserError(f"{folder} holds no .txt file: each is a text to learn")
-    return found
 
 
 def _text(file: Path) -> Text:
@@ -139,13 +132,13 @@ def tokenize_data(
     Raises UserError: the tokenizer knows no end-of-sequence token, or has no chat template, or one that refuses a chat.
     """
     rows: list[TokenRow] = []
-    for one in data:
-        if isinstance(one, Text):
-            rows += _split(one, tokenizer, cutoff)
-        elif isinstance(one, Chat):
-            rows.append(_tokenize_chat(one, tokenizer, cutoff))
+    for kind, alike in groupby(data, type):
+        if kind is Row:
+            rows += tokenize_rows(list(alike), tokenizer, cutoff, response_only=response_only)
+        elif kind is Text:
+            rows += (row for text in alike for row in _split(text, tokenizer, cutoff))
         else:
-            rows += tokenize_rows([one], tokenizer, cutoff, response_only=response_only)
+            rows += (_tokenize_chat(chat, tokenizer, cutoff) for chat in alike)
     return rows
 
 

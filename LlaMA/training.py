@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from control_experiments.training.quantization import check_paging
 from control_experiments.training.setup import Run, start
 from control_experiments.training.sharding import shard_frozen, shares_weights
 from control_experiments.training.trainer import ExperimentTrainer, training_arguments
-from LlaMA.commonsense import Row, TokenRow, split_rows, tokenize_rows
+from LlaMA.commonsense import Row, TokenRow, split_rows
 from LlaMA.demo import place_of_model
 from LlaMA.models import add_adapter, choose_pad_token, is_gguf, load_model, load_tokenizer, ready_to_train
 from LlaMA.packing import (
@@ -82,9 +82,15 @@ def run(options: Options, argv: Sequence[str] | None) -> RunRecord | None:
 def train(options: Options, run: Run) -> RunRecord:
     """Load, train, save the best adapter and write the record, all in the run's folder."""
     folder, dtype = run.folder, DTYPES[run.precision]
-    data = read_data(options.contents("data"))
-    kept = read_data(options.validation) if options.validation else None
-    questions = all(isinstance(row, Row) and row.answer for row in data)
+    training, questions = tokenized(options, options.contents("data"))
+    if options.validation:
+        held_out, _ = tokenized(options, Path(options.validation))
+    else:
+        training, held_out = split_rows(training, options.held_out, options.split_seed)
+    for name, part in (("training", training), ("held-out", held_out)):
+        if not any(row.targets for row in part):
+            raise UserError(f"no {name} row has a token to learn within --cutoff {options.cutoff}: raise it")
+    cut = sum(row.cut for row in [*training, *held_out])
     record = run.begin_record(
         domain="llama" if options.quantization == "none" else "qcontrol",
         task="commonsense" if questions else "texts",
@@ -94,8 +100,6 @@ def train(options: Options, run: Run) -> RunRecord:
         first = f"first make a folder of it (python -m LlaMA.convert --model {options.model} --output_dir FOLDER)"
         told = f"other tools cannot load {options.model} as the adapter's base: to serve the adapter, {first}"
         print(f"note: {told} and train over that", file=sys.stderr)
-    if questions and kept is None:
-        data, kept = split_rows(data, options.held_out, options.split_seed)
     tokenizer = load_tokenizer(options.model)
     seed_everything(options.seed)
     memory = MemoryMeter(run.device)
@@ -112,19 +116,7 @@ def train(options: Options, run: Run) -> RunRecord:
     # asking for its device starts the process group, if there are several processes
     model, total_parameters = prepare_model(options, arguments.device, dtype, memory)
     choose_pad_token(tokenizer, model.get_input_embeddings().weight.shape[0])
-
-    tokenize = tokenize_rows if questions else tokenize_data
-    how = {"tokenizer": tokenizer, "cutoff": options.cutoff, "response_only": options.loss_on == "response"}
-    training = tokenize(data, **how)
-    if kept is None:  # of texts, rows are held out
-        training, held_out = split_rows(training, options.held_out, options.split_seed)
-    else:
-        held_out = tokenize_data(kept, **how)
     check_positions(model, max(len(row.ids) for row in [*training, *held_out]), options)
-    for name, part in (("training", training), ("held-out", held_out)):
-        if not any(row.targets for row in part):
-            raise UserError(f"no {name} row has a token to learn within --cutoff {options.cutoff}: raise it")
-    cut = sum(row.cut for row in [*training, *held_out])
     if options.batching == "packed":
         check_packing(model, held_out)
 
@@ -185,6 +177,18 @@ def train(options: Options, run: Run) -> RunRecord:
     loss += f"{best.get('eval_loss', math.nan):.4f} at step {best.get('step')}"
     print(f"held-out loss {loss}{speed}; record in {folder.record}")
     return record
+
+
+def tokenized(options: Options, place: Path) -> tuple[list[TokenRow], bool]:
+    """The rows of a file or a folder, and whether all are commonsense questions."""
+    return _tokenized(place, local_fingerprint(place), options.model, options.cutoff, options.loss_on == "response")
+
+
+@lru_cache(maxsize=4)  # the runs of a study read and tokenize their data once
+def _tokenized(place: Path, _checksum: str, model: str, cutoff: int, response_only: bool) -> tuple[list[TokenRow], bool]:
+    data = read_data(place)
+    questions = all(isinstance(row, Row) and row.answer for row in data)
+    return tokenize_data(data, load_tokenizer(model), cutoff, response_only=response_only), questions
 
 
 def prepare_model(options: Options, device: torch.device, dtype: torch.dtype, memory: MemoryMeter) -> tuple[PeftModel, int]:

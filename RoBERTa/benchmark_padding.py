@@ -79,7 +79,7 @@ def measure(options: Options, training: finetune.Options) -> dict:
     quieten()
     splits = load_task("cola", options.data)
     devices.seed_everything(training.seed)
-    tokenizer, model = encoder.load_tokenizer_and_model(options.model, get_task("cola"))
+    tokenizer, model = encoder.load_tokenizer(options.model), encoder.load_model(options.model, get_task("cola"))
     model = encoder.add_adapter(model.to(device), training).train()
     rows = encoder.tokenize(splits, tokenizer, options.max_length)["train"]
     lengths, inputs = list(rows["length"]), rows.remove_columns(["length", "row"])

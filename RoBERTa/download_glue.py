@@ -9,8 +9,6 @@ Each task becomes a `datasets.save_to_disk` folder; a task that is there already
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,16 +31,15 @@ def download(task: str, folder: Path) -> None:
     reached, or `folder` cannot be written."""
     from datasets import load_dataset
 
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    from control_experiments.training.checkpoints import whole_folder
+
     try:
         splits = load_dataset(HUB_ID, task)
-        splits.save_to_disk(str(partial))
-        partial.rename(folder)
+        with whole_folder(folder, sealed=False) as place:
+            splits.save_to_disk(str(place))
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"cannot download {task} from {HUB_ID}: {reason} (is there a network?)") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,9 +39,24 @@ QUERY_VALUE = {
 DEFAULT_QUERY_VALUE = ("query", "value")  # BERT, RoBERTa, XLM-RoBERTa, ELECTRA, ...
 
 
-def load_tokenizer_and_model(
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot load a model from {name!r}: {reason}") from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The encoder's tokenizer. Raises UserError: there is none."""
+    with _loading(name):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def load_model(
     name: str, task: Task, quantization: str = "none", device: torch.device | str = "cpu", precision: str = "fp32"
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+) -> PreTrainedModel:
     """The encoder in float32 with a new head for the task, or with its linear layers quantized, then on
     `device`. Raises UserError: there is no such model, it is no sequence classifier, or it cannot be quantized."""
     names = task.classes or ("score",)
@@ -47,15 +64,11 @@ def load_tokenizer_and_model(
     if task.regression:
         labels["problem_type"] = "regression"
     quantized = loading_arguments(quantization, device, DTYPES[precision])
-    try:
+    with _loading(name):
         config = AutoConfig.from_pretrained(name, **labels)
         check_not_quantized(quantization, config, name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32, **quantized)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot load a model from {name!r}: {reason}") from error
-    return tokenizer, prepare(model)
+    return prepare(model)
 
 
 def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -51,6 +51,15 @@ def _correlations(predictions: np.ndarray, labels: np.ndarray) -> dict[str, floa
     return {n: 0.0 if constant else float(f(predictions, labels).statistic) for n, f in found.items()}
 
 
+#: (predicted classes or scores, labels) -> official metrics, each in [-1, 1].
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]] = {
+    "accuracy": _accuracy,
+    "matthews": _matthews,
+    "accuracy and F1": _accuracy_and_f1,
+    "Pearson and Spearman": _correlations,
+}
+
+
 @dataclass(frozen=True)
 class Task:
     """One GLUE task.
@@ -60,7 +69,7 @@ class Task:
         texts: names of its one or two text columns on the hub.
         tsv: the tsv columns that hold those texts and, last, the label.
         classes: class names in label order; empty for regression.
-        metric: predicted classes (or scores), labels -> official metrics, each in [-1, 1].
+        metric: name of its official metrics in `METRICS`, which `control_experiments.outcomes` has too.
         server_names: whether the server wants class names (else numbers).
         evaluations: suffixes of its dev and test splits, e.g. ("matched", "mismatched").
         headed: whether its train and dev tsv start with a header (CoLA's do not).
@@ -71,7 +80,7 @@ class Task:
     texts: tuple[str, ...]
     tsv: tuple[str, ...]
     classes: tuple[str, ...]
-    metric: Callable[[np.ndarray, np.ndarray], dict[str, float]]
+    metric: str
     server_names: bool = False
     evaluations: tuple[str, ...] = ("",)
     headed: bool = True
@@ -102,18 +111,9 @@ class Task:
 
     def metrics(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """The official metrics, and `score`, their mean, which is what the GLUE leaderboard averages over tasks."""
-        values = self.metric(self.predictions(outputs), labels)
+        values = METRICS[self.metric](self.predictions(outputs), labels)
         return {**values, "score": float(np.mean(list(values.values())))}
 
-    @property
-    def paired_by(self) -> str:
-        """What `control_experiments.outcomes` calls the score."""
-        return _PAIRED_BY[self.metric]
-
-
-_PAIRED_BY = {
-    _accuracy: "accuracy", _matthews: "matthews", _accuracy_and_f1: "accuracy and F1", _correlations: "Pearson and Spearman",
-}  # fmt: skip
 
 _ENTAILMENT = ("entailment", "not_entailment")
 _PAIR = ("sentence1", "sentence2")
@@ -121,21 +121,21 @@ _PAIR = ("sentence1", "sentence2")
 _FIRST, _SENTENCE = ("sentence",), ("sentence", "label")
 _QUESTIONS = ("question1", "question2")
 TASKS: dict[str, Task] = {
-    "cola": Task("CoLA", _FIRST, _SENTENCE, ("unacceptable", "acceptable"), _matthews, headed=False),
+    "cola": Task("CoLA", _FIRST, _SENTENCE, ("unacceptable", "acceptable"), "matthews", headed=False),
     "mnli": Task(
         "MNLI", ("premise", "hypothesis"), (*_PAIR, "gold_label"), ("entailment", "neutral", "contradiction"),
-        _accuracy, True, ("matched", "mismatched"),
+        "accuracy", True, ("matched", "mismatched"),
     ),
     "mrpc": Task(
-        "MRPC", _PAIR, ("#1 String", "#2 String", "Quality"), ("not_equivalent", "equivalent"), _accuracy_and_f1
+        "MRPC", _PAIR, ("#1 String", "#2 String", "Quality"), ("not_equivalent", "equivalent"), "accuracy and F1"
     ),
-    "qnli": Task("QNLI", ("question", "sentence"), ("question", *_SENTENCE), _ENTAILMENT, _accuracy, True),
-    "qqp": Task("QQP", _QUESTIONS, (*_QUESTIONS, "is_duplicate"), ("not_duplicate", "duplicate"), _accuracy_and_f1),
-    "rte": Task("RTE", _PAIR, (*_PAIR, "label"), _ENTAILMENT, _accuracy, True),
-    "sst2": Task("SST-2", _FIRST, _SENTENCE, ("negative", "positive"), _accuracy),
-    "stsb": Task("STS-B", _PAIR, (*_PAIR, "score"), (), _correlations),
-    "wnli": Task("WNLI", _PAIR, (*_PAIR, "label"), ("not_entailment", "entailment"), _accuracy),
-    "demo": Task("Demo", _FIRST, _SENTENCE, ("corrupted", "intact"), _matthews, headed=False, tested=False),
+    "qnli": Task("QNLI", ("question", "sentence"), ("question", *_SENTENCE), _ENTAILMENT, "accuracy", True),
+    "qqp": Task("QQP", _QUESTIONS, (*_QUESTIONS, "is_duplicate"), ("not_duplicate", "duplicate"), "accuracy and F1"),
+    "rte": Task("RTE", _PAIR, (*_PAIR, "label"), _ENTAILMENT, "accuracy", True),
+    "sst2": Task("SST-2", _FIRST, _SENTENCE, ("negative", "positive"), "accuracy"),
+    "stsb": Task("STS-B", _PAIR, (*_PAIR, "score"), (), "Pearson and Spearman"),
+    "wnli": Task("WNLI", _PAIR, (*_PAIR, "label"), ("not_entailment", "entailment"), "accuracy"),
+    "demo": Task("Demo", _FIRST, _SENTENCE, ("corrupted", "intact"), "matthews", headed=False, tested=False),
 }  # fmt: skip
 #: The nine tasks of the benchmark ("demo" is the project's own, see demo_task.py).
 GLUE_TASKS = tuple(name for name in TASKS if name != "demo")

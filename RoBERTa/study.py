@@ -29,12 +29,8 @@ class Options(StudyOptions, finetune.Options):
     epochs: list[str] = HfArg(
         default_factory=lambda: ["10"], help="Passes over the training set: one number, or TASK=NUMBER ..."
     )
-    method: str = field(init=False, default="control")
     task: str = field(init=False, default="cola")
-    seed: int = field(init=False, default=0)
     validation_share: None = field(init=False, default=None)
-    resume: bool = field(init=False, default=True)
-    overwrite: bool = field(init=False, default=False)
     predict: bool = field(init=False, default=False)
 
     def epochs_of(self, task: str) -> float:
@@ -55,7 +51,7 @@ class GlueStudy(Study):
 
     def plan(self, cell: Cell) -> finetune.Options:
         own = {"task": cell.task, "seed": cell.seed, "lr": cell.lr, "epochs": self.options.epochs_of(cell.task)}
-        own |= {"validation_share": self.options.search_share if cell.searching else None, "resume": True}
+        own |= {"validation_share": self.options.search_share if cell.searching else None}
         run = make_run(finetune.Options, self.options, cell.arm, **own, output_dir=str(self.folder(cell)))
         run.check_places()
         return run

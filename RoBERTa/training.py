@@ -6,13 +6,13 @@ import logging
 import re
 from collections import deque
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset, DatasetDict
-from transformers import EvalPrediction, TrainingArguments
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
 
 from control_experiments.errors import UserError
 from control_experiments.outcomes import write_outcomes
@@ -26,8 +26,8 @@ from control_experiments.training.methods import count_unquantized, describe_ada
 from control_experiments.training.setup import Run, start
 from control_experiments.training.sharding import shard_frozen, shares_weights
 from control_experiments.training.trainer import ExperimentTrainer, training_arguments
-from RoBERTa.encoder import add_adapter, check_length, collator, load_tokenizer_and_model, save, tokenize
-from RoBERTa.glue import HUB_ID, Task, get_task, hold_out, load_task, write_predictions
+from RoBERTa.encoder import add_adapter, check_length, collator, load_model, load_tokenizer, save, tokenize
+from RoBERTa.glue import HUB_ID, TASKS, Task, get_task, hold_out, load_task, write_predictions
 
 if TYPE_CHECKING:
     from RoBERTa.finetune import Options
@@ -70,13 +70,12 @@ def train(options: Options, run: Run) -> RunRecord:
     settled = {"precision": run.precision, "optimizer": "AdamW", **({"shard": options.shard} if shared else {})}
     record = run.begin_record(domain=options.domain, task=options.task, **settled)
 
-    splits = load_task(options.task, options.data, tests=options.predict)
-    if options.validation_share is not None:
-        splits = hold_out(splits, task, options.validation_share)
+    checksum = local_fingerprint(options.contents("data")) if options.data else None
+    which = (options.task, options.data, checksum, options.predict, options.validation_share)
+    splits, tokenizer, encoded = read(*which, options.model, options.max_length)
     seed_everything(options.seed)
     memory = MemoryMeter(device)
-    how = (options.quantization, device, run.precision)
-    tokenizer, model = load_tokenizer_and_model(options.model, task, *how)
+    model = load_model(options.model, task, options.quantization, device, run.precision)
     check_length(options, model)
     arguments = trainer_arguments(options, run)
     if not shared:
@@ -89,7 +88,6 @@ def train(options: Options, run: Run) -> RunRecord:
     if shared:  # asking for the device starts the process group
         shard_frozen(model, arguments.device, memory)
     adapter = describe_adapter(model)
-    encoded = tokenize(splits, tokenizer, options.max_length)
     dev = {suffix: encoded[split] for suffix, split in zip(task.evaluations, task.dev_splits, strict=True)}
     evaluated: deque[EvalPrediction] = deque(maxlen=len(dev))
 
@@ -130,6 +128,18 @@ def train(options: Options, run: Run) -> RunRecord:
     return record
 
 
+@lru_cache(maxsize=2 * len(TASKS))  # the runs of a study read and tokenize a task once, and its search
+def read(
+    task: str, data: str | None, _checksum: str | None, tests: bool, share: float | None, model: str, max_length: int
+) -> tuple[DatasetDict, PreTrainedTokenizerBase, DatasetDict]:
+    """A task's splits, of which a `share` of the training rows may stand in for the dev sets, a tokenizer, and their tokens."""
+    splits = load_task(task, data, tests=tests)
+    if share is not None:
+        splits = hold_out(splits, get_task(task), share)
+    tokenizer = load_tokenizer(model)
+    return splits, tokenizer, tokenize(splits, tokenizer, max_length)
+
+
 def trainer_arguments(options: Options, run: Run) -> TrainingArguments:
     """The options in the Trainer's terms."""
     grouped = options.padding == "longest" and not options.random_order
@@ -157,9 +167,8 @@ def summarise_history(log_history: list[dict], task: Task) -> tuple[list[dict], 
         if "loss" in entry:
             row["train_loss"] = entry["loss"]
         for name, value in entry.items():
-            name = name.removeprefix("eval_")
-            if f"eval_{name}" in entry and not name.endswith(("runtime", "per_second", "preparation_time")):
-                row[name] = value
+            if name.startswith("eval_") and not name.endswith(("runtime", "per_second", "preparation_time")):
+                row[name.removeprefix("eval_")] = value
     history = []
     for row in by_step.values():
         scores = [row.get(f"{suffix}_score" if suffix else "score") for suffix in task.evaluations]
@@ -175,10 +184,10 @@ def keep_outcomes(folder: Path, task: Task, evaluated: dict[str, EvalPrediction]
     groups = np.concatenate([[suffix] * len(dev[suffix]) for suffix in evaluated])
     predictions = np.concatenate([task.predictions(result.predictions) for result in evaluated.values()])
     labels = np.concatenate([result.label_ids for result in evaluated.values()])
-    if task.paired_by == "accuracy":
+    if task.metric == "accuracy":
         write_outcomes(folder, rows, predictions == labels, group=groups)
     else:
-        answers = {"prediction": predictions, "label": labels, "metric": task.paired_by}
+        answers = {"prediction": predictions, "label": labels, "metric": task.metric}
         write_outcomes(folder, rows, **answers, group=groups)
 
 
@@ -202,9 +211,8 @@ def predict_finished(options: Options, run: Run) -> None:
             f"{folder.path} is finished but holds no adapter to --predict with: train again with another --output_dir"
         )
     check_adapter_files(folder.adapter)
-    splits = load_task(options.task, options.data, tests=True)
-    how = (options.quantization, run.device, run.precision)
-    tokenizer, model = load_tokenizer_and_model(options.model, task, *how)
+    splits, tokenizer = load_task(options.task, options.data, tests=True), load_tokenizer(options.model)
+    model = load_model(options.model, task, options.quantization, run.device, run.precision)
     model = load_adapter(model, folder.adapter, options.model)
     tests = DatasetDict({split: splits[split] for split in task.test_splits})
     encoded = tokenize(tests, tokenizer, options.max_length)

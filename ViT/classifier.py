@@ -6,6 +6,7 @@ which says what base model to rebuild around it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,12 +23,16 @@ from control_experiments.record import read_json, write_json_atomic
 from control_experiments.training.checkpoints import check_adapter_files
 from control_experiments.training.methods import adapter_config, load_adapter
 from peft_control import quantize_fp8
+from ViT.names import TINY
 from ViT.options import RecipeOptions
+from ViT.tiny_model import build_tiny
 from ViT.vision_models import Base, create, load, load_weights, mlp_linears, set_attention, set_mlp_layers
 
 HEAD = "head"
 #: alpha/r of LoRA and DoRA at ranks that match the control's parameters: the published recipe's.
 MATCHED_SCALE = 2.0
+#: MiSS's at such ranks: peft's default. A small one sums up so many inputs that no learning rate fits both MiSS and the head.
+MISS_RANK = 64
 
 
 @dataclass
@@ -99,8 +104,9 @@ def matched(options: RecipeOptions, model: VisionTransformer) -> PeftConfig:
 
     Control beside both blocks, or beside the MLP with LoRA or DoRA, takes half of the rank; LoRA and DoRA take
     what then remains of the budget. All their layers get one rank, and the first ones one more as long as the
-    budget lasts; each keeps alpha/r = 2. MiSS has one rank for all layers: the nearest. Raises UserError: the
-    budget does not suffice for rank 1.
+    budget lasts; each keeps alpha/r = 2. MiSS takes peft's form "mini": a trained r x mini_r matrix for each layer,
+    repeated along the outputs, with r as near to `MISS_RANK` as layers allow. Raises UserError: the budget does
+    not suffice for rank 1.
     """
 
     def control_cost(rank: int) -> int:
@@ -116,11 +122,16 @@ def matched(options: RecipeOptions, model: VisionTransformer) -> PeftConfig:
         return config
     endings = tuple(f".{name}" for name in target_layers(options))
     linears = {name: module for name, module in model.named_modules() if name.endswith(endings)}
-    outputs = sum(linear.out_features for linear in linears.values())
-    if method == "miss":  # a rank costs a layer its outputs
-        config.r = max(1, round(budget / max(1, outputs)))
+    if method == "miss":
+        repeated = math.gcd(*(linear.out_features for linear in linears.values()))
+        largest = min((linear.in_features for linear in linears.values()), default=0)
+        columns = [count for count in range(1, repeated + 1) if repeated % count == 0]
+        forms = [(round(budget / len(linears) / count), count) for count in columns]
+        fitting = [form for form in forms if 1 <= form[0] <= largest]
+        config.r, config.mini_r = min(fitting, key=lambda form: abs(form[0] - MISS_RANK), default=(1, 1))
+        config.init_weights = "mini"
         return config
-    budget -= outputs * config.use_dora  # DoRA's magnitudes
+    budget -= config.use_dora * sum(linear.out_features for linear in linears.values())  # DoRA's magnitudes
     cost = {name: linear.in_features + linear.out_features for name, linear in linears.items()}
     rank, budget = divmod(budget, max(1, sum(cost.values())))
     if rank < 1:
@@ -140,21 +151,23 @@ def build_base(
     model: str, architecture: str | None, *, mlp_layers: int, attention: str, **shape: int
 ) -> tuple[VisionTransformer, Base]:
     """The base model of a `shape` (`load`'s) with a new head, its MLP layers and its kind of attention."""
-    vit, base = load(model, architecture, **shape)
+    vit, base = build_tiny(**shape) if model == TINY else load(model, architecture, **shape)
     set_mlp_layers(vit, mlp_layers)
     set_attention(vit, attention)
     return vit, base
 
 
-def save(model: nn.Module, folder: Path, description: Description, base_weights: dict | None = None) -> None:
-    """Write the adapter folder; `base_weights` are kept beside it when the base model exists nowhere else."""
+def save(model: nn.Module, folder: Path, description: Description, base: VisionTransformer) -> None:
+    """Write the adapter folder; the tiny `base` model, which exists nowhere else, is kept beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         model.save_pretrained(folder)
     else:
         save_file(model.get_submodule(HEAD).state_dict(), folder / "head.safetensors")
-    if base_weights is not None:
-        save_file(base_weights, folder / "base.safetensors")
+    if description.model == TINY:
+        # the head is the adapter's, and the identities of a deeper MLP are made anew
+        weights = {n: v for n, v in base.state_dict().items() if not n.startswith("head.") and ".eye" not in n}
+        save_file(weights, folder / "base.safetensors")
     write_json_atomic(folder / "classifier.json", asdict(description))
 
 

@@ -46,17 +46,12 @@ SPLIT_SEED = 0
 Images = torch.Tensor | Sequence[torch.Tensor]
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """An image as RGB uint8 `(3, H, W)`."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-
-
 def decode(source, index: int, corrupt: str) -> tuple[torch.Tensor, int] | None:
     """Entry `index` as (`(3, H, W)` uint8, label); a corrupt image is skipped with a warning (None) or stops.
     Raises UserError: the image is corrupt and `corrupt` is "stop"."""
     try:
         image, label = source[index]
-        return to_tensor(image), int(label)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous(), int(label)
     except Exception as error:  # what Pillow raises for a broken file depends on its format and version
         name = source.name(index) if isinstance(source, Files) else f"{type(source).__name__} image {index}"
         message = f"{name} is no readable image ({error})"
@@ -224,17 +219,8 @@ def load_data(name: str, *, root: str = "data", corrupt: str = "stop", keep: str
     path = Path(name).expanduser()
     if path.suffix == ".npz":
         return _npz(path)
-    splits = {"train": {}, "test": {}}
-    for entry in sorted(_folder_entries(path) if path.is_dir() else _tar_entries(path)):
-        *_, split, name = (None, None, *entry.place.parts[:-1])
-        split = "test" if split in TEST_NAMES else split
-        if split in splits:
-            splits[split].setdefault(name, []).append(entry)
-    classes, parts = _same_classes(path, splits), []
-    for found in splits.values():
-        entries = [entry for name in classes for entry in found[name]]
-        labels = [label for label, name in enumerate(classes) for _ in found[name]]
-        parts.append(read(Files(entries, labels), corrupt, keep, workers))
+    splits, classes = _class_folders(path)
+    parts = (read(Files(found, labels), corrupt, keep, workers) for found, labels in splits)
     return ImageData(path.stem, *parts, classes, {"id": path.name, "sha256": fingerprint(path)})
 
 
@@ -261,19 +247,28 @@ def read_folder(folder: str, corrupt: str = "stop", workers: int = 8) -> tuple[l
     return [entries[i].file for i in decoded.labels.tolist()], list(decoded.images)
 
 
-def _same_classes(path: Path, splits: dict[str, dict]) -> list[str]:
-    for split, found in splits.items():
-        if not found:
+def _class_folders(path: Path) -> tuple[list[tuple[list[Entry], list[int]]], list[str]]:
+    """Image files and labels of the training and of the test part, and the names of the classes."""
+    splits = {"train": [], "test": []}
+    entries = _folder_entries(path) if path.is_dir() else _tar_entries(path)
+    for entry in sorted(entries, key=lambda entry: (entry.place.parent.name, entry)):
+        split = entry.place.parent.parent.name
+        split = "test" if split in TEST_NAMES else split
+        if split in splits:
+            splits[split].append(entry)
+    names = {split: [entry.place.parent.name for entry in found] for split, found in splits.items()}
+    for split, other in (("train", "test"), ("test", "train")):
+        if not names[split]:
             raise UserError(
                 f"{path} has no {split} images: it must hold train/CLASS/*.jpg and {'|'.join(TEST_NAMES)}/CLASS/*.jpg"
             )
-    for split, other in (("train", "test"), ("test", "train")):
-        if only := sorted(set(splits[split]) - set(splits[other])):
+        if names[other] and (only := sorted({*names[split]} - {*names[other]})):
             raise UserError(
                 f"the class folders of {path} differ: {', '.join(only[:5])} only in {split}; "
                 "train and test must have the same classes"
             )
-    return sorted(splits["train"])
+    labels = {name: label for label, name in enumerate(sorted({*names["train"]}))}
+    return [(splits[split], [labels[name] for name in names[split]]) for split in splits], list(labels)
 
 
 def _tar_entries(path: Path) -> list[Entry]:

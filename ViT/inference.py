@@ -32,33 +32,30 @@ LESS_MEMORY = "--memory lean, a smaller --batch_size or --eval_batch_size, --pre
 
 def evaluate(options: Options) -> None:
     """Test accuracy of a saved adapter on `--data`, printed and recorded."""
-    if options.output_dir:
-        with RunFolder(options.output_dir) as folder:
-            check_no_training(folder)
-    with trained(options, options.evaluate) as (step, description, base):
+    run = Path(options.evaluate).resolve().parent.name
+    options.output_dir = options.output_dir or str(RESULTS / "vit" / f"{run}_evaluated_on_{Path(options.data).stem}")
+    with RunFolder(options.folder) as folder, trained(options, options.evaluate) as (step, description, base):
+        check_no_training(folder)
         data = load_data(options.data, **reading(options))
         check_classes(data, description)
-        name = Path(options.evaluate).resolve().parent.name
-        options.output_dir = options.output_dir or str(RESULTS / "vit" / f"{name}_evaluated_on_{data.name}")
-        with RunFolder(options.folder) as folder:
-            record = RunRecord.begin(
-                options, domain="vit", name=folder.path.name, task=data.name, device=describe_device(step.device),
-                command=["python", "-m", PROGRAM, *sys.argv[1:]], autocast=step.precision,
-            )  # fmt: skip
-            data.place(step.device, options.keep)
-            memory, clock = MemoryMeter(step.device), Throughput(step.device)
-            clock.start()
-            logits, labels = test_logits(step, data, options, step.device)
-            clock.step(len(labels))
-            clock.stop()
-            write_test_predictions(folder, data, logits, labels)
-            result = score(logits, labels)
-            total = sum(p.numel() for p in step.model.parameters())
-            record.finish(
-                folder.record, **describe(base, total, data, "test"), adapter={"id": public_path(options.evaluate)},
-                metrics={"best": result, "last": result}, memory=memory.summary(), time=clock.summary(),
-            )  # fmt: skip
-            print(f"test accuracy {result['test_accuracy']:.2f} % on {len(labels)} images; record in {folder.record}")
+        record = RunRecord.begin(
+            options, domain="vit", name=folder.path.name, task=data.name, device=describe_device(step.device),
+            command=["python", "-m", PROGRAM, *sys.argv[1:]], autocast=step.precision,
+        )  # fmt: skip
+        data.place(step.device, options.keep)
+        memory, clock = MemoryMeter(step.device), Throughput(step.device)
+        clock.start()
+        logits, labels = test_logits(step, data, options, step.device)
+        clock.step(len(labels))
+        clock.stop()
+        write_test_predictions(folder, data, logits, labels)
+        result = score(logits, labels)
+        total = sum(p.numel() for p in step.model.parameters())
+        record.finish(
+            folder.record, **describe(base, total, data, "test"), adapter={"id": public_path(options.evaluate)},
+            metrics={"best": result, "last": result}, memory=memory.summary(), time=clock.summary(),
+        )  # fmt: skip
+        print(f"test accuracy {result['test_accuracy']:.2f} % on {len(labels)} images; record in {folder.record}")
 
 
 def classify_folder(options: Options) -> None:
@@ -85,8 +82,7 @@ def trained(options: Options, adapter: str) -> Iterator[tuple[Step, Description,
         model, description, base = restore(adapter, attention=options.attention, model=moved)
         for name in ("method", "model", "image_size", "mlp_layers", "crop"):
             setattr(options, name, getattr(description, name))
-        unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-        yield Step(model.to(device), unused, device, precision), description, base
+        yield Step(model.to(device), None, device, precision), description, base
 
 
 def check_no_training(folder: RunFolder) -> None:

@@ -14,15 +14,15 @@ from control_experiments.training.arguments import check_numbers
 from control_experiments.training.options import METHODS as ALL_METHODS
 from control_experiments.training.options import AdapterOptions, MemoryOptions, Precision, RunOptions, TrainingOptions
 from control_experiments.training.rates import SEARCH_FOLDER
-from ViT.names import TINY, check_data, check_model, model_name, run_name
+from ViT.names import TINY, check_data, check_model, run_name
 
 #: SHADOW, as peft has it, corrects decoders of transformers, and no timm ViT.
 METHODS = tuple(name for name in ALL_METHODS if name != "shadow")
 
 
 @dataclass(kw_only=True)
-class DataOptions:
-    """Which images, and how they are shown."""
+class RecipeOptions(AdapterOptions, MemoryOptions, TrainingOptions):
+    """All that one run and a table of runs share (small_table.py)."""
 
     data: str = HfArg(
         default="cifar100",
@@ -37,14 +37,6 @@ class DataOptions:
     image_size: Optional[int] = HfArg(default=None, help="Pixels; 224, or for tiny 8 with digits, else 32.")
     augment: Optional[Literal["published", "none"]] = HfArg(default=None, help="published: crop and flip.")
     crop: Optional[float] = HfArg(default=None, help="Share of the side in evaluation; 224/256; tiny: 1.")
-
-    neutral: ClassVar[tuple[str, ...]] = ("data_root", "keep")
-
-
-@dataclass(kw_only=True)
-class ModelOptions:
-    """The frozen model."""
-
     model: str = HfArg(
         default="vit_base_patch16_224.orig_in21k",
         help="timm name, a .safetensors or original .npz file, a folder, or tiny (needs no hub).",
@@ -55,12 +47,6 @@ class ModelOptions:
     quantization: Literal["none", "fp8"] = HfArg(
         default="none", help="fp8: the blocks' frozen linear layers in 8-bit floating point."
     )
-
-
-@dataclass(kw_only=True)
-class RecipeOptions(DataOptions, ModelOptions, AdapterOptions, MemoryOptions, TrainingOptions):
-    """All that one run and a table of runs share (small_table.py)."""
-
     method: str = HfArg(default="control", help=f"One of {', '.join(METHODS)} (head only).")
     lora_rank: int = HfArg(default=1, help="Of LoRA, DoRA and MiSS; 0: parameters as the control's.")
     lora_alpha: float = HfArg(default=2.0, help="LoRA's updates are scaled by alpha/rank.")
@@ -80,7 +66,7 @@ class RecipeOptions(DataOptions, ModelOptions, AdapterOptions, MemoryOptions, Tr
     eval_batch_size: int = HfArg(default=256, help="Images per evaluation step.")
     precision: Precision = HfArg(default="auto", help="Autocast; auto: fp16, scaled, on a GPU, else fp32.")
 
-    neutral: ClassVar[tuple[str, ...]] = ("eval_batch_size",)
+    neutral: ClassVar[tuple[str, ...]] = ("data_root", "keep", "eval_batch_size")
     methods: ClassVar[tuple[str, ...]] = METHODS
     smallest_lora_rank: ClassVar[int] = 0
 
@@ -147,11 +133,6 @@ class Options(RecipeOptions, RunOptions):
         if self.validation_share is None:
             return RESULTS / "vit" / name
         return RESULTS / "vit" / SEARCH_FOLDER / f"{name}_lr{self.lr}"
-
-    @property
-    def model_name(self) -> str:
-        """The model in names of runs."""
-        return model_name(self.model)
 
     @property
     def scored(self) -> str:

@@ -8,15 +8,14 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.models import VisionTransformer
 from torch import nn
 from tqdm import tqdm
 
@@ -36,9 +35,8 @@ from ViT.images import ImageData, hold_out, load_data
 from ViT.inference import LESS_MEMORY, PROGRAM, describe, reading, resident_bytes, test_logits, write_test_predictions
 from ViT.names import TINY
 from ViT.options import Options
-from ViT.tiny_model import build_tiny
-from ViT.training import EpochLoss, Step, index_batches, make_optimizer, prepared, rate_factor, score, train_epoch
-from ViT.vision_models import Base, new_head, set_attention, set_mlp_layers
+from ViT.training import EpochLoss, Step, index_batches, make_optimizer, prepared, rate_factor, score, train_steps
+from ViT.vision_models import Base, new_head
 
 logger = logging.getLogger("vit")
 #: How a card says that an adapter is loaded.
@@ -61,19 +59,23 @@ classes = description.classes
 """
 
 
-def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | None = None) -> None:
-    """Train and evaluate after each epoch; a finished run is left as it is. Runs that share images and frozen models share
-    a `loader`; `argv` stands in the record's command, by default the process's own."""
-    loader = loader or Loader()
+def train(options: Options, argv: Sequence[str] | None = None) -> None:
+    """Train and evaluate after each epoch; a finished run is left as it is. `argv` stands in the record's command, by
+    default the process's own."""
     with start(options, PROGRAM, argv, less_memory=LESS_MEMORY, on_gpu="fp16") as run:
         if run.folder.finished:
             print(f"{run.folder.path} is finished: nothing to do")
             return
         if options.quantization == "fp8":
             check_fp8(run.device, instead="none")
-        data = loader.data(options, run.device)
+        data = placed_data(run.device, options.validation_share, options.data, **reading(options))
         record = run.begin_record(domain="vit", task=data.name, autocast=run.precision)
-        vit, base, own_weights = loader.base(options, len(data.classes))
+        shape = {"num_classes": len(data.classes), "image_size": options.image_size}
+        how = {"mlp_layers": options.mlp_layers, "attention": options.attention}
+        frozen, base = frozen_model(options.model, options.architecture, **shape, **how)
+        vit = copy.deepcopy(frozen)
+        if options.quantization == "fp8":
+            quantize_fp8(vit)
         seed_everything(options.seed)
         new_head(vit)
         total = sum(p.numel() for p in vit.parameters())
@@ -95,7 +97,7 @@ def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | 
         best, last = max(history, key=lambda row: row["test_accuracy"]), history[-1]
         run.finish(
             record,
-            partial(save, model, description=description, base_weights=own_weights),
+            partial(save, model, description=description, base=frozen),
             loading_lines(options, base),
             **describe(base, total, data, options.scored),
             adapter=adapter,
@@ -109,49 +111,18 @@ def train(options: Options, loader: Loader | None = None, argv: Sequence[str] | 
         print(f"{options.method}: {options.scored} accuracy {reached}, {speed}; record in {run.folder.record}")
 
 
-class Loader:
-    """Images and frozen models by what options ask for; the last ones are kept for the next run in this process."""
+@lru_cache(maxsize=1)  # for the next run of a table
+def placed_data(device: torch.device, held_out: float | None, name: str, **how: object) -> ImageData:
+    """The images that training and evaluation take, where training reads them fastest; `how` is for `load_data`."""
+    data = load_data(name, **how)
+    if held_out is not None:
+        data = hold_out(data, held_out)
+    data.place(device, how["keep"])
+    return data
 
-    def __init__(self):
-        self._kept: dict[str, tuple] = {}
 
-    def _once(self, kind: str, key: tuple, make: Callable):
-        if self._kept.get(kind, (None,))[0] != key:
-            self._kept.pop(kind, None)  # its memory is free before the next one is made
-            self._kept[kind] = key, make()
-        return self._kept[kind][1]
-
-    def data(self, options: Options, device: torch.device) -> ImageData:
-        """The images that training and evaluation take, where training reads them fastest."""
-
-        def make() -> ImageData:
-            data = load_data(options.data, **reading(options))
-            if options.validation_share is not None:
-                data = hold_out(data, options.validation_share)
-            data.place(device, options.keep)
-            return data
-
-        asked = (options.data, *reading(options).values(), options.validation_share, device)
-        return self._once("data", asked, make)
-
-    def base(self, options: Options, classes: int) -> tuple[VisionTransformer, Base, dict | None]:
-        """A frozen model of the caller's own, where it is from and, for the tiny one trained on the spot, its weights."""
-        shape = {"num_classes": classes, "image_size": options.image_size}
-        rest = {"mlp_layers": options.mlp_layers, "attention": options.attention}
-
-        def make() -> tuple[VisionTransformer, Base, dict | None]:
-            if options.model != TINY:
-                return *build_base(options.model, options.architecture, **shape, **rest), None
-            vit, base = build_tiny(**shape)
-            weights = {n: value for n, value in vit.state_dict().items() if not n.startswith("head.")}
-            set_mlp_layers(vit, options.mlp_layers)
-            set_attention(vit, options.attention)
-            return vit, base, weights
-
-        key = (options.model, options.architecture, *shape.values(), *rest.values())
-        vit, base, weights = self._once("base", key, make)
-        vit = copy.deepcopy(vit)
-        return quantize_fp8(vit) if options.quantization == "fp8" else vit, base, weights
+#: A frozen model, to be copied, and where it is from.
+frozen_model = lru_cache(maxsize=1)(build_base)
 
 
 def fit(
@@ -165,7 +136,7 @@ def fit(
     SIGTERM came; a checkpoint was written after the batch that was under way; UserError: the loss is NaN or
     infinite.
     """
-    options, folder, device = run.options, run.folder, run.device
+    options, device, checkpoints = run.options, run.device, run.folder.checkpoints
     parameters = [p for p in model.parameters() if p.requires_grad]
     how = {"momentum": options.momentum, "weight_decay": options.weight_decay}
     optimizer = make_optimizer(options.optimizer, parameters, options.lr, **how)
@@ -175,8 +146,7 @@ def fit(
     total = options.epochs * per_epoch
     if options.max_steps > 0:
         total = min(total, options.max_steps)
-    schedule = {"decay": options.lr_decay, "warmup": options.warmup_steps}
-    factor = partial(rate_factor, options.optimizer, per_epoch=per_epoch, total=total, **schedule)
+    schedule = {"per_epoch": per_epoch, "total": total, "decay": options.lr_decay, "warmup": options.warmup_steps}
     history, losses, done = [], None, 0
     if run.checkpoint:
         history, losses, done = load_checkpoint(run.checkpoint, model, parts, device)
@@ -184,39 +154,40 @@ def fit(
     if done == total:  # it was stopped after its last checkpoint
         outcome = test_logits(step, data, options, device)
 
-    def save(losses: EpochLoss | None = None) -> None:
-        watch.check(per_epoch, last_good(folder.checkpoints))
-        check_parameters(parameters, done, last_good(folder.checkpoints))
-        save_checkpoint(folder.checkpoints, done, model, parts, history, losses)
+    def check() -> None:
+        watch.check(per_epoch, last_good(checkpoints))
+
+    def save() -> None:
+        check()
+        check_parameters(parameters, done, last_good(checkpoints))
+        save_checkpoint(checkpoints, done, model, parts, history, losses)
 
     def before_step() -> None:
         torch.manual_seed(seed_of(options.seed, *divmod(done, per_epoch)))  # dropout's
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * factor(done)
+            group["lr"] = options.lr * rate_factor(options.optimizer, done, **schedule)
 
     bar = tqdm(total=total, initial=done, desc=options.method, unit="step", disable=None)
     with bar, StopRequest() as stop:
-
-        def after_step(loss: torch.Tensor, examples: int) -> bool:
-            nonlocal done
-            done += 1
-            memory.after_optimizer()
-            clock.step(examples)
-            bar.update()
-            watch.add(loss, done)
-            if watch.due(done):
-                watch.check(per_epoch, last_good(folder.checkpoints))
-            return stop.number is not None
-
         while done < total:
             epoch, first = divmod(done, per_epoch)
             end = min((epoch + 1) * per_epoch, total)
-            batches = epoch_batches(options, data, device, epoch, first, end - done)
+            losses = losses or EpochLoss(torch.zeros((), device=device))
             clock.start()
-            losses = train_epoch(step, batches, after_step, before_step, losses)
+            for loss, images in train_steps(step, epoch_batches(options, data, device, epoch, first, end - done), before_step):
+                done += 1
+                losses.add(loss, images)
+                memory.after_optimizer()
+                clock.step(images)
+                bar.update()
+                watch.add(loss, done)
+                if watch.due(done):
+                    check()
+                if stop.number is not None:
+                    break
             clock.stop()
             if stop.number is not None and done < end:
-                save(losses)
+                save()
                 raise Interrupted(stop.number)
             done = end  # a batch whose images are all unreadable is no step
             outcome = test_logits(step, data, options, device)

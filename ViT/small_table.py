@@ -17,7 +17,7 @@ from typing import Optional
 
 from transformers.hf_argparser import HfArg
 
-from control_experiments.errors import run_main
+from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import read_record
 from control_experiments.training.study import Cell, Study, StudyOptions, command_of, make_run, run_study
@@ -50,7 +50,6 @@ class ImageStudy(Study):
     def __init__(self, options: Options):
         output = Path(options.output_dir) if options.output_dir else RESULTS / "vit"
         super().__init__(options, model_name(options.model), options.data, output)
-        self.loader = None
 
     def plan(self, cell: Cell) -> RunOptions:
         share = self.options.search_share if cell.searching else None
@@ -60,11 +59,15 @@ class ImageStudy(Study):
     def train(self, cell: Cell, run: RunOptions) -> None:
         from ViT import recipe  # with torch and timm, for which --help and a wrong option do not wait
 
-        self.loader = self.loader or recipe.Loader()
-        recipe.train(run, self.loader, command_of(run))
+        recipe.train(run, command_of(run))
 
     def score(self, record: Path) -> float:
-        return read_record(record).metrics["last"]["test_accuracy"]
+        found = read_record(record)
+        matched = found.method == "miss" and found.hyperparameters["lora_rank"] == 0
+        if matched and found.adapter["config"]["init_weights"] != "mini":
+            told = f"{record.parent} is of MiSS's other form, which matched ranks had before"
+            raise UserError(f"{told}: delete such folders or choose another --output_dir")
+        return found.metrics["last"]["test_accuracy"]
 
 
 def main() -> None:

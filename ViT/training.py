@@ -45,7 +45,7 @@ class Step:
     finite): the next batch is prepared between them, while the device is busy with the backward.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, precision: str):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device, precision: str):
         self.model, self.optimizer, self.device, self.precision = model, optimizer, device, precision
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
@@ -86,45 +86,44 @@ def prepared(
 
 @dataclass
 class EpochLoss:
-    """The sum of an epoch's losses so far, over how many images and batches."""
+    """The sum of an epoch's losses so far, on the device, over how many images and batches."""
 
     total: torch.Tensor
     images: int = 0
     batches: int = 0
+
+    def add(self, loss: torch.Tensor, images: int) -> None:
+        """Count a batch of so many images by its mean loss."""
+        self.total += loss * images
+        self.images += images
+        self.batches += 1
 
     @property
     def mean(self) -> float:
         return float(self.total) / max(1, self.images)
 
 
-def train_epoch(
-    step: Step,
-    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
-    after_step: Callable[[torch.Tensor, int], bool | None] = lambda loss, examples: None,
-    before_step: Callable[[], None] = lambda: None,
-    so_far: EpochLoss | None = None,
-) -> EpochLoss:
-    """Train on the batches and return the epoch's loss.
-
-    Args:
-        after_step: is told the loss and the size of each batch; True ends the epoch there.
-        before_step: called before each forward.
-        so_far: the loss of the epoch's earlier batches, when it is gone on with.
-    """
+def train_steps(
+    step: Step, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], before_step: Callable[[], None] = lambda: None
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """Train on batch after batch; yields each one's mean loss, on the device, and its size. `before_step` is called
+    before each forward."""
     step.model.train()
-    losses = so_far or EpochLoss(torch.zeros((), device=step.device))
     batch = next(batches, None)
     while batch is not None:
         inputs, labels = batch
         before_step()
-        loss, examples = step.backward(inputs, labels), len(labels)
-        losses.total += loss * examples
-        losses.images += examples
-        losses.batches += 1
+        loss = step.backward(inputs, labels)
         batch = next(batches, None)
         step.update()
-        if after_step(loss, examples):
-            break
+        yield loss, len(labels)
+
+
+def train_epoch(step: Step, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> EpochLoss:
+    """Train on all batches and return their loss."""
+    losses = EpochLoss(torch.zeros((), device=step.device))
+    for loss, images in train_steps(step, batches):
+        losses.add(loss, images)
     return losses
 
 

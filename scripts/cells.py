@@ -22,7 +22,6 @@ from control_experiments.paths import REPOSITORY, public_path
 from control_experiments.record import read_json, read_record
 
 GPU = "{gpu}"  # stands for the GPU in a command until one is free
-CHOSEN = "CHOSEN"  # stands in a dry run for a learning rate that is not chosen yet
 
 
 def variable(name: str, default: str = "") -> str:
@@ -68,7 +67,7 @@ class Cell:
         found = said_by(place)
         wanted = {name: value for name, value in self._options().items() if name in found}
         for name, value in {**wanted, **self.settings}.items():
-            if value != CHOSEN and not alike(found.get(name), value):
+            if not alike(found.get(name), value):
                 raise UserError(
                     f"{public_path(place)} has {name} {found.get(name)}, not {value}: delete its folder or choose "
                     "another one with --results"

@@ -28,11 +28,11 @@ from control_experiments.reporting import claims, page, records, tables
 def publish(frame: pd.DataFrame, judged: pd.DataFrame, paper: records.Paper, problems: list[str], folder: Path, up: str) -> int:
     """Write tables of `frame`, claims judged by `judged`, pictures and page into `folder`, from which `up` leads to the results
     folder; return the number of files."""
-    filled, found = tables.all_tables(frame, paper), claims.judge(judged, paper)
+    filled, found, drawn = tables.all_tables(frame, paper), claims.judge(judged, paper), list(page.draw(frame, paper))
     written = tables.write_tables(filled, folder / "tables", f"../{up}")
-    written += page.write_pictures(frame, paper, folder / "pictures")
+    written += page.write_pictures(drawn, folder / "pictures")
     written.append(write_text_atomic(folder / "claims.md", claims.markdown(found, paper, up)))
-    return len(written) + bool(page.write_page(frame, filled, found, paper, problems, folder / "report.html", up))
+    return len(written) + bool(page.write_page(frame, filled, found, drawn, problems, folder / "report.html", up))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -14,9 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.record import RunRecord, read_record
@@ -85,16 +82,6 @@ def conditions(records: Sequence[RunRecord]) -> str:
     return "; ".join(parts)
 
 
-def print_table(rows: pd.DataFrame, caption: str) -> None:
-    shown = Table(title=TITLE, caption=caption, box=box.SIMPLE_HEAD)
-    for number, name in enumerate(rows):
-        how = {"justify": "right", "min_width": max(map(len, name.split()))} if number else {"no_wrap": True}
-        shown.add_column(name, **how)
-    for cells in rows.values:
-        shown.add_row(*cells)
-    Console().print(shown)
-
-
 def markdown(records: dict[str, RunRecord | None], rows: pd.DataFrame, caption: str) -> str:
     """The table as Markdown; each method's name links to its record."""
     names = [f"[{name}]({name}/record.json)" if records.get(name) else name for name in rows.method]
@@ -141,7 +128,7 @@ def main() -> None:
         told = f"a record in {folder} lacks {missing}: delete that folder and run scripts/quickstart.sh again"
         raise UserError(told) from missing
     (folder / TABLE).write_text(markdown(records, rows, caption), encoding="utf-8")
-    print_table(rows, caption)
+    print(f"{TITLE}\n\n{rows.to_string(index=False)}\n\n{caption}")
     for name in (TABLE, PICTURE):
         print(os.path.relpath(folder / name))
 

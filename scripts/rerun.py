@@ -26,10 +26,8 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import REPOSITORY, RESULTS
-from control_experiments.record import read_record
 from control_experiments.training.arguments import check_numbers, parse_arguments
-from control_experiments.training.rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
-from scripts.cells import CHOSEN, GPU, Cell, Scheduler, choose_gpus, interpreter, print_calls, variable
+from scripts.cells import GPU, Cell, Scheduler, choose_gpus, interpreter, print_calls, variable
 
 GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 IMAGES = ("cifar100", "flowers102", "svhn", "food101", "imagenet")
@@ -62,11 +60,6 @@ class Options:
     seeds: Optional[list[int]] = HfArg(default=None, help="Default: 42 41 40; repeats 1 2 3 for memory.")
     max_hours: Optional[float] = HfArg(default=None, help="Start no cell after so long; running ones end.")
     gpus: Optional[list[str]] = HfArg(default=None, help="Indices, or cpu; default: all that are visible.")
-    grid: Optional[list[str]] = HfArg(
-        default=None,
-        help="glue only: learning rates from which each method gets its own, task by task, chosen on a held-out tenth "
-        "of the training data; dev sets are not looked at.",
-    )
     results: str = HfArg(default=str(RESULTS), help="Folder for the runs.")
     extra: str = HfArg(default="", help="More options for every launcher, as one string.")
     dry_run: bool = HfArg(default=False, help="Print the calls and run nothing.")
@@ -93,7 +86,7 @@ def number(name: str, text: str) -> str:
     return text
 
 
-def glue_cell(options: Options, task: str, method: str, seed: int, rate: str | None = None) -> Cell:
+def glue_cell(options: Options, task: str, method: str, seed: int) -> Cell:
     """One run of RoBERTa/run_roberta.sh, or of its quantized sibling."""
     quantized = options.table == "quantized"
     launcher = "QControl/run_roberta_quantization.sh" if quantized else "RoBERTa/run_roberta.sh"
@@ -101,7 +94,7 @@ def glue_cell(options: Options, task: str, method: str, seed: int, rate: str | N
     base = f"{model}_{variable('QUANTIZATION', 'nf4')}" if quantized else model
     name = f"{base}_{task}_{method}_seed{seed}"
     out = Path(options.results) / ("qcontrol" if quantized else "roberta") / name
-    epochs, rate = per_task("EPOCHS", task, "80"), rate or per_task("LR", task, "3e-4")
+    epochs, rate = per_task("EPOCHS", task, "80"), per_task("LR", task, "3e-4")
     command = [f"{REPOSITORY}/{launcher}", method, task, epochs, rate, GPU, "--output_dir", str(out)]
     return Cell(name, ["bash", *command, "--resume"], out / "record.json", {"SEED": str(seed)})
 
@@ -186,8 +179,8 @@ PLANS = {
 }  # fmt: skip
 
 
-def plan_cells(options: Options, rates: dict[tuple[str, str], str] | None = None) -> list[Cell]:
-    """All cells that the options ask for, in order; with `rates`, each method's own by (task, method), those alone.
+def plan_cells(options: Options) -> list[Cell]:
+    """All cells that the options ask for, in order.
 
     Raises:
         UserError: a task or method that the table has not, or MODEL for several bases at once.
@@ -208,74 +201,23 @@ def plan_cells(options: Options, rates: dict[tuple[str, str], str] | None = None
     if options.table == "commonsense" and variable("MODEL") and len(tasks) > 1:
         raise UserError("MODEL stands for one base: say for which with --tasks, such as --tasks llama3_8b")
     seeds = options.seeds or plan.seeds
-    axes = [(seed, task, method) for seed in seeds for task in tasks for method in methods]
-    if rates is None:
-        cells = [plan.cell(options, task, method, seed) for seed, task, method in axes]
-    else:
-        cells = [glue_cell(options, t, m, seed, rates[t, m]) for seed, t, m in axes if (t, m) in rates]
+    cells = [plan.cell(options, task, method, seed) for seed in seeds for task in tasks for method in methods]
     for cell in cells:
         cell.command += shlex.split(options.extra)
     return list({cell.name: cell for cell in cells}.values())  # zero-shot has no seeds
-
-
-# -- learning rates ---------------------------------------------------------------------------------------------
-
-
-def search_cells(options: Options) -> dict[tuple[str, str], dict[str, Cell]]:
-    """(task, method) -> learning rate -> the run that tries it on a held-out tenth of the training rows, with a seed of
-    their own."""
-    plan, found = PLANS["glue"], {}
-    for task in options.tasks or plan.tasks:
-        for method in options.methods or plan.methods:
-            for rate in options.grid:
-                cell = glue_cell(options, task, method, SEARCH_SEED, rate)
-                cell.name = f"{cell.name}_lr{rate}"
-                out = Path(options.results) / "roberta" / SEARCH_FOLDER / cell.name
-                cell.command[cell.command.index("--output_dir") + 1] = str(out)
-                cell.command += ["--validation_share", "0.1", *shlex.split(options.extra)]
-                cell.record = out / "record.json"
-                found.setdefault((task, method), {})[rate] = cell
-    return found
-
-
-def search_rates(options: Options, scheduler: Scheduler) -> dict[tuple[str, str], str]:
-    """Run the search and choose; a method of which a run is missing is left out and noted as failed."""
-    search = search_cells(options)
-    scheduler.run([cell for tried in search.values() for cell in tried.values()])
-    scores = {
-        key: {rate: read_record(cell.record).metrics["last"]["score"] for rate, cell in cells.items()}
-        for key, cells in search.items()
-        if all(cell.record.is_file() for cell in cells.values())
-    }
-    model = Path(variable("MODEL", "roberta-base")).name
-    rates = choose_rates(scores, Path(options.results) / "roberta" / SEARCH_FOLDER / f"{model}.json", model)
-    for task, method in search.keys() - rates.keys():
-        reason = "no learning rate was chosen: a run of its search is missing"
-        scheduler.failed.setdefault(f"{task} {method}", reason)
-    return rates
 
 
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
     if options.table not in PLANS:
         raise UserError(f"there is no table {options.table!r}: choose one of {', '.join(PLANS)}")
-    if options.grid and options.table != "glue":
-        raise UserError("--grid is for the glue table")
-    for rate in options.grid or []:
-        number("--grid", rate)
     check_numbers(options, "max_hours", above=0)
     cells = plan_cells(options)
     if options.dry_run:
-        if options.grid:
-            search = search_cells(options)
-            print_calls([cell for tried in search.values() for cell in tried.values()])
-            cells = plan_cells(options, dict.fromkeys(search, CHOSEN))
         print_calls(cells)
         return
     deadline = None if options.max_hours is None else time.monotonic() + 3600 * options.max_hours
     scheduler = Scheduler(choose_gpus(options.gpus), Path(options.results, "logs", options.table), deadline)
-    if options.grid:
-        cells = plan_cells(options, search_rates(options, scheduler))
     scheduler.run(cells)
     if scheduler.left:
         print(f"not started, time is up: {', '.join(scheduler.left)}")

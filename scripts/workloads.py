@@ -1,15 +1,13 @@
 """What the benchmarks train: models of known shapes with random weights, and every method of bench_memory.py on them.
 
-The adapters, memory modes, quantized layers and packed batches are those of the training scripts. A new peer is a name in
-`NAMES` and its branch in `adapt`, a new way to store the frozen weights a name in `BASES` and its branch in `random_base`.
+The adapters, memory modes, quantized layers and packed batches are those of the training scripts.
 """
 
 from __future__ import annotations
 
 import gc
-import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -24,196 +22,26 @@ from transformers import (
     RobertaConfig,
 )
 
-from control_experiments.errors import UserError
 from control_experiments.training.device import DTYPES
 from control_experiments.training.methods import adapter_config, set_memory
-from control_experiments.training.options import QUANTIZATIONS, AdapterOptions, check_method_runs
+from control_experiments.training.options import QUANTIZATIONS, AdapterOptions
 from control_experiments.training.quantization import loading_arguments, prepare
 from LlaMA.commonsense import TokenRow
-from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS
-from LlaMA.models import SHAPES, ready_to_train
+from LlaMA.models import ready_to_train
 from LlaMA.packing import IGNORE, VARLEN, batch_loss, fused_batch_loss, packed_step, varlen_available
 from peft_control import quantize_fp8
-
-LLAMA_SHAPES = {
-    **SHAPES,
-    "smollm2-135m": SHAPES["smollm2"],
-    "llama3-70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-                       num_key_value_heads=8, vocab_size=128256),
-}  # fmt: skip
-#: Mixtures of experts, of class Qwen3Moe.
-MOE_SHAPES = {
-    "qwen3-30b-a3b": dict(hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48,
-                          num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
-                          norm_topk_prob=True, vocab_size=151936),
-    "tiny-moe": dict(hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=2,
-                     num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
-                     norm_topk_prob=True, vocab_size=2048),
-}  # fmt: skip
-CAUSAL_SHAPES = {**LLAMA_SHAPES, **MOE_SHAPES}
-ENCODER_SHAPES = {
-    "roberta-base": dict(vocab_size=50265, max_position_embeddings=514),
-    "tiny-roberta": dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                         num_attention_heads=4),
-}  # fmt: skip
-#: timm's name, and the layers of each MLP: four as in the paper, or two.
-VISION_SHAPES = {
-    "vit-b16": ("vit_base_patch16_224", 4),
-    "vit-b16-plain": ("vit_base_patch16_224", 2),
-    "tiny-vit": ("test_vit", 4),
-}
-ALL_SHAPES = (*CAUSAL_SHAPES, *VISION_SHAPES, *ENCODER_SHAPES)
-BASES = (*DTYPES, *QUANTIZATIONS[1:])
-CLASSES = 100  # of the ViT's images
-
-
-# -- methods ----------------------------------------------------------------------------------------------------
-
-NAMES = ("lora", "lora-all", "lora-qkv", "lora-experts", "lora-fa", "dora", "miss", "shadow", "control", "control+lora", "control+dora")  # fmt: skip
-SWITCHES = (
-    "liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "packed", "streamed", "streamed3", "onboard",
-    "fp8states",
-)  # fmt: skip
-MODES = ("plain", "fast", "balanced", "lean")
-#: Switches and names that need a LLaMA shape.
-OF_LLAMA = ("liger", "unsloth", "compile", "packed", "lora-qkv", "shadow")
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method as the benchmarks name it, ``NAME[+SWITCH...][+BASE][:MODE]``; `base` is None for the shape's own type."""
-
-    text: str
-    name: str
-    switches: frozenset[str]
-    base: str | None
-    mode: str
-
-    @property
-    def resident(self) -> int:
-        """How many layers' weights lie on the GPU while the others wait on the host; 0: all, and none waits."""
-        return 2 if "streamed" in self.switches else 3 if "streamed3" in self.switches else 0
-
-    def over(self, base: str) -> str:
-        """The same over a base, unless it names one."""
-        head, colon, mode = self.text.partition(":")
-        return self.text if self.base else f"{head}+{base}{colon}{mode}"
-
-    def check(self, shape: str, device: str) -> None:
-        """Raise a `UserError` if a shape or a device cannot run it."""
-        if shape not in LLAMA_SHAPES and ({*self.switches, self.name} & {*OF_LLAMA}):
-            raise UserError(
-                f"method {self.text!r}: {shape} has no switches but checkpointing, graphs and eager, and no method "
-                "that reads causal tokens"
-            )
-        if self.name == "lora-experts" and shape not in MOE_SHAPES:
-            raise UserError(f"method {self.text!r}: {shape} has no experts")
-        if shape in MOE_SHAPES and self.base in QUANTIZATIONS:
-            raise UserError(f"method {self.text!r}: experts are 3-D tensors, which stay in 16 bits: leave {self.base} out")
-        if shape in VISION_SHAPES and self.base in QUANTIZATIONS and self.base != "fp8":
-            raise UserError(f"method {self.text!r}: bitsandbytes' bases are for text models")
-        if "graphs" in self.switches and device == "cpu":
-            raise UserError(f"method {self.text!r}: CUDA graphs need a GPU")
-        check_method_runs(self.name, self.base or "none", device)
-
-
-def parse_method(text: str) -> Method:
-    """``"control+lora+nf4:fast"`` -> name ``control+lora``, base ``nf4``, mode ``fast``.
-
-    Raises:
-        UserError: it is no method, or a mode or switch is not the method's.
-    """
-    head, _, mode = text.partition(":")
-    parts = head.split("+")
-    switches = frozenset(part for part in parts if part in SWITCHES)
-    bases = [part for part in parts if part in BASES]
-    name = "+".join(part for part in parts if part not in (*SWITCHES, *BASES))
-    if name not in NAMES or len(bases) > 1:
-        raise UserError(f"unknown method {text!r}: see --help")
-    if mode not in ("", *MODES) or (mode not in ("", "plain") and "control" not in name):
-        raise UserError(f"method {text!r}: no such memory mode")
-    plain_lora = name in ("lora", "lora-all") and switches <= {"unsloth", "checkpointing"} and {*bases} <= {"bf16", "nf4"}
-    if "unsloth" in switches and not plain_lora:
-        told = "unsloth is for lora and lora-all over bf16 or nf4, with checkpointing or without"
-        raise UserError(f"method {text!r}: {told}")
-    if {"streamed", "streamed3"} & switches and (
-        {"graphs", "unsloth"} & switches or mode == "fast" or "int8" in bases or name == "shadow"
-    ):
-        raise UserError(f"method {text!r}: weights are not streamed with graphs, unsloth, shadow, int8 or mode fast")
-    if "fp8states" in switches and mode != "lean":
-        raise UserError(f"method {text!r}: fp8states is for mode lean")
-    if {"packed", "graphs"} <= switches:
-        raise UserError(f"method {text!r}: packed rows are not measured as CUDA graphs")
-    return Method(text, name, switches, bases[0] if bases else None, mode or "plain")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The paper's adapters for a family of shapes.
-
-    Attributes:
-        control, lora: what "control" and LoRA stand for, with their ranks.
-        targets: the linear layers of LoRA's variants; "mixed" are those beside a control.
-        base, precision: type of the frozen weights and of autocast; on a CPU bf16 stands for fp16.
-    """
-
-    task: str | None
-    control: tuple[str, int]
-    lora: tuple[int, float]
-    targets: dict[str, Sequence[str]]
-    base: str = "fp32"
-    precision: str = "fp16"
-    head: list[str] | None = None
-
-
-VIT_MLP = ("fc1", "fc2", "eye1", "eye2")  # a plain MLP has the first two
-RECIPES = {
-    "llama": Recipe(
-        "CAUSAL_LM", ("double control", 64), (32, 64),
-        {"lora": LORA_TARGETS, "mixed": MIXED_TARGETS, "lora-qkv": MIXED_TARGETS,
-         "lora-all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")},
-        base="bf16", precision="bf16",
-    ),
-    "moe": Recipe(  # not the paper's: attention's linear layers, as people adapt mixtures of experts
-        "CAUSAL_LM", ("double control", 64), (16, 32),
-        dict.fromkeys(("lora", "lora-all", "lora-experts"), ("q_proj", "k_proj", "v_proj", "o_proj"))
-        | {"mixed": MIXED_TARGETS},
-        base="bf16", precision="bf16",
-    ),
-    "encoder": Recipe(
-        "SEQ_CLS", ("control", 16), (8, 16),
-        {"lora": ("query", "value"), "mixed": ("query", "value"), "lora-all": ("query", "key", "value", "dense")},
-    ),
-    "vit": Recipe(
-        None, ("control", 16), (1, 1),
-        {"lora": VIT_MLP, "mixed": ("qkv",), "lora-all": (*VIT_MLP, "qkv", "proj")}, head=["head"],
-    ),
-}  # fmt: skip
-
-
-def recipe_of(shape: str) -> Recipe:
-    kinds = {"llama": LLAMA_SHAPES, "moe": MOE_SHAPES, "vit": VISION_SHAPES, "encoder": ENCODER_SHAPES}
-    return next(RECIPES[kind] for kind, shapes in kinds.items() if shape in shapes)
-
-
-def default_methods(shape: str, device: str, unsloth: bool) -> list[str]:
-    """The methods that a shape's benchmark runs when none are named."""
-    if shape in MOE_SHAPES:
-        loras = ["lora+checkpointing", "lora+uncast+checkpointing", "lora-experts+checkpointing"]
-        return [*loras, "control+checkpointing:plain", "control:lean"]
-    methods = [
-        "dora", "lora", "lora-all", "lora-fa", "lora+uncast", "lora+compile", "lora+liger", "lora+checkpointing",
-        "lora+liger+checkpointing", "lora+graphs", "miss", "shadow", "control:plain", "control+liger:plain", "control:fast",
-        "control:balanced", "control:lean", "control+graphs:fast", "control+graphs:balanced", "control+graphs:lean",
-        "control+lora:plain", "control+lora:fast", "control+lora:balanced", "control+lora:lean",
-    ]  # fmt: skip
-    more = [f"{name}+unsloth{more}" for more in ("", "+checkpointing") for name in ("lora", "lora-all")]
-    methods += more if unsloth else []
-    left_out = {"graphs"} if device == "cpu" else set()
-    if shape not in LLAMA_SHAPES:
-        left_out |= {*OF_LLAMA, "uncast"}
-    return [method for method in methods if not left_out & {*re.split("[+:]", method)}]
-
+from scripts.catalogue import (
+    CAUSAL_SHAPES,
+    CLASSES,
+    ENCODER_SHAPES,
+    LLAMA_SHAPES,
+    MOE_SHAPES,
+    RECIPES,
+    VISION_SHAPES,
+    Method,
+    Setting,
+    recipe_of,
+)
 
 # -- models -----------------------------------------------------------------------------------------------------
 
@@ -234,12 +62,15 @@ def random_llama_in_parts(
 ) -> PreTrainedModel:
     """The same, of which one layer at a time is made in `dtype`, given to `store` and put on the device `place`."""
     model = random_llama(shape, device, dtype, attention, num_hidden_layers=0)
-    model.config.num_hidden_layers = LLAMA_SHAPES[shape]["num_hidden_layers"]
+    model.config.num_hidden_layers = CAUSAL_SHAPES[shape]["num_hidden_layers"]
     for index in range(model.config.num_hidden_layers):
         short = random_llama(shape, device, dtype, attention, num_hidden_layers=1, vocab_size=1)
         store(short)
         (layer,) = short.model.layers.to(place)
-        layer.self_attn.layer_idx, layer.self_attn.config = index, model.config
+        layer.self_attn.layer_idx = index
+        for module in layer.modules():
+            if hasattr(module, "config"):
+                module.config = model.config
         model.model.layers.append(layer)
     return model
 
@@ -261,10 +92,10 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
     if shape in VISION_SHAPES:
         from ViT.vision_models import create, set_attention, set_mlp_layers
 
-        name, layers = VISION_SHAPES[shape]
+        vision = VISION_SHAPES[shape]
         with torch.device(device):
-            model = create(name, num_classes=CLASSES, image_size=vision_size(shape)[0])
-            set_mlp_layers(model, layers)
+            model = create(vision.name, num_classes=CLASSES, image_size=vision.pixels)
+            set_mlp_layers(model, vision.layers)
         set_attention(model, attention)
         model = model.to(stored)
         return quantize_fp8(model) if quantized else model
@@ -285,15 +116,6 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
     if quantized:
         model.config.quantization_config = settings["quantization_config"]
     return prepare(model)
-
-
-def vision_size(shape: str) -> tuple[int, int]:
-    """Pixels of an image's side, and how many tokens a ViT makes of it: its patches and the class token."""
-    import timm
-
-    with torch.device("meta"):
-        model = timm.create_model(VISION_SHAPES[shape][0])
-    return model.patch_embed.img_size[0], model.pos_embed.shape[1]
 
 
 def quantize(model: PreTrainedModel, kind: str, settings, device: torch.device) -> None:
@@ -374,38 +196,6 @@ def adapt(model: nn.Module, shape: str, method: Method, control_rank: int | None
 
 
 @dataclass
-class Setting:
-    """How large a step is.
-
-    Attributes:
-        tokens: of a row, padding included.
-        lengths: real tokens of the rows, in turn; None: `tokens`.
-        precision: of autocast; None: the recipe's.
-    """
-
-    shape: str
-    device: str
-    batch: int
-    tokens: int
-    lengths: Sequence[int] | None = None
-    precision: str | None = None
-    control_rank: int | None = None
-    lora_rank: int | None = None
-
-    @property
-    def autocast(self) -> torch.dtype:
-        """float16 comes with a loss scaler, float32 means none."""
-        dtype = DTYPES[self.precision or recipe_of(self.shape).precision]
-        return torch.bfloat16 if dtype == torch.float16 and self.device == "cpu" else dtype
-
-    @property
-    def rows(self) -> list[int]:
-        """Real tokens of each row."""
-        lengths = self.lengths or [self.tokens]
-        return [lengths[row % len(lengths)] for row in range(self.batch)]
-
-
-@dataclass
 class Workload:
     """A model ready to train and one step's loss on fixed data."""
 
@@ -418,12 +208,12 @@ class Workload:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         cuda = self.setting.device == "cuda"
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=cuda)
-        scaled = self.setting.autocast == torch.float16
+        scaled = self.setting.autocast == "fp16"
         self.scaler = torch.amp.GradScaler(self.setting.device, enabled=scaled)
 
     def step(self) -> torch.Tensor:
         """One optimizer step as the Trainer takes it with bf16 or fp16; returns the loss."""
-        dtype = self.setting.autocast
+        dtype = DTYPES[self.setting.autocast]
         with torch.autocast(self.setting.device, dtype, enabled=dtype != torch.float32):
             loss = self.loss()
         self.scaler.scale(loss).backward()
@@ -451,7 +241,7 @@ def build(setting: Setting, method: Method, loaded: Callable[[], None] = lambda:
         model = unsloth_llama(setting, method, longest or setting.tokens)
         loaded()
     else:
-        base = random_base(setting.shape, method, setting.device, setting.autocast)
+        base = random_base(setting.shape, method, setting.device, DTYPES[setting.autocast])
         gc.collect()
         if setting.device == "cuda":  # what making the weights took for a moment is no part of training
             torch.cuda.empty_cache()
@@ -469,7 +259,7 @@ def step_loss(setting: Setting, method: Method, model: nn.Module) -> Callable[[]
     device = setting.device
     generator = torch.Generator(device).manual_seed(1)
     if setting.shape in VISION_SHAPES:
-        size = vision_size(setting.shape)[0]
+        size = VISION_SHAPES[setting.shape].pixels
         images = torch.randn(setting.batch, 3, size, size, generator=generator, device=device)
         labels = torch.arange(setting.batch, device=device) % CLASSES
         return lambda: nn.functional.cross_entropy(model(images), labels)

@@ -2,14 +2,20 @@
 
 import json
 import random
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from control_experiments.training.methods import adapter_config
+from control_experiments.training.options import AdapterOptions
+from LlaMA import training
 from LlaMA.commonsense import TASKS, Row, read_rows
-from LlaMA.models import add_adapter, expected_config, train_tokenizer
+from LlaMA.finetune import MIXED_TARGETS
+from LlaMA.models import add_adapter, train_tokenizer
 
 NOUNS = ("river", "teacher", "engine", "garden", "letter", "window", "doctor", "bridge", "candle", "market")
 
@@ -74,14 +80,46 @@ def model_folder(tmp_path_factory, tokenizer) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "tiny-llama", tokenizer)
 
 
+def configuration(method, targets=MIXED_TARGETS, **options):
+    """peft's configuration of a method at rank 4."""
+    options = AdapterOptions(method=method, **{"control_rank": 4, "lora_rank": 4, "lora_alpha": 8, **options})
+    return adapter_config(options, task_type="CAUSAL_LM", targets=targets)
+
+
 def adapted(model, method="control+lora"):
     """The model with an adapter whose parameters are random, so that it changes something."""
-    model = add_adapter(model, expected_config(method, 4, 1.0, 0.0, 4, 8, 0.0, ("q_proj", "k_proj", "v_proj")))
+    model = add_adapter(model, configuration(method))
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """``with interrupted(5):`` a training is interrupted when so many steps are done."""
+
+    @contextmanager
+    def within(step: int):
+        real = training.CommonsenseTrainer.training_step
+
+        def dying(self, *arguments):
+            if self.state.global_step == step:
+                raise KeyboardInterrupt
+            return real(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training.CommonsenseTrainer, "training_step", dying)
+            yield
+
+    return within
+
+
+def assert_same_adapters(one, other):
+    """The adapters of two runs are the same to the bit."""
+    weights = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, other))
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
 def training_options(model, data, out, *more, method="control+lora") -> list:

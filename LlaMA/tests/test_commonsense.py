@@ -95,6 +95,6 @@ def test_rows_end_in_eos_unless_they_are_cut(rows, tokenizer):
 def test_prompts_are_tokenized_as_in_training(rows, tokenizer):
     trained = tokenize_rows(rows, tokenizer, cutoff=1000, response_only=True)
     for ids, row, full in zip(tokenize_prompts(rows, tokenizer), rows, trained, strict=True):
-        assert full.ids[: len(ids)] == ids
+        assert list(full.ids[: len(ids)]) == ids
         assert full.loss_from == len(ids)
         assert tokenizer.decode(full.ids[len(ids) : -1]).strip() == row.output

@@ -1,4 +1,3 @@
-import math
 import os
 import shutil
 import warnings
@@ -15,9 +14,10 @@ from control_experiments.record import read_record
 from control_experiments.reporting import records
 from LlaMA import finetune, training
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
-from LlaMA.models import SHAPES, add_adapter, choose_pad_token, expected_config
-from LlaMA.tests.conftest import training_options
+from LlaMA.models import add_adapter, choose_pad_token
+from LlaMA.tests.conftest import assert_same_adapters, configuration, training_options
 from peft_control import ControlConfig, memory  # noqa: F401  registers CONTROL
+from scripts.catalogue import LLAMA_SHAPES
 
 
 def describe_row(record):
@@ -94,23 +94,14 @@ def test_the_best_checkpoint_is_saved_not_the_last(run, tmp_path, monkeypatch):
         torch.testing.assert_close(saved[name.replace(".default", "")], tensor)
 
 
-def test_a_killed_run_resumes_with_the_same_batches(run, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_with_the_same_batches(run, tmp_path, interrupted):
     assert run(name="whole")[0] == 0
-    real = training.CommonsenseTrainer.training_step
-
-    def dying(self, model, inputs, *rest):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return real(self, model, inputs, *rest)
-
-    monkeypatch.setattr(training.CommonsenseTrainer, "training_step", dying)
-    assert run(name="killed")[0] == 130
+    with interrupted(5):
+        assert run(name="killed")[0] == 130
     for more, said in ((), "add --resume"), (("--resume", "--lr", 1), "lr 0.01 there, 1.0 asked for"):
         assert said in run(*more, name="killed").refused()
-    monkeypatch.setattr(training.CommonsenseTrainer, "training_step", real)
     assert "resumed from checkpoint-4" in run("--resume", name="killed").finished().out
-    weights = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "killed"))
-    torch.testing.assert_close(*map(load_file, weights), rtol=0, atol=0)
+    assert_same_adapters(tmp_path / "whole", tmp_path / "killed")
     assert read_record(tmp_path / "killed" / "record.json").time["resumed_from_step"] == 4
     assert "skipped" in run(name="killed").finished().out
 
@@ -137,7 +128,8 @@ def test_the_trainer_learns_as_a_plain_loop_does(call, model_folder, data, tmp_p
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(rows)
 
     torch.manual_seed(42)
-    config = expected_config(method, 4, 1.0, 0.0, 2, 4, 0.0, finetune.Options(method=method, data="x").targets)
+    targets = finetune.Options(method=method, data="x").targets
+    config = configuration(method, targets, lora_rank=2, lora_alpha=4)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
@@ -156,22 +148,6 @@ def test_the_trainer_learns_as_a_plain_loop_does(call, model_folder, data, tmp_p
         optimizer.step()
         optimizer.zero_grad()
     assert history[-1]["train_loss"] < 0.95 * history[0]["train_loss"]
-
-
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(run, tmp_path, monkeypatch):
-    real, calls = training.batch_loss, []
-
-    def spoiled(model, batch):
-        calls.append(model.training)
-        value = real(model, batch)
-        return value * math.nan if calls.count(True) > 5 else value
-
-    monkeypatch.setattr(training, "batch_loss", spoiled)
-    said = run("--token_budget", 10_000).refused()
-    assert "loss is NaN or infinite at step" in said and "checkpoint-4" in said
-    kept = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
-    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
-    assert not (tmp_path / "run" / "record.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -238,26 +214,16 @@ def test_memory_modes_checkpointing_and_fixed_shapes_train_alike(run, tmp_path):
 
 
 @pytest.mark.parametrize("quantization", ["none", "fp8", "nf4"])
-def test_streamed_weights_train_to_the_same_bits_and_resume(run, tmp_path, monkeypatch, quantization):
+def test_streamed_weights_train_to_the_same_bits_and_resume(run, tmp_path, monkeypatch, interrupted, quantization):
     monkeypatch.setattr(memory, "RESIDENT", 1)  # of two layers
     how = ("--memory", "lean", "--dtype", "bf16", "--quantization", quantization)
     streamed = (*how, "--stream_weights", "True")
     run(*how, name="resident").finished()
-    real = training.CommonsenseTrainer.training_step
-
-    def dying(self, model, inputs, *rest):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return real(self, model, inputs, *rest)
-
-    monkeypatch.setattr(training.CommonsenseTrainer, "training_step", dying)
-    code, out, _ = run(*streamed, name="streamed")
-    assert code == 130
-    assert "frozen weights of 2 layers wait on the host" in out
-    monkeypatch.setattr(training.CommonsenseTrainer, "training_step", real)
+    with interrupted(5):
+        code, out, _ = run(*streamed, name="streamed")
+    assert code == 130 and "frozen weights of 2 layers wait on the host" in out
     run(*streamed, "--resume", name="streamed").finished()
-    weights = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("resident", "streamed"))
-    torch.testing.assert_close(*map(load_file, weights), rtol=0, atol=0)
+    assert_same_adapters(tmp_path / "resident", tmp_path / "streamed")
     resident, streamed = (read_record(tmp_path / name / "record.json") for name in ("resident", "streamed"))
     assert streamed.history == resident.history
     assert "streamed" in describe_row(streamed) and "streamed" not in describe_row(resident)
@@ -299,9 +265,8 @@ def test_shapes_have_the_published_numbers_of_adapter_parameters():
     published = {("llama2-7b", "control+lora"): 41_943_040, ("llama3-8b", "double control"): 33_554_432}
     for (shape, method), count in published.items():
         with init_empty_weights():
-            base = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
-            config = expected_config(method, 64, 1.0, 0.0, 32, 64, 0.05, finetune.MIXED_TARGETS)
-            model = add_adapter(base, config)
+            base = LlamaForCausalLM(LlamaConfig(**LLAMA_SHAPES[shape]))
+            model = add_adapter(base, configuration(method, control_rank=64, lora_rank=32))
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from control_experiments.errors import UserError
 from LlaMA.commonsense import TokenRow, tokenize_rows
-from LlaMA.models import add_adapter, expected_config, ready_to_train
+from LlaMA.models import add_adapter, ready_to_train
 from LlaMA.packing import (
     IGNORE,
     VARLEN,
@@ -20,7 +20,7 @@ from LlaMA.packing import (
     padded_step,
     shadow_batch_loss,
 )
-from LlaMA.tests.conftest import adapted
+from LlaMA.tests.conftest import adapted, configuration
 
 
 @pytest.fixture
@@ -113,8 +113,7 @@ def test_graphs_replay_the_packs_of_a_step(model, step, loss, method):
 @needs_gpu
 @pytest.mark.parametrize("method", ["control+lora", "lora", "dora"])
 def test_lora_dropout_draws_anew_in_each_replay(model, step, method):
-    config = expected_config(method, 4, 1.0, 0.0, 4, 8, 0.5, ("q_proj", "k_proj", "v_proj"))
-    model = add_adapter(model.bfloat16(), config).cuda().train()
+    model = add_adapter(model.bfloat16(), configuration(method, lora_dropout=0.5)).cuda().train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -166,7 +165,7 @@ def test_packs_hold_every_row_once_within_the_budget(step):
         ends = pack.inputs["cu_seq_lens_q"].tolist()
         ids = pack.inputs["input_ids"][0].tolist()
         found += [ids[a:b] for a, b in pairwise(ends)]
-    assert sorted(found) == sorted(row.ids for row in step)
+    assert sorted(found) == sorted(list(row.ids) for row in step)
 
 
 def test_packing_is_refused_where_rows_would_mix_or_do_not_fit(model, step):

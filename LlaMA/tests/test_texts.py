@@ -7,15 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from control_experiments.errors import UserError
 from control_experiments.record import read_record
-from LlaMA import python_sources, training
+from LlaMA import python_sources
 from LlaMA.commonsense import IGNORE, Row, tokenize_rows
-from LlaMA.tests.conftest import NOUNS, training_options
+from LlaMA.tests.conftest import NOUNS, assert_same_adapters, training_options
 from LlaMA.texts import Chat, Text, read_data, tokenize_data
 
 #: ChatML, with the assistant's turns marked as transformers wants them, and without.
@@ -152,7 +150,7 @@ def texts(tmp_path):
     return folder
 
 
-def test_long_texts_are_learned_and_a_killed_run_resumes(call, model_folder, texts, tmp_path, monkeypatch):
+def test_long_texts_are_learned_and_a_killed_run_resumes(call, model_folder, texts, tmp_path, interrupted):
     def run(name, *more):
         return call("LlaMA.finetune", *arguments(model_folder, tmp_path / name, "--data", texts, *more))
 
@@ -164,21 +162,11 @@ def test_long_texts_are_learned_and_a_killed_run_resumes(call, model_folder, tex
     assert f"held-out loss {before:.4f} before, {record.metrics['best']['eval_loss']:.4f} at step" in out
     assert record.data["sizes"]["held_out"] == 2 and record.data["sizes"]["cut"] == 0
 
-    real = training.CommonsenseTrainer.training_step
-
-    def dying(self, model, inputs, *rest):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return real(self, model, inputs, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.CommonsenseTrainer, "training_step", dying)
+    with interrupted(3):
         assert run("killed")[0] == 130
     assert "resumed from checkpoint-2" in run("killed", "--resume").finished().out
-    weights = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "killed"))
-    torch.testing.assert_close(*map(load_file, weights), rtol=0, atol=0)
-    resumed = read_record(tmp_path / "killed" / "record.json")
-    assert resumed.metrics == record.metrics
+    assert_same_adapters(tmp_path / "whole", tmp_path / "killed")
+    assert read_record(tmp_path / "killed" / "record.json").metrics == record.metrics
 
 
 def test_chats_train_with_their_own_validation_data(call, model_folder, talking, tmp_path):

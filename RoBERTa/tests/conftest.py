@@ -9,23 +9,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "bird",
-    "sees",
-    "hears",
-    "likes",
-    "big",
-    "small",
-    "red",
-    "blue",
-    "runs",
-    "sleeps",
-    "not",
-    "and",
-]
+    "the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "big", "small", "red", "blue", "runs", "sleeps", "not", "and",
+]  # fmt: skip
 
 
 def save_encoder(folder: Path, kind: str = "Bert") -> Path:

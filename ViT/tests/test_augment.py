@@ -62,8 +62,7 @@ def test_render_is_pillow_to_one_level(sizes, random, chunk, monkeypatch):
 @pytest.mark.parametrize("size", [(20, 20), (61, 100), (90, 47)])
 def test_evaluation_is_torchvisions_resize_and_center_crop(size):
     image = next(photos([size]))
-    resize = v2.Resize(round(SIZE * 256 / 224), InterpolationMode.BICUBIC)
-    theirs = v2.CenterCrop(SIZE)(resize(image))
+    theirs = v2.CenterCrop(SIZE)(v2.Resize(round(SIZE * 256 / 224), InterpolationMode.BICUBIC)(image))
     ours = augment.render(tensors([image]), augment.central_views(torch.tensor([size]), SIZE), SIZE, "cpu")[0]
     assert (tensors([theirs])[0].float() - ours).abs().max() <= 1
 

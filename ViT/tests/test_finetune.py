@@ -140,6 +140,9 @@ def broken_image_folder(tmp_path):
         (lambda p: ("--method", "lora", "--memory", "fast"), "--memory fast: memory modes need a frozen MLP"),
         (lambda p: ("--predict", p), "needs --adapter"),
         (lambda p: ("--evaluate", p), "no adapter folder"),
+        (lambda p: ("--validation_share", 0), "must lie between 0 and 1, both excluded, got 0.0"),
+        (lambda p: ("--validation_share", 0.1), "--output_dir below a folder named learning_rate_search"),
+        (lambda p: ("--validation_share", 0.1, "--evaluate", p), "is for training"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(train, tmp_path, changed, message):
@@ -238,17 +241,3 @@ def test_launchers_explain_themselves(call, launch, started):
         assert launch(script).code == 2
     (command,) = started("ViT/run_ViT.sh", "magic", "cpu")
     assert "unknown method 'magic': choose one of control, lora, dora, double control" in call(*command).refused()
-
-
-def test_small_table_runs_everything_once(call, base_model, npz, started, tmp_path):
-    settings = {"MODEL": base_model, "ARCHITECTURE": "test_vit", "DATA": npz, "METHODS": "'double control' probe",
-                "SEEDS": "1 2", "EPOCHS": 1}  # fmt: skip
-    more = ("--image_size", 32, "--batch_size", 16, "--output_dir", tmp_path)
-    (command,) = started("ViT/run_small_table.sh", "cpu", *more, **settings)
-    call(*command).finished()
-    records = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")}
-    assert sorted((r.method, r.seed) for r in map(read_record, records)) == [
-        ("double control", 1), ("double control", 2), ("probe", 1), ("probe", 2),
-    ]  # fmt: skip
-    assert call(*command).finished().out == "all 4 runs are finished\n"
-    assert records == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")}

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 
 from peft_control import ARCHITECTURES, ControlConfig
 from peft_control.architectures import Architecture, find_layers, propose
-from peft_control.memory import set_memory_mode
 
 QKV = {"target_modules": ["q_proj", "k_proj", "v_proj"], "r": 4, "lora_alpha": 8}
 METHODS = {
@@ -153,15 +152,12 @@ def test_every_way_to_reload_is_exact(method, tmp_path, base_folder):
         other.set_adapter("saved")
         return other
 
-    def trainable():
-        again = PeftModel.from_pretrained(fresh(), tmp_path, is_trainable=True)
-        assert trained(again) == adapter(again)
-        return again
-
+    trainable = PeftModel.from_pretrained(fresh(), tmp_path, is_trainable=True)
+    assert trained(trainable) == adapter(trainable)
     ways = {
         "PeftModel.from_pretrained": lambda: PeftModel.from_pretrained(fresh(), tmp_path),
         "low_cpu_mem_usage": lambda: PeftModel.from_pretrained(fresh(), tmp_path, low_cpu_mem_usage=True),
-        "is_trainable": trainable,
+        "is_trainable": lambda: trainable,
         "AutoPeftModelForCausalLM": lambda: AutoPeftModelForCausalLM.from_pretrained(tmp_path),
         "AutoModelForCausalLM": lambda: AutoModelForCausalLM.from_pretrained(tmp_path),
         "PreTrainedModel.load_adapter": injected,
@@ -183,7 +179,7 @@ def test_the_card_says_what_the_adapter_is_and_how_to_load_it(tmp_path, base_fol
         "| controlled blocks | mlp |",
         "| rank, alpha | 3, 0.7; but for {'0.mlp': 2} |",
         "| part on the weights | DoRA of rank 4, alpha 8, on k_proj, q_proj, v_proj |",
-        "pip install peft-control",
+        "pip install ./peft",
         "AutoPeftModelForCausalLM.from_pretrained",
     ):
         assert text in card, text
@@ -208,13 +204,10 @@ def test_the_card_says_what_the_adapter_is_and_how_to_load_it(tmp_path, base_fol
 
 def test_transformers_own_adapter_methods(tmp_path, base_folder):
     model = AutoModelForCausalLM.from_pretrained(base_folder)
-    plain = outputs(model)
+    plain, both = outputs(model), {}
     for name in ("one", "two"):
         model.add_adapter(config_of("control+lora", init_weights=False, init_lora_weights=False), name)
-    model.eval()
-    both = {}
-    for name in ("one", "two"):
-        model.set_adapter(name)
+        model.eval().set_adapter(name)
         assert model.active_adapters() == [name]
         both[name] = outputs(model)
     assert not torch.allclose(both["one"], both["two"]) and not torch.allclose(both["one"], plain)
@@ -224,10 +217,9 @@ def test_transformers_own_adapter_methods(tmp_path, base_folder):
     model.set_adapter("one")
     model.save_pretrained(tmp_path)
     assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), both["one"])
-    model.delete_adapter("one")
-    assert torch.equal(outputs(model), both["two"])
-    model.delete_adapter("two")
-    assert torch.equal(outputs(model), plain)
+    for name, expected in (("one", both["two"]), ("two", plain)):
+        model.delete_adapter(name)
+        assert torch.equal(outputs(model), expected)
 
 
 # -- several adapters ---------------------------------------------------------------------------------------
@@ -238,12 +230,10 @@ def test_set_disable_delete_unload():
     plain, names = outputs(base), list(base.state_dict())
     model = get_peft_model(base, config_of(init_weights=False), adapter_name="one")
     model.add_adapter("two", config_of("double control", control_rank=5, init_weights=False))
-    model.eval()
-    one = outputs(model)
+    one = outputs(model.eval())
     model.set_adapter("two")
     two = outputs(model)
-    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"two"}
-    assert not torch.allclose(one, two)
+    assert {n.split(".")[-2] for n in trained(model)} == {"two"} and not torch.allclose(one, two)
     with model.disable_adapter():
         assert torch.equal(outputs(model), plain)
     assert torch.equal(outputs(model), two)
@@ -251,26 +241,11 @@ def test_set_disable_delete_unload():
     assert torch.equal(outputs(model), one)
     model.delete_adapter("one")
     model.set_adapter("two")
-    assert torch.equal(outputs(model), two)
-    assert not any(".one." in name for name in model.state_dict())
+    assert torch.equal(outputs(model), two) and not any(".one." in name for name in model.state_dict())
     unloaded = model.unload()
     assert torch.equal(outputs(unloaded), plain)
     assert list(unloaded.state_dict()) == names and without_hooks(unloaded)
-    again = get_peft_model(unloaded, config_of())
-    assert torch.equal(outputs(again.eval()), plain)
-
-
-def test_two_active_adapters_add_their_controls():
-    """Two rank-3 controls together equal one of rank 6 whose A and B are theirs, stacked."""
-    model = get_peft_model(build("llama", torch.float64), config_of(init_weights=False), adapter_name="one")
-    model.add_adapter("two", config_of(init_weights=False))
-    model.base_model.set_adapter(["one", "two"])
-    stacked = get_peft_model(build("llama", torch.float64), config_of(control_rank=6))
-    for both, one in zip(controls(model).values(), controls(stacked).values(), strict=True):
-        A, B = ([matrices[name].weight for name in ("one", "two")] for matrices in (both.control_A, both.control_B))
-        one.control_A["default"].weight.data = torch.cat(A)
-        one.control_B["default"].weight.data = torch.cat(B, dim=1)
-    assert torch.allclose(outputs(model.eval()), outputs(stacked.eval()), atol=1e-10)
+    assert torch.equal(outputs(get_peft_model(unloaded, config_of()).eval()), plain)
 
 
 @pytest.mark.parametrize("method", ["control", "control+lora"])
@@ -385,26 +360,21 @@ def test_choice_of_layers_and_parts(family, fields, controlled, tmp_path):
     assert torch.equal(logits(again, MODELS[family].inputs()), expected)
 
 
-def test_half_precision_base_has_float32_adapters():
-    for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
-        base = build("llama", torch.bfloat16)
-        model = get_peft_model(base, config_of("control+lora"), autocast_adapter_dtype=autocast)
-        parameters = [p for n, p in model.named_parameters() if is_adapter(n)]
-        assert {p.dtype for p in parameters} == {dtype}
+@pytest.mark.parametrize(
+    ("base", "cast", "autocast"), [(torch.bfloat16, True, False), (torch.bfloat16, False, False), (torch.float32, True, True)]
+)
+def test_half_precision_bases_and_autocast_have_float32_adapters(base, cast, autocast):
+    dtype = torch.float32 if cast else torch.bfloat16
+    model = get_peft_model(build("llama", base), config_of("control+lora"), autocast_adapter_dtype=cast)
+    parameters = [p for n, p in randomize_adapters(model.eval()).named_parameters() if is_adapter(n)]
+    assert {p.dtype for p in parameters} == {dtype}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output = model(**INPUTS, labels=INPUTS["input_ids"])
-        assert output.logits.dtype == torch.bfloat16
-        output.loss.backward()
-        assert all(p.grad.dtype == dtype for p in parameters)
-    exact, half = outputs(llama("control+lora")), outputs(randomize_adapters(model.eval())).float()
-    assert (half - exact).norm() < 0.05 * exact.norm()
-
-
-def test_autocast():
-    model = llama("control+lora")
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(**INPUTS, labels=INPUTS["input_ids"]).loss
-    loss.backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert output.logits.dtype == torch.bfloat16
+    output.loss.backward()
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in parameters)
+    exact = outputs(llama("control+lora"))
+    assert (output.logits.float() - exact).norm() < 0.05 * exact.norm()
 
 
 # -- what cannot be done ------------------------------------------------------------------------------------
@@ -456,30 +426,6 @@ def test_a_part_of_a_state_is_refused():
     base.albert.encoder.albert_layer_groups[0].albert_layers[0].chunk_size_feed_forward = 3
     with pytest.raises(RuntimeError, match="works on a part of the state"):
         get_peft_model(base, ControlConfig())(**MODELS["albert"].inputs())
-
-
-# -- mixtures of experts ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe"])
-def test_mixtures_of_experts(family):
-    """Experts, 3-D parameters, and routers stay frozen and unwrapped; the routers' auxiliary loss reaches the control."""
-    base = build(family, torch.float64)
-    kinds = {name: type(module) for name, module in base.named_modules()}
-    assert any(p.dim() == 3 for p in base.parameters())
-    model = get_peft_model(base, config_of("double control", init_weights=False)).train()
-    assert all(type(base.get_submodule(name)) is kind for name, kind in kinds.items())
-    assert trained(model) == adapter(model)
-    found = {}
-    for mode in ("plain", "lean"):
-        set_memory_mode(model, mode)
-        model.zero_grad()
-        output = model(**INPUTS, labels=INPUTS["input_ids"], output_router_logits=True)
-        assert output.aux_loss > 0
-        output.aux_loss.backward()
-        found[mode] = torch.cat([p.grad.flatten() for n, p in model.named_parameters() if p.requires_grad and "layers.0" in n])
-    assert found["plain"].abs().max() > 0
-    torch.testing.assert_close(found["lean"], found["plain"], rtol=1e-9, atol=1e-12)
 
 
 # -- copies -------------------------------------------------------------------------------------------------

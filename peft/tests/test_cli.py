@@ -31,6 +31,9 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     randomize_adapters(get_peft_model(base, ControlConfig())).save_pretrained(folder / "adapter")
     (folder / "tool.py").write_text(TOOL)
+    (folder / "kit").mkdir()
+    (folder / "kit" / "__init__.py").write_text("from peft_control import ControlConfig")
+    (folder / "kit" / "__main__.py").write_text(TOOL)
     return folder
 
 
@@ -40,7 +43,7 @@ def run(folder, *arguments):
 
 @pytest.mark.slow
 def test_a_module_or_script_runs_and_without_us_it_cannot_load_the_adapter(folder):
-    result = run(folder, "-m", "peft_control", "-m", "tool", "base", "adapter", "--limit", "3")
+    result = run(folder, "-m", "peft_control", "-m", "kit", "base", "adapter", "--limit", "3")
     assert result.stdout == "__main__ ControlModel ['--limit', '3']\n", result.stderr
     assert result.returncode == 7  # the module's own
     result = run(folder, "-m", "peft_control", str(folder / "tool.py"), "base", "adapter")
@@ -74,6 +77,8 @@ def test_what_cannot_run(arguments, text, monkeypatch, capsys):
 
 def test_help(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["peft_control", "--help"])
-    main()
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code is None
     printed = capsys.readouterr().out
     assert "usage: python -m peft_control" in printed and "lm_eval" in printed

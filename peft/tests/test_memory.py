@@ -5,7 +5,7 @@ import functools
 import pickle
 from collections import Counter
 from contextlib import nullcontext
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, load_model, save_model
 from streams import Event, Stream
+from tiny_models import build as tiny_build
+from tiny_models import distance, step_of
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_control import ControlConfig, memory
@@ -28,22 +30,7 @@ FAMILIES = {
     "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, {"head_dim": 16}),
 }
 VOCABULARY = 61
-
-
-@pytest.fixture
-def exact_norms(monkeypatch):
-    """transformers computes RMSNorm in float32 whatever the model's dtype; in float64 here, for comparison."""
-
-    def forward(self, x):
-        wide = x if x.dtype == torch.float64 else x.float()
-        normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return (self.weight * normal).to(x.dtype)
-
-    for family in FAMILIES:
-        module = getattr(transformers.models, family)
-        cls = getattr(getattr(module, f"modeling_{family}"), f"{family.capitalize()}RMSNorm")
-        monkeypatch.setattr(cls, "forward", FunctionType(forward.__code__, forward.__globals__))
-        cls.forward.__module__ = cls.__module__  # as if transformers had written it
+pytestmark = pytest.mark.usefixtures("exact_norms")
 
 
 def build(family="llama", dtype=torch.float64, lora=False, config=None, **control):
@@ -77,22 +64,33 @@ def batch(padded=False):
 
 
 def loss_and_gradients(model, mode, padded=False, **options):
-    if options.get("offload") in WAITS:
-        options["offload"] = WAITS[options["offload"]]
+    options["offload"] = WAITS.get(options.get("offload"), options.get("offload"))
     set_memory_mode(model, mode, chunk_tokens=8, **options)
-    model.zero_grad()
     inputs, labels = batch(padded)
-    torch.manual_seed(2)
-    if mode == "plain":  # transformers' own loss is float32 whatever the model's dtype
-        logits = model(**inputs).logits[:, :-1]
+
+    def loss():
+        if mode != "plain":
+            return model(**inputs, labels=labels).loss
+        logits = model(**inputs).logits[:, :-1]  # transformers' own loss is float32 whatever the model's dtype
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        loss = F.cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    else:
-        loss = model(**inputs, labels=labels).loss
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert all(gradient is not None for gradient in gradients.values())
-    return loss.detach(), gradients
+        return F.cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+    loss, gradients = step_of(model, loss)
+    assert len(gradients) == sum(p.requires_grad for p in model.parameters())
+    return loss, gradients
+
+
+def as_plain(model, mode, padded=False, **options):
+    """Assert that loss and gradients are those of plain autograd."""
+    loss, reference = loss_and_gradients(model, "plain", padded)
+    found_loss, found = loss_and_gradients(model, mode, padded, **options)
+    assert abs(found_loss - loss) <= 1e-10 and distance(found, reference) <= 1e-10
+
+
+def step(model, **inputs):
+    """The gradients of a training step, as the model stands."""
+    given = {**batch()[0], "labels": batch()[1], **inputs}
+    return step_of(model, lambda: model(**{name: value for name, value in given.items() if value is not None}).loss)[1]
 
 
 def count_calls(names, patch):
@@ -109,11 +107,6 @@ def count_calls(names, patch):
 
     patch.setattr(torch.nn.Linear, "forward", counted)
     return calls
-
-
-def distance(gradients, reference):
-    flat = [torch.cat([g.double().flatten() for g in found.values()]) for found in (gradients, reference)]
-    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
 
 
 @pytest.fixture
@@ -137,15 +130,13 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("mode", "offload"), WAYS)
-@pytest.mark.parametrize("lora", [False, True, "attention"])
+@pytest.mark.parametrize(
+    "setup", [{}, {"lora": True}, {"lora": "attention"}, {"control_blocks": ["mlp"]}, {"control_blocks": ["attention"]}]
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_exact(family, lora, mode, offload, exact_norms, large_layers):
-    model = build(family, lora=lora, control_bias=True, control_alpha=0.7)
-    loss, reference = loss_and_gradients(model, "plain", padded=True)
-    found_loss, found = loss_and_gradients(model, mode, padded=True, offload=offload)
-    assert abs(found_loss - loss) <= 1e-10
-    assert found.keys() == reference.keys()
-    assert distance(found, reference) <= 1e-10
+def test_gradients_are_exact(family, setup, mode, offload, large_layers):
+    model = build(family, control_bias=True, control_alpha=0.7, **setup)
+    as_plain(model, mode, padded=True, offload=offload)
 
 
 @pytest.fixture
@@ -154,65 +145,56 @@ def stacked(monkeypatch):
     monkeypatch.setattr(memory, "_STACKED_ON", "cpu")
 
 
-def matmuls(model, mode, monkeypatch, **options):
-    """How often `F.linear` saw gate's and up's weights apart and together in a step, and the step's gradients."""
+@pytest.fixture
+def multiplied(monkeypatch):
+    """How often `F.linear` saw weights of each shape: gate's and up's are (48, 32), both together (96, 32)."""
     found, linear = Counter(), F.linear
-    with monkeypatch.context() as patch:
-        patch.setattr(F, "linear", lambda x, w, *b: found.update([tuple(w.shape)]) or linear(x, w, *b))
-        _, gradients = loss_and_gradients(model, mode, **options)
-    return found[48, 32], found[96, 32], gradients
+    monkeypatch.setattr(F, "linear", lambda x, w, *b: found.update([tuple(w.shape)]) or linear(x, w, *b))
+    return found
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stacked_weights_are_one_matmul_and_the_same_model(family, mode, exact_norms, stacked, monkeypatch):
+def test_stacked_weights_are_one_matmul_and_the_same_model(family, mode, stacked, multiplied):
     model = build(family)
     before = copy.deepcopy(model.state_dict())
     _, reference = loss_and_gradients(model, "plain")
     for one in (model, copy.deepcopy(model), copy.deepcopy(set_memory_mode(model, mode))):
-        apart, together, gradients = matmuls(one, mode, monkeypatch)
-        assert (apart == 0) == (together > 0) == (mode == "fast")
+        multiplied.clear()
+        _, gradients = loss_and_gradients(one, mode)
+        assert (multiplied[48, 32] == 0) == (multiplied[96, 32] > 0) == (mode == "fast")
         assert distance(gradients, reference) <= 1e-10
         assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
 
 
-@pytest.mark.parametrize("change", ["hook", "pre_hook", "forward", "moved", "loaded"])
-def test_stacked_weights_part_where_they_must(change, exact_norms, stacked):
+@pytest.mark.parametrize("change", ["pre_hook", "moved", "loaded"])
+def test_stacked_weights_part_where_they_must(change, stacked):
     """After the mode was set: what runs is what the layers say."""
-    model = build()
-    _, reference = loss_and_gradients(model, "plain")
-    set_memory_mode(model, "fast", chunk_tokens=8)
+    model = set_memory_mode(build(), "fast", chunk_tokens=8)
     linear = next(m for name, m in model.named_modules() if name.endswith("gate_proj"))
     seen = []
-    if change == "hook":
-        linear.register_forward_hook(lambda *_: seen.append(1))
-    elif change == "pre_hook":
+    if change == "pre_hook":
         linear.register_forward_pre_hook(lambda *_: seen.append(1))
-    elif change == "forward":
-        own = linear.forward
-        linear.forward = lambda x: seen.append(1) or own(x)
     elif change == "moved":
-        linear.weight.data = linear.weight.data.clone()
+        linear.weight.data = 1.5 * linear.weight.data
     else:
-        model.load_state_dict(model.state_dict(), assign=True)
-    inputs, labels = batch()
-    model.zero_grad()
-    model(**inputs, labels=labels).loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert distance(found, reference) <= 1e-10
-    assert bool(seen) == (change in ("hook", "pre_hook", "forward"))
+        model.load_state_dict({name: 1.1 * x for name, x in model.state_dict().items()}, assign=True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("control_" in name)
+    found = step(model)
+    assert bool(seen) == (change == "pre_hook")
+    set_memory_mode(model, "plain")
+    assert distance(found, step(model)) <= 1e-6
 
 
-def test_stacked_weights_stay_one_matmul_for_another_adapter(exact_norms, stacked, monkeypatch):
+def test_stacked_weights_stay_one_matmul_for_another_adapter(stacked, multiplied):
     model = build()
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
     model.double()
     set_memory_mode(model, "fast")
     model.set_adapter("other")
-    found, linear = Counter(), F.linear
-    monkeypatch.setattr(F, "linear", lambda x, w, *b: found.update([tuple(w.shape)]) or linear(x, w, *b))
     step(model)
-    assert (found[48, 32], found[96, 32]) == (0, 3)
+    assert (multiplied[48, 32], multiplied[96, 32]) == (0, 3)
 
 
 def test_stacked_weights_are_saved_and_loaded_as_any(tmp_path, stacked):
@@ -253,24 +235,24 @@ def test_what_is_computed_twice(mode, offload, twice, large_layers, monkeypatch)
     set_memory_mode(model, mode, offload=WAITS.get(offload, offload))
     modules = model.get_base_model().model.layers[1].named_modules()
     calls = count_calls({module: name.partition(".")[2] for name, module in modules if name.endswith("_proj")}, monkeypatch)
-    inputs, labels = batch()
-    model(**inputs, labels=labels).loss.backward()
+    step(model)
     assert len(calls) == 7 and max(calls.values()) <= 2
     assert not any(layer.memory_plan.host and layer.memory_plan.host._held for layer in model.get_base_model().model.layers)
     assert {name for name, count in calls.items() if count == 2} == set(twice)
 
 
-@pytest.mark.parametrize("mode", ["balanced", "lean"])
-def test_gradients_are_exact_where_room_on_the_host_runs_out(mode, exact_norms, monkeypatch):
-    model = build()
-    _, reference = loss_and_gradients(model, "plain")
-    monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", 0)
-    # 38 tokens of 32 + 64 numbers in float64 are 16 + 16 + 8 + 8 KiB there: enough for one of two layers
-    monkeypatch.setattr(memory.offload, "_SPARE_BYTES", 48 << 10 if mode == "balanced" else 100 << 10)
-    layers = enumerate(model.get_base_model().model.layers)
-    calls = count_calls({layer.self_attn.q_proj: number for number, layer in layers}, monkeypatch)
-    _, found = loss_and_gradients(model, mode)
-    assert distance(found, reference) <= 1e-10 and dict(calls) == {0: 1, 1: 1, 2: 2}
+@pytest.fixture
+def held(monkeypatch):
+    """The bytes on the host after each push."""
+    found, push = [], memory.offload.HostStates.push
+
+    def measured(self, *tensors, **own):
+        ticket = push(self, *tensors, **own)
+        found.append(self._held)
+        return ticket
+
+    monkeypatch.setattr(memory.offload.HostStates, "push", measured)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -280,43 +262,24 @@ def test_gradients_are_exact_where_room_on_the_host_runs_out(mode, exact_norms, 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("offload", [True, "all"])
 def test_lean_takes_no_more_of_the_host_than_it_can_spare(
-    states, waiting, once, processes, offload, exact_norms, large_layers, monkeypatch
+    states, waiting, once, processes, offload, large_layers, held, monkeypatch
 ):
     """First each layer's own state, then those between the halves, whose layers need no output projection again."""
     model = build()
-    _, reference = loss_and_gradients(model, "plain")
     monkeypatch.setattr(memory.offload, "_free_memory", lambda: processes * (states * 16 << 10) / 0.75)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    held, push = [], memory.offload.HostStates.push
-
-    def measured(self, *tensors, **own):
-        ticket = push(self, *tensors, **own)
-        held.append(self._held)
-        return ticket
-
-    monkeypatch.setattr(memory.offload.HostStates, "push", measured)
     layers = enumerate(model.get_base_model().model.layers)
     calls = count_calls({layer.self_attn.o_proj: number for number, layer in layers}, monkeypatch)
-    _, found = loss_and_gradients(model, "lean", offload=offload)
-    assert distance(found, reference) <= 1e-10
+    as_plain(model, "lean", offload=offload)
     assert max(held, default=0) == waiting << 10  # a state of 38 tokens of 32 numbers in float64 takes 16 KiB
-    assert {number for number, count in calls.items() if count == 1} == once
-    assert set(calls.values()) <= {1, 2} and len(calls) == 3
+    assert {number: 3 - (number in once) for number in range(3)} == calls  # plain's are one of them
 
 
 @pytest.mark.parametrize("rows", ["short", "long"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_states_in_fp8_change_gradients_little_and_losses_not_at_all(family, rows, exact_norms, monkeypatch):
+def test_states_in_fp8_change_gradients_little_and_losses_not_at_all(family, rows, held, monkeypatch):
     """They take a byte a number and four a token; rounding them to 3 bits of fraction, up to 2^-4 off, is not biased."""
     monkeypatch.setattr(memory.long, "FROM_TOKENS", 1 if rows == "long" else 39)
-    held, push = [], memory.offload.HostStates.push
-
-    def measured(self, *tensors, **own):
-        ticket = push(self, *tensors, **own)
-        held.append(self._held)
-        return ticket
-
-    monkeypatch.setattr(memory.offload.HostStates, "push", measured)
     model = build(family)
     loss, reference = loss_and_gradients(model, "plain")
     found_loss, found = loss_and_gradients(model, "lean", offload="fp8")
@@ -424,20 +387,18 @@ def copied_in_pieces(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize(("mode", "offload"), [("lean", True), ("lean", "all"), ("balanced", "all")])
-def test_states_come_back_from_the_pieces_that_they_wait_in(mode, offload, copied_in_pieces, exact_norms, large_layers):
+@pytest.mark.parametrize(("mode", "offload"), [("lean", True), ("lean", "all"), ("balanced", "all"), ("lean", "long, waiting")])
+def test_states_come_back_from_the_pieces_that_they_wait_in(mode, offload, copied_in_pieces, large_layers):
     model = build()
-    _, reference = loss_and_gradients(model, "plain")
     for _ in range(2):  # a state is 9,728 bytes: two pieces and a part of one
-        _, found = loss_and_gradients(model, mode, offload=offload)
-        assert distance(found, reference) <= 1e-10
+        as_plain(model, mode, offload=offload)
     sizes = {len(buffer) for buffer in copied_in_pieces}
     assert max(sizes) == 4096 > min(sizes)
 
 
 @pytest.mark.parametrize("buffers", [0, 4, 7])
 @pytest.mark.parametrize("rows", ["short", "long"])
-def test_what_the_system_refuses_to_pin_stays_where_it_is(rows, buffers, copied_in_pieces, exact_norms, monkeypatch, caplog):
+def test_what_the_system_refuses_to_pin_stays_where_it_is(rows, buffers, copied_in_pieces, monkeypatch, caplog):
     def refusing(size, own=memory.offload._pinned):
         if len(copied_in_pieces) == buffers:
             raise RuntimeError("CUDA error: out of memory\nlong story")
@@ -445,11 +406,9 @@ def test_what_the_system_refuses_to_pin_stays_where_it_is(rows, buffers, copied_
 
     monkeypatch.setattr(memory.long, "FROM_TOKENS", 1 if rows == "long" else 39)
     model = build()
-    _, reference = loss_and_gradients(model, "plain")
     monkeypatch.setattr(memory.offload, "_pinned", refusing)
     for _ in range(2):
-        _, found = loss_and_gradients(model, "lean", offload=True)
-        assert distance(found, reference) <= 1e-10
+        as_plain(model, "lean", offload=True)
     assert len(copied_in_pieces) == buffers
     assert "(CUDA error: out of memory): what would wait there stays on the GPU" in caplog.text
 
@@ -462,30 +421,22 @@ def test_what_the_system_refuses_to_pin_stays_where_it_is(rows, buffers, copied_
         ("lean", 3.9, ("q_proj",)),
         ("lean", 2.1, ("q_proj",)),
         ("lean", 1.9, ("q_proj", "o_proj")),
-        ("lean", 0.1, ("q_proj", "o_proj")),
         # three
         ("balanced", 3.1, ()),
         ("balanced", 2.9, ("q_proj",)),
-        ("balanced", 0.1, ("q_proj",)),
     ],
 )
-def test_what_waits_on_the_host_depends_on_how_fast_copies_are(
-    mode, computing, again, copied_in_pieces, exact_norms, monkeypatch
-):
+def test_what_waits_on_the_host_depends_on_how_fast_copies_are(mode, computing, again, copied_in_pieces, monkeypatch):
     monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", 0)
     model = build()
     _, reference = loss_and_gradients(model, "plain")
     layers, names = model.get_base_model().model.layers[1:], ("q_proj", "o_proj")
     calls = count_calls({getattr(layer.self_attn, name): name for layer in layers for name in names}, monkeypatch)
-    inputs, labels = batch()
 
     def computed_twice(steps):
         for _ in range(steps):
             calls.clear()
-            model.zero_grad()
-            model(**inputs, labels=labels).loss.backward()
-            found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-            assert distance(found, reference) <= 1e-10
+            assert distance(step(model), reference) <= 1e-10
         return {name for name, count in calls.items() if count == 4}
 
     copied_in_pieces.computing.step = computing
@@ -553,99 +504,15 @@ def test_the_host_gives_no_more_than_the_longest_sequence_takes(copied_in_pieces
 
 
 @pytest.mark.parametrize(("mode", "offload"), WAYS)
-@pytest.mark.parametrize("blocks", [["mlp"], ["attention"]])
-def test_gradients_are_exact_with_one_block(blocks, mode, offload, exact_norms, large_layers):
-    model = build(control_blocks=blocks)
-    _, reference = loss_and_gradients(model, "plain")
-    _, found = loss_and_gradients(model, mode, offload=offload)
-    assert distance(found, reference) <= 1e-10
-
-
-@pytest.mark.parametrize("mode", MODES[1:])
-@pytest.mark.parametrize("blocks", [["mlp"], ["attention"]])
-def test_gradients_are_exact_with_one_block_and_dropout(blocks, mode, exact_norms):
-    model = build(control_blocks=blocks, control_dropout=0.3, lora=True, lora_dropout=0.2)
-    loss, reference = loss_and_gradients(model, "fast")
-    # The same seed draws the same masks in every mode, except that lean draws the MLP's chunk by chunk.
-    model_loss, found = loss_and_gradients(model, mode)
-    again_loss, again = loss_and_gradients(model, mode)
-    assert torch.equal(model_loss, again_loss) and distance(found, again) == 0.0
-    if mode != "lean":
-        assert distance(found, reference) <= 1e-10
-
-
-def test_lean_replays_its_dropout(exact_norms):
-    """Finite differences of a loss whose masks are drawn anew: right only if the backward replays them."""
-    model = build(control_dropout=0.4)
-    _, gradients = loss_and_gradients(model, "lean")
-    inputs, labels = batch()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or "layers.1" not in name:
-            continue
-        index = gradients[name].abs().argmax()
-        exact, values = gradients[name].flatten()[index].item(), []
-        for step in (1e-5, -1e-5):
-            parameter.data.view(-1)[index] += step
-            torch.manual_seed(2)
-            values.append(model(**inputs, labels=labels).loss.item())
-            parameter.data.view(-1)[index] -= step
-        assert (values[0] - values[1]) / 2e-5 == pytest.approx(exact, rel=1e-4)
-
-
-@pytest.mark.parametrize(("mode", "offload"), WAYS)
-def test_bf16_is_as_near_to_float32_as_plain_is(mode, offload, large_layers):
-    _, reference = loss_and_gradients(build(dtype=torch.float32), "plain")
-    _, plain = loss_and_gradients(build(dtype=torch.bfloat16), "plain")
-    _, found = loss_and_gradients(build(dtype=torch.bfloat16), mode, offload=offload)
-    assert distance(found, reference) <= 1.5 * distance(plain, reference)
-
-
-@pytest.mark.parametrize(("mode", "offload"), WAYS)
-@pytest.mark.parametrize("lora", [False, True])
-def test_autocast_of_a_float32_model_is_as_near_to_float32_as_plain(lora, mode, offload, large_layers):
-    model = build(dtype=torch.float32, lora=lora)
-    _, reference = loss_and_gradients(model, "plain")
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize("how", ["bfloat16", "autocast", "autocast with LoRA"])
+def test_half_precision_is_as_near_to_float32_as_plain(how, mode, offload, large_layers):
+    lora = how == "autocast with LoRA"
+    _, reference = loss_and_gradients(build(dtype=torch.float32, lora=lora), "plain")
+    model = build(dtype=torch.bfloat16 if how == "bfloat16" else torch.float32, lora=lora)
+    with nullcontext() if how == "bfloat16" else torch.autocast("cpu", torch.bfloat16):
         _, plain = loss_and_gradients(model, "plain")
         _, found = loss_and_gradients(model, mode, offload=offload)
     assert distance(found, reference) <= 1.5 * distance(plain, reference)
-
-
-@pytest.mark.parametrize(("mode", "offload"), WAYS)
-@pytest.mark.parametrize("blocks", [["mlp"], ["attention", "mlp"]])
-def test_two_active_adapters_one_and_none(blocks, mode, offload, exact_norms, large_layers):
-    model = build(control_blocks=blocks)
-    model.add_adapter("second", ControlConfig(control_rank=3, control_blocks=["mlp"], init_weights=False))
-    model.double()
-    model.base_model.set_adapter(["default", "second"])
-    loss, reference = loss_and_gradients(model, "plain")
-    found_loss, found = loss_and_gradients(model, mode, offload=offload)
-    assert abs(found_loss - loss) <= 1e-10 and distance(found, reference) <= 1e-10
-
-    inputs, labels = batch()
-    model.base_model.set_adapter("default")
-    for name, parameter in model.named_parameters():  # trainable, and takes no part
-        parameter.requires_grad_("control_" in name)
-    model.zero_grad()
-    model(**inputs, labels=labels).loss.backward()
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
-        name for name, p in model.named_parameters() if ".default." in name
-    }
-    with model.disable_adapter():
-        off = model(**inputs, labels=labels).loss
-    assert abs(off - loss) > 1e-4
-
-
-def test_plain_restores_everything():
-    model = build(dtype=torch.float32)
-    _, before = loss_and_gradients(model, "plain")
-    keys = list(model.state_dict())
-    for mode in MODES[1:]:
-        set_memory_mode(model, mode)
-        assert list(model.state_dict()) == keys
-    _, after = loss_and_gradients(model, "plain")
-    assert distance(after, before) == 0.0
-    assert not any("forward" in vars(module) or "memory_plan" in vars(module) for module in model.modules())
 
 
 def test_inference_and_generation_are_untouched():
@@ -654,18 +521,10 @@ def test_inference_and_generation_are_untouched():
     with torch.no_grad():
         logits = model(**inputs).logits
         text = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-        set_memory_mode(model, "lean")
-        assert torch.equal(model(**inputs).logits, logits)
-        assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), text)
-
-
-def test_a_deep_copy_trains_on_its_own():
-    model = set_memory_mode(build(), "lean", chunk_tokens=8)
-    twin = copy.deepcopy(model)
-    inputs, labels = batch()
-    twin(**inputs, labels=labels).loss.backward()
-    assert all(p.grad is None for p in model.parameters())
-    assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
+        for mode in MODES[1:]:
+            set_memory_mode(model, mode)
+            assert torch.equal(model(**inputs).logits, logits)
+            assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), text)
 
 
 def test_loss_divides_as_the_trainer_asks():
@@ -688,89 +547,120 @@ def test_chunked_loss_equals_the_whole(chunk, softcap):
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     whole = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
     (expected,) = torch.autograd.grad(3 * whole, hidden)
-    chunked = causal_lm_loss(hidden, labels, head, chunk=chunk, softcap=softcap)
-    (found,) = torch.autograd.grad(3 * chunked, hidden)
-    torch.testing.assert_close(chunked, whole)
-    torch.testing.assert_close(found, expected)
-
-    with torch.no_grad():  # which predict nothing
-        hidden[:, -1] = float("nan")
-        hidden[0, 1:4] = float("inf")
-    chunked = causal_lm_loss(hidden, labels, head, chunk=chunk, softcap=softcap)
-    torch.testing.assert_close(chunked, whole)
-    (found,) = torch.autograd.grad(3 * chunked, hidden)
-    torch.testing.assert_close(found, expected)
+    for _ in range(2):
+        chunked = causal_lm_loss(hidden, labels, head, chunk=chunk, softcap=softcap)
+        (found,) = torch.autograd.grad(3 * chunked, hidden)
+        torch.testing.assert_close(chunked, whole)
+        torch.testing.assert_close(found, expected)
+        with torch.no_grad():  # which predict nothing
+            hidden[:, -1] = float("nan")
+            hidden[0, 1:4] = float("inf")
 
 
-@pytest.mark.parametrize("trained", ["model.norm.weight", "lm_head.weight"])
-@pytest.mark.parametrize("mode", MODES[1:])
-def test_a_trained_last_norm_or_output_layer_gets_its_gradient(mode, trained, exact_norms):
-    model = build()
-    model.get_base_model().get_parameter(trained).requires_grad_(True)
-    _, reference = loss_and_gradients(model, "plain")
-    _, found = loss_and_gradients(model, mode)
-    assert any(name.endswith(trained) for name in found)
-    # transformers' own loss, which an output layer that is trained has, is float32 whatever the model's dtype
-    assert distance(found, reference) <= (1e-6 if trained.startswith("lm_head") else 1e-10)
-
-
-def test_a_last_norm_with_a_forward_of_its_own_keeps_it():
+@pytest.mark.parametrize("place", ["model.norm", "model.layers.0"])
+def test_a_forward_that_others_have_replaced_runs_and_comes_back(place):
     model = build(dtype=torch.float32)
-    norm = model.get_base_model().model.norm
-    seen, own = [], norm.forward
-    norm.forward = lambda x: seen.append(1) or own(x)
-    loss_and_gradients(model, "fast")
-    assert seen and "forward" in vars(norm)
+    module = model.get_base_model().get_submodule(place)
+    seen, own = [], module.forward
+    module.forward = mine = lambda *given, **named: seen.append(1) or own(*given, **named)
+    loss_and_gradients(model, "lean")
+    assert seen and (module.forward is mine) == (place == "model.norm")
     set_memory_mode(model, "plain")
-    assert "forward" in vars(norm)
+    assert module.forward is mine
 
 
-def test_what_cannot_be_done_says_so():
-    with pytest.raises(ValueError, match="unknown memory mode 'slim': choose from plain"):
-        set_memory_mode(build(), "slim")
-    for mode, offload in (("lean", "fp4"), ("balanced", "fp8")):
-        with pytest.raises(ValueError, match="offload must be None, True, False or, in mode 'lean', 'fp8'"):
-            set_memory_mode(build(), mode, offload=offload)
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=9))
-    gpt2 = get_peft_model(gpt2, ControlConfig(task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="supports llama, mistral"):
-        set_memory_mode(gpt2, "fast")
-    with pytest.warns(UserWarning, match="it trains in mode 'plain'"):
-        set_memory_mode(gpt2, "fast", on_unsupported="warn")
+OFFLOAD, CHUNK = "offload must be None, True, False or, in mode 'lean', 'fp8'", "chunk_tokens must be an integer of at least 1"
 
-    checkpointing = build()
-    checkpointing.gradient_checkpointing_enable()
+
+@pytest.mark.parametrize(
+    ("mode", "options", "message"),
+    [
+        ("slim", {}, "unknown memory mode 'slim': choose from plain"),
+        ("lean", {"offload": "fp4"}, OFFLOAD),
+        ("balanced", {"offload": "fp8"}, OFFLOAD),
+        *(("lean", {"chunk_tokens": size}, CHUNK) for size in (-1, 0, 2.5, "4", True)),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(mode, options, message):
+    with pytest.raises(ValueError, match=message):
+        set_memory_mode(build(), mode, **options)
+
+
+class Scaled(torch.nn.Linear):
+    def forward(self, x):
+        return F.linear(x, 2 * self.weight)
+
+
+def with_mlps(change):
+    model = build()
+    for layer in model.get_base_model().model.layers:
+        change(layer.mlp)
+    return model
+
+
+def with_lora_alone():
+    return get_peft_model(build().unload(), LoraConfig(target_modules=["up_proj"]))
+
+
+def with_another_row():
+    row = {"layer": "LlamaDecoderLayer", "norm": "input_layernorm", "blocks": {"mlp": {"read": "mlp", "write": "mlp"}}}
+    return build(control_architecture=row, control_blocks=["mlp"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: get_peft_model(tiny_build("gpt2"), ControlConfig()), "supports llama, mistral"),
+        (lambda: with_mlps(lambda mlp: setattr(mlp, "act_fn", torch.nn.GELU())), "know decoders with SwiGLU, not GELU"),
+        (lambda: with_mlps(lambda mlp: setattr(mlp.up_proj, "__class__", Scaled)), "need a frozen MLP"),
+        (with_lora_alone, "frozen MLP"),
+        (with_another_row, "not mlp_control"),
+    ],
+)
+def test_layers_that_are_not_those_known_are_refused(make, message):
+    model = make()
+    with pytest.raises(ValueError, match=message):
+        set_memory_mode(model, "fast")
+    with pytest.warns(UserWarning, match=f"{message}.*it trains in mode 'plain'"):
+        set_memory_mode(model, "fast", on_unsupported="warn")
+    assert not any("memory_plan" in vars(module) for module in model.modules())
+
+
+def test_gradient_checkpointing_is_refused():
+    model = build()
+    model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="replaces gradient checkpointing"):
-        set_memory_mode(checkpointing, "lean")
-
-    cls, config_cls, _ = FAMILIES["llama"]
-    small = cls(config_cls(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9))
-    lora = get_peft_model(small, LoraConfig(target_modules=["up_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="frozen MLP"):
-        set_memory_mode(lora, "fast")
-    assert not any("memory_plan" in vars(module) for module in lora.modules())
+        set_memory_mode(model, "lean")
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
-def test_a_second_backward_is_refused(mode):
-    model = set_memory_mode(build(), mode)
+@pytest.mark.parametrize("change", ["adapter", "evaluation", "second"])
+def test_a_second_backward_and_one_of_another_setting_are_refused(mode, change):
+    model = build(control_dropout=0.1)
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    model.double()
+    set_memory_mode(model, mode, chunk_tokens=8)
     inputs, labels = batch()
     loss = model(**inputs, labels=labels).loss
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="once per forward"):
+    if change == "adapter":
+        model.set_adapter("other")
+    elif change == "evaluation":
+        model.eval()
+    else:
+        loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once per forward" if change == "second" else "between a forward and its backward"):
         loss.backward()
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_compiled_models_train_as_others(mode):
     """The layers stay outside the compiled graphs; what lies between them is inside."""
-    model = build(dtype=torch.float32)
+    model = build(dtype=torch.float32, config={"num_hidden_layers": 1})
     _, reference = loss_and_gradients(model, mode)
     inputs, labels = batch()
-    model.zero_grad()
     torch._dynamo.reset()
-    torch.compile(model, backend="aot_eager")(**inputs, labels=labels).loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    compiled = torch.compile(model, backend="aot_eager")
+    _, found = step_of(model, lambda: compiled(**inputs, labels=labels).loss)
     assert distance(found, reference) <= 1e-6
 
 
@@ -804,7 +694,7 @@ def test_gradients_can_be_taken_at_leaves_put_in_the_parameters_places(mode, lor
     model = build(lora=lora)
     set_memory_mode(model, mode, chunk_tokens=5)
     inputs, labels = batch()
-    model(**inputs, labels=labels).loss.backward()
+    step(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     names = list(model.state_dict())
     with _own_leaves(model, parameters) as leaves:
@@ -824,22 +714,6 @@ def test_gradients_can_be_taken_at_leaves_put_in_the_parameters_places(mode, lor
 # -- what users do that the layers' own code would have noticed ---------------------------------------------------
 
 
-def step(model, **inputs):
-    """The gradients of a training step."""
-    model.zero_grad()
-    inputs = {**dict(zip(("input_ids", "attention_mask"), batch()[0].values())), "labels": batch()[1], **inputs}
-    model(**{name: value for name, value in inputs.items() if value is not None}).loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def as_in_plain(model, mode, **inputs):
-    set_memory_mode(model, "plain")
-    reference = step(model, **inputs)
-    set_memory_mode(model, mode, chunk_tokens=8)
-    # transformers' own loss is float32 whatever the model's dtype
-    assert distance(step(model, **inputs), reference) <= 1e-6
-
-
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_attention_is_told_the_positions(mode, monkeypatch):
     """Flash attention finds packed sequences by them."""
@@ -856,87 +730,35 @@ def test_attention_is_told_the_positions(mode, monkeypatch):
             module.config._attn_implementation = "noting"
     set_memory_mode(model, mode)
     positions = torch.arange(19).repeat(2, 1) % 7
-    step(model, position_ids=positions, attention_mask=None)
+    step(model, position_ids=positions, attention_mask=None, use_cache=False)  # with one the layers run their own forward
     assert seen and all(torch.equal(found, positions) for found in seen)
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
-@pytest.mark.parametrize("what", ["LoRA on o_proj", "LoRA on q_proj", "norm", "LoRA on up_proj", "down_proj"])
-def test_what_is_trained_only_after_the_mode_was_set(mode, what, exact_norms):
-    def changed(model):
-        if what.startswith("LoRA"):
-            config = ControlConfig(
-                task_type="CAUSAL_LM", control_blocks=["mlp"], control_rank=2, init_weights=False,
-                target_modules=[what.split()[-1]], r=2, init_lora_weights=False,
-            )  # fmt: skip
-            model.add_adapter("later", config)
-            model.base_model.set_adapter(["default", "later"])
-            return model.double()
-        name = "input_layernorm" if what == "norm" else what
-        for path, parameter in model.named_parameters():
-            if name in path:
-                parameter.requires_grad_(True)
-        return model
-
-    torch.manual_seed(3)
-    model = build(lora=True)
-    set_memory_mode(model, mode, chunk_tokens=8)
-    step(model)
-    changed(model)
-    unknown = what not in ("LoRA on o_proj", "LoRA on q_proj")
-    with pytest.warns(UserWarning, match="memory modes need") if unknown else nullcontext():
-        found = step(model)
-    set_memory_mode(model, "plain")
-    assert distance(found, step(model)) <= 1e-6
+def test_what_is_trained_only_after_the_mode_was_set_is_told(mode):
+    model = set_memory_mode(build(), mode)
+    model.get_base_model().model.layers[1].mlp.down_proj.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match="memory modes need a frozen MLP.*runs its own forward from here on"):
+        step(model)
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
-@pytest.mark.parametrize("change", ["adapter", "evaluation"])
-def test_a_backward_of_another_adapter_is_refused(mode, change):
-    model = build(control_dropout=0.1)
-    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
-    set_memory_mode(model, mode, chunk_tokens=8)
-    inputs, labels = batch()
-    loss = model(**inputs, labels=labels).loss
-    if change == "adapter":
-        model.set_adapter("other")
-    else:
-        model.eval()
-    with pytest.raises(RuntimeError, match="between a forward and its backward"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("mode", MODES[1:])
-def test_the_mode_may_be_left_between_forward_and_backward(mode, exact_norms):
+def test_the_mode_may_be_left_between_forward_and_backward(mode):
     model = build()
     _, reference = loss_and_gradients(model, "plain")
     set_memory_mode(model, mode, chunk_tokens=8)
     inputs, labels = batch()
-    model.zero_grad()
-    loss = model(**inputs, labels=labels).loss
-    set_memory_mode(model, "plain")
-    loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert distance(found, reference) <= 1e-10
+
+    def left():
+        loss = model(**inputs, labels=labels).loss
+        set_memory_mode(model, "plain")
+        return loss
+
+    assert distance(step_of(model, left)[1], reference) <= 1e-10
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
-def test_losses_that_are_not_the_usual_one(mode):
-    inputs, labels = batch()
-    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
-    as_in_plain(build(), mode, shift_labels=shifted)
-    as_in_plain(build(), mode, ignore_index=7, labels=labels.masked_fill(labels == -100, 7))
-    model = build()
-    model.get_base_model().loss_function = lambda logits, labels, vocab_size, **_: logits.square().mean()
-    as_in_plain(model, mode)
-
-
-@pytest.mark.parametrize("mode", MODES[1:])
-def test_inputs_of_any_strides_and_masks_that_are_trained(mode, offload=None):
-    torch.manual_seed(0)
-    wide = torch.randn(19, 3, 32, dtype=torch.float64)
-    for states in (wide.transpose(0, 1)[1:], wide[:, :1].transpose(0, 1).expand(2, 19, 32)):
-        as_in_plain(build(), mode, input_ids=None, attention_mask=None, inputs_embeds=states)
+def test_masks_that_are_trained_get_their_gradients(mode):
     causal = torch.full((19, 19), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1)
 
     def of_mask(mode):
@@ -945,16 +767,6 @@ def test_inputs_of_any_strides_and_masks_that_are_trained(mode, offload=None):
         return torch.autograd.grad(model(batch()[0]["input_ids"], causal + bias, labels=batch()[1]).loss, bias)[0]
 
     torch.testing.assert_close(of_mask(mode), of_mask("plain"), rtol=1e-5, atol=1e-9)
-
-
-@pytest.mark.parametrize("mode", MODES[1:])
-def test_caches_are_used_with_gradients_too(mode):
-    model = set_memory_mode(build(dtype=torch.float32).eval(), mode)
-    ids = batch()[0]["input_ids"]
-    whole = model(ids).logits
-    first = model(ids[:, :10], use_cache=True)
-    rest = model(ids[:, 10:], past_key_values=first.past_key_values, use_cache=True)
-    torch.testing.assert_close(rest.logits, whole[:, 10:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
@@ -967,41 +779,4 @@ def test_second_derivatives_are_refused_and_outputs_may_be_changed_in_place(mode
         sum(g.square().sum() for g in gradients).backward()
     for layer in model.get_base_model().model.layers:
         layer.register_forward_hook(lambda module, inputs, output: output.mul_(1.5))
-    as_in_plain(model, mode)
-
-
-def test_a_forward_that_others_have_replaced_comes_back():
-    model = build(dtype=torch.float32)
-    layer = model.get_base_model().model.layers[0]
-    own = layer.forward
-    layer.forward = mine = lambda *arguments, **named: own(*arguments, **named)
-    set_memory_mode(model, "lean")
-    assert layer.forward is not mine
-    set_memory_mode(model, "plain")
-    assert layer.forward is mine
-
-
-def test_layers_that_only_look_like_those_known_are_refused():
-    def refused(model, message):
-        with pytest.raises(ValueError, match=message):
-            set_memory_mode(model, "fast")
-        with pytest.warns(UserWarning, match=message):
-            set_memory_mode(model, "fast", on_unsupported="warn")
-        assert not any("memory_plan" in vars(module) for module in model.modules())
-
-    model = build()
-    for layer in model.get_base_model().model.layers:
-        layer.mlp.act_fn = torch.nn.GELU()
-    refused(model, "know decoders with SwiGLU, not GELU")
-
-    class Scaled(torch.nn.Linear):
-        def forward(self, x):
-            return F.linear(x, 2 * self.weight)
-
-    model = build()
-    for layer in model.get_base_model().model.layers:
-        layer.mlp.up_proj.__class__ = Scaled
-    refused(model, "need a frozen MLP")
-
-    row = {"layer": "LlamaDecoderLayer", "norm": "input_layernorm", "blocks": {"mlp": {"read": "mlp", "write": "mlp"}}}
-    refused(build(control_architecture=row, control_blocks=["mlp"]), "not mlp_control")
+    as_plain(model, mode)

@@ -1,11 +1,14 @@
 """The Triton kernels against the pure torch path, and the modes in bf16: needs a GPU."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from peft import get_peft_model
 from test_memory import count_calls
+from test_memory_families import control_model
+from tiny_models import FAMILIES, bits_of_four, distance, logits
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from peft_control import ControlConfig, memory, quantize_fp8
@@ -13,6 +16,43 @@ from peft_control.fp8 import has_fp8
 from peft_control.memory import MODES, kernels, set_memory_mode, streaming
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def llama(dtype=torch.float32, adapter=(), **fields):
+    """A model on the GPU whose controls, unless ``adapter`` says otherwise, are no identity."""
+    torch.manual_seed(0)
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    base = LlamaForCausalLM(LlamaConfig(**{**shape, "vocab_size": 101, **fields})).to(dtype)
+    blocks = dict(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], init_weights=False)
+    return get_peft_model(base, ControlConfig(**{**blocks, **dict(adapter)})).cuda().train()
+
+
+def gradients_of(model, ids, **more):
+    model.zero_grad()
+    model(input_ids=ids, labels=ids, **more).loss.backward()
+    return torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None])
+
+
+def learn(build, mode, **options):
+    """The losses of twelve steps of a float32 adapter on a bf16 base, and the last one's gradients."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        base = build().bfloat16()
+    adapter = ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], control_rank=16)
+    model = set_memory_mode(get_peft_model(base, adapter).train(), mode, **options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    words = base.config.vocab_size
+    ids = torch.randint(words, (2, 512), generator=torch.Generator().manual_seed(1)).cuda()
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-3), []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in trained])
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, gradients
 
 
 def close(got, expected, tolerance):
@@ -104,28 +144,12 @@ def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode, cuda_graphs, of
         hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=2, vocab_size=32000,
     )  # fmt: skip
-    ids = torch.randint(32000, (2, 512), generator=torch.Generator().manual_seed(1)).cuda()
-
-    def train(mode, **options):
-        torch.manual_seed(0)
-        with torch.device("cuda"):
-            base = LlamaForCausalLM(config).bfloat16()
-        adapter = ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], control_rank=16)
-        model = set_memory_mode(get_peft_model(base, adapter).train(), mode, **options)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        assert {p.dtype for p in trained} == {torch.float32}
-        optimizer = torch.optim.AdamW(trained, lr=1e-3)
-        for _ in range(12):
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            gradients = torch.cat([p.grad.flatten() for p in trained])
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss.item(), gradients
-
-    (plain, reference), (loss, gradients) = (train("plain"), train(mode, cuda_graphs=cuda_graphs, offload=offload))
-    assert plain < 10.0
-    assert loss == pytest.approx(plain, rel=2e-3)
+    build = partial(LlamaForCausalLM, config)
+    (plain, reference), (losses, gradients) = (
+        learn(build, "plain"), learn(build, mode, cuda_graphs=cuda_graphs, offload=offload),
+    )  # fmt: skip
+    assert plain[-1] < 10.0
+    assert losses[-1] == pytest.approx(plain[-1], rel=2e-3)
     assert (gradients - reference).norm() <= 0.05 * reference.norm()
 
 
@@ -135,26 +159,13 @@ def test_experts_in_grouped_kernels_learn_as_in_plain(offload, chunk):
         hidden_size=512, moe_intermediate_size=256, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
         head_dim=64, num_experts=16, num_experts_per_tok=4, vocab_size=8000,
     )  # fmt: skip
-    ids = torch.randint(8000, (2, 512), generator=torch.Generator().manual_seed(1)).cuda()
 
-    def train(mode, **options):
-        torch.manual_seed(0)
-        with torch.device("cuda"):
-            base = Qwen3MoeForCausalLM(config).bfloat16()
+    def build():
+        base = Qwen3MoeForCausalLM(config)
         assert base.config._experts_implementation == "grouped_mm"
-        adapter = ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], control_rank=16)
-        model = set_memory_mode(get_peft_model(base, adapter).train(), mode, **options)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        losses = []
-        for _ in range(12):
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
+        return base
 
-    plain, lean = train("plain"), train("lean", offload=offload, chunk_tokens=chunk)
+    (plain, _), (lean, _) = learn(build, "plain"), learn(build, "lean", offload=offload, chunk_tokens=chunk)
     assert plain[-1] < plain[0] - 0.1
     assert lean == pytest.approx(plain, rel=2e-2)
 
@@ -162,51 +173,26 @@ def test_experts_in_grouped_kernels_learn_as_in_plain(offload, chunk):
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_eager_attention_with_as_many_keys_as_queries(mode):
     """Its gradients of the keys have other strides than their heads; sharp attention shows it."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=101,
-        attn_implementation="eager",
-    )  # fmt: skip
-    with torch.device("cuda"):
-        base = LlamaForCausalLM(config)
-    for name, parameter in base.named_parameters():
+    model = llama(hidden_size=256, intermediate_size=512, num_key_value_heads=4, attn_implementation="eager")
+    for name, parameter in model.named_parameters():
         if "q_proj" in name or "k_proj" in name:
             parameter.data *= 10
-    adapter = ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], init_weights=False)
-    model = get_peft_model(base, adapter).train()
-    ids = torch.randint(101, (2, 33), device="cuda")
-
-    def gradients(mode):
-        set_memory_mode(model, mode)
-        model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-
-    reference, found = gradients("plain"), gradients(mode)
-    assert (found - reference).norm() <= 1e-3 * reference.norm()
-    blocks = [layer.memory_plan.mlp for layer in base.model.layers]
+    ids, found = torch.randint(101, (2, 33), device="cuda"), {}
+    for used in ("plain", mode):
+        set_memory_mode(model, used)
+        found[used] = gradients_of(model, ids)
+    assert (found[mode] - found["plain"]).norm() <= 1e-3 * found["plain"].norm()
+    blocks = [layer.memory_plan.mlp for layer in model.get_base_model().model.layers]
     assert all((block.stacked is not None) == (mode == "fast") for block in blocks)
 
 
 def test_graphs_follow_shapes_and_refuse_what_would_be_wrong():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=101,
-    )  # fmt: skip
-    with torch.device("cuda"):
-        base = LlamaForCausalLM(config).bfloat16()
-    adapter = ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], init_weights=False)
-    model = get_peft_model(base, adapter).train()
+    model = llama(torch.bfloat16)
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def gradients(ids, mask=None, **options):
         set_memory_mode(model, "fast", **options)
-        found = []
-        for _ in range(2):  # the second replays
-            model.zero_grad()
-            model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
-            found.append(torch.cat([p.grad.flatten() for p in trained]))
+        found = [gradients_of(model, ids, attention_mask=mask) for _ in range(2)]  # the second replays
         assert torch.equal(*found)
         return found[0]
 
@@ -237,9 +223,6 @@ def test_graphs_follow_shapes_and_refuse_what_would_be_wrong():
 @pytest.mark.parametrize("family", ["timm-vit", "vit", "dinov2", "roberta", "bert"])
 def test_graphs_of_encoders_take_the_same_steps(family, mode):
     """With float16 autocast, a loss scaler's factor, and dropout that draws the same numbers as without graphs."""
-    from test_memory_families import control_model
-    from tiny_models import FAMILIES, logits
-
     inputs = {name: value.cuda() for name, value in FAMILIES[family].inputs(torch.float32).items()}
 
     def train(**options):
@@ -272,9 +255,6 @@ def test_graphs_of_encoders_take_the_same_steps(family, mode):
 @pytest.mark.parametrize("family", ["timm-vit", "vit", "dinov2", "roberta", "mpnet"])
 def test_half_precision_autocast_is_as_near_to_float32_as_plain(family):
     """Float32 weights under float16 autocast, as the image and GLUE scripts run on GPUs without bfloat16."""
-    from test_memory_families import control_model, distance
-    from tiny_models import FAMILIES, logits
-
     model = control_model(family, torch.float32, dropout=0.0).cuda()
     inputs = {name: value.cuda() for name, value in FAMILIES[family].inputs(torch.float32).items()}
 
@@ -302,13 +282,7 @@ def test_half_precision_autocast_is_as_near_to_float32_as_plain(family):
 
 def test_balanced_with_lora_on_the_output_projection_is_captured():
     """Attention's half is then torch's checkpoint, which must not look at the generator while it is captured."""
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=97,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    adapter = ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], target_modules=["o_proj"], r=4)
-    model = get_peft_model(LlamaForCausalLM(config), adapter).cuda().train()
+    model = llama(adapter=dict(target_modules=["o_proj"], r=4, init_weights=True), intermediate_size=128, vocab_size=97)
     ids, losses = torch.randint(97, (2, 16), device="cuda"), []
     for cuda_graphs in (False, True):
         set_memory_mode(model, "balanced", cuda_graphs=cuda_graphs)
@@ -323,14 +297,10 @@ def test_copies_that_are_measured_to_be_slow_give_way_to_computing(mode, slower,
     monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", 0)
     hides = memory.pace.Pace.hides
     monkeypatch.setattr(memory.pace.Pace, "hides", lambda pace, size, tokens: hides(pace, size * slower, tokens))
-    config = LlamaConfig(
-        hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=2, vocab_size=97,
-    )  # fmt: skip
-    base = LlamaForCausalLM(config).bfloat16()
-    model = get_peft_model(base, ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"]))
+    shape = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, vocab_size=97)
+    model = llama(torch.bfloat16, {"init_weights": True}, **shape)
     ids, gradients = torch.randint(97, (2, 1024), device="cuda"), []
-    trained = [p for p in model.cuda().train().parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     attention = model.get_base_model().model.layers[2].self_attn
     calls = count_calls({getattr(attention, name): name for name in ("q_proj", "o_proj")}, monkeypatch)
     for used in ("plain", mode):
@@ -349,12 +319,8 @@ def test_copies_that_are_measured_to_be_slow_give_way_to_computing(mode, slower,
 
 def test_lengths_and_forwards_without_a_backward_need_no_more_pinned_memory(monkeypatch):
     monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", 0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=97,
-    )  # fmt: skip
-    model = get_peft_model(LlamaForCausalLM(config), ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"]))
-    set_memory_mode(model.cuda().train(), "lean", offload=True)
+    model = llama(adapter={"init_weights": True}, intermediate_size=128, num_hidden_layers=3, vocab_size=97)
+    set_memory_mode(model, "lean", offload=True)
     host = model.get_base_model().model.layers[0].memory_plan.host
     for length in (8, 40, 16, 100, 24, 60):
         ids = torch.randint(97, (2, length), device="cuda")
@@ -373,9 +339,6 @@ def test_lengths_and_forwards_without_a_backward_need_no_more_pinned_memory(monk
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_dropout_on_the_gpu_is_replayed(mode, cuda_graphs):
     """The directional derivative along the gradient, with the masks drawn anew from the same seed."""
-    from test_memory_families import control_model
-    from tiny_models import FAMILIES, logits
-
     model = control_model("roberta", torch.float32, dropout=0.2, control_dropout=0.1).cuda()
     inputs = {name: value.cuda() for name, value in FAMILIES["roberta"].inputs().items()}
     set_memory_mode(model, mode, chunk_tokens=5, cuda_graphs=cuda_graphs)
@@ -424,26 +387,10 @@ def test_layers_of_a_lean_graph_draw_numbers_of_their_own():
     assert torch.equal(drawn(one.first()), drawn(one.again()))
 
 
-def tiny_llama(**extra):
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=101, **extra,
-    )  # fmt: skip
-    adapter = ControlConfig(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], init_weights=False)
-    return get_peft_model(LlamaForCausalLM(config), adapter).train()
-
-
-def gradients_of(model, ids):
-    model.zero_grad()
-    model(input_ids=ids, labels=ids).loss.backward()
-    return torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None])
-
-
 @pytest.mark.parametrize("change", ["moved", "assigned", "alpha", "dropout", "adapter"])
 @pytest.mark.parametrize("mode", ["fast", "lean"])
 def test_graphs_notice_what_they_were_not_captured_with(mode, change):
-    torch.manual_seed(0)
-    model = tiny_llama().cuda()
+    model = llama(num_hidden_layers=4)
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
     model.cuda()
     ids = torch.randint(101, (3, 24), device="cuda")
@@ -492,13 +439,7 @@ def test_streamed_weights_take_the_same_steps_to_the_bit(base, mode):
     if base == "fp8":
         quantize_fp8(model)
     elif base == "nf4":
-        bnb = pytest.importorskip("bitsandbytes")
-        for parent in [module for layer in model.model.layers for module in (layer.self_attn, layer.mlp)]:
-            for name, linear in list(parent.named_children()):
-                if isinstance(linear, torch.nn.Linear):
-                    new = bnb.nn.Linear4bit(*linear.weight.shape[::-1], bias=False, quant_type="nf4")
-                    new.load_state_dict(linear.state_dict())
-                    setattr(parent, name, new.cuda().cpu())
+        bits_of_four(model.model.layers, "cuda")
     adapter = ControlConfig(control_blocks=["attention", "mlp"], control_rank=8, init_weights=False)
     model = get_peft_model(model, adapter).train()
     ids = torch.randint(3, 101, (2, 64), device="cuda")
@@ -530,8 +471,7 @@ def test_streamed_weights_take_the_same_steps_to_the_bit(base, mode):
 
 
 def test_a_model_on_the_gpu_is_streamed_from_there_and_comes_back():
-    torch.manual_seed(0)
-    model = tiny_llama().cuda()
+    model = llama(num_hidden_layers=4)
     ids = torch.randint(101, (3, 24), device="cuda")
     set_memory_mode(model, "lean")
     reference, before = gradients_of(model, ids), {name: x.clone() for name, x in model.state_dict().items()}
@@ -552,7 +492,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 @two_gpus
 @pytest.mark.parametrize("mode", MODES)
 def test_dataparallel_is_refused_in_one_line(mode):
-    model = set_memory_mode(tiny_llama().cuda(), mode)
+    model = set_memory_mode(llama(num_hidden_layers=4), mode)
     ids = torch.randint(101, (4, 24), device="cuda")
     with pytest.raises(RuntimeError, match="nn.DataParallel.*torchrun"):
         torch.nn.DataParallel(model)(input_ids=ids, labels=ids)
@@ -564,8 +504,7 @@ def test_a_model_dispatched_over_two_gpus(mode):
     """accelerate's hooks move what each module is given; fast and balanced refuse them, lean runs them."""
     from accelerate import dispatch_model
 
-    torch.manual_seed(0)
-    model = tiny_llama()
+    model = llama(num_hidden_layers=4).cpu()
     ids = torch.randint(101, (3, 24))
     reference = gradients_of(model, ids)
     base = model.get_base_model()

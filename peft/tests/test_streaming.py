@@ -33,16 +33,8 @@ def build(base="dense", lora=True, dtype=torch.float32, **control):
     if base == "fp8":
         quantize_fp8(model)
     elif base == "nf4":
-        bnb = pytest.importorskip("bitsandbytes")
-        for layer in model.model.layers:
-            for part in (layer.self_attn, layer.mlp):
-                for name, linear in list(part.named_children()):
-                    if type(linear) is torch.nn.Linear:
-                        new = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4")
-                        new.load_state_dict(linear.state_dict())
-                        new.support_avx512bf16_for_cpu = False
-                        setattr(part, name, new.to("cpu"))
-        assert layer.mlp.up_proj.weight.quant_state.nested
+        tiny_models.bits_of_four(model.model.layers)
+        assert model.model.layers[-1].mlp.up_proj.weight.quant_state.nested
     config = dict(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], control_rank=4, init_weights=False)
     per_weight = dict(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False) if lora else {}
     return get_peft_model(model, ControlConfig(**config, **per_weight, **control)).train()
@@ -52,13 +44,10 @@ def ids():
     return torch.randint(3, WORDS, (2, 13), generator=torch.Generator().manual_seed(1))
 
 
-def step(model, seed=2):
-    """The loss and the gradients of one batch, and the words that the model would go on with afterwards."""
-    model.train().zero_grad()
-    torch.manual_seed(seed)
-    loss = model(input_ids=ids(), labels=ids()).loss
-    loss.backward()
-    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+def step(model):
+    """The loss and the gradients of one batch."""
+    loss, found = tiny_models.step_of(model.train(), lambda: model(input_ids=ids(), labels=ids()).loss)
+    return {"loss": loss, **found}
 
 
 def answers(model):
@@ -73,6 +62,14 @@ def equal(found, reference):
     assert found.keys() == reference.keys()
     for name, tensor in reference.items():
         assert torch.equal(found[name], tensor), name
+
+
+def as_resident(model, mode, run=step, **options):
+    """Set ``mode`` and stream the weights; assert that ``run`` gives to the bit what it gives without."""
+    set_memory_mode(model, mode, **options)
+    reference = run(model)
+    set_memory_mode(model, mode, stream_weights=True, **options)
+    equal(run(model), reference)
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +122,10 @@ def ciphered(monkeypatch):
     return opened
 
 
+def streamed(resident=True, **fields):
+    return set_memory_mode(build(**fields), "lean", stream_weights=resident)
+
+
 def stream_of(model):
     (stream,) = streaming.streams(model)
     return stream
@@ -151,32 +152,22 @@ def test_losses_gradients_and_answers_are_those_of_resident_weights(base, mode, 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_may_wait_on_the_host_too(offload, dtype):
-    model = build(dtype=dtype, control_dropout=0.3)
-    set_memory_mode(model, "lean", offload=offload)
-    reference = step(model)
-    set_memory_mode(model, "lean", offload=offload, stream_weights=True)
-    equal(step(model), reference)
+    as_resident(build(dtype=dtype, control_dropout=0.3), "lean", offload=offload)
 
 
 @pytest.mark.parametrize("family", tiny_models.MODELS)
 def test_layers_of_every_architecture_are_streamed(family, monkeypatch):
     """Through a single slot. Those that no memory mode knows run their own forward inside torch's checkpointing."""
     monkeypatch.setattr(memory, "RESIDENT", 1)
-    model = tiny_models.build(family)
-    blocks = ["mixer"] if family.startswith("mamba") else ["mlp"]
-    model = get_peft_model(model, ControlConfig(control_blocks=blocks, control_rank=2, init_weights=False)).eval()
-    found = {}
+    model = tiny_models.adapted(family, dtype=torch.float32, init_weights=False).eval()
+
+    def run(model):
+        output, found = tiny_models.step_on(model, tiny_models.MODELS[family].inputs())
+        assert found
+        return {"output": output, **found}
+
     for mode in ("plain", "lean"):
-        for streamed in (False, True):
-            set_memory_mode(model, mode, stream_weights=streamed)
-            model.zero_grad()
-            torch.manual_seed(3)
-            output = tiny_models.logits(model, tiny_models.MODELS[family].inputs())
-            output.float().square().mean().backward()
-            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            found[streamed] = {"output": output.detach(), **gradients}
-        assert len(found[True]) > 1
-        equal(found[True], found[False])
+        as_resident(model, mode, run)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
@@ -184,9 +175,8 @@ def test_models_without_a_control_are_streamed(adapter):
     model = build().unload()
     config = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False, use_dora=adapter == "dora")
     model = get_peft_model(model, config)
+    as_resident(model, "plain")
     reference = step(model)
-    set_memory_mode(model, "plain", stream_weights=True)
-    equal(step(model), reference)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     equal(step(model), reference)
@@ -207,8 +197,7 @@ def test_a_lora_is_merged_on_the_host_and_taken_out_again(ciphered):
 
 @pytest.mark.parametrize("resident", [2, 3])
 def test_each_layer_is_copied_once_on_each_way_but_at_the_turns(resident):
-    model = build()
-    set_memory_mode(model, "lean", stream_weights=resident)
+    model = streamed(resident)
     step(model)
     stream = stream_of(model)
     stream.copies.clear()
@@ -254,9 +243,7 @@ def test_a_state_dict_is_right_at_any_time(ciphered, tmp_path):
 
 
 def test_weights_that_are_written_to_or_replaced_are_fetched_anew(ciphered):
-    model, twin = build(lora=False), build(lora=False)
-    set_memory_mode(model, "lean", stream_weights=True)
-    set_memory_mode(twin, "lean")
+    model, twin = streamed(lora=False), set_memory_mode(build(lora=False), "lean")
     reference = step(twin)
     equal(step(model), reference)
     for changed in (model, twin):
@@ -275,8 +262,7 @@ def test_weights_that_are_written_to_or_replaced_are_fetched_anew(ciphered):
 
 
 def test_a_step_that_broke_off_leaves_the_next_one_right():
-    model = build()
-    set_memory_mode(model, "lean", stream_weights=True)
+    model = streamed()
     reference = step(model)
     layers = model.get_base_model().model.layers
 
@@ -298,30 +284,24 @@ def test_a_step_that_broke_off_leaves_the_next_one_right():
 
 
 def test_two_backwards_and_accumulated_gradients():
-    model = build()
-    twice = {}
-    for streamed in (False, True):
-        set_memory_mode(model, "plain", stream_weights=streamed)
+    def run(model):
         model.zero_grad()
         loss = model(input_ids=ids(), labels=ids()).loss
         other = model(input_ids=ids().flip(1), labels=ids()).loss
         loss.backward(retain_graph=True)
         loss.backward()
         other.backward()
-        twice[streamed] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    equal(twice[True], twice[False])
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    as_resident(build(), "plain", run)
 
 
 def test_gradients_with_a_cache():
+    def run(model):
+        return tiny_models.step_of(model, lambda: model(input_ids=ids(), use_cache=True).logits.square().mean())[1]
+
     model = build().eval()
-    found = {}
-    for streamed in (False, True):
-        set_memory_mode(model, "lean", stream_weights=streamed)
-        model.zero_grad()
-        first = model(input_ids=ids(), use_cache=True)
-        first.logits.square().mean().backward()
-        found[streamed] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    equal(found[True], found[False])
+    as_resident(model, "lean", run)
     first = model(input_ids=ids(), use_cache=True)
     second = model(input_ids=ids(), past_key_values=first.past_key_values)
     with pytest.raises(RuntimeError, match="no backward through a cache"):
@@ -349,8 +329,7 @@ def test_adapters_are_left_where_they_are_and_may_be_switched():
 
 
 def test_moves_and_casts():
-    model = build()
-    set_memory_mode(model, "lean", stream_weights=True)
+    model = streamed()
     reference = step(model)
     stream = stream_of(model)
     places = [tensor.data_ptr() for weights in stream.layers for tensor in weights.on_host]
@@ -367,8 +346,7 @@ def test_moves_and_casts():
 
 
 def test_a_streamed_model_is_not_copied():
-    model = build()
-    set_memory_mode(model, "lean", stream_weights=True)
+    model = streamed()
     for copied in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="set_memory_mode"):
             copied(model)
@@ -418,8 +396,7 @@ def test_the_plan_is_said_in_one_line(caplog):
 
 
 def test_ddp_leaves_streamed_weights_out():
-    model = build()
-    set_memory_mode(model, "lean", stream_weights=True)
+    model = streamed()
     by_name = dict(model.named_parameters())
     ignored = {id(by_name[name]) for name in model._ddp_params_and_buffers_to_ignore}
     assert ignored and ignored == stream_of(model).holders & {id(p) for p in by_name.values()}

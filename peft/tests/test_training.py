@@ -176,7 +176,6 @@ TRAINING = {
 
 
 def check_run(trainer, folder):
-    trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 12 and losses[-1] < 0.8 * losses[0]
     trainer.save_model(str(folder))
@@ -187,26 +186,22 @@ def check_run(trainer, folder):
     assert torch.equal(logits(reloaded, INPUTS), logits(model, INPUTS))
 
 
-def test_transformers_trainer(tmp_path):
-    model = get_peft_model(build("llama"), ControlConfig(task_type="CAUSAL_LM", **QKV))
-    arguments = TrainingArguments(output_dir=str(tmp_path / "run"), gradient_checkpointing=True, **TRAINING)
-    trainer = Trainer(model, arguments, train_dataset=repetitive_texts())
-    check_run(trainer, tmp_path / "adapter")
-
-
-def test_transformers_trainer_resumes(tmp_path):
-    def run(steps, resume=False):
+def test_transformers_trainer_in_one_go_and_resumed(tmp_path):
+    def trained(folder, steps, resume=False):
         torch.manual_seed(0)
-        model = get_peft_model(build("llama"), ControlConfig(task_type="CAUSAL_LM"))
-        options = {**TRAINING, "max_steps": steps, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
-        folder = tmp_path / ("whole" if steps == 4 and not resume else "parts")
-        trainer = Trainer(model, TrainingArguments(output_dir=str(folder), **options), train_dataset=repetitive_texts())
+        model = get_peft_model(build("llama"), ControlConfig(task_type="CAUSAL_LM", **QKV))
+        options = {**TRAINING, "max_steps": steps, "save_strategy": "steps", "save_steps": 6, "lr_scheduler_type": "constant"}
+        arguments = TrainingArguments(output_dir=str(tmp_path / folder), gradient_checkpointing=True, **options)
+        trainer = Trainer(model, arguments, train_dataset=repetitive_texts())
         trainer.train(resume_from_checkpoint=resume)
-        return {n: p.detach() for n, p in trainer.model.named_parameters() if is_adapter(n)}
+        return trainer, {n: p.detach().clone() for n, p in model.named_parameters() if is_adapter(n)}
 
-    whole = run(4)
-    run(2)
-    torch.testing.assert_close(run(4, resume=True), whole, rtol=0, atol=1e-7)
+    trainer, whole = trained("whole", 12)
+    check_run(trainer, tmp_path / "adapter")
+    trained("parts", 6)
+    trainer, resumed = trained("parts", 12, resume=True)
+    check_run(trainer, tmp_path / "resumed")
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=1e-7)
 
 
 @pytest.mark.slow
@@ -223,6 +218,7 @@ def test_trl_sft_trainer(tmp_path):
         peft_config=ControlConfig(task_type="CAUSAL_LM", control_rank=16, **DOUBLE),
     )
     set_memory_mode(trainer.model, "lean")
+    trainer.train()
     check_run(trainer, tmp_path / "adapter")
 
 

@@ -12,7 +12,15 @@ import tokenizers
 import torch
 import transformers as hf
 from packaging.version import Version
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from peft_control import ControlConfig
+from peft_control.architectures import find_layers
+from peft_control.memory import set_memory_mode
 
 WIDTH, LAYERS, VOCAB, LENGTH = 32, 2, 61, 9
 
@@ -281,6 +289,105 @@ def randomize_adapters(model: nn.Module, std: float = 0.3, seed: int = 7) -> nn.
                 else:
                     parameter.copy_(std * noise)
     return model
+
+
+def step_of(model: nn.Module, loss: Callable[[], torch.Tensor], seed: int = 2) -> tuple[torch.Tensor, dict]:
+    """What ``loss`` gives after a seed, and its gradients by the parameters' names."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    found = loss()
+    found.backward()
+    return found.detach().double(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step_on(model: nn.Module, inputs: dict[str, torch.Tensor], seed: int = 2) -> tuple[torch.Tensor, dict]:
+    """The same of the model's own loss where ``inputs`` have labels, else of its logits' mean square."""
+
+    def loss():
+        return model(**inputs).loss if "labels" in inputs else logits(model, inputs).double().square().mean()
+
+    return step_of(model, loss, seed)
+
+
+def assert_as_plain(model, inputs, *modes, tolerance=1e-9, steps=1, **options) -> tuple[torch.Tensor, dict]:
+    """Assert that ``modes`` have the loss and the gradients of plain autograd, in every one of ``steps``; return those."""
+    set_memory_mode(model, "plain")
+    expected, reference = step_on(model, inputs)
+    for mode in modes:
+        set_memory_mode(model, mode, **options)
+        for _ in range(steps):
+            loss, found = step_on(model, inputs)
+            torch.testing.assert_close(loss, expected, rtol=max(tolerance, 1e-6), atol=0)  # some are computed in float32
+            assert distance(found, reference) <= tolerance, mode
+    return expected, reference
+
+
+def distance(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
+    """The norm of the difference of two models' gradients, relative to that of the second."""
+    assert found and found.keys() == reference.keys()
+    one, other = (torch.cat([x.double().flatten().cpu() for x in tensors.values()]) for tensors in (found, reference))
+    return ((one - other).norm() / other.norm()).item()
+
+
+def adapted(base: str | nn.Module, blocks=(), dtype: torch.dtype = torch.float64, **fields) -> PeftModel:
+    """A family's model with random controls on ``blocks``, or on all that it has, in training mode."""
+    base = build(base, dtype) if isinstance(base, str) else base
+    every = next(iter(find_layers(base).values()))[1].blocks
+    config = ControlConfig(**{"control_blocks": list(blocks or every), "control_rank": 3, **fields})
+    return randomize_adapters(get_peft_model(base, config, autocast_adapter_dtype=False)).train()
+
+
+METHODS = ("control", "lora", "dora", "control+lora", "control+dora")
+
+
+def config_of(method: str, targets: list[str], **fields) -> LoraConfig:
+    """Of one of ``METHODS``; its part on weights, if it has one, is on ``targets``."""
+    per_weight = dict(target_modules=targets, r=4, lora_alpha=8, use_dora="dora" in method)
+    if "control" not in method:
+        return LoraConfig(**per_weight, **fields)
+    more = per_weight if "+" in method else {}
+    return ControlConfig(control_blocks=["attention", "mlp"], control_rank=4, **more, **fields)
+
+
+def bits_of_four(layers: nn.ModuleList, device: str = "cpu") -> None:
+    """Put bitsandbytes' NF4, made on ``device``, in the place of the linear layers of a LLaMA's ``layers``."""
+    bnb = pytest.importorskip("bitsandbytes")
+    for parent in [module for layer in layers for module in (layer.self_attn, layer.mlp)]:
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear:
+                new = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4")
+                new.load_state_dict(linear.state_dict())
+                new.support_avx512bf16_for_cpu = False  # which would repack the weights
+                setattr(parent, name, new.to(device).cpu())
+
+
+class Live(TorchDispatchMode):
+    """The bytes of the tensors that torch's functions have made within and that somebody still holds, ``peak`` at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = {}, 0
+
+    def bytes(self) -> int:
+        self.storages = {key: (ref, size) for key, (ref, size) in self.storages.items() if not ref.expired()}
+        return sum(size for _, size in self.storages.values())
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        given = {x.untyped_storage()._cdata for x in tree_leaves((arguments, named)) if isinstance(x, torch.Tensor)}
+        found = function(*arguments, **(named or {}))
+        for storage in [x.untyped_storage() for x in tree_leaves(found) if isinstance(x, torch.Tensor)]:
+            if storage._cdata not in given:  # no view
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, self.bytes())
+        return found
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Of each dropout, drop path and attention."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and (name in ("p", "drop_prob") or "dropout" in name):
+                setattr(module, name, probability)
 
 
 def word_tokenizer() -> hf.PreTrainedTokenizerFast:

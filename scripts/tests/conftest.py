@@ -67,8 +67,9 @@ class ResultsFolder:
         return evaluation.write(place / "evaluation" / "record.json")
 
     def benchmark(self, name="llama3-8b_4x1024.json", repeat="", shape="llama3-8b", batch=4, tokens=1024, weights=16e9,
-                  others=0, **methods):  # fmt: skip
-        """A file of scripts/bench_memory.py; methods are name=(seconds a step, GB over the weights) or None: failed."""
+                  others=0, copies=0.0, **methods):  # fmt: skip
+        """A file of scripts/bench_memory.py; methods are name=(seconds a step, GB over the weights) or None: failed. `copies` are
+        seconds a step of those whose weights wait on the host."""
         results = []
         for method, point in methods.items():
             result = {"method": method.replace("_", ":"), "error": "out of memory"}
@@ -82,6 +83,8 @@ class ResultsFolder:
                 result = {"method": result["method"], "trained_parameters": 7, "static_bytes": weights, "peak_bytes": weights + over * 1e9,
                           "over_static_bytes": over * 1e9, "step_seconds": seconds, "tokens_per_second": batch * tokens / seconds,
                           "memory": memory}  # fmt: skip
+                if "streamed" in method:
+                    result["streaming"] = {"bytes": int(64e9), "layers": 80, "resident": 2, "floor_seconds": copies}
             results.append(result)
         options = {"shape": shape, "batch": batch, "tokens": tokens, "limit": None}
         return self._file(f"memory/{repeat}/{name}", options=options, results=results)

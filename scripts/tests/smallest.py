@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ ONLY_PARSED = {
     "LlaMA/convert.py": "needs a GGUF file; LlaMA/tests/test_finetune.py converts one where there is one",
     "RoBERTa/download_glue.py": "needs a network",
     "scripts/bench_scaling.py": "starts several processes for each cell; scripts/tests/test_bench_scaling.py runs it",
-    "scripts/inject_faults.py": "takes minutes at its smallest; scripts/tests/test_faults_*.py run its parts",
     "scripts/quickstart_table.py": "needs the quickstart's runs; scripts/tests/test_quickstart_table.py makes some",
 }
 CPU = ("--device", "cpu")
@@ -65,22 +63,10 @@ def import_script(path: Path):
     return importlib.import_module(f"{path.parent.name}.{path.stem}")
 
 
-@dataclass
-class Inputs:
-    """Tiny models and data."""
-
-    encoder: Path
-    glue: Path
-    llama: Path
-    questions: Path
-    images: Path
-    vit: str
-
-
 class Runner:
-    """Runs calls of scripts in this process; the same call is run once."""
+    """Runs calls of scripts in this process, on tiny models and data (`inputs` of SMALL); the same call is run once."""
 
-    def __init__(self, inputs: Inputs, root: Path):
+    def __init__(self, root: Path, **inputs: object):
         self.inputs, self.root, self.done, self.count = inputs, root, set(), 0
 
     def run(self, path: Path, arguments: list[str], monkeypatch) -> None:
@@ -95,7 +81,7 @@ class Runner:
         self._call(path, arguments, monkeypatch)
 
     def _small(self, name: str, out: Path) -> list[str]:
-        return SMALL[name].format(**asdict(self.inputs), out=out).split()
+        return SMALL[name].format(**self.inputs, out=out).split()
 
     def _call(self, path: Path, arguments: list[str], monkeypatch) -> None:
         key = (path, *(word for word in arguments if not word.startswith(str(self.root / "out"))))
@@ -117,7 +103,7 @@ class Runner:
 
     def _RoBERTa_finetune(self, given: list[str], out: Path) -> list[str]:
         demo = given[given.index("--task") + 1] == "demo"
-        return given if demo else [*given, "--data", str(self.inputs.glue)]
+        return given if demo else [*given, "--data", str(self.inputs["glue"])]
 
     def _ViT_finetune(self, given: list[str], out: Path) -> list[str]:
         for option in ("--evaluate", "--adapter"):
@@ -132,11 +118,11 @@ class Runner:
         return [*given, "--output_dir", str(out / "run")]
 
     def _ViT_figures(self, given: list[str], out: Path) -> list[str]:
-        data = ["--data", str(self.inputs.images)] if "--data" in given else []
+        data = ["--data", str(self.inputs["images"])] if "--data" in given else []
         return ["--runs", str(self._trained("ViT")), "--output_dir", str(out), *data]
 
     def _LlaMA_finetune(self, given: list[str], out: Path) -> list[str]:
-        return [*given, *(["--validation", str(self.inputs.questions / "train.json")] if "--validation" in given else [])]
+        return [*given, *(["--validation", f"{self.inputs['questions']}/train.json"] if "--validation" in given else [])]
 
     def _LlaMA_evaluate(self, given: list[str], out: Path) -> list[str]:
         """Over an adapter of the method; LlaMA/tests/test_launchers.py evaluates what a launcher has trained."""
@@ -146,7 +132,7 @@ class Runner:
         return [*given, "--output_dir", str(out / "evaluation")]
 
     def _LlaMA_benchmark_throughput(self, given: list[str], out: Path) -> list[str]:
-        return [*given, *(["--model", str(self.inputs.llama)] if "--model" in given else ["--shape", "tiny"])]
+        return [*given, *(["--model", str(self.inputs["llama"])] if "--model" in given else ["--shape", "tiny"])]
 
     def _LlaMA_benchmark_methods(self, given: list[str], out: Path) -> list[str]:
         return self._scripts_bench_memory(["--shape", "llama3-8b", *given], out)

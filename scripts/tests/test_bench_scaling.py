@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from control_experiments.errors import UserError
-from scripts import bench_scaling
+from scripts import bench_scaling, scaling
 
 
 def test_two_processes_lose_what_one_loses(call, tmp_path):
@@ -70,22 +70,22 @@ def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch
     def torchrun(command, **_):
         result = Path(command[command.index("--result") + 1])
         with pytest.raises(MemoryError) as error:
-            bench_scaling.longest(options, step_within(limit), result)
+            scaling.longest(options, step_within(limit), result)
         return subprocess.CompletedProcess(command, 1, stderr=f"Traceback:\n{error.type.__name__}: {error.value}\n")
 
-    monkeypatch.setattr(bench_scaling.subprocess, "run", torchrun)
+    monkeypatch.setattr(scaling.subprocess, "run", torchrun)
     limit = 5000
-    cell = bench_scaling.run_cell(options, "lora", "fsdp2", 2)
+    cell = scaling.run_cell(options, "lora", "fsdp2", 2)
     assert (cell["longest_tokens"], cell["ended_by"]) == (4096, "MemoryError: 6144 tokens")
-    assert "4096 tokens, then MemoryError: 6144 tokens" in bench_scaling.line(cell, None)
+    assert "4096 tokens, then MemoryError: 6144 tokens" in scaling.line(cell, None)
     said = capfd.readouterr().out
     assert "lora: 4096 tokens, 0 s" in said and "6144" not in said
     limit = 100
-    cell = bench_scaling.run_cell(options, "lora", "fsdp2", 2)
+    cell = scaling.run_cell(options, "lora", "fsdp2", 2)
     assert cell["error"] == "MemoryError: 512 tokens" and "longest_tokens" not in cell
 
-    monkeypatch.setattr(bench_scaling, "LONGEST", 2048)
-    bench_scaling.longest(options, step_within(10_000), tmp_path / "result.json")
+    monkeypatch.setattr(scaling, "LONGEST", 2048)
+    scaling.longest(options, step_within(10_000), tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text()) == {"longest_tokens": 2048}
 
 
@@ -105,5 +105,5 @@ def test_a_cell_says_why_the_first_process_ended(ends, said, tmp_path):
     script.write_text("\n".join(lines))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode and said in bench_scaling.cause(done.stderr), done.stderr
-    assert bench_scaling.cause("") == "no result"
+    assert done.returncode and said in scaling.cause(done.stderr), done.stderr
+    assert scaling.cause("") == "no result"

@@ -3,11 +3,19 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+#: Every Python program, as `python -m` names it.
+PROGRAMS = sorted(
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+    for folder in ("scripts", "RoBERTa", "ViT", "LlaMA", "QControl")
+    for path in (REPOSITORY / folder).glob("*.py")
+    if "    run_main(main)" in path.read_text()
+)
 
 # Makes environments, installs and trains without doing any of it; CALLS gets one line a call.
 INTERPRETER = """#!/usr/bin/env bash
@@ -216,3 +224,15 @@ def test_launchers_take_only_a_complete_environment(checkout, tmp_path):
     (venv / "lib/python3.12/site-packages/peft_control-0.1.0.dist-info").mkdir(parents=True)
     assert chosen(PYTHON="") == str(venv / "bin" / "python")
     assert chosen(PYTHON=str(checkout.interpreter)) == str(checkout.interpreter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "code"), [("--help", 0), ("--method none --data no", 2)])
+@pytest.mark.parametrize("program", [*PROGRAMS, "peft_control", "peft_control export"])
+def test_help_and_wrong_options_are_answered_before_torch_is_imported(program, words, code):
+    """Importing it takes most of the seconds that a script takes to start."""
+    command = [sys.executable, "-X", "importtime", "-m", *program.split(), *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == code and "argparse" in imported, done.stderr[-500:]
+    assert not imported & {"torch", "peft", "datasets", "timm", "sklearn", "bitsandbytes"}

@@ -1,81 +1,268 @@
-"""Generated inputs for every reader, a bounded number of those of scripts/inject_faults.py, and some by hand."""
+"""Whatever a file holds, its reader takes it or refuses it with a `UserError`, in time, and writes nothing.
 
+A file is a valid one with random edits (cut, flipped, removed, doubled or overwritten bytes), JSON in which one value is
+another or is gone, or made from nothing. `faults.py` says how to have more of them.
+"""
+
+import contextlib
 import io
 import json
+import re
 import tarfile
 import zipfile
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 from control_experiments.errors import UserError
+from control_experiments.record import read_record
+from control_experiments.training.checkpoints import find_damage
 from control_experiments.training.checksums import fingerprint
+from control_experiments.training.runs import RunFolder
+from LlaMA.commonsense import Row, read_rows
 from LlaMA.evaluate import Options
-from LlaMA.evaluation import check_adapter
-from scripts.faults import tiny
-from scripts.faults.inputs import READERS, feed, offer
-from ViT.classifier import restore
+from LlaMA.evaluation import check_adapter, read_answers, score
+from RoBERTa.glue import TASKS, read_tsv
+from scripts.tests.faults import CASES, SEED, Bomb, a_record, vit
+from ViT.classifier import read_description, restore
+from ViT.images import Entry, Files, decode, load_data
+
+# -- inputs -------------------------------------------------------------------------------------------------
+
+#: Bytes that formats give a meaning, or that overflow what holds them.
+TELLING = [
+    b"\0" * 8, b"\xff" * 8, b"\x80" + b"\0" * 7, b"\x7f" + b"\xff" * 7, b"-1", b"99999999999", b"1e999", b"NaN", b"../",
+    b"/etc/passwd", b"\t", b"\n", b"\r", b'"', b"{", b"[", b"]}", b"null", b"\xed\xa0\x80", b"\xef\xbb\xbf",
+    b"\\ud800", b"\xe2\x80\xa8", b"|O", b"PK\x03\x04", b"ustar", b"\x1f\x8b", b"0" * 12, b"-0000000001\0",
+]  # fmt: skip
+TEXT = st.text(st.characters(exclude_categories=()), max_size=4) | st.sampled_from(["a", "step", "é\u2028", "\ud800"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**30) | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4), max_leaves=8,
+)  # fmt: skip
 
 
+@st.composite
+def edited(draw, contents: bytes) -> bytes:
+    """The file with one to four random edits."""
+    for _ in range(draw(st.integers(1, 4))):
+        at, length = draw(st.integers(0, len(contents))), draw(st.integers(0, 64))
+        head, piece, tail = contents[:at], contents[at : at + length], contents[at + length :]
+        chunk = draw(st.sampled_from(TELLING) | st.binary(min_size=1, max_size=12))
+        flipped = bytes(byte ^ (1 << length % 8) for byte in piece[:1]) + piece[1:]
+        contents = draw(st.sampled_from((
+            head + flipped + tail, head + chunk + contents[at + len(chunk) :], head + chunk + piece + tail, head + tail,
+            head + piece + piece + tail, head,
+        )))  # fmt: skip
+    return contents
+
+
+@st.composite
+def spoiled(draw, contents: bytes) -> bytes:
+    """Valid JSON in which one value, anywhere, is another one, or is gone."""
+    document = json.loads(contents)
+    nodes, places = [document], []
+    for node in nodes:
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            places.append((node, key))
+            nodes += [child] if isinstance(child, (dict, list)) else []
+    node, key = places[draw(st.integers(0, len(places) - 1))]
+    if draw(st.booleans()):
+        node[key] = draw(VALUES)
+    else:
+        del node[key]
+    return json.dumps(document).encode()
+
+
+class Reader(NamedTuple):
+    """A file name, valid contents to start from, and what reads the file."""
+
+    name: str
+    contents: list[bytes] | list[str]
+    read: Callable[[Path], object]
+
+    @property
+    def valid(self) -> list[bytes]:
+        return [one.encode() if isinstance(one, str) else one for one in self.contents]
+
+    def inputs(self) -> st.SearchStrategy[bytes]:
+        """Files for it."""
+        valid = st.sampled_from(self.valid)
+        found = [valid.flatmap(edited), valid.flatmap(edited), st.binary(max_size=200)]
+        if self.name.endswith(".json"):
+            nested = st.integers(1, 300_000).map(lambda depth: b"[" * depth)
+            found += [
+                valid.flatmap(spoiled),
+                valid.flatmap(spoiled),
+                VALUES.map(lambda value: json.dumps(value).encode()),
+                nested,
+            ]
+        return st.one_of(found)
+
+
+# -- readers ------------------------------------------------------------------------------------------------
+
+
+def written(save: Callable[[io.BytesIO], object]) -> bytes:
+    """What a function writes to a file."""
+    buffer = io.BytesIO()
+    save(buffer)
+    return buffer.getvalue()
+
+
+def archive(*members: tuple[str, bytes | None, dict], form: int = tarfile.PAX_FORMAT) -> bytes:
+    """A tar of (name, contents, other fields)."""
+
+    def save(buffer: io.BytesIO) -> None:
+        with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+            for name, contents, fields in members:
+                found = tarfile.TarInfo(name)
+                for field, value in {"size": len(contents or b""), **fields}.items():
+                    setattr(found, field, value)
+                tar.addfile(found, contents and io.BytesIO(contents))
+
+    return written(save)
+
+
+PICTURE = Image.fromarray(np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3))
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+IMAGES = {form: written(lambda buffer, form=form: PICTURE.save(buffer, form)) for form in FORMATS}
+SPECIAL = [(tarfile.SYMTYPE, "/etc/passwd"), (tarfile.LNKTYPE, "../../../etc/passwd"), (tarfile.FIFOTYPE, "")]
+TARS = [
+    archive(
+        *[
+            (f"s/{name}.png", IMAGES["PNG"], {})
+            for name in ("train/a/1", "train/b/2", "test/a/3", "test/b/4", "train/a/" + long)
+        ],
+        *[(f"s/train/a/{kind.decode()}.png", b"", {"type": kind, "linkname": target}) for kind, target in SPECIAL],
+        form=form,
+    )
+    for form, long in ((tarfile.USTAR_FORMAT, "x" * 60), (tarfile.GNU_FORMAT, "x" * 120), (tarfile.PAX_FORMAT, "x" * 120))
+]
+ARRAYS = {"x_train": np.zeros((4, 3, 3, 3), np.uint8), "x_test": np.zeros((2, 3, 3, 3), np.uint8), "y_train": np.arange(4) % 2,
+          "y_test": np.arange(2), "classes": np.array(["a", "b"])}  # fmt: skip
+NPZS = [written(lambda buffer, save=save: save(buffer, **ARRAYS)) for save in (np.savez, np.savez_compressed)]
+RECORD = a_record(metrics={"best": {"x": 1.5}, "last": {"x": 1.0}}, history=[{"step": 1, "loss": 0.5}])
+ROW = {"instruction": "Choose: é?", "input": "", "output": "the correct answer is true", "answer": "true"}
+ANSWERS = """{"row": 0, "label": "true", "answer": "true", "correct": true, "text": "é\u2028true"}
+{"row": 1, "label": "true", "answer": null, "correct": false, "text": ""}
+"""
+COLA = "g\t1\t\tThe cat é.\ng\t0\t*\tCat the.\n"
+STSB = """index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore
+0\tg\tf\t2012\t1\ts\ts\tA b.\tC d.\t2.500
+"""
+CLASSIFIER = {"method": "lora", "model": "m", "architecture": "a", "sha256": None, "image_size": 32, "mlp_layers": 2,
+              "crop": 1.0, "classes": ["a", "b"]}  # fmt: skip
+RUN = {"method": "lora", "ranks": [1, 2]}
+STATE = b'{"step": 3}'
+MANIFEST = {"schema": 1, "sha256": {"trainer_state.json": sha256(STATE).hexdigest()}}
+
+
+def read_our_answers(path: Path) -> None:
+    if answers := read_answers(path, [Row("x", "", "true", "true")] * 2):
+        score(answers)
+
+
+def read_run(path: Path) -> None:
+    folder = RunFolder.__new__(RunFolder)
+    folder.path = path.parent
+    folder.check_same(RUN)
+
+
+def read_manifest(path: Path) -> None:
+    (path.parent / "trainer_state.json").write_bytes(STATE)
+    if damage := find_damage(path.parent):
+        raise UserError(damage)
+
+
+READERS = {
+    "record": Reader("record.json", [json.dumps(vars(RECORD))], read_record),
+    "run": Reader("run.json", [json.dumps(RUN)], read_run),
+    "manifest": Reader("manifest.json", [json.dumps(MANIFEST)], read_manifest),
+    "classifier": Reader("classifier.json", [json.dumps(CLASSIFIER)], lambda path: read_description(path.parent)),
+    "commonsense": Reader("rows.json", [json.dumps([ROW, ROW]), json.dumps([ROW], ensure_ascii=False)], read_rows),
+    "answers": Reader("boolq.jsonl", [ANSWERS], read_our_answers),
+    "tsv": Reader("train.tsv", [COLA], lambda path: read_tsv(path, TASKS["cola"])),
+    "tsv-header": Reader("train.tsv", [STSB], lambda path: read_tsv(path, TASKS["stsb"])),
+    "npz": Reader("images.npz", NPZS, lambda path: load_data(str(path), workers=1)),
+    "tar": Reader("images.tar", TARS, lambda path: load_data(str(path), workers=1)),
+    "image": Reader("x.png", list(IMAGES.values()), lambda path: decode(Files([Entry(path, path)], [0]), 0, "stop")),
+}
+
+
+def offer(reader: Reader, folder: Path, data: bytes) -> str | None:
+    """Give a reader one input; None when it is taken, or why not. Whatever else than a `UserError` it raises is raised."""
+    inside = folder / "checkpoint-3"  # a name that every reader takes
+    inside.mkdir(exist_ok=True)
+    (inside / reader.name).write_bytes(data)
+    refusal = None
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            reader.read(inside / reader.name)
+    except UserError as error:
+        refusal = str(error)
+        assert refusal.strip(), "it says nothing"
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    assert left <= {"checkpoint-3", f"checkpoint-3/{reader.name}", "checkpoint-3/trainer_state.json"}
+    return refusal
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.timeout(300 * CASES)
 @pytest.mark.parametrize("name", READERS)
 def test_whatever_a_file_holds_is_taken_or_refused_in_words(name, tmp_path):
-    assert all(offer(READERS[name], tmp_path, seed) for seed in READERS[name].seeds())
-    outcome = feed(name, tmp_path, 300)
-    assert outcome.failures == [] and outcome.inputs == outcome.taken + outcome.refused == 300
-    assert outcome.refused
+    reader, tally = READERS[name], Counter()
+    assert all(offer(reader, tmp_path, data) is None for data in reader.valid)
+
+    @seed(SEED)
+    @settings(max_examples=300 * CASES, deadline=timedelta(seconds=20), database=None, suppress_health_check=list(HealthCheck))
+    @given(reader.inputs())
+    def feed(data: bytes) -> None:
+        tally[offer(reader, tmp_path, data) is None] += 1
+
+    feed()
+    assert tally[False]
 
 
-def test_the_campaign_counts_and_describes_what_goes_wrong(tmp_path, monkeypatch):
-    def careless(path):
-        if path.read_bytes().startswith(b"["):
-            raise ValueError("unforeseen")
-        if b"\0" in path.read_bytes():
-            (path.parent / "stray").write_text("x")
-
-    monkeypatch.setitem(READERS, "record", READERS["record"]._replace(read=careless))
-    outcome = feed("record", tmp_path, 400)
-    assert outcome.inputs == 400 and outcome.taken
-    assert any("ValueError: unforeseen" in failure for failure in outcome.failures)
-    assert any("it left" in failure for failure in outcome.failures)
+# -- known attacks ------------------------------------------------------------------------------------------
 
 
-def archive(*members: tarfile.TarInfo) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for member in members:
-            tar.addfile(member, io.BytesIO(b"x" * member.size))
-    return buffer.getvalue()
-
-
-def npz_of_bytes() -> bytes:
-    buffer = io.BytesIO()
+def npz_of_bytes(buffer: io.BytesIO) -> None:
     with zipfile.ZipFile(buffer, "w") as file:
-        for key in ("x_train", "y_train", "x_test", "y_test", "classes"):
+        for key in ARRAYS:
             file.writestr(f"{key}.npy", b"no array")
-    return buffer.getvalue()
 
 
-def member(name: str, **fields) -> tarfile.TarInfo:
-    found = tarfile.TarInfo(name)
-    for field, value in fields.items():
-        setattr(found, field, value)
-    return found
+A_RECORD = READERS["record"].valid[0]
 
 
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("tar", archive(member("../../evil.png", size=3)), "outside of itself"),
-        ("tar", archive(member("/etc/evil.png", size=3)), "outside of itself"),
-        # a negative size, which sends Python's tarfile round in circles
-        ("tar", archive(member("a.png"))[:124] + b"\xff" * 12 + archive(member("a.png"))[136:], "no tar that can be read"),
-        ("tar", archive(member("a.png", size=600))[:700], "no tar that can be read"),
-        ("tar", archive(member("s/train/a/1.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")), "no train images"),
-        ("tar", archive(member("", size=3)), "no train images"),
-        ("npz", READERS["npz"].seeds()[0].replace(b"\x93NUMPY", b"\x93NUMPX", 1), "no readable|is no array"),
-        ("npz", npz_of_bytes(), "x_train of .* is no array"),
-        ("record", b"[" * 200_000, "no JSON file"),
+        ("tar", archive(("../../evil.png", b"xxx", {})), "outside of itself"),
+        ("tar", archive(("/etc/evil.png", b"xxx", {})), "outside of itself"),
+        # after it Python's tarfile would go back to its start, for ever
+        ("tar", archive(("a.png", None, {"size": -512}), form=tarfile.GNU_FORMAT), "no tar that can be read"),
+        ("tar", archive(("a.png", b"x" * 600, {}))[:700], "no tar that can be read"),
+        ("tar", archive(("s/train/a/1.png", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})), "no train images"),
+        ("tar", archive(("", b"xxx", {})), "no train images"),
+        ("npz", NPZS[0].replace(b"\x93NUMPY", b"\x93NUMPX", 1), "no readable|is no array"),
+        ("npz", written(npz_of_bytes), "x_train of .* is no array"),
+        ("record", b"[" * 200_000, "no readable run record .*record.json is no JSON file"),
+        ("record", b"[]", "record.json is no run record of schema 1"),
+        ("record", b'{"schema": 2}', "no run record of schema 1 .found 2"),
+        ("record", A_RECORD.replace(b'"metrics"', b'"other"'), "'metrics' is missing or no dict"),
+        ("record", A_RECORD.replace(b'"seed": 1', b'"seed": "1"'), "'seed' is missing or no int"),
         ("commonsense", b'[{"instruction": "\\ud800", "input": "", "output": "x", "answer": "true"}]', "surrogate"),
         ("answers", b'{"row": -1, "label": "true", "answer": "true", "correct": true}\n', "line 1 is no answer"),
         ("answers", b'{"row": 0, "label": "true", "answer": "true", "correct": false}\n', "line 1 is no answer"),
@@ -83,19 +270,8 @@ def member(name: str, **fields) -> tarfile.TarInfo:
     ],
 )  # fmt: skip
 def test_known_attacks_are_refused(name, data, message, tmp_path):
-    assert offer(READERS[name], tmp_path, data) is False
-    with pytest.raises(UserError, match=message):
-        READERS[name].read(tmp_path / "checkpoint-3" / READERS[name].name)
-
-
-class Bomb:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return (open, (str(self.mark), "w"))
+    refusal = offer(READERS[name], tmp_path, data)
+    assert refusal and re.search(message, refusal)
 
 
 def test_a_pickle_does_not_run(tmp_path):
@@ -108,10 +284,10 @@ def test_a_pickle_does_not_run(tmp_path):
     torch.save({"weight": bomb}, adapter / "adapter_model.bin")
     with pytest.raises(UserError, match="never from a pickle"):
         check_adapter(Options(data="x", output_dir="y", adapter=str(adapter)))
-    tiny.vit(tmp_path)
+    vit(tmp_path)
     weights = tmp_path / "vit.safetensors"
-    description = json.loads(READERS["classifier"].seeds()[0]) | {"architecture": "test_vit", "model": str(weights)}
-    (adapter / "classifier.json").write_text(json.dumps(description | {"sha256": fingerprint(weights)}))
+    description = CLASSIFIER | {"architecture": "test_vit", "model": str(weights), "sha256": fingerprint(weights)}
+    (adapter / "classifier.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match="never from a pickle"):
         restore(adapter, attention="sdpa")
     assert not (tmp_path / "mark").exists()

@@ -1,13 +1,17 @@
-"""Runs of several processes on the CPU (gloo): the same losses as one process, one adapter, and a lost process."""
+"""Runs of several processes on the CPU (gloo): the same losses as one process, one adapter, and a lost process.
 
-import json
+The processes are forked, so that what is patched here is patched in them. `faults.py` says how to lose more of them.
+"""
+
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
+from random import Random
 
 import psutil
 import pytest
@@ -18,18 +22,54 @@ from torch.distributed.tensor import DTensor
 from control_experiments.errors import UserError
 from control_experiments.record import read_record
 from control_experiments.training import sharding
-from control_experiments.training.checkpoints import checkpoints
+from control_experiments.training.checkpoints import checkpoints, step_of
 from control_experiments.training.metering import MemoryMeter
 from control_experiments.training.options import choose_shard
 from control_experiments.training.sharding import shard_frozen
 from control_experiments.training.trainer import ExperimentTrainer, SharedBatches
-from scripts.faults import kills, processes, tiny
-from scripts.faults.processes import losses
+from scripts.tests import faults
+from scripts.tests.faults import ADAPTER, CASES, SEED, Attempt, Run, assert_nothing_half_written, execute, losses, together
 
 pytestmark = pytest.mark.slow
+GOES_ON_WITH = (1, 2, 4)
+SHARDED = "--shard fsdp2 --memory lean"
 
 
-def torchrun(run: tiny.Run, output: Path, *more: str) -> list[str]:
+def roberta(folder: Path) -> Run:
+    """A run that 4 processes can share: without dropout, whose masks would differ, with a short last batch in each epoch."""
+    run = faults.roberta(folder)
+    config, table = folder / "bert" / "config.json", folder / "glue" / "CoLA" / "train.tsv"
+    config.write_text(config.read_text().replace('dropout_prob": 0.1', 'dropout_prob": 0.0'))
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:22]))
+    return run
+
+
+def llama(folder: Path) -> Run:
+    return faults.llama(folder).adding("--lora_dropout 0 --micro_batch_size 2 --held_out 2")
+
+
+SHARED = {"roberta": roberta, "llama": llama}
+
+
+def run_all(run: Run, output: Path, count: int = 2, **more) -> list[Attempt]:
+    """Do the run in so many processes, all of which must come to their end."""
+    return [attempt.finished() for attempt in together(run, output, count, **more)]
+
+
+def assert_goes_on(run: Run, cut: Path, expected: list[float], counts=GOES_ON_WITH) -> None:
+    """A copy of the run goes on with each of these numbers of processes, to the losses of one, which sums in another order."""
+    unfinished = not (cut / "record.json").exists() and checkpoints(cut / "checkpoints")
+    for count in counts:
+        again = cut.with_name(f"{cut.name} on {count}")
+        if cut.exists():
+            shutil.copytree(cut, again)
+        first, *_ = run_all(run, again, count, resume=True)
+        assert ("resumed from checkpoint-" in first.said) == bool(unfinished)
+        assert losses(again) == pytest.approx(expected, rel=0, abs=1e-5)
+        shutil.rmtree(again)
+
+
+def torchrun(run: Run, output: Path, *more: str) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return [*launcher, "-m", run.program, *run.arguments, "--output_dir", str(output), *more]
 
@@ -53,27 +93,48 @@ def test_processes_share_out_every_row_once_and_weigh_it_as_one_process_does(row
         assert mean == pytest.approx(expected)
 
 
-def test_a_lost_process_of_the_campaigns_command(tmp_path):
-    result = tmp_path / "result.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.inject_faults", "--kills", "0", "--lost", "1", "--shards", "ddp",
-         "--inputs", "0", "--domains", "roberta", "--seed", "1", "--output", result],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(result.read_text())
-    assert found["lost"].keys() == {"roberta"} and not found["kills"] and not found["inputs"]
-    lost = found["lost"]["roberta"]
-    assert (lost["kills"], lost["resumed"], lost["differences"]) == (1, 3, [])
+# -- a lost process ---------------------------------------------------------------------------------------------
 
 
-def test_torchrun_is_terminated_then_loses_a_process_and_the_run_goes_on_with_any_number(tmp_path):
-    run, cut = processes.RUNS["llama"](tmp_path), tmp_path / "cut"
-    run.arguments += ("--max_steps", "60", "--eval_steps", "5")
-    log = tmp_path / "log"
+#: (domain, options, number of a random moment, or None: in a step).
+LOST = [("roberta", "", 0), ("roberta", SHARDED, None), ("llama", SHARDED, None)]
+LOST += product(SHARED, ("", SHARDED), range(1, CASES))
 
-    def step_of(checkpoint: Path) -> int:
-        return int(checkpoint.name.partition("-")[2])
+
+@pytest.mark.parametrize(("domain", "options", "case"), LOST)
+def test_a_lost_process_ends_the_run_which_goes_on_with_any_number(domain, options, case, tmp_path, monkeypatch):
+    run, cut, draw = SHARED[domain](tmp_path).adding(options), tmp_path / "cut", Random(f"{SEED} {domain} {options} {case}")
+    whole = execute(run, tmp_path / "whole").finished()
+    lost, share = draw.randrange(2), ExperimentTrainer.loss_share
+
+    def die(trainer):  # while the other waits for shards or gradients
+        if trainer.args.process_index == lost and trainer.state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return share(trainer)
+
+    if case is None:
+        with monkeypatch.context() as patch:
+            patch.setattr(ExperimentTrainer, "loss_share", die)
+            attempts = together(run, cut, 2, alone=60)
+        line = attempts[1 - lost].refused()
+        assert "another process of this run died" in line and "--resume" in line
+    else:
+        moment = whole.moment(draw)
+        lost = 0 if isinstance(moment, int) else lost  # which makes the changes
+        attempts = together(run, cut, 2, moment, lost)
+    exitcode, other, log = attempts[lost].exitcode, attempts[1 - lost], cut / "run.log"
+    assert exitcode == -signal.SIGKILL or exitcode == other.exitcode == 0  # it came to its end before
+    assert "Traceback" not in other.said, other.said
+    if log.exists() and log.stat().st_size:  # before, they look for each other inside of torch, which SIGKILL alone may end
+        assert other.exitcode in (0, 2, 128 + signal.SIGTERM) or "--resume" in other.said
+    assert_nothing_half_written(cut)
+    assert_goes_on(run, cut, losses(whole.output))
+    if options and case is None:
+        assert_goes_on(run.adding("--shard ddp"), cut, losses(whole.output), counts=(2,))
+
+
+def test_torchrun_is_terminated_then_loses_a_process_and_the_run_goes_on(tmp_path):
+    run, cut, log = llama(tmp_path).adding("--max_steps 60 --eval_steps 5"), tmp_path / "cut", tmp_path / "log"
 
     def start(*more: str, until: int) -> subprocess.Popen:
         """Up to a checkpoint of a step."""
@@ -100,15 +161,11 @@ def test_torchrun_is_terminated_then_loses_a_process_and_the_run_goes_on_with_an
     assert "SIGKILL" in told  # torchrun's own summary
     assert "error: another process of this run died" in told and "--resume" in told
 
-    kills.execute(run, tmp_path / "one").finished()
-    for count in (1, 2, 4):
-        again = shutil.copytree(cut, tmp_path / f"on{count}")
-        first, *_ = run_all(run, again, count, resume=True)
-        assert "resumed from checkpoint-" in first.output
-        assert losses(again) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    execute(run, tmp_path / "one").finished()
+    assert_goes_on(run, cut, losses(tmp_path / "one"), counts=(1,))
 
 
-# -- FSDP2: the processes are forked, so what is patched here is patched in them -----------------------------
+# -- shards -----------------------------------------------------------------------------------------------------
 
 
 def check_shards(monkeypatch) -> None:
@@ -127,30 +184,25 @@ def check_shards(monkeypatch) -> None:
     monkeypatch.setattr(sharding, "split_into_units", split_and_look)
 
 
-def run_all(run: tiny.Run, output: Path, count: int = 2, **more) -> list[kills.Ended]:
-    """Do the run in so many processes, all of which must come to its end."""
-    return [process.finished() for process in kills.together(run, output, count, **more)]
-
-
 @pytest.mark.parametrize(
     ("domain", "sharded", "options"),
     [
-        ("roberta", False, ()),
-        ("llama", False, ()),
-        ("roberta", True, ("--memory", "lean")),
-        ("roberta", True, ("--memory", "balanced")),
+        ("roberta", False, ""),
+        ("llama", False, ""),
+        ("roberta", True, "--memory lean"),
+        ("roberta", True, "--memory balanced"),
         # padded, of an epoch's short last step one process has two micro-batches and the other has one
-        ("llama", True, ("--memory", "lean", "--batching", "padded")),
-        ("llama", True, ("--memory", "fast")),
+        ("llama", True, "--memory lean --batching padded"),
+        ("llama", True, "--memory fast"),
     ],
 )
 def test_two_processes_have_the_losses_of_one_and_save_one_adapter(domain, sharded, options, tmp_path, monkeypatch):
-    run = processes.with_options(processes.RUNS[domain](tmp_path), *options)
-    kills.execute(run, tmp_path / "one").finished()
+    run = SHARED[domain](tmp_path).adding(options)
+    execute(run, tmp_path / "one").finished()
     if sharded:
         check_shards(monkeypatch)
     if sharded and domain == "roberta":
-        run = processes.with_options(run, "--shard", "fsdp2")
+        run = run.adding("--shard fsdp2")
     elif sharded:  # as accelerate launch asks for it
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         monkeypatch.setenv("FSDP_VERSION", "2")
@@ -159,68 +211,44 @@ def test_two_processes_have_the_losses_of_one_and_save_one_adapter(domain, shard
         assert done.returncode == 0, done.stderr
         told = done.stdout
     else:
-        told = "".join(process.output for process in run_all(run, tmp_path / "two"))
+        told = "".join(attempt.said for attempt in run_all(run, tmp_path / "two"))
     assert told.count("record in") == 1 and told.count("looked at the shards") == 2 * sharded
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) >= 8 and two == pytest.approx(one, abs=1e-5)
     shard = read_record(tmp_path / "two" / "record.json").hyperparameters.get("shard")
     assert (shard == "fsdp2") == sharded
-    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    one, two = (load_file(tmp_path / name / ADAPTER) for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all((value - two[name]).abs().max() < 1e-4 for name, value in one.items())
 
 
 def test_a_sharded_half_precision_base_trains_float32_adapters_as_ddp_does(tmp_path, monkeypatch):
-    run = processes.with_options(processes.RUNS["llama"](tmp_path), "--dtype", "bf16")
+    run = llama(tmp_path).adding("--dtype bf16")
     run_all(run, tmp_path / "ddp")
     check_shards(monkeypatch)
-    run_all(processes.with_options(run, "--shard", "fsdp2"), tmp_path / "fsdp2")
+    run_all(run.adding("--shard fsdp2"), tmp_path / "fsdp2")
     # the same computations on the same rows in the same processes
     assert losses(tmp_path / "fsdp2") == pytest.approx(losses(tmp_path / "ddp"), abs=1e-6)
-
-
-@pytest.mark.parametrize("domain", ["roberta", "llama"])
-def test_a_lost_process_ends_a_sharded_run_which_goes_on_with_any_number(domain, tmp_path, monkeypatch):
-    run, cut = processes.RUNS[f"{domain}-fsdp2"](tmp_path), tmp_path / "cut"
-    kills.execute(run, tmp_path / "one").finished()
-    share = ExperimentTrainer.loss_share
-
-    def die(trainer):  # within a step, in which the other waits for shards or gradients
-        if trainer.args.process_index == 1 and trainer.state.global_step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return share(trainer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ExperimentTrainer, "loss_share", die)
-        ended = kills.together(run, cut, 2, alone=60)
-    assert ended[1].code == -signal.SIGKILL and ended[0].code == 2
-    assert "error: another process of this run died" in ended[0].output and "--resume" in ended[0].output
-    for count, shard in ((1, "fsdp2"), (2, "fsdp2"), (4, "fsdp2"), (2, "ddp")):
-        again = shutil.copytree(cut, tmp_path / f"{shard} on {count}")
-        first, *_ = run_all(processes.with_options(run, "--shard", shard), again, count, resume=True)
-        assert "resumed from checkpoint-" in first.output
-        assert losses(again) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
 @pytest.mark.parametrize(
     ("environment", "options", "told"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, (), "FSDP1 is not supported: add --fsdp_version 2"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "", "FSDP1 is not supported: add --fsdp_version 2"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
-            (),
+            "",
             "--fsdp_offload_params true is not supported",
         ),
-        ({}, ("--shard", "fsdp2", "--quantization", "nf4"), "--quantization nf4 cannot be sharded"),
+        ({}, "--shard fsdp2 --quantization nf4", "--quantization nf4 cannot be sharded"),
     ],
 )
-@pytest.mark.parametrize("domain", ["roberta", "llama"])
+@pytest.mark.parametrize("domain", SHARED)
 def test_what_cannot_be_sharded_is_refused(domain, environment, options, told, tmp_path, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    run = processes.with_options(processes.RUNS[domain](tmp_path), *options)
-    ended = kills.execute(run, tmp_path / "run")
-    assert ended.code == 2 and told in ended.output
+    run = SHARED[domain](tmp_path).adding(options)
+    assert told in execute(run, tmp_path / "run").refused()
     assert not (tmp_path / "run" / "record.json").exists()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.faults.inputs import a_record
+from scripts.tests.faults import a_record
 
 METHODS = ("control", "lora", "dora")
 PNG = b"\x89PNG\r\n\x1a\n"

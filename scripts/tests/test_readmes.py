@@ -5,11 +5,7 @@ call is then parsed by the script's own options, so that a renamed option or a v
 this process in its smallest form (smallest.py).
 """
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +15,7 @@ from control_experiments.record import read_json
 from control_experiments.training.arguments import parse_arguments
 from LlaMA.tests.conftest import data, model_folder, rows, tokenizer  # noqa: F401
 from RoBERTa.tests.conftest import encoders, write_glue  # noqa: F401
-from scripts.tests.smallest import ONLY_PARSED, SMALL, Inputs, Runner, import_script
+from scripts.tests.smallest import ONLY_PARSED, SMALL, Runner, import_script
 from ViT.tests.conftest import base_model, npz  # noqa: F401
 
 READMES = sorted(path for path in REPOSITORY.glob("*/README.md") if not path.parent.name.startswith("."))
@@ -29,12 +25,7 @@ RECIPES = read_json(RESULTS / "paper.json")["recipes"]
 ELSEWHERE = ("bash scripts/quickstart.sh", "bash scripts/test.sh", "pip install ", "python -m peft_control ", "transformers ",
              "apt ", "git ")  # fmt: skip
 #: Scripts that parse without a dataclass of options.
-ARGPARSE = ("download_models.py", "quickstart_table.py", "demo_task.py", "make_tables.py", "memory_mode_curves.py")
-NOTE = """#!{python}
-import json, os, sys
-with open(os.environ["CALLS"], "a") as file:
-    file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
-"""
+ARGPARSE = ("download_models.py", "quickstart_table.py", "demo_task.py")
 
 
 def commands() -> list:
@@ -68,29 +59,6 @@ def shown_by_scripts() -> list:
     return found
 
 
-@pytest.fixture
-def note(tmp_path):
-    """Runs a shell command with stand-ins for every interpreter; returns what they were asked to run."""
-    stubs, calls = tmp_path / "stubs", tmp_path / "calls"
-    stubs.mkdir()
-    for name in ("python", "python3", "torchrun", "accelerate"):
-        (stubs / name).write_text(NOTE.format(python=sys.executable))
-        (stubs / name).chmod(0o755)
-
-    def run(command: str, **variables: str) -> list[list[str]]:
-        calls.write_text("")
-        clean = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
-        environment = {**clean, "PATH": f"{stubs}:/usr/bin:/bin", "PYTHON": str(stubs / "python"), "CALLS": str(calls)}
-        done = subprocess.run(
-            ["bash", "-c", command.replace(".venv/bin/python", "python")], cwd=REPOSITORY, env={**environment, **variables},
-            capture_output=True, text=True, timeout=30,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in calls.read_text().splitlines()]
-
-    return run
-
-
 def script_and_arguments(call: list[str]) -> tuple[Path, list[str]]:
     """The Python script of a call of python, torchrun or accelerate launch, and what is passed on to it."""
     place = call.index("-m") + 1
@@ -114,17 +82,17 @@ def runner(tmp_path_factory, encoders, data, model_folder, base_model, npz):  # 
     for folder in ("CoLA", "RTE", "MNLI"):
         write_glue(glue, folder)
     vit = f"--data {npz} --model {base_model} --architecture test_vit --image_size 32"
-    inputs = Inputs(encoders["roberta"], glue, model_folder, data, npz, vit)
-    return Runner(inputs, tmp_path_factory.mktemp("commands"))
+    inputs = {"encoder": encoders["roberta"], "glue": glue, "llama": model_folder, "questions": data, "images": npz, "vit": vit}
+    return Runner(tmp_path_factory.mktemp("commands"), **inputs)
 
 
 @pytest.mark.parametrize("command", [*commands(), *shown_by_scripts()])
-def test_commands_run_in_their_smallest_form(command, note, runner):
+def test_commands_run_in_their_smallest_form(command, noted, runner):
     """Each is parsed as it stands; then the script runs here, small. ONLY_PARSED says which do not, and why.
 
     What torchrun and accelerate start runs as one process; the domains' tests run it as several.
     """
-    calls = note(command)
+    calls = noted(command.replace(".venv/bin/python", "python"))
     assert calls, "nothing was run"
     for call in calls:
         path, arguments = script_and_arguments(call)
@@ -173,8 +141,8 @@ def assert_recipe(options, recipe: dict, ours: tuple[str, ...] = ()) -> None:
         ("qcontrol", "QControl/run_roberta_quantization.sh {method} rte 320 4e-4 0", None),
     ],
 )
-def test_defaults_are_the_papers(domain, command, own, method, note):
-    (call,) = note(f"bash {command.format(method=method)}")
+def test_defaults_are_the_papers(domain, command, own, method, noted):
+    (call,) = noted(f"bash {command.format(method=method)}")
     options, recipe = parsed(call), RECIPES[domain]
     if domain == "qcontrol":
         recipe = {**RECIPES["roberta"], **recipe["rte"], "batch_size": recipe["batch_size"]}
@@ -190,8 +158,8 @@ def test_roberta_adapts_query_and_value():
 
 @pytest.mark.parametrize("base", ["llama2_7B", "llama3_8B"])
 @pytest.mark.parametrize(("launcher", "method"), [("Control+LoRA", "control+lora"), ("DoubleControl", "double control")])
-def test_llama_defaults_are_the_papers(base, launcher, method, note):
-    train, evaluate = note(f"bash LlaMA/{base}_{launcher}.sh 64 32 64 OUT 0")
+def test_llama_defaults_are_the_papers(base, launcher, method, noted):
+    train, evaluate = noted(f"bash LlaMA/{base}_{launcher}.sh 64 32 64 OUT 0")
     recipe = {**RECIPES["llama"], **RECIPES[base]}
     if method == "control+lora":
         recipe["batch_size"] = recipe.get("batch_size_control_lora", recipe["batch_size"])
@@ -201,7 +169,7 @@ def test_llama_defaults_are_the_papers(base, launcher, method, note):
     answers = parsed(evaluate)
     assert_recipe(answers, {name: recipe[name] for name in ("model", "beams", "max_new_tokens", "control_rank", "lora_rank")})
     assert (answers.adapter, answers.method) == ("OUT/adapter", method)
-    (call,) = note(f'bash LlaMA/{base}_Evaluate.sh 64 32 64 OUT 0 "{method}"')
+    (call,) = noted(f'bash LlaMA/{base}_Evaluate.sh 64 32 64 OUT 0 "{method}"')
     assert parsed(call) == answers
 
 
@@ -220,7 +188,7 @@ def test_rerun_scripts_start_from_the_papers_recipes():
         assert float(default(table, name)) == value
 
 
-def test_every_launcher_variable_can_be_set_from_outside_and_reaches_the_script(note):
+def test_every_launcher_variable_can_be_set_from_outside_and_reaches_the_script(noted):
     for launcher, arguments, options_of in (
         ("RoBERTa/run_roberta.sh", "control cola", {"BATCH_SIZE": "batch_size", "CONTROL_RANK": "control_rank", "LORA_ALPHA": "lora_alpha", "WARMUP_RATIO": "warmup_ratio", "SEED": "seed"}),
         ("ViT/run_ViT.sh", "control 0", {"EPOCHS": "epochs", "BATCH": "batch_size", "MLP_LAYERS": "mlp_layers", "LORA_RANK": "lora_rank"}),
@@ -229,6 +197,6 @@ def test_every_launcher_variable_can_be_set_from_outside_and_reaches_the_script(
         variables = {name: str(number) for number, name in enumerate(options_of, 2)}
         if "WARMUP_RATIO" in variables:
             variables["WARMUP_RATIO"] = "0.5"
-        options = parsed(note(f"bash {launcher} {arguments}", **variables)[0])
+        options = parsed(noted(f"bash {launcher} {arguments}", **variables)[0])
         for name, option in options_of.items():
             assert float(getattr(options, option)) == float(variables[name]), name

@@ -80,8 +80,8 @@ def test_scaling_is_drawn_as_bars_of_whole_gpus():
     figure = pictures.scaling([*cells, failed], "title")
     left, right = figure.axes
     widths = [[bar.get_width() for bar in axes.patches] for axes in (left, right)]
-    assert widths == [[100.0, 25.0], [2.0, 2.0]]
-    assert [text.get_text() for text in left.texts] == ["", "25 %"]
+    assert widths == [[25.0, 100.0], [2.0, 2.0]]  # from below
+    assert [text.get_text() for text in left.texts] == ["25 %", ""]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["1 GPU", "4 GPUs"]
 
 

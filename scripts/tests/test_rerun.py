@@ -1,7 +1,4 @@
-"""rerun_*.sh with an interpreter that writes a record instead of training.
-
-What the launchers start, rerun.py, mostly runs in the tests' own process, which spares it the imports.
-"""
+"""rerun_*.sh with an interpreter that writes a record instead of training."""
 
 import json
 import os
@@ -10,25 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from unittest.mock import patch
 
 import pytest
 
-from control_experiments.errors import run_main
 from control_experiments.paths import REPOSITORY
-from RoBERTa.tests.conftest import write_glue
-from scripts import rerun
 
 # Runs rerun.py for real; instead of a training it notes the call and writes a record with the learning rate's score.
 INTERPRETER = """#!{python}
 import json, os, sys, time
 arguments = sys.argv[1:]
 if arguments[:2] == ["-m", "scripts.rerun"]:
-    if "NOTED" not in os.environ:
-        os.execv({python!r}, [{python!r}, *arguments])
-    with open(os.environ.pop("NOTED"), "w") as file:
-        json.dump({{"arguments": arguments[1:], "environment": dict(os.environ)}}, file)
-    sys.exit()
+    os.execv({python!r}, [{python!r}, *arguments])
 module, value = arguments[1], dict(zip(arguments[2:], arguments[3:]))
 noted = {{name: os.environ.get(name) for name in ("SEED", "DATA", "CUDA_VISIBLE_DEVICES")}}
 with open(os.environ["CALLS"], "a") as file:
@@ -60,13 +49,11 @@ ONE = ("--seeds", "1", "--gpus", "cpu")
 
 
 class Reruns:
-    def __init__(self, root, capfd):
-        self.capfd = capfd
-        self.root, self.results, self.calls_file = root, root / "results", root / "calls"
-        self.interpreter = root / "fake-python"
-        self.interpreter.write_text(INTERPRETER.format(python=sys.executable))
-        self.interpreter.chmod(0o755)
-        self.environment = {**os.environ, "PYTHON": str(self.interpreter), "CALLS": str(self.calls_file)}
+    def __init__(self, root):
+        self.results, self.calls_file, interpreter = root / "results", root / "calls", root / "fake-python"
+        interpreter.write_text(INTERPRETER.format(python=sys.executable))
+        interpreter.chmod(0o755)
+        self.environment = {**os.environ, "PYTHON": str(interpreter), "CALLS": str(self.calls_file)}
         for name in ("MODEL", "DATA", "EPOCHS", "LR", "CUDA_VISIBLE_DEVICES"):
             self.environment.pop(name, None)
 
@@ -75,26 +62,6 @@ class Reruns:
         return ["bash", str(launcher), "--results", str(self.results), *arguments]
 
     def run(self, table, *arguments, **environment):
-        """The launcher in a process, then what it asks of rerun.py in this one."""
-        self.calls_file.write_text("")
-        noted = self.root / "noted"
-        variables = {**self.environment, **environment, "NOTED": str(noted)}
-        piped = dict(env=variables, check=True, capture_output=True, text=True, timeout=100)
-        launcher = subprocess.run(self.command(table, *arguments), **piped)
-        asked = json.loads(noted.read_text())
-        self.capfd.readouterr()
-        with (
-            patch.dict(os.environ, asked["environment"], clear=True),
-            patch.object(sys, "argv", asked["arguments"]),
-            pytest.raises(SystemExit) as stop,
-        ):
-            run_main(rerun.main)
-        printed = self.capfd.readouterr()
-        out, err = launcher.stdout + printed.out, launcher.stderr + printed.err
-        return subprocess.CompletedProcess(launcher.args, stop.value.code, out, err)
-
-    def run_for_real(self, table, *arguments, **environment):
-        """All of it in processes."""
         self.calls_file.write_text("")
         piped = dict(env={**self.environment, **environment}, capture_output=True, text=True, timeout=100)
         return subprocess.run(self.command(table, *arguments), **piped)
@@ -105,9 +72,8 @@ class Reruns:
 
 
 @pytest.fixture
-def reruns(tmp_path, capfd, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return Reruns(tmp_path, capfd)
+def reruns(tmp_path):
+    return Reruns(tmp_path)
 
 
 def option(call, name):
@@ -116,7 +82,7 @@ def option(call, name):
 
 def test_a_table_is_run_cell_by_cell_and_then_skipped(reruns):
     glue = ("glue", "--tasks", "rte", "wnli", "--methods", "lora", "--seeds", "1", "2", "--gpus", "cpu")
-    done = reruns.run_for_real(*glue)
+    done = reruns.run(*glue)
     assert done.returncode == 0, done.stderr
     cells = [(option(c, "--task"), option(c, "--method"), c["SEED"]) for c in reruns.calls]
     assert sorted(cells) == [(task, "lora", seed) for task in ("rte", "wnli") for seed in "12"]
@@ -132,7 +98,7 @@ def test_cells_go_to_all_gpus_one_at_a_time_on_each(reruns):
 
 
 def test_a_failed_cell_is_listed_at_the_end_and_stops_no_other(reruns):
-    done = reruns.run_for_real("glue", "--tasks", "rte", "--seeds", "1", "--gpus", "cpu", FAKE_FAIL="lora")
+    done = reruns.run("glue", "--tasks", "rte", "--seeds", "1", "--gpus", "cpu", FAKE_FAIL="lora")
     assert done.returncode == 1
     assert [option(c, "--method") for c in reruns.calls] == ["control", "lora", "dora"]
     (line,) = done.stderr.splitlines()
@@ -158,7 +124,6 @@ SMOL = ("commonsense", "--tasks", "smollm2", "--methods", "lora", *ONE)
     ("table", "changed", "message"),
     [
         (GLUE, {"EPOCHS": "7"}, "has epochs 80, not 7"),
-        (GLUE, {"LORA_RANK": "4"}, "has lora_rank 8, not 4"),
         (("quantized", *GLUE[1:]), {"BATCH_SIZE": "32"}, "has batch_size 256, not 32"),
         (VIT, {"CONTROL_RANK": "4"}, "has control_rank 16, not 4"),
         (LLAMA, {"LR": "3e-3"}, "has lr 1e-4, not 3e-3"),
@@ -179,9 +144,7 @@ def test_a_finished_run_with_other_settings_does_not_count(reruns, table, change
     assert done.returncode == 1 and message in done.stderr and not reruns.calls, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("table", "name", "value"), [(GLUE, "method", "dora"), (GLUE, "task", "cola"), (GLUE, "seed", 2), (LLAMA, "method", "lora")]
-)
+@pytest.mark.parametrize(("table", "name", "value"), [(GLUE, "task", "cola"), (GLUE, "seed", 2), (LLAMA, "method", "lora")])
 def test_another_runs_record_in_a_cells_folder_does_not_count(reruns, table, name, value):
     reruns.run(*table)
     (path,) = [path for path in reruns.results.rglob("record.json") if path.parent.name != "evaluation"]
@@ -215,22 +178,6 @@ def test_interrupting_ends_the_running_cells_and_starts_no_other(reruns, number,
             os.kill(call["pid"], 0)
 
 
-def test_each_methods_learning_rate_is_chosen_on_training_data_only(reruns, tmp_path):
-    data = str(write_glue(tmp_path / "glue", "RTE"))
-    asked = ("--tasks", "rte", "--methods", "control", "lora", *ONE, "--grid", "1e-4", "1e-3", "1e-2")
-    done = reruns.run("glue", *asked, DATA=data, FAKE_SECONDS="0")
-    assert done.returncode == 0, done.stderr
-    search, final = reruns.calls[:6], reruns.calls[6:]
-    assert all(option(c, "--validation_share") == "0.1" for c in search) and {c["SEED"] for c in search} == {"0"}
-    assert all("--validation_share" not in c["arguments"] for c in final)
-    chosen = [(option(c, "--method"), option(c, "--lr"), c["DATA"]) for c in final]
-    assert chosen == [("control", "1e-3", data), ("lora", "1e-3", data)]
-    (written,) = (reruns.results / "roberta" / "learning_rate_search").glob("*.json")
-    rates = json.loads(written.read_text())["rates"]
-    assert [rate["chosen"] for rate in rates] == ["1e-3", "1e-3"]
-    assert set(rates[0]["scores"]) == {"1e-4", "1e-3", "1e-2"}
-
-
 @pytest.mark.parametrize(
     ("table", "arguments", "environment", "wanted"),
     [
@@ -245,8 +192,6 @@ def test_each_methods_learning_rate_is_chosen_on_training_data_only(reruns, tmp_
         ("quantized", ("--methods", "dora", "--seeds", "1"), {},
          r"SEED=1 bash QControl/run_roberta_quantization.sh dora rte 320 4e-4 {gpu} --output_dir \S+/qcontrol/\S+ --resume"),
         ("memory", ("--tasks", "vit", "--seeds", "2"), {}, r"bash scripts/table_vit_memory.sh {gpu} --output \S+/memory/repeat2/published_vit"),
-        ("memory", ("--tasks", "roberta-base", "--seeds", "1"), {},
-         r"CUDA_VISIBLE_DEVICES={gpu} \S+ -m scripts.bench_memory --shape roberta-base --batch 64 --tokens 128 --output \S+/memory"),
         ("memory", ("--tasks", "llama3-8b-profile", "--seeds", "1"), {},
          r"\S+ \S+ -m scripts.bench_memory --shape llama3-8b .* --profile --output \S+ --methods lora\+liger control:fast .*"),
         ("memory", ("--tasks", "vit-b16", "--seeds", "2"), {},
@@ -272,17 +217,13 @@ def test_dry_runs_print_the_calls(reruns, table, arguments, environment, wanted)
     ("table", "arguments", "message"),
     [
         ("glue", ("--tasks", "nope"), "has no 'nope': choose from cola"),
-        ("glue", ("--methods", "nope"), "has no method 'nope'"),
         ("glue", ("--methods", "control+dora"), "has no method 'control+dora': choose from control, lora, dora"),
-        ("glue", ("--grid", "fast"), "--grid must be a number"),
         ("commonsense", ("--tasks", "qwen0.5b"), "qwen0.5b needs MODEL=FOLDER"),
-        ("vit", ("--grid", "1e-3"), "--grid is for the glue table"),
         ("glue", ("--gpus", "x"), "--gpus takes indices or cpu"),
         ("memory", ("--nonsense",), "--nonsense"),
     ],
 )
 def test_bad_arguments_are_one_line(reruns, table, arguments, message):
-    run = reruns.run_for_real if table == "memory" else reruns.run
-    done = run(table, *arguments)
+    done = reruns.run(table, *arguments)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert not reruns.results.exists()

@@ -7,7 +7,6 @@ LoRA and DoRA parts are merged.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import json
@@ -25,6 +24,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import PeftType, load_peft_weights
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
+from .command_line import parse_export, refuse
 from .config import ControlConfig
 from .control_layer import ControlLayer
 from .model_card import AUTO_CLASSES, PAPER
@@ -229,16 +229,10 @@ model = {auto}.from_pretrained("this folder", trust_remote_code=True)
 
 def main(arguments: list[str]) -> None:
     """The command line; what is wrong ends in one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser("python -m peft_control export", description=(export.__doc__ or "").split("\n")[0])
-    parser.add_argument("adapter", help="folder or hub id of a control adapter")
-    parser.add_argument("out", help="new folder")
-    parser.add_argument("--base", help="folder or hub id of the base; default: the one that the adapter names")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    options = parser.parse_args(arguments)
+    options = parse_export(arguments)
     transformers.logging.set_verbosity_error()
     try:
         model = export(**vars(options))
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        refuse(str(error))
     print(f"{options.out}: {type(model).__name__}; its README.md says how to load it")

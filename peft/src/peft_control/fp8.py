@@ -11,7 +11,8 @@ products of one stored weight, forward and input gradient:
 
 A product is summed in float32 and rounded once, to bfloat16, whatever the type of the layer's input. On GPUs that have FP8
 it runs in ``torch._scaled_mm``; elsewhere it is emulated, with the same rounding and slowly. Source of the number formats:
-"FP8 Formats for Deep Learning", arXiv 2209.05433.
+"FP8 Formats for Deep Learning", arXiv 2209.05433. Experts of a mixture are stored so, but multiply in 16 bits:
+:mod:`.fp8_experts`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .architectures import find_layers
-from .fp8_kernels import has_fp8, quantize_rows, transposed
+from .fp8_experts import Fp8Experts, InFp8, frozen, is_experts, quantized
+from .fp8_kernels import compute_dtype, dequantize_rows, has_fp8, quantize_rows, transposed
 
 METHOD = "fp8_rowwise"  # "fp8" is transformers' own, with scales of blocks
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -40,12 +42,6 @@ _MULTIPLE = 16  # of the widths that torch._scaled_mm takes
 
 
 # -- arithmetic -------------------------------------------------------------------------------------------------
-
-
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which a linear layer works on ``x``: autocast's, if that is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _product(rows, scales, weight, weight_scales, bias, dtype):
@@ -92,7 +88,7 @@ def _warn_once(message):
 # -- layers -----------------------------------------------------------------------------------------------------
 
 
-class Fp8Linear(nn.Linear):
+class Fp8Linear(InFp8, nn.Linear):
     """A frozen linear layer with an e4m3 weight.
 
     Attributes:
@@ -105,9 +101,9 @@ class Fp8Linear(nn.Linear):
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, gradients="e4m3"):
         super(nn.Linear, self).__init__()
         self.in_features, self.out_features, self.gradients = in_features, out_features, gradients
-        self.weight = _frozen(torch.empty(out_features, in_features, dtype=torch.uint8, device=device))
-        self.weight_scale = _frozen(torch.empty(out_features, 1, dtype=torch.float32, device=device))
-        self.bias = _frozen(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.weight = frozen(torch.empty(out_features, in_features, dtype=torch.uint8, device=device))
+        self.weight_scale = frozen(torch.empty(out_features, 1, dtype=torch.float32, device=device))
+        self.bias = frozen(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
     def of(cls, linear: nn.Linear, gradients: str = "e4m3") -> Fp8Linear:
@@ -115,9 +111,9 @@ class Fp8Linear(nn.Linear):
         weight, bias = linear.weight, linear.bias
         new = cls(*weight.shape[::-1], bias=False, device="meta", gradients=gradients)
         if bias is not None:
-            new.bias = _frozen(bias.detach())
+            new.bias = frozen(bias.detach())
         if not weight.is_meta:
-            new.weight, new.weight_scale = _stored(weight)
+            new.weight, new.weight_scale = quantized(weight)
         return new.train(linear.training)
 
     @property
@@ -127,7 +123,7 @@ class Fp8Linear(nn.Linear):
 
     def dequantize(self) -> torch.Tensor:
         """The weight ``(out, in)`` in bfloat16, which holds it exactly."""
-        return (self.weight.view(_WEIGHT).float() * self.weight_scale.float()).to(torch.bfloat16)
+        return dequantize_rows(self.weight, self.weight_scale)
 
     def of_rows(self, rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The layer's output ``(rows, out)`` in ``dtype`` for rows of :func:`quantize_rows`, which layers may share."""
@@ -143,17 +139,12 @@ class Fp8Linear(nn.Linear):
         return _product(rows, scales, self.weight, None, None, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Output.apply(x, self, self.weight, self.weight_scale)  # both as arguments: autograd saves them
+        # both weights as arguments: autograd saves them; the views outside: an output may be changed in place
+        rows = _Output.apply(x.reshape(-1, x.shape[-1]), self, self.weight, self.weight_scale)
+        return rows.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gradients={self.gradients}"
-
-    def _apply(self, fn, recurse=True):
-        scale = self.weight_scale.data
-        super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:  # it was cast, and float16 does not hold small ones
-            self.weight_scale.data = scale.to(self.weight_scale.device)
-        return self
 
 
 class _Output(torch.autograd.Function):
@@ -161,17 +152,15 @@ class _Output(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, linear, weight, weight_scale):
-        ctx.gradients, ctx.dtype, ctx.shape = linear.gradients, x.dtype, x.shape
+        ctx.gradients, ctx.dtype = linear.gradients, x.dtype
         ctx.save_for_backward(weight, weight_scale)
         dtype = compute_dtype(x)
-        rows, scales = quantize_rows(x.to(dtype).reshape(-1, x.shape[-1]))
-        return linear.of_rows(rows, scales, dtype).view(*x.shape[:-1], linear.out_features)
+        return linear.of_rows(*quantize_rows(x.to(dtype)), dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        dx = _input_gradient(dy.reshape(-1, dy.shape[-1]), *ctx.saved_tensors, ctx.gradients)
-        return dx.to(ctx.dtype).view(ctx.shape), None, None, None
+        return _input_gradient(dy, *ctx.saved_tensors, ctx.gradients).to(ctx.dtype), None, None, None
 
 
 def _input_gradient(dy, weight, weight_scale, gradients):
@@ -179,22 +168,15 @@ def _input_gradient(dy, weight, weight_scale, gradients):
     return _product(rows, scales, weight, None, None, dy.dtype)
 
 
-def _frozen(tensor):
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-def _stored(weight):
-    q, scale = quantize_rows(weight.detach())
-    return _frozen(q.view(torch.uint8)), _frozen(scale)
-
-
 # -- models -----------------------------------------------------------------------------------------------------
 
 
 def quantize_fp8(model: nn.Module, keep_last: float = 0.0, gradients: str = "e4m3") -> nn.Module:
-    """Replace the frozen linear layers of the transformer layers by :class:`Fp8Linear`, one after the other, in place.
+    """Replace the frozen linear layers of the transformer layers by :class:`Fp8Linear` and their experts by
+    :class:`Fp8Experts`, one after the other, in place.
 
-    Embeddings, norms, heads and everything of an adapter stay as they are; below LoRA the layer that it adapts is replaced.
+    Embeddings, norms, routers, heads and everything of an adapter stay as they are; below LoRA the linear layer that it adapts
+    is replaced, the experts that it adapts are not.
 
     Args:
         model: of an architecture that Control knows, with an adapter or before it gets one.
@@ -209,33 +191,28 @@ def quantize_fp8(model: nn.Module, keep_last: float = 0.0, gradients: str = "e4m
             f"FP8 takes keep_last from 0 to 1 and gradients {' or '.join(FORMATS)}, got {keep_last} and {gradients!r}"
         )
     layers = [layer for layer, _ in find_layers(model).values()]
-    if not any(isinstance(module, nn.Linear) for layer in layers for module in layer.modules()):
-        raise ValueError(f"{type(layers[0]).__name__} has no nn.Linear, which is what FP8 replaces")
-    if any(_is_experts(module) for layer in layers for module in layer.modules()):
-        _warn_once("FP8 replaces nn.Linear: experts are 3-D tensors, which stay as they are")
+    if not any(isinstance(module, nn.Linear) or is_experts(module) for layer in layers for module in layer.modules()):
+        raise ValueError(f"{type(layers[0]).__name__} has no nn.Linear and no experts, which is what FP8 replaces")
     for layer in layers[: len(layers) - round(keep_last * len(layers))]:
-        for parent, name, linear in list(_linears(layer)):
-            parent._modules[name] = Fp8Linear.of(linear, gradients)
+        for parent, name in list(_replaced(layer)):
+            child = parent._modules[name]
+            parent._modules[name] = Fp8Experts.of(child) if is_experts(child) else Fp8Linear.of(child, gradients)
     return model
 
 
-def _fp8_linears(model: nn.Module) -> list[Fp8Linear]:
-    return [module for module in model.modules() if isinstance(module, Fp8Linear)]
+def _in_fp8(model: nn.Module) -> list[InFp8]:
+    return [module for module in model.modules() if isinstance(module, InFp8)]
 
 
-def _is_experts(module):
-    of_torch = type(module).__module__.startswith("torch.")
-    return not of_torch and any(p is not None and p.dim() == 3 for p in module._parameters.values())
-
-
-def _linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+def _replaced(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    adapts = isinstance(module, BaseTunerLayer)
     for name, child in module.named_children():
-        if isinstance(module, BaseTunerLayer) and name != "base_layer":
+        if adapts and name != "base_layer":
             continue
-        if type(child) is nn.Linear:
-            yield module, name, child
+        if type(child) is nn.Linear or (is_experts(child) and not adapts):
+            yield module, name
         elif not isinstance(child, AuxiliaryTrainingWrapper):
-            yield from _linears(child)
+            yield from _replaced(child)
 
 
 @register_quantization_config(METHOD)
@@ -249,7 +226,7 @@ class Fp8Config(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class Fp8Quantizer(HfQuantizer):
-    """Loads models into :class:`Fp8Linear`, and those that were saved so."""
+    """Loads models into :class:`Fp8Linear` and :class:`Fp8Experts`, and those that were saved so."""
 
     is_trainable = True
     is_compileable = True
@@ -257,7 +234,7 @@ class Fp8Quantizer(HfQuantizer):
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         module, name = get_module_from_name(model, param_name)
-        return not self.pre_quantized and isinstance(module, Fp8Linear) and name == "weight"
+        return not self.pre_quantized and isinstance(module, InFp8) and name in module.stored
 
     def get_quantize_ops(self):
         return _Quantize()
@@ -268,12 +245,13 @@ class Fp8Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, **kwargs):
         quantize_fp8(model, self.quantization_config.keep_last, self.quantization_config.gradients)
         if not self.pre_quantized:
-            for module in _fp8_linears(model):  # transformers 5.17 casts to this type before it quantizes
-                module.weight.data = module.weight.data.float()
+            for module in _in_fp8(model):  # transformers 5.17 casts to this type before it quantizes
+                for name in module.stored:
+                    module._parameters[name].data = module._parameters[name].data.float()
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        for module in _fp8_linears(model):
+        for module in _in_fp8(model):
             module.requires_grad_(False)
         return model
 
@@ -281,5 +259,5 @@ class Fp8Quantizer(HfQuantizer):
 class _Quantize(ConversionOps):
     def convert(self, input_dict, **kwargs):
         ((name, weight),) = input_dict.items()
-        stored = _stored(weight[0] if isinstance(weight, list) else weight)
+        stored = quantized(weight[0] if isinstance(weight, list) else weight)
         return dict(zip((name, f"{name}_scale"), stored, strict=True))

@@ -1,4 +1,4 @@
-"""What FP8 needs beside its matmuls, each in one pass over memory: rows quantized, and bytes transposed.
+"""What FP8 needs beside its matmuls, each in one pass over memory: rows quantized and dequantized, bytes transposed.
 
 Every function has a pure torch path (CPU, and the reference for tests) and, on GPUs that have FP8 and where Triton is
 installed, a kernel that gives the same bits.
@@ -18,6 +18,12 @@ except ImportError:  # CPU-only and Windows builds of torch
     triton = None
 
 _SMALLEST = 2.0**-100  # a row below it is quantized as if it reached it, so that scales stay normal numbers
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a linear layer works on ``x``: autocast's, if that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @functools.cache
@@ -60,6 +66,17 @@ def quantize_rows(
     return (wide * scale.reciprocal().to(wide.dtype)).to(dtype), scale
 
 
+def dequantize_rows(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """What e4m3's bytes ``(..., rows, width)`` stand for, with a scale for each row; bfloat16 and float32 hold it exactly."""
+    if uses_kernels(weight):
+        weight, scale = weight.contiguous(), scale.contiguous()
+        wide, width = torch.empty_like(weight, dtype=dtype), weight.shape[-1]
+        _dequantize_rows_kernel[(weight.numel() // width,)](weight, scale, wide, width, **row_launch(width, None))
+        return wide
+    wide = weight.view(torch.float8_e4m3fn).to(dtype)
+    return wide.mul_(scale.view(*weight.shape[:-1], 1).to(torch.float32 if dtype == torch.float16 else dtype))
+
+
 def transposed(weight: torch.Tensor) -> torch.Tensor:
     """A copy ``(columns, rows)`` of bytes ``(rows, columns)``."""
     if not uses_kernels(weight):
@@ -77,10 +94,11 @@ def empty_rows(x: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.T
     return q, torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
 
 
-def row_launch(width: int, dtype: torch.dtype = torch.float8_e4m3fn) -> dict[str, int]:
-    """Settings of one program a row."""
+def row_launch(width: int, dtype: torch.dtype | None = torch.float8_e4m3fn) -> dict[str, int]:
+    """Settings of one program a row, which quantizes to ``dtype`` if that is given."""
     block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "EXPONENT": exponent_of(dtype), "num_warps": min(max(block // 512, 1), 32)}
+    quantizes = {} if dtype is None else {"EXPONENT": exponent_of(dtype)}
+    return {"BLOCK": block, **quantizes, "num_warps": min(max(block // 512, 1), 32)}
 
 
 def exponent_of(dtype: torch.dtype) -> int:
@@ -119,6 +137,14 @@ if triton is not None:
             value *= tl.load(columns + column, mask=mask, other=0.0)
         factor = factor_of(tl.max(magnitude(value)), scale + row, EXPONENT)
         tl.store(q + row * width + column, (value * factor).to(q.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _dequantize_rows_kernel(q, scale, y, width, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        mask = column < width
+        value = tl.load(q + row * width + column, mask=mask, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        tl.store(y + row * width + column, (value * tl.load(scale + row)).to(y.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _transpose_kernel(x, y, rows, columns, TILE: tl.constexpr):

@@ -74,7 +74,7 @@ def _describe(config: ControlConfig) -> str:
 ## How to load it
 
 ```bash
-pip install peft-control
+pip install ./peft  # from a copy of the Parallel Control repository
 ```
 
 ```python

@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from . import statistics as rules
-from .records import UNQUANTIZED, Paper
+from .records import UNQUANTIZED, Paper, beside_published
 from .statistics import CONTRADICTED, NOT_DECIDED, NOT_TESTED, REPEATS, SUPPORTED, Pool, Test
 from .tables import environment, linked
 
@@ -40,11 +40,10 @@ class Claim:
     @property
     def verdict(self) -> str:
         """Of its pools, else of its tests: contradicted by one, supported only if all that have an interval support it."""
-        verdicts = {one.verdict for one in self.pools or self.tests if one.interval is not None}
-        if not self.pools and not self.tests:
+        if not (judging := self.pools or self.tests):
             return NOT_TESTED
-        decided = SUPPORTED if verdicts == {SUPPORTED} else NOT_DECIDED
-        return CONTRADICTED if CONTRADICTED in verdicts else decided
+        verdicts = {one.verdict for one in judging if one.interval is not None}
+        return CONTRADICTED if CONTRADICTED in verdicts else SUPPORTED if verdicts == {SUPPORTED} else NOT_DECIDED
 
     @property
     def tally(self) -> str:
@@ -55,79 +54,79 @@ class Claim:
 
 def judge(frame: pd.DataFrame, paper: Paper) -> list[Claim]:
     """Every claim with all tests that the records allow."""
-    claims = []
+    claims, frame = [], beside_published(frame, paper)
     for domain, about in SPECIFICATIONS["domains"].items():
         for quantity, specification in SPECIFICATIONS["quantities"].items():
-            tests = list(_run_tests(frame, domain, about["methods"], specification["test"]))
+            tests = list(_run_tests(frame, domain, about["methods"], **specification["test"]))
             statement = f"{about['title']}: {specification['says']}"
             claim = Claim(f"{domain}-{quantity}", statement, "the paper", about["command"], tests, domain)
             models = {test.what.partition(",")[0] for test in tests}
             far = "; not the paper's scale" if models and not models & set(about["models"]) else ""
             claim.scope = ", ".join(sorted(models)) + far
-            claim.pools = _pools(tests) if quantity == "quality" else []
             claim.published = _published(paper, about["paper"], quantity, specification["published"])
+            if quantity == "quality":  # a pool for each model and baseline: all its tasks
+                pools: dict[str, list[Test]] = {}
+                for test in tests:
+                    where, _, what = test.what.partition(": ")
+                    pools.setdefault(f"{where.rpartition(', ')[0]}, all tasks: {what}", []).append(test)
+                claim.pools = list(itertools.starmap(Pool, pools.items()))
             claims.append(claim)
     for specification in SPECIFICATIONS["claims"]:
         tests = [test for one in specification["tests"] for test in _measured(frame, **one)]
-        claim = Claim(**specification | {"tests": tests})
         scope = list(dict.fromkeys(test.what.partition(",")[0].partition(":")[0] for test in tests))
-        if scope and "DoRA" in claim.statement and not any(test.what.endswith("dora") for test in tests):
+        if scope and "DoRA" in specification["statement"] and not any(test.what.endswith("dora") for test in tests):
             scope.append("no record of DoRA yet")
-        claim.scope = ", ".join(scope)
-        claims.append(claim)
+        claims.append(Claim(**specification | {"tests": tests, "scope": ", ".join(scope)}))
     return claims
 
 
 # -- tests ----------------------------------------------------------------------------------------------------
 
 
-def _run_tests(frame: pd.DataFrame, domain: str, methods: Sequence[str], test: dict) -> Iterable[Test]:
+def _run_tests(frame: pd.DataFrame, domain: str, methods: Sequence[str], column: str, **test) -> Iterable[Test]:
     """Each control row against each baseline row that was run alike (with or without graphs), without memory modes."""
-    runs = frame[(frame.kind == "run") & (frame.domain == domain) & frame.usable]
+    runs = frame[(frame.kind == "run") & (frame.domain == domain) & frame.usable & frame[column].notna()]
     runs = runs[~runs.section.str.endswith(UNQUANTIZED)]  # there for comparison, not what QControl claims
-    runs = runs[runs[test["column"]].notna()]
     for (section, task), group in runs.groupby(["section", "task"]):
         rows = {label: part.set_index(part.seed.astype(int)) for label, part in group.groupby("row")}
         how = {label: label.split(", ")[1:] for label in rows}
         first = {label: part.method.iloc[0] for label, part in rows.items()}
-        alike = [label for label in rows if first[label] in methods and how[label] in ([], ["graphs"])]
-        for control in alike:
-            for baseline in sorted(rows, key=lambda label: first[label] != "lora"):
-                if first[baseline] in BASELINES and how[baseline] == how[control]:
-                    pair = {control: rows[control], baseline: rows[baseline]}
-                    yield from _pair(f"{section}, {task}", pair, task=task, **test)
+        baselines = sorted((label for label in rows if first[label] in BASELINES), key=lambda label: first[label] != "lora")
+        for control in (label for label in rows if first[label] in methods and how[label] in ([], ["graphs"])):
+            for baseline in (label for label in baselines if how[label] == how[control]):
+                pair = {control: rows[control], baseline: rows[baseline]}
+                yield from _pair(f"{section}, {task}", pair, column, task=task, **test)
 
 
 def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", against: Sequence[str] = (), best: str = "",
               bound: float | str | None = None, what: str = "", **test) -> Iterable[Test]:  # fmt: skip
     """Tests on measurements, section by section, as claims.yaml describes them."""
     found = frame.query(where, engine="python")
-    found = found[found[column].notna()] if column in found else found[:0]
+    found = found[found[column].notna()].sort_values(["task", "tokens"], kind="stable") if column in found else found[:0]
+    # both methods of a pair come from one file
+    repeats = found.links.map(lambda links: links[0][1]) + found.repeat.fillna(0).map(" {:.0f}".format)
     if bound is not None:
-        for _, group in found.groupby(["section", "row", "processes"], dropna=False, sort=False):
+        for _, group in found.groupby(["section", "row", "processes", "limit_gib"], dropna=False, sort=False):
             limits = group[bound] if isinstance(bound, str) else [bound] * len(group)
-            pairs = {links[0][1]: values for links, *values in zip(group.links, group[column], limits)}
-            links = [(str(number), file) for number, file in enumerate(pairs, 1)]
-            name = f"{group.section.iloc[0]}: {what.format(**group.iloc[0])}"
-            made = Test(name, pairs, links=links, **test)
+            pairs = {repeat: values for repeat, *values in zip(repeats[group.index], group[column], limits)}
+            files = dict.fromkeys(file for links in group.links for _, file in links)
+            links = [(str(number), file) for number, file in enumerate(files, 1)]
+            made = Test(f"{group.section.iloc[0]}: {what.format(**group.iloc[0])}", pairs, links=links, **test)
             if made.rule == "share":
                 made.known = rules.share_interval(group.questions, group.answers_agree, bound)
             yield made
         return
     found = found[found[column] != 0]  # on a CPU memory is not measured: zero
     for section, group in found.groupby("section", sort=False):
-        # both methods of a pair come from one file
-        repeats = group.links.map(lambda links: links[0][1]) + group.repeat.fillna(0).map(" {:.0f}".format)
         rows = {label: part.set_index(repeats[part.index]) for label, part in group.groupby("row")}
         if best and len(rivals := group.query(best, engine="python")):
             against = [rivals.groupby("row")[column].mean().idxmin()]
         for baseline in (name for name in against if name in rows and control in rows):
-            yield from _pair(section, {control: rows[control], baseline: rows[baseline]}, column=column, **test)
+            yield from _pair(section, {control: rows[control], baseline: rows[baseline]}, column, **test)
 
 
-def _pair(
-    where: str, rows: dict[str, pd.DataFrame], column: str, rule: str, unit: str = "%", sign: int = -1, task: str = ""
-) -> Iterable[Test]:
+def _pair(where: str, rows: dict[str, pd.DataFrame], column: str, rule: str, unit: str = "%", sign: int = -1,
+          task: str = "") -> Iterable[Test]:  # fmt: skip
     """Two rows, control and baseline, whose index is the seed or the repeat that pairs them."""
     (control, one), (baseline, other) = rows.items()
     if not (shared := sorted(set(one.index) & set(other.index))):
@@ -144,15 +143,6 @@ def _pair(
     yield test
 
 
-def _pools(tests: list[Test]) -> list[Pool]:
-    """A pool for each model and baseline: all its tasks."""
-    pools: dict[str, list[Test]] = {}
-    for test in tests:
-        where, _, what = test.what.partition(": ")
-        pools.setdefault(f"{where.rpartition(', ')[0]}, all tasks: {what}", []).append(test)
-    return [Pool(what, part) for what, part in pools.items()]
-
-
 def _published(paper: Paper, table: str, quantity: str, kinds: list[str]) -> list[str]:
     """What the published figures themselves say on a claim."""
     figures = paper.figures[paper.figures.table == table]
@@ -161,17 +151,14 @@ def _published(paper: Paper, table: str, quantity: str, kinds: list[str]) -> lis
     figures = figures[figures.quantity.isin(kinds) & ((figures.quantity != "score") | (figures.column == "average"))]
     unit = "points" if quantity == "quality" else "%"
     for (model, column, _), group in figures.groupby(["model", "column", "quantity"], sort=False):
-        controls = group[group.row.str.startswith(("control", "double control"))]
-        others = group[group.row.str.startswith(BASELINES)]
+        controls, others = (group[group.row.str.startswith(names)] for names in (("control", "double control"), BASELINES))
         for one, other in itertools.product(controls.itertuples(), others.itertuples()):
             test = Test("", {0: (one.value, other.value)}, "quality", unit)
-            line = (
-                f"{model}, {column}: {one.row} {one.text} against {other.row} {other.text}: {test.differences[0]:+.2f} {unit}"
-            )
+            apart = f"{one.row} {one.text} against {other.row} {other.text}: {test.differences[0]:+.2f} {unit}"
             if isinstance(one.runs, dict) and isinstance(other.runs, dict):
                 test.pairs = {seed: (run, other.runs[seed]) for seed, run in sorted(one.runs.items()) if seed in other.runs}
-                line += f"; paired over the printed seeds {test.statistic}, which by our rule is: {test.verdict}"
-            lines.append(f"{line}.")
+                apart += f"; paired over the printed seeds {test.statistic}, which by our rule is: {test.verdict}"
+            lines.append(f"{model}, {column}: {apart}.")
     return lines
 
 
@@ -181,24 +168,21 @@ def _published(paper: Paper, table: str, quantity: str, kinds: list[str]) -> lis
 def overview(claims: Sequence[Claim]) -> pd.DataFrame:
     """A row for each domain: quality, memory and time of its control against LoRA. Quality is that on its largest model, with
     the most seeds, at the most equal numbers of trained parameters."""
+
+    def weight(pool: Pool) -> tuple[bool, float, int, float]:
+        first = pool.tests[0]
+        size = round(math.log2(first.size or 1), 1)  # position embeddings make no other model
+        return bool(pool.counting), size, min(len(test.pairs) for test in pool.tests), -abs(math.log(first.trained))
+
     by_name, rows = {claim.name: claim for claim in claims}, []
     for domain, about in SPECIFICATIONS["domains"].items():
-        pools = [pool for pool in by_name[f"{domain}-quality"].pools if " against lora" in pool.what]
-        pool = max(pools, key=_weight, default=None)
-        where = f"[{about['title']}](#{domain}-quality)"
-        quality, more = f"**{NOT_TESTED}**", ""
-        if pool:
+        where, quality, more = f"[{about['title']}](#{domain}-quality)", f"**{NOT_TESTED}**", "two seeds first"
+        if pools := [pool for pool in by_name[f"{domain}-quality"].pools if " against lora" in pool.what]:
+            pool = max(pools, key=weight)
             where += f", {pool.what.partition(', all')[0]}"
             quality, more = f"**{pool.verdict}**: {pool.statistic}", rules.more_seeds(pool.tests)
         rows.append([where, quality, more, *(_costs(by_name, domain, quantity) for quantity in ("memory", "time"))])
     return pd.DataFrame(rows, columns=["control against LoRA", "quality", "more seeds to decide", "memory", "time"])
-
-
-def _weight(pool: Pool) -> tuple[bool, float, int, float]:
-    """What `overview` chooses by. Sizes are compared coarsely: position embeddings make no other model."""
-    first = pool.tests[0]
-    size = round(math.log2(first.size or 1), 1)
-    return bool(pool.counting), size, min(len(test.pairs) for test in pool.tests), -abs(math.log(first.trained))
 
 
 def _costs(by_name: dict[str, Claim], domain: str, quantity: str) -> str:

@@ -7,7 +7,7 @@ domain and method and shows figures on hover or tap. Without scripts everything 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -19,38 +19,76 @@ from .claims import Claim, overview
 from .records import Paper
 from .tables import Table, environment, linked, step_means
 
-NAMES = {"roberta": "RoBERTa", "vit": "ViT", "llama": "LLaMA", "qcontrol": "quantized"}
-#: The page's groups of pictures: title and explanation.
-PARTS = {
-    "frontier": ("Memory against speed", "One training step on random weights of the true shape. Left and low is better."),
-    "longest": ("Longest sequence", "The longest sequence that trains against the size of the card."),
-    "score-memory": ("Score against memory", "Each mark is one run: its last score and the peak of its training memory. Left and high is better."),
-    "curves": ("Training curves", "Score of each evaluation, one line a run; for LLaMA the held-out loss."),
-    "rates": ("Score against learning rate", "On held-out training data."),
-}  # fmt: skip
+#: Kinds of pictures that READMEs show, which are written as PNG too.
+SHOWN = ("memory", "longest", "streaming", "scaling", "rates")
+Drawn = tuple[str, str, str, pictures.Figure]
 
 
-def write_page(
-    frame: pd.DataFrame,
-    tables: Sequence[Table],
-    claims: Sequence[Claim],
-    paper: Paper,
-    problems: Sequence[str],
-    path: Path,
-    up: str,
-) -> Path:
+def draw(frame: pd.DataFrame, paper: Paper) -> Iterator[Drawn]:
+    """(kind, domain, title, picture) of all that there is something to draw of."""
+    steps = frame[frame.kind == "step"]
+    modes = steps[steps.row.str.endswith(":fast").groupby(steps.section).transform("any")]
+    domains = modes.groupby("section").domain.first()
+    for (whose, section), part in step_means(modes).groupby(["whose", "section"], sort=False):
+        points = {row: (means.step_seconds, means.over_static_bytes) for (*_, row), means in part.iterrows()}
+        title = _title(section, whose)
+        yield "memory", domains[section], title, pictures.memory_against_time(points, title)
+
+    figures = paper.figures[paper.figures.table == "longest"]
+    published = {int(figure.column): figure.value for figure in figures.itertuples()}
+    longest = frame[(frame.kind == "longest") & (frame.longest_tokens > 0)]
+    for (whose, section), part in longest.groupby(["whose", "section"], sort=False):
+        if part.limit_gib.nunique() > 2:
+            known, title = published if part.task.iloc[0] == "llama3-8b" else {}, _title(section, whose)
+            yield "longest", "llama", title, pictures.longest_sequences(part, known, title)
+
+    waiting = steps[steps.floor.notna() & steps.step_seconds.notna()]
+    for (whose, place, batch, task), part in waiting.groupby(["whose", "place", "sequences", "task"], sort=False):
+        if part.tokens.nunique() > 1:
+            title = _title(f"{task}, batch {batch:.0f}{place.removeprefix(task)}", whose)
+            yield "streaming", "llama", title, pictures.streaming(part, title)
+
+    scaled = frame[(frame.kind == "scaling") & frame.tokens_per_second.notna()]
+    for section, part in scaled.groupby("section"):
+        yield "scaling", "llama", section, pictures.scaling(part.to_dict("records"), section)
+
+    runs = frame[(frame.kind == "run") & frame.usable]
+    for (domain, section, task), part in runs.groupby(["domain", "section", "task"]):
+        title = f"{task}, {section}"
+        if part.peak.notna().any():
+            yield "score-memory", domain, title, pictures.scores_against_memory(part[part.peak.notna()], title)
+        if lines := [(run.row, run.seed, line) for run in part.itertuples() if len(line := curve(run.record)) > 1]:
+            what = "held-out loss" if domain == "llama" else "score, %"
+            yield "curves", domain, title, pictures.curves(lines, title, what)
+
+    for (domain, section), part in frame[frame.kind == "search"].groupby(["domain", "section"]):
+        yield "rates", domain, section, pictures.scores_against_rate(part, section)
+
+
+def _title(section: str, whose: str) -> str:
+    return section if whose == "ours" else f"{section} ({whose})"
+
+
+def curve(record) -> list[tuple[float, float]]:
+    """(epoch, score in percent or held-out loss) of each evaluation of a run."""
+    for name, scale in (("score", 100), ("test_accuracy", 1), ("eval_loss", 1)):
+        points = [(e["epoch"], scale * e[name]) for e in record.history if isinstance(e.get(name), float)]
+        if points:
+            return points
+    return []
+
+
+def write_page(frame: pd.DataFrame, tables: Sequence[Table], claims: Sequence[Claim], drawn: Sequence[Drawn],
+               problems: Sequence[str], path: Path, up: str) -> Path:  # fmt: skip
     """Write the page; `up` leads from its folder to the results folder."""
     made = environment(autoescape=True)
     made.filters |= dict(inline=inline, family=pictures.family, linked=lambda links: linked(links, up))
     families = [name for name in pictures.FAMILIES if name in set(frame.row.dropna().map(pictures.family))]
     runs = ((frame.kind == "run") & frame.usable).sum()
-    drawn = {"frontier": frontiers(frame), "longest": longests(frame, paper), "score-memory": scores(frame)}
-    drawn |= {"curves": training_curves(frame), "rates": rates(frame)}
-    parts = [(anchor, *PARTS[anchor], _drawn(figures)) for anchor, figures in drawn.items()]
-    known = {"names": NAMES, "families": families, "colours": pictures.FAMILIES, "parts": parts}
-    found = {"overview": overview(claims), "claims": claims, "tables": tables, "problems": problems}
-    page = made.get_template("page.html").render(runs=runs, measurements=len(frame) - runs, **known, **found)
-    return write_text_atomic(path, page + "\n")
+    figures = [(kind, domain, title, Markup(pictures.svg(figure))) for kind, domain, title, figure in drawn]
+    known = {"families": families, "colours": pictures.FAMILIES, "figures": figures, "tables": tables, "problems": problems}
+    found = {"overview": overview(claims), "claims": claims, "runs": runs, "measurements": len(frame) - runs}
+    return write_text_atomic(path, made.get_template("page.html").render(**known, **found) + "\n")
 
 
 def inline(text: object) -> Markup:
@@ -67,93 +105,15 @@ def inline(text: object) -> Markup:
     return Markup(re.sub(r"&lt;sup&gt;(\d+)&lt;/sup&gt;", r"<sup>\1</sup>", html))
 
 
-def _drawn(figures: Iterable[tuple[str, str, object]]) -> list[tuple[str, str, Markup]]:
-    return [(domain, title, Markup(pictures.svg(figure))) for domain, title, figure in figures]
-
-
-def _comparisons(frame: pd.DataFrame) -> Iterable[tuple[str, str, pd.DataFrame]]:
-    """(domain, title, runs) of each model and task."""
-    runs = frame[(frame.kind == "run") & frame.usable]
-    for (domain, section, task), part in runs.groupby(["domain", "section", "task"]):
-        yield domain, f"{task}, {section}", part
-
-
-def scores(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
-    """(domain, title, picture) of each comparison whose runs measured memory."""
-    for domain, title, part in _comparisons(frame):
-        if part.peak.notna().any():
-            yield domain, title, pictures.scores_against_memory(part[part.peak.notna()], title)
-
-
-def training_curves(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
-    """(domain, title, picture) of each comparison whose runs were evaluated more than once."""
-    for domain, title, part in _comparisons(frame):
-        if lines := [(run.row, run.seed, line) for run in part.itertuples() if len(line := curve(run.record)) > 1]:
-            yield domain, title, pictures.curves(lines, title, "held-out loss" if domain == "llama" else "score, %")
-
-
-def frontiers(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
-    """(domain, setting, picture) of each setting of scripts/bench_memory.py in which memory modes were measured."""
-    steps = frame[frame.kind == "step"]
-    steps = steps[steps.row.str.endswith(":fast").groupby(steps.section).transform("any")]
-    domains = steps.groupby("section").domain.first()
-    for (whose, section), part in step_means(steps).groupby(["whose", "section"], sort=False):
-        points = {row: (means.seconds, means.over) for (*_, row), means in part.iterrows()}
-        title = section if whose == "ours" else f"{section} ({whose})"
-        yield domains[section], title, pictures.memory_against_time(points, title)
-
-
-def scalings(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
-    """(domain, setting, picture) of each setting of scripts/bench_scaling.py."""
-    rows = frame[(frame.kind == "scaling") & frame.rate.notna()]
-    names = dict(rate="tokens_per_second", peak="peak_bytes_per_process", seconds="step_seconds")
-    for section, part in rows.rename(columns=names).groupby("section"):
-        yield "llama", section, pictures.scaling(part.to_dict("records"), section)
-
-
-def longests(frame: pd.DataFrame, paper: Paper) -> Iterable[tuple[str, str, object]]:
-    """(domain, setting, picture) of each setting whose longest sequences were searched for at three limits or more."""
-    figures = paper.figures[paper.figures.table == "longest"]
-    published = {int(figure.column): figure.value for figure in figures.itertuples()}
-    for (whose, section), part in frame[(frame.kind == "longest") & (frame.longest > 0)].groupby(
-        ["whose", "section"], sort=False
-    ):
-        if part.limit.nunique() > 2:
-            title = section if whose == "ours" else f"{section} ({whose})"
-            known = published if part.task.iloc[0] == "llama3-8b" else {}
-            yield "llama", title, pictures.longest_sequences(part, known, title)
-
-
-def rates(frame: pd.DataFrame) -> Iterable[tuple[str, str, object]]:
-    """(domain, model, picture) of each search for a learning rate."""
-    for (domain, section), part in frame[frame.kind == "search"].groupby(["domain", "section"]):
-        yield domain, section, pictures.scores_against_rate(part, section)
-
-
-def curve(record) -> list[tuple[float, float]]:
-    """(epoch, score in percent or held-out loss) of each evaluation of a run."""
-    for name, scale in (("score", 100), ("test_accuracy", 1), ("eval_loss", 1)):
-        points = [(e["epoch"], scale * e[name]) for e in record.history if isinstance(e.get(name), float)]
-        if points:
-            return points
-    return []
-
-
-def write_pictures(frame: pd.DataFrame, paper: Paper, folder: Path) -> list[Path]:
-    """The pictures that READMEs show, as PNG: memory against time, the longest sequences, scaling, and scores against learning
-    rates."""
+def write_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
+    """Write the pictures that READMEs show as PNG."""
     written = {}
-    kinds = {"memory": frontiers(frame), "longest": longests(frame, paper), "scaling": scalings(frame), "rates": rates(frame)}
-    for kind, drawn in kinds.items():
-        for _, title, figure in drawn:
-            name = f"{kind}_{_slug(title)}"
+    for kind, _, title, figure in drawn:
+        if kind in SHOWN:
+            # llama3-8b, 4 x 1024 tokens, NVIDIA H100 80GB HBM3, torch 2.11 -> llama3-8b_4x1024_h100
+            short = re.sub(r"(\d+) x (\d+) tokens( a process)?", r"\1x\2", title.lower()).partition(", torch")[0]
+            name = f"{kind}_" + re.sub(r"[^a-z0-9.-]+", "_", re.sub(r"nvidia (\w+)[^,]*", r"\1", short))
             if name in written:  # of another torch, or another's
-                name = f"{kind}_{re.sub(r'[^a-z0-9.]+', '_', title.lower())}"
+                name = f"{kind}_" + re.sub(r"[^a-z0-9.]+", "_", title.lower())
             written[name] = pictures.save(figure, folder / f"{name}.png")
     return list(written.values())
-
-
-def _slug(title: str) -> str:
-    """llama3-8b, 4 x 1024 tokens, NVIDIA H100 80GB HBM3, torch 2.11 -> llama3-8b_4x1024_h100"""
-    title = re.sub(r"(\d+) x (\d+) tokens( a process)?", r"\1x\2", title.lower()).partition(", torch")[0]
-    return re.sub(r"[^a-z0-9.-]+", "_", re.sub(r"nvidia (\w+)[^,]*", r"\1", title))

@@ -1,18 +1,19 @@
 """Every record below a results folder as one DataFrame, a row for each run or measurement; and the paper's figures.
 
-Columns (missing where a kind has no such thing):
+Columns (missing where a kind has no such thing); benchmarks of steps and scaling have those of their own files too:
 
-- `whose`: "ours" (shipped, below `published/`), "yours" (any other run of such a folder) or "paper".
+- `whose`: "ours" (shipped, below `published/`), "yours" (any other run of such a folder), or who published a figure.
 - `kind`: "run" (a training with its scores), "search" (a run that chose a learning rate), "step" (scripts/bench_memory.py),
   "longest", "length" and "profile" (its --limit, --speed_at and --profile), "throughput", "batches", "padding" and "scaling".
 - `links`: (text, file) of the records behind the row, files relative to the results folder.
-- `domain`, `section` (model and setting: a heading of a table), `task`, `row` (method with what else tells rows apart),
-  `method`, `seed`, `n` (1 for a record).
-- `last`, `best` and the commonsense test sets: percent. `trained`: parameters. `peak`, `weights`, `state`,
-  `activations`, `over` (peak over the weights): bytes; `gib`: the peak in GiB. `seconds`: of the training, or of a step. `rate`: examples or
-  tokens a second.
+- `domain`, `section` (model and setting: a heading of a table), `place` (the same without a step's shape), `task`, `row` (method with
+  what else tells rows apart), `method`, `seed`, `n` (1 for a record).
+- `last`, `best` and the commonsense test sets: percent. `trained`: parameters. `peak`: bytes. `seconds`: of the training. `rate`:
+  examples or tokens a second.
+- `gib`: a step's peak in GiB. Of weights that wait on the host: `host` bytes, `copies` seconds a step to copy them, `resident_*` of the
+  same method without, `floor` (the longer of both times) and `times_floor`. `card`: GB of the card that gives an allocator `limit_gib`.
 - `shared`, `own`: conditions that all runs of a comparison, or all seeds of a row, must have in common.
-- `problem`: why the record must not be shown, and `usable`: whether all of its row may be. `notes`: what a reader has to know about its figures.
+- `problem`: why the record must not be shown, and `usable`: whether all of its row may be. `notes`: what a reader has to know.
 - `record`, `folder`: the RunRecord and where it lies, for what only pictures and statistics need.
 """
 
@@ -20,26 +21,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
 from ..errors import UserError
 from ..record import RunRecord, read_json, read_record
+from .pictures import CARDS
 
 #: Folders whose runs belong to no comparison of methods: a demonstration, runs that vary settings, and our own tables.
 LEFT_OUT = ("quickstart", "ablations", "mine", "logs")
-_TEXTS = """whose kind domain section task row method mode way attention batch shard error problem""".split()  # noqa: SIM905
-_NUMBERS = """n seed last best trained lr peak allocated gib weights state activations over seconds rate no_match
-limit longest processes tokens baseline speedup answers_agree questions efficiency share sent apart
-repeat""".split()  # noqa: SIM905
-_OBJECTS = """links notes shared own record folder published timed""".split()  # noqa: SIM905
+#: Columns that exist whatever there are records of.
+_TEXTS = "whose kind domain section place task row method mode way shard error problem".split()  # noqa: SIM905
+_NUMBERS = """n seed last best trained lr peak allocated seconds rate repeat timed sequences tokens limit_gib card longest_tokens
+processes step_seconds tokens_per_second peak_bytes over_static_bytes
+adapter_and_optimizer_bytes copies resident_peak_bytes resident_step_seconds floor""".split()  # noqa: SIM905
+_OBJECTS = "links notes shared own record folder".split()  # noqa: SIM905
 SEARCH = "learning_rate_search"
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 #: Columns of the commonsense tables, in the paper's order.
 COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa", "average")
 UNQUANTIZED = "not quantized"
+#: A GPU's tables of the host memory that it reads, as a share of it: they are no other process.
+PAGE_TABLES = 1 / 256
 SHARED_GPU = "Not shown: other processes used the GPU at the same time."
 RESIDENT = "Resident memory of the whole process on a CPU, not comparable with a GPU's."
 #: Ranks that need no mention in a method's label; other domains always mention them.
@@ -60,6 +65,8 @@ KERNELS = {
     "optimizer": "adam|multi_tensor",
     "others": "",
 }
+#: Ways of batching in LlaMA/benchmark_throughput.py, and what they are.
+WAYS = {"published": "the published micro-batches, padded", "packed": "the same steps, packed", "large": "packed, more rows a step"}  # fmt: skip
 
 
 def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
@@ -79,24 +86,22 @@ def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
         place = file.parts[1:] if shipped and own else file.parts
         if len(place) < 2 or set(place) & set(LEFT_OUT):
             continue
-        common = {"whose": "ours" if own else "yours", "n": 1, "notes": (), "problem": "", "files": [("", path.name)]}
+        common = {"whose": "ours" if own else "yours", "n": 1, "notes": (), "files": [("", path.name)]}
         try:
             for row in _rows(path, place):
-                row = common | row
-                links = [(text, (file.parent / part).as_posix()) for text, part in row.pop("files")]
-                rows.append(row | {"links": links})
+                links = [(text, (file.parent / part).as_posix()) for text, part in (common | row)["files"]]
+                rows.append(common | row | {"links": links})
         except UserError as error:
             problems.append(str(error).replace(str(path), file.as_posix()))
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             problems.append(f"{file.as_posix()} is a broken record ({error} is missing): delete it and run again")
-    columns = dict.fromkeys([*_TEXTS, *_NUMBERS, *_OBJECTS, *(key for row in rows for key in row)])
-    frame = pd.DataFrame(rows, columns=list(columns)).astype(dict.fromkeys(_NUMBERS, float))
+    columns = dict.fromkeys([*_TEXTS, *_NUMBERS, *_OBJECTS, *(name for row in rows for name in row)])
+    frame = pd.DataFrame(rows, columns=list(columns)).astype(dict.fromkeys(_NUMBERS, float)).copy()
     frame[_TEXTS] = frame[_TEXTS].astype(object).where(frame[_TEXTS].notna(), "")
-    frame["timed"] = frame.timed.eq(True)
     problems += _mark_unequal(frame)
     row = [frame[name] for name in ("whose", "kind", "domain", "section", "task", "row")]
     frame["usable"] = ~(frame.problem != "").groupby(row).transform("any") if len(frame) else True
-    return frame, problems
+    return _beside_resident(frame), problems
 
 
 def _rows(path: Path, place: tuple[str, ...]) -> Iterator[dict]:
@@ -106,12 +111,8 @@ def _rows(path: Path, place: tuple[str, ...]) -> Iterator[dict]:
         record, above = read_record(path), path.parents[1] / name
         if above.is_file() and _evaluates(record, read_record(above)):
             return  # read with its training
-        if "questions_per_second_batch_one" in (record.metrics.get("last") or {}):
-            yield _batches(record)
-        elif record.task == "throughput":
-            yield from _throughput(record)
-        else:
-            yield from _run(path, record, place)
+        compares = record.task == "throughput" or "questions_per_second_batch_one" in (record.metrics.get("last") or {})
+        yield from _ways(record) if compares else _run(path, record, place)
     elif top in ("memory", "scaling") or name.startswith("benchmark_padding"):
         contents = read_json(path)
         if not isinstance(contents, dict) or contents.get("schema", 1) != 1:
@@ -136,21 +137,18 @@ def _run(path: Path, record: RunRecord, place: tuple[str, ...]) -> Iterator[dict
     if not found and _scores(record, "last") and (record.domain != "vit" or record.history):
         found = [(path, record)]
     for file, scored in found:
-        yield _scored(path, record, file, scored, place)
+        row = _scored(record, scored, place)
+        answers = [("answers", file.relative_to(path.parent).as_posix())] if file != path else []
+        yield row | {"files": [(str(record.seed), path.name), *answers], "folder": file.parent}
 
 
-def _scored(path: Path, record: RunRecord, file: Path, scored: RunRecord, place: tuple[str, ...]) -> dict:
-    files = [(str(record.seed), path.name)]
-    if file != path:
-        files.append(("answers", file.relative_to(path.parent).as_posix()))
-    last, best = _scores(scored, "last"), _scores(scored, "best")
-    llama, options = record.task.startswith("commonsense"), record.hyperparameters
-    limit = scored.hyperparameters.get("limit")
+def _scored(record: RunRecord, scored: RunRecord, place: tuple[str, ...]) -> dict:
+    llama, options, memory, time = record.task.startswith("commonsense"), record.hyperparameters, record.memory, record.time
     domain = "llama" if llama else "qcontrol" if place[0] == "qcontrol" else record.domain
-    # a ViT's weights come under many file names
-    model = record.model.get("class") if domain == "vit" else None
-    quantization = options.get("quantization") or "none"
-    setting = [
+    quantization, limit = options.get("quantization") or "none", scored.hyperparameters.get("limit")
+    model = record.model.get("class") if domain == "vit" else None  # a ViT's weights come under many file names
+    section = [
+        (model or str(record.model["id"]).rpartition("/")[2]).lower(),
         quantization if quantization != "none" else UNQUANTIZED if domain == "qcontrol" else "",
         f"{options.get('mlp_layers', 2)}-layer MLP" if domain == "vit" else "",
         f"{options['image_size']} pixels" if options.get("image_size", 224) != 224 else "",
@@ -158,29 +156,24 @@ def _scored(path: Path, record: RunRecord, file: Path, scored: RunRecord, place:
         f"first {limit} questions" if limit else "",
         "ranked by likelihood" if scored.task == "commonsense-likelihood" else "",
     ]
-    memory, time = record.memory, record.time
     resumed, measured = time.get("resumed_from_step") is not None, memory.get("peak_allocated_bytes")
-    shared_gpu = record.device.get("kind") == "cuda" and bool(memory.get("other_processes_bytes"))
+    alone = not (record.device.get("kind") == "cuda" and memory.get("other_processes_bytes"))
     notes = {
         RESIDENT: not measured and memory.get("kind") == "resident set",
         f"{record.name} was resumed, so its record covers only a part of the memory and time.": resumed,
-        SHARED_GPU: shared_gpu,
+        SHARED_GPU: not alone,
     }
-    figures = {
-        "peak": not resumed and (measured or memory.get("peak_resident_bytes")),
-        "allocated": not resumed and measured,
-        "seconds": not resumed and not shared_gpu and time.get("train_seconds"),
-        "rate": not resumed and not shared_gpu and time.get("tokens_per_second" if llama else "examples_per_second"),
-    }
+    timed, counted = not resumed and alone, "tokens" if llama else "examples"
     shared, own = _conditions(record, scored if scored is not record else None)
     return {
-        "kind": "search" if SEARCH in place else "run", "files": files, "domain": domain, "task": "commonsense" if llama else record.task,
-        "section": ", ".join(filter(None, [(model or str(record.model["id"]).rpartition("/")[2]).lower(), *setting])),
-        "row": _label(domain, record.method, options), "method": record.method, "seed": record.seed,
-        **last, "best": best["last"], "trained": record.adapter.get("trainable_parameters"), "lr": options.get("lr"),
-        **{name: figure or None for name, figure in figures.items()}, "no_match": scored.metrics["last"].get("no_match"),
-        "shared": shared, "own": own, "notes": tuple(note for note, holds in notes.items() if holds),
-        "record": record, "folder": file.parent,
+        "kind": "search" if SEARCH in place else "run", "domain": domain, "task": "commonsense" if llama else record.task,
+        "section": ", ".join(filter(None, section)), "row": _label(domain, record.method, options),
+        "method": record.method, "seed": record.seed, **_scores(scored, "last"), "best": _scores(scored, "best")["last"],
+        "trained": record.adapter.get("trainable_parameters"), "lr": options.get("lr"), "no_match": scored.metrics["last"].get("no_match"),
+        "peak": (not resumed and (measured or memory.get("peak_resident_bytes"))) or None,
+        "allocated": (not resumed and measured) or None, "seconds": (timed and time.get("train_seconds")) or None,
+        "rate": (timed and time.get(f"{counted}_per_second")) or None, "shared": shared, "own": own,
+        "notes": tuple(note for note, holds in notes.items() if holds), "record": record,
     }  # fmt: skip
 
 
@@ -189,11 +182,9 @@ def _scores(record: RunRecord, which: str) -> dict[str, float] | None:
     metrics = record.metrics.get(which)
     if not isinstance(metrics, dict):
         return None
-    for name, scale in (("score", 100), ("test_accuracy", 1)):
+    for name, scale in (("score", 100), ("test_accuracy", 1), ("average", 1)):
         if isinstance(metrics.get(name), float):
-            return {"last": scale * metrics[name]}
-    if isinstance(metrics.get("average"), float):
-        return {"last": metrics["average"]} | {name: metrics[name] for name in COMMONSENSE if name in metrics}
+            return {"last": scale * metrics[name]} | {name: metrics[name] for name in COMMONSENSE if name in metrics}
     return None
 
 
@@ -219,18 +210,17 @@ def _label(domain: str, method: str, options: dict) -> str:
 
 def _conditions(record: RunRecord, evaluation: RunRecord | None) -> tuple[dict[str, str], dict[str, str]]:
     """(what all runs of a comparison share, what seeds of one method share), as texts."""
-    shared, own, llama = {}, {}, record.task.startswith("commonsense")
-    for name, value in record.hyperparameters.items():
-        # the paper's recipe for LLaMA-2-7B has another batch for control+lora than for double control
-        if name.startswith(_METHODS_OWN) or (llama and name == "batch_size"):
-            own[name] = str(value)
-        elif name not in _NEUTRAL:
-            shared[name] = str(value)
-    for what in (record.model, record.data):
-        shared["model" if what is record.model else "data"] = str(what.get("sha256") or what.get("revision"))[:12]
+    llama = record.task.startswith("commonsense")
+    # the paper's recipe for LLaMA-2-7B has another batch for control+lora than for double control
+    methods_own = (*_METHODS_OWN, "batch_size") if llama else _METHODS_OWN
+    settled = {name: str(value) for name, value in record.hyperparameters.items()}
+    own = {name: value for name, value in settled.items() if name.startswith(methods_own)}
+    shared = {name: value for name, value in settled.items() if name not in (*own, *_NEUTRAL)}
+    for name, what in (("model", record.model), ("data", record.data)):
+        shared[name] = str(what.get("sha256") or what.get("revision"))[:12]
     asked = shared if llama else {}  # zero-shot: nothing of it is training
     if evaluation or not llama:
-        shared |= {"device": record.device["name"], "torch": str(_torch(record.versions))}
+        shared |= {"device": record.device["name"], "torch": ".".join(str(record.versions.get("torch")).split(".")[:2])}
     if evaluation:
         asked = {name: str(value) for name, value in evaluation.hyperparameters.items() if name not in _NEUTRAL}
         asked["data"] = str(evaluation.data.get("sha256"))[:12]
@@ -247,142 +237,123 @@ def _mark_unequal(frame: pd.DataFrame) -> list[str]:
     for what, places in (("shared", keys[:-1]), ("own", keys)):
         for _, group in runs.groupby(places):
             conditions = pd.DataFrame(list(group[what]), index=group.index)
-            usual = conditions.mode().iloc[0] if len(conditions.columns) else {}
+            usual = conditions.mode().reindex([0]).loc[0]
             wrong = conditions.notna() & (conditions != usual)
-            for index in group.index[wrong.any(axis=1)]:
-                name = wrong.columns[wrong.loc[index]][0]
+            for index, name in wrong[wrong.any(axis=1)].idxmax(axis=1).items():
                 differs = f"with {name} {conditions[name][index]}, {others[what]} with {usual[name]}"
                 remedy = "run it again under equal conditions, or move it to another results folder"
                 found.setdefault(index, f"{group.links[index][0][1]} was run {differs}: {remedy}")
-    twice = runs[runs.duplicated([*keys, "seed"], keep=False)]
-    for (*_, row, seed), group in twice.groupby([*keys, "seed"]):
+    for (*_, row, seed), group in runs[runs.duplicated([*keys, "seed"], keep=False)].groupby([*keys, "seed"]):
         files = " and ".join(links[0][1] for links in group.links)
         found |= dict.fromkeys(group.index, f"{files} both claim {row} with seed {seed}: delete one of them")
-    for index, message in found.items():
-        frame.at[index, "problem"] = message
+    frame.loc[list(found), "problem"] = list(found.values())
     return list(dict.fromkeys(found.values()))
 
 
 # -- measurements: steps, batches, scaling --------------------------------------------------------------------
 
 
-def _torch(versions: dict | None) -> str | None:
-    """torch's version without its patch, such as 2.14; None where it was not noted."""
-    version = (versions or {}).get("torch")
-    return version and ".".join(version.split(".")[:2])
-
-
 def _where(device: str, versions: dict | None) -> str:
-    return ", ".join([device, *(f"torch {torch}" for torch in [_torch(versions)] if torch)])
+    """Where something was measured: device and torch without its patch, such as 2.14, if it was noted."""
+    version = (versions or {}).get("torch")
+    return f"{device}, torch {'.'.join(version.split('.')[:2])}" if version else device
 
 
 def _steps(file: dict) -> Iterator[dict]:
     """A file of scripts/bench_memory.py: a row for each method and repeat."""
-    o = file["options"]
-    shape, searched = o["shape"], o.get("limit")
-    section = file.get("setting") or f"{shape}, {o['batch']} x {o['tokens']} tokens"
-    section = f"{shape}, batch {o['batch']}" if searched else section
-    domain = next((name for name in ("vit", "roberta") if name in shape), "llama")
+    o, where = file["options"], _where(file["device"], file.get("versions"))
+    shape, limits = o["shape"], o.get("limit")
+    setting = file.get("setting") or "{shape}, {batch} x {tokens} tokens".format(**o)
+    section, place = f"{shape}, batch {o['batch']}" if limits else setting, re.sub(r", \d+ x \d+ tokens", "", setting)
+    common = {"section": f"{section}, {where}", "place": f"{place}, {where}", "task": shape, "sequences": o["batch"]}
+    common["domain"] = next((name for name in ("vit", "roberta") if name in shape), "llama")
     for result in file["results"]:
         name, memory = result["method"], result.get("memory") or {}
         name += ":plain" if "control" in name and ":" not in name else ""
-        shared = memory.get("other_processes_bytes")
-        row = {
-            "domain": domain, "section": f"{section}, {_where(file['device'], file.get('versions'))}", "row": name,
-            "method": name, "task": shape, "tokens": o["tokens"], "error": result.get("error", ""),
-        }  # fmt: skip
-        if searched:
-            row |= {"seconds": result.get("step_seconds"), "rate": result.get("tokens_per_second")}
-            if "tokens" in result:
-                unfit = {} if result.get("fits", True) else {"error": f"{result['tokens']:,} tokens do not fit on this GPU"}
-                yield row | {"kind": "length", "tokens": result["tokens"], "peak": result.get("peak_bytes")} | unfit
-            else:  # a file of one limit alone did not use to repeat it
-                limit = result.get("limit_gib", searched if isinstance(searched, float) else searched[0])
-                ended = f"{name} within {limit:g} GiB: no longer sequence than {o.get('up_to', 0):,} tokens was tried."
-                notes = (ended,) if "ended_by" in result else ()
-                found = {"longest": result.get("longest_tokens"), "limit": limit, "notes": notes}
-                yield row | {"kind": "longest", **found}
+        row = {"tokens": o["tokens"]} | memory | result | common | {"row": name}
+        if limits and "tokens" in result:
+            unfit = {} if result.get("fits", True) else {"error": f"{result['tokens']:,} tokens do not fit on this GPU"}
+            yield row | {"kind": "length"} | unfit
+        elif limits:  # a file of one limit alone did not use to repeat it
+            limit = result.get("limit_gib", limits if isinstance(limits, float) else limits[0])
+            ended = f"{name} within {limit:g} GiB: no longer sequence than {o.get('up_to', 0):,} tokens was tried."
+            card = next((card for card in CARDS if limit <= card), limit)
+            yield row | {"kind": "longest", "limit_gib": limit, "card": card, "notes": (ended,) if "ended_by" in result else ()}
         elif "step_seconds" not in result:
             if not o.get("profile"):
                 yield row | {"kind": "step", "error": result.get("error", "no result")}
         elif o.get("profile"):
             kinds = dict.fromkeys(KERNELS, 0.0)
             for kernel in result["kernels"]:
-                name = kernel["name"].lower()
-                kinds[next(kind for kind in KERNELS if re.search(KERNELS[kind], name))] += kernel["seconds"]
-            yield (row | kinds | {"kind": "profile", "all": sum(kinds.values()), "seconds": result["step_seconds"]})
+                kinds[next(kind for kind in KERNELS if re.search(KERNELS[kind], kernel["name"].lower()))] += kernel["seconds"]
+            yield row | kinds | {"kind": "profile", "all": sum(kinds.values())}
         else:
-            row |= {
-                "kind": "step", "trained": result["trained_parameters"], "weights": result["static_bytes"],
-                "over": result["over_static_bytes"], "peak": result["peak_bytes"], "gib": result["peak_bytes"] / 2**30,
-                "state": memory.get("adapter_and_optimizer_bytes"), "activations": memory.get("activations_bytes"),
-                "notes": (SHARED_GPU,) if shared else (),
-            }  # fmt: skip
+            waiting = result.get("streaming") or {}
+            shared = (memory.get("other_processes_bytes") or 0) > PAGE_TABLES * waiting.get("bytes", 0)
+            row |= {"kind": "step", "gib": result["peak_bytes"] / 2**30, "notes": (SHARED_GPU,) if shared else ()}
+            row |= {"host": waiting.get("bytes"), "copies": waiting.get("floor_seconds")}
             tokens = result["tokens_per_second"] * result["step_seconds"]
             for number, seconds in enumerate(result.get("step_seconds_repeats") or [result["step_seconds"]]):
-                timed = {} if shared else {"seconds": seconds, "rate": tokens / seconds}
-                yield row | timed | {"repeat": number}
+                timed = {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
+                yield row | (dict.fromkeys(timed) if shared else timed) | {"repeat": number}
 
 
-#: Ways of batching in LlaMA/benchmark_throughput.py, and what they are.
-WAYS = {"published": "the published micro-batches, padded", "packed": "the same steps, packed", "large": "packed, more rows a step"}  # fmt: skip
+def _beside_resident(frame: pd.DataFrame) -> pd.DataFrame:
+    """Steps whose weights wait on the host, beside the same step without (its files too), and the floor under both. What was not
+    measured only lowers the floor."""
+    steps, key = frame[frame.kind == "step"], ["whose", "place", "sequences", "tokens", "twin"]
+    steps = steps.assign(twin=steps.row.str.replace(r"\+(streamed3?|bf16)\b", "", regex=True))
+    waits = steps.row.str.contains("+streamed", regex=False)
+    how = {"peak_bytes": "max", "step_seconds": "mean", "links": "sum"}
+    found = steps.loc[waits, [*key, "copies"]].join(steps[~waits].groupby(key).agg(how).add_prefix("resident_"), on=key)
+    found["floor"] = found[["copies", "resident_step_seconds"]].max(axis=1)
+    frame.update(found[["resident_peak_bytes", "resident_step_seconds", "floor"]])
+    for index, links in found.resident_links.dropna().items():
+        frame.at[index, "links"] = frame.at[index, "links"] + links
+    return frame.assign(times_floor=frame.step_seconds / frame.floor)
 
 
-def _measured(record: RunRecord, kind: str) -> tuple[dict, str]:
-    """What throughput and answers in batches have in common, and where they were measured."""
-    shared = record.memory.get("other_processes_bytes")
+def _ways(record: RunRecord) -> Iterator[dict]:
+    """Ways of batching (LlaMA/benchmark_throughput.py) or of answering (evaluate.py --compare_batch_one), measured in one process."""
+    o, last, model = record.hyperparameters, record.metrics["last"], record.model["id"].rpartition("/")[2]
+    where, shared = _where(record.device["name"], record.versions), record.memory.get("other_processes_bytes")
     row = {
-        "kind": kind, "domain": record.domain, "task": record.model["id"].rpartition("/")[2], "row": record.method, "method": record.method,
-        "mode": record.hyperparameters.get("mode"), "timed": not shared and record.device.get("kind") == "cuda",
-        "record": record, "notes": (SHARED_GPU,) if shared else (),
+        "domain": record.domain, "task": model, "row": record.method, "method": record.method, "mode": o.get("mode"), "record": record,
+        "timed": not shared and record.device.get("kind") == "cuda", "notes": (SHARED_GPU,) if shared else (),
     }  # fmt: skip
-    return row, _where(record.device["name"], record.versions)
-
-
-def _throughput(record: RunRecord) -> Iterator[dict]:
-    o, (row, where) = record.hyperparameters, _measured(record, "throughput")
+    if record.task != "throughput":
+        base = model if o["quantization"] == "none" else f"{model}, {o['quantization']}"
+        row |= {"section": f"{base}, {o['dtype']}, {where}", "batch": f"{last['batch_size']} together"}
+        yield row | last | {"kind": "batches"}
+        return
     recipe = f"{o['batch_size']} rows a step, at most {o['cutoff']} tokens each, {o['dtype']}"
-    section = f"{row['task']}, {record.method}, memory mode {o['memory']}, {recipe}, {where}"
+    row["section"] = f"{model}, {record.method}, memory mode {o['memory']}, {recipe}, {where}"
     for way, what in WAYS.items():
-        yield row | record.metrics["last"][way] | {"section": section, "way": f"{way}: {what}"}
-
-
-def _batches(record: RunRecord) -> dict:
-    o, last, (row, where) = record.hyperparameters, record.metrics["last"], _measured(record, "batches")
-    base = row["task"] if o["quantization"] == "none" else f"{row['task']}, {o['quantization']}"
-    return row | last | {"section": f"{base}, {o['dtype']}, {where}", "batch": f"{last['batch_size']} together"}
+        yield row | last[way] | {"kind": "throughput", "way": f"{way}: {what}"}
 
 
 def _padding(file: dict) -> Iterator[dict]:
-    yield {"kind": "padding", "domain": "roberta", "section": f"{file['settings']['model']} on {file['device']['name']}",
-           "task": file["settings"]["model"], "seconds": file["longest"]["seconds_per_epoch"],
-           "baseline": file["max_length"]["seconds_per_epoch"]}  # fmt: skip
+    model, epoch = file["settings"]["model"], "seconds_per_epoch"
+    yield {"kind": "padding", "domain": "roberta", "section": f"{model} on {file['device']['name']}", "task": model,
+           "seconds": file["longest"][epoch], "baseline": file["max_length"][epoch]}  # fmt: skip
 
 
 def _scaling(file: dict) -> Iterator[dict]:
-    """A file of scripts/bench_scaling.py; efficiency is the step time of one process over this one's, in percent."""
-    o, results = file["options"], file["results"]
+    """A file of scripts/bench_scaling.py; in percent `efficiency` is the step time of one process over this one's, and `share` the peak
+    over LoRA's."""
+    o, results, size = file["options"], file["results"], "peak_bytes_per_process"
     what = f"longest sequence, batch {o['batch']}" if o.get("longest") else f"{o['batch']} x {o['tokens']} tokens"
     what += f", within {o['limit']:g} GiB" if o.get("limit") else ""
     section = f"{o['shape']}, {what} a process, {_where(file['device'], file.get('versions'))}"
     alone = {(r["method"], r["shard"]): r.get("step_seconds") for r in results if r["processes"] == 1}
-    lora = {(r["shard"], r["processes"]): r.get("peak_bytes_per_process") for r in results if r["method"] == "lora"}
-    figures = {
-        "longest": "longest_tokens",
-        "rate": "tokens_per_second",
-        "seconds": "step_seconds",
-        "peak": "peak_bytes_per_process",
-    }
-    figures |= {"sent": "sent_bytes_per_process", "apart": "loss_distance"}
+    lora = {(r["shard"], r["processes"]): r.get(size) for r in results if r["method"] == "lora"}
     for r in results:
         method, shard, processes = (r[name] for name in ("method", "shard", "processes"))
-        row = {"kind": "scaling", "domain": "llama", "section": section, "row": method, "method": method, "task": o["shape"]}
-        row |= {"shard": shard, "processes": processes, "error": r.get("error", "")}
-        row |= {name: r.get(theirs) for name, theirs in figures.items()}
-        if (single := alone.get((method, shard))) and row["seconds"] and processes > 1:
-            row["efficiency"] = 100 * single / row["seconds"]
-        if (other := lora.get((shard, processes))) and row["peak"]:
-            row["share"] = 100 * row["peak"] / other
+        row = {"kind": "scaling", "domain": "llama", "section": section, "row": method, "task": o["shape"]} | r
+        if (single := alone.get((method, shard))) and r.get("step_seconds") and processes > 1:
+            row["efficiency"] = 100 * single / r["step_seconds"]
+        if (other := lora.get((shard, processes))) and r.get(size):
+            row["share"] = 100 * r[size] / other
         if "ended_by" in r:
             row["notes"] = (f"{method}, {shard}, {processes}: the next attempt ended by {r['ended_by']}.",)
         yield row
@@ -391,14 +362,11 @@ def _scaling(file: dict) -> Iterator[dict]:
 # -- the paper ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Paper:
-    """results/paper.json: `figures` (a row each, with its status "exact" or "inferred"), doubts about them, recipes."""
+class Paper(NamedTuple):
+    """results/paper.json: `figures` (a row each, with its status "exact" or "inferred") and doubts about them."""
 
     figures: pd.DataFrame
-    sources: dict[str, str]
-    weaknesses: tuple[str, ...]
-    recipes: dict[str, dict]
+    weaknesses: list[str]
 
 
 def read_paper(path: Path) -> Paper:
@@ -410,10 +378,17 @@ def read_paper(path: Path) -> Paper:
     try:
         contents = read_json(path)
         figures = pd.DataFrame(contents["figures"]).astype({"value": float})
-        figures["text"] = [_published(figure) for figure in figures.itertuples()]
-        return Paper(figures, contents["sources"], tuple(contents["known_weaknesses"]), contents["recipes"])
+        return Paper(figures.assign(text=[_published(figure) for figure in figures.itertuples()]), contents["known_weaknesses"])
     except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is missing or broken ({error}): restore it with git checkout") from error
+
+
+def beside_published(frame: pd.DataFrame, paper: Paper) -> pd.DataFrame:
+    """With column `times_published`: LLaMA-3-8B's longest sequences, one a step, over those that are published for the card."""
+    figures = paper.figures[paper.figures.table == "longest"]
+    published = frame.card.map(dict(zip(figures.column.astype(int), figures.value)))
+    ours = (frame.kind == "longest") & (frame.task == "llama3-8b") & (frame.sequences == 1)
+    return frame.assign(times_published=(frame.longest_tokens / published).where(ours))
 
 
 def _published(figure) -> str:

@@ -82,29 +82,28 @@ class Test:
 
     @property
     def verdict(self) -> str:
-        return verdict(self.rule, self.interval, self.sign, len(self.pairs))
+        too_few = self.rule == "time" and len(self.pairs) < REPEATS
+        return verdict(None if too_few else self.interval, self.sign, MARGIN if self.rule == "quality" else 0)
 
     @property
     def statistic(self) -> str:
         """Mean difference, its interval and n, for people."""
-        n, mean = len(self.pairs), self.differences.mean()
+        n, ends = len(self.pairs), self.interval
         if self.rule == "peak":
-            worst = self.interval[0]
-            return f"{worst:+,.2f} {self.unit}" + (f" at worst, n = {n}" if n > 1 else "")
+            return f"{ends[0]:+,.2f} {self.unit}" + (f" at worst, n = {n}" if n > 1 else "")
         repeats = f"n = {n}" + (f" of {REPEATS} repeats" if self.rule == "time" and n < REPEATS else "")
-        if self.interval is None:
-            return f"{mean:+.2f} {self.unit}, {repeats}: no interval"
-        by = ", by example too" if self.examples is not None else ""
-        return f"{mean:+.2f} {self.unit} [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}], {repeats}{by}"
+        text = f"{self.differences.mean():+.2f} {self.unit}"
+        if ends is None:
+            return f"{text}, {repeats}: no interval"
+        return f"{text} [{ends[0]:+.2f}, {ends[1]:+.2f}], {repeats}{'' if self.examples is None else ', by example too'}"
 
 
-def verdict(rule: str, ends: tuple[float, float] | None, sign: int, n: int) -> str:
-    """What an interval decides by a rule."""
-    if ends is None or (rule == "time" and n < REPEATS):
+def verdict(ends: tuple[float, float] | None, sign: int = 1, margin: float = MARGIN) -> str:
+    """What an interval decides; with a margin it is non-inferiority that is asked for."""
+    if ends is None:
         return NOT_DECIDED
     low, high = sorted(sign * end for end in ends)
-    bound = -MARGIN if rule == "quality" else 0  # non-inferiority with a margin
-    return SUPPORTED if low > bound else CONTRADICTED if high < 0 else NOT_DECIDED
+    return SUPPORTED if low > -margin else CONTRADICTED if high < 0 else NOT_DECIDED
 
 
 def interval(tests: Sequence[Test], more: int = 0) -> tuple[float, float] | None:
@@ -126,7 +125,7 @@ def interval(tests: Sequence[Test], more: int = 0) -> tuple[float, float] | None
 
 @dataclass
 class Pool:
-    """The mean of several tests, such as a model's on all tasks; those below the majority class do not count."""
+    """The mean quality of several tests, such as a model's on all tasks; those below the majority class do not count."""
 
     what: str
     tests: list[Test]
@@ -141,8 +140,7 @@ class Pool:
 
     @property
     def verdict(self) -> str:
-        fewest = min((len(test.pairs) for test in self.counting), default=0)
-        return verdict(self.tests[0].rule, self.interval, self.tests[0].sign, fewest)
+        return verdict(self.interval)
 
     @property
     def statistic(self) -> str:
@@ -157,14 +155,14 @@ class Pool:
 
 def more_seeds(tests: Sequence[Test]) -> str:
     """How many seeds more would decide on quality if differences and spread stayed as they are, for people."""
-    tests = [test for test in tests if not test.below_majority]
-    if not tests or tests[0].rule != "quality" or verdict("quality", interval(tests), 1, 0) != NOT_DECIDED:
-        return ""
-    if any(len(test.pairs) < 2 for test in tests):
+    counting = [test for test in tests if not test.below_majority]
+    if not counting:
+        return "no number: below the majority class"
+    if any(len(test.pairs) < 2 for test in counting):
         return "two seeds first"
-    for more in range(1, MOST_SEEDS + 1):
-        if verdict("quality", interval(tests, more), 1, 0) != NOT_DECIDED:
-            return str(more)
+    for more in range(MOST_SEEDS + 1):
+        if verdict(interval(counting, more)) != NOT_DECIDED:
+            return str(more or "")
     return f"more than {MOST_SEEDS}, or more test examples"
 
 
@@ -178,8 +176,8 @@ def share_interval(asked: Sequence[int], percent: Sequence[float], bound: float)
 # -- outcomes of single examples ------------------------------------------------------------------------------
 
 
-def read_outcomes(folder: Path) -> dict[str, np.ndarray] | None:
-    """A run's outcomes sorted by example, or None where there are none.
+def read_outcomes(folder: Path) -> pd.DataFrame | None:
+    """A run's outcomes by test set and example, or None where there are none.
 
     Raises:
         UserError: the file is broken.
@@ -187,31 +185,27 @@ def read_outcomes(folder: Path) -> dict[str, np.ndarray] | None:
     try:
         if (folder / FILE).is_file():
             with np.load(folder / FILE, allow_pickle=False) as file:
-                found = dict(file)
+                found = pd.DataFrame(dict(file))
         elif (folder / "predictions.csv").is_file():  # of a ViT
-            rows = pd.read_csv(folder / "predictions.csv", dtype=str, keep_default_na=False)
-            found = {"example": rows["index"].to_numpy(str), "group": np.full(len(rows), ""),
-                     "correct": (rows["predicted"] == rows["true"]).to_numpy(float)}  # fmt: skip
+            found = pd.read_csv(folder / "predictions.csv", dtype=str, keep_default_na=False).rename(
+                columns={"index": "example"}
+            )
+            found = found[["example"]].assign(group="", correct=(found.predicted == found.true).astype(float))
         else:
             return None
-        order = np.lexsort((found["example"], found["group"]))
-        return {name: value[order] if value.ndim else value for name, value in found.items()}
-    except (OSError, ValueError, KeyError) as error:
-        told = f"outcomes in {folder} cannot be read ({error}): delete them, or run again"
-        raise UserError(told) from error
+        return found.set_index(["group", "example"]).sort_index()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"outcomes in {folder} cannot be read ({error}): delete them, or run again") from error
 
 
 def example_variance(pairs: Sequence[tuple[Path, Path]]) -> float | None:
     """Variance of the mean difference in percent points over test examples, from the folders of (control, baseline) of each
     seed, by scipy's bootstrap within each test set; None unless all have outcomes of the same examples."""
     found = [read_outcomes(folder) for pair in pairs for folder in pair]
-    if not found or any(one is None for one in found):
+    if not found or any(one is None or not one.index.equals(found[0].index) for one in found):
         return None
-    first = found[0]
-    if not all(np.array_equal(one[name], first[name]) for one in found for name in ("example", "group")):
-        return None
-    correct = "correct" in first
-    names, metric = (("correct",), np.mean) if correct else (("prediction", "label"), METRICS[str(first["metric"])])
+    correct = "correct" in found[0]
+    names, metric = (["correct"], np.mean) if correct else (["prediction", "label"], METRICS[found[0].metric.iloc[0]])
 
     def score(*arrays: np.ndarray) -> float:
         """Control minus baseline, in points; runs take turns, each with one array for each name."""
@@ -219,9 +213,8 @@ def example_variance(pairs: Sequence[tuple[Path, Path]]) -> float | None:
         return 100 * (np.mean(scores[0::2]) - np.mean(scores[1::2]))
 
     variances = []
-    for group in np.unique(first["group"]):
-        columns = [one[name][first["group"] == group] for one in found for name in names]
+    for group in found[0].index.unique("group"):
+        columns = [one.loc[group][name].to_numpy() for one in found for name in names]
         how = {"n_resamples": RESAMPLES, "method": "percentile", "rng": np.random.default_rng(0)}
-        done = stats.bootstrap(columns, score, vectorized=False, paired=True, **how)
-        variances.append(done.standard_error**2)
+        variances.append(stats.bootstrap(columns, score, vectorized=False, paired=True, **how).standard_error ** 2)
     return float(np.sum(variances) / len(variances) ** 2)

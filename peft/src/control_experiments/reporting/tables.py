@@ -16,17 +16,19 @@ import pandas as pd
 import yaml
 
 from ..record import write_text_atomic
-from .records import GLUE, Paper
+from .records import GLUE, Paper, beside_published
 
 NO_RECORD, NOT_PUBLISHED, NOT_MEASURED = "no record", "not published", "not measured"
 #: Order of rows where the records' own says nothing.
 _ORDER = (*GLUE, "control", "double control", "control+lora", "control+dora", "lora", "dora", "ours", "yours", "paper")
 _UNITS = {"MiB": 2**-20, "GB": 1e-9, "MB": 1e-6, "ms": 1e3}
 #: Figures that not every row can have: of one process there is no efficiency.
-_PARTLY = ("efficiency", "lost at", "losses apart", "/ fastest", "/ leanest", "times published", "same as published")
+_PARTLY = ("efficiency", "lost at", "losses apart", "time /", "memory /", "times ", "same as published")
 #: Quantity of a published figure -> the header that it belongs under.
-_HEADERS = {"best score": "best", "peak memory": "peak MiB", "training time": "train s"}
+_HEADERS = {"best score": "best", "peak memory": "peak MiB", "training time": "train s", "longest sequence": "longest tokens"}
 _HEADERS |= {"trained parameters": "trained parameters"}
+#: Figures that a footnote can be about.
+_NOTED = ("peak MiB", "train s", "ms a step", "longest tokens", "tokens/s")
 
 
 @dataclass
@@ -71,14 +73,14 @@ def all_tables(frame: pd.DataFrame, paper: Paper) -> list[Table]:
 def make_table(name: str, frame: pd.DataFrame, paper: Paper) -> Table:
     """The table of that name in tables.yaml."""
     specification = SPECIFICATIONS[name]
-    if "runs" in specification:
-        rows = _runs(frame, paper, specification)
-    else:
-        rows = frame.query(specification["where"], engine="python")
-        more = {"memory_speed": _with_frontier, "learning_rates": _best_rates}.get(name)
-        rows = more(rows) if more else rows
-    keys, remarks = specification["rows"], _in_text(paper, specification)
-    rows = _sorted(rows, [*keys.values(), "whose"])
+    rows = beside_published(frame, paper).query(specification["where"], engine="python")
+    rows = rows.assign(section=rows[specification.get("section", "section")])
+    rows = {"memory_speed": _with_frontier, "learning_rates": _best_rates}.get(name, pd.DataFrame)(rows)
+    rows = _with_printed(rows, paper, specification)
+    keys, quoted = specification["rows"], paper.figures[paper.figures.quantity.isin(specification.get("published", []))]
+    quoted = quoted[quoted.table == specification.get("quoted", specification.get("paper"))]
+    remarks = [f"Published: {f.model}, {f.row}: {f.quantity} {f.text}." for f in quoted.itertuples()]
+    rows = _sorted(rows, [*keys.values(), "whose"]) if len(rows) else rows
     counts = rows.groupby("section", sort=False).n.sum()
     sections = [
         _section(title, rows[rows.section == title], keys, specification["figures"])
@@ -94,9 +96,8 @@ def _sorted(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     for key in keys:
         first = {value: len(_ORDER) + number for number, value in enumerate(dict.fromkeys(rows[key]))}
         known = {value: _ORDER.index(bare(value)) for value in first if bare(value) in _ORDER}
-        ranks[key] = rows[key] if pd.api.types.is_numeric_dtype(rows[key]) else rows[key].map(first | known)
-    rows = rows.assign(**{f"_{key}": rank for key, rank in ranks.items()})
-    return rows.sort_values([*(f"_{key}" for key in keys), "row", "seed"], kind="stable")
+        ranks[f"_{key}"] = rows[key] if pd.api.types.is_numeric_dtype(rows[key]) else rows[key].map(first | known)
+    return rows.assign(**ranks).sort_values([*ranks, "row", "seed"], kind="stable")
 
 
 def bare(label: object) -> str:
@@ -104,67 +105,65 @@ def bare(label: object) -> str:
     return re.split(r",| r\d| matched", str(label))[0]
 
 
-def _runs(frame: pd.DataFrame, paper: Paper, specification: dict) -> pd.DataFrame:
-    """A domain's runs, the paper's figures as rows of their own, and empty rows for methods that must have one."""
-    keys = ["domain", "section", "task"]
-    runs = frame[(frame.kind == "run") & (frame.domain == specification["runs"])]
-    rows = pd.concat([runs, _printed(paper, specification)])
-    for place, group in list(rows.groupby(keys)):
+def _with_printed(rows: pd.DataFrame, paper: Paper, specification: dict) -> pd.DataFrame:
+    """The published figures as rows of their own beside the records', and empty rows for methods that must have one."""
+    made: dict[tuple, dict] = {}
+    table, domain = specification.get("paper"), specification.get("domain", "llama")
+    for figure in paper.figures[paper.figures.table == table].itertuples():
+        header = figure.column if figure.quantity == "score" else _HEADERS.get(figure.quantity)
+        if not header or figure.quantity in specification.get("published", ()):
+            continue
+        place = {
+            "whose": "paper",
+            "section": f"{figure.model}, 4-layer MLP" if table == "vit" else figure.model,
+            "row": figure.row,
+        }
+        places = [place | {"task": "commonsense" if table == "commonsense" else figure.column}]
+        if table == "longest":  # beside each of our own for such a card
+            place |= {"whose": "Unsloth", "row": figure.row.removeprefix("unsloth ").partition(" on")[0]}
+            ours = rows[rows.times_published.notna() & (rows.card == float(figure.column))].drop_duplicates(
+                ["section", "limit_gib"]
+            )
+            places = [place | one for one in ours[["section", "card", "limit_gib"]].to_dict("records")]
+        for place in places:
+            row = made.setdefault(tuple(place.values()), place | {"n": 0, "domain": domain, "published": {}})
+            row["published"][header] = figure
+    rows = pd.concat([rows, pd.DataFrame(made.values())])
+    for (section, task), group in list(rows.groupby(["section", "task"])) if "always" in specification else []:
         there = set(group.row[group.whose != "paper"].map(bare))
-        empty = dict(zip(keys, place)) | {"whose": "ours", "n": 0}
-        missing = [empty | {"row": method} for method in specification.get("always", ()) if method not in there]
-        rows = pd.concat([rows, pd.DataFrame(missing)]) if missing else rows
+        empty = {"whose": "ours", "n": 0, "domain": domain, "section": section, "task": task}
+        missing = [empty | {"row": method} for method in specification["always"] if method not in there]
+        rows = pd.concat([rows, pd.DataFrame(missing)])
     rows = rows.reset_index(drop=True)
     for column, nothing in (("links", ()), ("notes", ()), ("problem", ""), ("error", "")):
         rows[column] = rows[column].where(rows[column].notna(), pd.Series([nothing] * len(rows)))
-    lr = rows.lr.map(lambda rate: "" if pd.isna(rate) else f"{rate:g}")
-    rows["rates"] = lr.groupby([rows[key] for key in (*keys, "row", "whose")]).transform(
-        lambda rates: " / ".join(sorted(set(rates)))
+    rates = rows.groupby([rows[key] for key in ("section", "task", "row", "whose")]).lr.unique()
+    return rows.join(
+        rates.map(lambda lr: " / ".join(sorted(f"{rate:g}" for rate in lr if rate == rate))).rename("rates"),
+        on=["section", "task", "row", "whose"],
     )
-    return rows
-
-
-def _printed(paper: Paper, specification: dict) -> pd.DataFrame:
-    """The paper's figures of a table, a row for each model, task and method, with the figures in column `published`."""
-    rows: dict[tuple, dict] = {}
-    table, domain = specification.get("paper", ""), specification["runs"]
-    for figure in paper.figures[paper.figures.table == table].itertuples():
-        header = figure.column if figure.quantity == "score" else _HEADERS.get(figure.quantity)
-        if header and figure.quantity not in specification.get("published", ()):
-            task = "commonsense" if table == "commonsense" else figure.column
-            section = f"{figure.model}, 4-layer MLP" if table == "vit" else figure.model
-            row = {"whose": "paper", "n": 0, "domain": domain, "section": section, "task": task, "row": figure.row}
-            rows.setdefault((section, task, figure.row), row | {"published": {}})["published"][header] = figure
-    return pd.DataFrame(rows.values())
-
-
-def _in_text(paper: Paper, specification: dict) -> list[str]:
-    """Published figures that belong to no row."""
-    figures = paper.figures[paper.figures.table == specification.get("paper")]
-    figures = figures[figures.quantity.isin(specification.get("published", []))]
-    return [f"Published: {f.model}, {f.row}: {f.quantity} {f.text}." for f in figures.itertuples()]
 
 
 def step_means(steps: pd.DataFrame) -> pd.DataFrame:
     """Mean seconds and bytes over the weights by whose, setting and method, and whether no other beats it in both."""
-    means = steps[steps.seconds.notna()].groupby(["whose", "section", "row"], sort=False)[["seconds", "over"]].mean()
-    ordered = means.sort_values(["seconds", "over"])
-    leanest = ordered.groupby(["whose", "section"]).over.cummin()
-    leanest = leanest.groupby(["whose", "section"]).shift(fill_value=float("inf"))
-    means["frontier"] = ordered.over < leanest
-    return means
+    setting, figures = ["whose", "section"], ["step_seconds", "over_static_bytes"]
+    means = steps[steps.step_seconds.notna()].groupby([*setting, "row"], sort=False)[figures].mean()
+    ordered = means.sort_values(figures).over_static_bytes
+    leanest = ordered.groupby(setting).cummin().groupby(setting).shift(fill_value=float("inf"))
+    return means.assign(frontier=ordered < leanest)
 
 
 def _with_frontier(steps: pd.DataFrame) -> pd.DataFrame:
     """Steps with their distances from the best LoRA of their setting; a failure only where nothing was measured."""
     setting = ["whose", "section"]
-    steps = steps[steps.seconds.notna() | ~steps.duplicated([*setting, "row"], keep=False)]
+    steps = steps[steps.step_seconds.notna() | ~steps.duplicated([*setting, "row"], keep=False)]
     means = step_means(steps)
-    loras = means[means.index.get_level_values("row").str.startswith("lora")].groupby(setting).min()
-    steps = steps.join(means, on=[*setting, "row"], rsuffix="_mean").join(loras, on=setting, rsuffix="_lora")
-    frontier = steps.frontier.map({True: "yes", False: "no"}).fillna("")
-    ratios = {"time_ratio": steps.seconds_mean / steps.seconds_lora, "memory_ratio": steps.over_mean / steps.over_lora}
-    return steps.assign(**ratios, frontier=frontier)
+    best = means[means.index.get_level_values("row").str.startswith("lora")].groupby(setting).min()
+    ratios = means.drop(columns="frontier").div(best.drop(columns="frontier"))
+    ratios = ratios.set_axis(["time_ratio", "memory_ratio"], axis=1).assign(
+        frontier=means.frontier.map({True: "yes", False: "no"})
+    )
+    return steps.join(ratios, on=[*setting, "row"]).fillna({"frontier": ""})
 
 
 def _best_rates(searched: pd.DataFrame) -> pd.DataFrame:
@@ -206,44 +205,43 @@ def _line(group: pd.DataFrame, keys: dict[str, str], figures: dict[str, str], no
         notes.extend(reason for reason in reasons if reason not in notes)
         return text + "".join(f" <sup>{notes.index(reason) + 1}</sup>" for reason in reasons)
 
-    first, paper = group.iloc[0], group.whose.iloc[0] == "paper"
+    first = group.iloc[0]
+    printed = first.published if first.whose not in ("ours", "yours") else None
     links = dict.fromkeys((text, file) for part in group.links for text, file in part)
     links = list(dict.fromkeys((text or str(number), file) for number, (text, file) in enumerate(links, 1)))
     problems = list(dict.fromkeys(filter(None, group.problem)))
-    reasons = list(dict.fromkeys(note for part in group.notes for note in part))
     measured = group[group.error == ""]
     count = len(measured) if links and not problems else 0
+    reasons = list(dict.fromkeys(note for part in group.notes for note in part))
     reasons += [] if len(measured) else [f"{first.row}: {error}." for error in group.error]
-    line = {header: first[column] for header, column in keys.items()}
-    line = {header: f"{key:g}" if isinstance(key, float) else str(key) for header, key in line.items()}
-    line |= {"whose": first.whose, "n": "" if paper else count}
-    data, said = dict(line), []
+    lacking = NOT_PUBLISHED if printed else NOT_MEASURED if count else "failed" if links and not problems else NO_RECORD
+    line = {header: first[column] for header, column in keys.items()} | {"whose": first.whose, "n": "" if printed else count}
+    data = {header: f"{key:.10g}" if isinstance(key, float) else key for header, key in line.items()}
+    line = {header: f"{key:,.10g}" if isinstance(key, float) else key for header, key in line.items()}
+    said = [*problems, *reasons]
     for header, specification in figures.items():
         column, _, form = specification.rpartition(" ")
         factor = next((_UNITS[word] for word in header.split() if word in _UNITS), 1)
-        values = measured[column].dropna().astype(float) * factor if column in group else pd.Series(dtype=float)
-        if paper and (figure := first.published.get(header)):
+        values = measured[column].dropna().astype(float) * factor if column in group else ()
+        if printed and (figure := printed.get(header)):
             note = [f"{figure.note[0].upper()}{figure.note[1:]}."] if isinstance(figure.note, str) else []
             said += note
             line[header] = marked(figure.text, note)
             data |= {header: figure.value, f"{header} status": figure.status}
-        elif paper:
-            data[header] = line[header] = NOT_PUBLISHED
         elif count and len(values) == count:
             spread = "" if values.nunique() == 1 else f" ± {values.std():{form}}"
             line[header] = f"{values.mean():{form}}{spread}"
             data |= {header: values.mean()} | ({f"{header} sd": values.std()} if count > 1 else {})
         else:
-            there = NOT_MEASURED if count else "failed" if links and not problems else NO_RECORD
-            data[header] = line[header] = "" if header.startswith(_PARTLY) or "/ " in header else there
-    left_out = marked("left out", problems) if problems and not paper else links or NO_RECORD
-    line["runs"] = links if count or paper else left_out
-    noted = [name for name in ("peak MiB", "train s", "ms a step", "longest tokens", "tokens/s") if name in line]
+            data[header] = line[header] = "" if header.startswith(_PARTLY) else lacking
+    left_out = marked("left out", problems) if problems else links or NO_RECORD
+    line["runs"] = links if count or printed else left_out
+    noted = [name for name in _NOTED if name in line]
     if reasons and noted:  # at the figure that is missing, else at the first that the note can be about
         at = next((header for header in noted if line[header] in (NOT_MEASURED, "failed")), noted[0])
         line[at] = marked(line[at], reasons)
-    files = " ".join(dict.fromkeys(file for _, file in links)) or ("" if paper else NO_RECORD)
-    return line, data | {"runs": files, "notes": " ".join(dict.fromkeys([*problems, *reasons, *said]))}
+    files = " ".join(dict.fromkeys(file for _, file in links)) or ("" if printed else NO_RECORD)
+    return line, data | {"runs": files, "notes": " ".join(dict.fromkeys(said))}
 
 
 def _conditions(part: pd.DataFrame) -> list[str]:
@@ -253,8 +251,7 @@ def _conditions(part: pd.DataFrame) -> list[str]:
     for (task, whose), group in runs.groupby(["task", "whose"], sort=False):
         record, facts = group.record.iloc[0], group["shared"].iloc[0]
         torch = ", ".join(sorted({record.versions.get("torch", "?") for record in group.record}))
-        sizes = record.data.get("sizes", {}).items()
-        sizes = " + ".join(f"{n:,} {split}" for split, n in sizes if isinstance(n, int))
+        sizes = " + ".join(f"{n:,} {split}" for split, n in record.data.get("sizes", {}).items() if isinstance(n, int))
         settings = ", ".join(f"{name.replace('_', ' ')} {facts[name]}" for name in named if name in facts)
         mark = "" if whose == "ours" else f" ({whose})"
         lines.append(f"{task}{mark}: {sizes}; {settings}; {record.device['name']}, torch {torch}.")
@@ -290,9 +287,7 @@ def write_tables(tables: list[Table], folder: Path, up: str) -> list[Path]:
     written, template = [], environment(keep_trailing_newline=True).get_template("table.md.jinja")
     for table in tables:
         data = pd.concat([section.data for section in table.sections] or [pd.DataFrame(columns=["section"])])
-        texts = {
-            "md": template.render(table=table, linked=partial(linked, up=up)),
-            "csv": data.to_csv(index=False, lineterminator="\n"),
-        }
-        written += [write_text_atomic(folder / f"{table.name}.{kind}", text) for kind, text in texts.items()]
+        text = template.render(table=table, linked=partial(linked, up=up))
+        written.append(write_text_atomic(folder / f"{table.name}.md", text))
+        written.append(write_text_atomic(folder / f"{table.name}.csv", data.to_csv(index=False, lineterminator="\n")))
     return written

@@ -106,22 +106,19 @@ def _gpu() -> dict:
 
 
 def run_apart(command: Sequence[str], environment: dict[str, str], *, needed: bool = False) -> dict:
-    """The JSON object on the last line that a process prints; ``{"error": its last line on stderr}`` if it fails.
+    """The last JSON object that a process prints; ``{"error": its last line on stderr}`` if it fails.
 
     Raises:
         UserError: it fails, and the result is `needed`.
     """
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"])[0][:300]
-        if needed:
-            raise UserError(f"{' '.join(command[:2])} failed: {reason}")
-        return {"error": reason}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    *_, found = stream_apart(command, environment)
+    if needed and "error" in found:
+        raise UserError(f"{' '.join(command[:2])} failed: {found['error']}")
+    return found
 
 
 def stream_apart(command: Sequence[str], environment: dict[str, str]) -> Iterator[dict]:
-    """Each JSON object that a process prints on a line of its own, at once; then ``{"error": ...}`` as `run_apart`, if it fails."""
+    """Each JSON object that a process prints on a line of its own, at once; ``{"error": its last line on stderr}`` if it fails."""
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=errors, text=True

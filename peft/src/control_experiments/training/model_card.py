@@ -22,7 +22,7 @@ An adapter for `{base}`, trained on {task} by [Parallel Control](https://proceed
 ## How to load it
 
 ```bash
-pip install peft-control
+pip install ./peft  # from a copy of the Parallel Control repository
 ```
 
 ```python

@@ -18,8 +18,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import ClassVar, Optional
@@ -56,6 +55,11 @@ class StudyOptions:
     search_seeds: list[int] = HfArg(default_factory=lambda: [SEARCH_SEED], help="Of the search.")
     search_only: bool = HfArg(default=False, help="Choose the learning rates and stop there.")
     max_minutes: Optional[float] = HfArg(default=None, help="Begin no run that would end later.")
+    # what the study itself says of each run
+    method: str = field(init=False, default="control")
+    seed: int = field(init=False, default=0)
+    resume: bool = field(init=False, default=True)
+    overwrite: bool = field(init=False, default=False)
 
     def check_study(self) -> None:
         """Raise `UserError` for what the runs themselves do not check."""
@@ -174,11 +178,11 @@ class Study(ABC):
     def run(self) -> None:
         """Work until nothing is left, or the time is up. Raises UserError: runs diverged, or a finished run has
         other settings than the study's."""
-        gc.freeze()  # what is imported is no garbage: the collection after each run need not look at it
         try:
             while left := self.left():
-                if not any(self.take(cell) for cell in left):
-                    time.sleep(0.5)  # other processes work on all that is left
+                if not any(self.take(cell) for cell in left):  # other processes work on all that is left
+                    self.check_time()
+                    time.sleep(0.5)
         except TimeIsUp:
             print(f"the next run does not fit into {self.options.max_minutes:g} minutes: the same command goes on")
             return
@@ -207,6 +211,7 @@ class Study(ABC):
             self._chosen[task, arm] = self.options.lr
             return []
         rates, scores = sorted(dict.fromkeys(self.options.grid)), {}
+        key, notes = (Path(task).stem, arm.text), self.output / SEARCH_FOLDER / f"{self.model}.json"
         for grown in range(self.options.growth + 1):
             left = []
             for rate in rates:
@@ -219,14 +224,12 @@ class Study(ABC):
                     scores[rate] = statistics.fmean(self._scores[cell] for cell in cells)
             if left:
                 return left
-            best = max(rates, key=lambda rate: (scores[rate] is not None, scores[rate] or 0.0, -rate))
+            chosen = choose_rates({key: {str(rate): scores[rate] for rate in rates}}, notes, self.model).get(key)
+            best = rates[0] if chosen is None else float(chosen)
             if grown == self.options.growth or len(rates) < 2 or best not in (rates[0], rates[-1]):
                 break
             low = best == rates[0]
             rates = [beyond(rates[0], rates[1]), *rates] if low else [*rates, beyond(rates[-1], rates[-2])]
-        notes = self.output / SEARCH_FOLDER / f"{self.model}.json"
-        key = (Path(task).stem, arm.text)
-        chosen = choose_rates({key: {str(rate): scores[rate] for rate in rates}}, notes, self.model).get(key)
         self._chosen[task, arm] = None if chosen is None else float(chosen)
         if chosen is not None:
             print(f"{arm.text} on {key[0]}: lr {chosen} is chosen", flush=True)
@@ -265,33 +268,29 @@ class Study(ABC):
         return self.lock(cell).read_text() if self.lock(cell).is_file() else ""
 
     def take(self, cell: Cell) -> bool:
-        """Do the run unless another process works on it, or has finished it; whether it was done here."""
-        with self.claim(cell) as mine:
-            if not mine or self.is_done(cell):
-                return False
-            self.work(cell)
-            return True
-
-    @contextmanager
-    def claim(self, cell: Cell) -> Iterator[bool]:
-        """Hold a run's lock while in the block; False if another process holds it."""
+        """Do the run unless another process holds its lock, or has finished it; whether it was done here."""
         self.lock(cell).parent.mkdir(parents=True, exist_ok=True)
         with self.lock(cell).open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                yield False
-                return
-            yield True
+                return False
+            if self.is_done(cell):
+                return False
+            self.work(cell)
+            return True
+
+    def check_time(self) -> None:
+        """Raises TimeIsUp: a run that takes as long as the longest one so far would not end in time."""
+        if self.end is not None and time.monotonic() + self.longest > self.end:
+            raise TimeIsUp
 
     def work(self, cell: Cell) -> None:
-        """Do the run; one that diverges is noted and never tried again. Raises TimeIsUp: it would not end in
-        time, if it takes as long as the longest run so far."""
+        """Do the run; one that diverges is noted and never tried again. Raises TimeIsUp: it would not end in time."""
         from .losses import Diverged  # with torch, for which --help and a wrong option do not wait
 
+        self.check_time()
         began = time.monotonic()
-        if self.end is not None and began + self.longest > self.end:
-            raise TimeIsUp
         print(cell, flush=True)
         try:
             self.train(cell, self.plan(cell))
@@ -314,6 +313,7 @@ def free_memory() -> None:
     import torch
 
     gc.collect()
+    gc.freeze()  # what is left was imported or read for all runs: collections need not look at it again
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -350,13 +350,8 @@ def run_study(study: type[Study], options: type[StudyOptions], description: str 
     given.check_study()
     asked = study(given)
     asked.check()
-    settle_device(given)
+    from .device import select_device  # with torch, for which --help and a wrong option do not wait
+
+    device = select_device(given.device)  # once for all runs, by its index among those that this process still sees
+    given.device = "cpu" if device.type == "cpu" else str(device.index)
     asked.run()
-
-
-def settle_device(options) -> None:
-    """Choose the device once for all runs, by its index among those that this process still sees."""
-    from .device import select_device
-
-    device = select_device(options.device)
-    options.device = "cpu" if device.type == "cpu" else str(device.index)

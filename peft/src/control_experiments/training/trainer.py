@@ -173,7 +173,7 @@ class ExperimentTrainer(Trainer):
                 raise UserError(f"{told} (WANDB_MODE=offline needs no account)") from error
             raise
         finally:
-            self._bar.close()
+            self._bar.bar.close()
         if self._stop.number is not None:
             raise Interrupted(self._stop.number)
         return output
@@ -336,7 +336,7 @@ class ExperimentTrainer(Trainer):
         return ResumableLengthSampler(
             self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             # from the full data set: what arrives here has lost the columns that the model does not take
-            lengths=self.train_dataset[self.args.length_column_name],
+            lengths=list(self.train_dataset[self.args.length_column_name]),  # a column looks each one up anew
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
 
@@ -390,29 +390,21 @@ class _ProgressBar(TrainerCallback):
     """One bar with the time left and the last figures; the figures also go to the log."""
 
     def __init__(self):
-        self.bar: tqdm | None = None
+        self.bar = tqdm(disable=True)
 
     def on_train_begin(self, args, state, control, **_):
-        if state.is_world_process_zero:
-            # a file or a pipe gets a line now and then, a terminal a moving bar
-            interval = 0.2 if sys.stderr.isatty() else 20.0
-            done = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
-            self.bar = tqdm(**done, mininterval=interval, dynamic_ncols=True)
+        # a file or a pipe gets a line now and then, a terminal a moving bar
+        how = {"mininterval": 0.2 if sys.stderr.isatty() else 20.0, "disable": not state.is_world_process_zero}
+        done = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
+        self.bar = tqdm(**done, **how, dynamic_ncols=True)
 
     def on_step_end(self, args, state, control, **_):
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **_):
         figures = {name.removeprefix("eval_"): value for name, value in (logs or {}).items()}
         if state.is_world_process_zero:
             logger.info("step %d: %s", state.global_step, figures)
-        if self.bar is not None:
-            hidden = ("_loss", "runtime", "per_second", "epoch", "rate", "norm", "flos")
-            shown = {name: f"{float(figures[name]):.4f}" for name in figures if not name.endswith(hidden)}
-            self.bar.set_postfix(shown, refresh=False)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        hidden = ("_loss", "runtime", "per_second", "epoch", "rate", "norm", "flos")
+        shown = {name: f"{float(figures[name]):.4f}" for name in figures if not name.endswith(hidden)}
+        self.bar.set_postfix(shown, refresh=False)

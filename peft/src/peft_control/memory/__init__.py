@@ -214,8 +214,10 @@ def _hides_copies(layer, plan, more=0):
 def _hides_state(layer):
     """The same of one state and a layer that is not written by hand."""
     widths = [child.width for child in layer.children() if isinstance(child, ControlLayer)]
-    weight = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
-    return bool(widths) and _PARAMETERS_PER_BYTE * widths[0] * weight.element_size() <= parameters_per_token(layer)
+    # a state's type is that of the frozen weights; not of bytes, nor of FP8's scales beside them
+    sizes = [parameter.element_size() for parameter in layer.parameters() if parameter.is_floating_point()]
+    size = min(size for size in sizes if size > 1)
+    return bool(widths) and _PARAMETERS_PER_BYTE * widths[0] * size <= parameters_per_token(layer)
 
 
 def _plan_models(model, plans, chunk_tokens, fused_loss):

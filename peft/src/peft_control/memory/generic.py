@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.utils import output_capturing
 
 from ..architectures import ARCHITECTURES, Architecture
+from ..fp8_experts import dequantized_once
 from .exact import is_as_written, kind_of, path_of
 from .forward import enter
 from .layers import Call, LayerPlan, autocast_state, recomputed
@@ -190,6 +191,7 @@ class TokensPlan:
         return rows if x.dim() == 2 else [piece.unsqueeze(0) for piece in rows]
 
     @torch.no_grad()
+    @dequantized_once()
     def outputs(self, own, x):
         pieces = self.pieces(x)
         found = [own(piece) for piece in pieces]
@@ -257,6 +259,7 @@ class Tokens(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @dequantized_once()
     def backward(ctx, *gradients):
         (x,), plan = ctx.saved_tensors, ctx.plan
         dx, start = torch.empty_like(x, memory_format=torch.contiguous_format), 0

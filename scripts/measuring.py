@@ -1,0 +1,295 @@
+"""The work of bench_memory.py: what each method's own process measures, and the process that starts them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from operator import attrgetter, itemgetter
+from pathlib import Path
+
+import torch
+
+from control_experiments.training.benchmarking import (
+    EXPANDABLE,
+    Campaign,
+    machine,
+    run_apart,
+    stream_apart,
+    summarise_repeats,
+    synchronize,
+    time_steps,
+)
+from control_experiments.training.device import DTYPES
+from control_experiments.training.metering import MemoryMeter
+from peft_control.memory import streaming
+from scripts.bench_memory import Options
+from scripts.catalogue import MOE_SHAPES, Method, parse_method
+from scripts.longest import Search, Step
+from scripts.workloads import Workload, build, step_loss
+
+REPEATED = 120  # seconds: a step that takes longer is timed as it ran first
+#: `python -c` this ... runs the benchmark; unsloth wants to be imported before transformers.
+UNSLOTH_FIRST = "import runpy, unsloth; runpy.run_module('scripts.bench_memory', run_name='__main__', alter_sys=True)"
+
+# -- in each method's process -----------------------------------------------------------------------------------
+
+
+def measure(options: Options, method: Method) -> dict:
+    """Train a few steps; memory in bytes, seconds per step and the loss after them."""
+    device = torch.device(options.device)
+    if options.within:
+        allow(options.within)
+    memory = MemoryMeter(device)
+    work = build(options.setting(), method, memory.after_load)
+    graphs, cuda = "graphs" in method.switches, device.type == "cuda"
+    if graphs:
+        torch.cuda.empty_cache()
+    static = torch.cuda.memory_allocated() if cuda else 0
+    loss = torch.zeros(())
+
+    def step() -> None:
+        nonlocal loss
+        loss = work.step()
+        memory.after_optimizer()
+
+    for _ in range(options.warmup):
+        step()
+    synchronize(options.device)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    times = summarise_repeats([time_steps(step, options.steps, options.device) for _ in range(options.repeats)])
+    summary = memory.summary()
+    peak = summary["peak_reserved_bytes" if graphs else "peak_allocated_bytes"] or 0
+    rates = {"tokens_per_second": options.batch * options.tokens / times["step_seconds"]}
+    rates["real_tokens_per_second"] = sum(options.setting().rows) / times["step_seconds"]
+    result = {
+        "method": method.text, "trained_parameters": sum(parameter.numel() for parameter in work.trained),
+        "static_bytes": static, "peak_bytes": peak, "peak_is": "reserved" if graphs else "allocated",
+        "over_static_bytes": peak - static, **times, **rates, "loss": loss.item(), "memory": summary,
+    }  # fmt: skip
+    if options.shape in MOE_SHAPES:
+        result["experts_implementation"] = work.model.config._experts_implementation
+    if method.resident:
+        result["streaming"] = streamed(options, work)
+    return {**result, "kernels": profiled(options, work)} if options.profile else result
+
+
+def streamed(options: Options, work: Workload) -> dict:
+    """What waits on the host, and the seconds in which all of it comes to the GPU once with nothing beside it. Of a step's two
+    passes each leaves out the resident layers."""
+    (stream,) = streaming.streams(work.model)
+    seconds = min(time_steps(stream.copy_all, 3, options.device))
+    layers = len(stream.layers)
+    floor = 2 * seconds * (layers - stream.resident) / layers
+    return {
+        "bytes": stream.nbytes,
+        "layers": layers,
+        "resident": stream.resident,
+        "copy_seconds": seconds,
+        "floor_seconds": floor,
+    }
+
+
+def allow(limit: float) -> None:
+    """Let torch's allocator take so many GiB of the GPU at most."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total))
+
+
+def profiled(options: Options, work: Workload) -> list[dict]:
+    """Seconds of one step by kernel (on the CPU: by operation), the longest first."""
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+        work.step()
+        synchronize(options.device)
+    seconds = attrgetter(f"self_{'device' if options.device == 'cuda' else 'cpu'}_time_total")
+    found = [
+        {"name": event.key[:200], "calls": event.count, "seconds": seconds(event) / 1e6}
+        for event in profile.key_averages()
+        if event.device_type.name.lower() == options.device and seconds(event) > 0
+    ]
+    return sorted(found, key=lambda kernel: -kernel["seconds"])
+
+
+def search(options: Options, method: Method) -> Iterator[dict]:
+    """Each of `options.left` as it is found: tokens/s at a length, or the longest sequence within a limit."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    setting, begun = replace(options.setting(), tokens=512), time.monotonic()
+    work = build(setting, method, longest=options.up_to)
+    torch.cuda.empty_cache()
+
+    def run(tokens: int, limit: float | None) -> Step | None:
+        allow(limit or total / 2**30)
+        torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        try:
+            work.loss = step_loss(replace(setting, tokens=tokens), method, work.model)
+            work.step()
+            torch.cuda.synchronize()
+            return Step(torch.cuda.max_memory_allocated(), time.perf_counter() - started)
+        except RuntimeError as error:  # torch's own, or CUDA's when pinned memory runs out
+            if "out of memory" not in str(error):
+                raise
+            return None
+        finally:
+            work.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+
+    steps, good = Search(run, options.up_to, torch.cuda.memory_allocated()), 0
+    steps.probe(total)
+    waits = {"streaming": streamed(options, work)} if method.resident else {}
+    for _, what, value in options.cells(method.text):
+        if f"{what}={value}" not in options.left:
+            continue
+        if options.max_minutes is not None and time.monotonic() - begun > 60 * options.max_minutes:
+            return
+        limit = value if what == "limit" else None
+        tokens, step = steps.longest(value, good) if limit else (value, steps.attempt(value, None))
+        good = tokens if limit else good
+        # A second step is timed: the first of its length also allocates host memory.
+        if tokens and ((not step and limit) or (step and step.seconds < REPEATED)):
+            step = run(tokens, limit) or step
+        found = {"limit_gib": limit, "longest_tokens": tokens} if limit else {"tokens": tokens, "fits": bool(step)}
+        found |= {"ended_by": "--up_to"} if limit and tokens + 512 > options.up_to else {}
+        if step:
+            found |= {"step_seconds": step.seconds, "tokens_per_second": setting.batch * tokens / step.seconds}
+            found |= {"peak_bytes": step.peak}
+        yield {"method": method.text, **found, **waits}
+
+
+def work(options: Options) -> None:
+    """What a method's own process does: print each result as a line of JSON, and all else to stderr."""
+    printed, method = sys.stdout, parse_method(options.worker)
+    with contextlib.redirect_stdout(sys.stderr):
+        for result in search(options, method) if options.searches else [measure(options, method)]:
+            print(json.dumps(result), file=printed, flush=True)
+
+
+# -- in the process that starts them ----------------------------------------------------------------------------
+
+
+def process_of(options: Options, method: Method, command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of the method's own process."""
+    start = ["-m", "scripts.bench_memory"]
+    grows = options.limit or options.within or options.longest or "graphs" in method.switches
+    environment = dict(EXPANDABLE) if grows else {}
+    if "unsloth" in method.switches:  # which also writes what it compiles
+        start = ["-c", UNSLOTH_FIRST]
+        environment |= {
+            "UNSLOTH_DISABLE_STATISTICS": "1",
+            "UNSLOTH_COMPILE_LOCATION": str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"),
+        }
+    words = [*command, "--device", options.device, "--worker", method.text]
+    return [sys.executable, *start, *words], environment
+
+
+def run_method(options: Options, method: Method, command: Sequence[str]) -> dict:
+    """Measure the method in a process of its own."""
+    result = run_apart(*process_of(options, method, command))
+    return result if "error" not in result else {"method": method.text, **result}
+
+
+def run_search(options: Options, method: Method, command: Sequence[str], left: list[tuple], minutes: float | None) -> Iterator[dict]:  # fmt: skip
+    """The cells that are left, as they are found in a process of their own, which begins none after so many minutes."""
+    words = [*command, "--left", *(f"{what}={value}" for _, what, value in left)]
+    words += ["--max_minutes", str(minutes)] if minutes else []
+    for result in stream_apart(*process_of(options, method, words)):
+        if "error" not in result:
+            left.remove(cell(result))
+            yield result
+        else:
+            places = ({"limit_gib": value} if what == "limit" else {"tokens": value} for _, what, value in left)
+            yield from ({"method": method.text, **place, **result} for place in places)
+
+
+def cell(result: dict) -> tuple:
+    """What tells a result of a search from the others; see `Options.cells`."""
+    what = ("limit", result["limit_gib"]) if "limit_gib" in result else ("speed_at", result["tokens"])
+    return (result["method"], *what)
+
+
+def line(result: dict) -> str:
+    if "error" in result:
+        return f"{result['method']:32s} failed: {result['error']}"
+    if "longest_tokens" in result or "fits" in result:
+        longest = "longest_tokens" in result
+        text = f"{result['longest_tokens' if longest else 'tokens']:7d} tokens"
+        text += f" within {result['limit_gib']} GiB" if longest else "" if result["fits"] else " do not fit"
+        rate = "step_seconds" in result
+        text += f", {result['step_seconds']:.1f} s a step, {result['tokens_per_second']:.0f} tokens/s" if rate else ""
+        return f"{result['method']:32s} {text}"
+    spread = 100 * result["step_seconds_spread"] / result["step_seconds"]
+    floor = result.get("streaming", {}).get("floor_seconds")
+    copies = f"  copies {floor * 1e3:.1f} ms" if floor else ""
+    shared = "  OTHERS USE THIS GPU" if result["memory"]["other_processes_bytes"] else ""
+    kernels = [
+        f"\n    {kernel['seconds'] * 1e3:8.2f} ms {kernel['calls']:5d} x {kernel['name'][:90]}"
+        for kernel in result.get("kernels", [])[:20]
+    ]
+    return (
+        f"{result['method']:32s} {result['over_static_bytes'] / 1e9:7.2f} GB over {result['static_bytes'] / 1e9:6.2f}"
+        f"  {result['step_seconds'] * 1e3:7.1f} ms, spread {spread:4.1f} %  {result['tokens_per_second']:9.0f} tokens/s"
+        f"  loss {result['loss']:.4f}{copies}{shared}{''.join(kernels)}"
+    )
+
+
+def table(results: list[dict]) -> str:
+    """The results, the fastest first, with their ratios to the fastest and to the leanest LoRA, if there is one."""
+    measured = sorted((result for result in results if "step_seconds" in result), key=itemgetter("step_seconds"))
+    loras = [result for result in measured if result["method"].startswith("lora")]
+    if not loras:
+        return ""
+    peers = {"fastest": loras[0], "leanest": min(loras, key=itemgetter("over_static_bytes"))}
+    against = "   ".join(f"against {peer['method']} ({name})" for name, peer in peers.items())
+    lines = [f"{'':32s} {'over weights':>12s} {'step':>9s}   {against}"]
+    for result in measured:
+        seconds, over = result["step_seconds"], result["over_static_bytes"]
+        ratios = [(seconds / peer["step_seconds"], over / max(peer["over_static_bytes"], 1)) for peer in peers.values()]
+        shown = "   ".join(f"time x{time:.2f} memory x{memory:.2f}" for time, memory in ratios)
+        lines.append(f"{result['method']:32s} {over / 1e9:9.2f} GB {seconds * 1e3:6.1f} ms   {shown}")
+    return "\n".join(lines)
+
+
+def run(options: Options, command: list[str]) -> None:
+    """Measure each method in a process of its own that is started by the same `command`; write the record and a picture."""
+    searches = options.searches
+    begun, found = time.monotonic(), machine(options.device)
+    if options.longest and not options.limit:
+        options.limit = [round(found["machine"]["total_memory_bytes"] / 2**30, 2)]
+        command += ["--limit", str(options.limit[0])]
+    words = [options.shape, f"{options.batch} x {options.tokens} tokens", *options.particulars().values()]
+    setting, dtype, rate = ", ".join(words), str(DTYPES[options.setting().autocast])[6:], found["matmul_tflops"]
+    title = f"{setting}, {dtype}, {found['device']}"
+    print(title + (f", bf16 matmul {rate:.0f} TFLOP/s" if rate else ""), flush=True)
+    campaign = Campaign(
+        Path(options.output) / options.file_name(), options, cell if searches else itemgetter("method"), found,
+        setting=setting, dtype=dtype, weights="random",
+    )  # fmt: skip
+    planned = [place for text in options.methods for place in (options.cells(text) if searches else [text])]
+    finished = campaign.finished
+    for number, text in enumerate(options.methods, 1):
+        left = [place for place in planned if place not in finished and text in (place, place[0])]
+        minutes = options.max_minutes and options.max_minutes - (time.monotonic() - begun) / 60
+        if not left or (minutes is not None and minutes <= 0):
+            continue
+        started, method = time.time(), parse_method(text)
+        measured = run_search(options, method, command, left, minutes) if searches else [run_method(options, method, command)]
+        for result in measured:
+            campaign.add(result)
+            print(f"[{number}/{len(options.methods)}, {time.time() - started:.0f} s] {line(result)}", flush=True)
+    if not searches:
+        print(table(campaign.results))
+    measured = [result for result in campaign.results if "step_seconds" in result]
+    if measured and not (searches or options.profile):
+        from control_experiments.reporting import pictures  # with pandas, which no method's process needs
+
+        points = {result["method"]: (result["step_seconds"], result["over_static_bytes"]) for result in measured}
+        pictures.save(pictures.memory_against_time(points, title), campaign.path.with_suffix(".png"))
+    if missing := len(planned) - len(campaign.finished):
+        print(f"time is up, {missing} of {len(planned)} are left: the same command goes on", file=sys.stderr)
+        sys.exit(1)
+    campaign.finish(planned)

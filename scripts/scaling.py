@@ -1,0 +1,262 @@
+"""The work of bench_scaling.py: what each process of a run does, and the process that starts the runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from control_experiments.record import write_json_atomic
+from control_experiments.training.benchmarking import EXPANDABLE, Campaign, machine
+from control_experiments.training.sharding import average_gradients, split_into_units
+from control_experiments.training.study import command_of
+from scripts.bench_scaling import Options
+from scripts.catalogue import LLAMA_SHAPES, LONGEST, parse_method
+from scripts.workloads import adapt, random_llama
+
+# -- in each process ------------------------------------------------------------------------------------------------
+
+
+class SentBytes(TorchDispatchMode):
+    """Counts the bytes of this process's tensors that collective operations take in."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            name = function.overloadpacket.__name__
+            # gather and scatter have (output, input); the reductions work in place
+            given = args[1] if "gather" in name or "scatter" in name else args[0]
+            self.bytes += sum(t.nbytes for t in tree_leaves(given) if isinstance(t, torch.Tensor))
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Make every parameter a fixed pseudo-random function of its name and index, whatever part of it is here."""
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        local, offset = parameter, 0
+        if isinstance(parameter, DTensor):
+            local = parameter.to_local()
+            _, starts = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+            offset = starts[0] * (parameter.numel() // max(parameter.shape[0], 1))
+        if name.endswith("norm.weight"):
+            local.fill_(1.0)
+        elif "control_B" in name or "lora_B" in name:
+            local.zero_()
+        else:
+            flat = local.view(-1)
+            for start in range(0, flat.numel(), 1 << 24):
+                piece = flat[start : start + (1 << 24)]
+                index = torch.arange(piece.numel(), device=piece.device, dtype=torch.float64)
+                index += offset + start + 1
+                noise = torch.frac(torch.sin(index * 12.9898 + number) * 43758.5453).abs_() - 0.5
+                piece.copy_(noise * (0.02 * 12**0.5))  # the deviation that these models start with
+
+
+def build(options: Options, shard: str, device: torch.device) -> nn.Module:
+    """The adapted model, sharded or not, with the same weights in every run."""
+    # untied, because to_empty would part the output layer from the embeddings, sharded or not
+    model = random_llama(options.shape, "meta", tie_word_embeddings=False)
+    model = adapt(model, options.shape, parse_method(options.worker))
+    if shard == "fsdp2":
+        split_into_units(model, options.device)
+    model.to_empty(device=device)
+    fill(model)
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):  # a buffer that to_empty emptied too
+            with torch.device(device):
+                module.inv_freq = type(module)(model.get_base_model().config).inv_freq
+    return model
+
+
+def work(options: Options) -> None:
+    """Train in this process as part of the run; process 0 writes the result."""
+    (shard,) = options.shards
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    cuda = options.device == "cuda"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    accelerator = Accelerator(cpu=not cuda)  # starts the process group
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", **({"device_id": device} if cuda else {}))
+    model = build(options, shard, device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if shard == "ddp" and world > 1:
+        model = accelerator.prepare_model(model)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    vocabulary, losses, seconds = LLAMA_SHAPES[options.shape]["vocab_size"], [], []
+    sent = SentBytes()
+
+    def step(number: int, tokens: int) -> float:
+        total = torch.zeros((), device=device)
+        for part in range(options.accumulate):
+            generator = torch.Generator(device).manual_seed(1000 * number + rank * options.accumulate + part)
+            ids = torch.randint(3, vocabulary, (options.batch, tokens), generator=generator, device=device)
+            with torch.autocast(device.type, torch.bfloat16):  # as bench_memory.py
+                loss = model(input_ids=ids, labels=ids).loss / options.accumulate
+            loss.backward()
+            total += loss.detach()
+        if shard == "fsdp2":
+            average_gradients(trained)
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.all_reduce(total)
+        return total.item() / world
+
+    if options.longest:
+        if options.limit:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, options.limit * 2**30 / total), device)
+        longest(options, step, Path(options.result) if rank == 0 else None)
+        return dist.destroy_process_group()
+    for number in range(options.warmup + options.steps):
+        if number == options.warmup and cuda:
+            torch.cuda.reset_peak_memory_stats()
+        dist.barrier()
+        start = time.perf_counter()
+        losses.append(step(number, options.tokens))  # reading the loss waits for the device
+        if number >= options.warmup:
+            seconds.append(time.perf_counter() - start)
+    with sent:
+        losses.append(step(len(losses), options.tokens))
+    peak = torch.tensor(torch.cuda.max_memory_allocated() if cuda else 0, device=device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    median = statistics.median(seconds)
+    if rank == 0:
+        write_json_atomic(options.result, {
+            "step_seconds": median,
+            "tokens_per_second": world * options.accumulate * options.batch * options.tokens / median,
+            "peak_bytes_per_process": peak.item(), "sent_bytes_per_process": sent.bytes, "losses": losses,
+        })  # fmt: skip
+    dist.destroy_process_group()
+
+
+def longest(options: Options, step: Callable, result: Path | None) -> None:
+    """Train on sequences of --tokens, then 3/2, 2, 3, 4, 6, ... times as many, and say and write down which went through.
+
+    Ends with the error of the first that does not fit: torchrun then stops the processes that still wait for this one.
+    """
+    doublings = itertools.count()
+    lengths = (options.tokens * part << doubling >> 1 for doubling in doublings for part in (2, 3))
+    for length in itertools.takewhile(lambda length: length <= LONGEST, lengths):
+        started = time.time()
+        step(0, length)
+        if result:
+            write_json_atomic(result, {"longest_tokens": length})
+            print(f"    {options.worker}: {length} tokens, {time.time() - started:.0f} s", flush=True)
+
+
+# -- in the process that starts them --------------------------------------------------------------------------------
+
+
+def cause(stderr: str) -> str:
+    """The line of torchrun's output that says why the first process ended: the signal that ended it, or its error."""
+    before, _, first = stderr.partition("Root Cause")
+    signals = re.findall(r"Signal .*", first)
+    rank = re.search(r"rank *: (\d+)", first)
+    errors = [
+        line
+        for line in before.splitlines()
+        if re.search(r"(?<!ChildFailed)Error\b", line) and not re.match(r"(\[rank\d+\]:)?\s*raise ", line)
+    ]
+    own = [line for line in errors if rank and line.startswith(f"[rank{rank[1]}]:")]
+    return (signals or own or errors or ["no result"])[0].strip()[:300]
+
+
+def run_cell(options: Options, method: str, shard: str, processes: int, accumulate: int = 1) -> dict:
+    cell = {"method": method, "shard": shard, "processes": processes, "accumulate": accumulate}
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        asked = replace(options, methods=[method], shards=[shard], processes=None, accumulate=accumulate)
+        words = command_of(replace(asked, worker=method, result=str(result)))
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        done = subprocess.run(
+            [sys.executable, *torchrun, "-m", "scripts.bench_scaling", *words],
+            stdout=None if options.longest else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(EXPANDABLE if options.longest else {})},
+        )
+        found = json.loads(result.read_text()) if result.is_file() else {}
+        if not found:
+            found["error"] = cause(done.stderr)
+        elif done.returncode and options.longest:  # else all was measured: a process has only left badly
+            found["ended_by"] = cause(done.stderr)
+        return {**cell, **found}
+
+
+def line(cell: dict, single: dict | None) -> str:
+    text = f"{cell['method']:24s} {cell['shard']:5s} {cell['processes']} x"
+    if "error" in cell:
+        return f"{text} failed: {cell['error']}"
+    if "longest_tokens" in cell:
+        return f"{text} {cell['longest_tokens']:8d} tokens, then {cell.get('ended_by', 'no attempt')}"
+    efficiency = ""
+    if single and cell["processes"] > 1 and "step_seconds" in single:
+        efficiency = f"  efficiency {single['step_seconds'] / cell['step_seconds']:.1%}"
+    apart = f"  losses apart {cell['loss_distance']:.1e}" if "loss_distance" in cell else ""
+    return (
+        f"{text} {cell['tokens_per_second']:9.0f} tokens/s  {cell['peak_bytes_per_process'] / 1e9:6.2f} GB each  "
+        f"{cell['sent_bytes_per_process'] / 1e6:9.1f} MB sent each{efficiency}{apart}"
+    )
+
+
+def run(options: Options) -> None:
+    """Measure every cell that the options ask for; write the record and a picture."""
+    found = machine(options.device)
+    name = f"{options.shape}_{options.batch}x{options.tokens}" + ("_longest" if options.longest else "")
+    name += f"_limit{options.limit:g}" if options.limit else ""
+    title = f"{options.shape}, {options.batch} x {options.tokens} tokens per process, {found['device']}"
+    print(title, flush=True)
+    campaign = Campaign(
+        Path(options.output) / f"{name}.json", options, itemgetter("method", "shard", "processes"), found,
+        devices=options.processors(), weights="pseudo-random",
+    )  # fmt: skip
+    singles = {(cell["method"], cell["shard"]): cell for cell in campaign.results if cell["processes"] == 1}
+
+    @cache
+    def reference(method: str, processes: int) -> list[float]:
+        """The losses of one process that does the work of all."""
+        return run_cell(replace(options, warmup=0), method, "ddp", 1, accumulate=processes).get("losses", [])
+
+    def measure(key: tuple[str, str, int]) -> dict:
+        method, shard, processes = key
+        cell = run_cell(options, method, shard, processes)
+        if processes == 1:
+            singles[method, shard] = cell
+        elif "losses" in cell and (losses := reference(method, processes)):
+            apart = [abs(ours - theirs) / abs(theirs) for ours, theirs in zip(cell["losses"], losses)]
+            cell["loss_distance"] = max(apart)
+        return cell
+
+    planned = [(m, s, n) for m in options.methods for s in options.shards for n in options.counts()]
+    campaign.run(planned, measure, lambda cell: line(cell, singles.get((cell["method"], cell["shard"]))))
+    if any("step_seconds" in cell for cell in campaign.results):
+        from control_experiments.reporting import pictures  # with pandas, which no process of a cell needs
+
+        pictures.save(pictures.scaling(campaign.results, title), campaign.path.with_suffix(".png"))
+    campaign.finish(planned)
