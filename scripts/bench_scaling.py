@@ -64,12 +64,13 @@ class Options:
             raise UserError("--limit goes with --longest")
         if self.longest and self.device == "cpu":
             raise UserError("--longest needs GPUs")
+        check_numbers(self, "batch", "tokens", "steps", "processes", at_least=1)
+        check_numbers(self, "warmup", at_least=0)
         there = self.processors()
         if not there:
             raise UserError("no GPU here: --device cpu tries the script out")
-        for number in self.processes or []:
-            if not 1 <= number <= there:
-                raise UserError(f"--processes {number}: this host has {there}")
+        if self.processes and max(self.processes) > there:
+            raise UserError(f"--processes {max(self.processes)}: this host has {there}")
 
     def processors(self) -> int:
         """How many GPUs, or cores, this host has."""

@@ -74,16 +74,11 @@ def per_task(name: str, task: str, default: str) -> str:
     values = dict(part.split("=", 1) for part in text.split()) if "=" in text else {task: text}
     if task not in values:
         raise UserError(f"{name}={text!r} says nothing about {task}: add {task}=... or give one value for all")
-    return number(name, values[task])
-
-
-def number(name: str, text: str) -> str:
-    """`text`, if it is a number."""
     try:
-        float(text)
+        float(values[task])
     except ValueError:
-        raise UserError(f"{name} must be a number, got {text!r}") from None
-    return text
+        raise UserError(f"{name} must be a number, got {values[task]!r}") from None
+    return values[task]
 
 
 def glue_cell(options: Options, task: str, method: str, seed: int) -> Cell:

@@ -110,13 +110,6 @@ def test_a_gguf_file_becomes_a_model_folder(tiny, wheels, tmp_path, monkeypatch)
         assert sorted(file.name for file in folder.iterdir()) == ["config.json", "gguf"]
 
 
-def test_a_damaged_model_is_named(tiny, tmp_path):
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(module.UserError, match=r"tiny is not tiny as published: delete it"):
-        module.provide("tiny", tmp_path)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -132,7 +125,13 @@ def test_what_cannot_be_had_is_one_line(call, wheels, tmp_path, monkeypatch, arg
     assert not [*(tmp_path / "cache" / "models").glob("*")]
 
 
-def test_a_cache_that_cannot_be_written_is_named(call, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("PARALLEL_CONTROL_CACHE", str(tmp_path / "file"))
-    assert "models cannot take minilm" in call("scripts.download_models", "minilm").refused()
+def test_a_damaged_model_and_a_cache_that_cannot_be_written_are_named(call, tmp_path, monkeypatch):
+    damaged = tmp_path / "models" / "minilm"
+    damaged.mkdir(parents=True)
+    (damaged / "model.safetensors").write_bytes(b"cut short")
+    for place, said in (
+        (tmp_path, "minilm is not minilm as published: delete it"),
+        (damaged / "model.safetensors", "cannot take minilm"),
+    ):
+        monkeypatch.setenv("PARALLEL_CONTROL_CACHE", str(place))
+        assert said in call("scripts.download_models", "minilm").refused()

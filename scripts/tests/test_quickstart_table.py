@@ -96,7 +96,3 @@ def test_a_broken_folder_is_one_line_and_writes_nothing(run, tmp_path, contents,
         (tmp_path / "control" / "record.json").write_text(contents)
     assert message in run(tmp_path, "control").refused()
     assert not list(tmp_path.glob("*.*"))
-
-
-def test_the_command_line_is_checked(run, tmp_path):
-    assert "arguments are required: methods" in run(tmp_path).refused()

@@ -239,7 +239,8 @@ def _mark_unequal(frame: pd.DataFrame) -> list[str]:
             conditions = pd.DataFrame(list(group[what]), index=group.index)
             usual = conditions.mode().reindex([0]).loc[0]
             wrong = conditions.notna() & (conditions != usual)
-            for index, name in wrong[wrong.any(axis=1)].idxmax(axis=1).items():
+            for index in group.index[wrong.any(axis=1)]:
+                name = wrong.loc[index].idxmax()
                 differs = f"with {name} {conditions[name][index]}, {others[what]} with {usual[name]}"
                 remedy = "run it again under equal conditions, or move it to another results folder"
                 found.setdefault(index, f"{group.links[index][0][1]} was run {differs}: {remedy}")

@@ -113,35 +113,29 @@ def _with_printed(rows: pd.DataFrame, paper: Paper, specification: dict) -> pd.D
         header = figure.column if figure.quantity == "score" else _HEADERS.get(figure.quantity)
         if not header or figure.quantity in specification.get("published", ()):
             continue
-        place = {
-            "whose": "paper",
-            "section": f"{figure.model}, 4-layer MLP" if table == "vit" else figure.model,
-            "row": figure.row,
-        }
+        section = f"{figure.model}, 4-layer MLP" if table == "vit" else figure.model
+        place = {"whose": "paper", "section": section, "row": figure.row}
         places = [place | {"task": "commonsense" if table == "commonsense" else figure.column}]
         if table == "longest":  # beside each of our own for such a card
             place |= {"whose": "Unsloth", "row": figure.row.removeprefix("unsloth ").partition(" on")[0]}
-            ours = rows[rows.times_published.notna() & (rows.card == float(figure.column))].drop_duplicates(
-                ["section", "limit_gib"]
-            )
+            ours = rows[rows.times_published.notna() & (rows.card == float(figure.column))]
+            ours = ours.drop_duplicates(["section", "limit_gib"])
             places = [place | one for one in ours[["section", "card", "limit_gib"]].to_dict("records")]
         for place in places:
             row = made.setdefault(tuple(place.values()), place | {"n": 0, "domain": domain, "published": {}})
             row["published"][header] = figure
-    rows = pd.concat([rows, pd.DataFrame(made.values())])
-    for (section, task), group in list(rows.groupby(["section", "task"])) if "always" in specification else []:
+    rows = pd.concat([rows, pd.DataFrame(made.values())]) if made else rows
+    missing = []
+    for (section, task), group in rows.groupby(["section", "task"]):
         there = set(group.row[group.whose != "paper"].map(bare))
         empty = {"whose": "ours", "n": 0, "domain": domain, "section": section, "task": task}
-        missing = [empty | {"row": method} for method in specification["always"] if method not in there]
-        rows = pd.concat([rows, pd.DataFrame(missing)])
+        missing += [empty | {"row": method} for method in specification.get("always", ()) if method not in there]
+    rows = pd.concat([rows, pd.DataFrame(missing)]) if missing else rows
     rows = rows.reset_index(drop=True)
     for column, nothing in (("links", ()), ("notes", ()), ("problem", ""), ("error", "")):
         rows[column] = rows[column].where(rows[column].notna(), pd.Series([nothing] * len(rows)))
-    rates = rows.groupby([rows[key] for key in ("section", "task", "row", "whose")]).lr.unique()
-    return rows.join(
-        rates.map(lambda lr: " / ".join(sorted(f"{rate:g}" for rate in lr if rate == rate))).rename("rates"),
-        on=["section", "task", "row", "whose"],
-    )
+    rates = rows.lr.map("{:g}".format, na_action="ignore").groupby([rows[key] for key in ("section", "task", "row", "whose")])
+    return rows.assign(rates=rates.transform(lambda each: " / ".join(sorted(set(each.dropna())))))
 
 
 def step_means(steps: pd.DataFrame) -> pd.DataFrame:

@@ -49,17 +49,16 @@ _BOUNDS = {
 
 
 def check_numbers(options: object, *names: str, **bounds: float) -> None:
-    """Check that options are finite numbers within bounds (`_BOUNDS`); one that is None was left out and
-    passes. Raises UserError: one is not; the message names it, its bound and what was given."""
+    """Check that options, or each of several values, are finite numbers within bounds (`_BOUNDS`); None was left out
+    and passes. Raises UserError: one is not; the message names it, its bound and what was given."""
     for name in names:
-        if (value := getattr(options, name)) is None:
-            continue
-        if not math.isfinite(value):
-            raise UserError(f"--{name} must be a finite number, got {value}")
-        for kind, bound in bounds.items():
-            holds, words = _BOUNDS[kind]
-            if not holds(value, bound):
-                raise UserError(f"--{name} must be {words} {bound}, got {value}")
+        for value in _values(options, name):
+            if not math.isfinite(value):
+                raise UserError(f"--{name} must be a finite number, got {value}")
+            for kind, bound in bounds.items():
+                holds, words = _BOUNDS[kind]
+                if not holds(value, bound):
+                    raise UserError(f"--{name} must be {words} {bound}, got {value}")
 
 
 def check_choices(options: object, **choices: Sequence[str] | dict) -> None:
@@ -69,7 +68,12 @@ def check_choices(options: object, **choices: Sequence[str] | dict) -> None:
         UserError: one is not; the message names it, what was given and what there is.
     """
     for name, known in choices.items():
-        given = getattr(options, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and value not in known:
+        for value in _values(options, name):
+            if value not in known:
                 raise UserError(f"unknown --{name} {value!r}: choose from {', '.join(known)}")
+
+
+def _values(options: object, name: str) -> list:
+    """What an option was given: nothing, a value or several."""
+    given = getattr(options, name)
+    return given if isinstance(given, list) else [] if given is None else [given]
