@@ -12,7 +12,6 @@ import tokenizers
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -27,7 +26,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from control_experiments.errors import UserError
-from control_experiments.training.methods import set_memory
+from control_experiments.training.methods import loading, set_memory
 from control_experiments.training.quantization import check_not_quantized, loading_arguments, prepare
 from LlaMA.commonsense import Row
 from LlaMA.prompts import prompt
@@ -126,15 +125,11 @@ def load_model(
         )
     quantized = loading_arguments(quantization, device, dtype)
     place = {"device_map": {"": torch.device("cpu") if on_host else device}}
-    try:
+    with loading(model):
         if quantization != "none":
             check_not_quantized(quantization, AutoConfig.from_pretrained(name), model)
         how = {"attn_implementation": attention, **quantized, **place, **extra}
         base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **how)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"cannot load a model from {model!r}: {_first_line(error)}") from error
     if "gguf_file" in extra:
         _forget_quantization(base)
     # what the adapter notes as its base: a folder as it is found from anywhere

@@ -299,9 +299,6 @@ class CommonsenseTrainer(ExperimentTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def floating_point_ops(self, inputs) -> int:
-        return 0  # the Trainer would guess it from an input that our batches do not have
-
 
 def summarise(log_history: list[dict]) -> tuple[list[dict], dict]:
     """The Trainer's log -> one entry per evaluation (step, epoch, train_loss, eval_loss), and the best and the last, and the one

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import datasets
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -22,7 +19,7 @@ from transformers import (
 
 from control_experiments.errors import UserError
 from control_experiments.training.device import DTYPES
-from control_experiments.training.methods import adapter_config
+from control_experiments.training.methods import adapter_config, loading
 from control_experiments.training.quantization import check_not_quantized, loading_arguments, prepare
 from RoBERTa.glue import Task
 
@@ -39,18 +36,9 @@ QUERY_VALUE = {
 DEFAULT_QUERY_VALUE = ("query", "value")  # BERT, RoBERTa, XLM-RoBERTa, ELECTRA, ...
 
 
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot load a model from {name!r}: {reason}") from error
-
-
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The encoder's tokenizer. Raises UserError: there is none."""
-    with _loading(name):
+    with loading(name):
         return AutoTokenizer.from_pretrained(name)
 
 
@@ -64,7 +52,7 @@ def load_model(
     if task.regression:
         labels["problem_type"] = "regression"
     quantized = loading_arguments(quantization, device, DTYPES[precision])
-    with _loading(name):
+    with loading(name):
         config = AutoConfig.from_pretrained(name, **labels)
         check_not_quantized(quantization, config, name)
         model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32, **quantized)

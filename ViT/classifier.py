@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import MissConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer
@@ -31,8 +31,8 @@ from ViT.vision_models import Base, create, load, load_weights, mlp_linears, set
 HEAD = "head"
 #: alpha/r of LoRA and DoRA at ranks that match the control's parameters: the published recipe's.
 MATCHED_SCALE = 2.0
-#: MiSS's at such ranks: peft's default. A small one sums up so many inputs that no learning rate fits both MiSS and the head.
-MISS_RANK = 64
+#: How far MiSS's parameters may be from the control's.
+MATCHED_WITHIN = 0.05
 
 
 @dataclass
@@ -104,9 +104,9 @@ def matched(options: RecipeOptions, model: VisionTransformer) -> PeftConfig:
 
     Control beside both blocks, or beside the MLP with LoRA or DoRA, takes half of the rank; LoRA and DoRA take
     what then remains of the budget. All their layers get one rank, and the first ones one more as long as the
-    budget lasts; each keeps alpha/r = 2. MiSS takes peft's form "mini": a trained r x mini_r matrix for each layer,
-    repeated along the outputs, with r as near to `MISS_RANK` as layers allow. Raises UserError: the budget does
-    not suffice for rank 1.
+    budget lasts; each keeps alpha/r = 2. MiSS takes peft's form "mini", a trained r x mini_r matrix for each layer
+    that is repeated along the outputs: as seldom as parameters within 5 % of the budget allow. Raises UserError:
+    the budget does not suffice.
     """
 
     def control_cost(rank: int) -> int:
@@ -123,14 +123,7 @@ def matched(options: RecipeOptions, model: VisionTransformer) -> PeftConfig:
     endings = tuple(f".{name}" for name in target_layers(options))
     linears = {name: module for name, module in model.named_modules() if name.endswith(endings)}
     if method == "miss":
-        repeated = math.gcd(*(linear.out_features for linear in linears.values()))
-        largest = min((linear.in_features for linear in linears.values()), default=0)
-        columns = [count for count in range(1, repeated + 1) if repeated % count == 0]
-        forms = [(round(budget / len(linears) / count), count) for count in columns]
-        fitting = [form for form in forms if 1 <= form[0] <= largest]
-        config.r, config.mini_r = min(fitting, key=lambda form: abs(form[0] - MISS_RANK), default=(1, 1))
-        config.init_weights = "mini"
-        return config
+        return matched_miss(config, list(linears.values()), budget)
     budget -= config.use_dora * sum(linear.out_features for linear in linears.values())  # DoRA's magnitudes
     cost = {name: linear.in_features + linear.out_features for name, linear in linears.items()}
     rank, budget = divmod(budget, max(1, sum(cost.values())))
@@ -145,6 +138,20 @@ def matched(options: RecipeOptions, model: VisionTransformer) -> PeftConfig:
     config.rank_pattern = {name: r for name, r in ranks.items() if r != rank}
     config.alpha_pattern = {name: MATCHED_SCALE * r for name, r in config.rank_pattern.items()}
     return config
+
+
+def matched_miss(config: MissConfig, linears: list[nn.Linear], budget: int) -> MissConfig:
+    """MiSS of these layers at so many parameters: see `matched`."""
+    if not linears:
+        return config  # peft says that there is no such layer
+    cost, largest = budget / len(linears), min(linear.in_features for linear in linears)
+    outputs = math.gcd(*(linear.out_features for linear in linears))
+    for columns in (count for count in range(outputs, 0, -1) if outputs % count == 0):
+        rank = round(cost / columns)
+        if 1 <= rank <= largest and abs(rank * columns / cost - 1) <= MATCHED_WITHIN:
+            config.r, config.mini_r, config.init_weights = rank, columns, "mini"
+            return config
+    raise UserError("no rank of miss has the control's parameters: choose another --control_rank, or --lora_rank above 0")
 
 
 def build_base(

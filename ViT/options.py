@@ -57,6 +57,7 @@ class RecipeOptions(AdapterOptions, MemoryOptions, TrainingOptions):
     )
     epochs: int = HfArg(default=50, help="Passes over the training images.")
     lr: float = HfArg(default=5e-3, help="Largest learning rate.")
+    lr_head: Optional[float] = HfArg(default=None, help="The head's own largest learning rate; default: --lr.")
     optimizer: Literal["sgd", "adamw"] = HfArg(default="sgd", help="adamw: warm-up, then half a cosine.")
     momentum: float = HfArg(default=0.9, help="SGD's.")
     lr_decay: float = HfArg(default=0.95, help="SGD: the learning rate's factor after each epoch.")
@@ -81,9 +82,11 @@ class RecipeOptions(AdapterOptions, MemoryOptions, TrainingOptions):
         super().check()
         check_data(self.data)
         check_model(self.model)
-        check_numbers(self, "image_size", "eval_batch_size", "workers", above=0)
+        check_numbers(self, "image_size", "eval_batch_size", "workers", "lr_head", above=0)
         check_numbers(self, "lr_decay", "crop", above=0, at_most=1)
         check_numbers(self, "momentum", "warmup_steps", "weight_decay", at_least=0)
+        if self.lr_head is not None and self.method == "probe":
+            raise UserError("--lr_head is for methods with an adapter: the probe's only rate is --lr")
         if self.warmup_steps and self.optimizer == "sgd":
             raise UserError("--warmup_steps is for --optimizer adamw: SGD's rate starts at --lr")
 

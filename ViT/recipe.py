@@ -137,9 +137,16 @@ def fit(
     infinite.
     """
     options, device, checkpoints = run.options, run.device, run.folder.checkpoints
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters, rates = list(trained.values()), [options.lr]
+    groups = [parameters]
+    if options.lr_head is not None:
+        rates.append(options.lr_head)
+        groups = [[p for name, p in trained.items() if ("modules_to_save" in name) == head] for head in (False, True)]
     how = {"momentum": options.momentum, "weight_decay": options.weight_decay}
-    optimizer = make_optimizer(options.optimizer, parameters, options.lr, **how)
+    optimizer = make_optimizer(options.optimizer, groups[0], options.lr, **how)
+    for more in groups[1:]:
+        optimizer.add_param_group({"params": more})
     step = Step(model, optimizer, device, run.precision)
     parts = {"optimizer": optimizer, "scaler": step.scaler}
     per_epoch = -(-len(data.train) // options.batch_size)
@@ -164,8 +171,8 @@ def fit(
 
     def before_step() -> None:
         torch.manual_seed(seed_of(options.seed, *divmod(done, per_epoch)))  # dropout's
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * rate_factor(options.optimizer, done, **schedule)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * rate_factor(options.optimizer, done, **schedule)
 
     bar = tqdm(total=total, initial=done, desc=options.method, unit="step", disable=None)
     with bar, StopRequest() as stop:

@@ -16,7 +16,8 @@ RECIPE=${RECIPE:-published}
 EPOCHS=${EPOCHS:-10}
 IMAGE_SIZE=${IMAGE_SIZE:-224}
 if [[ $RECIPE == tuned ]]; then # AdamW: linear warm-up, then a half cosine
-    METHODS=${METHODS:-"control 'double control' lora dora control+lora miss probe"}
+    # the rate that MiSS needs is too low for a new head
+    METHODS=${METHODS:-"control 'double control' lora dora control+lora miss:lr_head=4e-3 probe"}
     SEEDS=${SEEDS:-"1 2 3 4 5"}
     OPTIMIZER=${OPTIMIZER:-adamw}
     WARMUP_STEPS=${WARMUP_STEPS:-20}

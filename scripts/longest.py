@@ -20,10 +20,11 @@ AIM = 0.985
 
 @dataclass
 class Step:
-    """A step that went through: its peak in bytes, and its seconds."""
+    """A step that went through: its peak in bytes, its seconds, and those of its repeats."""
 
     peak: int
     seconds: float
+    repeats: list[float] = field(default_factory=list)
 
 
 @dataclass

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from operator import attrgetter, itemgetter
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from scripts.catalogue import MOE_SHAPES, Method, parse_method
 from scripts.longest import Search, Step
 from scripts.workloads import Workload, build, step_loss
 
-REPEATED = 120  # seconds: a step that takes longer is timed as it ran first
+REPEATED = 60  # seconds: a step that takes longer is timed as it ran first
 #: `python -c` this ... runs the benchmark; unsloth wants to be imported before transformers.
 UNSLOTH_FIRST = "import runpy, unsloth; runpy.run_module('scripts.bench_memory', run_name='__main__', alter_sys=True)"
 
@@ -122,15 +124,19 @@ def search(options: Options, method: Method) -> Iterator[dict]:
     work = build(setting, method, longest=options.up_to)
     torch.cuda.empty_cache()
 
-    def run(tokens: int, limit: float | None) -> Step | None:
+    def run(tokens: int, limit: float | None, repeats: int = 0) -> Step | None:
         allow(limit or total / 2**30)
         torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
         try:
             work.loss = step_loss(replace(setting, tokens=tokens), method, work.model)
-            work.step()
-            torch.cuda.synchronize()
-            return Step(torch.cuda.max_memory_allocated(), time.perf_counter() - started)
+            ends = [time.perf_counter()]
+            for _ in range(1 + repeats):
+                work.step()
+                torch.cuda.synchronize()
+                ends.append(time.perf_counter())
+            seconds = [end - begin for begin, end in pairwise(ends)]
+            repeated = seconds[1:] or seconds  # the first of a length also allocates memory, on the host too
+            return Step(torch.cuda.max_memory_allocated(), statistics.median(repeated), repeated)
         except RuntimeError as error:  # torch's own, or CUDA's when pinned memory runs out
             if "out of memory" not in str(error):
                 raise
@@ -150,14 +156,13 @@ def search(options: Options, method: Method) -> Iterator[dict]:
         limit = value if what == "limit" else None
         tokens, step = steps.longest(value, good) if limit else (value, steps.attempt(value, None))
         good = tokens if limit else good
-        # A second step is timed: the first of its length also allocates host memory.
         if tokens and ((not step and limit) or (step and step.seconds < REPEATED)):
-            step = run(tokens, limit) or step
+            step = run(tokens, limit, 1 if limit else 3) or step
         found = {"limit_gib": limit, "longest_tokens": tokens} if limit else {"tokens": tokens, "fits": bool(step)}
         found |= {"ended_by": "--up_to"} if limit and tokens + 512 > options.up_to else {}
         if step:
             found |= {"step_seconds": step.seconds, "tokens_per_second": setting.batch * tokens / step.seconds}
-            found |= {"peak_bytes": step.peak}
+            found |= {"peak_bytes": step.peak, "step_seconds_repeats": step.repeats}
         yield {"method": method.text, **found, **waits}
 
 

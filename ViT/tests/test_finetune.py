@@ -136,6 +136,7 @@ def broken_image_folder(tmp_path):
         (lambda p: ("--device", "7"), "no GPU 7"),
         (lambda p: ("--lr", "fast"), "invalid float value"),
         (lambda p: ("--crop", 0), "--crop must be greater than 0, got 0"),
+        (lambda p: ("--method", "probe", "--lr_head", 1), "--lr_head is for methods with an adapter"),
         (lambda p: ("--warmup_steps", 2), "--warmup_steps is for --optimizer adamw"),
         (lambda p: ("--method", "lora", "--memory", "fast"), "--memory fast: memory modes need a frozen MLP"),
         (lambda p: ("--predict", p), "needs --adapter"),

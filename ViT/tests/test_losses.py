@@ -24,12 +24,13 @@ def square(npz, tmp_path):
     return tmp_path / "square.npz"
 
 
-def plain_losses(model, npz, optimizer):
+def plain_losses(model, npz, optimizer, lr_head):
     """Cross-entropy of each step: rows by a permutation seeded for each epoch."""
     data = np.load(npz)
     images = NORMALISE(torch.from_numpy(data["x_train"]).permute(0, 3, 1, 2))
     labels = torch.from_numpy(data["y_train"])
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    head, trained = list(model.head.modules_to_save.parameters()), [p for p in model.parameters() if p.requires_grad]
+    parameters = [{"params": list({*trained} - {*head})}, {"params": head, "lr": lr_head}]
     per_epoch = -(-len(labels) // BATCH)
     if optimizer == "sgd":
         updates = torch.optim.SGD(parameters, LR, momentum=0.9)
@@ -53,8 +54,8 @@ def plain_losses(model, npz, optimizer):
 @pytest.mark.parametrize(
     ("optimizer", "more"), [("sgd", ("--lr_decay", 0.8)), ("adamw", ("--warmup_steps", 4, "--weight_decay", 0.1))]
 )
-@pytest.mark.parametrize("method", ["control", "control+lora"])
-def test_the_losses_are_a_plain_loops(train, base_model, square, monkeypatch, optimizer, more, method):
+@pytest.mark.parametrize(("method", "lr_head"), [("control", None), ("control+lora", None), ("control", 0.3)])
+def test_the_losses_are_a_plain_loops(train, base_model, square, monkeypatch, optimizer, more, method, lr_head):
     seen = []
 
     class Watch(recipe.LossWatch):
@@ -66,10 +67,11 @@ def test_the_losses_are_a_plain_loops(train, base_model, square, monkeypatch, op
     train(
         "--method", method, "--data", square, "--optimizer", optimizer, *more, "--augment", "none",
         "--crop", 1, "--seed", SEED, "--epochs", EPOCHS, "--batch_size", BATCH, "--lr", LR,
+        *(("--lr_head", lr_head) if lr_head else ()),
     ).finished()  # fmt: skip
     shape = {"num_classes": 3, "image_size": 32, "mlp_layers": 2, "attention": "sdpa"}
     vit, _ = build_base(str(base_model), "test_vit", **shape)
     torch.manual_seed(SEED)
     recipe.new_head(vit)
     model = add_adapter(vit, Options(method=method))
-    torch.testing.assert_close(seen, plain_losses(model.train(), square, optimizer), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen, plain_losses(model.train(), square, optimizer, lr_head or LR), rtol=1e-4, atol=1e-5)

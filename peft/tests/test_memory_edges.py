@@ -188,16 +188,8 @@ def test_columns_that_the_trainer_hands_on_stay_the_same():
 
 # -- random set-ups -----------------------------------------------------------------------------------------------
 
-PLACES = [
-    "",
-    "mlp",
-    "self_attn",
-    "input_layernorm",
-    "post_attention_layernorm",
-    "mlp.up_proj",
-    "self_attn.q_proj",
-    "mlp.act_fn",
-]
+PLACES = ["mlp", "self_attn", "input_layernorm", "post_attention_layernorm", "mlp.up_proj", "self_attn.q_proj", "mlp.act_fn"]
+PLACES += ["", "", ""]  # the layer
 
 
 def doubled(module, given, output):
@@ -275,7 +267,7 @@ def random_setup(draw):
     family = draw.choice(list(FAMILIES))
     blocks = draw.choice([["mlp"], ["attention"], ["attention", "mlp"]])
     control = dict(control_blocks=blocks, control_rank=draw.choice([1, 4]), control_bias=draw.random() < 0.3)
-    control |= dict(control_alpha=draw.choice([1.0, 0.5]), control_dropout=draw.choice([0.0, 0.0, 0.2]))
+    control |= dict(control_alpha=draw.choice([1.0, 0.5]), control_dropout=draw.choice([0.0, 0.2]))
     padded = draw.random() < 0.5  # of a row without any key eager attention makes no numbers
     attention = "sdpa" if padded else draw.choice(["sdpa", "eager"])
     config = dict(num_key_value_heads=draw.choice([1, 2, 4]), attn_implementation=attention)
@@ -296,9 +288,9 @@ def random_setup(draw):
         shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         renamed = dict(ignore_index=7, labels=labels.masked_fill(labels == -100, 7))
         inputs |= draw.choice([dict(labels=labels), dict(labels=labels), dict(labels=labels, shift_labels=shifted), renamed])
-    options = dict(chunk_tokens=draw.choice([None, 1, 8, 64]), offload=draw.choice([None, True, False]))
+    options = dict(chunk_tokens=draw.choice([None, 1, 8, 8]), offload=draw.choice([None, True, False]))
     oddities = draw.sample(ODDITIES, draw.choice([0, 1, 1, 2, 2]))
-    return model, draw.choice(MODES[1:]), options, inputs, oddities
+    return model, draw.choice([*MODES[1:], "lean"]), options, inputs, oddities
 
 
 def host_of(draw, patch):
@@ -349,7 +341,7 @@ def check_setup(seed):
     return mode
 
 
-@pytest.mark.parametrize("start", range(0, 320, 32))
+@pytest.mark.parametrize("start", range(0, 160, 32))
 def test_random_setups(start):
     assert len({check_setup(seed) for seed in range(start, start + 32)}) > 1
 

@@ -61,7 +61,9 @@ def test_each_row_has_its_own_adapter(family, methods, names):
     tasks = {"t5": "SEQ_2_SEQ_LM"}
     model = several(family, *[config_of(method, task_type=tasks.get(family, "CAUSAL_LM")) for method in methods])
     inputs = MODELS[family].inputs()
+    alone = logits(model, inputs)
     mixed = logits(model, {**inputs, "adapter_names": names})
+    assert torch.equal(logits(model, inputs), alone), "nothing is left behind"
     torch.testing.assert_close(mixed, rows_alone(model, names, lambda: logits(model, inputs)), **CLOSE)
     assert names[0] == names[1] or not torch.allclose(mixed, logits(model, inputs), **CLOSE)
     model.set_adapter("two")
@@ -128,6 +130,7 @@ def test_the_lora_part_is_merged_and_the_control_stays(method, tmp_path):
     base = model.unload()
     assert not torch.allclose(outputs(base), expected, **CLOSE)
     again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert again.peft_config["default"].target_modules is None
     torch.testing.assert_close(outputs(again), expected, **CLOSE)
     assert not {"lora_A", "lora_B"} & {part for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors") for part in name.split(".")}  # fmt: skip
 

@@ -93,7 +93,9 @@ class ResultsFolder:
         """A file of bench_memory.py's --limit: `cells` are (method, GiB, tokens, seconds or None), `speeds` (method, tokens, seconds)."""
         found = [
             {"method": method, "tokens": tokens, "fits": bool(seconds),
-             **({"step_seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": 9e9} if seconds else {})}
+             **({"step_seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": 9e9} if seconds else {}),
+             **({"streaming": {"bytes": 1, "floor_seconds": 2.5},
+                 "step_seconds_repeats": [0.9 * seconds, seconds, 1.1 * seconds]} if "streamed" in method else {})}
             for method, tokens, seconds in speeds
         ] + [
             {"method": method, "limit_gib": limit, "longest_tokens": tokens,

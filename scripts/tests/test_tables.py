@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 import statistics
+import subprocess
+import sys
 
 import matplotlib
 import pandas as pd
 import pytest
 
-from control_experiments.paths import RESULTS
+from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.record import read_json
 from control_experiments.reporting.page import draw
 from control_experiments.reporting.records import load, read_paper
@@ -177,6 +179,18 @@ def test_memory_over_quantized_bases_by_its_parts(results):
     assert shared["ms a step"] == "not measured <sup>1</sup>"
     assert "other processes" in notes(results, "quantized_memory", "llama3-8b, Some GPU")[0]
     assert [line["method"] for line in rows(results, "memory_speed", "llama3-8b, 4 x 1024 tokens, Some GPU")] == ["lora"]
+
+
+def test_searches_show_weights_that_wait_on_the_host_too(results):
+    """Three times of each length, their mean in the table; at 1,024 tokens the resident step is the floor."""
+    speeds = [(method, tokens, seconds * tokens / 1024) for tokens in (1024, 8192)
+              for method, seconds in (("control+streamed+fp8:lean", 3.0), ("control+fp8:lean", 2.0))]  # fmt: skip
+    results.searched("s", [("control+streamed+fp8:lean", 23.5, 8192, 24.0)], speeds)
+    found = rows(results, "streaming", "llama3-8b, Some GPU")
+    assert [(line["tokens"], line["ms a step"], line["times the floor"]) for line in found] == [
+        ("1,024", "3,000 ± 300", "1.20 ± 0.12"),
+        ("8,192", "24,000 ± 2,400", "1.50 ± 0.15"),
+    ]
 
 
 def test_weights_that_wait_on_the_host_stand_beside_resident_ones_and_the_floor(results):
@@ -426,3 +440,15 @@ def test_the_search_says_how_wide_the_good_range_is_and_what_loras_rate_costs(re
     assert shown.loc["control"].tolist() == [2, "0.0003", "69.00 ± 0.71", "0.0001", "0.001", "24.00"]
     assert shown.loc["lora"].tolist() == [2, "0.003", "70.00 ± 1.41", "0.003", "0.003", "0.00"]
     assert shown.loc["dora"].tolist() == [2, "0.001", "70.00", "0.001", "0.001", ""]
+
+
+def test_reporting_and_training_know_nothing_of_each_other():
+    wings = REPOSITORY / "peft" / "src" / "control_experiments"
+    for wing, other in (("reporting", "training"), ("training", "reporting")):
+        for path in (wings / wing).glob("*.py"):
+            assert not re.search(rf"^\s*(?:from|import) .*\b{other}\b", path.read_text(), re.M), path
+    command = "import sys, control_experiments.reporting.page, scripts.make_tables; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    loaded = done.stdout.split()
+    assert "control_experiments.reporting.page" in loaded and "torch" not in loaded
+    assert not [name for name in loaded if name.startswith("control_experiments.training")]

@@ -42,7 +42,7 @@ def draw(frame: pd.DataFrame, paper: Paper) -> Iterator[Drawn]:
             known, title = published if part.task.iloc[0] == "llama3-8b" else {}, _title(section, whose)
             yield "longest", "llama", title, pictures.longest_sequences(part, known, title)
 
-    waiting = steps[steps.floor.notna() & steps.step_seconds.notna()]
+    waiting = frame[frame.floor.notna() & frame.step_seconds.notna()]
     for (whose, place, batch, task), part in waiting.groupby(["whose", "place", "sequences", "task"], sort=False):
         if part.tokens.nunique() > 1:
             title = _title(f"{task}, batch {batch:.0f}{place.removeprefix(task)}", whose)

@@ -271,10 +271,13 @@ def _steps(file: dict) -> Iterator[dict]:
     for result in file["results"]:
         name, memory = result["method"], result.get("memory") or {}
         name += ":plain" if "control" in name and ":" not in name else ""
-        row = {"tokens": o["tokens"]} | memory | result | common | {"row": name}
+        waiting = result.get("streaming") or {}
+        shared = (memory.get("other_processes_bytes") or 0) > PAGE_TABLES * waiting.get("bytes", 0)
+        row = {"tokens": o["tokens"], "host": waiting.get("bytes"), "copies": waiting.get("floor_seconds")} | memory | result
+        row |= common | {"row": name, "gib": result["peak_bytes"] / 2**30 if result.get("peak_bytes") else None}
         if limits and "tokens" in result:
             unfit = {} if result.get("fits", True) else {"error": f"{result['tokens']:,} tokens do not fit on this GPU"}
-            yield row | {"kind": "length"} | unfit
+            yield from _repeats(row | {"kind": "length"} | unfit, result)
         elif limits:  # a file of one limit alone did not use to repeat it
             limit = result.get("limit_gib", limits if isinstance(limits, float) else limits[0])
             ended = f"{name} within {limit:g} GiB: no longer sequence than {o.get('up_to', 0):,} tokens was tried."
@@ -289,20 +292,21 @@ def _steps(file: dict) -> Iterator[dict]:
                 kinds[next(kind for kind in KERNELS if re.search(KERNELS[kind], kernel["name"].lower()))] += kernel["seconds"]
             yield row | kinds | {"kind": "profile", "all": sum(kinds.values())}
         else:
-            waiting = result.get("streaming") or {}
-            shared = (memory.get("other_processes_bytes") or 0) > PAGE_TABLES * waiting.get("bytes", 0)
-            row |= {"kind": "step", "gib": result["peak_bytes"] / 2**30, "notes": (SHARED_GPU,) if shared else ()}
-            row |= {"host": waiting.get("bytes"), "copies": waiting.get("floor_seconds")}
-            tokens = result["tokens_per_second"] * result["step_seconds"]
-            for number, seconds in enumerate(result.get("step_seconds_repeats") or [result["step_seconds"]]):
-                timed = {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
-                yield row | (dict.fromkeys(timed) if shared else timed) | {"repeat": number}
+            yield from _repeats(row | {"kind": "step", "notes": (SHARED_GPU,) if shared else ()}, result, shared)
+
+
+def _repeats(row: dict, result: dict, shared: bool = False) -> Iterator[dict]:
+    """A row for each time that was measured, without times where others shared the GPU."""
+    whole = result.get("step_seconds")
+    for number, seconds in enumerate(result.get("step_seconds_repeats") or [whole]):
+        timed = {"step_seconds": seconds, "tokens_per_second": seconds and result["tokens_per_second"] * whole / seconds}
+        yield row | (dict.fromkeys(timed) if shared else timed) | {"repeat": number}
 
 
 def _beside_resident(frame: pd.DataFrame) -> pd.DataFrame:
     """Steps whose weights wait on the host, beside the same step without (its files too), and the floor under both. What was not
     measured only lowers the floor."""
-    steps, key = frame[frame.kind == "step"], ["whose", "place", "sequences", "tokens", "twin"]
+    steps, key = frame[frame.kind.isin(("step", "length"))], ["kind", "whose", "place", "sequences", "tokens", "twin"]
     steps = steps.assign(twin=steps.row.str.replace(r"\+(streamed3?|bf16)\b", "", regex=True))
     waits = steps.row.str.contains("+streamed", regex=False)
     how = {"peak_bytes": "max", "step_seconds": "mean", "links": "sum"}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
 from peft import LoraConfig, MissConfig, PeftConfig, PeftModel, ShadowConfig, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
@@ -65,6 +67,18 @@ def adapter_config(
         return ControlConfig(**settings, control_blocks=blocks, control_bias=bias)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Raises UserError: in the place of what transformers raises in the block, where it cannot load the model called `name`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot load a model from {name!r}: {reason}") from error
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike, base: str, **options) -> PeftModel:
