@@ -10,15 +10,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
-from torch.accelerator.memory import empty_host_cache as _empty_host_cache
 
 from ..fp8 import quantize_rows
 from .pace import Pace
 
 logger = logging.getLogger(__name__)
+
+# public since torch 2.12
+_empty_host_cache: Any = getattr(torch.accelerator.memory, "empty_host_cache", None) or getattr(
+    torch._C, "_host_emptyCache", None
+)
 
 Event = torch.cuda.Event | torch.Event
 
