@@ -19,7 +19,8 @@ from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import read_record, write_json_atomic
 from control_experiments.training.arguments import check_numbers
-from control_experiments.training.study import LOCKS, Arm, Cell, Study, StudyOptions, command_of, make_run, run_study
+from control_experiments.training.study import Arm, Cell, Study, StudyOptions, command_of, make_run, run_study
+from control_experiments.training.work import LOCKS
 from LlaMA import evaluate, finetune
 from LlaMA.commonsense import TASKS, read_rows, read_tests, split_rows
 from LlaMA.demo import DEMO, place_of_data, place_of_tests
@@ -74,6 +75,9 @@ class CommonsenseStudy(Study):
         for answers in self.answers(cell):
             asked = self.questions(cell, run, answers)
             evaluation.run(asked, command_of(asked))
+
+    def command(self, cell: Cell) -> str:
+        return f"# {cell}" if cell.arm.method == ZERO_SHOT else super().command(cell)
 
     def questions(self, cell: Cell, run: finetune.Options, folder: Path) -> evaluate.Options:
         """The options with which the run's model answers into `folder`."""

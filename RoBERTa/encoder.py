@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,17 @@ def load_model(
         check_not_quantized(quantization, config, name)
         model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32, **quantized)
     return prepare(model)
+
+
+def predict_mean(model: PreTrainedModel, labels: Sequence[float]) -> None:
+    """Have a new head for regression predict the labels' mean for any row, so far as it predicts nothing else yet.
+
+    From zero the first steps push the output of all rows the same way. An encoder may then end where all rows look the same,
+    and the loss stays that of a constant, as with STS-B.
+    """
+    *_, head = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    with torch.no_grad():
+        head.bias.fill_(sum(labels) / len(labels))
 
 
 def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -46,8 +46,11 @@ class Options(StudyOptions, finetune.Options):
 
 class GlueStudy(Study):
     def __init__(self, options: Options):
-        output = Path(options.output_dir) if options.output_dir else RESULTS / "roberta"
-        super().__init__(options, Path(options.model).name, options.tasks, output)
+        model, domain = Path(options.model).name, "roberta"
+        if options.quantization != "none":
+            model, domain = f"{model}_{options.quantization}", "qcontrol"
+        output = Path(options.output_dir) if options.output_dir else RESULTS / domain
+        super().__init__(options, model, options.tasks, output)
 
     def plan(self, cell: Cell) -> finetune.Options:
         own = {"task": cell.task, "seed": cell.seed, "lr": cell.lr, "epochs": self.options.epochs_of(cell.task)}

@@ -26,7 +26,7 @@ from control_experiments.training.methods import count_unquantized, describe_ada
 from control_experiments.training.setup import Run, start
 from control_experiments.training.sharding import shard_frozen, shares_weights
 from control_experiments.training.trainer import ExperimentTrainer, training_arguments
-from RoBERTa.encoder import add_adapter, check_length, collator, load_model, load_tokenizer, save, tokenize
+from RoBERTa.encoder import add_adapter, check_length, collator, load_model, load_tokenizer, predict_mean, save, tokenize
 from RoBERTa.glue import HUB_ID, TASKS, Task, get_task, hold_out, load_task, write_predictions
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def train(options: Options, run: Run) -> RunRecord:
     memory = MemoryMeter(device)
     model = load_model(options.model, task, options.quantization, device, run.precision)
     check_length(options, model)
+    if task.regression:
+        predict_mean(model, splits["train"]["label"])
     arguments = trainer_arguments(options, run)
     if not shared:
         model.to(device)

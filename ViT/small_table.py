@@ -30,7 +30,7 @@ from ViT.options import RecipeOptions
 class Options(StudyOptions, RecipeOptions):
     """What the runs share, and what they differ in."""
 
-    data: list[str] = HfArg(help="Data sets, as in finetune.py.")
+    data: list[str] = HfArg(help="Data sets, as in finetune.py.", aliases=["--tasks"])
     method: str = field(init=False, default="control")
     methods: list[str] = HfArg(
         default_factory=lambda: ["control", "lora", "dora", "probe"],

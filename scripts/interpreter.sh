@@ -41,6 +41,14 @@ words() {
     mapfile -t "$2" <<<"$text"
 }
 
+# Add --name VALUE to the array OPTIONS for each of these variables that is set: --lora_rank for LORA_RANK.
+options_of() {
+    local name
+    for name; do
+        if [[ -n ${!name:-} ]]; then OPTIONS+=("--${name,,}" "${!name}"); fi
+    done
+}
+
 check_recipe() {
     if [[ $1 != published && $1 != tuned ]]; then
         echo "error: RECIPE is published or tuned, got $1" >&2

@@ -16,18 +16,23 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import write_text_atomic
-from control_experiments.reporting import claims, page, records, tables
+
+if TYPE_CHECKING:  # --help does not wait for pandas and matplotlib
+    import pandas as pd
+
+    from control_experiments.reporting import records
 
 
 def publish(frame: pd.DataFrame, judged: pd.DataFrame, paper: records.Paper, problems: list[str], folder: Path, up: str) -> int:
     """Write tables of `frame`, claims judged by `judged`, pictures and page into `folder`, from which `up` leads to the results
     folder; return the number of files."""
+    from control_experiments.reporting import claims, page, tables
+
     filled, found, drawn = tables.all_tables(frame, paper), claims.judge(judged, paper), list(page.draw(frame, paper))
     written = tables.write_tables(filled, folder / "tables", f"../{up}")
     written += page.write_pictures(drawn, folder / "pictures")
@@ -49,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = parser().parse_args()
+    from control_experiments.reporting import records
+
     paper = records.read_paper(options.paper)
     frame, problems = records.load(options.results)
     ours, yours = frame[frame.whose == "ours"], frame[frame.whose == "yours"]

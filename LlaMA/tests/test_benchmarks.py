@@ -1,9 +1,6 @@
 import pytest
 
 from control_experiments.record import read_record
-from control_experiments.training.arguments import parse_arguments
-from LlaMA import benchmark_methods
-from scripts import bench_memory
 
 
 def test_throughput_of_the_published_batching_and_ours(call, data, tmp_path):
@@ -22,19 +19,6 @@ def test_throughput_of_the_published_batching_and_ours(call, data, tmp_path):
     options = ("memory", "batch_size", "cutoff", "dtype")
     assert [record.hyperparameters[name] for name in options] == ["plain", 8, 256, "float32"]
     assert "skipped" in call("LlaMA.benchmark_throughput", *arguments).finished().out
-
-
-def test_methods_on_shapes_are_a_call_of_the_memory_benchmark(call, monkeypatch):
-    calls = []
-    monkeypatch.setattr(bench_memory, "main", calls.append)
-    call("LlaMA.benchmark_methods", "--device", "cpu").finished()
-    call("LlaMA.benchmark_methods", "--shape", "tiny", "--device", "cpu", "--methods", "lora").finished()
-    options = [parse_arguments(bench_memory.Options, argv=words)[0] for words in calls]
-    assert [(o.shape, o.batch, o.tokens) for o in options] == [
-        ("llama2-7b", 4, 256), ("llama3-8b", 3, 256), ("tiny", 4, 256),
-    ]  # fmt: skip
-    assert options[0].methods == list(benchmark_methods.METHODS) and options[2].methods == ["lora"]
-    assert all(o.with_defaults().device == "cpu" for o in options)
 
 
 @pytest.mark.parametrize(

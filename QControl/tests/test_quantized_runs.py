@@ -10,11 +10,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from control_experiments.errors import UserError
 from control_experiments.record import read_record
-from control_experiments.training.arguments import parse_arguments
 from control_experiments.training.quantization import loading_arguments
 from LlaMA.models import load_model
 from LlaMA.tests.conftest import training_options
-from scripts import bench_memory
 
 CPU = torch.device("cpu")
 ROBERTA, LLAMA = "QControl/run_roberta_quantization.sh", "QControl/run_llama_quantization.sh"
@@ -196,21 +194,6 @@ def test_int8_trains_too(llama, tmp_path):
     _, out, err = llama(quantization="int8").finished()
     assert "fp32 over int8 on cpu" in out and "MatMul8bitLt" not in err
     assert read_record(tmp_path / "llama" / "record.json").model["quantization"] == "int8"
-
-
-def test_benchmarks_tables_are_calls_of_the_memory_benchmark(call, monkeypatch):
-    calls = []
-    monkeypatch.setattr(bench_memory, "main", calls.append)
-    for shape in ("roberta-base", "llama3-8b", "tiny-roberta", "tiny"):
-        assert call("QControl.quantized_memory", "--shape", shape, "--device", "cpu", "--warmup", 0).code == 0
-    options = [parse_arguments(bench_memory.Options, argv=words)[0] for words in calls]
-    assert [(o.shape, o.batch, o.tokens) for o in options] == [
-        ("roberta-base", 64, 128), ("roberta-base", 256, 128), ("llama3-8b", 1, 256), ("llama3-8b", 1, 2048),
-        ("tiny-roberta", 2, 16), ("tiny", 2, 16),
-    ]  # fmt: skip
-    methods = [options[place].with_defaults().methods for place in (3, 4)]
-    assert {"control+nf4:lean", "lora-qkv+uncast+nf4", "lora-qkv+uncast+checkpointing+nf4"} < set(methods[0])
-    assert methods[1] == ["control+fp32", "lora+fp32", "control+nf4", "lora+nf4"]
 
 
 def test_bases_are_compared_by_the_gradients_over_them(model_folder, data, tmp_path, call):

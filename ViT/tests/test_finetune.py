@@ -237,7 +237,7 @@ def test_the_tuned_recipe_is_the_other_one(launch, started):
 
 
 def test_launchers_explain_themselves(call, launch, started):
-    for script in ("ViT/run_ViT.sh", "ViT/run_small_table.sh", "scripts/table_vit_memory.sh"):
+    for script in ("ViT/run_ViT.sh", "ViT/run_small_table.sh"):
         launch(script, "-h").finished()
         assert launch(script).code == 2
     (command,) = started("ViT/run_ViT.sh", "magic", "cpu")

@@ -107,6 +107,23 @@ def test_the_launchers_table_has_each_methods_own_rate_and_runs_nothing_twice(ca
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
 
 
+def test_the_published_table_counts_the_launchers_runs(call, base_model, npz, started, tmp_path):
+    about = {"MODEL": base_model, "ARCHITECTURE": "test_vit", "DATA": npz, "EPOCHS": 1, "BATCH": 16}
+    name = f"{base_model.parent.name}_colors_lora_seed5"
+    more = ("--image_size", 32, "--output_dir")
+    (run,) = started("ViT/run_ViT.sh", "lora", "cpu", "--seed", 5, *more, tmp_path / name, **about)
+    call(*run).finished()
+    words = ("--methods", "lora", "probe", "--seeds", 5, "--gpus", "cpu", *more, tmp_path)
+    (study,) = started("scripts/rerun_vit.sh", *words, **about)
+    (line,) = call(*study, "--dry_run").finished().out.splitlines()
+    assert line.startswith("python -m ViT.finetune ") and " --method probe " in line
+    assert "has mlp_layers 4, not 2" in call(*study, "--mlp_layers", 2).refused()
+    (study,) = started(
+        "scripts/rerun_vit.sh", "--tasks", "cifar100", "svhn", "--seeds", 5, "--gpus", "cpu", "--dry_run", **about
+    )
+    assert call(*study).finished().out.count("--data svhn") == 3
+
+
 @pytest.fixture
 def table(call, base_model, npz, tmp_path):
     model = ("--model", base_model, "--architecture", "test_vit", "--image_size", 32, "--device", "cpu")

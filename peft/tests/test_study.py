@@ -37,6 +37,8 @@ class Parabolas(Study):
         return make_run(Run, self.options, cell.arm, **own)
 
     def train(self, cell, run):
+        if run.control_rank == 13:
+            raise UserError("out of memory")
         if run.lr > 1e-2:
             raise Diverged("the loss is NaN")
         with (self.output / "log").open("a") as log:
@@ -109,6 +111,25 @@ def test_methods_have_options_of_their_own(tmp_path):
     assert [record["hyperparameters"]["control_rank"] for record in records] == [8, 16]
     with pytest.raises(UserError, match="has lora_rank 8, not 4: delete such folders"):
         study(tmp_path, grid=None, lr=1e-3, seeds=[1], lora_rank=4, methods=["control"]).run()
+
+
+def test_a_run_that_fails_stops_no_other_and_is_tried_again(tmp_path, capsys):
+    asked = study(tmp_path, methods=["control:control_rank=13", "lora"], grid=None, lr=1e-3, seeds=[1], max_hours=1)
+    for _ in range(2):
+        with pytest.raises(UserError, match="^model_task_control_control_rank13_seed1 failed: out of memory$"):
+            asked.run()
+        assert capsys.readouterr().err.count("warning:") == 1 and done(tmp_path) == ["model_task_lora_seed1"]
+        asked.failed.clear()
+
+
+def test_a_dry_run_shows_the_commands_of_what_is_left(tmp_path, capsys):
+    asked = study(tmp_path, methods=["control", "lora"], grid=None, lr=1e-3, seeds=[1])
+    asked.take(asked.left()[0])
+    capsys.readouterr()
+    asked.show()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert " --lr 0.001 " in f"{line} " and " --method lora " in line and "model_task_lora_seed1" in line
+    assert done(tmp_path) == ["model_task_control_seed1"]
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,10 @@ SMALL = {
     "RoBERTa/finetune.py": "--model {encoder} --max_steps 1 --epochs 1 --batch_size 4 --precision fp32 --output_dir {out}",
     "RoBERTa/benchmark_padding.py": "--model {encoder} --data {glue} --batch_size 4 --steps 1 --output {out}/padding.json",
     "RoBERTa/study.py": "--model {encoder} --data {glue} --tasks cola --methods control --seeds 1 --grid 1e-3 --growth 0 --max_steps 1 "
-    "--epochs 1 --batch_size 4 --precision fp32 --output_dir {out}",
+    "--epochs 1 --batch_size 4 --precision fp32 --gpus cpu --output_dir {out}",
     "ViT/finetune.py": "{vit} --epochs 1 --batch_size 16",
-    "ViT/small_table.py": "{vit} --methods control --seeds 1 --grid 1e-3 --growth 0 --epochs 1 --batch_size 16 --output_dir {out}",
+    "ViT/small_table.py": "{vit} --methods control --seeds 1 --grid 1e-3 --growth 0 --epochs 1 --batch_size 16 --gpus cpu "
+    "--output_dir {out}",
     "ViT/benchmark_pipeline.py": "--data {images} --architecture test_vit --image_size 32 --batch_size 4 --steps 1 --rounds 1 "
     "--workers 1 --output_dir {out}",
     "LlaMA/finetune.py": "--model {llama} --data {questions}/train.json --max_steps 1 --epochs 1 --eval_steps 1 --warmup_steps 0 "
@@ -44,10 +45,8 @@ SMALL = {
     "LlaMA/study.py": "--model {llama} --data {questions}/train.json --tests {questions} --methods lora --seeds 1 --grid 1e-3 --growth 0 "
     "--search_steps 1 --max_steps 1 --epochs 1 --eval_steps 1 --warmup_steps 0 --held_out 8 --batch_size 4 --micro_batch_size 2 --cutoff 64 --token_budget 128 --lora_rank 2 "
     "--limit 2 --output_dir {out}",
-    "LlaMA/benchmark_methods.py": "--tokens 8 --batch 1 --steps 1 --warmup 0",
     "LlaMA/benchmark_throughput.py": "--data {questions}/train.json --steps 1 --warmup 0 --batch_size 4 --large_batch 8 "
     "--micro_batch_size 2 --cutoff 64 --control_rank 4 --lora_rank 2 --output_dir {out}",
-    "QControl/quantized_memory.py": "--tokens 8 --batch 1 --steps 1 --warmup 0 --methods control",
     "QControl/gradient_error.py": "--model {llama} --data {questions}/train.json --rows 2 --bases bf16 --output_dir {out}",
     "scripts/bench_memory.py": "--batch 1 --steps 1 --warmup 0",
     "scripts/bench_kernels.py": "--peers torch --tokens 8 --vocabulary 99 --repeats 2 --output {out}/kernels.json",
@@ -133,12 +132,6 @@ class Runner:
 
     def _LlaMA_benchmark_throughput(self, given: list[str], out: Path) -> list[str]:
         return [*given, *(["--model", str(self.inputs["llama"])] if "--model" in given else ["--shape", "tiny"])]
-
-    def _LlaMA_benchmark_methods(self, given: list[str], out: Path) -> list[str]:
-        return self._scripts_bench_memory(["--shape", "llama3-8b", *given], out)
-
-    def _QControl_quantized_memory(self, given: list[str], out: Path) -> list[str]:
-        return self._scripts_bench_memory(given, out)
 
     def _scripts_bench_memory(self, given: list[str], out: Path) -> list[str]:
         """One method, in this process."""

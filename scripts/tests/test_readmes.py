@@ -173,19 +173,20 @@ def test_llama_defaults_are_the_papers(base, launcher, method, noted):
     assert parsed(call) == answers
 
 
-def test_rerun_scripts_start_from_the_papers_recipes():
-    def default(table: str, name: str) -> str:
-        text = (REPOSITORY / "scripts" / f"rerun_{table}.sh").read_text()
-        (value,) = re.findall(rf"^export {name}=\$\{{{name}:-\"?([^\"}}]*)", text, re.M)
-        return value
-
-    assert f"cola={RECIPES['roberta']['epochs']}" in default("glue", "EPOCHS").split()
-    for table, name, value in (
-        ("glue", "LR", RECIPES["roberta"]["lr"]), ("vit", "MLP_LAYERS", RECIPES["vit"]["mlp_layers"]),
-        ("commonsense", "CONTROL_RANK", RECIPES["llama"]["control_rank"]),
-        ("quantized", "EPOCHS", RECIPES["qcontrol"]["rte"]["epochs"]), ("quantized", "LR", RECIPES["qcontrol"]["rte"]["lr"]),
-    ):  # fmt: skip
-        assert float(default(table, name)) == value
+def test_rerun_scripts_start_from_the_papers_recipes(noted):
+    """And from what the domains' launchers say."""
+    for table, launcher in (
+        ("glue", "RoBERTa/run_roberta.sh control rte 80"),
+        ("quantized", "QControl/run_roberta_quantization.sh control rte 320"),
+        ("vit", "ViT/run_ViT.sh control 0"),
+    ):
+        study, run = (parsed(noted(f"bash {command}")[0]) for command in (f"scripts/rerun_{table}.sh", launcher))
+        for name in vars(study).keys() & vars(run).keys() - {"data", "epochs", "task", "seed", "resume"}:
+            assert getattr(study, name) == getattr(run, name), (table, name)
+        epochs = study.epochs if table == "vit" else study.epochs_of("rte")
+        assert epochs == run.epochs and study.methods == ["control", "lora", "dora"] and study.gpus == ["all"]
+        if table == "glue":
+            assert study.epochs_of("cola") == RECIPES["roberta"]["epochs"]
 
 
 def test_every_launcher_variable_can_be_set_from_outside_and_reaches_the_script(noted):

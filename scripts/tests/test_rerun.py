@@ -1,4 +1,4 @@
-"""rerun_*.sh with an interpreter that writes a record instead of training."""
+"""rerun_commonsense.sh and rerun_memory.sh with an interpreter that writes a record instead of training."""
 
 import json
 import os
@@ -7,167 +7,111 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from control_experiments.paths import REPOSITORY
+from control_experiments.training.arguments import parse_arguments
+from scripts import bench_memory
+from scripts.rerun import Options, plan_cells
 
-# Runs rerun.py for real; instead of a training it notes the call and writes a record with the learning rate's score.
+# Runs rerun.py for real; instead of a training or a benchmark it notes the call and writes a record.
 INTERPRETER = """#!{python}
 import json, os, sys, time
 arguments = sys.argv[1:]
 if arguments[:2] == ["-m", "scripts.rerun"]:
     os.execv({python!r}, [{python!r}, *arguments])
-module, value = arguments[1], dict(zip(arguments[2:], arguments[3:]))
-noted = {{name: os.environ.get(name) for name in ("SEED", "DATA", "CUDA_VISIBLE_DEVICES")}}
-with open(os.environ["CALLS"], "a") as file:
-    file.write(json.dumps({{"pid": os.getpid(), "arguments": arguments, **noted}}) + "\\n")
+value = dict(zip(arguments[2:], arguments[3:]))
+with open({notes!r}, "a") as file:
+    file.write(json.dumps({{"pid": os.getpid(), "module": arguments[1], **value}}) + "\\n")
 time.sleep(float(os.environ.get("FAKE_SECONDS", 0)))
 if os.environ.get("FAKE_FAIL") in arguments:
     print("error: out of everything", file=sys.stderr)
     sys.exit(2)
-if module == "scripts.bench_memory":
-    options = {{"shape": value["--shape"], "batch": int(value["--batch"])}}
-    os.makedirs(value["--output"], exist_ok=True)
-    place = os.path.join(value["--output"], f"{{options['shape']}}_{{options['batch']}}x{{value.get('--tokens', 197)}}.json")
-    with open(place, "w") as file:
-        json.dump({{"options": options, "results": [{{"method": "lora"}}]}}, file)
-    sys.exit()
-from control_experiments.record import RunRecord
-task = value.get("--task") or os.path.basename(value.get("--data", "memory")).split(".")[0]
-fields = dict.fromkeys(("data", "adapter", "memory", "time", "versions", "git", "device"), {{}})
-RunRecord(
-    domain="x", name="x", method=value.get("--method", "zero-shot"), task=task, seed=int(value.get("--seed", 0)), command=[],
-    created="", finished="", model={{"id": value.get("--model")}},
-    hyperparameters={{name[2:]: text for name, text in value.items() if name.startswith("--")}},
-    metrics={{"last": {{"score": 1 - abs(float(value.get("--lr", 0)) - 1e-3)}}}}, **fields,
-).write(os.path.join(value.get("--output_dir"), "record.json"))
+folder, name = value.get("--output_dir"), "record.json"
+if "--shape" in value:
+    folder, name = value["--output"], f"{{value['--shape']}}_{{value['--batch']}}x{{value['--tokens']}}.json"
+os.makedirs(folder, exist_ok=True)
+with open(os.path.join(folder, name), "w") as file:
+    json.dump({{"results": [{{"method": "lora"}}]}}, file)
 """
-
-
-ONE = ("--seeds", "1", "--gpus", "cpu")
+MEMORY = ("memory", "--tasks", "llama3-8b", "llama3-8b-short", "llama2-7b", "--methods", "lora", "--seeds", "1")
+CPU = ("--gpus", "cpu")
 
 
 class Reruns:
-    def __init__(self, root):
-        self.results, self.calls_file, interpreter = root / "results", root / "calls", root / "fake-python"
-        interpreter.write_text(INTERPRETER.format(python=sys.executable))
-        interpreter.chmod(0o755)
-        self.environment = {**os.environ, "PYTHON": str(interpreter), "CALLS": str(self.calls_file)}
-        for name in ("MODEL", "DATA", "EPOCHS", "LR", "CUDA_VISIBLE_DEVICES"):
-            self.environment.pop(name, None)
+    def __init__(self, launching, root):
+        self.launching, self.root, self.results, self.notes = launching, root, root / "results", root / "notes"
+        (root / "python").write_text(INTERPRETER.format(python=sys.executable, notes=str(self.notes)))
+        (root / "python").chmod(0o755)
 
-    def command(self, table, *arguments):
-        launcher = REPOSITORY / "scripts" / f"rerun_{table}.sh"
-        return ["bash", str(launcher), "--results", str(self.results), *arguments]
+    def launcher(self, table, *words, **variables):
+        self.notes.write_text("")
+        more = {"PYTHON": self.root / "python", **variables}
+        return self.launching(f"scripts/rerun_{table}.sh", "--results", self.results, *words, **more)
 
-    def run(self, table, *arguments, **environment):
-        self.calls_file.write_text("")
-        piped = dict(env={**self.environment, **environment}, capture_output=True, text=True, timeout=100)
-        return subprocess.run(self.command(table, *arguments), **piped)
+    def run(self, *words, **variables):
+        return subprocess.run(**self.launcher(*words, **variables), capture_output=True, timeout=100)
 
     @property
     def calls(self):
-        return [json.loads(line) for line in self.calls_file.read_text().splitlines()]
+        return [json.loads(line) for line in self.notes.read_text().splitlines()]
 
 
 @pytest.fixture
-def reruns(tmp_path):
-    return Reruns(tmp_path)
-
-
-def option(call, name):
-    return call["arguments"][call["arguments"].index(name) + 1]
+def reruns(launching, tmp_path):
+    return Reruns(launching, tmp_path)
 
 
 def test_a_table_is_run_cell_by_cell_and_then_skipped(reruns):
-    glue = ("glue", "--tasks", "rte", "wnli", "--methods", "lora", "--seeds", "1", "2", "--gpus", "cpu")
-    done = reruns.run(*glue)
-    assert done.returncode == 0, done.stderr
-    cells = [(option(c, "--task"), option(c, "--method"), c["SEED"]) for c in reruns.calls]
-    assert sorted(cells) == [(task, "lora", seed) for task in ("rte", "wnli") for seed in "12"]
-    assert {option(c, "--device") for c in reruns.calls} == {"cpu"}
-    assert "[4/4]" in done.stdout and "left" in done.stdout
-    again = reruns.run(*glue)
-    assert again.returncode == 0 and not reruns.calls and "4 cells, 4 of them need no run" in again.stdout
+    done = reruns.run(*MEMORY, "2", *CPU)
+    assert done.returncode == 0 and "all 6 cells are finished" in done.stdout, done.stderr
+    folder = str(reruns.results / "memory")
+    assert [call["--output"] for call in reruns.calls] == [folder] * 3 + [f"{folder}/repeat2"] * 3
+    assert {call["--device"] for call in reruns.calls} == {"cpu"}
+    assert reruns.run(*MEMORY, "2", *CPU).returncode == 0 and not reruns.calls
+    other = reruns.run(*(word.replace("lora", "dora") for word in MEMORY), *CPU)
+    assert other.returncode == 2 and "has methods lora, not dora" in other.stderr and not reruns.calls
 
 
-def test_cells_go_to_all_gpus_one_at_a_time_on_each(reruns):
-    reruns.run("glue", "--tasks", "rte", "--seeds", "1", "2", "--gpus", "0", "1", FAKE_SECONDS="0.5")
-    assert sorted(option(c, "--device") for c in reruns.calls) == ["0", "0", "0", "1", "1", "1"]
+def test_cells_go_to_all_gpus(reruns):
+    assert reruns.run(*MEMORY, "2", "--gpus", "0", "1", FAKE_SECONDS=2).returncode == 0
+    assert len(reruns.calls) == 6 and {call["--device"] for call in reruns.calls} == {"0", "1"}
 
 
 def test_a_failed_cell_is_listed_at_the_end_and_stops_no_other(reruns):
-    done = reruns.run("glue", "--tasks", "rte", "--seeds", "1", "--gpus", "cpu", FAKE_FAIL="lora")
-    assert done.returncode == 1
-    assert [option(c, "--method") for c in reruns.calls] == ["control", "lora", "dora"]
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("failed: roberta-base_rte_lora_seed1: error: out of everything (exit code 2, log: ")
-    assert (reruns.results / "logs" / "glue" / "roberta-base_rte_lora_seed1.log").is_file()
-    assert reruns.run("glue", "--tasks", "rte", "--seeds", "1", "--gpus", "cpu").returncode == 0
-    assert len(reruns.calls) == 1
+    done = reruns.run(*MEMORY, *CPU, FAKE_FAIL="llama3-8b")
+    assert done.returncode == 2 and len(reruns.calls) == 3
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    for name in ("llama3-8b_repeat1", "llama3-8b-short_repeat1"):
+        assert f"{name} failed: error: out of everything (exit code 2, log: " in line
+        assert (reruns.results / "logs" / "memory" / f"{name}.log").is_file()
+    assert reruns.run(*MEMORY, *CPU).returncode == 0 and len(reruns.calls) == 2
 
 
 def test_no_cell_starts_when_time_is_up(reruns):
-    done = reruns.run("glue", "--tasks", "rte", *ONE, "--max-hours", "0.0001", FAKE_SECONDS="1")
-    assert len(reruns.calls) == 1
-    assert done.returncode == 1 and "not started, time is up: roberta-base_rte_lora_seed1" in done.stdout
+    done = reruns.run(*MEMORY, *CPU, "--max-hours", "0.0001", FAKE_SECONDS=1)
+    assert done.returncode == 0 and len(reruns.calls) == 1 and "does not fit into 0.006 minutes" in done.stdout
 
 
-GLUE = ("glue", "--tasks", "rte", "--methods", "lora", *ONE)
-VIT = ("vit", "--methods", "control", *ONE)
-LLAMA = ("commonsense", "--tasks", "llama3_8b", "--methods", "double control", *ONE)
-SMOL = ("commonsense", "--tasks", "smollm2", "--methods", "lora", *ONE)
-
-
-@pytest.mark.parametrize(
-    ("table", "changed", "message"),
-    [
-        (GLUE, {"EPOCHS": "7"}, "has epochs 80, not 7"),
-        (("quantized", *GLUE[1:]), {"BATCH_SIZE": "32"}, "has batch_size 256, not 32"),
-        (VIT, {"CONTROL_RANK": "4"}, "has control_rank 16, not 4"),
-        (LLAMA, {"LR": "3e-3"}, "has lr 1e-4, not 3e-3"),
-        (SMOL, {"EPOCHS": "2"}, "has epochs 1, not 2"),
-        (SMOL, {"EVALUATE_ARGS": "--mode likelihood", "EPOCHS": "2"}, "has epochs 1, not 2"),
-        (("memory", "--tasks", "llama3-8b-short", "--methods", "lora", *ONE), {}, "has methods lora, not dora"),
-    ],
-)  # fmt: skip
-def test_a_finished_run_with_other_settings_does_not_count(reruns, table, changed, message):
-    first = reruns.run(*table)
-    assert first.returncode == 0 and reruns.calls, first.stderr
-    if not changed:
-        assert reruns.run(*table).returncode == 0 and not reruns.calls
-        table = [word.replace("lora", "dora") for word in table]
-    if "EVALUATE_ARGS" in changed:
-        reruns.run(*table, EVALUATE_ARGS=changed["EVALUATE_ARGS"])
-    done = reruns.run(*table, **changed)
-    assert done.returncode == 1 and message in done.stderr and not reruns.calls, done.stderr
-
-
-@pytest.mark.parametrize(("table", "name", "value"), [(GLUE, "task", "cola"), (GLUE, "seed", 2), (LLAMA, "method", "lora")])
-def test_another_runs_record_in_a_cells_folder_does_not_count(reruns, table, name, value):
-    reruns.run(*table)
-    (path,) = [path for path in reruns.results.rglob("record.json") if path.parent.name != "evaluation"]
-    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
-    done = reruns.run(*table)
-    assert done.returncode == 1 and f"has {name} {value}, not" in done.stderr and not reruns.calls
-
-
-def test_what_extra_options_change_is_expected_of_the_record(reruns):
-    assert reruns.run(*GLUE, "--extra", "--batch_size 8").returncode == 0
-    assert reruns.run(*GLUE, "--extra", "--batch_size 8").returncode == 0 and not reruns.calls
-    assert "has batch_size 8, not 64" in reruns.run(*GLUE).stderr
+def test_a_training_is_left_to_its_launcher(reruns):
+    """Which skips a finished run, and refuses one with other settings."""
+    table = ("commonsense", "--tasks", "llama3_8b", "--methods", "double control", "zero-shot", "--seeds", "5", "6", *CPU)
+    for _ in range(2):
+        assert reruns.run(*table).returncode == 0
+        modules = [call["module"].removeprefix("LlaMA.") for call in reruns.calls]
+        assert modules == ["finetune", "evaluate", "evaluate", "finetune", "evaluate"]  # zero-shot has no seeds
+    failed = reruns.run(*table, FAKE_FAIL="LlaMA.finetune")
+    assert "llama3_8b_double-control-seed5 failed: error: out of everything" in failed.stderr and failed.returncode == 2
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupting_ends_the_running_cells_and_starts_no_other(reruns, number, code):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
-    command = reruns.command("glue", "--tasks", "rte", "--seeds", "1", "--gpus", "0", "1")
-    process = subprocess.Popen(
-        command, env={**reruns.environment, "FAKE_SECONDS": "60"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
-    deadline = time.time() + 30
-    while not (reruns.calls_file.exists() and len(reruns.calls) == 2) and time.time() < deadline:
+    command = reruns.launcher(*MEMORY, "--gpus", "0", "1", FAKE_SECONDS=60)
+    process = subprocess.Popen(**command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.time() + 60
+    while len(reruns.calls) < 2 and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
     _, errors = process.communicate(timeout=20)
@@ -178,52 +122,39 @@ def test_interrupting_ends_the_running_cells_and_starts_no_other(reruns, number,
             os.kill(call["pid"], 0)
 
 
+BENCH = r"\S+ -m scripts.bench_memory --shape"
+LLAMA3 = r"bash LlaMA/llama3_8B_DoubleControl.sh 64 32 64 out/llama/llama3_8b"
+
+
 @pytest.mark.parametrize(
-    ("table", "arguments", "environment", "wanted"),
+    ("table", "words", "wanted"),
     [
-        ("vit", ("--methods", "control", "--seeds", "1"), {},
-         r"DATA=cifar100 bash ViT/run_ViT.sh control {gpu} --seed 1 --output_dir \S+/vit/vit_base_patch16_224.orig_in21k_cifar100_control_seed1 --resume"),
-        ("vit", ("--methods", "lora", "--seeds", "1"), {"DATA": "x/flowers.tar", "MODEL": "x/small/model.safetensors"},  # as ViT/finetune.py names it: by the file's folder
-         r"DATA=x/flowers.tar .*/vit/small_flowers_lora_seed1 --resume"),
-        ("commonsense", ("--tasks", "llama3_8b", "--methods", "double control", "--seeds", "5"), {},
-         r"SEED=5 bash LlaMA/llama3_8B_DoubleControl.sh 64 32 64 \S+/llama/llama3_8b/double-control-seed5 {gpu} --resume"),
-        ("commonsense", ("--tasks", "smollm2", "--methods", "lora", "--seeds", "5"), {"MODEL": "x.gguf"},
-         r"METHODS=lora SEEDS=5 bash LlaMA/run_smollm2_table.sh \S+/llama/smollm2 {gpu}"),
-        ("quantized", ("--methods", "dora", "--seeds", "1"), {},
-         r"SEED=1 bash QControl/run_roberta_quantization.sh dora rte 320 4e-4 {gpu} --output_dir \S+/qcontrol/\S+ --resume"),
-        ("memory", ("--tasks", "vit", "--seeds", "2"), {}, r"bash scripts/table_vit_memory.sh {gpu} --output \S+/memory/repeat2/published_vit"),
-        ("memory", ("--tasks", "llama3-8b-profile", "--seeds", "1"), {},
-         r"\S+ \S+ -m scripts.bench_memory --shape llama3-8b .* --profile --output \S+ --methods lora\+liger control:fast .*"),
-        ("memory", ("--tasks", "vit-b16", "--seeds", "2"), {},
-         r"CUDA_VISIBLE_DEVICES={gpu} \S+ -m scripts.bench_memory --shape vit-b16 --batch 128 --output \S+/memory/repeat2"),
-        ("commonsense", ("--tasks", "llama3_8b", "--methods", "control+dora", "--seeds", "5"), {},
-         r"SEED=5 METHOD=control\+dora bash LlaMA/llama3_8B_DoubleControl.sh 64 32 64 \S+/llama/llama3_8b/control\+dora-seed5 {gpu} --resume"),
-        ("commonsense", ("--tasks", "qwen0.5b", "--methods", "miss", "--seeds", "5"), {"MODEL": "q"},
-         r"METHODS=miss SEEDS=5 bash LlaMA/run_smollm2_table.sh \S+/llama/qwen0.5b {gpu}"),
-        ("commonsense", ("--tasks", "llama2_7b", "--methods", "zero-shot"), {},
-         r"bash LlaMA/llama2_7B_Evaluate.sh 64 32 64 \S+/llama/llama2_7b/zero-shot {gpu} zero-shot"),
-        ("memory", ("--tasks", "llama3-8b-short", "--methods", "lora", "control:lean", "--seeds", "1"), {},
-         r"CUDA_VISIBLE_DEVICES={gpu} \S+ -m scripts.bench_memory --shape llama3-8b --batch 4 --tokens 256 --output \S+/memory --methods lora control:lean"),
+        ("commonsense", ("llama3_8b", "--methods", "double control", "--seeds", 5), rf"SEED=5 {LLAMA3}/double-control-seed5 {{gpu}} --resume"),
+        ("commonsense", ("llama3_8b", "--methods", "dora", "--seeds", 5), rf"SEED=5 METHOD=dora {LLAMA3}/dora-seed5 {{gpu}} --resume"),
+        ("commonsense", ("llama2_7b", "--methods", "zero-shot"), r"bash LlaMA/llama2_7B_Evaluate.sh 64 32 64 out/llama/llama2_7b/zero-shot {gpu} zero-shot"),
+        ("memory", ("llama3-8b-profile", "--seeds", 1), rf"{BENCH} .* --profile --device {{gpu}} --output out/memory --methods lora\+liger control:fast .*"),
+        ("memory", ("vit-b16", "--seeds", 2, "--extra", "--steps 2"), rf"{BENCH} vit-b16 --batch 128 --device {{gpu}} --output out/memory/repeat2 --steps 2"),
     ],
 )  # fmt: skip
-def test_dry_runs_print_the_calls(reruns, table, arguments, environment, wanted):
-    done = reruns.run(table, *arguments, "--dry_run", **environment)
-    assert done.returncode == 0, done.stderr
-    _, call = done.stdout.splitlines()
-    assert re.fullmatch(wanted, call), call
+def test_dry_runs_print_the_calls(call, started, table, words, wanted):
+    (command,) = started(f"scripts/rerun_{table}.sh", "--results", "out", "--dry_run", "--tasks", *words)
+    assert re.fullmatch(wanted, call(*command).finished().out.strip())
 
 
 @pytest.mark.parametrize(
-    ("table", "arguments", "message"),
+    ("words", "message"),
     [
-        ("glue", ("--tasks", "nope"), "has no 'nope': choose from cola"),
-        ("glue", ("--methods", "control+dora"), "has no method 'control+dora': choose from control, lora, dora"),
-        ("commonsense", ("--tasks", "qwen0.5b"), "qwen0.5b needs MODEL=FOLDER"),
-        ("glue", ("--gpus", "x"), "--gpus takes indices or cpu"),
-        ("memory", ("--nonsense",), "--nonsense"),
+        (("--tasks", "nope"), "has no 'nope': choose from llama3-8b,"),
+        (("--gpus", "x"), "--gpus takes indices, cpu or all, got 'x'"),
+        (("--nonsense",), "--nonsense"),
     ],
 )
-def test_bad_arguments_are_one_line(reruns, table, arguments, message):
-    done = reruns.run(table, *arguments)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
-    assert not reruns.results.exists()
+def test_bad_arguments_are_one_line(call, words, message):
+    assert message in call("scripts.rerun", "--table", "memory", *words).refused()
+
+
+def test_each_benchmark_writes_the_file_that_is_looked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr("control_experiments.training.benchmarking.choose_device", lambda name: "cuda")
+    for cell in plan_cells(Options(table="memory", results=str(tmp_path))):
+        (options,) = parse_arguments(bench_memory.Options, argv=cell.command[3:])
+        assert Path(options.output, options.with_defaults().file_name()) == cell.record

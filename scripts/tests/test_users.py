@@ -63,11 +63,13 @@ def test_the_first_command_runs_and_drops_nothing_shipped(type_in):
     assert "yours" in (type_in.root / "results" / "mine" / "tables" / "glue.md").read_text()
 
 
-def test_the_adapter_loads_with_the_readmes_lines(type_in):
-    (block,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "RoBERTa" / "README.md").read_text(), re.S)
-    (type_in.root / "load.py").write_text(
-        block.replace("results/roberta/RUN", RUN) + 'print(labels, len(tokenizer("a", "b")["input_ids"]) > 2)\n'
-    )
+@pytest.mark.parametrize(("domain", "run"), [("RoBERTa", RUN), ("QControl", "results/qcontrol/tiny_rte_control_nf4_seed42")])
+def test_the_adapter_loads_with_the_readmes_lines(type_in, domain, run):
+    if domain == "QControl":
+        type_in(TRAIN.replace("RoBERTa/run_roberta.sh control", "QControl/run_roberta_quantization.sh QControl"))
+    (block,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / domain / "README.md").read_text(), re.S)
+    block = re.sub(r"results/\w+/RUN", run, block)
+    (type_in.root / "load.py").write_text(block + 'print(labels, len(tokenizer("a", "b")["input_ids"]) > 2)\n')
     assert "{0: 'entailment', 1: 'not_entailment'} True" in type_in("python load.py")
 
 

@@ -1,22 +1,17 @@
 """A study: each method's learning rate chosen on held-out training data, then runs with it on the test sets.
 
 The protocol is the one of results/README.md. A domain says how a run is named, trained and scored (it subclasses `Study`); which
-runs there are and in which order is decided here, once for all domains.
-
-Any number of processes may work on one study, with the same command: each takes the next run that no other one works on, under
-a lock that a dying process lets go of. Finished runs are skipped and unfinished ones resumed, so the same command also
-completes a study that was interrupted, or that --max_minutes ended.
+runs there are and in which order is decided here, once for all domains. How processes share them out stands in `work.py`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import json
+import shlex
 import statistics
 import sys
-import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from itertools import product
@@ -29,15 +24,14 @@ from ..errors import UserError
 from ..record import read_record
 from .arguments import check_numbers, parse_arguments
 from .rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
+from .work import Work, WorkOptions, share_out
 
-#: Folder for the locks of runs that are worked on; what is in one is why the run cannot be finished.
-LOCKS = ".lock"
 #: Options whose record says what "auto" came to.
 SETTLED = ("precision", "dtype", "attention")
 
 
 @dataclass(kw_only=True)
-class StudyOptions:
+class StudyOptions(WorkOptions):
     """What the runs of a study differ in; a domain's options add what they share."""
 
     methods: list[str] = HfArg(
@@ -54,7 +48,6 @@ class StudyOptions:
     search_share: float = HfArg(default=0.1, help="Share of the training data on which the search scores.")
     search_seeds: list[int] = HfArg(default_factory=lambda: [SEARCH_SEED], help="Of the search.")
     search_only: bool = HfArg(default=False, help="Choose the learning rates and stop there.")
-    max_minutes: Optional[float] = HfArg(default=None, help="Begin no run that would end later.")
     # what the study itself says of each run
     method: str = field(init=False, default="control")
     seed: int = field(init=False, default=0)
@@ -67,8 +60,8 @@ class StudyOptions:
             raise UserError("--search_only needs --grid with the learning rates to choose from")
         if self.grid and not 0 < self.search_share < 1:
             raise UserError(f"--search_share must lie between 0 and 1, both excluded, got {self.search_share}")
-        check_numbers(self, "max_minutes", above=0)
         check_numbers(self, "growth", at_least=0)
+        self.check_work()
 
 
 @dataclass(frozen=True)
@@ -118,11 +111,7 @@ class Cell:
         return f"[{kind}] {self.arm.text} on {Path(self.task).stem}, lr {self.lr}, seed {self.seed}"
 
 
-class TimeIsUp(Exception):
-    """The next run would not end within --max_minutes."""
-
-
-class Study(ABC):
+class Study(Work):
     """Runs what is left of a study; subclasses know their domain.
 
     Args:
@@ -135,10 +124,9 @@ class Study(ABC):
     untrained: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: StudyOptions, model: str, tasks: Sequence[str], output: Path):
-        self.options, self.model, self.output, self.tasks = options, model, output, list(tasks)
+        super().__init__(options, output)
+        self.model, self.tasks = model, list(tasks)
         self.arms = [Arm(text) for text in dict.fromkeys(options.methods)]
-        self.end = None if options.max_minutes is None else time.monotonic() + 60 * options.max_minutes
-        self.longest = 0.0
         self._scores: dict[Cell, float] = {}
         self._chosen: dict[tuple[str, Arm], float | None] = {}
 
@@ -175,33 +163,26 @@ class Study(ABC):
 
     # -- what is left to do -----------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Work until nothing is left, or the time is up. Raises UserError: runs diverged, or a finished run has
-        other settings than the study's."""
-        try:
-            while left := self.left():
-                if not any(self.take(cell) for cell in left):  # other processes work on all that is left
-                    self.check_time()
-                    time.sleep(0.5)
-        except TimeIsUp:
-            print(f"the next run does not fit into {self.options.max_minutes:g} minutes: the same command goes on")
-            return
+    def lost(self) -> list[str]:
+        """Runs that diverged."""
         lost = [f"{arm.text} on {Path(task).stem} diverges with every learning rate of --grid: add lower"
                 for (task, arm), rate in self._chosen.items() if rate is None]  # fmt: skip
-        tests = [] if self.options.search_only else [*self.tests()]
-        failed = [self.folder(cell).name for cell in tests if self.failure(cell)]
-        if failed:
-            lost.append(f"{len(failed)} of {len(tests)} runs diverged: {', '.join(failed)}")
-        if lost:
-            raise UserError("; ".join(lost))
-        print(f"all {len(tests)} runs are finished" if tests else "all learning rates are chosen")
+        tests = self._all_tests()
+        failed = [self.name(cell) for cell in tests if self.failure(cell)]
+        return [*lost, *([f"{len(failed)} of {len(tests)} runs diverged: {', '.join(failed)}"] if failed else [])]
+
+    def told(self) -> str:
+        count = len(self._all_tests())
+        return f"all {count} runs are finished" if count else "all learning rates are chosen"
+
+    def _all_tests(self) -> list[Cell]:
+        return [] if self.options.search_only else [*self.tests()]
 
     def left(self) -> list[Cell]:
         """The runs to do next: those of searches, and tests of methods whose search is done; each method gets its
         first seed before any gets its second one."""
         searches = [cell for key in product(self.tasks, self.arms) for cell in self.searches(*key)]
-        tests = [] if self.options.search_only else self.tests()
-        return searches + [cell for cell in tests if not self.is_done(cell)]
+        return searches + [cell for cell in self._all_tests() if not self.is_done(cell)]
 
     def searches(self, task: str, arm: Arm) -> list[Cell]:
         """What the search for one method's learning rate lacks; once that is nothing, the rate is chosen."""
@@ -260,47 +241,31 @@ class Study(ABC):
 
     # -- doing it ---------------------------------------------------------------------------------------------
 
-    def lock(self, cell: Cell) -> Path:
-        return self.output / LOCKS / self.folder(cell).name
+    def name(self, cell: Cell) -> str:
+        return self.folder(cell).name
 
     def failure(self, cell: Cell) -> str:
-        """Why a run cannot be finished; empty if it can."""
+        """Why a run cannot be finished, which its lock notes; empty if it can."""
         return self.lock(cell).read_text() if self.lock(cell).is_file() else ""
 
-    def take(self, cell: Cell) -> bool:
-        """Do the run unless another process holds its lock, or has finished it; whether it was done here."""
-        self.lock(cell).parent.mkdir(parents=True, exist_ok=True)
-        with self.lock(cell).open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            if self.is_done(cell):
-                return False
-            self.work(cell)
-            return True
-
-    def check_time(self) -> None:
-        """Raises TimeIsUp: a run that takes as long as the longest one so far would not end in time."""
-        if self.end is not None and time.monotonic() + self.longest > self.end:
-            raise TimeIsUp
+    def command(self, cell: Cell) -> str:
+        run = self.plan(cell)
+        domain = type(run).__module__.partition(".")[0]
+        return shlex.join(["python", "-m", f"{domain}.finetune", *command_of(run)])
 
     def work(self, cell: Cell) -> None:
-        """Do the run; one that diverges is noted and never tried again. Raises TimeIsUp: it would not end in time."""
+        """Do the run; one that diverges is noted and never tried again."""
         from .losses import Diverged  # with torch, for which --help and a wrong option do not wait
 
-        self.check_time()
-        began = time.monotonic()
         print(cell, flush=True)
         try:
             self.train(cell, self.plan(cell))
         except Diverged as error:
             self.lock(cell).write_text(str(error))
-            what = f"lr {cell.lr} is not chosen" if cell.searching else self.folder(cell).name
+            what = f"lr {cell.lr} is not chosen" if cell.searching else self.name(cell)
             print(f"warning: {what}: {error}", file=sys.stderr)
         finally:
             free_memory()
-        self.longest = max(self.longest, time.monotonic() - began)
 
 
 def beyond(edge: float, inner: float) -> float:
@@ -350,8 +315,12 @@ def run_study(study: type[Study], options: type[StudyOptions], description: str 
     given.check_study()
     asked = study(given)
     asked.check()
+    if given.dry_run:
+        return asked.show()
+    if (place := share_out(given, given.device)) is None:
+        return
     from .device import select_device  # with torch, for which --help and a wrong option do not wait
 
-    device = select_device(given.device)  # once for all runs, by its index among those that this process still sees
+    device = select_device(place)  # once for all runs, by its index among those that this process still sees
     given.device = "cpu" if device.type == "cpu" else str(device.index)
     asked.run()
