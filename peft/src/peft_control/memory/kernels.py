@@ -176,7 +176,7 @@ def swiglu_rows(gate, up):
     width = gate.shape[1]
     q, scale = empty_rows(gate, width, torch.float8_e4m3fn)
     _swiglu_rows_kernel[(len(gate),)](
-        gate, up, q, scale, gate.stride(0), up.stride(0), width, EXPONENT=exponent_of(q.dtype), **_row_launch(width)
+        gate, up, q, scale, gate.stride(0), up.stride(0), width, EXPONENT=exponent_of(q.dtype), **_swiglu_launch(width)
     )
     return q, scale
 
@@ -190,12 +190,12 @@ def swiglu_backward_rows(gate, up, dact, dtype, gate_columns, up_columns):
     (dgate, gate_scale), (dup, up_scale) = (empty_rows(gate, width, dtype) for _ in range(2))
     _swiglu_backward_rows_kernel[(len(gate),)](
         gate, up, dact, gate_columns, up_columns, dgate, gate_scale, dup, up_scale, gate.stride(0), up.stride(0), width,
-        EXPONENT=exponent_of(dtype), **_row_launch(width),
+        EXPONENT=exponent_of(dtype), **_swiglu_launch(width),
     )  # fmt: skip
     return (dgate, gate_scale), (dup, up_scale)
 
 
-def _row_launch(width):
+def _swiglu_launch(width):
     """Rows that a program's registers hold are read and computed once, wider ones twice."""
     once = width <= 16384
     block = triton.next_power_of_2(width) if once else _BLOCK
