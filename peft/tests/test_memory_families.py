@@ -87,11 +87,11 @@ def test_chunks_share_one_cast_of_the_frozen_weights(family):
     model = control_model(family, torch.float32, dropout=0.0)
     set_memory_mode(model, "lean", chunk_tokens=5)
     (mlp, *_) = (vars(layer)["memory_plan"].mlp for layer in model.modules() if "memory_plan" in vars(layer))
-    state = torch.randn(7, mlp.first.in_features)
-    assert mlp.for_chunks(state).first is mlp.first  # nothing to cast
+    state = torch.randn(7, mlp.linears[0].in_features)
+    assert mlp.for_chunks(state).linears[0] is mlp.linears[0]  # nothing to cast
     with torch.autocast("cpu", torch.bfloat16):
         cast = mlp.for_chunks(state)
-        assert cast.first.weight.dtype == torch.bfloat16 and mlp.first.weight.dtype == torch.float32
+        assert cast.linears[0].weight.dtype == torch.bfloat16 and mlp.linears[0].weight.dtype == torch.float32
         assert torch.equal(cast.forward(state, 0)[0], mlp.forward(state, 0)[0])
         assert torch.equal(cast.backward(state, (), state), mlp.backward(state, (), state))
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from dataclasses import dataclass, field
-from typing import Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 from peft import LoraConfig
 from peft.utils import PeftType
@@ -85,9 +85,9 @@ class ControlConfig(LoraConfig):
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {rank!r}")
         for name, alpha in self._values("control_alpha"):
-            if not _is_number(alpha, (int, float)) or not _is_finite(alpha):
+            if not _is_number(alpha) or not abs(alpha) <= sys.float_info.max:  # so large are integers that no float holds
                 raise ValueError(f"{name} must be a finite number, got {alpha!r}")
-        if not _is_number(self.control_dropout, (int, float)) or not 0.0 <= self.control_dropout < 1.0:
+        if not _is_number(self.control_dropout) or not 0.0 <= self.control_dropout < 1.0:
             raise ValueError(f"control_dropout must lie in [0, 1), got {self.control_dropout!r}")
         if self.control_init not in (None, *INITS):
             raise ValueError(f"control_init must be 'kaiming', 'normal' or None, got {self.control_init!r}")
@@ -101,7 +101,7 @@ class ControlConfig(LoraConfig):
         super().save_pretrained(save_directory, **kwargs)
         write_card(save_directory, self)
 
-    def _values(self, name: str) -> list[tuple[str, object]]:
+    def _values(self, name: str) -> list[tuple[str, Any]]:
         """The field ``name`` and every entry of its pattern, each with the words an error names it by."""
         pattern = getattr(self, f"{name}_pattern")
         if not isinstance(pattern, dict):
@@ -118,12 +118,5 @@ def _compile(field_name: str, expression) -> None:
         raise ValueError(f"{field_name}: {expression!r} is no regular expression: {error}") from error
 
 
-def _is_finite(value) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
-        return False
-
-
-def _is_number(value, kind) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

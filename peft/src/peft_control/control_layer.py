@@ -89,7 +89,7 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         version. Every other forward casts anew and forgets: so the next prompt sees what no version tells, such as
         ``parameter.data`` that somebody wrote to.
         """
-        down, up = self._linears(name)
+        down, up = self.linears(name)
         parameters = [down.weight, down.bias, up.weight, up.bias]
         dtype = state.dtype
         if parameters[0].dtype == dtype:
@@ -212,7 +212,7 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         "cat" is exact: ranks are concatenated. "svd" is exact up to its rank. "linear" adds A's and B's, each times the root
         of its factor, as LoRA's does: a rough approximation.
         """
-        down, up = self._linears(adapter_name)
+        down, up = self.linears(adapter_name)
         for parameter in (*down.parameters(), *up.parameters()):
             parameter.zero_()
         exact = torch.promote_types(up.weight.dtype, torch.float32)
@@ -220,7 +220,7 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         for name, weight in zip(adapters, weights, strict=True):
             if name not in self.rank:
                 continue
-            A, B = self._linears(name)
+            A, B = self.linears(name)
             factor = weight * self.alpha[name]
             root = math.sqrt(abs(factor)) if combination_type == "linear" else 1.0
             if up.bias is not None and B.bias is not None:
@@ -242,11 +242,11 @@ class ControlLayer(nn.Module, BaseTunerLayer):
             up.weight[:, :rank], down.weight[:rank] = U[:, :rank] * S[:rank], Vh[:rank]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name, device=None):
-        for linear in self._linears(adapter_name):
+        for linear in self.linears(adapter_name):
             if not any(parameter.is_meta for parameter in linear.parameters()):
                 linear.to(device or self._reference().device)
 
-    def _linears(self, adapter_name) -> list:
+    def linears(self, adapter_name) -> list:
         return [d[adapter_name] for d in (self.control_A, self.control_B) if adapter_name in d]
 
     def _reference(self) -> torch.Tensor:

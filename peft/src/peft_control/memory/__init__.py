@@ -1,6 +1,6 @@
 """Lean control: how much of a frozen block training keeps, and how much it recomputes.
 
-A controlled block's frozen interior has no weight gradients, so a backward needs far less of it than plain
+A controlled block's frozen interior has no weight gradients, so a backward needs far fewer activations than plain
 autograd keeps. :func:`set_memory_mode` chooses the trade; gradients are exact in every mode. What a layer of a SwiGLU
 decoder keeps from its forward to its backward (pinned: in pinned host memory; A and B are the control's):
 
@@ -15,16 +15,22 @@ decoder keeps from its forward to its backward (pinned: in pinned host memory; A
     silu(gate), its product      GPU     -       -                      -
     A(x), A(h)                   GPU     GPU     recomputed, GPU        recomputed
 
-    -: never needed again    *: where the copies hide behind the computation and the host has room (``offload.py``)
+    -: never needed again    *: where the copies overlap with the computation and the host has room (``offload.py``)
 
-From 8,192 tokens a step on lean works a SwiGLU decoder's attention by groups of heads and all else by chunks of tokens, so that
-a backward needs half the memory a token, and attention's output waits on the host in the place of what else does (``long.py``).
+From 8,192 tokens a step on, lean works a SwiGLU decoder's attention by groups of heads and all else by chunks of tokens.
+A backward then needs half the memory a token. Attention's output waits in pinned memory instead of the other tensors
+(``long.py``).
 
-Calls: ``set_memory_mode`` puts a plan on each layer and a ``Forward`` in its forward's place (``forward.py``). ``LayerPlan.run``
-(``layers.py``) looks whether the layer still is what ``families.py`` knows (``exact.py``), then runs it as one or two autograd
-nodes, made of ``attention.py``, ``mlp.py`` and ``control.py``, made of ``linear.py`` and ``kernels.py``. Any other layer
-runs its own forward, in mode lean once more in its backward (``generic.py``). Around the layers: ``loss.py`` computes the
-loss in chunks, ``graphs.py`` replays whole steps. Below all of it ``streaming.py`` has frozen weights wait on the host.
+Who calls whom in a training step:
+
+    model.forward             loss.py         LossPlan: the loss in chunks; graphs.py replays whole steps
+      layer.forward           forward.py      Forward: the layer's weights arrive (streaming.py), then its plan runs
+        LayerPlan.run         layers.py       is the layer still what families.py knows (exact.py)?
+          Node, with a Call   layers.py       one or two nodes of autograd: what is kept, where, and what is recomputed
+            the two halves    attention.py, mlp.py, control.py, made of linear.py and kernels.py
+            HostStates        offload.py      copies to and from pinned memory; pace.py measures whether they overlap
+            Drawn, Twins      replay.py       dropout's numbers, drawn again in the backward
+          GenericCall         generic.py      any other layer in mode lean: its own forward, once more in the backward
 """
 
 from __future__ import annotations
@@ -84,46 +90,34 @@ def set_memory_mode(
     Args:
         model: a model with a control adapter (LoRA on q, k, v may be in it), or its base model.
         mode: "plain" (autograd as it is), "fast" (no matmul recomputed), "balanced" (one MLP matmul recomputed,
-            in SwiGLU decoders attention too, or what that needs waits on the host) or "lean" (one state per layer
-            kept, the MLP worked in chunks). On a GPU "fast" moves the frozen weights of a SwiGLU's gate and up into one
-            piece of memory, layer by layer; they stay the parameters that they are.
+            in SwiGLU decoders attention too) or "lean" (one state per layer kept, the MLP recomputed in chunks). On a GPU
+            "fast" moves the frozen weights of a SwiGLU's gate and up into one piece of memory, layer by layer.
         chunk_tokens: tokens per chunk of an MLP of which nothing is kept; the loss works on a quarter of it at a
             time. None: by the layer's width.
-        offload: lean keeps its states in pinned host memory (on a GPU), in SwiGLU decoders two of each layer instead
-            of one. None: where the layers are so large that the copies take less time than the computation, as in a
-            LLaMA of 7 or 8 billion parameters. Where copies of queries, keys and values do too (LLaMA-3, whose keys and
-            values are few), lean and balanced have them wait there as well, until a process has 8 GiB there; not if False.
-            At first an H100's speeds are assumed. Then what spares computing waits there only while copies are measured
-            to take no longer than a layer's forward: those of several GPUs of one host may. Nothing is measured with
-            ``cuda_graphs``, nor used under ``torch.use_deterministic_algorithms``.
-            All processes of a host together use at most three quarters of its free memory: if that is less than two states
-            of each layer, some layers keep one there, and if it is less than one, some on the GPU. A line of the log says
-            what waits where.
-            "fp8" (lean alone) is for the longest sequences: one state of each layer waits, in 8 bits a number (e4m3, with a
-            power of two for each token). The loss is the same; the backward sees rounded states, which moves the gradients of
-            small random models by 3 % of their norm, in no direction of its own.
+        offload: whether lean keeps states in pinned host memory (on a GPU). None: where the copies overlap with the
+            computation, as in a LLaMA of 7 or 8 billion parameters. Then, and with True, SwiGLU decoders keep two states a layer
+            there. Unless it is False, lean and balanced also keep queries, keys and values there where their copies
+            overlap too, until a process has 8 GiB there. None measures the copies in the first steps, but not with
+            ``cuda_graphs`` or ``torch.use_deterministic_algorithms``: what takes longer than a layer's forward is recomputed
+            instead. All processes of a host use at most three quarters of its free memory; a line of the log says what
+            waits where. "fp8" (lean alone) is for the longest sequences: one state a layer, in e4m3 with a power of two
+            for each token. The loss is the same; rounded states move the gradients of small random models by 3 %.
         fused_loss: causal language models compute their training loss without a batch's logits, so that
             ``outputs.logits`` is None while training with labels, and their last norm by the layers' kernel. Not where the
             output layer is trained.
-        cuda_graphs: the training step is replayed as CUDA graphs when its shapes were seen before: for small
-            batches of few shapes, whose time goes into kernel launches; in every mode, "plain" too. What cannot be
-            replayed runs without a graph: more than sixteen shapes, a causal language model's batch with padding,
-            dropout in a layer that torch's checkpointing recomputes (decoders in "balanced", ViTs with dropout).
-        stream_weights: the layers' frozen weights (dense, FP8 or bitsandbytes' 4-bit) wait in host memory, page-locked where
-            there is a GPU, and come to the device that the states are on while the layers before compute, in forward,
-            backward, evaluation and generation: two layers lie there at a time, or as many as a larger number says. Give a
-            model that lies on the host, then ``model.to(device)`` takes the rest of it there and leaves these weights. Modes
-            "plain", "balanced" and "lean", with the gradients that they have without. A copy hides where a layer computes for
-            as long as its weights travel: with 50 GB/s from some 12,000 tokens of a forward on an H100, and 4,000 of a
-            backward. ``offload=False`` leaves the way to the weights alone, if the GPU has room for the states. A call
-            without this brings the weights back to where they were.
+        cuda_graphs: replay training steps as CUDA graphs, in every mode: for small batches of few shapes, which are
+            launch-bound. What cannot be replayed runs without a graph: more than sixteen shapes, a causal language model's
+            batch with padding, dropout in a layer that torch's checkpointing recomputes (decoders in "balanced", ViTs).
+        stream_weights: the layers' frozen weights (dense, FP8 or bitsandbytes' 4-bit) wait in host memory, and come to the
+            device that the states are on while the layers before compute. Two layers lie there at a time, or as many
+            as a larger number says. Give a model that lies on the host, then ``model.to(device)`` takes the rest of it
+            there. A copy overlaps from some 12,000 tokens of a forward on an H100, and 4,000 of a backward; ``offload=False``
+            leaves the way to the weights alone. A call without this brings the weights back to where they were.
         on_unsupported: "error", or "warn" to stay plain.
 
-    The hand-written paths know the layers of ``families.py`` exactly as their library has them. A layer that is anything else
-    (another class, a trained norm or MLP) trains through its own forward, while "fast" and "balanced" refuse it. In mode
-    "lean" a layer of a tested row keeps its state, and its token-wise MLP or experts run once more in their own backward, in
-    chunks. Torch's checkpointing runs what may have other results than its state: a class, forward or hook of somebody
-    else's on it or inside it, recorded outputs (routers' logits, hidden states), keys that layers share. One that becomes
+    The hand-written paths know the layers of ``families.py`` exactly as their library has them. "fast" and "balanced" refuse
+    any other layer (another class, a trained norm or MLP), which in mode "lean" trains through its own forward: see
+    ``generic.py``, and :func:`~.layers.recomputed` for layers with a class, forward or hook of somebody else's. One that becomes
     so later does that too, with a warning. A loss of one's own, ``shift_labels`` or ``ignore_index``, and what needs a cache or
     attention's weights, run the model's own code. Decoders make no cache while they train unless ``use_cache=True`` is
     given with the call. Between a forward and its backward adapters may not be switched, nor training and evaluation, nor
@@ -238,7 +232,7 @@ def _plan_models(model, plans, chunk_tokens, fused_loss):
             enter(module, DecoderPlan())
         norm = getattr(module, "norm", None)
         kinds = {type(layer.input_layernorm) for layer in layers if layer in by_hand and hasattr(layer, "input_layernorm")}
-        if fused_loss and type(norm) in kinds and is_as_written(norm):
+        if fused_loss and isinstance(norm, nn.Module) and type(norm) in kinds and is_as_written(norm):
             enter(norm, NormPlan())
     for module in model.modules() if fused_loss else ():
         if not has_plain_head(module) or not is_as_written(module, hooks=False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -108,7 +109,7 @@ def decoder_attention_gradients(layer, state, dy, inputs, *arguments, kept=(), *
     """
     control, flat, dflat = getattr(layer, "attention_control", None), tokens(state), tokens(dy)
     with torch.no_grad():
-        dmixed = input_gradient(dflat.to(compute_dtype(state)), layer.self_attn.o_proj) if inputs else None
+        dmixed: Any = input_gradient(dflat.to(compute_dtype(state)), layer.self_attn.o_proj) if inputs else None
         dstate = dflat if state.requires_grad else None
         _, of_control = control_backward(control, flat, control_hidden(control, flat), dflat, dstate)
     if not inputs:
@@ -131,14 +132,14 @@ def decoder_attention_gradients(layer, state, dy, inputs, *arguments, kept=(), *
 
 def _attend_gradients(attention, kept, dmixed, attention_mask=None, position_embeddings=None, **named):
     """The gradients of queries, keys and values, which leave the list ``kept``."""
-    leaves = [tensor.requires_grad_() for tensor in kept]
+    query, key, value = leaves = [tensor.requires_grad_() for tensor in kept]
     kept.clear()
-    mixed = attend(attention, *leaves, attention_mask, **named)
+    mixed = attend(attention, query, key, value, attention_mask, **named)
     return list(torch.autograd.grad(mixed, leaves, dmixed.view(mixed.shape)))
 
 
 @torch.no_grad()
-def _through_projections(layer, state, dy, gradients, attention_mask=None, position_embeddings=None, **named):
+def _through_projections(layer, state, dy, gradients, attention_mask=None, *, position_embeddings, **named):
     """The state's gradient for those of queries, keys and values of frozen projections, added up in ``dy``."""
     attention, norm, dnormal = layer.self_attn, layer.input_layernorm, None
     gradients[:2] = kernels.rope(*gradients[:2], *position_embeddings, backward=True)
@@ -151,17 +152,14 @@ def _through_projections(layer, state, dy, gradients, attention_mask=None, posit
     return dflat.view(state.shape)
 
 
-def _mixed_values(layer, hidden_states, attention_mask=None, position_embeddings=None, keep=None, **named):
+def _mixed_values(layer, hidden_states, attention_mask=None, *, position_embeddings, keep=None, **named):
     """What the output projection takes, ``(batch, tokens, heads * head_dim)``, and the state for what is added to it."""
     attention = layer.self_attn
     normal, state = RmsNorm.apply(hidden_states, layer.input_layernorm)
     shape = (*normal.shape[:-1], -1, attention.head_dim)
     linears = attention.q_proj, attention.k_proj, attention.v_proj
     frozen = all(map(is_frozen_linear, linears))
-    if frozen:
-        projected = FrozenProjections.apply(normal, *linears)
-    else:
-        projected = [linear(normal) for linear in linears]
+    projected = FrozenProjections.apply(normal, *linears) if frozen else [linear(normal) for linear in linears]
     query, key, value = (x.view(shape) for x in projected)
     del normal, projected
     if hasattr(attention, "q_norm"):

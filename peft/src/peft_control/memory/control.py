@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 from ..control_layer import ControlLayer
@@ -13,7 +15,7 @@ from .exact import Parameters
 from .linear import compute_dtype
 
 
-def tuner_setting(tuner: BaseTunerLayer) -> tuple:
+def tuner_setting(tuner: Any) -> tuple:
     """What an adapter's layer computes besides its parameters."""
     scales = getattr(tuner, "alpha", None) or getattr(tuner, "scaling", {})
     if isinstance(tuner, ControlLayer):
@@ -28,29 +30,44 @@ SWITCHED = (
 )
 
 
+class Active(NamedTuple):
+    """An active adapter of a control: A, B, alpha, and the probability of its dropout, or 0 while none is drawn."""
+
+    down: nn.Linear
+    up: nn.Linear
+    alpha: float
+    drop: float
+
+
+def _active(control: ControlLayer | None) -> list[Active]:
+    if control is None or control.disable_adapters:
+        return []
+    drop = control.dropout if control.training else dict.fromkeys(control.dropout, 0.0)
+    names = [name for name in control.active_adapters if name in control.control_A]
+    pairs = [control.linears(name) for name in names]
+    return [Active(down, up, control.alpha[name], drop[name]) for name, (down, up) in zip(names, pairs)]
+
+
 def control_parameters(control: ControlLayer | None) -> list[torch.Tensor]:
     """Weights and biases of the active adapters, in the order in which :func:`control_backward` returns
     their gradients."""
-    return [
-        parameter
-        for name in _active(control)
-        for linear in (control.control_A[name], control.control_B[name])
-        for parameter in (linear.weight, linear.bias)
-        if parameter is not None
-    ]
+    linears = [linear for adapter in _active(control) for linear in (adapter.down, adapter.up)]
+    return [parameter for linear in linears for parameter in (linear.weight, linear.bias) if parameter is not None]
+
+
+def control_draws(control: ControlLayer | None) -> bool:
+    """Whether the control's dropout draws random numbers now."""
+    return any(adapter.drop > 0.0 for adapter in _active(control))
 
 
 def control_hidden(control: ControlLayer | None, state) -> list[torch.Tensor]:
     """What the control's backward needs beside the state ``(tokens, width)``: for each active adapter A(state)
     after dropout ``(tokens, rank)`` and, with dropout, the mask."""
     kept = []
-    for name in _active(control):
+    for down, _, _, drop in _active(control):
         dtype = compute_dtype(state)
-        hidden = F.linear(state.to(dtype), *_cast(control.control_A[name], dtype))
-        if _drops(control, name):
-            kept += torch.native_dropout(hidden, control.dropout[name], True)
-        else:
-            kept += [hidden]
+        hidden = F.linear(state.to(dtype), down.weight.to(dtype), None if down.bias is None else down.bias.to(dtype))
+        kept += torch.native_dropout(hidden, drop, True) if drop > 0.0 else [hidden]
     return kept
 
 
@@ -61,14 +78,14 @@ def add_control(control: ControlLayer | None, kept, change, state=None, out=None
     ``change`` is what the frozen block adds to the state. All of it is summed before it is rounded once: a control that is
     small against the other two would else be rounded away in half precision, each time and not on average.
     """
-    kept, names = list(kept), _active(control)
-    for name in names:
-        hidden, up = kept.pop(0), control.control_B[name]
-        if _drops(control, name):
+    kept, adapters = list(kept), _active(control)
+    for adapter in adapters:
+        hidden, up = kept.pop(0), adapter.up
+        if adapter.drop > 0.0:
             kept.pop(0)
-        last = {"residual": state, "out": out} if name == names[-1] else {}
-        change = kernels.add_low_rank(change, hidden, up.weight.t(), scale=control.alpha[name], bias=up.bias, **last)
-    if names:
+        last = {"residual": state, "out": out} if adapter is adapters[-1] else {}
+        change = kernels.add_low_rank(change, hidden, up.weight.t(), scale=adapter.alpha, bias=up.bias, **last)
+    if adapters:
         return change
     if state is not None:
         change = change.add_(state) if change.dtype == state.dtype else state + change
@@ -79,16 +96,14 @@ def control_backward(control: ControlLayer | None, state, kept, dy, dstate, in_p
     """Add the control's part of the state's gradient to ``dstate``, which may be ``dy`` itself, unless that is None;
     return the sum, and the gradients of :func:`control_parameters` in the parameters' dtypes."""
     gradients, through, kept = [], [], list(kept)
-    for name in _active(control):
-        down, up = control.control_A[name], control.control_B[name]
+    for down, up, alpha, drop in _active(control):
         hidden = kept.pop(0)
         dtype = hidden.dtype
         dy_c, state_c = dy.to(dtype), state.to(dtype)
-        alpha = control.alpha[name]
         dhidden = _scaled(dy_c @ up.weight.to(dtype), alpha)
         d_up = _scaled(_product(dy_c.t(), hidden, up.weight.dtype), alpha)
-        if _drops(control, name):
-            dhidden = dhidden * kept.pop(0) / (1.0 - control.dropout[name])
+        if drop > 0.0:
+            dhidden = dhidden * kept.pop(0) / (1.0 - drop)
         gradients.append(_product(dhidden.t(), state_c, down.weight.dtype))
         if down.bias is not None:
             gradients.append(dhidden.sum(0, dtype=down.bias.dtype))
@@ -100,25 +115,6 @@ def control_backward(control: ControlLayer | None, state, kept, dy, dstate, in_p
         dstate = kernels.add_low_rank(dstate, dhidden, weight, out=dstate if in_place else None)
         in_place = True  # it is ours from here on
     return dstate, gradients
-
-
-def control_draws(control: ControlLayer | None) -> bool:
-    """Whether the control's dropout draws random numbers now."""
-    return any(_drops(control, name) for name in _active(control))
-
-
-def _active(control: ControlLayer | None) -> list[str]:
-    if control is None or control.disable_adapters:
-        return []
-    return [name for name in control.active_adapters if name in control.control_A]
-
-
-def _drops(control: ControlLayer, name: str) -> bool:
-    return control.training and control.dropout[name] > 0.0
-
-
-def _cast(linear, dtype):
-    return linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
 
 
 def _product(a, b, dtype):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,7 @@ class Parameters:
     """
 
     def __init__(self, modules: Iterable[nn.Module]):
-        self._places = [
+        self._places: list[tuple[dict[str, Any], str]] = [
             (module._parameters, name)
             for module in modules
             for name, parameter in module._parameters.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,7 +16,7 @@ from .attention import decoder_attention, decoder_attention_gradients
 from .exact import is_as_written, kind_of, path_of
 from .layers import Halves
 from .linear import is_frozen_linear
-from .long import LongRows
+from .long import LongCall
 from .mlp import GatedMlp, PostNormMlp, PreNormMlp
 
 #: Whose modules a layer may consist of, besides those of its own module.
@@ -56,28 +56,23 @@ def halves(layer: nn.Module) -> Halves | None:
             class, a forward or hook of somebody else's, trainable parameters, a control parallel to another block.
     """
     path = path_of(kind_of(layer))
-    names = [name for name, family in FAMILIES.items() if path == f"{family.home}.{family.layer}"]
-    if not names:
+    name = next((name for name, family in FAMILIES.items() if path == f"{family.home}.{family.layer}"), None)
+    if name is None:
         return None
-    name, family = names[0], FAMILIES[names[0]]
-    (blocks,) = (row.blocks for row in ARCHITECTURES if row.name == name)
+    family, (blocks,) = FAMILIES[name], (row.blocks for row in ARCHITECTURES if row.name == name)
     for child_name, child in layer.named_children():
         if isinstance(child, ControlLayer) and child.block != blocks.get(child_name.removesuffix("_control")):
             raise ValueError(f"memory modes know the blocks of {name} ({', '.join(blocks)}), not {child_name}")
     found = family.halves(layer)
     parts = {module for part in found.mlp_modules for module in part.modules()} | set(found.by_hand)
     for part in parts:
-        known = path_of(type(part)).startswith((*_LIBRARIES, f"{family.home}.")) or _says_so(part)
-        if not (known and is_as_written(part)):
+        known = path_of(type(part)).startswith((*_LIBRARIES, f"{family.home}."))
+        # an MLP's own class may name its linear layers, in order: the activation follows the first
+        if not ((known or "linear_chain" in vars(type(part))) and is_as_written(part)):
             raise ValueError(f"memory modes run no {type(part).__name__} with a forward or hook of somebody else's")
     if not is_as_written(layer, hooks=False):
         raise ValueError(f"memory modes run no {family.layer} with a forward of somebody else's")
     return found
-
-
-def _says_so(part: nn.Module) -> bool:
-    """Whether an MLP's own class names its linear layers, in order, as ``linear_chain``: the activation follows the first."""
-    return "linear_chain" in vars(type(part))
 
 
 def is_known_model(model: nn.Module) -> bool:
@@ -101,10 +96,6 @@ def has_plain_head(model: nn.Module) -> bool:
     return is_known_model(model) or (listed and module.startswith("transformers.models."))
 
 
-def _plain(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    return [module for module in modules if not isinstance(module, BaseTunerLayer)]
-
-
 def _decoder(layer):
     attention, inner = layer.self_attn, layer.mlp
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
@@ -115,21 +106,20 @@ def _decoder(layer):
     activation = getattr(inner, "act_fn", None)  # Liger's has none
     if not isinstance(activation, (nn.SiLU, SiLUActivation, type(None))):
         raise ValueError(f"memory modes know decoders with SwiGLU, not {type(activation).__name__}")
-    mlp = GatedMlp(layer.post_attention_layernorm, inner)
     gradients = decoder_attention_gradients if is_frozen_linear(attention.o_proj) else None
     projections = attention.q_proj, attention.k_proj, attention.v_proj
     simple = all(map(is_frozen_linear, projections)) and not hasattr(attention, "q_norm")
     kept = sum(linear.out_features for linear in projections) if gradients and simple else 0
-    by_hand = [layer.input_layernorm, attention, *_plain([*projections, attention.o_proj])]
+    unadapted = [linear for linear in (*projections, attention.o_proj) if not isinstance(linear, BaseTunerLayer)]
     return Halves(
         decoder_attention,
-        mlp,
+        GatedMlp(layer.post_attention_layernorm, inner),
         [layer.post_attention_layernorm, inner],
-        by_hand,
-        True,
-        gradients,
+        by_hand=[layer.input_layernorm, attention, *unadapted],
+        recompute_attention=True,
+        attention_gradients=gradients,
         attention_kept=kept,
-        of_many_tokens=LongRows if LongRows.takes(layer) else None,
+        of_many_tokens=LongCall if LongCall.takes(layer) else None,
     )
 
 

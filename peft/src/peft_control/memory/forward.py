@@ -1,4 +1,11 @@
-"""The one door through which a memory mode enters a model: what stands in the place of a module's ``forward``."""
+"""The one door through which a memory mode enters a model: what stands in the place of a module's ``forward``.
+
+All that memory modes put on a module, and take off again:
+
+    forward          :class:`Forward`
+    memory_plan      what it runs: a LayerPlan, TokensPlan, TailPlan, NormPlan, DecoderPlan, LossPlan or StepPlan
+    memory_weights   the layer's Weights (``streaming.py``); beside them ``_apply``, and what torch's DDP is to ignore
+"""
 
 from __future__ import annotations
 
@@ -30,27 +37,24 @@ class Forward:
         run = self.own if plan is None else partial(plan.run, self.module, self.own)
         return run(*arguments, **named) if weights is None else weights.run(run, *arguments, **named)
 
-    def leave(self) -> None:
-        """Put back what stood here before."""
-        del self.module.forward
-        if self.before is not None:
-            self.module.forward = self.before
-
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.own)
 
 
-def enter(module: nn.Module, plan) -> None:
-    """Have ``plan.run(module, own, ...)`` called for ``module.forward(...)``; ``own`` is what ran before."""
+def enter(module: nn.Module, plan, name: str = "memory_plan") -> None:
+    """Have ``plan.run(module, own, ...)`` called for ``module.forward(...)``; ``own`` is what ran before. With the name
+    "memory_weights" it is ``plan.run(forward, ...)``, around the plan's."""
     if not isinstance(vars(module).get("forward"), Forward):
         module.forward = Forward(module)
-    module.memory_plan = plan
+    setattr(module, name, plan)
 
 
-def leave(module: nn.Module) -> None:
+def leave(module: nn.Module, name: str = "memory_plan") -> None:
     """Undo :func:`enter`; a forward that somebody else has put on top since stays and finds the module's own below."""
-    vars(module).pop("memory_plan", None)
+    vars(module).pop(name, None)
     forward = vars(module).get("forward")
-    if isinstance(forward, Forward) and "memory_weights" not in vars(module):
-        forward.leave()
+    if isinstance(forward, Forward) and not {"memory_plan", "memory_weights"} & vars(module).keys():
+        del module.forward
+        if forward.before is not None:
+            module.forward = forward.before

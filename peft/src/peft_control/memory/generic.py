@@ -8,9 +8,10 @@ that a router sees the same numbers twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,18 +23,9 @@ from ..architectures import ARCHITECTURES, Architecture
 from ..fp8_experts import dequantized_once
 from .exact import is_as_written, kind_of, path_of
 from .forward import enter
-from .layers import (
-    LayerPlan,
-    _as_in_forward,
-    _autocast_state,
-    _remember,
-    _save,
-    _wait_on_host,
-    draws_random_numbers,
-    recomputed,
-)
+from .layers import Call, LayerPlan, autocast_state, recomputed
 from .mlp import draws
-from .replay import draw
+from .replay import Still, draw
 
 #: Whose modules compute nothing but their outputs, and leave nothing behind.
 _LIBRARIES = (
@@ -127,8 +119,8 @@ def _experts_per_token(part):
 # -- MLPs -------------------------------------------------------------------------------------------------------
 
 
-class Run:
-    """A layer's forward and its recomputation.
+class MlpCalls:
+    """The calls of MLPs in a layer's forward, or in its recomputation.
 
     Attributes:
         again: whether this is the recomputation.
@@ -145,7 +137,8 @@ class Run:
         self.again, self.skips, self.calls = False, False, 0
         self.shapes: list = []
         self.tails: set[int] = set()
-        self.last = self.waiting = None
+        self.last: Any = None
+        self.waiting: tuple | None = None
         self.nodes: list = []
 
     @contextmanager
@@ -157,7 +150,7 @@ class Run:
             _running.reset(before)
 
 
-_running: ContextVar[Run | None] = ContextVar("running", default=None)
+_running: ContextVar[MlpCalls | None] = ContextVar("running", default=None)
 
 
 class TokensPlan:
@@ -252,7 +245,7 @@ class Tokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, plan, own, shapes):
-        ctx.plan, ctx.own, ctx.autocast = plan, own, _autocast_state(x)
+        ctx.plan, ctx.own, ctx.autocast = plan, own, autocast_state(x)
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
         if shapes is None:
@@ -292,81 +285,19 @@ class Tokens(torch.autograd.Function):
 # -- layers -----------------------------------------------------------------------------------------------------
 
 
-class Call:
-    """One call of a layer: what it was given, and what it drew.
-
-    Attributes:
-        inputs: the tensors among its arguments that need gradients, besides the state.
-        flat, spec: what it returned, with its state left out, as a tree of torch's.
-    """
-
-    def __init__(self, layer, own, state, arguments, named):
-        self.own, self.arguments, self.named = own, arguments, named
-        self.run, self.random = Run(), _random_numbers(layer, state.device)
-        self.leaves, self.given = tree_flatten((arguments, named))
-        self.inputs = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-        self.shared = [value for value in (*arguments, *named.values()) if isinstance(value, Mapping)]
-
-    def forward(self, state):
-        """The layer's state.
-
-        Raises:
-            ReturnsMore: the layer returned more that may need gradients, or left it in a mapping that it was given.
-        """
-        with self.random.first(), self.run.active():
-            self.flat, self.spec = tree_flatten(self.own(state, *self.arguments, **self.named))
-        self.run.last = None  # what waits for the backward is the state alone
-        first, *more = [leaf for leaf in self.flat if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-        given = {id(leaf) for leaf in self.leaves}
-        if any(self.shared) or any(id(leaf) not in given for leaf in more):
-            raise ReturnsMore
-        self.at = next(index for index, leaf in enumerate(self.flat) if leaf is first)
-        self.flat[self.at] = None
-        return first
-
-    def result(self, state):
-        """What the layer returned, with ``state`` for its own."""
-        flat, self.flat = self.flat, None
-        flat[self.at] = state
-        return tree_unflatten(flat, self.spec)
-
-    def again(self, state, needed):
-        """The state of a second run, and what it depends on in the place of ``inputs``, as far as it is ``needed``."""
-        inputs = [x.detach().requires_grad_(need) for x, need in zip(self.inputs, needed, strict=True)]
-        by_id = {id(x): _no_leaf(new) for x, new in zip(self.inputs, inputs)}
-        arguments, named = tree_unflatten([by_id.get(id(leaf), leaf) for leaf in self.leaves], self.given)
-        self.run.again, self.run.calls = True, 0
-        with self.run.active():
-            output = self.own(_no_leaf(state), *arguments, **named)
-        return tree_flatten(output)[0][self.at], inputs
-
-
-class _Still:
-    """Stands for random numbers where none are drawn."""
-
-    first = again = staticmethod(nullcontext)
-
-
-def _random_numbers(layer, device):
-    """As nobody knows what a layer of somebody else's draws, all is taken for drawn but in a CUDA graph."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return _Still() if capturing and not draws_random_numbers(layer) else draw(layer, device)
-
-
 class ReturnsMore(Exception):
     """A layer gave more than its state that may need gradients."""
 
 
-def run_alone(plan: LayerPlan, layer: nn.Module, own, state, *arguments, **named):
+def run_alone(plan: LayerPlan, layer: nn.Module, own: Callable, state: torch.Tensor, *arguments, **named):
     """What ``layer`` returns. Where that is more than a state, or somebody records what is computed inside, torch's
     checkpointing runs it."""
-    call = Call(layer, own, state, arguments, named)
-    trained = [parameter for parameter in plan.all.now() if parameter.requires_grad]
-    if not (state.requires_grad or call.inputs or trained):
+    call = GenericCall(plan, layer, own, state, arguments, named)
+    if not (state.requires_grad or call.inputs or any(parameter.requires_grad for parameter in call.read)):
         return own(state, *arguments, **named)
     if not plan.returns_more and not any(call.shared) and not output_capturing._active_collector.get():
         try:
-            return call.result(GenericLayer.apply(state, layer, call, *call.inputs, *trained))
+            return call.result(call.run(state))
         except ReturnsMore:
             plan.returns_more = True
             with call.random.again():
@@ -374,41 +305,80 @@ def run_alone(plan: LayerPlan, layer: nn.Module, own, state, *arguments, **named
     return recomputed(plan, layer, own, state, *arguments, **named)
 
 
-class GenericLayer(torch.autograd.Function):
-    """A whole layer that keeps its input state alone, on the device or on the host."""
+class GenericCall(Call):
+    """A whole layer that keeps its input state alone, on the device or on the host.
 
-    @staticmethod
-    def forward(ctx, state, layer, call, *tensors):
-        plan = _remember(ctx, layer, layer.memory_plan.all)
-        ctx.call, ctx.autocast, ctx.ticket = call, _autocast_state(state), None
-        if plan.host is not None and plan.host.room_for(state):
-            ctx.ticket = _wait_on_host(plan, state)  # travels while the layer computes
-        output = call.forward(state)
-        if plan.host is not None:
-            plan.host.settle()
-        _save(ctx, *([] if ctx.ticket else [state]))
-        return output
+    Attributes:
+        inputs: the tensors among its arguments that need gradients, besides the state.
+        flat, spec: what it returned, with its state left out, as a tree of torch's.
+    """
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        with _as_in_forward(ctx) as (layer, saved, trained):
-            call, ctx.call, plan = ctx.call, None, ctx.plan
-            (state,) = plan.host.pop(ctx.ticket) if ctx.ticket else saved
-            state = state.detach().requires_grad_(ctx.needs_input_grad[0])
-            of_call = ctx.needs_input_grad[3 : 3 + len(call.inputs)]
-            # what stands between an MLP and the layer's output is looked at once for each way in which the layer runs
-            way = ctx.setting, call.given, [type(leaf) for leaf in call.leaves]
-            call.run.skips = plan.adds == (way, True)
-            with ctx.autocast(), call.random.again(), torch.enable_grad():
-                output, inputs = call.again(state, of_call)
-                if call.run.nodes and (plan.adds is None or plan.adds[0] != way):
-                    plan.adds = way, only_adds(output.grad_fn, call.run.nodes)
-            wanted = [x for x in (state, *inputs, *trained) if x.requires_grad]
-            # outside of autocast, as a backward is
-            found = torch.autograd.grad(output, wanted, dy, allow_unused=True) if output.requires_grad else ()
-            by_id = {id(x): gradient for x, gradient in zip(wanted, found)}
-        return by_id.get(id(state)), None, None, *(by_id.pop(id(x), None) for x in (*inputs, *trained))
+    def __init__(self, plan, layer, own, state, arguments, named):
+        super().__init__(plan, layer, plan.all, state, arguments, named)
+        self.own, self.mlps = own, MlpCalls()
+        # as nobody knows what a layer of somebody else's draws, all is taken for drawn but in a CUDA graph
+        capturing = state.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self.random = Still() if capturing and not plan.draws() else draw(layer, state.device)
+        self.leaves, self.given = tree_flatten((arguments, named))
+        needed = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        self.inputs = list({id(leaf): leaf for leaf in needed}.values())
+        self.shared = [value for value in (*arguments, *named.values()) if isinstance(value, Mapping)]
+
+    def forward(self, state):
+        """See :class:`Call`.
+
+        Raises:
+            ReturnsMore: the layer returned more that may need gradients, or left it in a mapping that it was given.
+        """
+        host = self.plan.host
+        if host is not None and host.room_for(state):
+            self.wait_on_host(state)  # travels while the layer computes
+        with self.random.first(), self.mlps.active():
+            self.flat, self.spec = tree_flatten(self.own(state, *self.arguments, **self.named))
+        self.mlps.last = None  # what waits for the backward is the state alone
+        first, *more = [leaf for leaf in self.flat if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+        given = {id(leaf) for leaf in self.leaves}
+        if any(self.shared) or any(id(leaf) not in given for leaf in more):
+            raise ReturnsMore
+        self.at = next(index for index, leaf in enumerate(self.flat) if leaf is first)
+        self.flat[self.at] = None
+        if host is not None:
+            host.settle()
+        return first, [] if self.tickets else [state]
+
+    def result(self, state):
+        """What the layer returned, with ``state`` for its own."""
+        flat, self.flat = self.flat, []
+        flat[self.at] = state
+        return tree_unflatten(flat, self.spec)
+
+    def again(self, state):
+        """The state of a second run, and what it depends on in the place of ``inputs``."""
+        inputs = [x.detach().requires_grad_() for x in self.inputs]
+        by_id = {id(x): _no_leaf(new) for x, new in zip(self.inputs, inputs, strict=True)}
+        arguments, named = tree_unflatten([by_id.get(id(leaf), leaf) for leaf in self.leaves], self.given)
+        self.mlps.again, self.mlps.calls = True, 0
+        with self.mlps.active():
+            output = self.own(_no_leaf(state), *arguments, **named)
+        return tree_flatten(output)[0][self.at], inputs
+
+    def backward(self, saved, dy, trained):
+        plan, mlps = self.plan, self.mlps
+        (state,) = self.host.pop(self.tickets[0]) if self.tickets else saved
+        state = state.detach().requires_grad_(self.needs_dstate)
+        # what stands between an MLP and the layer's output is looked at once for each way in which the layer runs
+        way = self.setting, self.given, [type(leaf) for leaf in self.leaves]
+        mlps.skips = plan.adds == (way, True)
+        with self.autocast(), self.random.again(), torch.enable_grad():
+            output, inputs = self.again(state)
+            if mlps.nodes and (plan.adds is None or plan.adds[0] != way):
+                plan.adds = way, only_adds(output.grad_fn, mlps.nodes)
+        wanted = [x for x in (state, *inputs, *trained) if x.requires_grad]
+        # outside of autocast, as a backward is
+        found = torch.autograd.grad(output, wanted, dy, allow_unused=True) if output.requires_grad else ()
+        by_id = {id(x): gradient for x, gradient in zip(wanted, found)}
+        pairs = zip((*self.inputs, *trained), (*inputs, *trained))
+        return by_id.get(id(state)), [(tensor, by_id.get(id(stands_for))) for tensor, stands_for in pairs]
 
 
 def only_adds(output, nodes) -> bool:

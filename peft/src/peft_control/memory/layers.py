@@ -1,19 +1,28 @@
 """Transformer layers whose training forward keeps only what the memory mode says.
 
 A layer is two halves: attention (run by the model's own attention code, so that every mask, position encoding,
-attention kernel and LoRA works as before) and MLP (hand-written, see ``mlp.py``).
+attention kernel and LoRA works as before) and MLP (hand-written, see ``mlp.py``). Autograd sees one or two nodes,
+each a :class:`Node`. A :class:`Call` is the node's policy: what its forward keeps, where, and how its backward recomputes
+the rest.
 
-What a SwiGLU decoder's layer keeps in each mode stands in ``__init__.py``. In the other families mode balanced keeps the
-attention half, and recomputes one matmul of the MLP, in token chunks where nothing of it is kept.
+    mode       attention                                      MLP
+    fast       autograd's own graph                           MlpCall
+    balanced   SwiGLU decoders: AttentionCall; others: fast   MlpCall
+    lean       LeanCall: both halves in one node. LongCall (``long.py``): the same from 8,192 tokens a step on.
+               GenericCall (``generic.py``): layers that are not written by hand.
+
+Where no node can, torch's checkpointing recomputes: :func:`recomputed`. The table on top of ``__init__.py`` says which
+tensors a SwiGLU decoder keeps. In the other families mode balanced keeps the attention half as it is, and recomputes one
+matmul of the MLP, in token chunks where nothing of it is kept.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,9 +34,12 @@ from transformers.cache_utils import Cache
 from ..control_layer import ControlLayer
 from .control import SWITCHED, control_backward, control_draws, control_hidden, control_parameters, tuner_setting
 from .exact import Parameters, touches
-from .mlp import probabilities, tokens
-from .offload import HostStates
-from .replay import draw
+from .mlp import Mlp, probabilities, tokens
+from .offload import HostStates, Waiting
+from .replay import Still, draw
+
+#: The gradient of a node's state, and pairs of a tensor and its gradient.
+Gradients = tuple[torch.Tensor | None, Iterable[tuple[torch.Tensor, torch.Tensor | None]]]
 
 
 @dataclass
@@ -49,13 +61,13 @@ class Halves:
     """
 
     attention: Callable
-    mlp: object
+    mlp: Mlp
     mlp_modules: Sequence[nn.Module]
     by_hand: Sequence[nn.Module] = ()
     recompute_attention: bool = False
     attention_gradients: Callable | None = None
     attention_kept: int = 0
-    of_many_tokens: type | None = None
+    of_many_tokens: Any = None
     returns_tuple: bool = False
 
 
@@ -65,7 +77,9 @@ class LayerPlan:
     Attributes:
         mode: the memory mode.
         halves: what is written by hand for the layer, or None: it then runs its own forward.
+        reason: why nothing is written by hand for it, or None.
         alone: what runs it so in mode lean (``generic.py``), or None: torch's checkpointing does.
+        returns_more, adds: what ``generic.py`` has found out about the layer.
         chunk: tokens of an MLP's chunk, or None for the MLP's own.
         host: where states wait in modes lean and balanced, or None.
         attention_on_host: whether the tensors that let attention's backward skip its projections wait there too.
@@ -73,17 +87,17 @@ class LayerPlan:
 
     def __init__(self, layer: nn.Module, mode: str, find: Callable, generic: Callable, chunk: int | None):
         self.mode, self.find, self.generic, self.chosen_chunk = mode, find, generic, chunk
+        self.halves: Halves | None = None
+        self.reason: str | None = None
+        self.returns_more = False
+        self.adds: tuple[Any, bool] | None = None
         self.host: HostStates | None = None
         self.attention_on_host = False
         self.look_at(layer)
 
     def look_at(self, layer: nn.Module) -> None:
-        """Find out what ``layer`` is, and remember by what one sees that it has changed.
-
-        ``reason`` says why nothing is written by hand for it.
-        """
-        before = getattr(self, "halves", None)
-        stacked = getattr(before and before.mlp, "stacked", None)
+        """Find out what ``layer`` is, and remember by what one sees that it has changed."""
+        before = self.halves
         try:
             self.halves, self.reason = self.find(layer), None
         except ValueError as error:
@@ -105,8 +119,8 @@ class LayerPlan:
                 warnings.warn(f"{self.reason}: {type(layer).__name__} runs its own forward from here on", stacklevel=4)
             return
         self.mlp = self.halves.mlp
-        if stacked is not None:  # the weights still lie where they were put
-            self.mlp.stacked = stacked
+        if before is not None:
+            self.mlp.stacked = before.mlp.stacked  # the weights still lie where they were put
         self.chunk = self.chosen_chunk or max(self.mlp.CHUNK_ELEMENTS // self.mlp.width, 1)
         self.keep = self.mlp.KEEP[self.mode]
         of_mlp = {module for part in self.halves.mlp_modules for module in part.modules()}
@@ -131,6 +145,12 @@ class LayerPlan:
         """What must be the same in a forward and its backward."""
         return [layer.training, *map(tuner_setting, self.tuners)]
 
+    def draws(self) -> bool:
+        """Whether the layer's forward draws random numbers."""
+        return any(state["training"] and state[name] > 0.0 for state, name in self.dropouts) or any(
+            map(control_draws, self.controls)
+        )
+
     @torch.compiler.disable  # its kernels are written by hand; what lies between the layers is compiled
     def run(self, layer: nn.Module, own: Callable, hidden_states: torch.Tensor, *arguments, **named):
         """Replaces ``layer.forward``; without gradients, or with a cache, the layer runs as it always did."""
@@ -140,30 +160,31 @@ class LayerPlan:
         if not torch.is_grad_enabled() or cached or chosen or named.get("output_attentions"):
             return own(hidden_states, *arguments, **named)
         self.renew(layer)
+        halves = self.halves
         # dropout in the middle of an MLP and trained masks are rare: recompute the layer as a whole
         trained_input = any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
-        if self.halves is None or self.mlp.draws() or trained_input:
+        if halves is None or self.mlp.draws() or trained_input:
             if self.mode == "fast":
                 return own(hidden_states, *arguments, **named)
             again = self.alone or recomputed
             return again(self, layer, own, hidden_states, *arguments, **named)
         if self.mode == "lean":
-            long = self.halves.of_many_tokens
-            node = LongLayer if long is not None and long.suits(layer, hidden_states, *arguments, **named) else LeanLayer
-            output = node.apply(hidden_states, layer, arguments, named, *_trained(self.all))
+            long = halves.of_many_tokens
+            kind = long if long is not None and long.suits(layer, hidden_states, *arguments, **named) else LeanCall
+            output = kind(self, layer, self.all, hidden_states, arguments, named).run(hidden_states)
         else:
-            if self.mode != "balanced" or not self.halves.recompute_attention:
-                middle = self.halves.attention(layer, hidden_states, *arguments, **named)
-            elif self.halves.attention_gradients and not draws_random_numbers(layer):
-                trained = _trained(self.of_attention)
-                middle = AttentionHalf.apply(hidden_states, layer, arguments, named, *trained)
+            if self.mode != "balanced" or not halves.recompute_attention:
+                middle = halves.attention(layer, hidden_states, *arguments, **named)
+            elif halves.attention_gradients and not self.draws():
+                call = AttentionCall(self, layer, self.of_attention, hidden_states, arguments, named)
+                middle = call.run(hidden_states)
             else:
                 again = partial(recomputed, self, layer)
-                middle = self.halves.attention(layer, hidden_states, *arguments, recompute=again, **named)
-            output = MlpHalf.apply(middle, layer, *_trained(self.of_mlp))
-            if self.host is not None:
-                self.host.settle()
-        return (output,) if self.halves.returns_tuple else output
+                middle = halves.attention(layer, hidden_states, *arguments, recompute=again, **named)
+            output = MlpCall(self, layer, self.of_mlp, middle).run(middle)
+        if self.host is not None:
+            self.host.settle()
+        return (output,) if halves.returns_tuple else output
 
 
 def recomputed(plan: LayerPlan, layer: nn.Module, function: Callable, *arguments, **named):
@@ -193,238 +214,224 @@ def recomputed(plan: LayerPlan, layer: nn.Module, function: Callable, *arguments
     return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=not capturing, **named)
 
 
-class AttentionHalf(torch.autograd.Function):
-    """The attention block with its control, as one autograd node whose backward does not compute the block's output (mode
-    balanced)."""
+# -- a node of autograd, and what it keeps ----------------------------------------------------------------------
+
+
+class Node(torch.autograd.Function):
+    """A layer or a half of one, as its :class:`Call` runs it."""
 
     @staticmethod
-    def forward(ctx, state, layer, arguments, named, *trained):
-        plan = _remember(ctx, layer, layer.memory_plan.of_attention, arguments, named)
-        ctx.autocast, ctx.ticket = _autocast_state(state), None
-
-        def keep(*more):
-            if _may_wait(ctx, plan, state, more):
-                # the state does anyway, so that a slow host costs time and no memory of the GPU's
-                more = more if plan.host.hides(state, *more) else ()
-                ctx.ticket = _wait_on_host(plan, state, *more)
-
-        middle = plan.halves.attention(layer, state, *arguments, keep=keep, **named)
-        _save(ctx, *([] if ctx.ticket else [state]))
-        return middle
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        with _as_in_forward(ctx) as (layer, saved, trained):
-            state, *kept = ctx.plan.host.pop(ctx.ticket) if ctx.ticket else saved
-            state = state.detach().requires_grad_(ctx.needs_input_grad[0])
-            with ctx.autocast():
-                # nothing but this node uses the state between the halves, so its gradient may be overwritten
-                dstate, gradients = _attention_backward(ctx, layer, trained, state, kept, dy.contiguous())
-        return dstate, None, None, None, *_in_order(trained, gradients)
-
-
-class MlpHalf(torch.autograd.Function):
-    """The MLP block with its control, as one autograd node (modes fast and balanced)."""
-
-    @staticmethod
-    def forward(ctx, state, layer, *trained):
-        plan = _remember(ctx, layer, layer.memory_plan.of_mlp)
-        control = getattr(layer, "mlp_control", None)
-        ctx.autocast = _autocast_state(state)
-        ctx.in_chunks = plan.keep == 0 and not control_draws(control)
-        if ctx.in_chunks:
-            _save(ctx, state)
-            return forward_in_chunks(plan, state, control)
-        keep = plan.keep if ctx.needs_input_grad[0] else 0  # the first layer's state may need no gradient
-        output = torch.empty_like(state, memory_format=torch.contiguous_format)
-        _, kept, control_kept = plan.mlp.forward(tokens(state), keep, control, out=tokens(output))
-        ctx.split = len(kept)
-        _save(ctx, state, *kept, *control_kept)
+    def forward(ctx, state, call: Call, *tensors):
+        ctx.call, call.needs_dstate = call, ctx.needs_input_grad[0]
+        output, kept = call.forward(state)
+        ctx.save_for_backward(*kept, *call.read)
+        ctx.kept, call.read = len(kept), []
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        with _as_in_forward(ctx) as (layer, (state, *kept), trained):
-            plan, control = ctx.plan, getattr(layer, "mlp_control", None)
-            flat, dflat, needed = tokens(state), tokens(dy), ctx.needs_input_grad[0]
-            with ctx.autocast():
-                if ctx.in_chunks:
-                    dstate, sums = backward_in_chunks(plan, flat, dflat, control, needed)
-                else:
-                    dstate = plan.mlp.backward(flat, kept[: ctx.split], dflat) if needed else None
-                    dstate, sums = control_backward(control, flat, kept[ctx.split :], dflat, dstate)
-            gradients = zip(control_parameters(control), sums)
-        return None if dstate is None else dstate.view(state.shape), None, *_in_order(trained, gradients)
+        call, ctx.call = ctx.call, None
+        if call is None:
+            raise RuntimeError("a memory mode frees what it kept: backward runs once per forward")
+        if call.setting != call.plan.setting(call.layer):
+            raise RuntimeError(SWITCHED)
+        saved = ctx.saved_tensors  # by which autograd notices that a parameter was changed in place
+        parameters = saved[ctx.kept :]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        with call.parameters.put_back(parameters):
+            dstate, gradients = call.backward(saved[: ctx.kept], dy, trained)
+        by_id = {id(tensor): gradient for tensor, gradient in gradients}
+        return dstate, None, *(by_id.get(id(tensor)) for tensor in (*call.inputs, *trained))
 
 
-class LeanLayer(torch.autograd.Function):
+class Call:
+    """One call of a layer or of a half of it, from its forward to its backward.
+
+    Attributes:
+        read: its parameters as they are now, until autograd has saved them.
+        inputs: what needs gradients besides the state and the parameters.
+        needs_dstate: whether the state needs a gradient.
+        tickets: of what waits on the host, in the order in which it was pushed.
+    """
+
+    inputs: Sequence[torch.Tensor] = ()
+    needs_dstate = False
+
+    def __init__(
+        self, plan: LayerPlan, layer: nn.Module, parameters: Parameters, state: torch.Tensor, arguments=(), named=None
+    ):
+        self.plan, self.layer, self.parameters = plan, layer, parameters
+        self.halves: Any = plan.halves
+        self.arguments, self.named = arguments, named or {}
+        self.setting, self.read = plan.setting(layer), parameters.now()
+        self.autocast = autocast_state(state)
+        self.tickets: list[Waiting] = []
+
+    def run(self, state: torch.Tensor) -> torch.Tensor:
+        """The output, with this as its node of autograd."""
+        return Node.apply(state, self, *self.inputs, *(x for x in self.read if x.requires_grad))
+
+    def forward(self, state: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """The output, and what autograd is to keep."""
+        raise NotImplementedError
+
+    def backward(self, saved: Sequence[torch.Tensor], dy: torch.Tensor, trained: list[torch.Tensor]) -> Gradients:
+        """The gradients of the state, if that needs one, and of what is ``trained``, for the output's and what was
+        ``saved``; the layer has the parameters of the forward."""
+        raise NotImplementedError
+
+    def start_drawing(self, device: torch.device) -> None:
+        """From here on the forward's random numbers count: ``random.again()`` draws them once more."""
+        self.draws = self.plan.draws()
+        self.random = draw(self.layer, device) if self.draws else Still()
+
+    def wait_on_host(self, *tensors: torch.Tensor, own: int = 1) -> None:
+        self.tickets.append(self.host.push(*(tensor.detach() for tensor in tensors), own=own))
+
+    @property
+    def host(self) -> HostStates:
+        assert self.plan.host is not None
+        return self.plan.host
+
+    def control(self, block: str) -> ControlLayer | None:
+        return getattr(self.layer, f"{block}_control", None)
+
+
+class AttentionCall(Call):
+    """The attention block with its control; the backward does not compute the block's output (mode balanced)."""
+
+    def forward(self, state):
+        keep = partial(self.keep, state)
+        middle = self.halves.attention(self.layer, state, *self.arguments, keep=keep, **self.named)
+        return middle, [] if self.tickets else [state]
+
+    def keep(self, state, *more):
+        if self.may_wait(state, more):
+            # the state does anyway, so that a slow host costs time and no memory of the GPU's
+            self.wait_on_host(state, *(more if self.host.hides(state, *more) else ()))
+
+    def may_wait(self, state, more, *besides):
+        """Whether ``more``, which spares the projections, is wanted on the host with the state and what comes ``besides``,
+        and there is room."""
+        wanted = bool(more) and self.plan.attention_on_host and self.needs_dstate
+        return wanted and self.host.has_room(state, *more, *besides)
+
+    def backward(self, saved, dy, trained):
+        state, *kept = self.host.pop(self.tickets[0]) if self.tickets else saved
+        state = state.detach().requires_grad_(self.needs_dstate)
+        with self.autocast():
+            # nothing but this node uses the state between the halves, so its gradient may be overwritten
+            return self.attention_backward(state, kept, dy.contiguous(), trained)
+
+    def attention_backward(self, state, kept, dy, trained):
+        """The gradient of the attention half's state, if that needs one, and pairs of what is trained there and its gradient.
+        ``dy`` is overwritten."""
+        own = control_parameters(self.control("attention"))
+        others = _besides(trained, own)
+        inputs = [*([state] if state.requires_grad else []), *others]
+        with torch.enable_grad():
+            found, of_control = self.halves.attention_gradients(
+                self.layer, state, dy, inputs, *self.arguments, kept=kept, **self.named
+            )
+        dstate = found.pop(0) if state.requires_grad else None
+        return dstate, [*zip(own, of_control), *zip(others, found)]
+
+
+class MlpCall(Call):
+    """The MLP block with its control (modes fast and balanced)."""
+
+    def forward(self, state):
+        plan, control = self.plan, self.control("mlp")
+        self.in_chunks = plan.keep == 0 and not control_draws(control)
+        if self.in_chunks:
+            return forward_in_chunks(plan, state, control), [state]
+        keep = plan.keep if self.needs_dstate else 0  # the first layer's state may need no gradient
+        output = torch.empty_like(state, memory_format=torch.contiguous_format)
+        _, kept, control_kept = plan.mlp.forward(tokens(state), keep, control, out=tokens(output))
+        self.split = len(kept)
+        return output, [state, *kept, *control_kept]
+
+    def backward(self, saved, dy, trained):
+        plan, control, (state, *kept) = self.plan, self.control("mlp"), saved
+        flat, dflat, needed = tokens(state), tokens(dy), self.needs_dstate
+        with self.autocast():
+            if self.in_chunks:
+                dstate, sums = backward_in_chunks(plan, flat, dflat, control, needed)
+            else:
+                dstate = plan.mlp.backward(flat, kept[: self.split], dflat) if needed else None
+                dstate, sums = control_backward(control, flat, kept[self.split :], dflat, dstate)
+        return None if dstate is None else dstate.view(state.shape), zip(control_parameters(control), sums)
+
+
+class LeanCall(AttentionCall):
     """A whole layer that keeps its input state alone and works the MLP in token chunks.
 
     Where states wait on the host, the one between the halves does too if the attention block's output then need not be
     computed again, and queries, keys and values, both while there is room. Where there is none at all the state stays.
     """
 
-    @staticmethod
-    def forward(ctx, state, layer, arguments, named, *trained):
-        plan = _remember(ctx, layer, layer.memory_plan.all, arguments, named)
-        ctx.autocast = _autocast_state(state)
-        ctx.random = draw(layer, state.device) if draws_random_numbers(layer) else None
-        ctx.tickets = []
-
-        def keep(*more):
-            # the state between the halves comes too
-            may_wait = _may_wait(ctx, plan, state, more, state) and plan.host.hides(state, *more, state)
-            more = more if may_wait else ()
-            ctx.tickets.append(_wait_on_host(plan, state, *more))
-
-        room = plan.host.room_for(state) if plan.host is not None else 0
-        from_the_middle = room == 2 and plan.halves.attention_gradients and ctx.random is None
+    def forward(self, state):
+        plan, named = self.plan, self.named
+        self.start_drawing(state.device)
+        room = self.host.room_for(state) if plan.host is not None else 0
+        from_the_middle = room == 2 and self.halves.attention_gradients and not self.draws
         if from_the_middle:
-            named = {**named, "keep": keep}
+            named = {**named, "keep": partial(self.keep, state)}
         elif room:
-            ctx.tickets.append(_wait_on_host(plan, state))
-        _save(ctx, *([] if room else [state]))
-        with nullcontext() if ctx.random is None else ctx.random.first():
-            middle = plan.halves.attention(layer, state, *arguments, **named)
+            self.wait_on_host(state)
+        with self.random.first():
+            middle = self.halves.attention(self.layer, state, *self.arguments, **named)
             if from_the_middle:
-                ctx.tickets.append(_wait_on_host(plan, middle, own=0))
-            output = forward_in_chunks(plan, middle, getattr(layer, "mlp_control", None))
-        if plan.host is not None:
-            plan.host.settle()
-        return output
+                self.wait_on_host(middle, own=0)
+            output = forward_in_chunks(plan, middle, self.control("mlp"))
+        return output, [] if room else [state]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        with _as_in_forward(ctx) as (layer, saved, trained):
-            backward = _backward_from_the_middle if len(ctx.tickets) > 1 else _backward_from_the_start
-            dstate, gradients = backward(ctx, layer, saved, trained, dy)
-        return dstate, None, None, None, *_in_order(trained, gradients)
+    def keep(self, state, *more):
+        # the state between the halves comes too
+        may_wait = self.may_wait(state, more, state) and self.host.hides(state, *more, state)
+        self.wait_on_host(state, *(more if may_wait else ()))
 
+    def backward(self, saved, dy, trained):
+        backward = self.backward_from_the_middle if len(self.tickets) > 1 else self.backward_from_the_start
+        return backward(saved, dy, trained)
 
-class LongLayer(torch.autograd.Function):
-    """:class:`LeanLayer` for many tokens, see ``long.py``: with the state attention's output waits on the host, while there is
-    room for both."""
+    def backward_from_the_start(self, saved, dy, trained):
+        plan, control = self.plan, self.control("mlp")
+        (state,) = self.host.pop(self.tickets[0]) if self.tickets else saved
+        state = state.detach().requires_grad_(self.needs_dstate)
+        own = control_parameters(control)
+        others = _besides(trained, own)
+        inputs = [*([state] if state.requires_grad else []), *others]
+        with self.autocast(), self.random.again(), torch.enable_grad():
+            middle = self.halves.attention(self.layer, state, *self.arguments, **self.named)
+            # what the MLP drew must be drawn again even where its gradient is not wanted
+            needed = bool(inputs) or self.draws
+            dmiddle, sums = backward_in_chunks(plan, tokens(middle.detach()), tokens(dy), control, needed)
+        found: list = [None] * len(inputs)
+        if dmiddle is not None and inputs and middle.requires_grad:  # else they are an inactive adapter's
+            found = list(torch.autograd.grad(middle, inputs, dmiddle.view(middle.shape), allow_unused=True))
+        dstate = found.pop(0) if state.requires_grad else None
+        return dstate, [*zip(own, sums), *zip(others, found)]
 
-    @staticmethod
-    def forward(ctx, state, layer, arguments, named, *trained):
-        plan = _remember(ctx, layer, layer.memory_plan.all, arguments, named)
-        ctx.autocast, ctx.tickets, host = _autocast_state(state), [], plan.host
-        ctx.random = draw(layer, state.device) if draws_random_numbers(layer) else None
-        if host is not None and host.room_for(state):
-            ctx.tickets.append(_wait_on_host(plan, state))
-        _save(ctx, *([] if ctx.tickets else [state]))
-        with nullcontext() if ctx.random is None else ctx.random.first():
-            work = plan.halves.of_many_tokens(layer, plan, state.detach(), *arguments, **named)
-            ctx.groups, may_wait = None, bool(ctx.tickets) and ctx.random is None
-            groups = work.attend(graph=may_wait)
-            kept = [tensor for group in groups for tensor in group.kept()]
-            if may_wait and groups[0].is_small() and host.has_room_beside(state, *kept):
-                ctx.tickets.append(host.push(*kept, own=0))
-                ctx.groups = groups
-            del kept
-            output = work.output(groups)
-        for group in groups:
-            group.forget()
-        if host is not None:
-            host.settle()
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        with _as_in_forward(ctx) as (layer, saved, trained):
-            host, groups, then, ctx.groups = ctx.plan.host, ctx.groups, None, None
-            kept = host.pop(ctx.tickets[1]) if groups else []
-            for group in groups or ():
-                group.remember(kept)
-            if ctx.tickets:
-                (state,), then = host.pop(ctx.tickets[0], fetch_next=False), partial(host.fetch_below, ctx.tickets[0])
-            else:
-                (state,) = saved
-            replayed = nullcontext() if ctx.random is None else ctx.random.again()
-            with ctx.autocast(), replayed:
-                work = ctx.plan.halves.of_many_tokens(layer, ctx.plan, state, *ctx.arguments, **ctx.named)
-                groups = groups or work.attend()
-                dstate, gradients = work.backward(groups, dy, ctx.needs_input_grad[0], then)
-        return dstate, None, None, None, *_in_order(trained, gradients)
-
-
-def _backward_from_the_start(ctx, layer, saved, trained, dy):
-    """The gradient of the layer's state, if that needs one, and pairs of a parameter and its gradient."""
-    plan, control = ctx.plan, getattr(layer, "mlp_control", None)
-    (state,) = plan.host.pop(ctx.tickets[0]) if ctx.tickets else saved
-    state = state.detach().requires_grad_(ctx.needs_input_grad[0])
-    own = control_parameters(control)
-    others = _besides(trained, own)
-    inputs = [*([state] if state.requires_grad else []), *others]
-    replayed = nullcontext() if ctx.random is None else ctx.random.again()
-    with ctx.autocast(), replayed, torch.enable_grad():
-        middle = plan.halves.attention(layer, state, *ctx.arguments, **ctx.named)
-        # what the MLP drew must be drawn again even where its gradient is not wanted
-        needed = bool(inputs) or ctx.random is not None
-        dmiddle, sums = backward_in_chunks(plan, tokens(middle.detach()), tokens(dy), control, needed)
-    found = [None] * len(inputs)
-    if inputs and middle.requires_grad:  # else they are an inactive adapter's
-        found = list(torch.autograd.grad(middle, inputs, dmiddle.view(middle.shape), allow_unused=True))
-    dstate = found.pop(0) if state.requires_grad else None
-    return dstate, [*zip(own, sums), *zip(others, found)]
-
-
-def _backward_from_the_middle(ctx, layer, saved, trained, dy):
-    """The same where the state between the halves waits on the host too. What waits is popped when it is needed: the copy
-    of what comes next travels meanwhile."""
-    plan, control = ctx.plan, getattr(layer, "mlp_control", None)
-    own = control_parameters(control)
-    others = _besides(trained, own)
-    (middle,) = plan.host.pop(ctx.tickets[1])
-    needed = ctx.needs_input_grad[0] or bool(others)
-    with ctx.autocast():
-        dmiddle, sums = backward_in_chunks(plan, tokens(middle), tokens(dy), control, needed)
-        del middle  # long sequences need its memory
-        state, *kept = plan.host.pop(ctx.tickets[0])
-        if not needed:
-            return None, [*zip(own, sums)]
-        state.requires_grad_(ctx.needs_input_grad[0])
-        dmiddle = dmiddle.view(state.shape)
-        dstate, found = _attention_backward(ctx, layer, others, state, kept, dmiddle)
-    return dstate, [*zip(own, sums), *found]
-
-
-def _attention_backward(ctx, layer, trained, state, kept, dy):
-    """The gradient of the attention half's state, if that needs one, and pairs of what is trained there and its gradient.
-    ``dy`` is overwritten."""
-    own = control_parameters(getattr(layer, "attention_control", None))
-    others = _besides(trained, own)
-    inputs = [*([state] if state.requires_grad else []), *others]
-    with torch.enable_grad():
-        found, of_control = ctx.plan.halves.attention_gradients(
-            layer, state, dy, inputs, *ctx.arguments, kept=kept, **ctx.named
-        )
-    dstate = found.pop(0) if state.requires_grad else None
-    return dstate, [*zip(own, of_control), *zip(others, found)]
-
-
-def _may_wait(ctx, plan, state, more, *besides):
-    """Whether ``more``, which spares the projections, is wanted on the host with the state and what comes ``besides``, and
-    there is room."""
-    wanted = bool(more) and plan.attention_on_host and ctx.needs_input_grad[0]
-    return wanted and plan.host.has_room(state, *more, *besides)
-
-
-def _wait_on_host(plan, *tensors, own=1):
-    return plan.host.push(*(tensor.detach() for tensor in tensors), own=own)
-
-
-def _trained(parameters: Parameters) -> list[torch.Tensor]:
-    return [parameter for parameter in parameters.now() if parameter.requires_grad]
-
-
-def _in_order(trained, gradients):
-    by_id = {id(parameter): gradient for parameter, gradient in gradients}
-    return [by_id.get(id(parameter)) for parameter in trained]
+    def backward_from_the_middle(self, saved, dy, trained):
+        """The same where the state between the halves waits on the host too. What waits is popped when it is needed: the copy
+        of what comes next travels meanwhile."""
+        plan, control = self.plan, self.control("mlp")
+        own = control_parameters(control)
+        others = _besides(trained, own)
+        (middle,) = self.host.pop(self.tickets[1])
+        needed = self.needs_dstate or bool(others)
+        with self.autocast():
+            dmiddle, sums = backward_in_chunks(plan, tokens(middle), tokens(dy), control, needed)
+            del middle  # long sequences need its memory
+            state, *kept = self.host.pop(self.tickets[0])
+            if dmiddle is None:
+                return None, zip(own, sums)
+            state.requires_grad_(self.needs_dstate)
+            dmiddle = dmiddle.view(state.shape)
+            dstate, found = self.attention_backward(state, kept, dmiddle, others)
+        return dstate, [*zip(own, sums), *found]
 
 
 def _besides(parameters, *others):
@@ -449,74 +456,37 @@ def backward_in_chunks(
     mlp, hidden = plan.mlp.for_chunks(state), []
     for rows in (slice(start, start + plan.chunk) for start in range(0, len(state), plan.chunk)):
         # MLP, then control, as in the forward: so dropout draws the same numbers
-        if needed:
+        if dstate is not None:
             mlp.backward(state[rows], (), dy[rows], out=dstate[rows])
         hidden.append(control_hidden(control, state[rows]))
     return control_backward(control, state, [*map(torch.cat, zip(*hidden))], dy, dstate)
 
 
-def _remember(ctx, layer: nn.Module, parameters: Parameters, arguments=(), named=None) -> LayerPlan:
-    """Put into ``ctx`` all that the backward must find as it is now; :func:`_save` the tensors among it."""
-    ctx.layer, ctx.plan, ctx.parameters = layer, layer.memory_plan, parameters
-    ctx.arguments, ctx.named = arguments, named
-    ctx.setting, ctx.read = ctx.plan.setting(layer), parameters.now()
-    return ctx.plan
-
-
-def _save(ctx, *tensors: torch.Tensor) -> None:
-    ctx.save_for_backward(*tensors, *ctx.read)
-    ctx.kept = len(tensors)
-    del ctx.read
-
-
-@contextmanager
-def _as_in_forward(ctx):
-    """The layer with the parameters of the forward in their places, what was saved beside them, and those that are trained.
-
-    Raises:
-        RuntimeError: it is the second backward, adapters were switched, or (by autograd) a parameter was changed in place.
-    """
-    if ctx.layer is None:
-        raise RuntimeError("a memory mode frees what it kept: backward runs once per forward")
-    layer, ctx.layer = ctx.layer, None
-    if ctx.setting != ctx.plan.setting(layer):
-        raise RuntimeError(SWITCHED)
-    saved = ctx.saved_tensors
-    parameters = saved[ctx.kept :]
-    with ctx.parameters.put_back(parameters):
-        yield layer, saved[: ctx.kept], [p for p in parameters if p.requires_grad]
-    ctx.arguments = ctx.named = None
-
-
-def _autocast_state(tensor):
+def autocast_state(tensor: torch.Tensor) -> Callable[[], torch.autocast]:
     """A factory of contexts that bring back the autocast state of now."""
     device = tensor.device.type
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return partial(torch.autocast, device, dtype=dtype, enabled=enabled)
 
 
-def draws_random_numbers(layer: nn.Module) -> bool:
-    """Whether the forward of a layer with a plan draws random numbers."""
-    plan = layer.memory_plan
-    return any(state["training"] and state[name] > 0.0 for state, name in plan.dropouts) or any(
-        map(control_draws, plan.controls)
-    )
+# -- random numbers of a model's layers -------------------------------------------------------------------------
 
 
-def planned_layers(model: nn.Module) -> list[nn.Module]:
-    return [layer for layer in model.modules() if isinstance(vars(layer).get("memory_plan"), LayerPlan)]
+def layer_plans(model: nn.Module) -> dict[nn.Module, LayerPlan]:
+    plans = {module: vars(module).get("memory_plan") for module in model.modules()}
+    return {layer: plan for layer, plan in plans.items() if isinstance(plan, LayerPlan)}
 
 
 def replays_random_numbers(model: nn.Module) -> bool:
     """Whether a layer's backward draws its forward's random numbers once more in a way that no CUDA graph can."""
-    for layer in planned_layers(model):
-        plan = layer.memory_plan
-        checkpointed = plan.halves is None or plan.mlp.draws() or (plan.mode == "balanced" and plan.halves.recompute_attention)
-        if plan.mode != "fast" and checkpointed and draws_random_numbers(layer):
+    for plan in layer_plans(model).values():
+        halves = plan.halves
+        checkpointed = halves is None or plan.mlp.draws() or (plan.mode == "balanced" and halves.recompute_attention)
+        if plan.mode != "fast" and checkpointed and plan.draws():
             return True
     return False
 
 
 def replaying_layers(model: nn.Module) -> list[nn.Module]:
     """The layers whose backward draws random numbers again through ``replay.py``."""
-    return [layer for layer in planned_layers(model) if layer.memory_plan.mode == "lean" and draws_random_numbers(layer)]
+    return [layer for layer, plan in layer_plans(model).items() if plan.mode == "lean" and plan.draws()]

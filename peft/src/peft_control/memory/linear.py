@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -55,7 +56,7 @@ def rows_are_apart(linears: Sequence[nn.Linear]) -> bool:
 def rows_of(linears: Sequence[nn.Linear], rows: Sequence[slice]) -> nn.Linear:
     """One layer that computes some outputs of each of ``linears``, which are dense or FP8, one behind the other."""
     named = {
-        name: None if parameter is None else torch.cat([x._parameters[name][part] for x, part in zip(linears, rows)])
+        name: None if parameter is None else torch.cat([getattr(x, name)[part] for x, part in zip(linears, rows)])
         for name, parameter in linears[0]._parameters.items()
     }
     return _twin(linears[0], type(linears[0]), **named)
@@ -70,7 +71,7 @@ def _twin(linear, kind, **tensors):
     return twin
 
 
-def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
+def dense_weight(linear: Any, dtype: torch.dtype) -> torch.Tensor:
     """The weight ``(out, in)`` in ``dtype``, dequantized if need be."""
     weight = linear.weight
     if isinstance(linear, Fp8Linear):
@@ -106,7 +107,7 @@ def ready(x: torch.Tensor, linear: nn.Linear) -> tuple[torch.Tensor, ...]:
 
 def of_ready(rows: tuple[torch.Tensor, ...], linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     """The output ``(tokens, out)`` for what :func:`ready` gave."""
-    return linear.of_rows(*rows, dtype) if isinstance(linear, Fp8Linear) else linear(*rows)
+    return linear.of_rows(rows[0], rows[1], dtype) if isinstance(linear, Fp8Linear) else linear(*rows)
 
 
 def input_gradient(dy: torch.Tensor, linear: nn.Linear, add_to: torch.Tensor | None = None) -> torch.Tensor:

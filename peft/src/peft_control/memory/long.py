@@ -21,9 +21,10 @@ backward begins with the whole attention.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from ..fp8 import Fp8Linear
@@ -31,6 +32,7 @@ from . import kernels
 from .attention import attend
 from .control import add_control, control_backward, control_draws, control_hidden, control_parameters
 from .exact import is_as_written
+from .layers import Call
 from .linear import cast_once, compute_dtype, input_gradient, is_frozen_linear, of_ready, ready, rows_are_apart, rows_of
 from .mlp import tokens
 
@@ -55,7 +57,7 @@ class Group:
     """
 
     def __init__(self, function: Callable, inputs: list[torch.Tensor], elsewhere: list[torch.Tensor], graph: bool):
-        memory = list(inputs)  # held by the node, so it must not hold the node
+        memory: list[Any] = list(inputs)  # held by the node, so it must not hold the node
         known = {x.untyped_storage().data_ptr() for x in elsewhere}
 
         def pack(tensor):
@@ -123,23 +125,13 @@ class _Start(torch.autograd.Function):
         return None, *gradients
 
 
-class LongRows:
-    """One call of a SwiGLU decoder's layer on a ``state`` ``(batch, tokens, width)``, without a graph."""
+class LongCall(Call):
+    """:class:`LeanCall` for many tokens: with the state attention's output waits on the host, while there is room for both."""
 
-    def __init__(self, layer, plan, state, attention_mask=None, position_embeddings=None, **named):
-        self.plan, self.attention, self.shape = plan, layer.self_attn, state.shape
-        self.state, self.norm, self.mlp = tokens(state), layer.input_layernorm, plan.mlp.for_chunks(state)
-        self.controls = [getattr(layer, f"{block}_control", None) for block in ("attention", "mlp")]
-        self.mask, self.angles, self.named = attention_mask, position_embeddings, named
-        self.dtype, attention, self.normals, self.drawn = compute_dtype(state), self.attention, None, []
-        self.projections = [cast_once(x, self.dtype) for x in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        self.project_back = cast_once(attention.o_proj, self.dtype)
-        heads = attention.k_proj.out_features // attention.head_dim
-        self.groups = max(number for number in range(1, _GROUPS + 1) if heads % number == 0)
-        self.widths = [linear.out_features // self.groups for linear in self.projections]
+    groups: list[Group] | None = None
 
     @staticmethod
-    def takes(layer: nn.Module) -> bool:
+    def takes(layer: Any) -> bool:
         """Whether ``layer`` is one: nothing trains in its attention, and its weights are known row by row."""
         attention = layer.self_attn
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -150,20 +142,71 @@ class LongRows:
         )
 
     @staticmethod
-    def suits(layer: nn.Module, state: torch.Tensor, attention_mask=None, *arguments, **named) -> bool:
+    def suits(layer: Any, state: torch.Tensor, attention_mask: Any = None, *arguments, **named) -> bool:
         """Whether a layer's call is one: it has the tokens, and neither a mask nor a dropout that tells heads apart."""
         attention = layer.self_attn
         by_head = getattr(attention_mask, "ndim", 0) == 4 and attention_mask.shape[1] > 1
         by_head |= attention.training and attention.attention_dropout > 0.0
         return state.ndim == 3 and state.shape[0] * state.shape[1] >= FROM_TOKENS and not by_head
 
+    def forward(self, state):
+        host = self.plan.host
+        self.start_drawing(state.device)
+        if host is not None and host.room_for(state):
+            self.wait_on_host(state)
+        with self.random.first():
+            work = LongRows(self.layer, self.plan, state.detach(), *self.arguments, **self.named)
+            may_wait = bool(self.tickets) and not self.draws
+            groups = work.attend(graph=may_wait)
+            kept = [tensor for group in groups for tensor in group.kept()]
+            if may_wait and groups[0].is_small() and self.host.has_room_beside(state, *kept):
+                self.tickets.append(self.host.push(*kept, own=0))
+                self.groups = groups
+            del kept
+            output = work.output(groups)
+        for group in groups:
+            group.forget()
+        return output, [] if self.tickets else [state]
+
+    def backward(self, saved, dy, trained):
+        groups, self.groups, then = self.groups, None, None
+        kept = self.host.pop(self.tickets[1]) if groups else []
+        for group in groups or ():
+            group.remember(kept)
+        if self.tickets:
+            (state,) = self.host.pop(self.tickets[0], fetch_next=False)
+            then = partial(self.host.fetch_below, self.tickets[0])
+        else:
+            (state,) = saved
+        with self.autocast(), self.random.again():
+            work = LongRows(self.layer, self.plan, state, *self.arguments, **self.named)
+            return work.backward(groups or work.attend(), dy, self.needs_dstate, then)
+
+
+class LongRows:
+    """One call of a SwiGLU decoder's layer on a ``state`` ``(batch, tokens, width)``, without a graph."""
+
+    def __init__(self, layer, plan, state, attention_mask=None, *, position_embeddings, **named):
+        self.plan, self.attention, self.shape = plan, layer.self_attn, state.shape
+        self.state, self.norm, self.mlp = tokens(state), layer.input_layernorm, plan.mlp.for_chunks(state)
+        self.controls = [getattr(layer, f"{block}_control", None) for block in ("attention", "mlp")]
+        self.mask, self.angles, self.named = attention_mask, position_embeddings, named
+        self.dtype, attention = compute_dtype(state), self.attention
+        self.normals: list | None = None
+        self.drawn: list = []
+        self.projections = [cast_once(x, self.dtype) for x in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self.project_back = cast_once(attention.o_proj, self.dtype)
+        heads = attention.k_proj.out_features // attention.head_dim
+        self.groups = max(number for number in range(1, _GROUPS + 1) if heads % number == 0)
+        self.widths = [linear.out_features // self.groups for linear in self.projections]
+
     def attend(self, graph: bool = True) -> list[Group]:
         """The forward of attention, from the layer's state to what the output projection takes; with ``graph`` for a
         backward."""
         elsewhere = [x for x in (self.mask, *self.named.values()) if isinstance(x, torch.Tensor)]
 
-        def function(*inputs):
-            return attend(self.attention, *inputs, self.mask, **self.named)
+        def function(query, key, value):
+            return attend(self.attention, query, key, value, self.mask, **self.named)
 
         self.normals = []  # here is room for it
         groups = [Group(function, self._inputs(number)[0], elsewhere, graph) for number in range(self.groups)]
@@ -186,7 +229,7 @@ class LongRows:
         """
         of_attention, of_mlp = map(control_parameters, self.controls)
         dstate, dmixed, sums = self._by_chunks(groups, tokens(dy), needed, bool(of_attention))
-        gradients = [*zip((*of_attention, *of_mlp), sums)]
+        gradients, through = [*zip((*of_attention, *of_mlp), sums)], []
         if needed:
             self.normals = [] if isinstance(self.projections[0], Fp8Linear) else None  # half a state, and slow to quantize
             through = [self._through_attention(number, groups, dmixed) for number in range(self.groups)]
@@ -194,7 +237,7 @@ class LongRows:
         self.normals = None
         if then is not None:
             then()
-        if not needed:
+        if dstate is None or not needed:
             return None, gradients
         self._through_projections([*zip(*through)], dstate)
         return dstate.view(self.shape), gradients
@@ -254,12 +297,14 @@ class LongRows:
     def _by_chunks(self, groups, dy, needed, controlled):
         """The gradients of the state between the halves, with what the block's control adds for the layer's state, and of
         attention's output, group by group, as far as they are needed; and those of the controls' parameters."""
-        mixed, sums = [tokens(group.output()) for group in groups], None
+        mixed = [tokens(group.output()) for group in groups]
+        found: list = []
+        sums: list = []
         dstate = _like(self.state) if needed or controlled else None
         dmixed = [_like(part) for part in mixed] if needed else []
         for rows in self._chunks():
             hidden, middle = self._middle(rows, mixed)
-            dmiddle = None if dstate is None else self.mlp.backward(middle, (), dy[rows], out=dstate[rows])
+            dmiddle: Any = None if dstate is None else self.mlp.backward(middle, (), dy[rows], out=dstate[rows])
             of_mlp = control_hidden(self.controls[1], middle)
             _, found = control_backward(self.controls[1], middle, of_mlp, dy[rows], dmiddle)
             if needed:
@@ -271,7 +316,7 @@ class LongRows:
                 found = control_backward(self.controls[0], state, hidden, dmiddle, dinput)[1] + found
             # many chunks' sums: added up in a narrow type they would lose what each of them adds
             wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in found]
-            sums = wide if sums is None else [total.add_(x) for total, x in zip(sums, wide)]
+            sums = wide if not sums else [total.add_(x) for total, x in zip(sums, wide)]
         return dstate, dmixed, [total.to(x.dtype) for total, x in zip(sums, found)]
 
     def _through_attention(self, number, groups, dmixed):
@@ -290,7 +335,7 @@ class LongRows:
     def _through_projections(self, gradients, dstate):
         """Add to ``dstate`` what comes through the projections of the normalised state."""
         for rows in self._chunks(_WIDER):
-            dnormal = None
+            dnormal: Any = None
             for parts, linear in zip(gradients, self.projections):
                 dnormal = input_gradient(torch.cat([part[rows] for part in parts], dim=1), linear, add_to=dnormal)
             _, rstd = self._normalise(rows)

@@ -95,7 +95,7 @@ def _check_labels(targets, ignore_index, classes):
     """Refuse labels that are no classes, as torch's cross entropy does; on a GPU nothing waits for the answer."""
     wrong = ((targets < 0) | (targets >= classes)) & (targets != ignore_index)
     if targets.is_cuda:
-        torch._assert_async(~wrong.any(), "a label is out of bounds")
+        torch.ops.aten._assert_async.msg(~wrong.any(), "a label is out of bounds")
     elif wrong.any():
         raise IndexError(f"Target {targets[wrong][0].item()} is out of bounds.")
 
@@ -162,7 +162,8 @@ class LossPlan:
         frozen = is_known_linear(model.lm_head) and not model.lm_head.weight.requires_grad
         if (
             not (model.training and torch.is_grad_enabled() and usual and frozen)
-            or getattr(labels, "dtype", None) != torch.long
+            or not isinstance(labels, torch.Tensor)
+            or labels.dtype != torch.long
             or given.get("return_dict") is False
         ):
             return own(*arguments, **named)
@@ -170,7 +171,8 @@ class LossPlan:
         items = _items(labels, given.get("num_items_in_batch"))
         ids, mask = named.get("input_ids"), named.get("attention_mask")
         others = [name for name, value in named.items() if value is not None]
-        if self.graphs and {*others} <= {"input_ids", "attention_mask"} and _fits_a_graph(model.model, ids):
+        known = {*others} <= {"input_ids", "attention_mask"}
+        if self.graphs and known and ids is not None and _fits_a_graph(model.model, ids):
             seen = self.graphs.look_at((ids, labels), model)
             if mask is None or mask.all():  # here the GPU is waited for
                 total = self.graphs(
@@ -196,7 +198,7 @@ def _by_name(forward, arguments, named) -> dict:
 
 
 def _fits_a_graph(base, ids) -> bool:
-    if ids is None or not ids.is_cuda or replays_random_numbers(base) or not is_as_written(base):
+    if not ids.is_cuda or replays_random_numbers(base) or not is_as_written(base):
         return False
     windows = [getattr(layer.self_attn, "sliding_window", None) for layer in base.layers]
     windows.append(getattr(base.config, "sliding_window", None))

@@ -1,19 +1,15 @@
 """Frozen MLP blocks with hand-written backward passes.
 
-Each class computes one frozen block, residual sum included, on ``(tokens, width)`` tensors. ``forward`` returns the
-block's output with its control, what its ``keep`` asks it to keep, and what the control's backward needs;
-``backward`` takes the former, recomputes what is missing, and returns the state's gradient, the control's part
-excluded; both write into ``out`` if given. Frozen weights need no gradients, so nothing else is ever kept. ``keep`` comes from the class's ``KEEP``:
-how much each memory mode keeps. Where that is nothing, tokens are worked in chunks whose intermediate tensor has about
-``CHUNK_ELEMENTS`` elements (larger chunks are no faster on an H100, smaller ones are launch-bound) by the block that
-``for_chunks`` returns, whose weights are cast once for all of them.
+Each class computes one frozen block, residual sum included, on ``(tokens, width)`` tensors. Frozen weights need no
+gradients, so a backward needs the block's input and at most some intermediate tensors. How many of them a memory mode keeps
+says the class's ``KEEP``; ``backward`` recomputes the others. Where nothing is kept, tokens are worked in chunks.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +22,52 @@ from .control import add_control, control_hidden
 from .linear import cast_once, compute_dtype, input_gradient, is_frozen_linear, outputs
 
 
-class GatedMlp:
+class Mlp:
+    """One frozen block.
+
+    Attributes:
+        KEEP: how much each memory mode keeps.
+        CHUNK_ELEMENTS: of the intermediate tensor of a chunk. Larger chunks are no faster on an H100, smaller ones are
+            launch-bound.
+        norm, linears: its modules.
+        width: of its intermediate tensor.
+        stacked: weights of gate and up in one piece of memory, or None.
+    """
+
+    KEEP: dict[str, int]
+    CHUNK_ELEMENTS: int
+    stacked: torch.Tensor | None = None
+
+    def __init__(self, norm: Any, linears: Sequence[nn.Linear], others: Sequence[nn.Module] = (), parameters=()):
+        trained = [*parameters, *(p for module in (norm, *others) for p in module.parameters())]
+        if not all(map(is_frozen_linear, linears)) or any(p.requires_grad for p in trained):
+            raise ValueError(
+                "memory modes need a frozen MLP; inside are trainable parameters, an adapter or a forward or hook of "
+                "somebody else"
+            )
+        self.norm, self.linears, self.width = norm, [*linears], linears[0].out_features
+
+    def draws(self) -> bool:
+        """Whether dropout inside draws numbers that ``backward`` could not draw again: then the layer runs its own forward."""
+        return False
+
+    def for_chunks(self, state: torch.Tensor) -> Mlp:
+        """The same block with weights that are cast once for all chunks of ``state``."""
+        twin = copy.copy(self)
+        twin.linears = [cast_once(linear, compute_dtype(state)) for linear in self.linears]
+        return twin
+
+    def forward(self, state, keep, control=None, out=None) -> tuple[torch.Tensor, Sequence[torch.Tensor], list[torch.Tensor]]:
+        """The block's output with its ``control``, in ``out`` if given; what ``keep`` asks it to keep; and what the control's
+        backward needs."""
+        raise NotImplementedError
+
+    def backward(self, state, kept, dy, out=None) -> torch.Tensor:
+        """The state's gradient, the control's part excluded, for what ``forward`` has ``kept``; in ``out`` if given."""
+        raise NotImplementedError
+
+
+class GatedMlp(Mlp):
     """``state + down(silu(gate(n)) * up(n))`` with ``n = RMSNorm(state)``: LLaMA, Mistral, Qwen.
 
     ``keep``: 2 keeps gate, up and the norm's factors (no matmul is recomputed), 1 keeps gate, 0 nothing.
@@ -36,24 +77,13 @@ class GatedMlp:
     CHUNK_ELEMENTS = 2048 * 14336  # tokens of LLaMA-3-8B; 57 MB in bfloat16
     DENSE_FROM = 16  # chunks: weights of four bits are dequantized once for so many; 336 MiB, and then little beside the states
 
-    def __init__(self, norm: nn.Module, mlp: nn.Module):
-        self.norm, self.mlp, self.stacked = norm, mlp, None
-        _check_frozen([norm], [mlp.gate_proj, mlp.up_proj, mlp.down_proj])
-
-    @property
-    def width(self) -> int:
-        return self.mlp.gate_proj.out_features
-
-    def draws(self) -> bool:
-        return False
+    def __init__(self, norm: nn.Module, mlp):
+        super().__init__(norm, [mlp.gate_proj, mlp.up_proj, mlp.down_proj])
 
     def for_chunks(self, state):
         # such models hold their weights in the dtype in which they work, or in four bits
-        if state.numel() // state.shape[-1] * self.width < self.DENSE_FROM * self.CHUNK_ELEMENTS:
-            return self
-        twin, names = copy.copy(self), ("gate_proj", "up_proj", "down_proj")
-        twin.mlp = SimpleNamespace(**{name: cast_once(getattr(self.mlp, name), compute_dtype(state)) for name in names})
-        return twin
+        few = state.numel() // state.shape[-1] * self.width < self.DENSE_FROM * self.CHUNK_ELEMENTS
+        return self if few else super().for_chunks(state)
 
     def stack(self) -> None:
         """Store the weights of gate and up one behind the other, so that each pair of matmuls is one where gate and up are
@@ -75,7 +105,7 @@ class GatedMlp:
 
     def _plain_linears(self) -> list[nn.Linear]:
         """gate_proj and up_proj, where they do nothing but multiply by their weights."""
-        linears = [self.mlp.gate_proj, self.mlp.up_proj]
+        linears = self.linears[:2]
         plain = all(
             type(linear) is nn.Linear
             and type(linear.weight.data) is torch.Tensor
@@ -86,15 +116,15 @@ class GatedMlp:
         return linears if plain else []
 
     def forward(self, state, keep, control=None, out=None):
+        gate_proj, up_proj, down = self.linears
         normal, rstd = self._normalise(state)
         # what is kept alone must not be a part of something larger, and chunks are no faster
         weight = self._stacked() if keep == 2 else None
         if weight is None:
-            gate, up = outputs(normal, self.mlp.gate_proj, self.mlp.up_proj)
+            gate, up = outputs(normal, gate_proj, up_proj)
         else:
             gate, up = F.linear(normal, weight).chunk(2, dim=-1)
         del normal
-        down = self.mlp.down_proj
         if isinstance(down, Fp8Linear):
             change = down.of_rows(*kernels.swiglu_rows(gate, up), gate.dtype)
         else:
@@ -104,46 +134,44 @@ class GatedMlp:
         return add_control(control, hidden, change, state, out), kept, hidden
 
     def backward(self, state, kept, dy, out=None):
-        mlp = self.mlp
         if len(kept) == 3:
             gate, up, rstd = kept
         else:
             normal, rstd = self._normalise(state)
             if kept:
-                gate, up = kept[0], mlp.up_proj(normal)
+                gate, up = kept[0], self.linears[1](normal)
             else:
-                gate, up = outputs(normal, mlp.gate_proj, mlp.up_proj)
+                gate, up = outputs(normal, *self.linears[:2])
             del normal
         dnormal = self._normals_gradient(gate, up, dy.to(gate.dtype))
         return kernels.rms_norm_backward(dnormal, state, self.norm.weight, rstd, residual=dy, out=out)
 
     def _normals_gradient(self, gate, up, dchange):
         """The gradient of the normalised state; gate and up are overwritten."""
-        mlp = self.mlp
-        linears, dact = (mlp.gate_proj, mlp.up_proj), input_gradient(dchange, mlp.down_proj)
-        if all(isinstance(linear, Fp8Linear) for linear in linears):
-            dtype, scales = FORMATS[mlp.gate_proj.gradients], [linear.weight_scale.float() for linear in linears]
-            rows = kernels.swiglu_backward_rows(gate, up, dact, dtype, *scales)
-            dnormal, more = (linear.gradient_of_rows(*pair, dact.dtype) for linear, pair in zip(linears, rows))
-            return dnormal.add_(more)
+        gate_proj, up_proj, down_proj = self.linears
+        dact = input_gradient(dchange, down_proj)
+        if isinstance(gate_proj, Fp8Linear) and isinstance(up_proj, Fp8Linear):
+            dtype, scales = FORMATS[gate_proj.gradients], [x.weight_scale.float() for x in (gate_proj, up_proj)]
+            of_gate, of_up = kernels.swiglu_backward_rows(gate, up, dact, dtype, *scales)
+            dnormal = gate_proj.gradient_of_rows(*of_gate, dact.dtype)
+            return dnormal.add_(up_proj.gradient_of_rows(*of_up, dact.dtype))
         dgate, dup = kernels.swiglu_backward_(gate, up, dact)
         del dact
         both = _as_one(dgate, dup)
         weight = None if both is None else self._stacked()
-        if weight is not None:
+        if both is not None and weight is not None:
             return both @ weight.to(both.dtype)
-        return input_gradient(dup, mlp.up_proj, add_to=input_gradient(dgate, mlp.gate_proj))
+        return input_gradient(dup, up_proj, add_to=input_gradient(dgate, gate_proj))
 
     def _normalise(self, state):
         return kernels.rms_norm(state, self.norm.weight, self.norm.variance_epsilon)
 
 
-class PreNormMlp:
+class PreNormMlp(Mlp):
     """``state + scale * last(... activation(first(n)))`` with ``n = LayerNorm(state)``: ViT, DINOv2.
 
     ``scale`` is LayerScale's vector or None; between ``first`` and ``last`` there may be more linear layers.
-    ``keep``: 1 keeps the pre-activation, 0 nothing. ``dropouts`` are the modules that must not draw: while one
-    does, the layer runs its own forward (see ``layers.py``).
+    ``keep``: 1 keeps the pre-activation, 0 nothing. ``dropouts`` are the modules that must not draw.
     """
 
     KEEP = {"fast": 1, "balanced": 0, "lean": 0}
@@ -157,26 +185,17 @@ class PreNormMlp:
         scale: nn.Parameter | None = None,
         dropouts: Sequence[nn.Module] = (),
     ):
-        self.norm, self.activation, self.scale, self.dropouts = norm, activation, scale, dropouts
-        self.first, *self.rest = linears
-        _check_frozen([norm, activation], linears, [] if scale is None else [scale])
-
-    @property
-    def width(self) -> int:
-        return self.first.out_features
+        super().__init__(norm, linears, [activation], [] if scale is None else [scale])
+        self.activation, self.scale, self.dropouts = activation, scale, dropouts
 
     def draws(self) -> bool:
         return any(draws(module) for module in self.dropouts)
 
-    def for_chunks(self, state):
-        twin = copy.copy(self)
-        twin.first, *twin.rest = (cast_once(x, compute_dtype(state)) for x in (self.first, *self.rest))
-        return twin
-
     def forward(self, state, keep, control=None, out=None):
-        inner = self.first(self._normalise(state))
+        first, *rest = self.linears
+        inner = first(self._normalise(state))
         change = self.activation(inner)
-        for linear in self.rest:
+        for linear in rest:
             change = linear(change)
         if self.scale is not None:
             change = change * self.scale
@@ -184,20 +203,21 @@ class PreNormMlp:
         return add_control(control, hidden, change, state, out), (inner,)[:keep], hidden
 
     def backward(self, state, kept, dy, out=None):
-        inner = kept[0] if kept else self.first(self._normalise(state))
+        first, *rest = self.linears
+        inner = kept[0] if kept else first(self._normalise(state))
         dchange = (dy if self.scale is None else dy * self.scale).to(inner.dtype)
-        for linear in reversed(self.rest):
+        for linear in reversed(rest):
             dchange = input_gradient(dchange, linear)
         dinner = _activation_backward(self.activation, inner, dchange)
         del inner, dchange
-        dnormal = input_gradient(dinner, self.first)
+        dnormal = input_gradient(dinner, first)
         return kernels.layer_norm_backward(dnormal, state, self.norm, residual=dy, out=out)
 
     def _normalise(self, state):
         return kernels.layer_norm(state, self.norm, compute_dtype(state))
 
 
-class PostNormMlp:
+class PostNormMlp(Mlp):
     """``LayerNorm(dropout(second(activation(first(state)))) + state)``: BERT, RoBERTa, MPNet, ELECTRA.
 
     ``keep``: 2 keeps the pre-activation, what the second layer adds and its dropout mask, 1 all but the
@@ -208,29 +228,16 @@ class PostNormMlp:
     CHUNK_ELEMENTS = 8192 * 3072  # tokens of RoBERTa-base
 
     def __init__(self, first: nn.Linear, activation: nn.Module, second: nn.Linear, dropout, norm: nn.LayerNorm):
-        self.first, self.activation, self.second = first, activation, second
-        self.dropout, self.norm = dropout, norm
-        _check_frozen([norm], [first, second])
+        super().__init__(norm, [first, second])
+        self.activation, self.dropout = activation, dropout
 
-    @property
-    def width(self) -> int:
-        return self.first.out_features
-
-    def draws(self) -> bool:
-        return False  # it draws its mask itself
-
-    def for_chunks(self, state):
-        twin = copy.copy(self)
-        twin.first, twin.second = (cast_once(x, compute_dtype(state)) for x in (self.first, self.second))
-        return twin
-
-    def _change(self, inner):
+    def _change(self, inner) -> Sequence[torch.Tensor]:
         """What is added to the state and, while dropout draws, its mask."""
-        change = self.second(self.activation(inner))
+        change = self.linears[1](self.activation(inner))
         return torch.native_dropout(change, self.dropout.p, True) if draws(self.dropout) else (change,)
 
     def forward(self, state, keep, control=None, out=None):
-        inner = self.first(state)
+        inner = self.linears[0](state)
         change = self._change(inner)
         kept = (*change, inner) if keep == 2 else tuple(change) if keep == 1 else ()
         total = change[0] + state
@@ -239,20 +246,20 @@ class PostNormMlp:
         return add_control(control, hidden, normal, out=out), kept, hidden
 
     def backward(self, state, kept, dy, out=None):
-        kept, masked = list(kept), draws(self.dropout)
+        (first, second), kept, masked = self.linears, list(kept), draws(self.dropout)
         if kept:
             change = [kept.pop(0) for _ in range(1 + masked)]
-            inner = kept[0] if kept else self.first(state)
+            inner = kept[0] if kept else first(state)
         else:
-            inner = self.first(state)
+            inner = first(state)
             change = self._change(inner)
         dsum = kernels.layer_norm_backward(dy, change[0] + state, self.norm, out=out)
         dchange = dsum.to(change[0].dtype)
         if masked:
             dchange = torch.ops.aten.native_dropout_backward(dchange, change[1], 1 / (1 - self.dropout.p))
         del change
-        dinner = _activation_backward(self.activation, inner, input_gradient(dchange, self.second))
-        return dsum.add_(input_gradient(dinner, self.first))
+        dinner = _activation_backward(self.activation, inner, input_gradient(dchange, second))
+        return dsum.add_(input_gradient(dinner, first))
 
 
 def _as_one(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
@@ -289,11 +296,3 @@ def _activation_backward(activation, inner, dy):
     with torch.enable_grad():
         inner = inner.detach().requires_grad_()
         return torch.autograd.grad(activation(inner), inner, dy)[0]
-
-
-def _check_frozen(modules, linears, parameters=()):
-    trained = [p for module in modules for p in module.parameters()] + list(parameters)
-    if not all(map(is_frozen_linear, linears)) or any(p.requires_grad for p in trained):
-        raise ValueError(
-            "memory modes need a frozen MLP; inside are trainable parameters, an adapter or a forward or hook of somebody else"
-        )

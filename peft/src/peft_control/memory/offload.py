@@ -6,8 +6,11 @@ import logging
 import os
 import weakref
 from bisect import bisect_left, insort
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -17,8 +20,12 @@ from .pace import Pace
 
 logger = logging.getLogger(__name__)
 
-# public in the torch that is pinned here, not yet in 2.11
-_empty_host_cache = getattr(torch.accelerator.memory, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+# public since torch 2.12
+_empty_host_cache: Any = getattr(torch.accelerator.memory, "empty_host_cache", None) or getattr(
+    torch._C, "_host_emptyCache", None
+)
+
+Event = torch.cuda.Event | torch.Event
 
 #: Beside the states themselves, a host is given what saves computing only until so much waits there.
 _SPARE_BYTES = 8 << 30
@@ -32,6 +39,24 @@ _PIECE = 32 << 20
 
 # Where tensors are copied from.
 _COPIED_FROM = "cuda"
+
+
+@dataclass(eq=False)
+class Waiting:
+    """Tensors on the host, to be popped.
+
+    ``below()`` is what was pushed before them, if that is still there. ``release()`` gives back the buffers.
+    """
+
+    below: Callable[[], Waiting | None]
+    device: torch.device
+    release: Callable = lambda: None
+    tensors: list[torch.Tensor] | None = None  # where they were never copied or are back
+    buffers: list[torch.Tensor] = field(default_factory=list)
+    kinds: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
+    dtype: torch.dtype | None = None  # of a state that waits in FP8
+    arrived: Event | None = None  # of the copy back
+    fetched: list[tuple[torch.device, torch.cuda.Stream]] = field(default_factory=list)  # device and stream of one under way
 
 
 class HostStates:
@@ -51,20 +76,22 @@ class HostStates:
     def __init__(self, layers: int = 0, paced: bool = False, narrow: bool = False):
         self._layers, self._pace, self._narrow = layers, Pace() if paced else None, narrow
         self._told = 0  # bytes of the largest state of which the log tells
-        self._last = _nothing  # what was pushed last of what was not popped
+        self._last: Callable[[], Waiting | None] = _nothing  # what was pushed last of what was not popped
         self._held = self._extra = 0  # bytes: all, and those that are no layer's own state
-        self._limit = None
+        self._limit: float | None = None
         # Buffers of bytes, those that CUDA graphs copy into apart: a replay writes to them at any time.
         self._free: dict[bool, list[torch.Tensor]] = {False: [], True: []}
         self._returned: dict[bool, list[torch.Tensor]] = {False: [], True: []}
-        self._leaving: list[tuple] = []
-        self._stream = None
+        self._leaving: list[tuple[Sequence[torch.Tensor], Event]] = []
+        self._copies: torch.cuda.Stream | None = None
 
     def __deepcopy__(self, memo):
         return HostStates(self._layers, self._pace is not None, self._narrow)
 
     def __reduce__(self):
         return HostStates, (self._layers, self._pace is not None, self._narrow)
+
+    # -- what may wait here ----------------------------------------------------------------------------------
 
     def has_room(self, state: torch.Tensor, *more: torch.Tensor) -> bool:
         """Whether with these of one layer there would still be no more here than what a host surely has to spare."""
@@ -75,7 +102,7 @@ class HostStates:
         """How many tensors like a layer's ``state`` may wait here for that layer: 2, 1 or, where the host is full, 0.
 
         One always may, so that a slow host costs time and no memory of the GPU's."""
-        size = self._size(state)
+        size = sum(_sizes(_tokens(state) * (state.shape[-1] + 4) if self._narrow else state.nbytes))
         if state.nbytes > self._told:
             self._tell(state, size)
         two = not self._narrow and self._fits(size, size) and self.hides(state, state)
@@ -86,13 +113,25 @@ class HostStates:
         size, extra = _buffer_size(state), _buffer_size(*more)
         return not self._narrow and self._fits(0, extra, state=size) and self.hides(state, *more)
 
-    def _size(self, state):
-        """The bytes that a layer's state takes here."""
-        return sum(_sizes(_tokens(state) * (state.shape[-1] + 4) if self._narrow else state.nbytes))
+    def hides(self, *tensors: torch.Tensor) -> bool:
+        """Whether a layer's forward takes as long as the copies of these, of which the first is its state."""
+        return self._pace is None or self._pace.hides(_bytes(tensors), _tokens(tensors[0]))
+
+    def _fits(self, size, extra, layers=None, state=None):
+        """Whether ``extra`` bytes leave room for a state of ``size`` bytes, now and (or of ``state``) in each of
+        ``layers``."""
+        layers, state = self._layers if layers is None else layers, size if state is None else state
+        return max(self._held + size, self._extra + layers * state) + extra <= self._most()
+
+    def _most(self) -> float:
+        """The most bytes that may be here."""
+        if self._limit is None:
+            self._limit = _SHARE * _free_memory() / _local_processes()
+        return self._limit
 
     def _tell(self, state, size):
         """Log what will wait where, before the first step and where a later one has twice the tokens."""
-        self._told, limit = 2 * state.nbytes, self._bytes()
+        self._told, limit = 2 * state.nbytes, self._most()
         here = min(int(limit // size), self._layers)
         twice = 0 if self._narrow else min(int((limit - here * size) // size), here)
         logger.info(
@@ -102,77 +141,71 @@ class HostStates:
             (self._layers - here) * state.nbytes / 2**30,
         )  # fmt: skip
 
-    def hides(self, *tensors: torch.Tensor) -> bool:
-        """Whether a layer's forward takes as long as the copies of these, of which the first is its state."""
-        return self._pace is None or self._pace.hides(sum(t.nbytes for t in tensors), _tokens(tensors[0]))
-
-    def _fits(self, size, extra, layers=None, state=None):
-        """Whether ``extra`` bytes leave room for a state of ``size`` bytes, now and (or of ``state``) in each of
-        ``layers``."""
-        layers, state = self._layers if layers is None else layers, size if state is None else state
-        return max(self._held + size, self._extra + layers * state) + extra <= self._bytes()
-
-    def _bytes(self):
-        """The most bytes that may be here."""
-        if self._limit is None:
-            self._limit = _SHARE * _free_memory() / _local_processes()
-        return self._limit
+    # -- there and back --------------------------------------------------------------------------------------
 
     def push(self, *tensors: torch.Tensor, own: int = 1) -> Waiting:
         """Keep ``tensors``, which must not change before ``settle``, until they are popped or nobody holds what is
         returned. The first ``own`` of them are a layer's own state."""
-        waiting = Waiting(self._last)
+        waiting = Waiting(self._last, tensors[0].device)
         self._last = weakref.ref(waiting)
-        device, captured, buffers = tensors[0].device, False, []
+        captured = False
         if self._narrow:
             waiting.dtype = tensors[0].dtype
             tensors = quantize_rows(tensors[0])
-        if device.type == _COPIED_FROM:
+        if waiting.device.type == _COPIED_FROM:
             captured = torch.cuda.is_current_stream_capturing()
-            buffers = self._buffers(_sizes(sum(tensor.nbytes for tensor in tensors)), captured)
-        if buffers:
-            tensors = [tensor.contiguous() for tensor in tensors]
-            if self._stream is None:
-                self._stream = torch.cuda.Stream(device)
-            self._stream.wait_stream(torch.cuda.current_stream(device))
-            waiting.device, waiting.buffers = device, buffers
+            waiting.buffers = self._buffers(_sizes(_bytes(tensors)), captured)
+        if waiting.buffers:
+            tensors = tuple(tensor.contiguous() for tensor in tensors)
             waiting.kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
-            with torch.cuda.stream(self._stream), self._timed(tensors, waiting.below() is None):
-                for piece, place in _pieces(tensors, buffers):
+            with self._copying(waiting.device) as copies, self._timed(copies, tensors, waiting.below() is None):
+                for piece, place in _pieces(tensors, waiting.buffers):
                     place.copy_(piece, non_blocking=True)
-            self._leaving.append((tensors, self._stream.record_event()))
+            self._leaving.append((tensors, copies.record_event()))
         else:
             waiting.tensors = list(tensors)
-        size = sum(map(len, buffers)) or _buffer_size(*tensors)
-        sizes = size, size - _buffer_size(*tensors[:own])
-        self._held, self._extra = self._held + sizes[0], self._extra + sizes[1]
-        waiting.release = weakref.finalize(waiting, self._release, sizes, buffers, captured, waiting.fetched)
-        waiting.release.atexit = False
+        size = sum(map(len, waiting.buffers)) or _buffer_size(*tensors)
+        extra = size - _buffer_size(*tensors[:own])
+        self._held, self._extra = self._held + size, self._extra + extra
+        release = weakref.finalize(waiting, self._release, size, extra, waiting.buffers, captured, waiting.fetched)
+        release.atexit = False
+        waiting.release = release
         return waiting
 
-    def _timed(self, tensors, first):
+    @contextmanager
+    def _copying(self, device) -> Iterator[torch.cuda.Stream]:
+        """Within, work goes to the copies' stream, after what the computation has done so far."""
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(device)
+        self._copies.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._copies):
+            yield self._copies
+
+    def _timed(self, copies, tensors, first) -> AbstractContextManager:
         """A context of the copies of these to the host, ``first`` of all."""
         if self._pace is None:
             return nullcontext()
         if first:
             self._pace.interrupt()  # the loss and the backward were computed before
-        return self._pace.copying(self._stream, sum(t.nbytes for t in tensors), _tokens(tensors[0]))
+        return self._pace.copying(copies, _bytes(tensors), _tokens(tensors[0]))
 
     def settle(self) -> None:
         """At the end of a layer, let the computation wait for the copies that it has started."""
+        pace = self._pace
         if not self._leaving:
-            if self._pace is not None:
-                self._pace.interrupt()
+            if pace is not None:
+                pace.interrupt()
             return
-        timed = self._pace is not None and not torch.cuda.is_current_stream_capturing()
+        if pace is not None and torch.cuda.is_current_stream_capturing():
+            pace = None
         stream = torch.cuda.current_stream(self._leaving[-1][0][0].device)
-        if timed:
-            self._pace.ends_layer(stream)
+        if pace is not None:
+            pace.ends_layer(stream)
         for tensors, copied in self._leaving:
             torch.cuda.current_stream(tensors[0].device).wait_event(copied)
         self._leaving.clear()
-        if timed:
-            self._pace.starts_layer(stream)
+        if pace is not None:
+            pace.starts_layer(stream)
 
     def pop(self, waiting: Waiting, fetch_next: bool = True) -> list[torch.Tensor]:
         """Return the tensors on their device and start fetching what was pushed before them, now or by ``fetch_below``."""
@@ -185,7 +218,7 @@ class HostStates:
             self.fetch_below(waiting)
         if self._last() is waiting:
             self._last = waiting.below
-        waiting.tensors = waiting.buffers = None
+        waiting.tensors, waiting.buffers = None, []
         if waiting.dtype is not None:
             rows, scales = tensors
             return [rows.to(waiting.dtype).mul_(scales.to(waiting.dtype))]
@@ -193,26 +226,24 @@ class HostStates:
 
     def fetch_below(self, waiting: Waiting) -> None:
         below = waiting.below()
-        if below is not None:
+        if below is not None and below.buffers:
             self._fetch(below)
 
-    def _fetch(self, waiting):
-        if waiting.tensors is None and waiting.buffers is not None:
+    def _fetch(self, waiting) -> list[torch.Tensor]:
+        if waiting.tensors is None:
             waiting.tensors = [torch.empty(shape, dtype=dtype, device=waiting.device) for shape, dtype in waiting.kinds]
-            # what used this memory before may still run
-            self._stream.wait_stream(torch.cuda.current_stream(waiting.device))
-            with torch.cuda.stream(self._stream):
+            with self._copying(waiting.device) as copies:  # what used this memory before may still run
                 for piece, place in _pieces(waiting.tensors, waiting.buffers):
                     piece.copy_(place, non_blocking=True)
-            waiting.arrived = self._stream.record_event()
-            waiting.fetched.append(waiting.device)
+            waiting.arrived = copies.record_event()
+            waiting.fetched.append((waiting.device, copies))
         return waiting.tensors
 
-    def _release(self, sizes, buffers, captured, fetched):
-        self._held, self._extra = self._held - sizes[0], self._extra - sizes[1]
+    def _release(self, size, extra, buffers, captured, fetched):
+        self._held, self._extra = self._held - size, self._extra - extra
         self._returned[captured] += buffers  # not sorted in here: the collector may call this at any time
-        for device in fetched:  # and never popped: the memory that the copy writes to is about to be free
-            torch.cuda.current_stream(device).wait_stream(self._stream)
+        for device, copies in fetched:  # and never popped: the memory that the copy writes to is about to be free
+            torch.cuda.current_stream(device).wait_stream(copies)
 
     def _buffers(self, sizes, captured):
         """Buffers of such sizes, or none where the system refuses them, whatever it said was free."""
@@ -313,19 +344,13 @@ def _tokens(state):
     return state.numel() // state.shape[-1]
 
 
+def _bytes(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 def _buffer_size(*tensors):
-    return sum(_sizes(sum(tensor.nbytes for tensor in tensors)))
+    return sum(_sizes(_bytes(tensors)))
 
 
-def _nothing():
+def _nothing() -> None:
     """A weak reference's answer when what it referred to is gone."""
-
-
-class Waiting:
-    """Tensors on the host, to be popped."""
-
-    def __init__(self, below):
-        self.below = below
-        self.tensors = self.buffers = self.kinds = self.device = self.arrived = self.release = None
-        self.dtype = None  # of a state that waits in FP8
-        self.fetched = []  # the device, while a copy back to it is under way

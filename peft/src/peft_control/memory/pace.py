@@ -29,15 +29,16 @@ class Pace:
         self._measured: list[float] = []
         self._limit: float | None = None  # bytes a token
         self._timing: Sample | None = None
-        self._timed: Sample | None = None
+        self._timed: tuple[Sample, torch.cuda.Event] | None = None
 
     def hides(self, size: int, tokens: int) -> bool:
         """Whether a layer of so many tokens computes for as long as ``size`` bytes travel; True until it is decided.
 
         Where every run must give the same bits nothing may depend on what was measured.
         """
-        known = self._limit is not None and not torch.are_deterministic_algorithms_enabled()
-        return not known or size <= self._limit * tokens
+        if self._limit is None or torch.are_deterministic_algorithms_enabled():
+            return True
+        return size <= self._limit * tokens
 
     def interrupt(self) -> None:
         """Something else than one layer is computed between the calls before and after this one."""
@@ -63,20 +64,20 @@ class Pace:
         """The computing stream has come to the end of the layer and has not waited for copies yet."""
         timing, self._timing = self._timing, None
         if timing is not None and timing.copies and timing.stream == stream:
-            timing.ended, self._timed = _event(stream), timing
+            self._timed = timing, _event(stream)
 
     def _read(self):
         """Whether another layer is to be timed: the GPU has come to the end of the last one, which then counts."""
-        timed = self._timed
-        if timed is None:
+        if self._timed is None:
             return True
-        if not all(event.query() for event in (timed.ended, *(ended for *_, ended in timed.copies))):
+        timing, ended = self._timed
+        if not all(event.query() for event in (ended, *(ended for *_, ended in timing.copies))):
             return False
         self._timed = None
-        computed = timed.started.elapsed_time(timed.ended)
-        copied = sum(started.elapsed_time(ended) for _, started, ended in timed.copies)
-        size = sum(size for size, *_ in timed.copies)
-        self._measured.append(size * computed / copied / timed.tokens if copied > 0 else math.inf)
+        computed = timing.started.elapsed_time(ended)
+        copied = sum(started.elapsed_time(ended) for _, started, ended in timing.copies)
+        size = sum(size for size, *_ in timing.copies)
+        self._measured.append(size * computed / copied / timing.tokens if copied > 0 else math.inf)
         if len(self._measured) < _SKIPPED + _COUNTED:
             return True
         self._limit = sorted(self._measured[_SKIPPED:])[1]
@@ -90,10 +91,11 @@ class Sample:
 
     stream: torch.cuda.Stream
     started: torch.cuda.Event
-    ended: torch.cuda.Event | None = None
     tokens: int = 0
-    copies: list[tuple] = field(default_factory=list)
+    copies: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
 
-def _event(stream):
-    return stream.record_event(torch.cuda.Event(enable_timing=True))
+def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    stream.record_event(event)
+    return event

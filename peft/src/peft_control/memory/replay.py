@@ -12,7 +12,8 @@ class Drawn:
     """What a forward draws from here on, to be drawn ``again`` in its backward."""
 
     def __init__(self, device: torch.device):
-        self.device, self.states = device, _states(device)
+        self.devices = [device] if device.type == "cuda" else []
+        self.states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.devices)]
 
     def first(self) -> AbstractContextManager:
         """Wraps the forward."""
@@ -21,12 +22,17 @@ class Drawn:
     @contextmanager
     def again(self):
         """Draw as the forward did, and leave the generators as they are."""
-        now = _states(self.device)
-        _set_states(self.states, self.device)
-        try:
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.states[0])
+            for state, device in zip(self.states[1:], self.devices):
+                torch.cuda.set_rng_state(state, device)
             yield
-        finally:
-            _set_states(now, self.device)
+
+
+class Still:
+    """Stands for :class:`Drawn` where nothing is drawn."""
+
+    first = again = staticmethod(nullcontext)
 
 
 class Twins:
@@ -76,21 +82,8 @@ def capturing(twins: dict[nn.Module, Twins]):
         _captured = before
 
 
-def draw(layer: nn.Module, device: torch.device) -> Drawn | Twins:
+def draw(layer: nn.Module, device: torch.device) -> Drawn | Twins | Still:
     """To be called at the start of a layer's forward that draws random numbers."""
     if device.type == "cuda" and layer in _captured and torch.cuda.is_current_stream_capturing():
         return _captured[layer]
     return Drawn(device)
-
-
-def _states(device):
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def _set_states(states, device):
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import mmap
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -28,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
 
 from ..control_layer import ControlLayer
-from .forward import Forward
+from .forward import enter, leave
 from .offload import _free_memory, _local_processes
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ _PIECE = 32 << 20
 
 # Where copies run beside the computation.
 _COPIED_TO = "cuda"
+
+# What torch's DistributedDataParallel asks a module for.
+_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 
 class Place(NamedTuple):
@@ -87,7 +91,6 @@ class Weights:
         # each with a storage of its own, as files of weights are written
         pieces = [torch.from_dlpack(self.buffer[span.start : span.end]) for span in self.spans]
         self.on_host = [span.of(piece) for span, piece in zip(self.spans, pieces)]
-        self.addresses = [tensor.data_ptr() for tensor in self.on_host]
         self.in_slot: list[torch.Tensor] = []
         for place, tensor in zip(places, self.on_host):
             tensor.copy_(place.get())
@@ -125,11 +128,11 @@ class Weights:
         Raises:
             RuntimeError: they are trained, or of another shape or type.
         """
-        for place, tensor, address in zip(self.places, self.on_host, self.addresses):
-            if place.holder is not None and getattr(place.holder, "requires_grad", False):
+        for place, tensor in zip(self.places, self.on_host):
+            if getattr(place.holder, "requires_grad", False):
                 raise RuntimeError("a weight that is streamed is trained since: call set_memory_mode again")
             found = place.get()
-            if found.data_ptr() == address:
+            if found.data_ptr() == tensor.data_ptr():
                 continue
             if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
                 raise RuntimeError("a weight that is streamed has another shape or type since: call set_memory_mode again")
@@ -148,10 +151,39 @@ class Weights:
         versions = [0 if holder.is_inference() else holder._version for holder in holders]
         return [*versions, *(list(tuner.merged_adapters) for tuner in self.tuners)]  # merging writes past all versions
 
-    def give_back(self) -> None:
+    def apply(self, function: Callable, recurse: bool = True) -> nn.Module:
+        """Stands for the layer's ``_apply`` (``to``, ``cuda``), and leaves what is streamed where it is.
+
+        Raises:
+            RuntimeError: it would change the weights' type.
+        """
+        for dtype in {tensor.dtype for tensor in self.on_host}:
+            if function(torch.empty(0, dtype=dtype)).dtype != dtype:
+                raise RuntimeError("weights that are streamed keep their type: set_memory_mode(model, 'plain') first")
+        streamed = {id(place.holder) for place in self.places}
+        for module in list(self.layer.modules()):
+            hidden = {name: p for name, p in module._parameters.items() if id(p) in streamed}
+            if not hidden:
+                type(module)._apply(module, function, False)
+                continue
+            module._parameters.update(dict.fromkeys(hidden))
+            try:
+                nn.Module._apply(module, function, False)
+            finally:
+                module._parameters.update(hidden)
+        return self.layer
+
+    def start(self) -> None:
+        enter(self.layer, self, "memory_weights")
+        vars(self.layer)["_apply"] = self.apply
+
+    def stop(self) -> None:
         """Put the weights where they were before, or leave them on the host if they were there."""
         for place, tensor, origin in zip(self.places, self.on_host, self.origins):
             place.set(tensor.to(origin))
+        self.in_slot = []
+        vars(self.layer).pop("_apply", None)
+        leave(self.layer, "memory_weights")
 
 
 class Slot:
@@ -165,7 +197,7 @@ class Slot:
     def __init__(self, size: int, device: torch.device):
         self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
         self.holds: Weights | None = None
-        self.arrived: torch.cuda.Event | None = None
+        self.arrived: torch.cuda.Event | torch.Event | None = None
 
 
 class WeightStream:
@@ -191,7 +223,7 @@ class WeightStream:
             self.stop()
             raise
         for weights in self.layers:
-            _stand_on(weights)
+            weights.start()
 
     def __reduce__(self):
         raise TypeError("a model whose weights are streamed cannot be copied: set_memory_mode(model, 'plain') first")
@@ -242,9 +274,7 @@ class WeightStream:
         if backward:
             torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
         slot = self._fetch(weights)
-        if self._copies is not None:
-            now = torch.cuda.current_stream(self.device)
-            now.wait_event(slot.arrived)
+        self._wait_for(slot)
         weights.hang(weights.in_slot)
         self._held = weights
         taken = {weights.index % self.resident}
@@ -254,7 +284,7 @@ class WeightStream:
             taken.add(index % self.resident)
             self._fetch(self.layers[index])
         if self._copies is not None:
-            self._used_on = now
+            self._used_on = torch.cuda.current_stream(self.device)
 
     def _upcoming(self, index, backward):
         """The other layers in the order in which they will run, as far as one can tell."""
@@ -280,6 +310,11 @@ class WeightStream:
                 slot.arrived = self._copies.record_event()
             slot.holds = weights
         return slot
+
+    def _wait_for(self, slot):
+        """Let the computation wait for the copy into a slot."""
+        if slot.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(slot.arrived)
 
     def _let_go(self):
         held, self._held = self._held, None
@@ -318,8 +353,7 @@ class WeightStream:
             slot = self._slots[weights.index % self.resident]
             slot.holds = None
             self._fetch(weights)
-            if self._copies is not None:
-                torch.cuda.current_stream(self.device).wait_event(slot.arrived)
+            self._wait_for(slot)
 
     def synchronize(self) -> None:
         """Wait for all copies."""
@@ -333,9 +367,7 @@ class WeightStream:
             torch.cuda.synchronize(self.device)
         self._slots.clear()
         for weights in self.layers:
-            weights.give_back()
-            weights.in_slot = []
-            _stand_off(weights.layer)
+            weights.stop()
         self.layers.clear()  # they hold this object, and gigabytes that should not wait for a garbage collection
         if self._registered is not None:
             self._registered()
@@ -412,19 +444,12 @@ def _frozen_places(model, is_layer):
         raise ValueError(
             "accelerate moves this model's weights (device_map, CPU offload): load it on one device to stream them"
         )
-    owners: dict[int, set] = {}
-    inside: dict[nn.Module, nn.Module] = {}
-    for layer in layers:
-        inside.update((module, layer) for module in layer.modules() if module not in inside)
-    for layer in (*layers, None):
-        modules = model.modules() if layer is None else layer.modules()
-        for module in modules:
-            if layer is not None or module not in inside:
-                for parameter in module._parameters.values():
-                    owners.setdefault(id(parameter), set()).add(layer)
+    inside = {module for layer in layers for module in layer.modules()}
+    owners = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
+    owners.update({id(p) for module in model.modules() if module not in inside for p in module._parameters.values()})
     found = {}
     for layer in layers:
-        parameters = [p for p in _frozen_parameters(layer) if len(owners[id(p)]) == 1 and p.numel()]
+        parameters = [p for p in _frozen_parameters(layer) if owners[id(p)] == 1 and p.numel()]
         if places := [place for parameter in dict.fromkeys(parameters) for place in _places(parameter)]:
             found[layer] = places
     if not found:
@@ -475,57 +500,6 @@ def _check_room(layers):
     return free
 
 
-# -- a layer ----------------------------------------------------------------------------------------------------
-
-# What torch's DistributedDataParallel asks a module for.
-_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
-
-
-def _stand_on(weights):
-    layer = weights.layer
-    if not isinstance(vars(layer).get("forward"), Forward):
-        layer.forward = Forward(layer)
-    layer.memory_weights = weights
-    layer._apply = Unmoved(weights)
-
-
-def _stand_off(layer):
-    vars(layer).pop("memory_weights", None)
-    vars(layer).pop("_apply", None)
-    forward = vars(layer).get("forward")
-    if isinstance(forward, Forward) and "memory_plan" not in vars(layer):
-        forward.leave()
-
-
-class Unmoved:
-    """A layer's ``_apply`` (``to``, ``cuda``), which leaves what is streamed where it is.
-
-    Raises:
-        RuntimeError: it would change the weights' type.
-    """
-
-    def __init__(self, weights: Weights):
-        self.weights = weights
-
-    def __call__(self, function: Callable, recurse: bool = True) -> nn.Module:
-        weights = self.weights
-        for dtype in {tensor.dtype for tensor in weights.on_host}:
-            if function(torch.empty(0, dtype=dtype)).dtype != dtype:
-                raise RuntimeError("weights that are streamed keep their type: set_memory_mode(model, 'plain') first")
-        streamed = {id(place.holder) for place in weights.places}
-        for module in list(weights.layer.modules()):
-            hidden = {name: p for name, p in module._parameters.items() if id(p) in streamed}
-            if not hidden:
-                type(module)._apply(module, function, False)
-                continue
-            module._parameters.update(dict.fromkeys(hidden))
-            try:
-                nn.Module._apply(module, function, False)
-            finally:
-                module._parameters.update(hidden)
-        return weights.layer
-
-
 def _is_filled(cache):
     try:
         return bool(cache.get_seq_length())
@@ -568,7 +542,7 @@ def _page_lock(buffers, owner):
     for buffer in buffers:
         size = -(-buffer.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
+            torch.cuda.check_error(_cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
         except RuntimeError as error:
             unlock()
             total = _gib(sum(buffer.nbytes for buffer in buffers))
@@ -580,7 +554,11 @@ def _page_lock(buffers, owner):
 def _unlock(buffers):
     torch.cuda.synchronize()  # copies may still read them
     for buffer in buffers:
-        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+        _cudart().cudaHostUnregister(buffer.data_ptr())
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()
 
 
 def _gib(count):
