@@ -10,10 +10,11 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..fp8_kernels import compute_dtype
 from . import kernels
 from .control import AddControl, control_backward, control_hidden
 from .exact import Parameters
-from .linear import compute_dtype, input_gradient, is_frozen_linear, keeps_nothing, outputs
+from .linear import input_gradient, is_frozen_linear, keeps_nothing, outputs
 from .mlp import tokens
 
 

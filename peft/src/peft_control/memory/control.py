@@ -10,9 +10,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from ..control_layer import ControlLayer
+from ..fp8_kernels import compute_dtype
 from . import kernels
 from .exact import Parameters
-from .linear import compute_dtype
 
 
 def tuner_setting(tuner: Any) -> tuple:

@@ -10,7 +10,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..fp8 import Fp8Linear, compute_dtype, quantize_rows
+from ..fp8 import Fp8Linear
+from ..fp8_kernels import compute_dtype, quantize_rows
 from .exact import is_as_written
 
 #: Where transformers has the layers of bases that are stored in FP8 with a scale a block (`weight_scale_inv`).

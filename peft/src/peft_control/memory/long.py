@@ -28,12 +28,13 @@ import torch
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from ..fp8 import Fp8Linear
+from ..fp8_kernels import compute_dtype
 from . import kernels
 from .attention import attend
 from .control import add_control, control_backward, control_draws, control_hidden, control_parameters
 from .exact import is_as_written
 from .layers import Call
-from .linear import cast_once, compute_dtype, input_gradient, is_frozen_linear, of_ready, ready, rows_are_apart, rows_of
+from .linear import cast_once, input_gradient, is_frozen_linear, of_ready, ready, rows_are_apart, rows_of
 from .mlp import tokens
 
 #: From so many tokens on. With fewer, larger matmuls count for more than memory does.

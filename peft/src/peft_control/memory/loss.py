@@ -13,11 +13,12 @@ from torch.autograd.function import once_differentiable
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..fp8_kernels import compute_dtype
 from . import kernels
 from .exact import is_as_written
 from .graphs import StepGraphs
 from .layers import replays_random_numbers
-from .linear import compute_dtype, dense_weight, is_known_linear
+from .linear import dense_weight, is_known_linear
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -17,9 +17,10 @@ from torch import nn
 from transformers.activations import GELUActivation, GELUTanh
 
 from ..fp8 import FORMATS, Fp8Linear
+from ..fp8_kernels import compute_dtype
 from . import kernels
 from .control import add_control, control_hidden
-from .linear import cast_once, compute_dtype, input_gradient, is_frozen_linear, outputs
+from .linear import cast_once, input_gradient, is_frozen_linear, outputs
 
 
 class Mlp:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from ..fp8 import quantize_rows
+from ..fp8_kernels import quantize_rows
 from .pace import Pace
 
 logger = logging.getLogger(__name__)
