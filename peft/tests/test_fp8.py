@@ -155,6 +155,12 @@ def test_lora_over_it_is_not_merged():
     model = get_peft_model(quantize_fp8(build("llama")), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(RuntimeError):
         model.merge_and_unload()
+    mixed = adapted(quantize_fp8(build("llama")), target_modules=["q_proj"], use_dora=True)  # whose weights peft would write
+    before = {name: weight.clone() for name, weight in mixed.state_dict().items()}
+    for merge in (mixed.merge_and_unload, mixed.merge_adapter):
+        with pytest.raises(ValueError, match="load the base in 16 bits and merge there"):
+            merge()
+    assert all(torch.equal(weight, before[name]) for name, weight in mixed.state_dict().items())
 
 
 def test_gradients_are_those_of_the_stored_weights_but_for_rounding():
