@@ -75,10 +75,11 @@ def test_what_cannot_run(arguments, text, monkeypatch, capsys):
     assert text in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
-def test_help(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["peft_control", "--help"])
+@pytest.mark.parametrize("command", ["", "architectures", "export"])
+def test_help(monkeypatch, capsys, command):
+    monkeypatch.setattr(sys, "argv", ["peft_control", *command.split(), "--help"])
     with pytest.raises(SystemExit) as exit_:
         main()
-    assert exit_.value.code is None
+    assert not exit_.value.code
     printed = capsys.readouterr().out
-    assert "usage: python -m peft_control" in printed and "lm_eval" in printed
+    assert f"usage: python -m peft_control {command}" in printed and ("lm_eval" in printed) == (not command)
