@@ -31,6 +31,22 @@ sort_words() {
     OPTIONS=("$@")
 }
 
+# Take the option --$1 out of the array OPTIONS, and the words after it into the array $2, which else stays as it is.
+take_words() {
+    local word taking= left=()
+    local -n taken=$2
+    for word in ${OPTIONS[@]+"${OPTIONS[@]}"}; do
+        if [[ $word == "--$1" ]]; then
+            taking=yes taken=()
+        elif [[ $taking && $word != --* ]]; then
+            taken+=("$word")
+        else
+            taking='' left+=("$word")
+        fi
+    done
+    OPTIONS=(${left[@]+"${left[@]}"})
+}
+
 # The words of variable $1, with quotes around spaces, as the array $2.
 words() {
     local text
