@@ -120,8 +120,7 @@ def test_no_readme_script_or_launcher_is_forgotten():
     run = " ".join(parameter.values[0] for parameter in (*commands(), *shown_by_scripts()))
     launchers = [path for folder in ("RoBERTa", "ViT", "LlaMA", "QControl") for path in (REPOSITORY / folder).glob("*_*.sh")]
     missing = [path.name for path in launchers if f"{path.parent.name}/{path.name}" not in run]
-    # which LlaMA/tests/test_launchers.py runs
-    assert missing == ["compare_memory_modes.sh"], "no README or help shows a command with the launcher"
+    assert not missing, "no README or help shows a command with the launcher"
 
 
 # -- launchers' defaults ----------------------------------------------------------------------------------------
