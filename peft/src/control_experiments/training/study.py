@@ -29,7 +29,7 @@ from transformers.hf_argparser import HfArg
 from ..errors import UserError
 from ..record import read_record
 from .arguments import check_numbers, parse_arguments
-from .rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
+from .rates import SEARCH_FOLDER, SEARCH_SEED, choose_rate
 from .work import share_out
 
 #: Options whose record says what "auto" came to.
@@ -233,13 +233,13 @@ class Study(ABC):
                     scores[rate] = statistics.fmean(self._scores[cell] for cell in cells)
             if left:
                 return left
-            chosen = choose_rates({key: {str(rate): scores[rate] for rate in rates}}, notes, self.model).get(key)
-            best = rates[0] if chosen is None else float(chosen)
+            chosen = choose_rate({rate: scores[rate] for rate in rates}, notes, self.model, *key)
+            best = rates[0] if chosen is None else chosen
             if grown == self.options.growth or len(rates) < 2 or best not in (rates[0], rates[-1]):
                 break
             low = best == rates[0]
             rates = [beyond(rates[0], rates[1]), *rates] if low else [*rates, beyond(rates[-1], rates[-2])]
-        self._chosen[task, arm] = None if chosen is None else float(chosen)
+        self._chosen[task, arm] = chosen
         if chosen is not None:
             print(f"{arm.text} on {key[0]}: lr {chosen} is chosen", flush=True)
         return []
