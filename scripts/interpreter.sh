@@ -72,6 +72,21 @@ check_recipe() {
     fi
 }
 
+# Run a command and wait for it, which a signal ends, and this script with it.
+run_child() {
+    "$@" &
+    child=$!
+    trap 'stop_child 130' INT
+    trap 'stop_child 143' TERM
+    wait "$child"
+}
+
+stop_child() {
+    kill "$child" 2>/dev/null || true
+    wait "$child" || true
+    exit "$1"
+}
+
 # Say what is run, and become it.
 run_command() {
     printf 'running:'

@@ -25,16 +25,17 @@ if [[ -n ${MODEL:-} && ${#bases[@]} != 1 ]]; then
     exit 2
 fi
 
+for base in "${bases[@]}"; do
+    if [[ $base != llama2_7b && $base != llama3_8b ]]; then
+        echo "error: the commonsense table has no '$base': choose from llama2_7b llama3_8b" >&2
+        exit 2
+    fi
+done
+
 failed=0
 for base in "${bases[@]}"; do
-    case $base in
-        llama2_7b) model=meta-llama/Llama-2-7b-hf lr=2e-4 batch=8 batch_of_mixed=4 micro_batch=4 ;;
-        llama3_8b) model=meta-llama/Meta-Llama-3-8B lr=1e-4 batch=6 batch_of_mixed=6 micro_batch=3 ;;
-        *)
-            echo "error: the commonsense table has no '$base': choose from llama2_7b llama3_8b" >&2
-            exit 2
-            ;;
-    esac
+    model=meta-llama/Llama-2-7b-hf lr=2e-4 batch=8 batch_of_mixed=4 micro_batch=4
+    if [[ $base == llama3_8b ]]; then model=meta-llama/Meta-Llama-3-8B lr=1e-4 batch=6 batch_of_mixed=6 micro_batch=3; fi
     arms=()
     for method in "${methods[@]}"; do
         if [[ $method == control+lora && $batch != "$batch_of_mixed" && -z ${BATCH:-} ]]; then
@@ -43,9 +44,8 @@ for base in "${bases[@]}"; do
         arms+=("$method")
     done
     micro_batch=${MICRO_BATCH:-$micro_batch}
-    MODEL=${MODEL:-$model} LR=${LR:-$lr} BATCH=${BATCH:-$batch} MICRO_BATCH=$micro_batch \
-        TOKEN_BUDGET=${TOKEN_BUDGET:-$((micro_batch * ${CUTOFF:-256}))} \
+    run_child env MODEL="${MODEL:-$model}" LR="${LR:-$lr}" BATCH="${BATCH:-$batch}" MICRO_BATCH="$micro_batch" \
+        TOKEN_BUDGET="${TOKEN_BUDGET:-$((micro_batch * ${CUTOFF:-256}))}" \
         bash "$root/LlaMA/run_study.sh" 0 --gpus all --methods "${arms[@]}" ${OPTIONS[@]+"${OPTIONS[@]}"} || failed=$?
-    if ((failed > 128)); then exit "$failed"; fi # a signal
 done
 exit "$failed"

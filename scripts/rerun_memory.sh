@@ -47,36 +47,30 @@ take_words gpus gpus
 results=("$root/results")
 take_words results results
 dry_run=(no)
-take_words dry_run dry_run    # empty once it is given: no words follow it
+take_words dry_run dry_run    # no longer "no" once it is given
 if ((${#gpus[@]} != 1)); then
     echo "error: --gpus takes one GPU here: start it once on each, with --tasks of its own" >&2
     exit 2
 fi
 
-# a signal ends what is being measured, and nothing begins after it
-stop() {
-    kill "$child" 2>/dev/null || true
-    wait "$child" || true
-    exit "$1"
-}
+for task in "${tasks[@]}"; do
+    if ! grep -q "^$task " <<<"$BENCHMARKS"; then
+        echo "error: the memory table has no '$task': choose from$(awk '{printf " %s", $1}' <<<"$BENCHMARKS")" >&2
+        exit 2
+    fi
+done
+
 failed=()
 for seed in "${seeds[@]}"; do
     for task in "${tasks[@]}"; do
-        if ! line=$(grep "^$task " <<<"$BENCHMARKS"); then
-            echo "error: the memory table has no '$task': choose from$(awk '{printf " %s", $1}' <<<"$BENCHMARKS")" >&2
-            exit 2
-        fi
-        read -r _ folder shape how <<<"$line"
+        read -r _ folder shape how < <(grep "^$task " <<<"$BENCHMARKS")
         if [[ $seed != 1 ]]; then folder=repeat$seed/$folder; fi
         # shellcheck disable=SC2206  # the options are words
-        command=("$PYTHON" -m scripts.bench_memory --shape "$shape" $how --device "${gpus[0]}" --output "${results[0]}/memory/$folder" "${OPTIONS[@]}")
+        command=("$PYTHON" -m scripts.bench_memory --shape "$shape" $how --device "${gpus[0]}"
+            --output "${results[0]}/memory/$folder" ${OPTIONS[@]+"${OPTIONS[@]}"})
         printf '+%s\n' "$(printf ' %q' "${command[@]}")"
-        if ((${#dry_run[@]} == 0)); then continue; fi
-        "${command[@]}" &
-        child=$!
-        trap 'stop 130' INT
-        trap 'stop 143' TERM
-        wait "$child" || failed+=("$task (repeat $seed)")
+        if [[ ${dry_run[*]-} != no ]]; then continue; fi
+        run_child "${command[@]}" || failed+=("$task (repeat $seed)")
     done
 done
 if ((${#failed[@]})); then

@@ -64,10 +64,11 @@ def test_bad_arguments_are_one_line(launch, words, message):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_what_is_measured_and_nothing_begins_after_it(launching, stub, number, code):
+@pytest.mark.parametrize("call", [MEMORY, ("scripts/rerun_commonsense.sh", "--gpus", "cpu")], ids=["memory", "commonsense"])
+def test_a_signal_ends_what_is_running_and_nothing_begins_after_it(launching, stub, call, number, code):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(**launching(*MEMORY, PYTHON=stub, TAKES=60), **how) as launcher:
+    with subprocess.Popen(**launching(*call, PYTHON=stub, TAKES=60), **how) as launcher:
         command, measuring = (launcher.stdout.readline() for _ in range(2))
         assert command.startswith("+ ") and measuring.startswith("measuring")
         launcher.send_signal(number)
