@@ -217,10 +217,10 @@ def test_comparison_with_batch_one(run, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("--control_rank", 8), "control_rank 4, but control+lora with control_rank 8"),
-        (("--lora_rank", 3), "lora_rank 2, but control+lora with lora_rank 3"),
-        (("--method", "double control"), "control_blocks"),
-        (("--method", "lora"), "method control, but lora"),
+        (("--control_rank", 8), "control_rank 4, but 8 was asked for"),
+        (("--lora_rank", 3), "lora_rank 2, but 3 was asked for"),
+        (("--method", "double control"), "method control+lora, but double control"),
+        (("--method", "lora"), "method control+lora, but lora was asked for"),
         (("--adapter", "nowhere"), "nowhere is no adapter folder"),
         (("--tasks", "glue"), "unknown task 'glue'"),
         (("--data", "nowhere"), "cannot read nowhere"),

@@ -100,20 +100,6 @@ def test_the_table_script_runs_all_methods(started):
     assert any("out/double-control-seed42/adapter" in words for words in calls)
 
 
-def test_memory_modes_are_compared(launch_here, model_folder, data, tmp_path):
-    launch_here(
-        "LlaMA/compare_memory_modes.sh", tmp_path / "out", "cpu", "--held_out", 4, "--control_rank", 4, "--warmup_steps", 0,
-        MODEL=model_folder, TRAIN_DATA=data / "train.json", STEPS=4, EVAL_STEPS=2, BATCH=4, MICRO_BATCH=4, LR=0.03,
-        MODES="lean",
-    )  # fmt: skip
-    lines = (tmp_path / "out" / "curves.md").read_text().splitlines()
-    rows = [line.split(" | ") for line in lines if "record.json" in line]
-    distances = {row[0].split("]")[0].strip("| ["): float(row[2]) for row in rows}
-    assert list(distances) == ["plain", "lean", "other-seed"]
-    assert max(distances["plain"], distances["lean"]) <= 1e-3 < distances["other-seed"]
-    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
-
-
 #: In the place of the interpreter: says that it runs, and upon a signal which one, a moment later.
 STUB = """#!{python}
 import signal, sys, time
@@ -130,7 +116,6 @@ LAUNCHERS = {
     "LlaMA/llama2_7B_Control+LoRA.sh": (4, 2, 4, "out", "cpu"),
     "LlaMA/llama3_8B_Evaluate.sh": (4, 2, 4, "out", "cpu", "control+lora"),
     "LlaMA/run_smollm2_table.sh": ("out", "cpu"),
-    "LlaMA/compare_memory_modes.sh": ("out", "cpu"),
     "QControl/run_llama_quantization.sh": ("control", 4, 2, 4, "out", "cpu"),
 }
 

@@ -11,7 +11,7 @@ from LlaMA.commonsense import TASKS
 def test_a_study_searches_on_training_questions_and_asks_the_test_sets(call, data, model_folder, tmp_path):
     output = tmp_path / "published" / "llama" / "tiny"
     words = (
-        "--model", model_folder, "--data", data / "train.json", "--device", "cpu", "--output_dir", output, "--generate",
+        "--model", model_folder, "--data", data / "train.json", "--device", "cpu", "--output_dir", output, "--generate", "first",
         "--methods", "zero-shot", "lora", "double control:control_rank=8", "shadow:lora_rank=4", "--seeds", 1, 2,
         "--grid", "1e-3", "1e-2", "--search_steps", 1, "--search_share", 0.25, "--epochs", 1, "--held_out", 4,
         "--warmup_steps", 1, "--batch_size", 16, "--micro_batch_size", 16, "--limit", 3,

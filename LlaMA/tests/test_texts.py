@@ -2,16 +2,13 @@
 
 import json
 import random
-import re
 import shutil
-from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from control_experiments.errors import UserError
 from control_experiments.record import read_record
-from LlaMA import python_sources
 from LlaMA.commonsense import IGNORE, Row, tokenize_rows
 from LlaMA.tests.conftest import NOUNS, assert_same_adapters, training_options
 from LlaMA.texts import Chat, Text, read_data, tokenize_data
@@ -206,21 +203,3 @@ def test_rows_beyond_the_models_positions(call, model_folder, texts, tokenizer, 
     tokenizer.save_pretrained(tmp_path / "gpt2")
     words = arguments(tmp_path / "gpt2", tmp_path / "none", *more, "--memory", "plain")
     assert "has no more positions: choose --cutoff 128 or less" in call("LlaMA.finetune", *words).refused()
-
-
-def test_the_librarys_texts_share_no_module(call, tmp_path):
-    library = tmp_path / "lib"
-    shared = ("json/__init__.py", "json/decoder.py", "zipfile/core.py", "abc.py", "ast.py")
-    for name in (*shared, "site-packages/own.py", "test/more.py"):
-        (library / name).parent.mkdir(parents=True, exist_ok=True)
-        (library / name).write_text(f"print('{name}')\n")
-    assert "M characters for validation" in call("LlaMA.python_sources", "--output_dir", tmp_path / "all").finished().out
-    parts = {part: [*(tmp_path / "all" / part).iterdir()] for part in ("train", "validation")}
-    named = {part: re.findall(r"^# (\S+\.py)\n\n", "".join(map(Path.read_text, files)), re.M) for part, files in parts.items()}
-    assert len(named["validation"]) >= 20 and len(named["train"]) > 5 * len(named["validation"])
-    assert not {*named["train"]} & {*named["validation"]} and "json/decoder.py" in [*named["train"], *named["validation"]]
-    assert {*python_sources.texts(library)} == {"json", "zipfile", "modules_a"}
-    assert python_sources.texts(library)["json"].index("__init__") < python_sources.texts(library)["json"].index("decoder")
-    for option, said in (("--output_dir", "is there already"), ("--sources", "too few modules")):
-        more = (option, tmp_path / "all")
-        assert said in call("LlaMA.python_sources", "--output_dir", tmp_path / "other", *more).refused()

@@ -11,7 +11,7 @@ import pytest
 from control_experiments.errors import UserError
 from control_experiments.record import read_record
 from control_experiments.reporting.records import load
-from control_experiments.training.rates import choose_rates
+from control_experiments.training.rates import choose_rate
 from ViT.images import OnDemand, hold_out, load_data
 
 
@@ -139,8 +139,8 @@ def test_a_study_does_not_mix_two_forms_of_miss(table, tmp_path):
 
 
 def test_the_smallest_of_equal_rates_is_chosen(tmp_path):
-    scores = {("data", "probe"): {"0.002": 50.0, "0.001": 50.0, "0.0005": 49.0, "0.004": None}}
-    assert choose_rates(scores, tmp_path / "search" / "model.json", "model") == {("data", "probe"): "0.001"}
+    scores = {0.002: 50.0, 0.001: 50.0, 0.0005: 49.0, 0.004: None}
+    assert choose_rate(scores, tmp_path / "search" / "model.json", "model", "data", "probe") == 0.001
 
 
 @pytest.mark.parametrize(
