@@ -12,19 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from control_experiments.paths import REPOSITORY
-
-#: Scripts whose commands are only parsed here, and why.
-ONLY_PARSED = {
-    "scripts/download_models.py": "needs a package index; scripts/tests/test_download_models.py has one of its own",
-    "LlaMA/convert.py": "needs a GGUF file; LlaMA/tests/test_finetune.py converts one where there is one",
-    "RoBERTa/download_glue.py": "needs a network",
-    "scripts/bench_scaling.py": "starts several processes for each cell; scripts/tests/test_bench_scaling.py runs it",
-    "scripts/quickstart_table.py": "needs the quickstart's runs; scripts/tests/test_quickstart_table.py makes some",
-}
+#: Scripts whose commands are only parsed here; their own tests run them (or they need a network).
+ONLY_PARSED = (
+    "scripts/bench_kernels.py", "scripts/bench_memory.py", "scripts/bench_scaling.py", "scripts/make_tables.py", "scripts/rerun.py",
+    "scripts/quickstart_table.py", "scripts/download_models.py", "LlaMA/convert.py", "RoBERTa/download_glue.py",
+)  # fmt: skip
 CPU = ("--device", "cpu")
 #: Scripts that have no --device.
-NO_DEVICE = ("scripts/make_tables.py", "scripts/rerun.py", "ViT/figures.py", "RoBERTa/demo_task.py", "LlaMA/python_sources.py")
+NO_DEVICE = ("ViT/figures.py", "RoBERTa/demo_task.py", "LlaMA/python_sources.py")
 #: Scripts -> arguments that make their commands small; {name} stands for an input, {out} for a folder of the test's own.
 SMALL = {
     "RoBERTa/finetune.py": "--model {encoder} --max_steps 1 --epochs 1 --batch_size 4 --precision fp32 --output_dir {out}",
@@ -48,54 +43,44 @@ SMALL = {
     "LlaMA/benchmark_throughput.py": "--data {questions}/train.json --steps 1 --warmup 0 --batch_size 4 --large_batch 8 "
     "--micro_batch_size 2 --cutoff 64 --control_rank 4 --lora_rank 2 --output_dir {out}",
     "QControl/gradient_error.py": "--model {llama} --data {questions}/train.json --rows 2 --bases bf16 --output_dir {out}",
-    "scripts/bench_memory.py": "--batch 1 --steps 1 --warmup 0",
-    "scripts/bench_kernels.py": "--peers torch --tokens 8 --vocabulary 99 --repeats 2 --output {out}/kernels.json",
-    "scripts/make_tables.py": "--results {out}",
-    "scripts/rerun.py": "--dry_run",  # its cells are run by scripts/tests/test_rerun.py
     "ViT/figures.py": "",
     "RoBERTa/demo_task.py": "",
 }  # fmt: skip
-
-
-def import_script(path: Path):
-    """The module of a script."""
-    return importlib.import_module(f"{path.parent.name}.{path.stem}")
 
 
 class Runner:
     """Runs calls of scripts in this process, on tiny models and data (`inputs` of SMALL); the same call is run once."""
 
     def __init__(self, root: Path, **inputs: object):
-        self.inputs, self.root, self.done, self.count = inputs, root, set(), 0
+        self.inputs, self.root, self.done = inputs, root, set()
 
-    def run(self, path: Path, arguments: list[str], monkeypatch) -> None:
-        """Run the script at `path` in its smallest form; an error of it is raised."""
-        name = path.relative_to(REPOSITORY).as_posix()
-        self.count += 1
-        out = self.root / f"out{self.count}"
+    def run(self, name: str, arguments: list[str], monkeypatch) -> None:
+        """Run the script of this name in its smallest form; an error of it is raised."""
+        out = self.root / f"out{len(list(self.root.iterdir()))}"
         out.mkdir()
-        arguments = [*arguments, *self._small(name, out), *(() if name in NO_DEVICE else CPU)]
-        arguments = getattr(self, f"_{path.parent.name}_{path.stem}", lambda given, out: given)(arguments, out)
+        arguments = [*arguments, *self._small(name, out)]
+        place = name.removesuffix(".py").replace("/", "_")
+        arguments = getattr(self, f"_{place}", lambda given, out: given)(arguments, out)
         monkeypatch.chdir(out)
-        self._call(path, arguments, monkeypatch)
+        self._call(name, arguments, monkeypatch)
 
     def _small(self, name: str, out: Path) -> list[str]:
-        return SMALL[name].format(**self.inputs, out=out).split()
+        return [*SMALL[name].format(**self.inputs, out=out).split(), *(() if name in NO_DEVICE else CPU)]
 
-    def _call(self, path: Path, arguments: list[str], monkeypatch) -> None:
-        key = (path, *(word for word in arguments if not word.startswith(str(self.root / "out"))))
+    def _call(self, name: str, arguments: list[str], monkeypatch) -> None:
+        key = (name, *(word for word in arguments if not word.startswith(str(self.root / "out"))))
         if key not in self.done:
             self.done.add(key)
-            monkeypatch.setattr(sys, "argv", [str(path), *arguments])
-            import_script(path).main()
+            monkeypatch.setattr(sys, "argv", [name, *arguments])
+            importlib.import_module(name.removesuffix(".py").replace("/", ".")).main()
 
     def _trained(self, domain: str, *method: str) -> Path:
         """The folder of a run of the domain's finetune.py."""
-        folder = self.root / "_".join(["trained", domain, *method]).replace(" ", "_")
+        folder, script = self.root / "_".join(["trained", domain, *method]).replace(" ", "_"), f"{domain}/finetune.py"
         if not folder.exists():
-            words = [*self._small(f"{domain}/finetune.py", folder), *CPU, "--output_dir", str(folder)]
+            words = [*self._small(script, folder), "--output_dir", str(folder), *(["--method", *method] if method else [])]
             with pytest.MonkeyPatch.context() as patch:
-                self._call(REPOSITORY / domain / "finetune.py", [*words, *(["--method", *method] if method else [])], patch)
+                self._call(script, words, patch)
         return folder
 
     # -- what depends on the call
@@ -132,18 +117,3 @@ class Runner:
 
     def _LlaMA_benchmark_throughput(self, given: list[str], out: Path) -> list[str]:
         return [*given, *(["--model", str(self.inputs["llama"])] if "--model" in given else ["--shape", "tiny"])]
-
-    def _scripts_bench_memory(self, given: list[str], out: Path) -> list[str]:
-        """One method, in this process."""
-        shape = given[given.index("--shape") + 1] if "--shape" in given else "llama3-8b"
-        tiny = {"vit-b16": "tiny-vit", "roberta-base": "tiny-roberta"}.get(shape, "tiny")
-        method = given[given.index("--methods") + 1] if "--methods" in given else "control:lean"
-        method = method.replace("+liger", "").replace("+graphs", "")
-        unwanted = ("--limit", "--speed_at", "--lengths", *(["--tokens"] if tiny == "tiny-vit" else []))
-        for option in unwanted:  # of a GPU's memory; a tiny model's are few
-            if option in given:
-                first = given.index(option)
-                last = next((n for n, word in enumerate(given) if n > first and word.startswith("--")), len(given))
-                del given[first:last]
-        given = [*given, "--shape", tiny, "--methods", method, "--worker", method]
-        return given if tiny == "tiny-vit" else [*given, "--tokens", "8"]

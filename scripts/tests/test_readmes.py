@@ -1,12 +1,12 @@
 """Every command of every README and of the scripts' own help, and every launcher's defaults.
 
 Commands run for real up to the Python script: the interpreter (and torchrun, accelerate) only notes how it is called. Each
-call is then parsed by the script's own options, so that a renamed option or a value of the wrong type fails here, and run in
-this process in its smallest form (smallest.py).
+call is then parsed by the script's own options, so that a renamed option or a value of the wrong type fails here. Commands of
+the domains then run in this process in their smallest form (smallest.py).
 """
 
 import re
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 
@@ -14,8 +14,10 @@ from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.record import read_json
 from control_experiments.training.arguments import parse_arguments
 from LlaMA.tests.conftest import data, model_folder, rows, tokenizer  # noqa: F401
+from RoBERTa import encoder
 from RoBERTa.tests.conftest import encoders, write_glue  # noqa: F401
-from scripts.tests.smallest import ONLY_PARSED, SMALL, Runner, import_script
+from scripts.catalogue import parse_method
+from scripts.tests.smallest import ONLY_PARSED, SMALL, Runner
 from ViT.tests.conftest import base_model, npz  # noqa: F401
 
 READMES = sorted(path for path in REPOSITORY.glob("*/README.md") if not path.parent.name.startswith("."))
@@ -59,17 +61,16 @@ def shown_by_scripts() -> list:
     return found
 
 
-def script_and_arguments(call: list[str]) -> tuple[Path, list[str]]:
+def script_and_arguments(call: list[str]) -> tuple[str, list[str]]:
     """The Python script of a call of python, torchrun or accelerate launch, and what is passed on to it."""
     place = call.index("-m") + 1
-    return REPOSITORY / (call[place].replace(".", "/") + ".py"), call[place + 1 :]
+    return call[place].replace(".", "/") + ".py", call[place + 1 :]
 
 
 def parsed(call: list[str]):
     """The script's options as the call sets them."""
-    path, arguments = script_and_arguments(call)
-    assert path.is_file(), f"{path} does not exist"
-    script = import_script(path)
+    name, arguments = script_and_arguments(call)
+    script = import_module(name.removesuffix(".py").replace("/", "."))
     if hasattr(script, "parser"):  # without dataclasses: it draws and prints only
         return script.parser().parse_args(arguments)
     (options,) = parse_arguments(script.Options, argv=arguments)
@@ -88,25 +89,26 @@ def runner(tmp_path_factory, encoders, data, model_folder, base_model, npz):  # 
 
 @pytest.mark.parametrize("command", [*commands(), *shown_by_scripts()])
 def test_commands_run_in_their_smallest_form(command, noted, runner):
-    """Each is parsed as it stands; then the script runs here, small. ONLY_PARSED says which do not, and why.
+    """Each is parsed as it stands; then the script runs here, small, but for those of ONLY_PARSED.
 
     What torchrun and accelerate start runs as one process; the domains' tests run it as several.
     """
     calls = noted(command.replace(".venv/bin/python", "python"))
     assert calls, "nothing was run"
     for call in calls:
-        path, arguments = script_and_arguments(call)
-        name = path.relative_to(REPOSITORY).as_posix()
-        if path.name in ARGPARSE:
+        name, arguments = script_and_arguments(call)
+        if name.endswith(ARGPARSE):
             options = [argument for argument in arguments if argument.startswith("-")]
-            assert all(f'"{option}"' in path.read_text() for option in options)
+            assert all(f'"{option}"' in (REPOSITORY / name).read_text() for option in options)
         else:
             options = parsed(call)
             if name == "RoBERTa/finetune.py":
                 options.check()
+            if name.startswith("scripts/bench_"):
+                assert all(map(parse_method, getattr(options, "methods", None) or []))
         if name in SMALL:
             with pytest.MonkeyPatch.context() as patch:
-                runner.run(path, arguments, patch)
+                runner.run(name, arguments, patch)
         else:
             assert name in ONLY_PARSED
 
@@ -124,9 +126,7 @@ def test_no_readme_script_or_launcher_is_forgotten():
 # -- launchers' defaults ----------------------------------------------------------------------------------------
 
 
-def assert_recipe(options, recipe: dict, ours: tuple[str, ...] = ()) -> None:
-    """The options are the recipe's, but for the names in `ours`, which the recipe itself lists as different."""
-    assert set(ours) <= set(recipe.get("ours_differ", {}))
+def assert_recipe(options, recipe: dict) -> None:
     for name, value in recipe.items():
         if name in vars(options) and getattr(options, name) is not None:
             assert getattr(options, name) == value, f"{name}: {getattr(options, name)!r}, the paper has {value!r}"
@@ -147,13 +147,8 @@ def test_defaults_are_the_papers(domain, command, own, method, noted):
     if domain == "qcontrol":
         recipe = {**RECIPES["roberta"], **recipe["rte"], "batch_size": recipe["batch_size"]}
     assert_recipe(options, recipe)
-    assert own is None or options == type(options)(method=method, **own), "launcher and script have different defaults"
-
-
-def test_roberta_adapts_query_and_value():
-    from RoBERTa import encoder
-
     assert list(encoder.DEFAULT_QUERY_VALUE) == RECIPES["roberta"]["lora_targets"]
+    assert own is None or options == type(options)(method=method, **own), "launcher and script have different defaults"
 
 
 @pytest.mark.parametrize("base", ["llama2_7B", "llama3_8B"])
@@ -189,15 +184,17 @@ def test_rerun_scripts_start_from_the_papers_recipes(noted):
             assert study.epochs_of("cola") == RECIPES["roberta"]["epochs"]
 
 
-def test_every_launcher_variable_can_be_set_from_outside_and_reaches_the_script(noted):
-    for launcher, arguments, options_of in (
-        ("RoBERTa/run_roberta.sh", "control cola", {"BATCH_SIZE": "batch_size", "CONTROL_RANK": "control_rank", "LORA_ALPHA": "lora_alpha", "WARMUP_RATIO": "warmup_ratio", "SEED": "seed"}),
-        ("ViT/run_ViT.sh", "control 0", {"EPOCHS": "epochs", "BATCH": "batch_size", "MLP_LAYERS": "mlp_layers", "LORA_RANK": "lora_rank"}),
-        ("LlaMA/llama3_8B_DoubleControl.sh", "64 32 64 OUT 0", {"EPOCHS": "epochs", "BATCH": "batch_size", "MICRO_BATCH": "micro_batch_size", "CUTOFF": "cutoff", "SEED": "seed"}),
-    ):  # fmt: skip
-        variables = {name: str(number) for number, name in enumerate(options_of, 2)}
-        if "WARMUP_RATIO" in variables:
-            variables["WARMUP_RATIO"] = "0.5"
-        options = parsed(noted(f"bash {launcher} {arguments}", **variables)[0])
-        for name, option in options_of.items():
-            assert float(getattr(options, option)) == float(variables[name]), name
+@pytest.mark.parametrize(
+    ("command", "variables"),
+    [
+        ("RoBERTa/run_roberta.sh control cola", "BATCH_SIZE CONTROL_RANK LORA_ALPHA WARMUP_RATIO SEED"),
+        ("ViT/run_ViT.sh control 0", "EPOCHS BATCH MLP_LAYERS LORA_RANK"),
+        ("LlaMA/llama3_8B_DoubleControl.sh 64 32 64 OUT 0", "EPOCHS BATCH MICRO_BATCH CUTOFF SEED"),
+    ],
+)
+def test_every_launcher_variable_can_be_set_from_outside_and_reaches_the_script(command, variables, noted):
+    given = {name: "0.5" if "RATIO" in name else str(number) for number, name in enumerate(variables.split(), 2)}
+    options = parsed(noted(f"bash {command}", **given)[0])
+    for name, value in given.items():
+        option = {"BATCH": "batch_size", "MICRO_BATCH": "micro_batch_size"}.get(name, name.lower())
+        assert float(getattr(options, option)) == float(value), name

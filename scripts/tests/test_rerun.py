@@ -50,8 +50,10 @@ class Reruns:
         more = {"PYTHON": self.root / "python", **variables}
         return self.launching(f"scripts/rerun_{table}.sh", "--results", self.results, *words, **more)
 
-    def run(self, *words, **variables):
-        return subprocess.run(**self.launcher(*words, **variables), capture_output=True, timeout=100)
+    def run(self, *words, code=0, **variables):
+        done = subprocess.run(**self.launcher(*words, **variables), capture_output=True, timeout=100)
+        assert done.returncode == code, done.stderr
+        return done
 
     @property
     def calls(self):
@@ -64,45 +66,43 @@ def reruns(launching, tmp_path):
 
 
 def test_a_table_is_run_cell_by_cell_and_then_skipped(reruns):
-    done = reruns.run(*MEMORY, "2", *CPU)
-    assert done.returncode == 0 and "all 6 cells are finished" in done.stdout, done.stderr
+    assert "all 6 cells are finished" in reruns.run(*MEMORY, "2", *CPU).stdout
     folder = str(reruns.results / "memory")
     assert [call["--output"] for call in reruns.calls] == [folder] * 3 + [f"{folder}/repeat2"] * 3
     assert {call["--device"] for call in reruns.calls} == {"cpu"}
-    assert reruns.run(*MEMORY, "2", *CPU).returncode == 0 and not reruns.calls
-    other = reruns.run(*(word.replace("lora", "dora") for word in MEMORY), *CPU)
-    assert other.returncode == 2 and "has methods lora, not dora" in other.stderr and not reruns.calls
+    assert reruns.run(*MEMORY, "2", *CPU) and not reruns.calls
+    other = reruns.run(*(word.replace("lora", "dora") for word in MEMORY), *CPU, code=2)
+    assert "has methods lora, not dora" in other.stderr and not reruns.calls
 
 
 def test_cells_go_to_all_gpus(reruns):
-    assert reruns.run(*MEMORY, "2", "--gpus", "0", "1", FAKE_SECONDS=2).returncode == 0
+    reruns.run(*MEMORY, "2", "--gpus", "0", "1", FAKE_SECONDS=2)
     assert len(reruns.calls) == 6 and {call["--device"] for call in reruns.calls} == {"0", "1"}
 
 
 def test_a_failed_cell_is_listed_at_the_end_and_stops_no_other(reruns):
-    done = reruns.run(*MEMORY, *CPU, FAKE_FAIL="llama3-8b")
-    assert done.returncode == 2 and len(reruns.calls) == 3
+    done = reruns.run(*MEMORY, *CPU, code=2, FAKE_FAIL="llama3-8b")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     for name in ("llama3-8b_repeat1", "llama3-8b-short_repeat1"):
         assert f"{name} failed: error: out of everything (exit code 2, log: " in line
         assert (reruns.results / "logs" / "memory" / f"{name}.log").is_file()
-    assert reruns.run(*MEMORY, *CPU).returncode == 0 and len(reruns.calls) == 2
+    assert len(reruns.calls) == 3 and reruns.run(*MEMORY, *CPU) and len(reruns.calls) == 2
 
 
 def test_no_cell_starts_when_time_is_up(reruns):
     done = reruns.run(*MEMORY, *CPU, "--max-hours", "0.0001", FAKE_SECONDS=1)
-    assert done.returncode == 0 and len(reruns.calls) == 1 and "does not fit into 0.006 minutes" in done.stdout
+    assert len(reruns.calls) == 1 and "does not fit into 0.006 minutes" in done.stdout
 
 
 def test_a_training_is_left_to_its_launcher(reruns):
     """Which skips a finished run, and refuses one with other settings."""
     table = ("commonsense", "--tasks", "llama3_8b", "--methods", "double control", "zero-shot", "--seeds", "5", "6", *CPU)
     for _ in range(2):
-        assert reruns.run(*table).returncode == 0
+        reruns.run(*table)
         modules = [call["module"].removeprefix("LlaMA.") for call in reruns.calls]
         assert modules == ["finetune", "evaluate", "evaluate", "finetune", "evaluate"]  # zero-shot has no seeds
-    failed = reruns.run(*table, FAKE_FAIL="LlaMA.finetune")
-    assert "llama3_8b_double-control-seed5 failed: error: out of everything" in failed.stderr and failed.returncode == 2
+    failed = reruns.run(*table, code=2, FAKE_FAIL="LlaMA.finetune")
+    assert "llama3_8b_double-control-seed5 failed: error: out of everything" in failed.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
