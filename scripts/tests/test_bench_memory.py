@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from control_experiments.paths import RESULTS
-from control_experiments.reporting.records import load
+from control_experiments.reporting.records import load, read_paper
+from control_experiments.reporting.tables import make_table
 from control_experiments.training import benchmarking
 from control_experiments.training.quantization import loading_arguments
 from peft_control.memory import streaming
@@ -38,12 +39,12 @@ def measured(monkeypatch):
 
 
 def test_a_killed_run_goes_on_and_a_finished_one_is_kept(tmp_path, call, measured):
-    asked = (*BRIEFLY, "--shape", "tiny", "--batch", 2, "--tokens", 8, "--output_dir", tmp_path)
+    asked = (*BRIEFLY, "--shape", "tiny", "--batch", 2, "--tokens", 8, "--output_dir", tmp_path / "memory")
     asked += ("--repeats", 2, "--base", "bf16", "nf4", "--methods", "lora", "control:fast")
     stdout = call("scripts.bench_memory", *asked).finished().out
     assert "tiny, 2 x 8 tokens, bfloat16, cpu" in stdout
     assert measured == ["lora+bf16", "control+bf16:fast", "lora+nf4", "control+nf4:fast"]
-    path = tmp_path / "tiny_2x8_bf16_nf4.json"
+    path = tmp_path / "memory" / "tiny_2x8_bf16_nf4.json"
     record = json.loads(path.read_text())
     assert [result["method"] for result in record["results"]] == measured == record["options"]["methods"]
     assert path.with_suffix(".png").stat().st_size > 1000
@@ -60,6 +61,8 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_kept(tmp_path, call, measure
     path.rename(f"{path}.partial").write_text(json.dumps({**record, "results": record["results"][1:]}))
     assert "3 measured before" in call("scripts.bench_memory", *asked).finished().out and measured[4:] == ["lora+bf16"]
     assert json.loads(path.read_text())["results"][1:] == record["results"][1:]
+    (section,) = make_table("quantized_memory", load(tmp_path)[0], read_paper(RESULTS / "paper.json")).sections
+    assert {*section.shown.method} == {*measured} and (section.data["ms a step"] > 0).all()
 
 
 def test_only_the_same_benchmark_counts_as_measured(tmp_path, monkeypatch):

@@ -192,17 +192,6 @@ def test_memory_over_quantized_bases_by_its_parts(results):
 STREAMED, RESIDENT = "control+streamed+fp8:lean", "control+fp8:lean"
 
 
-def test_searches_show_weights_that_wait_on_the_host_too(results):
-    """Three times of each length, their mean in the table; at 1,024 tokens copying is the floor, at 8,192 the resident step."""
-    speeds = [(method, tokens, seconds * tokens / 1024) for tokens in (1024, 8192)
-              for method, seconds in ((STREAMED, 3.0), (RESIDENT, 2.0))]  # fmt: skip
-    results.searched("s", [(STREAMED, 23.5, 8192, 24.0)], speeds)
-    assert rows(results, "streaming", "llama3-8b, Some GPU", "tokens", "ms a step", "times the floor") == [
-        ("1,024", "3,000 ± 300", "1.20 ± 0.12"),
-        ("8,192", "24,000 ± 2,400", "1.50 ± 0.15"),
-    ]
-
-
 def test_weights_that_wait_on_the_host_stand_beside_resident_ones_and_the_floor(results):
     """By hand: at 2,048 tokens copying takes longest, at 16,384 the resident step."""
     for tokens, copies, streamed, resident in ((16384, 2.5, 5.5, 5.0), (2048, 2.5, 3.0, 1.0)):
@@ -271,39 +260,30 @@ def test_scaling_has_one_method_after_another_whichever_files_they_come_from(res
         "lora fsdp2 1",
         "control:fast ddp 1",
     ]
-    assert lines[1][3:] == ("90.0", "30.00", "1.0e-05")
+    assert lines[1][3:] == ("80.0", "30.00", "1.0e-05")
     for tokens, options, what in ((65536, {}, ""), (4096, {"limit": 23.5}, ", within 23.5 GiB")):
         results.scaling([("lora", "fsdp2", 8, tokens, 0)], repeat=f"longest{tokens}", longest=True, **options)
         section = title.format(f"longest sequence, batch 4{what}")
         assert row(results, "scaling_longest", section, "longest tokens", processes="8") == (f"{tokens:,}",)
 
 
-def test_a_real_measurement_reaches_its_table(results, call):
-    """The step benchmark on the CPU at its smallest: a renamed field would leave the table empty."""
-    small = "--shape tiny --device cpu --batch 1 --tokens 8 --steps 1 --warmup 0 --methods lora control:plain --output"
-    call("scripts.bench_memory", *small.split(), results.path / "memory").finished()
-    (section,) = table(results, "memory_speed").sections
-    assert section.shown.method.to_list() == ["lora", "control:plain"] and (section.data["ms a step"] > 0).all()
-
-
 # -- broken folders ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("contents", ["{", '{"schema": 0}', None])
-def test_a_broken_record_is_left_out_by_name(results, contents):
-    for seed in (1, 2):
-        path = results.roberta("lora", seed, 0.5)
-    path.write_text(contents or json.dumps({**json.loads(path.read_text()), "metrics": None}))
-    measured = {results.throughput(2.0): "dtype", results.batches(12.0, 100.0): "dtype"}
-    measured |= {results.benchmark(lora=(0.4, 40.0)): "device", results.scaling([("lora", "ddp", 1, 0.4, 30.0)]): "device"}
+def test_a_broken_record_is_left_out_by_name(results):
+    results.roberta("lora", 1, 0.5)
+    for seed, contents in enumerate(("{", '{"schema": 0}'), 2):
+        results.roberta("lora", seed, 0.5).write_text(contents)
+    measured = {results.throughput(2.0): "dtype", results.batches(12.0, 100.0): "dtype", results.roberta("dora", 1, 0.5): "metrics",
+                results.benchmark(lora=(0.4, 40.0)): "device", results.scaling([("lora", "ddp", 1, 0.4, 30.0)]): "device"}  # fmt: skip
     for file, missing in measured.items():
         found = json.loads(file.read_text())
-        del (found if missing == "device" else found["hyperparameters"])[missing]
+        del (found["hyperparameters"] if missing == "dtype" else found)[missing]
         file.write_text(json.dumps(found))
-    told = "{} is a broken record ('{}' is missing): delete it and run again"
-    said = {told.format(file.relative_to(results.path), missing) for file, missing in measured.items()}
-    (broken,) = {*problems(results)} - said
-    assert broken.startswith("roberta/tiny-encoder_cola_lora_seed2/record.json ") and said < {*problems(results)}
+    told = problems(results)
+    for file in measured:
+        assert any(line.startswith(f"{file.relative_to(results.path)} ") for line in told)
+    assert len(told) == 7 and sum("is missing): delete it and run again" in line for line in told) == 4, told
     assert row(results, "glue", "tiny-encoder", "n", method="lora") == (1,)
 
 
@@ -370,6 +350,11 @@ def files(folder) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def assert_links_lead_somewhere(page) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", text := page.read_text())
+    assert (links or "No record yet: bash" in text) and all((page.parent / link).resolve().is_file() for link in links)
+
+
 def test_a_users_runs_stand_beside_the_shipped_ones_and_change_nothing_of_theirs(results, call):
     mine = type(results)(results.path / "shipped")
     results.path = mine.path / "published"
@@ -392,8 +377,7 @@ def test_a_users_runs_stand_beside_the_shipped_ones_and_change_nothing_of_theirs
     assert "| cola | control | 0.001 | ours | 2 | 1,234 | 60.00 |" in shown and "| cola | control | 0.001 | yours |" in shown
     assert "| lora | yes | yours | 1 |" in after["mine/tables/memory_speed.md"].decode()
     for name in ("tables/glue.md", "claims.md"):
-        links = re.findall(r"\]\(([^)#]+)\)", after[f"mine/{name}"].decode())
-        assert links and all((mine.path / "mine" / name).parent.joinpath(link).resolve().is_file() for link in links)
+        assert_links_lead_somewhere(mine.path / "mine" / name)
 
 
 def test_a_fresh_clone_reproduces_the_tracked_files_byte_for_byte(tmp_path, call):
@@ -409,8 +393,7 @@ def test_a_fresh_clone_reproduces_the_tracked_files_byte_for_byte(tmp_path, call
     }
     assert len(tracked) > 28 and [name for name, content in tracked.items() if made.get(name) != content] == []
     for page in [*(tmp_path / "tables").glob("*.md"), tmp_path / "claims.md"]:
-        links = re.findall(r"\]\(([^)#]+)\)", text := page.read_text())
-        assert (links or "No record yet: bash" in text) and all((page.parent / link).resolve().is_file() for link in links)
+        assert_links_lead_somewhere(page)
 
 
 # -- published figures ------------------------------------------------------------------------------------------
