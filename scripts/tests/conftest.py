@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from control_experiments.record import RunRecord
 from control_experiments.reporting.records import COMMONSENSE
+from scripts.tests.faults import a_record
 
 DEVICE = {"kind": "cuda", "name": "Some GPU", "count": 1, "total_memory_bytes": 80 * 2**30}
 ALONE = {"kind": "cuda allocator", "other_processes_bytes": 0}
@@ -149,28 +149,17 @@ class ResultsFolder:
         path.write_text(json.dumps({"schema": 1, "device": "Some GPU", **contents}))
         return path
 
-    def _record(self, *, device="Some GPU", model, history=(), torch="2.14.1", **fields):
-        return RunRecord(
-            command=["python", "x.py"], created="2026-01-01T00:00:00+00:00", finished="2026-01-01T01:00:00+00:00",
+    def _record(self, *, device="Some GPU", model, torch="2.14.1", **fields):
+        return a_record(
             git={"commit": None, "dirty": None}, versions={"torch": torch}, device={**DEVICE, "name": device},
             model={"id": model, "sha256": "ab" * 32, "class": "Tiny" if fields["domain"] != "vit" else model},
             data={"id": "data", "sha256": "cd" * 32, "sizes": {"train": 100, "validation": 10}},
-            adapter={"trainable_parameters": 1234}, history=list(history), **fields,
+            adapter={"trainable_parameters": 1234}, **fields,
         )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def new_results(tmp_path_factory):
-    """Makes empty results folders."""
-
-    def make() -> ResultsFolder:
-        return ResultsFolder(tmp_path_factory.mktemp("run") / "results")
-
-    return make
-
-
 @pytest.fixture
-def results(new_results):
-    folder = new_results()
+def results(tmp_path):
+    folder = ResultsFolder(tmp_path / "results")
     folder.path.mkdir()
     return folder

@@ -12,14 +12,15 @@ from PIL import Image
 from control_experiments.paths import REPOSITORY
 from control_experiments.reporting import pictures
 from control_experiments.reporting.pictures import family
+from scripts.tests.conftest import ResultsFolder
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian: apt install chromium)")
 
 
 @pytest.fixture(scope="module")
-def page(new_results):
-    results = new_results()
+def page(tmp_path_factory):
+    results = ResultsFolder(tmp_path_factory.mktemp("report") / "results")
     for seed in (1, 2):
         for method, peak in (("control", 80), ("lora", 100), ("dora", 120)):
             results.roberta(method, seed, 0.6 + seed / 100, peak=peak * 2**20)
