@@ -9,7 +9,6 @@ import io
 import json
 import re
 import tarfile
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -66,18 +65,17 @@ def edited(draw, contents: bytes) -> bytes:
 @st.composite
 def spoiled(draw, contents: bytes) -> bytes:
     """Valid JSON in which one value, anywhere, is another one, or is gone."""
-    document = json.loads(contents)
-    nodes, places = [document], []
+    nodes, places = [json.loads(contents)], []
     for node in nodes:
         for key, child in node.items() if isinstance(node, dict) else enumerate(node):
             places.append((node, key))
             nodes += [child] if isinstance(child, (dict, list)) else []
-    node, key = places[draw(st.integers(0, len(places) - 1))]
+    node, key = draw(st.sampled_from(places))
     if draw(st.booleans()):
         node[key] = draw(VALUES)
     else:
         del node[key]
-    return json.dumps(document).encode()
+    return as_json(nodes[0])
 
 
 class Reader(NamedTuple):
@@ -101,8 +99,7 @@ class Reader(NamedTuple):
 
 def written(save: Callable[[io.BytesIO], object]) -> bytes:
     """What a function writes to a file."""
-    buffer = io.BytesIO()
-    save(buffer)
+    save(buffer := io.BytesIO())
     return buffer.getvalue()
 
 
@@ -186,10 +183,9 @@ READERS = {
 
 def offer(reader: Reader, folder: Path, data: bytes) -> str | None:
     """Give a reader one input; None when it is taken, or why not. Whatever else than a `UserError` it raises is raised."""
-    inside = folder / "checkpoint-3"  # a name that every reader takes
+    inside, refusal = folder / "checkpoint-3", None  # a name that every reader takes
     inside.mkdir(exist_ok=True)
     (inside / reader.name).write_bytes(data)
-    refusal = None
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             reader.read(inside / reader.name)
@@ -221,12 +217,6 @@ def test_whatever_a_file_holds_is_taken_or_refused_in_words(name, tmp_path):
 # -- known attacks ------------------------------------------------------------------------------------------
 
 
-def npz_of_bytes(buffer: io.BytesIO) -> None:
-    with zipfile.ZipFile(buffer, "w") as file:
-        for key in ARRAYS:
-            file.writestr(f"{key}.npy", b"no array")
-
-
 A_RECORD = READERS["record"].valid[0]
 
 
@@ -240,7 +230,6 @@ A_RECORD = READERS["record"].valid[0]
         ("tar", archive(("a.png", b"x" * 600))[:700], "no tar that can be read"),
         ("tar", archive(("s/train/a/1.png", b""), **LINK), "no train images"),
         ("npz", NPZS[0].replace(b"\x93NUMPY", b"\x93NUMPX", 1), "no readable|is no array"),
-        ("npz", written(npz_of_bytes), "x_train of .* is no array"),
         ("record", b"[" * 200_000, "no readable run record .*record.json is no JSON file"),
         ("record", b"[]", "record.json is no run record of schema 1"),
         ("record", b'{"schema": 2}', "no run record of schema 1 .found 2"),

@@ -55,8 +55,6 @@ def test_a_run_lies_where_it_says_and_its_adapter_loads_with_the_readmes_lines(t
     assert (record.method, record.task, record.seed) == ("control", "rte", 42)
     given = {"epochs": 1.0, "lr": 1e-3, "max_length": 128, "weight_decay": 0.1}
     assert {name: record.hyperparameters[name] for name in given} == given
-    refused = type_in(f"{command} --lr 1e-2", code=2)
-    assert all(words in refused for words in ("lr 0.001 there, 0.01 asked for", "--output_dir", "--overwrite"))
     (block,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / domain / "README.md").read_text(), re.S)
     block = re.sub(r"results/\w+/RUN", run, block)
     (type_in.root / "load.py").write_text(block + 'print(labels, len(tokenizer("a", "b")["input_ids"]) > 2)\n')
