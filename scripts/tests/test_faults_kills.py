@@ -95,18 +95,18 @@ def test_a_broken_checkpoint_costs_only_itself(domain, whole, tmp_path):
 
 @pytest.mark.parametrize("domain", TRAINING)
 def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(domain, tmp_path, small_disk):
-    disk, folder = small_disk("64m"), tmp_path / "log"
-    (disk / "run").mkdir()
-    folder.symlink_to(disk / "run")  # beside which the log lies, on a disk that is not full
+    disk, folder = small_disk("64m") / "run", tmp_path / "log"
+    disk.mkdir()
+    folder.symlink_to(disk)  # beside which the log lies, on a disk that is not full
     run = RUNS[domain](tmp_path).adding(LONGER[domain])
     attempt = Attempt(run, folder)
-    while not checkpoints(disk / "run" / "checkpoints"):
+    while not checkpoints(disk / "checkpoints"):
         time.sleep(0.01)
-    subprocess.run(["dd", "if=/dev/zero", f"of={disk / 'fill'}", "bs=64k"], capture_output=True)
+    subprocess.run(["dd", "if=/dev/zero", f"of={disk}/fill", "bs=64k"], capture_output=True)
     attempt.join()
     line = attempt.refused()
     assert "is full" in line and "--resume" in line
-    assert_nothing_half_written(disk / "run")
+    assert_nothing_half_written(disk)
     (disk / "fill").unlink()
     execute(run, folder, resume=True).finished()
 
