@@ -5,7 +5,6 @@ import json
 import pytest
 
 from control_experiments.reporting.records import COMMONSENSE
-from scripts.tests.faults import a_record
 
 DEVICE = {"kind": "cuda", "name": "Some GPU", "count": 1, "total_memory_bytes": 80 * 2**30}
 ALONE = {"kind": "cuda allocator", "other_processes_bytes": 0}
@@ -138,6 +137,8 @@ class ResultsFolder:
         return path
 
     def _record(self, place, *, device="Some GPU", model, torch="2.14.1", last, best=None, memory=ALONE, **fields):
+        from scripts.tests.faults import a_record  # with torch, for which the other tests need not wait
+
         folder = self.path / place
         return a_record(
             name=folder.name, git={"commit": None, "dirty": None}, versions={"torch": torch}, device={**DEVICE, "name": device},
