@@ -13,6 +13,7 @@ import pytest
 
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.record import read_json
+from control_experiments.reporting.page import draw
 from control_experiments.reporting.records import load, read_paper
 from control_experiments.reporting.tables import Table, all_tables, make_table
 
@@ -215,6 +216,11 @@ def test_the_longest_sequences_stand_by_limit_and_against_the_card(results):
     fast, unfit = rows(results, "length_speed", title, "tokens/s", "peak GB", tokens="8,192")
     assert fast == ("16,384", "9.00") and unfit[0].startswith("failed")
     assert "8,192 tokens do not fit on this GPU" in notes(results, "length_speed", title)[0]
+    ((_, _, drawn, figure),) = draw(load(results.path)[0], PAPER)
+    lines = {line.get_label(): dict(zip(*map(list, line.get_data()))) for line in figure.axes[0].lines}
+    assert drawn == title and lines["control+nf4:lean"] == {8: 16384, 24: 262144, 80: 524288}
+    assert lines["lora+nf4"] == {24: 15360, 80: 65536}, "what does not fit at all has no mark"
+    assert lines["published: Unsloth, QLoRA r32"][24] == 78475
 
 
 def test_throughput_answers_in_batches_and_scaling(results):
