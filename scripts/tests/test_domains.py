@@ -63,7 +63,7 @@ def test_a_killed_run_resumes_to_the_same_bits(train, more, tmp_path):
 )
 def test_memory_modes_train_alike(train, domain, more, close, tmp_path):
     """--cuda_graphs replays packs of fixed shape on a GPU; here they run as they are."""
-    states = {}
+    states, tokens = {}, set()
     for mode in (
         "plain",
         "fast",
@@ -76,6 +76,8 @@ def test_memory_modes_train_alike(train, domain, more, close, tmp_path):
         states[mode] = load_file(tmp_path / mode / "adapter" / "adapter_model.safetensors")
         torch.testing.assert_close(states[mode], states["plain"], rtol=1e-3, atol=close)
         assert record.hyperparameters["memory"] == (mode if "--memory" in how else "plain")
+        tokens.add(record.time.get("real_tokens"))
+    assert len(tokens) == 1
 
 
 ROBERTA = [
