@@ -9,7 +9,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
 from control_experiments.reporting import records
 from LlaMA import finetune, training
@@ -105,9 +105,8 @@ def test_the_trainer_learns_as_a_plain_loop_does(train_llama, model_folder, data
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 3, 16)
     for number, (step, entry) in enumerate(zip(seen, history, strict=True)):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (number / 3 if number < 3 else (16 - number) / 13)
         losses = []
         for micro_batch in (step[:4], step[4:]):  # each a mean over its tokens, as published
             if micro_batch:
@@ -118,6 +117,7 @@ def test_the_trainer_learns_as_a_plain_loop_does(train_llama, model_folder, data
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
     assert history[-1]["train_loss"] < 0.95 * history[0]["train_loss"]
 

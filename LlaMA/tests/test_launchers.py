@@ -116,7 +116,6 @@ time.sleep(60)
 """
 LAUNCHERS = {
     "LlaMA/llama2_7B_Control+LoRA.sh": (4, 2, 4, "out", "cpu"),
-    "LlaMA/llama3_8B_Evaluate.sh": (4, 2, 4, "out", "cpu", "control+lora"),
     "LlaMA/run_smollm2_table.sh": ("out", "cpu"),
     "LlaMA/compare_memory_modes.sh": ("out", "cpu"),
     "QControl/run_llama_quantization.sh": ("control", 4, 2, 4, "out", "cpu"),

@@ -17,7 +17,12 @@ from datasets import Dataset, DatasetDict
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    get_linear_schedule_with_warmup,
+)
 
 from control_experiments import outcomes
 from control_experiments.errors import UserError
@@ -66,13 +71,12 @@ def dev_metrics(model, encoder, task, data):
 @pytest.mark.parametrize("task", ["mrpc", "stsb"])
 def test_losses_are_a_plain_loops(train_roberta, task, random_order, encoders, tmp_path, monkeypatch):
     """Row for row and step for step: every row once an epoch, and from them what a loop over AdamW gives."""
-    batches, draws, losses, rates = [], [], [], []
+    batches, draws, losses = [], [], []
     training_step = ExperimentTrainer.training_step
 
     def noting(trainer, model, inputs, *args):
-        batches.append([dict(zip(inputs, row, strict=True)) for row in zip(*inputs.values(), strict=True)])
+        batches.append({name: tensor.clone() for name, tensor in inputs.items()})
         draws.append(torch.get_rng_state())  # dropout's
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
         loss = training_step(trainer, model, inputs, *args)
         losses.append(loss.item())
         return loss
@@ -82,22 +86,16 @@ def test_losses_are_a_plain_loops(train_roberta, task, random_order, encoders, t
     options = ("--data", data, "--batch_size", 5, "--warmup_ratio", 0.2, "--random_order", random_order)
     record = train_roberta("--task", task, *options).record
 
-    tokenizer = AutoTokenizer.from_pretrained(encoders["bert"])
-    rows = load_task(task, str(data))["train"]
-    known = {
-        (tuple(tokenizer(first, second).input_ids), label): (first, second, label)
-        for first, second, label in zip(rows["first"], rows["second"], rows["label"], strict=True)
-    }
-
-    def key(row):
-        return tuple(row["input_ids"][row["attention_mask"] == 1].tolist()), row["labels"].item()
-
-    keys = [[key(row) for row in batch] for batch in batches]
-    assert [len(batch) for batch in keys] == [*[5] * 12, 4] * 2
-    epochs = [[key for batch in part for key in batch] for part in (keys[:13], keys[13:])]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(known) and len(known) == 64
-    assert epochs[0] != epochs[1]
-    spread = np.mean([np.ptp([len(ids) for ids, _ in batch]) for batch in keys])
+    tokenizer, rows = AutoTokenizer.from_pretrained(encoders["bert"]), load_task(task, str(data))["train"]
+    expected = sorted(zip(tokenizer(list(rows["first"]), list(rows["second"])).input_ids, rows["label"], strict=True))
+    found = [
+        [(row[seen == 1].tolist(), label.item()) for row, seen, label in zip(*map(batch.get, ("input_ids", "attention_mask", "labels")), strict=True)]
+        for batch in batches
+    ]  # fmt: skip
+    assert [len(batch) for batch in found] == [*[5] * 12, 4] * 2
+    epochs = [[row for batch in part for row in batch] for part in (found[:13], found[13:])]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == expected and epochs[0] != epochs[1]
+    spread = np.mean([np.ptp([len(ids) for ids, _ in batch]) for batch in found])
     assert spread > 8 if random_order else spread < 6  # tokens; sentences have 2 to 12 words each
 
     seed_everything(42)
@@ -105,22 +103,20 @@ def test_losses_are_a_plain_loops(train_roberta, task, random_order, encoders, t
     base = AutoModelForSequenceClassification.from_pretrained(encoders["bert"], num_labels=classes)
     if task == "stsb":
         torch.nn.init.constant_(base.classifier.bias, np.mean(rows["label"]))
-    model = get_peft_model(base, ControlConfig(task_type="SEQ_CLS", control_blocks=["mlp"], control_rank=16))
-    trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
+    model = get_peft_model(base, ControlConfig(task_type="SEQ_CLS", control_blocks=["mlp"], control_rank=16)).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
-    for step, batch in enumerate(keys):
-        # of 26 steps the rate rises in a fifth, rounded up
-        optimizer.param_groups[0]["lr"] = 1e-2 * (step / 6 if step < 6 else (26 - step) / 20)
-        first, second, labels = zip(*(known[key] for key in batch), strict=True)
-        torch.set_rng_state(draws[step])
-        logits = model(**tokenizer(first, second, padding=True, return_tensors="pt")).logits
-        labels = torch.tensor(labels)
+    schedule = get_linear_schedule_with_warmup(optimizer, 6, 26)  # a fifth, rounded up
+    for batch, draw, loss_there in zip(batches, draws, losses, strict=True):
+        torch.set_rng_state(draw)
+        labels = batch.pop("labels")
+        logits = model(**batch).logits
         loss = ((logits[:, 0] - labels) ** 2).mean() if task == "stsb" else cross_entropy(logits, labels)
-        assert rates[step] == pytest.approx(optimizer.param_groups[0]["lr"])
-        assert losses[step] == pytest.approx(loss.item(), rel=1e-5)
+        assert loss_there == pytest.approx(loss.item(), rel=1e-5)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
     averages = [row["train_loss"] for row in record.history]
     assert averages == pytest.approx([np.mean(losses[:13]), np.mean(losses[13:])])

@@ -104,6 +104,7 @@ VIT = [
     ("--architecture vit_smal_patch16_224", "near: vit_small_patch16_224"),
     ("--architecture vit_tiny_patch16_224", "weights of another architecture"),
     ("--model {tmp}/none.safetensors", "there is no model"),
+    ("--model {tmp}/text.safetensors", "no readable safetensors"),
     ("--device 7", "no GPU 7"),
     ("--lr fast", "invalid float value"),
     ("--crop 0", "--crop must be greater than 0, got 0"),
@@ -155,7 +156,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(train, encoders, tmp_path, wor
     for split in ("train", "test"):
         (tmp_path / "set" / split / "one").mkdir(parents=True)
         (tmp_path / "set" / split / "one" / "bad.jpg").write_bytes(b"no image")
-    (tmp_path / "notes.txt").write_text("hello")
+    for name in ("notes.txt", "text.safetensors"):
+        (tmp_path / name).write_text("hello")
     assert message.format(**named) in train(*words.format(**named).split()).refused()
     assert not (tmp_path / "run").exists()
 
