@@ -21,9 +21,8 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import read_record
 from control_experiments.training.study import Cell, Study, StudyOptions, command_of, make_run, run_study
-from ViT.names import model_name
 from ViT.options import Options as RunOptions
-from ViT.options import RecipeOptions
+from ViT.options import RecipeOptions, model_name
 
 
 @dataclass(kw_only=True)
