@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from control_experiments.paths import REPOSITORY
 from control_experiments.record import read_record
-from ViT import recipe
+from ViT import recipe, tiny_model
 from ViT.options import Options
 from ViT.vision_models import Base
 
@@ -137,7 +137,8 @@ def test_benchmark(call, npz, tmp_path):
     assert metrics["ours_over_resident"] == pytest.approx(rates["ours"] / rates["resident"])
 
 
-def test_launcher_demonstration(call, started, tmp_path):
+def test_launcher_demonstration(call, started, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_model, "STEPS", 100)  # which learns less
     recipe = {"MODEL": "tiny", "DATA": "digits", "MLP_LAYERS": 2, "EPOCHS": 4, "BATCH": 32, "LR": 0.05}
     (run,) = started("ViT/run_ViT.sh", "control", "cpu", "--seed", 3, "--output_dir", tmp_path / "run", **recipe)
     record = call(*run).record
