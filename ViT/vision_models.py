@@ -92,7 +92,13 @@ def load(model: str, architecture: str | None, *, num_classes: int, image_size: 
     if not path.exists():
         built = create(model, num_classes=num_classes, image_size=image_size, pretrained=True)
         return built, Base(model, model)
-    architecture = architecture or _architecture_beside(path)
+    try:
+        beside = (path if path.is_dir() else path.parent) / "config.json"
+        architecture = architecture or json.loads(beside.read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: add --architecture with the timm name of these weights (for example vit_base_patch16_224)"
+        ) from error
     if path.is_dir():
         path = path / "model.safetensors"
         if not path.is_file():
@@ -185,13 +191,3 @@ def set_attention(model: VisionTransformer, attention: str) -> None:
         if not hasattr(getattr(block, "attn", None), "fused_attn"):
             raise UserError("--attention needs timm's Attention in each block, which this model lacks")
         block.attn.fused_attn = attention == "sdpa"
-
-
-def _architecture_beside(path: Path) -> str:
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        return json.loads(config.read_text(encoding="utf-8"))["architecture"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: add --architecture with the timm name of these weights (for example vit_base_patch16_224)"
-        ) from error
