@@ -9,7 +9,6 @@ import copy
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from ViT.classifier import Description, add_adapter, build_base, save
 from ViT.images import Decoded, ImageData, hold_out, load_data
 from ViT.inference import LESS_MEMORY, PROGRAM, describe, reading, test_logits, write_test_predictions
 from ViT.options import TINY, Options
-from ViT.training import EpochLoss, Step, index_batches, prepared, rate_factor, score, train_steps
+from ViT.training import Step, index_batches, prepared, rate_factor, score, train_steps
 from ViT.vision_models import Base, new_head
 
 logger = logging.getLogger("vit")
@@ -181,11 +180,12 @@ def fit(
         while done < total:
             epoch, first = divmod(done, per_epoch)
             end = min((epoch + 1) * per_epoch, total)
-            losses = losses or EpochLoss(torch.zeros((), device=device))
+            losses = losses or {"total": torch.zeros((), device=device), "images": 0}
             clock.start()
             for loss, images in train_steps(step, epoch_batches(options, data, device, epoch, first, end - done), before_step):
                 done += 1
-                losses.add(loss, images)
+                losses["total"] += loss * images
+                losses["images"] += images
                 memory.after_optimizer()
                 clock.step(images)
                 bar.update()
@@ -201,7 +201,7 @@ def fit(
             done = end  # a batch whose images are all unreadable is no step
             outcome = test_logits(step, data, options, device)
             row = {"step": done, "epoch": epoch + 1, "learning_rate": optimizer.param_groups[0]["lr"],
-                   "train_loss": losses.mean, "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
+                   "train_loss": float(losses["total"]) / max(1, losses["images"]), "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
             losses = None
             history.append(row)
             reached = f"training loss {row['train_loss']:.4f}, {options.scored} accuracy {row['test_accuracy']:.2f} %"
@@ -236,20 +236,21 @@ def seed_of(seed: int, epoch: int, batch: int) -> int:
 
 
 def save_checkpoint(
-    folder: Path, step: int, trained: dict[str, nn.Parameter], parts: dict, history: list[dict], losses: EpochLoss | None
+    folder: Path, step: int, trained: dict[str, nn.Parameter], parts: dict, history: list[dict], losses: dict | None
 ) -> None:
-    """Write checkpoint-STEP and keep one before it; `losses` are those of an epoch that is not at its end."""
+    """Write checkpoint-STEP and keep one before it; `losses` are the sum of losses so far of an epoch that is not at its end, and
+    over how many images."""
     with whole_folder(folder / f"checkpoint-{step}") as place:
         save_file({name: p.detach().contiguous() for name, p in trained.items()}, place / "trained.safetensors")
         states = {name: part.state_dict() for name, part in parts.items()}
-        torch.save({**states, "losses": None if losses is None else asdict(losses)}, place / "state.pt")
+        torch.save({**states, "losses": losses}, place / "state.pt")
         write_json_atomic(place / "trainer_state.json", {"step": step, "history": history})
     keep_newest(folder, 2)
 
 
 def load_checkpoint(
     place: Path, trained: dict[str, nn.Parameter], parts: dict, device: torch.device
-) -> tuple[list[dict], EpochLoss | None, int]:
+) -> tuple[list[dict], dict | None, int]:
     """Restore what `save_checkpoint` wrote; returns the history, the losses of the epoch to go on with, and the
     step. Raises UserError: it does not fit this run."""
     try:
@@ -262,7 +263,7 @@ def load_checkpoint(
         loaded = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(loaded[name])
-        losses = loaded["losses"] and EpochLoss(loaded["losses"]["total"].to(device), loaded["losses"]["images"])
+        losses = loaded["losses"] and {**loaded["losses"], "total": loaded["losses"]["total"].to(device)}
         state = read_json(place / "trainer_state.json")
         return state["history"], losses, state["step"]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -72,23 +71,6 @@ def prepared(
     for pixels, labels in data.batches(indices):
         chosen = views(augment.sizes_of(pixels))
         yield augment.normalise(augment.render(pixels, chosen, size, device)), to_device(labels, device)
-
-
-@dataclass
-class EpochLoss:
-    """The sum of an epoch's losses so far, on the device, over how many images."""
-
-    total: torch.Tensor
-    images: int = 0
-
-    def add(self, loss: torch.Tensor, images: int) -> None:
-        """Count a batch of so many images by its mean loss."""
-        self.total += loss * images
-        self.images += images
-
-    @property
-    def mean(self) -> float:
-        return float(self.total) / max(1, self.images)
 
 
 def train_steps(

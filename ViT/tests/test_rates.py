@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -78,16 +77,13 @@ def test_the_launchers_table_searches_on_held_out_images(call, base_model, npz, 
     assert f"{notes.name} is broken" in call(*command).refused() and notes.read_text() == '{"rates": '
 
 
-def test_a_study_does_not_mix_two_forms_of_miss(call, base_model, npz, tmp_path):
-    shape = ("--model", base_model, "--architecture", "test_vit", "--image_size", 32, "--data", npz, "--epochs", 1)
-    once = ("--methods", "miss", "--seeds", 1, "--device", "cpu", "--output_dir", tmp_path / "out")
-    table = partial(call, "ViT.small_table", *shape, *once)
-    for wrong, message in ((("--grid", "fast"), "invalid float value"), (("--search_only",), "--search_only needs --grid")):
-        assert message in table(*wrong).refused() and not (tmp_path / "out").exists()
-    table().finished()
-    (record,) = (tmp_path / "out").glob("*/record.json")
-    record.write_text(record.read_text().replace('"init_weights": "mini"', '"init_weights": true'))
-    assert "colors_miss_seed1 is of MiSS's other form" in table().refused()
+@pytest.mark.parametrize(
+    ("wrong", "message"), [("--grid fast", "invalid float value"), ("--search_only", "--search_only needs --grid")]
+)
+def test_a_bad_table_is_one_line_and_leaves_nothing(call, npz, tmp_path, wrong, message):
+    words = ("--model", "tiny", "--data", npz, "--device", "cpu", "--output_dir", tmp_path / "out")
+    assert message in call("ViT.small_table", *words, *wrong.split()).refused()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_smallest_of_equal_rates_is_chosen(tmp_path):
