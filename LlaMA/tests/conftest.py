@@ -2,7 +2,6 @@
 
 import json
 import random
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -97,20 +96,16 @@ def adapted(model, method="control+lora"):
     return model
 
 
-@contextmanager
 def interrupted(steps: int):
-    """In it a training is interrupted when so many steps are done."""
-    left = iter(range(steps))
+    """``with interrupted(5):`` a training is interrupted when so many steps are done."""
+    left = [None] * steps
 
-    def die(*_):
-        if next(left, None) is None:
+    def take_one(*_):
+        if not left:
             raise KeyboardInterrupt
+        left.pop()
 
-    hook = register_optimizer_step_pre_hook(die)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return register_optimizer_step_pre_hook(take_one)
 
 
 def assert_same_adapters(one, other):

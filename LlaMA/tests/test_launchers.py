@@ -80,14 +80,6 @@ def test_answers_ranked_by_likelihood_have_a_folder_of_their_own(chosen):
     assert folder(**table, EVALUATE_ARGS="--mode likelihood") == "out/zero-shot-likelihood"
 
 
-def test_the_table_script_runs_all_methods(started):
-    calls = started("LlaMA/run_smollm2_table.sh", "out", "0", "--max_steps", "3", QUESTIONS=5)
-    assert len(calls) == 1 + 2 * 4
-    for program, *words in calls:
-        assert {"LlaMA.finetune": "--max_steps 3", "LlaMA.evaluate": "--limit 5"}[program] in " ".join(words)
-    assert any("out/double-control-seed42/adapter" in words for words in calls)
-
-
 def test_memory_modes_are_compared(launch_here, model_folder, data, tmp_path):
     launch_here(
         "LlaMA/compare_memory_modes.sh", tmp_path / "out", "cpu", "--held_out", 4, "--control_rank", 4, "--warmup_steps", 0,

@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+import transformers
 from datasets import Dataset, DatasetDict
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -242,23 +243,22 @@ def test_committed_runs_are_still_taken_for_what_their_commands_ask_for(tmp_path
         assert "is finished: skipped" in capsys.readouterr().out
 
 
-def test_the_longest_input_of_each_family(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "longest"), [("Bert", 40), ("Electra", 40), ("MPNet", 38), ("Roberta", 38), ("XLMRoberta", 38)]
+)
+def test_the_longest_input_of_each_family(kind, longest):
     """One forward of the longest input that is let through, and an error of torch's for one token more."""
-    from transformers import BertConfig, ElectraConfig, MPNetConfig, RobertaConfig, XLMRobertaConfig
-
     shape = dict(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    for kind in (BertConfig, ElectraConfig, MPNetConfig, RobertaConfig, XLMRobertaConfig):
-        config = kind(**shape, max_position_embeddings=40, **({"embedding_size": 16} if kind is ElectraConfig else {}))
-        model = AutoModelForSequenceClassification.from_config(config).eval()
-        longest = 40 if kind in (BertConfig, ElectraConfig) else 38
-        options = finetune.Options(method="control", task="cola", max_length=longest)
+    config = getattr(transformers, f"{kind}Config")(**shape, max_position_embeddings=40, embedding_size=16)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    options = finetune.Options(method="control", task="cola", max_length=longest)
+    encoder.check_length(options, model)
+    model(input_ids=torch.full((1, longest), 7))
+    options.max_length += 1
+    with pytest.raises(UserError, match=rf"can read \({longest} tokens\)"):
         encoder.check_length(options, model)
-        model(input_ids=torch.full((1, longest), 7))
-        options.max_length += 1
-        with pytest.raises(UserError, match=rf"can read \({longest} tokens\)"):
-            encoder.check_length(options, model)
-        with pytest.raises((IndexError, RuntimeError)):
-            model(input_ids=torch.full((1, longest + 1), 7))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, longest + 1), 7))
 
 
 def test_padding_benchmark(call, encoders, glue_folder, tmp_path):

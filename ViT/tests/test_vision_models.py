@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from control_experiments.errors import UserError
-from control_experiments.paths import shared_folder
 from control_experiments.training.methods import count_parameters
-from ViT.classifier import add_adapter, build_base
+from ViT.classifier import add_adapter
 from ViT.options import RecipeOptions
 from ViT.vision_models import create, load, set_attention, set_mlp_layers
 
@@ -160,14 +159,3 @@ def test_weights_of_another_architecture(tmp_path, change, message):
     save_file(state, path)
     with pytest.raises(UserError, match=f"another architecture than test_vit: .*{message}"):
         load(str(path), ARCHITECTURE, num_classes=3, image_size=32)
-
-
-def test_the_real_dinov2_file():
-    folder = shared_folder() / "models" / "dinov2_small_timm"
-    if not folder.is_dir():
-        pytest.skip("no ../shared/models (set PARALLEL_CONTROL_SHARED)")
-    rest = {"mlp_layers": 2, "attention": "sdpa", "num_classes": 100, "image_size": 224}
-    vit, _ = build_base(str(folder), "vit_small_patch14_dinov2", **rest)
-    counts = count_parameters(adapted(vit, "control"))
-    assert vit.pos_embed.shape == (1, 257, 384)
-    assert counts["adapter_parameters"] == 12 * (2 * 384 * 16 + 16 + 384)
