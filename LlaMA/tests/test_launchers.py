@@ -13,8 +13,6 @@ from control_experiments.record import read_record
 from LlaMA import demo
 from LlaMA.commonsense import TASKS, offered_words, read_tests
 
-ALL = [path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "LlaMA").glob("*_*.sh")]
-
 
 @pytest.fixture
 def launch_here(call, started):
@@ -44,15 +42,6 @@ def test_a_trial_needs_no_model_and_no_data(launch_here, tmp_path, monkeypatch):
     assert all(row.answer in offered_words(row, TASKS[task]) for task, part in rows.items() for row in part)
 
 
-@pytest.mark.parametrize("script", [*ALL, "QControl/run_llama_quantization.sh"])
-def test_help_and_too_few_arguments_print_the_usage(launch, script):
-    done = launch(script)
-    assert done.code == 2 and ("usage: bash" if script in ALL else "are needed") in done.err
-    done = launch(script, "--help")
-    assert (done.code, done.err) == (0, "")
-    assert f"bash {script} " in done.out and "  MODEL=" in done.out and "  DATA=" in done.out
-
-
 @pytest.fixture
 def chosen(started):
     """An option as a launcher (LLaMA-3's evaluation) gives it to the last program that it starts."""
@@ -73,12 +62,11 @@ def test_data_is_looked_for_where_it_is(chosen):
     assert Path(own).resolve() == (shared if shared.is_dir() else REPOSITORY / "data" / "commonsense")
 
 
-def test_missing_data_says_where_it_comes_from(launch, model_folder, tmp_path):
-    done = launch("LlaMA/llama3_8B_DoubleControl.sh", 4, 2, 4, "out", "cpu", MODEL=model_folder, DATA="nowhere")
-    (line,) = done.err.splitlines()
-    assert done.code == 2 and line.startswith("error: cannot read nowhere/commonsense_170k.json")
+def test_missing_data_says_where_it_comes_from(call, started, model_folder):
+    train, _ = started("LlaMA/llama3_8B_DoubleControl.sh", 4, 2, 4, "out", "cpu", MODEL=model_folder, DATA="nowhere")
+    line = call(*train).refused()
+    assert line.startswith("error: cannot read nowhere/commonsense_170k.json")
     assert "AGI-Edgerunners/LLM-Adapters" in line and "TRAIN_DATA=" in line and "DATA=" in line
-    assert not (tmp_path / "out").exists()
 
 
 def test_answers_ranked_by_likelihood_have_a_folder_of_their_own(chosen):
@@ -114,7 +102,6 @@ time.sleep(60)
 """
 LAUNCHERS = {
     "LlaMA/llama2_7B_Control+LoRA.sh": (4, 2, 4, "out", "cpu"),
-    "LlaMA/llama3_8B_Evaluate.sh": (4, 2, 4, "out", "cpu", "control+lora"),
     "LlaMA/run_smollm2_table.sh": ("out", "cpu"),
     "QControl/run_llama_quantization.sh": ("control", 4, 2, 4, "out", "cpu"),
 }
