@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from tiny_models import FAMILIES, MODELS, build, is_adapter, logits, randomize_adapters
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -330,11 +330,6 @@ def test_rank_and_alpha_patterns(tmp_path):
     expected = outputs(randomize_adapters(model.eval()))
     model.save_pretrained(tmp_path)
     assert torch.equal(outputs(reloaded(tmp_path)), expected)
-    # a saved pattern that matches nothing does no harm
-    place = tmp_path / "adapter_config.json"
-    saved = json.loads(place.read_text())
-    place.write_text(json.dumps({**saved, "control_rank_pattern": {**saved["control_rank_pattern"], "layers.9.mlp": 2}}))
-    assert torch.equal(outputs(reloaded(tmp_path)), expected)
 
 
 @pytest.mark.parametrize(
@@ -393,16 +388,6 @@ def test_what_a_control_cannot_do():
     assert torch.equal(outputs(model), outputs(llama("control+lora")))  # nothing was left half-done
 
 
-def test_a_failed_second_adapter_leaves_the_first_working():
-    model = llama()
-    expected = outputs(model)
-    with pytest.raises(ValueError, match="no block 'conv'"):
-        model.add_adapter("bad", config_of(control_blocks=["conv"]))
-    with pytest.raises(ValueError):
-        model.add_adapter("worse", config_of("control+lora", target_modules=["norm"]))
-    assert torch.equal(outputs(model), expected)
-
-
 def test_a_forward_that_a_control_cannot_follow_is_an_error():
     model = llama()
     layer = model.base_model.model.model.layers[0]
@@ -444,15 +429,6 @@ def test_threads_share_a_model():
     with ThreadPoolExecutor(4) as pool:
         for number, found in pool.map(answer, range(80)):
             torch.testing.assert_close(found, expected[number])
-
-
-def test_a_block_may_be_called_on_its_own_while_its_control_is_off():
-    model = llama()
-    block, states = model.get_base_model().model.layers[0].mlp, torch.randn(1, 3, model.config.hidden_size)
-    with pytest.raises(RuntimeError, match="without calling"):
-        block(states)
-    with model.disable_adapter():
-        assert block(states).shape == states.shape
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -574,11 +550,13 @@ def test_bad_configurations(fields, message):
     ],
 )  # fmt: skip
 def test_configurations_that_do_not_fit_the_model(fields, message):
-    base = build("llama")
-    names = list(base.state_dict())
+    base, model = build("llama"), llama()
+    names, expected = list(base.state_dict()), outputs(model)
     with pytest.raises(ValueError, match=message):
         get_peft_model(base, ControlConfig(**fields))
-    assert list(base.state_dict()) == names
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("second", ControlConfig(**fields))
+    assert list(base.state_dict()) == names and torch.equal(outputs(model), expected)
 
 
 def test_unknown_architecture_lists_what_is_known():
@@ -628,46 +606,6 @@ def test_an_unknown_model_is_proposed_a_row_ready_to_paste(tmp_path, capsys, mon
     assert "attention: reads input_layernorm, writes linear_attn" in text
 
 
-def as_json(config: ControlConfig) -> ControlConfig:
-    """The configuration through JSON and back."""
-    fields = {key: value for key, value in config.to_dict().items() if key not in ("auto_mapping", "peft_type")}
-    return ControlConfig(**json.loads(json.dumps(fields)))
-
-
-names = st.text("abcdefgh_.0123", min_size=1, max_size=12)
-valid_fields = st.fixed_dictionaries(
-    {},
-    optional={
-        "control_blocks": st.lists(st.sampled_from(["mlp", "attention"]), min_size=1, unique=True),
-        "control_rank": st.integers(1, 512),
-        "control_alpha": st.floats(-1e6, 1e6),
-        "control_dropout": st.floats(0, 1, exclude_max=True),
-        "control_bias": st.booleans(),
-        "control_init": st.sampled_from([None, "kaiming", "normal"]),
-        "control_rank_pattern": st.dictionaries(names, st.integers(1, 64), max_size=3),
-        "control_alpha_pattern": st.dictionaries(names, st.floats(-10, 10), max_size=3),
-        "layers_to_transform": st.none() | st.integers(0, 40) | st.lists(st.integers(0, 40), min_size=1),
-        "modules_to_save": st.none() | st.lists(names, min_size=1, max_size=3),
-        "init_weights": st.booleans(),
-        "control_architecture": st.none() | st.just(ROW),
-        "r": st.integers(1, 64),
-        "use_dora": st.booleans(),
-    },
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(valid_fields)
-def test_configuration_round_trip(tmp_path_factory, fields):
-    config = ControlConfig(**fields)
-    assert as_json(config).to_dict() == config.to_dict()
-    folder = tmp_path_factory.mktemp("config")
-    config.save_pretrained(folder)
-    restored = PeftConfig.from_pretrained(folder)
-    assert type(restored) is ControlConfig
-    assert {**restored.to_dict(), "inference_mode": False} == {**config.to_dict(), "inference_mode": False}
-
-
 anything = st.one_of(
     st.none(),
     st.booleans(),
@@ -679,12 +617,13 @@ anything = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from([field.name for field in dataclasses.fields(ControlConfig) if "control" in field.name]), anything)
-def test_any_value_is_accepted_or_a_value_error(field, value):
+def test_any_value_is_kept_through_json_or_a_value_error(field, value):
     try:
         config = ControlConfig(**{field: value})
     except ValueError as error:
         assert field in str(error)
     else:
-        as_json(config)
+        fields = {key: value for key, value in config.to_dict().items() if key not in ("auto_mapping", "peft_type")}
+        assert ControlConfig(**json.loads(json.dumps(fields))).to_dict() == config.to_dict()
