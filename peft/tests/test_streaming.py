@@ -9,7 +9,6 @@ import pytest
 import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -91,13 +90,11 @@ def ciphered(monkeypatch):
 
     def fetch_readable(self, weights):
         slot = self._slots[weights.index % self.resident]
-        before, slot.holds_before = slot.holds, slot.holds
         version = slot.buffer._version
         fetch(self, weights)
         if slot.buffer._version != version:
             slot.buffer[: weights.nbytes].bitwise_not_()
             self.copies.append(weights.index)
-        assert before is slot.holds_before
         return slot
 
     def stop_readable(self):
@@ -155,6 +152,29 @@ def test_states_may_wait_on_the_host_too(offload, dtype):
     as_resident(build(dtype=dtype, control_dropout=0.3), "lean", offload=offload)
 
 
+def test_accumulated_gradients_and_a_graph_that_is_used_twice():
+    def run(model):
+        model.zero_grad()
+        losses = [model(input_ids=tokens, labels=ids()).loss for tokens in (ids(), ids().flip(1))]
+        losses[0].backward(retain_graph=True)
+        for loss in losses:
+            loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    as_resident(build(), "plain", run)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_models_without_a_control_are_streamed(adapter):
+    config = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False, use_dora=adapter == "dora")
+    model = get_peft_model(build().unload(), config)
+    as_resident(model, "plain")
+    reference = step(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    equal(step(model), reference)
+
+
 @pytest.mark.parametrize("family", tiny_models.MODELS)
 def test_layers_of_every_architecture_are_streamed(family, monkeypatch):
     """Through a single slot. Those that no memory mode knows run their own forward inside torch's checkpointing."""
@@ -168,31 +188,6 @@ def test_layers_of_every_architecture_are_streamed(family, monkeypatch):
 
     for mode in ("plain", "lean"):
         as_resident(model, mode, run)
-
-
-@pytest.mark.parametrize("adapter", ["lora", "dora"])
-def test_models_without_a_control_are_streamed(adapter):
-    model = build().unload()
-    config = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False, use_dora=adapter == "dora")
-    model = get_peft_model(model, config)
-    as_resident(model, "plain")
-    reference = step(model)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
-    equal(step(model), reference)
-
-
-def test_a_lora_is_merged_on_the_host_and_taken_out_again(ciphered):
-    model = build().unload()
-    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
-    twin = copy.deepcopy(model)
-    set_memory_mode(model, "plain", stream_weights=True)
-    equal(answers(model), answers(twin))
-    for change in ("merge_adapter", "unmerge_adapter"):
-        for changed in (model, twin):
-            with ciphered():
-                getattr(changed, change)()
-        equal(answers(model), answers(twin))
 
 
 @pytest.mark.parametrize("resident", [2, 3])
@@ -283,47 +278,18 @@ def test_a_step_that_broke_off_leaves_the_next_one_right():
         equal(step(model), reference)
 
 
-def test_two_backwards_and_accumulated_gradients():
-    def run(model):
-        model.zero_grad()
-        loss = model(input_ids=ids(), labels=ids()).loss
-        other = model(input_ids=ids().flip(1), labels=ids()).loss
-        loss.backward(retain_graph=True)
-        loss.backward()
-        other.backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-    as_resident(build(), "plain", run)
-
-
-def test_gradients_with_a_cache():
-    def run(model):
-        return tiny_models.step_of(model, lambda: model(input_ids=ids(), use_cache=True).logits.square().mean())[1]
-
-    model = build().eval()
-    as_resident(model, "lean", run)
-    first = model(input_ids=ids(), use_cache=True)
-    second = model(input_ids=ids(), past_key_values=first.past_key_values)
-    with pytest.raises(RuntimeError, match="no backward through a cache"):
-        second.logits.square().mean().backward()
-
-
 def test_adapters_are_left_where_they_are_and_may_be_switched():
     model = build()
     config = ControlConfig(control_rank=3, target_modules=["k_proj"], r=2, init_weights=False, init_lora_weights=False)
     model.add_adapter("other", config)
     set_memory_mode(model, "lean", stream_weights=True)
-    ours = {id(p) for m in model.modules() if isinstance(m, BaseTunerLayer) for p in m.parameters()}
-    ours -= {id(p) for m in model.modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "base_layer") for p in m.base_layer.parameters()}  # fmt: skip
-    assert not ours & stream_of(model).holders
+    assert not {id(p) for name, p in model.named_parameters() if tiny_models.is_adapter(name)} & stream_of(model).holders
     first = step(model)
     model.set_adapter("other")
     other = step(model)
     set_memory_mode(model, "lean")
     equal(step(model), other)
     model.set_adapter("default")
-    equal(step(model), first)
-    set_memory_mode(model, "lean", stream_weights=True)
     model.delete_adapter("other")
     equal(step(model), first)
 
