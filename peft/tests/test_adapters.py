@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from tiny_models import FAMILIES, MODELS, build, is_adapter, logits, randomize_adapters
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import ArceeConfig, ArceeForCausalLM, AutoModelForCausalLM
 
 from peft_control import ARCHITECTURES, ControlConfig
 from peft_control.architectures import Architecture, find_layers, propose
@@ -82,17 +82,26 @@ def base_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_the_adapter_trains(method):
-    model = llama(method)
+@pytest.mark.parametrize("family", ["llama", "roberta", "timm-vit"])
+def test_the_adapter_alone_trains_and_the_base_keeps_its_names_and_values(family, method):
+    targets = {"llama": QKV["target_modules"], "roberta": ["query", "value"], "timm-vit": ["qkv"]}[family]
+    base = build(family)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    fields = {**METHODS[method], **({"target_modules": targets} if "+" in method else {})}
+    model = randomize_adapters(get_peft_model(base, ControlConfig(**fields)).eval())
     names = trained(model)
     assert names == adapter(model) and any("mlp_control" in name for name in names)
     assert any("attention_control" in name for name in names) == (method == "double control")
     assert any("lora_" in name for name in names) == ("+" in method)
-    before = {name: p.clone() for name, p in model.named_parameters()}
+    initial = {name: model.get_parameter(name).detach().clone() for name in names}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    model(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
+    logits(model, FAMILIES[family].inputs()).square().sum().backward()
     optimizer.step()
-    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == names
+    assert not any(torch.equal(model.get_parameter(name), value) for name, value in initial.items())
+    # upstream's LoRA layer keeps the linear it wraps as `base_layer`
+    after = {name.replace(".base_layer.", "."): value for name, value in base.state_dict().items() if not is_adapter(name)}
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_modules_to_save_train_and_reload_too(tmp_path):
@@ -104,25 +113,6 @@ def test_modules_to_save_train_and_reload_too(tmp_path):
     model.save_pretrained(tmp_path)
     again, inputs = PeftModel.from_pretrained(build("roberta"), tmp_path).eval(), FAMILIES["roberta"].inputs()
     assert torch.equal(logits(again, inputs), logits(model, inputs))
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["llama", "roberta", "timm-vit"])
-def test_base_names_and_values_are_unchanged(family, method):
-    targets = {"llama": QKV["target_modules"], "roberta": ["query", "value"], "timm-vit": ["qkv"]}[family]
-    base = build(family)
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    parameters = [name for name, _ in base.named_parameters()]
-    fields = {**METHODS[method], **({"target_modules": targets} if "+" in method else {})}
-    model = get_peft_model(base, ControlConfig(**fields)).base_model.model
-
-    def original(name):  # upstream's LoRA layer keeps the linear it wraps as `base_layer`
-        return name.replace(".base_layer.", ".")
-
-    after = {original(n): value for n, value in model.state_dict().items() if not is_adapter(n)}
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert [original(n) for n, _ in model.named_parameters() if not is_adapter(n)] == parameters
 
 
 # -- saving and loading -------------------------------------------------------------------------------------
@@ -260,10 +250,7 @@ def test_weighted_adapters(method, kind, tmp_path):
     model.add_adapter("long", config_of(method, control_rank=5, **fields))
     randomize_adapters(model.eval())
     names, weights = (["two"], [0.25]) if kind == "linear" else (["one", "two"], [0.5, -0.7])
-    rank = {"svd_rank": 32} if kind == "svd" else {}
-    before = trained(model)
-    model.add_weighted_adapter(names, weights, "sum", kind, **rank)
-    assert trained(model) == before
+    model.add_weighted_adapter(names, weights, "sum", kind, **({"svd_rank": 32} if kind == "svd" else {}))
     model.set_adapter("sum")
     found = outputs(model)
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
@@ -284,34 +271,27 @@ def test_weighted_adapters(method, kind, tmp_path):
 # -- options ------------------------------------------------------------------------------------------------
 
 
-def base_with_norms(scale: float) -> nn.Module:
-    base = build("llama")
-    for layer in base.model.layers:
-        layer.post_attention_layernorm.weight.data.mul_(scale)
-    return base
-
-
 def test_a_saved_norm_that_a_control_reads(tmp_path):
     """modules_to_save puts a wrapper where the hook sat; the control must read there all the same."""
-    fields = {"modules_to_save": ["post_attention_layernorm"]}
-    model = llama(**fields)
+
+    def scaled():
+        base = build("llama")
+        for layer in base.model.layers:
+            layer.post_attention_layernorm.weight.data.mul_(1.5)
+        return base
+
+    model = llama(modules_to_save=["post_attention_layernorm"])
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name:
             parameter.data.mul_(1.5)
     expected = outputs(model)
     with model.disable_adapter():
         assert torch.equal(outputs(model), outputs(build("llama")))
-    by_hand = randomize_adapters(get_peft_model(base_with_norms(1.5), config_of()).eval())
-    assert torch.equal(outputs(by_hand), expected)
-    model.add_adapter("second", config_of("double control", init_weights=False, **fields))
-    assert torch.equal(outputs(model.eval()), expected)
-    model.set_adapter("second")
-    assert not torch.allclose(outputs(model), expected)
-    model.set_adapter("default")
-    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    assert torch.equal(outputs(randomize_adapters(get_peft_model(scaled(), config_of()).eval())), expected)
+    model.save_pretrained(tmp_path)
     assert torch.equal(outputs(reloaded(tmp_path)), expected)
     unloaded = model.unload()  # which keeps the trained norm: that is upstream's rule for modules_to_save
-    assert without_hooks(unloaded) and torch.equal(outputs(unloaded), outputs(base_with_norms(1.5)))
+    assert without_hooks(unloaded) and torch.equal(outputs(unloaded), outputs(scaled()))
 
 
 def test_rank_and_alpha_patterns(tmp_path):
@@ -388,29 +368,23 @@ def test_what_a_control_cannot_do():
     assert torch.equal(outputs(model), outputs(llama("control+lora")))  # nothing was left half-done
 
 
-def test_a_forward_that_a_control_cannot_follow_is_an_error():
+def test_forwards_that_a_control_cannot_follow_are_errors():
     model = llama()
     layer = model.base_model.model.model.layers[0]
     layer.forward = lambda hidden_states, **kwargs: hidden_states + layer.mlp(hidden_states)
     with pytest.raises(RuntimeError, match=r"wrote to 'mlp' without calling 'post_attention_layernorm'"):
         outputs(model)
-
-
-def test_a_module_that_serves_another_block_too_is_named():
+    albert = build("albert")
+    albert.albert.encoder.albert_layer_groups[0].albert_layers[0].chunk_size_feed_forward = 3
+    with pytest.raises(RuntimeError, match="works on a part of the state"):
+        logits(get_peft_model(albert, ControlConfig()), MODELS["albert"].inputs())
     said = pytest.raises(RuntimeError, match=r"for something else too, which the row must say \('shared': true")
     for shared, ends in (({}, said), ({"shared": True}, nullcontext())):
         block = {"read": "layernorm_after", "write": "dropout", **shared}
         row = {"layer": "SwinLayer", "norm": "layernorm_after", "blocks": {"mlp": block}}
-        model = get_peft_model(build("swin"), ControlConfig(control_architecture=row))
+        swin = get_peft_model(build("swin"), ControlConfig(control_architecture=row))
         with ends:
-            model(**MODELS["swin"].inputs())
-
-
-def test_a_part_of_a_state_is_refused():
-    base = build("albert")
-    base.albert.encoder.albert_layer_groups[0].albert_layers[0].chunk_size_feed_forward = 3
-    with pytest.raises(RuntimeError, match="works on a part of the state"):
-        get_peft_model(base, ControlConfig())(**MODELS["albert"].inputs())
+            logits(swin, MODELS["swin"].inputs())
 
 
 # -- copies -------------------------------------------------------------------------------------------------
@@ -498,10 +472,10 @@ def test_own_architecture(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        *[({"control_blocks": value}, "control_blocks is empty") for value in ([], None)],
-        *[({"control_blocks": value}, "control_blocks must be") for value in ([3], 3)],
+        ({"control_blocks": []}, "control_blocks is empty"),
+        ({"control_blocks": [3]}, "control_blocks must be"),
         ({"control_rank": 0}, "control_rank must be an integer of at least 1, got 0"),
-        *[({"control_rank": value}, "control_rank must be an integer") for value in (True, 2.0)],
+        ({"control_rank": True}, "control_rank must be an integer"),
         ({"control_rank_pattern": {"mlp": 0}}, r"control_rank_pattern\['mlp'\] must be an integer of at least 1"),
         ({"control_rank_pattern": [1]}, "control_rank_pattern must be a dict"),
         ({"control_rank_pattern": {"(": 4}}, r"control_rank_pattern: '\(' is no regular expression"),
@@ -509,19 +483,13 @@ def test_own_architecture(tmp_path):
         *[({"control_alpha": value}, "control_alpha must be a finite number") for value in ("1", float("nan"), 10**400)],
         ({"control_alpha_pattern": {"mlp": None}}, r"control_alpha_pattern\['mlp'\] must be a finite number"),
         ({"control_dropout": 1.0}, r"control_dropout must lie in \[0, 1\), got 1.0"),
-        ({"control_dropout": "no"}, r"control_dropout must lie in \[0, 1\), got 'no'"),
         ({"control_init": "zeros"}, "control_init must be 'kaiming', 'normal' or None"),
-        *[
-            ({"control_architecture": row}, "control_architecture must look like")
-            for row in (
-                {"layer": "L"}, ["L"], {**ROW, "layer": 3}, {**ROW, "blocks": {}}, {**ROW, "blocks": {"mlp": {"read": "a"}}},
-                {**ROW, "blocks": {"mlp": {"read": "a", "write": 1}}}, {**ROW, "extra": 1}, {**ROW, "init": "zeros"},
-            )
-        ],
+        ({"control_architecture": {"layer": "L"}}, "control_architecture must look like"),
+        ({"control_architecture": {**ROW, "blocks": {"mlp": {"read": "a"}}}}, "control_architecture must look like"),
+        ({"control_architecture": {**ROW, "extra": 1}}, "control_architecture must look like"),
         ({"layers_pattern": "("}, r"layers_pattern: '\(' is no regular expression"),
-        ({"layers_pattern": [1]}, "layers_pattern: 1 is no regular expression"),
     ],
-)  # fmt: skip
+)
 def test_bad_configurations(fields, message):
     with pytest.raises(ValueError, match=message):
         ControlConfig(**fields)
@@ -543,12 +511,8 @@ def test_bad_configurations(fields, message):
             {"control_architecture": {**ROW, "layer": "LlamaDecoderLayer"}, "control_blocks": "body"},
             "LlamaDecoderLayer has no module 'norm'",
         ),
-        (
-            {"control_architecture": {"layer": "LlamaDecoderLayer", "norm": "input_layernorm", "blocks": {"mlp": {"read": "norm2", "write": "mlp"}}}},
-            "LlamaDecoderLayer has no module 'norm2'",
-        ),
     ],
-)  # fmt: skip
+)
 def test_configurations_that_do_not_fit_the_model(fields, message):
     base, model = build("llama"), llama()
     names, expected = list(base.state_dict()), outputs(model)
@@ -562,9 +526,19 @@ def test_configurations_that_do_not_fit_the_model(fields, message):
 def test_unknown_architecture_lists_what_is_known():
     with pytest.raises(ValueError, match="OwnModel has no layer that Control knows") as error:
         get_peft_model(OwnModel(), ControlConfig())
-    assert all(row.name in str(error.value) for row in ARCHITECTURES)
-    assert "control_architecture" in str(error.value)
-    assert "layers: 2 × OwnLayer (norm, body); no known pattern fits" in str(error.value)
+    said = str(error.value)
+    assert all(row.name in said for row in ARCHITECTURES) and "control_architecture" in said
+    assert "layers: 2 × OwnLayer (norm, body); no known pattern fits" in said
+
+
+def test_an_unknown_model_is_proposed_a_row_ready_to_paste():
+    config = {**build("llama").config.to_dict(), "model_type": "arcee", "architectures": ["ArceeForCausalLM"]}
+    base = ArceeForCausalLM(ArceeConfig(**config))
+    with pytest.raises(ValueError, match="ArceeDecoderLayer .*candidate row, untested") as error:
+        get_peft_model(base, ControlConfig())
+    row = ast.literal_eval(str(error.value).split("untested: ")[1])
+    model = get_peft_model(base, ControlConfig(control_architecture=row, init_weights=False))
+    assert len(controls(model)) == 2
 
 
 @pytest.mark.parametrize(
@@ -578,32 +552,6 @@ def test_a_proposed_row_is_the_tested_one(family):
     assert {name: block.of(layer) for name, block in proposed.blocks.items()} == {
         name: block.of(layer) for name, block in row.blocks.items()
     }
-
-
-def test_an_unknown_model_is_proposed_a_row_ready_to_paste(tmp_path, capsys, monkeypatch):
-    from transformers import ArceeConfig, ArceeForCausalLM
-
-    from peft_control.__main__ import main
-
-    config = {**build("llama").config.to_dict(), "model_type": "arcee", "architectures": ["ArceeForCausalLM"]}
-    base = ArceeForCausalLM(ArceeConfig(**config))
-    with pytest.raises(ValueError, match="ArceeDecoderLayer .*candidate row, untested") as error:
-        get_peft_model(base, ControlConfig())
-    row = ast.literal_eval(str(error.value).split("untested: ")[1])
-    model = get_peft_model(base, ControlConfig(control_architecture=row, init_weights=False))
-    assert len(controls(model)) == 2
-    base.config.save_pretrained(tmp_path / "arcee")
-    for name in ("arcee", "nowhere"):
-        monkeypatch.setattr("sys.argv", ["peft_control", "architectures", str(tmp_path / name)])
-        with pytest.raises(SystemExit, match="2"):
-            main()
-        assert capsys.readouterr().err.startswith("error: ")
-    build("qwen3_next").config.save_pretrained(tmp_path / "known")
-    monkeypatch.setattr("sys.argv", ["peft_control", "architectures", str(tmp_path / "known")])
-    main()
-    text = capsys.readouterr().out
-    assert "layers.0: Qwen3NextDecoderLayer, row qwen3_next, width 32" in text
-    assert "attention: reads input_layernorm, writes linear_attn" in text
 
 
 anything = st.one_of(
