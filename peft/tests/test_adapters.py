@@ -104,17 +104,6 @@ def test_the_adapter_alone_trains_and_the_base_keeps_its_names_and_values(family
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_modules_to_save_train_and_reload_too(tmp_path):
-    config = ControlConfig(task_type="SEQ_CLS", control_bias=True)
-    model = randomize_adapters(get_peft_model(build("roberta"), config).eval())
-    heads = trained(model) - adapter(model)
-    assert heads and all("classifier.modules_to_save.default" in name for name in heads)
-    model.base_model.classifier.modules_to_save["default"].dense.weight.data.mul_(2)
-    model.save_pretrained(tmp_path)
-    again, inputs = PeftModel.from_pretrained(build("roberta"), tmp_path).eval(), FAMILIES["roberta"].inputs()
-    assert torch.equal(logits(again, inputs), logits(model, inputs))
-
-
 # -- saving and loading -------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ import timm
 import torch
 from peft import get_peft_model
 from timm.layers import GluMlp, RmsNorm, SwiGLU
-from tiny_models import FAMILIES, Live, TimmImages, adapted, assert_as_plain, distance, logits, set_dropout, step_on
+from tiny_models import FAMILIES, Live, adapted, assert_as_plain, distance, logits, set_dropout, step_on
 from transformers.activations import ACT2FN
 
 from peft_control import ControlConfig
@@ -125,15 +125,3 @@ def test_timm_blocks_that_only_look_like_those_known_are_refused(kind):
     base = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=4, **kind)
     with pytest.raises(ValueError, match="memory modes know timm's"):
         set_memory_mode(get_peft_model(base, ControlConfig()), "fast")
-
-
-def test_a_trained_norm_and_checkpointing_are_refused():
-    images, trained = TimmImages(), control_model("roberta")
-    images.set_grad_checkpointing()
-    trained.get_submodule("base_model.model.roberta.encoder.layer.1.output.LayerNorm").requires_grad_(True)
-    for model, mode, message in (
-        (get_peft_model(images, ControlConfig()), "lean", "replaces gradient checkpointing"),
-        (trained, "fast", "frozen MLP"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            set_memory_mode(model, mode)

@@ -208,18 +208,3 @@ def test_experts_in_mxfp4_are_not_trained_through():
     with pytest.raises(ValueError, match=r"experts in MXFP4 pass no gradient on.*Mxfp4Config\(dequantize=True\)"):
         get_peft_model(base, config_of())
     get_peft_model(base, config_of(inference_mode=True))
-
-
-def test_an_adapter_from_before_its_vision_tower_had_a_row(tmp_path):
-    """It lacks the tower's controls: they stay the identity, and peft names what is missing."""
-    family, chosen = "qwen2_5_vl", config_of(layers_pattern="language_model.layers")
-    model, inputs = randomize_adapters(get_peft_model(build(family), chosen)).eval(), MODELS[family].inputs()
-    assert not any("visual" in name for name, p in model.named_parameters() if p.requires_grad)
-    model.save_pretrained(tmp_path)
-    place = tmp_path / "adapter_config.json"
-    place.write_text(place.read_text().replace('"language_model.layers"', "null"))
-    with pytest.warns(UserWarning, match="Found missing adapter keys.*visual"):
-        again = PeftModel.from_pretrained(build(family), tmp_path).eval()
-    other = PeftModel.from_pretrained(build(family), tmp_path, config=chosen).eval()
-    with torch.no_grad():
-        assert all(torch.equal(logits(one, inputs), logits(model, inputs)) for one in (again, other))

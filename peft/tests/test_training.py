@@ -68,24 +68,6 @@ def test_forward_after_an_interrupted_one():
 # -- generation ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generation_with_and_without_cache(family, beams):
-    model = adapted(family, **DOUBLE).eval()
-    inputs = {name: value.flip(1) for name, value in FAMILIES[family].inputs().items()}  # padding on the left
-
-    options = dict(num_beams=beams, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-
-    def generate(use_cache):
-        return model.generate(**inputs, **options, use_cache=use_cache, return_dict_in_generate=True, output_logits=True)
-
-    cached, plain = generate(True), generate(False)
-    assert torch.equal(cached.sequences, plain.sequences)
-    torch.testing.assert_close(cached.logits, plain.logits, rtol=1e-4, atol=1e-4)
-    with model.disable_adapter():
-        assert not torch.equal(generate(True).sequences, cached.sequences)
-
-
 def test_decoding_sees_every_change_of_the_control(tmp_path):
     """A bfloat16 base with float32 controls: one-token steps share a cast until the adapter changes, in whatever way."""
     model = get_peft_model(build("llama", torch.bfloat16), ControlConfig(task_type="CAUSAL_LM", control_rank=3))
