@@ -7,12 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import build, randomize_adapters
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from peft_control import ControlConfig, Fp8Experts, Fp8Linear, fp8_experts, quantize_fp8
 from peft_control.fp8_kernels import dequantize_rows, has_fp8
 from peft_control.memory import set_memory_mode
-from peft_control.memory.layers import LayerPlan
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
@@ -127,21 +125,6 @@ def test_experts_beside_adapters_and_of_the_last_layers():
     with pytest.raises(ValueError, match="experts in FP8 take no LoRA"):
         get_peft_model(quantize_fp8(build("qwen3_moe")), lora)(input_ids=ids)
     assert list(experts_of(quantize_fp8(build("qwen3_moe"), keep_last=0.5))) == ["model.layers.0.mlp.experts"]
-
-
-def test_states_travel_to_the_host_as_over_16_bits():
-    """What hides their copies is a layer's computation, whatever stores its weights."""
-    settings = dict(num_hidden_layers=2, hidden_size=64, moe_intermediate_size=1500, num_experts=8, num_experts_per_tok=4)
-    config = Qwen3MoeConfig(**settings, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=61)
-    hosts = {}
-    for base in ("bf16", "fp8"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model = controlled(quantize_fp8(model) if base == "fp8" else model)
-        set_memory_mode(model, "lean")
-        hosts[base] = [
-            plan.host is not None for m in model.modules() if isinstance(plan := vars(m).get("memory_plan"), LayerPlan)
-        ]
-    assert hosts["fp8"] == hosts["bf16"] == [True, True]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or not has_fp8(torch.device("cuda", 0)), reason="needs a GPU with FP8")

@@ -400,19 +400,6 @@ def test_what_waits_on_the_host_depends_on_how_fast_copies_are(mode, computing, 
         assert computed_twice(9) == set()
 
 
-@pytest.mark.parametrize(("layers", "counts"), [("XX", True), ("X", False), ("XoX", False)])
-def test_what_is_computed_between_layers_hides_no_copies(layers, counts, copied_in_pieces):
-    host, state = memory.offload.HostStates(3, paced=True), torch.zeros(2, 19, 32, dtype=torch.float64)
-    for _ in range(20):
-        waiting = []
-        for layer in layers:
-            waiting.append(host.push(state) if layer == "X" else None)
-            copied_in_pieces.computing.time += 0 if layer == "X" else 1000
-            host.settle()
-        copied_in_pieces.computing.time += 1000  # the loss
-    assert host.hides(state) == (not counts)
-
-
 def test_the_host_gives_no_more_than_the_longest_sequence_takes(copied_in_pieces):
     host = memory.offload.HostStates(3)
     for shape in ((3,), (2, 3500), (9000,), (2, 20), (4096,), (12_289,), (64, 128), (5000,)):
@@ -625,23 +612,3 @@ def test_attention_is_told_the_positions(mode, monkeypatch):
     positions = torch.arange(19).repeat(2, 1) % 7
     step(model, position_ids=positions, attention_mask=None, use_cache=False)  # with one the layers run their own forward
     assert seen and all(torch.equal(found, positions) for found in seen)
-
-
-@pytest.mark.parametrize("mode", MODES[1:])
-def test_what_is_trained_only_after_the_mode_was_set_is_told(mode):
-    model = set_memory_mode(build(), mode)
-    model.get_base_model().model.layers[1].mlp.down_proj.weight.requires_grad_(True)
-    with pytest.warns(UserWarning, match="memory modes need a frozen MLP.*runs its own forward from here on"):
-        step(model)
-
-
-@pytest.mark.parametrize("mode", MODES[1:])
-def test_masks_that_are_trained_get_their_gradients(mode):
-    causal = torch.full((19, 19), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1)
-
-    def of_mask(mode):
-        model = set_memory_mode(build(), mode)
-        bias = torch.zeros(2, 1, 19, 19, dtype=torch.float64, requires_grad=True)
-        return torch.autograd.grad(model(batch()[0]["input_ids"], causal + bias, labels=batch()[1]).loss, bias)[0]
-
-    torch.testing.assert_close(of_mask(mode), of_mask("plain"), rtol=1e-5, atol=1e-9)
