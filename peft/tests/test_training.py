@@ -203,8 +203,6 @@ CASES = {
     "num_items_in_batch": ("Trainer", {"gradient_accumulation_steps": 2}, None, {}),
     "compute_loss_func": ("Trainer", {}, None, {"compute_loss_func": summed_loss}),
     "SFT": ("SFT", {"max_length": 16}, lambda n: {"text": text(n, 5 + n % 4)}, {}),
-    "SFT label smoothing": ("SFT", {"label_smoothing_factor": 0.2}, lambda n: {"text": text(n)}, {}),
-    "SFT compute_loss_func": ("SFT", {}, lambda n: {"text": text(n)}, {"compute_loss_func": summed_loss}),
     "DPO": ("DPO", {}, lambda n: {"prompt": text(n), "chosen": text(n + 6), "rejected": text(2 * n)}, {}),
     "KTO": ("KTO", {}, lambda n: {"prompt": text(n), "completion": text(n + 6), "label": n % 2 == 0}, {}),
     "Reward": ("Reward", {}, lambda n: {"chosen": text(n), "rejected": text(2 * n, 4)}, {}),
