@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from accelerate.state import AcceleratorState
 from test_memory import FAMILIES, VOCABULARY, batch, build
-from tiny_models import distance, step_on
+from tiny_models import distance, step_of, step_on
 from torch import nn
 
 from peft_control import ControlConfig, memory
@@ -199,7 +199,7 @@ def off(draw, model, layer):
     model.get_base_model().lm_head.weight.requires_grad_(True)
 
 
-def loss(draw, model, layer):
+def own_loss(draw, model, layer):
     model.get_base_model().loss_function = lambda logits, labels, vocab_size, **_: logits.square().mean()
 
 
@@ -207,7 +207,7 @@ def no_cache(draw, model, layer):
     model.get_base_model().config.use_cache = False
 
 
-ODDITIES = [hook, forward, subclass, adapter, dropout, activation, trained, off, loss, no_cache]
+ODDITIES = [hook, forward, subclass, adapter, dropout, activation, trained, off, own_loss, no_cache]
 
 
 def random_setup(draw):
@@ -260,7 +260,11 @@ def check_setup(seed):
     draw = random.Random(seed)
     model, mode, options, inputs, oddities = random_setup(draw)
     late = draw.random() < 0.5 and subclass not in oddities
-    functional = draw.choice(["no", "no", "no", "trained", "all"])
+
+    def loss():
+        output = model(**inputs)
+        return output.loss if "labels" in inputs else output.logits.square().mean()
+
     with pytest.MonkeyPatch.context() as patch:
         host_of(draw, patch)
         for oddity in () if late else oddities:
@@ -271,22 +275,11 @@ def check_setup(seed):
             step(model, **inputs)
         for oddity in oddities if late else ():
             oddity(draw, model, draw.choice(layers(model)))
-        chosen = {n: p for n, p in model.named_parameters() if functional == "all" or p.requires_grad}
-        given = {n: (1.5 * p.detach()).requires_grad_(p.requires_grad) for n, p in chosen.items()}
-        given = {} if functional == "no" else given
-        trained = {n: p for n, p in (given or chosen).items() if p.requires_grad}
-
-        def gradients():
-            torch.manual_seed(seed)
-            output = torch.func.functional_call(model, given, (), inputs)
-            loss = output.loss if "labels" in inputs else output.logits.square().mean()
-            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-            return {name: g for name, g in zip(trained, found) if g is not None}
-
-        found = gradients()
+        found = step_of(model, loss, seed)[1]
         set_memory_mode(model, "plain")
         # transformers' own loss is float32 whatever the model's dtype
-        assert distance(found, gradients()) <= (1e-6 if "labels" in inputs else 1e-9), f"seed {seed}"
+        tolerance = 1e-6 if "labels" in inputs else 1e-9
+        assert distance(found, step_of(model, loss, seed)[1]) <= tolerance, f"seed {seed}"
     return mode
 
 

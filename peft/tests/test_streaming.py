@@ -260,6 +260,19 @@ def test_adapters_are_left_where_they_are_and_may_be_switched():
     equal(step(model), first)
 
 
+def test_a_lora_is_merged_on_the_host_and_taken_out_again(ciphered):
+    config = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    model = get_peft_model(build().unload(), config)
+    twin = copy.deepcopy(model)
+    set_memory_mode(model, "plain", stream_weights=True)
+    equal(answers(model), answers(twin))
+    for change in ("merge_adapter", "unmerge_adapter"):
+        for changed in (model, twin):
+            with ciphered():
+                getattr(changed, change)()
+        equal(answers(model), answers(twin))
+
+
 def test_a_step_that_broke_off_leaves_the_next_one_right():
     model = streamed()
     reference = step(model)
