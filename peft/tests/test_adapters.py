@@ -178,26 +178,6 @@ def test_the_card_says_what_the_adapter_is_and_how_to_load_it(tmp_path, base_fol
     assert card.read_text().count("controlled blocks") == 1 and "# Only mine" in card.read_text()
 
 
-def test_transformers_own_adapter_methods(tmp_path, base_folder):
-    model = AutoModelForCausalLM.from_pretrained(base_folder)
-    plain, both = outputs(model), {}
-    for name in ("one", "two"):
-        model.add_adapter(config_of("control+lora", init_weights=False, init_lora_weights=False), name)
-        model.eval().set_adapter(name)
-        assert model.active_adapters() == [name]
-        both[name] = outputs(model)
-    assert not torch.allclose(both["one"], both["two"]) and not torch.allclose(both["one"], plain)
-    model.disable_adapters()
-    assert torch.equal(outputs(model), plain)
-    model.enable_adapters()
-    model.set_adapter("one")
-    model.save_pretrained(tmp_path)
-    assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), both["one"])
-    for name, expected in (("one", both["two"]), ("two", plain)):
-        model.delete_adapter(name)
-        assert torch.equal(outputs(model), expected)
-
-
 # -- several adapters ---------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,18 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import METHODS, adapted, assert_as_plain, build, config_of, distance, randomize_adapters, skip_before, step_on
+from tiny_models import (
+    METHODS,
+    adapted,
+    assert_as_plain,
+    assert_equal,
+    build,
+    config_of,
+    distance,
+    randomize_adapters,
+    skip_before,
+    step_on,
+)
 from transformers import AutoModelForCausalLM
 
 from control_experiments.errors import UserError
@@ -195,9 +206,7 @@ def test_models_are_quantized_as_they_are_read_and_saved_so(name, dtype, tmp_pat
     model.save_pretrained(tmp_path / "stored")
     again = load(tmp_path / "stored")
     for found in (model, again, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        state = found.state_dict()
-        assert state.keys() == expected.keys()
-        assert all(torch.equal(state[key], value) for key, value in expected.items())
+        assert_equal(found.state_dict(), expected)
         assert quantization_of(found.config) == "fp8"
         stored = [module for module in found.modules() if isinstance(module, (Fp8Linear, Fp8Experts))]
         assert stored and not any(p.requires_grad for module in stored for p in module.parameters())

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny_models import METHODS, assert_as_plain, config_of, distance, randomize_adapters, step_on
+from tiny_models import METHODS, assert_as_plain, assert_equal, config_of, distance, randomize_adapters, step_on
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 from control_experiments.errors import UserError
@@ -70,11 +70,6 @@ def frozen(model):
     return {name: x.clone() for name, x in model.state_dict().items() if name not in trained}
 
 
-def assert_same(before, after):
-    assert before.keys() == after.keys()
-    assert all(torch.equal(x, after[name]) for name, x in before.items())
-
-
 def train(model, name, steps=4):
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
@@ -105,7 +100,7 @@ def test_trains_saves_and_reloads_on_a_fresh_base(folders, tmp_path, name, quant
 
     losses = train(model, name)
     assert losses[-1] < losses[0]
-    assert_same(before, frozen(model))
+    assert_equal(before, frozen(model))
     model.eval().save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(load(folders, name, quantization), tmp_path).eval()
     with torch.no_grad():
@@ -240,4 +235,4 @@ def test_on_a_gpu(folders, name, quantization):
         with torch.autocast("cuda", torch.bfloat16):
             _, found[mode] = step_on(model, batch)
     assert all(distance(found[mode], found["plain"]) <= 0.1 for mode in MODES[1:])
-    assert_same(before, frozen(model))
+    assert_equal(before, frozen(model))

@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_models import assert_equal
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -57,18 +58,12 @@ def answers(model):
     return {"logits": logits, "words": words}
 
 
-def equal(found, reference):
-    assert found.keys() == reference.keys()
-    for name, tensor in reference.items():
-        assert torch.equal(found[name], tensor), name
-
-
 def as_resident(model, mode, run=step, **options):
     """Set ``mode`` and stream the weights; assert that ``run`` gives to the bit what it gives without."""
     set_memory_mode(model, mode, **options)
     reference = run(model)
     set_memory_mode(model, mode, stream_weights=True, **options)
-    equal(run(model), reference)
+    assert_equal(run(model), reference)
 
 
 @pytest.fixture(autouse=True)
@@ -138,12 +133,12 @@ def test_losses_gradients_and_answers_are_those_of_resident_weights(base, mode, 
     for resident in (True, 3, LAYERS + 4):
         set_memory_mode(model, mode, chunk_tokens=8, stream_weights=resident)
         for _ in range(2):  # training and evaluation in turns
-            equal(step(model), reference)
-            equal(step(model), reference)
-            equal(answers(model), answered)
+            assert_equal(step(model), reference)
+            assert_equal(step(model), reference)
+            assert_equal(answers(model), answered)
     set_memory_mode(model, mode, chunk_tokens=8)
-    equal(step(model), reference)
-    equal(answers(model), answered)
+    assert_equal(step(model), reference)
+    assert_equal(answers(model), answered)
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -160,7 +155,7 @@ def test_models_without_a_control_are_streamed(adapter):
     reference = step(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
-    equal(step(model), reference)
+    assert_equal(step(model), reference)
 
 
 @pytest.mark.parametrize("family", tiny_models.MODELS)
@@ -208,7 +203,7 @@ def test_a_state_dict_is_right_at_any_time(ciphered, tmp_path):
     set_memory_mode(model, "lean", stream_weights=True)
     step(model)
     with ciphered():
-        equal(model.state_dict(), before)
+        assert_equal(model.state_dict(), before)
         for tensor in model.state_dict().values():  # a file of weights takes each by itself
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
         model.save_pretrained(tmp_path / "adapter")
@@ -222,13 +217,13 @@ def test_a_state_dict_is_right_at_any_time(ciphered, tmp_path):
     hook.remove()
     layer = "base_model.model.model.layers.2."  # the one that runs lies in its slot, readable
     assert len(seen) == 1
-    equal({k: v for k, v in seen[0].items() if layer not in k}, {k: v for k, v in before.items() if layer not in k})
+    assert_equal({k: v for k, v in seen[0].items() if layer not in k}, {k: v for k, v in before.items() if layer not in k})
 
 
 def test_weights_that_are_written_to_or_replaced_are_fetched_anew(ciphered):
     model, twin = streamed(lora=False), set_memory_mode(build(lora=False), "lean")
     reference = step(twin)
-    equal(step(model), reference)
+    assert_equal(step(model), reference)
     for changed in (model, twin):
         with ciphered() if changed is model else torch.no_grad(), torch.no_grad():
             layers = changed.get_base_model().model.layers
@@ -241,7 +236,7 @@ def test_weights_that_are_written_to_or_replaced_are_fetched_anew(ciphered):
     weight.data = weight.data.view(torch.int32).bitwise_not().view(torch.float32)
     changed = step(twin)
     assert not torch.equal(changed["loss"], reference["loss"])
-    equal(step(model), changed)
+    assert_equal(step(model), changed)
 
 
 def test_adapters_are_left_where_they_are_and_may_be_switched():
@@ -254,10 +249,10 @@ def test_adapters_are_left_where_they_are_and_may_be_switched():
     model.set_adapter("other")
     other = step(model)
     set_memory_mode(model, "lean")
-    equal(step(model), other)
+    assert_equal(step(model), other)
     model.set_adapter("default")
     model.delete_adapter("other")
-    equal(step(model), first)
+    assert_equal(step(model), first)
 
 
 def test_a_lora_is_merged_on_the_host_and_taken_out_again(ciphered):
@@ -265,12 +260,12 @@ def test_a_lora_is_merged_on_the_host_and_taken_out_again(ciphered):
     model = get_peft_model(build().unload(), config)
     twin = copy.deepcopy(model)
     set_memory_mode(model, "plain", stream_weights=True)
-    equal(answers(model), answers(twin))
+    assert_equal(answers(model), answers(twin))
     for change in ("merge_adapter", "unmerge_adapter"):
         for changed in (model, twin):
             with ciphered():
                 getattr(changed, change)()
-        equal(answers(model), answers(twin))
+        assert_equal(answers(model), answers(twin))
 
 
 def test_a_step_that_broke_off_leaves_the_next_one_right():
@@ -289,7 +284,7 @@ def test_a_step_that_broke_off_leaves_the_next_one_right():
         with pytest.raises(KeyboardInterrupt):
             step(model)
         hook.remove()
-        equal(step(model), reference)
+        assert_equal(step(model), reference)
 
 
 def test_moves_and_casts():
@@ -297,7 +292,7 @@ def test_moves_and_casts():
     reference = step(model)
     stream = stream_of(model)
     model.to("cpu", torch.float32)
-    equal(step(model), reference)
+    assert_equal(step(model), reference)
     with pytest.raises(RuntimeError, match="keep their type"):
         model.to(torch.bfloat16)
     model.to("meta")  # adapters and the rest do move
@@ -325,7 +320,7 @@ def test_a_streamed_model_is_not_copied():
         with pytest.raises(TypeError, match="set_memory_mode"):
             copied(model)
     set_memory_mode(model, "plain")
-    equal(copy.deepcopy(model).state_dict(), model.state_dict())
+    assert_equal(copy.deepcopy(model).state_dict(), model.state_dict())
     assert not any("forward" in vars(m) or "_apply" in vars(m) for m in model.modules())
 
 
@@ -347,7 +342,7 @@ def test_what_cannot_be_streamed_is_refused_and_leaves_the_model_as_it_is(monkey
         set_memory_mode(model, "lean", stream_weights=True)
     monkeypatch.undo()
     assert not streaming.streams(model)
-    equal(step(model), reference)
+    assert_equal(step(model), reference)
     set_memory_mode(model, "lean", stream_weights=True)
     model.get_base_model().model.layers[2].mlp.up_proj.weight.requires_grad_()
     with pytest.raises(RuntimeError, match="trained since"):
@@ -424,8 +419,8 @@ def test_the_computation_waits_for_what_it_needs_and_copies_for_what_is_read(mon
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     set_memory_mode(model, mode, chunk_tokens=8, stream_weights=resident)
     for _ in range(2):
-        equal(step(model), reference)
-        equal(answers(model), answered)
+        assert_equal(step(model), reference)
+        assert_equal(answers(model), answered)
     assert streaming.describe(model)
     set_memory_mode(model, mode, chunk_tokens=8)
-    equal(step(model), reference)
+    assert_equal(step(model), reference)

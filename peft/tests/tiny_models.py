@@ -322,6 +322,13 @@ def assert_as_plain(model, inputs, *modes, tolerance=1e-9, steps=1, **options) -
     return expected, reference
 
 
+def assert_equal(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
+    """Two models' tensors by name, to the bit."""
+    assert found.keys() == reference.keys()
+    for name, tensor in reference.items():
+        assert torch.equal(found[name], tensor), name
+
+
 def distance(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
     """The norm of the difference of two models' gradients, relative to that of the second."""
     assert found and found.keys() == reference.keys()
