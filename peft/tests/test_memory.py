@@ -494,6 +494,9 @@ class Scaled(torch.nn.Linear):
         return F.linear(x, 2 * self.weight)
 
 
+ROW = {"layer": "LlamaDecoderLayer", "norm": "input_layernorm", "blocks": {"mlp": {"read": "mlp", "write": "mlp"}}}
+
+
 def changed(part, change):
     """A model of which ``change`` was made to one part."""
     model = build()
@@ -509,6 +512,7 @@ def changed(part, change):
         (lambda: changed("model.layers.0.mlp.up_proj", lambda m: setattr(m, "__class__", Scaled)), "need a frozen MLP"),
         (lambda: changed("model.layers.1.mlp", lambda m: m.requires_grad_(True)), "need a frozen MLP"),
         (lambda: get_peft_model(build().unload(), LoraConfig(target_modules=["up_proj"])), "frozen MLP"),
+        (lambda: build(control_architecture=ROW, control_blocks=["mlp"]), "not mlp_control"),
     ],
 )
 def test_layers_that_are_not_those_known_are_refused(make, message):
@@ -579,6 +583,10 @@ def test_gradients_can_be_taken_at_leaves_put_in_the_parameters_places(mode):
     assert all(torch.equal(gradient, parameter.grad) for gradient, parameter in zip(found, parameters))
     after = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(map(lambda a, b: a is b, after, parameters))
+    places = memory.graphs._copied([None, *found[1:]], [torch.zeros_like(gradient) for gradient in found])
+    assert places[0] is None and torch.equal(places[1], found[1])
+    with pytest.raises(RuntimeError, match="some steps only"):
+        memory.graphs._copied(found, [None, *found[1:]])
 
 
 def test_compiled_models_train_as_others():

@@ -1,5 +1,6 @@
 """A study of runs whose score is a formula: what is searched, chosen and tested, by one process and by several."""
 
+import fcntl
 import json
 import math
 import multiprocessing
@@ -145,3 +146,13 @@ def test_what_cannot_be_is_refused_before_anything_is_done(tmp_path, options, me
     with pytest.raises(UserError, match=message):
         study(tmp_path, **options).check()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_time_also_ends_while_other_processes_work_on_all_that_is_left(tmp_path, capsys):
+    asked = study(tmp_path, methods=["control"], grid=None, lr=1e-3, seeds=[1], max_minutes=1e-3)
+    (cell,) = asked.left()
+    asked.lock(cell).parent.mkdir()
+    with asked.lock(cell).open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        asked.run()
+    assert "does not fit into 0.001 minutes" in capsys.readouterr().out and not (tmp_path / "log").exists()
