@@ -30,7 +30,7 @@ def main() -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-def _architectures(place: str | None) -> str:
+def _architectures(place: str | None = None) -> str:
     """The blocks of a model's layers, or the table of all rows as README.md has it."""
     lines = ["| architecture | layer class | blocks | initialisation of A |", "| --- | --- | --- | --- |"]
     for row in () if place else architectures.ARCHITECTURES:
