@@ -82,7 +82,7 @@ run_child() {
 }
 
 stop_child() {
-    kill "$child" 2>/dev/null || true
+    kill "$child" 2>/dev/null || true    # it may have ended by itself
     wait "$child" || true
     exit "$1"
 }

@@ -5,7 +5,9 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from test_adapters import config_of, llama, outputs
 from tiny_models import FAMILIES, MODELS, build, logits, randomize_adapters, skip_before
@@ -131,6 +133,21 @@ def test_lora_on_the_module_that_a_control_writes_to_is_merged():
 
 
 # -- swapped weights ----------------------------------------------------------------------------------------
+
+
+# -- swapped weights ----------------------------------------------------------------------------------------
+
+
+def test_weights_are_swapped_in_place(tmp_path):
+    """peft's hotswap_adapter knows LoRA alone and says so; its two calls below it swap what has the same shapes."""
+    model, other = llama("control+lora"), randomize_adapters(llama("control+lora"), seed=8)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA but CONTROL was passed"):
+        hotswap_adapter(model, str(tmp_path), adapter_name="default")
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    set_peft_model_state_dict(model, load_peft_weights(str(tmp_path)))
+    assert torch.equal(outputs(model), outputs(other))
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
 
 
 # -- graphs -------------------------------------------------------------------------------------------------
