@@ -285,7 +285,8 @@ class TestOnGpu:
     def test_bytes_are_transposed(self):
         for shape in ((4096, 1024), (200, 48), (1, 7)):
             weight = torch.randint(0, 256, shape, dtype=torch.uint8)
-            assert torch.equal(fp8.transposed(weight.cuda()).cpu(), weight.t())
+            found, ones = fp8.transposed(weight.cuda())
+            assert torch.equal(found.cpu(), weight.t()) and torch.equal(ones.cpu(), torch.ones(1, shape[1]))
 
     def test_rows_of_swiglu(self):
         gate, up, dact = (random(67, 1000, seed=seed, spread=1).bfloat16() for seed in range(3))
