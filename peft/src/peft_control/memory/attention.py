@@ -102,17 +102,17 @@ def decoder_attention(layer, hidden_states, *arguments, recompute=None, **named)
     return AddControl.add(state, project(mixed), getattr(layer, "attention_control", None))
 
 
-def decoder_attention_gradients(layer, state, dy, inputs, *arguments, kept=(), **named):
+def decoder_attention_gradients(layer, state, dy, inputs, adapters, *arguments, kept=(), **named):
     """The gradients of :func:`decoder_attention`'s ``inputs`` for its output's gradient ``dy``, without the output.
 
     Returns ``(gradients, control_gradients)``: of the ``inputs``, among them ``state`` if that needs one, and of the
-    block's control's parameters. ``dy`` is overwritten: long sequences need its memory. ``kept`` is what ``keep`` got.
+    block's control's ``adapters``. ``dy`` is overwritten: long sequences need its memory. ``kept`` is what ``keep`` got.
     """
-    control, flat, dflat = getattr(layer, "attention_control", None), tokens(state), tokens(dy)
+    flat, dflat = tokens(state), tokens(dy)
     with torch.no_grad():
         dmixed: Any = input_gradient(dflat.to(compute_dtype(state)), layer.self_attn.o_proj) if inputs else None
         dstate = dflat if state.requires_grad else None
-        _, of_control = control_backward(control, flat, control_hidden(control, flat), dflat, dstate)
+        _, of_control = control_backward(adapters, flat, control_hidden(adapters, flat), dflat, dstate)
     if not inputs:
         return [], of_control
     if kept:

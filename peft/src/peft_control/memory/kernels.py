@@ -121,8 +121,6 @@ def add_low_rank(base, hidden, weight, scale=1.0, bias=None, residual=None, out=
         residual = None if residual is None else residual.contiguous()
         out = torch.empty_like(base, dtype=dtype) if out is None else out
         (tokens, width), rank = base.shape, hidden.shape[1]
-        if tokens >= 2048:  # for fewer a cast takes longer than it saves
-            weight = weight.to(hidden.dtype)
         block_tokens, block_width = _LOW_RANK_TILE if weight.dtype == hidden.dtype else _LOW_RANK_CAST_TILE
         _add_low_rank_kernel[(-(-width // block_width), -(-tokens // block_tokens))](
             base, hidden, weight, bias, residual, out, tokens, width, rank, weight.stride(0), weight.stride(1), scale,
@@ -263,7 +261,7 @@ def cross_entropy_(logits, labels):
 # -- Triton -----------------------------------------------------------------------------------------------------
 
 _BLOCK = 2048
-_LOW_RANK_TILE, _LOW_RANK_CAST_TILE = (64, 128), (64, 64)  # tokens, width; where each tile casts the weight
+_LOW_RANK_TILE, _LOW_RANK_CAST_TILE = (64, 128), (64, 64)  # tokens, width; the second where each tile casts the weight
 
 
 def _grid(x: torch.Tensor) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from ..fp8 import Fp8Linear
 from ..fp8_kernels import compute_dtype
 from . import kernels
 from .attention import attend
-from .control import add_control, control_backward, control_draws, control_hidden, control_parameters
+from .control import active, add_control, control_backward, control_draws, control_hidden, control_parameters
 from .exact import is_as_written
 from .layers import Call
 from .linear import cast_once, input_gradient, is_frozen_linear, of_ready, ready, rows_are_apart, rows_of
@@ -190,7 +190,7 @@ class LongRows:
     def __init__(self, layer, plan, state, attention_mask=None, *, position_embeddings, **named):
         self.plan, self.attention, self.shape = plan, layer.self_attn, state.shape
         self.state, self.norm, self.mlp = tokens(state), layer.input_layernorm, plan.mlp.for_chunks(state)
-        self.controls = [getattr(layer, f"{block}_control", None) for block in ("attention", "mlp")]
+        self.controls = [active(getattr(layer, f"{block}_control", None), state) for block in ("attention", "mlp")]
         self.mask, self.angles, self.named = attention_mask, position_embeddings, named
         self.dtype, attention = compute_dtype(state), self.attention
         self.normals: list | None = None

@@ -19,7 +19,7 @@ from transformers.activations import GELUActivation, GELUTanh
 from ..fp8 import FORMATS, Fp8Linear
 from ..fp8_kernels import compute_dtype
 from . import kernels
-from .control import add_control, control_hidden
+from .control import Active, add_control, control_hidden
 from .linear import cast_once, input_gradient, is_frozen_linear, outputs
 
 
@@ -58,9 +58,11 @@ class Mlp:
         twin.linears = [cast_once(linear, compute_dtype(state)) for linear in self.linears]
         return twin
 
-    def forward(self, state, keep, control=None, out=None) -> tuple[torch.Tensor, Sequence[torch.Tensor], list[torch.Tensor]]:
-        """The block's output with its ``control``, in ``out`` if given; what ``keep`` asks it to keep; and what the control's
-        backward needs."""
+    def forward(
+        self, state, keep, adapters: Sequence[Active] = (), out=None
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor], list[torch.Tensor]]:
+        """The block's output with its control's ``adapters``, in ``out`` if given; what ``keep`` asks it to keep; and what the
+        control's backward needs."""
         raise NotImplementedError
 
     def backward(self, state, kept, dy, out=None) -> torch.Tensor:
@@ -116,7 +118,7 @@ class GatedMlp(Mlp):
         )
         return linears if plain else []
 
-    def forward(self, state, keep, control=None, out=None):
+    def forward(self, state, keep, adapters=(), out=None):
         gate_proj, up_proj, down = self.linears
         normal, rstd = self._normalise(state)
         # what is kept alone must not be a part of something larger, and chunks are no faster
@@ -130,9 +132,9 @@ class GatedMlp(Mlp):
             change = down.of_rows(*kernels.swiglu_rows(gate, up), gate.dtype)
         else:
             change = down(kernels.swiglu(gate, up))
-        hidden = control_hidden(control, state)
+        hidden = control_hidden(adapters, state)
         kept = (gate, up, rstd) if keep == 2 else (gate,)[:keep]
-        return add_control(control, hidden, change, state, out), kept, hidden
+        return add_control(adapters, hidden, change, state, out), kept, hidden
 
     def backward(self, state, kept, dy, out=None):
         if len(kept) == 3:
@@ -192,7 +194,7 @@ class PreNormMlp(Mlp):
     def draws(self) -> bool:
         return any(draws(module) for module in self.dropouts)
 
-    def forward(self, state, keep, control=None, out=None):
+    def forward(self, state, keep, adapters=(), out=None):
         first, *rest = self.linears
         inner = first(self._normalise(state))
         change = self.activation(inner)
@@ -200,8 +202,8 @@ class PreNormMlp(Mlp):
             change = linear(change)
         if self.scale is not None:
             change = change * self.scale
-        hidden = control_hidden(control, state)
-        return add_control(control, hidden, change, state, out), (inner,)[:keep], hidden
+        hidden = control_hidden(adapters, state)
+        return add_control(adapters, hidden, change, state, out), (inner,)[:keep], hidden
 
     def backward(self, state, kept, dy, out=None):
         first, *rest = self.linears
@@ -237,14 +239,14 @@ class PostNormMlp(Mlp):
         change = self.linears[1](self.activation(inner))
         return torch.native_dropout(change, self.dropout.p, True) if draws(self.dropout) else (change,)
 
-    def forward(self, state, keep, control=None, out=None):
+    def forward(self, state, keep, adapters=(), out=None):
         inner = self.linears[0](state)
         change = self._change(inner)
         kept = (*change, inner) if keep == 2 else tuple(change) if keep == 1 else ()
         total = change[0] + state
-        hidden = control_hidden(control, state)
+        hidden = control_hidden(adapters, state)
         normal = kernels.layer_norm(total, self.norm, total.dtype)
-        return add_control(control, hidden, normal, out=out), kept, hidden
+        return add_control(adapters, hidden, normal, out=out), kept, hidden
 
     def backward(self, state, kept, dy, out=None):
         (first, second), kept, masked = self.linears, list(kept), draws(self.dropout)
