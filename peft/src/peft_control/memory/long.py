@@ -40,7 +40,8 @@ from .mlp import tokens
 #: From so many tokens on. With fewer, larger matmuls count for more than memory does.
 FROM_TOKENS = 8192
 
-#: So many groups at most: each has a whole number of keys' and values' heads, and the queries' heads that read them.
+#: So many groups at most: each has a whole number of keys' and values' heads, and the queries' heads that read them. Of
+#: FROM_TOKENS tokens there are two, and more as the tokens do: what is small is launch-bound, and needs less memory anyway.
 _GROUPS = 8
 
 #: Chunks of projections are so many of the MLP's, whose intermediate tensors are larger.
@@ -198,7 +199,8 @@ class LongRows:
         self.projections = [cast_once(x, self.dtype) for x in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self.project_back = cast_once(attention.o_proj, self.dtype)
         heads = attention.k_proj.out_features // attention.head_dim
-        self.groups = max(number for number in range(1, _GROUPS + 1) if heads % number == 0)
+        most = min(2 * len(self.state) // FROM_TOKENS, _GROUPS)
+        self.groups = max(number for number in range(1, most + 1) if heads % number == 0)
         self.widths = [linear.out_features // self.groups for linear in self.projections]
 
     def attend(self, graph: bool = True) -> list[Group]:
