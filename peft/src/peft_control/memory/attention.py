@@ -14,7 +14,7 @@ from ..fp8_kernels import compute_dtype
 from . import kernels
 from .control import AddControl, control_backward, control_hidden
 from .exact import Parameters
-from .linear import input_gradient, keeps_nothing, outputs
+from .linear import input_gradient, keeps_nothing, outputs, outputs_of_normal
 from .mlp import tokens
 
 
@@ -142,10 +142,10 @@ def _is_simple(attention, frozen):
 def _heads(layer, state, attention_mask=None, *, position_embeddings, **named):
     """Queries, keys and values ``(batch, tokens, heads, head_dim)`` of a simple attention, and its norm's factors."""
     attention, norm = layer.self_attn, layer.input_layernorm
-    normal, rstd = kernels.rms_norm(tokens(state), norm.weight, norm.variance_epsilon)
-    shape = (*state.shape[:-1], -1, attention.head_dim)
-    query, key, value = (x.view(shape) for x in outputs(normal, attention.q_proj, attention.k_proj, attention.v_proj))
-    del normal
+    linears = attention.q_proj, attention.k_proj, attention.v_proj
+    projected, rstd = outputs_of_normal(tokens(state), norm, *linears)
+    query, key, value = (x.view(*state.shape[:-1], -1, attention.head_dim) for x in projected)
+    del projected
     return [*kernels.rope(query, key, *position_embeddings), value], rstd
 
 

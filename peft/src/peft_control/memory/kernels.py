@@ -49,6 +49,18 @@ def rms_norm(x, weight, eps, offset=0.0):
     return y.to(x.dtype), rstd
 
 
+def rms_norm_rows(x, weight, eps):
+    """The rows of :func:`rms_norm`, quantized as :func:`quantize_rows` does, and ``rstd``."""
+    if not uses_kernels(x):
+        y, rstd = rms_norm(x, weight, eps)
+        return quantize_rows(y), rstd
+    x, (tokens, width) = x.contiguous(), x.shape
+    q, scale = empty_rows(x, width, torch.float8_e4m3fn)
+    rstd = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    _rms_norm_rows_kernel[(tokens,)](x, weight, q, scale, rstd, width, eps, EXPONENT=exponent_of(q.dtype), **_row_launch(width))
+    return (q, scale), rstd
+
+
 def rms_norm_backward(dy, x, weight, rstd, offset=0.0, residual=None, out=None):
     """Return ``dx`` of :func:`rms_norm` for a frozen weight, plus ``residual`` if given; in ``out`` if given."""
     if _use_triton(x):
@@ -287,6 +299,19 @@ if triton is not None:
         w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32) + offset
         tl.store(rstd + row, scale)
         tl.store(y + row * width + column, value * scale * w, mask=mask)
+
+    @triton.jit
+    def _rms_norm_rows_kernel(x, weight, q, q_scale, rstd, width, eps, EXPONENT: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        mask = column < width
+        value = tl.load(x + row * width + column, mask=mask, other=0.0).to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(value * value) / width + eps)
+        w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(rstd + row, scale)
+        normal = (value * scale * w).to(x.dtype.element_ty).to(tl.float32)  # rounded as rms_norm rounds
+        normal *= factor_of(tl.max(magnitude(normal)), q_scale + row, EXPONENT)
+        tl.store(q + row * width + column, normal.to(q.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _rms_norm_backward_kernel(
