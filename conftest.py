@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -67,6 +68,13 @@ class Said(NamedTuple):
         lines = [line for line in self.err.splitlines() if line.startswith("error:")]
         assert (self.code, len(lines)) == (2, 1) and "Traceback" not in self.err, self.err
         return lines[0]
+
+    @property
+    def record(self):
+        """The record that it wrote."""
+        from control_experiments.record import read_record
+
+        return read_record(re.findall(r"record in (.+)", self.finished().out)[-1])
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal, Optional
 
 from transformers.hf_argparser import HfArg
@@ -61,6 +62,7 @@ def measure(options: Options, run: Run) -> RunRecord:
     from control_experiments.training.methods import adapter_config, count_unquantized, describe_adapter, describe_model
     from LlaMA import models, packing
     from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
+    from LlaMA.training import collate
     from scripts.workloads import random_llama
 
     dtype = DTYPES[run.precision]
@@ -79,17 +81,6 @@ def measure(options: Options, run: Run) -> RunRecord:
     models.choose_pad_token(tokenizer, base.get_input_embeddings().weight.shape[0])
     total = count_unquantized(base)
     model = models.add_adapter(base, adapter_config(options, task_type="CAUSAL_LM", targets=options.targets))
-
-    def padded(step):
-        return packing.padded_step(step, options.micro_batch_size, tokenizer.pad_token_id)
-
-    def packed(step):
-        packs = packing.packed_step(step, options.micro_batch_size, options.token_budget)
-        if not options.cuda_graphs:
-            return packs
-        quantum = -(-options.token_budget // 16)
-        size = (quantum, len(step), options.cutoff, tokenizer.pad_token_id)
-        return [packing.fixed_shape(pack, *size) for pack in packs]
 
     def train(steps: Sequence[list[Batch]], loss: Callable) -> dict:
         """Train on `steps` (each a list of batches whose gradients add up) with AdamW under autocast.
@@ -117,21 +108,24 @@ def measure(options: Options, run: Run) -> RunRecord:
         return throughput.summary()
 
     results: dict[str, dict] = {}
-    for name, size, make, mode in (
-        ("published", options.batch_size, padded, "plain"),
-        ("packed", options.batch_size, packed, options.memory),
-        ("large", options.large_batch, packed, options.memory),
+    for name, batching, size, mode in (
+        ("published", "padded", options.batch_size, "plain"),
+        ("packed", "packed", options.batch_size, options.memory),
+        ("large", "packed", options.large_batch, options.memory),
     ):
-        varlen = options.attention == "auto" and make is packed and packing.varlen_available(run.device, dtype)
+        packed = batching == "packed"
+        way = SimpleNamespace(**{**vars(options), "batching": batching, "batch_size": size, "budget": options.token_budget})
+        varlen = options.attention == "auto" and packed and packing.varlen_available(run.device, dtype)
         attention = packing.VARLEN if varlen else "sdpa"
         base.set_attn_implementation(attention)
         models.ready_to_train(model, mode, half=dtype != torch.float32)
         loss = packing.batch_loss if mode == "plain" else packing.fused_batch_loss
-        loss = packing.GraphedLoss(loss) if options.cuda_graphs and make is packed else loss
+        loss = packing.GraphedLoss(loss) if options.cuda_graphs and packed else loss
         count = (options.steps + options.warmup) * size
         wanted = [order[index % len(order)] for index in range(count)]
         tokens = tokenize_rows(wanted, tokenizer, options.cutoff)
-        steps = [make(tokens[start : start + size]) for start in range(0, count, size)]
+        parts = (tokens[start : start + size] for start in range(0, count, size))
+        steps = [collate(part, options=way, pad_token_id=tokenizer.pad_token_id)["batches"] for part in parts]
         summary = train(steps, loss)
         rate = summary["tokens_per_second"]
         speedup = rate / results["published"]["real_tokens_per_second"] if results else 1.0

@@ -24,8 +24,8 @@ from control_experiments.training.checkpoints import check_adapter_files
 from control_experiments.training.checksums import fingerprint, local_fingerprint
 from control_experiments.training.device import DTYPES, describe_device, explain_out_of_memory
 from control_experiments.training.metering import MemoryMeter
-from control_experiments.training.methods import adapter_config, count_unquantized, describe_model, load_adapter
-from control_experiments.training.options import AdapterOptions, check_method_runs
+from control_experiments.training.methods import count_unquantized, describe_model, load_adapter
+from control_experiments.training.options import check_method_runs
 from control_experiments.training.quantization import quantization_of
 from control_experiments.training.runs import RunFolder
 from control_experiments.training.setup import choose
@@ -152,14 +152,10 @@ def check_adapter(options: Options) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{options.adapter} is no adapter that peft can read: {error}") from error
     if options.method is not None:
-        given = {name: getattr(options, name) for name in ("method", "control_rank", "lora_rank", "lora_alpha")}
-        wanted = AdapterOptions(**given)
-        wanted.check()
-        expected = adapter_config(wanted, task_type="CAUSAL_LM", targets=config.target_modules or ("q_proj",))
-        for name, wanted in _identity(expected).items():
-            if (found := _identity(config).get(name)) != wanted:
-                asked = f"{options.method} with {name} {wanted} was asked for: give the values it was trained with"
-                raise UserError(f"the adapter in {options.adapter} has {name} {found}, but {asked}")
+        for name, found in described(config).items():
+            if found != (asked := getattr(options, name)):
+                told = f"has {name} {found}, but {asked} was asked for: give the values it was trained with"
+                raise UserError(f"the adapter in {options.adapter} {told}")
     check_base(options, trained_base(options.adapter) or {"id": config.base_model_name_or_path})
 
 
@@ -182,17 +178,19 @@ def check_base(options: Options, trained: dict) -> None:
         raise UserError(f"the adapter in {told}: give that one as --model")
 
 
-def _identity(config: PeftConfig) -> dict:
-    """What tells one adapter of a base from another."""
+def described(config: PeftConfig) -> dict:
+    """An adapter's method and ranks, by the names of the options that ask for them."""
     kind = config.peft_type.value.lower()
-    identity = {"method": kind}
+    if kind not in ("control", "lora"):
+        return {"method": kind, "lora_rank": getattr(config, "r", None)}
+    parts, ranks = [], {}
     if kind == "control":
-        identity |= {"control_rank": config.control_rank, "control_blocks": sorted(config.control_blocks)}
-    if kind in ("miss", "shadow"):
-        identity["lora_rank"] = config.r
-    elif config.target_modules:
-        identity |= {"use_dora": config.use_dora, "lora_rank": config.r, "lora_alpha": config.lora_alpha}
-    return identity
+        parts.append("double control" if len(config.control_blocks) > 1 else "control")
+        ranks["control_rank"] = config.control_rank
+    if config.target_modules:
+        parts.append("dora" if config.use_dora else "lora")
+        ranks |= {"lora_rank": config.r, "lora_alpha": config.lora_alpha}
+    return {"method": "+".join(parts), **ranks}
 
 
 def load(options: Options, dtype: torch.dtype, device: torch.device):
@@ -225,17 +223,7 @@ def method_of(options: Options, model) -> str:
     """The method's name in records: as asked for, else read off the adapter."""
     if options.adapter is None:
         return "zero-shot"
-    if options.method is not None:
-        return options.method
-    config = model.peft_config["default"]
-    kind = config.peft_type.value.lower()
-    if kind not in ("control", "lora"):
-        return kind
-    per_weight = None if not config.target_modules else "dora" if config.use_dora else "lora"
-    if kind == "lora":
-        return per_weight
-    control = "double control" if len(config.control_blocks) > 1 else "control"
-    return f"{control}+{per_weight}" if per_weight else control
+    return options.method or described(model.peft_config["default"])["method"]
 
 
 def describe_frozen_adapter(model, dtype: torch.dtype) -> dict:

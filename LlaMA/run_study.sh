@@ -4,8 +4,8 @@
 #   RECIPE=tuned MODEL=FOLDER bash LlaMA/run_study.sh GPU [options of study.py ...]
 #   RECIPE=tuned MODEL=FOLDER QUANTIZATION=nf4 METHODS="'double control' lora" SEEDS="1 2 3" bash LlaMA/run_study.sh 0
 # RECIPE=published is the paper's for LLaMA-2-7B, RECIPE=tuned one epoch and a search for each method's own learning rate (GRID).
-# GENERATE=1 also generates the answers of each method's first seed. The same command on each GPU shares the runs out; started
-# again it goes on. The protocol stands in results/README.md.
+# GENERATE=first also generates the answers of each method's first seed, GENERATE=all of every seed. The same command on each GPU
+# shares the runs out; started again it goes on. The protocol stands in results/README.md.
 set -euo pipefail
 
 RECIPE=${RECIPE:-published}
@@ -15,7 +15,7 @@ METHODS=${METHODS:-"zero-shot lora dora 'double control' control+lora 'double co
     control+lora:control_rank=132,lora_rank=66,lora_alpha=132 miss:lora_rank=71 shadow:lora_rank=8"}
 QUANTIZATION=${QUANTIZATION:-none}
 OUT=${OUT:-}                 # default: results/llama/MODEL
-GENERATE=${GENERATE:-}
+GENERATE=${GENERATE:-none}
 BATCH_QUESTIONS=${BATCH_QUESTIONS:-256}
 if [[ $RECIPE == tuned ]]; then
     SEEDS=${SEEDS:-"1 2 3 4 5"}
@@ -47,11 +47,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 check_recipe "$RECIPE"
 GPU=$1; shift
 words METHODS methods
-if [ -n "$GENERATE" ]; then set -- --generate "$@"; fi
 # shellcheck disable=SC2086  # the lists are meant to be split
 run "$PYTHON" -m LlaMA.study --device "$GPU" --model "$MODEL" --data "$TRAIN_DATA" --tests "$DATA" --methods "${methods[@]}" \
   --quantization "$QUANTIZATION" --seeds $SEEDS --epochs "$EPOCHS" --max_steps "$STEPS" --lr "$LR" ${GRID:+--grid $GRID} \
   --growth "$GROWTH" --search_steps "$SEARCH_STEPS" --batch_size "$BATCH" --micro_batch_size "$MICRO_BATCH" \
   --token_budget "$TOKEN_BUDGET" --cutoff "$CUTOFF" --warmup_steps "$WARMUP" --held_out "$HELD_OUT" --eval_steps "$EVAL_STEPS" \
   --loss_on "$LOSS_ON" --lora_dropout "$LORA_DROPOUT" --memory "$MEMORY" --questions "$BATCH_QUESTIONS" \
-  ${OUT:+--output_dir "$OUT"} "$@"
+  --generate "$GENERATE" ${OUT:+--output_dir "$OUT"} "$@"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 from transformers.hf_argparser import HfArg
 
@@ -19,8 +19,17 @@ from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import read_record, write_json_atomic
 from control_experiments.training.arguments import check_numbers
-from control_experiments.training.study import Arm, Cell, Study, StudyOptions, command_of, make_run, run_study
-from control_experiments.training.work import LOCKS
+from control_experiments.training.study import (
+    LOCKS,
+    Arm,
+    Cell,
+    Study,
+    StudyOptions,
+    command_of,
+    free_memory,
+    make_run,
+    run_study,
+)
 from LlaMA import evaluate, finetune
 from LlaMA.commonsense import TASKS, read_rows, read_tests, split_rows
 from LlaMA.demo import DEMO, place_of_data, place_of_tests
@@ -41,7 +50,9 @@ class Options(StudyOptions, finetune.Options):
     tests: Optional[str] = HfArg(default=None, help="Folder of the test sets, or demo; default: the one of --data.")
     limit: Optional[int] = HfArg(default=None, help="Only the first so many questions of each test set.")
     questions: int = HfArg(default=256, help="Questions answered together.")
-    generate: bool = HfArg(default=False, help="Let each method's first seed also generate its answers, as published.")
+    generate: Literal["none", "first", "all"] = HfArg(
+        default="none", help="Whose answers are also generated, as published: each method's first seed's, or all seeds'."
+    )
     search_steps: int = HfArg(default=-1, help="Steps of the search's runs; -1: as many as of the others.")
 
 
@@ -72,6 +83,7 @@ class CommonsenseStudy(Study):
             self.hold_out()
         if cell.arm.method != ZERO_SHOT:
             training.run(run, command_of(run))
+            free_memory()  # the answers' model comes now
         for answers in self.answers(cell):
             asked = self.questions(cell, run, answers)
             evaluation.run(asked, command_of(asked))
@@ -96,10 +108,11 @@ class CommonsenseStudy(Study):
         return asked
 
     def answers(self, cell: Cell) -> list[Path]:
-        """The folders of a run's answers: by likelihood, and for each method's first seed perhaps generated."""
+        """The folders of a run's answers: by likelihood, and perhaps generated."""
         folder, alone = self.folder(cell), cell.arm.method == ZERO_SHOT
         found = [folder if alone else folder / "likelihood"]
-        if self.options.generate and not cell.searching and cell.seed == self.options.seeds[0]:
+        seeds = {"none": [], "first": self.options.seeds[:1], "all": self.options.seeds}[self.options.generate]
+        if not cell.searching and cell.seed in seeds:
             found.append(folder.with_name(f"{folder.name}_generated") if alone else folder / "evaluation")
         return found
 

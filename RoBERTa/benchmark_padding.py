@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -42,28 +41,14 @@ class Options:
     output: str | None = HfArg(default=None, help="Where to write the figures.")
 
 
-def main(argv: Sequence[str] | None = None) -> dict:
+def main() -> None:
     """Time both, print one line each and the ratio, write the figures."""
-    (options,) = parse_arguments(Options, argv=argv, description=__doc__)
+    (options,) = parse_arguments(Options, description=__doc__)
     check_numbers(options, "steps", at_least=0)
     shared = {name: getattr(options, name) for name in ("method", "model", "max_length", "batch_size", "data")}
     training = finetune.Options(task="cola", **shared)
     training.check()
     training.check_places()
-    words = sys.argv[1:] if argv is None else argv
-    command = public_command(["python", "-m", "RoBERTa.benchmark_padding", *words])
-    result = {"created": utc_now(), "command": command, **measure(options, training)}
-    for padding in ("max_length", "longest"):
-        seconds, share = result[padding]["seconds_per_epoch"], result[padding]["padding_share"]
-        print(f"{padding:>10}: {seconds:8.1f} s per CoLA epoch, {share:.0%} of the tokens are padding")
-    print(f"     ratio: {result['ratio']:8.3f}")
-    name = f"benchmark_padding_{Path(options.model).name}_{result['device']['kind']}.json"
-    print(f"figures in {write_json_atomic(options.output or RESULTS / 'roberta' / name, result)}")
-    return result
-
-
-def measure(options: Options, training: finetune.Options) -> dict:
-    """The figures of both ways to pad, and what they were measured on."""
     import pandas as pd
     import torch
     from torch.utils.data import BatchSampler, RandomSampler
@@ -122,15 +107,25 @@ def measure(options: Options, training: finetune.Options) -> dict:
     mean["seconds_per_epoch"] = mean.seconds * -(-len(rows) // options.batch_size)
     mean["padding_share"] = 1 - mean.real / mean["all"]
     figures = mean.loc[list(epochs), ["seconds_per_epoch", "padding_share"]].to_dict("index")
+    ratio = figures["longest"]["seconds_per_epoch"] / figures["max_length"]["seconds_per_epoch"]
     given = {name: value for name, value in asdict(options).items() if name not in ("output", "data")}
-    return {
+    result = {
+        "created": utc_now(),
+        "command": public_command(["python", "-m", "RoBERTa.benchmark_padding", *sys.argv[1:]]),
         "git": git_state(),
         "versions": package_versions(),
         "device": devices.describe_device(device),
         "settings": {**given, "model": public_id(options.model), "precision": precision, "rows": len(rows)},
         **figures,
-        "ratio": figures["longest"]["seconds_per_epoch"] / figures["max_length"]["seconds_per_epoch"],
+        "ratio": ratio,
     }
+    for padding, row in figures.items():
+        print(
+            f"{padding:>10}: {row['seconds_per_epoch']:8.1f} s per CoLA epoch, {row['padding_share']:.0%} of the tokens are padding"
+        )
+    print(f"     ratio: {ratio:8.3f}")
+    name = f"benchmark_padding_{Path(options.model).name}_{result['device']['kind']}.json"
+    print(f"figures in {write_json_atomic(options.output or RESULTS / 'roberta' / name, result)}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,12 @@ _WRONG_FORM = {
 def make_demo() -> dict[str, list[tuple[str, int]]]:
     """`{"train": rows, "validation": rows}` of `(sentence, label)`; the same for the same Python version."""
     rng = random.Random(SEED)
-    by_topic = _sentences_by_topic()
+    seen: set[str] = set()
+    by_topic: dict[str, list[str]] = {}
+    for name in sorted(topics):  # a sentence that several topics share stays in the first
+        if new := [sentence for sentence in dict.fromkeys(_sentences(topics[name])) if sentence not in seen]:
+            by_topic[name] = new
+            seen.update(new)
     names = sorted(by_topic)
     rng.shuffle(names)
     dev: list[tuple[str, int]] = []
@@ -78,17 +83,6 @@ def corrupt(sentence: str, rng: random.Random) -> str:
             rng.shuffle(run)
             words[start : start + length] = run
     return " ".join(words) + ending
-
-
-def _sentences_by_topic() -> dict[str, list[str]]:
-    """Prose sentences of each topic; one that several topics share stays in the first by name."""
-    seen: set[str] = set()
-    found: dict[str, list[str]] = {}
-    for name in sorted(topics):
-        if new := [sentence for sentence in dict.fromkeys(_sentences(topics[name])) if sentence not in seen]:
-            found[name] = new
-            seen.update(new)
-    return found
 
 
 def _sentences(text: str) -> list[str]:

@@ -9,7 +9,6 @@ Each task becomes a `datasets.save_to_disk` folder; a task that is there already
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,27 +25,14 @@ class Options:
     output: str = HfArg(default=str(Path(__file__).resolve().parent / "data" / "glue"), help="Folder for all tasks.")
 
 
-def download(task: str, folder: Path) -> None:
-    """Save one task to `folder`, which appears only when it is whole. Raises UserError: the hub cannot be
-    reached, or `folder` cannot be written."""
-    from datasets import load_dataset
-
-    from control_experiments.training.checkpoints import whole_folder
-
-    try:
-        splits = load_dataset(HUB_ID, task)
-        with whole_folder(folder, sealed=False) as place:
-            splits.save_to_disk(str(place))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot download {task} from {HUB_ID}: {reason} (is there a network?)") from error
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (options,) = parse_arguments(Options, argv=argv, description=__doc__)
+def main() -> None:
+    (options,) = parse_arguments(Options, description=__doc__)
     for task in options.tasks:
         if task not in GLUE_TASKS:
             raise UserError(f"unknown task {task!r}: choose from {', '.join(GLUE_TASKS)}")
+    from datasets import load_dataset
+
+    from control_experiments.training.checkpoints import whole_folder
     from control_experiments.training.quiet import quieten
 
     quieten()
@@ -55,7 +41,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (folder / "dataset_dict.json").is_file():
             print(f"{folder} is there already")
             continue
-        download(task, folder)
+        try:
+            splits = load_dataset(HUB_ID, task)
+            with whole_folder(folder, sealed=False) as place:
+                splits.save_to_disk(str(place))
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"cannot download {task} from {HUB_ID}: {reason} (is there a network?)") from error
         print(f"{folder} saved")
 
 

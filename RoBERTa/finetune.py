@@ -14,6 +14,7 @@ looks at the dev set more often, so its best-of-all is more optimistic. See RoBE
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -103,9 +104,10 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
 
     def contents(self, name: str) -> Path:
         """The part of `--data` that holds the task; `--model` as it is."""
-        place = super().contents(name)
-        parts = [place / self.task, place / TASKS[self.task].folder] if name == "data" else []
-        return next((part for part in parts if part.is_dir()), place)
+        if name == "data":
+            with suppress(UserError):  # a finished run needs no data
+                return find_folder(self.task, Path(self.data))
+        return super().contents(name)
 
 
 def main(argv: Sequence[str] | None = None) -> RunRecord | None:

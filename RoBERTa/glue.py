@@ -7,8 +7,6 @@ Source: Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform for Nat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,40 +24,6 @@ HUB_ID = "nyu-mll/glue"
 HIDDEN = -1
 
 
-def _matthews(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    from sklearn.metrics import matthews_corrcoef
-
-    return {"matthews": float(matthews_corrcoef(labels, predictions))}
-
-
-def _accuracy(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    return {"accuracy": float(np.mean(labels == predictions))}
-
-
-def _accuracy_and_f1(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    from sklearn.metrics import f1_score
-
-    return {**_accuracy(predictions, labels), "f1": float(f1_score(labels, predictions, zero_division=0.0))}
-
-
-def _correlations(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    from scipy.stats import pearsonr, spearmanr
-
-    # undefined where one is constant; a model that says one thing has learnt nothing
-    constant = np.ptp(predictions) == 0 or np.ptp(labels) == 0
-    found = {"pearson": pearsonr, "spearman": spearmanr}
-    return {n: 0.0 if constant else float(f(predictions, labels).statistic) for n, f in found.items()}
-
-
-#: (predicted classes or scores, labels) -> official metrics, each in [-1, 1].
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]] = {
-    "accuracy": _accuracy,
-    "matthews": _matthews,
-    "accuracy and F1": _accuracy_and_f1,
-    "Pearson and Spearman": _correlations,
-}
-
-
 @dataclass(frozen=True)
 class Task:
     """One GLUE task.
@@ -69,7 +33,7 @@ class Task:
         texts: names of its one or two text columns on the hub.
         tsv: the tsv columns that hold those texts and, last, the label.
         classes: class names in label order; empty for regression.
-        metric: name of its official metrics in `METRICS`, which `control_experiments.outcomes` has too.
+        metric: its official metrics, by their name in `control_experiments.outcomes.METRICS`, or "accuracy".
         server_names: whether the server wants class names (else numbers).
         evaluations: suffixes of its dev and test splits, e.g. ("matched", "mismatched").
         headed: whether its train and dev tsv start with a header (CoLA's do not).
@@ -110,8 +74,23 @@ class Task:
         return outputs.reshape(-1) if self.regression else outputs.argmax(axis=-1)
 
     def metrics(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """The official metrics, and `score`, their mean, which is what the GLUE leaderboard averages over tasks."""
-        values = METRICS[self.metric](self.predictions(outputs), labels)
+        """The official metrics, each in [-1, 1], and `score`, their mean, which is what the GLUE leaderboard averages over tasks."""
+        from scipy.stats import pearsonr, spearmanr
+        from sklearn.metrics import f1_score, matthews_corrcoef
+
+        predictions = self.predictions(outputs)
+        if self.metric == "matthews":
+            values = {"matthews": matthews_corrcoef(labels, predictions)}
+        elif self.regression:
+            # undefined where one is constant; a model that says one thing has learnt nothing
+            constant = np.ptp(predictions) == 0 or np.ptp(labels) == 0
+            found = {"pearson": pearsonr, "spearman": spearmanr}
+            values = {name: 0.0 if constant else of(predictions, labels).statistic for name, of in found.items()}
+        else:
+            values = {"accuracy": np.mean(labels == predictions)}
+            if self.metric == "accuracy and F1":
+                values["f1"] = f1_score(labels, predictions, zero_division=0.0)
+        values = {name: float(value) for name, value in values.items()}
         return {**values, "score": float(np.mean(list(values.values())))}
 
 
@@ -162,18 +141,51 @@ def load_task(name: str, data: str | None = None, *, tests: bool = False) -> Dat
 
     task = get_task(name)
     wanted = ["train", *task.dev_splits, *(task.test_splits if tests else [])]
-    if data is not None:
-        splits = _load_folder(name, task, Path(data), wanted)
-    elif name == "demo":
+    folder = None if data is None else find_folder(name, Path(data))
+    if folder is None and name == "demo":
         from RoBERTa.demo_task import make_demo
 
-        splits = {split: _dataset(task, rows) for split, rows in make_demo().items()}
+        splits = _from_rows(task, make_demo())
+    elif folder is None or (folder / "dataset_dict.json").is_file():
+        splits = _as_on_hub(name, folder, wanted)
     else:
-        splits = _load_hub(name, task, wanted)
+        files = {split: folder / f"{split.replace('validation', 'dev')}.tsv" for split in wanted}
+        splits = _from_rows(task, {split: read_tsv(file, task) for split, file in files.items()})
     for split in wanted:
         if not len(splits[split]):
             raise UserError(f"task {name}: the {split} split is empty")
     return DatasetDict({split: splits[split] for split in wanted})
+
+
+def _from_rows(task: Task, splits: dict[str, list[tuple]]) -> dict[str, Dataset]:
+    from datasets import Dataset
+
+    columns = ("first", "second", "label") if len(task.texts) == 2 else ("first", "label")
+    return {split: Dataset.from_dict(dict(zip(columns, zip(*rows), strict=True))) for split, rows in splits.items()}
+
+
+def _as_on_hub(name: str, folder: Path | None, wanted: list[str]) -> dict[str, Dataset]:
+    """Splits of the hub, or of a `save_to_disk` folder of it, with our names of the columns."""
+    from datasets import load_dataset, load_from_disk
+
+    try:
+        splits = load_dataset(HUB_ID, name) if folder is None else load_from_disk(str(folder))
+    except Exception as error:  # datasets has many kinds for a broken folder
+        if folder is not None:
+            raise UserError(f"{folder} is a broken save_to_disk folder ({error}): save it again") from error
+        raise UserError(
+            f"cannot load {name} from the hub ({type(error).__name__}): check the network, or point DATA (--data) to "
+            "a folder with the data, see RoBERTa/download_glue.py"
+        ) from error
+    renamed, columns = {}, dict(zip(get_task(name).texts, ("first", "second"), strict=False))
+    for split in wanted:
+        if split not in splits:
+            raise UserError(f"{folder or HUB_ID}: task {name} needs the split {split!r}, found {', '.join(splits)}")
+        try:
+            renamed[split] = splits[split].select_columns([*columns, "label"]).rename_columns(columns)
+        except ValueError as error:
+            raise UserError(f"{folder or HUB_ID}: the {split} split of {name} lacks a column: {error}") from error
+    return renamed
 
 
 def hold_out(splits: DatasetDict, task: Task, share: float) -> DatasetDict:
@@ -183,19 +195,6 @@ def hold_out(splits: DatasetDict, task: Task, share: float) -> DatasetDict:
     rows = splits["train"]
     parts = rows.train_test_split(test_size=max(1, min(int(len(rows) * share), 5000)), seed=0)
     return DatasetDict({**splits, "train": parts["train"], **dict.fromkeys(task.dev_splits, parts["test"])})
-
-
-def _load_hub(name: str, task: Task, wanted: list[str]) -> Mapping[str, Dataset]:
-    from datasets import load_dataset
-
-    try:
-        splits = load_dataset(HUB_ID, name)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"cannot load {name} from the hub ({type(error).__name__}): check the network, or point DATA (--data) to "
-            "a folder with the data, see RoBERTa/download_glue.py"
-        ) from error
-    return _from_columns(name, task, splits, wanted, HUB_ID)
 
 
 def find_folder(name: str, data: Path) -> Path:
@@ -211,43 +210,6 @@ def find_folder(name: str, data: Path) -> Path:
             f"save_to_disk folder {name}/"
         )
     return folder
-
-
-def _load_folder(name: str, task: Task, data: Path, wanted: list[str]) -> Mapping[str, Dataset]:
-    folder = find_folder(name, data)
-    if not (folder / "dataset_dict.json").is_file():
-        files = {split: folder / f"{split.replace('validation', 'dev')}.tsv" for split in wanted}
-        return {split: _dataset(task, read_tsv(file, task)) for split, file in files.items()}
-
-    from datasets import load_from_disk
-
-    try:
-        splits = load_from_disk(str(folder))
-    except Exception as error:
-        raise UserError(f"{folder} is a broken save_to_disk folder ({error}): save it again") from error
-    return _from_columns(name, task, splits, wanted, folder)
-
-
-def _from_columns(
-    name: str, task: Task, splits: Mapping[str, Dataset], wanted: list[str], where: object
-) -> Mapping[str, Dataset]:
-    """Rename hub columns to ours."""
-    renamed, columns = {}, dict(zip(task.texts, ("first", "second"), strict=False))
-    for split in wanted:
-        if split not in splits:
-            raise UserError(f"{where}: task {name} needs the split {split!r}, found {', '.join(splits)}")
-        try:
-            renamed[split] = splits[split].select_columns([*columns, "label"]).rename_columns(columns)
-        except ValueError as error:
-            raise UserError(f"{where}: the {split} split of {name} lacks a column: {error}") from error
-    return renamed
-
-
-def _dataset(task: Task, rows: list[tuple]) -> Dataset:
-    from datasets import Dataset
-
-    columns = ("first", "second", "label") if len(task.texts) == 2 else ("first", "label")
-    return Dataset.from_dict({column: [row[place] for row in rows] for place, column in enumerate(columns)})
 
 
 def read_tsv(path: Path, task: Task) -> list[tuple]:
@@ -283,31 +245,26 @@ def read_tsv(path: Path, task: Task) -> list[tuple]:
     if not lines:
         raise UserError(f"{path} has no rows")
     places = [header.index(column) for column in wanted]
+    classes = task.classes if task.server_names else tuple(str(label) for label in range(len(task.classes)))
+    expected = f"a label ({', '.join(classes)})" if classes else "a score from 0 to 5"
     rows = []
     for number, line in enumerate(lines, first):
         cells = line.split("\t")
         if len(cells) != len(header):
             what = f"{len(header)} tab-separated columns ({', '.join(header)}), found {len(cells)}"
             raise UserError(f"{path}, line {number}: expected {what}")
-        *texts, label = [cells[place] for place in places] + ([None] if hidden else [])
-        rows.append((*texts, _label(task, label, f"{path}, line {number}")))
+        texts = [cells[place] for place in places]
+        value = float(HIDDEN) if task.regression else HIDDEN
+        if not hidden:
+            label = texts.pop()
+            try:
+                value = float(label) if task.regression else classes.index(label)
+            except ValueError:
+                value = None
+            if value is None or (task.regression and not 0 <= value <= 5):
+                raise UserError(f"{path}, line {number}: expected {expected}, found {label!r:.40}")
+        rows.append((*texts, value))
     return rows
-
-
-def _label(task: Task, text: str | None, where: str) -> int | float:
-    """A class number from its name or number, or a regression score in [0, 5]; None is a hidden one."""
-    if text is None:
-        return float(HIDDEN) if task.regression else HIDDEN
-    if task.regression:
-        with suppress(ValueError):
-            if 0 <= (score := float(text)) <= 5:
-                return score
-        raise UserError(f"{where}: expected a score from 0 to 5, found {text!r:.40}")
-    numbers = tuple(str(label) for label in range(len(task.classes)))
-    allowed = task.classes if task.server_names else numbers
-    if text not in allowed:
-        raise UserError(f"{where}: expected a label ({', '.join(allowed)}), found {text!r:.40}")
-    return allowed.index(text)
 
 
 def write_predictions(path: Path, task: Task, outputs: np.ndarray) -> None:

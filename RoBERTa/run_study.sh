@@ -18,6 +18,7 @@ if [[ $RECIPE == tuned ]]; then
     EPOCHS=${EPOCHS:-"cola=5 rte=10 mrpc=10 stsb=5 sst2=1"}
     GRID=${GRID:-"3e-4 1e-3"}    # grows by at most GROWTH rates while the best one lies at an edge
     GROWTH=${GROWTH:-3}
+    WARMUP_RATIO=${WARMUP_RATIO:-0.3} # with 0.06 control on the MLP alone may stay at a constant prediction
 fi
 SEEDS=${SEEDS:-"40 41 42"}
 EPOCHS=${EPOCHS:-"cola=80 mnli=30 mrpc=30 qnli=25 qqp=25 rte=80 sst2=60 stsb=40 wnli=80"} # or one number for all

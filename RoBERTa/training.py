@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from RoBERTa.finetune import Options
 
 logger = logging.getLogger("finetune")
-LOGGERS = ("finetune", "control_experiments", "peft_control")
 LESS_MEMORY = "--memory lean, a smaller --batch_size, --padding longest, --precision bf16, a smaller --max_length"
 #: Folder of a run for the GLUE server's files.
 PREDICTIONS = "predictions"
@@ -97,7 +96,7 @@ def train(options: Options, run: Run) -> RunRecord:
         evaluated.append(result)
         return task.metrics(result.predictions, result.label_ids)
 
-    with folder.logging_from(*LOGGERS):
+    with folder.logging_from("finetune", "control_experiments", "peft_control"):
         sets = {"train_dataset": encoded["train"], "eval_dataset": dev if len(dev) > 1 else dev[task.evaluations[0]]}
         words = {"data_collator": collator(options, tokenizer), "processing_class": tokenizer}
         trainer = ExperimentTrainer(model, arguments, **sets, **words, compute_metrics=score, memory=memory)
@@ -113,7 +112,7 @@ def train(options: Options, run: Run) -> RunRecord:
 
     if trainer.is_world_process_zero():
         if len(evaluated) == len(dev):  # else it was resumed after its last evaluation
-            keep_outcomes(folder.path, task, dict(zip(dev, evaluated, strict=True)), dev)
+            keep_outcomes(folder.path, task, dev, evaluated)
         run.finish(
             record,
             partial(save, model, tokenizer),
@@ -180,17 +179,17 @@ def summarise_history(log_history: list[dict], task: Task) -> tuple[list[dict], 
     return history, {"best": best, "last": history[-1] if history else {}}
 
 
-def keep_outcomes(folder: Path, task: Task, evaluated: dict[str, EvalPrediction], dev: dict[str, Dataset]) -> None:
+def keep_outcomes(folder: Path, task: Task, dev: dict[str, Dataset], evaluated: Iterable[EvalPrediction]) -> None:
     """Write each dev example's outcome of the last evaluation into the run's folder, by the row of its dev file."""
-    rows = np.concatenate([dev[suffix]["row"] for suffix in evaluated])
-    groups = np.concatenate([[suffix] * len(dev[suffix]) for suffix in evaluated])
-    predictions = np.concatenate([task.predictions(result.predictions) for result in evaluated.values()])
-    labels = np.concatenate([result.label_ids for result in evaluated.values()])
+    results = list(evaluated)
+    rows = np.concatenate([rows["row"] for rows in dev.values()])
+    groups = np.repeat([*dev], [len(rows) for rows in dev.values()])
+    predictions = np.concatenate([task.predictions(result.predictions) for result in results])
+    labels = np.concatenate([result.label_ids for result in results])
+    answers = {"prediction": predictions, "label": labels, "metric": task.metric}
     if task.metric == "accuracy":
-        write_outcomes(folder, rows, predictions == labels, group=groups)
-    else:
-        answers = {"prediction": predictions, "label": labels, "metric": task.metric}
-        write_outcomes(folder, rows, **answers, group=groups)
+        answers = {"correct": predictions == labels}
+    write_outcomes(folder, rows, **answers, group=groups)
 
 
 def predict_tests(trainer: ExperimentTrainer, encoded: DatasetDict, task: Task, folder: Path) -> None:

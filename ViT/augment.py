@@ -40,9 +40,6 @@ class Views:
     window: torch.Tensor
     flip: torch.Tensor
 
-    def __getitem__(self, which) -> Views:
-        return Views(self.box[which], self.scaled[which], self.window[which], self.flip[which])
-
 
 def random_views(
     sizes: torch.Tensor,
@@ -107,13 +104,12 @@ def render(images: torch.Tensor | Sequence[torch.Tensor], views: Views, size: in
         return _resample(to_device(images, device), views, size)
     result = torch.empty(len(images), 3, size, size, device=device)
     for chunk in _chunks(views.box[:, 2:]):
-        part = views[chunk]
+        part = Views(views.box[chunk] * torch.tensor([0, 0, 1, 1]), views.scaled[chunk], views.window[chunk], views.flip[chunk])
         high, wide = part.box[:, 2:].amax(0).tolist()
         padded = torch.zeros(len(chunk), 3, high, wide, dtype=torch.uint8, device=images[chunk[0]].device)
         for row, index in enumerate(chunk):
             top, left, height, width = views.box[index].tolist()
             padded[row, :, :height, :width] = images[index][:, top : top + height, left : left + width]
-        part.box = part.box * torch.tensor([0, 0, 1, 1])
         result[to_device(torch.tensor(chunk), device)] = _resample(to_device(padded, device), part, size)
     return result
 

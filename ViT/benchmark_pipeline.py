@@ -15,7 +15,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,7 @@ from control_experiments.paths import RESULTS
 from control_experiments.record import RunRecord
 from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.options import Precision, check_method
-from ViT.names import check_data
-from ViT.options import METHODS, RecipeOptions
+from ViT.options import METHODS, RecipeOptions, check_data
 
 
 @dataclass
@@ -64,26 +63,13 @@ class Options:
         return {**asdict(self), "data_root": None}
 
 
-@dataclass
-class PillowImages:
-    """Decoded images `(3, H, W)` as Pillow images again, through a transform; what a DataLoader reads."""
-
-    images: list
-    labels: list[int]
-    transform: Callable
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int):
-        return self.transform(self.images[index]), self.labels[index]
-
-
-def measure(options: Options) -> tuple[RunRecord, Path]:
-    """Let the three ways train in turn; the record and where it lies."""
+def main() -> None:
+    """Let the three ways train in turn, print their rates and write the record."""
+    (options,) = parse_arguments(Options, description=__doc__)
+    options.check()
     import torch
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, default_collate
     from torchvision import transforms
 
     from control_experiments.training import device as devices
@@ -103,24 +89,15 @@ def measure(options: Options) -> tuple[RunRecord, Path]:
         options, domain="vit", name=name, task="pipeline", device=devices.describe_device(device),
         command=["python", "-m", "ViT.benchmark_pipeline", *sys.argv[1:]], data=data.name, autocast=precision,
     )  # fmt: skip
-    published_transform = transforms.Compose(
-        [
-            transforms.ToPILImage(),
-            transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-        ]
-    )
-    pillow = PillowImages(list(data.train.images), data.train.labels.tolist(), published_transform)
+    decoded = list(zip(data.train.images, data.train.labels.tolist(), strict=True))
     data.place(device)
     vit = vision_models.create(architecture, num_classes=len(data.classes), image_size=size)
     vision_models.set_attention(vit, options.attention)
     total = sum(p.numel() for p in vit.parameters())
     memory = MemoryMeter(device)
     model = classifier.add_adapter(vit.to(device), RecipeOptions(method=options.method, lora_rank=0)).to(device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    step = training.Step(model, training.make_optimizer("sgd", parameters, 5e-3, momentum=0.9), device, precision)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 5e-3, momentum=0.9)
+    step = training.Step(model, optimizer, device, precision)
 
     def ours() -> Iterator[tuple]:
         """Endless epochs of our pipeline."""
@@ -131,20 +108,31 @@ def measure(options: Options) -> tuple[RunRecord, Path]:
             views = partial(augment.random_views, size=size, generator=generator)
             yield from training.prepared(data.train, whole, views, size, device)
 
+    transform = transforms.Compose(
+        [
+            transforms.ToPILImage(),
+            transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+    )
+    loader = DataLoader(
+        decoded, options.batch_size, shuffle=True, drop_last=True, pin_memory=device.type == "cuda",
+        num_workers=options.workers, persistent_workers=options.workers > 0,
+        collate_fn=lambda batch: default_collate([(transform(image), label) for image, label in batch]),
+    )  # fmt: skip
+
     def published() -> Iterator[tuple]:
         """Endless epochs of the published pipeline; the workers live on between epochs."""
-        how = {"num_workers": options.workers, "persistent_workers": options.workers > 0}
-        how |= {"pin_memory": device.type == "cuda", "shuffle": True, "drop_last": True}
-        for inputs, labels in itertools.chain.from_iterable(itertools.repeat(DataLoader(pillow, options.batch_size, **how))):
+        for inputs, labels in itertools.chain.from_iterable(itertools.repeat(loader)):
             yield inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     def images_per_second(batches: Iterator[tuple]) -> float:
         """Rate of `options.steps` training steps, after two that do not count."""
-        training.train_epoch(step, itertools.islice(batches, 2))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        float(sum(loss for loss, _ in training.train_steps(step, itertools.islice(batches, 2))))  # waits for the device
         started = time.perf_counter()
-        float(training.train_epoch(step, itertools.islice(batches, options.steps)).total)  # waits for the device
+        float(sum(loss for loss, _ in training.train_steps(step, itertools.islice(batches, options.steps))))
         return options.steps * options.batch_size / (time.perf_counter() - started)
 
     our_batches = ours()
@@ -163,20 +151,12 @@ def measure(options: Options) -> tuple[RunRecord, Path]:
         memory=memory.summary(),
         time={"steps": options.steps * options.rounds * len(ways)},
     )
-    return record, place
-
-
-def main() -> None:
-    """Measure, print the rates and say where the record is."""
-    (options,) = parse_arguments(Options, description=__doc__)
-    options.check()
-    record, place = measure(options)
     print(f"{'pipeline':<12}{'images/s':>10}")
-    for way, rate in record.metrics["images_per_second"].items():
+    for way, rate in median.items():
         print(f"{way:<12}{rate:>10.0f}")
     print(
-        f"ours is {100 * record.metrics['ours_over_resident']:.1f} % of the resident batch and "
-        f"{record.metrics['ours_over_published']:.2f} times the published pipeline; record in {place}"
+        f"ours is {100 * over['ours_over_resident']:.1f} % of the resident batch and "
+        f"{over['ours_over_published']:.2f} times the published pipeline; record in {place}"
     )
 
 

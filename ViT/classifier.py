@@ -10,7 +10,6 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
 from peft import MissConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,10 +22,9 @@ from control_experiments.record import read_json, write_json_atomic
 from control_experiments.training.checkpoints import check_adapter_files
 from control_experiments.training.methods import adapter_config, load_adapter
 from peft_control import quantize_fp8
-from ViT.names import TINY
-from ViT.options import RecipeOptions
+from ViT.options import TINY, RecipeOptions
 from ViT.tiny_model import build_tiny
-from ViT.vision_models import Base, create, load, load_weights, mlp_linears, set_attention, set_mlp_layers
+from ViT.vision_models import Base, create, load, load_weights, set_attention, set_mlp_layers
 
 HEAD = "head"
 #: alpha/r of LoRA and DoRA at ranks that match the control's parameters: the published recipe's.
@@ -54,12 +52,11 @@ class Description:
 
     def check(self) -> None:
         """Raises TypeError: a value read from a file is none that `save` writes."""
-        words = [self.method, self.model, self.architecture, *([] if self.sha256 is None else [self.sha256])]
-        words += [self.quantization]
+        words = [self.method, self.model, self.architecture, self.sha256 or "", self.quantization]
         words += self.classes if isinstance(self.classes, list) else [None]
-        named = all(isinstance(word, str) for word in words)
         numbers = (self.image_size, self.mlp_layers, self.crop)
-        if not named or not all(type(n) in (int, float) and 0 < n < 1e6 for n in numbers):
+        right = all(isinstance(word, str) for word in words)
+        if not right or not all(type(n) in (int, float) and 0 < n < 1e6 for n in numbers):
             raise TypeError("classifier.json is not as it was written")
 
 
@@ -85,7 +82,7 @@ def target_layers(options: RecipeOptions) -> list[str]:
 
     None takes the MLP's, as the published runs did, and beside a control on the MLP the fused query, key and value.
     """
-    mlp = list(mlp_linears(options.mlp_layers))
+    mlp = ["fc1", "fc2"] if options.mlp_layers == 2 else ["fc1", "fc2", "eye1", "eye2"]
     targets = options.lora_targets or (["qkv"] if options.method.startswith("control+") else mlp)
     if targets == ["all"]:
         targets = ["qkv", "proj", *mlp]
@@ -192,15 +189,14 @@ def restore(folder: str | Path, *, attention: str = "sdpa", model: str | None = 
     """The trained classifier in `folder`; `model` says where its base model is now, if it moved. Raises
     UserError: broken adapter, missing base model, or another base model than it was trained on."""
     folder, description = Path(folder).expanduser(), read_description(folder)
-    shape = {"num_classes": len(description.classes), "image_size": description.image_size}
+    model, shape = model or description.model, {"num_classes": len(description.classes), "image_size": description.image_size}
     if (folder / "base.safetensors").is_file():
-        vit = create(description.architecture, **shape)
+        vit, base = create(description.architecture, **shape), Base(TINY, description.architecture, description.sha256)
         load_weights(vit, folder / "base.safetensors", description.architecture)
-        base = Base(description.model, description.architecture, description.sha256)
     else:
-        vit, base = load(model or description.model, description.architecture, **shape)
+        vit, base = load(model, description.architecture, **shape)
     if base.sha256 != description.sha256:
-        raise UserError(f"{model or description.model} is not the base model that {folder} was trained on (checksums differ)")
+        raise UserError(f"{model} is not the base model that {folder} was trained on (checksums differ)")
     set_mlp_layers(vit, description.mlp_layers)
     set_attention(vit, attention)
     if description.quantization == "fp8":
@@ -213,8 +209,3 @@ def restore(folder: str | Path, *, attention: str = "sdpa", model: str | None = 
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} is no readable adapter ({error})") from error
     return vit, description, base
-
-
-def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every trained parameter by its name."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

@@ -9,16 +9,29 @@ Everything but the grid is made from records alone; the grid reads the run's pre
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Optional
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.record import RunRecord, read_record
 from control_experiments.reporting import pictures
+from control_experiments.training.arguments import parse_arguments
+
+
+@dataclass
+class Options:
+    runs: list[str] = HfArg(help="Run folders, each with a record.json.")
+    output_dir: str = HfArg(default="figures", help="Where the PNG files go.")
+    data: Optional[str] = HfArg(default=None, help="Data of the first run, for the image grid.")
+    data_root: str = HfArg(default="data", help="Where torchvision keeps its downloads.")
+    show: Literal["mixed", "wrong"] = HfArg(default="mixed", help="Grid: images spread over the test set, or only wrong ones.")
+    images: int = HfArg(default=24, help="Images in the grid.")
 
 
 def accuracy_against_memory(records: list[RunRecord]) -> Figure:
@@ -47,7 +60,7 @@ def curves(records: list[RunRecord]) -> Figure:
     return figure
 
 
-def grid(run: Path, record: RunRecord, options: argparse.Namespace) -> Figure:
+def grid(run: Path, record: RunRecord, options: Options) -> Figure:
     """Test images with predicted and true labels: green where they agree, red where not.
 
     Raises:
@@ -83,32 +96,17 @@ def grid(run: Path, record: RunRecord, options: argparse.Namespace) -> Figure:
     return figure
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    made.add_argument("--runs", nargs="+", type=Path, required=True, help="Run folders, each with a record.json.")
-    made.add_argument("--output_dir", type=Path, default=Path("figures"), help="Where the PNG files go.")
-    made.add_argument("--data", help="Data of the first run, for the image grid.")
-    made.add_argument("--data_root", default="data", help="Where torchvision keeps its downloads.")
-    made.add_argument(
-        "--show", choices=("mixed", "wrong"), default="mixed", help="Grid: images spread over the test set, or only wrong ones."
-    )
-    made.add_argument("--images", type=int, default=24, help="Images in the grid.")
-    return made
-
-
 def main() -> None:
-    options = parser().parse_args()
-    records = [read_record(folder / "record.json") for folder in options.runs]
+    (options,) = parse_arguments(Options, description=__doc__)
+    runs = [Path(run) for run in options.runs]
+    records = [read_record(run / "record.json") for run in runs]
     if empty := [record.name for record in records if not record.history]:
         raise UserError(f"{empty[0]} has no training history: give folders of training runs")
     drawn = {"accuracy_memory": accuracy_against_memory(records), "curves": curves(records)}
     if options.data:
-        drawn[f"{records[0].name}_images"] = grid(options.runs[0], records[0], options)
+        drawn[f"{records[0].name}_images"] = grid(runs[0], records[0], options)
     for name, figure in drawn.items():
-        print(pictures.save(figure, options.output_dir / f"{name}.png"))
+        print(pictures.save(figure, Path(options.output_dir) / f"{name}.png"))
 
 
 if __name__ == "__main__":

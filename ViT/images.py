@@ -12,7 +12,7 @@ import io
 import os
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from control_experiments.errors import UserError
 from control_experiments.training.checksums import fingerprint
 from control_experiments.training.device import to_device
-from ViT.names import HUB, check_data
+from ViT.options import HUB, check_data
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
 #: What Pillow may take a file for: it knows more formats, some of which start other programs.
@@ -121,8 +121,12 @@ def _collate(entries: list) -> tuple[list[torch.Tensor], torch.Tensor]:
 def read(source, corrupt: str = "stop", keep: str = "auto", workers: int = 8) -> Decoded | OnDemand:
     """Decode a whole source, or leave it to be decoded on demand when it is too large for the host's memory.
     Raises UserError: a corrupt image with `corrupt="stop"`, or no readable image at all."""
-    room = HOST_SHARE * psutil.virtual_memory().available
-    if keep == "files" or (keep == "auto" and _decoded_bytes(source, corrupt) > room):
+    if keep == "auto":  # by 16 images spread over the source
+        sample = [decode(source, index, corrupt) for index in {len(source) * i // 16 for i in range(16)}]
+        sizes = [entry[0].nbytes for entry in sample if entry]
+        room = HOST_SHARE * psutil.virtual_memory().available
+        keep = "files" if len(source) * sum(sizes) > room * max(1, len(sizes)) else "host"
+    if keep == "files":
         return OnDemand(source, corrupt, workers)
     with ThreadPoolExecutor(workers) as pool:
         futures = pool.map(lambda index: decode(source, index, corrupt), range(len(source)))
@@ -133,14 +137,6 @@ def read(source, corrupt: str = "stop", keep: str = "auto", workers: int = 8) ->
     if len({image.shape for image in images}) == 1:
         images = torch.stack(images)
     return Decoded(images, torch.tensor(labels))
-
-
-def _decoded_bytes(source, corrupt: str) -> float:
-    """An estimate from 16 images spread over the source."""
-    chosen = {len(source) * i // 16 for i in range(16)}
-    entries = [decode(source, index, corrupt) for index in chosen]
-    sizes = [entry[0].nbytes for entry in entries if entry]
-    return len(source) * sum(sizes) / max(1, len(sizes))
 
 
 class Entry(NamedTuple):
@@ -224,13 +220,12 @@ def load_data(name: str, *, root: str = "data", corrupt: str = "stop", keep: str
     return ImageData(path.stem, *parts, classes, {"id": path.name, "sha256": fingerprint(path)})
 
 
-def _is_image(place: PurePath) -> bool:
-    return place.suffix.lower() in SUFFIXES and not place.name.startswith(".")
-
-
 def _folder_entries(folder: Path) -> list[Entry]:
-    files = ((file.relative_to(folder), file) for file in folder.rglob("*") if file.is_file())
-    return [Entry(place, file) for place, file in files if _is_image(place)]
+    return _images(Entry(file.relative_to(folder), file) for file in folder.rglob("*") if file.is_file())
+
+
+def _images(entries: Iterable[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry.place.suffix.lower() in SUFFIXES and not entry.place.name.startswith(".")]
 
 
 def read_folder(folder: str, corrupt: str = "stop", workers: int = 8) -> tuple[list[Path], list[torch.Tensor]]:
@@ -291,7 +286,7 @@ def _tar_entries(path: Path) -> list[Entry]:
     for place, *_ in entries.values():
         if place.is_absolute() or ".." in place.parts:
             raise UserError(f"{path} has a member outside of itself ({place}): do not trust this file")
-    return [entry for entry in entries.values() if _is_image(entry.place)]
+    return _images(entries.values())
 
 
 def _npz(path: Path) -> ImageData:
@@ -301,10 +296,8 @@ def _npz(path: Path) -> ImageData:
     except Exception as error:  # NumPy, zipfile and zlib each have their own kinds for a broken file
         raise UserError(f"{path} is no readable .npz ({error})") from error
     if missing := [key for key in NPZ_KEYS if key not in arrays]:
-        raise UserError(
-            f"{path} lacks {', '.join(missing)}: it must hold {', '.join(NPZ_KEYS)} "
-            "(images uint8 N x H x W x 3, labels integers, class names)"
-        )
+        layout = f"{', '.join(NPZ_KEYS)} (images uint8 N x H x W x 3, labels integers, class names)"
+        raise UserError(f"{path} lacks {', '.join(missing)}: it must hold {layout}")
     for key, array in arrays.items():
         if not isinstance(array, np.ndarray):  # NumPy hands out a member that is no .npy file as bytes
             raise UserError(f"{key} of {path} is no array")
@@ -386,10 +379,6 @@ def hold_out(data: ImageData, share: float) -> ImageData:
         held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     if not held.any():
         raise UserError(f"{data.name} has one training image for each class: there is none to hold out")
+    (train, held_out) = (Decoded(*next(train.batches([part.nonzero().flatten()]))) for part in (~held, held))
     split = f"{share:g} of the training images of each class, drawn with seed {SPLIT_SEED}, in the place of the test images"
-    return replace(data, train=_part(train, ~held), test=_part(train, held), identity={**data.identity, "split": split})
-
-
-def _part(decoded: Decoded, chosen: torch.Tensor) -> Decoded:
-    ((images, labels),) = decoded.batches([chosen.nonzero().flatten()])
-    return Decoded(images, labels)
+    return replace(data, train=train, test=held_out, identity={**data.identity, "split": split})

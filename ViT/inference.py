@@ -35,9 +35,16 @@ def evaluate(options: Options) -> None:
     run = Path(options.evaluate).resolve().parent.name
     options.output_dir = options.output_dir or str(RESULTS / "vit" / f"{run}_evaluated_on_{Path(options.data).stem}")
     with RunFolder(options.folder) as folder, trained(options, options.evaluate) as (step, description, base):
-        check_no_training(folder)
+        begun = any(place.exists() for place in (folder.adapter, folder.checkpoints))
+        if begun or (folder.finished and read_record(folder.record).history):  # else its files would be overwritten, or mixed
+            raise UserError(f"{folder.path} holds a training run: choose another --output_dir for its evaluation")
         data = load_data(options.data, **reading(options))
-        check_classes(data, description)
+        here, there = data.classes, description.classes
+        if len(here) > len(there):
+            raise UserError(f"{data.name} has {len(here)} classes, more than the adapter's head ({len(there)})")
+        if here != there:
+            found = f"the classes of {data.name} ({', '.join(here[:3])}, ...)"
+            raise UserError(f"{found} are not those that the adapter was trained on ({', '.join(there[:3])}, ...)")
         record = RunRecord.begin(
             options, domain="vit", name=folder.path.name, task=data.name, device=describe_device(step.device),
             command=["python", "-m", PROGRAM, *sys.argv[1:]], autocast=step.precision,
@@ -85,24 +92,6 @@ def trained(options: Options, adapter: str) -> Iterator[tuple[Step, Description,
         yield Step(model.to(device), None, device, precision), description, base
 
 
-def check_no_training(folder: RunFolder) -> None:
-    """Raises UserError: a training's record, adapter or checkpoints are in the folder, which the evaluation's files would
-    overwrite or be taken for."""
-    begun = any(place.exists() for place in (folder.adapter, folder.checkpoints))
-    if begun or (folder.finished and read_record(folder.record).history):
-        raise UserError(f"{folder.path} holds a training run: choose another --output_dir for its evaluation")
-
-
-def check_classes(data: ImageData, description: Description) -> None:
-    """Raises UserError: the data's classes are not the head's."""
-    here, there = data.classes, description.classes
-    if len(here) > len(there):
-        raise UserError(f"{data.name} has {len(here)} classes, more than the adapter's head ({len(there)})")
-    if here != there:
-        found = f"the classes of {data.name} ({', '.join(here[:3])}, ...)"
-        raise UserError(f"{found} are not those that the adapter was trained on ({', '.join(there[:3])}, ...)")
-
-
 def reading(options: Options) -> dict:
     """How `load_data` is to read."""
     return {"root": options.data_root, **{name: getattr(options, name) for name in ("corrupt", "keep", "workers")}}
@@ -120,12 +109,6 @@ def describe(base: Base, total: int, data: ImageData, scored: str) -> dict:
     model = {"id": base.id, "sha256": base.sha256, "class": base.architecture, "total_parameters": total}
     sizes = {"train": len(data.train), scored: len(data.test)}
     return {"model": model, "data": {**data.identity, "sizes": sizes}}
-
-
-def resident_bytes(data: ImageData) -> int:
-    """Bytes of decoded images on the GPU."""
-    parts = [part for part in (data.train, data.test) if isinstance(part, Decoded) and part.labels.is_cuda]
-    return sum(part.bytes for part in parts)
 
 
 def write_test_predictions(folder: RunFolder, data: ImageData, logits: torch.Tensor, labels: torch.Tensor) -> None:

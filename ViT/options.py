@@ -14,10 +14,35 @@ from control_experiments.training.arguments import check_numbers
 from control_experiments.training.options import METHODS as ALL_METHODS
 from control_experiments.training.options import AdapterOptions, MemoryOptions, Precision, RunOptions, TrainingOptions
 from control_experiments.training.rates import SEARCH_FOLDER
-from ViT.names import TINY, check_data, check_model, run_name
 
+#: torchvision's data sets, by the names that `--data` takes.
+HUB = ("cifar100", "flowers102", "svhn", "food101", "imagenet")
+#: The architecture of the CPU demonstration (tiny_model.py), beside timm's own.
+TINY = "tiny"
 #: SHADOW, as peft has it, corrects decoders of transformers, and no timm ViT.
 METHODS = tuple(name for name in ALL_METHODS if name != "shadow")
+
+
+def check_data(name: str) -> None:
+    """Raises UserError: `--data` is neither a known name nor a path that exists."""
+    if name not in (*HUB, "digits") and not Path(name).expanduser().exists():
+        known = f"{', '.join(HUB)}, digits, an .npz, a tar or a folder of class folders"
+        raise UserError(f"no data {name!r}: give one of {known}")
+
+
+def check_model(name: str) -> None:
+    """Raises UserError: `--model` is a path, and nothing is there."""
+    path = Path(name).expanduser()
+    is_path = path.suffix in (".safetensors", ".npz", ".pth", ".pt") or len(path.parts) > 2
+    if is_path and not path.exists():
+        raise UserError(f"there is no model {name!r}")
+
+
+def model_name(model: str) -> str:
+    """A --model in names of runs."""
+    path = Path(model)
+    path = path.parent if path.stem == "model" else path
+    return path.stem if path.suffix in (".npz", ".safetensors") else path.name
 
 
 @dataclass(kw_only=True)
@@ -132,7 +157,7 @@ class Options(RecipeOptions, RunOptions):
         """The run's folder."""
         if self.output_dir is not None:
             return Path(self.output_dir)
-        name = run_name(self.model, self.data, self.method, self.seed)
+        name = f"{model_name(self.model)}_{Path(self.data).stem}_{self.method.replace(' ', '_')}_seed{self.seed}"
         if self.validation_share is None:
             return RESULTS / "vit" / name
         return RESULTS / "vit" / SEARCH_FOLDER / f"{name}_lr{self.lr}"

@@ -9,7 +9,6 @@ import copy
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -30,12 +29,11 @@ from control_experiments.training.quantization import check_fp8
 from control_experiments.training.setup import Run, start
 from peft_control import quantize_fp8
 from ViT import augment
-from ViT.classifier import Description, add_adapter, build_base, save, trained_state
-from ViT.images import ImageData, hold_out, load_data
-from ViT.inference import LESS_MEMORY, PROGRAM, describe, reading, resident_bytes, test_logits, write_test_predictions
-from ViT.names import TINY
-from ViT.options import Options
-from ViT.training import EpochLoss, Step, index_batches, make_optimizer, prepared, rate_factor, score, train_steps
+from ViT.classifier import Description, add_adapter, build_base, save
+from ViT.images import Decoded, ImageData, hold_out, load_data
+from ViT.inference import LESS_MEMORY, PROGRAM, describe, reading, test_logits, write_test_predictions
+from ViT.options import TINY, Options
+from ViT.training import Step, index_batches, prepared, rate_factor, score, train_steps
 from ViT.vision_models import Base, new_head
 
 logger = logging.getLogger("vit")
@@ -94,6 +92,8 @@ def train(options: Options, argv: Sequence[str] | None = None) -> None:
         about = {"architecture": base.architecture, "sha256": base.sha256, "classes": data.classes}
         description = Description(**{name: getattr(options, name) for name in named}, **about)
         write_test_predictions(run.folder, data, *outcome)
+        resident = [part for part in (data.train, data.test) if isinstance(part, Decoded) and part.labels.is_cuda]
+        on_device = sum(part.bytes for part in resident)
         best, last = max(history, key=lambda row: row["test_accuracy"]), history[-1]
         run.finish(
             record,
@@ -103,7 +103,7 @@ def train(options: Options, argv: Sequence[str] | None = None) -> None:
             adapter=adapter,
             history=history,
             metrics={"best": best, "last": last},
-            memory={**memory.summary(), "images_on_device_bytes": resident_bytes(data)},
+            memory={**memory.summary(), "images_on_device_bytes": on_device},
             time=run.time(clock),
         )
         reached = f"{last['test_accuracy']:.2f} % (best epoch {best['test_accuracy']:.2f} %)"
@@ -138,15 +138,16 @@ def fit(
     """
     options, device, checkpoints = run.options, run.device, run.folder.checkpoints
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    parameters, rates = list(trained.values()), [options.lr]
-    groups = [parameters]
+    groups = [{"params": list(trained.values()), "lr": options.lr}]
     if options.lr_head is not None:
-        rates.append(options.lr_head)
-        groups = [[p for name, p in trained.items() if ("modules_to_save" in name) == head] for head in (False, True)]
-    how = {"momentum": options.momentum, "weight_decay": options.weight_decay}
-    optimizer = make_optimizer(options.optimizer, groups[0], options.lr, **how)
-    for more in groups[1:]:
-        optimizer.add_param_group({"params": more})
+        body, head = ([p for name, p in trained.items() if ("modules_to_save" in name) == is_head] for is_head in (False, True))
+        groups = [{"params": body, "lr": options.lr}, {"params": head, "lr": options.lr_head}]
+    rates = [group["lr"] for group in groups]
+    if options.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, momentum=options.momentum, weight_decay=options.weight_decay)
+    else:
+        # fused, it also looks for infinite gradients by itself, so that no step waits for the device
+        optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=device.type == "cuda")
     step = Step(model, optimizer, device, run.precision)
     parts = {"optimizer": optimizer, "scaler": step.scaler}
     per_epoch = -(-len(data.train) // options.batch_size)
@@ -156,7 +157,7 @@ def fit(
     schedule = {"per_epoch": per_epoch, "total": total, "decay": options.lr_decay, "warmup": options.warmup_steps}
     history, losses, done = [], None, 0
     if run.checkpoint:
-        history, losses, done = load_checkpoint(run.checkpoint, model, parts, device)
+        history, losses, done = load_checkpoint(run.checkpoint, trained, parts, device)
     clock, watch, outcome = Throughput(device), LossWatch(device), None
     if done == total:  # it was stopped after its last checkpoint
         outcome = test_logits(step, data, options, device)
@@ -166,8 +167,8 @@ def fit(
 
     def save() -> None:
         check()
-        check_parameters(parameters, done, last_good(checkpoints))
-        save_checkpoint(checkpoints, done, model, parts, history, losses)
+        check_parameters(trained.values(), done, last_good(checkpoints))
+        save_checkpoint(checkpoints, done, trained, parts, history, losses)
 
     def before_step() -> None:
         torch.manual_seed(seed_of(options.seed, *divmod(done, per_epoch)))  # dropout's
@@ -179,11 +180,12 @@ def fit(
         while done < total:
             epoch, first = divmod(done, per_epoch)
             end = min((epoch + 1) * per_epoch, total)
-            losses = losses or EpochLoss(torch.zeros((), device=device))
+            losses = losses or {"total": torch.zeros((), device=device), "images": 0}
             clock.start()
             for loss, images in train_steps(step, epoch_batches(options, data, device, epoch, first, end - done), before_step):
                 done += 1
-                losses.add(loss, images)
+                losses["total"] += loss * images
+                losses["images"] += images
                 memory.after_optimizer()
                 clock.step(images)
                 bar.update()
@@ -199,7 +201,7 @@ def fit(
             done = end  # a batch whose images are all unreadable is no step
             outcome = test_logits(step, data, options, device)
             row = {"step": done, "epoch": epoch + 1, "learning_rate": optimizer.param_groups[0]["lr"],
-                   "train_loss": losses.mean, "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
+                   "train_loss": float(losses["total"]) / max(1, losses["images"]), "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
             losses = None
             history.append(row)
             reached = f"training loss {row['train_loss']:.4f}, {options.scored} accuracy {row['test_accuracy']:.2f} %"
@@ -234,37 +236,36 @@ def seed_of(seed: int, epoch: int, batch: int) -> int:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, parts: dict, history: list[dict], losses: EpochLoss | None
+    folder: Path, step: int, trained: dict[str, nn.Parameter], parts: dict, history: list[dict], losses: dict | None
 ) -> None:
-    """Write checkpoint-STEP and keep one before it; `losses` are those of an epoch that is not at its end."""
+    """Write checkpoint-STEP and keep one before it; `losses` are the sum of losses so far of an epoch that is not at its end, and
+    over how many images."""
     with whole_folder(folder / f"checkpoint-{step}") as place:
-        save_file({n: v.contiguous() for n, v in trained_state(model).items()}, place / "trained.safetensors")
+        save_file({name: p.detach().contiguous() for name, p in trained.items()}, place / "trained.safetensors")
         states = {name: part.state_dict() for name, part in parts.items()}
-        torch.save({**states, "losses": None if losses is None else asdict(losses)}, place / "state.pt")
+        torch.save({**states, "losses": losses}, place / "state.pt")
         write_json_atomic(place / "trainer_state.json", {"step": step, "history": history})
     keep_newest(folder, 2)
 
 
 def load_checkpoint(
-    place: Path, model: nn.Module, parts: dict, device: torch.device
-) -> tuple[list[dict], EpochLoss | None, int]:
+    place: Path, trained: dict[str, nn.Parameter], parts: dict, device: torch.device
+) -> tuple[list[dict], dict | None, int]:
     """Restore what `save_checkpoint` wrote; returns the history, the losses of the epoch to go on with, and the
     step. Raises UserError: it does not fit this run."""
     try:
-        state = load_file(place / "trained.safetensors")
-        own = trained_state(model)
-        if state.keys() != own.keys():
+        saved = load_file(place / "trained.safetensors")
+        if saved.keys() != trained.keys():
             raise ValueError("it holds other parameters")
-        for name, value in own.items():
-            value.copy_(state[name])
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(saved[name])
         loaded = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(loaded[name])
-        losses = loaded["losses"] and EpochLoss(**loaded["losses"])
-        if losses:
-            losses.total = losses.total.to(device)
-        trained = read_json(place / "trainer_state.json")
-        return trained["history"], losses, trained["step"]
+        losses = loaded["losses"] and {**loaded["losses"], "total": loaded["losses"]["total"].to(device)}
+        state = read_json(place / "trainer_state.json")
+        return state["history"], losses, state["step"]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{place} is no checkpoint of this run ({error}): delete it to start over") from error
 

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from ViT import augment
 from ViT.images import load_digits_data
-from ViT.names import TINY
+from ViT.options import TINY
 from ViT.vision_models import Base, create
 
 SEED, STEPS, BATCH, LEARNING_RATE = 0, 300, 32, 2e-3

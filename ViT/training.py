@@ -1,10 +1,9 @@
-"""Optimizer, training step, epoch and evaluation: what finetune.py, the benchmarks and the memory table share."""
+"""Learning rate, training step and evaluation: what a training, an evaluation and the benchmark share."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -13,16 +12,6 @@ from torch.nn.functional import cross_entropy
 from control_experiments.training.device import DTYPES, to_device
 from ViT import augment
 from ViT.images import Decoded, OnDemand
-
-
-def make_optimizer(
-    name: str, parameters: Sequence[nn.Parameter], lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0
-) -> torch.optim.Optimizer:
-    """ "sgd" with momentum (as published) or "adamw" with torch's betas."""
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay)
-    # on a GPU it also looks for infinite gradients by itself, so that no step waits for the device
-    return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=parameters[0].is_cuda)
 
 
 def rate_factor(optimizer: str, step: int, *, per_epoch: int, total: int, decay: float, warmup: int) -> float:
@@ -84,25 +73,6 @@ def prepared(
         yield augment.normalise(augment.render(pixels, chosen, size, device)), to_device(labels, device)
 
 
-@dataclass
-class EpochLoss:
-    """The sum of an epoch's losses so far, on the device, over how many images and batches."""
-
-    total: torch.Tensor
-    images: int = 0
-    batches: int = 0
-
-    def add(self, loss: torch.Tensor, images: int) -> None:
-        """Count a batch of so many images by its mean loss."""
-        self.total += loss * images
-        self.images += images
-        self.batches += 1
-
-    @property
-    def mean(self) -> float:
-        return float(self.total) / max(1, self.images)
-
-
 def train_steps(
     step: Step, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], before_step: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[torch.Tensor, int]]:
@@ -117,14 +87,6 @@ def train_steps(
         batch = next(batches, None)
         step.update()
         yield loss, len(labels)
-
-
-def train_epoch(step: Step, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> EpochLoss:
-    """Train on all batches and return their loss."""
-    losses = EpochLoss(torch.zeros((), device=step.device))
-    for loss, images in train_steps(step, batches):
-        losses.add(loss, images)
-    return losses
 
 
 @torch.inference_mode()

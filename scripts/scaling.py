@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,15 +19,18 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from control_experiments.errors import Interrupted
 from control_experiments.record import write_json_atomic
 from control_experiments.training.benchmarking import EXPANDABLE, Campaign, machine
 from control_experiments.training.sharding import average_gradients, split_into_units
-from control_experiments.training.study import command_of
 from scripts.bench_scaling import Options
 from scripts.catalogue import LLAMA_SHAPES, LONGEST, parse_method
 from scripts.workloads import adapt, random_llama
@@ -76,11 +77,11 @@ def fill(model: nn.Module) -> None:
                 piece.copy_(noise * (0.02 * 12**0.5))  # the deviation that these models start with
 
 
-def build(options: Options, shard: str, device: torch.device) -> nn.Module:
+def build(options: Options, method: str, shard: str, device: torch.device) -> nn.Module:
     """The adapted model, sharded or not, with the same weights in every run."""
     # untied, because to_empty would part the output layer from the embeddings, sharded or not
     model = random_llama(options.shape, "meta", tie_word_embeddings=False)
-    model = adapt(model, options.shape, parse_method(options.worker))
+    model = adapt(model, options.shape, parse_method(method))
     if shard == "fsdp2":
         split_into_units(model, options.device)
     model.to_empty(device=device)
@@ -92,9 +93,9 @@ def build(options: Options, shard: str, device: torch.device) -> nn.Module:
     return model
 
 
-def work(options: Options) -> None:
-    """Train in this process as part of the run; process 0 writes the result."""
-    (shard,) = options.shards
+@record
+def work(options: Options, method: str, shard: str, accumulate: int, result: Path) -> None:
+    """Train in this process as part of the run, in so many micro-batches a step; process 0 writes the result."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cuda = options.device == "cuda"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
@@ -103,7 +104,7 @@ def work(options: Options) -> None:
     accelerator = Accelerator(cpu=not cuda)  # starts the process group
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", **({"device_id": device} if cuda else {}))
-    model = build(options, shard, device)
+    model = build(options, method, shard, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if shard == "ddp" and world > 1:
         model = accelerator.prepare_model(model)
@@ -113,11 +114,11 @@ def work(options: Options) -> None:
 
     def step(number: int, tokens: int) -> float:
         total = torch.zeros((), device=device)
-        for part in range(options.accumulate):
-            generator = torch.Generator(device).manual_seed(1000 * number + rank * options.accumulate + part)
+        for part in range(accumulate):
+            generator = torch.Generator(device).manual_seed(1000 * number + rank * accumulate + part)
             ids = torch.randint(3, vocabulary, (options.batch, tokens), generator=generator, device=device)
             with torch.autocast(device.type, torch.bfloat16):  # as bench_memory.py
-                loss = model(input_ids=ids, labels=ids).loss / options.accumulate
+                loss = model(input_ids=ids, labels=ids).loss / accumulate
             loss.backward()
             total += loss.detach()
         if shard == "fsdp2":
@@ -131,7 +132,7 @@ def work(options: Options) -> None:
         if options.limit:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, options.limit * 2**30 / total), device)
-        longest(options, step, Path(options.result) if rank == 0 else None)
+        longest(options.tokens, step, result if rank == 0 else None)
         return dist.destroy_process_group()
     for number in range(options.warmup + options.steps):
         if number == options.warmup and cuda:
@@ -147,65 +148,48 @@ def work(options: Options) -> None:
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     median = statistics.median(seconds)
     if rank == 0:
-        write_json_atomic(options.result, {
+        write_json_atomic(result, {
             "step_seconds": median,
-            "tokens_per_second": world * options.accumulate * options.batch * options.tokens / median,
+            "tokens_per_second": world * accumulate * options.batch * options.tokens / median,
             "peak_bytes_per_process": peak.item(), "sent_bytes_per_process": sent.bytes, "losses": losses,
         })  # fmt: skip
     dist.destroy_process_group()
 
 
-def longest(options: Options, step: Callable, result: Path | None) -> None:
-    """Train on sequences of --tokens, then 3/2, 2, 3, 4, 6, ... times as many, and say and write down which went through.
+def longest(tokens: int, step: Callable, result: Path | None) -> None:
+    """Train on sequences of so many tokens, then 3/2, 2, 3, 4, 6, ... times as many, and say and write down which went through.
 
-    Ends with the error of the first that does not fit: torchrun then stops the processes that still wait for this one.
+    Ends with the error of the first that does not fit: torch then stops the processes that still wait for this one.
     """
     doublings = itertools.count()
-    lengths = (options.tokens * part << doubling >> 1 for doubling in doublings for part in (2, 3))
+    lengths = (tokens * part << doubling >> 1 for doubling in doublings for part in (2, 3))
     for length in itertools.takewhile(lambda length: length <= LONGEST, lengths):
         started = time.time()
         step(0, length)
         if result:
             write_json_atomic(result, {"longest_tokens": length})
-            print(f"    {options.worker}: {length} tokens, {time.time() - started:.0f} s", flush=True)
+            print(f"    {length} tokens, {time.time() - started:.0f} s", flush=True)
 
 
 # -- in the process that starts them --------------------------------------------------------------------------------
 
 
-def cause(stderr: str) -> str:
-    """The line of torchrun's output that says why the first process ended: the signal that ended it, or its error."""
-    before, _, first = stderr.partition("Root Cause")
-    signals = re.findall(r"Signal .*", first)
-    rank = re.search(r"rank *: (\d+)", first)
-    errors = [
-        line
-        for line in before.splitlines()
-        if re.search(r"(?<!ChildFailed)Error\b", line) and not re.match(r"(\[rank\d+\]:)?\s*raise ", line)
-    ]
-    own = [line for line in errors if rank and line.startswith(f"[rank{rank[1]}]:")]
-    return (signals or own or errors or ["no result"])[0].strip()[:300]
-
-
 def run_cell(options: Options, method: str, shard: str, processes: int, accumulate: int = 1) -> dict:
     cell = {"method": method, "shard": shard, "processes": processes, "accumulate": accumulate}
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        asked = replace(options, methods=[method], shards=[shard], processes=None, accumulate=accumulate)
-        words = command_of(replace(asked, worker=method, result=str(result)))
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        done = subprocess.run(
-            [sys.executable, *torchrun, "-m", "scripts.bench_scaling", *words],
-            stdout=None if options.longest else subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **(EXPANDABLE if options.longest else {})},
-        )
-        found = json.loads(result.read_text()) if result.is_file() else {}
-        if not found:
-            found["error"] = cause(done.stderr)
-        elif done.returncode and options.longest:  # else all was measured: a process has only left badly
-            found["ended_by"] = cause(done.stderr)
+        result, why = Path(folder, "result.json"), "no result"
+        logs = DefaultLogsSpecs(folder, redirects=Std.ERR if options.longest else Std.ALL)
+        how = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": Path(folder).name, "max_restarts": 0}
+        try:
+            elastic_launch(LaunchConfig(1, 1, processes, logs, **how), work)(options, method, shard, accumulate, result)
+        except ChildFailedError as error:
+            said = error.get_first_failure()[1].message
+            why = (said["message"] if isinstance(said, dict) else said)[:300]
+        except SignalException as stop:
+            raise Interrupted(stop.sigval) from stop
+        found = json.loads(result.read_text()) if result.is_file() else {"error": why}
+        if options.longest and "error" not in found and why != "no result":
+            found["ended_by"] = why
         return {**cell, **found}
 
 
@@ -227,6 +211,10 @@ def line(cell: dict, single: dict | None) -> str:
 
 def run(options: Options) -> None:
     """Measure every cell that the options ask for; write the record and a picture."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
+    if options.longest:
+        os.environ.update(EXPANDABLE)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a cell says itself why it failed
     found = machine(options.device)
     name = f"{options.shape}_{options.batch}x{options.tokens}" + ("_longest" if options.longest else "")
     name += f"_limit{options.limit:g}" if options.limit else ""

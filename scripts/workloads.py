@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from peft import MissConfig, ShadowConfig, get_peft_model
+from peft import ShadowConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -160,19 +160,16 @@ def adapt(model: nn.Module, shape: str, method: Method, control_rank: int | None
     recipe, name = recipe_of(shape), method.name
     rank = lora_rank or recipe.lora[0]
     targets = list(recipe.targets.get(name) or recipe.targets["mixed" if "control" in name else "lora"])
-    head, task = recipe.head, recipe.task
-    if name == "miss":
-        config = MissConfig(task_type=task, r=2 * rank, target_modules=targets, modules_to_save=head)
-    elif name == "shadow":
-        config = ShadowConfig(task_type=task)
-    else:
-        known = "lora" if name.startswith("lora-") else recipe.control[0] if name == "control" else name
-        ranks = {"control_rank": control_rank or recipe.control[1], "lora_rank": rank}
-        options = AdapterOptions(method=known, **ranks, lora_alpha=rank * recipe.lora[1] / recipe.lora[0])
-        bias = shape in VISION_SHAPES
-        config = adapter_config(options, task_type=task, targets=targets, bias=bias, modules_to_save=head)
-        if name == "lora-experts":
-            config.target_parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    known = "lora" if name.startswith("lora-") else recipe.control[0] if name == "control" else name
+    ranks = {
+        "control_rank": control_rank or recipe.control[1],
+        "lora_rank": {"miss": 2 * rank, "shadow": ShadowConfig().r}.get(name, rank),
+    }
+    options = AdapterOptions(method=known, **ranks, lora_alpha=rank * recipe.lora[1] / recipe.lora[0])
+    how = {"task_type": recipe.task, "targets": targets, "bias": shape in VISION_SHAPES, "modules_to_save": recipe.head}
+    config = adapter_config(options, **how)
+    if name == "lora-experts":
+        config.target_parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     model = get_peft_model(model, config)
     for place, parameter in model.named_parameters():
         if "lora_A" in place and name == "lora-fa":

@@ -2,17 +2,17 @@
 
 import json
 import random
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from control_experiments.training.methods import adapter_config
 from control_experiments.training.options import AdapterOptions
-from LlaMA import training
 from LlaMA.commonsense import TASKS, Row, read_rows
 from LlaMA.finetune import MIXED_TARGETS
 from LlaMA.models import add_adapter, train_tokenizer
@@ -96,24 +96,16 @@ def adapted(model, method="control+lora"):
     return model
 
 
-@pytest.fixture
-def interrupted(monkeypatch):
+def interrupted(steps: int):
     """``with interrupted(5):`` a training is interrupted when so many steps are done."""
+    left = [None] * steps
 
-    @contextmanager
-    def within(step: int):
-        real = training.CommonsenseTrainer.training_step
+    def take_one(*_):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
 
-        def dying(self, *arguments):
-            if self.state.global_step == step:
-                raise KeyboardInterrupt
-            return real(self, *arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(training.CommonsenseTrainer, "training_step", dying)
-            yield
-
-    return within
+    return register_optimizer_step_pre_hook(take_one)
 
 
 def assert_same_adapters(one, other):
@@ -129,3 +121,9 @@ def training_options(model, data, out, *more, method="control+lora") -> list:
         "--max_steps", 6, "--eval_steps", 2, "--held_out", 6, "--warmup_steps", 1, "--lr", "1e-2", "--control_rank", 4,
         "--lora_rank", 2, "--lora_alpha", 4, *more,
     ]  # fmt: skip
+
+
+@pytest.fixture
+def train_llama(call, model_folder, data, tmp_path):
+    """``train_llama("--lr", 1)``: such a training into tmp_path/"run", or where the last --output_dir says."""
+    return partial(call, "LlaMA.finetune", *training_options(model_folder, data, tmp_path / "run"))

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from control_experiments.record import read_record
-from LlaMA import answering, evaluation, finetune
+from LlaMA import evaluation, finetune
 from LlaMA.answering import Question, generate, pad_left, rank_words
 from LlaMA.commonsense import ANSWER_LEAD, TASKS, offered_words, tokenize_prompts
 from LlaMA.tests.conftest import adapted, tiny_model, training_options
@@ -35,16 +35,14 @@ def run(call, model_folder, data, tmp_path):
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_streamed_weights_answer_alike(run, trained, tmp_path, monkeypatch, adapted):
+@pytest.mark.parametrize("mode", ["generate", "likelihood"])
+def test_streamed_weights_answer_alike(run, trained, tmp_path, monkeypatch, mode, adapted):
     monkeypatch.setattr(memory, "RESIDENT", 1)  # of two layers
-    more = expected(trained) if adapted else ()
-    for mode in ("generate", "likelihood"):
-        how = ("--limit", 3, "--tasks", "boolq", "piqa", "--mode", mode, *more)
-        run(*how, name=f"resident-{mode}").finished()
-        run(*how, "--stream_weights", "True", name=f"streamed-{mode}").finished()
-        for task in ("boolq", "piqa"):
-            answers = [(tmp_path / f"{where}-{mode}" / f"{task}.jsonl").read_text() for where in ("resident", "streamed")]
-            assert answers[0] == answers[1] != ""
+    how = ("--limit", 3, "--tasks", "boolq", "--mode", mode, *(expected(trained) if adapted else ()))
+    run(*how, name="resident").finished()
+    run(*how, "--stream_weights", "True", name="streamed").finished()
+    one, other = ((tmp_path / name / "boolq.jsonl").read_text() for name in ("resident", "streamed"))
+    assert one == other != ""
 
 
 def expected(trained, *more):
@@ -101,31 +99,6 @@ def test_stopping_when_decided_changes_no_answer_and_takes_fewer_steps(model, to
     assert count_stopped < count_full
 
 
-def test_batches_answer_as_single_questions_do(model, tokenizer, questions):
-    together = generate(model, tokenizer, questions)
-    alone = [generate(model, tokenizer, [question])[0] for question in questions]
-    assert [reply.answer for reply in together] == [reply.answer for reply in alone]
-
-
-def test_search_goes_on_while_one_beam_disagrees(tokenizer):
-    stop = answering.AnswersDecided(tokenizer, 1, [Question([1], TASKS["boolq"], TASKS["boolq"])], beams=2)
-
-    def candidates(*texts):
-        rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        longest = max(map(len, rows))
-        pad = tokenizer(" ", add_special_tokens=False)["input_ids"]
-        return torch.tensor([[1, *row, *(pad * (longest - len(row)))] for row in rows])
-
-    agree, differ = candidates("true", "true", "false", "no"), candidates("true", "false", "true", "true")
-    assert stop(agree, None).all()
-    assert not stop(differ, None).any()
-    # nor does it end with a finished hypothesis that has no answer
-    stop = answering.AnswersDecided(tokenizer, 0, [Question([], TASKS["boolq"], TASKS["boolq"])], beams=2)
-    word, end = tokenizer("true", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
-    assert not stop(torch.tensor([[*word[:-1], end], word, word, word]), None).any()
-    assert not stop(torch.tensor([[*word, word[-1]]] * 4), None).any()
-
-
 @pytest.mark.parametrize("method", [None, "miss", "shadow"])
 def test_likelihood_ranks_as_whole_sequences_do(model, tokenizer, rows, method):
     if method is not None:
@@ -175,7 +148,7 @@ def test_a_run_scores_all_tasks_and_keeps_every_answer(run, trained, tmp_path, m
     assert counts[0] == counts[1]
 
 
-def test_a_killed_run_answers_only_what_is_left(run, tmp_path, monkeypatch):
+def test_a_killed_run_answers_only_what_is_left(run, data, tmp_path, monkeypatch):
     words, folder = ("--tasks", "boolq", "piqa", "--batch_size", 3), tmp_path / "evaluation"
     run(*words).finished()
     (folder / "record.json").unlink()
@@ -195,15 +168,9 @@ def test_a_killed_run_answers_only_what_is_left(run, tmp_path, monkeypatch):
     assert sorted((folder / "boolq.jsonl").read_text().splitlines()) == sorted(line.strip() for line in kept)
     assert "skipped" in run(*words).finished().out
     assert "beams 4 there, 1 asked for" in run("--tasks", "boolq", "--beams", 1).refused()
-
-
-def test_other_test_sets_of_the_same_name_are_another_evaluation(run, data, tmp_path):
-    shutil.copytree(data, tmp_path / "data")
-    words = ("--data", tmp_path / "data", "--tasks", "boolq", "piqa", "--max_new_tokens", 2, "--beams", 1)
-    assert run(*words)[0] == 0
-    file = tmp_path / "data" / "piqa" / "test.json"
-    file.write_text(json.dumps(json.loads(file.read_text())[1:]))
-    assert "belongs to another run (data_sha256" in run(*words).refused()
+    other = shutil.copytree(data, tmp_path / data.name)
+    shutil.copy(other / "boolq" / "test.json", other / "piqa" / "test.json")
+    assert "belongs to another run (data_sha256" in run(*words, "--data", other).refused()
 
 
 def test_comparison_with_batch_one(run, tmp_path):
@@ -217,10 +184,10 @@ def test_comparison_with_batch_one(run, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("--control_rank", 8), "control_rank 4, but control+lora with control_rank 8"),
-        (("--lora_rank", 3), "lora_rank 2, but control+lora with lora_rank 3"),
-        (("--method", "double control"), "control_blocks"),
-        (("--method", "lora"), "method control, but lora"),
+        (("--control_rank", 8), "control_rank 4, but 8 was asked for"),
+        (("--lora_rank", 3), "lora_rank 2, but 3 was asked for"),
+        (("--method", "double control"), "method control+lora, but double control"),
+        (("--method", "lora"), "method control+lora, but lora was asked for"),
         (("--adapter", "nowhere"), "nowhere is no adapter folder"),
         (("--tasks", "glue"), "unknown task 'glue'"),
         (("--data", "nowhere"), "cannot read nowhere"),
@@ -246,28 +213,27 @@ def test_an_adapter_of_another_base_is_refused(call, trained, data, model_folder
 
 
 def test_batches_that_the_gpus_memory_does_not_hold_are_halved_and_what_was_answered_is_kept(run, tmp_path, monkeypatch):
-    real, path = evaluation.generate, tmp_path / "evaluation" / "boolq.jsonl"
+    real, path, sizes = evaluation.generate, tmp_path / "evaluation" / "boolq.jsonl", []
 
-    def limited(fits) -> list[int]:
-        """Batches for which ``fits`` says no run out of memory; returns the sizes that are asked for."""
-        sizes = []
+    def limit(fits):
+        """From here on batches for which ``fits()`` says no run out of memory; ``sizes`` are those asked for."""
 
         def generate(model, tokenizer, questions, **named):
             sizes.append(len(questions))
-            if not fits(sizes):
+            if not fits():
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0")
             return real(model, tokenizer, questions, **named)
 
+        sizes.clear()
         monkeypatch.setattr(evaluation, "generate", generate)
-        return sizes
 
-    limited(lambda sizes: len(sizes) == 1)
-    assert "smaller --batch_size" in run().refused()
+    limit(lambda: len(sizes) == 1)
+    assert "smaller --batch_size" in run("--tasks", "boolq").refused()
     assert len(path.read_text().splitlines()) == 4
-    monkeypatch.setattr(evaluation, "generate", real)
-    run("--batch_size", 1).finished()
+    limit(lambda: True)
+    run("--tasks", "boolq", "--batch_size", 1).finished()
     alone = path.read_text()
     shutil.rmtree(path.parent)
-    sizes = limited(lambda sizes: sizes[-1] == 1)
-    assert run().finished().err.count("answered in parts") == 1
+    limit(lambda: sizes[-1] == 1)
+    assert run("--tasks", "boolq").finished().err.count("answered in parts") == 1
     assert sizes[:7] == [4, 2, 1, 1, 2, 1, 1] and path.read_text() == alone

@@ -1,6 +1,7 @@
 import os
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,13 @@ import torch
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
-from control_experiments.record import read_record
 from control_experiments.reporting import records
 from LlaMA import finetune, training
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
 from LlaMA.models import add_adapter, choose_pad_token
-from LlaMA.tests.conftest import assert_same_adapters, configuration, training_options
+from LlaMA.tests.conftest import assert_same_adapters, configuration, interrupted
 from peft_control import ControlConfig, memory  # noqa: F401  registers CONTROL
 from scripts.catalogue import LLAMA_SHAPES
 
@@ -25,21 +25,11 @@ def describe_row(record):
     return records._label(record.domain, record.method, record.hyperparameters)
 
 
-@pytest.fixture
-def run(call, model_folder, data, tmp_path):
-    """Fine-tune the tiny model into tmp_path/<name>."""
-
-    def start(*more, name="run", method="control+lora"):
-        return call("LlaMA.finetune", *training_options(model_folder, data, tmp_path / name, *more, method=method))
-
-    return start
-
-
 @pytest.mark.parametrize("method", finetune.METHODS)
-def test_every_method_trains_and_leaves_an_adapter_and_a_record(run, tmp_path, method, monkeypatch):
-    out = run(method=method).finished().out
-    record = read_record(tmp_path / "run" / "record.json")
-    assert record.method == method
+def test_every_method_trains_and_leaves_an_adapter_and_a_record(train_llama, tmp_path, method, monkeypatch):
+    said = train_llama("--method", method)
+    record = said.record
+    assert record.method == method and "cut at 256 tokens" in said.out
     width, layers, rank, lora = 32, 2, 4, 2
     blocks = 2 if method == "double control" else 1 if "control" in method else 0
     controls = layers * blocks * 2 * width * rank
@@ -64,18 +54,15 @@ def test_every_method_trains_and_leaves_an_adapter_and_a_record(run, tmp_path, m
     loaded = AutoPeftModelForCausalLM.from_pretrained(adapter)  # finds its base by itself
     asked = AutoTokenizer.from_pretrained(adapter)("Which?", return_tensors="pt")
     assert torch.isfinite(loaded(**asked).logits).all()
-    assert not (tmp_path / "run" / "checkpoints").exists()
-    assert "cut at 256 tokens" in out
 
 
 @pytest.mark.parametrize("method", ["miss", "shadow", "control+dora"])
-def test_methods_train_over_a_half_precision_base(run, tmp_path, method):
-    run("--dtype", "bf16", "--max_steps", 2, method=method).finished()
-    record = read_record(tmp_path / "run" / "record.json")
+def test_methods_train_over_a_half_precision_base(train_llama, method):
+    record = train_llama("--dtype", "bf16", "--max_steps", 2, "--method", method).record
     assert (record.hyperparameters["dtype"], record.adapter["dtype"]) == ("bfloat16", "float32")
 
 
-def test_the_best_checkpoint_is_saved_not_the_last(run, tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_saved_not_the_last(train_llama, tmp_path, monkeypatch):
     real, seen = training.batch_loss, []
 
     def worse_after_the_second_evaluation(model, batch):
@@ -86,29 +73,16 @@ def test_the_best_checkpoint_is_saved_not_the_last(run, tmp_path, monkeypatch):
         return value + 10 * max(0, len(seen) - 2)
 
     monkeypatch.setattr(training, "batch_loss", worse_after_the_second_evaluation)
-    run("--token_budget", 10_000, "--max_steps", 10).finished()
-    record = read_record(tmp_path / "run" / "record.json")
+    record = train_llama("--token_budget", 10_000, "--max_steps", 10).record
     assert (record.metrics["best"]["step"], record.metrics["last"]["step"]) == (4, 10)
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     for name, tensor in seen[1].items():
         torch.testing.assert_close(saved[name.replace(".default", "")], tensor)
 
 
-def test_a_killed_run_resumes_with_the_same_batches(run, tmp_path, interrupted):
-    assert run(name="whole")[0] == 0
-    with interrupted(5):
-        assert run(name="killed")[0] == 130
-    for more, said in ((), "add --resume"), (("--resume", "--lr", 1), "lr 0.01 there, 1.0 asked for"):
-        assert said in run(*more, name="killed").refused()
-    assert "resumed from checkpoint-4" in run("--resume", name="killed").finished().out
-    assert_same_adapters(tmp_path / "whole", tmp_path / "killed")
-    assert read_record(tmp_path / "killed" / "record.json").time["resumed_from_step"] == 4
-    assert "skipped" in run(name="killed").finished().out
-
-
 @pytest.mark.parametrize("batching", ["padded", "packed"])
 @pytest.mark.parametrize("method", ["lora", "control+lora"])
-def test_the_trainer_learns_as_a_plain_loop_does(call, model_folder, data, tmp_path, monkeypatch, method, batching):
+def test_the_trainer_learns_as_a_plain_loop_does(train_llama, model_folder, data, monkeypatch, method, batching):
     """Row for row and step for step: two epochs, whose last steps are short, against AdamW written out."""
     seen, collate = [], training.collate
 
@@ -118,9 +92,7 @@ def test_the_trainer_learns_as_a_plain_loop_does(call, model_folder, data, tmp_p
 
     monkeypatch.setattr(training, "collate", noting)
     more = ("--epochs", 2, "--max_steps", -1, "--eval_steps", 1, "--warmup_steps", 3, "--lora_dropout", 0)
-    words = training_options(model_folder, data, tmp_path / "run", *more, "--batching", batching, method=method)
-    call("LlaMA.finetune", *words).finished()
-    history = read_record(tmp_path / "run" / "record.json").history
+    history = train_llama(*more, "--batching", batching, "--method", method).record.history
     kept, _ = split_rows(read_rows(data / "train.json"), 6, seed=42)
     rows = [row.ids for row in tokenize_rows(kept, AutoTokenizer.from_pretrained(model_folder), 256)]
     epochs = [[row.ids for step in part for row in step] for part in (seen[:8], seen[8:])]
@@ -133,9 +105,8 @@ def test_the_trainer_learns_as_a_plain_loop_does(call, model_folder, data, tmp_p
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 3, 16)
     for number, (step, entry) in enumerate(zip(seen, history, strict=True)):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (number / 3 if number < 3 else (16 - number) / 13)
         losses = []
         for micro_batch in (step[:4], step[4:]):  # each a mean over its tokens, as published
             if micro_batch:
@@ -146,44 +117,12 @@ def test_the_trainer_learns_as_a_plain_loop_does(call, model_folder, data, tmp_p
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
     assert history[-1]["train_loss"] < 0.95 * history[0]["train_loss"]
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (("--control_rank", 0), "--control_rank must be at least 1"),
-        (("--lora_rank", 0), "--lora_rank must be at least 1"),
-        (("--method", "adapter"), "unknown method 'adapter'"),
-        (("--data", "nowhere.json"), "cannot read nowhere.json"),
-        (("--model", "./nowhere"), "there is no model at ./nowhere"),
-        (("--batch_size", 6), "multiple of --micro_batch_size"),
-        (("--token_budget", 8), "--token_budget 8 must be at least --cutoff"),
-        (("--lora_targets", "nothing"), "nothing"),
-        (("--method", "control+lora", "--lora_targets", "q_proj", "vproj"), "no module 'vproj' for LoRA"),
-        (("--cutoff", 1), "no training row has a token to learn within --cutoff 1"),
-        (("--held_out", 64), "--held_out 64"),
-        (("--attention", "varlen"), "--attention varlen needs"),
-        (("--ranks", 3), "unknown argument"),
-        (("--lr", -1), "--lr must be greater than 0, got -1.0"),
-        (("--epochs", 0), "--epochs must be greater than 0, got 0"),
-        (("--epochs", "nan"), "--epochs must be a finite number, got nan"),
-        (("--max_steps", 0), "--max_steps must be at least 1, or -1 for no limit, got 0"),
-        (("--warmup_steps", -1), "--warmup_steps must be at least 0, got -1"),
-        (("--lora_dropout", "nan"), "--lora_dropout must be a finite number"),
-        (("--control_dropout", 1), "--control_dropout must be less than 1"),
-        (("--seed", -1), "--seed must be at least 0"),
-        (("--cuda_graphs", "--batching", "padded"), "needs packed rows"),
-        (("--cuda_graphs", "--gradient_checkpointing"), "choose one of the two"),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, more, message):
-    assert message in run(*more).refused()
-    assert not (tmp_path / "run").exists()
-
-
-def test_bases_that_cannot_be_trained(call, model_folder, data, tmp_path):
+def test_bases_that_cannot_be_trained(train_llama, model_folder, tmp_path):
     from transformers import BertConfig, BertForMaskedLM
 
     shutil.copytree(model_folder, tmp_path / "bare", ignore=shutil.ignore_patterns("token*", "special*"))
@@ -197,48 +136,27 @@ def test_bases_that_cannot_be_trained(call, model_folder, data, tmp_path):
         ("bert", "is a bert model, no causal language model"),
         ("cut.gguf", "no tokenizer can be loaded from"),
     ):
-        assert said in call("LlaMA.finetune", *training_options(tmp_path / base, data, tmp_path / "out")).refused()
-        assert not (tmp_path / "out").exists()
-
-
-def test_memory_modes_checkpointing_and_fixed_shapes_train_alike(run, tmp_path):
-    """--cuda_graphs replays packs of fixed shape on a GPU; here they run as they are."""
-    found = {}
-    for how in ("plain", "fast", "balanced", "lean", "gradient_checkpointing", "cuda_graphs"):
-        more = (f"--{how}",) if "_" in how else ("--memory", how)
-        run("--lora_dropout", 0, *more, name=how, method="control+lora").finished()
-        found[how] = read_record(tmp_path / how / "record.json")
-        losses, plain = ([row["eval_loss"] for row in found[name].history] for name in (how, "plain"))
-        assert losses == pytest.approx(plain, rel=1e-4)
-        assert found[how].time["real_tokens"] == found["plain"].time["real_tokens"]
+        assert said in train_llama("--model", tmp_path / base).refused()
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("quantization", ["none", "fp8", "nf4"])
-def test_streamed_weights_train_to_the_same_bits_and_resume(run, tmp_path, monkeypatch, interrupted, quantization):
+def test_streamed_weights_train_to_the_same_bits_and_resume(train_llama, tmp_path, monkeypatch, quantization):
     monkeypatch.setattr(memory, "RESIDENT", 1)  # of two layers
-    how = ("--memory", "lean", "--dtype", "bf16", "--quantization", quantization)
-    streamed = (*how, "--stream_weights", "True")
-    run(*how, name="resident").finished()
+    train = partial(train_llama, "--memory", "lean", "--dtype", "bf16", "--quantization", quantization)
+    resident = train("--output_dir", tmp_path / "resident").record
     with interrupted(5):
-        code, out, _ = run(*streamed, name="streamed")
+        code, out, _ = train("--stream_weights", "True")
     assert code == 130 and "frozen weights of 2 layers wait on the host" in out
-    run(*streamed, "--resume", name="streamed").finished()
-    assert_same_adapters(tmp_path / "resident", tmp_path / "streamed")
-    resident, streamed = (read_record(tmp_path / name / "record.json") for name in ("resident", "streamed"))
+    streamed = train("--stream_weights", "True", "--resume").record
+    assert_same_adapters(tmp_path / "resident", tmp_path / "run")
     assert streamed.history == resident.history
     assert "streamed" in describe_row(streamed) and "streamed" not in describe_row(resident)
 
 
-@pytest.mark.parametrize("more", ["--memory fast", "--cuda_graphs", "--quantization int8", "--method shadow"])
-def test_what_does_not_go_together_with_streamed_weights_is_said(run, tmp_path, more):
-    refused = run("--stream_weights", "True", *more.split()).refused()
-    assert f"--stream_weights does not go together with {more}" in refused
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_host_without_room_for_streamed_weights_is_said(run, monkeypatch):
+def test_a_host_without_room_for_streamed_weights_is_said(train_llama, monkeypatch):
     monkeypatch.setattr(memory.streaming, "_free_memory", lambda: 1000)
-    assert "of the host's memory" in run("--stream_weights", "True").refused()
+    assert "of the host's memory" in train_llama("--stream_weights", "True").refused()
 
 
 @pytest.mark.parametrize(
@@ -270,19 +188,20 @@ def test_shapes_have_the_published_numbers_of_adapter_parameters():
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 
-def test_smollm2_gguf_trains(call, data, tmp_path):
+def test_smollm2_gguf_trains(call, train_llama, tmp_path):
     files = sorted(Path(os.environ.get("PARALLEL_CONTROL_CACHE", "nowhere"), "models").rglob("SmolLM2*.gguf"))
     if not files:
         pytest.skip("SmolLM2's GGUF file is not in PARALLEL_CONTROL_CACHE/models")
-    more = ("--max_steps", 1, "--eval_steps", 1, "--held_out", 2, "--batch_size", 2, "--micro_batch_size", 2)
+    shorter = ("--max_steps", 1, "--eval_steps", 1, "--held_out", 2, "--batch_size", 2, "--micro_batch_size", 2)
+    train = partial(train_llama, *shorter)
     with warnings.catch_warnings(record=True) as warned:
-        err = call("LlaMA.finetune", *training_options(files[0], data, tmp_path / "out", *more)).finished().err
+        said = train("--model", files[0])
     assert not [str(warning.message) for warning in warned if "config" in str(warning.message)]
-    assert "Converting and de-quantizing" not in err  # transformers' own bar
-    assert read_record(tmp_path / "out" / "record.json").model["total_parameters"] == 134_515_008
-    assert "python -m LlaMA.convert --model" in err
+    assert said.record.model["total_parameters"] == 134_515_008
+    assert "Converting and de-quantizing" not in said.err  # transformers' own bar
+    assert "python -m LlaMA.convert --model" in said.err
     converting = ("--model", files[0], "--output_dir", tmp_path / "folder", "--dtype", "fp32")
     call("LlaMA.convert", *converting).finished()
     assert "is there already" in call("LlaMA.convert", *converting).refused()
-    more += ("--quantization", "nf4")  # which a GGUF file cannot be
-    call("LlaMA.finetune", *training_options(tmp_path / "folder", data, tmp_path / "nf4", *more)).finished()
+    # which a GGUF file cannot be
+    train("--model", tmp_path / "folder", "--quantization", "nf4", "--output_dir", tmp_path / "nf4").finished()

@@ -13,8 +13,6 @@ from control_experiments.record import read_record
 from LlaMA import demo
 from LlaMA.commonsense import TASKS, offered_words, read_tests
 
-ALL = [path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "LlaMA").glob("*_*.sh")]
-
 
 @pytest.fixture
 def launch_here(call, started):
@@ -44,15 +42,6 @@ def test_a_trial_needs_no_model_and_no_data(launch_here, tmp_path, monkeypatch):
     assert all(row.answer in offered_words(row, TASKS[task]) for task, part in rows.items() for row in part)
 
 
-@pytest.mark.parametrize("script", [*ALL, "QControl/run_llama_quantization.sh"])
-def test_help_and_too_few_arguments_print_the_usage(launch, script):
-    done = launch(script)
-    assert done.code == 2 and ("usage: bash" if script in ALL else "are needed") in done.err
-    done = launch(script, "--help")
-    assert (done.code, done.err) == (0, "")
-    assert f"bash {script} " in done.out and "  MODEL=" in done.out and "  DATA=" in done.out
-
-
 @pytest.fixture
 def chosen(started):
     """An option as a launcher (LLaMA-3's evaluation) gives it to the last program that it starts."""
@@ -73,12 +62,11 @@ def test_data_is_looked_for_where_it_is(chosen):
     assert Path(own).resolve() == (shared if shared.is_dir() else REPOSITORY / "data" / "commonsense")
 
 
-def test_missing_data_says_where_it_comes_from(launch, model_folder, tmp_path):
-    done = launch("LlaMA/llama3_8B_DoubleControl.sh", 4, 2, 4, "out", "cpu", MODEL=model_folder, DATA="nowhere")
-    (line,) = done.err.splitlines()
-    assert done.code == 2 and line.startswith("error: cannot read nowhere/commonsense_170k.json")
+def test_missing_data_says_where_it_comes_from(call, started, model_folder):
+    train, _ = started("LlaMA/llama3_8B_DoubleControl.sh", 4, 2, 4, "out", "cpu", MODEL=model_folder, DATA="nowhere")
+    line = call(*train).refused()
+    assert line.startswith("error: cannot read nowhere/commonsense_170k.json")
     assert "AGI-Edgerunners/LLM-Adapters" in line and "TRAIN_DATA=" in line and "DATA=" in line
-    assert not (tmp_path / "out").exists()
 
 
 def test_answers_ranked_by_likelihood_have_a_folder_of_their_own(chosen):
@@ -100,20 +88,6 @@ def test_the_table_script_runs_all_methods(started):
     assert any("out/double-control-seed42/adapter" in words for words in calls)
 
 
-def test_memory_modes_are_compared(launch_here, model_folder, data, tmp_path):
-    launch_here(
-        "LlaMA/compare_memory_modes.sh", tmp_path / "out", "cpu", "--held_out", 4, "--control_rank", 4, "--warmup_steps", 0,
-        MODEL=model_folder, TRAIN_DATA=data / "train.json", STEPS=4, EVAL_STEPS=2, BATCH=4, MICRO_BATCH=4, LR=0.03,
-        MODES="lean",
-    )  # fmt: skip
-    lines = (tmp_path / "out" / "curves.md").read_text().splitlines()
-    rows = [line.split(" | ") for line in lines if "record.json" in line]
-    distances = {row[0].split("]")[0].strip("| ["): float(row[2]) for row in rows}
-    assert list(distances) == ["plain", "lean", "other-seed"]
-    assert max(distances["plain"], distances["lean"]) <= 1e-3 < distances["other-seed"]
-    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
-
-
 #: In the place of the interpreter: says that it runs, and upon a signal which one, a moment later.
 STUB = """#!{python}
 import signal, sys, time
@@ -128,9 +102,7 @@ time.sleep(60)
 """
 LAUNCHERS = {
     "LlaMA/llama2_7B_Control+LoRA.sh": (4, 2, 4, "out", "cpu"),
-    "LlaMA/llama3_8B_Evaluate.sh": (4, 2, 4, "out", "cpu", "control+lora"),
     "LlaMA/run_smollm2_table.sh": ("out", "cpu"),
-    "LlaMA/compare_memory_modes.sh": ("out", "cpu"),
     "QControl/run_llama_quantization.sh": ("control", 4, 2, 4, "out", "cpu"),
 }
 

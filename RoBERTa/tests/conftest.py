@@ -1,6 +1,7 @@
 """Tiny random encoders and tiny GLUE folders, made on the fly."""
 
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,13 @@ def glue_folder(tmp_path_factory) -> Path:
     for folder in HEADERS:
         write_glue(root, folder)
     return root
+
+
+@pytest.fixture
+def train_roberta(call, encoders, glue_folder, tmp_path):
+    """``train_roberta("--lr", 1)``: a run that takes a second, into tmp_path/"run" or where the last --output_dir says."""
+    words = (
+        "--method", "control", "--task", "cola", "--model", encoders["bert"], "--data", glue_folder, "--device", "cpu",
+        "--epochs", 2, "--lr", 1e-2, "--batch_size", 8, "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    return partial(call, "RoBERTa.finetune", *words)

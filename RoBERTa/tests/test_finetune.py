@@ -13,12 +13,17 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+import transformers
 from datasets import Dataset, DatasetDict
-from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    get_linear_schedule_with_warmup,
+)
 
 from control_experiments import outcomes
 from control_experiments.errors import UserError
@@ -27,77 +32,32 @@ from control_experiments.record import read_record
 from control_experiments.training.device import seed_everything
 from control_experiments.training.trainer import ExperimentTrainer
 from peft_control import ControlConfig  # (importing it registers CONTROL for PeftModel.from_pretrained)
-from peft_control.export import export
 from RoBERTa import encoder, finetune
 from RoBERTa.glue import TASKS, load_task
 from RoBERTa.tests.conftest import write_glue
 
 
-@pytest.fixture
-def arguments(encoders, glue_folder, tmp_path):
-    """Makes a command line for a tiny run."""
-
-    def make(method="control", task="cola", model="bert", output="run", **options):
-        options = {
-            "method": method, "task": task, "model": encoders.get(model, tmp_path / model), "data": glue_folder, "device": "cpu",
-            "epochs": 2, "lr": 1e-2, "batch_size": 8, "output_dir": tmp_path / output, **options,
-        }  # fmt: skip
-        return [part for name, value in options.items() for part in (f"--{name}", str(value))]
-
-    return make
-
-
-@pytest.mark.parametrize(("method", "model"), [("control", "roberta"), ("lora", "bert"), ("dora", "roberta")])
-def test_methods_train_and_leave_a_record_and_an_adapter(method, model, arguments, encoders, tmp_path, capsys):
-    record = finetune.main(arguments(method, model=model))
+@pytest.mark.parametrize(("method", "kind"), [("control", "roberta"), ("lora", "bert"), ("dora", "roberta")])
+def test_methods_train_and_leave_a_record_and_an_adapter(train_roberta, encoders, glue_folder, tmp_path, method, kind):
+    record, folder = train_roberta("--method", method, "--model", encoders[kind]).record, tmp_path / "run"
     # counts by hand: hidden 16, two layers, a head of 2 classes (RoBERTa's has a dense layer before it)
     counts = {"control": 2 * 2 * 16 * 16, "lora": 2 * 2 * 2 * 16 * 8, "dora": 2 * 2 * (2 * 16 * 8 + 16)}
     assert record.adapter["adapter_parameters"] == counts[method]
-    assert record.adapter["head_parameters"] == 16 * 2 + 2 + (16 * 16 + 16 if model == "roberta" else 0)
+    assert record.adapter["head_parameters"] == 16 * 2 + 2 + (16 * 16 + 16 if kind == "roberta" else 0)
     assert [row["epoch"] for row in record.history] == [1.0, 2.0]
-    assert all(np.isfinite(row["train_loss"]) for row in record.history)
     assert record.metrics["last"] == record.history[-1]
     assert record.metrics["best"]["matthews"] == max(row["matthews"] for row in record.history)
     assert record.time["examples"] == 48 and record.time["real_tokens"] > 48
     assert record.memory["kind"] == "resident set" and record.memory["peak_resident_bytes"] > 0
 
-    text = (tmp_path / "run" / "record.json").read_text()
-    assert str(tmp_path) not in text and str(Path.home()) + "/" not in text
-    assert read_record(tmp_path / "run" / "record.json").metrics == record.metrics
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-    base = AutoModelForSequenceClassification.from_pretrained(encoders[model], num_labels=2)
-    loaded = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
-    assert any(path.suffix == ".safetensors" for path in (tmp_path / "run" / "adapter").iterdir())
-    score = dev_metrics(loaded, encoders[model], record.task, Path(arguments()[7]))["matthews"]
+    base = AutoModelForSequenceClassification.from_pretrained(encoders[kind], num_labels=2)
+    loaded = PeftModel.from_pretrained(base, folder / "adapter").eval()
+    score = dev_metrics(loaded, encoders[kind], record.task, glue_folder)["matthews"]
     assert score == pytest.approx(record.metrics["last"]["matthews"], abs=1e-6)
-    with np.load(tmp_path / "run" / "outcomes.npz") as kept:
+    with np.load(folder / "outcomes.npz") as kept:
         assert sorted(kept["example"].astype(int)) == list(range(10))
         paired = outcomes.METRICS[str(kept["metric"])](kept["prediction"], kept["label"])
     assert paired == pytest.approx(score, abs=1e-6)
-
-    capsys.readouterr()
-    assert finetune.main(arguments(method, model=model)) is None
-    assert capsys.readouterr().out.count("\n") == 1
-
-
-def test_an_adapters_card_says_how_to_load_it(arguments, tmp_path):
-    """The lines that a reader of the card would copy, labels and tokenizer included."""
-    for method, task, labels in (("control", "mnli", ["entailment", "neutral", "contradiction"]), ("lora", "stsb", ["score"])):
-        record = finetune.main(arguments(method, task, output=task, max_steps=1))
-        folder = tmp_path / task / "adapter"
-        card = ModelCard.load(folder / "README.md")
-        assert card.data.base_model == "bert" and str(tmp_path) not in card.content
-        assert f"{record.adapter['trainable_parameters']:,} of" in card.text and "rank" in card.text
-        lines = card.text.partition("```python\n")[2].partition("```")[0]
-        loaded: dict = {}
-        exec(re.sub(r'folder = ".*?"', f"folder = {str(folder)!r}", lines), loaded)
-        assert list(loaded["model"].config.id2label.values()) == labels
-        assert loaded["tokenizer"]("the cat")["input_ids"]
-    exported = export(str(tmp_path / "mnli" / "adapter"), tmp_path / "exported")
-    names = exported.config.id2label
-    assert [*names.values()] == ["entailment", "neutral", "contradiction"]
-    assert exported.config.label2id == {name: label for label, name in names.items()}
 
 
 def dev_metrics(model, encoder, task, data):
@@ -110,40 +70,33 @@ def dev_metrics(model, encoder, task, data):
 
 @pytest.mark.parametrize("random_order", [False, True], ids=["grouped", "random"])
 @pytest.mark.parametrize("task", ["mrpc", "stsb"])
-def test_losses_are_a_plain_loops(task, random_order, arguments, encoders, tmp_path, monkeypatch):
+def test_losses_are_a_plain_loops(train_roberta, task, random_order, encoders, tmp_path, monkeypatch):
     """Row for row and step for step: every row once an epoch, and from them what a loop over AdamW gives."""
-    batches, draws, losses, rates = [], [], [], []
+    batches, draws, losses = [], [], []
     training_step = ExperimentTrainer.training_step
 
     def noting(trainer, model, inputs, *args):
-        batches.append([dict(zip(inputs, row, strict=True)) for row in zip(*inputs.values(), strict=True)])
+        batches.append({name: tensor.clone() for name, tensor in inputs.items()})
         draws.append(torch.get_rng_state())  # dropout's
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
         loss = training_step(trainer, model, inputs, *args)
         losses.append(loss.item())
         return loss
 
     monkeypatch.setattr(ExperimentTrainer, "training_step", noting)
     data = write_glue(tmp_path / "glue", TASKS[task].folder, train=64)
-    options = {"data": data, "epochs": 2, "batch_size": 5, "warmup_ratio": 0.2, "random_order": random_order}
-    record = finetune.main(arguments("control", task, **options))
+    options = ("--data", data, "--batch_size", 5, "--warmup_ratio", 0.2, "--random_order", random_order)
+    record = train_roberta("--task", task, *options).record
 
-    tokenizer = AutoTokenizer.from_pretrained(encoders["bert"])
-    rows = load_task(task, str(data))["train"]
-    known = {
-        (tuple(tokenizer(first, second).input_ids), label): (first, second, label)
-        for first, second, label in zip(rows["first"], rows["second"], rows["label"], strict=True)
-    }
-
-    def key(row):
-        return tuple(row["input_ids"][row["attention_mask"] == 1].tolist()), row["labels"].item()
-
-    keys = [[key(row) for row in batch] for batch in batches]
-    assert [len(batch) for batch in keys] == [*[5] * 12, 4] * 2
-    epochs = [[key for batch in part for key in batch] for part in (keys[:13], keys[13:])]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(known) and len(known) == 64
-    assert epochs[0] != epochs[1]
-    spread = np.mean([np.ptp([len(ids) for ids, _ in batch]) for batch in keys])
+    tokenizer, rows = AutoTokenizer.from_pretrained(encoders["bert"]), load_task(task, str(data))["train"]
+    expected = sorted(zip(tokenizer(list(rows["first"]), list(rows["second"])).input_ids, rows["label"], strict=True))
+    found = [
+        [(row[seen == 1].tolist(), label.item()) for row, seen, label in zip(*map(batch.get, ("input_ids", "attention_mask", "labels")), strict=True)]
+        for batch in batches
+    ]  # fmt: skip
+    assert [len(batch) for batch in found] == [*[5] * 12, 4] * 2
+    epochs = [[row for batch in part for row in batch] for part in (found[:13], found[13:])]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == expected and epochs[0] != epochs[1]
+    spread = np.mean([np.ptp([len(ids) for ids, _ in batch]) for batch in found])
     assert spread > 8 if random_order else spread < 6  # tokens; sentences have 2 to 12 words each
 
     seed_everything(42)
@@ -151,22 +104,20 @@ def test_losses_are_a_plain_loops(task, random_order, arguments, encoders, tmp_p
     base = AutoModelForSequenceClassification.from_pretrained(encoders["bert"], num_labels=classes)
     if task == "stsb":
         torch.nn.init.constant_(base.classifier.bias, np.mean(rows["label"]))
-    model = get_peft_model(base, ControlConfig(task_type="SEQ_CLS", control_blocks=["mlp"], control_rank=16))
-    trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
+    model = get_peft_model(base, ControlConfig(task_type="SEQ_CLS", control_blocks=["mlp"], control_rank=16)).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
-    for step, batch in enumerate(keys):
-        # of 26 steps the rate rises in a fifth, rounded up
-        optimizer.param_groups[0]["lr"] = 1e-2 * (step / 6 if step < 6 else (26 - step) / 20)
-        first, second, labels = zip(*(known[key] for key in batch), strict=True)
-        torch.set_rng_state(draws[step])
-        logits = model(**tokenizer(first, second, padding=True, return_tensors="pt")).logits
-        labels = torch.tensor(labels)
+    schedule = get_linear_schedule_with_warmup(optimizer, 6, 26)  # a fifth, rounded up
+    for batch, draw, loss_there in zip(batches, draws, losses, strict=True):
+        torch.set_rng_state(draw)
+        labels = batch.pop("labels")
+        logits = model(**batch).logits
         loss = ((logits[:, 0] - labels) ** 2).mean() if task == "stsb" else cross_entropy(logits, labels)
-        assert rates[step] == pytest.approx(optimizer.param_groups[0]["lr"])
-        assert losses[step] == pytest.approx(loss.item(), rel=1e-5)
+        assert loss_there == pytest.approx(loss.item(), rel=1e-5)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
     averages = [row["train_loss"] for row in record.history]
     assert averages == pytest.approx([np.mean(losses[:13]), np.mean(losses[13:])])
@@ -174,8 +125,8 @@ def test_losses_are_a_plain_loops(task, random_order, arguments, encoders, tmp_p
     assert {name: record.metrics["last"][name] for name in metrics} == pytest.approx(metrics, abs=1e-5)
 
 
-def test_mnli_has_two_dev_sets_and_two_prediction_files(arguments, encoders, glue_folder, tmp_path):
-    record = finetune.main(arguments("control", "mnli", predict=True, eval_steps=2))
+def test_mnli_has_two_dev_sets_and_two_prediction_files(train_roberta, encoders, glue_folder, tmp_path):
+    record = train_roberta("--task", "mnli", "--predict", "--eval_steps", 2).record
     assert [row["step"] for row in record.history] == [2, 4, 6]
     last = record.metrics["last"]
     assert last["score"] == pytest.approx((last["matched_accuracy"] + last["mismatched_accuracy"]) / 2)
@@ -191,11 +142,11 @@ def test_mnli_has_two_dev_sets_and_two_prediction_files(arguments, encoders, glu
         assert lines == ["index\tprediction", *(f"{i}\t{label}" for i, label in enumerate(expected))]
 
 
-def test_a_finished_run_can_still_predict(arguments, call, tmp_path):
-    command = arguments("control", "rte", model="roberta", epochs=1)
-    predict = partial(call, "RoBERTa.finetune", *command, "--predict")
+def test_a_finished_run_can_still_predict(train_roberta, tmp_path):
+    train = partial(train_roberta, "--task", "rte", "--epochs", 1)
+    predict = partial(train, "--predict")
     predict("--output_dir", tmp_path / "at once").finished()
-    finetune.main(command)
+    train().finished()
     contents = (tmp_path / "run" / "record.json").read_bytes()
     assert f"in {tmp_path / 'run' / 'predictions'}" in predict().finished().out
     later, at_once = (tmp_path / run / "predictions" / "RTE.tsv" for run in ("run", "at once"))
@@ -206,123 +157,62 @@ def test_a_finished_run_can_still_predict(arguments, call, tmp_path):
     later.unlink()
     weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     save_file({name: tensor for name, tensor in load_file(weights).items() if "classifier" not in name}, weights)
-    assert re.search("it has no .*classifier", predict().refused())
+    assert "it has no" in predict().refused()
     (tmp_path / "run" / "adapter").rename(tmp_path / "elsewhere")
     assert "holds no adapter to --predict with" in predict().refused()
 
 
-def test_memory_modes_train_alike(arguments, tmp_path):
-    """Dropout included: every mode draws what plain draws. In bf16 the trained parameters stay in float32."""
-    states = {}
-    for mode in ("plain", "fast", "balanced", "lean"):
-        record = finetune.main(arguments("control", memory=mode, output=mode, epochs=1))
-        assert record.hyperparameters["memory"] == mode
-        states[mode] = load_file(tmp_path / mode / "adapter" / "adapter_model.safetensors")
-        torch.testing.assert_close(states[mode], states["plain"], rtol=1e-3, atol=1e-5)
-    record = finetune.main(arguments("lora", precision="bf16", max_steps=2))
-    assert record.adapter["dtype"] == "float32" and record.hyperparameters["precision"] == "bf16"
-
-
+@torch.no_grad()
 def test_padding_to_the_longest_changes_no_logit(encoders):
     tokenizer, model = encoder.load_tokenizer(encoders["roberta"]), encoder.load_model(encoders["roberta"], TASKS["cola"])
     model = encoder.add_adapter(model, finetune.Options(method="control", task="cola")).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-    texts = ("the cat sees a dog", "dog runs", "a big red bird sleeps and the cat hears")
-    rows = [tokenizer(text) for text in texts]
-    outputs = []
-    for padding in ("longest", "max_length"):
-        batch = DataCollatorWithPadding(tokenizer, padding=padding, max_length=128)(rows)
-        assert batch["input_ids"].shape[1] == {"longest": 11, "max_length": 128}[padding]
-        with torch.no_grad():
-            outputs.append(model(**batch).logits)
-    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+    rows = [tokenizer(text) for text in ("the cat sees a dog", "dog runs", "a big red bird sleeps and the cat hears")]
+    batches = [DataCollatorWithPadding(tokenizer, padding, max_length=128)(rows) for padding in ("longest", "max_length")]
+    assert [batch["input_ids"].shape[1] for batch in batches] == [11, 128]
+    torch.testing.assert_close(*(model(**batch).logits for batch in batches), rtol=1e-5, atol=1e-6)
 
 
-def test_reports(arguments, tmp_path, monkeypatch):
+def test_reports_and_half_precision(train_roberta, tmp_path, monkeypatch):
     places = {"WANDB_DIR": tmp_path, "TENSORBOARD_LOGGING_DIR": tmp_path / "board"}
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **places}.items():
         monkeypatch.setenv(name, str(value))
     for reporter, files in (("wandb", "wandb/offline-run-*/*.wandb"), ("tensorboard", "board/events*")):
-        finetune.main(arguments(report_to=reporter, max_steps=2, output=reporter))
+        more = ("--report_to", reporter, "--max_steps", 2, "--output_dir", tmp_path / reporter)
+        record = train_roberta(*more, "--precision", "bf16").record
         assert list(tmp_path.glob(files))
+        assert record.adapter["dtype"] == "float32" and record.hyperparameters["precision"] == "bf16"
 
 
 @pytest.mark.slow
-def test_wandb_without_an_account_is_one_line(arguments, tmp_path):
+def test_wandb_without_an_account_is_one_line(train_roberta, tmp_path):
     """In a process of its own: wandb reads its settings once."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_SILENT": "true"}
-    command = [sys.executable, "-m", "RoBERTa.finetune", *arguments(report_to="wandb", max_steps=2)]
+    command = [sys.executable, "-m", *map(str, train_roberta.args), "--report_to", "wandb", "--max_steps", "2"]
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and "--report_to wandb:" in line and "WANDB_MODE=offline" in line
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
-def test_launcher_refuses_in_one_line(launch, started, call, tmp_path):
-    launcher = "RoBERTa/run_roberta.sh"
-    assert "METHOD and TASK" in launch(launcher, "lora").refused()
-    assert launch(launcher, "-h").out.startswith("usage:")
-    refused = launch(launcher, "lora", "cola", 1, "1e-3", 99, "--output_dir", tmp_path / "run").refused()
-    assert ("no GPU 99" if torch.cuda.is_available() else "no GPU is visible, choose cpu") in refused
-    (command,) = started(launcher, "lora", "cola", 1, "abc", "cpu")
-    assert "--lr" in call(*command).refused()
+def test_folders_that_hold_no_whole_model_or_no_run_of_ours(train_roberta, encoders, tmp_path):
+    for name, damage in (("hollow", Path.unlink), ("broken", lambda file: file.write_bytes(b"not safetensors"))):
+        damage(shutil.copytree(encoders["bert"], tmp_path / name) / "model.safetensors")
+        assert "cannot load a model" in train_roberta("--model", tmp_path / name).refused()
+    refused = train_roberta("--output_dir", tmp_path / "hollow", "--overwrite").refused()
+    assert "holds no run: --overwrite deletes nothing there" in refused and (tmp_path / "hollow" / "config.json").exists()
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"method": "adapter"}, "unknown method 'adapter': choose one of control, lora, dora"),
-        ({"task": "snli"}, "unknown task 'snli'"),
-        ({"precision": "fp16"}, "fp16 needs a GPU"),
-        ({"device": "gpu"}, "GPU must be an index"),
-        ({"control_blocks": "memory"}, "memory"),
-        ({"method": "lora", "lora_targets": "nowhere"}, "nowhere"),
-        ({"data": "/nonexistent"}, "no data for cola"),
-        ({"lora_alpha": "inf"}, "--lora_alpha must be a finite number"),
-        ({"warmup_ratio": 1}, "--warmup_ratio must be less than 1"),
-        ({"seed": 2**32}, "--seed must be at most 4294967295"),
-        ({"max_length": 131}, r"more than .* can read \(130 tokens\)"),
-        ({"task": "demo", "predict": True}, "no test set"),
-        ({"model": "empty"}, r"no model folder: it has no config\.json"),
-        ({"model": "hollow"}, "cannot load a model"),
-        ({"model": "broken"}, "cannot load a model"),
-    ],
-)
-def test_bad_options_and_models_write_nothing(options, message, arguments, tmp_path, encoders):
-    (tmp_path / "empty").mkdir()
-    for name in ("hollow", "broken"):
-        shutil.copytree(encoders["bert"], tmp_path / name)
-    (tmp_path / "hollow" / "model.safetensors").unlink()
-    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(UserError, match=message):
-        finetune.main(arguments(**options))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_finished_run_of_other_settings_is_not_taken_for_this_one_nor_what_is_no_run(arguments, call, tmp_path):
-    train = partial(call, "RoBERTa.finetune", *arguments(max_steps=1))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "precious").write_text("x")
-    refused = train("--output_dir", tmp_path / "mine", "--overwrite").refused()
-    assert "holds no run: --overwrite deletes nothing there" in refused and (tmp_path / "mine" / "precious").exists()
-    train().finished()
-    assert "lr 0.01 there, 0.02 asked for" in train("--lr", 2e-2).refused()
-    train("--lr", 2e-2, "--overwrite").finished()
-    assert read_record(tmp_path / "run" / "record.json").hyperparameters["lr"] == 2e-2
-    assert "choose one of the two" in train("--overwrite", "--resume").refused()
-
-
-def test_a_run_is_told_by_what_its_data_and_model_hold(arguments, call, encoders, glue_folder, tmp_path):
+def test_a_run_is_told_by_what_its_data_and_model_hold(train_roberta, encoders, glue_folder, tmp_path):
     """Folders of the same name with other contents are another run, but for a record that is older than this check."""
     data, model = (tmp_path / name for name in ("glue", "copied"))
     shutil.copytree(glue_folder / "RTE", data / "RTE")
     shutil.copytree(encoders["bert"], model)
-    train = partial(call, "RoBERTa.finetune", *arguments("lora", "rte", max_steps=1, data=data, model="copied"))
+    train = partial(train_roberta, "--task", "rte", "--max_steps", 1, "--data", data, "--model", model)
     train().finished()
     rows = data / "RTE" / "train.tsv"
     whole = rows.read_text()
@@ -353,23 +243,22 @@ def test_committed_runs_are_still_taken_for_what_their_commands_ask_for(tmp_path
         assert "is finished: skipped" in capsys.readouterr().out
 
 
-def test_the_longest_input_of_each_family(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "longest"), [("Bert", 40), ("Electra", 40), ("MPNet", 38), ("Roberta", 38), ("XLMRoberta", 38)]
+)
+def test_the_longest_input_of_each_family(kind, longest):
     """One forward of the longest input that is let through, and an error of torch's for one token more."""
-    from transformers import BertConfig, ElectraConfig, MPNetConfig, RobertaConfig, XLMRobertaConfig
-
     shape = dict(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    for kind in (BertConfig, ElectraConfig, MPNetConfig, RobertaConfig, XLMRobertaConfig):
-        config = kind(**shape, max_position_embeddings=40, **({"embedding_size": 16} if kind is ElectraConfig else {}))
-        model = AutoModelForSequenceClassification.from_config(config).eval()
-        longest = 40 if kind in (BertConfig, ElectraConfig) else 38
-        options = finetune.Options(method="control", task="cola", max_length=longest)
+    config = getattr(transformers, f"{kind}Config")(**shape, max_position_embeddings=40, embedding_size=16)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    options = finetune.Options(method="control", task="cola", max_length=longest)
+    encoder.check_length(options, model)
+    model(input_ids=torch.full((1, longest), 7))
+    options.max_length += 1
+    with pytest.raises(UserError, match=rf"can read \({longest} tokens\)"):
         encoder.check_length(options, model)
-        model(input_ids=torch.full((1, longest), 7))
-        options.max_length += 1
-        with pytest.raises(UserError, match=rf"can read \({longest} tokens\)"):
-            encoder.check_length(options, model)
-        with pytest.raises((IndexError, RuntimeError)):
-            model(input_ids=torch.full((1, longest + 1), 7))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, longest + 1), 7))
 
 
 def test_padding_benchmark(call, encoders, glue_folder, tmp_path):

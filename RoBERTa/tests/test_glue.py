@@ -59,28 +59,6 @@ def test_any_cola_text_survives(tmp_path_factory, rows):
     assert glue.read_tsv(path, glue.TASKS["cola"]) == rows
 
 
-@given(name=st.sampled_from(glue.GLUE_TASKS), contents=st.text(max_size=200))
-def test_any_file_is_read_or_refused_by_name(tmp_path_factory, name, contents):
-    path = tmp_path_factory.mktemp("any") / "train.tsv"
-    path.write_text(contents, encoding="utf-8", newline="")
-    try:
-        rows = glue.read_tsv(path, glue.TASKS[name])
-    except UserError as error:
-        assert str(path) in str(error)
-    else:
-        assert rows
-
-
-@given(row=st.integers(0, 4), cells=st.integers(1, 8).filter(lambda n: n != 4))
-def test_a_wrong_number_of_columns_is_named_by_line(tmp_path_factory, row, cells):
-    path = tmp_path_factory.mktemp("columns") / "dev.tsv"
-    lines = ["x\t1\t\tfine"] * 5
-    lines[row] = "\t".join(["1"] * cells)
-    path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=rf"dev\.tsv, line {row + 1}: expected 4 .*found {cells}"):
-        glue.read_tsv(path, glue.TASKS["cola"])
-
-
 @pytest.mark.parametrize(
     ("name", "contents", "message"),
     [
@@ -90,6 +68,8 @@ def test_a_wrong_number_of_columns_is_named_by_line(tmp_path_factory, row, cells
         ("rte", "index\tsentence1\tlabel\n", "line 1: expected a header with the column 'sentence2'"),
         ("rte", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tmaybe\n", r"line 2: expected a label \(entail"),
         ("cola", "x\t1\t\ta\nx\t2\t\ta\n", "line 2: expected a label"),
+        ("cola", "x\t1\t\ta\n1\t1\t1\n", r"train\.tsv, line 2: expected 4 .*found 3"),
+        ("cola", "x\t1\t\ta\t1\n", r"train\.tsv, line 1: expected 4 .*found 5"),
         ("stsb", "sentence1\tsentence2\tscore\na\tb\t5.1\n", "line 2: expected a score from 0 to 5"),
         ("stsb", "sentence1\tsentence2\tscore\na\tb\tnan\n", "line 2: expected a score from 0 to 5"),
     ],
@@ -142,7 +122,6 @@ def test_correlations_by_hand():
     ("name", "outputs", "expected"),
     [
         ("cola", [[0, 1], [1, 0]], ["1", "0"]),
-        ("wnli", [[0, 1], [1, 0]], ["1", "0"]),
         ("rte", [[0, 1], [1, 0]], ["not_entailment", "entailment"]),
         ("mnli", [[0, 0, 1], [0, 1, 0]], ["contradiction", "neutral"]),
         ("stsb", [[5.7], [-0.1], [1.23456]], ["5.000", "0.000", "1.235"]),
@@ -163,7 +142,5 @@ def test_demo_is_balanced_repeatable_and_split_without_overlap():
         assert sum(label for _, label in rows) * 2 == len(rows)
     assert len(splits["validation"]) == demo_task.DEV_ROWS and len(splits["train"]) > 2000
     train, dev = ({text for text, label in splits[name] if label} for name in ("train", "validation"))
-    assert not train & dev
-    assert max(len(text.split()) for text, _ in splits["train"]) <= demo_task.MAX_WORDS
-    loaded = glue.load_task("demo")
-    assert len(loaded["train"]) == len(splits["train"])
+    assert not train & dev and max(len(text.split()) for text in train) <= demo_task.MAX_WORDS
+    assert len(glue.load_task("demo")["train"]) == len(splits["train"])

@@ -1,7 +1,5 @@
 """The GLUE study and the rows that its search holds out."""
 
-import pytest
-
 from control_experiments.record import read_record
 from RoBERTa.glue import get_task, hold_out, load_task
 
@@ -29,32 +27,7 @@ def test_a_study_scores_its_search_on_training_rows_and_its_tests_on_the_dev_set
 
 def test_the_held_out_rows_are_training_rows_and_the_same_each_time(glue_folder):
     task, splits = get_task("mnli"), load_task("mnli", str(glue_folder))
-    held = hold_out(splits, task, 0.25)
-    assert (
-        held["validation_matched"]["first"]
-        == held["validation_mismatched"]["first"]
-        == hold_out(splits, task, 0.25)["validation_matched"]["first"]
-    )
-    assert sorted([*held["train"]["first"], *held["validation_matched"]["first"]]) == sorted(splits["train"]["first"])
-    assert len(held["validation_matched"]) == 6
-
-
-@pytest.mark.parametrize(
-    ("table", "launcher"), [("glue", "RoBERTa/run_roberta.sh"), ("quantized", "QControl/run_roberta_quantization.sh")]
-)
-def test_a_table_counts_the_launchers_runs(call, started, encoders, glue_folder, tmp_path, table, launcher):
-    """The same recipe, variables and names, whoever started the run."""
-    about = {"MODEL": encoders["roberta"], "DATA": glue_folder, "BATCH_SIZE": 8, "CONTROL_RANK": 4}
-    base = "roberta" if table == "glue" else "roberta_nf4"
-    (run,) = started(
-        launcher, "control", "rte", 1, "1e-3", "cpu", "--output_dir", tmp_path / f"{base}_rte_control_seed5", **about
-    )
-    call(*run, "--seed", 5).finished()
-    words = ("--tasks", "rte", "--methods", "control", "lora", "--seeds", 5, "--gpus", "cpu", "--output_dir", tmp_path)
-    (study,) = started(f"scripts/rerun_{table}.sh", *words, **about, EPOCHS=1, LR="1e-3")
-    (line,) = call(*study, "--dry_run").finished().out.splitlines()
-    assert line.startswith("python -m RoBERTa.finetune ") and " --method lora " in line
-    assert call(*study).finished().out.endswith("all 2 runs are finished\n")
-    assert read_record(tmp_path / f"{base}_rte_lora_seed5" / "record.json").hyperparameters["batch_size"] == 8
-    assert call(*study, "--dry_run").finished().out == ""
-    assert "has epochs 1.0, not 7.0" in call(*study, "--epochs", 7).refused()
+    held, again = (hold_out(splits, task, 0.25) for _ in range(2))
+    rows = held["validation_matched"]["first"]
+    assert len(rows) == 6 and held["validation_mismatched"]["first"] == again["validation_matched"]["first"] == rows
+    assert sorted([*held["train"]["first"], *rows]) == sorted(splits["train"]["first"])

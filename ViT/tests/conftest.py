@@ -42,15 +42,10 @@ def npz(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def options(base_model, npz):
-    """Options of a run that takes a second."""
-    return (
-        "--device", "cpu", "--model", base_model, "--architecture", ARCHITECTURE, "--data", npz,
-        "--image_size", 32, "--epochs", 2, "--batch_size", 16, "--lr", 0.05,
+def train_vit(call, base_model, npz, tmp_path):
+    """``train_vit("--lr", 1)``: a run that takes a second, into tmp_path/"run" or where the last --output_dir says."""
+    words = (
+        "--device", "cpu", "--model", base_model, "--architecture", ARCHITECTURE, "--data", npz, "--image_size", 32,
+        "--epochs", 2, "--batch_size", 16, "--lr", 0.05, "--output_dir", tmp_path / "run",
     )  # fmt: skip
-
-
-@pytest.fixture
-def train(call, options, tmp_path):
-    """``train("--lr", 1)``: such a run into tmp_path/"run", or where the last --output_dir says."""
-    return partial(call, "ViT.finetune", *options, "--output_dir", tmp_path / "run")
+    return partial(call, "ViT.finetune", *words)

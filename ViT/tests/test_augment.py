@@ -85,10 +85,3 @@ def test_random_views_are_distributed_as_torchvisions(size):
     assert (box[:, :2] >= 0).all() and (box[:, 2:] >= 1).all()
     assert (box[:, 0] + box[:, 2] <= height).all() and (box[:, 1] + box[:, 3] <= width).all()
     assert 0.45 < ours.flip.float().mean() < 0.55
-
-
-def test_normalise_is_to_tensor_and_normalize():
-    levels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    mean, deviation = augment.IMAGENET_DEFAULT_MEAN, augment.IMAGENET_DEFAULT_STD
-    theirs = v2.functional.normalize(levels.float() / 255, mean, deviation)
-    torch.testing.assert_close(augment.normalise(levels.float()), theirs, atol=1e-5, rtol=1e-5)

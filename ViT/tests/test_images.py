@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from control_experiments.errors import UserError
-from ViT.images import Decoded, OnDemand, load_data, read_folder
+from ViT.images import Decoded, OnDemand, load_data
 
 
 @pytest.fixture
@@ -102,15 +102,6 @@ def test_npz_errors(npz, tmp_path, changes, message):
     np.savez(tmp_path / "bad.npz", **{key: value for key, value in arrays.items() if value is not None})
     with pytest.raises(UserError, match=message):
         load_data(str(tmp_path / "bad.npz"))
-
-
-def test_other_data_errors(tmp_path):
-    (tmp_path / "notes.txt").write_text("hello")
-    for name, message in (("nowhere", "no data"), ("notes.txt", "is no .npz")):
-        with pytest.raises(UserError, match=message):
-            load_data(str(tmp_path / name))
-    with pytest.raises(UserError, match="holds no image"):
-        read_folder(str(tmp_path))
 
 
 def test_digits_are_split_without_overlap():

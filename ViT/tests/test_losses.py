@@ -55,7 +55,7 @@ def plain_losses(model, npz, optimizer, lr_head):
     ("optimizer", "more"), [("sgd", ("--lr_decay", 0.8)), ("adamw", ("--warmup_steps", 4, "--weight_decay", 0.1))]
 )
 @pytest.mark.parametrize(("method", "lr_head"), [("control", None), ("control+lora", None), ("control", 0.3)])
-def test_the_losses_are_a_plain_loops(train, base_model, square, monkeypatch, optimizer, more, method, lr_head):
+def test_the_losses_are_a_plain_loops(train_vit, base_model, square, monkeypatch, optimizer, more, method, lr_head):
     seen = []
 
     class Watch(recipe.LossWatch):
@@ -64,7 +64,7 @@ def test_the_losses_are_a_plain_loops(train, base_model, square, monkeypatch, op
             super().add(loss, step)
 
     monkeypatch.setattr(recipe, "LossWatch", Watch)
-    train(
+    train_vit(
         "--method", method, "--data", square, "--optimizer", optimizer, *more, "--augment", "none",
         "--crop", 1, "--seed", SEED, "--epochs", EPOCHS, "--batch_size", BATCH, "--lr", LR,
         *(("--lr_head", lr_head) if lr_head else ()),

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from control_experiments.errors import UserError
 from control_experiments.record import read_record
 from control_experiments.reporting.records import load
-from control_experiments.training.rates import choose_rates
+from control_experiments.training.rates import choose_rate
 from ViT.images import OnDemand, hold_out, load_data
 
 
@@ -40,15 +39,15 @@ def test_the_split_is_of_training_images_alone_and_leaves_none_out(npz):
         assert sorted(pixels(split.train) + pixels(split.test)) == sorted(pixels(data.train))
 
 
-def test_a_run_with_held_out_images_says_so_and_enters_no_table(train, npz, tmp_path):
+def test_a_run_with_held_out_images_says_so_and_enters_no_table(train_vit, npz, tmp_path):
     arrays, blind = dict(np.load(npz)), tmp_path / "blind.npz"
     np.savez(blind, **{**arrays, "y_test": (arrays["y_test"] + 1) % 3})  # would change every score
     search = tmp_path / "results" / "vit" / "learning_rate_search"
     share, found = ("--validation_share", 0.25, "--seed", 3), []
     for data in (npz, blind):
-        _, stdout, stderr = train(*share, "--data", data, "--output_dir", search / data.stem).finished()
-        assert "held-out accuracy" in stdout and "test accuracy" not in stdout + stderr
-        found.append(read_record(search / data.stem / "record.json"))
+        said = train_vit(*share, "--data", data, "--output_dir", search / data.stem)
+        assert "held-out accuracy" in said.out and "test accuracy" not in said.out + said.err
+        found.append(said.record)
         assert found[-1].history[-1]["test_loss"] == found[0].history[-1]["test_loss"]
     assert found[0].data["sizes"] == {"train": 30, "held-out": 10}
     assert found[0].data["split"].startswith("0.25 of the training images of each class")
@@ -58,100 +57,35 @@ def test_a_run_with_held_out_images_says_so_and_enters_no_table(train, npz, tmp_
     assert frame.kind.tolist() == ["search", "search"]
 
 
-def test_runs_from_before_the_option_are_still_this_run(train, tmp_path):
-    claim, once = tmp_path / "run" / "run.json", ("--epochs", 1)
-    train(*once).finished()
-    identity = json.loads(claim.read_text())
-    for newer in ("validation_share", "deterministic", "optimizer", "control_blocks"):
-        del identity[newer]  # as their defaults say
-    claim.write_text(json.dumps(identity))
-    assert "is finished" in train(*once).finished().out
-    assert "(deterministic None there, True asked for)" in train(*once, "--deterministic").refused()
-
-
-def test_the_launchers_table_has_each_methods_own_rate_and_runs_nothing_twice(call, base_model, npz, started, tmp_path):
+def test_the_launchers_table_searches_on_held_out_images(call, base_model, npz, started, tmp_path):
     settings = {"MODEL": base_model, "ARCHITECTURE": "test_vit", "DATA": npz, "METHODS": "'double control' probe",
                 "SEEDS": "1 2", "EPOCHS": 1, "GRID": "1e-2 1e-6 0.01"}  # fmt: skip
-    more = ("--image_size", 32, "--batch_size", 16, "--output_dir", tmp_path, "--search_seeds", 0, 5)
+    more = ("--image_size", 32, "--batch_size", 16, "--output_dir", tmp_path)
     (command,) = started("ViT/run_small_table.sh", "cpu", *more, **settings)
-    stdout = call(*command, "--max_minutes", 1e-9).finished().out
-    assert "the next run does not fit into 1e-09 minutes" in stdout and not list(tmp_path.rglob("record.json"))
-
-    model, search = base_model.parent.name, tmp_path / "learning_rate_search"
-    assert call(*command, "--search_only").finished().out.endswith("all learning rates are chosen\n")
-    assert not list(tmp_path.glob("*/record.json"))
-    notes = search / f"{model}.json"
-    rates = {entry["method"]: entry for entry in json.loads(notes.read_text())["rates"]}
     assert call(*command).finished().out.endswith("all 4 runs are finished\n")
-    records = {path.parent.name: read_record(path) for path in tmp_path.glob("*/record.json")}
-    for method, slug in (("double control", "double_control"), ("probe", "probe")):
-        for lr in ("0.01", "1e-06"):
-            tried = [read_record(search / f"{model}_colors_{slug}_seed{seed}_lr{lr}" / "record.json") for seed in (0, 5)]
-            assert all(record.data["sizes"] == {"train": 37, "held-out": 3} for record in tried)
-            mean = sum(record.metrics["last"]["test_accuracy"] for record in tried) / 2
-            assert rates[method]["scores"][lr] == pytest.approx(mean)
-        for seed in (1, 2):
-            record = records[f"{model}_colors_{slug}_seed{seed}"]
-            chosen = float(rates[method]["chosen"])
-            assert (record.method, record.seed, record.hyperparameters["lr"]) == (method, seed, chosen)
-            assert record.data["sizes"] == {"train": 40, "test": 12}
-            # the record's own command is the same run
-            assert record.command[:3] == ["python", "-m", "ViT.finetune"]
-            assert float(record.command[record.command.index("--lr") + 1]) == chosen
-
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
-    assert "[" not in call(*command, "--max_minutes", 1e-9).finished().out
+    notes = tmp_path / "learning_rate_search" / f"{base_model.parent.name}.json"
+    chosen = {rates["method"]: float(rates["chosen"]) for rates in json.loads(notes.read_text())["rates"]}
+    found = {True: [], False: []}
+    for path in tmp_path.rglob("record.json"):
+        record, searching = read_record(path), path.is_relative_to(notes.parent)
+        assert record.data["sizes"] == ({"train": 37, "held-out": 3} if searching else {"train": 40, "test": 12})
+        found[searching].append((record.method, record.seed, record.hyperparameters["lr"]))
+    assert sorted(found[True]) == [(method, 0, lr) for method in sorted(chosen) for lr in (1e-6, 1e-2)]
+    assert sorted(found[False]) == [(method, seed, chosen[method]) for method in sorted(chosen) for seed in (1, 2)]
     assert "has crop 0.875, not 0.5" in call(*command, "--crop", 0.5).refused()
     notes.write_text('{"rates": ')
     assert f"{notes.name} is broken" in call(*command).refused() and notes.read_text() == '{"rates": '
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("record.json")}
-
-
-def test_the_published_table_counts_the_launchers_runs(call, base_model, npz, started, tmp_path):
-    about = {"MODEL": base_model, "ARCHITECTURE": "test_vit", "DATA": npz, "EPOCHS": 1, "BATCH": 16}
-    name = f"{base_model.parent.name}_colors_lora_seed5"
-    more = ("--image_size", 32, "--output_dir")
-    (run,) = started("ViT/run_ViT.sh", "lora", "cpu", "--seed", 5, *more, tmp_path / name, **about)
-    call(*run).finished()
-    words = ("--methods", "lora", "probe", "--seeds", 5, "--gpus", "cpu", *more, tmp_path)
-    (study,) = started("scripts/rerun_vit.sh", *words, **about)
-    (line,) = call(*study, "--dry_run").finished().out.splitlines()
-    assert line.startswith("python -m ViT.finetune ") and " --method probe " in line
-    assert "has mlp_layers 4, not 2" in call(*study, "--mlp_layers", 2).refused()
-    (study,) = started(
-        "scripts/rerun_vit.sh", "--tasks", "cifar100", "svhn", "--seeds", 5, "--gpus", "cpu", "--dry_run", **about
-    )
-    assert call(*study).finished().out.count("--data svhn") == 3
-
-
-@pytest.fixture
-def table(call, base_model, npz, tmp_path):
-    model = ("--model", base_model, "--architecture", "test_vit", "--image_size", 32, "--device", "cpu")
-    return partial(call, "ViT.small_table", *model, "--data", npz, "--epochs", 1, "--output_dir", tmp_path / "out")
-
-
-def test_a_study_does_not_mix_two_forms_of_miss(table, tmp_path):
-    once = ("--methods", "miss", "--seeds", 1)
-    table(*once).finished()
-    (record,) = (tmp_path / "out").glob("*/record.json")
-    record.write_text(record.read_text().replace('"init_weights": "mini"', '"init_weights": true'))
-    assert "colors_miss_seed1 is of MiSS's other form" in table(*once).refused()
-
-
-def test_the_smallest_of_equal_rates_is_chosen(tmp_path):
-    scores = {("data", "probe"): {"0.002": 50.0, "0.001": 50.0, "0.0005": 49.0, "0.004": None}}
-    assert choose_rates(scores, tmp_path / "search" / "model.json", "model") == {("data", "probe"): "0.001"}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--grid", "fast"), "invalid float value: 'fast'"),
-        (("--grid", 0.1, -1), "--lr must be greater than 0, got -1.0"),
-        (("--methods", "magic"), "unknown method"),
-        (("--search_only",), "--search_only needs --grid"),
-    ],
+    ("wrong", "message"), [("--grid fast", "invalid float value"), ("--search_only", "--search_only needs --grid")]
 )
-def test_a_bad_table_is_one_line_and_leaves_nothing(table, tmp_path, arguments, message):
-    assert message in table(*arguments).refused()
+def test_a_bad_table_is_one_line_and_leaves_nothing(call, npz, tmp_path, wrong, message):
+    words = ("--model", "tiny", "--data", npz, "--device", "cpu", "--output_dir", tmp_path / "out")
+    assert message in call("ViT.small_table", *words, *wrong.split()).refused()
     assert not (tmp_path / "out").exists()
+
+
+def test_the_smallest_of_equal_rates_is_chosen(tmp_path):
+    scores = {0.002: 50.0, 0.001: 50.0, 0.0005: 49.0, 0.004: None}
+    assert choose_rate(scores, tmp_path / "search" / "model.json", "model", "data", "probe") == 0.001

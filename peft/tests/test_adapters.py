@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import dataclasses
 import json
 import pickle
 import re
@@ -11,12 +10,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from tiny_models import FAMILIES, MODELS, build, is_adapter, logits, randomize_adapters
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import ArceeConfig, ArceeForCausalLM, AutoModelForCausalLM
 
 from peft_control import ARCHITECTURES, ControlConfig
 from peft_control.architectures import Architecture, find_layers, propose
@@ -82,47 +79,26 @@ def base_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_the_adapter_trains(method):
-    model = llama(method)
+@pytest.mark.parametrize("family", ["llama", "roberta", "timm-vit"])
+def test_the_adapter_alone_trains_and_the_base_keeps_its_names_and_values(family, method):
+    targets = {"llama": QKV["target_modules"], "roberta": ["query", "value"], "timm-vit": ["qkv"]}[family]
+    base = build(family)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    fields = {**METHODS[method], **({"target_modules": targets} if "+" in method else {})}
+    model = randomize_adapters(get_peft_model(base, ControlConfig(**fields)).eval())
     names = trained(model)
     assert names == adapter(model) and any("mlp_control" in name for name in names)
     assert any("attention_control" in name for name in names) == (method == "double control")
     assert any("lora_" in name for name in names) == ("+" in method)
-    before = {name: p.clone() for name, p in model.named_parameters()}
+    initial = {name: model.get_parameter(name).detach().clone() for name in names}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    model(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
+    logits(model, FAMILIES[family].inputs()).square().sum().backward()
     optimizer.step()
-    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == names
-
-
-def test_modules_to_save_train_and_reload_too(tmp_path):
-    config = ControlConfig(task_type="SEQ_CLS", control_bias=True)
-    model = randomize_adapters(get_peft_model(build("roberta"), config).eval())
-    heads = trained(model) - adapter(model)
-    assert heads and all("classifier.modules_to_save.default" in name for name in heads)
-    model.base_model.classifier.modules_to_save["default"].dense.weight.data.mul_(2)
-    model.save_pretrained(tmp_path)
-    again, inputs = PeftModel.from_pretrained(build("roberta"), tmp_path).eval(), FAMILIES["roberta"].inputs()
-    assert torch.equal(logits(again, inputs), logits(model, inputs))
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["llama", "roberta", "timm-vit"])
-def test_base_names_and_values_are_unchanged(family, method):
-    targets = {"llama": QKV["target_modules"], "roberta": ["query", "value"], "timm-vit": ["qkv"]}[family]
-    base = build(family)
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    parameters = [name for name, _ in base.named_parameters()]
-    fields = {**METHODS[method], **({"target_modules": targets} if "+" in method else {})}
-    model = get_peft_model(base, ControlConfig(**fields)).base_model.model
-
-    def original(name):  # upstream's LoRA layer keeps the linear it wraps as `base_layer`
-        return name.replace(".base_layer.", ".")
-
-    after = {original(n): value for n, value in model.state_dict().items() if not is_adapter(n)}
+    assert not any(torch.equal(model.get_parameter(name), value) for name, value in initial.items())
+    # upstream's LoRA layer keeps the linear it wraps as `base_layer`
+    after = {name.replace(".base_layer.", "."): value for name, value in base.state_dict().items() if not is_adapter(name)}
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
-    assert [original(n) for n, _ in model.named_parameters() if not is_adapter(n)] == parameters
 
 
 # -- saving and loading -------------------------------------------------------------------------------------
@@ -202,26 +178,6 @@ def test_the_card_says_what_the_adapter_is_and_how_to_load_it(tmp_path, base_fol
     assert card.read_text().count("controlled blocks") == 1 and "# Only mine" in card.read_text()
 
 
-def test_transformers_own_adapter_methods(tmp_path, base_folder):
-    model = AutoModelForCausalLM.from_pretrained(base_folder)
-    plain, both = outputs(model), {}
-    for name in ("one", "two"):
-        model.add_adapter(config_of("control+lora", init_weights=False, init_lora_weights=False), name)
-        model.eval().set_adapter(name)
-        assert model.active_adapters() == [name]
-        both[name] = outputs(model)
-    assert not torch.allclose(both["one"], both["two"]) and not torch.allclose(both["one"], plain)
-    model.disable_adapters()
-    assert torch.equal(outputs(model), plain)
-    model.enable_adapters()
-    model.set_adapter("one")
-    model.save_pretrained(tmp_path)
-    assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), both["one"])
-    for name, expected in (("one", both["two"]), ("two", plain)):
-        model.delete_adapter(name)
-        assert torch.equal(outputs(model), expected)
-
-
 # -- several adapters ---------------------------------------------------------------------------------------
 
 
@@ -260,10 +216,7 @@ def test_weighted_adapters(method, kind, tmp_path):
     model.add_adapter("long", config_of(method, control_rank=5, **fields))
     randomize_adapters(model.eval())
     names, weights = (["two"], [0.25]) if kind == "linear" else (["one", "two"], [0.5, -0.7])
-    rank = {"svd_rank": 32} if kind == "svd" else {}
-    before = trained(model)
-    model.add_weighted_adapter(names, weights, "sum", kind, **rank)
-    assert trained(model) == before
+    model.add_weighted_adapter(names, weights, "sum", kind, **({"svd_rank": 32} if kind == "svd" else {}))
     model.set_adapter("sum")
     found = outputs(model)
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
@@ -284,34 +237,27 @@ def test_weighted_adapters(method, kind, tmp_path):
 # -- options ------------------------------------------------------------------------------------------------
 
 
-def base_with_norms(scale: float) -> nn.Module:
-    base = build("llama")
-    for layer in base.model.layers:
-        layer.post_attention_layernorm.weight.data.mul_(scale)
-    return base
-
-
 def test_a_saved_norm_that_a_control_reads(tmp_path):
     """modules_to_save puts a wrapper where the hook sat; the control must read there all the same."""
-    fields = {"modules_to_save": ["post_attention_layernorm"]}
-    model = llama(**fields)
+
+    def scaled():
+        base = build("llama")
+        for layer in base.model.layers:
+            layer.post_attention_layernorm.weight.data.mul_(1.5)
+        return base
+
+    model = llama(modules_to_save=["post_attention_layernorm"])
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name:
             parameter.data.mul_(1.5)
     expected = outputs(model)
     with model.disable_adapter():
         assert torch.equal(outputs(model), outputs(build("llama")))
-    by_hand = randomize_adapters(get_peft_model(base_with_norms(1.5), config_of()).eval())
-    assert torch.equal(outputs(by_hand), expected)
-    model.add_adapter("second", config_of("double control", init_weights=False, **fields))
-    assert torch.equal(outputs(model.eval()), expected)
-    model.set_adapter("second")
-    assert not torch.allclose(outputs(model), expected)
-    model.set_adapter("default")
-    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    assert torch.equal(outputs(randomize_adapters(get_peft_model(scaled(), config_of()).eval())), expected)
+    model.save_pretrained(tmp_path)
     assert torch.equal(outputs(reloaded(tmp_path)), expected)
     unloaded = model.unload()  # which keeps the trained norm: that is upstream's rule for modules_to_save
-    assert without_hooks(unloaded) and torch.equal(outputs(unloaded), outputs(base_with_norms(1.5)))
+    assert without_hooks(unloaded) and torch.equal(outputs(unloaded), outputs(scaled()))
 
 
 def test_rank_and_alpha_patterns(tmp_path):
@@ -329,11 +275,6 @@ def test_rank_and_alpha_patterns(tmp_path):
     }
     expected = outputs(randomize_adapters(model.eval()))
     model.save_pretrained(tmp_path)
-    assert torch.equal(outputs(reloaded(tmp_path)), expected)
-    # a saved pattern that matches nothing does no harm
-    place = tmp_path / "adapter_config.json"
-    saved = json.loads(place.read_text())
-    place.write_text(json.dumps({**saved, "control_rank_pattern": {**saved["control_rank_pattern"], "layers.9.mlp": 2}}))
     assert torch.equal(outputs(reloaded(tmp_path)), expected)
 
 
@@ -393,39 +334,23 @@ def test_what_a_control_cannot_do():
     assert torch.equal(outputs(model), outputs(llama("control+lora")))  # nothing was left half-done
 
 
-def test_a_failed_second_adapter_leaves_the_first_working():
-    model = llama()
-    expected = outputs(model)
-    with pytest.raises(ValueError, match="no block 'conv'"):
-        model.add_adapter("bad", config_of(control_blocks=["conv"]))
-    with pytest.raises(ValueError):
-        model.add_adapter("worse", config_of("control+lora", target_modules=["norm"]))
-    assert torch.equal(outputs(model), expected)
-
-
-def test_a_forward_that_a_control_cannot_follow_is_an_error():
+def test_forwards_that_a_control_cannot_follow_are_errors():
     model = llama()
     layer = model.base_model.model.model.layers[0]
     layer.forward = lambda hidden_states, **kwargs: hidden_states + layer.mlp(hidden_states)
     with pytest.raises(RuntimeError, match=r"wrote to 'mlp' without calling 'post_attention_layernorm'"):
         outputs(model)
-
-
-def test_a_module_that_serves_another_block_too_is_named():
+    albert = build("albert")
+    albert.albert.encoder.albert_layer_groups[0].albert_layers[0].chunk_size_feed_forward = 3
+    with pytest.raises(RuntimeError, match="works on a part of the state"):
+        logits(get_peft_model(albert, ControlConfig()), MODELS["albert"].inputs())
     said = pytest.raises(RuntimeError, match=r"for something else too, which the row must say \('shared': true")
     for shared, ends in (({}, said), ({"shared": True}, nullcontext())):
         block = {"read": "layernorm_after", "write": "dropout", **shared}
         row = {"layer": "SwinLayer", "norm": "layernorm_after", "blocks": {"mlp": block}}
-        model = get_peft_model(build("swin"), ControlConfig(control_architecture=row))
+        swin = get_peft_model(build("swin"), ControlConfig(control_architecture=row))
         with ends:
-            model(**MODELS["swin"].inputs())
-
-
-def test_a_part_of_a_state_is_refused():
-    base = build("albert")
-    base.albert.encoder.albert_layer_groups[0].albert_layers[0].chunk_size_feed_forward = 3
-    with pytest.raises(RuntimeError, match="works on a part of the state"):
-        get_peft_model(base, ControlConfig())(**MODELS["albert"].inputs())
+            logits(swin, MODELS["swin"].inputs())
 
 
 # -- copies -------------------------------------------------------------------------------------------------
@@ -444,15 +369,6 @@ def test_threads_share_a_model():
     with ThreadPoolExecutor(4) as pool:
         for number, found in pool.map(answer, range(80)):
             torch.testing.assert_close(found, expected[number])
-
-
-def test_a_block_may_be_called_on_its_own_while_its_control_is_off():
-    model = llama()
-    block, states = model.get_base_model().model.layers[0].mlp, torch.randn(1, 3, model.config.hidden_size)
-    with pytest.raises(RuntimeError, match="without calling"):
-        block(states)
-    with model.disable_adapter():
-        assert block(states).shape == states.shape
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -522,10 +438,10 @@ def test_own_architecture(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        *[({"control_blocks": value}, "control_blocks is empty") for value in ([], None)],
-        *[({"control_blocks": value}, "control_blocks must be") for value in ([3], 3)],
+        ({"control_blocks": []}, "control_blocks is empty"),
+        ({"control_blocks": [3]}, "control_blocks must be"),
         ({"control_rank": 0}, "control_rank must be an integer of at least 1, got 0"),
-        *[({"control_rank": value}, "control_rank must be an integer") for value in (True, 2.0)],
+        ({"control_rank": True}, "control_rank must be an integer"),
         ({"control_rank_pattern": {"mlp": 0}}, r"control_rank_pattern\['mlp'\] must be an integer of at least 1"),
         ({"control_rank_pattern": [1]}, "control_rank_pattern must be a dict"),
         ({"control_rank_pattern": {"(": 4}}, r"control_rank_pattern: '\(' is no regular expression"),
@@ -533,19 +449,14 @@ def test_own_architecture(tmp_path):
         *[({"control_alpha": value}, "control_alpha must be a finite number") for value in ("1", float("nan"), 10**400)],
         ({"control_alpha_pattern": {"mlp": None}}, r"control_alpha_pattern\['mlp'\] must be a finite number"),
         ({"control_dropout": 1.0}, r"control_dropout must lie in \[0, 1\), got 1.0"),
-        ({"control_dropout": "no"}, r"control_dropout must lie in \[0, 1\), got 'no'"),
         ({"control_init": "zeros"}, "control_init must be 'kaiming', 'normal' or None"),
-        *[
-            ({"control_architecture": row}, "control_architecture must look like")
-            for row in (
-                {"layer": "L"}, ["L"], {**ROW, "layer": 3}, {**ROW, "blocks": {}}, {**ROW, "blocks": {"mlp": {"read": "a"}}},
-                {**ROW, "blocks": {"mlp": {"read": "a", "write": 1}}}, {**ROW, "extra": 1}, {**ROW, "init": "zeros"},
-            )
-        ],
+        ({"control_architecture": {"layer": "L"}}, "control_architecture must look like"),
+        ({"control_architecture": {**ROW, "blocks": {"mlp": {"read": "a"}}}}, "control_architecture must look like"),
+        ({"control_architecture": {**ROW, "layer": 3}}, "control_architecture must look like"),
+        ({"control_architecture": {**ROW, "extra": 1}}, "control_architecture must look like"),
         ({"layers_pattern": "("}, r"layers_pattern: '\(' is no regular expression"),
-        ({"layers_pattern": [1]}, "layers_pattern: 1 is no regular expression"),
     ],
-)  # fmt: skip
+)
 def test_bad_configurations(fields, message):
     with pytest.raises(ValueError, match=message):
         ControlConfig(**fields)
@@ -567,26 +478,34 @@ def test_bad_configurations(fields, message):
             {"control_architecture": {**ROW, "layer": "LlamaDecoderLayer"}, "control_blocks": "body"},
             "LlamaDecoderLayer has no module 'norm'",
         ),
-        (
-            {"control_architecture": {"layer": "LlamaDecoderLayer", "norm": "input_layernorm", "blocks": {"mlp": {"read": "norm2", "write": "mlp"}}}},
-            "LlamaDecoderLayer has no module 'norm2'",
-        ),
     ],
-)  # fmt: skip
+)
 def test_configurations_that_do_not_fit_the_model(fields, message):
-    base = build("llama")
-    names = list(base.state_dict())
+    base, model = build("llama"), llama()
+    names, expected = list(base.state_dict()), outputs(model)
     with pytest.raises(ValueError, match=message):
         get_peft_model(base, ControlConfig(**fields))
-    assert list(base.state_dict()) == names
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("second", ControlConfig(**fields))
+    assert list(base.state_dict()) == names and torch.equal(outputs(model), expected)
 
 
-def test_unknown_architecture_lists_what_is_known():
+def test_an_unknown_architecture_says_where_the_known_ones_are():
     with pytest.raises(ValueError, match="OwnModel has no layer that Control knows") as error:
         get_peft_model(OwnModel(), ControlConfig())
-    assert all(row.name in str(error.value) for row in ARCHITECTURES)
-    assert "control_architecture" in str(error.value)
-    assert "layers: 2 × OwnLayer (norm, body); no known pattern fits" in str(error.value)
+    said = str(error.value)
+    assert f"`python -m peft_control architectures` lists {len(ARCHITECTURES)}" in said and "control_architecture" in said
+    assert "layers: 2 × OwnLayer (norm, body); no known pattern fits" in said
+
+
+def test_an_unknown_model_is_proposed_a_row_ready_to_paste():
+    config = {**build("llama").config.to_dict(), "model_type": "arcee", "architectures": ["ArceeForCausalLM"]}
+    base = ArceeForCausalLM(ArceeConfig(**config))
+    with pytest.raises(ValueError, match="ArceeDecoderLayer .*candidate row, untested") as error:
+        get_peft_model(base, ControlConfig())
+    row = ast.literal_eval(str(error.value).split("untested: ")[1])
+    model = get_peft_model(base, ControlConfig(control_architecture=row, init_weights=False))
+    assert len(controls(model)) == 2
 
 
 @pytest.mark.parametrize(
@@ -600,91 +519,3 @@ def test_a_proposed_row_is_the_tested_one(family):
     assert {name: block.of(layer) for name, block in proposed.blocks.items()} == {
         name: block.of(layer) for name, block in row.blocks.items()
     }
-
-
-def test_an_unknown_model_is_proposed_a_row_ready_to_paste(tmp_path, capsys, monkeypatch):
-    from transformers import ArceeConfig, ArceeForCausalLM
-
-    from peft_control.__main__ import main
-
-    config = {**build("llama").config.to_dict(), "model_type": "arcee", "architectures": ["ArceeForCausalLM"]}
-    base = ArceeForCausalLM(ArceeConfig(**config))
-    with pytest.raises(ValueError, match="ArceeDecoderLayer .*candidate row, untested") as error:
-        get_peft_model(base, ControlConfig())
-    row = ast.literal_eval(str(error.value).split("untested: ")[1])
-    model = get_peft_model(base, ControlConfig(control_architecture=row, init_weights=False))
-    assert len(controls(model)) == 2
-    base.config.save_pretrained(tmp_path / "arcee")
-    for name in ("arcee", "nowhere"):
-        monkeypatch.setattr("sys.argv", ["peft_control", "architectures", str(tmp_path / name)])
-        with pytest.raises(SystemExit, match="2"):
-            main()
-        assert capsys.readouterr().err.startswith("error: ")
-    build("qwen3_next").config.save_pretrained(tmp_path / "known")
-    monkeypatch.setattr("sys.argv", ["peft_control", "architectures", str(tmp_path / "known")])
-    main()
-    text = capsys.readouterr().out
-    assert "layers.0: Qwen3NextDecoderLayer, row qwen3_next, width 32" in text
-    assert "attention: reads input_layernorm, writes linear_attn" in text
-
-
-def as_json(config: ControlConfig) -> ControlConfig:
-    """The configuration through JSON and back."""
-    fields = {key: value for key, value in config.to_dict().items() if key not in ("auto_mapping", "peft_type")}
-    return ControlConfig(**json.loads(json.dumps(fields)))
-
-
-names = st.text("abcdefgh_.0123", min_size=1, max_size=12)
-valid_fields = st.fixed_dictionaries(
-    {},
-    optional={
-        "control_blocks": st.lists(st.sampled_from(["mlp", "attention"]), min_size=1, unique=True),
-        "control_rank": st.integers(1, 512),
-        "control_alpha": st.floats(-1e6, 1e6),
-        "control_dropout": st.floats(0, 1, exclude_max=True),
-        "control_bias": st.booleans(),
-        "control_init": st.sampled_from([None, "kaiming", "normal"]),
-        "control_rank_pattern": st.dictionaries(names, st.integers(1, 64), max_size=3),
-        "control_alpha_pattern": st.dictionaries(names, st.floats(-10, 10), max_size=3),
-        "layers_to_transform": st.none() | st.integers(0, 40) | st.lists(st.integers(0, 40), min_size=1),
-        "modules_to_save": st.none() | st.lists(names, min_size=1, max_size=3),
-        "init_weights": st.booleans(),
-        "control_architecture": st.none() | st.just(ROW),
-        "r": st.integers(1, 64),
-        "use_dora": st.booleans(),
-    },
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(valid_fields)
-def test_configuration_round_trip(tmp_path_factory, fields):
-    config = ControlConfig(**fields)
-    assert as_json(config).to_dict() == config.to_dict()
-    folder = tmp_path_factory.mktemp("config")
-    config.save_pretrained(folder)
-    restored = PeftConfig.from_pretrained(folder)
-    assert type(restored) is ControlConfig
-    assert {**restored.to_dict(), "inference_mode": False} == {**config.to_dict(), "inference_mode": False}
-
-
-anything = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-2, 3),
-    st.floats(),
-    st.text(max_size=4),
-    st.lists(st.integers(-1, 1)),
-    st.dictionaries(st.text(max_size=3), st.integers(-1, 1) | st.none(), max_size=2),
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.sampled_from([field.name for field in dataclasses.fields(ControlConfig) if "control" in field.name]), anything)
-def test_any_value_is_accepted_or_a_value_error(field, value):
-    try:
-        config = ControlConfig(**{field: value})
-    except ValueError as error:
-        assert field in str(error)
-    else:
-        as_json(config)

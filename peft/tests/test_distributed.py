@@ -7,36 +7,29 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
+from torch import distributed
 
-MODES = ("plain", "fast", "balanced", "lean")
+from peft_control import quantize_fp8
+from peft_control.architectures import find_layers
+from peft_control.memory import MODES, set_memory_mode
+
 ONLY_LEAN = ("qwen3_moe", "gemma2")  # families without hand-written modes
 
 
 def build(family):
-    from peft import get_peft_model
-    from tiny_models import build as build_base
-    from tiny_models import randomize_adapters
-
-    from peft_control import ControlConfig, quantize_fp8
-
-    base = build_base(family.removesuffix("-fp8"))
-    for module in base.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    fields = dict(target_modules=["q_proj", "v_proj"], r=2) if family.startswith("llama") else {}
-    config = ControlConfig(control_blocks=["attention", "mlp"], control_rank=4, **fields)
+    base = tiny_models.build(family.removesuffix("-fp8"))
+    tiny_models.set_dropout(base, 0.0)
     if family.endswith("-fp8"):
         quantize_fp8(base)
-    return randomize_adapters(get_peft_model(base, config)).train()
+    fields = dict(target_modules=["q_proj", "v_proj"], r=2) if family.startswith("llama") else {}
+    return tiny_models.adapted(base, ("attention", "mlp"), control_rank=4, **fields)
 
 
 def losses(model, rows, steps=3):
     """Train on this process's rows of one fixed batch; return the mean loss of all processes at each step."""
-    from torch import distributed
-
-    generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(3, 61, (4, 9), generator=generator)[rows]
+    ids = torch.randint(3, 61, (4, 9), generator=torch.Generator().manual_seed(5))[rows]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     causal, found = any(name.endswith("lm_head") for name, _ in model.named_modules()), []
     for _ in range(steps):
@@ -55,35 +48,28 @@ def losses(model, rows, steps=3):
     return found
 
 
-def worker(results: Path, family: str):
-    from torch import distributed
+def sharded(model, mode):
+    """FSDP2 of each layer, of an output layer of its own, and of the rest; the mode is set before and after."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
 
-    from peft_control.architectures import find_layers
-    from peft_control.memory import set_memory_mode
+    mesh, base = init_device_mesh("cpu", (2,)), model.get_base_model()
+    units, head = [layer for layer, _ in find_layers(model).values()], base.get_output_embeddings()
+    if head is not None and head.weight is not base.get_input_embeddings().weight:  # FSDP2 shards a weight once
+        units.append(head)
+    for unit in (*units, model):
+        fully_shard(unit, mesh=mesh)
+    return set_memory_mode(model, mode, chunk_tokens=5)
 
+
+def worker(results: Path, family: str):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    rank = distributed.get_rank()
-    mesh = init_device_mesh("cpu", (2,))
-    found = {}
+    rank, found = distributed.get_rank(), {}
     for mode in ("plain", "lean") if family in ONLY_LEAN else MODES:
         for kind in ("ddp", "fsdp2"):
             model = set_memory_mode(build(family), mode, chunk_tokens=5)
-            if kind == "fsdp2":
-                base, units = model.get_base_model(), [layer for layer, _ in find_layers(model).values()]
-                head = base.get_output_embeddings()
-                if head is not None and head.weight is not base.get_input_embeddings().weight:  # FSDP2 shards a weight once
-                    units.append(head)
-                for unit in units:
-                    fully_shard(unit, mesh=mesh)
-                fully_shard(model, mesh=mesh)
-                if mode != "plain":  # set before or after sharding
-                    set_memory_mode(model, mode, chunk_tokens=5)
-            else:
-                model = DistributedDataParallel(model)
+            model = torch.nn.parallel.DistributedDataParallel(model) if kind == "ddp" else sharded(model, mode)
             found[f"{mode} {kind}"] = losses(model, slice(2 * rank, 2 * rank + 2))
     if rank == 0:
         results.write_text(json.dumps(found))
@@ -91,18 +77,13 @@ def worker(results: Path, family: str):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.parametrize("family", ["llama", "llama-fp8", "roberta", *ONLY_LEAN])
 def test_two_processes_train_as_one(family, tmp_path):
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    done = subprocess.run(
-        [*command, tmp_path / "losses.json", family],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    command += [str(tmp_path / "losses.json"), family]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((tmp_path / "losses.json").read_text())
     expected = losses(build(family), slice(0, 4))

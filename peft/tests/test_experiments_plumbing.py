@@ -15,8 +15,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import build
@@ -71,21 +69,6 @@ def test_unparsable_options_are_one_line(words, ends):
     code, said = ends(lambda: parse_arguments(options, argv=words))
     assert code == 2 and said.startswith("error: ")
     assert argparse.ArgumentParser.error.__module__ == "argparse"  # put back
-
-
-texts = st.text(st.characters(exclude_categories=["Cs"]))
-json_values = st.recursive(
-    st.none() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | texts,
-    lambda inner: st.lists(inner) | st.dictionaries(texts, inner),
-)
-
-
-@given(contents=json_values)
-def test_json_round_trip(tmp_path_factory, contents):
-    path = tmp_path_factory.mktemp("json") / "x.json"
-    write_json_atomic(path, contents)
-    assert json.loads(path.read_text(encoding="utf-8")) == contents
-    assert [entry.name for entry in path.parent.iterdir()] == ["x.json"]
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
@@ -165,45 +148,46 @@ def checkpoint(folder: RunFolder, step: int, **state):
     return path
 
 
+LORA, DORA = {"method": "lora", "ranks": (1, 2)}, {"method": "dora", "ranks": (1, 2)}
+
+
 def test_claims(tmp_path):
-    lora, dora = {"method": "lora", "ranks": (1, 2)}, {"method": "dora", "ranks": (1, 2)}
     with RunFolder(tmp_path / "run") as folder:
-        assert folder.claim(lora, resume=True) is None
-        assert folder.claim(dora) is None  # nothing was trained yet
-        folder.claim(lora)
+        assert folder.claim(LORA, resume=True) is None
+        assert folder.claim(DORA) is None  # nothing was trained yet
+        folder.claim(LORA)
         ninth = checkpoint(folder, 9)
         begin(folder.checkpoints / "checkpoint-10")  # where a kill leaves what was being written
-        assert folder.claim(lora, resume=True) == ninth
+        assert folder.claim(LORA, resume=True) == ninth
         assert [path.name for path in folder.checkpoints.iterdir()] == ["checkpoint-9"]
-        tenth = checkpoint(folder, 100)
-        assert folder.claim(lora, resume=True) == tenth
+        hundredth = checkpoint(folder, 100)
+        assert folder.claim(LORA, resume=True) == hundredth
         with pytest.raises(UserError, match="add --resume"):
-            folder.claim(lora)
+            folder.claim(LORA)
         with pytest.raises(UserError, match="method 'lora' there, 'dora' asked for"):
-            folder.claim(dora, resume=True)
+            folder.claim(DORA, resume=True)
         write_json_atomic(folder.record, {})
         assert folder.finished
         with pytest.raises(UserError, match="belongs to another run"):
-            folder.claim(dora)
+            folder.claim(DORA)
         (folder.path / "run.json").write_text("{")
         with pytest.raises(UserError, match="missing or broken"):
-            folder.claim(lora)
+            folder.claim(LORA)
 
 
 def test_an_overwritten_run_is_gone_for_every_process(tmp_path, monkeypatch):
-    lora, dora = {"method": "lora"}, {"method": "dora"}
     with RunFolder(tmp_path / "run") as folder:
-        folder.claim(lora)
+        folder.claim(LORA)
         checkpoint(folder, 9)
         write_json_atomic(folder.record, {})
         with monkeypatch.context() as patch:
             patch.setenv("RANK", "1")
             other = RunFolder(tmp_path / "run")
         other.clear()  # before the process of rank 0 does so
-        assert not other.finished and other.claim(dora) is None and folder.record.exists()
+        assert not other.finished and other.claim(DORA) is None and folder.record.exists()
         folder.clear()
         assert [path.name for path in folder.path.iterdir()] == [".lock"]
-        assert folder.claim(dora) is None and not folder.finished
+        assert folder.claim(DORA) is None and not folder.finished
 
 
 def flip(path):
@@ -272,7 +256,6 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_used(reason, damage
     ("place", "problem", "error", "message"),
     [
         ("torch.load", MemoryError("none left"), MemoryError, "none left"),
-        ("torch.load", torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "out of memory"),
         ("torch.load", RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError, "allocate"),
         ("torch.load", OSError(errno.EIO, "Input/output error"), UserError, "Input/output error.*try again"),
         (f"{checkpoints.__name__}.fingerprint", OSError(errno.EMFILE, "Too many"), UserError, "Too many"),
@@ -347,34 +330,27 @@ NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3690, {}, NCCL version 2.30.7\nLast 
 
 
 @pytest.mark.parametrize(
-    "message",
+    ("processes", "message", "lost"),
     [
-        GLOO,
-        "Timed out waiting 1800000ms for recv operation to complete",
-        "failed to recv, got 0 bytes. Connection was likely closed. Did the remote end crash?",
-        NCCL.format("remote process exited or there was a network error", "socketProgress"),
-        NCCL.format("unhandled system error", "Connection closed by remote peer host<1>"),
+        (2, GLOO, True),
+        (2, "Timed out waiting 1800000ms for recv operation to complete", True),
+        (2, "failed to recv, got 0 bytes. Connection was likely closed. Did the remote end crash?", True),
+        (2, NCCL.format("remote process exited or there was a network error", "socketProgress"), True),
+        (2, NCCL.format("unhandled system error", "Connection closed by remote peer host<1>"), True),
+        (1, GLOO, False),
+        (2, NCCL.format("invalid usage", "Duplicate GPU detected: rank 1 and rank 0"), False),
+        (2, "Tensors for NCCL must be contiguous", False),
     ],
 )
-def test_a_lost_peer_is_said_in_a_line(message, monkeypatch, ends):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, line = ends(Mock(side_effect=RuntimeError(message)))
-    assert code == 2 and "another process of this run died" in line and "--resume" in line
-
-
-@pytest.mark.parametrize(
-    ("processes", "message"),
-    [
-        ("1", GLOO),
-        ("2", NCCL.format("invalid usage", "Duplicate GPU detected: rank 1 and rank 0")),
-        ("2", NCCL.format("unhandled cuda error", "Cuda failure 'invalid argument'")),
-        ("2", "Tensors for NCCL must be contiguous"),
-    ],
-)
-def test_other_errors_keep_their_traceback(processes, message, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", processes)
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        run_main(Mock(side_effect=RuntimeError(message)))
+def test_a_lost_peer_is_said_in_a_line_and_other_errors_keep_their_traceback(processes, message, lost, monkeypatch, ends):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    main = Mock(side_effect=RuntimeError(message))
+    if lost:
+        code, line = ends(main)
+        assert code == 2 and "another process of this run died" in line and "--resume" in line
+    else:
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            run_main(main)
 
 
 def test_sigterm_does_not_cut_off_the_line_that_says_why(ends):
@@ -444,20 +420,20 @@ def test_a_library_that_fails_on_a_full_gpu_is_explained_too(monkeypatch):
         raise RuntimeError(internal)
 
 
-def test_throughput_counts_only_what_it_should():
-    meter = Throughput(torch.device("cpu"))
+def test_throughput_counts_only_what_it_should(monkeypatch):
+    meter, clock = Throughput(torch.device("cpu")), [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     assert meter.summary()["examples_per_second"] is None
     meter.start()
-    for _ in range(3):
-        time.sleep(0.02)
+    for seconds in (1, 2, 5):
+        clock[0] += seconds
         meter.step(examples=4, tokens=torch.tensor(10))
     with meter.left_out():
-        time.sleep(0.5)
+        clock[0] += 100
     meter.stop()
     summary = meter.summary()
     assert (summary["examples"], summary["real_tokens"], summary["steps"]) == (12, 30, 3)
-    assert 0.06 <= summary["train_seconds"] < 0.5 and 0.02 <= summary["median_step_seconds"] < 0.3
-    assert summary["tokens_per_second"] == pytest.approx(30 / summary["train_seconds"])
+    assert (summary["train_seconds"], summary["median_step_seconds"], summary["tokens_per_second"]) == (8, 2, 30 / 8)
 
 
 def test_cpu_memory_is_the_resident_set_and_says_so():

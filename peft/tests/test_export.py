@@ -45,6 +45,13 @@ def reload(folder, family="llama"):
     return AUTO[MODELS[family].kind].from_pretrained(folder / "out", trust_remote_code=True).eval()
 
 
+def exported(folder, family="llama", **fields):
+    """An adapted model, and what its exported folder is read as."""
+    model = adapter(folder, family, **fields)
+    export(str(folder / "adapter"), folder / "out")
+    return model, reload(folder, family)
+
+
 def assert_same(model, exported, family, atol=0.0):
     with torch.no_grad():
         expected, found = (logits(m, MODELS[family].inputs()) for m in (model, exported))
@@ -58,12 +65,10 @@ def test_every_family(family, tmp_path):
     if family == "lfm2":
         skip_before("transformers", "5.23", "does not read its configuration back")
     bias = MODELS[family].kind == "vision"
-    model = adapter(tmp_path, family, control_blocks=["attention", "mlp"], control_bias=bias)
-    export(str(tmp_path / "adapter"), tmp_path / "out")
-    exported = reload(tmp_path, family)
-    assert_same(model, exported, family)
-    assert type(exported).__name__ == f"Control{type(model.base_model.model).__name__}"
-    exported.save_pretrained(tmp_path / "again" / "out")
+    model, again = exported(tmp_path, family, control_blocks=["attention", "mlp"], control_bias=bias)
+    assert_same(model, again, family)
+    assert type(again).__name__ == f"Control{type(model.base_model.model).__name__}"
+    again.save_pretrained(tmp_path / "again" / "out")
     assert_same(model, reload(tmp_path / "again", family), family)
 
 
@@ -71,24 +76,21 @@ def test_every_family(family, tmp_path):
 @pytest.mark.parametrize("family", TARGETS)
 def test_the_part_on_weights_is_merged(family, use_dora, tmp_path):
     patterns = {"control_rank_pattern": {"0.mlp": 2}, "control_alpha_pattern": {"1.mlp": -1.0}}
-    model = adapter(tmp_path, family, target_modules=TARGETS[family], r=4, use_dora=use_dora, **patterns)
-    export(str(tmp_path / "adapter"), tmp_path / "out")
-    assert_same(model, reload(tmp_path, family), family, atol=1e-4)
+    both = exported(tmp_path, family, target_modules=TARGETS[family], r=4, use_dora=use_dora, **patterns)
+    assert_same(*both, family, atol=1e-4)
     assert not any("lora" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_generation_with_and_without_cache(dtype, tmp_path):
-    model = adapter(tmp_path, dtype=dtype, control_blocks=["attention", "mlp"])
-    export(str(tmp_path / "adapter"), tmp_path / "out")
-    exported = reload(tmp_path)
+    model, again = exported(tmp_path, dtype=dtype, control_blocks=["attention", "mlp"])
     inputs = {name: value.flip(1) for name, value in FAMILIES["llama"].inputs().items()}
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     expected = model.generate(**inputs, **options)
-    assert exported.dtype == dtype
-    assert torch.equal(exported.generate(**inputs, **options), expected)
+    assert again.dtype == dtype
+    assert torch.equal(again.generate(**inputs, **options), expected)
     if dtype == torch.float32:
-        assert torch.equal(exported.generate(**inputs, **options, use_cache=False), expected)
+        assert torch.equal(again.generate(**inputs, **options, use_cache=False), expected)
 
 
 def test_trained_head_names_of_classes_and_backbone(tmp_path):
@@ -98,9 +100,9 @@ def test_trained_head_names_of_classes_and_backbone(tmp_path):
     names = {"id2label": {"0": "bad", "1": "good"}}
     (tmp_path / "adapter" / "config.json").write_text(json.dumps(names))
     export(str(tmp_path / "adapter"), tmp_path / "out")
-    exported = reload(tmp_path, "bert")
-    assert_same(model, exported, "bert")
-    assert exported.config.id2label == {0: "bad", 1: "good"}
+    again = reload(tmp_path, "bert")
+    assert_same(model, again, "bert")
+    assert again.config.id2label == {0: "bad", 1: "good"}
     backbone = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     hidden, expected = (m(**FAMILIES["bert"].inputs())[0] for m in (backbone, model.base_model.bert))
     assert torch.equal(hidden, expected)
@@ -119,8 +121,7 @@ def test_a_head_with_other_classes_than_the_base_has(family, tmp_path):
 
 
 def test_the_folder_needs_neither_package_and_says_what_it_is(tmp_path):
-    adapter(tmp_path)
-    export(str(tmp_path / "adapter"), tmp_path / "out")
+    exported(tmp_path)
     tree = ast.parse((tmp_path / "out" / "modeling_control.py").read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

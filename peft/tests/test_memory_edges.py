@@ -15,12 +15,11 @@ from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from accelerate.state import AcceleratorState
 from test_memory import FAMILIES, VOCABULARY, batch, build
-from tiny_models import distance, step_on
+from tiny_models import distance, step_of, step_on
 from torch import nn
 
 from peft_control import ControlConfig, memory
 from peft_control.memory import MODES, set_memory_mode
-from peft_control.memory.mlp import probabilities
 
 pytestmark = [pytest.mark.usefixtures("exact_norms"), pytest.mark.filterwarnings("ignore:memory modes")]
 
@@ -48,19 +47,6 @@ def set_or_refused(model, mode, **options):
     except ValueError as refusal:
         assert mode != "lean" and "memory mode" in str(refusal)
         return None
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_weights_changed_between_a_forward_and_its_backward(mode, family):
-    model = set_memory_mode(build(family, lora=True), mode, chunk_tokens=8)
-    inputs, labels = batch()
-    first, second = (model(**inputs, labels=labels).loss for _ in range(2))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    first.backward()
-    optimizer.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        second.backward()
 
 
 class Halving(ModelHook):
@@ -103,41 +89,6 @@ def test_autocast_of_a_prepared_model(mode, order):
     assert seen == {True}
 
 
-@pytest.mark.parametrize("mode", MODES[1:])
-def test_a_cache_asked_for_while_training(mode):
-    model = set_memory_mode(build(), mode, chunk_tokens=8)
-    ids = batch()[0]["input_ids"]
-
-    def continued():
-        first = model(input_ids=ids[:, :11], use_cache=True, labels=ids[:, :11])
-        return model(input_ids=ids[:, 11:], past_key_values=first.past_key_values).logits
-
-    found = continued()
-    set_memory_mode(model, "plain")
-    assert torch.allclose(found, continued(), atol=1e-10)
-
-
-@pytest.mark.parametrize("cache", [None, False, True])
-@pytest.mark.parametrize("mode", MODES[1:])
-def test_packed_positions_without_a_mask(mode, cache):
-    """Documents attend to each other in plain where there is a cache, and only there."""
-    model = build()
-    model.get_base_model().config.use_cache = cache is not False
-    positions = torch.cat([torch.arange(8), torch.arange(11)])[None].expand(2, -1)
-    ids = batch()[0]["input_ids"]
-    given = dict(input_ids=ids, position_ids=positions, labels=ids, **({"use_cache": True} if cache else {}))
-    expected = model(**given).loss.item()
-    set_memory_mode(model, mode, chunk_tokens=8)
-    assert model(**given).loss.item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_probabilities_of_dropout_are_found_whatever_their_names():
-    """The oldest supported transformers calls DINOv2's by the first name, the newest by the second."""
-    module = nn.Module()
-    module.dropout_prob, module.attention_dropout, module.p, module.jitter_noise, module.dropped = 0.1, 0.2, 0.3, 0.4, 5
-    assert {name for _, name in probabilities(module)} == {"dropout_prob", "attention_dropout", "p", "jitter_noise"}
-
-
 def test_dataparallel_is_refused(monkeypatch):
     """``replicate`` copies modules before it copies what they hold, so that one device shows it."""
     module = importlib.import_module("torch.nn.parallel.replicate")
@@ -162,7 +113,7 @@ def test_copies_train_in_their_originals_mode(duplicate, mode):
 def test_labels_are_taken_and_refused_as_in_plain(mode):
     model = build(dtype=torch.float32)
     ids = batch()[0]["input_ids"]
-    mask, base = torch.ones_like(ids), model.get_base_model()
+    mask = torch.ones_like(ids)
 
     def outcome(labels):
         try:
@@ -170,13 +121,10 @@ def test_labels_are_taken_and_refused_as_in_plain(mode):
         except (RuntimeError, IndexError) as error:
             return type(error)
 
-    def outcomes():
-        given = [ids, torch.full_like(ids, -100), ids.masked_fill(ids == ids[0, 3], -1), ids.int(), ids + VOCABULARY]
-        return [base(ids, mask, None, None, None, ids).loss.item(), *map(outcome, given)]
-
-    expected = outcomes()
+    given = [ids, torch.full_like(ids, -100), ids.masked_fill(ids == ids[0, 3], -1), ids.int(), ids + VOCABULARY]
+    expected = [pytest.approx(x, rel=1e-5, nan_ok=True) if isinstance(x, float) else x for x in map(outcome, given)]
     set_memory_mode(model, mode, chunk_tokens=8)
-    assert outcomes() == [pytest.approx(x, rel=1e-5, nan_ok=True) if isinstance(x, float) else x for x in expected]
+    assert [*map(outcome, given)] == expected
 
 
 def test_columns_that_the_trainer_hands_on_stay_the_same():
@@ -251,7 +199,7 @@ def off(draw, model, layer):
     model.get_base_model().lm_head.weight.requires_grad_(True)
 
 
-def loss(draw, model, layer):
+def own_loss(draw, model, layer):
     model.get_base_model().loss_function = lambda logits, labels, vocab_size, **_: logits.square().mean()
 
 
@@ -259,7 +207,7 @@ def no_cache(draw, model, layer):
     model.get_base_model().config.use_cache = False
 
 
-ODDITIES = [hook, forward, subclass, adapter, dropout, activation, trained, off, loss, no_cache]
+ODDITIES = [hook, forward, subclass, adapter, dropout, activation, trained, off, own_loss, no_cache]
 
 
 def random_setup(draw):
@@ -308,10 +256,15 @@ def host_of(draw, patch):
 
 
 def check_setup(seed):
+    """That a random set-up is refused or trains as in plain; return its mode, or "refused"."""
     draw = random.Random(seed)
     model, mode, options, inputs, oddities = random_setup(draw)
     late = draw.random() < 0.5 and subclass not in oddities
-    functional = draw.choice(["no", "no", "no", "trained", "all"])
+
+    def loss():
+        output = model(**inputs)
+        return output.loss if "labels" in inputs else output.logits.square().mean()
+
     with pytest.MonkeyPatch.context() as patch:
         host_of(draw, patch)
         for oddity in () if late else oddities:
@@ -322,32 +275,15 @@ def check_setup(seed):
             step(model, **inputs)
         for oddity in oddities if late else ():
             oddity(draw, model, draw.choice(layers(model)))
-        chosen = {n: p for n, p in model.named_parameters() if functional == "all" or p.requires_grad}
-        given = {n: (1.5 * p.detach()).requires_grad_(p.requires_grad) for n, p in chosen.items()}
-        given = {} if functional == "no" else given
-        trained = {n: p for n, p in (given or chosen).items() if p.requires_grad}
-
-        def gradients():
-            torch.manual_seed(seed)
-            output = torch.func.functional_call(model, given, (), inputs)
-            loss = output.loss if "labels" in inputs else output.logits.square().mean()
-            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-            return {name: g for name, g in zip(trained, found) if g is not None}
-
-        found = gradients()
+        found = step_of(model, loss, seed)[1]
         set_memory_mode(model, "plain")
         # transformers' own loss is float32 whatever the model's dtype
-        assert distance(found, gradients()) <= (1e-6 if "labels" in inputs else 1e-9), f"seed {seed}"
+        tolerance = 1e-6 if "labels" in inputs else 1e-9
+        assert distance(found, step_of(model, loss, seed)[1]) <= tolerance, f"seed {seed}"
     return mode
 
 
 @pytest.mark.parametrize("start", range(0, 160, 32))
 def test_random_setups(start):
-    assert len({check_setup(seed) for seed in range(start, start + 32)}) > 1
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_a_thousand_random_setups():
-    outcomes = [check_setup(seed) for seed in range(1000, 2100)]
-    assert all(outcomes.count(outcome) > 50 for outcome in ("fast", "balanced", "lean", "refused"))
+    outcomes = [check_setup(seed) for seed in range(start, start + 32)]
+    assert set(outcomes) == {"fast", "balanced", "lean", "refused"}

@@ -5,13 +5,22 @@ import timm
 import torch
 from peft import get_peft_model
 from timm.layers import GluMlp, RmsNorm, SwiGLU
-from timm.models.vision_transformer import Block
-from tiny_models import FAMILIES, Live, TimmImages, adapted, assert_as_plain, distance, logits, set_dropout, step_on
+from tiny_models import (
+    FAMILIES,
+    Live,
+    adapted,
+    assert_as_plain,
+    distance,
+    logits,
+    randomize_adapters,
+    set_dropout,
+    step_of,
+    step_on,
+)
 from transformers.activations import ACT2FN
 
 from peft_control import ControlConfig
 from peft_control.memory import MODES, set_memory_mode
-from peft_control.memory.families import halves
 
 VISION = ("vit", "dinov2", "timm-vit")
 POST_NORM = ("roberta", "xlm-roberta", "bert", "mpnet", "electra")
@@ -69,51 +78,54 @@ def test_chunks_replay_their_dropout():
         assert not values or (values[0] - values[1]) / 2e-5 == pytest.approx(exact, rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["timm-vit", "dinov2", "roberta"])
-def test_under_autocast_as_near_to_float32_as_plain(family):
-    """Float32 weights under bf16 autocast, as the training scripts of both domains run."""
-    model = control_model(family, torch.float32, dropout=0.0)
-    reference = gradients(model, family, "plain", torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = gradients(model, family, "plain", torch.float32)
-        for mode in MODES[1:]:
-            found = gradients(model, family, mode, torch.float32)
-            assert all(gradient.dtype == torch.float32 for gradient in found.values())
-            assert distance(found, reference) <= 1.5 * distance(plain, reference), mode
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
-@pytest.mark.parametrize("family", ["timm-vit", "dinov2", "roberta", "mpnet"])
-def test_chunks_share_one_cast_of_the_frozen_weights(family):
-    model = control_model(family, torch.float32, dropout=0.0)
-    set_memory_mode(model, "lean", chunk_tokens=5)
-    (mlp, *_) = (vars(layer)["memory_plan"].mlp for layer in model.modules() if "memory_plan" in vars(layer))
-    state = torch.randn(7, mlp.linears[0].in_features)
-    assert mlp.for_chunks(state).linears[0] is mlp.linears[0]  # nothing to cast
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = mlp.for_chunks(state)
-        assert cast.linears[0].weight.dtype == torch.bfloat16 and mlp.linears[0].weight.dtype == torch.float32
-        assert torch.equal(cast.forward(state, 0)[0], mlp.forward(state, 0)[0])
-        assert torch.equal(cast.backward(state, (), state), mlp.backward(state, (), state))
+@pytest.mark.parametrize(("device", "half"), [("cpu", torch.bfloat16), pytest.param("cuda", torch.float16, marks=gpu)])
+@pytest.mark.parametrize("family", ["timm-vit", "vit", "dinov2", "roberta", "mpnet"])
+def test_under_autocast_as_near_to_float32_as_plain(family, device, half):
+    """In the mean of eight adapters, since of one alone the rounding may happen to be small."""
+    model = control_model(family, torch.float32, dropout=0.0).to(device)
+    inputs = {name: value.to(device) for name, value in FAMILIES[family].inputs().items()}
+
+    def step(mode, enabled):
+        def loss():
+            with torch.autocast(device, half, enabled=enabled):
+                return logits(model, inputs).float().square().sum()
+
+        set_memory_mode(model, mode, chunk_tokens=5)
+        found = step_of(model, loss)[1]
+        assert all(gradient.dtype == torch.float32 for gradient in found.values())
+        return found
+
+    apart = {mode: [] for mode in MODES}
+    for seed in range(8):
+        randomize_adapters(model, seed=seed)
+        reference = step("plain", False)
+        for mode in MODES:
+            assert distance(step(mode, False), reference) <= 1e-4
+            apart[mode].append(distance(step(mode, True), reference))
+    apart = {mode: torch.tensor(found).square().mean().sqrt() for mode, found in apart.items()}
+    assert max(apart.values()) <= 1.5 * apart["plain"], apart
 
 
 @pytest.mark.parametrize("family", ["llama", "vit", "timm-vit", "mpnet"])
 def test_plain_restores_everything_and_inference_is_untouched(family):
     model = control_model(family, torch.float32).eval()
     inputs, keys = FAMILIES[family].inputs(), list(model.state_dict())
+
+    def answers():
+        words = model.generate(**inputs, max_new_tokens=5, do_sample=False) if family == "llama" else torch.zeros(1)
+        return logits(model, inputs), words
+
     with torch.no_grad():
-        before = logits(model, inputs)
+        before = answers()
         for mode in MODES[1:]:
             set_memory_mode(model, mode)
             assert list(model.state_dict()) == keys
-            assert torch.equal(logits(model, inputs), before)
+            assert all(map(torch.equal, answers(), before))
     set_memory_mode(model, "plain")
     assert not any("forward" in vars(module) or "memory_plan" in vars(module) for module in model.modules())
-
-
-def test_attentions_are_still_there():
-    model = set_memory_mode(control_model("mpnet"), "balanced")
-    outputs = model(**FAMILIES["mpnet"].inputs(), output_attentions=True)
-    assert len(outputs.attentions) == 2 and all(a.shape[-1] == 9 for a in outputs.attentions)
 
 
 @pytest.mark.parametrize("family", ["vit", "timm-vit", "roberta"])
@@ -129,24 +141,10 @@ def test_each_mode_keeps_less_than_the_one_before(family):
     assert kept == sorted(kept, reverse=True) and len(set(kept)) == len(kept), kept
 
 
-def test_what_cannot_be_done_says_so():
-    images = TimmImages()
-    images.set_grad_checkpointing()
-    trained = control_model("roberta")
-    trained.get_submodule("base_model.model.roberta.encoder.layer.1.output.LayerNorm").requires_grad_(True)
-    normed = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=4, scale_mlp_norm=True)
-    for model, mode, message in (
-        (get_peft_model(images, ControlConfig()), "lean", "replaces gradient checkpointing"),
-        (trained, "fast", "frozen MLP"),
-        (get_peft_model(normed, ControlConfig()), "fast", "without an inner norm"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            set_memory_mode(model, mode)
-        assert not any("memory_plan" in vars(module) for module in model.modules())
-
-
-@pytest.mark.parametrize("kind", [{"mlp_layer": SwiGLU}, {"mlp_layer": GluMlp}, {"norm_layer": RmsNorm}])
+@pytest.mark.parametrize(
+    "kind", [{"mlp_layer": SwiGLU}, {"mlp_layer": GluMlp}, {"norm_layer": RmsNorm}, {"scale_mlp_norm": True}]
+)
 def test_timm_blocks_that_only_look_like_those_known_are_refused(kind):
-    block = Block(32, 4, **kind)
+    base = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=4, **kind)
     with pytest.raises(ValueError, match="memory modes know timm's"):
-        halves(block.requires_grad_(False))
+        set_memory_mode(get_peft_model(base, ControlConfig()), "fast")

@@ -4,12 +4,11 @@ import gc
 
 import pytest
 import torch
-import transformers
 from tiny_models import (
-    _ANY_DECODER,
     MODELS,
     Live,
     adapted,
+    any_decoder,
     assert_as_plain,
     distance,
     logits,
@@ -84,11 +83,14 @@ def test_a_step_runs_each_mlp_once_more(name, counted):
     assert max(calls) > 1
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gemma2", "gpt2", "bart", "whisper"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "phimoe", "gemma2", "gpt2", "bart", "whisper"])
 @pytest.mark.parametrize("offload", [False, True])
-def test_dropout_is_replayed(name, offload, counted):
+def test_dropout_and_noise_of_routers_are_replayed(name, offload, counted):
     model, inputs = adapted(name, control_dropout=0.3), inputs_of(name)
     set_dropout(model, 0.2)
+    for module in model.modules():
+        for noise in {"jitter_noise", "router_jitter_noise"} & vars(module).keys():
+            setattr(module, noise, 0.2)
     expected, _ = assert_as_plain(model, inputs, "lean", steps=2, offload=offload)
     assert step_on(model, inputs, seed=4)[0] != pytest.approx(expected.item(), rel=1e-6)
     assert counted["alone"] == 3 * len(find_layers(model)) and not counted["checkpoint"]
@@ -114,28 +116,15 @@ def test_autocast_rounds_as_in_plain(name):
         assert torch.equal(gradients(), expected)
 
 
-@pytest.mark.parametrize("name, attribute", [("mixtral", "jitter_noise"), ("phimoe", "router_jitter_noise")])
-def test_noise_of_routers_is_replayed(name, attribute, counted):
-    model = adapted(name)
-    for module in model.modules():
-        if hasattr(module, attribute):
-            setattr(module, attribute, 0.2)
-    assert_as_plain(model, inputs_of(name), "lean", steps=2, chunk_tokens=4)
-    assert counted["alone"] == 4 and not counted["computed"] + counted["left out"]
-
-
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
         ("qwen3_moe", {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.2}),
-        *(
-            (name, {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]})
-            for name in ("qwen3_moe", "gpt_oss")
-        ),
+        ("gpt_oss", {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
     ],
 )
 def test_lora_beside_the_control_gets_its_gradients(name, fields, counted):
-    """On experts too: what is trained in an MLP has it run within the layer's graph."""
+    """Also on experts: what is trained in an MLP has it run within the layer's graph."""
     model = adapted(name, r=2, **fields)
     assert_as_plain(model, inputs_of(name), "lean", chunk_tokens=5)
     assert counted["alone"] == 2 and (counted["computed"] == 0) == ("target_parameters" in fields)
@@ -198,31 +187,10 @@ def test_recorded_states_keep_their_gradients(asked, counted):
 
 def test_keys_that_layers_share_keep_their_gradients():
     """A layer of Gemma 4 leaves its keys and values for later ones in a mapping, which is no return value."""
-    fields = {**_ANY_DECODER, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}
+    fields = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}
     kinds = ["sliding_attention", "full_attention"] * 2
-    config = transformers.Gemma4TextConfig(**fields, layer_types=kinds, vocab_size_per_layer_input=61)
-    base = transformers.Gemma4ForCausalLM(config).double()
+    base = any_decoder("Gemma4", **fields, layer_types=kinds, vocab_size_per_layer_input=61).build().double()
     assert_as_plain(adapted(base, init_weights=False), inputs_of("gemma4"), "lean", steps=2)
-
-
-def test_a_second_backward_and_changes_in_between_are_errors():
-    def forward():
-        model = set_memory_mode(adapted("mixtral"), "lean")
-        return model, model(**inputs_of("mixtral")).logits.sum()
-
-    model, value = forward()
-    value.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="backward runs once per forward"):
-        value.backward()
-    model, value = forward()
-    with torch.no_grad():
-        next(p for p in model.parameters() if p.requires_grad).add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.backward()
-    model, value = forward()
-    model.base_model.disable_adapter_layers()
-    with pytest.raises(RuntimeError, match="adapters were switched"):
-        value.backward()
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "glm4", "gpt2"])
@@ -249,13 +217,3 @@ def test_a_layer_keeps_its_state_alone(name):
     state = inputs["input_ids"].numel() * 32
     assert kept("lean", 2) - kept("lean", 1) == state
     assert kept("plain", 2) - kept("plain", 1) > 8 * state
-
-
-def test_the_tail_of_a_layer_is_read_off_its_graph():
-    x = torch.ones(3, requires_grad=True)
-    mlp = (x * 2).clone()
-    node, scale = mlp.grad_fn, torch.ones(3, requires_grad=True)
-    assert generic.only_adds((x + mlp.view(3, 1).squeeze(1) * 3).grad_fn, [node])
-    assert not generic.only_adds((x + mlp * scale).grad_fn, [node])
-    assert not generic.only_adds((x + mlp.sin() + mlp).grad_fn, [node])
-    assert not generic.only_adds((x * mlp + x).grad_fn, [node])

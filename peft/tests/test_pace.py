@@ -64,34 +64,10 @@ def test_the_second_eight_layers_decide_once(computed, size, place):
     assert not measured(*[fast] * 8, *one).hides(size, TOKENS)
 
 
-def test_the_log_says_so_once(caplog):
-    with caplog.at_level("INFO", "peft_control.memory.pace"):
-        measured(*[(10.0, (1200, 6.0))] * 40)
-    assert [record.message for record in caplog.records] == [
-        "behind a layer's forward the copies of 20 bytes a token to the host hide"
-    ]
-
-
 def test_a_layers_copies_count_together_and_pauses_between_them_do_not():
     pace = measured(*[(10.0, (700, 1.0), (500, 5.0))] * 16)  # 200 bytes a millisecond, so 2,000 in the layer
     assert pace.hides(2000, TOKENS) and not pace.hides(2001, TOKENS)
     assert pace.hides(3900, 2 * TOKENS) and not pace.hides(1100, TOKENS // 2)
-
-
-def test_only_whole_layers_are_timed():
-    for cut in (True, False):
-        layers, slow = Layers(), (1000, 2.0)
-        layers.pace.interrupt()  # of a first layer nobody has seen the start
-        layers.run(1.0, slow)
-        for _ in range(17):
-            if cut:
-                layers.pace.interrupt()
-            layers.run(1.0, slow)
-            layers.run(1.0, slow, ends_on=Stream() if cut else None)
-            layers.pace.interrupt()
-            layers.pace.starts_layer(layers.computing)
-            layers.run(1.0)  # no copies
-        assert layers.pace.hides(1000, TOKENS) == cut
 
 
 def test_what_the_gpu_has_not_done_yet_is_not_read(monkeypatch):

@@ -6,18 +6,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny_models import (
-    FAMILIES,
-    METHODS,
-    adapted,
-    assert_as_plain,
-    build,
-    config_of,
-    distance,
-    randomize_adapters,
-    set_dropout,
-    step_on,
-)
+from tiny_models import METHODS, assert_as_plain, assert_equal, config_of, distance, randomize_adapters, step_on
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 from control_experiments.errors import UserError
@@ -26,7 +15,6 @@ from control_experiments.training.options import check_method_runs
 from control_experiments.training.quantization import loading_arguments, prepare, quantization_of, quantized_linears
 from peft_control import Fp8Linear, memory
 from peft_control.memory import MODES, set_memory_mode
-from peft_control.memory.linear import dense_weight
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -82,11 +70,6 @@ def frozen(model):
     return {name: x.clone() for name, x in model.state_dict().items() if name not in trained}
 
 
-def assert_same(before, after):
-    assert before.keys() == after.keys()
-    assert all(torch.equal(x, after[name]) for name, x in before.items())
-
-
 def train(model, name, steps=4):
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
@@ -117,7 +100,7 @@ def test_trains_saves_and_reloads_on_a_fresh_base(folders, tmp_path, name, quant
 
     losses = train(model, name)
     assert losses[-1] < losses[0]
-    assert_same(before, frozen(model))
+    assert_equal(before, frozen(model))
     model.eval().save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(load(folders, name, quantization), tmp_path).eval()
     with torch.no_grad():
@@ -140,18 +123,6 @@ def test_only_linear_layers_inside_the_blocks_are_quantized(folders, quantizatio
             assert all(m.weight.quant_state.quant_type == quantization for m in quantized_linears(model))
             assert all(m.weight.quant_state.nested for m in quantized_linears(model))
     assert prepare(plain) is plain and not quantized_linears(plain)
-
-
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_gradient_is_that_of_the_dequantized_weights(folders, quantization):
-    """Control's gradients through the quantized block equal those through plain layers with the same weights."""
-    quantized, plain = (load(folders, "llama", kind) for kind in (quantization, "none"))
-    with torch.no_grad():
-        for name, module in quantized.named_modules():
-            if module in quantized_linears(quantized):
-                plain.get_submodule(name).weight.copy_(dense_weight(module, torch.float32))
-    models = [randomize_adapters(adapter(base, "llama", "control")).train() for base in (quantized, plain)]
-    assert distance(*(step_on(model, inputs("llama"))[1] for model in models)) <= 2e-5
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -200,15 +171,6 @@ def test_memory_modes_under_bf16_autocast(folders, name):
     assert 0 < apart["plain"] < 0.2
 
 
-@pytest.mark.parametrize("family", ["bert", "mpnet", "electra", "xlm-roberta"])
-def test_other_encoders(family, tmp_path):
-    build(family).save_pretrained(tmp_path)
-    base = type(build(family)).from_pretrained(tmp_path, dtype=torch.float32, **loading_arguments("nf4", CPU, torch.float32))
-    model = adapted(prepare(base), control_rank=4)
-    set_dropout(model, 0.0)
-    assert_as_plain(model, FAMILIES[family].inputs(), *MODES[1:], tolerance=1e-5, chunk_tokens=5)
-
-
 def test_activations_follow_autocast(folders):
     """A float32 norm before a quantized layer does not make its output float32 under autocast."""
     model = load(folders, "roberta", "nf4", torch.bfloat16)
@@ -219,15 +181,6 @@ def test_activations_follow_autocast(folders):
         model(**inputs("roberta"))
     model(**inputs("roberta"))
     assert seen == [torch.bfloat16, torch.float32]
-
-
-def test_evaluation_leaves_the_weights_as_they_lie(folders):
-    """bitsandbytes would repack them for inference on some CPUs, and training would then get no gradients."""
-    model = randomize_adapters(adapter(load(folders, "llama", "nf4"), "llama", "control")).train()
-    _, reference = step_on(model, inputs("llama"))
-    with torch.no_grad():
-        model.eval()(**inputs("llama"))
-    assert distance(step_on(model.train(), inputs("llama"))[1], reference) == 0
 
 
 def test_a_quantized_model_is_not_quantized_again(folders, tmp_path):
@@ -282,4 +235,4 @@ def test_on_a_gpu(folders, name, quantization):
         with torch.autocast("cuda", torch.bfloat16):
             _, found[mode] = step_on(model, batch)
     assert all(distance(found[mode], found["plain"]) <= 0.1 for mode in MODES[1:])
-    assert_same(before, frozen(model))
+    assert_equal(before, frozen(model))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
-from tiny_models import FAMILIES, VOCAB, WIDTH, build, is_adapter, logits, randomize_adapters, word_tokenizer
+from tiny_models import FAMILIES, VOCAB, WIDTH, build, is_adapter, logits, randomize_adapters, set_dropout, word_tokenizer
 from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 from transformers.models.llama import modeling_llama
 
@@ -41,12 +41,8 @@ def gradients(model, inputs) -> dict[str, torch.Tensor]:
     ],
 )
 def test_gradient_checkpointing(family, fields, use_reentrant):
-    """With stochastic layers off."""
     model, inputs = adapted(family, **fields).train(), FAMILIES[family].inputs()
-    for module in model.modules():
-        for probability in ("p", "drop_prob", "dropout_prob", "attention_dropout"):
-            if isinstance(getattr(module, probability, None), float):
-                setattr(module, probability, 0.0)
+    set_dropout(model, 0.0)
     expected = gradients(model, inputs)
     if family == "timm-vit":
         model.base_model.model.set_grad_checkpointing()
@@ -72,87 +68,53 @@ def test_forward_after_an_interrupted_one():
 # -- generation ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generation_with_and_without_cache(family, beams):
-    model = adapted(family, **DOUBLE).eval()
-    inputs = {name: value.flip(1) for name, value in FAMILIES[family].inputs().items()}  # padding on the left
-
-    options = dict(num_beams=beams, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-
-    def generate(use_cache):
-        return model.generate(**inputs, **options, use_cache=use_cache, return_dict_in_generate=True, output_logits=True)
-
-    cached, plain = generate(True), generate(False)
-    assert torch.equal(cached.sequences, plain.sequences)
-    torch.testing.assert_close(cached.logits, plain.logits, rtol=1e-4, atol=1e-4)
-    with model.disable_adapter():
-        assert not torch.equal(generate(True).sequences, cached.sequences)
-
-
-def test_decoding_casts_the_control_once_and_sees_every_change(tmp_path):
+def test_decoding_sees_every_change_of_the_control(tmp_path):
     """A bfloat16 base with float32 controls: one-token steps share a cast until the adapter changes, in whatever way."""
-    model = randomize_adapters(
-        get_peft_model(build("llama", torch.bfloat16), ControlConfig(task_type="CAUSAL_LM", control_rank=3))
-    ).eval()
-    control = model.base_model.model.model.layers[0].mlp_control
+    model = get_peft_model(build("llama", torch.bfloat16), ControlConfig(task_type="CAUSAL_LM", control_rank=3))
+    control = randomize_adapters(model).eval().base_model.model.model.layers[0].mlp_control
     state = torch.randn(2, 1, WIDTH).bfloat16()
-    zero = torch.zeros_like(state)
-
-    def expected(name="default"):
-        A, B = (d[name].weight.to(torch.bfloat16) for d in (control.control_A, control.control_B))
-        return F.linear(F.linear(state, A), B)
 
     def check(name="default"):
-        with torch.no_grad():
-            assert torch.equal(control.control(zero, state), expected(name))
-            assert control._weights(name, state)[0] is control._weights(name, state)[0]
+        A, B = (factor[name].weight.bfloat16() for factor in (control.control_A, control.control_B))
+        for _ in range(2):
+            assert torch.equal(control.control(torch.zeros_like(state), state), F.linear(F.linear(state, A), B))
 
-    check()
     with torch.no_grad():
+        check()
+        assert control._weights("default", state)[0] is control._weights("default", state)[0]
         control.control_B["default"].weight.mul_(2)  # as an optimizer's step
         check()
         control.control_A["default"].weight = torch.nn.Parameter(torch.randn(3, WIDTH))
         check()
         model.save_pretrained(tmp_path)
-        model.load_adapter(str(tmp_path), "second")
-        randomize_adapters(model, seed=3)
-        check()
-        model.set_adapter("second")
-        check("second")
-        model.delete_adapter("second")
-        model.load_adapter(str(tmp_path), "second")
-        model.set_adapter("second")
-        check("second")
-        control.control_B["second"].weight.data.mul_(3)  # which no version tells: seen after the next prompt
-        control.control(zero.expand(-1, 5, -1), state.expand(-1, 5, -1))
-        check("second")
+        for _ in range(2):
+            model.load_adapter(str(tmp_path), "second")
+            model.set_adapter("second")
+            control.control_A["second"].weight.mul_(2)
+            check("second")
+            model.delete_adapter("second")
+        model.set_adapter("default")
         model.half().float().bfloat16()
-        assert torch.equal(control.control(zero, state), expected("second"))
-    model.train()
-    control.control(zero, state.requires_grad_()).sum().backward()
-    assert state.grad is not None and not control._cast_weights
+        check()
+    control.train().control(torch.zeros_like(state), state.requires_grad_()).sum().backward()
+    assert state.grad is not None
 
 
 # -- torch.compile ------------------------------------------------------------------------------------------
 
 
-# No Control+DoRA: upstream's DoRA layer does not compile with fullgraph=True, with or without a control.
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [DOUBLE, QKV], ids=["double control", "control+lora"])
+@pytest.mark.parametrize("fields", [DOUBLE, QKV], ids=["double control", "control+lora"])  # upstream's DoRA does not compile
 @pytest.mark.parametrize("family", ["llama", "vit"])
 def test_compile_fullgraph(family, fields):
     torch._dynamo.reset()
     if family == "vit" and "target_modules" in fields:
         fields = {**fields, "target_modules": ["q_proj", "v_proj"]}
-    model = adapted(family, **fields).eval()
-    inputs = FAMILIES[family].inputs()
+    model, inputs = adapted(family, **fields).eval(), FAMILIES[family].inputs()
     expected = gradients(model, inputs)
-    with torch.no_grad():
-        output = logits(model, inputs)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        assert torch.allclose(logits(compiled, inputs), output, atol=1e-5)
+        assert torch.allclose(logits(compiled, inputs), logits(model, inputs), atol=1e-5)
     model.zero_grad()
     logits(compiled, inputs).square().mean().backward()
     found = {name: model.get_parameter(name).grad for name in expected}
@@ -241,8 +203,6 @@ CASES = {
     "num_items_in_batch": ("Trainer", {"gradient_accumulation_steps": 2}, None, {}),
     "compute_loss_func": ("Trainer", {}, None, {"compute_loss_func": summed_loss}),
     "SFT": ("SFT", {"max_length": 16}, lambda n: {"text": text(n, 5 + n % 4)}, {}),
-    "SFT label smoothing": ("SFT", {"label_smoothing_factor": 0.2}, lambda n: {"text": text(n)}, {}),
-    "SFT compute_loss_func": ("SFT", {}, lambda n: {"text": text(n)}, {"compute_loss_func": summed_loss}),
     "DPO": ("DPO", {}, lambda n: {"prompt": text(n), "chosen": text(n + 6), "rejected": text(2 * n)}, {}),
     "KTO": ("KTO", {}, lambda n: {"prompt": text(n), "completion": text(n + 6), "label": n % 2 == 0}, {}),
     "Reward": ("Reward", {}, lambda n: {"chosen": text(n), "rejected": text(2 * n, 4)}, {}),
@@ -251,8 +211,7 @@ CASES = {
         {"reward_funcs": lambda completions, **_: [len({*text.split()}) / 6 for text in completions]},
     ),
 }  # fmt: skip
-ORDERS = {"plain": (), "before": ("lean",), "after": (None, "lean"), "changed": ("fast", "lean"), "undone": ("fast", "plain"),
-          "undone after": (None, "lean", "plain")}  # fmt: skip
+ORDERS = {"plain": (), "before": ("lean",), "after": (None, "lean"), "undone": ("fast", "plain")}
 
 
 @pytest.fixture(scope="module")
@@ -348,34 +307,29 @@ def _put_back(monkeypatch):
         monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
 
 
-@pytest.mark.parametrize("order", ["before", "after", "after, saved norm"])
-def test_liger_before_and_after_the_adapter(liger, order):
+def with_liger(order, device="cpu"):
+    """Assert that a model computes the same once Liger's kernels are in it; they come before the adapter or after it."""
     monkey_patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
     fields = {**DOUBLE, "modules_to_save": ["post_attention_layernorm"] if "saved" in order else None}
-    model = adapted(**fields).eval()
-    expected, expected_gradients = logits(model, INPUTS), gradients(model, INPUTS)
+    model, inputs = adapted(**fields).to(device).eval(), {name: value.to(device) for name, value in INPUTS.items()}
+    expected, reference = logits(model, inputs), gradients(model, inputs)
     if order == "before":
         monkey_patch.apply_liger_kernel_to_llama(**LIGER)
-        model = adapted(**fields).eval()
+        model = adapted(**fields).to(device).eval()
     else:
         monkey_patch._apply_liger_kernel_to_instance(model=model.get_base_model(), **LIGER)
-    assert torch.allclose(logits(model, INPUTS), expected, atol=1e-5)
-    assert liger.count("mlp") == 2 and liger.count("norm") == 5
-    torch.testing.assert_close(gradients(model, INPUTS), expected_gradients, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(logits(model, inputs), expected, atol=1e-5 if device == "cpu" else 1e-3)
+    tolerance = dict(rtol=1e-3, atol=1e-6) if device == "cpu" else dict(rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(gradients(model, inputs), reference, **tolerance)
+
+
+@pytest.mark.parametrize("order", ["before", "after", "after, saved norm"])
+def test_liger_before_and_after_the_adapter(liger, order):
+    with_liger(order)
+    assert liger.count("mlp") == 2 * 2 and liger.count("norm") == 2 * 5
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a GPU")
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-def test_liger_kernels(before):
-    apply = pytest.importorskip("liger_kernel.transformers").apply_liger_kernel_to_llama
-    inputs = {name: value.cuda() for name, value in INPUTS.items()}
-    model = adapted(**DOUBLE).cuda().eval()
-    expected, expected_gradients = logits(model, inputs), gradients(model, inputs)
-    base = build("llama").cuda()
-    if before:
-        apply(model=base, **LIGER)
-    model = randomize_adapters(get_peft_model(base, ControlConfig(task_type="CAUSAL_LM", control_rank=3, **DOUBLE))).eval()
-    if not before:
-        apply(model=model.get_base_model(), **LIGER)
-    assert torch.allclose(logits(model, inputs), expected, atol=1e-3)
-    torch.testing.assert_close(gradients(model, inputs), expected_gradients, rtol=1e-2, atol=1e-4)
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_liger_kernels(order):
+    with_liger(order, "cuda")

@@ -165,7 +165,7 @@ _SWIN = dict(image_size=16, patch_size=2, embed_dim=16, depths=[2, 1], num_heads
 _AST = dict(num_mel_bins=16, max_length=24, time_stride=8, frequency_stride=8)
 
 
-def _decoder_of(prefix: str, **fields) -> Family:
+def any_decoder(prefix: str, **fields) -> Family:
     return _model("decoder", f"{prefix}ForCausalLM", _ANY_DECODER, **fields)
 
 
@@ -199,32 +199,32 @@ _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 #: One model for each row of ARCHITECTURES; what one configuration leaves out of a row, a second name adds.
 MODELS: dict[str, Family] = {
     **FAMILIES,
-    **{getattr(hf, f"{p}ForCausalLM").config_class.model_type: _decoder_of(p) for p in _PLAIN.split()},
+    **{getattr(hf, f"{p}ForCausalLM").config_class.model_type: any_decoder(p) for p in _PLAIN.split()},
     **{name.lower(): _encoder(name) for name in ("Camembert", "Ernie", "EuroBert")},
     "albert": _encoder("Albert", embedding_size=16),
     "distilbert": _encoder("DistilBert", dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=48),
     "deberta-v2": _encoder("DebertaV2", relative_attention=True, pos_att_type=["p2c", "c2p"]),
     "modernbert": _encoder("ModernBert", **dict.fromkeys(["cls_token_id", "sep_token_id", "bos_token_id"], 1)),
-    "gemma4": _decoder_of("Gemma4", **_WINDOWS),
-    "gemma3n": _decoder_of(
+    "gemma4": any_decoder("Gemma4", **_WINDOWS),
+    "gemma3n": any_decoder(
         "Gemma3n",
         **_WINDOWS,
         **dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB, intermediate_size=[48, 48]),
         activation_sparsity_pattern=[0.0, 0.0],
     ),
-    "phi": _decoder_of("Phi", resid_pdrop=0.1),
-    "gpt_neox": _decoder_of("GPTNeoX"),
-    "gpt_neox-sequential": _decoder_of("GPTNeoX", use_parallel_residual=False),
-    "gpt_neo": _decoder_of("GPTNeo", attention_types=[[["global", "local"], 1]]),
-    "stablelm": _decoder_of("StableLm"),
-    "stablelm-parallel": _decoder_of("StableLm", use_parallel_residual=True),
-    "deepseek_v2": _decoder_of("DeepseekV2", **_MLA),
-    "deepseek_v3": _decoder_of("DeepseekV3", **_MLA),
-    "llama4": _decoder_of("Llama4"),
-    "qwen3_5": _decoder_of("Qwen3_5", **_LINEAR),
-    "qwen3_next": _decoder_of("Qwen3Next", **_LINEAR),
-    "granitemoehybrid": _decoder_of("GraniteMoeHybrid", layer_types=["mamba", "attention"]),
-    "lfm2": _decoder_of("Lfm2", layer_types=["conv", "full_attention"]),
+    "phi": any_decoder("Phi", resid_pdrop=0.1),
+    "gpt_neox": any_decoder("GPTNeoX"),
+    "gpt_neox-sequential": any_decoder("GPTNeoX", use_parallel_residual=False),
+    "gpt_neo": any_decoder("GPTNeo", attention_types=[[["global", "local"], 1]]),
+    "stablelm": any_decoder("StableLm"),
+    "stablelm-parallel": any_decoder("StableLm", use_parallel_residual=True),
+    "deepseek_v2": any_decoder("DeepseekV2", **_MLA),
+    "deepseek_v3": any_decoder("DeepseekV3", **_MLA),
+    "llama4": any_decoder("Llama4"),
+    "qwen3_5": any_decoder("Qwen3_5", **_LINEAR),
+    "qwen3_next": any_decoder("Qwen3Next", **_LINEAR),
+    "granitemoehybrid": any_decoder("GraniteMoeHybrid", layer_types=["mamba", "attention"]),
+    "lfm2": any_decoder("Lfm2", layer_types=["conv", "full_attention"]),
     "mamba": _model("decoder", "MambaForCausalLM", _MAMBA),
     "mamba2": _model("decoder", "Mamba2ForCausalLM", _MAMBA, num_heads=8, head_dim=8, n_groups=2, chunk_size=4),
     "t5": _seq2seq_of("T5ForConditionalGeneration", d_kv=8, d_ff=48, num_layers=LAYERS, num_heads=4),
@@ -320,6 +320,13 @@ def assert_as_plain(model, inputs, *modes, tolerance=1e-9, steps=1, **options) -
             torch.testing.assert_close(loss, expected, rtol=max(tolerance, 1e-6), atol=0)  # some are computed in float32
             assert distance(found, reference) <= tolerance, mode
     return expected, reference
+
+
+def assert_equal(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
+    """Two models' tensors by name, to the bit."""
+    assert found.keys() == reference.keys()
+    for name, tensor in reference.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def distance(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from control_experiments.record import RunRecord
 from control_experiments.reporting.records import COMMONSENSE
 
 DEVICE = {"kind": "cuda", "name": "Some GPU", "count": 1, "total_memory_bytes": 80 * 2**30}
@@ -19,52 +18,42 @@ class ResultsFolder:
 
     def roberta(self, method, seed, last, best=None, *, task="cola", model="tiny-encoder", peak=100 * 2**20, seconds=10.0,
                 lr=1e-3, folder=None, device="Some GPU", domain="roberta", resumed=None, others=0, torch="2.14.1", **hyperparameters):  # fmt: skip
-        name = folder or f"{model}_{task}_{method}_seed{seed}"
         score = {"step": 20, "epoch": 2.0, "score": last}
-        record = self._record(
-            domain=domain, name=name, method=method, task=task, seed=seed, model=model, device=device, torch=torch,
-            hyperparameters={"method": method, "task": task, "model": model, "seed": seed, "lr": lr, "epochs": 2.0,
-                             "batch_size": 64, "control_rank": 16, "lora_rank": 8, **hyperparameters},
-            metrics={"best": {**score, "score": last if best is None else best}, "last": score},
+        return self._record(
+            f"{domain}/{folder or f'{model}_{task}_{method}_seed{seed}'}",
+            domain=domain, method=method, task=task, seed=seed, model=model, device=device, torch=torch,
+            hyperparameters={"lr": lr, "epochs": 2.0, "batch_size": 64, "control_rank": 16, "lora_rank": 8, **hyperparameters},
+            best={**score, "score": last if best is None else best}, last=score,
             memory={"kind": "cuda allocator", "peak_allocated_bytes": peak, "other_processes_bytes": others},
             time={"train_seconds": seconds, "examples_per_second": 1000 / seconds, "resumed_from_step": resumed},
             history=[{"step": 10, "epoch": 1.0, "score": last - 0.1, "train_loss": 0.6}, {**score, "train_loss": 0.4}],
         )  # fmt: skip
-        path = self.path / domain / name / "record.json"
-        record.write(path)
-        run = {"method": method, "task": task, "model": model, "seed": seed, **record.hyperparameters}
-        (path.parent / "run.json").write_text(json.dumps(run))
-        return path
 
-    def vit(self, method, seed, last, *, data="cifar100", mlp_layers=2, lora_rank=1, **more):
+    def vit(self, method, seed, last, *, data="cifar100", mlp_layers=2, lora_rank=1):
         row = {"step": 10, "epoch": 1, "test_accuracy": last, "train_loss": 1.0}
-        record = self._record(
-            domain="vit", name=f"{data}_{method}_{seed}", method=method, task=data, seed=seed, model="vit_tiny",
+        return self._record(
+            f"vit/{data}_{method}_{seed}", domain="vit", method=method, task=data, seed=seed, model="vit_tiny", last=row,
             hyperparameters={"mlp_layers": mlp_layers, "attention": "sdpa", "control_rank": 16, "lora_rank": lora_rank},
-            metrics={"best": row, "last": row}, memory={**ALONE, "peak_allocated_bytes": 2**30},
-            time={"train_seconds": 60.0, "examples_per_second": 500.0}, history=[row], **more,
+            memory={**ALONE, "peak_allocated_bytes": 2**30}, history=[row],
+            time={"train_seconds": 60.0, "examples_per_second": 500.0},
         )  # fmt: skip
-        return record.write(self.path / "vit" / record.name / "record.json")
 
     def llama(self, method, seed, average, *, folder=None, limit=None, ranks=(64, 32), domain="llama", **more):
         """A training with its evaluation below it; `seed` None: zero-shot, which has no training."""
-        metrics = {**dict.fromkeys(COMMONSENSE, average), "no_match": 1.5}
-        answered = {"mode": "generate", "beams": 4, "limit": limit, "batch_size": 64}
-        place = self.path / "llama" / (folder or f"{method.replace(' ', '-')}-seed{seed}")
-        evaluation = self._record(
-            domain=domain, name="evaluation", method=method, task="commonsense", seed=42, model="tiny-llama",
-            hyperparameters=answered, metrics={"best": metrics, "last": metrics}, memory={}, time={"evaluate_seconds": 5.0},
-        )  # fmt: skip
-        if seed is None:
-            return evaluation.write(place / "record.json")
+        place = f"llama/{folder or f'{method}-seed{seed}'.replace(' ', '-')}"
+        about = {"domain": domain, "method": method, "task": "commonsense", "model": "tiny-llama"}
         loss = {"step": 10, "epoch": 1.0, "train_loss": 1.0, "eval_loss": 1.1}
-        self._record(
-            domain=domain, name=place.name, method=method, task="commonsense", seed=seed, model="tiny-llama",
-            hyperparameters={"lr": 1e-4, "epochs": 3, "control_rank": ranks[0], "lora_rank": ranks[1], **more},
-            metrics={"best": loss, "last": loss}, memory={**ALONE, "peak_allocated_bytes": 3 * 2**30},
-            time={"train_seconds": 100.0, "tokens_per_second": 900.0}, history=[loss],
-        ).write(place / "record.json")  # fmt: skip
-        return evaluation.write(place / "evaluation" / "record.json")
+        if seed is not None:
+            self._record(
+                place, **about, seed=seed, last=loss, memory={**ALONE, "peak_allocated_bytes": 3 * 2**30},
+                hyperparameters={"lr": 1e-4, "epochs": 3, "control_rank": ranks[0], "lora_rank": ranks[1], **more},
+                time={"train_seconds": 100.0, "tokens_per_second": 900.0}, history=[loss],
+            )  # fmt: skip
+        return self._record(
+            place if seed is None else f"{place}/evaluation", **about, seed=42, memory={}, time={"evaluate_seconds": 5.0},
+            hyperparameters={"mode": "generate", "beams": 4, "limit": limit, "batch_size": 64},
+            last={**dict.fromkeys(COMMONSENSE, average), "no_match": 1.5},
+        )  # fmt: skip
 
     def benchmark(self, name="llama3-8b_4x1024.json", repeat="", shape="llama3-8b", batch=4, tokens=1024, weights=16e9,
                   others=0, copies=0.0, **methods):  # fmt: skip
@@ -114,10 +103,9 @@ class ResultsFolder:
             for way, times, rows in (("published", 1.0, 8), ("packed", packed, 8), ("large", large, 64))
         }  # fmt: skip
         return self._record(
-            domain="llama", name=folder, method="control+lora", task="throughput", seed=42, model="random llama3-8b",
-            hyperparameters={"memory": "fast", "batch_size": 8, "cutoff": 256, "dtype": "bfloat16"}, memory=ALONE, time={},
-            metrics={"best": {}, "last": ways},
-        ).write(self.path / "llama" / folder / "record.json")  # fmt: skip
+            f"llama/{folder}", domain="llama", method="control+lora", task="throughput", seed=42, model="random llama3-8b",
+            hyperparameters={"memory": "fast", "batch_size": 8, "cutoff": 256, "dtype": "bfloat16"}, best={}, last=ways,
+        )  # fmt: skip
 
     def batches(self, speedup, agree, *, questions=1000, folder="batches-x"):
         """A record of LlaMA/evaluate.py --compare_batch_one."""
@@ -125,10 +113,9 @@ class ResultsFolder:
                 "questions_per_second_batch_one": 10.0, "speedup": speedup, "answers_agree": agree,
                 "speedup_over_published": 2 * speedup, "answers_agree_with_published": agree, "differing": []}  # fmt: skip
         return self._record(
-            domain="llama", name=folder, method="zero-shot", task="commonsense", seed=42, model="smollm2",
+            f"llama/{folder}", domain="llama", method="zero-shot", task="commonsense", seed=42, model="smollm2", best={}, last=last,
             hyperparameters={"mode": "generate", "quantization": "none", "dtype": "bfloat16", "batch_size": 64, "limit": None},
-            metrics={"best": {}, "last": last}, memory=ALONE, time={},
-        ).write(self.path / "llama" / folder / "record.json")  # fmt: skip
+        )  # fmt: skip
 
     def scaling(self, cells, repeat="", longest=False, **options):
         """A file of scripts/bench_scaling.py; `cells` are (method, shard, processes, seconds a step, GB each)."""
@@ -149,28 +136,20 @@ class ResultsFolder:
         path.write_text(json.dumps({"schema": 1, "device": "Some GPU", **contents}))
         return path
 
-    def _record(self, *, device="Some GPU", model, history=(), torch="2.14.1", **fields):
-        return RunRecord(
-            command=["python", "x.py"], created="2026-01-01T00:00:00+00:00", finished="2026-01-01T01:00:00+00:00",
-            git={"commit": None, "dirty": None}, versions={"torch": torch}, device={**DEVICE, "name": device},
+    def _record(self, place, *, device="Some GPU", model, torch="2.14.1", last, best=None, memory=ALONE, **fields):
+        from scripts.tests.faults import a_record  # with torch, for which the other tests need not wait
+
+        folder = self.path / place
+        return a_record(
+            name=folder.name, git={"commit": None, "dirty": None}, versions={"torch": torch}, device={**DEVICE, "name": device},
             model={"id": model, "sha256": "ab" * 32, "class": "Tiny" if fields["domain"] != "vit" else model},
-            data={"id": "data", "sha256": "cd" * 32, "sizes": {"train": 100, "validation": 10}},
-            adapter={"trainable_parameters": 1234}, history=list(history), **fields,
-        )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def new_results(tmp_path_factory):
-    """Makes empty results folders."""
-
-    def make() -> ResultsFolder:
-        return ResultsFolder(tmp_path_factory.mktemp("run") / "results")
-
-    return make
+            data={"id": "data", "sha256": "cd" * 32, "sizes": {"train": 100, "validation": 10}}, memory=memory,
+            adapter={"trainable_parameters": 1234}, metrics={"best": last if best is None else best, "last": last}, **fields,
+        ).write(folder / "record.json")  # fmt: skip
 
 
 @pytest.fixture
-def results(new_results):
-    folder = new_results()
+def results(tmp_path):
+    folder = ResultsFolder(tmp_path / "results")
     folder.path.mkdir()
     return folder

@@ -17,13 +17,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from importlib import import_module
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -59,15 +58,9 @@ class Bomb:
 # -- runs that take a second ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Run:
-    """An entry point and the options of a run of it, all but `--output_dir`.
-
-    Attributes:
-        program: the entry point's module.
-        results: files of its output folder that must not depend on what happened on the way.
-        resume: how it is told to go on.
-    """
+class Run(NamedTuple):
+    """An entry point's module and the options of a run of it, all but `--output_dir`; files of its output folder that must not
+    depend on what happened on the way; and how it is told to go on."""
 
     program: str
     arguments: list[str]
@@ -76,7 +69,7 @@ class Run:
 
     def adding(self, options: str) -> Run:
         """The run with more options, which count instead of those of the same name before them."""
-        return replace(self, arguments=[*self.arguments, *options.split()])
+        return self._replace(arguments=[*self.arguments, *options.split()])
 
 
 def roberta(folder: Path) -> Run:
@@ -142,26 +135,30 @@ class Attempt(ForkProcess):
     """A process that does a run and is forked: what is imported and patched here is so there.
 
     Attributes:
-        changes: how many changes to its folder it has made; it kills itself before the one of number `dies_at` (from 1).
+        moment: when it is killed: after so many seconds (a float), before its change of this number to its folder (an int,
+            from 1), or never.
+        changes: how many changes to its folder it has made.
         seconds: how long it took, once it has ended.
     """
 
     seconds = 0.0
 
-    def __init__(self, run: Run, output: Path, *, resume: bool = False, dies_at: object = None,
-                 environment: Mapping[str, str] | None = None):  # fmt: skip
+    def __init__(self, run: Run, output: Path, moment: float | None = None, *, resume: bool = False, **environment: str):
         super().__init__()
-        self.main, self.output = import_module(run.program).main, output
-        self.dies_at, self.environment = dies_at, environment or {}
+        self.main, self.output, self.moment, self.environment = import_module(run.program).main, output, moment, environment
         self.words = [run.program, *run.arguments, "--output_dir", str(output), *(run.resume if resume else ())]
-        self.log = output.with_name(f"{output.name}.rank{self.environment.get('RANK', 0)}.log")
+        self.log = output.with_name(f"{output.name}.rank{environment.get('RANK', 0)}.log")
         self.changes = RawValue("i", 0)
         self.log.unlink(missing_ok=True)
         self.start()
 
-    def moment(self, draw: random.Random) -> float | int:
-        """A random moment of it, for `together`."""
-        return draw.choice((draw.uniform(0, self.seconds), draw.randint(1, self.changes.value)))
+    @property
+    def killed(self) -> bool:
+        """At its moment."""
+        return self.exitcode in (-signal.SIGKILL, -signal.SIGALRM)
+
+    def any_moment(self, draw: random.Random) -> float:
+        return draw.choice((draw.uniform(0.001, self.seconds), draw.randint(1, self.changes.value)))
 
     @property
     def said(self) -> str:
@@ -193,6 +190,9 @@ class Attempt(ForkProcess):
         # torch renews a forked process's thread pool when it first wants it, and fails if two threads (gloo's, autograd's)
         # do so at once
         torch.set_num_threads(torch.get_num_threads())
+        if isinstance(self.moment, float):
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends a process as SIGKILL does
+            signal.setitimer(signal.ITIMER_REAL, self.moment)
         sys.addaudithook(self._count)  # Python calls it before each change
         run_main(self.main)
 
@@ -202,34 +202,30 @@ class Attempt(ForkProcess):
             _, mode, flags = arguments
             changes = flags & (os.O_WRONLY | os.O_RDWR) and not str(mode or "").startswith("r")
         if changes and str(arguments[0]).startswith(str(self.output)):
-            if self.changes.value + 1 == self.dies_at:
+            if self.changes.value + 1 == self.moment:
                 os.kill(os.getpid(), signal.SIGKILL)
             self.changes.value += 1
 
 
-def together(run: Run, output: Path, processes: int, moment: float | int | None = None, lost: int = 0, *,
+def together(run: Run, output: Path, processes: int, moment: float | None = None, lost: int = 0, *,
              resume: bool = False, alone: float = 0.0) -> list[Attempt]:  # fmt: skip
-    """Do `run` in so many processes, of which the one of rank `lost` is killed: after `moment` seconds, or before its change
-    of number `moment`, or never.
+    """Do `run` in so many processes, of which the one of rank `lost` is killed at `moment`.
 
     As torchrun does, the others are sent SIGTERM `alone` seconds after one has failed, and several get the environment that
     it would give them.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
-    started, attempts = time.perf_counter(), []
+    started, shared = time.perf_counter(), {}
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    attempts = []
     for rank in range(processes):
-        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        dies_at = moment if rank == lost and isinstance(moment, int) else None
-        attempts.append(Attempt(run, output, resume=resume, dies_at=dies_at, environment=environment))
-    if isinstance(moment, float):
-        attempts[lost].join(moment)
-        attempts[lost].kill()
-    while not any(attempt.exitcode for attempt in attempts):
-        running = [attempt.sentinel for attempt in attempts if attempt.is_alive()]
-        if not running or not wait(running, _LIMIT):
+        environment = shared and {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        attempts.append(Attempt(run, output, moment if rank == lost else None, resume=resume, **environment))
+    while (running := [attempt.sentinel for attempt in attempts if attempt.is_alive()]) and wait(running, _LIMIT):
+        if any(attempt.exitcode for attempt in attempts):
             break
     attempts[0].seconds = time.perf_counter() - started
     for patience, end in ((alone, Attempt.terminate), (_GRACE, Attempt.kill), (None, Attempt.kill)):
@@ -240,8 +236,8 @@ def together(run: Run, output: Path, processes: int, moment: float | int | None 
     return attempts
 
 
-def execute(run: Run, output: Path, moment: float | int | None = None, *, resume: bool = False) -> Attempt:
-    """Do `run` in one process, which is killed at `moment` (see `together`)."""
+def execute(run: Run, output: Path, moment: float | None = None, *, resume: bool = False) -> Attempt:
+    """Do `run` in one process, which is killed at `moment`."""
     return together(run, output, 1, moment, resume=resume)[0]
 
 

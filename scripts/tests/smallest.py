@@ -24,7 +24,7 @@ ONLY_PARSED = {
 }
 CPU = ("--device", "cpu")
 #: Scripts that have no --device.
-NO_DEVICE = ("scripts/make_tables.py", "scripts/rerun.py", "ViT/figures.py", "RoBERTa/demo_task.py", "LlaMA/python_sources.py")
+NO_DEVICE = ("scripts/make_tables.py", "ViT/figures.py", "RoBERTa/demo_task.py")
 #: Scripts -> arguments that make their commands small; {name} stands for an input, {out} for a folder of the test's own.
 SMALL = {
     "RoBERTa/finetune.py": "--model {encoder} --max_steps 1 --epochs 1 --batch_size 4 --precision fp32 --output_dir {out}",
@@ -39,19 +39,17 @@ SMALL = {
     "LlaMA/finetune.py": "--model {llama} --data {questions}/train.json --max_steps 1 --epochs 1 --eval_steps 1 --warmup_steps 0 "
     "--held_out 8 --batch_size 4 --micro_batch_size 2 --cutoff 64 --token_budget 128 --control_rank 4 --lora_rank 2 "
     "--optimizer adamw --output_dir {out}",
-    "LlaMA/python_sources.py": "--output_dir {out}/texts",
     "LlaMA/evaluate.py": "--model {llama} --data {questions} --tasks boolq --limit 2 --beams 1 --max_new_tokens 2 "
     "--control_rank 4 --lora_rank 2",
     "LlaMA/study.py": "--model {llama} --data {questions}/train.json --tests {questions} --methods lora --seeds 1 --grid 1e-3 --growth 0 "
     "--search_steps 1 --max_steps 1 --epochs 1 --eval_steps 1 --warmup_steps 0 --held_out 8 --batch_size 4 --micro_batch_size 2 --cutoff 64 --token_budget 128 --lora_rank 2 "
-    "--limit 2 --output_dir {out}",
+    "--limit 2 --gpus cpu --output_dir {out}",
     "LlaMA/benchmark_throughput.py": "--data {questions}/train.json --steps 1 --warmup 0 --batch_size 4 --large_batch 8 "
     "--micro_batch_size 2 --cutoff 64 --control_rank 4 --lora_rank 2 --output_dir {out}",
     "QControl/gradient_error.py": "--model {llama} --data {questions}/train.json --rows 2 --bases bf16 --output_dir {out}",
     "scripts/bench_memory.py": "--batch 1 --steps 1 --warmup 0",
     "scripts/bench_kernels.py": "--peers torch --tokens 8 --vocabulary 99 --repeats 2 --output {out}/kernels.json",
     "scripts/make_tables.py": "--results {out}",
-    "scripts/rerun.py": "--dry_run",  # its cells are run by scripts/tests/test_rerun.py
     "ViT/figures.py": "",
     "RoBERTa/demo_task.py": "",
 }  # fmt: skip

@@ -1,11 +1,12 @@
 """The scaling benchmark in two processes over gloo, on a tiny shape."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+import os
+import signal
+import time
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from control_experiments.errors import UserError
 from scripts import bench_scaling, scaling
@@ -57,9 +58,6 @@ def test_what_cannot_be_is_said(options, message):
 
 
 def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch, tmp_path, capfd):
-    """Of the worker, which runs out of memory or is killed, and of what its parent makes of that."""
-    options = bench_scaling.Options(shape="tiny", longest=True, tokens=512, worker="lora")
-
     def step_within(limit):
         def step(number, tokens):
             if tokens > limit:
@@ -67,43 +65,31 @@ def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch
 
         return step
 
-    def torchrun(command, **_):
-        result = Path(command[command.index("--result") + 1])
-        with pytest.raises(MemoryError) as error:
-            scaling.longest(options, step_within(limit), result)
-        return subprocess.CompletedProcess(command, 1, stderr=f"Traceback:\n{error.type.__name__}: {error.value}\n")
-
-    monkeypatch.setattr(scaling.subprocess, "run", torchrun)
-    limit = 5000
-    cell = scaling.run_cell(options, "lora", "fsdp2", 2)
-    assert (cell["longest_tokens"], cell["ended_by"]) == (4096, "MemoryError: 6144 tokens")
-    assert "4096 tokens, then MemoryError: 6144 tokens" in scaling.line(cell, None)
-    said = capfd.readouterr().out
-    assert "lora: 4096 tokens, 0 s" in said and "6144" not in said
-    limit = 100
-    cell = scaling.run_cell(options, "lora", "fsdp2", 2)
-    assert cell["error"] == "MemoryError: 512 tokens" and "longest_tokens" not in cell
-
+    with pytest.raises(MemoryError, match="6144 tokens"):
+        scaling.longest(512, step_within(5000), tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text()) == {"longest_tokens": 4096}
+    assert "4096 tokens, 0 s" in capfd.readouterr().out
     monkeypatch.setattr(scaling, "LONGEST", 2048)
-    scaling.longest(options, step_within(10_000), tmp_path / "result.json")
+    scaling.longest(512, step_within(10_000), tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text()) == {"longest_tokens": 2048}
 
 
-@pytest.mark.parametrize(
-    "ends, said",
-    [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
-        ("print('MildError: a line of a log', file=sys.stderr); os.kill(os.getpid(), signal.SIGKILL)", "Signal 9"),
-        ("raise RuntimeError('out of memory')", "RuntimeError: out of memory"),
-        ("assert 0", "AssertionError"),
-    ],
-)
-def test_a_cell_says_why_the_first_process_ended(ends, said, tmp_path):
-    """The other one waits for it, and is ended by torchrun."""
-    script = tmp_path / "ends.py"
-    lines = ("import os, signal, sys, time", "if os.environ['RANK'] == '0':", "    time.sleep(60)", ends)
-    script.write_text("\n".join(lines))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode and said in scaling.cause(done.stderr), done.stderr
-    assert scaling.cause("") == "no result"
+@record
+def ends(options, method, shard, accumulate, result):
+    """In the place of `scaling.work`: process 1 ends as the method says, the other one waits for it."""
+    if os.environ["RANK"] == "0":
+        result.write_text('{"longest_tokens": 512}' if shard == "fsdp2" else "{}")
+        time.sleep(60)
+    if method == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1)
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(("method", "said"), [("killed", "Signal 9 (SIGKILL)"), ("raises", "RuntimeError: out of memory")])
+def test_a_cell_says_why_the_first_process_ended(method, said, monkeypatch, capfd):
+    monkeypatch.setattr(scaling, "work", ends)
+    options = bench_scaling.Options(device="cpu", shape="tiny", longest=True)
+    cell = scaling.run_cell(options, method, "fsdp2", 2)
+    assert cell["longest_tokens"] == 512 and said in cell["ended_by"]
+    assert f"512 tokens, then {cell['ended_by']}" in scaling.line(cell, None)

@@ -126,25 +126,18 @@ def test_an_unusable_interpreter_is_one_line_and_leaves_nothing(checkout, enviro
 
 def test_arguments_reach_pytest_and_its_exit_code_and_last_line_come_back(checkout):
     done = checkout.run("checkout/scripts/test.sh", "RoBERTa/tests", "-k", "stsb", FAKE_PYTEST_EXIT="5")
-    assert done.returncode == 5
-    assert done.stdout.splitlines()[-1] == "1 passed in 0.01s"
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (5, "1 passed in 0.01s")
     assert checkout.called("-m pytest") == ["-m pytest -n 2 --dist worksteal RoBERTa/tests -k stsb"]
-    assert checkout.called("-m ruff check") and checkout.called("-m ruff format --check")
-    assert checkout.called("-m basedpyright")
-
-
-def test_quick_leaves_out_types_and_slow_tests_and_ci_does_not(checkout):
+    assert all(map(checkout.called, ("-m ruff check", "-m ruff format --check", "-m basedpyright")))
+    # --quick leaves out types and slow tests
     assert checkout.run("checkout/scripts/test.sh", "--quick", "ViT/tests").returncode == 0
     assert checkout.called("-m pytest") == ["-m pytest -n 2 --dist worksteal -m not slow ViT/tests"]
     assert checkout.called("-m ruff check") and not checkout.called("-m basedpyright")
-    assert checkout.run("checkout/.ci/run").returncode == 0  # continuous integration: all of it
+    # continuous integration: all of it
+    assert checkout.run("checkout/.ci/run").returncode == 0
     assert checkout.called("-m pytest") == ["-m pytest -n 2 --dist worksteal"] and checkout.called("-m basedpyright")
-
-
-@pytest.mark.parametrize("fake", ["FAKE_RUFF_EXIT", "FAKE_TYPES_EXIT"])
-def test_bad_style_or_types_fail_before_the_tests(checkout, fake):
-    assert checkout.run("checkout/scripts/test.sh", **{fake: "1"}).returncode == 1
-    assert not checkout.called("-m pytest")
+    for fake in ("FAKE_RUFF_EXIT", "FAKE_TYPES_EXIT"):
+        assert checkout.run("checkout/scripts/test.sh", **{fake: "1"}).returncode == 1 and not checkout.called("-m pytest")
 
 
 @pytest.mark.parametrize("range_end, releases", [("lowest", "torch==2.11 peft==0.21"), ("newest", "")])
@@ -170,13 +163,17 @@ def test_help_installs_nothing(checkout, script, option):
 def test_the_quickstart_trains_three_methods_alike_and_then_makes_the_table(checkout):
     done = checkout.run("checkout/scripts/quickstart.sh", EPOCHS="2", LR="1e-3")
     assert done.returncode == 0, done.stderr
-    out, python = checkout.root / "results" / "quickstart", checkout.root / ".venv" / "bin" / "python"
+    out, python = checkout.root / "results" / "quickstart" / "demo", checkout.root / ".venv" / "bin" / "python"
     assert checkout.called("launcher") == [
         f"launcher {method} demo 2 1e-3 cpu --output_dir {out}/{method} --resume MODEL=/models/minilm PYTHON={python}"
         for method in ("control", "lora", "dora")
     ]
     assert [line[:3] for line in done.stdout.splitlines() if "epochs" in line] == ["1/3", "2/3", "3/3"]
-    assert checkout.calls[-1] == f"-m scripts.quickstart_table {out} control lora dora"
+    assert checkout.calls[-1] == f"-m scripts.quickstart_table {out}"
+    # with a device, and a run that fails
+    assert checkout.run("checkout/scripts/quickstart.sh", "1", EPOCHS="2", LR="1e-3", FAKE_TRAIN_EXIT="2").returncode == 2
+    (call,) = checkout.called("launcher")
+    assert call.startswith("launcher control demo 2 1e-3 1 ") and "quickstart_table" not in checkout.calls[-1]
 
 
 def test_the_quickstarts_trials_are_those_of_the_readmes(checkout):
@@ -193,37 +190,23 @@ def test_the_quickstarts_trials_are_those_of_the_readmes(checkout):
         assert checkout.calls[-1] == call
 
 
-def test_the_quickstart_takes_a_device_and_stops_at_a_failed_run(checkout):
-    done = checkout.run("checkout/scripts/quickstart.sh", "1", EPOCHS="2", LR="1e-3", FAKE_TRAIN_EXIT="2")
-    assert done.returncode == 2
-    (call,) = checkout.called("launcher")
-    assert call.startswith("launcher control demo 2 1e-3 1 ")
-    assert "quickstart_table" not in checkout.calls[-1]
-
-
 def test_launchers_take_only_a_complete_environment(checkout, tmp_path):
     """A cut-off installation leaves a .venv without the project; the active environment's python3 then runs."""
-    venv = checkout.root / ".venv"
-    (venv / "bin").mkdir(parents=True)
-    (venv / "bin" / "python").symlink_to(checkout.interpreter)
-    active = tmp_path / "active"
-    active.mkdir()
-    (active / "python3").symlink_to(checkout.interpreter)
+    venv, active = checkout.root / ".venv", tmp_path / "active" / "python3"
+    for path in (venv / "bin" / "python", active):
+        path.parent.mkdir(parents=True)
+        path.symlink_to(checkout.interpreter)
 
-    def chosen(**environment):
+    def source(**environment):
         show = 'source checkout/scripts/interpreter.sh; "$PYTHON" --version >/dev/null; echo "$PYTHON"'
-        done = checkout.run("-c", show, PATH=f"{active}:/usr/bin:/bin", **environment)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+        return checkout.run("-c", show, **{"PATH": f"{active.parent}:/usr/bin:/bin", "PYTHON": "", **environment})
 
-    assert chosen(PYTHON="") == "python3"
-    lacking = checkout.run(
-        "-c", "source checkout/scripts/interpreter.sh", PYTHON="", PATH=f"{active}:/usr/bin:/bin", FAKE_LACKS="1"
-    )
+    assert source().stdout.strip() == "python3"
+    lacking = source(FAKE_LACKS="1")
     assert lacking.returncode == 2 and "error: python3 lacks what" in lacking.stderr and lacking.stderr.count("\n") == 1
     (venv / "lib/python3.12/site-packages/peft_control-0.1.0.dist-info").mkdir(parents=True)
-    assert chosen(PYTHON="") == str(venv / "bin" / "python")
-    assert chosen(PYTHON=str(checkout.interpreter)) == str(checkout.interpreter)
+    assert source().stdout.strip() == str(venv / "bin" / "python")
+    assert source(PYTHON=str(checkout.interpreter)).stdout.strip() == str(checkout.interpreter)
 
 
 @pytest.mark.slow

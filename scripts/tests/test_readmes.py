@@ -6,6 +6,7 @@ this process in its smallest form (smallest.py).
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.record import read_json
 from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.study import Cell
+from LlaMA.study import CommonsenseStudy
 from LlaMA.tests.conftest import data, model_folder, rows, tokenizer  # noqa: F401
 from RoBERTa.tests.conftest import encoders, write_glue  # noqa: F401
 from scripts.tests.smallest import ONLY_PARSED, SMALL, Runner, import_script
@@ -117,8 +120,7 @@ def test_no_readme_script_or_launcher_is_forgotten():
     run = " ".join(parameter.values[0] for parameter in (*commands(), *shown_by_scripts()))
     launchers = [path for folder in ("RoBERTa", "ViT", "LlaMA", "QControl") for path in (REPOSITORY / folder).glob("*_*.sh")]
     missing = [path.name for path in launchers if f"{path.parent.name}/{path.name}" not in run]
-    # which LlaMA/tests/test_launchers.py runs
-    assert missing == ["compare_memory_modes.sh"], "no README or help shows a command with the launcher"
+    assert not missing, "no README or help shows a command with the launcher"
 
 
 # -- launchers' defaults ----------------------------------------------------------------------------------------
@@ -187,6 +189,20 @@ def test_rerun_scripts_start_from_the_papers_recipes(noted):
         assert epochs == run.epochs and study.methods == ["control", "lora", "dora"] and study.gpus == ["all"]
         if table == "glue":
             assert study.epochs_of("cola") == RECIPES["roberta"]["epochs"]
+
+
+def test_commonsense_is_rerun_with_the_launchers_recipes(noted):
+    methods = {"control+lora": "Control+LoRA", "double control": "DoubleControl"}
+    calls = noted("bash scripts/rerun_commonsense.sh")
+    for base, call in zip(("llama2_7B", "llama3_8B"), calls, strict=True):
+        study = CommonsenseStudy(parsed(call))
+        assert study.options.generate == "all" and study.options.gpus == ["all"]
+        assert [arm.method for arm in study.arms] == ["control+lora", "double control", "lora", "dora", "zero-shot"]
+        for arm in study.arms[:2]:
+            run = study.plan(Cell(study.tasks[0], arm, 42, study.options.lr, False))
+            train, _ = noted(f"bash LlaMA/{base}_{methods[arm.method]}.sh 64 32 64 OUT 0")
+            own = {"output_dir": "OUT", "resume": False, "token_budget": None}
+            assert run.budget == parsed(train).budget and replace(run, **own) == parsed(train)
 
 
 def test_every_launcher_variable_can_be_set_from_outside_and_reaches_the_script(noted):

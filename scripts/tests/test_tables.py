@@ -28,14 +28,15 @@ def sections(results, name) -> dict:
     return {section.title: section for section in table(results, name).sections}
 
 
-def rows(results, name, section, **where) -> list[dict]:
-    """The rows of a section as {header: text}, those with the texts in `where`."""
+def rows(results, name, section, *columns, **where) -> list:
+    """The rows of a section as {header: text}, those with the texts in `where`; of `columns` the texts alone."""
     lines = sections(results, name)[section].shown.to_dict("records")
-    return [line for line in lines if all(line[key] == value for key, value in where.items())]
+    found = [line for line in lines if all(line[key] == value for key, value in where.items())]
+    return [tuple(line[column] for column in columns) for line in found] if columns else found
 
 
-def row(results, name, section, **where) -> dict:
-    (line,) = rows(results, name, section, **where)
+def row(results, name, section, *columns, **where):
+    (line,) = rows(results, name, section, *columns, **where)
     return line
 
 
@@ -97,35 +98,36 @@ def test_rows_and_sections_are_what_was_measured_told_apart_by_rank_and_mode(res
 
 def test_settings_that_are_not_comparable_have_sections_of_their_own(results):
     """Unquantized runs stand with the quantized ones that they are compared with."""
-    results.vit("control", 1, 80.0, mlp_layers=2)
-    results.vit("control", 2, 70.0, mlp_layers=4)
-    for layers, last in ((2, "80.00"), (4, "70.00")):
-        assert row(results, "vit_accuracy", f"vit_tiny, {layers}-layer MLP", method="control")["last"] == last
+    for layers, last in ((2, 80.0), (4, 70.0)):
+        results.vit("control", 1, last, mlp_layers=layers, data=f"cifar{layers}")
     results.llama("lora", 1, 50.0)
     results.llama("lora", 1, 49.0, limit=20, folder="short")
     results.llama("lora", 1, 48.0, folder="nf4", domain="qcontrol", quantization="nf4")
     for setting, average in (("", "50.00"), (", first 20 questions", "49.00"), (", nf4", "48.00")):
-        line = row(results, "commonsense", f"tiny-llama{setting}", method="lora r32")
-        assert (line["average"], line["tokens/s"]) == (average, "900")
+        line = row(results, "commonsense", f"tiny-llama{setting}", "average", "tokens/s", method="lora r32")
+        assert line == (average, "900")
     results.roberta("control", 1, 0.6)
     results.roberta("control", 1, 0.4, domain="qcontrol", quantization="nf4")
     path = results.roberta("control", 1, 0.5, domain="qcontrol", folder="none", quantization="none")
     path.write_text(path.read_text().replace('"domain": "qcontrol"', '"domain": "roberta"'))
-    assert row(results, "glue", "tiny-encoder", task="cola", method="control")["last"] == "60.00"
-    for setting, last in (("nf4", "40.00"), ("not quantized", "50.00")):
-        assert row(results, "quantized", f"tiny-encoder, {setting}", task="cola", method="control")["last"] == last
+    for name, section, last in (
+        ("glue", "tiny-encoder", "60.00"), ("quantized", "tiny-encoder, nf4", "40.00"),
+        ("quantized", "tiny-encoder, not quantized", "50.00"), ("vit_accuracy", "vit_tiny, 2-layer MLP", "80.00"),
+        ("vit_accuracy", "vit_tiny, 4-layer MLP", "70.00"),
+    ):  # fmt: skip
+        (line,) = [line for line in rows(results, name, section, method="control") if line["n"]]
+        assert line["last"] == last
 
 
 def test_commonsense_joins_a_training_with_each_of_its_evaluations(results):
-    results.llama("double control", 43, 51.0)
-    results.llama("double control", 44, 53.0)
+    for seed, average in ((43, 51.0), (44, 53.0)):
+        results.llama("double control", seed, average)
     results.llama("zero-shot", None, 40.0, folder="zero-shot")
     line = row(results, "commonsense", "tiny-llama", method="double control r64")
     assert line["average"] == line["boolq"] == "52.00 ± 1.41"
     assert (line["train s"], line["no match"]) == ("100.0", "1.50")
     assert [text for text, _ in line["runs"]] == ["43", "answers", "44", "answers"]
-    zero = row(results, "commonsense", "tiny-llama", method="zero-shot")
-    assert zero["average"] == "40.00" and zero["train s"] == "not measured"
+    assert row(results, "commonsense", "tiny-llama", "average", "train s", method="zero-shot") == ("40.00", "not measured")
     paper = row(results, "commonsense", "meta-llama-3-8b", method="control+lora r64+r32")
     assert paper["average"] == "85.40 (exact)" and paper["hellaswag"].startswith("95.40 (inferred)")
 
@@ -138,7 +140,7 @@ def test_commonsense_joins_a_training_with_each_of_its_evaluations(results):
         line = row(results, "commonsense", f"tiny-llama{setting}", method="lora r32")
         assert (line["average"], line["train s"], len(line["runs"])) == (average, "100.0", 2)
     results.llama("dora", 1, 60.0, folder="lora-seed1/inside")  # a training of its own, wherever it lies
-    assert row(results, "commonsense", "tiny-llama", method="dora r32")["average"] == "60.00"
+    assert row(results, "commonsense", "tiny-llama", "average", method="dora r32") == ("60.00",)
 
 
 def test_memory_against_speed(results):
@@ -175,44 +177,29 @@ def test_memory_over_quantized_bases_by_its_parts(results):
     line = row(results, "quantized_memory", "llama3-8b, Some GPU", batch="4", tokens="1,024", method="lora+nf4")
     assert (line["n"], line["weights MiB"], line["adapter + optimizer MiB"]) == (2, "4,096", "1,024")
     assert line["peak MiB"] == "7,434 ± 674" and line["activations MiB"] == "2,314 ± 674"
-    shared = row(results, "quantized_memory", "llama3-8b, Some GPU", method="control+nf4:lean")
-    assert shared["ms a step"] == "not measured <sup>1</sup>"
+    shared = row(results, "quantized_memory", "llama3-8b, Some GPU", "ms a step", method="control+nf4:lean")
+    assert shared == ("not measured <sup>1</sup>",)
     assert "other processes" in notes(results, "quantized_memory", "llama3-8b, Some GPU")[0]
-    assert [line["method"] for line in rows(results, "memory_speed", "llama3-8b, 4 x 1024 tokens, Some GPU")] == ["lora"]
+    assert rows(results, "memory_speed", "llama3-8b, 4 x 1024 tokens, Some GPU", "method") == [("lora",)]
 
 
-def test_searches_show_weights_that_wait_on_the_host_too(results):
-    """Three times of each length, their mean in the table; at 1,024 tokens the resident step is the floor."""
-    speeds = [(method, tokens, seconds * tokens / 1024) for tokens in (1024, 8192)
-              for method, seconds in (("control+streamed+fp8:lean", 3.0), ("control+fp8:lean", 2.0))]  # fmt: skip
-    results.searched("s", [("control+streamed+fp8:lean", 23.5, 8192, 24.0)], speeds)
-    found = rows(results, "streaming", "llama3-8b, Some GPU")
-    assert [(line["tokens"], line["ms a step"], line["times the floor"]) for line in found] == [
-        ("1,024", "3,000 ± 300", "1.20 ± 0.12"),
-        ("8,192", "24,000 ± 2,400", "1.50 ± 0.15"),
-    ]
+STREAMED, RESIDENT = "control+streamed+fp8:lean", "control+fp8:lean"
 
 
 def test_weights_that_wait_on_the_host_stand_beside_resident_ones_and_the_floor(results):
     """By hand: at 2,048 tokens copying takes longest, at 16,384 the resident step."""
-    waits, stays = "control+streamed+fp8:lean", "control+fp8:lean"
     for tokens, copies, streamed, resident in ((16384, 2.5, 5.5, 5.0), (2048, 2.5, 3.0, 1.0)):
         size = {"shape": "llama3-70b", "batch": 1, "tokens": tokens, "weights": 2**30}
-        results.benchmark(f"{tokens}.json", **size, copies=copies, others=64e9 / 300, **{waits: (streamed, 2**30 / 1e9)})
-        results.benchmark(f"{tokens}_resident.json", **size, **{stays: (resident, 7 * 2**30 / 1e9)})
+        results.benchmark(f"{tokens}.json", **size, copies=copies, others=64e9 / 300, **{STREAMED: (streamed, 2**30 / 1e9)})
+        results.benchmark(f"{tokens}_resident.json", **size, **{RESIDENT: (resident, 7 * 2**30 / 1e9)})
     results.benchmark("shared.json", **size, copies=9.0, others=1e9, **{"control+streamed3+fp8:lean": (99.0, 1.0)})
-    first, shared, second = rows(results, "streaming", "llama3-70b, Some GPU")
     shown = ("tokens", "peak MiB", "resident peak MiB", "ms a step", "resident ms", "copies ms", "floor ms", "times the floor")
-    assert [first[name] for name in shown] == ["2,048", "2,048", "8,192", "3,000", "1,000", "2,500", "2,500", "1.20"]
-    assert [second[name] for name in shown] == ["16,384", "2,048", "8,192", "5,500", "5,000", "2,500", "5,000", "1.10"]
-    assert [file for _, file in first["runs"]] == ["memory/2048.json", "memory/2048_resident.json"]
-    assert first["GB on the host"] == "64.00" and shared["times the floor"] == ""
-    lines = rows(results, "quantized_memory", "llama3-70b, Some GPU")
-    assert [line["method"] for line in lines] == [stays, stays]
-    ((_, _, drawn, figure),) = draw(load(results.path)[0], PAPER)
-    lines = [dict(zip(*map(list, line.get_data()))) for line in figure.axes[0].lines]
-    assert drawn == "llama3-70b, batch 1, Some GPU"
-    assert lines == [{2048: 2.5, 16384: 5.0}, {2048: 3.0, 16384: 5.5}, {2048: 1.0, 16384: 5.0}]
+    first, shared, second = rows(results, "streaming", "llama3-70b, Some GPU", *shown)
+    assert first == ("2,048", "2,048", "8,192", "3,000", "1,000", "2,500", "2,500", "1.20") and shared[-1] == ""
+    assert second == ("16,384", "2,048", "8,192", "5,500", "5,000", "2,500", "5,000", "1.10")
+    ((host, runs), *_) = rows(results, "streaming", "llama3-70b, Some GPU", "GB on the host", "runs")
+    assert host == "64.00" and [file for _, file in runs] == ["memory/2048.json", "memory/2048_resident.json"]
+    assert rows(results, "quantized_memory", "llama3-70b, Some GPU", "method") == [(RESIDENT,), (RESIDENT,)]
 
 
 def test_the_longest_sequences_stand_by_limit_and_against_the_card(results):
@@ -221,22 +208,17 @@ def test_the_longest_sequences_stand_by_limit_and_against_the_card(results):
     results.searched("a", ours, speeds=[("control+nf4:lean", 8192, 0.5), ("lora+nf4", 8192, None)])
     results.searched("b", peers)
     title = "llama3-8b, batch 1, Some GPU"
-    shown = ("card GB", "GiB", "method", "longest tokens", "times published")
-    lines = [tuple(line[name] for name in shown) for line in rows(results, "longest", title)]
-    assert lines[:4] == [
+    assert rows(results, "longest", title, "card GB", "GiB", "method", "longest tokens", "times published")[:4] == [
         ("8", "7.5", "control+nf4:lean", "16,384", "5.51"), ("8", "7.5", "lora+nf4", "0", "0.00"),
         ("8", "7.5", "qlora r32", "2,972 tokens (exact)", ""), ("24", "23.5", "control+nf4:lean", "262,144", "3.34"),
     ]  # fmt: skip
-    line = row(results, "longest", title, GiB="23.5", method="lora+nf4")
-    assert (line["s a step"], line["tokens/s"]) == ("1.50", "10,240")
-    fast, unfit = rows(results, "length_speed", title, tokens="8,192")
-    assert (fast["tokens/s"], fast["peak GB"]) == ("16,384", "9.00") and unfit["tokens/s"].startswith("failed")
+    assert row(results, "longest", title, "s a step", "tokens/s", GiB="23.5", method="lora+nf4") == ("1.50", "10,240")
+    fast, unfit = rows(results, "length_speed", title, "tokens/s", "peak GB", tokens="8,192")
+    assert fast == ("16,384", "9.00") and unfit[0].startswith("failed")
     assert "8,192 tokens do not fit on this GPU" in notes(results, "length_speed", title)[0]
-
     ((_, _, drawn, figure),) = draw(load(results.path)[0], PAPER)
     lines = {line.get_label(): dict(zip(*map(list, line.get_data()))) for line in figure.axes[0].lines}
-    assert drawn == title
-    assert lines["control+nf4:lean"] == {8: 16384, 24: 262144, 80: 524288}
+    assert drawn == title and lines["control+nf4:lean"] == {8: 16384, 24: 262144, 80: 524288}
     assert lines["lora+nf4"] == {24: 15360, 80: 65536}, "what does not fit at all has no mark"
     assert lines["published: Unsloth, QLoRA r32"][24] == 78475
 
@@ -245,56 +227,43 @@ def test_throughput_answers_in_batches_and_scaling(results):
     results.throughput(2.0)
     (section,) = table(results, "throughput").sections
     assert section.title.startswith("random llama3-8b, control+lora, memory mode fast")
-    assert section.shown["times published"].to_list() == ["1.00", "2.00", "5.00"]
-    assert section.shown["real tokens/s"][1] == "2,000"
+    assert section.shown[["real tokens/s", "times published"]].values.tolist()[1] == ["2,000", "2.00"]
     results.batches(12.0, 99.9)
-    line = row(results, "batches", "smollm2, bfloat16, Some GPU, torch 2.14", method="zero-shot")
-    assert (line["times one by one"], line["times published"], line["same answers %"]) == ("12.0", "24.0", "99.90")
+    shown = ("times one by one", "times published", "same answers %")
+    assert rows(results, "batches", "smollm2, bfloat16, Some GPU, torch 2.14", *shown) == [("12.0", "24.0", "99.90")]
 
     results.scaling([("lora", "ddp", 1, 0.4, 30.0), ("lora", "ddp", 2, 0.5, 30.0)])
-    title = "llama3-8b, {} a process, Some GPU, torch 2.14"
-    line = row(results, "scaling", title.format("4 x 1024 tokens"), processes="2")
-    assert (line["efficiency %"], line["peak GB each"], line["losses apart"]) == ("80.0", "30.00", "1.0e-05")
     results.scaling([("lora", "ddp", 1, 0.5, 30.0), ("control:fast", "ddp", 1, 0.3, 20.0)], repeat="b")
     results.scaling([("lora", "fsdp2", 1, 0.5, 30.0), ("lora", "ddp", 8, 0.5, 30.0)], repeat="c")
-    # one method after another, whichever files they come from
-    lines = rows(results, "scaling", title.format("4 x 1024 tokens"))
-    cells = [(line["method"], line["sharding"], line["processes"]) for line in lines]
-    lora = [("lora", "ddp", "1"), ("lora", "ddp", "2"), ("lora", "ddp", "8"), ("lora", "fsdp2", "1")]
-    assert cells == [*lora, ("control:fast", "ddp", "1")]
-    for tokens, options, what in ((65536, {}, ""), (4096, {"limit": 23.5}, ", within 23.5 GiB")):
-        results.scaling([("lora", "fsdp2", 8, tokens, 0)], repeat=f"longest{tokens}", longest=True, **options)
-        line = row(results, "scaling_longest", title.format(f"longest sequence, batch 4{what}"), processes="8")
-        assert line["longest tokens"] == f"{tokens:,}"
-
-
-def test_a_real_measurement_reaches_its_table(results, call):
-    """The step benchmark on the CPU at its smallest: a renamed field would leave the table empty."""
-    small = "--shape tiny --device cpu --batch 1 --tokens 8 --steps 1 --warmup 0 --methods lora control:plain --output"
-    call("scripts.bench_memory", *small.split(), results.path / "memory").finished()
-    (section,) = table(results, "memory_speed").sections
-    assert section.shown.method.to_list() == ["lora", "control:plain"] and (section.data["ms a step"] > 0).all()
+    title = "llama3-8b, {} a process, Some GPU, torch 2.14"
+    lines = rows(
+        results, "scaling", title.format("4 x 1024 tokens"), "method", "sharding", "processes", "efficiency %", "losses apart"
+    )
+    order = ["lora ddp 1", "lora ddp 2", "lora ddp 8", "lora fsdp2 1", "control:fast ddp 1"]  # whichever files they come from
+    assert [" ".join(line[:3]) for line in lines] == order and lines[1][3:] == ("80.0", "1.0e-05")
+    results.scaling([("lora", "fsdp2", 8, 4096, 0)], repeat="longest", longest=True, limit=23.5)
+    section = title.format("longest sequence, batch 4, within 23.5 GiB")
+    assert row(results, "scaling_longest", section, "longest tokens", processes="8") == ("4,096",)
 
 
 # -- broken folders ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("contents", ["{", '{"schema": 0}', "[]", "{}", None])
-def test_a_broken_record_is_left_out_by_name(results, contents):
-    for seed in (1, 2):
-        path = results.roberta("lora", seed, 0.5)
-    path.write_text(contents if contents is not None else json.dumps({**json.loads(path.read_text()), "metrics": None}))
-    measured = {results.throughput(2.0): "dtype", results.batches(12.0, 100.0): "dtype"}
-    measured |= {results.benchmark(lora=(0.4, 40.0)): "device", results.scaling([("lora", "ddp", 1, 0.4, 30.0)]): "device"}
+def test_a_broken_record_is_left_out_by_name(results):
+    results.roberta("lora", 1, 0.5)
+    for seed, contents in enumerate(("{", '{"schema": 0}'), 2):
+        results.roberta("lora", seed, 0.5).write_text(contents)
+    measured = {results.throughput(2.0): "dtype", results.batches(12.0, 100.0): "dtype", results.roberta("dora", 1, 0.5): "metrics",
+                results.benchmark(lora=(0.4, 40.0)): "device", results.scaling([("lora", "ddp", 1, 0.4, 30.0)]): "device"}  # fmt: skip
     for file, missing in measured.items():
         found = json.loads(file.read_text())
-        del (found if missing == "device" else found["hyperparameters"])[missing]
+        del (found["hyperparameters"] if missing == "dtype" else found)[missing]
         file.write_text(json.dumps(found))
-    broken, *lacking = sorted(problems(results), key=lambda problem: "tiny-encoder_cola_lora_seed2/record.json " not in problem)
-    assert broken.startswith("roberta/tiny-encoder_cola_lora_seed2/record.json ")
-    told = "{} is a broken record ('{}' is missing): delete it and run again"
-    assert lacking == sorted(told.format(file.relative_to(results.path), missing) for file, missing in measured.items())
-    assert row(results, "glue", "tiny-encoder", method="lora")["n"] == 1
+    told = problems(results)
+    for file in measured:
+        assert any(line.startswith(f"{file.relative_to(results.path)} ") for line in told)
+    assert len(told) == 7 and sum("is missing): delete it and run again" in line for line in told) == 4, told
+    assert row(results, "glue", "tiny-encoder", "n", method="lora") == (1,)
 
 
 def test_two_runs_that_claim_one_cell_leave_it_empty(results):
@@ -360,6 +329,11 @@ def files(folder) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def assert_links_lead_somewhere(page) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", text := page.read_text())
+    assert (links or "No record yet: bash" in text) and all((page.parent / link).resolve().is_file() for link in links)
+
+
 def test_a_users_runs_stand_beside_the_shipped_ones_and_change_nothing_of_theirs(results, call):
     mine = type(results)(results.path / "shipped")
     results.path = mine.path / "published"
@@ -382,8 +356,7 @@ def test_a_users_runs_stand_beside_the_shipped_ones_and_change_nothing_of_theirs
     assert "| cola | control | 0.001 | ours | 2 | 1,234 | 60.00 |" in shown and "| cola | control | 0.001 | yours |" in shown
     assert "| lora | yes | yours | 1 |" in after["mine/tables/memory_speed.md"].decode()
     for name in ("tables/glue.md", "claims.md"):
-        links = re.findall(r"\]\(([^)#]+)\)", after[f"mine/{name}"].decode())
-        assert links and all((mine.path / "mine" / name).parent.joinpath(link).resolve().is_file() for link in links)
+        assert_links_lead_somewhere(mine.path / "mine" / name)
 
 
 def test_a_fresh_clone_reproduces_the_tracked_files_byte_for_byte(tmp_path, call):
@@ -399,8 +372,7 @@ def test_a_fresh_clone_reproduces_the_tracked_files_byte_for_byte(tmp_path, call
     }
     assert len(tracked) > 28 and [name for name, content in tracked.items() if made.get(name) != content] == []
     for page in [*(tmp_path / "tables").glob("*.md"), tmp_path / "claims.md"]:
-        links = re.findall(r"\]\(([^)#]+)\)", text := page.read_text())
-        assert (links or "No record yet: bash" in text) and all((page.parent / link).resolve().is_file() for link in links)
+        assert_links_lead_somewhere(page)
 
 
 # -- published figures ------------------------------------------------------------------------------------------
@@ -408,17 +380,13 @@ def test_a_fresh_clone_reproduces_the_tracked_files_byte_for_byte(tmp_path, call
 
 def test_published_figures_are_consistent():
     figures = PAPER.figures
-    assert (
-        set(figures.status) == {"exact", "inferred"}
-        and set(figures.source) <= read_json(RESULTS / "paper.json")["sources"].keys()
-    )
+    assert set(figures.source) <= read_json(RESULTS / "paper.json")["sources"].keys()
     for figure in figures[figures.runs.notna()].itertuples():  # printed means are rounded or cut
         assert figure.value == pytest.approx(statistics.fmean(figure.runs.values()), abs=0.01)
     scores = figures[figures.quantity == "score"].pivot(index=["model", "row"], columns="column", values="value").dropna()
-    assert len(scores) == 5 and len(scores.columns) == 9
     apart = (scores.drop(columns="average").mean(axis=1) - scores.average).abs()
     weak = scores.average == 78.56  # the known weakness
-    assert (apart[~weak] < 0.01).all() and (apart[weak] < 0.12).all() and weak.sum() == 1
+    assert len(scores) == 5 and (apart[~weak] < 0.01).all() and (apart[weak] < 0.12).all() and weak.sum() == 1
     assert any("78.67" in weakness and "78.56" in weakness for weakness in PAPER.weaknesses)
 
 
@@ -432,21 +400,15 @@ def test_the_search_says_how_wide_the_good_range_is_and_what_loras_rate_costs(re
         for rate, scores in rates.items():
             for seed, score in enumerate(scores):
                 results.roberta(method, seed, score, lr=rate, folder=f"learning_rate_search/{method}_{seed}_{rate}")
-    frame = load(results.path)[0]
-    (table,) = [table for table in all_tables(frame, PAPER) if table.name == "learning_rates"]
-    ((_, lines),) = [(section.title, section.shown.set_index("method")) for section in table.sections]
-    shown = lines[["n", "best rate", "score", "from", "to", "lost at LoRA's rate"]]
+    (section,) = table(results, "learning_rates").sections
+    shown = section.shown.set_index("method")[["n", "best rate", "score", "from", "to", "lost at LoRA's rate"]]
     # control's 1e-2 is as good as its best, but 3e-3 between them is not: equals go to the smaller rate
     assert shown.loc["control"].tolist() == [2, "0.0003", "69.00 ± 0.71", "0.0001", "0.001", "24.00"]
     assert shown.loc["lora"].tolist() == [2, "0.003", "70.00 ± 1.41", "0.003", "0.003", "0.00"]
     assert shown.loc["dora"].tolist() == [2, "0.001", "70.00", "0.001", "0.001", ""]
 
 
-def test_reporting_and_training_know_nothing_of_each_other():
-    wings = REPOSITORY / "peft" / "src" / "control_experiments"
-    for wing, other in (("reporting", "training"), ("training", "reporting")):
-        for path in (wings / wing).glob("*.py"):
-            assert not re.search(rf"^\s*(?:from|import) .*\b{other}\b", path.read_text(), re.M), path
+def test_reporting_needs_neither_training_nor_torch():
     command = "import sys, control_experiments.reporting.page, scripts.make_tables; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     loaded = done.stdout.split()

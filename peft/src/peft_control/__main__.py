@@ -6,7 +6,7 @@ import runpy
 import sys
 
 from peft_control import architectures
-from peft_control.command_line import answer, refuse, refuse_module
+from peft_control.command_line import answer, parse_architectures, refuse, refuse_module
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
 
         export(arguments[1:])
     elif arguments[0] == "architectures":
-        print(_architectures(*arguments[1:2]))
+        print(_architectures(parse_architectures(arguments[1:]).model))
     elif arguments[0] == "-m":
         sys.argv = arguments[1:]
         sys.path.insert(0, os.getcwd())
@@ -30,7 +30,7 @@ def main() -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-def _architectures(place: str = "") -> str:
+def _architectures(place: str | None = None) -> str:
     """The blocks of a model's layers, or the table of all rows as README.md has it."""
     lines = ["| architecture | layer class | blocks | initialisation of A |", "| --- | --- | --- | --- |"]
     for row in () if place else architectures.ARCHITECTURES:

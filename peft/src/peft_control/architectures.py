@@ -280,10 +280,9 @@ def find_layers(
     if not layers and row is not None:
         raise ValueError(f"{type(model).__name__} has no layer of class {rows[0].layer!r} (control_architecture)")
     if not layers:
-        known = ", ".join(architecture.name for architecture in ARCHITECTURES)
         raise ValueError(
-            f"{type(model).__name__} has no layer that Control knows (known architectures: {known}); "
-            f"pass your own row as ControlConfig(control_architecture=...){_proposals(model)}"
+            f"{type(model).__name__} has no layer that Control knows (`python -m peft_control architectures` lists "
+            f"{len(ARCHITECTURES)}); pass your own row as ControlConfig(control_architecture=...).{_proposals(model)}"
         )
     chosen = {name: layer for name, layer in layers.items() if layer_index(name, pattern) is not None}
     if pattern and not chosen:

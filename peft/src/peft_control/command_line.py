@@ -37,7 +37,9 @@ def answer(arguments: list[str]) -> None:
         package = rest[0].partition(".")[0]
         if not package or find_spec(package) is None:
             refuse_module(rest[0])
-    elif first != "architectures":
+    elif first == "architectures":
+        parse_architectures(rest)
+    else:
         script = Path(first, "__main__.py") if Path(first).is_dir() else Path(first)
         if not script.exists():
             refuse(f"there is no script {first!r}; {USAGE}")
@@ -50,6 +52,14 @@ def parse_export(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("out", help="new folder")
     parser.add_argument("--base", help="folder or hub id of the base; default: the one that the adapter names")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    return parser.parse_args(arguments)
+
+
+def parse_architectures(arguments: list[str]) -> argparse.Namespace:
+    """The arguments of ``architectures``."""
+    about = "Print the table of architectures, or what a control would read and write in a model."
+    parser = argparse.ArgumentParser("python -m peft_control architectures", description=about)
+    parser.add_argument("model", nargs="?", help="folder or hub id, of which the configuration alone is read")
     return parser.parse_args(arguments)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from .architectures import find_layers, layer_index
 from .config import ControlConfig
 from .control_layer import CANNOT_MERGE, COMBINATIONS, STAYS, ControlLayer
+from .fp8_experts import InFp8
 
 
 class ControlModel(LoraModel):
@@ -208,8 +209,11 @@ class ControlModel(LoraModel):
     # -- what can be merged, and what not -------------------------------------------------------------------
 
     def _check_merge_allowed(self):
-        if not any(isinstance(module, LoraLayer) for module in self.model.modules()):
+        adapted = [module.get_base_layer() for module in self.model.modules() if isinstance(module, LoraLayer)]
+        if not adapted:
             raise ValueError(CANNOT_MERGE)
+        if any(isinstance(module, InFp8) for module in adapted):
+            raise ValueError(NOT_INTO_FP8)
         super()._check_merge_allowed()
         warnings.warn(STAYS, stacklevel=4)
 
@@ -240,6 +244,8 @@ NO_GRADIENT = (
     "experts in MXFP4 pass no gradient on, so nothing can be trained below them: load the model with "
     "quantization_config=Mxfp4Config(dequantize=True)"
 )
+
+NOT_INTO_FP8 = "LoRA and DoRA are not merged into an FP8 base: load the base in 16 bits and merge there"
 
 
 def _give_names(module, args, kwargs, names):

@@ -23,7 +23,7 @@ from .device import describe_device, select_device
 #: The environment of a process whose tensors change their sizes.
 EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 #: Options that say how a benchmark is run, not what it measures.
-_HOW = ("output", "worker", "left", "max_minutes", "result", "accumulate")
+_HOW = ("output", "worker", "left", "max_minutes")
 
 
 # -- timing -----------------------------------------------------------------------------------------------------

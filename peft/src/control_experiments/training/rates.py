@@ -14,38 +14,30 @@ SEARCH_FOLDER = "learning_rate_search"
 SEARCH_SEED = 0
 
 
-def choose_rates(scores: dict[tuple[str, str], dict[str, float | None]], file: Path, model: str) -> dict[tuple[str, str], str]:
-    """(task, method) -> the learning rate with the best score, the smallest of equals.
+def choose_rate(scores: dict[float, float | None], file: Path, model: str, task: str, method: str) -> float | None:
+    """The learning rate with the best score, the smallest of equals; None if all diverged.
 
-    Scores and choices are also noted in `file`, where what is noted of other tasks and methods stays. Several processes may
+    Scores and choice are also noted in `file`, where what is noted of other tasks and methods stays. Several processes may
     do so at once.
 
     Args:
-        scores: (task, method) -> learning rate -> score, or None if the training diverged; of finished runs alone.
+        scores: learning rate -> score, or None if the training diverged; of finished runs alone.
 
     Raises UserError: `file` is broken.
     """
-    chosen, entries = {}, {}
-    for key, tried in scores.items():
-        found = {rate: score for rate, score in tried.items() if score is not None}
-        if found:
-            chosen[key] = max(found, key=lambda rate: (found[rate], -float(rate)))
-        entries[key] = {"task": key[0], "method": key[1], "chosen": chosen.get(key), "scores": tried}
+    found = {rate: score for rate, score in scores.items() if score is not None}
+    chosen = max(found, key=lambda rate: (found[rate], -rate), default=None)
     file.parent.mkdir(parents=True, exist_ok=True)
     with (file.parent / ".lock").open("w") as lock:
         # else another process's entry could be lost between reading and writing
         fcntl.flock(lock, fcntl.LOCK_EX)
-        entries = {**_noted(file), **entries}
-        contents = {"model": model, "held out of": "the training data", "rates": [entries[key] for key in sorted(entries)]}
+        try:
+            noted = {(entry["task"], entry["method"]): entry for entry in (read_json(file)["rates"] if file.is_file() else ())}
+        except (UserError, LookupError, TypeError) as error:
+            again = "delete it and run again; the finished runs beside it are not repeated"
+            raise UserError(f"{file} is broken ({error}): {again}") from error
+        tried = {str(rate): score for rate, score in scores.items()}
+        noted[task, method] = {"task": task, "method": method, "chosen": chosen and str(chosen), "scores": tried}
+        contents = {"model": model, "held out of": "the training data", "rates": [noted[key] for key in sorted(noted)]}
         write_json_atomic(file, contents)
     return chosen
-
-
-def _noted(file: Path) -> dict[tuple[str, str], dict]:
-    if not file.is_file():
-        return {}
-    try:
-        return {(entry["task"], entry["method"]): entry for entry in read_json(file)["rates"]}
-    except (UserError, LookupError, TypeError) as error:
-        again = "delete it and run again; the finished runs beside it are not repeated"
-        raise UserError(f"{file} is broken ({error}): {again}") from error

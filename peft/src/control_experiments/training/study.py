@@ -1,17 +1,23 @@
 """A study: each method's learning rate chosen on held-out training data, then runs with it on the test sets.
 
 The protocol is the one of results/README.md. A domain says how a run is named, trained and scored (it subclasses `Study`); which
-runs there are and in which order is decided here, once for all domains. How processes share them out stands in `work.py`.
+runs there are and in which order is decided here, once for all domains.
+
+Any number of processes may work on the same folder, with the same command: each takes the next run that no other one works on,
+under a lock that a dying process lets go of. Finished runs are skipped and unfinished ones resumed, so the same command also
+completes what was interrupted, or what --max_minutes ended. A run that fails stops no other.
 """
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import shlex
 import statistics
 import sys
-from abc import abstractmethod
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from itertools import product
@@ -23,15 +29,17 @@ from transformers.hf_argparser import HfArg
 from ..errors import UserError
 from ..record import read_record
 from .arguments import check_numbers, parse_arguments
-from .rates import SEARCH_FOLDER, SEARCH_SEED, choose_rates
-from .work import Work, WorkOptions, share_out
+from .rates import SEARCH_FOLDER, SEARCH_SEED, choose_rate
+from .work import share_out
 
 #: Options whose record says what "auto" came to.
 SETTLED = ("precision", "dtype", "attention")
+#: Folder for the locks of runs that are worked on.
+LOCKS = ".lock"
 
 
 @dataclass(kw_only=True)
-class StudyOptions(WorkOptions):
+class StudyOptions:
     """What the runs of a study differ in; a domain's options add what they share."""
 
     methods: list[str] = HfArg(
@@ -48,6 +56,12 @@ class StudyOptions(WorkOptions):
     search_share: float = HfArg(default=0.1, help="Share of the training data on which the search scores.")
     search_seeds: list[int] = HfArg(default_factory=lambda: [SEARCH_SEED], help="Of the search.")
     search_only: bool = HfArg(default=False, help="Choose the learning rates and stop there.")
+    gpus: Optional[list[str]] = HfArg(
+        default=None, help="GPUs by index, with a process on each; or all that are visible, or cpu. Default: --device alone."
+    )
+    max_minutes: Optional[float] = HfArg(default=None, help="Begin no run that would end later.")
+    max_hours: Optional[float] = HfArg(default=None, help="The same in hours.")
+    dry_run: bool = HfArg(default=False, help="Print what would be run and run nothing.")
     # what the study itself says of each run
     method: str = field(init=False, default="control")
     seed: int = field(init=False, default=0)
@@ -61,7 +75,14 @@ class StudyOptions(WorkOptions):
         if self.grid and not 0 < self.search_share < 1:
             raise UserError(f"--search_share must lie between 0 and 1, both excluded, got {self.search_share}")
         check_numbers(self, "growth", at_least=0)
-        self.check_work()
+        check_numbers(self, "max_minutes", "max_hours", above=0)
+        if wrong := [gpu for gpu in self.gpus or () if gpu not in ("all", "cpu") and not gpu.isdecimal()]:
+            raise UserError(f"--gpus takes indices, cpu or all, got {wrong[0]!r}")
+
+    @property
+    def minutes(self) -> float | None:
+        """The time that there is."""
+        return 60 * self.max_hours if self.max_hours is not None else self.max_minutes
 
 
 @dataclass(frozen=True)
@@ -111,7 +132,11 @@ class Cell:
         return f"[{kind}] {self.arm.text} on {Path(self.task).stem}, lr {self.lr}, seed {self.seed}"
 
 
-class Study(Work):
+class TimeIsUp(Exception):
+    """The next run would not end in time."""
+
+
+class Study(ABC):
     """Runs what is left of a study; subclasses know their domain.
 
     Args:
@@ -124,8 +149,11 @@ class Study(Work):
     untrained: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: StudyOptions, model: str, tasks: Sequence[str], output: Path):
-        super().__init__(options, output)
+        self.options, self.output = options, output
         self.model, self.tasks = model, list(tasks)
+        self.end = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+        self.longest = 0.0
+        self.failed: dict[str, str] = {}
         self.arms = [Arm(text) for text in dict.fromkeys(options.methods)]
         self._scores: dict[Cell, float] = {}
         self._chosen: dict[tuple[str, Arm], float | None] = {}
@@ -205,13 +233,13 @@ class Study(Work):
                     scores[rate] = statistics.fmean(self._scores[cell] for cell in cells)
             if left:
                 return left
-            chosen = choose_rates({key: {str(rate): scores[rate] for rate in rates}}, notes, self.model).get(key)
-            best = rates[0] if chosen is None else float(chosen)
+            chosen = choose_rate({rate: scores[rate] for rate in rates}, notes, self.model, *key)
+            best = rates[0] if chosen is None else chosen
             if grown == self.options.growth or len(rates) < 2 or best not in (rates[0], rates[-1]):
                 break
             low = best == rates[0]
             rates = [beyond(rates[0], rates[1]), *rates] if low else [*rates, beyond(rates[-1], rates[-2])]
-        self._chosen[task, arm] = None if chosen is None else float(chosen)
+        self._chosen[task, arm] = chosen
         if chosen is not None:
             print(f"{arm.text} on {key[0]}: lr {chosen} is chosen", flush=True)
         return []
@@ -241,8 +269,57 @@ class Study(Work):
 
     # -- doing it ---------------------------------------------------------------------------------------------
 
+    def show(self) -> None:
+        """Print what the next runs are."""
+        for cell in self.left():
+            print(self.command(cell))
+
+    def run(self) -> None:
+        """Work until nothing is left, or the time is up. Raises UserError: runs failed, or a finished run has other
+        settings."""
+        lost, told = [], ""
+        try:
+            while left := [cell for cell in self.left() if self.name(cell) not in self.failed]:
+                if not any(self.take(cell) for cell in left):  # other processes work on all that is left
+                    self.check_time()
+                    time.sleep(0.5)
+            lost, told = self.lost(), self.told()
+        except TimeIsUp:
+            told = f"the next run does not fit into {self.options.minutes:g} minutes: the same command goes on"
+        if lost := [*lost, *(f"{name} failed: {why}" for name, why in self.failed.items())]:
+            raise UserError("; ".join(lost))
+        print(told)
+
     def name(self, cell: Cell) -> str:
         return self.folder(cell).name
+
+    def lock(self, cell: Cell) -> Path:
+        return self.output / LOCKS / self.name(cell)
+
+    def take(self, cell: Cell) -> bool:
+        """Do the run unless another process holds its lock, or has finished it; whether it was tried here. Raises TimeIsUp."""
+        self.lock(cell).parent.mkdir(parents=True, exist_ok=True)
+        with self.lock(cell).open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            if self.is_done(cell):
+                return False
+            self.check_time()
+            began = time.monotonic()
+            try:
+                self.work(cell)
+            except UserError as error:
+                self.failed[self.name(cell)] = str(error)
+                print(f"warning: {self.name(cell)} failed: {error}", file=sys.stderr, flush=True)
+            self.longest = max(self.longest, time.monotonic() - began)
+            return True
+
+    def check_time(self) -> None:
+        """Raises TimeIsUp: a run that takes as long as the longest one so far would not end in time."""
+        if self.end is not None and time.monotonic() + self.longest > self.end:
+            raise TimeIsUp
 
     def failure(self, cell: Cell) -> str:
         """Why a run cannot be finished, which its lock notes; empty if it can."""
@@ -317,7 +394,7 @@ def run_study(study: type[Study], options: type[StudyOptions], description: str 
     asked.check()
     if given.dry_run:
         return asked.show()
-    if (place := share_out(given, given.device)) is None:
+    if (place := share_out(given.gpus or [given.device])) is None:
         return
     from .device import select_device  # with torch, for which --help and a wrong option do not wait
 
