@@ -80,9 +80,11 @@ def ends(options, method, shard, accumulate, result):
     if os.environ["RANK"] == "0":
         result.write_text('{"longest_tokens": 512}' if shard == "fsdp2" else "{}")
         time.sleep(60)
+    while not result.is_file():
+        time.sleep(0.1)
+    time.sleep(1)
     if method == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(1)
     raise RuntimeError("out of memory")
 
 

@@ -272,7 +272,9 @@ def save(figure: Figure, path: Path) -> Path:
 def svg(figure: Figure) -> str:
     """The picture as an element of a page, the same for the same records and matplotlib."""
     output = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results"}):
+    # every text of an SVG names all its fonts
+    fonts = {"font.sans-serif": ["DejaVu Sans", "Verdana"]}
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results", **fonts}):
         figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
     text = output.getvalue()
     unwanted = r' (?:width|height)="[\d.]+pt"|\s*<metadata>.*?</metadata>|(?<=\n) +'
