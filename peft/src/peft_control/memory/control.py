@@ -51,12 +51,14 @@ def active(control: ControlLayer | None, state: torch.Tensor | None = None) -> l
     """The active adapters of a control; their weights are cast once for all chunks of a ``state``, if that is given."""
     if control is None or control.disable_adapters:
         return []
-    cast = state is not None and state.numel() >= _CAST_FROM * state.shape[-1]
-    dtype, found = compute_dtype(state) if cast else None, []
+    cast = None
+    if state is not None and state.numel() >= _CAST_FROM * state.shape[-1]:
+        cast = compute_dtype(state)
+    found = []
     for name in control.active_adapters:
         if name in control.control_A:
             down, up = control.linears(name)
-            weights = (down.weight.to(dtype), up.weight.to(dtype)) if cast else (down.weight, up.weight)
+            weights = (down.weight.to(cast), up.weight.to(cast)) if cast else (down.weight, up.weight)
             drop = control.dropout[name] if control.training else 0.0
             found.append(Active(down, up, control.alpha[name], drop, *weights))
     return found
