@@ -295,7 +295,17 @@ class TestOnGpu:
     def test_bytes_are_transposed(self):
         for shape in ((4096, 1024), (200, 48), (1, 7)):
             weight = torch.randint(0, 256, shape, dtype=torch.uint8)
-            assert torch.equal(fp8.transposed(weight.cuda()).cpu(), weight.t())
+            found, ones = fp8.transposed(weight.cuda())
+            assert torch.equal(found.cpu(), weight.t()) and torch.equal(ones.cpu(), torch.ones(1, shape[1]))
+
+    def test_rows_of_a_norm(self):
+        for width in (96, 4096):
+            x, weight = (random(size, width, seed=size, spread=1).bfloat16().cuda() for size in (67, 1))
+            (q, scale), rstd = kernels.rms_norm_rows(x, weight[0], 1e-5)
+            normal, expected = kernels.rms_norm(x, weight[0], 1e-5)
+            assert torch.equal(rstd, expected)
+            for a, b in zip((q, scale), fp8.quantize_rows(normal)):
+                assert torch.equal(a.float(), b.float())
 
     @pytest.mark.parametrize("width", [1000, 17000])  # rows that are read once, and twice
     def test_rows_of_swiglu(self, width):
@@ -334,6 +344,7 @@ class TestOnGpu:
 
 INTERPRETED = """
 import torch
+from peft_control import fp8_kernels
 from peft_control.memory import kernels
 
 for width in (96, 1408, 17000):  # rows that are read once, and twice
@@ -346,10 +357,22 @@ for width in (96, 1408, 17000):  # rows that are read once, and twice
     for (q, scale), (other, other_scale) in zip(*both):
         one, two = q.float() * scale, other.float() * other_scale
         assert ((one - two).abs() <= one.abs() / 8 + scale).float().mean() > 0.9
+
+kernels._use_triton = fp8_kernels.uses_kernels = kernels.uses_kernels
+for width in (96, 1408):
+    x, weight = torch.randn(5, width).bfloat16(), torch.randn(width).bfloat16()
+    (q, scale), rstd = kernels.rms_norm_rows(x, weight, 1e-5)
+    normal, expected = kernels.rms_norm(x, weight, 1e-5)
+    assert torch.equal(rstd, expected)
+    for one, two in zip((q, scale), fp8_kernels.quantize_rows(normal)):
+        assert torch.equal(one.float(), two.float())
+weight = torch.randint(0, 256, (300, 48), dtype=torch.uint8)
+found, ones = fp8_kernels.transposed(weight)
+assert torch.equal(found, weight.t()) and torch.equal(ones, torch.ones(1, 48))
 """
 
 
-def test_swiglus_kernels_run_in_tritons_interpreter():
+def test_kernels_run_in_tritons_interpreter():
     """It rounds some numbers to FP8 wrongly; what is seen here is that the kernels get what they ask for."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -52,10 +52,9 @@ def _product(rows, scales, weight, weight_scales, bias, dtype):
     """
     bias = None if bias is None else bias.to(torch.bfloat16)
     if _kernels_take(rows.device, *weight.shape) and len(rows):
-        if weight.stride(0) != 1:
-            weight = transposed(weight).t()  # the kernels read both operands along k
         if weight_scales is None:
-            weight_scales = scales.new_ones(1, weight.shape[1])
+            weight, weight_scales = transposed(weight)
+            weight = weight.t()  # the kernels read both operands along k
         output = torch._scaled_mm(
             rows, weight.view(_WEIGHT), scale_a=scales, scale_b=weight_scales, bias=bias, out_dtype=torch.bfloat16,
             use_fast_accum=True,

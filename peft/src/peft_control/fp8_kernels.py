@@ -77,15 +77,16 @@ def dequantize_rows(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtyp
     return wide.mul_(scale.view(*weight.shape[:-1], 1).to(torch.float32 if dtype == torch.float16 else dtype))
 
 
-def transposed(weight: torch.Tensor) -> torch.Tensor:
-    """A copy ``(columns, rows)`` of bytes ``(rows, columns)``."""
-    if not uses_kernels(weight):
-        return weight.t().contiguous()
+def transposed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A copy ``(columns, rows)`` of bytes ``(rows, columns)``, and the scales ``(1, columns)`` of a product without any: ones,
+    which the same kernel writes."""
     rows, columns = weight.shape
-    out = weight.new_empty(columns, rows)
-    grid = (triton.cdiv(columns, _TILE), triton.cdiv(rows, _TILE))
-    _transpose_kernel[grid](weight.contiguous(), out, rows, columns, TILE=_TILE, num_warps=8)
-    return out
+    if not uses_kernels(weight):
+        return weight.t().contiguous(), torch.ones(1, columns, device=weight.device)
+    out, ones = weight.new_empty(columns, rows), torch.empty(1, columns, dtype=torch.float32, device=weight.device)
+    grid = (-(-columns // _TILE), -(-rows // _TILE))
+    _transpose_kernel[grid](weight.contiguous(), out, ones, rows, columns, TILE=_TILE, num_warps=8)
+    return out, ones
 
 
 def empty_rows(x: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,11 +95,17 @@ def empty_rows(x: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.T
     return q, torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
 
 
+@functools.cache
 def row_launch(width: int, dtype: torch.dtype | None = torch.float8_e4m3fn) -> dict[str, int]:
     """Settings of one program a row, which quantizes to ``dtype`` if that is given."""
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     quantizes = {} if dtype is None else {"EXPONENT": exponent_of(dtype)}
     return {"BLOCK": block, **quantizes, "num_warps": min(max(block // 512, 1), 32)}
+
+
+def power_of_2(number: int) -> int:
+    """The least from ``number`` on; a call of triton's own takes as long as a launch."""
+    return 1 << (number - 1).bit_length()
 
 
 def exponent_of(dtype: torch.dtype) -> int:
@@ -147,7 +154,7 @@ if triton is not None:
         tl.store(y + row * width + column, (value * tl.load(scale + row)).to(y.dtype.element_ty), mask=mask)
 
     @triton.jit
-    def _transpose_kernel(x, y, rows, columns, TILE: tl.constexpr):
+    def _transpose_kernel(x, y, ones, rows, columns, TILE: tl.constexpr):
         row = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
         column = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         tile = tl.load(
@@ -156,3 +163,4 @@ if triton is not None:
         tl.store(
             y + column[:, None] * rows + row[None, :], tl.trans(tile), mask=(column < columns)[:, None] & (row < rows)[None, :]
         )
+        tl.store(ones + column, tl.full((TILE,), 1.0, dtype=tl.float32), mask=(column < columns) & (tl.program_id(1) == 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,60 +32,74 @@ SWITCHED = (
 
 
 class Active(NamedTuple):
-    """An active adapter of a control: A, B, alpha, and the probability of its dropout, or 0 while none is drawn."""
+    """An active adapter of a control: A and B, alpha, and the probability of its dropout, or 0 while none is drawn; the weights
+    in the type of the computation too, where a cast is worth a launch."""
 
     down: nn.Linear
     up: nn.Linear
     alpha: float
     drop: float
+    A: torch.Tensor
+    B: torch.Tensor
 
 
-def _active(control: ControlLayer | None) -> list[Active]:
+#: With fewer tokens casting a weight takes longer than reading it as it is.
+_CAST_FROM = 2048
+
+
+def active(control: ControlLayer | None, state: torch.Tensor | None = None) -> list[Active]:
+    """The active adapters of a control; their weights are cast once for all chunks of a ``state``, if that is given."""
     if control is None or control.disable_adapters:
         return []
-    drop = control.dropout if control.training else dict.fromkeys(control.dropout, 0.0)
-    names = [name for name in control.active_adapters if name in control.control_A]
-    pairs = [control.linears(name) for name in names]
-    return [Active(down, up, control.alpha[name], drop[name]) for name, (down, up) in zip(names, pairs)]
+    cast = None
+    if state is not None and state.numel() >= _CAST_FROM * state.shape[-1]:
+        cast = compute_dtype(state)
+    found = []
+    for name in control.active_adapters:
+        if name in control.control_A:
+            down, up = control.linears(name)
+            weights = (down.weight.to(cast), up.weight.to(cast)) if cast else (down.weight, up.weight)
+            drop = control.dropout[name] if control.training else 0.0
+            found.append(Active(down, up, control.alpha[name], drop, *weights))
+    return found
 
 
-def control_parameters(control: ControlLayer | None) -> list[torch.Tensor]:
-    """Weights and biases of the active adapters, in the order in which :func:`control_backward` returns
-    their gradients."""
-    linears = [linear for adapter in _active(control) for linear in (adapter.down, adapter.up)]
+def control_parameters(adapters: Sequence[Active]) -> list[torch.Tensor]:
+    """Their weights and biases, in the order in which :func:`control_backward` returns their gradients."""
+    linears = [linear for adapter in adapters for linear in (adapter.down, adapter.up)]
     return [parameter for linear in linears for parameter in (linear.weight, linear.bias) if parameter is not None]
 
 
-def control_draws(control: ControlLayer | None) -> bool:
-    """Whether the control's dropout draws random numbers now."""
-    return any(adapter.drop > 0.0 for adapter in _active(control))
+def control_draws(adapters: Sequence[Active]) -> bool:
+    """Whether dropout draws random numbers now."""
+    return any(adapter.drop > 0.0 for adapter in adapters)
 
 
-def control_hidden(control: ControlLayer | None, state) -> list[torch.Tensor]:
-    """What the control's backward needs beside the state ``(tokens, width)``: for each active adapter A(state)
-    after dropout ``(tokens, rank)`` and, with dropout, the mask."""
+def control_hidden(adapters: Sequence[Active], state) -> list[torch.Tensor]:
+    """What the control's backward needs beside the state ``(tokens, width)``: for each adapter A(state) after dropout
+    ``(tokens, rank)`` and, with dropout, the mask."""
     kept = []
-    for down, _, _, drop in _active(control):
-        dtype = compute_dtype(state)
-        hidden = F.linear(state.to(dtype), down.weight.to(dtype), None if down.bias is None else down.bias.to(dtype))
+    dtype = compute_dtype(state) if adapters else None
+    for down, _, _, drop, A, _ in adapters:
+        hidden = F.linear(state.to(dtype), A.to(dtype), None if down.bias is None else down.bias.to(dtype))
         kept += torch.native_dropout(hidden, drop, True) if drop > 0.0 else [hidden]
     return kept
 
 
-def add_control(control: ControlLayer | None, kept, change, state=None, out=None):
+def add_control(adapters: Sequence[Active], kept, change, state=None, out=None):
     """``change + sum of alpha * B(A(state))`` and, for a pre-norm block, ``+ state``; ``(tokens, width)``, in ``out`` if
     given.
 
     ``change`` is what the frozen block adds to the state. All of it is summed before it is rounded once: a control that is
     small against the other two would else be rounded away in half precision, each time and not on average.
     """
-    kept, adapters = list(kept), _active(control)
+    kept = list(kept)
     for adapter in adapters:
-        hidden, up = kept.pop(0), adapter.up
+        hidden = kept.pop(0)
         if adapter.drop > 0.0:
             kept.pop(0)
         last = {"residual": state, "out": out} if adapter is adapters[-1] else {}
-        change = kernels.add_low_rank(change, hidden, up.weight.t(), scale=adapter.alpha, bias=up.bias, **last)
+        change = kernels.add_low_rank(change, hidden, adapter.B.t(), scale=adapter.alpha, bias=adapter.up.bias, **last)
     if adapters:
         return change
     if state is not None:
@@ -92,15 +107,15 @@ def add_control(control: ControlLayer | None, kept, change, state=None, out=None
     return change if out is None else out.copy_(change)
 
 
-def control_backward(control: ControlLayer | None, state, kept, dy, dstate, in_place=True):
+def control_backward(adapters: Sequence[Active], state, kept, dy, dstate, in_place=True):
     """Add the control's part of the state's gradient to ``dstate``, which may be ``dy`` itself, unless that is None;
     return the sum, and the gradients of :func:`control_parameters` in the parameters' dtypes."""
     gradients, through, kept = [], [], list(kept)
-    for down, up, alpha, drop in _active(control):
+    for down, up, alpha, drop, A, B in adapters:
         hidden = kept.pop(0)
         dtype = hidden.dtype
         dy_c, state_c = dy.to(dtype), state.to(dtype)
-        dhidden = _scaled(dy_c @ up.weight.to(dtype), alpha)
+        dhidden = _scaled(dy_c @ B.to(dtype), alpha)
         d_up = _scaled(_product(dy_c.t(), hidden, up.weight.dtype), alpha)
         if drop > 0.0:
             dhidden = dhidden * kept.pop(0) / (1.0 - drop)
@@ -110,9 +125,9 @@ def control_backward(control: ControlLayer | None, state, kept, dy, dstate, in_p
         gradients.append(d_up)
         if up.bias is not None:
             gradients.append(dy.sum(0, dtype=up.bias.dtype).mul_(alpha))
-        through.append((dhidden, down.weight))
-    for dhidden, weight in through if dstate is not None else ():
-        dstate = kernels.add_low_rank(dstate, dhidden, weight, out=dstate if in_place else None)
+        through.append((dhidden, A))
+    for dhidden, A in through if dstate is not None else ():
+        dstate = kernels.add_low_rank(dstate, dhidden, A, out=dstate if in_place else None)
         in_place = True  # it is ours from here on
     return dstate, gradients
 
@@ -136,20 +151,20 @@ class AddControl(torch.autograd.Function):
 
     @classmethod
     def add(cls, state, change, control: ControlLayer | None):
-        if not _active(control):
+        adapters = active(control)
+        if not adapters:
             return state + change  # keeps nothing
-        return cls.apply(state, change, control, *control_parameters(control))
+        if not torch.is_grad_enabled():
+            return _controlled(control, state, change)[0]
+        return cls.apply(state, change, control, *control_parameters(adapters))
 
     @staticmethod
     def forward(ctx, state, change, control, *parameters):
-        width = state.shape[-1]
-        flat = state.reshape(-1, width)
-        kept = control_hidden(control, flat)
-        output = add_control(control, kept, change.reshape(-1, width), flat)
+        output, kept = _controlled(control, state, change)
         ctx.control, ctx.change_dtype, ctx.kept = control, change.dtype, len(kept)
         ctx.parameters, ctx.setting = Parameters(control.modules()), tuner_setting(control)
         ctx.save_for_backward(state, *kept, *ctx.parameters.now())
-        return output.view(state.shape)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -161,6 +176,14 @@ class AddControl(torch.autograd.Function):
         flat = dy.reshape(-1, dy.shape[-1])
         dstate = flat if ctx.needs_input_grad[0] else None
         with ctx.parameters.put_back(parameters):
-            dstate, gradients = control_backward(ctx.control, state.reshape(flat.shape), kept, flat, dstate, in_place=False)
+            adapters = active(ctx.control, kept[0])
+            dstate, gradients = control_backward(adapters, state.reshape(flat.shape), kept, flat, dstate, in_place=False)
         dstate = None if dstate is None else dstate.view(dy.shape)
         return dstate, dy.to(ctx.change_dtype), None, *gradients
+
+
+def _controlled(control, state, change):
+    width = state.shape[-1]
+    flat, adapters = state.reshape(-1, width), active(control, state)
+    kept = control_hidden(adapters, flat)
+    return add_control(adapters, kept, change.reshape(-1, width), flat).view(state.shape), kept

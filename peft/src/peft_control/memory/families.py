@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -106,13 +107,14 @@ def _decoder(layer):
     activation = getattr(inner, "act_fn", None)  # Liger's has none
     if not isinstance(activation, (nn.SiLU, SiLUActivation, type(None))):
         raise ValueError(f"memory modes know decoders with SwiGLU, not {type(activation).__name__}")
-    gradients = decoder_attention_gradients if is_frozen_linear(attention.o_proj) else None
     projections = attention.q_proj, attention.k_proj, attention.v_proj
-    simple = all(map(is_frozen_linear, projections)) and not hasattr(attention, "q_norm")
-    kept = sum(linear.out_features for linear in projections) if gradients and simple else 0
+    frozen = all(map(is_frozen_linear, projections))
+    gradients = partial(decoder_attention_gradients, frozen=frozen) if is_frozen_linear(attention.o_proj) else None
+    simple = gradients and frozen and not hasattr(attention, "q_norm")
+    kept = sum(linear.out_features for linear in projections) if simple else 0
     unadapted = [linear for linear in (*projections, attention.o_proj) if not isinstance(linear, BaseTunerLayer)]
     return Halves(
-        decoder_attention,
+        partial(decoder_attention, frozen=frozen),
         GatedMlp(layer.post_attention_layernorm, inner),
         [layer.post_attention_layernorm, inner],
         by_hand=[layer.input_layernorm, attention, *unadapted],

@@ -8,10 +8,12 @@ because a backward can reuse the buffers it has just consumed.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
-from ..fp8_kernels import empty_rows, exponent_of, quantize_rows, uses_kernels
+from ..fp8_kernels import empty_rows, exponent_of, power_of_2, quantize_rows, uses_kernels
 
 try:
     import triton
@@ -39,13 +41,24 @@ def rms_norm(x, weight, eps, offset=0.0):
         x = x.contiguous()
         y = torch.empty_like(x)
         rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-        block, warps = _row_launch(x.shape[1])
-        _rms_norm_kernel[(x.shape[0],)](x, weight, y, rstd, x.shape[1], eps, offset, BLOCK=block, num_warps=warps)
+        _rms_norm_kernel[(x.shape[0],)](x, weight, y, rstd, x.shape[1], eps, offset, **_row_launch(x.shape[1]))
         return y, rstd
     wide = _wide(x)
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
     y = wide * rstd[:, None] * (_wide(weight) + offset)
     return y.to(x.dtype), rstd
+
+
+def rms_norm_rows(x, weight, eps):
+    """The rows of :func:`rms_norm`, quantized as :func:`quantize_rows` does, and ``rstd``."""
+    if not uses_kernels(x):
+        y, rstd = rms_norm(x, weight, eps)
+        return quantize_rows(y), rstd
+    x, (tokens, width) = x.contiguous(), x.shape
+    q, scale = empty_rows(x, width, torch.float8_e4m3fn)
+    rstd = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    _rms_norm_rows_kernel[(tokens,)](x, weight, q, scale, rstd, width, eps, EXPONENT=exponent_of(q.dtype), **_row_launch(width))
+    return (q, scale), rstd
 
 
 def rms_norm_backward(dy, x, weight, rstd, offset=0.0, residual=None, out=None):
@@ -54,10 +67,9 @@ def rms_norm_backward(dy, x, weight, rstd, offset=0.0, residual=None, out=None):
         dy, x = dy.contiguous(), x.contiguous()
         residual = None if residual is None else residual.contiguous()
         dx = torch.empty_like(x) if out is None else out
-        block, warps = _row_launch(x.shape[1])
         _rms_norm_backward_kernel[(x.shape[0],)](
             dy, x, weight, rstd, residual, dx, x.shape[1], offset,
-            HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=warps,
+            HAS_RESIDUAL=residual is not None, **_row_launch(x.shape[1]),
         )  # fmt: skip
         return dx
     wide, dn = _wide(x), _wide(dy) * (_wide(weight) + offset)
@@ -75,8 +87,7 @@ def layer_norm(x, norm, dtype):
         return norm.forward(x)  # not its hooks: one of them catches the control's state
     x = x.contiguous()
     y = torch.empty_like(x, dtype=dtype)
-    block, warps = _row_launch(x.shape[1])
-    _layer_norm_kernel[(x.shape[0],)](x, norm.weight, norm.bias, y, x.shape[1], norm.eps, BLOCK=block, num_warps=warps)
+    _layer_norm_kernel[(x.shape[0],)](x, norm.weight, norm.bias, y, x.shape[1], norm.eps, **_row_launch(x.shape[1]))
     return y
 
 
@@ -87,10 +98,9 @@ def layer_norm_backward(dy, x, norm, residual=None, out=None):
         dy, x = dy.contiguous(), x.contiguous()
         residual = None if residual is None else residual.contiguous()
         dx = torch.empty_like(x) if out is None else out
-        block, warps = _row_launch(x.shape[1])
         _layer_norm_backward_kernel[(x.shape[0],)](
             dy, x, norm.weight, residual, dx, x.shape[1], norm.eps,
-            HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=warps,
+            HAS_RESIDUAL=residual is not None, **_row_launch(x.shape[1]),
         )  # fmt: skip
         return dx
     # under autocast the norm's own parameters are the wider ones
@@ -123,13 +133,11 @@ def add_low_rank(base, hidden, weight, scale=1.0, bias=None, residual=None, out=
         residual = None if residual is None else residual.contiguous()
         out = torch.empty_like(base, dtype=dtype) if out is None else out
         (tokens, width), rank = base.shape, hidden.shape[1]
-        if tokens >= 2048:  # for fewer a cast takes longer than it saves
-            weight = weight.to(hidden.dtype)
         block_tokens, block_width = _LOW_RANK_TILE if weight.dtype == hidden.dtype else _LOW_RANK_CAST_TILE
-        _add_low_rank_kernel[(triton.cdiv(width, block_width), triton.cdiv(tokens, block_tokens))](
+        _add_low_rank_kernel[(-(-width // block_width), -(-tokens // block_tokens))](
             base, hidden, weight, bias, residual, out, tokens, width, rank, weight.stride(0), weight.stride(1), scale,
             HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-            RANK_BLOCK=min(max(triton.next_power_of_2(rank), 16), 64), BLOCK_TOKENS=block_tokens,
+            RANK_BLOCK=min(max(power_of_2(rank), 16), 64), BLOCK_TOKENS=block_tokens,
             BLOCK_WIDTH=block_width, num_warps=4, num_stages=2,
         )  # fmt: skip
         return out
@@ -175,9 +183,7 @@ def swiglu_rows(gate, up):
         return quantize_rows(swiglu(gate, up))
     width = gate.shape[1]
     q, scale = empty_rows(gate, width, torch.float8_e4m3fn)
-    _swiglu_rows_kernel[(len(gate),)](
-        gate, up, q, scale, gate.stride(0), up.stride(0), width, EXPONENT=exponent_of(q.dtype), **_swiglu_launch(width)
-    )
+    _swiglu_rows_kernel[(len(gate),)](gate, up, q, scale, gate.stride(0), up.stride(0), width, **_swiglu_launch(width, q.dtype))
     return q, scale
 
 
@@ -190,16 +196,18 @@ def swiglu_backward_rows(gate, up, dact, dtype, gate_columns, up_columns):
     (dgate, gate_scale), (dup, up_scale) = (empty_rows(gate, width, dtype) for _ in range(2))
     _swiglu_backward_rows_kernel[(len(gate),)](
         gate, up, dact, gate_columns, up_columns, dgate, gate_scale, dup, up_scale, gate.stride(0), up.stride(0), width,
-        EXPONENT=exponent_of(dtype), **_swiglu_launch(width),
+        **_swiglu_launch(width, dtype),
     )  # fmt: skip
     return (dgate, gate_scale), (dup, up_scale)
 
 
-def _swiglu_launch(width):
+@functools.cache
+def _swiglu_launch(width, dtype):
     """Rows that a program's registers hold are read and computed once, wider ones twice."""
     once = width <= 16384
-    block = triton.next_power_of_2(width) if once else _BLOCK
-    return {"BLOCK": block, "ONCE": once, "num_warps": min(max(block // 1024, 4), 16) if once else 4}
+    block = power_of_2(width) if once else _BLOCK
+    warps = min(max(block // 1024, 4), 16) if once else 4
+    return {"BLOCK": block, "ONCE": once, "EXPONENT": exponent_of(dtype), "num_warps": warps}
 
 
 # -- rotary position embedding ----------------------------------------------------------------------------------
@@ -221,8 +229,7 @@ def rope(query, key, cos, sin, backward=False):
         _rope_kernel[(batch * tokens, 2)](
             query, key, *turned, cos, sin, *query.stride()[:3], *key.stride()[:3], tokens,
             0 if cos.shape[0] == 1 else tokens * dim, heads, key.shape[2],
-            HEADS_BLOCK=triton.next_power_of_2(heads), HALF=dim // 2,
-            HALF_BLOCK=triton.next_power_of_2(dim // 2), SIGN=-1.0 if backward else 1.0,
+            HEADS_BLOCK=power_of_2(heads), HALF=dim // 2, HALF_BLOCK=power_of_2(dim // 2), SIGN=-1.0 if backward else 1.0,
         )  # fmt: skip
         return turned
     half = query.shape[-1] // 2
@@ -266,17 +273,18 @@ def cross_entropy_(logits, labels):
 # -- Triton -----------------------------------------------------------------------------------------------------
 
 _BLOCK = 2048
-_LOW_RANK_TILE, _LOW_RANK_CAST_TILE = (64, 128), (64, 64)  # tokens, width; where each tile casts the weight
+_LOW_RANK_TILE, _LOW_RANK_CAST_TILE = (64, 128), (64, 64)  # tokens, width; the second where each tile casts the weight
 
 
 def _grid(x: torch.Tensor) -> tuple[int, int]:
-    return x.shape[0], triton.cdiv(x.shape[1], _BLOCK)
+    return x.shape[0], -(-x.shape[1] // _BLOCK)
 
 
-def _row_launch(width: int) -> tuple[int, int]:
-    """Block size and warps for one program per row."""
-    block = triton.next_power_of_2(width)
-    return block, min(max(block // 256, 1), 16)
+@functools.cache
+def _row_launch(width: int) -> dict[str, int]:
+    """Settings of one program a row."""
+    block = power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}
 
 
 if triton is not None:
@@ -291,6 +299,19 @@ if triton is not None:
         w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32) + offset
         tl.store(rstd + row, scale)
         tl.store(y + row * width + column, value * scale * w, mask=mask)
+
+    @triton.jit
+    def _rms_norm_rows_kernel(x, weight, q, q_scale, rstd, width, eps, EXPONENT: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        mask = column < width
+        value = tl.load(x + row * width + column, mask=mask, other=0.0).to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(value * value) / width + eps)
+        w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(rstd + row, scale)
+        normal = (value * scale * w).to(x.dtype.element_ty).to(tl.float32)  # rounded as rms_norm rounds
+        normal *= factor_of(tl.max(magnitude(normal)), q_scale + row, EXPONENT)
+        tl.store(q + row * width + column, normal.to(q.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _rms_norm_backward_kernel(

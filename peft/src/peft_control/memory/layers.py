@@ -32,7 +32,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
 from ..control_layer import ControlLayer
-from .control import SWITCHED, control_backward, control_draws, control_hidden, control_parameters, tuner_setting
+from .control import (
+    SWITCHED,
+    Active,
+    active,
+    control_backward,
+    control_draws,
+    control_hidden,
+    control_parameters,
+    tuner_setting,
+)
 from .exact import Parameters, touches
 from .mlp import Mlp, probabilities, tokens
 from .offload import HostStates, Waiting
@@ -52,8 +61,8 @@ class Halves:
         mlp_modules: the modules that it consists of.
         by_hand: what else is not called as a module.
         recompute_attention: whether mode "balanced" recomputes the attention half, whose ``recompute`` then says how.
-        attention_gradients: ``(layer, state, dy, inputs, kept=..., **arguments)`` -> the gradients of ``inputs`` and of
-            the block's control's parameters, for a backward that need not compute the attention block's output; ``dy``
+        attention_gradients: ``(layer, state, dy, inputs, adapters, kept=..., **arguments)`` -> the gradients of ``inputs``
+            and of the block's control's ``adapters``, for a backward that need not compute the attention block's output; ``dy``
             is overwritten, ``kept`` is what ``attention`` gave to its argument ``keep``. Or None.
         attention_kept: how many numbers a token that is.
         of_many_tokens: how mode "lean" works layers of many tokens (``long.py``), or None.
@@ -148,7 +157,7 @@ class LayerPlan:
     def draws(self) -> bool:
         """Whether the layer's forward draws random numbers."""
         return any(state["training"] and state[name] > 0.0 for state, name in self.dropouts) or any(
-            map(control_draws, self.controls)
+            control_draws(active(control)) for control in self.controls
         )
 
     @torch.compiler.disable  # its kernels are written by hand; what lies between the layers is compiled
@@ -294,8 +303,9 @@ class Call:
         assert self.plan.host is not None
         return self.plan.host
 
-    def control(self, block: str) -> ControlLayer | None:
-        return getattr(self.layer, f"{block}_control", None)
+    def adapters(self, block: str, state: torch.Tensor) -> list[Active]:
+        """The active adapters of a block's control, for a state."""
+        return active(getattr(self.layer, f"{block}_control", None), state)
 
 
 class AttentionCall(Call):
@@ -327,12 +337,13 @@ class AttentionCall(Call):
     def attention_backward(self, state, kept, dy, trained):
         """The gradient of the attention half's state, if that needs one, and pairs of what is trained there and its gradient.
         ``dy`` is overwritten."""
-        own = control_parameters(self.control("attention"))
+        adapters = self.adapters("attention", state)
+        own = control_parameters(adapters)
         others = _besides(trained, own)
         inputs = [*([state] if state.requires_grad else []), *others]
         with torch.enable_grad():
             found, of_control = self.halves.attention_gradients(
-                self.layer, state, dy, inputs, *self.arguments, kept=kept, **self.named
+                self.layer, state, dy, inputs, adapters, *self.arguments, kept=kept, **self.named
             )
         dstate = found.pop(0) if state.requires_grad else None
         return dstate, [*zip(own, of_control), *zip(others, found)]
@@ -342,26 +353,27 @@ class MlpCall(Call):
     """The MLP block with its control (modes fast and balanced)."""
 
     def forward(self, state):
-        plan, control = self.plan, self.control("mlp")
-        self.in_chunks = plan.keep == 0 and not control_draws(control)
+        plan, adapters = self.plan, self.adapters("mlp", state)
+        self.in_chunks = plan.keep == 0 and not control_draws(adapters)
         if self.in_chunks:
-            return forward_in_chunks(plan, state, control), [state]
+            return forward_in_chunks(plan, state, adapters), [state]
         keep = plan.keep if self.needs_dstate else 0  # the first layer's state may need no gradient
         output = torch.empty_like(state, memory_format=torch.contiguous_format)
-        _, kept, control_kept = plan.mlp.forward(tokens(state), keep, control, out=tokens(output))
+        _, kept, control_kept = plan.mlp.forward(tokens(state), keep, adapters, out=tokens(output))
         self.split = len(kept)
         return output, [state, *kept, *control_kept]
 
     def backward(self, saved, dy, trained):
-        plan, control, (state, *kept) = self.plan, self.control("mlp"), saved
+        plan, (state, *kept) = self.plan, saved
         flat, dflat, needed = tokens(state), tokens(dy), self.needs_dstate
         with self.autocast():
+            adapters = self.adapters("mlp", state)
             if self.in_chunks:
-                dstate, sums = backward_in_chunks(plan, flat, dflat, control, needed)
+                dstate, sums = backward_in_chunks(plan, flat, dflat, adapters, needed)
             else:
                 dstate = plan.mlp.backward(flat, kept[: self.split], dflat) if needed else None
-                dstate, sums = control_backward(control, flat, kept[self.split :], dflat, dstate)
-        return None if dstate is None else dstate.view(state.shape), zip(control_parameters(control), sums)
+                dstate, sums = control_backward(adapters, flat, kept[self.split :], dflat, dstate)
+        return None if dstate is None else dstate.view(state.shape), zip(control_parameters(adapters), sums)
 
 
 class LeanCall(AttentionCall):
@@ -384,7 +396,7 @@ class LeanCall(AttentionCall):
             middle = self.halves.attention(self.layer, state, *self.arguments, **named)
             if from_the_middle:
                 self.wait_on_host(middle, own=0)
-            output = forward_in_chunks(plan, middle, self.control("mlp"))
+            output = forward_in_chunks(plan, middle, self.adapters("mlp", middle))
         return output, [] if room else [state]
 
     def keep(self, state, *more):
@@ -397,17 +409,18 @@ class LeanCall(AttentionCall):
         return backward(saved, dy, trained)
 
     def backward_from_the_start(self, saved, dy, trained):
-        plan, control = self.plan, self.control("mlp")
         (state,) = self.host.pop(self.tickets[0]) if self.tickets else saved
+        with self.autocast():
+            adapters = self.adapters("mlp", state)
         state = state.detach().requires_grad_(self.needs_dstate)
-        own = control_parameters(control)
+        own = control_parameters(adapters)
         others = _besides(trained, own)
         inputs = [*([state] if state.requires_grad else []), *others]
         with self.autocast(), self.random.again(), torch.enable_grad():
             middle = self.halves.attention(self.layer, state, *self.arguments, **self.named)
             # what the MLP drew must be drawn again even where its gradient is not wanted
             needed = bool(inputs) or self.draws
-            dmiddle, sums = backward_in_chunks(plan, tokens(middle.detach()), tokens(dy), control, needed)
+            dmiddle, sums = backward_in_chunks(self.plan, tokens(middle.detach()), tokens(dy), adapters, needed)
         found: list = [None] * len(inputs)
         if dmiddle is not None and inputs and middle.requires_grad:  # else they are an inactive adapter's
             found = list(torch.autograd.grad(middle, inputs, dmiddle.view(middle.shape), allow_unused=True))
@@ -417,13 +430,14 @@ class LeanCall(AttentionCall):
     def backward_from_the_middle(self, saved, dy, trained):
         """The same where the state between the halves waits on the host too. What waits is popped when it is needed: the copy
         of what comes next travels meanwhile."""
-        plan, control = self.plan, self.control("mlp")
-        own = control_parameters(control)
-        others = _besides(trained, own)
         (middle,) = self.host.pop(self.tickets[1])
-        needed = self.needs_dstate or bool(others)
         with self.autocast():
-            dmiddle, sums = backward_in_chunks(plan, tokens(middle), tokens(dy), control, needed)
+            adapters = self.adapters("mlp", middle)
+            own = control_parameters(adapters)
+            others = _besides(trained, own)
+            needed = self.needs_dstate or bool(others)
+            dmiddle, sums = backward_in_chunks(self.plan, tokens(middle), tokens(dy), adapters, needed)
+            del adapters
             del middle  # long sequences need its memory
             state, *kept = self.host.pop(self.tickets[0])
             if dmiddle is None:
@@ -439,27 +453,28 @@ def _besides(parameters, *others):
     return [parameter for parameter in parameters if id(parameter) not in known]
 
 
-def forward_in_chunks(plan: LayerPlan, state: torch.Tensor, control: ControlLayer | None) -> torch.Tensor:
+def forward_in_chunks(plan: LayerPlan, state: torch.Tensor, adapters: Sequence[Active]) -> torch.Tensor:
     """The MLP block's output with its control, ``plan.chunk`` tokens at a time; nothing is kept."""
     output, mlp = torch.empty_like(state, memory_format=torch.contiguous_format), plan.mlp.for_chunks(state)
     for piece, into in zip(tokens(state).split(plan.chunk), tokens(output).split(plan.chunk)):
-        mlp.forward(piece, 0, control, out=into)
+        mlp.forward(piece, 0, adapters, out=into)
     return output
 
 
 @torch.no_grad()
 def backward_in_chunks(
-    plan: LayerPlan, state: torch.Tensor, dy: torch.Tensor, control: ControlLayer | None, needed: bool
+    plan: LayerPlan, state: torch.Tensor, dy: torch.Tensor, adapters: Sequence[Active], needed: bool
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """The gradient of :func:`forward_in_chunks`'s state ``(tokens, width)``, if ``needed``, and of the control."""
     dstate = torch.empty_like(state, memory_format=torch.contiguous_format) if needed else None
-    mlp, hidden = plan.mlp.for_chunks(state), []
+    mlp, drawn, drawing = plan.mlp.for_chunks(state), [], control_draws(adapters)
     for rows in (slice(start, start + plan.chunk) for start in range(0, len(state), plan.chunk)):
-        # MLP, then control, as in the forward: so dropout draws the same numbers
         if dstate is not None:
             mlp.backward(state[rows], (), dy[rows], out=dstate[rows])
-        hidden.append(control_hidden(control, state[rows]))
-    return control_backward(control, state, [*map(torch.cat, zip(*hidden))], dy, dstate)
+        if drawing:  # MLP, then control, as in the forward: so dropout draws the same numbers
+            drawn.append(control_hidden(adapters, state[rows]))
+    hidden = [*map(torch.cat, zip(*drawn))] if drawing else control_hidden(adapters, state)
+    return control_backward(adapters, state, hidden, dy, dstate)
 
 
 def autocast_state(tensor: torch.Tensor) -> Callable[[], torch.autocast]:

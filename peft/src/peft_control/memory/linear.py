@@ -12,6 +12,7 @@ from torch import nn
 
 from ..fp8 import Fp8Linear
 from ..fp8_kernels import compute_dtype, quantize_rows
+from . import kernels
 from .exact import is_as_written
 
 #: Where transformers has the layers of bases that are stored in FP8 with a scale a block (`weight_scale_inv`).
@@ -98,6 +99,15 @@ def outputs(x: torch.Tensor, *linears: nn.Linear) -> tuple[torch.Tensor, ...]:
         return tuple(linear(x) for linear in linears)
     rows = ready(x.reshape(-1, x.shape[-1]), linears[0])
     return tuple(of_ready(rows, linear, compute_dtype(x)).view(*x.shape[:-1], linear.out_features) for linear in linears)
+
+
+def outputs_of_normal(x: torch.Tensor, norm: Any, *linears: nn.Linear) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """The outputs of frozen linear layers of ``RMSNorm(x)``, for ``x`` ``(tokens, in)``, and the norm's factors."""
+    if x.dtype == compute_dtype(x) and all(isinstance(linear, Fp8Linear) for linear in linears):
+        rows, rstd = kernels.rms_norm_rows(x, norm.weight, norm.variance_epsilon)
+        return tuple(of_ready(rows, linear, x.dtype) for linear in linears), rstd
+    normal, rstd = kernels.rms_norm(x, norm.weight, norm.variance_epsilon)
+    return outputs(normal, *linears), rstd
 
 
 def ready(x: torch.Tensor, linear: nn.Linear) -> tuple[torch.Tensor, ...]:

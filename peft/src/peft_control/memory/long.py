@@ -31,7 +31,7 @@ from ..fp8 import Fp8Linear
 from ..fp8_kernels import compute_dtype
 from . import kernels
 from .attention import attend
-from .control import add_control, control_backward, control_draws, control_hidden, control_parameters
+from .control import active, add_control, control_backward, control_draws, control_hidden, control_parameters
 from .exact import is_as_written
 from .layers import Call
 from .linear import cast_once, input_gradient, is_frozen_linear, of_ready, ready, rows_are_apart, rows_of
@@ -40,7 +40,8 @@ from .mlp import tokens
 #: From so many tokens on. With fewer, larger matmuls count for more than memory does.
 FROM_TOKENS = 8192
 
-#: So many groups at most: each has a whole number of keys' and values' heads, and the queries' heads that read them.
+#: So many groups at most: each has a whole number of keys' and values' heads, and the queries' heads that read them. Of
+#: FROM_TOKENS tokens there are two, and more as the tokens do: what is small is launch-bound, and needs less memory anyway.
 _GROUPS = 8
 
 #: Chunks of projections are so many of the MLP's, whose intermediate tensors are larger.
@@ -190,7 +191,7 @@ class LongRows:
     def __init__(self, layer, plan, state, attention_mask=None, *, position_embeddings, **named):
         self.plan, self.attention, self.shape = plan, layer.self_attn, state.shape
         self.state, self.norm, self.mlp = tokens(state), layer.input_layernorm, plan.mlp.for_chunks(state)
-        self.controls = [getattr(layer, f"{block}_control", None) for block in ("attention", "mlp")]
+        self.controls = [active(getattr(layer, f"{block}_control", None), state) for block in ("attention", "mlp")]
         self.mask, self.angles, self.named = attention_mask, position_embeddings, named
         self.dtype, attention = compute_dtype(state), self.attention
         self.normals: list | None = None
@@ -198,7 +199,8 @@ class LongRows:
         self.projections = [cast_once(x, self.dtype) for x in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self.project_back = cast_once(attention.o_proj, self.dtype)
         heads = attention.k_proj.out_features // attention.head_dim
-        self.groups = max(number for number in range(1, _GROUPS + 1) if heads % number == 0)
+        most = min(2 * len(self.state) // FROM_TOKENS, _GROUPS)
+        self.groups = max(number for number in range(1, most + 1) if heads % number == 0)
         self.widths = [linear.out_features // self.groups for linear in self.projections]
 
     def attend(self, graph: bool = True) -> list[Group]:

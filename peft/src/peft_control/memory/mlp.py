@@ -19,8 +19,8 @@ from transformers.activations import GELUActivation, GELUTanh
 from ..fp8 import FORMATS, Fp8Linear
 from ..fp8_kernels import compute_dtype
 from . import kernels
-from .control import add_control, control_hidden
-from .linear import cast_once, input_gradient, is_frozen_linear, outputs
+from .control import Active, add_control, control_hidden
+from .linear import cast_once, input_gradient, is_frozen_linear, outputs_of_normal
 
 
 class Mlp:
@@ -58,9 +58,11 @@ class Mlp:
         twin.linears = [cast_once(linear, compute_dtype(state)) for linear in self.linears]
         return twin
 
-    def forward(self, state, keep, control=None, out=None) -> tuple[torch.Tensor, Sequence[torch.Tensor], list[torch.Tensor]]:
-        """The block's output with its ``control``, in ``out`` if given; what ``keep`` asks it to keep; and what the control's
-        backward needs."""
+    def forward(
+        self, state, keep, adapters: Sequence[Active] = (), out=None
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor], list[torch.Tensor]]:
+        """The block's output with its control's ``adapters``, in ``out`` if given; what ``keep`` asks it to keep; and what the
+        control's backward needs."""
         raise NotImplementedError
 
     def backward(self, state, kept, dy, out=None) -> torch.Tensor:
@@ -116,46 +118,47 @@ class GatedMlp(Mlp):
         )
         return linears if plain else []
 
-    def forward(self, state, keep, control=None, out=None):
+    def forward(self, state, keep, adapters=(), out=None):
         gate_proj, up_proj, down = self.linears
-        normal, rstd = self._normalise(state)
         # what is kept alone must not be a part of something larger, and chunks are no faster
         weight = self._stacked() if keep == 2 else None
         if weight is None:
-            gate, up = outputs(normal, gate_proj, up_proj)
+            (gate, up), rstd = outputs_of_normal(state, self.norm, gate_proj, up_proj)
         else:
+            normal, rstd = kernels.rms_norm(state, self.norm.weight, self.norm.variance_epsilon)
             gate, up = F.linear(normal, weight).chunk(2, dim=-1)
-        del normal
+            del normal
         if isinstance(down, Fp8Linear):
             change = down.of_rows(*kernels.swiglu_rows(gate, up), gate.dtype)
         else:
             change = down(kernels.swiglu(gate, up))
-        hidden = control_hidden(control, state)
+        hidden = control_hidden(adapters, state)
         kept = (gate, up, rstd) if keep == 2 else (gate,)[:keep]
-        return add_control(control, hidden, change, state, out), kept, hidden
+        return add_control(adapters, hidden, change, state, out), kept, hidden
 
     def backward(self, state, kept, dy, out=None):
         if len(kept) == 3:
-            gate, up, rstd = kept
+            *inner, rstd = kept
         else:
-            normal, rstd = self._normalise(state)
-            if kept:
-                gate, up = kept[0], self.linears[1](normal)
-            else:
-                gate, up = outputs(normal, *self.linears[:2])
-            del normal
-        dnormal = self._normals_gradient(gate, up, dy.to(gate.dtype))
+            found, rstd = outputs_of_normal(state, self.norm, *self.linears[len(kept) : 2])
+            inner = [*kept, *found]
+            del found
+        dnormal = self._normals_gradient(inner, dy.to(inner[0].dtype))
         return kernels.rms_norm_backward(dnormal, state, self.norm.weight, rstd, residual=dy, out=out)
 
-    def _normals_gradient(self, gate, up, dchange):
-        """The gradient of the normalised state; gate and up are overwritten."""
+    def _normals_gradient(self, inner, dchange):
+        """The gradient of the normalised state; gate and up, which leave the list ``inner``, are overwritten."""
         gate_proj, up_proj, down_proj = self.linears
         dact = input_gradient(dchange, down_proj)
+        gate, up = inner
+        inner.clear()
         if isinstance(gate_proj, Fp8Linear) and isinstance(up_proj, Fp8Linear):
             dtype, scales = FORMATS[gate_proj.gradients], [x.weight_scale.float() for x in (gate_proj, up_proj)]
             of_gate, of_up = kernels.swiglu_backward_rows(gate, up, dact, dtype, *scales)
-            dnormal = gate_proj.gradient_of_rows(*of_gate, dact.dtype)
-            return dnormal.add_(up_proj.gradient_of_rows(*of_up, dact.dtype))
+            dtype = dact.dtype
+            del gate, up, dact  # the products need as much memory
+            dnormal = gate_proj.gradient_of_rows(*of_gate, dtype)
+            return dnormal.add_(up_proj.gradient_of_rows(*of_up, dtype))
         dgate, dup = kernels.swiglu_backward_(gate, up, dact)
         del dact
         both = _as_one(dgate, dup)
@@ -163,9 +166,6 @@ class GatedMlp(Mlp):
         if both is not None and weight is not None:
             return both @ weight.to(both.dtype)
         return input_gradient(dup, up_proj, add_to=input_gradient(dgate, gate_proj))
-
-    def _normalise(self, state):
-        return kernels.rms_norm(state, self.norm.weight, self.norm.variance_epsilon)
 
 
 class PreNormMlp(Mlp):
@@ -192,7 +192,7 @@ class PreNormMlp(Mlp):
     def draws(self) -> bool:
         return any(draws(module) for module in self.dropouts)
 
-    def forward(self, state, keep, control=None, out=None):
+    def forward(self, state, keep, adapters=(), out=None):
         first, *rest = self.linears
         inner = first(self._normalise(state))
         change = self.activation(inner)
@@ -200,8 +200,8 @@ class PreNormMlp(Mlp):
             change = linear(change)
         if self.scale is not None:
             change = change * self.scale
-        hidden = control_hidden(control, state)
-        return add_control(control, hidden, change, state, out), (inner,)[:keep], hidden
+        hidden = control_hidden(adapters, state)
+        return add_control(adapters, hidden, change, state, out), (inner,)[:keep], hidden
 
     def backward(self, state, kept, dy, out=None):
         first, *rest = self.linears
@@ -237,14 +237,14 @@ class PostNormMlp(Mlp):
         change = self.linears[1](self.activation(inner))
         return torch.native_dropout(change, self.dropout.p, True) if draws(self.dropout) else (change,)
 
-    def forward(self, state, keep, control=None, out=None):
+    def forward(self, state, keep, adapters=(), out=None):
         inner = self.linears[0](state)
         change = self._change(inner)
         kept = (*change, inner) if keep == 2 else tuple(change) if keep == 1 else ()
         total = change[0] + state
-        hidden = control_hidden(control, state)
+        hidden = control_hidden(adapters, state)
         normal = kernels.layer_norm(total, self.norm, total.dtype)
-        return add_control(control, hidden, normal, out=out), kept, hidden
+        return add_control(adapters, hidden, normal, out=out), kept, hidden
 
     def backward(self, state, kept, dy, out=None):
         (first, second), kept, masked = self.linears, list(kept), draws(self.dropout)
