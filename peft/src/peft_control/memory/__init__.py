@@ -195,7 +195,7 @@ def _plan_layers(model, mode, chunk_tokens, offload, paced, on_unsupported):
 def _is_layer(module):
     """Whether ``module`` is a transformer layer: one with a row of its own, or with a control."""
     controlled = any(isinstance(child, ControlLayer) for child in module.children())
-    return controlled or any(row.matches_class(kind_of(module)) for row in ARCHITECTURES)
+    return controlled or any(row.matches(kind_of(module)) for row in ARCHITECTURES)
 
 
 def _hides_copies(layer, plan, more=0):

@@ -59,7 +59,7 @@ def look_at(layer: nn.Module, plan: LayerPlan) -> Callable | None:
     """:func:`run_alone`, if ``layer`` is of a tested row and all in it is as its library has it: its forward then has no
     results but those that it returns. Else None."""
     plan.returns_more, plan.adds = False, None
-    row = next((row for row in ARCHITECTURES if row.matches_class(kind_of(layer))), None)
+    row = next((row for row in ARCHITECTURES if row.matches(kind_of(layer))), None)
     written = all(
         path_of(kind_of(module)).startswith(_LIBRARIES) and is_as_written(module, hooks=module is not layer)
         for module in layer.modules()
