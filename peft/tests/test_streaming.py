@@ -305,7 +305,6 @@ def test_the_plan_is_said_in_one_line(caplog):
     assert streaming.describe(model) is None
     with caplog.at_level(logging.INFO, logger=streaming.__name__):
         set_memory_mode(model, "lean", stream_weights=3)
-        set_memory_mode(model, "plain", stream_weights=3)  # the weights stay where they are
     (line,) = caplog.messages
     assert line.startswith(streaming.describe(model)) and "\n" not in line
     assert "5 layers wait on the host" in line and "holds 3 of them" in line

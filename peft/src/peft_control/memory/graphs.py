@@ -33,9 +33,6 @@ class StepGraphs:
         self._modules: list[nn.Module] = []
         self._settings: list[list] = []
 
-    def __deepcopy__(self, memo):
-        return StepGraphs(self.limit)
-
     def __reduce__(self):
         return StepGraphs, (self.limit,)
 

@@ -85,9 +85,6 @@ class HostStates:
         self._leaving: list[tuple[Sequence[torch.Tensor], Event]] = []
         self._copies: torch.cuda.Stream | None = None
 
-    def __deepcopy__(self, memo):
-        return HostStates(self._layers, self._pace is not None, self._narrow)
-
     def __reduce__(self):
         return HostStates, (self._layers, self._pace is not None, self._narrow)
 

@@ -161,17 +161,14 @@ class Weights:
             if function(torch.empty(0, dtype=dtype)).dtype != dtype:
                 raise RuntimeError("weights that are streamed keep their type: set_memory_mode(model, 'plain') first")
         streamed = {id(place.holder) for place in self.places}
-        for module in list(self.layer.modules()):
-            hidden = {name: p for name, p in module._parameters.items() if id(p) in streamed}
-            if not hidden:
-                type(module)._apply(module, function, False)
-                continue
-            module._parameters.update(dict.fromkeys(hidden))
-            try:
-                nn.Module._apply(module, function, False)
-            finally:
-                module._parameters.update(hidden)
-        return self.layer
+        hidden = [(m._parameters, name, p) for m in self.layer.modules() for name, p in m._parameters.items() if id(p) in streamed]
+        for parameters, name, _ in hidden:
+            parameters[name] = None
+        try:
+            return type(self.layer)._apply(self.layer, function)
+        finally:
+            for parameters, name, parameter in hidden:
+                parameters[name] = parameter
 
     def start(self) -> None:
         enter(self.layer, self, "memory_weights")
@@ -228,9 +225,6 @@ class WeightStream:
     def __reduce__(self):
         raise TypeError("a model whose weights are streamed cannot be copied: set_memory_mode(model, 'plain') first")
 
-    def __deepcopy__(self, memo):
-        return self.__reduce__()
-
     @property
     def nbytes(self) -> int:
         return sum(weights.nbytes for weights in self.layers)
@@ -268,8 +262,6 @@ class WeightStream:
         if self._held is weights:
             return
         self._let_go()
-        if isinstance(weights.layer, FSDPModule):
-            raise RuntimeError("weights that are streamed cannot be sharded (FSDP): use one of the two")
         backward = torch._C._current_graph_task_id() != -1
         if backward:
             torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
@@ -332,13 +324,9 @@ class WeightStream:
             weights.in_slot = []
         if device.type == _COPIED_TO and self._registered is None:
             self._registered = _page_lock([weights.buffer for weights in self.layers], self)
+        self.device = None  # should there be no room
+        self._slots = [Slot(size, device) for size in self.slot_bytes()]
         self.device = device
-        try:
-            self._slots = [Slot(size, device) for size in self.slot_bytes()]
-        except torch.OutOfMemoryError as error:
-            self.device = None
-            needed = _gib(sum(self.slot_bytes()))
-            raise torch.OutOfMemoryError(f"{self.resident} layers of streamed weights take {needed}: {error}") from error
         if device.type == _COPIED_TO:
             self._copies = torch.cuda.Stream(device)
             for slot in self._slots:  # nobody else gets its memory while a copy into it is under way
@@ -377,20 +365,13 @@ class WeightStream:
 
 
 def start(model: nn.Module, is_layer: Callable[[nn.Module], bool], resident: int) -> None:
-    """Have the frozen weights of the layers wait on the host; those that do already stay there.
+    """Have the frozen weights of the layers wait on the host.
 
     Raises:
         ValueError: no layer is known, something else moves or shards the weights, their kind cannot be streamed, or the host
             cannot hold them. The model is as it was.
     """
     layers = _frozen_places(model, is_layer)
-    running = streams(model)
-    if len(running) == 1:
-        (stream,) = running
-        known = {weights.layer: {id(place.holder) for place in weights.places} for weights in stream.layers}
-        same = known == {layer: {id(place.holder) for place in places} for layer, places in layers.items()}
-        if same and stream.resident == min(resident, len(layers)):
-            return
     stop(model)
     free = _check_room(list(layers.values()))
     stream = WeightStream(layers, resident)
@@ -531,34 +512,23 @@ def _in_own_pages(size):
 
 def _page_lock(buffers, owner):
     """Lock buffers in memory, from where copies run beside the computation; what is returned, a finalizer of ``owner``, unlocks
-    them. (torch's own pinned memory comes in powers of two.)
-
-    Raises:
-        RuntimeError: the host does not let so much be locked.
-    """
+    them. (torch's own pinned memory comes in powers of two.)"""
+    cudart: Any = torch.cuda.cudart()
     locked: list[torch.Tensor] = []
     unlock = weakref.finalize(owner, _unlock, locked)
     unlock.atexit = False
     for buffer in buffers:
         size = -(-buffer.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        try:
-            torch.cuda.check_error(_cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
-        except RuntimeError as error:
-            unlock()
-            total = _gib(sum(buffer.nbytes for buffer in buffers))
-            raise RuntimeError(f"the host does not lock {total} of memory for streamed weights ({error})") from error
+        torch.cuda.check_error(cudart.cudaHostRegister(buffer.data_ptr(), size, 0))
         locked.append(buffer)
     return unlock
 
 
 def _unlock(buffers):
+    cudart: Any = torch.cuda.cudart()
     torch.cuda.synchronize()  # copies may still read them
     for buffer in buffers:
-        _cudart().cudaHostUnregister(buffer.data_ptr())
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()
+        cudart.cudaHostUnregister(buffer.data_ptr())
 
 
 def _gib(count):
