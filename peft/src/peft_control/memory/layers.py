@@ -319,7 +319,7 @@ class AttentionCall(Call):
     def keep(self, state, *more):
         if self.may_wait(state, more):
             # the state does anyway, so that a slow host costs time and no memory of the GPU's
-            self.wait_on_host(state, *(more if self.host.hides(state, *more) else ()))
+            self.wait_on_host(state, *(more if self.host.hides else ()))
 
     def may_wait(self, state, more, *besides):
         """Whether ``more``, which spares the projections, is wanted on the host with the state and what comes ``besides``,
@@ -401,8 +401,7 @@ class LeanCall(AttentionCall):
 
     def keep(self, state, *more):
         # the state between the halves comes too
-        may_wait = self.may_wait(state, more, state) and self.host.hides(state, *more, state)
-        self.wait_on_host(state, *(more if may_wait else ()))
+        self.wait_on_host(state, *(more if self.may_wait(state, more, state) else ()))
 
     def backward(self, saved, dy, trained):
         backward = self.backward_from_the_middle if len(self.tickets) > 1 else self.backward_from_the_start

@@ -7,7 +7,7 @@ import os
 import weakref
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,17 +102,18 @@ class HostStates:
         size = sum(_sizes(_tokens(state) * (state.shape[-1] + 4) if self._narrow else state.nbytes))
         if state.nbytes > self._told:
             self._tell(state, size)
-        two = not self._narrow and self._fits(size, size) and self.hides(state, state)
+        two = not self._narrow and self._fits(size, size) and self.hides
         return 2 if two else int(self._fits(size, 0, layers=0))
 
     def has_room_beside(self, state: torch.Tensor, *more: torch.Tensor) -> bool:
         """Whether ``more`` may wait here for a layer whose ``state`` does already."""
         size, extra = _buffer_size(state), _buffer_size(*more)
-        return not self._narrow and self._fits(0, extra, state=size) and self.hides(state, *more)
+        return not self._narrow and self._fits(0, extra, state=size) and self.hides
 
-    def hides(self, *tensors: torch.Tensor) -> bool:
-        """Whether a layer's forward takes as long as the copies of these, of which the first is its state."""
-        return self._pace is None or self._pace.hides(_bytes(tensors), _tokens(tensors[0]))
+    @property
+    def hides(self) -> bool:
+        """Whether copies of more than a layer's own state hide behind its forward."""
+        return self._pace is None or self._pace.hides
 
     def _fits(self, size, extra, layers=None, state=None):
         """Whether ``extra`` bytes leave room for a state of ``size`` bytes, now and (or of ``state``) in each of
@@ -153,9 +154,11 @@ class HostStates:
             captured = torch.cuda.is_current_stream_capturing()
             waiting.buffers = self._buffers(_sizes(_bytes(tensors)), captured)
         if waiting.buffers:
+            if self._pace is not None and waiting.below() is None:
+                self._pace.interrupt()  # the loss and the backward were computed before
             tensors = tuple(tensor.contiguous() for tensor in tensors)
             waiting.kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
-            with self._copying(waiting.device) as copies, self._timed(copies, tensors, waiting.below() is None):
+            with self._copying(waiting.device) as copies:
                 for piece, place in _pieces(tensors, waiting.buffers):
                     place.copy_(piece, non_blocking=True)
             self._leaving.append((tensors, copies.record_event()))
@@ -178,31 +181,18 @@ class HostStates:
         with torch.cuda.stream(self._copies):
             yield self._copies
 
-    def _timed(self, copies, tensors, first) -> AbstractContextManager:
-        """A context of the copies of these to the host, ``first`` of all."""
-        if self._pace is None:
-            return nullcontext()
-        if first:
-            self._pace.interrupt()  # the loss and the backward were computed before
-        return self._pace.copying(copies, _bytes(tensors), _tokens(tensors[0]))
-
     def settle(self) -> None:
         """At the end of a layer, let the computation wait for the copies that it has started."""
-        pace = self._pace
         if not self._leaving:
-            if pace is not None:
-                pace.interrupt()
+            if self._pace is not None:
+                self._pace.interrupt()
             return
-        if pace is not None and torch.cuda.is_current_stream_capturing():
-            pace = None
         stream = torch.cuda.current_stream(self._leaving[-1][0][0].device)
-        if pace is not None:
-            pace.ends_layer(stream)
-        for tensors, copied in self._leaving:
-            torch.cuda.current_stream(tensors[0].device).wait_event(copied)
+        timed = self._pace is not None and not torch.cuda.is_current_stream_capturing()
+        with self._pace.waiting(stream) if timed else nullcontext():
+            for tensors, copied in self._leaving:
+                torch.cuda.current_stream(tensors[0].device).wait_event(copied)
         self._leaving.clear()
-        if pace is not None:
-            pace.starts_layer(stream)
 
     def pop(self, waiting: Waiting, fetch_next: bool = True) -> list[torch.Tensor]:
         """Return the tensors on their device and start fetching what was pushed before them, now or by ``fetch_below``."""

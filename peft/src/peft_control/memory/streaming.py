@@ -161,7 +161,9 @@ class Weights:
             if function(torch.empty(0, dtype=dtype)).dtype != dtype:
                 raise RuntimeError("weights that are streamed keep their type: set_memory_mode(model, 'plain') first")
         streamed = {id(place.holder) for place in self.places}
-        hidden = [(m._parameters, name, p) for m in self.layer.modules() for name, p in m._parameters.items() if id(p) in streamed]
+        hidden = [
+            (m._parameters, name, p) for m in self.layer.modules() for name, p in m._parameters.items() if id(p) in streamed
+        ]
         for parameters, name, _ in hidden:
             parameters[name] = None
         try:
