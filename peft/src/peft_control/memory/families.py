@@ -1,9 +1,8 @@
-"""The layer structures that have memory modes: one row for each architecture of ``architectures.py`` that does."""
+"""The layer structures that are written by hand, and which architectures of ``architectures.py`` have them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -32,23 +31,6 @@ _LIBRARIES = (
 )
 
 
-@dataclass(frozen=True)
-class Family:
-    """An architecture whose layers are written by hand.
-
-    Attributes:
-        home: the module that defines its classes.
-        layer: the class of its layers.
-        halves: ``(layer)`` -> the layer's halves; raises ValueError if it consists of something else.
-        model: the class of its causal language model, or None.
-    """
-
-    home: str
-    layer: str
-    halves: Callable[[nn.Module], Halves]
-    model: str | None = None
-
-
 def halves(layer: nn.Module) -> Halves | None:
     """The halves of ``layer``, or None if it is of no family.
 
@@ -57,28 +39,29 @@ def halves(layer: nn.Module) -> Halves | None:
             class, a forward or hook of somebody else's, trainable parameters, a control parallel to another block.
     """
     path = path_of(kind_of(layer))
-    name = next((name for name, family in FAMILIES.items() if path == f"{family.home}.{family.layer}"), None)
-    if name is None:
+    if path not in _NAMES:
         return None
-    family, (blocks,) = FAMILIES[name], (row.blocks for row in ARCHITECTURES if row.name == name)
+    name, home = _NAMES[path], path.rpartition(".")[0]
+    blocks = next(row.blocks for row in ARCHITECTURES if row.name == name)
     for child_name, child in layer.named_children():
         if isinstance(child, ControlLayer) and child.block != blocks.get(child_name.removesuffix("_control")):
             raise ValueError(f"memory modes know the blocks of {name} ({', '.join(blocks)}), not {child_name}")
-    found = family.halves(layer)
+    found = FAMILIES[name](layer)
     parts = {module for part in found.mlp_modules for module in part.modules()} | set(found.by_hand)
     for part in parts:
-        known = path_of(type(part)).startswith((*_LIBRARIES, f"{family.home}."))
+        known = path_of(type(part)).startswith((*_LIBRARIES, f"{home}."))
         # an MLP's own class may name its linear layers, in order: the activation follows the first
         if not ((known or "linear_chain" in vars(type(part))) and is_as_written(part)):
             raise ValueError(f"memory modes run no {type(part).__name__} with a forward or hook of somebody else's")
     if not is_as_written(layer, hooks=False):
-        raise ValueError(f"memory modes run no {family.layer} with a forward of somebody else's")
+        raise ValueError(f"memory modes run no {kind_of(layer).__name__} with a forward of somebody else's")
     return found
 
 
 def is_known_model(model: nn.Module) -> bool:
     """Whether ``model`` is exactly a causal language model of a family."""
-    return path_of(type(model)) in {f"{family.home}.{family.model}" for family in FAMILIES.values()}
+    decoder = path_of(type(model)).replace("ForCausalLM", "DecoderLayer")
+    return type(model).__name__.endswith("ForCausalLM") and FAMILIES.get(_NAMES.get(decoder, "")) is _decoder
 
 
 #: Causal language models of transformers besides those of FAMILIES whose loss is that of ``lm_head(model(...))``, softcapped
@@ -203,26 +186,24 @@ def _post_norm_mlp(layer):
     return PostNormMlp(first.dense, first.intermediate_act_fn, last.dense, last.dropout, last.LayerNorm)
 
 
-def _of_transformers(name: str, prefix: str, build: Callable, layer: str = "Layer", model: str | None = None) -> Family:
-    home = f"transformers.models.{name}.modeling_{name}"
-    return Family(home, prefix + layer, build, model and prefix + model)
-
-
-def _decoders(name: str, prefix: str) -> Family:
-    return _of_transformers(name, prefix, _decoder, "DecoderLayer", "ForCausalLM")
-
-
-FAMILIES = {
-    "llama": _decoders("llama", "Llama"),
-    "mistral": _decoders("mistral", "Mistral"),
-    "qwen2": _decoders("qwen2", "Qwen2"),
-    "qwen3": _decoders("qwen3", "Qwen3"),
-    "vit": _of_transformers("vit", "ViT", _vit),
-    "dinov2": _of_transformers("dinov2", "Dinov2", _dinov2),
-    "timm-vit": Family("timm.models.vision_transformer", "Block", _timm),
-    "roberta": _of_transformers("roberta", "Roberta", _post_norm),
-    "xlm-roberta": _of_transformers("xlm_roberta", "XLMRoberta", _post_norm),
-    "bert": _of_transformers("bert", "Bert", _post_norm),
-    "electra": _of_transformers("electra", "Electra", _post_norm),
-    "mpnet": _of_transformers("mpnet", "MPNet", _mpnet),
+#: How the layers of an architecture are written by hand: ``(layer)`` -> its halves. Raises ValueError if it consists of something
+#: else.
+FAMILIES: dict[str, Callable[[nn.Module], Halves]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _decoder),
+    "vit": _vit,
+    "dinov2": _dinov2,
+    "timm-vit": _timm,
+    **dict.fromkeys(("roberta", "xlm-roberta", "bert", "electra"), _post_norm),
+    "mpnet": _mpnet,
 }
+
+
+def _path(row):
+    if row.name == "timm-vit":
+        return f"timm.models.{row.layer}"
+    module = row.name.replace("-", "_")
+    return f"transformers.models.{module}.modeling_{module}.{row.layer}"
+
+
+#: Their names by the class of their layers.
+_NAMES = {_path(row): row.name for row in ARCHITECTURES if row.name in FAMILIES}
