@@ -88,7 +88,7 @@ class LayerPlan:
         halves: what is written by hand for the layer, or None: it then runs its own forward.
         reason: why nothing is written by hand for it, or None.
         alone: what runs it so in mode lean (``generic.py``), or None: torch's checkpointing does.
-        returns_more, adds: what ``generic.py`` has found out about the layer.
+        adds: what ``generic.py`` has found out about the layer.
         chunk: tokens of an MLP's chunk, or None for the MLP's own.
         host: where states wait in modes lean and balanced, or None.
         attention_on_host: whether the tensors that let attention's backward skip its projections wait there too.
@@ -98,7 +98,6 @@ class LayerPlan:
         self.mode, self.find, self.generic, self.chosen_chunk = mode, find, generic, chunk
         self.halves: Halves | None = None
         self.reason: str | None = None
-        self.returns_more = False
         self.adds: tuple[Any, bool] | None = None
         self.host: HostStates | None = None
         self.attention_on_host = False
@@ -203,13 +202,14 @@ def recomputed(plan: LayerPlan, layer: nn.Module, function: Callable, *arguments
         RuntimeError: (in the backward) a parameter was changed in place in between, or adapters were switched.
     """
     parameters, setting = plan.all.now(), plan.setting(layer)
-    versions, runs = [parameter._version for parameter in parameters], 0
+    versions: list[int] | None = None
 
     def run(*arguments, **named):
-        nonlocal runs
-        runs += 1
-        if runs == 1:
-            return function(*arguments, **named)
+        nonlocal versions
+        if versions is None:
+            output = function(*arguments, **named)
+            versions = [parameter._version for parameter in parameters]  # peft's LoRA on experts counts them up
+            return output
         if versions != [parameter._version for parameter in parameters]:
             raise RuntimeError("a parameter was modified by an inplace operation between a forward and its backward")
         if setting != plan.setting(layer):
