@@ -30,7 +30,7 @@ Who calls whom in a training step:
             the two halves    attention.py, mlp.py, control.py, made of linear.py and kernels.py
             HostStates        offload.py      copies to and from pinned memory; pace.py measures whether they overlap
             Drawn, Twins      replay.py       dropout's numbers, drawn again in the backward
-          GenericCall         generic.py      any other layer in mode lean: its own forward, once more in the backward
+          run_alone           generic.py      any other layer in mode lean: its own forward, once more in the backward
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from ..fp8_kernels import compute_dtype
 from . import kernels
 from .control import AddControl, control_backward, control_hidden
 from .exact import Parameters
-from .linear import input_gradient, keeps_nothing, outputs, outputs_of_normal
+from .linear import input_gradient, outputs, outputs_of_normal
 from .mlp import tokens
 
 
@@ -87,20 +86,14 @@ class NormPlan:
         return RmsNorm.apply(state, norm)[0]
 
 
-def decoder_attention(layer, hidden_states, *arguments, recompute=None, **named):
+def decoder_attention(layer, hidden_states, *arguments, **named):
     """``state + self_attn(input_layernorm(state)) + control`` of LLaMA, Mistral, Qwen2 and Qwen3, without a cache.
 
-    ``frozen`` says whether the projections to queries, keys and values are, here and in the gradients.
-    What ``recompute`` (torch's ``checkpoint``) is given runs once more in the backward. The output projection is not, where
-    it keeps nothing that would have to be computed. ``keep`` is called with what spares
-    :func:`decoder_attention_gradients` the projections: with queries, keys and values, or with nothing.
+    ``frozen`` says whether the projections to queries, keys and values are, here and in the gradients. ``keep`` is called with
+    what spares :func:`decoder_attention_gradients` the projections: with queries, keys and values, or with nothing.
     """
-    project = layer.self_attn.o_proj
-    if recompute and not keeps_nothing(project, compute_dtype(hidden_states)):
-        return recompute(decoder_attention, layer, hidden_states, *arguments, **named)
-    mix = partial(recompute, _mixed_values) if recompute else _mixed_values
-    mixed, state = mix(layer, hidden_states, *arguments, **named)
-    return AddControl.add(state, project(mixed), getattr(layer, "attention_control", None))
+    mixed, state = _mixed_values(layer, hidden_states, *arguments, **named)
+    return AddControl.add(state, layer.self_attn.o_proj(mixed), getattr(layer, "attention_control", None))
 
 
 def decoder_attention_gradients(layer, state, dy, inputs, adapters, *arguments, frozen, kept=(), **named):

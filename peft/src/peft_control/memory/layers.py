@@ -9,11 +9,10 @@ the rest.
     fast       autograd's own graph                           MlpCall
     balanced   SwiGLU decoders: AttentionCall; others: fast   MlpCall
     lean       LeanCall: both halves in one node. LongCall (``long.py``): the same from 8,192 tokens a step on.
-               GenericCall (``generic.py``): layers that are not written by hand.
 
-Where no node can, torch's checkpointing recomputes: :func:`recomputed`. The table on top of ``__init__.py`` says which
-tensors a SwiGLU decoder keeps. In the other families mode balanced keeps the attention half as it is, and recomputes one
-matmul of the MLP, in token chunks where nothing of it is kept.
+Other layers are recomputed by torch's checkpointing: :func:`recomputed`, in mode lean with what ``generic.py`` adds. The
+table on top of ``__init__.py`` says which tensors a SwiGLU decoder keeps. In the other families mode balanced keeps the
+attention half as it is, and recomputes one matmul of the MLP, in token chunks where nothing of it is kept.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Halves:
         mlp: the frozen MLP block (``mlp.py``).
         mlp_modules: the modules that it consists of.
         by_hand: what else is not called as a module.
-        recompute_attention: whether mode "balanced" recomputes the attention half, whose ``recompute`` then says how.
+        recompute_attention: whether mode "balanced" recomputes the attention half.
         attention_gradients: ``(layer, state, dy, inputs, adapters, kept=..., **arguments)`` -> the gradients of ``inputs``
             and of the block's control's ``adapters``, for a backward that need not compute the attention block's output; ``dy``
             is overwritten, ``kept`` is what ``attention`` gave to its argument ``keep``. Or None.
@@ -87,7 +86,7 @@ class LayerPlan:
         mode: the memory mode.
         halves: what is written by hand for the layer, or None: it then runs its own forward.
         reason: why nothing is written by hand for it, or None.
-        alone: what runs it so in mode lean (``generic.py``), or None: torch's checkpointing does.
+        alone: what runs it so in mode lean (``generic.py``), or None: :func:`recomputed` does.
         adds: what ``generic.py`` has found out about the layer.
         chunk: tokens of an MLP's chunk, or None for the MLP's own.
         host: where states wait in modes lean and balanced, or None.
@@ -187,8 +186,7 @@ class LayerPlan:
                 call = AttentionCall(self, layer, self.of_attention, hidden_states, arguments, named)
                 middle = call.run(hidden_states)
             else:
-                again = partial(recomputed, self, layer)
-                middle = halves.attention(layer, hidden_states, *arguments, recompute=again, **named)
+                middle = recomputed(self, layer, partial(halves.attention, layer), hidden_states, *arguments, **named)
             output = MlpCall(self, layer, self.of_mlp, middle).run(middle)
         if self.host is not None:
             self.host.settle()
@@ -251,7 +249,7 @@ class Node(torch.autograd.Function):
         with call.parameters.put_back(parameters):
             dstate, gradients = call.backward(saved[: ctx.kept], dy, trained)
         by_id = {id(tensor): gradient for tensor, gradient in gradients}
-        return dstate, None, *(by_id.get(id(tensor)) for tensor in (*call.inputs, *trained))
+        return dstate, None, *(by_id.get(id(parameter)) for parameter in trained)
 
 
 class Call:
@@ -259,12 +257,10 @@ class Call:
 
     Attributes:
         read: its parameters as they are now, until autograd has saved them.
-        inputs: what needs gradients besides the state and the parameters.
         needs_dstate: whether the state needs a gradient.
         tickets: of what waits on the host, in the order in which it was pushed.
     """
 
-    inputs: Sequence[torch.Tensor] = ()
     needs_dstate = False
 
     def __init__(
@@ -279,7 +275,7 @@ class Call:
 
     def run(self, state: torch.Tensor) -> torch.Tensor:
         """The output, with this as its node of autograd."""
-        return Node.apply(state, self, *self.inputs, *(x for x in self.read if x.requires_grad))
+        return Node.apply(state, self, *(x for x in self.read if x.requires_grad))
 
     def forward(self, state: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """The output, and what autograd is to keep."""
