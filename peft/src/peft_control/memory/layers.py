@@ -482,21 +482,15 @@ def autocast_state(tensor: torch.Tensor) -> Callable[[], torch.autocast]:
 # -- random numbers of a model's layers -------------------------------------------------------------------------
 
 
-def layer_plans(model: nn.Module) -> dict[nn.Module, LayerPlan]:
+def drawing_layers(model: nn.Module) -> dict[nn.Module, LayerPlan]:
+    """The layers whose backward may draw random numbers once more, and how they train."""
     plans = {module: vars(module).get("memory_plan") for module in model.modules()}
-    return {layer: plan for layer, plan in plans.items() if isinstance(plan, LayerPlan)}
+    return {x: plan for x, plan in plans.items() if isinstance(plan, LayerPlan) and plan.mode != "fast" and plan.draws()}
 
 
 def replays_random_numbers(model: nn.Module) -> bool:
-    """Whether a layer's backward draws its forward's random numbers once more in a way that no CUDA graph can."""
-    for plan in layer_plans(model).values():
-        halves = plan.halves
-        checkpointed = halves is None or plan.mlp.draws() or (plan.mode == "balanced" and halves.recompute_attention)
-        if plan.mode != "fast" and checkpointed and plan.draws():
-            return True
-    return False
-
-
-def replaying_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers whose backward draws random numbers again through ``replay.py``."""
-    return [layer for layer, plan in layer_plans(model).items() if plan.mode == "lean" and plan.draws()]
+    """Whether a layer does so in torch's checkpointing, which no CUDA graph can."""
+    return any(
+        plan.halves is None or plan.mlp.draws() or (plan.mode == "balanced" and plan.halves.recompute_attention)
+        for plan in drawing_layers(model).values()
+    )
