@@ -12,7 +12,7 @@ from transformers.activations import SiLUActivation
 
 from ..architectures import ARCHITECTURES
 from ..control_layer import ControlLayer
-from .attention import decoder_attention, decoder_attention_gradients
+from .attention import DecoderAttention
 from .exact import is_as_written, kind_of, path_of
 from .layers import Halves
 from .linear import is_frozen_linear
@@ -90,20 +90,17 @@ def _decoder(layer):
     activation = getattr(inner, "act_fn", None)  # Liger's has none
     if not isinstance(activation, (nn.SiLU, SiLUActivation, type(None))):
         raise ValueError(f"memory modes know decoders with SwiGLU, not {type(activation).__name__}")
-    projections = attention.q_proj, attention.k_proj, attention.v_proj
-    frozen = all(map(is_frozen_linear, projections))
-    gradients = partial(decoder_attention_gradients, frozen=frozen) if is_frozen_linear(attention.o_proj) else None
-    simple = gradients and frozen and not hasattr(attention, "q_norm")
-    kept = sum(linear.out_features for linear in projections) if simple else 0
-    unadapted = [linear for linear in (*projections, attention.o_proj) if not isinstance(linear, BaseTunerLayer)]
+    block = DecoderAttention(layer)
+    gradients = block.gradients if is_frozen_linear(attention.o_proj) else None
+    linears = [*block.projections, attention.o_proj]
     return Halves(
-        partial(decoder_attention, frozen=frozen),
+        block,
         GatedMlp(layer.post_attention_layernorm, inner),
         [layer.post_attention_layernorm, inner],
-        by_hand=[layer.input_layernorm, attention, *unadapted],
+        by_hand=[layer.input_layernorm, attention, *(linear for linear in linears if not isinstance(linear, BaseTunerLayer))],
         recompute_attention=True,
         attention_gradients=gradients,
-        attention_kept=kept,
+        attention_kept=sum(linear.out_features for linear in block.projections) if gradients and block.simple else 0,
         of_many_tokens=LongCall if LongCall.takes(layer) else None,
     )
 
@@ -123,7 +120,7 @@ def _activation(mlp):
 def _vit(layer):
     linears = [layer.mlp.fc1, layer.mlp.fc2]
     mlp = PreNormMlp(layer.layernorm_after, linears, _activation(layer.mlp), dropouts=[layer.dropout])
-    return Halves(_vit_attention, mlp, [layer.layernorm_after, layer.mlp], [layer.dropout])
+    return Halves(partial(_vit_attention, layer), mlp, [layer.layernorm_after, layer.mlp], [layer.dropout])
 
 
 def _dinov2_attention(layer, state, attention_mask=None, **named):
@@ -141,7 +138,7 @@ def _dinov2(layer):
     scale = layer.layer_scale2.lambda1
     mlp = PreNormMlp(layer.norm2, linears, _activation(layer.mlp), scale, dropouts=[layer.drop_path])
     modules = [layer.norm2, layer.mlp, layer.layer_scale2]
-    return Halves(_dinov2_attention, mlp, modules, [layer.drop_path])
+    return Halves(partial(_dinov2_attention, layer), mlp, modules, [layer.drop_path])
 
 
 def _timm_attention(layer, state, *arguments, **named):
@@ -159,7 +156,7 @@ def _timm(layer):
     scale = getattr(layer.ls2, "gamma", None)
     dropouts = [inner.drop1, inner.drop2, layer.drop_path2]
     mlp = PreNormMlp(layer.norm2, linears, inner.act, scale, dropouts)
-    return Halves(_timm_attention, mlp, [layer.norm2, inner, layer.ls2], [layer.drop_path2])
+    return Halves(partial(_timm_attention, layer), mlp, [layer.norm2, inner, layer.ls2], [layer.drop_path2])
 
 
 def _post_norm_attention(layer, state, attention_mask=None, *cross_attention, past_key_values=None, **named):
@@ -173,12 +170,12 @@ def _mpnet_attention(layer, state, attention_mask=None, position_bias=None, **na
 def _post_norm(layer):
     if getattr(layer, "is_decoder", False):
         raise ValueError("memory modes know encoders of this architecture, not decoders")
-    return Halves(_post_norm_attention, _post_norm_mlp(layer), [layer.intermediate, layer.output])
+    return Halves(partial(_post_norm_attention, layer), _post_norm_mlp(layer), [layer.intermediate, layer.output])
 
 
 def _mpnet(layer):
     modules = [layer.intermediate, layer.output]
-    return Halves(_mpnet_attention, _post_norm_mlp(layer), modules, returns_tuple=True)
+    return Halves(partial(_mpnet_attention, layer), _post_norm_mlp(layer), modules, returns_tuple=True)
 
 
 def _post_norm_mlp(layer):

@@ -55,15 +55,14 @@ class Halves:
     """The two halves of one layer, see ``families.py``.
 
     Attributes:
-        attention: ``(layer, state, **arguments)`` -> the attention block's output state, control included.
+        attention: ``(state, **arguments)`` -> the attention block's output state, control included.
         mlp: the frozen MLP block (``mlp.py``).
         mlp_modules: the modules that it consists of.
         by_hand: what else is not called as a module.
         recompute_attention: whether mode "balanced" recomputes the attention half.
-        attention_gradients: ``(layer, state, dy, inputs, adapters, kept=..., **arguments)`` -> the gradients of ``inputs``
-            and of the block's control's ``adapters``, for a backward that need not compute the attention block's output; ``dy``
-            is overwritten, ``kept`` is what ``attention`` gave to its argument ``keep``. Or None.
-        attention_kept: how many numbers a token that is.
+        attention_gradients: :meth:`.attention.DecoderAttention.gradients`, for a backward that need not compute the attention
+            block's output, or None.
+        attention_kept: how many numbers a token spare it the projections.
         of_many_tokens: how mode "lean" works layers of many tokens (``long.py``), or None.
         returns_tuple: whether the layer's own forward returns its state in a tuple.
     """
@@ -181,12 +180,12 @@ class LayerPlan:
             output = kind(self, layer, self.all, hidden_states, arguments, named).run(hidden_states)
         else:
             if self.mode != "balanced" or not halves.recompute_attention:
-                middle = halves.attention(layer, hidden_states, *arguments, **named)
+                middle = halves.attention(hidden_states, *arguments, **named)
             elif halves.attention_gradients and not self.draws():
                 call = AttentionCall(self, layer, self.of_attention, hidden_states, arguments, named)
                 middle = call.run(hidden_states)
             else:
-                middle = recomputed(self, layer, partial(halves.attention, layer), hidden_states, *arguments, **named)
+                middle = recomputed(self, layer, halves.attention, hidden_states, *arguments, **named)
             output = MlpCall(self, layer, self.of_mlp, middle).run(middle)
         if self.host is not None:
             self.host.settle()
@@ -309,7 +308,7 @@ class AttentionCall(Call):
 
     def forward(self, state):
         keep = partial(self.keep, state)
-        middle = self.halves.attention(self.layer, state, *self.arguments, keep=keep, **self.named)
+        middle = self.halves.attention(state, *self.arguments, keep=keep, **self.named)
         return middle, [] if self.tickets else [state]
 
     def keep(self, state, *more):
@@ -339,7 +338,7 @@ class AttentionCall(Call):
         inputs = [*([state] if state.requires_grad else []), *others]
         with torch.enable_grad():
             found, of_control = self.halves.attention_gradients(
-                self.layer, state, dy, inputs, adapters, *self.arguments, kept=kept, **self.named
+                state, dy, inputs, adapters, *self.arguments, kept=kept, **self.named
             )
         dstate = found.pop(0) if state.requires_grad else None
         return dstate, [*zip(own, of_control), *zip(others, found)]
@@ -389,7 +388,7 @@ class LeanCall(AttentionCall):
         elif room:
             self.wait_on_host(state)
         with self.random.first():
-            middle = self.halves.attention(self.layer, state, *self.arguments, **named)
+            middle = self.halves.attention(state, *self.arguments, **named)
             if from_the_middle:
                 self.wait_on_host(middle, own=0)
             output = forward_in_chunks(plan, middle, self.adapters("mlp", middle))
@@ -412,7 +411,7 @@ class LeanCall(AttentionCall):
         others = _besides(trained, own)
         inputs = [*([state] if state.requires_grad else []), *others]
         with self.autocast(), self.random.again(), torch.enable_grad():
-            middle = self.halves.attention(self.layer, state, *self.arguments, **self.named)
+            middle = self.halves.attention(state, *self.arguments, **self.named)
             # what the MLP drew must be drawn again even where its gradient is not wanted
             needed = bool(inputs) or self.draws
             dmiddle, sums = backward_in_chunks(self.plan, tokens(middle.detach()), tokens(dy), adapters, needed)
