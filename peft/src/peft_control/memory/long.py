@@ -156,16 +156,15 @@ class LongCall(Call):
         self.start_drawing(state.device)
         if host is not None and host.room_for(state):
             self.wait_on_host(state)
-        with self.random.first():
-            work = LongRows(self.layer, self.plan, state.detach(), *self.arguments, **self.named)
-            may_wait = bool(self.tickets) and not self.draws
-            groups = work.attend(graph=may_wait)
-            kept = [tensor for group in groups for tensor in group.kept()]
-            if may_wait and groups[0].is_small() and self.host.has_room_beside(state, *kept):
-                self.tickets.append(self.host.push(*kept, own=0))
-                self.groups = groups
-            del kept
-            output = work.output(groups)
+        work = LongRows(self.layer, self.plan, state.detach(), *self.arguments, **self.named)
+        may_wait = bool(self.tickets) and not self.draws
+        groups = work.attend(graph=may_wait)
+        kept = [tensor for group in groups for tensor in group.kept()]
+        if may_wait and groups[0].is_small() and self.host.has_room_beside(state, *kept):
+            self.tickets.append(self.host.push(*kept, own=0))
+            self.groups = groups
+        del kept
+        output = work.output(groups)
         for group in groups:
             group.forget()
         return output, [] if self.tickets else [state]
@@ -180,7 +179,7 @@ class LongCall(Call):
             then = partial(self.host.fetch_below, self.tickets[0])
         else:
             (state,) = saved
-        with self.autocast(), self.random.again():
+        with self.autocast(), self.drawing_again():
             work = LongRows(self.layer, self.plan, state, *self.arguments, **self.named)
             return work.backward(groups or work.attend(), dy, self.needs_dstate, then)
 
