@@ -330,7 +330,6 @@ def copied_in_pieces(monkeypatch):
     monkeypatch.setattr(memory.offload.HostStates, "settle", compute_and_settle)
     monkeypatch.setattr(memory.offload, "_PIECE", 4 << 10)
     monkeypatch.setattr(memory.offload, "_pinned", buffer)
-    monkeypatch.setattr(memory.offload, "_empty_host_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: copying)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computing)
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -432,8 +431,8 @@ def test_the_host_gives_no_more_than_the_longest_sequence_takes(copied_in_pieces
             (back,) = host.pop(ticket)
             assert torch.equal(back, tensor) and back.dtype == tensor.dtype
     assert host._held == 0
-    # four times 12,289 numbers of 4 bytes: twelve pieces of 4 KiB and one of 4 bytes, which may take a whole one
-    assert sum(map(len, host._free[False] + host._returned[False])) <= 4 * (12 * 4096 + 4096)
+    # four times 12,289 numbers of 4 bytes: twelve pieces of 4 KiB, and smaller ones of all sizes
+    assert sum(size * len(buffers) for size, buffers in host._free[False].items()) <= 4 * (12 * 4096 + 2 * 4096)
 
 
 @pytest.mark.parametrize(("mode", "offload"), WAYS)

@@ -60,7 +60,7 @@ _LINEAR = {
 def look_at(layer: nn.Module, plan: LayerPlan) -> Callable | None:
     """:func:`run_alone`, if ``layer`` is of a tested row and all in it is as its library has it: its forward then has no
     results but those that it returns. Else None."""
-    plan.adds = None
+    plan.adds, plan.tokens = None, []
     row = next((row for row in ARCHITECTURES if row.matches(kind_of(layer))), None)
     written = all(
         path_of(kind_of(module)).startswith(_LIBRARIES) and is_as_written(module, hooks=module is not layer)
@@ -69,19 +69,22 @@ def look_at(layer: nn.Module, plan: LayerPlan) -> Callable | None:
     if row is None or not written:
         return None
     if plan.halves is None:
-        plan_mlps(layer, plan.chosen_chunk)
+        plan.tokens = plan_mlps(layer, plan.chosen_chunk)
         plan_tails(layer, row)
     return run_alone
 
 
-def plan_mlps(layer: nn.Module, chunk: int | None) -> None:
+def plan_mlps(layer: nn.Module, chunk: int | None) -> list[TokensPlan]:
     """Have the token-wise MLPs of ``layer`` work in chunks of ``chunk`` tokens, or by their size."""
-    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    plans = []
     for name, module in layer.named_modules():
         is_mlp = name.rpartition(".")[2] in _TOKENWISE and not isinstance(module, nn.Linear)
-        if is_mlp and type(module).__name__ not in _NOT_TOKENWISE and not any(module in set(mlp.modules()) for mlp in found):
-            found.append(module)
-            enter(module, TokensPlan(chunk or max(_CHUNK_ELEMENTS // max(outputs_per_token(module), 1), 1)))
+        if is_mlp and type(module).__name__ not in _NOT_TOKENWISE and module not in inside:
+            inside.update(module.modules())
+            plans.append(TokensPlan(chunk or max(_CHUNK_ELEMENTS // max(outputs_per_token(module), 1), 1)))
+            enter(module, plans[-1])
+    return plans
 
 
 def plan_tails(layer: nn.Module, row: Architecture) -> None:
@@ -295,8 +298,7 @@ def run_alone(plan: LayerPlan, layer: nn.Module, own: Callable, state: torch.Ten
     shared = any(isinstance(value, Mapping) and value for value in (*arguments, *named.values()))
     if shared or output_capturing._active_collector.get():  # what is recorded inside, or left for others, may need gradients
         return recomputed(plan, layer, own, state, *arguments, **named)
-    tokens = [found for module in layer.modules() if isinstance(found := vars(module).get("memory_plan"), TokensPlan)]
-    calls = MlpCalls({found for found in tokens if found.tailed})
+    calls = MlpCalls({mlp for mlp in plan.tokens if mlp.tailed})
     # what stands between an MLP and the layer's output is looked at once for each way in which the layer runs
     way = plan.setting(layer), tree_structure((arguments, named)), calls.tailed
     calls.skips = plan.adds == (way, True)

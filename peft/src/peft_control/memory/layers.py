@@ -86,7 +86,7 @@ class LayerPlan:
         halves: what is written by hand for the layer, or None: it then runs its own forward.
         reason: why nothing is written by hand for it, or None.
         alone: what runs it so in mode lean (``generic.py``), or None: :func:`recomputed` does.
-        adds: what ``generic.py`` has found out about the layer.
+        adds, tokens: what ``generic.py`` has found out about the layer.
         chunk: tokens of an MLP's chunk, or None for the MLP's own.
         host: where states wait in modes lean and balanced, or None.
         attention_on_host: whether the tensors that let attention's backward skip its projections wait there too.
@@ -97,6 +97,7 @@ class LayerPlan:
         self.halves: Halves | None = None
         self.reason: str | None = None
         self.adds: tuple[Any, bool] | None = None
+        self.tokens: list = []
         self.host: HostStates | None = None
         self.attention_on_host = False
         self.look_at(layer)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -19,11 +18,6 @@ from ..fp8_kernels import quantize_rows
 from .pace import Pace
 
 logger = logging.getLogger(__name__)
-
-# public since torch 2.12
-_empty_host_cache: Any = getattr(torch.accelerator.memory, "empty_host_cache", None) or getattr(
-    torch._C, "_host_emptyCache", None
-)
 
 Event = torch.cuda.Event | torch.Event
 
@@ -79,9 +73,8 @@ class HostStates:
         self._last: Callable[[], Waiting | None] = _nothing  # what was pushed last of what was not popped
         self._held = self._extra = 0  # bytes: all, and those that are no layer's own state
         self._limit: float | None = None
-        # Buffers of bytes, those that CUDA graphs copy into apart: a replay writes to them at any time.
-        self._free: dict[bool, list[torch.Tensor]] = {False: [], True: []}
-        self._returned: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+        # Free buffers by their bytes, those that CUDA graphs copy into apart: a replay writes to them at any time.
+        self._free: dict[bool, dict[int, list[torch.Tensor]]] = {False: defaultdict(list), True: defaultdict(list)}
         self._leaving: list[tuple[Sequence[torch.Tensor], Event]] = []
         self._copies: torch.cuda.Stream | None = None
 
@@ -228,7 +221,7 @@ class HostStates:
 
     def _release(self, size, extra, buffers, captured, fetched):
         self._held, self._extra = self._held - size, self._extra - extra
-        self._returned[captured] += buffers  # not sorted in here: the collector may call this at any time
+        self._give_back(buffers, captured)
         for device, copies in fetched:  # and never popped: the memory that the copy writes to is about to be free
             torch.cuda.current_stream(device).wait_stream(copies)
 
@@ -239,7 +232,7 @@ class HostStates:
             for size in sizes:
                 found.append(self._buffer(size, captured))
         except RuntimeError as error:
-            self._returned[captured] += found
+            self._give_back(found, captured)
             self._limit = self._held
             reason = str(error).strip().partition("\n")[0]
             logger.warning("the host gives no pinned memory beyond %.1f GiB (%s): what would wait there stays on the GPU",
@@ -248,19 +241,16 @@ class HostStates:
         return found
 
     def _buffer(self, size, captured):
-        """The smallest free buffer of at least ``size`` bytes, or a new one in the place of one that is too small."""
-        # A buffer just given back may still be read by its copy; the copy into it runs on the same stream.
-        for kind, returned in self._returned.items():
-            while returned:
-                insort(self._free[kind], returned.pop(0), key=torch.numel)
+        """A free buffer of ``size`` bytes, or a new one."""
+        # One just given back may still be read by its copy; the copy into it runs on the same stream.
         for free in (self._free[True], self._free[False]) if captured else (self._free[False],):
-            at = bisect_left(free, size, key=torch.numel)
-            if at < len(free):
-                return free.pop(at)
-        if self._free[False] and not captured:
-            del self._free[False][0]
-            _empty_host_cache()  # torch would keep it, and a search for the longest sequence fill the host
+            if free[size]:
+                return free[size].pop()
         return _pinned(size)
+
+    def _give_back(self, buffers, captured):
+        for buffer in buffers:
+            self._free[captured][len(buffer)].append(buffer)
 
 
 #: Where Linux tells of control groups, and of those that this process is in.
