@@ -119,10 +119,8 @@ class Architecture:
             blocks = {name: Block(**block) for name, block in row["blocks"].items()}
             architecture = cls(**{"name": row["layer"], **row, "blocks": blocks})
             paths = [path for block in blocks.values() for path in (block.read, block.write)]
-            strings = [architecture.name, architecture.layer, architecture.norm, *blocks, *paths]
-            known = all(isinstance(b.multiplier, str) and isinstance(b.shared, bool) for b in blocks.values())
-            strings_are = all(isinstance(s, str) and s for s in strings)
-            if not (blocks and known and strings_are and architecture.init in INITS):
+            names = [architecture.layer, architecture.norm, *blocks, *paths]
+            if not (blocks and architecture.init in INITS and all(isinstance(name, str) and name for name in names)):
                 raise TypeError("a field is empty or of the wrong type")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"control_architecture must look like {example}, got {row!r}") from error

@@ -294,7 +294,8 @@ class Tokens(torch.autograd.Function):
 
 
 def run_alone(plan: LayerPlan, layer: nn.Module, own: Callable, state: torch.Tensor, *arguments, **named):
-    """What ``layer`` returns, by torch's checkpointing: the layer keeps its state alone, on the device or on the host."""
+    """What ``layer`` returns, by torch's checkpointing: the layer keeps its state alone, on the device or on the host. (Only
+    bitsandbytes' int8 layers hide what they keep from torch: their inputs stay.)"""
     shared = any(isinstance(value, Mapping) and value for value in (*arguments, *named.values()))
     if shared or output_capturing._active_collector.get():  # what is recorded inside, or left for others, may need gradients
         return recomputed(plan, layer, own, state, *arguments, **named)

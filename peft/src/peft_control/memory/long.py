@@ -138,10 +138,8 @@ class LongCall(Call):
         attention = layer.self_attn
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
-        frozen = all(map(is_frozen_linear, (*projections, attention.o_proj))) and rows_are_apart(projections)
-        return frozen and all(
-            is_as_written(norm) and hasattr(norm, "variance_epsilon") and not norm.weight.requires_grad for norm in norms
-        )
+        known = all(is_as_written(x) and hasattr(x, "variance_epsilon") and not x.weight.requires_grad for x in norms)
+        return known and all(map(is_frozen_linear, (*projections, attention.o_proj))) and rows_are_apart(projections)
 
     @staticmethod
     def suits(layer: Any, state: torch.Tensor, attention_mask: Any = None, *arguments, **named) -> bool:
