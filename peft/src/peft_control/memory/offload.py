@@ -246,6 +246,8 @@ class HostStates:
         for free in (self._free[True], self._free[False]) if captured else (self._free[False],):
             if free[size]:
                 return free[size].pop()
+        if self._pace is not None:
+            self._pace.interrupt()  # by what takes far longer than a layer
         return _pinned(size)
 
     def _give_back(self, buffers, captured):

@@ -37,7 +37,7 @@ class Pace:
         return self._hides or torch.are_deterministic_algorithms_enabled()
 
     def interrupt(self) -> None:
-        """Something else than one layer was computed since the last call of :meth:`waiting`."""
+        """Something else than one layer is done between two calls of :meth:`waiting`."""
         self._began = None
 
     @contextmanager
