@@ -308,7 +308,7 @@ def run_alone(plan: LayerPlan, layer: nn.Module, own: Callable, state: torch.Ten
         with calls.active():
             return own(state, *arguments, **named)
 
-    host = plan.host
+    host, start = plan.host, state.grad_fn
     if host is None or not host.room_for(state):
         output = recomputed(plan, layer, run, state, *arguments, **named)
     else:
@@ -326,15 +326,16 @@ def run_alone(plan: LayerPlan, layer: nn.Module, own: Callable, state: torch.Ten
     calls.again = True
     ends = [x.grad_fn for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.grad_fn is not None]
     if calls.nodes and (plan.adds is None or plan.adds[0] != way):
-        plan.adds = way, all(only_adds(end, calls.nodes) for end in ends)
+        plan.adds = way, all(only_adds(end, calls.nodes, start) for end in ends)
         calls.skips = plan.adds[1]
     calls.nodes.clear()
     return output
 
 
-def only_adds(output, nodes) -> bool:
-    """Whether no node of autograd between ``nodes`` and the node ``output`` needs the values that ``nodes`` gave."""
-    reaches, ends, stack = {}, {*nodes}, [output]
+def only_adds(output, nodes, start) -> bool:
+    """Whether no node of autograd between ``nodes`` and the node ``output`` needs the values that ``nodes`` gave; the graph below
+    ``start`` is left out."""
+    reaches, ends, stack = {start: False}, {*nodes}, [output]
     while stack:
         node = stack[-1]
         below = [next_node for next_node, _ in node.next_functions if next_node is not None]
