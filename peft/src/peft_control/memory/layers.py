@@ -177,7 +177,7 @@ class LayerPlan:
             return again(self, layer, own, hidden_states, *arguments, **named)
         if self.mode == "lean":
             long = halves.of_many_tokens
-            kind = long if long is not None and long.suits(layer, hidden_states, *arguments, **named) else LeanCall
+            kind = long if long is not None and long.suits(self, hidden_states, *arguments, **named) else LeanCall
             output = kind(self, layer, self.all, hidden_states, arguments, named).run(hidden_states)
         else:
             if self.mode != "balanced" or not halves.recompute_attention:
