@@ -17,10 +17,9 @@ decoder keeps from its forward to its backward (pinned: in pinned host memory; A
 
     -: never needed again    *: where the copies overlap with the computation and the host has room (``offload.py``)
 
-From 8,192 tokens a step on, lean works a SwiGLU decoder's attention by groups of heads and all else by chunks of tokens, unless
-dropout draws.
-A backward then needs half the memory a token. Attention's output waits in pinned memory instead of the other tensors
-(``long.py``).
+From 8,192 tokens a step on, and without dropout, lean works a SwiGLU decoder's attention by groups of heads and all else by
+chunks of tokens. A backward then needs half the memory a token. Attention's output waits in pinned memory instead of the
+other tensors (``long.py``).
 
 Who calls whom in a training step:
 
