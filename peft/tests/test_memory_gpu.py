@@ -290,6 +290,8 @@ def test_dropout_on_the_gpu_is_replayed(mode, cuda_graphs):
 
     def loss():
         torch.manual_seed(2)
+        for twins in model.get_base_model().memory_plan.graphs._twins.values() if cuda_graphs else ():
+            twins.forward.set_offset(0)
         return logits(model, inputs).double().square().sum()
 
     if cuda_graphs:
@@ -306,6 +308,21 @@ def test_dropout_on_the_gpu_is_replayed(mode, cuda_graphs):
             values.append(loss().item())
         torch._foreach_add_([p.data for p in trained], gradients, alpha=-scale)
     assert (values[0] - values[1]) / 2e-3 == pytest.approx(slope**0.5, rel=2e-2)
+
+
+def test_layers_of_a_lean_graph_draw_numbers_of_their_own():
+    from peft_control.memory.replay import Twins
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    one, other = Twins(device, 0), Twins(device, 1)
+
+    def drawn(context):
+        with context:
+            return torch.rand(8, device=device)
+
+    first = drawn(one.first())
+    assert torch.equal(first, drawn(one.again()))
+    assert not torch.equal(first, drawn(one.first())) and not torch.equal(first, drawn(other.first()))
 
 
 @pytest.mark.parametrize("change", ["moved", "assigned", "alpha", "dropout", "adapter"])

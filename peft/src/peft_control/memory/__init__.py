@@ -29,6 +29,7 @@ Who calls whom in a training step:
           Node, with a Call   layers.py       one or two nodes of autograd: what is kept, where, and what is recomputed
             the two halves    attention.py, mlp.py, control.py, made of linear.py and kernels.py
             HostStates        offload.py      copies to and from pinned memory; pace.py measures whether they overlap
+            Drawn, Twins      replay.py       dropout's numbers, drawn again in the backward
           run_alone           generic.py      any other layer in mode lean: its own forward, once more in the backward
 """
 
@@ -98,7 +99,7 @@ def set_memory_mode(
             output layer is trained.
         cuda_graphs: replay training steps as CUDA graphs, in every mode: for small batches of few shapes, which are
             launch-bound. What cannot be replayed runs without a graph: more than sixteen shapes, a causal language model's
-            batch with padding, dropout that a backward draws again (in "lean", and of decoders and ViTs in "balanced").
+            batch with padding, dropout in a layer that torch's checkpointing recomputes (decoders in "balanced", ViTs).
         stream_weights: the layers' frozen weights wait in host memory, and come to the device that the states are on while the
             layers before compute: see ``streaming.py``. Two layers lie there at a time, or as many as a larger number says. Give a
             model that lies on the host, then ``model.to(device)`` takes the rest of it there. A call without this brings the

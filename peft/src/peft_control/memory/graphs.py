@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .control import tuner_setting
 from .exact import Parameters
-from .layers import replays_random_numbers
+from .layers import drawing_layers, replays_random_numbers
 from .mlp import probabilities
+from .replay import Twins, capturing
 
 
 class StepGraphs:
@@ -29,6 +30,7 @@ class StepGraphs:
         self.limit = limit
         self._graphs: dict[tuple, _Graph] = {}
         self._stream: torch.cuda.Stream | None = None
+        self._twins: dict[nn.Module, Twins] = {}
         self._places: list[int] = []
         self._modules: list[nn.Module] = []
         self._settings: list[list] = []
@@ -50,10 +52,13 @@ class StepGraphs:
         if key not in self._graphs:
             if len(self._graphs) == self.limit:
                 return compute(*inputs)
+            for number, (layer, plan) in enumerate(drawing_layers(model).items()):
+                if plan.mode == "lean" and layer not in self._twins:
+                    self._twins[layer] = Twins(inputs[0].device, number)
             first = next(iter(self._graphs.values()), None)
             self._stream = self._stream or torch.cuda.Stream()
             with _own_leaves(model, parameters) as leaves:
-                self._graphs[key] = _Graph(compute, inputs, parameters, leaves, first, self._stream)
+                self._graphs[key] = _Graph(compute, inputs, parameters, leaves, self._twins, first, self._stream)
         graph = self._graphs[key]
         return tree_unflatten(list(_Replay.apply(graph, inputs, *parameters)), graph.structure)
 
@@ -136,9 +141,10 @@ class _Graph:
     there they make what cuBLAS works in, which would otherwise lie in the pool.
     """
 
-    def __init__(self, compute, inputs, parameters, leaves, first, stream):
+    def __init__(self, compute, inputs, parameters, leaves, twins, first, stream):
         self.inputs = [x.clone() for x in inputs]
         self.parameters, self.replays = parameters, 0
+        self.twins = list(twins.values())
 
         def forward():
             torch.clear_autocast_cache()  # a replay must not read casts that were made, and are kept, outside of it
@@ -164,11 +170,14 @@ class _Graph:
                         del ends
                 torch.cuda.current_stream().wait_stream(stream)
                 self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.forward, pool=first and first.forward.pool(), stream=stream):
+                for pair in self.twins:
+                    self.forward.register_generator_state(pair.forward)
+                    self.backward.register_generator_state(pair.backward)
+                with capturing(twins), torch.cuda.graph(self.forward, pool=first and first.forward.pool(), stream=stream):
                     outputs = forward()
                 ends = [x for x in outputs if x.requires_grad]
                 self.doutputs = [torch.zeros_like(x) for x in ends]
-                with torch.cuda.graph(self.backward, pool=self.forward.pool(), stream=stream):
+                with capturing(twins), torch.cuda.graph(self.backward, pool=self.forward.pool(), stream=stream):
                     self.gradients = gradients_of(ends, self.doutputs)
                     if first:
                         self.gradients = _copied(self.gradients, first.gradients)
@@ -208,6 +217,8 @@ class _Replay(torch.autograd.Function):
                 parameter.grad = torch.empty_like(parameter)
             torch._foreach_copy_([parameter.grad for parameter in kept], before)
         torch._foreach_copy_(graph.inputs, list(inputs))
+        for pair in graph.twins:
+            pair.align()
         graph.forward.replay()
         graph.replays += 1
         ctx.graph, ctx.replay = graph, graph.replays

@@ -18,8 +18,7 @@ attention half as it is, and recomputes one matmul of the MLP, in token chunks w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,6 +44,7 @@ from .control import (
 from .exact import Parameters, touches
 from .mlp import Mlp, probabilities, tokens
 from .offload import HostStates, Waiting
+from .replay import Still, draw
 
 #: The gradient of a node's state, and pairs of a tensor and its gradient.
 Gradients = tuple[torch.Tensor | None, Iterable[tuple[torch.Tensor, torch.Tensor | None]]]
@@ -287,22 +287,9 @@ class Call:
         raise NotImplementedError
 
     def start_drawing(self, device: torch.device) -> None:
-        """From here on the forward's random numbers count: :meth:`drawing_again` draws them once more."""
+        """From here on the forward's random numbers count: ``random.again()`` draws them once more."""
         self.draws = self.plan.draws()
-        self.devices = [device] if device.type == "cuda" else []
-        self.states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.devices)] if self.draws else []
-
-    @contextmanager
-    def drawing_again(self) -> Iterator[None]:
-        """Within, random numbers are those of the forward; the generators stay as they are."""
-        if not self.draws:
-            yield
-            return
-        with torch.random.fork_rng(self.devices):
-            torch.set_rng_state(self.states[0])
-            for device, state in zip(self.devices, self.states[1:]):
-                torch.cuda.set_rng_state(state, device)
-            yield
+        self.random = draw(self.layer, device) if self.draws else Still()
 
     def wait_on_host(self, *tensors: torch.Tensor, own: int = 1) -> None:
         self.tickets.append(self.host.push(*(tensor.detach() for tensor in tensors), own=own))
@@ -401,10 +388,11 @@ class LeanCall(AttentionCall):
             named = {**named, "keep": partial(self.keep, state)}
         elif room:
             self.wait_on_host(state)
-        middle = self.halves.attention(state, *self.arguments, **named)
-        if from_the_middle:
-            self.wait_on_host(middle, own=0)
-        output = forward_in_chunks(plan, middle, self.adapters("mlp", middle))
+        with self.random.first():
+            middle = self.halves.attention(state, *self.arguments, **named)
+            if from_the_middle:
+                self.wait_on_host(middle, own=0)
+            output = forward_in_chunks(plan, middle, self.adapters("mlp", middle))
         return output, [] if room else [state]
 
     def keep(self, state, *more):
@@ -423,7 +411,7 @@ class LeanCall(AttentionCall):
         own = control_parameters(adapters)
         others = _besides(trained, own)
         inputs = [*([state] if state.requires_grad else []), *others]
-        with self.autocast(), self.drawing_again(), torch.enable_grad():
+        with self.autocast(), self.random.again(), torch.enable_grad():
             middle = self.halves.attention(state, *self.arguments, **self.named)
             # what the MLP drew must be drawn again even where its gradient is not wanted
             needed = bool(inputs) or self.draws
@@ -494,11 +482,15 @@ def autocast_state(tensor: torch.Tensor) -> Callable[[], torch.autocast]:
 # -- random numbers of a model's layers -------------------------------------------------------------------------
 
 
+def drawing_layers(model: nn.Module) -> dict[nn.Module, LayerPlan]:
+    """The layers whose backward may draw random numbers once more, and how they train."""
+    plans = {module: vars(module).get("memory_plan") for module in model.modules()}
+    return {x: plan for x, plan in plans.items() if isinstance(plan, LayerPlan) and plan.mode != "fast" and plan.draws()}
+
+
 def replays_random_numbers(model: nn.Module) -> bool:
-    """Whether a layer's backward draws its forward's random numbers once more, which no CUDA graph can."""
-    for plan in (vars(module).get("memory_plan") for module in model.modules()):
-        if isinstance(plan, LayerPlan) and plan.mode != "fast":
-            attention = plan.mode == "lean" or plan.halves is None or plan.halves.recompute_attention
-            if (attention or plan.mlp.draws()) and plan.draws():
-                return True
-    return False
+    """Whether a layer does so in torch's checkpointing, which no CUDA graph can."""
+    return any(
+        plan.halves is None or plan.mlp.draws() or (plan.mode == "balanced" and plan.halves.recompute_attention)
+        for plan in drawing_layers(model).values()
+    )

@@ -176,13 +176,13 @@ class HostStates:
 
     def settle(self) -> None:
         """At the end of a layer, let the computation wait for the copies that it has started."""
-        pace = self._pace
         if not self._leaving:
-            if pace is not None:
-                pace.interrupt()
+            if self._pace is not None:
+                self._pace.interrupt()
             return
         stream = torch.cuda.current_stream(self._leaving[-1][0][0].device)
-        with nullcontext() if pace is None or torch.cuda.is_current_stream_capturing() else pace.waiting(stream):
+        timed = self._pace is not None and not torch.cuda.is_current_stream_capturing()
+        with self._pace.waiting(stream) if timed else nullcontext():
             for tensors, copied in self._leaving:
                 torch.cuda.current_stream(tensors[0].device).wait_event(copied)
         self._leaving.clear()
