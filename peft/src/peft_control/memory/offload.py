@@ -181,8 +181,8 @@ class HostStates:
                 self._pace.interrupt()
             return
         stream = torch.cuda.current_stream(self._leaving[-1][0][0].device)
-        timed = self._pace is not None and not torch.cuda.is_current_stream_capturing()
-        with self._pace.waiting(stream) if timed else nullcontext():
+        pace = None if torch.cuda.is_current_stream_capturing() else self._pace
+        with nullcontext() if pace is None else pace.waiting(stream):
             for tensors, copied in self._leaving:
                 torch.cuda.current_stream(tensors[0].device).wait_event(copied)
         self._leaving.clear()
