@@ -52,7 +52,7 @@ from .layers import LayerPlan
 from .loss import DecoderPlan, LossPlan
 from .mlp import GatedMlp
 from .offload import HostStates
-from .streaming import RESIDENT, start, stop
+from .streaming import RESIDENT, start, stop, streams
 
 MODES = ("plain", "fast", "balanced", "lean")
 
@@ -157,6 +157,7 @@ def _plan_layers(model, mode, chunk_tokens, offload, paced):
     if any(getattr(m, "gradient_checkpointing", getattr(m, "grad_checkpointing", False)) for m in model.modules()):
         raise ValueError(f"memory mode {mode!r} replaces gradient checkpointing: switch that off first")
     host = HostStates(len(plans) if mode == "lean" else 0, paced, offload == "fp8")
+    host.weights = next(iter(streams(model)), None)
     for layer, plan in plans.items():
         width, size = _state_of(layer, plan)
         if plan.halves is None:

@@ -315,7 +315,7 @@ class AttentionCall(Call):
     def keep(self, state, *more):
         if self.may_wait(state, more):
             # the state does anyway, so that a slow host costs time and no memory of the GPU's
-            self.wait_on_host(state, *(more if self.host.hides else ()))
+            self.wait_on_host(state, *(more if self.host.hides(state) else ()))
 
     def may_wait(self, state, more, *besides):
         """Whether ``more``, which spares the projections, is wanted on the host with the state and what comes ``besides``,

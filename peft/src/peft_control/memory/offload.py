@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 from ..fp8_kernels import quantize_rows
 from .pace import Pace
+
+if TYPE_CHECKING:
+    from .streaming import WeightStream
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,10 @@ _SHARE = 0.75
 #: What waits together does so in pieces of so many bytes, which tensors of all lengths share. What is left takes a power of
 #: two, as torch allocates pinned memory, which for a whole tensor would be up to twice its size.
 _PIECE = 32 << 20
+
+#: A computation that waits for copies for less than this share of a layer's forward would lose more time by computing again
+#: what they bring back: attention's half of a layer is about a third.
+_WORTH = 0.25
 
 # Where tensors are copied from.
 _COPIED_FROM = "cuda"
@@ -64,11 +72,14 @@ class HostStates:
 
     ``layers``: how many have a state that is to wait here before anything else may. ``paced``: whether what spares computing
     may wait only where its copies hide behind the computation, as measured, see ``pace.py``. ``narrow``: states wait in FP8,
-    and nothing else waits: computed from other states, it would not fit to them.
+    and nothing else waits: computed from other states, it would not fit to them. ``weights``: what streams weights on the way
+    that states come back on.
     """
 
+    weights: WeightStream | None = None
+
     def __init__(self, layers: int = 0, paced: bool = False, narrow: bool = False):
-        self._layers, self._pace, self._narrow = layers, Pace() if paced else None, narrow
+        self._layers, self._pace, self._narrow = layers, Pace("its copies to the host", _WORTH) if paced else None, narrow
         self._told = 0  # bytes of the largest state of which the log tells
         self._last: Callable[[], Waiting | None] = _nothing  # what was pushed last of what was not popped
         self._held = self._extra = 0  # bytes: all, and those that are no layer's own state
@@ -95,18 +106,19 @@ class HostStates:
         size = sum(_sizes(_tokens(state) * (state.shape[-1] + 4) if self._narrow else state.nbytes))
         if state.nbytes > self._told:
             self._tell(state, size)
-        two = not self._narrow and self._fits(size, size) and self.hides
+        two = not self._narrow and self._fits(size, size) and self.hides(state)
         return 2 if two else int(self._fits(size, 0, layers=0))
 
     def has_room_beside(self, state: torch.Tensor, *more: torch.Tensor) -> bool:
         """Whether ``more`` may wait here for a layer whose ``state`` does already."""
         size, extra = _buffer_size(state), _buffer_size(*more)
-        return not self._narrow and self._fits(0, extra, state=size) and self.hides
+        return not self._narrow and self._fits(0, extra, state=size) and self.hides(state)
 
-    @property
-    def hides(self) -> bool:
-        """Whether copies of more than a layer's own state hide behind its forward."""
-        return self._pace is None or self._pace.hides
+    def hides(self, state: torch.Tensor) -> bool:
+        """Whether copies of more than a layer's own state hide behind its forward, and leave the way back to streamed weights."""
+        if self._pace is None:
+            return True
+        return self._pace.hides and (self.weights is None or self.weights.hides(_tokens(state)))
 
     def _fits(self, size, extra, layers=None, state=None):
         """Whether ``extra`` bytes leave room for a state of ``size`` bytes, now and (or of ``state``) in each of
