@@ -78,18 +78,11 @@ class ResultsFolder:
         options = {"shape": shape, "batch": batch, "tokens": tokens, "limit": None}
         return self._file(f"memory/{repeat}/{name}", options=options, results=results)
 
-    def searched(self, name, cells, speeds=(), **options):
-        """A file of bench_memory.py's --limit: `cells` are (method, GiB, tokens, seconds or None), `speeds` (method, tokens, seconds)."""
+    def searched(self, name, cells, **options):
+        """A file of bench_memory.py's --limit; `cells` are (method, GiB, tokens, seconds)."""
         found = [
-            {"method": method, "tokens": tokens, "fits": bool(seconds),
-             **({"step_seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": 9e9} if seconds else {}),
-             **({"streaming": {"bytes": 1, "floor_seconds": 2.5},
-                 "step_seconds_repeats": [0.9 * seconds, seconds, 1.1 * seconds]} if "streamed" in method else {})}
-            for method, tokens, seconds in speeds
-        ] + [
-            {"method": method, "limit_gib": limit, "longest_tokens": tokens,
-             **({"step_seconds": seconds, "tokens_per_second": tokens / seconds} if seconds else {})}
-            for method, limit, tokens, seconds in cells
+            {"method": method, "limit_gib": limit, "longest_tokens": tokens, "step_seconds": seconds,
+             "tokens_per_second": tokens / seconds} for method, limit, tokens, seconds in cells
         ]  # fmt: skip
         limits = sorted({limit for _, limit, *_ in cells})
         options = {"shape": "llama3-8b", "batch": 1, "tokens": 1024, "limit": limits, "up_to": 1 << 20, **options}
@@ -117,16 +110,14 @@ class ResultsFolder:
             hyperparameters={"mode": "generate", "quantization": "none", "dtype": "bfloat16", "batch_size": 64, "limit": None},
         )  # fmt: skip
 
-    def scaling(self, cells, repeat="", longest=False, **options):
+    def scaling(self, cells, repeat=""):
         """A file of scripts/bench_scaling.py; `cells` are (method, shard, processes, seconds a step, GB each)."""
         results = [
-            {"method": method, "shard": shard, "processes": processes, "accumulate": 1,
-             **({"longest_tokens": seconds} if longest else {
-                 "step_seconds": seconds, "tokens_per_second": 4096 * processes / seconds, "peak_bytes_per_process": size * 1e9,
-                 "sent_bytes_per_process": 7e6, **({"loss_distance": 1e-5} if processes > 1 else {})})}
+            {"method": method, "shard": shard, "processes": processes, "accumulate": 1, "step_seconds": seconds,
+             "tokens_per_second": 4096 * processes / seconds, "peak_bytes_per_process": size * 1e9, "sent_bytes_per_process": 7e6}
             for method, shard, processes, seconds, size in cells
         ]  # fmt: skip
-        options = {"shape": "llama3-8b", "batch": 4, "tokens": 1024, "longest": longest, **options}
+        options = {"shape": "llama3-8b", "batch": 4, "tokens": 1024, "longest": False}
         more = {"devices": 8, "versions": {"torch": "2.14.1"}}
         return self._file(f"scaling/{repeat}/llama3-8b_4x1024.json", **more, options=options, results=results)
 
