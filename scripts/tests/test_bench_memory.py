@@ -132,24 +132,6 @@ def test_streamed_weights_take_the_same_steps(shape):
     assert resident[1] == streamed[1] and streamed[1][2] < streamed[1][0]
 
 
-def test_peers_train_what_their_papers_say():
-    def trained(text, shape="tiny", **ranks):
-        work = build(Setting(shape, "cpu", 1, 8, **ranks), parse_method(text))
-        return sum(parameter.numel() for parameter in work.trained)
-
-    width, inner, keys, layers = 64, 128, 32, 2
-    sides = (width + width) + 2 * (width + keys) + 2 * (width + inner)  # of q; k, v; up, down
-    assert trained("lora") == layers * 32 * sides
-    assert trained("lora", lora_rank=4) == layers * 4 * sides
-    assert trained("lora-fa") == layers * 32 * (width + 2 * keys + inner + width), "B alone"
-    assert trained("miss") == layers * 64 * (width + 2 * keys + inner + width), "one matrix"
-    assert trained("control") == layers * 2 * 64 * 2 * width
-    assert trained("control", control_rank=3) == layers * 2 * 3 * 2 * width
-    experts = 2 * 4 * 16 * (64 + 64 + 32 + 64)  # of 4 experts in 2 layers; gate and up, 64, are one tensor, down is another
-    assert trained("lora-experts", shape="tiny-moe") - trained("lora", shape="tiny-moe") == experts
-    assert trained("shadow") > layers * width * width, "a small model beside the base"
-
-
 def test_methods_are_those_of_the_shipped_records():
     """At their true shapes, without memory for the weights: as many trained parameters under the same names."""
     shipped = {}
@@ -315,16 +297,8 @@ def test_by_default_the_shapes_methods_run(shape, tokens, device, monkeypatch):
     monkeypatch.setattr(benchmarking, "choose_device", lambda name: name)
     options = bench_memory.Options(shape=shape, device=device).with_defaults()
     assert (options.tokens, options.file_name()) == (tokens, f"{shape}_4x{tokens}.json")
-    dense, llama = shape != "qwen3-30b-a3b", shape == "llama3-8b"
-    always = {"dora", "lora", "miss", "control:plain"} if dense else {"lora+checkpointing", "lora-experts+checkpointing"}
-    assert always | {"control:lean"} <= {*options.methods}
-    sometimes = {
-        "lora+liger": llama,
-        "shadow": llama,
-        "lora+unsloth": llama and device == "cuda",
-        "lora+graphs": dense and device == "cuda",
-    }
-    assert {name: name in options.methods for name in sometimes} == sometimes
+    assert {"control:lean", "lora+checkpointing"} <= {*options.methods}
+    assert ("lora+unsloth" in options.methods) == (shape == "llama3-8b" and device == "cuda")
 
 
 @pytest.mark.parametrize(
@@ -394,7 +368,4 @@ class FastLanguageModel:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     (result,) = json.loads((tmp_path / "tiny_2x8.json").read_text())["results"]
-    rank, (width, inner, keys, layers) = 32, (64, 128, 32, 2)
-    sides = 2 * (width + width) + 2 * (width + keys) + 3 * (width + inner)  # of q, o; k, v; gate, up, down
-    assert result["trained_parameters"] == layers * rank * sides
     assert result["loss"] == pytest.approx(7.62, abs=0.1)  # near log(2048)
