@@ -77,18 +77,6 @@ def test_what_quantization_needs_is_said(train_roberta, monkeypatch):
     assert "pip install bitsandbytes" in train_roberta("--quantization", "nf4").refused()
 
 
-@pytest.mark.parametrize(
-    "name, method", [("QControl", "control"), ("QLoRA", "lora"), ("QDoRA", "dora"), ("double control", "double control")]
-)
-def test_the_roberta_launchers_recipe(started, name, method):
-    """The paper's, which scripts/tests/test_readmes.py compares, by the names that users know."""
-    for quantization in ("nf4", "int8"):
-        ((program, *words),) = started(ROBERTA, name, "rte", QUANTIZATION=quantization)
-        recipe = f"--method {method} --task rte --model roberta-base --epochs 320 --lr 4e-4 --device 0 --seed 42"
-        for part in (recipe, "--batch_size 256", "--precision fp16", f"--quantization {quantization}"):
-            assert part in " ".join(words)
-
-
 @pytest.mark.slow
 def test_the_llama_launcher_trains_and_evaluates_over_nf4(launch, model_folder, data, tmp_path):
     done = launch(
@@ -126,12 +114,6 @@ def test_the_paged_optimizer_trains_nearly_as_adamw_does(llama, tmp_path):
     exact, paged = losses.values()
     assert len(exact) == 3 and paged[-1] < paged[0]
     assert paged == pytest.approx(exact, rel=0.05)
-
-
-def test_int8_trains_too(llama):
-    said = llama("--quantization", "int8")
-    assert said.record.model["quantization"] == "int8"
-    assert "fp32 over int8 on cpu" in said.out and "MatMul8bitLt" not in said.err
 
 
 def test_bases_are_compared_by_the_gradients_over_them(model_folder, data, tmp_path, call):

@@ -10,7 +10,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from control_experiments.paths import REPOSITORY
-from control_experiments.record import read_record
 from ViT import recipe, tiny_model
 from ViT.options import Options
 from ViT.vision_models import Base
@@ -78,18 +77,6 @@ def test_data_and_base_model_must_fit_the_adapter(call, train_vit, npz, base_mod
         assert message in call("ViT.finetune", *words, tmp_path / folder).refused()
 
 
-def test_pictures(call, train_vit, npz, tmp_path):
-    runs = [tmp_path / method for method in ("control", "probe")]
-    for run in runs:
-        train_vit("--method", run.name, "--output_dir", run).finished()
-    call("ViT.figures", "--runs", *runs, "--data", npz, "--output_dir", tmp_path / "figures").finished()
-    for name in ("accuracy_memory", "curves", "control_images"):
-        with Image.open(tmp_path / "figures" / f"{name}.png") as picture:
-            assert min(picture.size) > 200
-    assert "record.json" in call("ViT.figures", "--runs", tmp_path / "nothing", "--output_dir", tmp_path / "none").refused()
-    assert not (tmp_path / "none").exists()
-
-
 def test_an_unreachable_hub_is_one_line(train_vit, tmp_path, monkeypatch):
     told, retries = [], logging.getLogger("huggingface_hub.utils._http")
 
@@ -123,18 +110,6 @@ def test_the_small_tables_data_may_have_spaces_in_its_paths(launch, started, tmp
     assert data("'my data/a.npz' digits") == ["my data/a.npz", "digits"]
     assert data("") == ["/shared/data/vision/cifar100_7k.npz", "/shared/data/vision/flowers12.tar"]
     assert "a quote in DATA is not closed" in launch("ViT/run_small_table.sh", "cpu", DATA="it's").refused()
-
-
-def test_benchmark(call, npz, tmp_path):
-    stdout = call(
-        "ViT.benchmark_pipeline", "--data", npz, "--architecture", "test_vit", "--image_size", 32, "--device", "cpu",
-        "--steps", 2, "--rounds", 1, "--workers", 0, "--batch_size", 8, "--output_dir", tmp_path,
-    ).finished().out  # fmt: skip
-    assert {"ours", "resident", "published"} <= set(stdout.split())
-    (record,) = tmp_path.glob("*.json")
-    metrics = read_record(record).metrics
-    rates = metrics["images_per_second"]
-    assert metrics["ours_over_resident"] == pytest.approx(rates["ours"] / rates["resident"])
 
 
 def test_launcher_demonstration(call, started, tmp_path, monkeypatch):

@@ -381,20 +381,6 @@ def test_what_waits_on_the_host_depends_on_how_fast_copies_are(mode, computing, 
         assert computed_twice(9) == set()
 
 
-@pytest.mark.parametrize(("layers", "counts"), [("XX", True), ("X", False), ("XoX", False)])
-def test_what_is_computed_between_layers_hides_no_copies(layers, counts, copied_in_pieces):
-    """Of layers X whose states wait; a second passes in each other one, and in the loss."""
-    host, state = memory.offload.HostStates(3, paced=True), torch.zeros(2, 19, 32, dtype=torch.float64)
-    for _ in range(20):
-        waiting = []
-        for layer in layers:
-            waiting.append(host.push(state) if layer == "X" else None)
-            copied_in_pieces.computing.time += 0 if layer == "X" else 1000
-            host.settle()
-        copied_in_pieces.computing.time += 1000
-    assert host.hides(state) == (not counts)
-
-
 def test_the_host_gives_no_more_than_the_longest_sequence_takes(copied_in_pieces):
     host = memory.offload.HostStates(3)
     for shape in ((3,), (2, 3500), (9000,), (2, 20), (4096,), (12_289,), (64, 128), (5000,)):
@@ -421,14 +407,6 @@ def test_half_precision_is_as_near_to_float32_as_plain(how, mode, offload, large
         _, plain = loss_and_gradients(model, "plain")
         _, found = loss_and_gradients(model, mode, offload=offload)
     assert distance(found, reference) <= 1.5 * distance(plain, reference)
-
-
-def test_loss_divides_as_the_trainer_asks():
-    inputs, labels = batch()
-    model = set_memory_mode(build(), "fast")
-    mean = model(**inputs, labels=labels).loss
-    count = (labels[:, 1:] != -100).sum()
-    torch.testing.assert_close(model(**inputs, labels=labels, num_items_in_batch=4).loss, mean * count / 4)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -33,14 +33,6 @@ def test_the_table_says_what_the_records_say(demo, shown, tmp_path):
     assert (tmp_path / "roberta" / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_unequal_conditions_are_told(demo, shown):
-    demo("control", 0.7)
-    demo("lora", 0.6, epochs=3.0)
-    done = shown()
-    assert done.code == 0 and "left out: lora/record.json was run with epochs 3.0" in done.err
-    assert "lora/record.json was run with epochs 3.0" in done.out
-
-
 def test_a_broken_folder_is_one_line_and_writes_nothing(demo, shown, tmp_path):
     (tmp_path / "roberta").mkdir()
     assert "holds no run of the demonstration: start scripts/quickstart.sh first" in shown().refused()

@@ -134,21 +134,26 @@ def assert_recipe(options, recipe: dict, ours: tuple[str, ...] = ()) -> None:
             assert getattr(options, name) == value, f"{name}: {getattr(options, name)!r}, the paper has {value!r}"
 
 
-@pytest.mark.parametrize("method", ["control", "lora", "dora"])
+#: Methods by the names that QControl's users know.
+QUANTIZED = {"control": "QControl", "lora": "QLoRA", "dora": "QDoRA"}
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
 @pytest.mark.parametrize(
     ("domain", "command", "own"),
     [
         ("roberta", "RoBERTa/run_roberta.sh {method} cola", {"task": "cola"}),
         ("vit", "ViT/run_ViT.sh {method} 0", {"mlp_layers": 4}),  # the script's own default is the ordinary ViT
-        ("qcontrol", "QControl/run_roberta_quantization.sh {method} rte 320 4e-4 0", None),
+        ("qcontrol", "QControl/run_roberta_quantization.sh {quantized} rte 320 4e-4 0", None),
     ],
 )
 def test_defaults_are_the_papers(domain, command, own, method, noted):
-    (call,) = noted(f"bash {command.format(method=method)}")
+    (call,) = noted(f"bash {command.format(method=method, quantized=QUANTIZED[method])}")
     options, recipe = parsed(call), RECIPES[domain]
     if domain == "qcontrol":
         recipe = {**RECIPES["roberta"], **recipe["rte"], "batch_size": recipe["batch_size"]}
     assert_recipe(options, recipe)
+    assert options.method == method
     assert own is None or options == type(options)(method=method, **own), "launcher and script have different defaults"
 
 
