@@ -56,12 +56,6 @@ def test_every_method_trains_and_leaves_an_adapter_and_a_record(train_llama, tmp
     assert torch.isfinite(loaded(**asked).logits).all()
 
 
-@pytest.mark.parametrize("method", ["miss", "shadow", "control+dora"])
-def test_methods_train_over_a_half_precision_base(train_llama, method):
-    record = train_llama("--dtype", "bf16", "--max_steps", 2, "--method", method).record
-    assert (record.hyperparameters["dtype"], record.adapter["dtype"]) == ("bfloat16", "float32")
-
-
 def test_the_best_checkpoint_is_saved_not_the_last(train_llama, tmp_path, monkeypatch):
     real, seen = training.batch_loss, []
 

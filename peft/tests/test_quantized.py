@@ -10,7 +10,6 @@ from tiny_models import METHODS, assert_as_plain, assert_equal, config_of, dista
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 from control_experiments.errors import UserError
-from control_experiments.training import quantization as quantizing
 from control_experiments.training.options import check_method_runs
 from control_experiments.training.quantization import loading_arguments, prepare, quantization_of, quantized_linears
 from peft_control import Fp8Linear, memory
@@ -154,23 +153,6 @@ def test_four_bits_are_unpacked_once_for_a_long_row(folders, monkeypatch):
         assert len(calls) == count
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_memory_modes_under_bf16_autocast(folders, name):
-    """As near to float32 as plain is; in the mean, since of one adapter alone the rounding may happen to be small."""
-    exact, model = (adapter(load(folders, name, "nf4", dtype), name, "control") for dtype in (torch.float32, torch.bfloat16))
-    apart = {mode: [] for mode in MODES}
-    for seed in range(8):
-        _, reference = step_on(randomize_adapters(exact, seed=seed).train(), inputs(name))
-        randomize_adapters(model, seed=seed).train()
-        with torch.autocast("cpu", torch.bfloat16):
-            for mode in MODES:
-                set_memory_mode(model, mode, chunk_tokens=8)
-                apart[mode].append(distance(step_on(model, inputs(name))[1], reference))
-    apart = {mode: torch.tensor(found).square().mean().sqrt().item() for mode, found in apart.items()}
-    assert max(apart.values()) <= 1.5 * apart["plain"], apart
-    assert 0 < apart["plain"] < 0.2
-
-
 def test_activations_follow_autocast(folders):
     """A float32 norm before a quantized layer does not make its output float32 under autocast."""
     model = load(folders, "roberta", "nf4", torch.bfloat16)
@@ -181,20 +163,6 @@ def test_activations_follow_autocast(folders):
         model(**inputs("roberta"))
     model(**inputs("roberta"))
     assert seen == [torch.bfloat16, torch.float32]
-
-
-def test_a_quantized_model_is_not_quantized_again(folders, tmp_path):
-    load(folders, "roberta", "nf4").save_pretrained(tmp_path)
-    stored = RobertaConfig.from_pretrained(tmp_path)
-    assert quantization_of(stored) == "nf4"
-    with pytest.raises(UserError, match="quantized already"):
-        quantizing.check_not_quantized("int8", stored, "that model")
-    quantizing.check_not_quantized("none", stored, "that model")
-    quantizing.check_not_quantized("nf4", RobertaConfig.from_pretrained(folders / "roberta"), "that model")
-    reread = prepare(RobertaForSequenceClassification.from_pretrained(tmp_path, device_map={"": CPU}))
-    assert len(quantized_linears(reread)) == 12
-    losses = train(adapter(reread, "roberta", "control"), "roberta")
-    assert losses[-1] < losses[0]
 
 
 def test_what_is_missing_says_so(monkeypatch):
