@@ -75,11 +75,3 @@ def test_answers_ranked_by_likelihood_have_a_folder_of_their_own(chosen):
     table = {"script": "LlaMA/run_smollm2_table.sh", "first": ("out", "cpu"), "METHODS": "zero-shot"}
     assert folder(**table) == "out/zero-shot"
     assert folder(**table, EVALUATE_ARGS="--mode likelihood") == "out/zero-shot-likelihood"
-
-
-def test_the_table_script_runs_all_methods(started):
-    calls = started("LlaMA/run_smollm2_table.sh", "out", "0", "--max_steps", "3", QUESTIONS=5)
-    assert len(calls) == 1 + 2 * 4
-    for program, *words in calls:
-        assert {"LlaMA.finetune": "--max_steps 3", "LlaMA.evaluate": "--limit 5"}[program] in " ".join(words)
-    assert any("out/double-control-seed42/adapter" in words for words in calls)

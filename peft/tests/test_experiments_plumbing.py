@@ -200,7 +200,6 @@ def resealed(damage):
 DAMAGES = {
     "optimizer.pt is not what was written": lambda c: flip(c / "optimizer.pt"),
     "optimizer.pt is missing": lambda c: (c / "optimizer.pt").unlink(),
-    "trainer_state.json is not what was written": lambda c: (c / "trainer_state.json").write_text("{"),
     "more.pt is not in its manifest.json": lambda c: (c / "more.pt").write_bytes(b""),
     "it has no manifest.json": lambda c: (c / "manifest.json").unlink(),
     "manifest.json is no JSON file": lambda c: (c / "manifest.json").write_text('{"schema": 1, "sha'),

@@ -64,12 +64,6 @@ def test_the_second_eight_layers_decide_once(computed, size, place):
     assert not measured(*[fast] * 8, *one).hides(size, TOKENS)
 
 
-def test_a_layers_copies_count_together_and_pauses_between_them_do_not():
-    pace = measured(*[(10.0, (700, 1.0), (500, 5.0))] * 16)  # 200 bytes a millisecond, so 2,000 in the layer
-    assert pace.hides(2000, TOKENS) and not pace.hides(2001, TOKENS)
-    assert pace.hides(3900, 2 * TOKENS) and not pace.hides(1100, TOKENS // 2)
-
-
 def test_what_the_gpu_has_not_done_yet_is_not_read(monkeypatch):
     layers, slow = Layers(), (1000, 2.0)
     monkeypatch.setattr(Event, "finished", False)

@@ -153,18 +153,6 @@ def test_four_bits_are_unpacked_once_for_a_long_row(folders, monkeypatch):
         assert len(calls) == count
 
 
-def test_activations_follow_autocast(folders):
-    """A float32 norm before a quantized layer does not make its output float32 under autocast."""
-    model = load(folders, "roberta", "nf4", torch.bfloat16)
-    seen = []
-    dense = model.roberta.encoder.layer[0].intermediate.dense
-    dense.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
-        model(**inputs("roberta"))
-    model(**inputs("roberta"))
-    assert seen == [torch.bfloat16, torch.float32]
-
-
 def test_what_is_missing_says_so(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UserError, match="pip install bitsandbytes"):
         patch.setitem(sys.modules, "bitsandbytes.functional", None)

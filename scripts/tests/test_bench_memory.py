@@ -285,7 +285,6 @@ def test_by_default_the_shapes_methods_run(shape, tokens, device, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--batch", 0), "--batch must be at least 1"),
         (("--shape", "huge"), "unknown --shape 'huge': choose from smollm2"),
         (("--methods", "prefix"), "unknown method 'prefix'"),
         (("--methods", "control+graphs+packed"), "packed rows are not measured as CUDA graphs"),

@@ -14,17 +14,12 @@ from pathlib import Path
 from random import Random
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from control_experiments.errors import UserError
 from control_experiments.record import read_record
 from control_experiments.training import sharding
 from control_experiments.training.checkpoints import checkpoints
-from control_experiments.training.metering import MemoryMeter
-from control_experiments.training.options import choose_shard
-from control_experiments.training.sharding import shard_frozen
 from control_experiments.training.trainer import ExperimentTrainer, SharedBatches
 from scripts.tests import faults
 from scripts.tests.faults import ADAPTER, CASES, SEED, Attempt, Run, assert_nothing_half_written, execute, losses, together
@@ -212,12 +207,3 @@ def test_what_cannot_be_sharded_is_refused(domain, environment, options, told, t
     monkeypatch.setenv("FSDP_VERSION", "2" if "OFFLOAD" in environment else "1")
     assert told in execute(SHARED[domain](tmp_path).adding(options), tmp_path / "run").refused()
     assert not (tmp_path / "run" / "record.json").exists()
-
-
-def test_models_that_cannot_be_sharded_are_refused():
-    bitsandbytes, cpu = pytest.importorskip("bitsandbytes"), torch.device("cpu")
-    for layer, told in ((bitsandbytes.nn.Linear4bit, "quantized"), (torch.nn.Linear, "no layer that Control knows")):
-        with pytest.raises(UserError, match=told):
-            shard_frozen(torch.nn.Sequential(layer(4, 4)), cpu, MemoryMeter(cpu))
-    with pytest.raises(UserError, match="cuda_graphs"):
-        choose_shard("fsdp2", cuda_graphs=True)
