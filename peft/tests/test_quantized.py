@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaFo
 
 from control_experiments.errors import UserError
 from control_experiments.training.options import check_method_runs
-from control_experiments.training.quantization import loading_arguments, prepare, quantization_of, quantized_linears
+from control_experiments.training.quantization import loading_arguments, prepare, quantized_linears
 from peft_control import Fp8Linear, memory
 from peft_control.memory import MODES, set_memory_mode
 
@@ -106,22 +106,6 @@ def test_trains_saves_and_reloads_on_a_fresh_base(folders, tmp_path, name, quant
         assert torch.equal(again(**inputs(name)).logits, model(**inputs(name)).logits)
         with model.disable_adapter():
             assert not torch.equal(again(**inputs(name)).logits, model(**inputs(name)).logits)
-
-
-@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
-def test_only_linear_layers_inside_the_blocks_are_quantized(folders, quantization):
-    encoder, decoder = (load(folders, name, quantization) for name in ("roberta", "llama"))
-    assert type(encoder.classifier.dense) is torch.nn.Linear and type(decoder.lm_head) is torch.nn.Linear
-    for model in (encoder, decoder):
-        assert quantization_of(model.config) == quantization
-        floating = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        assert floating == {torch.float32}  # embeddings, norms, biases, head
-        plain = load(folders, "roberta" if model is encoder else "llama", "none")
-        assert model.num_parameters() == plain.num_parameters()
-        if quantization != "int8":
-            assert all(m.weight.quant_state.quant_type == quantization for m in quantized_linears(model))
-            assert all(m.weight.quant_state.nested for m in quantized_linears(model))
-    assert prepare(plain) is plain and not quantized_linears(plain)
 
 
 @pytest.mark.parametrize("name", CLASSES)
