@@ -6,8 +6,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny_models import METHODS, assert_as_plain, assert_equal, config_of, distance, randomize_adapters, step_on
-from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
+from tiny_models import METHODS, assert_as_plain, assert_equal, build, config_of, distance, randomize_adapters, step_on
+from transformers import LlamaForCausalLM, RobertaForSequenceClassification
 
 from control_experiments.errors import UserError
 from control_experiments.training.options import check_method_runs
@@ -18,15 +18,11 @@ from peft_control.memory import MODES, set_memory_mode
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
 CPU = torch.device("cpu")
-WIDTH = 64  # bitsandbytes scales 64 weights together
-SHAPE = {
-    "vocab_size": 61, "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2,
-}  # fmt: skip
-NO_DROPOUT = {"pad_token_id": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SHAPE = {"hidden_size": 64, "intermediate_size": 96}  # bitsandbytes scales 64 weights together
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CLASSES = {
-    "llama": (LlamaForCausalLM, LlamaConfig, "CAUSAL_LM", ["q_proj", "v_proj"], {"num_key_value_heads": 2}),
-    "roberta": (RobertaForSequenceClassification, RobertaConfig, "SEQ_CLS", ["query", "value"], NO_DROPOUT),
+    "llama": (LlamaForCausalLM, "CAUSAL_LM", ["q_proj", "v_proj"], {}),
+    "roberta": (RobertaForSequenceClassification, "SEQ_CLS", ["query", "value"], NO_DROPOUT),
 }
 
 
@@ -34,9 +30,8 @@ CLASSES = {
 def folders(tmp_path_factory):
     """A saved tiny model of each kind; loading it is what quantizes."""
     root = tmp_path_factory.mktemp("models")
-    for name, (cls, config, _, _, extra) in CLASSES.items():
-        torch.manual_seed(0)
-        cls(config(**SHAPE, **extra)).save_pretrained(root / name)
+    for name, (*_, extra) in CLASSES.items():
+        build(name, **SHAPE, **extra).save_pretrained(root / name)
     return root
 
 
@@ -49,7 +44,7 @@ def load(folders, name, quantization, compute_dtype=torch.float32):
 
 
 def adapter(base, name, method="control+lora"):
-    task, targets = CLASSES[name][2:4]
+    _, task, targets, _ = CLASSES[name]
     return get_peft_model(base, config_of(method, targets, task_type=task))
 
 

@@ -122,16 +122,6 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(tmp_path, capsys):
         asked.failed.clear()
 
 
-def test_a_dry_run_shows_the_commands_of_what_is_left(tmp_path, capsys):
-    asked = study(tmp_path, methods=["control", "lora"], grid=None, lr=1e-3, seeds=[1])
-    asked.take(asked.left()[0])
-    capsys.readouterr()
-    asked.show()
-    (line,) = capsys.readouterr().out.splitlines()
-    assert " --lr 0.001 " in f"{line} " and " --method lora " in line and "model_task_lora_seed1" in line
-    assert done(tmp_path) == ["model_task_control_seed1"]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -56,9 +56,8 @@ class ResultsFolder:
         )  # fmt: skip
 
     def benchmark(self, name="llama3-8b_4x1024.json", repeat="", shape="llama3-8b", batch=4, tokens=1024, weights=16e9,
-                  others=0, copies=0.0, **methods):  # fmt: skip
-        """A file of scripts/bench_memory.py; methods are name=(seconds a step, GB over the weights) or None: failed. `copies` are
-        seconds a step of those whose weights wait on the host."""
+                  others=0, **methods):  # fmt: skip
+        """A file of scripts/bench_memory.py; methods are name=(seconds a step, GB over the weights) or None: failed."""
         results = []
         for method, point in methods.items():
             result = {"method": method.replace("_", ":"), "error": "out of memory"}
@@ -72,8 +71,6 @@ class ResultsFolder:
                 result = {"method": result["method"], "trained_parameters": 7, "static_bytes": weights, "peak_bytes": weights + over * 1e9,
                           "over_static_bytes": over * 1e9, "step_seconds": seconds, "tokens_per_second": batch * tokens / seconds,
                           "memory": memory}  # fmt: skip
-                if "streamed" in method:
-                    result["streaming"] = {"bytes": int(64e9), "layers": 80, "resident": 2, "floor_seconds": copies}
             results.append(result)
         options = {"shape": shape, "batch": batch, "tokens": tokens, "limit": None}
         return self._file(f"memory/{repeat}/{name}", options=options, results=results)
@@ -87,39 +84,6 @@ class ResultsFolder:
         limits = sorted({limit for _, limit, *_ in cells})
         options = {"shape": "llama3-8b", "batch": 1, "tokens": 1024, "limit": limits, "up_to": 1 << 20, **options}
         return self._file(f"memory/{name}.json", options=options, results=found)
-
-    def throughput(self, packed, large=5.0, *, folder="throughput-x"):
-        """A record of LlaMA/benchmark_throughput.py; the ways' rates in times the published."""
-        ways = {
-            way: {"real_tokens_per_second": 1000.0 * times, "speedup": times, "rows_per_step": rows, "forwards_per_step": 2.0,
-                  "memory_mode": "plain", "attention": "sdpa", "seconds_per_step": 0.1}
-            for way, times, rows in (("published", 1.0, 8), ("packed", packed, 8), ("large", large, 64))
-        }  # fmt: skip
-        return self._record(
-            f"llama/{folder}", domain="llama", method="control+lora", task="throughput", seed=42, model="random llama3-8b",
-            hyperparameters={"memory": "fast", "batch_size": 8, "cutoff": 256, "dtype": "bfloat16"}, best={}, last=ways,
-        )  # fmt: skip
-
-    def batches(self, speedup, agree, *, questions=1000, folder="batches-x"):
-        """A record of LlaMA/evaluate.py --compare_batch_one."""
-        last = {"questions": questions, "batch_size": 64, "questions_per_second": 10.0 * speedup,
-                "questions_per_second_batch_one": 10.0, "speedup": speedup, "answers_agree": agree,
-                "speedup_over_published": 2 * speedup, "answers_agree_with_published": agree, "differing": []}  # fmt: skip
-        return self._record(
-            f"llama/{folder}", domain="llama", method="zero-shot", task="commonsense", seed=42, model="smollm2", best={}, last=last,
-            hyperparameters={"mode": "generate", "quantization": "none", "dtype": "bfloat16", "batch_size": 64, "limit": None},
-        )  # fmt: skip
-
-    def scaling(self, cells, repeat=""):
-        """A file of scripts/bench_scaling.py; `cells` are (method, shard, processes, seconds a step, GB each)."""
-        results = [
-            {"method": method, "shard": shard, "processes": processes, "accumulate": 1, "step_seconds": seconds,
-             "tokens_per_second": 4096 * processes / seconds, "peak_bytes_per_process": size * 1e9, "sent_bytes_per_process": 7e6}
-            for method, shard, processes, seconds, size in cells
-        ]  # fmt: skip
-        options = {"shape": "llama3-8b", "batch": 4, "tokens": 1024, "longest": False}
-        more = {"devices": 8, "versions": {"torch": "2.14.1"}}
-        return self._file(f"scaling/{repeat}/llama3-8b_4x1024.json", **more, options=options, results=results)
 
     def _file(self, name, **contents):
         path = self.path / name

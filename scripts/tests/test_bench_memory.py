@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from itertools import islice
 from types import SimpleNamespace
@@ -149,21 +147,6 @@ def test_random_bases_are_quantized_as_loaded_ones(shape, tmp_path):
         assert layers(ours) == layers(loaded) and ours.num_parameters() == loaded.num_parameters()
 
 
-def test_a_profile_is_a_record_of_its_own(tmp_path, call, measured):
-    asked = ("--shape", "tiny", "--batch", 2, "--tokens", 8, "--methods", "control:fast", "--profile")
-    folder = tmp_path / "memory"
-    call("scripts.bench_memory", *BRIEFLY, *asked, "--output", folder).finished()
-    assert [path.name for path in folder.iterdir()] == ["tiny_2x8_profile.json"]
-    (result,) = json.loads((folder / "tiny_2x8_profile.json").read_text())["results"]
-    seconds = [kernel["seconds"] for kernel in result["kernels"]]
-    assert seconds == sorted(seconds, reverse=True) and seconds[-1] > 0
-
-    frame, _ = load(tmp_path)
-    (line,) = frame[frame.section.str.startswith("tiny, 2 x 8 tokens, cpu, torch")].to_dict("records")
-    assert (line["kind"], line["row"]) == ("profile", "control:fast")
-    assert line["all"] == pytest.approx(sum(seconds)) and line["matmuls"] > 0
-
-
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU of 80 GiB that allocates nothing: a step of so many tokens has the peak in bytes that `gpu.peak` says."""
@@ -307,38 +290,3 @@ def test_by_default_the_shapes_methods_run(shape, tokens, device, monkeypatch):
 def test_bad_input_is_one_line(options, message, tmp_path, call):
     assert message in call("scripts.bench_memory", *BRIEFLY, "--output", tmp_path / "out", *options).refused()
     assert not (tmp_path / "out").exists()
-
-
-def test_unsloth_is_imported_first_and_given_a_folder(tmp_path):
-    """By a stand-in with unsloth's names, made of transformers and peft."""
-    (tmp_path / "unsloth.py").write_text(
-        """
-import sys
-
-assert "transformers" not in sys.modules and "peft" not in sys.modules
-
-
-class FastLanguageModel:
-    def from_pretrained(folder, max_seq_length, dtype, load_in_4bit, local_files_only):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        assert max_seq_length == 8 and not load_in_4bit and local_files_only
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
-
-    def get_peft_model(model, use_gradient_checkpointing, **lora):
-        from peft import LoraConfig, get_peft_model
-
-        assert use_gradient_checkpointing == "unsloth"
-        return get_peft_model(model, LoraConfig(**lora))
-
-    def for_training(model):
-        return model.train()
-"""
-    )
-    asked = f"--shape tiny --batch 2 --tokens 8 --methods lora-all+unsloth+checkpointing --output {tmp_path}".split()
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"}
-    command = [sys.executable, "-m", "scripts.bench_memory", *BRIEFLY, *asked]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    (result,) = json.loads((tmp_path / "tiny_2x8.json").read_text())["results"]
-    assert result["loss"] == pytest.approx(7.62, abs=0.1)  # near log(2048)

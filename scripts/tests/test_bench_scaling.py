@@ -8,7 +8,6 @@ import time
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from control_experiments.errors import UserError
 from scripts import bench_scaling, scaling
 
 
@@ -39,20 +38,6 @@ def test_the_launcher_refuses_in_one_line(launch, tmp_path):
     words = ("--device", "cpu", "--shape", "tiny", "--output", tmp_path / "out", "--shards", "zero")
     assert "unknown --shards 'zero': choose from ddp, fsdp2" in launch("scripts/bench_scaling.sh", *words).refused()
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"methods": ["lora+nf4"]}, "over several processes bf16 bases"),
-        ({"processes": [10_000]}, "this host has"),
-        ({"longest": True}, "--longest needs GPUs"),
-        ({"limit": 23.5}, "--limit goes with --longest"),
-    ],
-)
-def test_what_cannot_be_is_said(options, message):
-    with pytest.raises(UserError, match=message):
-        bench_scaling.Options(device="cpu", shape="tiny", **options).check()
 
 
 def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch, tmp_path, capfd):

@@ -43,12 +43,6 @@ def test_each_repeat_of_a_benchmark_has_a_folder_of_its_own(noted):
     assert found[:3] == [type(options)(**{**vars(options), "output": found[n].output}) for n, options in enumerate(found[3:])]
 
 
-def test_a_dry_run_measures_nothing(launch, stub):
-    done = launch(*MEMORY, "--dry_run", PYTHON=stub)
-    assert done.code == 0 and "measuring" not in done.out
-    assert done.out.count(f"+ {stub} -m scripts.bench_memory --shape ") == 6
-
-
 def test_a_failed_benchmark_is_listed_at_the_end_and_stops_no_other(launch, stub):
     done = launch(*MEMORY, PYTHON=stub, FAIL="vit-b16")
     assert done.code == 2 and done.out.count("measuring") == 6
