@@ -37,22 +37,19 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in pairs)
 
 
-def test_a_folder_and_its_tar_are_the_same(folder, tmp_path):
-    plain, tar = load_data(str(folder)), load_data(str(pack(folder, tmp_path / "pets.tar")))
+def test_a_folder_its_tar_and_images_on_demand_are_the_same(folder, tmp_path):
+    sources = folder, pack(folder, tmp_path / "pets.tar")
+    plain, tar = (load_data(str(source), keep="host") for source in sources)
     assert plain.classes == tar.classes == ["cat", "dog"]
     assert equal(plain.train, tar.train) and equal(plain.test, tar.test)
     assert plain.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     first = np.array(Image.open(folder / "train" / "cat" / "0.png"))
     assert torch.equal(plain.train.images[0], torch.from_numpy(first).permute(2, 0, 1))
-
-
-def test_images_on_demand_are_the_decoded_ones(folder, tmp_path):
     indices = torch.tensor([5, 0, 3, 1]).split(3)
-    for source in (folder, pack(folder, tmp_path / "pets.tar")):
-        decoded = load_data(str(source), keep="host").train
+    for source in sources:
         lazy = load_data(str(source), keep="files", workers=1).train
-        assert isinstance(decoded, Decoded) and isinstance(lazy, OnDemand)
-        for (a, la), (b, lb) in zip(decoded.batches(indices), lazy.batches(indices), strict=True):
+        assert isinstance(plain.train, Decoded) and isinstance(lazy, OnDemand)
+        for (a, la), (b, lb) in zip(plain.train.batches(indices), lazy.batches(indices), strict=True):
             assert torch.equal(la, lb) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
