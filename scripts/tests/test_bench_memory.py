@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from itertools import islice
 from types import SimpleNamespace
@@ -98,6 +100,12 @@ def test_every_method_is_the_same_model_at_first(shape, size, methods):
         losses[text] = work.step().item()
         assert dropout or work.step().item() < losses[text]
     assert losses == dict.fromkeys(losses, pytest.approx(losses["control"], abs=0.2 if dropout else 1e-4))
+
+
+def test_shadow_trains_a_small_model_beside_the_base():
+    work = build(Setting("tiny", "cpu", 1, 8), parse_method("shadow"))
+    assert work.step().item() > work.step().item()
+    assert sum(parameter.numel() for parameter in work.trained) > 2 * 64 * 64
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-moe"])
@@ -290,3 +298,39 @@ def test_by_default_the_shapes_methods_run(shape, tokens, device, monkeypatch):
 def test_bad_input_is_one_line(options, message, tmp_path, call):
     assert message in call("scripts.bench_memory", *BRIEFLY, "--output", tmp_path / "out", *options).refused()
     assert not (tmp_path / "out").exists()
+
+
+UNSLOTH = """
+import sys
+
+assert "transformers" not in sys.modules and "peft" not in sys.modules
+
+
+class FastLanguageModel:
+    def from_pretrained(folder, max_seq_length, dtype, load_in_4bit, local_files_only):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        assert max_seq_length == 8 and not load_in_4bit and local_files_only
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
+
+    def get_peft_model(model, use_gradient_checkpointing, **lora):
+        from peft import LoraConfig, get_peft_model
+
+        assert use_gradient_checkpointing == "unsloth"
+        return get_peft_model(model, LoraConfig(**lora))
+
+    def for_training(model):
+        return model.train()
+"""
+
+
+def test_unsloth_is_imported_first_and_given_a_folder(tmp_path):
+    """By a stand-in with unsloth's names, made of transformers and peft."""
+    (tmp_path / "unsloth.py").write_text(UNSLOTH)
+    asked = f"--shape tiny --batch 2 --tokens 8 --methods lora-all+unsloth+checkpointing --output {tmp_path}".split()
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"}
+    command = [sys.executable, "-m", "scripts.bench_memory", *BRIEFLY, *asked]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "tiny_2x8.json").read_text())["results"]
+    assert result["loss"] == pytest.approx(7.62, abs=0.1)  # near log(2048)

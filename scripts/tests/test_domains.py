@@ -99,6 +99,7 @@ VIT = [
     ("--model {tmp}/text.safetensors", "no readable safetensors"),
     ("--device 7", "no GPU 7"),
     ("--lr fast", "invalid float value"),
+    ("--crop 0", "--crop must be greater than 0, got 0"),
     ("--method probe --lr_head 1", "--lr_head is for methods with an adapter"),
     ("--warmup_steps 2", "--warmup_steps is for --optimizer adamw"),
     ("--method lora --memory fast", "--memory fast: memory modes need a frozen MLP"),
