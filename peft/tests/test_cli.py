@@ -9,7 +9,6 @@ from peft import get_peft_model
 from tiny_models import build, randomize_adapters
 
 from peft_control import ControlConfig
-from peft_control.__main__ import main
 
 TOOL = """
 import sys
@@ -48,22 +47,6 @@ def test_a_module_or_script_runs_and_without_us_it_cannot_load_the_adapter(folde
     assert code == 1 and "CONTROL" in said
 
 
-@pytest.fixture
-def calling(monkeypatch, capsys):
-    """``calling("-m", "kit")``: the exit code, and what was printed to stdout and stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["peft_control", *arguments])
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        try:
-            main()
-        except SystemExit as exit_:
-            return exit_.code, *capsys.readouterr()
-        return None, *capsys.readouterr()
-
-    return call
-
-
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -74,19 +57,19 @@ def calling(monkeypatch, capsys):
         (["architectures", "nowhere"], "error: "),
     ],
 )
-def test_what_cannot_run(arguments, text, calling):
-    code, out, said = calling(*arguments)
+def test_what_cannot_run(arguments, text, call):
+    code, out, said = call("peft_control.__main__", *arguments)
     assert code == 2 and text in said and said.count("\n") == 1 and not out
 
 
 @pytest.mark.parametrize("command", ["", "architectures", "export"])
-def test_help(command, calling):
-    code, out, _ = calling(*command.split(), "--help")
+def test_help(command, call):
+    code, out, _ = call("peft_control.__main__", *command.split(), "--help")
     assert not code and f"usage: python -m peft_control {command}" in out and ("lm_eval" in out) == (not command)
 
 
-def test_architectures(tmp_path, calling):
+def test_architectures(tmp_path, call):
     build("qwen3_next").config.save_pretrained(tmp_path)
-    code, out, _ = calling("architectures", str(tmp_path))
-    assert code is None and "layers.0: Qwen3NextDecoderLayer, row qwen3_next, width 32" in out
+    out = call("peft_control.__main__", "architectures", tmp_path).finished().out
+    assert "layers.0: Qwen3NextDecoderLayer, row qwen3_next, width 32" in out
     assert "attention: reads input_layernorm, writes linear_attn" in out

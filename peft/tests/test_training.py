@@ -1,5 +1,6 @@
 """Controls under the machinery people train and serve with: checkpointing, caches, compile, Trainers, Liger."""
 
+from functools import cache
 from unittest.mock import patch
 
 import pytest
@@ -199,14 +200,7 @@ ORDERS = {"plain": (), "before": ("lean",), "after": (None, "lean"), "undone": (
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
     """``logged(case, order)``: what each step of a trainer logs if the mode is set so before it is made and after."""
-    seen = {}
-
-    def run(case: str, order: str) -> list[dict]:
-        if (case, order) not in seen:
-            seen[case, order] = train(case, ORDERS[order], tmp_path_factory.mktemp("run"))
-        return seen[case, order]
-
-    return run
+    return cache(lambda case, order: train(case, ORDERS[order], tmp_path_factory.mktemp("run")))
 
 
 def train(case: str, modes: tuple, folder) -> list[dict]:
