@@ -1,14 +1,10 @@
 """The scaling benchmark in two processes over gloo, on a tiny shape."""
 
 import json
-import os
-import signal
-import time
 
 import pytest
-from torch.distributed.elastic.multiprocessing.errors import record
 
-from scripts import bench_scaling, scaling
+from scripts import scaling
 
 
 def test_two_processes_lose_what_one_loses(call, tmp_path):
@@ -55,26 +51,3 @@ def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch
     monkeypatch.setattr(scaling, "LONGEST", 2048)
     scaling.longest(512, step_within(10_000), tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text()) == {"longest_tokens": 2048}
-
-
-@record
-def ends(options, method, shard, accumulate, result):
-    """In the place of `scaling.work`: process 1 ends as the method says, the other one waits for it."""
-    if os.environ["RANK"] == "0":
-        result.write_text('{"longest_tokens": 512}' if shard == "fsdp2" else "{}")
-        time.sleep(60)
-    while not result.is_file():
-        time.sleep(0.1)
-    time.sleep(1)
-    if method == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    raise RuntimeError("out of memory")
-
-
-@pytest.mark.parametrize(("method", "said"), [("killed", "Signal 9 (SIGKILL)"), ("raises", "RuntimeError: out of memory")])
-def test_a_cell_says_why_the_first_process_ended(method, said, monkeypatch, capfd):
-    monkeypatch.setattr(scaling, "work", ends)
-    options = bench_scaling.Options(device="cpu", shape="tiny", longest=True)
-    cell = scaling.run_cell(options, method, "fsdp2", 2)
-    assert cell["longest_tokens"] == 512 and said in cell["ended_by"]
-    assert f"512 tokens, then {cell['ended_by']}" in scaling.line(cell, None)

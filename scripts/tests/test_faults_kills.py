@@ -1,4 +1,4 @@
-"""Runs of every domain under kills, signals, full disks, broken checkpoints and losses that are no number.
+"""Runs of every domain under kills, signals and losses that are no number.
 
 Whatever happens, the run then goes on to the end of one that nothing disturbed, bit for bit. `faults.py` says how to have
 more cases of it.
@@ -6,7 +6,6 @@ more cases of it.
 
 import os
 import signal
-import subprocess
 import time
 from functools import cache
 from pathlib import Path
@@ -77,24 +76,6 @@ def test_a_signal_checkpoints_and_the_run_goes_on_to_the_same_end(domain, tmp_pa
         assert find_damage(newest) is None and not (cut / "record.json").exists()
         execute(run, cut, resume=True).finished()
         assert_same(run, cut, tmp_path / "whole")
-
-
-@pytest.mark.parametrize("domain", TRAINING)
-def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(domain, tmp_path, small_disk):
-    disk, folder = small_disk("64m") / "run", tmp_path / "log"
-    disk.mkdir()
-    folder.symlink_to(disk)  # beside which the log lies, on a disk that is not full
-    run = RUNS[domain](tmp_path).adding(LONGER[domain])
-    attempt = Attempt(run, folder)
-    while not checkpoints(disk / "checkpoints"):
-        time.sleep(0.01)
-    subprocess.run(["dd", "if=/dev/zero", f"of={disk}/fill", "bs=64k"], capture_output=True)
-    attempt.join()
-    line = attempt.refused()
-    assert "is full" in line and "--resume" in line
-    assert_nothing_half_written(disk)
-    (disk / "fill").unlink()
-    execute(run, folder, resume=True).finished()
 
 
 @pytest.mark.parametrize("domain", TRAINING)
