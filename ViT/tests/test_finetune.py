@@ -99,19 +99,6 @@ def test_the_tuned_recipe_is_the_other_one(launch, started):
     assert "RECIPE is published or tuned, got best" in launch("ViT/run_ViT.sh", "lora", "cpu", RECIPE="best").refused()
 
 
-def test_the_small_tables_data_may_have_spaces_in_its_paths(launch, started, tmp_path):
-    def data(value):
-        (words,) = started("ViT/run_small_table.sh", "cpu", DATA=value, PARALLEL_CONTROL_SHARED="/shared")
-        return words[words.index("--data") + 1 : words.index("--methods")]
-
-    (tmp_path / "my data").mkdir()
-    assert data(str(tmp_path / "my data")) == [str(tmp_path / "my data")]
-    assert data("a.npz b.tar") == ["a.npz", "b.tar"]
-    assert data("'my data/a.npz' digits") == ["my data/a.npz", "digits"]
-    assert data("") == ["/shared/data/vision/cifar100_7k.npz", "/shared/data/vision/flowers12.tar"]
-    assert "a quote in DATA is not closed" in launch("ViT/run_small_table.sh", "cpu", DATA="it's").refused()
-
-
 def test_launcher_demonstration(call, started, tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_model, "STEPS", 100)  # which learns less
     recipe = {"MODEL": "tiny", "DATA": "digits", "MLP_LAYERS": 2, "EPOCHS": 4, "BATCH": 32, "LR": 0.05}

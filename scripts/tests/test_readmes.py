@@ -208,17 +208,3 @@ def test_commonsense_is_rerun_with_the_launchers_recipes(noted):
             train, _ = noted(f"bash LlaMA/{base}_{methods[arm.method]}.sh 64 32 64 OUT 0")
             own = {"output_dir": "OUT", "resume": False, "token_budget": None}
             assert run.budget == parsed(train).budget and replace(run, **own) == parsed(train)
-
-
-def test_every_launcher_variable_can_be_set_from_outside_and_reaches_the_script(noted):
-    for launcher, arguments, options_of in (
-        ("RoBERTa/run_roberta.sh", "control cola", {"BATCH_SIZE": "batch_size", "CONTROL_RANK": "control_rank", "LORA_ALPHA": "lora_alpha", "WARMUP_RATIO": "warmup_ratio", "SEED": "seed"}),
-        ("ViT/run_ViT.sh", "control 0", {"EPOCHS": "epochs", "BATCH": "batch_size", "MLP_LAYERS": "mlp_layers", "LORA_RANK": "lora_rank"}),
-        ("LlaMA/llama3_8B_DoubleControl.sh", "64 32 64 OUT 0", {"EPOCHS": "epochs", "BATCH": "batch_size", "MICRO_BATCH": "micro_batch_size", "CUTOFF": "cutoff", "SEED": "seed"}),
-    ):  # fmt: skip
-        variables = {name: str(number) for number, name in enumerate(options_of, 2)}
-        if "WARMUP_RATIO" in variables:
-            variables["WARMUP_RATIO"] = "0.5"
-        options = parsed(noted(f"bash {launcher} {arguments}", **variables)[0])
-        for name, option in options_of.items():
-            assert float(getattr(options, option)) == float(variables[name]), name
