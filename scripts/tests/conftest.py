@@ -38,40 +38,31 @@ class ResultsFolder:
             time={"train_seconds": 60.0, "examples_per_second": 500.0},
         )  # fmt: skip
 
-    def llama(self, method, seed, average, *, folder=None, limit=None, ranks=(64, 32), domain="llama", **more):
-        """A training with its evaluation below it; `seed` None: zero-shot, which has no training."""
+    def llama(self, method, seed, average, *, folder=None, limit=None, domain="llama", **more):
+        """A training with its evaluation below it."""
         place = f"llama/{folder or f'{method}-seed{seed}'.replace(' ', '-')}"
         about = {"domain": domain, "method": method, "task": "commonsense", "model": "tiny-llama"}
         loss = {"step": 10, "epoch": 1.0, "train_loss": 1.0, "eval_loss": 1.1}
-        if seed is not None:
-            self._record(
-                place, **about, seed=seed, last=loss, memory={**ALONE, "peak_allocated_bytes": 3 * 2**30},
-                hyperparameters={"lr": 1e-4, "epochs": 3, "control_rank": ranks[0], "lora_rank": ranks[1], **more},
-                time={"train_seconds": 100.0, "tokens_per_second": 900.0}, history=[loss],
-            )  # fmt: skip
+        self._record(
+            place, **about, seed=seed, last=loss, memory={**ALONE, "peak_allocated_bytes": 3 * 2**30},
+            hyperparameters={"lr": 1e-4, "epochs": 3, "control_rank": 64, "lora_rank": 32, **more},
+            time={"train_seconds": 100.0, "tokens_per_second": 900.0}, history=[loss],
+        )  # fmt: skip
         return self._record(
-            place if seed is None else f"{place}/evaluation", **about, seed=42, memory={}, time={"evaluate_seconds": 5.0},
+            f"{place}/evaluation", **about, seed=42, memory={}, time={"evaluate_seconds": 5.0},
             hyperparameters={"mode": "generate", "beams": 4, "limit": limit, "batch_size": 64},
             last={**dict.fromkeys(COMMONSENSE, average), "no_match": 1.5},
         )  # fmt: skip
 
     def benchmark(self, name="llama3-8b_4x1024.json", repeat="", shape="llama3-8b", batch=4, tokens=1024, weights=16e9,
                   others=0, **methods):  # fmt: skip
-        """A file of scripts/bench_memory.py; methods are name=(seconds a step, GB over the weights) or None: failed."""
-        results = []
-        for method, point in methods.items():
-            result = {"method": method.replace("_", ":"), "error": "out of memory"}
-            if point:
-                seconds, over = point
-                memory = {
-                    "adapter_and_optimizer_bytes": 2**30,
-                    "activations_bytes": over * 1e9 - 2**30,
-                    "other_processes_bytes": others,
-                }
-                result = {"method": result["method"], "trained_parameters": 7, "static_bytes": weights, "peak_bytes": weights + over * 1e9,
-                          "over_static_bytes": over * 1e9, "step_seconds": seconds, "tokens_per_second": batch * tokens / seconds,
-                          "memory": memory}  # fmt: skip
-            results.append(result)
+        """A file of scripts/bench_memory.py; methods are name=(seconds a step, GB over the weights)."""
+        results = [
+            {"method": method.replace("_", ":"), "trained_parameters": 7, "static_bytes": weights, "over_static_bytes": over * 1e9,
+             "peak_bytes": weights + over * 1e9, "step_seconds": seconds, "tokens_per_second": batch * tokens / seconds,
+             "memory": {"adapter_and_optimizer_bytes": 2**30, "other_processes_bytes": others}}
+            for method, (seconds, over) in methods.items()
+        ]  # fmt: skip
         options = {"shape": shape, "batch": batch, "tokens": tokens, "limit": None}
         return self._file(f"memory/{repeat}/{name}", options=options, results=results)
 
