@@ -154,6 +154,9 @@ def test_a_killed_run_answers_only_what_is_left(run, data, tmp_path, monkeypatch
     (folder / "record.json").unlink()
     (folder / "piqa.jsonl").unlink()
     kept = (folder / "boolq.jsonl").read_text().splitlines(keepends=True)
+    for spoiled in ({"row": -1}, {"correct": "yes"}):
+        (folder / "boolq.jsonl").write_text(json.dumps({**json.loads(kept[0]), **spoiled}) + "\n")
+        assert "line 1 is no answer to this test set" in run(*words).refused()
     (folder / "boolq.jsonl").write_text("".join(kept[:3]) + kept[3][:10])  # killed within a line
 
     asked, real = [], evaluation.generate

@@ -92,6 +92,7 @@ LINE = json.dumps({"text": "a"})
         (f"{LINE}\n{{", "rows.jsonl, line 2: no JSON"),
         (f"{LINE}\n\n3", "rows.jsonl, line 3: must be an object with messages"),
         ('{"prompt": "a"}', "line 1: has neither messages (a list of role and content), text, nor instruction"),
+        ('{"text": " "}', "line 1: the field 'text' is empty"),
         ('{"text": 3}', "line 1: the field 'text' must be text, got int"),
         ('{"text": "\\ud800"}', "line 1: the field 'text' holds half a surrogate pair"),
         (f"{LINE}\n" + '{"messages": []}', "line 2: the field 'messages' must be a list of turns"),

@@ -426,6 +426,7 @@ def test_own_architecture(tmp_path):
         ({"control_init": "zeros"}, "control_init must be 'kaiming', 'normal' or None"),
         ({"control_architecture": {"layer": "L"}}, "control_architecture must look like"),
         ({"control_architecture": {**ROW, "blocks": {"mlp": {"read": "a"}}}}, "control_architecture must look like"),
+        ({"control_architecture": {**ROW, "layer": 3}}, "control_architecture must look like"),
         ({"layers_pattern": "("}, r"layers_pattern: '\(' is no regular expression"),
     ],
 )

@@ -431,6 +431,7 @@ def test_fingerprints(tmp_path):
     ],
 )
 def test_methods_that_lack_something(method, fields, message):
+    assert adapter_config(AdapterOptions(method="probe"), task_type="CAUSAL_LM") is None
     with pytest.raises(UserError, match=message):
         options = AdapterOptions(method=method, **fields)
         options.check()

@@ -61,6 +61,8 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_kept(tmp_path, call, measure
     path.rename(f"{path}.partial").write_text(json.dumps({**record, "results": record["results"][1:]}))
     assert "3 measured before" in call("scripts.bench_memory", *asked).finished().out and measured[4:] == ["lora+bf16"]
     assert json.loads(path.read_text())["results"][1:] == record["results"][1:]
+    call("scripts.bench_memory", *asked, "--steps", 1).finished()
+    assert len(measured) == 9, "of another benchmark nothing counts"
     (section,) = make_table("quantized_memory", load(tmp_path)[0], read_paper(RESULTS / "paper.json")).sections
     assert {*section.shown.method} == {*measured} and (section.data["ms a step"] > 0).all()
 

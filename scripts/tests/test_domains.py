@@ -82,6 +82,7 @@ ROBERTA = [
     ("--control_blocks memory", "memory"),
     ("--method lora --lora_targets nowhere", "nowhere"),
     ("--data /nonexistent", "no data for cola"),
+    ("--lora_alpha inf", "--lora_alpha must be a finite number"),
     ("--seed 4294967296", "--seed must be at most 4294967295"),
     ("--max_length 131", "more than {bert} can read (130 tokens)"),
     ("--task demo --predict", "no test set"),
@@ -110,6 +111,7 @@ VIT = [
     ("--validation_share 0.1 --evaluate {tmp}", "is for training"),
 ]
 LLAMA = [
+    ("--ranks 3", "unknown argument"),
     ("--control_rank 0", "--control_rank must be at least 1"),
     ("--data nowhere.json", "cannot read nowhere.json"),
     ("--model ./nowhere", "there is no model at ./nowhere"),

@@ -14,6 +14,7 @@ import pytest
 
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.record import read_json
+from control_experiments.reporting.page import draw
 from control_experiments.reporting.records import load, read_paper
 from control_experiments.reporting.tables import Table, all_tables, make_table
 
@@ -177,6 +178,28 @@ def test_settings_that_are_not_comparable_have_sections_of_their_own(results):
     ):  # fmt: skip
         (line,) = [line for line in rows(results, name, section, method="control") if line["n"]]
         assert line["last"] == last
+
+
+def test_the_longest_sequences_are_drawn_against_the_card_beside_unsloths(results):
+    ours = [("control+nf4:lean", limit, tokens, 2.0) for limit, tokens in ((7.5, 16384), (23.5, 262144), (78.5, 524288))]
+    results.searched("a", [*ours, ("lora+nf4", 7.5, 0, 1.0), ("lora+nf4", 23.5, 15360, 1.5)])
+    title = "llama3-8b, batch 1, Some GPU"
+    assert row(results, "longest", title, "times published", GiB="7.5", method="control+nf4:lean") == ("5.51",)
+    ((_, _, drawn, figure),) = draw(load(results.path)[0], PAPER)
+    lines = {line.get_label(): dict(zip(*map(list, line.get_data()))) for line in figure.axes[0].lines}
+    assert drawn == title and lines["control+nf4:lean"] == {8: 16384, 24: 262144, 80: 524288}
+    assert lines["lora+nf4"] == {24: 15360}, "what does not fit at all has no mark"
+    assert lines["published: Unsloth, QLoRA r32"][24] == 78475
+
+
+def test_a_method_that_failed_says_why(results):
+    path = results.benchmark(lora=(0.4, 40.0), dora=(0.4, 40.0))
+    contents = json.loads(path.read_text())
+    contents["results"][1] = {"method": "dora", "error": "out of memory"}
+    path.write_text(json.dumps(contents))
+    title = "llama3-8b, 4 x 1024 tokens, Some GPU"
+    assert row(results, "memory_speed", title, "ms a step", method="dora") == ("failed <sup>1</sup>",)
+    assert notes(results, "memory_speed", title) == ["dora: out of memory."]
 
 
 # -- broken folders ---------------------------------------------------------------------------------------------
