@@ -1,8 +1,9 @@
-"""Answers of a causal language model to batches of questions, by generation or by likelihood."""
+"""Answers of a causal language model to batches of questions, by generation or by likelihood, and how batches compare with
+single questions."""
 
 from __future__ import annotations
 
-import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +11,6 @@ from itertools import takewhile
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -194,27 +194,47 @@ def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence
     return [Reply(word, word) for word in words]
 
 
-def in_parts(answer: Callable[[Sequence[Question]], list[Reply]]) -> Callable[[Sequence[Question]], list[Reply]]:
-    """`answer`, which halves a batch that the GPU's memory does not hold until it does. Raises
-    torch.OutOfMemoryError: it does not hold a single question."""
-    said = []
+Answer = Callable[[Sequence[Question]], list[Reply]]
 
-    def answered(questions: Sequence[Question]) -> list[Reply]:
-        try:
-            return answer(questions)
-        except torch.OutOfMemoryError:
-            if len(questions) == 1:
-                raise
-        # outside of the except clause, which keeps what the failed batch had on the GPU
-        torch.cuda.empty_cache()
-        if not said:
-            said.append(True)
-            tqdm.write(
-                f"warning: {len(questions)} questions at once need more memory than the GPU has: answered in parts "
-                "(a smaller --batch_size saves the attempts)",
-                file=sys.stderr,
-            )
-        middle = len(questions) // 2
-        return [*answered(questions[:middle]), *answered(questions[middle:])]
 
-    return answered
+def compare_batch_one(
+    questions: Sequence[Question], answer: Answer, published: Answer | None, *, count: int, batch_size: int
+) -> dict:
+    """Answer the same questions in batches and one by one, and one by one as published if there is such a way.
+
+    Args:
+        count: so many of the questions, spread evenly.
+        published: does not stop early.
+
+    Returns agreement with batch 1 in percent of answers, questions per second of each, and their ratios.
+    """
+    questions = questions[:: max(1, len(questions) // count)][:count]
+
+    def timed(way: Answer, size: int) -> tuple[list[Reply], float]:
+        """Replies in the questions' order, and questions per second."""
+        replies: dict[int, Reply] = {}
+        started = time.perf_counter()  # replies are text, so the device is never behind
+        for indices in batches(questions, range(len(questions)), size):
+            replies.update(zip(indices, way([questions[index] for index in indices]), strict=True))
+        rate = len(questions) / (time.perf_counter() - started)
+        return [replies[index] for index in range(len(questions))], rate
+
+    def agreement(other: list[Reply]) -> float:
+        return 100 * sum(a.answer == b.answer for a, b in zip(together, other, strict=True)) / len(questions)
+
+    answer(questions[:batch_size])  # warm-up
+    (together, rate), (alone, rate_one) = timed(answer, batch_size), timed(answer, 1)
+    result = {
+        "questions": len(questions), "batch_size": batch_size, "questions_per_second": rate,
+        "questions_per_second_batch_one": rate_one, "speedup": rate / rate_one, "answers_agree": agreement(alone),
+    }  # fmt: skip
+    if published is None:
+        return result
+    full, rate_published = timed(published, 1)
+    pairs = [(one, other) for one, other in zip(together, full, strict=True) if one.answer != other.answer]
+    return result | {
+        "questions_per_second_published": rate_published,
+        "speedup_over_published": rate / rate_published,
+        "answers_agree_with_published": agreement(full),
+        "differing": [{"batch": one.text, "batch_one": other.text} for one, other in pairs],
+    }

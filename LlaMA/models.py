@@ -67,14 +67,17 @@ def load_tokenizer(model: str) -> Tokenizer:
     or one that cannot tell where its tokens stand in the text."""
     name, extra = _source(model)
     if not extra:
-        _check_causal(model, name)
+        with loading(model):
+            config = AutoConfig.from_pretrained(name)
+        # encoders such as BERT can be asked to be decoders, which says nothing about how they were trained
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_decoder", True) is False:
+            kind = f"a {config.model_type} model, no causal language model"
+            raise UserError(f"{model} is {kind}: give one such as LLaMA, Mistral or Qwen")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **extra)
     except (OSError, ValueError, LookupError, AttributeError, TypeError, ImportError, struct.error) as error:
-        reason = _first_line(error)
-        if Path(name).is_dir() and not extra and not any(Path(name).glob("tokenizer*")):
-            reason = "it holds no tokenizer.json: copy the files of the model's tokenizer there"
-        raise UserError(f"no tokenizer can be loaded from {model!r}: {reason}") from error
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"no tokenizer can be loaded from {model!r}, whose folder must hold its files: {reason}") from error
     if not getattr(tokenizer, "is_fast", False) or len(tokenizer) == 0:
         raise UserError(f"{model!r} has no fast tokenizer (tokenizer.json): add one to its folder")
     return tokenizer
@@ -92,18 +95,6 @@ def train_tokenizer(rows: Sequence[Row], vocabulary: int = 16384, limit: int = 4
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **how)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def _check_causal(model: str, name: str) -> None:
-    """Raise UserError when the configuration is of an encoder or of another model that predicts no next token."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except Exception as error:  # transformers' checks of a config.json raise a dozen kinds
-        raise UserError(f"cannot load a model from {model!r}: {_first_line(error)}") from error
-    # encoders such as BERT can be asked to be decoders, which says nothing about how they were trained
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_decoder", True) is False:
-        kind = f"a {config.model_type} model, no causal language model"
-        raise UserError(f"{model} is {kind}: give one such as LLaMA, Mistral or Qwen")
 
 
 def load_model(
@@ -207,7 +198,3 @@ def stream(model: nn.Module, memory: str, device: torch.device, **how) -> None:
     nn.Module.to(model, device)  # transformers' own refuses quantized models
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base.hf_device_map = {"": device}  # where it computes, for the Trainer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

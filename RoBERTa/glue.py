@@ -69,6 +69,19 @@ class Task:
     def test_splits(self) -> list[str]:
         return list(self.server_files)
 
+    @property
+    def labels(self) -> list[str]:
+        """The classes as tsv files write them."""
+        return list(self.classes) if self.server_names else [str(label) for label in range(len(self.classes))]
+
+    def label(self, text: str) -> int | float | None:
+        """The class or score that a tsv file writes so; None if it is neither."""
+        try:
+            value = float(text) if self.regression else self.labels.index(text)
+        except ValueError:
+            return None
+        return None if self.regression and not 0 <= value <= 5 else value
+
     def predictions(self, outputs: np.ndarray) -> np.ndarray:
         """Model outputs, (rows, classes) or (rows, 1) -> predicted classes or scores, (rows,)."""
         return outputs.reshape(-1) if self.regression else outputs.argmax(axis=-1)
@@ -221,49 +234,33 @@ def read_tsv(path: Path, task: Task) -> list[tuple]:
     """
     try:
         text = path.read_bytes().decode("utf-8-sig").rstrip("\r\n")
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: DATA (--data) must hold the classic GLUE folders") from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; DATA (--data) must hold the classic GLUE folders") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason})") from error
     # only a line feed ends a line, for GLUE texts hold other characters that Python calls line ends
     lines = [line.rstrip("\r") for line in text.split("\n")] if text else []
     hidden = path.name.startswith("test")
+    headed = hidden or task.headed
     wanted = task.tsv[:-1] if hidden else task.tsv
-    if task.headed or hidden:
-        if not lines:
-            raise UserError(f"{path} is empty: expected a header with {', '.join(wanted)}")
-        header, first = lines[0].split("\t"), 2
-        missing = [column for column in wanted if column not in header]
-        if missing:
-            what = f"a header with the column {missing[0]!r}, found {lines[0]!r:.80}"
-            raise UserError(f"{path}, line 1: expected {what}")
-        lines = lines[1:]
-    else:
-        header, first = ["source", "label", "star", "sentence"], 1
-    if not lines:
+    if len(lines) <= headed:
         raise UserError(f"{path} has no rows")
+    header = lines.pop(0).split("\t") if headed else ["source", "label", "star", "sentence"]
+    if missing := [column for column in wanted if column not in header]:
+        raise UserError(f"{path}, line 1: expected a header with the column {missing[0]!r}, found {header}")
     places = [header.index(column) for column in wanted]
-    classes = task.classes if task.server_names else tuple(str(label) for label in range(len(task.classes)))
-    expected = f"a label ({', '.join(classes)})" if classes else "a score from 0 to 5"
     rows = []
-    for number, line in enumerate(lines, first):
+    for number, line in enumerate(lines, 1 + headed):
         cells = line.split("\t")
         if len(cells) != len(header):
             what = f"{len(header)} tab-separated columns ({', '.join(header)}), found {len(cells)}"
             raise UserError(f"{path}, line {number}: expected {what}")
         texts = [cells[place] for place in places]
-        value = float(HIDDEN) if task.regression else HIDDEN
-        if not hidden:
-            label = texts.pop()
-            try:
-                value = float(label) if task.regression else classes.index(label)
-            except ValueError:
-                value = None
-            if value is None or (task.regression and not 0 <= value <= 5):
-                raise UserError(f"{path}, line {number}: expected {expected}, found {label!r:.40}")
-        rows.append((*texts, value))
+        label = HIDDEN if hidden else task.label(texts.pop())
+        if label is None:
+            expected = "a score from 0 to 5" if task.regression else f"a label ({', '.join(task.labels)})"
+            raise UserError(f"{path}, line {number}: expected {expected}, found {cells[places[-1]]!r:.40}")
+        rows.append((*texts, float(label) if task.regression else label))
     return rows
 
 

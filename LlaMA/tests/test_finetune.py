@@ -132,7 +132,7 @@ def test_bases_that_cannot_be_trained(train_llama, model_folder, tmp_path):
     for file in model_folder.glob("token*"):
         shutil.copy(file, tmp_path / "bert")
     for base, said in (
-        ("bare", "it holds no tokenizer.json: copy the files of the model's tokenizer there"),
+        ("bare", "whose folder must hold its files"),
         ("bert", "is a bert model, no causal language model"),
         ("cut.gguf", "no tokenizer can be loaded from"),
     ):
