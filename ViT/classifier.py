@@ -50,15 +50,6 @@ class Description:
     classes: list[str]
     quantization: str = "none"
 
-    def check(self) -> None:
-        """Raises TypeError: a value read from a file is none that `save` writes."""
-        words = [self.method, self.model, self.architecture, self.sha256 or "", self.quantization]
-        words += self.classes if isinstance(self.classes, list) else [None]
-        numbers = (self.image_size, self.mlp_layers, self.crop)
-        right = all(isinstance(word, str) for word in words)
-        if not right or not all(type(n) in (int, float) and 0 < n < 1e6 for n in numbers):
-            raise TypeError("classifier.json is not as it was written")
-
 
 def add_adapter(model: VisionTransformer, options: RecipeOptions) -> nn.Module:
     """Freeze the model and give it the method's adapter; the adapter and the head are what trains.
@@ -178,11 +169,9 @@ def save(model: nn.Module, folder: Path, description: Description, base: VisionT
 def read_description(folder: str | Path) -> Description:
     """Raises UserError: no adapter of finetune.py is there."""
     try:
-        description = Description(**read_json(Path(folder).expanduser() / "classifier.json"))
-        description.check()
+        return Description(**read_json(Path(folder).expanduser() / "classifier.json"))
     except (UserError, TypeError) as error:
         raise UserError(f"{folder} is no adapter folder of ViT/finetune.py ({error})") from error
-    return description
 
 
 def restore(folder: str | Path, *, attention: str = "sdpa", model: str | None = None) -> tuple[nn.Module, Description, Base]:

@@ -39,12 +39,9 @@ def evaluate(options: Options) -> None:
         if begun or (folder.finished and read_record(folder.record).history):  # else its files would be overwritten, or mixed
             raise UserError(f"{folder.path} holds a training run: choose another --output_dir for its evaluation")
         data = load_data(options.data, **reading(options))
-        here, there = data.classes, description.classes
-        if len(here) > len(there):
-            raise UserError(f"{data.name} has {len(here)} classes, more than the adapter's head ({len(there)})")
-        if here != there:
-            found = f"the classes of {data.name} ({', '.join(here[:3])}, ...)"
-            raise UserError(f"{found} are not those that the adapter was trained on ({', '.join(there[:3])}, ...)")
+        if data.classes != description.classes:
+            here, there = (f"{len(names)}: {', '.join(names[:3])}, ..." for names in (data.classes, description.classes))
+            raise UserError(f"the classes of {data.name} ({here}) are not those that the adapter was trained on ({there})")
         record = RunRecord.begin(
             options, domain="vit", name=folder.path.name, task=data.name, device=describe_device(step.device),
             command=["python", "-m", PROGRAM, *sys.argv[1:]], autocast=step.precision,

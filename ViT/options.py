@@ -10,9 +10,8 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError
 from control_experiments.paths import RESULTS
+from control_experiments.training import options as shared
 from control_experiments.training.arguments import check_numbers
-from control_experiments.training.options import METHODS as ALL_METHODS
-from control_experiments.training.options import AdapterOptions, MemoryOptions, Precision, RunOptions, TrainingOptions
 from control_experiments.training.rates import SEARCH_FOLDER
 
 #: torchvision's data sets, by the names that `--data` takes.
@@ -20,7 +19,7 @@ HUB = ("cifar100", "flowers102", "svhn", "food101", "imagenet")
 #: The architecture of the CPU demonstration (tiny_model.py), beside timm's own.
 TINY = "tiny"
 #: SHADOW, as peft has it, corrects decoders of transformers, and no timm ViT.
-METHODS = tuple(name for name in ALL_METHODS if name != "shadow")
+METHODS = tuple(name for name in shared.METHODS if name != "shadow")
 
 
 def check_data(name: str) -> None:
@@ -46,7 +45,7 @@ def model_name(model: str) -> str:
 
 
 @dataclass(kw_only=True)
-class RecipeOptions(AdapterOptions, MemoryOptions, TrainingOptions):
+class RecipeOptions(shared.AdapterOptions, shared.MemoryOptions, shared.TrainingOptions):
     """All that one run and a table of runs share (small_table.py)."""
 
     data: str = HfArg(
@@ -90,7 +89,7 @@ class RecipeOptions(AdapterOptions, MemoryOptions, TrainingOptions):
     weight_decay: float = HfArg(default=0.0, help="On every trained parameter.")
     batch_size: int = HfArg(default=128, help="Images per step.")
     eval_batch_size: int = HfArg(default=256, help="Images per evaluation step.")
-    precision: Precision = HfArg(default="auto", help="Autocast; auto: fp16, scaled, on a GPU, else fp32.")
+    precision: shared.Precision = HfArg(default="auto", help="Autocast; auto: fp16, scaled, on a GPU, else fp32.")
 
     neutral: ClassVar[tuple[str, ...]] = ("data_root", "keep", "eval_batch_size")
     methods: ClassVar[tuple[str, ...]] = METHODS
@@ -117,14 +116,9 @@ class RecipeOptions(AdapterOptions, MemoryOptions, TrainingOptions):
 
 
 @dataclass(kw_only=True)
-class Options(RecipeOptions, RunOptions):
+class Options(RecipeOptions, shared.RunOptions, shared.SearchOptions):
     """Every option of the program."""
 
-    validation_share: Optional[float] = HfArg(
-        default=None,
-        help="For choosing hyperparameters: this share of the training images of each class, the same for every seed, is held "
-        f"out and tested on in the place of the test images. Runs lie below {SEARCH_FOLDER}/.",
-    )
     workers: int = HfArg(default=8, help="Threads or processes that decode images.")
     output_dir: Optional[str] = HfArg(default=None, help="Default: results/vit/MODEL_DATA_METHOD_seedSEED.")
     evaluate: Optional[str] = HfArg(default=None, help="Do not train: evaluate this adapter on --data.")
@@ -135,22 +129,13 @@ class Options(RecipeOptions, RunOptions):
     neutral: ClassVar[tuple[str, ...]] = ("evaluate", "predict", "adapter", "output")
 
     def check(self) -> None:
+        if self.validation_share is not None and (self.evaluate or self.predict):
+            raise UserError("--validation_share is for training: leave it out with --evaluate and --predict")
         super().check()
         if self.evaluate and self.predict:
             raise UserError("choose one of --evaluate and --predict")
         if self.predict and not self.adapter:
             raise UserError("--predict needs --adapter with the adapter folder of a finished run")
-        if (share := self.validation_share) is None:
-            return
-        if not 0 < share < 1:
-            raise UserError(f"--validation_share must lie between 0 and 1, both excluded, got {share}")
-        if self.evaluate or self.predict:
-            raise UserError("--validation_share is for training: leave it out with --evaluate and --predict")
-        if SEARCH_FOLDER not in self.folder.resolve().parts:
-            raise UserError(
-                f"--validation_share needs an --output_dir below a folder named {SEARCH_FOLDER}: its scores are not of "
-                "test images, and tables leave that folder out"
-            )
 
     @property
     def folder(self) -> Path:

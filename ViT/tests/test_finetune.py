@@ -66,7 +66,7 @@ def test_data_and_base_model_must_fit_the_adapter(call, train_vit, npz, base_mod
     state = load_file(base_model)
     save_file({**state, "norm.bias": state["norm.bias"] + 1}, tmp_path / "model.safetensors")
     for data, more, message in (
-        (tmp_path / "more.npz", (), "4 classes, more than the adapter's head (3)"),
+        (tmp_path / "more.npz", (), "(4: red, green, blue, ...) are not those that"),
         (tmp_path / "other.npz", (), "are not those that"),
         (npz, ("--model", tmp_path / "model.safetensors"), "checksums differ"),
     ):
