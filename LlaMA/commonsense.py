@@ -92,12 +92,6 @@ def _check_row(path: Path, number: int, entry: object, words: Sequence[str]) -> 
     return Row(*(entry[name] for name in Row._fields))
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise UserError for an unknown task."""
-    if unknown := [task for task in tasks if task not in TASKS]:
-        raise UserError(f"unknown task {unknown[0]!r}: choose from {', '.join(TASKS)}")
-
-
 def read_tests(folder: str | Path, tasks: Sequence[str], limit: int | None = None) -> dict[str, list[Row]]:
     """The test sets `<folder>/<task>/test.json`; of each the first `limit` rows. Raises as `read_rows`."""
     files = {task: Path(folder) / task / "test.json" for task in tasks}

@@ -23,9 +23,9 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.training import options as shared
-from control_experiments.training.arguments import check_numbers, parse_arguments
+from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
 from control_experiments.training.checksums import local_fingerprint
-from LlaMA.commonsense import TASKS, check_tasks
+from LlaMA.commonsense import TASKS
 from LlaMA.demo import place_of_tests
 from LlaMA.finetune import METHODS
 
@@ -66,7 +66,7 @@ class Options:
         """Raise UserError for values that cannot be."""
         check_numbers(self, "batch_size", "beams", "max_new_tokens", "limit", at_least=1)
         check_numbers(self, "compare_batch_one", at_least=0)
-        check_tasks(self.tasks)
+        check_choices(self, tasks=TASKS)
         if self.method is not None:
             shared.check_method(self.method, METHODS)
         if self.stream_weights:

@@ -181,24 +181,16 @@ def _as_on_hub(name: str, folder: Path | None, wanted: list[str]) -> dict[str, D
     """Splits of the hub, or of a `save_to_disk` folder of it, with our names of the columns."""
     from datasets import load_dataset, load_from_disk
 
+    columns = dict(zip(get_task(name).texts, ("first", "second"), strict=False))
     try:
         splits = load_dataset(HUB_ID, name) if folder is None else load_from_disk(str(folder))
+        return {split: splits[split].select_columns([*columns, "label"]).rename_columns(columns) for split in wanted}
     except Exception as error:  # datasets has many kinds for a broken folder
+        instead = "check the network, or point DATA (--data) to a folder with the data, see RoBERTa/download_glue.py"
         if folder is not None:
-            raise UserError(f"{folder} is a broken save_to_disk folder ({error}): save it again") from error
-        raise UserError(
-            f"cannot load {name} from the hub ({type(error).__name__}): check the network, or point DATA (--data) to "
-            "a folder with the data, see RoBERTa/download_glue.py"
-        ) from error
-    renamed, columns = {}, dict(zip(get_task(name).texts, ("first", "second"), strict=False))
-    for split in wanted:
-        if split not in splits:
-            raise UserError(f"{folder or HUB_ID}: task {name} needs the split {split!r}, found {', '.join(splits)}")
-        try:
-            renamed[split] = splits[split].select_columns([*columns, "label"]).rename_columns(columns)
-        except ValueError as error:
-            raise UserError(f"{folder or HUB_ID}: the {split} split of {name} lacks a column: {error}") from error
-    return renamed
+            instead = "save the task's datasets there again"
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot load {name} from {folder or HUB_ID} ({type(error).__name__}: {reason}): {instead}") from error
 
 
 def hold_out(splits: DatasetDict, task: Task, share: float) -> DatasetDict:

@@ -189,7 +189,7 @@ def test_comparison_with_batch_one(run, tmp_path):
         (("--method", "double control"), "method control+lora, but double control"),
         (("--method", "lora"), "method control+lora, but lora was asked for"),
         (("--adapter", "nowhere"), "nowhere is no adapter folder"),
-        (("--tasks", "glue"), "unknown task 'glue'"),
+        (("--tasks", "glue"), "unknown --tasks 'glue'"),
         (("--data", "nowhere"), "cannot read nowhere"),
         (("--limit", 0), "--limit must be at least 1"),
     ],

@@ -28,7 +28,7 @@ RECIPES = read_json(RESULTS / "paper.json")["recipes"]
 ELSEWHERE = ("bash scripts/quickstart.sh", "bash scripts/test.sh", "pip install ", "python -m peft_control ", "transformers ",
              "apt ", "git ")  # fmt: skip
 #: Scripts that parse without a dataclass of options.
-ARGPARSE = ("download_models.py", "quickstart_table.py", "demo_task.py")
+ARGPARSE = ("download_models.py", "quickstart_table.py")
 
 
 def commands() -> list:
