@@ -253,11 +253,10 @@ def read_answers(path: Path, rows: Sequence[Row]) -> dict[int, dict]:
     for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
         try:
             entry = json.loads(line)
-            row, answer = entry["row"], entry["answer"]
-            if type(row) is not int or row < 0 or entry["label"] != rows[row].answer:
-                raise ValueError("another test set's")
-            if not isinstance(answer, str | None) or entry["correct"] is not (answer == rows[row].answer):
-                raise ValueError("not as it was written")
+            row = entry["row"]
+            label = rows[row].answer
+            if row < 0 or entry["label"] != label or entry["correct"] is not (entry["answer"] == label):
+                raise ValueError("another test set's, or not as it was written")
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is no answer to this test set: delete the file") from error
         answers[row] = entry

@@ -39,17 +39,11 @@ _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", 
 
 
 def _source(model: str) -> tuple[str, dict]:
-    """Where from_pretrained finds a model, and its further arguments. Raises UserError: a path that does not
-    exist, or a folder with several GGUF files."""
+    """Where from_pretrained finds a model, and its further arguments. Raises UserError: a path that does not exist."""
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        files = sorted(path.glob("*.gguf"))
-        if files and not (path / "config.json").is_file():
-            if len(files) > 1:
-                raise UserError(f"{model} holds {len(files)} GGUF files: name one, such as {files[0].name}")
-            return str(path), {"gguf_file": files[0].name}
         return str(path), {}
     if path.is_absolute() or path.suffix == ".gguf" or model.startswith((".", "~")) or model.count("/") > 1:
         raise UserError(f"there is no model at {model}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +75,7 @@ def load(model: str, architecture: str | None, *, num_classes: int, image_size: 
     """The model that `--model` names: a timm name, a weight file or a folder with `model.safetensors`.
 
     Args:
-        architecture: timm name, needed for files whose folder has no `config.json` of timm's.
+        architecture: timm name, needed for files.
 
     Raises UserError: nothing there, or weights of another architecture.
     """
@@ -85,17 +84,10 @@ def load(model: str, architecture: str | None, *, num_classes: int, image_size: 
     if not path.exists():
         built = create(model, num_classes=num_classes, image_size=image_size, pretrained=True)
         return built, Base(model, model)
-    try:
-        beside = (path if path.is_dir() else path.parent) / "config.json"
-        architecture = architecture or json.loads(beside.read_text(encoding="utf-8"))["architecture"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: add --architecture with the timm name of these weights (for example vit_base_patch16_224)"
-        ) from error
+    if architecture is None:
+        raise UserError(f"{path}: add --architecture with the timm name of these weights (for example vit_base_patch16_224)")
     if path.is_dir():
         path = path / "model.safetensors"
-        if not path.is_file():
-            raise UserError(f"{model} holds no model.safetensors")
     built = create(architecture, num_classes=num_classes, image_size=image_size)
     load_weights(built, path, architecture)
     parent = path.resolve().parent.name

@@ -240,7 +240,7 @@ A_RECORD = READERS["record"].valid[0]
         ("record", b'{"schema": 2}', "no run record of schema 1 .found 2"),
         ("record", A_RECORD.replace(b'"metrics"', b'"other"'), "'metrics' is missing or no dict"),
         ("record", A_RECORD.replace(b'"seed": 1', b'"seed": "1"'), "'seed' is missing or no int"),
-        ("commonsense", b'[{"instruction": "\\ud800", "input": "", "output": "x", "answer": "true"}]', "surrogate"),
+        ("commonsense", b'[{"instruction": "\\ud800", "input": "", "output": "x", "answer": "true"}]', "must be text"),
         ("answers", b'{"row": -1, "label": "true", "answer": "true", "correct": true}\n', "line 1 is no answer"),
         ("classifier", as_json({"classes": 3}), "no adapter folder"),
     ],
