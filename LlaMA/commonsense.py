@@ -43,22 +43,15 @@ class Row(NamedTuple):
     answer: str
 
 
-#: Where the data is from, for those who do not have it yet.
-SOURCE = "AGI-Edgerunners/LLM-Adapters on GitHub"
-WHERE_TRAINING = (
-    f"{SOURCE} has commonsense_170k.json in ft-training_set/: name it with --data (a launcher: TRAIN_DATA=FILE, or "
-    "DATA=FOLDER with the test sets)"
-)
-WHERE_TESTS = f"{SOURCE} has the test sets in dataset/: name that folder with --data (a launcher: DATA=FOLDER)"
-
-
-def read_rows(path: str | Path, words: Sequence[str] = ALL_WORDS, where: str = WHERE_TRAINING) -> list[Row]:
-    """Read and check a JSON list of rows; `where` says what to do if there is no such file. Raises UserError:
-    no file, no JSON, no rows, a field that is missing or no text, or an answer that is not one of `words`; the
-    message names file, row (counted from 0) and field."""
+def read_rows(path: str | Path, words: Sequence[str] = ALL_WORDS) -> list[Row]:
+    """Read and check a JSON list of rows. Raises UserError: no file, no JSON, no rows, a field that is missing or
+    no text, or an answer that is not one of `words`; the message names file, row (counted from 0) and field."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"cannot read {path}: there is no such file; {where}")
+        raise UserError(
+            f"cannot read {path}: there is no such file; AGI-Edgerunners/LLM-Adapters on GitHub has commonsense_170k.json in "
+            "ft-training_set/ and the test sets in dataset/: name that file or folder with --data (a launcher: TRAIN_DATA=, DATA=)"
+        )
     contents = read_json(path)
     if not isinstance(contents, list) or not contents:
         raise UserError(f"{path} must hold a JSON list of rows with at least one row")
@@ -84,8 +77,7 @@ def text_fields(entry: object, names: Sequence[str], where: str) -> dict[str, st
 
 def read_tests(folder: str | Path, tasks: Sequence[str], limit: int | None = None) -> dict[str, list[Row]]:
     """The test sets `<folder>/<task>/test.json`; of each the first `limit` rows. Raises as `read_rows`."""
-    files = {task: Path(folder) / task / "test.json" for task in tasks}
-    return {task: read_rows(file, TASKS[task], WHERE_TESTS)[:limit] for task, file in files.items()}
+    return {task: read_rows(Path(folder) / task / "test.json", TASKS[task])[:limit] for task in tasks}
 
 
 def extract_answer(text: str, words: Sequence[str]) -> str | None:
