@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -47,19 +46,14 @@ SPLIT_SEED = 0
 Images = torch.Tensor | Sequence[torch.Tensor]
 
 
-def decode(source, index: int, corrupt: str) -> tuple[torch.Tensor, int] | None:
-    """Entry `index` as (`(3, H, W)` uint8, label); a corrupt image is skipped with a warning (None) or stops.
-    Raises UserError: the image is corrupt and `corrupt` is "stop"."""
+def decode(source, index: int) -> tuple[torch.Tensor, int]:
+    """Entry `index` as (`(3, H, W)` uint8, label). Raises UserError: it is no readable image."""
     try:
         image, label = source[index]
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous(), int(label)
     except Exception as error:  # what Pillow raises for a broken file depends on its format and version
         name = source.paths[index] if isinstance(source, Files) else f"{type(source).__name__} image {index}"
-        message = f"{name} is no readable image ({error})"
-        if corrupt == "stop":
-            raise UserError(f"{message}: repair or remove it, or add --corrupt skip") from error
-        print(f"warning: {message}: skipped", file=sys.stderr)
-        return None
+        raise UserError(f"{name} is no readable image ({error})") from error
 
 
 class Decoded:
@@ -96,45 +90,38 @@ class OnDemand:
 
     bytes = 0
 
-    def __init__(self, source, corrupt: str, workers: int):
-        self.source, self.corrupt, self.workers = source, corrupt, workers
+    def __init__(self, source, workers: int):
+        self.source, self.workers = source, workers
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int):
-        return decode(self.source, index, self.corrupt)
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return decode(self.source, index)
 
     def batches(self, indices: Sequence[torch.Tensor]) -> Iterator[tuple[Images, torch.Tensor]]:
-        """As `Decoded.batches`; skipped images leave their batch smaller."""
+        """As `Decoded.batches`."""
         chosen = [part.tolist() for part in indices]
-        loader = DataLoader(self, batch_sampler=chosen, num_workers=self.workers, collate_fn=_collate)
-        for images, labels in loader:
-            if len(labels):
-                yield images, labels
+        for entries in DataLoader(self, batch_sampler=chosen, num_workers=self.workers, collate_fn=list):
+            images, labels = zip(*entries, strict=True)
+            yield images, torch.tensor(labels)
 
 
-def _collate(entries: list) -> tuple[list[torch.Tensor], torch.Tensor]:
-    kept = [entry for entry in entries if entry is not None]
-    return [image for image, _ in kept], torch.tensor([label for _, label in kept])
-
-
-def read(source, corrupt: str = "stop", keep: str = "auto", workers: int = 8) -> Decoded | OnDemand:
+def read(source, keep: str = "auto", workers: int = 8) -> Decoded | OnDemand:
     """Decode a whole source, or leave it to be decoded on demand when it is too large for the host's memory.
-    Raises UserError: a corrupt image with `corrupt="stop"`, or no readable image at all."""
+    Raises UserError: images that cannot be read, by name."""
     if keep == "auto":  # by 16 images spread over the source
-        sample = [decode(source, index, corrupt) for index in {len(source) * i // 16 for i in range(16)}]
-        sizes = [entry[0].nbytes for entry in sample if entry]
+        sizes = [decode(source, index)[0].nbytes for index in {len(source) * i // 16 for i in range(16)}]
         room = HOST_SHARE * psutil.virtual_memory().available
-        keep = "files" if len(source) * sum(sizes) > room * max(1, len(sizes)) else "host"
+        keep = "files" if len(source) * sum(sizes) > room * len(sizes) else "host"
     if keep == "files":
-        return OnDemand(source, corrupt, workers)
+        return OnDemand(source, workers)
     with ThreadPoolExecutor(workers) as pool:
-        futures = pool.map(lambda index: decode(source, index, corrupt), range(len(source)))
-        entries = [e for e in tqdm(futures, "decoding", len(source), leave=False, disable=None) if e]
-    if not entries:
-        raise UserError("none of the images can be read")
-    images, labels = zip(*entries, strict=True)
+        futures = [pool.submit(decode, source, index) for index in range(len(source))]
+        broken = [str(f.exception()) for f in tqdm(futures, "decoding", leave=False, disable=None) if f.exception()]
+    if broken:
+        raise UserError(f"{'; '.join(broken[:20])}: repair or remove {len(broken)} of {len(source)} images")
+    images, labels = zip(*(future.result() for future in futures), strict=True)
     if len({image.shape for image in images}) == 1:
         images = torch.stack(images)
     return Decoded(images, torch.tensor(labels))
@@ -181,11 +168,10 @@ class ImageData:
             self.train, self.test = (part.to(device) if isinstance(part, Decoded) else part for part in (self.train, self.test))
 
 
-def load_data(name: str, *, root: str = "data", corrupt: str = "stop", keep: str = "auto", workers: int = 8) -> ImageData:
+def load_data(name: str, *, root: str = "data", keep: str = "auto", workers: int = 8) -> ImageData:
     """Load a data set by its torchvision name, "digits", or the path of an `.npz`, a folder or a tar.
 
     Args:
-        corrupt: "stop" at an unreadable image or "skip" it; either names the file.
         keep: "auto", "device", "host" (decoded in memory) or "files" (decoded on demand).
         workers: threads that decode, or processes for "files".
 
@@ -194,14 +180,14 @@ def load_data(name: str, *, root: str = "data", corrupt: str = "stop", keep: str
     if name == "digits":
         return load_digits_data()
     if name in HUB:
-        return _torchvision(name, root, corrupt, keep, workers)
+        return _torchvision(name, root, keep, workers)
     check_data(name)
     path = Path(name).expanduser()
     if path.suffix == ".npz":
         return _npz(path)
     identity = {"id": path.name, "sha256": fingerprint(path)}
     splits, classes = _class_folders(path if path.is_dir() else _unpacked(path, identity["sha256"]), path)
-    parts = (read(files, corrupt, keep, workers) for files in splits)
+    parts = (read(files, keep, workers) for files in splits)
     return ImageData(path.stem, *parts, classes, identity)
 
 
@@ -211,18 +197,16 @@ def _images(folder: Path) -> list[Path]:
     return sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.name[0] != "." and file.is_file())
 
 
-def read_folder(folder: str, corrupt: str = "stop", workers: int = 8) -> tuple[list[Path], list[torch.Tensor]]:
-    """All images below a folder, without labels: their paths and their `(3, H, W)` pixels. Raises UserError: no
-    folder, no image in it, or a corrupt image with `corrupt="stop"`."""
+def read_folder(folder: str, workers: int = 8) -> tuple[list[Path], Decoded]:
+    """All images below a folder: their paths, and their pixels with labels that say nothing. Raises UserError: no folder, no
+    image in it, or images that cannot be read."""
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise UserError(f"{folder} is no folder of images")
     paths = _images(root)
     if not paths:
         raise UserError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))})")
-    # the label is the position in the list, by which skipped files fall out of it
-    decoded = read(Files(paths, range(len(paths))), corrupt, "host", workers)
-    return [paths[i] for i in decoded.labels.tolist()], list(decoded.images)
+    return paths, read(Files(paths, [0] * len(paths)), "host", workers)
 
 
 def _class_folders(folder: Path, named: Path) -> tuple[list[Files], list[str]]:
@@ -306,7 +290,7 @@ def load_digits_data(first: int = 5, last: int = 9) -> ImageData:
     return ImageData("digits", train, held, [str(digit) for digit in range(first, last + 1)], identity)
 
 
-def _torchvision(name: str, root: str, corrupt: str, keep: str, workers: int) -> ImageData:
+def _torchvision(name: str, root: str, keep: str, workers: int) -> ImageData:
     folder = os.path.expanduser(root)
     fetch = {"root": folder, "download": True}
     makers = {
@@ -328,7 +312,7 @@ def _torchvision(name: str, root: str, corrupt: str, keep: str, workers: int) ->
     classes = getattr(first, "classes", None) or [str(digit) for digit in range(10)]  # SVHN names none
     classes = [entry if isinstance(entry, str) else entry[0] for entry in classes]
     revision = f"torchvision {torchvision.__version__}, which checks its own checksums"
-    parts = (read(part, corrupt, keep, workers) for part in (train, test))
+    parts = (read(part, keep, workers) for part in (train, test))
     return ImageData(name, *parts, classes, {"id": name, "revision": revision})
 
 

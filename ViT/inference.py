@@ -21,7 +21,7 @@ from control_experiments.training.runs import RunFolder
 from control_experiments.training.setup import choose
 from ViT import augment
 from ViT.classifier import Description, restore
-from ViT.images import Decoded, ImageData, load_data, read_folder
+from ViT.images import ImageData, load_data, read_folder
 from ViT.options import Options
 from ViT.training import Step, index_batches, predict, prepared, score
 from ViT.vision_models import Base
@@ -65,8 +65,7 @@ def evaluate(options: Options) -> None:
 def classify_folder(options: Options) -> None:
     """Classify every image below a folder into a CSV file: file, class, probability."""
     with trained(options, options.adapter) as (step, description, _):
-        paths, pixels = read_folder(options.predict, options.corrupt, options.workers)
-        unknown = Decoded(pixels, torch.zeros(len(pixels), dtype=torch.long))
+        paths, unknown = read_folder(options.predict, options.workers)
         data = ImageData("folder", unknown, unknown, description.classes, {})
         logits, _ = test_logits(step, data, options, step.device)
         names = [path.relative_to(Path(options.predict).expanduser()).as_posix() for path in paths]
@@ -91,7 +90,7 @@ def trained(options: Options, adapter: str) -> Iterator[tuple[Step, Description,
 
 def reading(options: Options) -> dict:
     """How `load_data` is to read."""
-    return {"root": options.data_root, **{name: getattr(options, name) for name in ("corrupt", "keep", "workers")}}
+    return {"root": options.data_root, "keep": options.keep, "workers": options.workers}
 
 
 def test_logits(step: Step, data: ImageData, options: Options, device: torch.device):

@@ -54,7 +54,6 @@ class RecipeOptions(shared.AdapterOptions, shared.MemoryOptions, shared.Training
         "a tar or a folder with train/CLASS/ and test/CLASS/.",
     )
     data_root: str = HfArg(default="data", help="Where torchvision keeps its downloads.")
-    corrupt: Literal["stop", "skip"] = HfArg(default="stop", help="At an unreadable image; skip warns.")
     keep: Literal["auto", "device", "host", "files"] = HfArg(
         default="auto", help="Where decoded images lie; auto: on the GPU if they fit, else host, else in files."
     )
@@ -66,7 +65,7 @@ class RecipeOptions(shared.AdapterOptions, shared.MemoryOptions, shared.Training
         help="timm name, a .safetensors or original .npz file, a folder, or tiny (needs no hub).",
     )
     architecture: Optional[str] = HfArg(default=None, help="timm name, for weights from a file.")
-    mlp_layers: int = HfArg(default=2, help="2: the ordinary ViT; 4: with the paper's two identity layers.")
+    mlp_layers: Literal[2, 4] = HfArg(default=2, help="2: the ordinary ViT; 4: with the paper's two identity layers.")
     attention: Literal["eager", "sdpa"] = HfArg(default="sdpa", help="sdpa is fused.")
     quantization: Literal["none", "fp8"] = HfArg(
         default="none", help="fp8: the blocks' frozen linear layers in 8-bit floating point."

@@ -194,10 +194,9 @@ def fit(
             if stop.number is not None and done < end:
                 save()
                 raise Interrupted(stop.number)
-            done = end  # a batch whose images are all unreadable is no step
             outcome = test_logits(step, data, options, device)
             row = {"step": done, "epoch": epoch + 1, "learning_rate": optimizer.param_groups[0]["lr"],
-                   "train_loss": float(losses["total"]) / max(1, losses["images"]), "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
+                   "train_loss": float(losses["total"]) / losses["images"], "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
             losses = None
             history.append(row)
             reached = f"training loss {row['train_loss']:.4f}, {options.scored} accuracy {row['test_accuracy']:.2f} %"

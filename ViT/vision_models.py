@@ -143,10 +143,8 @@ class FourLayerMlp(nn.Module):
 
 
 def set_mlp_layers(model: VisionTransformer, layers: int) -> None:
-    """2 leaves the ordinary MLPs, 4 puts a :class:`FourLayerMlp` in the place of each. Raises UserError:
-    another number, or blocks whose `mlp` is no timm `Mlp`."""
-    if layers not in (2, 4):
-        raise UserError(f"--mlp_layers is 2 or 4, got {layers}")
+    """2 leaves the ordinary MLPs, 4 puts a :class:`FourLayerMlp` in the place of each. Raises UserError: blocks whose
+    `mlp` is no timm `Mlp`."""
     if layers == 4:
         for block in model.blocks:
             if not isinstance(getattr(block, "mlp", None), Mlp):

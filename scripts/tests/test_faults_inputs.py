@@ -177,7 +177,7 @@ READERS = {
     "tsv-header": Reader("train.tsv", [STSB.encode()], lambda path: read_tsv(path, TASKS["stsb"])),
     "npz": Reader("images.npz", NPZS, lambda path: load_data(str(path), workers=1)),
     "tar": Reader("images.tar", TARS, lambda path: load_data(str(path), workers=1)),
-    "image": Reader("x.png", list(IMAGES.values()), lambda path: decode(Files([path], [0]), 0, "stop")),
+    "image": Reader("x.png", list(IMAGES.values()), lambda path: decode(Files([path], [0]), 0)),
 }
 
 
