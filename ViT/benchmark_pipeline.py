@@ -27,7 +27,7 @@ from control_experiments.paths import RESULTS
 from control_experiments.record import RunRecord
 from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.options import Precision, check_method
-from ViT.options import METHODS, RecipeOptions, check_data
+from ViT.finetune import METHODS, RecipeOptions, check_data
 
 
 @dataclass

@@ -22,7 +22,7 @@ from control_experiments.record import read_json, write_json_atomic
 from control_experiments.training.checkpoints import check_adapter_files
 from control_experiments.training.methods import adapter_config, load_adapter
 from peft_control import quantize_fp8
-from ViT.options import TINY, RecipeOptions
+from ViT.finetune import TINY, RecipeOptions
 from ViT.tiny_model import build_tiny
 from ViT.vision_models import Base, create, load, load_weights, set_attention, set_mlp_layers
 

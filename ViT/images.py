@@ -30,7 +30,7 @@ from control_experiments.errors import UserError
 from control_experiments.paths import cache_folder
 from control_experiments.training.checksums import fingerprint
 from control_experiments.training.device import to_device
-from ViT.options import HUB, check_data
+from ViT.finetune import HUB, check_data
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
 #: What Pillow may take a file for: it knows more formats, some of which start other programs.

@@ -21,8 +21,8 @@ from control_experiments.training.runs import RunFolder
 from control_experiments.training.setup import choose
 from ViT import augment
 from ViT.classifier import Description, restore
+from ViT.finetune import Options
 from ViT.images import ImageData, load_data, read_folder
-from ViT.options import Options
 from ViT.training import Step, index_batches, predict, prepared, score
 from ViT.vision_models import Base
 

@@ -28,9 +28,9 @@ from control_experiments.training.setup import Run, start
 from peft_control import quantize_fp8
 from ViT import augment
 from ViT.classifier import Description, add_adapter, build_base, save
+from ViT.finetune import TINY, Options
 from ViT.images import Decoded, ImageData, hold_out, load_data
 from ViT.inference import LESS_MEMORY, PROGRAM, describe, reading, test_logits, write_test_predictions
-from ViT.options import TINY, Options
 from ViT.training import Step, index_batches, prepared, rate_factor, score, train_steps
 from ViT.vision_models import Base, new_head
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from control_experiments.errors import UserError
 from control_experiments.training.checksums import fingerprint
-from ViT.options import TINY, check_model
+from ViT.finetune import TINY, check_model
 
 
 @dataclass

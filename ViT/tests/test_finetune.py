@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from control_experiments.paths import REPOSITORY
 from control_experiments.record import read_record
 from ViT import recipe, tiny_model
-from ViT.options import Options
+from ViT.finetune import Options
 from ViT.vision_models import Base
 
 
