@@ -50,11 +50,6 @@ def _source(model: str) -> tuple[str, dict]:
     return model, {}
 
 
-def is_gguf(model: str) -> bool:
-    """Whether a model is read from a GGUF file. Raises as `_source`."""
-    return bool(_source(model)[1])
-
-
 @lru_cache(maxsize=1)  # of a GGUF file that takes seconds, which the runs of a study need not wait for each time
 def load_tokenizer(model: str) -> Tokenizer:
     """The base model's tokenizer, the same object each time. Raises UserError: the model is no causal language model, or has no tokenizer,

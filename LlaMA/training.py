@@ -30,7 +30,7 @@ from control_experiments.training.trainer import ExperimentTrainer, training_arg
 from LlaMA import packing
 from LlaMA.commonsense import Row, TokenRow, split_rows
 from LlaMA.demo import place_of_model
-from LlaMA.models import add_adapter, choose_pad_token, is_gguf, load_model, load_tokenizer, ready_to_train
+from LlaMA.models import add_adapter, choose_pad_token, load_model, load_tokenizer, ready_to_train
 from LlaMA.packing import Batch
 from LlaMA.texts import read_data, tokenize_data
 from peft_control.memory import streaming
@@ -84,7 +84,7 @@ def train(options: Options, run: Run) -> RunRecord:
         task="commonsense" if questions else "texts",
         dtype=str(dtype).removeprefix("torch."),
     )
-    if is_gguf(options.model) and os.environ.get("RANK", "0") == "0":
+    if options.model.endswith(".gguf") and os.environ.get("RANK", "0") == "0":
         first = f"first make a folder of it (python -m LlaMA.convert --model {options.model} --output_dir FOLDER)"
         told = f"other tools cannot load {options.model} as the adapter's base: to serve the adapter, {first}"
         print(f"note: {told} and train over that", file=sys.stderr)

@@ -30,7 +30,7 @@ from control_experiments.errors import UserError
 from control_experiments.paths import cache_folder
 from control_experiments.training.checksums import fingerprint
 from control_experiments.training.device import to_device
-from ViT.finetune import HUB, check_data
+from ViT.finetune import HUB
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
 #: What Pillow may take a file for: it knows more formats, some of which start other programs.
@@ -181,7 +181,6 @@ def load_data(name: str, *, root: str = "data", keep: str = "auto", workers: int
         return load_digits_data()
     if name in HUB:
         return _torchvision(name, root, keep, workers)
-    check_data(name)
     path = Path(name).expanduser()
     if path.suffix == ".npz":
         return _npz(path)
