@@ -152,46 +152,36 @@ def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence
         return tokenizer(f" {ANSWER_LEAD} {word}".rstrip(), add_special_tokens=False)["input_ids"]
 
     words = {word: answer_ids(word) for word in dict.fromkeys(word for question in questions for word in question.offered)}
-    lead, tails = answer_ids(), [[words[word] for word in question.offered] for question in questions]
+    lead = answer_ids()
     alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(lead, *words.values(), strict=False))
     shared = len([*alike])
     prefixes = [[*question.ids, *lead[:shared]] for question in questions]
     batch = pad_left(prefixes, tokenizer.pad_token_id, model.device)
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     first = model(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
-    first_scores = first.logits[:, -1].float().log_softmax(-1)
 
-    # every question gets as many tails as the one with the most words; each tail as many tokens as the longest
-    most = max(map(len, tails))
-    longest = max(len(tail) - shared for words in tails for tail in words)
-    ids = torch.full((len(questions), most, longest), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, words in enumerate(tails):
-        for column, tail in enumerate(words):
-            ids[row, column, : len(tail) - shared] = torch.tensor(tail[shared:])
-            mask[row, column, : len(tail) - shared] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-
-    scores = first_scores.gather(1, ids[:, :, 0])
-    if longest > 1:
+    # a row for each word of each question
+    owner = torch.tensor([row for row, question in enumerate(questions) for _ in question.offered], device=model.device)
+    tails = [torch.tensor(words[word][shared:]) for question in questions for word in question.offered]
+    ids = pad_sequence(tails, True, tokenizer.pad_token_id).to(model.device)
+    mask = pad_sequence([torch.ones_like(tail) for tail in tails], True).to(model.device)
+    scores = first.logits[:, -1].float().log_softmax(-1)[owner].gather(1, ids[:, :1])[:, 0]
+    if ids.shape[1] > 1:
         cache = first.past_key_values
-        cache.batch_repeat_interleave(most)
-        flat_ids, flat_mask = ids.flatten(0, 1), mask.flatten(0, 1)
-        prefix_mask = batch["attention_mask"].repeat_interleave(most, dim=0)
-        steps = torch.arange(longest - 1, device=model.device)
+        cache.batch_select_indices(owner)
+        prefix_mask = batch["attention_mask"][owner]
         rest = model(
-            input_ids=flat_ids[:, :-1],
-            attention_mask=torch.cat([prefix_mask, flat_mask[:, :-1]], dim=1),
-            position_ids=prefix_mask.sum(1, keepdim=True) + steps,
+            input_ids=ids[:, :-1],
+            attention_mask=torch.cat([prefix_mask, mask[:, :-1]], dim=1),
+            position_ids=prefix_mask.sum(1, keepdim=True) + torch.arange(ids.shape[1] - 1, device=model.device),
             past_key_values=cache,
             use_cache=True,
         )
-        tokens = rest.logits.float().log_softmax(-1).gather(2, flat_ids[:, 1:, None])[..., 0]
-        scores = scores + (tokens * flat_mask[:, 1:]).sum(1).view_as(scores)
-    offered = mask.any(-1)
-    best = scores.masked_fill(~offered, -torch.inf).argmax(1).tolist()
-    words = [question.offered[index] for question, index in zip(questions, best, strict=True)]
-    return [Reply(word, word) for word in words]
+        tokens = rest.logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        scores = scores + (tokens * mask[:, 1:]).sum(1)
+    parts = scores.split([len(question.offered) for question in questions])
+    best = [question.offered[part.argmax()] for question, part in zip(questions, parts, strict=True)]
+    return [Reply(word, word) for word in best]
 
 
 Answer = Callable[[Sequence[Question]], list[Reply]]
