@@ -73,7 +73,7 @@ class AnswersDecided(StoppingCriteria):
     def __init__(self, tokenizer: Tokenizer, prompt_length: int, questions: Sequence[Question], beams: int):
         self.tokenizer, self.prompt_length = tokenizer, prompt_length
         self.questions, self.beams = questions, beams
-        self.known: list[dict[tuple[int, ...], str | None]] = [{(): None} for _ in questions]
+        self.answer = lru_cache(maxsize=None)(self._answer)
         self.ended: list[set[str | None]] = [set() for _ in questions]
 
     def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
@@ -84,17 +84,14 @@ class AnswersDecided(StoppingCriteria):
 
     def _decided(self, row: int, candidates: list[list[int]]) -> bool:
         end = self.tokenizer.eos_token_id
-        answers = {tuple(tokens): self._answer(row, tuple(tokens)) for tokens in candidates}
         # an end counts only among the best `beams` candidates; the live beams are the best that did not end
-        self.ended[row] |= {answers[tuple(best)] for best in candidates[: self.beams] if best[-1] == end}
+        self.ended[row] |= {self.answer(row, tuple(best)) for best in candidates[: self.beams] if best[-1] == end}
         live = [tuple(tokens) for tokens in candidates if tokens[-1] != end][: self.beams]
-        self.known[row] = answers
-        found = self.ended[row] | {answers[tokens] for tokens in live}
+        found = self.ended[row] | {self.answer(row, tokens) for tokens in live}
         return len(found) == 1 and None not in found
 
     def _answer(self, row: int, tokens: tuple[int, ...]) -> str | None:
-        inherited = self.known[row].get(tokens[:-1])
-        if inherited is not None:
+        if tokens and (inherited := self.answer(row, tokens[:-1])) is not None:
             return inherited
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return extract_answer(text, self.questions[row].words)

@@ -136,8 +136,7 @@ def choose_pad_token(tokenizer: Tokenizer, embeddings: int) -> None:
     `embeddings` have a row to spare, else the end-of-sequence token, which is safe because every batch has a mask.
     """
     own, vocabulary = tokenizer.pad_token, tokenizer.get_vocab()
-    plain = own is not None and own not in tokenizer.all_special_tokens
-    if own is not None and own not in (tokenizer.unk_token, tokenizer.eos_token, "!") and not plain:
+    if own not in (None, tokenizer.unk_token, tokenizer.eos_token, "!"):
         return
     reserved = next((token for token in _PAD_CANDIDATES if token in vocabulary), None)
     if reserved is not None:
