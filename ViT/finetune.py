@@ -24,7 +24,6 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.training import options as shared
 from control_experiments.training.arguments import check_numbers, parse_arguments
-from control_experiments.training.rates import SEARCH_FOLDER
 
 #: torchvision's data sets, by the names that `--data` takes.
 HUB = ("cifar100", "flowers102", "svhn", "food101", "imagenet")
@@ -156,7 +155,7 @@ class Options(RecipeOptions, shared.RunOptions, shared.SearchOptions):
         name = f"{model_name(self.model)}_{Path(self.data).stem}_{self.method.replace(' ', '_')}_seed{self.seed}"
         if self.validation_share is None:
             return RESULTS / "vit" / name
-        return RESULTS / "vit" / SEARCH_FOLDER / f"{name}_lr{self.lr}"
+        return RESULTS / "vit" / shared.SEARCH_FOLDER / f"{name}_lr{self.lr}"
 
     @property
     def scored(self) -> str:
