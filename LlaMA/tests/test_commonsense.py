@@ -28,7 +28,7 @@ def test_prompts_are_the_published_templates():
         ("[{", "no JSON file"),
         ("[]", "at least one row"),
         (json.dumps([ROW, "text"]), "row 1: must be an object"),
-        (json.dumps([{**ROW, "answer": 3}]), "row 0: the field 'answer' must be text, got int"),
+        (json.dumps([{**ROW, "answer": 3}]), "row 0: the field 'answer' must be text, got 3"),
         (json.dumps([{**ROW, "answer": "maybe"}]), "row 0: the field 'answer' is 'maybe', not one of answer1"),
     ],
 )

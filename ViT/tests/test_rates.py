@@ -30,7 +30,7 @@ def test_the_split_is_of_training_images_alone_and_leaves_none_out(npz):
     assert pixels(hold_out(data, 0.25).test) == pixels(split.test)
 
     with pytest.raises(UserError, match="decoded once"):
-        hold_out(replace(data, train=OnDemand(None, "stop", 0)), 0.25)
+        hold_out(replace(data, train=OnDemand(None, 0)), 0.25)
     # images of unequal sizes too, and each class stays on both sides
     data.train.images = [image[:, : 10 + index % 3] for index, image in enumerate(data.train.images)]
     for share in (0.01, 0.99):

@@ -86,7 +86,7 @@ def test_a_broken_checkpoint_costs_only_itself(domain, whole, tmp_path):
     (run, undisturbed), cut = whole(domain), tmp_path / "cut"
     assert execute(run, cut, int(0.8 * undisturbed.changes.value)).killed
     newest, _before, *_ = checkpoints(cut / "checkpoints")
-    weights = next(newest.glob("*.safetensors"))
+    weights = next(newest.glob("*.safetensors"), newest / "state.pt")
     weights.write_bytes(weights.read_bytes()[:-1])
     attempt = execute(run, cut, resume=True).finished()
     assert f"warning: {newest.name} is broken ({weights.name} is not what was written)" in attempt.said

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..paths import public_path
 from .arguments import LARGEST_SEED, check_numbers
 from .checksums import local_fingerprint
+from .rates import SEARCH_FOLDER
 
 #: Every method by the name that launchers take, and what it is.
 METHODS = {
@@ -126,6 +127,26 @@ class RunOptions(_Group):
         given = ((entry.name, entry.default, entry.default_factory) for entry in fields(cls))
         found = {name: value if make is MISSING else make() for name, value, make in given}
         return {name: value for name, value in found.items() if value is not MISSING}
+
+
+@dataclass(kw_only=True)
+class SearchOptions(_Group):
+    """For a run that only helps to choose hyperparameters."""
+
+    validation_share: Optional[float] = HfArg(
+        default=None,
+        help="For choosing hyperparameters: this share of the training rows, the same for every seed, is held out and scored in "
+        f"the place of the test rows. --output_dir must lie below a folder named {SEARCH_FOLDER}.",
+    )
+
+    def check(self) -> None:
+        super().check()
+        check_numbers(self, "validation_share", above=0, below=1)
+        if self.validation_share is not None and SEARCH_FOLDER not in self.folder.resolve().parts:
+            raise UserError(
+                f"--validation_share needs an --output_dir below a folder named {SEARCH_FOLDER}: its scores are not of test "
+                "rows, and tables leave that folder out"
+            )
 
 
 @dataclass(kw_only=True)
