@@ -26,6 +26,7 @@ from control_experiments.paths import RESULTS
 from control_experiments.record import RunRecord
 from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.options import (
+    SEARCH_FOLDER,
     AdapterOptions,
     BaseOptions,
     MemoryOptions,
@@ -33,7 +34,6 @@ from control_experiments.training.options import (
     RunOptions,
     TrainerOptions,
 )
-from control_experiments.training.rates import SEARCH_FOLDER
 from RoBERTa.glue import TASKS, find_folder, get_task
 
 

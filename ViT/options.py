@@ -12,8 +12,14 @@ from control_experiments.errors import UserError
 from control_experiments.paths import RESULTS
 from control_experiments.training.arguments import check_numbers
 from control_experiments.training.options import METHODS as ALL_METHODS
-from control_experiments.training.options import AdapterOptions, MemoryOptions, Precision, RunOptions, TrainingOptions
-from control_experiments.training.rates import SEARCH_FOLDER
+from control_experiments.training.options import (
+    SEARCH_FOLDER,
+    AdapterOptions,
+    MemoryOptions,
+    Precision,
+    RunOptions,
+    TrainingOptions,
+)
 
 #: torchvision's data sets, by the names that `--data` takes.
 HUB = ("cifar100", "flowers102", "svhn", "food101", "imagenet")
