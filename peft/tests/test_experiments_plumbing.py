@@ -387,37 +387,24 @@ def test_losses_are_watched_and_the_first_bad_batch_is_named():
     check_parameters([torch.ones(2)], 4, "nothing")
 
 
-FULL_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
+FULL_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. If reserved but unallocated memory is large")
 
 
 @pytest.mark.parametrize(
-    ("asks", "asked"),
+    ("asks", "reason"),
     [
-        (Mock(side_effect=FULL_GPU), "2.50 GiB"),
-        (lambda: torch.empty(1 << 60), "4294967296.0 GiB"),
-        (lambda: bytearray(1 << 62), "more than there is"),
+        (Mock(side_effect=FULL_GPU), r"Tried to allocate 2.50 GiB\.;"),
+        (Mock(side_effect=RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when")), "ALLOC_FAILED when;"),
+        (lambda: torch.empty(1 << 60), r"tried to allocate \d+ bytes.*;"),
+        (lambda: bytearray(1 << 62), "the host's memory is used up;"),
     ],
 )
-def test_too_little_memory_is_explained(asks, asked):
-    said = rf"asked for {asked} \(.* free of .*GiB\); what lowers it: --less"
+def test_too_little_memory_is_explained(asks, reason):
+    said = rf"on cpu needs more memory than there is: .*{reason} what lowers it: --less"
     with pytest.raises(UserError, match=said), explain_out_of_memory(torch.device("cpu"), "--less"):
         asks()
     with pytest.raises(RuntimeError, match="other"), explain_out_of_memory(torch.device("cpu"), "--less"):
         raise RuntimeError("other")
-
-
-def test_a_library_that_fails_on_a_full_gpu_is_explained_too(monkeypatch):
-    gpu, free = torch.device("cuda"), [2**20]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80 * 2**30))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**30)
-    internal = "CUDA error: CUBLAS_STATUS_INTERNAL_ERROR when"
-    said = "the GPU's memory is too small: .*1.0 GiB in use by this run, 0.0 GiB free"
-    for message in (internal, "Expected mha_graph.execute(handle", "CUDA error: out of memory\nCUDA kernel"):
-        with pytest.raises(UserError, match=said), explain_out_of_memory(gpu, "--less"):
-            raise RuntimeError(message)
-    free[0] = 2**34  # then it is something else
-    with pytest.raises(RuntimeError, match=internal), explain_out_of_memory(gpu, "--less"):
-        raise RuntimeError(internal)
 
 
 def test_throughput_counts_only_what_it_should(monkeypatch):

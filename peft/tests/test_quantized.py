@@ -1,8 +1,5 @@
 """Control, LoRA and DoRA on bitsandbytes' 4-bit and 8-bit bases and on FP8: real layers and training steps on the CPU."""
 
-import sys
-from unittest.mock import Mock
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -195,17 +192,6 @@ def test_a_quantized_model_is_not_quantized_again(folders, tmp_path):
     assert len(quantized_linears(reread)) == 12
     losses = train(adapter(reread, "roberta", "control"), "roberta")
     assert losses[-1] < losses[0]
-
-
-def test_what_is_missing_says_so(monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="pip install bitsandbytes"):
-        patch.setitem(sys.modules, "bitsandbytes.functional", None)
-        loading_arguments("nf4", CPU, torch.float32)
-    lacking = Mock(side_effect=RuntimeError("no binary for this device\nlong story"))
-    monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", lacking)
-    with pytest.raises(UserError, match=r"cannot quantize on cpu here \(no binary for this device\)"):
-        loading_arguments("int8", CPU, torch.float32)
-    assert loading_arguments("none", CPU, torch.float32) == {}
 
 
 def test_dora_over_int8_on_a_cpu_says_so(folders):
