@@ -33,7 +33,7 @@ from control_experiments.training.metering import MemoryMeter, Throughput
 from control_experiments.training.methods import adapter_config, load_adapter
 from control_experiments.training.options import METHODS, AdapterOptions
 from control_experiments.training.runs import RunFolder
-from scripts.tests.faults import Bomb, a_record
+from scripts.tests.faults import a_record
 
 make_record = partial(a_record, seed=42, metrics={"best": {"x": 1.5}})
 
@@ -196,27 +196,6 @@ def flip(path):
     path.write_bytes(contents)
 
 
-def bombed(checkpoint):
-    torch.save({"step": Bomb(checkpoint.parents[1] / "mark")}, checkpoint / "optimizer.pt")
-
-
-def with_link(checkpoint):
-    (checkpoint / "optimizer.pt").rename(checkpoint.parents[1] / "elsewhere.pt")
-    (checkpoint / "optimizer.pt").symlink_to(checkpoint.parents[1] / "elsewhere.pt")
-
-
-def resealed(damage):
-    """The damage with a manifest that fits it, as an attacker would write it."""
-
-    def done(checkpoint):
-        damage(checkpoint)
-        names = [path.name for path in checkpoint.iterdir() if path.name != "manifest.json"]
-        sums = {name: fingerprint(checkpoint / name) for name in names}
-        write_json_atomic(checkpoint / "manifest.json", {"schema": 1, "sha256": sums})
-
-    return done
-
-
 DAMAGES = {
     "optimizer.pt is not what was written": lambda c: flip(c / "optimizer.pt"),
     "optimizer.pt is missing": lambda c: (c / "optimizer.pt").unlink(),
@@ -225,9 +204,6 @@ DAMAGES = {
     "it has no manifest.json": lambda c: (c / "manifest.json").unlink(),
     "manifest.json is no JSON file": lambda c: (c / "manifest.json").write_text('{"schema": 1, "sha'),
     "its manifest.json is of another schema": lambda c: (c / "manifest.json").write_text("{}"),
-    "optimizer.pt holds more than tensors and plain values": resealed(bombed),
-    "adapter_model.bin is a pickle": resealed(lambda c: torch.save({}, c / "adapter_model.bin")),
-    "optimizer.pt is a pickle or a link": resealed(with_link),
 }
 
 
@@ -244,7 +220,6 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_used(reason, damage
         assert line.endswith("set aside as checkpoint-10.broken")
         names = sorted(path.name for path in folder.checkpoints.iterdir())
         assert names == ["checkpoint-10.broken", "checkpoint-3"]
-        assert not (folder.path / "mark").exists()
 
         damage(whole)
         with pytest.raises(UserError, match="no checkpoint in .* is whole.*nothing was changed"):
@@ -252,27 +227,18 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_used(reason, damage
         assert sorted(path.name for path in folder.checkpoints.iterdir()) == names
 
 
-@pytest.mark.parametrize(
-    ("place", "problem", "error", "message"),
-    [
-        ("torch.load", MemoryError("none left"), MemoryError, "none left"),
-        ("torch.load", RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError, "allocate"),
-        ("torch.load", OSError(errno.EIO, "Input/output error"), UserError, "Input/output error.*try again"),
-        (f"{checkpoints.__name__}.fingerprint", OSError(errno.EMFILE, "Too many"), UserError, "Too many"),
-        ("pathlib.Path.read_text", OSError(errno.ENOMEM, "No memory"), UserError, "No memory"),
-    ],
-)
-def test_a_trouble_that_may_pass_sets_no_checkpoint_aside(place, problem, error, message, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", [f"{checkpoints.__name__}.fingerprint", "pathlib.Path.read_text"])
+def test_a_trouble_that_may_pass_sets_no_checkpoint_aside(place, tmp_path, monkeypatch):
     def fails(path, *_, **__):
         if path.name == "run.json":
             return "{}"
-        raise problem
+        raise OSError(errno.EMFILE, "Too many open files")
 
     with RunFolder(tmp_path / "run") as folder:
         folder.claim({})
         checkpoint(folder, 3)
         last = checkpoint(folder, 10)
-        with monkeypatch.context() as patched, pytest.raises(error, match=message):
+        with monkeypatch.context() as patched, pytest.raises(UserError, match="Too many.*nothing was changed; try again"):
             patched.setattr(place, fails)
             folder.claim({}, resume=True)
         assert folder.claim({}, resume=True) == last
