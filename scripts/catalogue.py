@@ -72,12 +72,12 @@ CLASSES = 100  # of the ViT's images
 
 NAMES = ("lora", "lora-all", "lora-qkv", "lora-experts", "lora-fa", "dora", "miss", "shadow", "control", "control+lora", "control+dora")  # fmt: skip
 SWITCHES = (
-    "liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "packed", "streamed", "streamed3", "onboard",
+    "liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "streamed", "streamed3", "onboard",
     "fp8states",
 )  # fmt: skip
 MODES = ("plain", "fast", "balanced", "lean")
 #: Switches and names that need a LLaMA shape.
-OF_LLAMA = ("liger", "unsloth", "compile", "packed", "lora-qkv", "shadow")
+OF_LLAMA = ("liger", "unsloth", "compile", "lora-qkv", "shadow")
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,6 @@ def parse_method(text: str) -> Method:
         raise UserError(f"method {text!r}: weights are not streamed with graphs, unsloth, shadow, int8 or mode fast")
     if "fp8states" in switches and mode != "lean":
         raise UserError(f"method {text!r}: fp8states is for mode lean")
-    if {"packed", "graphs"} <= switches:
-        raise UserError(f"method {text!r}: packed rows are not measured as CUDA graphs")
     return Method(text, name, switches, bases[0] if bases else None, mode or "plain")
 
 
