@@ -96,25 +96,16 @@ def machine(device: str) -> dict:
     """
     if device == "cuda":
         program = f"import json; from {__name__} import _gpu; print(json.dumps(_gpu()))"
-        return run_apart([sys.executable, "-c", program], {}, needed=True)
+        *_, found = stream_apart([sys.executable, "-c", program], {})
+        if "error" in found:
+            raise UserError(f"the GPU cannot be asked what it is: {found['error']}")
+        return found
     return {"device": device, "machine": describe_device(torch.device(device)), "matmul_tflops": None}
 
 
 def _gpu() -> dict:
     found = describe_device(torch.device("cuda"))
     return {"device": found["name"], "machine": found, "matmul_tflops": matmul_tflops()}
-
-
-def run_apart(command: Sequence[str], environment: dict[str, str], *, needed: bool = False) -> dict:
-    """The last JSON object that a process prints; ``{"error": its last line on stderr}`` if it fails.
-
-    Raises:
-        UserError: it fails, and the result is `needed`.
-    """
-    *_, found = stream_apart(command, environment)
-    if needed and "error" in found:
-        raise UserError(f"{' '.join(command[:2])} failed: {found['error']}")
-    return found
 
 
 def stream_apart(command: Sequence[str], environment: dict[str, str]) -> Iterator[dict]:
