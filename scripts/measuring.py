@@ -168,9 +168,9 @@ def work(options: Options) -> None:
 # -- in the process that starts them ----------------------------------------------------------------------------
 
 
-def run_method(options: Options, method: Method, command: Sequence[str], left: list[tuple], minutes: float | None) -> Iterator[dict]:  # fmt: skip
+def run_method(options: Options, command: Sequence[str], left: list[tuple], minutes: float | None) -> Iterator[dict]:
     """The cells of a method that are left, as they are found in a process of its own, which begins none after so many minutes."""
-    start, environment = ["-m", "scripts.bench_memory"], {}
+    method, start, environment = parse_method(left[0][0]), ["-m", "scripts.bench_memory"], {}
     if options.limit or "graphs" in method.switches:
         environment |= EXPANDABLE
     if "unsloth" in method.switches:  # which also writes what it compiles
@@ -247,16 +247,13 @@ def run(options: Options, command: list[str]) -> None:
     campaign = Campaign(
         Path(options.output) / options.file_name(), options, cell, found, setting=setting, dtype=dtype, weights="random"
     )
-    planned = [place for text in options.methods for place in options.cells(text)]
-    for number, text in enumerate(options.methods, 1):
-        left = [place for place in options.cells(text) if place not in campaign.finished]
+
+    def of_method(left: list[tuple]) -> Iterator[dict]:
         minutes = options.max_minutes and options.max_minutes - (time.monotonic() - begun) / 60
-        if not left or (minutes is not None and minutes <= 0):
-            continue
-        started = time.time()
-        for result in run_method(options, parse_method(text), command, left, minutes):
-            campaign.add(result)
-            print(f"[{number}/{len(options.methods)}, {time.time() - started:.0f} s] {line(result)}", flush=True)
+        if minutes is None or minutes > 0:
+            yield from run_method(options, command, left, minutes)
+
+    campaign.run([options.cells(text) for text in options.methods], of_method, line)
     if not (options.limit or options.profile) and any("step_seconds" in result for result in campaign.results):
         from control_experiments.reporting import pictures  # with pandas, which no method's process needs
 
@@ -264,7 +261,4 @@ def run(options: Options, command: list[str]) -> None:
         measured = [result for result in campaign.results if "step_seconds" in result]
         points = {result["method"]: (result["step_seconds"], result["over_static_bytes"]) for result in measured}
         pictures.save(pictures.memory_against_time(points, title), campaign.path.with_suffix(".png"))
-    if missing := len(planned) - len(campaign.finished):
-        print(f"time is up, {missing} of {len(planned)} are left: the same command goes on", file=sys.stderr)
-        sys.exit(1)
-    campaign.finish(planned)
+    campaign.finish()

@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from operator import itemgetter
@@ -231,20 +231,20 @@ def run(options: Options) -> None:
         """The losses of one process that does the work of all."""
         return run_cell(replace(options, warmup=0), method, "ddp", 1, accumulate=processes).get("losses", [])
 
-    def measure(key: tuple[str, str, int]) -> dict:
-        method, shard, processes = key
-        cell = run_cell(options, method, shard, processes)
-        if processes == 1:
-            singles[method, shard] = cell
-        elif "losses" in cell and (losses := reference(method, processes)):
-            apart = [abs(ours - theirs) / abs(theirs) for ours, theirs in zip(cell["losses"], losses)]
-            cell["loss_distance"] = max(apart)
-        return cell
+    def measure(keys: list[tuple[str, str, int]]) -> Iterator[dict]:
+        for method, shard, processes in keys:
+            cell = run_cell(options, method, shard, processes)
+            if processes == 1:
+                singles[method, shard] = cell
+            elif "losses" in cell and (losses := reference(method, processes)):
+                apart = [abs(ours - theirs) / abs(theirs) for ours, theirs in zip(cell["losses"], losses)]
+                cell["loss_distance"] = max(apart)
+            yield cell
 
-    planned = [(m, s, n) for m in options.methods for s in options.shards for n in options.counts()]
+    planned = [[(m, s, n)] for m in options.methods for s in options.shards for n in options.counts()]
     campaign.run(planned, measure, lambda cell: line(cell, singles.get((cell["method"], cell["shard"]))))
     if any("step_seconds" in cell for cell in campaign.results):
         from control_experiments.reporting import pictures  # with pandas, which no process of a cell needs
 
         pictures.save(pictures.scaling(campaign.results, title), campaign.path.with_suffix(".png"))
-    campaign.finish(planned)
+    campaign.finish()

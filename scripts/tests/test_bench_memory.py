@@ -80,7 +80,8 @@ def test_only_the_same_benchmark_counts_as_measured(tmp_path, monkeypatch):
     first.add(failed)
     first.add(done)
     assert campaign(8).results == [done] and campaign(9).results == []
-    first.finish(["dora", "lora"])
+    first.run([["dora"], ["lora"]], lambda left: [], str)
+    first.finish()
     assert json.loads(path.read_text())["results"] == [done, failed]
     assert campaign(8).results == [], "the code has changed in a way that nobody noted"
     path.with_suffix(".json.partial").write_text("{")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -181,21 +181,28 @@ class Campaign:
         self.results.append(result)
         write_json_atomic(self._partial, self.record)
 
-    def run(self, keys: Sequence[Hashable], measure: Callable[[Hashable], dict], say: Callable[[dict], str]) -> None:
-        """Measure what is not finished, key by key, and say each result when it is there."""
-        for number, key in enumerate(keys, 1):
-            if key not in self.finished:
-                started, result = time.time(), measure(key)
-                self.add(result)
-                print(f"[{number}/{len(keys)}, {time.time() - started:.0f} s] {say(result)}", flush=True)
+    def run(
+        self, groups: Sequence[Sequence[Hashable]], measure: Callable[[list], Iterable[dict]], say: Callable[[dict], str]
+    ) -> None:
+        """Measure what is not finished, group by group; say each result of a group's keys as soon as it is there."""
+        self.order = [key for keys in groups for key in keys]
+        for number, keys in enumerate(groups, 1):
+            started = time.time()
+            if left := [key for key in keys if key not in self.finished]:
+                for result in measure(left):
+                    self.add(result)
+                    print(f"[{number}/{len(groups)}, {time.time() - started:.0f} s] {say(result)}", flush=True)
 
-    def finish(self, order: Sequence[Hashable]) -> None:
-        """Put the results in order and the record in its place.
+    def finish(self) -> None:
+        """Put the results in order and the record in its place, or end with 1 if something is left.
 
         Raises:
             UserError: nothing but failures was measured.
         """
-        self.results.sort(key=lambda result: order.index(self.key(result)))
+        if missing := len(self.order) - len(self.finished):
+            print(f"time is up, {missing} of {len(self.order)} are left: the same command goes on", file=sys.stderr)
+            sys.exit(1)
+        self.results.sort(key=lambda result: self.order.index(self.key(result)))
         write_json_atomic(self._partial, self.record)
         self._partial.replace(self.path)
         print(f"record in {self.path}")
