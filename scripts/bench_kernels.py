@@ -139,8 +139,9 @@ def main() -> None:
     import torch  # not before the options are known to be right
 
     from control_experiments.training import benchmarking
+    from control_experiments.training.device import select_device
 
-    options.device = benchmarking.choose_device(options.device)
+    options.device = select_device(options.device).type
     cuda = options.device == "cuda"
     compared, found = operations(options), benchmarking.machine(options.device)
     print(f"{options.tokens} tokens, {found['device']}; forward and backward")

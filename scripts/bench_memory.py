@@ -123,10 +123,10 @@ class Options(Setting):
             if "unsloth" in method.switches and not unsloth:
                 told = "unsloth is not installed (pip install unsloth, in an environment of its own)"
                 raise UserError(f"method {method.text!r}: {told}")
-        from control_experiments.training.benchmarking import choose_device  # loads torch
+        from control_experiments.training.device import select_device  # loads torch
 
         return replace(
-            self, device=choose_device(self.device), methods=methods, tokens=self.tokens or tokens,
+            self, device=select_device(self.device).type, methods=methods, tokens=self.tokens or tokens,
             repeats=self.repeats or (3 if device == "cuda" else 1),
         )  # fmt: skip
 

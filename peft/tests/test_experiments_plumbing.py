@@ -415,7 +415,7 @@ def test_devices():
     assert describe_device(torch.device("cpu"))["count"] >= 1
     with pytest.raises(UserError, match="no GPU 99 here"):
         select_device("99")
-    for name in ("cuda", "-1", ""):
+    for name in ("gpu", "-1", ""):
         with pytest.raises(UserError, match="GPU must be an index"):
             select_device(name)
 

@@ -15,6 +15,7 @@ from control_experiments.paths import RESULTS
 from control_experiments.reporting.records import load, read_paper
 from control_experiments.reporting.tables import make_table
 from control_experiments.training import benchmarking
+from control_experiments.training import device as devices
 from control_experiments.training.quantization import loading_arguments
 from peft_control.memory import streaming
 from scripts import bench_memory, measuring, workloads
@@ -227,7 +228,7 @@ def gpu(monkeypatch, measured):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(measuring, "build", lambda setting, method, longest: Work())
     monkeypatch.setattr(measuring, "step_loss", lambda setting, model: setting.tokens)
-    monkeypatch.setattr(benchmarking, "choose_device", lambda name: name)
+    monkeypatch.setattr(devices, "select_device", torch.device)
     machine = {"device": "GPU", "machine": {"total_memory_bytes": 80 * 2**30}, "matmul_tflops": None}
     monkeypatch.setattr(measuring, "machine", lambda device: machine)
     return found
@@ -300,7 +301,7 @@ def test_a_search_goes_on_after_a_kill_and_ends_in_time(gpu, tmp_path, call, mon
 def test_by_default_the_shapes_methods_run(shape, tokens, device, monkeypatch):
     """Without --methods; workloads of the true size are for a GPU, so only what would run is looked at."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())  # unsloth is installed
-    monkeypatch.setattr(benchmarking, "choose_device", lambda name: name)
+    monkeypatch.setattr(devices, "select_device", torch.device)
     options = bench_memory.Options(shape=shape, device=device).with_defaults()
     assert (options.tokens, options.file_name()) == (tokens, f"{shape}_4x{tokens}.json")
     dense, llama = shape != "qwen3-30b-a3b", shape == "llama3-8b"
@@ -336,7 +337,7 @@ def test_by_default_the_shapes_methods_run(shape, tokens, device, monkeypatch):
         (("--shape", "tiny", "--methods", "lora-experts"), "tiny has no experts"),
         (("--base", "nf5"), "unknown --base 'nf5'"),
         (("--lengths", 3, 9, "--tokens", 8), "--lengths has 9, which is more than --tokens 8"),
-        (("--device", "gpu"), "--device is cuda, cpu or a GPU's index"),
+        (("--device", "gpu"), "GPU must be an index such as 0, or cpu"),
         (("--limit", 0), "--limit must be greater than 0"),
         (("--limit", 3), "--limit needs a GPU"),
         (("--speed_at", 64), "--speed_at, --up_to and --max_minutes go with --limit"),

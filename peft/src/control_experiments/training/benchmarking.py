@@ -18,7 +18,7 @@ import torch
 
 from ..errors import UserError
 from ..record import git_state, package_versions, utc_now, write_json_atomic
-from .device import describe_device, select_device
+from .device import describe_device
 
 #: The environment of a process whose tensors change their sizes.
 EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
@@ -74,19 +74,6 @@ def matmul_tflops() -> float:
 
 
 # -- devices and processes --------------------------------------------------------------------------------------
-
-
-def choose_device(name: str) -> str:
-    """ "cuda" or "cpu" for what `--device` says: either of them, or a GPU's index, which hides the other GPUs.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("no GPU here: --device cpu tries the script out")
-    if name not in ("cuda", "cpu") and not name.isdecimal():
-        raise UserError(f"--device is cuda, cpu or a GPU's index, got {name!r}")
-    return name if name in ("cuda", "cpu") else select_device(name).type
 
 
 def machine(device: str) -> dict:

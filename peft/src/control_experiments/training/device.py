@@ -17,14 +17,14 @@ from ..errors import UserError
 
 
 def select_device(name: str) -> torch.device:
-    """The device that a launcher's GPU argument names: a GPU index ("0", "1", ...) or "cpu".
+    """The device that a launcher's GPU argument names: a GPU index ("0", "1", ...), "cuda" for the first, or "cpu".
 
     With several GPUs the others are hidden (CUDA_VISIBLE_DEVICES), because the Trainer would otherwise spread
     over all of them; the chosen one is then `cuda:0`. Call it once, before anything touches CUDA. Under
     torchrun or accelerate each process takes the GPU of its local rank. Raises UserError: the name is no index,
     or there is no such GPU.
     """
-    name = str(name).strip().lower()
+    name = {"cuda": "0"}.get(name, str(name).strip().lower())
     if name == "cpu":
         return torch.device("cpu")
     if not name.isdecimal():
