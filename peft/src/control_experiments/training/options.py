@@ -41,9 +41,6 @@ QUANTIZATION_HELP = (
     "Frozen linear layers in 4 bits (nf4, fp4; scales quantized again) or 8 (int8) by bitsandbytes, or in 8-bit floating "
     "point, which is fast on GPUs of compute capability 8.9 and up (fp8); none: as they are."
 )
-SHARD_HELP = (
-    "What several processes share beside the rows: ddp: nothing, each holds the whole model; fsdp2: the frozen weights."
-)
 STREAM_HELP = (
     "The layers' frozen weights wait in the host's memory and come to the GPU as they are needed: for models larger than it."
 )
@@ -191,7 +188,9 @@ class BaseOptions(_Group):
     """How the frozen weights are stored."""
 
     quantization: Quantization = HfArg(default="none", help=QUANTIZATION_HELP)
-    shard: Literal["ddp", "fsdp2"] = HfArg(default="ddp", help=SHARD_HELP)
+    shard: Literal["ddp", "fsdp2"] = HfArg(
+        default="ddp", help="What several processes share: ddp: the rows; fsdp2: the frozen weights too."
+    )
 
     neutral: ClassVar[tuple[str, ...]] = ("shard",)
 
