@@ -14,7 +14,7 @@
 Random weights of the true shape: memory and time do not depend on their values. Every method runs in a process of its
 own, on the same data. A line is printed as it ends, a table at the end. Ratios are to the fastest and to the leanest
 LoRA of the same run. Times are medians of --repeats repeats in that process; their spread is given beside them. A record
-goes to --output, with a picture of memory against time. The same command goes on after what a killed run has measured.
+goes to --output, from which scripts.make_tables draws. The same command goes on after what a killed run has measured.
 
 A method is NAME[+SWITCH...][+BASE][:MODE], with the ranks and targets of the paper's recipe for the shape.
   NAME    lora, lora-all (every linear layer), lora-qkv, lora-fa (A is frozen), dora, miss, shadow (peft's), control,
@@ -23,16 +23,17 @@ A method is NAME[+SWITCH...][+BASE][:MODE], with the ranks and targets of the pa
           control r 16; RoBERTa: LoRA r 8 on query and value, control r 16; Qwen3-MoE: LoRA r 16 on attention, and with
           lora-experts on the experts' tensors too (peft's target_parameters), control as for LLaMA
   SWITCH  liger, unsloth, checkpointing, compile, graphs (CUDA graphs of the step), eager (attention), uncast (without
-          peft's float32 copies of LoRA's inputs, as LlaMA/finetune.py trains), streamed (the layers' frozen weights wait on the host, two layers lie on the GPU; a
-          LLaMA's are made layer by layer and never all lie there), streamed3 (three layers), onboard (lean's states stay on
-          the GPU), fp8states (they wait on the host in FP8)
+          peft's float32 copies of LoRA's inputs, as LlaMA/finetune.py trains), streamed (the layers' frozen weights wait
+          on the host, two layers lie on the GPU), streamed3 (three layers), onboard (lean's states stay on the GPU),
+          fp8states (they wait on the host in FP8)
   BASE    fp32, bf16, fp16, nf4, fp4, int8 or fp8: how the frozen weights are stored; else LLaMA bf16, the others fp32
   MODE    plain, fast, balanced or lean, for methods with a control (see peft_control.memory)
 By default those run that suit the shape. Unsloth, for lora and lora-all, only loads models from folders, so one is
 written for it (16 GB for LLaMA-3-8B, in TMPDIR); by default it runs on a GPU where it is installed, for which
 results/README.md has a command. With graphs memory is what the allocator reserves, in expandable segments, because a
-graph keeps its memory between the steps. --limit uses expandable segments for every method, as the LLaMA launchers do. --limit limits what torch's allocator takes; a card keeps about half a GiB for itself besides. A found length ran
-within its limit; one longer by a thirtieth does not fit, or is predicted not to.
+graph keeps its memory between the steps. --limit uses expandable segments too, and limits what torch's allocator takes;
+a card keeps about half a GiB for itself besides. A found length ran within its limit; one longer by a thirtieth does not
+fit, or is predicted not to.
 """
 
 from __future__ import annotations

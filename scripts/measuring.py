@@ -238,12 +238,11 @@ def table(results: list[dict]) -> str:
 
 
 def run(options: Options, command: list[str]) -> None:
-    """Measure each method in a process of its own that is started by the same `command`; write the record and a picture."""
+    """Measure each method in a process of its own that is started by the same `command`; write the record."""
     begun, found = time.monotonic(), machine(options.device)
     words = [options.shape, f"{options.batch} x {options.tokens} tokens", *options.particulars().values()]
     setting, dtype, rate = ", ".join(words), str(DTYPES[options.autocast])[6:], found["matmul_tflops"]
-    title = f"{setting}, {dtype}, {found['device']}"
-    print(title + (f", bf16 matmul {rate:.0f} TFLOP/s" if rate else ""), flush=True)
+    print(f"{setting}, {dtype}, {found['device']}" + (f", bf16 matmul {rate:.0f} TFLOP/s" if rate else ""), flush=True)
     campaign = Campaign(
         Path(options.output) / options.file_name(), options, cell, found, setting=setting, dtype=dtype, weights="random"
     )
@@ -254,11 +253,6 @@ def run(options: Options, command: list[str]) -> None:
             yield from run_method(options, command, left, minutes)
 
     campaign.run([options.cells(text) for text in options.methods], of_method, line)
-    if not (options.limit or options.profile) and any("step_seconds" in result for result in campaign.results):
-        from control_experiments.reporting import pictures  # with pandas, which no method's process needs
-
+    if not options.limit and any("step_seconds" in result for result in campaign.results):
         print(table(campaign.results))
-        measured = [result for result in campaign.results if "step_seconds" in result]
-        points = {result["method"]: (result["step_seconds"], result["over_static_bytes"]) for result in measured}
-        pictures.save(pictures.memory_against_time(points, title), campaign.path.with_suffix(".png"))
     campaign.finish()

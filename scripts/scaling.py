@@ -210,7 +210,7 @@ def line(cell: dict, single: dict | None) -> str:
 
 
 def run(options: Options) -> None:
-    """Measure every cell that the options ask for; write the record and a picture."""
+    """Measure every cell that the options ask for; write the record."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
     if options.longest:
         os.environ.update(EXPANDABLE)
@@ -218,8 +218,7 @@ def run(options: Options) -> None:
     found = machine(options.device)
     name = f"{options.shape}_{options.batch}x{options.tokens}" + ("_longest" if options.longest else "")
     name += f"_limit{options.limit:g}" if options.limit else ""
-    title = f"{options.shape}, {options.batch} x {options.tokens} tokens per process, {found['device']}"
-    print(title, flush=True)
+    print(f"{options.shape}, {options.batch} x {options.tokens} tokens per process, {found['device']}", flush=True)
     campaign = Campaign(
         Path(options.output) / f"{name}.json", options, itemgetter("method", "shard", "processes"), found,
         devices=options.processors(), weights="pseudo-random",
@@ -243,8 +242,4 @@ def run(options: Options) -> None:
 
     planned = [[(m, s, n)] for m in options.methods for s in options.shards for n in options.counts()]
     campaign.run(planned, measure, lambda cell: line(cell, singles.get((cell["method"], cell["shard"]))))
-    if any("step_seconds" in cell for cell in campaign.results):
-        from control_experiments.reporting import pictures  # with pandas, which no process of a cell needs
-
-        pictures.save(pictures.scaling(campaign.results, title), campaign.path.with_suffix(".png"))
     campaign.finish()

@@ -51,7 +51,6 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_kept(tmp_path, call, measure
     path = tmp_path / "memory" / "tiny_2x8_bf16_nf4.json"
     record = json.loads(path.read_text())
     assert [result["method"] for result in record["results"]] == measured == record["options"]["methods"]
-    assert path.with_suffix(".png").stat().st_size > 1000
     for result in record["results"]:
         seconds = result["step_seconds_repeats"]
         assert len(result["step_seconds_all"]) == 4 and min(seconds) <= result["step_seconds"] <= max(seconds)
