@@ -179,21 +179,6 @@ def test_claims(tmp_path):
             folder.claim(LORA)
 
 
-def test_an_overwritten_run_is_gone_for_every_process(tmp_path, monkeypatch):
-    with RunFolder(tmp_path / "run") as folder:
-        folder.claim(LORA)
-        checkpoint(folder, 9)
-        write_json_atomic(folder.record, {})
-        with monkeypatch.context() as patch:
-            patch.setenv("RANK", "1")
-            other = RunFolder(tmp_path / "run")
-        other.clear()  # before the process of rank 0 does so
-        assert not other.finished and other.claim(DORA) is None and folder.record.exists()
-        folder.clear()
-        assert [path.name for path in folder.path.iterdir()] == [".lock"]
-        assert folder.claim(DORA) is None and not folder.finished
-
-
 def flip(path):
     contents = bytearray(path.read_bytes())
     contents[len(contents) // 2] ^= 1

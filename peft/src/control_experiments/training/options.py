@@ -82,16 +82,13 @@ class RunOptions(_Group):
     deterministic: bool = HfArg(default=False, help="Deterministic GPU kernels: the same bits again, slower.")
     workers: int = HfArg(default=0, help="Processes that make batches; no effect on results.")
     resume: bool = HfArg(default=False, help="Go on from the output folder's last checkpoint.")
-    overwrite: bool = HfArg(default=False, help="Delete what an earlier run left in the output folder.")
 
-    neutral: ClassVar[tuple[str, ...]] = ("output_dir", "device", "workers", "resume", "overwrite")
+    neutral: ClassVar[tuple[str, ...]] = ("output_dir", "device", "workers", "resume")
 
     def check(self) -> None:
         super().check()
         check_numbers(self, "seed", at_least=0, at_most=LARGEST_SEED)
         check_numbers(self, "workers", at_least=0)
-        if self.resume and self.overwrite:
-            raise UserError("--resume goes on with a run that --overwrite deletes: choose one of the two")
 
     @property
     def folder(self) -> Path:

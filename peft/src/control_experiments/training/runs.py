@@ -32,7 +32,6 @@ class RunFolder:
         self.path = Path(path)
         self.go_on = go_on
         self._lock: int | None = None
-        self._cleared = False
         if os.environ.get("RANK", "0") != "0":
             return
         try:
@@ -87,7 +86,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run came to its end."""
-        return self.record.is_file() and not self._cleared
+        return self.record.is_file()
 
     @property
     def adapter(self) -> Path:
@@ -100,18 +99,6 @@ class RunFolder:
     @property
     def log(self) -> Path:
         return self.path / "run.log"
-
-    def clear(self) -> None:
-        """Delete what a run left here. The process of rank 0 does so; to the others the folder counts as empty
-        at once. Raises UserError: the folder holds something else."""
-        self._cleared = True
-        if self._lock is None:
-            return
-        contents = [entry for entry in self.path.iterdir() if entry.name != ".lock"]
-        if contents and not (self.path / "run.json").is_file():
-            raise UserError(f"{self.path} holds no run: --overwrite deletes nothing there, choose another")
-        for entry in contents:
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
     @contextmanager
     def logging_from(self, *names: str, terminal: bool = False) -> Iterator[None]:
@@ -144,7 +131,7 @@ class RunFolder:
         ranks, ... Raises UserError: the folder holds another run that is finished, or whose checkpoints would be
         resumed or lost; or none of the checkpoints to resume from is whole (nothing was changed then).
         """
-        found = [] if self._cleared else checkpoints.checkpoints(self.checkpoints)
+        found = checkpoints.checkpoints(self.checkpoints)
         if self.finished or found:
             self.check_same(identity)
         if self.finished:
@@ -198,7 +185,7 @@ class RunFolder:
         if differences:
             raise UserError(
                 f"{self.path} belongs to another run ({'; '.join(differences)}): name another folder with --output_dir, or "
-                "delete that run with --overwrite"
+                "delete that one"
             )
 
 

@@ -66,7 +66,6 @@ class StudyOptions:
     method: str = field(init=False, default="control")
     seed: int = field(init=False, default=0)
     resume: bool = field(init=False, default=True)
-    overwrite: bool = field(init=False, default=False)
 
     def check_study(self) -> None:
         """Raise `UserError` for what the runs themselves do not check."""
