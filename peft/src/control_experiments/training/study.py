@@ -261,15 +261,14 @@ class Study(ABC):
                 break
             if not any(self.take(cell) for cell in left):  # other processes work on all that is left
                 time.sleep(0.5)
-        tests = [*self.tests()]
-        problems = [
-            f"{arm.text} on {Path(task).stem} diverges with every learning rate of --grid: add lower"
-            for (task, arm), rate in self._chosen.items()
-            if rate is None
-        ]
-        if lost := [self.name(cell) for cell in tests if self.diverged(cell)]:
-            problems.append(f"{len(lost)} of {len(tests)} runs diverged: {', '.join(lost)}")
-        if problems := [*problems, *(f"{name} failed: {why}" for name, why in self.failed.items())]:
+        tests, problems = [*self.tests()], [f"{name} failed: {why}" for name, why in self.failed.items()]
+        lost = [self.name(cell) for cell in tests if self.diverged(cell)]
+        hopeless = [f"{arm.text} on {Path(task).stem}" for (task, arm), rate in self._chosen.items() if rate is None]
+        if lost and not left:
+            problems.insert(0, f"{len(lost)} of {len(tests)} runs diverged: {', '.join(lost)}")
+        if hopeless and not left:
+            problems.insert(0, f"{', '.join(hopeless)} diverges with every learning rate of --grid: add lower")
+        if problems:
             raise UserError("; ".join(problems))
         if left:
             print(f"the next run does not fit into {self.options.minutes:g} minutes: the same command goes on")
