@@ -32,10 +32,10 @@ def write_card(folder: Path, record: RunRecord, load: str) -> None:
     ModelCard.from_template(data, str(template), **said, load=load.strip(), command=command).save(path)
 
 
-def _rows(record: RunRecord) -> dict[str, str]:
+def _rows(record: RunRecord) -> dict[str, object]:
     """What the record says, for people."""
     counts, config = record.adapter, record.adapter["config"] or {}
-    rows = {what: _text(config[name]) for name, what in _SHOWN.items() if config.get(name)}
+    rows = {what: config[name] for name, what in _SHOWN.items() if config.get(name)}
     rows |= {
         "trained parameters": f"{counts['trainable_parameters']:,} of {record.model['total_parameters']:,} "
         f"(adapter {counts['adapter_parameters']:,}, head {counts['head_parameters']:,})",
@@ -49,10 +49,6 @@ def _rows(record: RunRecord) -> dict[str, str]:
     if rate := record.time.get("examples_per_second"):
         rows["time"] = f"{record.time['train_seconds']:.0f} s of training, {rate:,.0f} examples/s"
     return rows
-
-
-def _text(value: object) -> str:
-    return ", ".join(sorted(value)) if isinstance(value, (list, set)) else str(value)
 
 
 def _figures(row: dict) -> str:
