@@ -1,6 +1,6 @@
 """What the benchmarks train: models of known shapes with random weights, and every method of bench_memory.py on them.
 
-The adapters, memory modes, quantized layers and packed batches are those of the training scripts.
+The adapters, memory modes and quantized layers are those of the training scripts.
 """
 
 from __future__ import annotations
@@ -13,14 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from peft import ShadowConfig, get_peft_model
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    LlamaConfig,
-    PreTrainedModel,
-    Qwen3MoeConfig,
-    RobertaConfig,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Qwen3MoeConfig, RobertaConfig
 
 from control_experiments.training.device import DTYPES
 from control_experiments.training.methods import adapter_config, set_memory
@@ -47,7 +40,7 @@ from scripts.catalogue import (
 
 def random_llama(
     shape: str, device: str | torch.device, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa", **more
-) -> PreTrainedModel:
+) -> nn.Module:
     """A LLaMA or mixture of experts of random weights, made on the device, which may be "meta"; `more` changes its
     configuration. Experts run in transformers' own choice of kernels (grouped matmuls where the device has them)."""
     kind = Qwen3MoeConfig if shape in MOE_SHAPES else LlamaConfig
@@ -58,7 +51,7 @@ def random_llama(
 
 def random_llama_in_parts(
     shape: str, device: str, dtype: torch.dtype, attention: str, store: Callable[[nn.Module], None], place: str
-) -> PreTrainedModel:
+) -> nn.Module:
     """The same, of which one layer at a time is made in `dtype`, given to `store` and put on the device `place`."""
     model = random_llama(shape, device, dtype, attention, num_hidden_layers=0)
     model.config.num_hidden_layers = CAUSAL_SHAPES[shape]["num_hidden_layers"]
@@ -99,10 +92,9 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
         model = model.to(stored)
         return quantize_fp8(model) if quantized else model
     if shape in CAUSAL_SHAPES:
-        if method.resident:
-            model = random_llama_in_parts(shape, device, stored, attention, store, "cpu")
-        elif method.base == "fp8":
-            model = random_llama_in_parts(shape, device, stored, attention, store, device)
+        if method.resident or method.base == "fp8":
+            place = "cpu" if method.resident else device
+            model = random_llama_in_parts(shape, device, stored, attention, store, place)
         else:
             model = random_llama(shape, device, stored, attention)
     else:
@@ -115,7 +107,7 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
     return prepare(model)
 
 
-def quantize(model: PreTrainedModel, kind: str, settings, device: torch.device) -> None:
+def quantize(model: nn.Module, kind: str, settings, device: torch.device) -> None:
     """Let bitsandbytes quantize the linear layers of every transformer layer, as `from_pretrained` would a stored model's."""
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
