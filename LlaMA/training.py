@@ -70,7 +70,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 def run(options: Options, argv: Sequence[str] | None) -> RunRecord | None:
     """Train, unless the run is finished; returns its record, or None then."""
     options.model = place_of_model(options.model)
-    with start(options, "LlaMA.finetune", argv, less_memory=LESS_MEMORY, option="dtype") as begun:
+    types = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
+    with start(options, "LlaMA.finetune", argv, less_memory=LESS_MEMORY, option="dtype", written=types) as begun:
         if begun.folder.finished:
             print(f"{begun.folder.path} is finished: skipped (delete the folder to run it again)")
             return None

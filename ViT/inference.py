@@ -85,7 +85,7 @@ def trained(options: Options, adapter: str) -> Iterator[tuple[Step, Description,
     """
     device, precision = choose(options, on_gpu="fp16")
     with explain_out_of_memory(device, LESS_MEMORY):
-        moved = options.model if options.model != Options.model else None
+        moved = options.model if options.model != Options.defaults()["model"] else None
         model, description, base = restore(adapter, attention=options.attention, model=moved)
         for name in ("method", "model", "image_size", "mlp_layers", "crop"):
             setattr(options, name, getattr(description, name))

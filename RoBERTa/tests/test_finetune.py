@@ -27,7 +27,8 @@ from transformers import (
 
 from control_experiments import outcomes
 from control_experiments.errors import UserError
-from control_experiments.paths import REPOSITORY
+from control_experiments.paths import REPOSITORY, RESULTS
+from control_experiments.record import read_record
 from control_experiments.training.device import seed_everything
 from control_experiments.training.trainer import ExperimentTrainer
 from peft_control import ControlConfig  # (importing it registers CONTROL for PeftModel.from_pretrained)
@@ -218,6 +219,26 @@ def test_a_run_is_told_by_what_its_data_and_model_hold(train_roberta, encoders, 
     rows.write_text(whole)
     (model / "vocabulary.txt").write_text("another tokenizer")
     assert "belongs to another run (model_sha256" in train().refused()
+    claim = tmp_path / "run" / "run.json"
+    older = {name: value for name, value in json.loads(claim.read_text()).items() if "sha256" not in name}
+    claim.write_text(json.dumps(older))
+    assert "skipped" in train().finished().out
+
+
+@pytest.mark.slow
+def test_committed_runs_are_still_taken_for_what_their_commands_ask_for(tmp_path, capsys):
+    """Whatever options came after them; the models and data of their checksums are not here."""
+    runs = [path.parent for path in sorted((RESULTS / "published" / "roberta").glob("minilm_*/record.json"))]
+    assert runs
+    for run in runs:
+        shutil.copytree(run, tmp_path / run.name)
+        claim = json.loads((run / "run.json").read_text())
+        named = {name: value for name, value in claim.items() if "sha256" not in name}
+        (tmp_path / run.name / "run.json").write_text(json.dumps(named))
+        precision = claim["precision"]
+        here = ("--device", "cpu", "--precision", precision, "--output_dir", str(tmp_path / run.name))
+        assert finetune.main([*read_record(run / "record.json").command[2:], *here]) is None
+        assert "is finished: skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ a wrong option are answered at once.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Literal, Optional, get_args
 
@@ -115,6 +115,13 @@ class RunOptions(_Group):
     def contents(self, name: str) -> Path:
         """The file or folder whose checksum stands for option `name`."""
         return Path(getattr(self, name))
+
+    @classmethod
+    def defaults(cls) -> dict:
+        """What every option says that nobody gave, where it has a default."""
+        given = ((entry.name, entry.default, entry.default_factory) for entry in fields(cls))
+        found = {name: value if make is MISSING else make() for name, value, make in given}
+        return {name: value for name, value in found.items() if value is not MISSING}
 
 
 @dataclass(kw_only=True)

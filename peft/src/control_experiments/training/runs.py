@@ -16,6 +16,9 @@ from ..errors import Interrupted, UserError
 from ..record import read_json, write_json_atomic
 from . import checkpoints
 
+#: What an option says that is not used; None is left out of `run.json`'s comparison by itself.
+_NOT_USED = (False, "none", "plain")
+
 
 class RunFolder:
     """A run's output folder, held by an exclusive lock for as long as the object is open.
@@ -123,17 +126,18 @@ class RunFolder:
                 logger.removeHandler(handler)
             file.close()
 
-    def claim(self, identity: dict, *, resume: bool = False) -> Path | None:
+    def claim(self, identity: dict, *, resume: bool = False, defaults: dict | None = None) -> Path | None:
         """Make the folder this run's, and say which checkpoint to go on from (None: from the start).
 
         On `resume` that is the newest whole one; newer ones that are broken are set aside, each with a line on
         stderr. `identity` (JSON values) is everything that decides the run's outcome: method, task, model,
-        ranks, ... Raises UserError: the folder holds another run that is finished, or whose checkpoints would be
-        resumed or lost; or none of the checkpoints to resume from is whole (nothing was changed then).
+        ranks, ...; `defaults` says what an option meant before there was one (see `check_same`). Raises
+        UserError: the folder holds another run that is finished, or whose checkpoints would be resumed or lost;
+        or none of the checkpoints to resume from is whole (nothing was changed then).
         """
         found = checkpoints.checkpoints(self.checkpoints)
         if self.finished or found:
-            self.check_same(identity)
+            self.check_same(identity, defaults)
         if self.finished:
             if self._lock is not None:  # it may have died between its record and its last act
                 checkpoints.discard(self.checkpoints)
@@ -169,19 +173,29 @@ class RunFolder:
             print(f"warning: {broken.name} is broken ({reason}): set aside as {place.name}", file=sys.stderr)
         return found[len(damage)] if found else None
 
-    def check_same(self, identity: dict) -> None:
-        """Check that the folder's `run.json` says what `identity` says. Raises UserError: it does not; the message names every
-        difference."""
-        identity, file = json.loads(json.dumps(identity)), self.path / "run.json"
+    def check_same(self, identity: dict, defaults: dict | None = None) -> None:
+        """Check that the folder's `run.json` says what `identity` says.
+
+        An option that is newer than the run is missing there, which says the same as its default or as not used
+        (`_NOT_USED`). Nor is a checksum (`..._sha256`) compared that was not noted there yet. Raises UserError:
+        it does not; the message names every difference.
+        """
+        identity, defaults = json.loads(json.dumps([identity, defaults or {}]))
+
+        def is_unused(name: str) -> bool:
+            value = identity[name]
+            return value in _NOT_USED or name.endswith("_sha256") or (name in defaults and value == defaults[name])
+
+        file = self.path / "run.json"
         try:
-            found = read_json(file)
-            differences = [
-                f"{name} {found.get(name)!r} there, {identity.get(name)!r} asked for"
-                for name in {**identity, **found}
-                if found.get(name) != identity.get(name)
-            ]
-        except (UserError, TypeError, AttributeError) as error:
+            there = {name: identity[name] for name in identity if is_unused(name)} | read_json(file)
+        except (UserError, TypeError) as error:
             raise UserError(f"{file} is missing or broken: delete {self.path} or choose another") from error
+        differences = [
+            f"{name} {there.get(name)!r} there, {identity.get(name)!r} asked for"
+            for name in {**identity, **there}
+            if there.get(name) != identity.get(name)
+        ]
         if differences:
             raise UserError(
                 f"{self.path} belongs to another run ({'; '.join(differences)}): name another folder with --output_dir, or "

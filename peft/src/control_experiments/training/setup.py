@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,7 @@ def start(
     less_memory: str,
     option: str = "precision",
     on_gpu: str = "bf16",
+    written: Mapping[str, str] | None = None,
 ) -> Iterator[Run]:
     """Choose device and precision, hold the run's folder and make it this run's.
 
@@ -98,14 +99,15 @@ def start(
         less_memory: which options need less memory, in words.
         option: name of the option that says the precision.
         on_gpu: what "auto" is on a GPU.
+        written: how `run.json` writes a precision, where it has another name there.
 
     Raises UserError: the device, the precision or the folder cannot be used.
     """
     device, precision = choose(options, option, on_gpu)
     command = ["python", "-m", program, *(sys.argv[1:] if argv is None else argv)]
     with RunFolder(options.folder) as folder, explain_out_of_memory(device, less_memory):
-        identity = {**options.identity(), option: precision}
-        checkpoint = folder.claim(identity, resume=options.resume)
+        identity = {**options.identity(), option: (written or {}).get(precision, precision)}
+        checkpoint = folder.claim(identity, resume=options.resume, defaults=options.defaults())
         if getattr(options, "report_to", "none") != "none":
             os.environ.setdefault("WANDB_DIR", str(folder.path))
             os.environ.setdefault("WANDB_PROJECT", "parallel-control")
