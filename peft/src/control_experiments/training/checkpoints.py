@@ -51,7 +51,7 @@ def publish(aside: Path, place: Path, *, sealed: bool = True) -> None:
 def last_good(parent: Path) -> str:
     """What there is to go on from, in words."""
     found = checkpoints(parent)
-    return f"{found[0].name} is the last good state" if found else "no checkpoint was written yet"
+    return f"{found[0].name} is kept" if found else "nothing was saved yet"
 
 
 @contextmanager

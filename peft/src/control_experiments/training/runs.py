@@ -52,23 +52,17 @@ class RunFolder:
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
-        kept = self._kept
+        answered = any(self.path.glob("*.jsonl"))
+        kept = "what was answered is kept" if answered else checkpoints.last_good(self.checkpoints)
         self.close()
         if isinstance(error, KeyboardInterrupt):
-            told = f"{str(error) or 'interrupted'}; {kept or 'nothing was saved yet'}: {self.go_on} to go on"
+            told = f"{str(error) or 'interrupted'}; {kept}: {self.go_on} to go on"
             raise Interrupted(getattr(error, "number", Interrupted().number), told) from error
         if checkpoints.is_full_disk(error):
             raise UserError(
                 f"the disk of {self.path} is full ({shutil.disk_usage(self.path.parent).free / 2**20:.0f} MiB free); "
-                f"{kept or 'nothing was saved yet'}: make room, then {self.go_on} to go on"
+                f"{kept}: make room, then {self.go_on} to go on"
             ) from error
-
-    @property
-    def _kept(self) -> str | None:
-        """What an unfinished run could go on from, in words."""
-        if found := checkpoints.checkpoints(self.checkpoints):
-            return f"{found[0].name} is kept"
-        return "what was answered is kept" if any(self.path.glob("*.jsonl")) else None
 
     def close(self) -> None:
         """Let go of the lock; a folder in which nothing was written but its claim goes away."""

@@ -78,11 +78,6 @@ class StudyOptions:
         if wrong := [gpu for gpu in self.gpus or () if gpu not in ("all", "cpu") and not gpu.isdecimal()]:
             raise UserError(f"--gpus takes indices, cpu or all, got {wrong[0]!r}")
 
-    @property
-    def minutes(self) -> float | None:
-        """The time that there is."""
-        return 60 * self.max_hours if self.max_hours is not None else self.max_minutes
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -146,7 +141,8 @@ class Study(ABC):
     def __init__(self, options: StudyOptions, model: str, tasks: Sequence[str], output: Path):
         self.options, self.output = options, output
         self.model, self.tasks = model, list(tasks)
-        self.end = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+        self.minutes = options.max_minutes if options.max_hours is None else 60 * options.max_hours
+        self.end = None if self.minutes is None else time.monotonic() + 60 * self.minutes
         self.longest = 0.0
         self.failed: dict[str, str] = {}
         self.arms = [Arm(text) for text in dict.fromkeys(options.methods)]
@@ -271,7 +267,7 @@ class Study(ABC):
         if problems:
             raise UserError("; ".join(problems))
         if left:
-            print(f"the next run does not fit into {self.options.minutes:g} minutes: the same command goes on")
+            print(f"the next run does not fit into {self.minutes:g} minutes: the same command goes on")
         else:
             print(f"all {len(tests)} runs are finished" if tests else "all learning rates are chosen")
 
