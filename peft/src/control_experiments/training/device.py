@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import set_seed
+from transformers import set_seed as seed_everything  # noqa: F401  the scripts take it from here
 
 from ..errors import UserError
 
@@ -66,10 +66,6 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-#: Seeds Python's, NumPy's and torch's generators (all devices).
-seed_everything = set_seed
 
 
 def make_deterministic() -> None:
