@@ -85,8 +85,7 @@ _LACKING = re.compile(r"DefaultCPUAllocator|CUDA error: out of memory|CU\w+_STAT
 
 @contextmanager
 def explain_out_of_memory(device: torch.device, switches: str) -> Iterator[None]:
-    """Turn a lack of memory into one line, which says which `switches` need less.
-    Raises UserError: in the place of torch's errors for the GPU's and for the host's memory."""
+    """Raises UserError: in the place of errors for too little memory, the GPU's or the host's; it says which `switches` need less."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
