@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from functools import partial
 
 import pytest
@@ -73,8 +72,8 @@ def test_a_quantized_model_is_not_quantized_again_but_trains_as_it_is(train_robe
 
 
 def test_what_quantization_needs_is_said(train_roberta, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
-    assert "pip install bitsandbytes" in train_roberta("--quantization", "nf4").refused()
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
+    assert "pip install -U bitsandbytes" in train_roberta("--quantization", "nf4").refused()
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ SMALL = {
     "--micro_batch_size 2 --cutoff 64 --control_rank 4 --lora_rank 2 --output_dir {out}",
     "QControl/gradient_error.py": "--model {llama} --data {questions}/train.json --rows 2 --bases bf16 --output_dir {out}",
     "scripts/bench_memory.py": "--batch 1 --steps 1 --warmup 0",
-    "scripts/bench_kernels.py": "--peers torch --tokens 8 --vocabulary 99 --repeats 2 --output {out}/kernels.json",
+    "scripts/bench_kernels.py": "--tokens 8 --vocabulary 99 --repeats 2 --output {out}/kernels.json",
     "scripts/make_tables.py": "--results {out}",
     "ViT/figures.py": "",
 }  # fmt: skip

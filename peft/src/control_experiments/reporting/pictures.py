@@ -1,6 +1,6 @@
 """Pictures drawn from records: memory against time, scaling, training curves, scores. All return a matplotlib Figure.
 
-scripts/make_tables.py draws those of results/pictures and report.html; benchmarks draw theirs with the same functions.
+scripts/make_tables.py draws those of results/pictures and report.html, scripts/quickstart_table.py its own.
 """
 
 from __future__ import annotations

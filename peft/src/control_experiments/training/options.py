@@ -21,7 +21,6 @@ from ..errors import UserError
 from ..paths import public_path
 from .arguments import LARGEST_SEED, check_numbers
 from .checksums import local_fingerprint
-from .rates import SEARCH_FOLDER
 
 #: Every method by the name that launchers take, and what it is.
 METHODS = {
@@ -42,12 +41,11 @@ QUANTIZATION_HELP = (
     "Frozen linear layers in 4 bits (nf4, fp4; scales quantized again) or 8 (int8) by bitsandbytes, or in 8-bit floating "
     "point, which is fast on GPUs of compute capability 8.9 and up (fp8); none: as they are."
 )
-SHARD_HELP = (
-    "What several processes share beside the rows: ddp: nothing, each holds the whole model; fsdp2: the frozen weights."
-)
 STREAM_HELP = (
     "The layers' frozen weights wait in the host's memory and come to the GPU as they are needed: for models larger than it."
 )
+#: Folder below a domain's results for the runs that choose learning rates; their scores are not of test sets.
+SEARCH_FOLDER = "learning_rate_search"
 #: What accelerate launch can ask FSDP for that is not done here, by the variable that it sets.
 _NOT_DONE = {"FSDP_OFFLOAD_PARAMS": "--fsdp_offload_params", "FSDP_ACTIVATION_CHECKPOINTING": "--fsdp_activation_checkpointing"}
 #: Options that say what a run is; its record states them in fields of their own.
@@ -84,16 +82,13 @@ class RunOptions(_Group):
     deterministic: bool = HfArg(default=False, help="Deterministic GPU kernels: the same bits again, slower.")
     workers: int = HfArg(default=0, help="Processes that make batches; no effect on results.")
     resume: bool = HfArg(default=False, help="Go on from the output folder's last checkpoint.")
-    overwrite: bool = HfArg(default=False, help="Delete what an earlier run left in the output folder.")
 
-    neutral: ClassVar[tuple[str, ...]] = ("output_dir", "device", "workers", "resume", "overwrite")
+    neutral: ClassVar[tuple[str, ...]] = ("output_dir", "device", "workers", "resume")
 
     def check(self) -> None:
         super().check()
         check_numbers(self, "seed", at_least=0, at_most=LARGEST_SEED)
         check_numbers(self, "workers", at_least=0)
-        if self.resume and self.overwrite:
-            raise UserError("--resume goes on with a run that --overwrite deletes: choose one of the two")
 
     @property
     def folder(self) -> Path:
@@ -210,7 +205,9 @@ class BaseOptions(_Group):
     """How the frozen weights are stored."""
 
     quantization: Quantization = HfArg(default="none", help=QUANTIZATION_HELP)
-    shard: Literal["ddp", "fsdp2"] = HfArg(default="ddp", help=SHARD_HELP)
+    shard: Literal["ddp", "fsdp2"] = HfArg(
+        default="ddp", help="What several processes share: ddp: the rows; fsdp2: the frozen weights too."
+    )
 
     neutral: ClassVar[tuple[str, ...]] = ("shard",)
 
@@ -218,7 +215,6 @@ class BaseOptions(_Group):
         super().check()
         graphs = getattr(self, "cuda_graphs", False)
         self.shard = choose_shard(self.shard, quantization=self.quantization, cuda_graphs=graphs)
-        check_method_runs(getattr(self, "method", ""), self.quantization, getattr(self, "device", "0"))
 
 
 @dataclass(kw_only=True)
@@ -306,10 +302,3 @@ def check_streaming(options: object) -> None:
 
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
-
-
-def check_method_runs(method: str, quantization: str, device: object) -> None:
-    """Raise UserError for DoRA over 8-bit weights on a CPU: each forward reads the weights' norms, and on a CPU peft
-    (0.21) loses the layer's scales while it does."""
-    if quantization == "int8" and "dora" in method and str(device) == "cpu":
-        raise UserError(f"{method} over int8 needs a GPU: choose --quantization nf4, fp4, fp8 or none on a CPU")
