@@ -25,6 +25,7 @@ from control_experiments.training.checksums import fingerprint, local_fingerprin
 from control_experiments.training.device import DTYPES, describe_device, explain_out_of_memory
 from control_experiments.training.metering import MemoryMeter
 from control_experiments.training.methods import count_unquantized, describe_model, load_adapter
+from control_experiments.training.options import check_method_runs
 from control_experiments.training.quantization import quantization_of
 from control_experiments.training.runs import RunFolder
 from control_experiments.training.setup import choose
@@ -206,6 +207,7 @@ def load(options: Options, dtype: torch.dtype, device: torch.device):
         told = f"{options.adapter} was trained with --quantization {trained}, the base here is loaded with {stored}"
         print(f"warning: the adapter in {told}: answers may differ", file=sys.stderr)
     model = load_adapter(base, options.adapter, options.model, autocast_adapter_dtype=False)
+    check_method_runs(method_of(options, model), stored, device)
     for parameter in model.parameters():  # not buffers: rotary frequencies stay exact
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

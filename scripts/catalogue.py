@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
 from control_experiments.errors import UserError
-from control_experiments.training.options import QUANTIZATIONS, Precision
+from control_experiments.training.options import QUANTIZATIONS, Precision, check_method_runs
 from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS
 
 
@@ -110,6 +110,7 @@ class Method:
             "bitsandbytes' bases are for text models": shape in VISION_SHAPES and by_bitsandbytes,
             "CUDA graphs need a GPU": "graphs" in self.switches and device == "cpu",
         })  # fmt: skip
+        check_method_runs(self.name, self.base or "none", device)
 
     def refuse(self, reasons: dict[str, object]) -> None:
         """Raise a `UserError` with the first reason that holds."""

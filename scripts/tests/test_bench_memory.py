@@ -323,6 +323,7 @@ def test_by_default_the_shapes_methods_run(shape, tokens, device, monkeypatch):
         (("--methods", "lora:fast"), "no such memory mode"),
         (("--methods", "prefix"), "unknown method 'prefix'"),
         (("--methods", "lora+graphs"), "CUDA graphs need a GPU"),
+        (("--methods", "dora+int8"), "dora over int8 needs a GPU"),
         (("--methods", "control+streamed:fast"), "weights are not streamed with"),
         (("--methods", "lora+unsloth"), "unsloth is not installed"),
         (("--methods", "control+unsloth"), "unsloth is for lora and lora-all"),

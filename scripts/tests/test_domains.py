@@ -124,6 +124,7 @@ LLAMA = [
     ("--max_steps 0", "--max_steps must be at least 1, or -1 for no limit, got 0"),
     ("--control_dropout 1", "--control_dropout must be less than 1"),
     ("--optimizer paged_adamw_8bit", "--optimizer paged_adamw_8bit needs a GPU"),
+    ("--method dora --quantization int8", "needs a GPU"),
     ("--cuda_graphs --batching padded", "needs packed rows"),
     ("--cuda_graphs --gradient_checkpointing", "choose one of the two"),
     *[
@@ -131,7 +132,10 @@ LLAMA = [
         for more in ("--memory fast", "--cuda_graphs", "--quantization int8", "--method shadow")
     ],
 ]
-QCONTROL = [("--quantization int3", "invalid choice: 'int3'")]
+QCONTROL = [
+    ("--quantization int3", "invalid choice: 'int3'"),
+    ("--method dora --quantization int8", "dora over int8 needs a GPU"),
+]
 BAD = [
     *[("roberta", *case) for case in ROBERTA], *[("vit", *case) for case in VIT], *[("llama", *case) for case in LLAMA],
     *[("qcontrol", *case) for case in QCONTROL],

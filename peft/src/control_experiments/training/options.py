@@ -215,6 +215,7 @@ class BaseOptions(_Group):
         super().check()
         graphs = getattr(self, "cuda_graphs", False)
         self.shard = choose_shard(self.shard, quantization=self.quantization, cuda_graphs=graphs)
+        check_method_runs(getattr(self, "method", ""), self.quantization, getattr(self, "device", "0"))
 
 
 @dataclass(kw_only=True)
@@ -302,3 +303,10 @@ def check_streaming(options: object) -> None:
 
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
+
+
+def check_method_runs(method: str, quantization: str, device: object) -> None:
+    """Raise UserError for DoRA over 8-bit weights on a CPU: each forward reads the weights' norms, and on a CPU peft
+    (0.21) loses the layer's scales while it does."""
+    if quantization == "int8" and "dora" in method and str(device) == "cpu":
+        raise UserError(f"{method} over int8 needs a GPU: choose --quantization nf4, fp4, fp8 or none on a CPU")
