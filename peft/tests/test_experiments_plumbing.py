@@ -55,6 +55,8 @@ def ends(capsys):
 def test_exit_codes(ends):
     assert ends(Mock()) == (0, "")
     assert ends(Mock(side_effect=UserError("do\nthis"))) == (2, "error: do this")
+    uncaptured = "this model's training step cannot be captured as a CUDA graph (why): train without cuda_graphs"
+    assert ends(Mock(side_effect=RuntimeError(uncaptured))) == (2, f"error: {uncaptured}")
     before = signal.getsignal(signal.SIGTERM)
     assert ends(Mock(side_effect=KeyboardInterrupt)) == (130, "interrupted")
     assert ends(partial(os.kill, os.getpid(), signal.SIGTERM)) == (143, "terminated")

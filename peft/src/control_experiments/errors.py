@@ -112,6 +112,8 @@ def run_main(main: Callable[[], object]) -> NoReturn:
             try:
                 main()
             except RuntimeError as error:
+                if "cannot be captured as a CUDA graph" in str(error):  # as peft_control says of a model's own code
+                    raise UserError(str(error)) from error
                 if not lost_peer(error):
                     raise
                 raise UserError(
