@@ -1,9 +1,11 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from control_experiments.errors import UserError
-from control_experiments.paths import shared_folder
+from control_experiments.paths import REPOSITORY
 from LlaMA.commonsense import TASKS, Row, extract_answer, offered_words, read_rows, tokenize_prompts, tokenize_rows
 from LlaMA.prompts import prompt
 
@@ -11,7 +13,8 @@ ROW = {"instruction": "Which?", "input": "", "output": "the correct answer is an
 
 
 def test_prompts_are_the_published_templates():
-    file = shared_folder() / "paper" / "prompts.json"
+    shared = Path(os.environ.get("PARALLEL_CONTROL_SHARED", REPOSITORY.parent / "shared"))
+    file = shared / "paper" / "prompts.json"
     if not file.is_file():
         pytest.skip("the published templates are not here (PARALLEL_CONTROL_SHARED)")
     published = json.loads(file.read_text())

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from control_experiments.paths import REPOSITORY
 from ViT import recipe, tiny_model
-from ViT.options import Options
+from ViT.finetune import Options
 from ViT.vision_models import Base
 
 
@@ -65,7 +65,7 @@ def test_data_and_base_model_must_fit_the_adapter(call, train_vit, npz, base_mod
     state = load_file(base_model)
     save_file({**state, "norm.bias": state["norm.bias"] + 1}, tmp_path / "model.safetensors")
     for data, more, message in (
-        (tmp_path / "more.npz", (), "4 classes, more than the adapter's head (3)"),
+        (tmp_path / "more.npz", (), "(4: red, green, blue, ...) are not those that"),
         (tmp_path / "other.npz", (), "are not those that"),
         (npz, ("--model", tmp_path / "model.safetensors"), "checksums differ"),
     ):

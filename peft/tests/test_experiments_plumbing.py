@@ -52,12 +52,20 @@ def ends(capsys):
 def test_exit_codes(ends):
     assert ends(Mock()) == (0, "")
     assert ends(Mock(side_effect=UserError("do\nthis"))) == (2, "error: do this")
+    uncaptured = "this model's training step cannot be captured as a CUDA graph (why): train without cuda_graphs"
+    assert ends(Mock(side_effect=RuntimeError(uncaptured))) == (2, f"error: {uncaptured}")
     before = signal.getsignal(signal.SIGTERM)
     assert ends(Mock(side_effect=KeyboardInterrupt)) == (130, "interrupted")
     assert ends(partial(os.kill, os.getpid(), signal.SIGTERM)) == (143, "terminated")
     assert signal.getsignal(signal.SIGTERM) is before
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         run_main(lambda: 1 / 0)
+
+
+def test_a_pickle_that_torch_refuses_is_one_line(ends, tmp_path):
+    torch.save({"step": Bomb(tmp_path / "mark")}, tmp_path / "optimizer.pt")
+    code, line = ends(partial(torch.load, tmp_path / "optimizer.pt", weights_only=True))
+    assert code == 2 and "holds more than tensors and plain values" in line and not (tmp_path / "mark").exists()
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
@@ -81,18 +89,16 @@ def test_record_round_trip(tmp_path):
         read_record(tmp_path / "none.json")
 
 
-def test_no_private_path_or_token_reaches_a_record(tmp_path):
-    token = "hf_" + "a1B2" * 8
+def test_no_private_path_reaches_a_record(tmp_path):
     record = make_record(
-        command=f"python /home/someone/x.py --model={tmp_path}/m --hub_token s3cret --api-key=k3y {token}".split(),
+        command=f"python /home/someone/x.py --model={tmp_path}/m".split(),
         model={"id": "/home/someone/models/minilm", "paths": {tmp_path / "b"}},
         data={"id": str(REPOSITORY / "RoBERTa" / "glue.py")},
     )
     text = record.write(tmp_path / "record.json").read_text()
-    for private in ("/home", str(tmp_path), "s3cret", "k3y", token):
-        assert private not in text
+    assert "/home" not in text and str(tmp_path) not in text
     written = json.loads(text)
-    assert written["command"] == ["python", "x.py", "--model=m", "--hub_token", "***", "--api-key=***", "***"]
+    assert written["command"] == ["python", "x.py", "--model=m"]
     assert written["model"] == {"id": "minilm", "paths": ["b"]}
     assert written["data"] == {"id": "RoBERTa/glue.py"}
     words = ["roberta-base", "nyu-mll/glue", "1/3", "a and/or b", "3e-4"]
@@ -155,46 +161,10 @@ def test_the_newest_checkpoint_is_gone_on_with(tmp_path):
             folder.claim(LORA)
 
 
-def test_an_overwritten_run_is_gone_for_every_process(tmp_path, monkeypatch):
-    with RunFolder(tmp_path / "run") as folder:
-        folder.claim(LORA)
-        checkpoint(folder, 9)
-        write_json_atomic(folder.record, {})
-        with monkeypatch.context() as patch:
-            patch.setenv("RANK", "1")
-            other = RunFolder(tmp_path / "run")
-        other.clear()  # before the process of rank 0 does so
-        assert not other.finished and other.claim(DORA) is None and folder.record.exists()
-        folder.clear()
-        assert [path.name for path in folder.path.iterdir()] == [".lock"]
-        assert folder.claim(DORA) is None and not folder.finished
-
-
 def flip(path):
     contents = bytearray(path.read_bytes())
     contents[len(contents) // 2] ^= 1
     path.write_bytes(contents)
-
-
-def bombed(checkpoint):
-    torch.save({"step": Bomb(checkpoint.parents[1] / "mark")}, checkpoint / "optimizer.pt")
-
-
-def with_link(checkpoint):
-    (checkpoint / "optimizer.pt").rename(checkpoint.parents[1] / "elsewhere.pt")
-    (checkpoint / "optimizer.pt").symlink_to(checkpoint.parents[1] / "elsewhere.pt")
-
-
-def resealed(damage):
-    """The damage with a manifest that fits it, as an attacker would write it."""
-
-    def done(checkpoint):
-        damage(checkpoint)
-        names = [path.name for path in checkpoint.iterdir() if path.name != "manifest.json"]
-        sums = {name: fingerprint(checkpoint / name) for name in names}
-        write_json_atomic(checkpoint / "manifest.json", {"schema": 1, "sha256": sums})
-
-    return done
 
 
 DAMAGES = {
@@ -204,9 +174,6 @@ DAMAGES = {
     "it has no manifest.json": lambda c: (c / "manifest.json").unlink(),
     "manifest.json is no JSON file": lambda c: (c / "manifest.json").write_text('{"schema": 1, "sha'),
     "its manifest.json is of another schema": lambda c: (c / "manifest.json").write_text("{}"),
-    "optimizer.pt holds more than tensors and plain values": resealed(bombed),
-    "adapter_model.bin is a pickle": resealed(lambda c: torch.save({}, c / "adapter_model.bin")),
-    "optimizer.pt is a pickle or a link": resealed(with_link),
 }
 
 
@@ -223,7 +190,6 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_used(reason, damage
         assert line.endswith("set aside as checkpoint-10.broken")
         names = sorted(path.name for path in folder.checkpoints.iterdir())
         assert names == ["checkpoint-10.broken", "checkpoint-3"]
-        assert not (folder.path / "mark").exists()
 
         damage(whole)
         with pytest.raises(UserError, match="no checkpoint in .* is whole.*nothing was changed"):
@@ -231,27 +197,18 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_used(reason, damage
         assert sorted(path.name for path in folder.checkpoints.iterdir()) == names
 
 
-@pytest.mark.parametrize(
-    ("place", "problem", "error", "message"),
-    [
-        ("torch.load", MemoryError("none left"), MemoryError, "none left"),
-        ("torch.load", RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError, "allocate"),
-        ("torch.load", OSError(errno.EIO, "Input/output error"), UserError, "Input/output error.*try again"),
-        (f"{checkpoints.__name__}.fingerprint", OSError(errno.EMFILE, "Too many"), UserError, "Too many"),
-        ("pathlib.Path.read_text", OSError(errno.ENOMEM, "No memory"), UserError, "No memory"),
-    ],
-)
-def test_a_trouble_that_may_pass_sets_no_checkpoint_aside(place, problem, error, message, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", [f"{checkpoints.__name__}.fingerprint", "pathlib.Path.read_text"])
+def test_a_trouble_that_may_pass_sets_no_checkpoint_aside(place, tmp_path, monkeypatch):
     def fails(path, *_, **__):
         if path.name == "run.json":
             return "{}"
-        raise problem
+        raise OSError(errno.EMFILE, "Too many open files")
 
     with RunFolder(tmp_path / "run") as folder:
         folder.claim({})
         checkpoint(folder, 3)
         last = checkpoint(folder, 10)
-        with monkeypatch.context() as patched, pytest.raises(error, match=message):
+        with monkeypatch.context() as patched, pytest.raises(UserError, match="Too many.*nothing was changed; try again"):
             patched.setattr(place, fails)
             folder.claim({}, resume=True)
         assert folder.claim({}, resume=True) == last
@@ -364,37 +321,24 @@ def test_losses_are_watched_and_the_first_bad_batch_is_named():
     check_parameters([torch.ones(2)], 4, "nothing")
 
 
-FULL_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
+FULL_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. If reserved but unallocated memory is large")
 
 
 @pytest.mark.parametrize(
-    ("asks", "asked"),
+    ("asks", "reason"),
     [
-        (Mock(side_effect=FULL_GPU), "2.50 GiB"),
-        (lambda: torch.empty(1 << 60), "4294967296.0 GiB"),
-        (lambda: bytearray(1 << 62), "more than there is"),
+        (Mock(side_effect=FULL_GPU), r"Tried to allocate 2.50 GiB\.;"),
+        (Mock(side_effect=RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when")), "ALLOC_FAILED when;"),
+        (lambda: torch.empty(1 << 60), r"tried to allocate \d+ bytes.*;"),
+        (lambda: bytearray(1 << 62), "the host's memory is used up;"),
     ],
 )
-def test_too_little_memory_is_explained(asks, asked):
-    said = rf"asked for {asked} \(.* free of .*GiB\); what lowers it: --less"
+def test_too_little_memory_is_explained(asks, reason):
+    said = rf"on cpu needs more memory than there is: .*{reason} what lowers it: --less"
     with pytest.raises(UserError, match=said), explain_out_of_memory(torch.device("cpu"), "--less"):
         asks()
     with pytest.raises(RuntimeError, match="other"), explain_out_of_memory(torch.device("cpu"), "--less"):
         raise RuntimeError("other")
-
-
-def test_a_library_that_fails_on_a_full_gpu_is_explained_too(monkeypatch):
-    gpu, free = torch.device("cuda"), [2**20]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80 * 2**30))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**30)
-    internal = "CUDA error: CUBLAS_STATUS_INTERNAL_ERROR when"
-    said = "the GPU's memory is too small: .*1.0 GiB in use by this run, 0.0 GiB free"
-    for message in (internal, "Expected mha_graph.execute(handle", "CUDA error: out of memory\nCUDA kernel"):
-        with pytest.raises(UserError, match=said), explain_out_of_memory(gpu, "--less"):
-            raise RuntimeError(message)
-    free[0] = 2**34  # then it is something else
-    with pytest.raises(RuntimeError, match=internal), explain_out_of_memory(gpu, "--less"):
-        raise RuntimeError(internal)
 
 
 def test_throughput_counts_only_what_it_should(monkeypatch):

@@ -1,8 +1,5 @@
 """Control, LoRA and DoRA on bitsandbytes' 4-bit and 8-bit bases and on FP8: real layers and training steps on the CPU."""
 
-import sys
-from unittest.mock import Mock
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -130,17 +127,6 @@ def test_four_bits_are_unpacked_once_for_a_long_row(folders, monkeypatch):
         calls.clear()
         step_on(model, inputs("llama"))
         assert len(calls) == count
-
-
-def test_what_is_missing_says_so(monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="pip install bitsandbytes"):
-        patch.setitem(sys.modules, "bitsandbytes.functional", None)
-        loading_arguments("nf4", CPU, torch.float32)
-    lacking = Mock(side_effect=RuntimeError("no binary for this device\nlong story"))
-    monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", lacking)
-    with pytest.raises(UserError, match=r"cannot quantize on cpu here \(no binary for this device\)"):
-        loading_arguments("int8", CPU, torch.float32)
-    assert loading_arguments("none", CPU, torch.float32) == {}
 
 
 def test_dora_over_int8_on_a_cpu_says_so(folders):

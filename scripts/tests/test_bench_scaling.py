@@ -22,7 +22,6 @@ def test_two_processes_lose_what_one_loses(call, tmp_path):
     adapters = 2 * 2 * 2 * 64 * 64  # two layers, two blocks, A and B of rank 64 and width 64
     assert cells["ddp", 2]["sent_bytes_per_process"] == pytest.approx(4 * adapters, abs=200)
     assert cells["fsdp2", 2]["sent_bytes_per_process"] > 2 * 4 * adapters
-    assert (tmp_path / "tiny_2x8.png").stat().st_size > 1000
 
     # a run that was killed after both measurements
     (tmp_path / "tiny_2x8.json").rename(tmp_path / "tiny_2x8.json.partial")

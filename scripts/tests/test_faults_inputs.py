@@ -31,7 +31,7 @@ from LlaMA.evaluation import check_adapter
 from RoBERTa.glue import TASKS, read_tsv
 from scripts.tests.faults import CASES, SEED, Bomb, a_record, vit
 from ViT.classifier import read_description, restore
-from ViT.images import Entry, Files, decode, load_data
+from ViT.images import Files, decode, load_data
 
 # -- inputs -------------------------------------------------------------------------------------------------
 
@@ -144,8 +144,14 @@ READERS = {
     "tsv": Reader("train.tsv", [COLA.encode()], lambda path: read_tsv(path, TASKS["cola"])),
     "npz": Reader("images.npz", NPZS, lambda path: load_data(str(path), workers=1)),
     "tar": Reader("images.tar", TARS, lambda path: load_data(str(path), workers=1)),
-    "image": Reader("x.png", list(IMAGES.values()), lambda path: decode(Files([Entry(path, path)], [0]), 0, "stop")),
+    "image": Reader("x.png", list(IMAGES.values()), lambda path: decode(Files([path], [0]), 0)),
 }
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Where tars are unpacked."""
+    monkeypatch.setenv("PARALLEL_CONTROL_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def offer(reader: Reader, folder: Path, data: bytes) -> str | None:
@@ -188,17 +194,16 @@ A_RECORD = READERS["record"].valid[0]
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("tar", archive(("../../evil.png", b"xxx")), "outside of itself"),
-        ("tar", archive(("/etc/evil.png", b"xxx")), "outside of itself"),
+        ("tar", archive(("../../evil.png", b"xxx")), "no tar that can be unpacked .*outside the destination"),
+        ("tar", archive(("s/train/a/1.png", b""), **LINK), "no tar that can be unpacked"),
         # after it Python's tarfile would go back to its start, for ever
-        ("tar", archive(("a.png", b""), size=-512), "no tar that can be read"),
-        ("tar", archive(("a.png", b"x" * 600))[:700], "no tar that can be read"),
-        ("tar", archive(("s/train/a/1.png", b""), **LINK), "no train images"),
-        ("npz", NPZS[0].replace(b"\x93NUMPY", b"\x93NUMPX", 1), "no readable|is no array"),
+        ("tar", archive(("a.png", b""), size=-512), "no tar that can be unpacked"),
+        ("tar", archive(("a.png", b"x" * 600))[:700], "no tar that can be unpacked"),
+        ("npz", NPZS[0].replace(b"\x93NUMPY", b"\x93NUMPX", 1), "no readable .npz"),
         ("record", b"[" * 200_000, "no readable run record .*record.json is no JSON file"),
         ("record", A_RECORD.replace(b'"metrics"', b'"other"'), "'metrics' is missing or no dict"),
         ("record", A_RECORD.replace(b'"seed": 1', b'"seed": "1"'), "'seed' is missing or no int"),
-        ("commonsense", b'[{"instruction": "\\ud800", "input": "", "output": "x", "answer": "true"}]', "surrogate"),
+        ("commonsense", b'[{"instruction": "\\ud800", "input": "", "output": "x", "answer": "true"}]', "must be text"),
         ("classifier", as_json({"classes": 3}), "no adapter folder"),
     ],
 )  # fmt: skip
@@ -210,7 +215,7 @@ def test_known_attacks_are_refused(name, data, message, tmp_path):
 def test_a_pickle_does_not_run(tmp_path):
     bomb, adapter = Bomb(tmp_path / "mark"), tmp_path / "adapter"
     np.savez(tmp_path / "x.npz", x_train=np.array([bomb], dtype=object))
-    with pytest.raises(UserError, match="lacks|no readable"):
+    with pytest.raises(UserError, match="no readable"):
         READERS["npz"].read(tmp_path / "x.npz")
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')

@@ -28,7 +28,7 @@ RECIPES = read_json(RESULTS / "paper.json")["recipes"]
 ELSEWHERE = ("bash scripts/quickstart.sh", "bash scripts/test.sh", "pip install ", "python -m peft_control ", "transformers ",
              "apt ", "git ")  # fmt: skip
 #: Scripts that parse without a dataclass of options.
-ARGPARSE = ("download_models.py", "quickstart_table.py", "demo_task.py")
+ARGPARSE = ("download_models.py", "quickstart_table.py")
 
 
 def commands() -> list:
@@ -160,7 +160,7 @@ def test_defaults_are_the_papers(domain, command, own, method, noted):
 def test_roberta_adapts_query_and_value():
     from RoBERTa import encoder
 
-    assert list(encoder.DEFAULT_QUERY_VALUE) == RECIPES["roberta"]["lora_targets"]
+    assert encoder.QUERY_VALUE["roberta"] == RECIPES["roberta"]["lora_targets"]
 
 
 @pytest.mark.parametrize("base", ["llama2_7B", "llama3_8B"])
