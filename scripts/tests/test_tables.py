@@ -88,15 +88,20 @@ def shipped(name: str) -> pd.DataFrame:
     return rows.assign(**rows[figures].apply(pd.to_numeric, errors="coerce"))
 
 
+def parts(method: str) -> list[str]:
+    """A benchmark's method by its switches, whose order has changed."""
+    return sorted(re.split("[+:]", method.removesuffix(":plain")))
+
+
 def measured(row: dict) -> list[dict]:
     """The records that a row links to, or of a benchmark's file its results; a result's repeats count each."""
     found = []
     for record in (read_json(RESULTS / file) for file in row["runs"].split()):
-        results = [
-            one for one in record.get("results", ()) if one["method"] in (row["method"], row["method"].removesuffix(":plain"))
-        ]
+        results = [one for one in record.get("results", ()) if parts(one["method"]) == parts(row["method"])]
+        options = record.get("options", {})
+        # a file of one limit alone did not use to repeat it; the longest sequences are of no number of tokens
+        asked = {**options, "limit_gib": row.get("GiB"), "tokens": None if options.get("limit") else options.get("tokens")}
         for key in row.keys() & KEYS.keys():
-            asked = {"limit_gib": row[key], **record.get("options", {})}  # a file of one limit alone did not use to repeat it
             results = [one for one in results if {**asked, **one}[KEYS[key]] == row[key]]
         for one in results if "results" in record else [record]:
             found += [{**one, "step_seconds": s} for s in one.get("step_seconds_repeats", ())] or [one]
