@@ -237,6 +237,29 @@ def test_weighted_adapters(method, kind, tmp_path):
 # -- options ------------------------------------------------------------------------------------------------
 
 
+def test_a_saved_norm_that_a_control_reads(tmp_path):
+    """modules_to_save puts a wrapper where the hook sat; the control must read there all the same."""
+
+    def scaled():
+        base = build("llama")
+        for layer in base.model.layers:
+            layer.post_attention_layernorm.weight.data.mul_(1.5)
+        return base
+
+    model = llama(modules_to_save=["post_attention_layernorm"])
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.mul_(1.5)
+    expected = outputs(model)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model), outputs(build("llama")))
+    assert torch.equal(outputs(randomize_adapters(get_peft_model(scaled(), config_of()).eval())), expected)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(reloaded(tmp_path)), expected)
+    unloaded = model.unload()  # which keeps the trained norm: that is upstream's rule for modules_to_save
+    assert without_hooks(unloaded) and torch.equal(outputs(unloaded), outputs(scaled()))
+
+
 def test_rank_and_alpha_patterns(tmp_path):
     config = config_of(
         "double control",

@@ -108,6 +108,18 @@ def test_trained_head_names_of_classes_and_backbone(tmp_path):
     assert torch.equal(hidden, expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_head_with_other_classes_than_the_base_has(family, tmp_path):
+    """LLaMA's classifier makes its backbone by AutoModel; BERT's base here has two classes."""
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    build(family).save_pretrained(tmp_path / "base")
+    base = load(tmp_path / "base", num_labels=5, ignore_mismatched_sizes=True)
+    model = randomize_adapters(get_peft_model(base, ControlConfig(task_type="SEQ_CLS"))).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    export(str(tmp_path / "adapter"), tmp_path / "out")
+    assert_same(model, load(tmp_path / "out", trust_remote_code=True).eval(), family)
+
+
 def test_the_folder_needs_neither_package_and_says_what_it_is(tmp_path):
     exported(tmp_path)
     tree = ast.parse((tmp_path / "out" / "modeling_control.py").read_text())

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from control_experiments.errors import UserError
 from control_experiments.training.quantization import check_not_quantized, loading_arguments, quantization_of
 from peft_control import Fp8Config, Fp8Experts, Fp8Linear, fp8, quantize_fp8
-from peft_control.memory import MODES, set_memory_mode
+from peft_control.memory import MODES, kernels, set_memory_mode
 from peft_control.memory.linear import input_gradient, outputs
 
 E4M3 = torch.float8_e4m3fn
@@ -291,6 +291,34 @@ class TestOnGpu:
             found = fp8.quantize_rows(x.to(kind).cuda(), dtype, None if chosen is None else chosen.cuda())
             for a, b in zip(found, expected):
                 assert torch.equal(a.cpu().float().nan_to_num(-1.0), b.float().nan_to_num(-1.0))
+
+    def test_bytes_are_transposed(self):
+        for shape in ((4096, 1024), (200, 48), (1, 7)):
+            weight = torch.randint(0, 256, shape, dtype=torch.uint8)
+            found, ones = fp8.transposed(weight.cuda())
+            assert torch.equal(found.cpu(), weight.t()) and torch.equal(ones.cpu(), torch.ones(1, shape[1]))
+
+    def test_rows_of_a_norm(self):
+        for width in (96, 4096):
+            x, weight = (random(size, width, seed=size, spread=1).bfloat16().cuda() for size in (67, 1))
+            (q, scale), rstd = kernels.rms_norm_rows(x, weight[0], 1e-5)
+            normal, expected = kernels.rms_norm(x, weight[0], 1e-5)
+            assert torch.equal(rstd, expected)
+            for a, b in zip((q, scale), fp8.quantize_rows(normal)):
+                assert torch.equal(a.float(), b.float())
+
+    @pytest.mark.parametrize("width", [1000, 17000])  # rows that are read once, and twice
+    def test_rows_of_swiglu(self, width):
+        gate, up, dact = (random(67, width, seed=seed, spread=1).bfloat16() for seed in range(3))
+        columns = [2.0 ** torch.randint(-9, 3, (width,)) for _ in range(2)]
+
+        def pairs(device):
+            a, b, c = (x.to(device) for x in (gate, up, dact))
+            more = kernels.swiglu_backward_rows(a, b, c, E4M3, *(x.to(device) for x in columns))
+            return [kernels.swiglu_rows(a, b), *more]
+
+        for (found, scale), (expected, expected_scale) in zip(pairs("cuda"), pairs("cpu")):
+            assert relative(found.cpu().double() * scale.cpu(), expected.double() * expected_scale) < 2e-3  # exp's last bit
 
     @pytest.mark.parametrize("gradients", fp8.FORMATS)
     @pytest.mark.parametrize("rows", [1, 15, 512])

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_control import ControlConfig, memory
 from peft_control.memory import MODES, set_memory_mode
+from peft_control.memory.loss import causal_lm_loss
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 pytestmark = pytest.mark.usefixtures("exact_norms")
@@ -409,6 +410,28 @@ def test_half_precision_is_as_near_to_float32_as_plain(how, mode, offload, large
 
 
 OFFLOAD, CHUNK = "offload must be None, True, False or, in mode 'lean', 'fp8'", "chunk_tokens must be an integer of at least 1"
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_chunked_loss_equals_the_whole(chunk, softcap):
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
+    head = torch.nn.Linear(8, 23, dtype=torch.float64).requires_grad_(False)
+    labels = torch.randint(23, (2, 9))
+    labels[0, 2:5] = -100
+    logits = head(hidden)[:, :-1]
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    whole = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    (expected,) = torch.autograd.grad(3 * whole, hidden)
+    for _ in range(2):
+        chunked = causal_lm_loss(hidden, labels, head, chunk=chunk, softcap=softcap)
+        (found,) = torch.autograd.grad(3 * chunked, hidden)
+        torch.testing.assert_close(chunked, whole)
+        torch.testing.assert_close(found, expected)
+        with torch.no_grad():  # which predict nothing
+            hidden[:, -1] = float("nan")
+            hidden[0, 1:4] = float("inf")
 
 
 @pytest.mark.parametrize(

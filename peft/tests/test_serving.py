@@ -1,6 +1,7 @@
 """What serves an adapter: one of several for each row of a batch, merged LoRA, swapped weights, exported graphs."""
 
 import importlib.util
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 from test_adapters import config_of, llama, outputs
 from tiny_models import FAMILIES, MODELS, build, logits, randomize_adapters, skip_before
 from torch import nn
+
+from peft_control import ControlConfig
 
 INPUTS = FAMILIES["llama"].inputs()
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -120,6 +123,16 @@ def test_the_lora_part_is_merged_and_the_control_stays(method, tmp_path):
 
 
 # -- swapped weights ----------------------------------------------------------------------------------------
+
+
+def test_lora_on_the_module_that_a_control_writes_to_is_merged():
+    config = ControlConfig(control_rank=3, target_modules=["fc2"], r=2)
+    model = randomize_adapters(get_peft_model(build("opt"), config)).eval()
+    inputs = MODELS["opt"].inputs()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = logits(model, inputs)
+        torch.testing.assert_close(logits(model.merge_and_unload(), inputs), expected, **CLOSE)
 
 
 def test_weights_are_swapped_in_place(tmp_path):
