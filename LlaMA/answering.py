@@ -1,8 +1,9 @@
-"""Answers of a causal language model to batches of questions, by generation or by likelihood."""
+"""Answers of a causal language model to batches of questions, by generation or by likelihood, and how batches compare with
+single questions."""
 
 from __future__ import annotations
 
-import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +11,6 @@ from itertools import takewhile
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -73,7 +73,7 @@ class AnswersDecided(StoppingCriteria):
     def __init__(self, tokenizer: Tokenizer, prompt_length: int, questions: Sequence[Question], beams: int):
         self.tokenizer, self.prompt_length = tokenizer, prompt_length
         self.questions, self.beams = questions, beams
-        self.known: list[dict[tuple[int, ...], str | None]] = [{(): None} for _ in questions]
+        self.answer = lru_cache(maxsize=None)(self._answer)
         self.ended: list[set[str | None]] = [set() for _ in questions]
 
     def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
@@ -84,17 +84,14 @@ class AnswersDecided(StoppingCriteria):
 
     def _decided(self, row: int, candidates: list[list[int]]) -> bool:
         end = self.tokenizer.eos_token_id
-        answers = {tuple(tokens): self._answer(row, tuple(tokens)) for tokens in candidates}
         # an end counts only among the best `beams` candidates; the live beams are the best that did not end
-        self.ended[row] |= {answers[tuple(best)] for best in candidates[: self.beams] if best[-1] == end}
+        self.ended[row] |= {self.answer(row, tuple(best)) for best in candidates[: self.beams] if best[-1] == end}
         live = [tuple(tokens) for tokens in candidates if tokens[-1] != end][: self.beams]
-        self.known[row] = answers
-        found = self.ended[row] | {answers[tokens] for tokens in live}
+        found = self.ended[row] | {self.answer(row, tokens) for tokens in live}
         return len(found) == 1 and None not in found
 
     def _answer(self, row: int, tokens: tuple[int, ...]) -> str | None:
-        inherited = self.known[row].get(tokens[:-1])
-        if inherited is not None:
+        if tokens and (inherited := self.answer(row, tokens[:-1])) is not None:
             return inherited
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return extract_answer(text, self.questions[row].words)
@@ -152,69 +149,79 @@ def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence
         return tokenizer(f" {ANSWER_LEAD} {word}".rstrip(), add_special_tokens=False)["input_ids"]
 
     words = {word: answer_ids(word) for word in dict.fromkeys(word for question in questions for word in question.offered)}
-    lead, tails = answer_ids(), [[words[word] for word in question.offered] for question in questions]
+    lead = answer_ids()
     alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(lead, *words.values(), strict=False))
     shared = len([*alike])
     prefixes = [[*question.ids, *lead[:shared]] for question in questions]
     batch = pad_left(prefixes, tokenizer.pad_token_id, model.device)
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     first = model(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
-    first_scores = first.logits[:, -1].float().log_softmax(-1)
 
-    # every question gets as many tails as the one with the most words; each tail as many tokens as the longest
-    most = max(map(len, tails))
-    longest = max(len(tail) - shared for words in tails for tail in words)
-    ids = torch.full((len(questions), most, longest), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, words in enumerate(tails):
-        for column, tail in enumerate(words):
-            ids[row, column, : len(tail) - shared] = torch.tensor(tail[shared:])
-            mask[row, column, : len(tail) - shared] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-
-    scores = first_scores.gather(1, ids[:, :, 0])
-    if longest > 1:
+    # a row for each word of each question
+    owner = torch.tensor([row for row, question in enumerate(questions) for _ in question.offered], device=model.device)
+    tails = [torch.tensor(words[word][shared:]) for question in questions for word in question.offered]
+    ids = pad_sequence(tails, True, tokenizer.pad_token_id).to(model.device)
+    mask = pad_sequence([torch.ones_like(tail) for tail in tails], True).to(model.device)
+    scores = first.logits[:, -1].float().log_softmax(-1)[owner].gather(1, ids[:, :1])[:, 0]
+    if ids.shape[1] > 1:
         cache = first.past_key_values
-        cache.batch_repeat_interleave(most)
-        flat_ids, flat_mask = ids.flatten(0, 1), mask.flatten(0, 1)
-        prefix_mask = batch["attention_mask"].repeat_interleave(most, dim=0)
-        steps = torch.arange(longest - 1, device=model.device)
+        cache.batch_select_indices(owner)
+        prefix_mask = batch["attention_mask"][owner]
         rest = model(
-            input_ids=flat_ids[:, :-1],
-            attention_mask=torch.cat([prefix_mask, flat_mask[:, :-1]], dim=1),
-            position_ids=prefix_mask.sum(1, keepdim=True) + steps,
+            input_ids=ids[:, :-1],
+            attention_mask=torch.cat([prefix_mask, mask[:, :-1]], dim=1),
+            position_ids=prefix_mask.sum(1, keepdim=True) + torch.arange(ids.shape[1] - 1, device=model.device),
             past_key_values=cache,
             use_cache=True,
         )
-        tokens = rest.logits.float().log_softmax(-1).gather(2, flat_ids[:, 1:, None])[..., 0]
-        scores = scores + (tokens * flat_mask[:, 1:]).sum(1).view_as(scores)
-    offered = mask.any(-1)
-    best = scores.masked_fill(~offered, -torch.inf).argmax(1).tolist()
-    words = [question.offered[index] for question, index in zip(questions, best, strict=True)]
-    return [Reply(word, word) for word in words]
+        tokens = rest.logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        scores = scores + (tokens * mask[:, 1:]).sum(1)
+    parts = scores.split([len(question.offered) for question in questions])
+    best = [question.offered[part.argmax()] for question, part in zip(questions, parts, strict=True)]
+    return [Reply(word, word) for word in best]
 
 
-def in_parts(answer: Callable[[Sequence[Question]], list[Reply]]) -> Callable[[Sequence[Question]], list[Reply]]:
-    """`answer`, which halves a batch that the GPU's memory does not hold until it does. Raises
-    torch.OutOfMemoryError: it does not hold a single question."""
-    said = []
+Answer = Callable[[Sequence[Question]], list[Reply]]
 
-    def answered(questions: Sequence[Question]) -> list[Reply]:
-        try:
-            return answer(questions)
-        except torch.OutOfMemoryError:
-            if len(questions) == 1:
-                raise
-        # outside of the except clause, which keeps what the failed batch had on the GPU
-        torch.cuda.empty_cache()
-        if not said:
-            said.append(True)
-            tqdm.write(
-                f"warning: {len(questions)} questions at once need more memory than the GPU has: answered in parts "
-                "(a smaller --batch_size saves the attempts)",
-                file=sys.stderr,
-            )
-        middle = len(questions) // 2
-        return [*answered(questions[:middle]), *answered(questions[middle:])]
 
-    return answered
+def compare_batch_one(
+    questions: Sequence[Question], answer: Answer, published: Answer | None, *, count: int, batch_size: int
+) -> dict:
+    """Answer the same questions in batches and one by one, and one by one as published if there is such a way.
+
+    Args:
+        count: so many of the questions, spread evenly.
+        published: does not stop early.
+
+    Returns agreement with batch 1 in percent of answers, questions per second of each, and their ratios.
+    """
+    questions = questions[:: max(1, len(questions) // count)][:count]
+
+    def timed(way: Answer, size: int) -> tuple[list[Reply], float]:
+        """Replies in the questions' order, and questions per second."""
+        replies: dict[int, Reply] = {}
+        started = time.perf_counter()  # replies are text, so the device is never behind
+        for indices in batches(questions, range(len(questions)), size):
+            replies.update(zip(indices, way([questions[index] for index in indices]), strict=True))
+        rate = len(questions) / (time.perf_counter() - started)
+        return [replies[index] for index in range(len(questions))], rate
+
+    def agreement(other: list[Reply]) -> float:
+        return 100 * sum(a.answer == b.answer for a, b in zip(together, other, strict=True)) / len(questions)
+
+    answer(questions[:batch_size])  # warm-up
+    (together, rate), (alone, rate_one) = timed(answer, batch_size), timed(answer, 1)
+    result = {
+        "questions": len(questions), "batch_size": batch_size, "questions_per_second": rate,
+        "questions_per_second_batch_one": rate_one, "speedup": rate / rate_one, "answers_agree": agreement(alone),
+    }  # fmt: skip
+    if published is None:
+        return result
+    full, rate_published = timed(published, 1)
+    pairs = [(one, other) for one, other in zip(together, full, strict=True) if one.answer != other.answer]
+    return result | {
+        "questions_per_second_published": rate_published,
+        "speedup_over_published": rate / rate_published,
+        "answers_agree_with_published": agreement(full),
+        "differing": [{"batch": one.text, "batch_one": other.text} for one, other in pairs],
+    }

@@ -56,9 +56,10 @@ def measure(options: Options, run: Run) -> RunRecord:
     """Time all three ways on one model and write the record."""
     import torch
 
+    from control_experiments.training.benchmarking import time_steps
     from control_experiments.training.checksums import fingerprint
     from control_experiments.training.device import DTYPES, seed_everything
-    from control_experiments.training.metering import MemoryMeter, Throughput
+    from control_experiments.training.metering import MemoryMeter
     from control_experiments.training.methods import adapter_config, count_unquantized, describe_adapter, describe_model
     from LlaMA import models, packing
     from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
@@ -82,30 +83,27 @@ def measure(options: Options, run: Run) -> RunRecord:
     total = count_unquantized(base)
     model = models.add_adapter(base, adapter_config(options, task_type="CAUSAL_LM", targets=options.targets))
 
-    def train(steps: Sequence[list[Batch]], loss: Callable) -> dict:
-        """Train on `steps` (each a list of batches whose gradients add up) with AdamW under autocast.
+    def train(steps: Sequence[list[Batch]], loss: Callable) -> tuple[float, float]:
+        """Real tokens a second and seconds a step of AdamW under autocast, over `steps` of batches whose gradients add up.
 
-        The first ones, in which kernels are chosen and memory is first taken, are not timed.
+        The first ones, in which kernels are chosen and memory is first taken, do not count.
         """
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0)
-        throughput = Throughput(run.device)
         model.train()
-        for number, batches in enumerate(steps, -options.warmup):
-            if number == 0:
-                throughput.start()
-            for batch in batches:
+        left = iter(steps)
+
+        def step() -> None:
+            for batch in next(left):
                 with torch.autocast(run.device.type, dtype=dtype, enabled=dtype != torch.float32):
                     value = loss(model, batch.to(run.device))
                 value.backward()
-                if number >= 0:
-                    throughput.add(batch.rows, batch.tokens)
             optimizer.step()
             optimizer.zero_grad()
             memory.after_optimizer()
-            if number >= 0:
-                throughput.step()
-        throughput.stop()
-        return throughput.summary()
+
+        seconds = sum(time_steps(step, len(steps), run.device.type)[options.warmup :])
+        tokens = sum(batch.tokens for batches in steps[options.warmup :] for batch in batches)
+        return tokens / seconds, seconds / options.steps
 
     results: dict[str, dict] = {}
     for name, batching, size, mode in (
@@ -122,19 +120,16 @@ def measure(options: Options, run: Run) -> RunRecord:
         loss = packing.batch_loss if mode == "plain" else packing.fused_batch_loss
         loss = packing.GraphedLoss(loss) if options.cuda_graphs and packed else loss
         count = (options.steps + options.warmup) * size
-        wanted = [order[index % len(order)] for index in range(count)]
-        tokens = tokenize_rows(wanted, tokenizer, options.cutoff)
+        tokens = tokenize_rows([order[index % len(order)] for index in range(count)], tokenizer, options.cutoff)
         parts = (tokens[start : start + size] for start in range(0, count, size))
         steps = [collate(part, options=way, pad_token_id=tokenizer.pad_token_id)["batches"] for part in parts]
-        summary = train(steps, loss)
-        rate = summary["tokens_per_second"]
-        speedup = rate / results["published"]["real_tokens_per_second"] if results else 1.0
-        forwards, seconds = sum(map(len, steps)) / len(steps), summary["train_seconds"] / summary["steps"]
+        rate, seconds = train(steps, loss)
         results[name] = {
-            "real_tokens_per_second": rate, "seconds_per_step": seconds, "rows_per_step": size,
-            "forwards_per_step": forwards, "memory_mode": mode, "attention": attention, "speedup": speedup,
+            "real_tokens_per_second": rate, "seconds_per_step": seconds, "rows_per_step": size, "memory_mode": mode,
+            "forwards_per_step": sum(map(len, steps)) / len(steps), "attention": attention,
+            "speedup": rate / results["published"]["real_tokens_per_second"] if results else 1.0,
         }  # fmt: skip
-        print(f"{name:10} {rate:10,.0f} real tokens/s   {speedup:5.2f} times published", flush=True)
+        print(f"{name:10} {rate:10,.0f} real tokens/s   {results[name]['speedup']:5.2f} times published", flush=True)
     return record.finish(
         run.folder.record,
         model=describe_model(options.model or f"random {options.shape}", base, total),

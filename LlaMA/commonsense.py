@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Optional
@@ -43,65 +43,41 @@ class Row(NamedTuple):
     answer: str
 
 
-#: Where the data is from, for those who do not have it yet.
-SOURCE = "AGI-Edgerunners/LLM-Adapters on GitHub"
-WHERE_TRAINING = (
-    f"{SOURCE} has commonsense_170k.json in ft-training_set/: name it with --data (a launcher: TRAIN_DATA=FILE, or "
-    "DATA=FOLDER with the test sets)"
-)
-WHERE_TESTS = f"{SOURCE} has the test sets in dataset/: name that folder with --data (a launcher: DATA=FOLDER)"
-
-
-def read_rows(path: str | Path, words: Sequence[str] = ALL_WORDS, where: str = WHERE_TRAINING) -> list[Row]:
-    """Read and check a JSON list of rows; `where` says what to do if there is no such file. Raises UserError:
-    no file, no JSON, no rows, a field that is missing or no text, or an answer that is not one of `words`; the
-    message names file, row (counted from 0) and field."""
+def read_rows(path: str | Path, words: Sequence[str] = ALL_WORDS) -> list[Row]:
+    """Read and check a JSON list of rows. Raises UserError: no file, no JSON, no rows, a field that is missing or
+    no text, or an answer that is not one of `words`; the message names file, row (counted from 0) and field."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"cannot read {path}: there is no such file; {where}")
+        raise UserError(
+            f"cannot read {path}: there is no such file; AGI-Edgerunners/LLM-Adapters on GitHub has commonsense_170k.json in "
+            "ft-training_set/ and the test sets in dataset/: name that file or folder with --data (a launcher: TRAIN_DATA=, DATA=)"
+        )
     contents = read_json(path)
     if not isinstance(contents, list) or not contents:
         raise UserError(f"{path} must hold a JSON list of rows with at least one row")
-    return [_check_row(path, number, entry, words) for number, entry in enumerate(contents)]
+    rows = [Row(**text_fields(entry, Row._fields, f"{path}, row {number}")) for number, entry in enumerate(contents)]
+    for number, row in enumerate(rows):
+        if row.answer not in words:
+            raise UserError(f"{path}, row {number}: the field 'answer' is {row.answer!r}, not one of {'/'.join(words)}")
+    return rows
 
 
-def text_field(entry: Mapping, name: str, where: str, empty: bool = False) -> str:
-    """The text of a row's field. Raises UserError: it is missing, no text, or `empty` though that may not be."""
-    text, wrong = entry.get(name), None
-    if name not in entry:
-        wrong = "is missing"
-    elif not isinstance(text, str):
-        wrong = f"must be text, got {type(text).__name__}"
-    elif re.search("[\ud800-\udfff]", text):
-        wrong = "holds half a surrogate pair, which is no character"
-    elif not empty and not text.strip():
-        wrong = "is empty"
-    if wrong:
-        raise UserError(f"{where}: the field {name!r} {wrong}")
-    return str(text)
-
-
-def _check_row(path: Path, number: int, entry: object, words: Sequence[str]) -> Row:
-    where = f"{path}, row {number}"
+def text_fields(entry: object, names: Sequence[str], where: str) -> dict[str, str]:
+    """These fields of a row, which must be texts; only an "input" may be empty. Raises UserError: one is not, or the row is
+    no JSON object."""
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: must be an object with the fields {', '.join(Row._fields)}")
-    for name in Row._fields:
-        text_field(entry, name, where, empty=name == "input")
-    if entry["answer"] not in words:
-        raise UserError(f"{where}: the field 'answer' is {entry['answer']!r}, not one of {'/'.join(words)}")
-    return Row(*(entry[name] for name in Row._fields))
-
-
-def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise UserError for an unknown task."""
-    if unknown := [task for task in tasks if task not in TASKS]:
-        raise UserError(f"unknown task {unknown[0]!r}: choose from {', '.join(TASKS)}")
+        raise UserError(f"{where}: must be an object with the fields {', '.join(names)}")
+    for name in names:
+        text = entry.get(name)
+        # half a surrogate pair is no character, and tokenizers refuse it
+        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text) or not (text.strip() or name == "input"):
+            raise UserError(f"{where}: the field {name!r} must be text, got {text!r:.60}")
+    return {name: entry[name] for name in names}
 
 
 def read_tests(folder: str | Path, tasks: Sequence[str], limit: int | None = None) -> dict[str, list[Row]]:
     """The test sets `<folder>/<task>/test.json`; of each the first `limit` rows. Raises as `read_rows`."""
-    files = {task: Path(folder) / task / "test.json" for task in tasks}
-    return {task: read_rows(file, TASKS[task], WHERE_TESTS)[:limit] for task, file in files.items()}
+    return {task: read_rows(Path(folder) / task / "test.json", TASKS[task])[:limit] for task in tasks}
 
 
 def extract_answer(text: str, words: Sequence[str]) -> str | None:

@@ -21,7 +21,7 @@ from control_experiments.training.arguments import parse_arguments
 
 @dataclass(kw_only=True)
 class Options:
-    model: str = HfArg(help="GGUF file, or a folder with one.")
+    model: str = HfArg(help="GGUF file.")
     output_dir: str = HfArg(help="The folder to make.")
     dtype: Literal["fp32", "bf16", "fp16"] = HfArg(default="bf16", help="Type of the weights.")
 

@@ -22,17 +22,10 @@ from typing import TYPE_CHECKING, Literal, Optional
 from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
-from control_experiments.training.arguments import check_numbers, parse_arguments
+from control_experiments.training import options as shared
+from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
 from control_experiments.training.checksums import local_fingerprint
-from control_experiments.training.options import (
-    QUANTIZATION_HELP,
-    STREAM_HELP,
-    Precision,
-    Quantization,
-    check_method,
-    check_streaming,
-)
-from LlaMA.commonsense import TASKS, check_tasks
+from LlaMA.commonsense import TASKS
 from LlaMA.demo import place_of_tests
 from LlaMA.finetune import METHODS
 
@@ -59,9 +52,9 @@ class Options:
         default="matched", help="matched: prompts as in training; authors: the published, slightly different ones."
     )
     stop_when_decided: bool = HfArg(default=True, help="End a batch when no continuation changes an answer.")
-    dtype: Precision = HfArg(default="auto", help="Type of all weights.")
-    quantization: Quantization = HfArg(default="none", help=QUANTIZATION_HELP)
-    stream_weights: bool = HfArg(default=False, help=STREAM_HELP)
+    dtype: shared.Precision = HfArg(default="auto", help="Type of all weights.")
+    quantization: shared.Quantization = HfArg(default="none", help=shared.QUANTIZATION_HELP)
+    stream_weights: bool = HfArg(default=False, help=shared.STREAM_HELP)
     compare_batch_one: int = HfArg(default=0, help="Instead, answer so many questions in batches and singly.")
     method: Optional[str] = HfArg(default=None, help="What the adapter must be; then ranks are checked too.")
     control_rank: int = HfArg(default=64, help="Expected rank of the control.")
@@ -73,11 +66,11 @@ class Options:
         """Raise UserError for values that cannot be."""
         check_numbers(self, "batch_size", "beams", "max_new_tokens", "limit", at_least=1)
         check_numbers(self, "compare_batch_one", at_least=0)
-        check_tasks(self.tasks)
+        check_choices(self, tasks=TASKS)
         if self.method is not None:
-            check_method(self.method, METHODS)
+            shared.check_method(self.method, METHODS)
         if self.stream_weights:
-            check_streaming(self)
+            shared.check_streaming(self)
         if self.adapter is not None and not (Path(self.adapter) / "adapter_config.json").is_file():
             raise UserError(f"{self.adapter} is no adapter folder: it has no adapter_config.json")
 

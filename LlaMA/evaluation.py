@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +29,7 @@ from control_experiments.training.options import check_method_runs
 from control_experiments.training.quantization import quantization_of
 from control_experiments.training.runs import RunFolder
 from control_experiments.training.setup import choose
-from LlaMA.answering import Question, Reply, batches, generate, in_parts, questions_of, rank_words
-from LlaMA.batch_one import compare_batch_one
+from LlaMA.answering import Answer, Question, batches, compare_batch_one, generate, questions_of, rank_words
 from LlaMA.commonsense import TASKS, Row, read_tests
 from LlaMA.demo import place_of_model
 from LlaMA.models import choose_pad_token, load_model, load_tokenizer, stream
@@ -85,8 +84,8 @@ def evaluate(
         domain="llama" if options.quantization == "none" else "qcontrol",
         name=folder.path.name,
         method=method_of(options, model),
-        task="commonsense-likelihood" if options.mode == "likelihood" else "commonsense",
         device=describe_device(device),
+        task="commonsense-likelihood" if options.mode == "likelihood" else "commonsense",
         command=["python", "-m", "LlaMA.evaluate", *command],
         dtype=str(dtype).removeprefix("torch."),
         pad_token=tokenizer.pad_token,
@@ -112,15 +111,15 @@ def evaluate(
         model=describe_model(options.model, base, total_parameters),
         data={"id": public_path(options.data), "sha256": options.checksums(), "sizes": sizes},
         adapter=describe_frozen_adapter(model, dtype),
-        metrics={"best": {} if options.compare_batch_one else metrics, "last": metrics},
         memory=memory.summary(),
+        metrics={"best": {} if options.compare_batch_one else metrics, "last": metrics},
         time={"evaluate_seconds": time.perf_counter() - started, "task_seconds": seconds},
     )
 
 
 def answer_all(options: Options, folder: RunFolder, model, tokenizer, tests: dict[str, list[Row]], seconds: dict) -> dict:
     """Answer all test sets, which takes `seconds`; returns the record's metrics."""
-    answer, answered = in_parts(answerer(options, model, tokenizer)), {}
+    answer, answered = answerer(options, model, tokenizer), {}
     total = sum(map(len, tests.values()))
     with tqdm(total=total, unit="question", disable=None) as bar:
         for task, rows in tests.items():
@@ -156,18 +155,10 @@ def check_adapter(options: Options) -> None:
             if found != (asked := getattr(options, name)):
                 told = f"has {name} {found}, but {asked} was asked for: give the values it was trained with"
                 raise UserError(f"the adapter in {options.adapter} {told}")
-    check_base(options, trained_base(options.adapter) or {"id": config.base_model_name_or_path})
-
-
-def trained_base(adapter: str) -> dict | None:
-    """What the training run's record beside the adapter says of its base model, if there is one."""
-    record = Path(adapter).parent / "record.json"
-    return read_record(record).model if record.is_file() else None
-
-
-def check_base(options: Options, trained: dict) -> None:
-    """Compare the base with the one that the adapter was trained on. Raises UserError: it is another one."""
-    checksum = local_fingerprint(options.model)
+    trained, checksum = (
+        trained_base(options.adapter) or {"id": config.base_model_name_or_path},
+        local_fingerprint(options.model),
+    )
     if checksum and trained.get("sha256"):
         same = trained["sha256"] == checksum
     else:  # a folder may have moved: only its name counts
@@ -176,6 +167,12 @@ def check_base(options: Options, trained: dict) -> None:
         other = f"{Path(trained['id']).name}, not this {Path(options.model).name}"
         told = f"{options.adapter} was trained on another base model ({other})"
         raise UserError(f"the adapter in {told}: give that one as --model")
+
+
+def trained_base(adapter: str) -> dict | None:
+    """What the training run's record beside the adapter says of its base model, if there is one."""
+    record = Path(adapter).parent / "record.json"
+    return read_record(record).model if record.is_file() else None
 
 
 def described(config: PeftConfig) -> dict:
@@ -235,7 +232,7 @@ def describe_frozen_adapter(model, dtype: torch.dtype) -> dict:
     return {**said, **dict(zip(COUNTS, (count, count, 0), strict=True))}
 
 
-def answerer(options: Options, model, tokenizer) -> Callable[[Sequence[Question]], list[Reply]]:
+def answerer(options: Options, model, tokenizer) -> Answer:
     """The function that answers one batch."""
     if options.mode == "likelihood":
         return partial(rank_words, model, tokenizer)
@@ -256,11 +253,10 @@ def read_answers(path: Path, rows: Sequence[Row]) -> dict[int, dict]:
     for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
         try:
             entry = json.loads(line)
-            row, answer = entry["row"], entry["answer"]
-            if type(row) is not int or row < 0 or entry["label"] != rows[row].answer:
-                raise ValueError("another test set's")
-            if not isinstance(answer, str | None) or entry["correct"] is not (answer == rows[row].answer):
-                raise ValueError("not as it was written")
+            row = entry["row"]
+            label = rows[row].answer
+            if row < 0 or entry["label"] != label or entry["correct"] is not (entry["answer"] == label):
+                raise ValueError("another test set's, or not as it was written")
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is no answer to this test set: delete the file") from error
         answers[row] = entry
@@ -268,7 +264,7 @@ def read_answers(path: Path, rows: Sequence[Row]) -> dict[int, dict]:
 
 
 def answer_task(
-    path: Path, rows: Sequence[Row], questions: Sequence[Question], answer: Callable, size: int, bar: tqdm
+    path: Path, rows: Sequence[Row], questions: Sequence[Question], answer: Answer, size: int, bar: tqdm
 ) -> dict[int, dict]:
     """Answer the questions that `path` lacks and append them to it, batch by batch.
 

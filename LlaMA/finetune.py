@@ -25,19 +25,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Optional
 from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
+from control_experiments.training import options as shared
 from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.checksums import local_fingerprint
-from control_experiments.training.options import (
-    STREAM_HELP,
-    AdapterOptions,
-    BaseOptions,
-    MemoryOptions,
-    Precision,
-    RunOptions,
-    TrainerOptions,
-    check_streaming,
-    processes,
-)
 from LlaMA.demo import place_of_data
 
 if TYPE_CHECKING:
@@ -50,7 +40,7 @@ MIXED_TARGETS = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(kw_only=True)
-class RecipeOptions(AdapterOptions):
+class RecipeOptions(shared.AdapterOptions):
     """What a training and the benchmark of its batching share."""
 
     method: str = HfArg(help=f"What to train: {', '.join(METHODS)}.")
@@ -63,7 +53,7 @@ class RecipeOptions(AdapterOptions):
     lora_alpha: float = HfArg(default=64, help="LoRA's updates are scaled by alpha/rank.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout before LoRA's A.")
     lora_targets: Optional[list[str]] = HfArg(default=None, help="Else q,k,v; without control up,down too.")
-    dtype: Precision = HfArg(default="auto", help="Frozen weights and autocast; adapters are float32.")
+    dtype: shared.Precision = HfArg(default="auto", help="Frozen weights and autocast; adapters are float32.")
 
     methods: ClassVar[tuple[str, ...]] = METHODS
 
@@ -77,7 +67,7 @@ class RecipeOptions(AdapterOptions):
 
 
 @dataclass(kw_only=True)
-class Options(RunOptions, RecipeOptions, MemoryOptions, BaseOptions, TrainerOptions):
+class Options(shared.RunOptions, RecipeOptions, shared.MemoryOptions, shared.BaseOptions, shared.TrainerOptions):
     data: str = HfArg(
         help="JSON file in the format of commonsense_170k.json; JSON lines of messages, text or instructions; a text, or a folder of "
         ".txt files; or demo (made on the spot)."
@@ -103,7 +93,7 @@ class Options(RunOptions, RecipeOptions, MemoryOptions, BaseOptions, TrainerOpti
         default="adamw", help="paged_adamw_8bit: states in 8 bits, in host memory when the GPU's runs out."
     )
     gradient_checkpointing: bool = HfArg(default=False, help="Recompute every layer in the backward.")
-    stream_weights: bool = HfArg(default=False, help=STREAM_HELP)
+    stream_weights: bool = HfArg(default=False, help=shared.STREAM_HELP)
 
     neutral: ClassVar[tuple[str, ...]] = ("stream_weights", "validation")
 
@@ -116,22 +106,22 @@ class Options(RunOptions, RecipeOptions, MemoryOptions, BaseOptions, TrainerOpti
         super().check()
         check_numbers(self, "eval_steps", "held_out", at_least=1)
         check_numbers(self, "warmup_steps", at_least=0)
-        if self.batch_size % (self.micro_batch_size * processes()):
+        if self.batch_size % (self.micro_batch_size * shared.processes()):
             raise UserError(
                 f"--batch_size {self.batch_size} must be a multiple of --micro_batch_size {self.micro_batch_size}"
-                + (f" times {processes()} processes" if processes() > 1 else "")
+                + (f" times {shared.processes()} processes" if shared.processes() > 1 else "")
             )
         if self.batching == "packed" and self.budget < self.cutoff:
             raise UserError(f"--token_budget {self.budget} must be at least --cutoff {self.cutoff}")
         if self.memory != "plain" and self.gradient_checkpointing:
             raise UserError("--gradient_checkpointing needs --memory plain: choose one of the two")
         if self.stream_weights:
-            check_streaming(self)
+            shared.check_streaming(self)
         if self.cuda_graphs and self.batching == "padded":
             raise UserError("--cuda_graphs needs packed rows: leave out --batching padded")
         if self.cuda_graphs and self.gradient_checkpointing:
             raise UserError("--cuda_graphs cannot replay --gradient_checkpointing: choose one of the two")
-        if self.cuda_graphs and processes() > 1:
+        if self.cuda_graphs and shared.processes() > 1:
             raise UserError("--cuda_graphs is for one process: leave it out")
         self.folder  # noqa: B018  there must be one
 

@@ -39,26 +39,15 @@ _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", 
 
 
 def _source(model: str) -> tuple[str, dict]:
-    """Where from_pretrained finds a model, and its further arguments. Raises UserError: a path that does not
-    exist, or a folder with several GGUF files."""
+    """Where from_pretrained finds a model, and its further arguments. Raises UserError: a path that does not exist."""
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        files = sorted(path.glob("*.gguf"))
-        if files and not (path / "config.json").is_file():
-            if len(files) > 1:
-                raise UserError(f"{model} holds {len(files)} GGUF files: name one, such as {files[0].name}")
-            return str(path), {"gguf_file": files[0].name}
         return str(path), {}
     if path.is_absolute() or path.suffix == ".gguf" or model.startswith((".", "~")) or model.count("/") > 1:
         raise UserError(f"there is no model at {model}")
     return model, {}
-
-
-def is_gguf(model: str) -> bool:
-    """Whether a model is read from a GGUF file. Raises as `_source`."""
-    return bool(_source(model)[1])
 
 
 @lru_cache(maxsize=1)  # of a GGUF file that takes seconds, which the runs of a study need not wait for each time
@@ -67,14 +56,17 @@ def load_tokenizer(model: str) -> Tokenizer:
     or one that cannot tell where its tokens stand in the text."""
     name, extra = _source(model)
     if not extra:
-        _check_causal(model, name)
+        with loading(model):
+            config = AutoConfig.from_pretrained(name)
+        # encoders such as BERT can be asked to be decoders, which says nothing about how they were trained
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_decoder", True) is False:
+            kind = f"a {config.model_type} model, no causal language model"
+            raise UserError(f"{model} is {kind}: give one such as LLaMA, Mistral or Qwen")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **extra)
     except (OSError, ValueError, LookupError, AttributeError, TypeError, ImportError, struct.error) as error:
-        reason = _first_line(error)
-        if Path(name).is_dir() and not extra and not any(Path(name).glob("tokenizer*")):
-            reason = "it holds no tokenizer.json: copy the files of the model's tokenizer there"
-        raise UserError(f"no tokenizer can be loaded from {model!r}: {reason}") from error
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"no tokenizer can be loaded from {model!r}, whose folder must hold its files: {reason}") from error
     if not getattr(tokenizer, "is_fast", False) or len(tokenizer) == 0:
         raise UserError(f"{model!r} has no fast tokenizer (tokenizer.json): add one to its folder")
     return tokenizer
@@ -92,18 +84,6 @@ def train_tokenizer(rows: Sequence[Row], vocabulary: int = 16384, limit: int = 4
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **how)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def _check_causal(model: str, name: str) -> None:
-    """Raise UserError when the configuration is of an encoder or of another model that predicts no next token."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except Exception as error:  # transformers' checks of a config.json raise a dozen kinds
-        raise UserError(f"cannot load a model from {model!r}: {_first_line(error)}") from error
-    # encoders such as BERT can be asked to be decoders, which says nothing about how they were trained
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_decoder", True) is False:
-        kind = f"a {config.model_type} model, no causal language model"
-        raise UserError(f"{model} is {kind}: give one such as LLaMA, Mistral or Qwen")
 
 
 def load_model(
@@ -156,8 +136,7 @@ def choose_pad_token(tokenizer: Tokenizer, embeddings: int) -> None:
     `embeddings` have a row to spare, else the end-of-sequence token, which is safe because every batch has a mask.
     """
     own, vocabulary = tokenizer.pad_token, tokenizer.get_vocab()
-    plain = own is not None and own not in tokenizer.all_special_tokens
-    if own is not None and own not in (tokenizer.unk_token, tokenizer.eos_token, "!") and not plain:
+    if own not in (None, tokenizer.unk_token, tokenizer.eos_token, "!"):
         return
     reserved = next((token for token in _PAD_CANDIDATES if token in vocabulary), None)
     if reserved is not None:
@@ -207,7 +186,3 @@ def stream(model: nn.Module, memory: str, device: torch.device, **how) -> None:
     nn.Module.to(model, device)  # transformers' own refuses quantized models
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base.hf_device_map = {"": device}  # where it computes, for the Trainer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

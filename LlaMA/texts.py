@@ -8,15 +8,14 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from control_experiments.errors import UserError
-from control_experiments.record import read_json
-from LlaMA.commonsense import Row, TokenRow, read_rows, text_field, tokenize_rows
+from LlaMA.commonsense import Row, TokenRow, read_rows, text_fields, tokenize_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +41,7 @@ class Chat:
 def read_data(path: str | Path) -> list[Row] | list[Text | Chat | Row]:
     """What a file holds.
 
-    - a `.json` list: commonsense questions, as `read_rows` checks them, or rows with "messages" or "text";
+    - a `.json` list: commonsense questions, as `read_rows` checks them;
     - `.jsonl`, a row in each line: "messages", "text", or "instruction" and "output" (and "input");
     - any other file: one text; a folder: one text of each `.txt` file below it.
 
@@ -54,24 +53,14 @@ def read_data(path: str | Path) -> list[Row] | list[Text | Chat | Row]:
             raise UserError(f"{path} holds no .txt file: each is a text to learn")
         return [_text(file) for file in found]
     if path.suffix == ".jsonl":
-        rows = [_row(entry, f"{path}, line {number}") for number, entry in _lines(path)]
+        lines = enumerate(_read(path).split("\n"), 1)
+        rows = [_row(line, f"{path}, line {number}") for number, line in lines if line.strip()]
         if not rows:
             raise UserError(f"{path} is empty: it needs a row of JSON in each line")
         return rows
     if path.suffix != ".json" and path.exists():
         return [_text(path)]
-    contents = read_json(path) if path.exists() else None
-    first = contents[0] if isinstance(contents, list) and contents else None
-    if isinstance(first, dict) and ("messages" in first or "text" in first):
-        return [_row(entry, f"{path}, row {number}") for number, entry in enumerate(contents)]
     return read_rows(path)
-
-
-def _text(file: Path) -> Text:
-    text = _read(file)
-    if not text.strip():
-        raise UserError(f"{file} is empty")
-    return Text(text)
 
 
 def _read(file: Path) -> str:
@@ -83,39 +72,31 @@ def _read(file: Path) -> str:
         raise UserError(f"{file} is no text in UTF-8: {error}") from error
 
 
-def _lines(file: Path) -> Iterator[tuple[int, object]]:
-    """(number counted from 1, what it says) of each line that is not blank."""
-    for number, line in enumerate(_read(file).split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{file}, line {number}: no JSON: {error}") from error
+def _text(file: Path) -> Text:
+    return Text(**text_fields({"text": _read(file)}, ["text"], str(file)))
 
 
-def _row(entry: object, where: str) -> Text | Chat | Row:
-    if not isinstance(entry, dict):
+def _row(line: str, where: str) -> Text | Chat | Row:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: no JSON: {error}") from error
+    found = entry if isinstance(entry, dict) else {}
+    if "messages" in found:
+        return Chat(_turns(found["messages"], where), where)
+    if "text" in found:
+        return Text(**text_fields(found, ["text"], where))
+    if "instruction" not in found:
         raise UserError(f"{where}: must be an object with {KINDS}")
-    if "messages" in entry:
-        return Chat(_turns(entry["messages"], where), where)
-    if "text" in entry:
-        return Text(text_field(entry, "text", where))
-    if "instruction" not in entry:
-        raise UserError(f"{where}: has neither {KINDS.replace(', or', ', nor')}")
-    given = {name: text_field(entry, name, where) for name in ("instruction", "output")}
-    more = text_field({"input": "", **entry}, "input", where, empty=True)
-    return Row(given["instruction"], more, given["output"], "")
+    return Row(**text_fields({"input": "", **found}, ["instruction", "input", "output"], where), answer="")
 
 
 def _turns(messages: object, where: str) -> list[dict[str, str]]:
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: the field 'messages' must be a list of turns")
     for number, turn in enumerate(messages):
-        place = f"{where}: message {number}"
-        if not isinstance(turn, dict):
-            raise UserError(f"{place} must be an object with role and content")
-        for name in ("role", "content"):
-            text_field(turn, name, place, empty=name == "content" and turn.get("role") != "assistant")
+        asked = isinstance(turn, dict) and turn.get("role") != "assistant" and turn.get("content") == ""
+        text_fields(turn, ["role"] if asked else ["role", "content"], f"{where}: message {number}")
     if all(turn["role"] != "assistant" for turn in messages):
         raise UserError(f"{where}: no message is the assistant's, so there is nothing to learn")
     return messages

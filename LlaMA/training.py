@@ -27,22 +27,11 @@ from control_experiments.training.quantization import check_paging
 from control_experiments.training.setup import Run, start
 from control_experiments.training.sharding import shard_frozen, shares_weights
 from control_experiments.training.trainer import ExperimentTrainer, training_arguments
+from LlaMA import packing
 from LlaMA.commonsense import Row, TokenRow, split_rows
 from LlaMA.demo import place_of_model
-from LlaMA.models import add_adapter, choose_pad_token, is_gguf, load_model, load_tokenizer, ready_to_train
-from LlaMA.packing import (
-    VARLEN,
-    Batch,
-    GraphedLoss,
-    batch_loss,
-    check_packing,
-    fixed_shape,
-    fused_batch_loss,
-    packed_step,
-    padded_step,
-    shadow_batch_loss,
-    varlen_available,
-)
+from LlaMA.models import add_adapter, choose_pad_token, load_model, load_tokenizer, ready_to_train
+from LlaMA.packing import Batch
 from LlaMA.texts import read_data, tokenize_data
 from peft_control.memory import streaming
 
@@ -50,7 +39,6 @@ if TYPE_CHECKING:
     from LlaMA.finetune import Options
 
 logger = logging.getLogger("finetune")
-LOGGERS = ("finetune", "control_experiments", "peft_control")
 LESS_MEMORY = (
     "--memory lean, --stream_weights True, a smaller --token_budget or --micro_batch_size, --dtype bf16, a smaller --cutoff"
 )
@@ -96,7 +84,7 @@ def train(options: Options, run: Run) -> RunRecord:
         task="commonsense" if questions else "texts",
         dtype=str(dtype).removeprefix("torch."),
     )
-    if is_gguf(options.model) and os.environ.get("RANK", "0") == "0":
+    if options.model.endswith(".gguf") and os.environ.get("RANK", "0") == "0":
         first = f"first make a folder of it (python -m LlaMA.convert --model {options.model} --output_dir FOLDER)"
         told = f"other tools cannot load {options.model} as the adapter's base: to serve the adapter, {first}"
         print(f"note: {told} and train over that", file=sys.stderr)
@@ -118,28 +106,32 @@ def train(options: Options, run: Run) -> RunRecord:
     choose_pad_token(tokenizer, model.get_input_embeddings().weight.shape[0])
     check_positions(model, max(len(row.ids) for row in [*training, *held_out]), options)
     if options.batching == "packed":
-        check_packing(model, held_out)
-
-    loss = batch_loss if options.memory == "plain" else fused_batch_loss
+        packing.check_packing(model, held_out)
+    loss = packing.batch_loss if options.memory == "plain" else packing.fused_batch_loss
     if options.method == "shadow":
-        loss = shadow_batch_loss
+        loss = packing.shadow_batch_loss
     pad = tokenizer.pad_token_id
-    own = {"memory": memory, "unit": options.micro_batch_size, "held_out": held_out_batches(held_out, options, pad)}
-    own["loss"] = GraphedLoss(loss) if options.cuda_graphs else loss
-    with folder.logging_from(*LOGGERS):
-        collator = partial(collate, options=options, pad_token_id=pad)
-        parts = {"train_dataset": training, "eval_dataset": held_out, "data_collator": collator}
-        trainer = CommonsenseTrainer(model, arguments, **parts, **own)
+    with folder.logging_from("finetune", "control_experiments", "peft_control"):
+        trainer = CommonsenseTrainer(
+            model,
+            arguments,
+            train_dataset=training,
+            eval_dataset=held_out,
+            memory=memory,
+            unit=options.micro_batch_size,
+            data_collator=partial(collate, options=options, pad_token_id=pad),
+            loss=packing.GraphedLoss(loss) if options.cuda_graphs else loss,
+            held_out=held_out_batches(held_out, options, pad),
+        )
         adapter = describe_adapter(model)
         counts = f"{adapter['trainable_parameters']:,} of {total_parameters:,} parameters trained"
         counted = f"{len(training)} training and {len(held_out)} held-out rows, {cut} cut at {options.cutoff} tokens"
         line = f"{options.method} on {public_path(options.model)}: {counted}; {counts}, {run.described}"
-        logger.info("%s", line)
-        plan = streaming.describe(model)
-        if plan:
-            logger.info("%s", plan)
+        said = [line, *filter(None, [streaming.describe(model)])]
+        for told in said:
+            logger.info("%s", told)
         if trainer.is_world_process_zero():
-            print(*filter(None, (line, plan)), sep="\n", flush=True)
+            print(*said, sep="\n", flush=True)
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
 
     history, metrics = summarise(trainer.state.log_history)
@@ -152,8 +144,10 @@ def train(options: Options, run: Run) -> RunRecord:
         "pad_token": tokenizer.pad_token,
     }
 
-    sizes = {"train": len(training), "held_out": len(held_out), "cut": cut}
-    held = {"validation_sha256": local_fingerprint(options.validation)} if options.validation else {}
+    data = {"id": public_path(options.data), "sha256": local_fingerprint(options.contents("data"))}
+    data["sizes"] = {"train": len(training), "held_out": len(held_out), "cut": cut}
+    if options.validation:
+        data["validation_sha256"] = local_fingerprint(options.validation)
 
     def save(place: Path) -> None:
         model.save_pretrained(place)
@@ -164,7 +158,7 @@ def train(options: Options, run: Run) -> RunRecord:
         save,
         LOAD,
         model=describe_model(options.model, model.get_base_model(), total_parameters),
-        data={"id": public_path(options.data), "sha256": local_fingerprint(options.contents("data")), "sizes": sizes, **held},
+        data=data,
         adapter=adapter,
         metrics=metrics,
         memory=memory.summary(),
@@ -195,12 +189,12 @@ def prepare_model(options: Options, device: torch.device, dtype: torch.dtype, me
     """The base with its adapter, ready to train, and the base's number of parameters."""
     packed = options.batching == "packed" and options.attention != "sdpa"
     # SHADOW's own backbone is not told where rows end but by their positions
-    varlen = packed and options.method != "shadow" and varlen_available(device, dtype)
+    varlen = packed and options.method != "shadow" and packing.varlen_available(device, dtype)
     if options.attention == "varlen" and not varlen:
         raise UserError("--attention varlen needs packed rows in half precision on an Ampere or newer GPU")
     shared = shares_weights(options.shard)
     place = torch.device("cpu") if shared else device
-    attention = VARLEN if varlen else "sdpa"
+    attention = packing.VARLEN if varlen else "sdpa"
     base = load_model(options.model, dtype, place, attention, options.quantization, on_host=options.stream_weights)
     memory.after_load()
     total = count_unquantized(base)
@@ -234,20 +228,20 @@ def check_positions(model: PeftModel, tokens: int, options: Options) -> None:
 def collate(rows: Sequence[TokenRow], *, options: Options, pad_token_id: int) -> dict:
     """One optimizer step's rows (of one process) as the batches to work on."""
     if options.batching == "padded":
-        return {"batches": padded_step(rows, options.micro_batch_size, pad_token_id)}
-    packs = packed_step(rows, options.micro_batch_size, options.budget)
+        return {"batches": packing.padded_step(rows, options.micro_batch_size, pad_token_id)}
+    packs = packing.packed_step(rows, options.micro_batch_size, options.budget)
     if options.cuda_graphs:
         # a sixteenth of the budget: at most as many shapes as graphs are kept of
         shape = (-(-options.budget // 16), options.batch_size, options.cutoff, pad_token_id)
-        packs = [fixed_shape(pack, *shape) for pack in packs]
+        packs = [packing.fixed_shape(pack, *shape) for pack in packs]
     return {"batches": packs}
 
 
 def held_out_batches(rows: Sequence[TokenRow], options: Options, pad_token_id: int) -> list[Batch]:
     """The held-out rows in batches whose losses sum to the mean over all their predicted tokens."""
     if options.batching == "packed":
-        return packed_step(rows, len(rows), options.budget)
-    batches = padded_step(rows, options.micro_batch_size, pad_token_id)
+        return packing.packed_step(rows, len(rows), options.budget)
+    batches = packing.padded_step(rows, options.micro_batch_size, pad_token_id)
     tokens = max(1, sum(row.targets for row in rows))
     return [replace(batch, divisor=torch.tensor(float(tokens))) for batch in batches]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from control_experiments.errors import UserError, run_main
+from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
-from control_experiments.training.arguments import check_numbers, parse_arguments
+from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
 
 BASES = ("bf16", "int8", "nf4", "fp8", "fp8-e5m2")
 
@@ -74,9 +74,7 @@ def errors(found: dict[str, list], exact: dict[str, list]) -> dict[str, list[flo
 def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_arguments(Options, argv=argv, description=__doc__)
     check_numbers(options, "rows", "control_rank", at_least=1)
-    for base in options.bases:
-        if base not in BASES:
-            raise UserError(f"unknown base {base!r}: choose from {', '.join(BASES)}")
+    check_choices(options, bases=BASES)
     from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
     from control_experiments.reporting import pictures
     from control_experiments.training.device import describe_device, select_device

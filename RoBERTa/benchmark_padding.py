@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -49,12 +50,12 @@ def main() -> None:
     training = finetune.Options(task="cola", **shared)
     training.check()
     training.check_places()
-    import pandas as pd
     import torch
     from torch.utils.data import BatchSampler, RandomSampler
     from transformers import DataCollatorWithPadding
 
     from control_experiments.training import device as devices
+    from control_experiments.training.benchmarking import synchronize
     from control_experiments.training.quiet import quieten
     from control_experiments.training.trainer import ResumableLengthSampler
     from RoBERTa import encoder
@@ -62,29 +63,22 @@ def main() -> None:
     device = devices.select_device(options.device)
     precision = devices.choose_precision(options.precision, device)
     quieten()
-    splits = load_task("cola", options.data)
     devices.seed_everything(training.seed)
     tokenizer, model = encoder.load_tokenizer(options.model), encoder.load_model(options.model, get_task("cola"))
     model = encoder.add_adapter(model.to(device), training).train()
-    rows = encoder.tokenize(splits, tokenizer, options.max_length)["train"]
+    rows = encoder.tokenize(load_task("cola", options.data), tokenizer, options.max_length)["train"]
     lengths, inputs = list(rows["length"]), rows.remove_columns(["length", "row"])
-    samplers = {
-        "max_length": RandomSampler(rows, generator=torch.Generator().manual_seed(training.seed)),
-        "longest": ResumableLengthSampler(options.batch_size, lengths=lengths, seed=training.seed),
-    }
-    trained = (p for p in model.parameters() if p.requires_grad)
-    optimizer = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0.1)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-4, weight_decay=0.1)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
-    def batches(padding: str) -> list[list[int]]:
+    def batches(sampler: Iterable[int]) -> list[list[int]]:
         """The epoch's batches, or `--steps` of them at even distances in order of their longest row."""
-        found = list(BatchSampler(samplers[padding], options.batch_size, drop_last=False))
-        found.sort(key=lambda batch: max(lengths[index] for index in batch))
+        found = sorted(BatchSampler(sampler, options.batch_size, False), key=lambda batch: max(lengths[row] for row in batch))
         chosen = min(options.steps or len(found), len(found))
         return [found[place * len(found) // chosen] for place in range(chosen)]
 
-    def step(padding: str, batch: list[int]) -> tuple[str, float, int, int]:
-        """How it was padded, its seconds, and its real and all tokens."""
+    def step(padding: str, batch: list[int]) -> tuple[float, int, int]:
+        """Its seconds, and its real and all tokens."""
         begun = time.perf_counter()
         collate = DataCollatorWithPadding(tokenizer, padding, options.max_length)
         batch = collate([inputs[index] for index in batch])
@@ -94,20 +88,26 @@ def main() -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device.type)
         mask = batch["attention_mask"]
-        return padding, time.perf_counter() - begun, int(mask.sum()), mask.numel()
+        return time.perf_counter() - begun, int(mask.sum()), mask.numel()
 
-    epochs = {padding: batches(padding) for padding in samplers}
-    for padding, batch in ((p, b) for p in epochs for b in islice(cycle(epochs[p]), WARM_UP_STEPS)):
-        step(padding, batch)
-    steps = [step(padding, batch) for pair in zip(*epochs.values(), strict=True) for padding, batch in zip(epochs, pair)]
-    mean = pd.DataFrame(steps, columns=["padding", "seconds", "real", "all"]).groupby("padding").mean()
-    mean["seconds_per_epoch"] = mean.seconds * -(-len(rows) // options.batch_size)
-    mean["padding_share"] = 1 - mean.real / mean["all"]
-    figures = mean.loc[list(epochs), ["seconds_per_epoch", "padding_share"]].to_dict("index")
+    epochs = {
+        "max_length": batches(RandomSampler(rows, generator=torch.Generator().manual_seed(training.seed))),
+        "longest": batches(ResumableLengthSampler(options.batch_size, lengths=lengths, seed=training.seed)),
+    }
+    for padding in epochs:
+        for batch in islice(cycle(epochs[padding]), WARM_UP_STEPS):
+            step(padding, batch)
+    measured = [[step(padding, batch) for padding, batch in zip(epochs, pair)] for pair in zip(*epochs.values(), strict=True)]
+    figures = {}
+    for padding, steps in zip(epochs, zip(*measured)):
+        seconds, real, tokens = (sum(column) for column in zip(*steps))
+        per_epoch = seconds / len(steps) * -(-len(rows) // options.batch_size)
+        figures[padding] = {"seconds_per_epoch": per_epoch, "padding_share": 1 - real / tokens}
+        print(f"{padding:>10}: {per_epoch:8.1f} s per CoLA epoch, {1 - real / tokens:.0%} of the tokens are padding")
     ratio = figures["longest"]["seconds_per_epoch"] / figures["max_length"]["seconds_per_epoch"]
+    print(f"     ratio: {ratio:8.3f}")
     given = {name: value for name, value in asdict(options).items() if name not in ("output", "data")}
     result = {
         "created": utc_now(),
@@ -119,12 +119,7 @@ def main() -> None:
         **figures,
         "ratio": ratio,
     }
-    for padding, row in figures.items():
-        print(
-            f"{padding:>10}: {row['seconds_per_epoch']:8.1f} s per CoLA epoch, {row['padding_share']:.0%} of the tokens are padding"
-        )
-    print(f"     ratio: {ratio:8.3f}")
-    name = f"benchmark_padding_{Path(options.model).name}_{result['device']['kind']}.json"
+    name = f"benchmark_padding_{Path(options.model).name}_{device.type}.json"
     print(f"figures in {write_json_atomic(options.output or RESULTS / 'roberta' / name, result)}")
 
 

@@ -7,20 +7,14 @@ Each sentence appears as it is (label 1) and corrupted (label 0). A corruption i
 run of words is shuffled) and agreement (a verb, article or pronoun takes the wrong form). Train and dev come from
 different topics, and a sentence that several topics share is kept once, so no text crosses. The text differs between
 Python versions, so a run's record holds the checksum of what was made.
-
-    python -m RoBERTa.demo_task FOLDER      writes FOLDER/Demo/train.tsv and dev.tsv, to look at
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import random
 import re
-from pathlib import Path
 from pydoc_data.topics import topics
-
-from control_experiments.errors import run_main
 
 SEED = 20250717
 MAX_WORDS = 28
@@ -59,8 +53,9 @@ def make_demo() -> dict[str, list[tuple[str, int]]]:
 
 
 def demo_checksum(splits: dict[str, list[tuple[str, int]]]) -> str:
-    """SHA-256 of the rows, as they are written."""
-    return hashlib.sha256("".join(_tsv(rows) for rows in splits.values()).encode()).hexdigest()
+    """SHA-256 of the rows, as CoLA's files would hold them."""
+    lines = (f"demo\t{label}\t\t{sentence}\n" for rows in splits.values() for sentence, label in rows)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def corrupt(sentence: str, rng: random.Random) -> str:
@@ -96,23 +91,3 @@ def _sentences(text: str) -> list[str]:
             if MIN_WORDS <= len(words) <= MAX_WORDS and plain >= 0.8 * len(words):
                 kept.append(sentence)
     return kept
-
-
-def _tsv(rows: list[tuple[str, int]]) -> str:
-    return "".join(f"demo\t{label}\t\t{sentence}\n" for sentence, label in rows)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the folder Demo goes")
-    splits, folder = make_demo(), parser.parse_args().folder / "Demo"
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in splits.items():
-        name = f"{split.replace('validation', 'dev')}.tsv"
-        (folder / name).write_text(_tsv(rows), encoding="utf-8")
-        print(f"{folder / name}: {len(rows)} rows, {sum(label for _, label in rows)} intact")
-    print(f"sha256 {demo_checksum(splits)}")
-
-
-if __name__ == "__main__":
-    run_main(main)

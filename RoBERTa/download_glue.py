@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
-from control_experiments.training.arguments import parse_arguments
+from control_experiments.training.arguments import check_choices, parse_arguments
 from RoBERTa.glue import GLUE_TASKS, HUB_ID
 
 
@@ -27,9 +27,7 @@ class Options:
 
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
-    for task in options.tasks:
-        if task not in GLUE_TASKS:
-            raise UserError(f"unknown task {task!r}: choose from {', '.join(GLUE_TASKS)}")
+    check_choices(options, tasks=GLUE_TASKS)
     from datasets import load_dataset
 
     from control_experiments.training.checkpoints import whole_folder

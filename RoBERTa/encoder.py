@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import datasets
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -27,14 +28,8 @@ from RoBERTa.glue import Task
 if TYPE_CHECKING:
     from RoBERTa.finetune import Options
 
-#: The names of the query and value projections, which LoRA adapts in the paper's recipe.
-QUERY_VALUE = {
-    "mpnet": ("q", "v"),
-    "distilbert": ("q_lin", "v_lin"),
-    "deberta": ("in_proj",),
-    "deberta-v2": ("query_proj", "value_proj"),
-}
-DEFAULT_QUERY_VALUE = ("query", "value")  # BERT, RoBERTa, XLM-RoBERTa, ELECTRA, ...
+#: The names of the query and value projections, which LoRA adapts in the paper's recipe: peft's, and others that it lacks.
+QUERY_VALUE = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "mpnet": ["q", "v"], "distilbert": ["q_lin", "v_lin"]}
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -95,7 +90,7 @@ def check_length(options: Options, model: PreTrainedModel) -> None:
 def add_adapter(model: PreTrainedModel, options: Options) -> PeftModel:
     """The model with the method's adapter; the adapter and the classifier are what trains. Raises UserError:
     the architecture has no such blocks or target modules."""
-    targets = options.lora_targets or QUERY_VALUE.get(model.config.model_type, DEFAULT_QUERY_VALUE)
+    targets = options.lora_targets or QUERY_VALUE.get(model.config.model_type, ["query", "value"])
     config = adapter_config(options, task_type="SEQ_CLS", targets=targets)
     try:
         return get_peft_model(model, config)

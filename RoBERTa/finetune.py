@@ -24,21 +24,20 @@ from transformers.hf_argparser import HfArg
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import RunRecord
+from control_experiments.training import options as shared
 from control_experiments.training.arguments import check_numbers, parse_arguments
-from control_experiments.training.options import (
-    AdapterOptions,
-    BaseOptions,
-    MemoryOptions,
-    Precision,
-    RunOptions,
-    TrainerOptions,
-)
-from control_experiments.training.rates import SEARCH_FOLDER
 from RoBERTa.glue import TASKS, find_folder, get_task
 
 
 @dataclass(kw_only=True)
-class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOptions):
+class Options(
+    shared.RunOptions,
+    shared.AdapterOptions,
+    shared.MemoryOptions,
+    shared.BaseOptions,
+    shared.TrainerOptions,
+    shared.SearchOptions,
+):
     """Defaults are the paper's recipe for RoBERTa-base (the authors' RoBERTa README)."""
 
     task: str = HfArg(help=f"One of {', '.join(TASKS)}.")
@@ -54,13 +53,8 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
         default="longest", help="longest: rows of like length together, padded to their longest; max_length: the authors'."
     )
     random_order: bool = HfArg(default=False, help="Rows of all lengths in a batch, at more padding.")
-    precision: Precision = HfArg(default="auto", help="Autocast; auto: bf16 or fp16 on a GPU, else fp32.")
+    precision: shared.Precision = HfArg(default="auto", help="Autocast; auto: bf16 or fp16 on a GPU, else fp32.")
     predict: bool = HfArg(default=False, help="Write the GLUE server's files for the test sets.")
-    validation_share: float | None = HfArg(
-        default=None,
-        help="For choosing hyperparameters: this share of the training rows (at most 5,000) is held out and scored in the place "
-        f"of the dev sets. --output_dir must lie below a folder named {SEARCH_FOLDER}.",
-    )
 
     methods: ClassVar = ("control", "lora", "dora", "double control", "control+lora", "control+dora")
     neutral: ClassVar = ("predict", "save_steps", "eval_batch_size")
@@ -72,13 +66,6 @@ class Options(RunOptions, AdapterOptions, MemoryOptions, BaseOptions, TrainerOpt
         check_numbers(self, "warmup_ratio", at_least=0, below=1)
         if not get_task(self.task).test_splits and self.predict:
             raise UserError(f"task {self.task} has no test set to --predict")
-        if self.validation_share is not None:
-            check_numbers(self, "validation_share", above=0, below=1)
-            if SEARCH_FOLDER not in self.folder.resolve().parts:
-                raise UserError(
-                    f"--validation_share needs an --output_dir below a folder named {SEARCH_FOLDER}: its scores are not of dev "
-                    "sets, and tables leave that folder out"
-                )
 
     def check_places(self) -> None:
         """Raise `UserError` for folders that hold no model or data of the task; a finished run needs no data."""

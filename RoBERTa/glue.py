@@ -69,6 +69,19 @@ class Task:
     def test_splits(self) -> list[str]:
         return list(self.server_files)
 
+    @property
+    def labels(self) -> list[str]:
+        """The classes as tsv files write them."""
+        return list(self.classes) if self.server_names else [str(label) for label in range(len(self.classes))]
+
+    def label(self, text: str) -> int | float | None:
+        """The class or score that a tsv file writes so; None if it is neither."""
+        try:
+            value = float(text) if self.regression else self.labels.index(text)
+        except ValueError:
+            return None
+        return None if self.regression and not 0 <= value <= 5 else value
+
     def predictions(self, outputs: np.ndarray) -> np.ndarray:
         """Model outputs, (rows, classes) or (rows, 1) -> predicted classes or scores, (rows,)."""
         return outputs.reshape(-1) if self.regression else outputs.argmax(axis=-1)
@@ -168,24 +181,16 @@ def _as_on_hub(name: str, folder: Path | None, wanted: list[str]) -> dict[str, D
     """Splits of the hub, or of a `save_to_disk` folder of it, with our names of the columns."""
     from datasets import load_dataset, load_from_disk
 
+    columns = dict(zip(get_task(name).texts, ("first", "second"), strict=False))
     try:
         splits = load_dataset(HUB_ID, name) if folder is None else load_from_disk(str(folder))
+        return {split: splits[split].select_columns([*columns, "label"]).rename_columns(columns) for split in wanted}
     except Exception as error:  # datasets has many kinds for a broken folder
+        instead = "check the network, or point DATA (--data) to a folder with the data, see RoBERTa/download_glue.py"
         if folder is not None:
-            raise UserError(f"{folder} is a broken save_to_disk folder ({error}): save it again") from error
-        raise UserError(
-            f"cannot load {name} from the hub ({type(error).__name__}): check the network, or point DATA (--data) to "
-            "a folder with the data, see RoBERTa/download_glue.py"
-        ) from error
-    renamed, columns = {}, dict(zip(get_task(name).texts, ("first", "second"), strict=False))
-    for split in wanted:
-        if split not in splits:
-            raise UserError(f"{folder or HUB_ID}: task {name} needs the split {split!r}, found {', '.join(splits)}")
-        try:
-            renamed[split] = splits[split].select_columns([*columns, "label"]).rename_columns(columns)
-        except ValueError as error:
-            raise UserError(f"{folder or HUB_ID}: the {split} split of {name} lacks a column: {error}") from error
-    return renamed
+            instead = "save the task's datasets there again"
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot load {name} from {folder or HUB_ID} ({type(error).__name__}: {reason}): {instead}") from error
 
 
 def hold_out(splits: DatasetDict, task: Task, share: float) -> DatasetDict:
@@ -221,49 +226,33 @@ def read_tsv(path: Path, task: Task) -> list[tuple]:
     """
     try:
         text = path.read_bytes().decode("utf-8-sig").rstrip("\r\n")
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: DATA (--data) must hold the classic GLUE folders") from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; DATA (--data) must hold the classic GLUE folders") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason})") from error
     # only a line feed ends a line, for GLUE texts hold other characters that Python calls line ends
     lines = [line.rstrip("\r") for line in text.split("\n")] if text else []
     hidden = path.name.startswith("test")
+    headed = hidden or task.headed
     wanted = task.tsv[:-1] if hidden else task.tsv
-    if task.headed or hidden:
-        if not lines:
-            raise UserError(f"{path} is empty: expected a header with {', '.join(wanted)}")
-        header, first = lines[0].split("\t"), 2
-        missing = [column for column in wanted if column not in header]
-        if missing:
-            what = f"a header with the column {missing[0]!r}, found {lines[0]!r:.80}"
-            raise UserError(f"{path}, line 1: expected {what}")
-        lines = lines[1:]
-    else:
-        header, first = ["source", "label", "star", "sentence"], 1
-    if not lines:
+    if len(lines) <= headed:
         raise UserError(f"{path} has no rows")
+    header = lines.pop(0).split("\t") if headed else ["source", "label", "star", "sentence"]
+    if missing := [column for column in wanted if column not in header]:
+        raise UserError(f"{path}, line 1: expected a header with the column {missing[0]!r}, found {header}")
     places = [header.index(column) for column in wanted]
-    classes = task.classes if task.server_names else tuple(str(label) for label in range(len(task.classes)))
-    expected = f"a label ({', '.join(classes)})" if classes else "a score from 0 to 5"
     rows = []
-    for number, line in enumerate(lines, first):
+    for number, line in enumerate(lines, 1 + headed):
         cells = line.split("\t")
         if len(cells) != len(header):
             what = f"{len(header)} tab-separated columns ({', '.join(header)}), found {len(cells)}"
             raise UserError(f"{path}, line {number}: expected {what}")
         texts = [cells[place] for place in places]
-        value = float(HIDDEN) if task.regression else HIDDEN
-        if not hidden:
-            label = texts.pop()
-            try:
-                value = float(label) if task.regression else classes.index(label)
-            except ValueError:
-                value = None
-            if value is None or (task.regression and not 0 <= value <= 5):
-                raise UserError(f"{path}, line {number}: expected {expected}, found {label!r:.40}")
-        rows.append((*texts, value))
+        label = HIDDEN if hidden else task.label(texts.pop())
+        if label is None:
+            expected = "a score from 0 to 5" if task.regression else f"a label ({', '.join(task.labels)})"
+            raise UserError(f"{path}, line {number}: expected {expected}, found {cells[places[-1]]!r:.40}")
+        rows.append((*texts, float(label) if task.regression else label))
     return rows
 
 

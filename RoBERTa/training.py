@@ -58,7 +58,7 @@ def finetune(options: Options, argv: Sequence[str] | None) -> RunRecord | None:
         if options.predict and not all((run.folder.path / PREDICTIONS / name).is_file() for name in files):
             predict_finished(options, run)
         else:
-            print(f"{run.folder.path} is finished: skipped (--overwrite runs it again)")
+            print(f"{run.folder.path} is finished: skipped (delete the folder to run it again)")
     return None
 
 

@@ -41,40 +41,34 @@ class Views:
     flip: torch.Tensor
 
 
-def random_views(
-    sizes: torch.Tensor,
-    size: int,
-    generator: torch.Generator,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    flip: float = 0.5,
-) -> Views:
-    """`RandomResizedCrop(size, scale, ratio)` and `RandomHorizontalFlip(flip)` for images of `sizes` `(B, 2)`.
+def random_views(sizes: torch.Tensor, size: int, generator: torch.Generator) -> Views:
+    """`RandomResizedCrop(size)` and `RandomHorizontalFlip()` for images of `sizes` `(B, 2)`, with torchvision's defaults.
 
     Like torchvision: a uniform share of the area and a log-uniform aspect ratio, tried ten times, else the largest
     central crop whose ratio is allowed.
     """
+    narrowest, widest = 3 / 4, 4 / 3
 
     def draw(low: float, high: float) -> torch.Tensor:
         return torch.empty(len(sizes), 10, dtype=torch.float64).uniform_(low, high, generator=generator)
 
     height, width = sizes.double().unbind(1)
-    area = (height * width)[:, None] * draw(*scale)
-    aspect = draw(math.log(ratio[0]), math.log(ratio[1])).exp()
+    area = (height * width)[:, None] * draw(0.08, 1.0)
+    aspect = draw(math.log(narrowest), math.log(widest)).exp()
     wide, high = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (wide > 0) & (wide <= width[:, None]) & (high > 0) & (high <= height[:, None])
     first = fits.int().argmax(1, keepdim=True)  # the first try that fits, if any does
     fitting = fits.any(1)
     own = width / height
-    widest = torch.where(own > ratio[1], (height * ratio[1]).round(), width)
-    highest = torch.where(own < ratio[0], (width / ratio[0]).round(), height)
-    wide = torch.where(fitting, wide.gather(1, first)[:, 0], widest)
-    high = torch.where(fitting, high.gather(1, first)[:, 0], highest)
+    central_width = torch.where(own > widest, (height * widest).round(), width)
+    central_height = torch.where(own < narrowest, (width / narrowest).round(), height)
+    wide = torch.where(fitting, wide.gather(1, first)[:, 0], central_width)
+    high = torch.where(fitting, high.gather(1, first)[:, 0], central_height)
     corner = torch.rand((len(sizes), 2), generator=generator, dtype=torch.float64)
     top = torch.where(fitting, (corner[:, 0] * (height - high + 1)).floor(), ((height - high) / 2).floor())
     left = torch.where(fitting, (corner[:, 1] * (width - wide + 1)).floor(), ((width - wide) / 2).floor())
     box, scaled = torch.stack([top, left, high, wide], 1).long(), torch.full((len(sizes), 2), size)
-    return Views(box, scaled, torch.zeros_like(scaled), torch.rand(len(sizes), generator=generator) < flip)
+    return Views(box, scaled, torch.zeros_like(scaled), torch.rand(len(sizes), generator=generator) < 0.5)
 
 
 def central_views(sizes: torch.Tensor, size: int, crop: float = 224 / 256) -> Views:

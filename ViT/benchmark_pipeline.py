@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,7 +27,7 @@ from control_experiments.paths import RESULTS
 from control_experiments.record import RunRecord
 from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.options import Precision, check_method
-from ViT.options import METHODS, RecipeOptions, check_data
+from ViT.finetune import METHODS, RecipeOptions, check_data
 
 
 @dataclass
@@ -68,11 +67,12 @@ def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
     options.check()
     import torch
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from timm.data import create_transform
     from torch.utils.data import DataLoader, default_collate
-    from torchvision import transforms
+    from torchvision.transforms.functional import to_pil_image
 
     from control_experiments.training import device as devices
+    from control_experiments.training.benchmarking import time_steps
     from control_experiments.training.metering import MemoryMeter
     from control_experiments.training.methods import describe_adapter
     from ViT import augment, classifier, images, training, vision_models
@@ -108,19 +108,12 @@ def main() -> None:
             views = partial(augment.random_views, size=size, generator=generator)
             yield from training.prepared(data.train, whole, views, size, device)
 
-    transform = transforms.Compose(
-        [
-            transforms.ToPILImage(),
-            transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-        ]
-    )
+    # RandomResizedCrop and flip, normalised by the ImageNet statistics
+    transform = create_transform(size, is_training=True, color_jitter=None, interpolation="bicubic")
     loader = DataLoader(
         decoded, options.batch_size, shuffle=True, drop_last=True, pin_memory=device.type == "cuda",
         num_workers=options.workers, persistent_workers=options.workers > 0,
-        collate_fn=lambda batch: default_collate([(transform(image), label) for image, label in batch]),
+        collate_fn=lambda batch: default_collate([(transform(to_pil_image(image)), label) for image, label in batch]),
     )  # fmt: skip
 
     def published() -> Iterator[tuple]:
@@ -128,17 +121,13 @@ def main() -> None:
         for inputs, labels in itertools.chain.from_iterable(itertools.repeat(loader)):
             yield inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
-    def images_per_second(batches: Iterator[tuple]) -> float:
-        """Rate of `options.steps` training steps, after two that do not count."""
-        float(sum(loss for loss, _ in training.train_steps(step, itertools.islice(batches, 2))))  # waits for the device
-        started = time.perf_counter()
-        float(sum(loss for loss, _ in training.train_steps(step, itertools.islice(batches, options.steps))))
-        return options.steps * options.batch_size / (time.perf_counter() - started)
-
     our_batches = ours()
     ways = {"ours": our_batches, "resident": itertools.repeat(next(our_batches)), "published": published()}
-    rounds = [{way: images_per_second(batches) for way, batches in ways.items()} for _ in range(options.rounds)]
-    rates = {way: [rate[way] for rate in rounds] for way in ways}
+    trained = {way: training.train_steps(step, batches) for way, batches in ways.items()}
+    rates = {way: [] for way in ways}
+    for way in itertools.chain.from_iterable(itertools.repeat(ways, options.rounds)):
+        seconds = time_steps(lambda steps=trained[way]: next(steps), options.steps + 2, device.type)[2:]
+        rates[way].append(options.steps * options.batch_size / sum(seconds))
     median = {way: statistics.median(values) for way, values in rates.items()}
     over = {f"ours_over_{way}": median["ours"] / median[way] for way in ("resident", "published")}
     place = (Path(options.output_dir) if options.output_dir else RESULTS / "vit" / "pipeline") / f"{name}.json"

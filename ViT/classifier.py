@@ -22,7 +22,7 @@ from control_experiments.record import read_json, write_json_atomic
 from control_experiments.training.checkpoints import check_adapter_files
 from control_experiments.training.methods import adapter_config, load_adapter
 from peft_control import quantize_fp8
-from ViT.options import TINY, RecipeOptions
+from ViT.finetune import TINY, RecipeOptions
 from ViT.tiny_model import build_tiny
 from ViT.vision_models import Base, create, load, load_weights, set_attention, set_mlp_layers
 
@@ -49,15 +49,6 @@ class Description:
     crop: float
     classes: list[str]
     quantization: str = "none"
-
-    def check(self) -> None:
-        """Raises TypeError: a value read from a file is none that `save` writes."""
-        words = [self.method, self.model, self.architecture, self.sha256 or "", self.quantization]
-        words += self.classes if isinstance(self.classes, list) else [None]
-        numbers = (self.image_size, self.mlp_layers, self.crop)
-        right = all(isinstance(word, str) for word in words)
-        if not right or not all(type(n) in (int, float) and 0 < n < 1e6 for n in numbers):
-            raise TypeError("classifier.json is not as it was written")
 
 
 def add_adapter(model: VisionTransformer, options: RecipeOptions) -> nn.Module:
@@ -178,11 +169,9 @@ def save(model: nn.Module, folder: Path, description: Description, base: VisionT
 def read_description(folder: str | Path) -> Description:
     """Raises UserError: no adapter of finetune.py is there."""
     try:
-        description = Description(**read_json(Path(folder).expanduser() / "classifier.json"))
-        description.check()
+        return Description(**read_json(Path(folder).expanduser() / "classifier.json"))
     except (UserError, TypeError) as error:
         raise UserError(f"{folder} is no adapter folder of ViT/finetune.py ({error})") from error
-    return description
 
 
 def restore(folder: str | Path, *, attention: str = "sdpa", model: str | None = None) -> tuple[nn.Module, Description, Base]:

@@ -8,15 +8,14 @@ scikit-learn's digits. A *source* is anything with `len(source)` and `source[i] 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import sys
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -28,9 +27,10 @@ from torchvision import datasets
 from tqdm import tqdm
 
 from control_experiments.errors import UserError
+from control_experiments.paths import cache_folder
 from control_experiments.training.checksums import fingerprint
 from control_experiments.training.device import to_device
-from ViT.options import HUB, check_data
+from ViT.finetune import HUB
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
 #: What Pillow may take a file for: it knows more formats, some of which start other programs.
@@ -46,19 +46,14 @@ SPLIT_SEED = 0
 Images = torch.Tensor | Sequence[torch.Tensor]
 
 
-def decode(source, index: int, corrupt: str) -> tuple[torch.Tensor, int] | None:
-    """Entry `index` as (`(3, H, W)` uint8, label); a corrupt image is skipped with a warning (None) or stops.
-    Raises UserError: the image is corrupt and `corrupt` is "stop"."""
+def decode(source, index: int) -> tuple[torch.Tensor, int]:
+    """Entry `index` as (`(3, H, W)` uint8, label). Raises UserError: it is no readable image."""
     try:
         image, label = source[index]
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous(), int(label)
     except Exception as error:  # what Pillow raises for a broken file depends on its format and version
-        name = source.name(index) if isinstance(source, Files) else f"{type(source).__name__} image {index}"
-        message = f"{name} is no readable image ({error})"
-        if corrupt == "stop":
-            raise UserError(f"{message}: repair or remove it, or add --corrupt skip") from error
-        print(f"warning: {message}: skipped", file=sys.stderr)
-        return None
+        name = source.paths[index] if isinstance(source, Files) else f"{type(source).__name__} image {index}"
+        raise UserError(f"{name} is no readable image ({error})") from error
 
 
 class Decoded:
@@ -95,79 +90,55 @@ class OnDemand:
 
     bytes = 0
 
-    def __init__(self, source, corrupt: str, workers: int):
-        self.source, self.corrupt, self.workers = source, corrupt, workers
+    def __init__(self, source, workers: int):
+        self.source, self.workers = source, workers
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int):
-        return decode(self.source, index, self.corrupt)
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return decode(self.source, index)
 
     def batches(self, indices: Sequence[torch.Tensor]) -> Iterator[tuple[Images, torch.Tensor]]:
-        """As `Decoded.batches`; skipped images leave their batch smaller."""
+        """As `Decoded.batches`."""
         chosen = [part.tolist() for part in indices]
-        loader = DataLoader(self, batch_sampler=chosen, num_workers=self.workers, collate_fn=_collate)
-        for images, labels in loader:
-            if len(labels):
-                yield images, labels
+        for entries in DataLoader(self, batch_sampler=chosen, num_workers=self.workers, collate_fn=list):
+            images, labels = zip(*entries, strict=True)
+            yield images, torch.tensor(labels)
 
 
-def _collate(entries: list) -> tuple[list[torch.Tensor], torch.Tensor]:
-    kept = [entry for entry in entries if entry is not None]
-    return [image for image, _ in kept], torch.tensor([label for _, label in kept])
-
-
-def read(source, corrupt: str = "stop", keep: str = "auto", workers: int = 8) -> Decoded | OnDemand:
+def read(source, keep: str = "auto", workers: int = 8) -> Decoded | OnDemand:
     """Decode a whole source, or leave it to be decoded on demand when it is too large for the host's memory.
-    Raises UserError: a corrupt image with `corrupt="stop"`, or no readable image at all."""
+    Raises UserError: images that cannot be read, by name."""
     if keep == "auto":  # by 16 images spread over the source
-        sample = [decode(source, index, corrupt) for index in {len(source) * i // 16 for i in range(16)}]
-        sizes = [entry[0].nbytes for entry in sample if entry]
+        sizes = [decode(source, index)[0].nbytes for index in {len(source) * i // 16 for i in range(16)}]
         room = HOST_SHARE * psutil.virtual_memory().available
-        keep = "files" if len(source) * sum(sizes) > room * max(1, len(sizes)) else "host"
+        keep = "files" if len(source) * sum(sizes) > room * len(sizes) else "host"
     if keep == "files":
-        return OnDemand(source, corrupt, workers)
+        return OnDemand(source, workers)
     with ThreadPoolExecutor(workers) as pool:
-        futures = pool.map(lambda index: decode(source, index, corrupt), range(len(source)))
-        entries = [e for e in tqdm(futures, "decoding", len(source), leave=False, disable=None) if e]
-    if not entries:
-        raise UserError("none of the images can be read")
-    images, labels = zip(*entries, strict=True)
+        futures = [pool.submit(decode, source, index) for index in range(len(source))]
+        broken = [str(f.exception()) for f in tqdm(futures, "decoding", leave=False, disable=None) if f.exception()]
+    if broken:
+        raise UserError(f"{'; '.join(broken[:20])}: repair or remove {len(broken)} of {len(source)} images")
+    images, labels = zip(*(future.result() for future in futures), strict=True)
     if len({image.shape for image in images}) == 1:
         images = torch.stack(images)
     return Decoded(images, torch.tensor(labels))
-
-
-class Entry(NamedTuple):
-    """An image file, or its bytes within a tar, which is never unpacked; `place` is its name in the folder or tar."""
-
-    place: PurePath
-    file: Path
-    offset: int = 0
-    length: int = -1
 
 
 @dataclass
 class Files:
     """Image files with labels."""
 
-    entries: Sequence[Entry]
+    paths: Sequence[Path]
     labels: Sequence[int]
 
     def __len__(self) -> int:
-        return len(self.entries)
-
-    def name(self, index: int) -> str:
-        entry = self.entries[index]
-        return str(entry.file) if entry.length < 0 else f"{entry.file.name}:{entry.place}"
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        entry = self.entries[index]
-        with open(entry.file, "rb") as file:
-            file.seek(entry.offset)
-            contents = io.BytesIO(file.read(entry.length))
-        with Image.open(contents, formats=FORMATS) as image:
+        with Image.open(self.paths[index], formats=FORMATS) as image:
             image.load()
             return image, self.labels[index]
 
@@ -197,11 +168,10 @@ class ImageData:
             self.train, self.test = (part.to(device) if isinstance(part, Decoded) else part for part in (self.train, self.test))
 
 
-def load_data(name: str, *, root: str = "data", corrupt: str = "stop", keep: str = "auto", workers: int = 8) -> ImageData:
+def load_data(name: str, *, root: str = "data", keep: str = "auto", workers: int = 8) -> ImageData:
     """Load a data set by its torchvision name, "digits", or the path of an `.npz`, a folder or a tar.
 
     Args:
-        corrupt: "stop" at an unreadable image or "skip" it; either names the file.
         keep: "auto", "device", "host" (decoded in memory) or "files" (decoded on demand).
         workers: threads that decode, or processes for "files".
 
@@ -210,110 +180,91 @@ def load_data(name: str, *, root: str = "data", corrupt: str = "stop", keep: str
     if name == "digits":
         return load_digits_data()
     if name in HUB:
-        return _torchvision(name, root, corrupt, keep, workers)
-    check_data(name)
+        return _torchvision(name, root, keep, workers)
     path = Path(name).expanduser()
     if path.suffix == ".npz":
         return _npz(path)
-    splits, classes = _class_folders(path)
-    parts = (read(Files(found, labels), corrupt, keep, workers) for found, labels in splits)
-    return ImageData(path.stem, *parts, classes, {"id": path.name, "sha256": fingerprint(path)})
+    identity = {"id": path.name, "sha256": fingerprint(path)}
+    splits, classes = _class_folders(path if path.is_dir() else _unpacked(path, identity["sha256"]), path)
+    parts = (read(files, keep, workers) for files in splits)
+    return ImageData(path.stem, *parts, classes, identity)
 
 
-def _folder_entries(folder: Path) -> list[Entry]:
-    return _images(Entry(file.relative_to(folder), file) for file in folder.rglob("*") if file.is_file())
+def _images(folder: Path) -> list[Path]:
+    """The image files below a folder."""
+    found = folder.rglob("*")
+    return sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.name[0] != "." and file.is_file())
 
 
-def _images(entries: Iterable[Entry]) -> list[Entry]:
-    return [entry for entry in entries if entry.place.suffix.lower() in SUFFIXES and not entry.place.name.startswith(".")]
-
-
-def read_folder(folder: str, corrupt: str = "stop", workers: int = 8) -> tuple[list[Path], list[torch.Tensor]]:
-    """All images below a folder, without labels: their paths and their `(3, H, W)` pixels. Raises UserError: no
-    folder, no image in it, or a corrupt image with `corrupt="stop"`."""
+def read_folder(folder: str, workers: int = 8) -> tuple[list[Path], Decoded]:
+    """All images below a folder: their paths, and their pixels with labels that say nothing. Raises UserError: no folder, no
+    image in it, or images that cannot be read."""
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise UserError(f"{folder} is no folder of images")
-    entries = sorted(_folder_entries(root))
-    if not entries:
+    paths = _images(root)
+    if not paths:
         raise UserError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))})")
-    # the label is the position in the list, by which skipped files fall out of it
-    decoded = read(Files(entries, range(len(entries))), corrupt, "host", workers)
-    return [entries[i].file for i in decoded.labels.tolist()], list(decoded.images)
+    return paths, read(Files(paths, [0] * len(paths)), "host", workers)
 
 
-def _class_folders(path: Path) -> tuple[list[tuple[list[Entry], list[int]]], list[str]]:
-    """Image files and labels of the training and of the test part, and the names of the classes."""
-    splits = {"train": [], "test": []}
-    entries = _folder_entries(path) if path.is_dir() else _tar_entries(path)
-    for entry in sorted(entries, key=lambda entry: (entry.place.parent.name, entry)):
-        split = entry.place.parent.parent.name
-        split = "test" if split in TEST_NAMES else split
-        if split in splits:
-            splits[split].append(entry)
-    names = {split: [entry.place.parent.name for entry in found] for split, found in splits.items()}
-    for split, other in (("train", "test"), ("test", "train")):
-        if not names[split]:
+def _class_folders(folder: Path, named: Path) -> tuple[list[Files], list[str]]:
+    """The training and the test images below a folder, called `named` in errors, and the names of their classes."""
+    images, splits = sorted(_images(folder), key=lambda path: (path.parent.name, path)), []
+    for names in (("train",), TEST_NAMES):
+        found = [path for path in images if path.parent.parent.name in names]
+        if not found:
+            wanted = f"train/CLASS/*.jpg and {'|'.join(TEST_NAMES)}/CLASS/*.jpg"
+            raise UserError(f"{named} has no {names[0]} images: it must hold {wanted}")
+        splits.append(found)
+    train, test = ({path.parent.name for path in found} for found in splits)
+    if only := sorted(train ^ test):
+        where = "train" if only[0] in train else "test"
+        raise UserError(f"the class folders of {named} differ: {only[0]} only in {where}; train and test must have the same")
+    labels = {name: label for label, name in enumerate(sorted(train))}
+    return [Files(found, [labels[path.parent.name] for path in found]) for found in splits], list(labels)
+
+
+def _unpacked(tar: Path, checksum: str) -> Path:
+    """The folder below the cache that holds what is in a tar. Raises UserError: it is none that can be read, or has members
+    outside of itself."""
+    folder = cache_folder() / "images" / checksum
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        try:
+            with tarfile.open(tar) as file:
+                for member in file:
+                    if member.size < 0:  # after which tarfile would go round in circles
+                        raise tarfile.ReadError("a member has a negative size")
+                    file.extract(member, f"{place}/images", filter="data")
+        except Exception as error:  # tarfile lets many kinds through for a broken header
             raise UserError(
-                f"{path} has no {split} images: it must hold train/CLASS/*.jpg and {'|'.join(TEST_NAMES)}/CLASS/*.jpg"
-            )
-        if names[other] and (only := sorted({*names[split]} - {*names[other]})):
-            raise UserError(
-                f"the class folders of {path} differ: {', '.join(only[:5])} only in {split}; "
-                "train and test must have the same classes"
-            )
-    labels = {name: label for label, name in enumerate(sorted({*names["train"]}))}
-    return [(splits[split], [labels[name] for name in names[split]]) for split in splits], list(labels)
-
-
-def _tar_entries(path: Path) -> list[Entry]:
-    """The images in an uncompressed tar. Links are no files of their own and never followed. Raises UserError: it is no
-    such tar, or has members outside of itself or of the file."""
-    entries, size = {}, path.stat().st_size  # by name: of several members of one name the last counts
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.size < 0 or member.offset_data + member.size > size:
-                    # tarfile would go round in circles after a negative size
-                    raise tarfile.ReadError("a member reaches outside of the file")
-                if member.isreg() and not member.issparse():
-                    entries[member.name] = Entry(PurePosixPath(member.name), path, member.offset_data, member.size)
-    except Exception as error:  # tarfile lets many kinds through for a broken header
-        raise UserError(
-            f"{path} is no .npz, no folder of class folders and no tar that can be read ({error}): a compressed tar must "
-            "be unpacked, or packed without compression"
-        ) from error
-    for place, *_ in entries.values():
-        if place.is_absolute() or ".." in place.parts:
-            raise UserError(f"{path} has a member outside of itself ({place}): do not trust this file")
-    return _images(entries.values())
+                f"{tar} is no .npz, no folder of class folders and no tar that can be unpacked ({error})"
+            ) from error
+        with suppress(OSError):  # another run was first
+            os.rename(f"{place}/images", folder)
+    return folder
 
 
 def _npz(path: Path) -> ImageData:
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in NPZ_KEYS if key in file}
+            arrays = {key: np.atleast_1d(file[key]) for key in NPZ_KEYS}
     except Exception as error:  # NumPy, zipfile and zlib each have their own kinds for a broken file
-        raise UserError(f"{path} is no readable .npz ({error})") from error
-    if missing := [key for key in NPZ_KEYS if key not in arrays]:
         layout = f"{', '.join(NPZ_KEYS)} (images uint8 N x H x W x 3, labels integers, class names)"
-        raise UserError(f"{path} lacks {', '.join(missing)}: it must hold {layout}")
-    for key, array in arrays.items():
-        if not isinstance(array, np.ndarray):  # NumPy hands out a member that is no .npy file as bytes
-            raise UserError(f"{key} of {path} is no array")
-    if arrays["classes"].ndim != 1:
-        raise UserError(f"classes of {path} must be a list of names")
-    classes = [str(name) for name in arrays["classes"]]
-    splits = []
+        raise UserError(f"{path} is no readable .npz with {layout}: {error}") from error
+    classes, splits = [str(name) for name in arrays["classes"]], []
     for split in ("train", "test"):
         pixels, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.size:
             raise UserError(f"x_{split} of {path} is {pixels.dtype} {pixels.shape}: it must be uint8 N x H x W x 3")
-        if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
-            raise UserError(f"y_{split} of {path} is {labels.dtype} {labels.shape}: it must hold {len(pixels)} integers")
-        if labels.min() < 0 or labels.max() >= len(classes):
-            found = f"labels {labels.min()} to {labels.max()}"
-            raise UserError(f"y_{split} of {path} has {found} for {len(classes)} classes")
+        integers = labels.shape == (len(pixels),) and labels.dtype.kind in "iu"
+        if not integers or labels.min() < 0 or labels.max() >= len(classes):
+            raise UserError(
+                f"y_{split} of {path} must hold {len(pixels)} integers from 0 to {len(classes) - 1}, for the classes"
+            )
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         splits.append(Decoded(images, torch.from_numpy(labels.astype(np.int64))))
     return ImageData(path.stem, *splits, classes, {"id": path.name, "sha256": fingerprint(path)})
@@ -338,7 +289,7 @@ def load_digits_data(first: int = 5, last: int = 9) -> ImageData:
     return ImageData("digits", train, held, [str(digit) for digit in range(first, last + 1)], identity)
 
 
-def _torchvision(name: str, root: str, corrupt: str, keep: str, workers: int) -> ImageData:
+def _torchvision(name: str, root: str, keep: str, workers: int) -> ImageData:
     folder = os.path.expanduser(root)
     fetch = {"root": folder, "download": True}
     makers = {
@@ -360,7 +311,7 @@ def _torchvision(name: str, root: str, corrupt: str, keep: str, workers: int) ->
     classes = getattr(first, "classes", None) or [str(digit) for digit in range(10)]  # SVHN names none
     classes = [entry if isinstance(entry, str) else entry[0] for entry in classes]
     revision = f"torchvision {torchvision.__version__}, which checks its own checksums"
-    parts = (read(part, corrupt, keep, workers) for part in (train, test))
+    parts = (read(part, keep, workers) for part in (train, test))
     return ImageData(name, *parts, classes, {"id": name, "revision": revision})
 
 

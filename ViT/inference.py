@@ -21,8 +21,8 @@ from control_experiments.training.runs import RunFolder
 from control_experiments.training.setup import choose
 from ViT import augment
 from ViT.classifier import Description, restore
-from ViT.images import Decoded, ImageData, load_data, read_folder
-from ViT.options import Options
+from ViT.finetune import Options
+from ViT.images import ImageData, load_data, read_folder
 from ViT.training import Step, index_batches, predict, prepared, score
 from ViT.vision_models import Base
 
@@ -39,12 +39,9 @@ def evaluate(options: Options) -> None:
         if begun or (folder.finished and read_record(folder.record).history):  # else its files would be overwritten, or mixed
             raise UserError(f"{folder.path} holds a training run: choose another --output_dir for its evaluation")
         data = load_data(options.data, **reading(options))
-        here, there = data.classes, description.classes
-        if len(here) > len(there):
-            raise UserError(f"{data.name} has {len(here)} classes, more than the adapter's head ({len(there)})")
-        if here != there:
-            found = f"the classes of {data.name} ({', '.join(here[:3])}, ...)"
-            raise UserError(f"{found} are not those that the adapter was trained on ({', '.join(there[:3])}, ...)")
+        if data.classes != description.classes:
+            here, there = (f"{len(names)}: {', '.join(names[:3])}, ..." for names in (data.classes, description.classes))
+            raise UserError(f"the classes of {data.name} ({here}) are not those that the adapter was trained on ({there})")
         record = RunRecord.begin(
             options, domain="vit", name=folder.path.name, task=data.name, device=describe_device(step.device),
             command=["python", "-m", PROGRAM, *sys.argv[1:]], autocast=step.precision,
@@ -68,8 +65,7 @@ def evaluate(options: Options) -> None:
 def classify_folder(options: Options) -> None:
     """Classify every image below a folder into a CSV file: file, class, probability."""
     with trained(options, options.adapter) as (step, description, _):
-        paths, pixels = read_folder(options.predict, options.corrupt, options.workers)
-        unknown = Decoded(pixels, torch.zeros(len(pixels), dtype=torch.long))
+        paths, unknown = read_folder(options.predict, options.workers)
         data = ImageData("folder", unknown, unknown, description.classes, {})
         logits, _ = test_logits(step, data, options, step.device)
         names = [path.relative_to(Path(options.predict).expanduser()).as_posix() for path in paths]
@@ -94,7 +90,7 @@ def trained(options: Options, adapter: str) -> Iterator[tuple[Step, Description,
 
 def reading(options: Options) -> dict:
     """How `load_data` is to read."""
-    return {"root": options.data_root, **{name: getattr(options, name) for name in ("corrupt", "keep", "workers")}}
+    return {"root": options.data_root, "keep": options.keep, "workers": options.workers}
 
 
 def test_logits(step: Step, data: ImageData, options: Options, device: torch.device):

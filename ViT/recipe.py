@@ -13,12 +13,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from control_experiments.errors import Interrupted, StopRequest, UserError
+from control_experiments.errors import Interrupted, StopRequest
 from control_experiments.record import read_json, write_json_atomic
 from control_experiments.training.checkpoints import keep_newest, last_good, whole_folder
 from control_experiments.training.device import seed_everything
@@ -30,9 +28,9 @@ from control_experiments.training.setup import Run, start
 from peft_control import quantize_fp8
 from ViT import augment
 from ViT.classifier import Description, add_adapter, build_base, save
+from ViT.finetune import TINY, Options
 from ViT.images import Decoded, ImageData, hold_out, load_data
 from ViT.inference import LESS_MEMORY, PROGRAM, describe, reading, test_logits, write_test_predictions
-from ViT.options import TINY, Options
 from ViT.training import Step, index_batches, prepared, rate_factor, score, train_steps
 from ViT.vision_models import Base, new_head
 
@@ -138,11 +136,9 @@ def fit(
     """
     options, device, checkpoints = run.options, run.device, run.folder.checkpoints
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = [{"params": list(trained.values()), "lr": options.lr}]
-    if options.lr_head is not None:
-        body, head = ([p for name, p in trained.items() if ("modules_to_save" in name) == is_head] for is_head in (False, True))
-        groups = [{"params": body, "lr": options.lr}, {"params": head, "lr": options.lr_head}]
-    rates = [group["lr"] for group in groups]
+    rates = [options.lr, options.lr_head or options.lr]
+    split = ([p for name, p in trained.items() if ("modules_to_save" in name) == head] for head in (False, True))
+    groups = [{"params": part, "lr": rate} for part, rate in zip(split, rates, strict=True)]
     if options.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, momentum=options.momentum, weight_decay=options.weight_decay)
     else:
@@ -198,10 +194,9 @@ def fit(
             if stop.number is not None and done < end:
                 save()
                 raise Interrupted(stop.number)
-            done = end  # a batch whose images are all unreadable is no step
             outcome = test_logits(step, data, options, device)
             row = {"step": done, "epoch": epoch + 1, "learning_rate": optimizer.param_groups[0]["lr"],
-                   "train_loss": float(losses["total"]) / max(1, losses["images"]), "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
+                   "train_loss": float(losses["total"]) / losses["images"], "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
             losses = None
             history.append(row)
             reached = f"training loss {row['train_loss']:.4f}, {options.scored} accuracy {row['test_accuracy']:.2f} %"
@@ -241,9 +236,10 @@ def save_checkpoint(
     """Write checkpoint-STEP and keep one before it; `losses` are the sum of losses so far of an epoch that is not at its end, and
     over how many images."""
     with whole_folder(folder / f"checkpoint-{step}") as place:
-        save_file({name: p.detach().contiguous() for name, p in trained.items()}, place / "trained.safetensors")
         states = {name: part.state_dict() for name, part in parts.items()}
-        torch.save({**states, "losses": losses}, place / "state.pt")
+        torch.save(
+            {**states, "trained": {name: p.detach() for name, p in trained.items()}, "losses": losses}, place / "state.pt"
+        )
         write_json_atomic(place / "trainer_state.json", {"step": step, "history": history})
     keep_newest(folder, 2)
 
@@ -251,23 +247,17 @@ def save_checkpoint(
 def load_checkpoint(
     place: Path, trained: dict[str, nn.Parameter], parts: dict, device: torch.device
 ) -> tuple[list[dict], dict | None, int]:
-    """Restore what `save_checkpoint` wrote; returns the history, the losses of the epoch to go on with, and the
-    step. Raises UserError: it does not fit this run."""
-    try:
-        saved = load_file(place / "trained.safetensors")
-        if saved.keys() != trained.keys():
-            raise ValueError("it holds other parameters")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(saved[name])
-        loaded = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(loaded[name])
-        losses = loaded["losses"] and {**loaded["losses"], "total": loaded["losses"]["total"].to(device)}
-        state = read_json(place / "trainer_state.json")
-        return state["history"], losses, state["step"]
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{place} is no checkpoint of this run ({error}): delete it to start over") from error
+    """Restore what `save_checkpoint` wrote (the run's folder has checked that it is whole, and this run's); returns the
+    history, the losses of the epoch to go on with, and the step."""
+    saved = torch.load(place / "state.pt", map_location="cpu", weights_only=True)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved["trained"][name])
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    losses = saved["losses"] and {**saved["losses"], "total": saved["losses"]["total"].to(device)}
+    state = read_json(place / "trainer_state.json")
+    return state["history"], losses, state["step"]
 
 
 def loading_lines(options: Options, base: Base) -> str:

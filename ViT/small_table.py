@@ -21,8 +21,8 @@ from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import read_record
 from control_experiments.training.study import Cell, Study, StudyOptions, command_of, make_run, run_study
-from ViT.options import Options as RunOptions
-from ViT.options import RecipeOptions, model_name
+from ViT.finetune import Options as RunOptions
+from ViT.finetune import RecipeOptions, model_name
 
 
 @dataclass(kw_only=True)

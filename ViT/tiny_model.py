@@ -9,8 +9,8 @@ from timm.models import VisionTransformer
 from torch.nn.functional import cross_entropy
 
 from ViT import augment
+from ViT.finetune import TINY
 from ViT.images import load_digits_data
-from ViT.options import TINY
 from ViT.vision_models import Base, create
 
 SEED, STEPS, BATCH, LEARNING_RATE = 0, 300, 32, 2e-3

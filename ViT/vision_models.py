@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from torch import nn
 
 from control_experiments.errors import UserError
 from control_experiments.training.checksums import fingerprint
-from ViT.options import TINY, check_model
+from ViT.finetune import TINY, check_model
 
 
 @dataclass
@@ -48,12 +46,8 @@ def create(architecture: str, *, num_classes: int, image_size: int, pretrained: 
         model = VisionTransformer(image_size, patch, num_classes=num_classes, embed_dim=64, depth=4, num_heads=4)
     else:
         bare = architecture.rpartition("/")[2].partition(".")[0]
-        if not timm.is_model(bare):
-            near = difflib.get_close_matches(bare, timm.list_models(module="vision_transformer"), 3)
-            hint = f"; near: {', '.join(near)}" if near else ""
-            raise UserError(f"timm knows no model {architecture!r}{hint} (and there is no file of that name)")
         if not is_model_in_modules(bare, ("vision_transformer", "deit")):
-            raise UserError(f"{architecture} is no timm VisionTransformer")
+            raise UserError(f"{architecture} is no timm VisionTransformer, and there is no file of that name")
         try:
             model = timm.create_model(architecture, pretrained=pretrained, num_classes=num_classes, img_size=image_size)
         except (OSError, RuntimeError) as error:
@@ -61,8 +55,6 @@ def create(architecture: str, *, num_classes: int, image_size: int, pretrained: 
                 f"timm cannot get the weights of {architecture} ({error}): check the name and the network, "
                 "or give --model the path of a weight file and --architecture its timm name"
             ) from error
-    if not isinstance(model, VisionTransformer):
-        raise UserError(f"{architecture} is a {type(model).__name__}, not a timm VisionTransformer")
     patch = model.patch_embed.patch_size
     if any(image_size % side for side in patch):
         raise UserError(
@@ -83,7 +75,7 @@ def load(model: str, architecture: str | None, *, num_classes: int, image_size: 
     """The model that `--model` names: a timm name, a weight file or a folder with `model.safetensors`.
 
     Args:
-        architecture: timm name, needed for files whose folder has no `config.json` of timm's.
+        architecture: timm name, needed for files.
 
     Raises UserError: nothing there, or weights of another architecture.
     """
@@ -92,17 +84,10 @@ def load(model: str, architecture: str | None, *, num_classes: int, image_size: 
     if not path.exists():
         built = create(model, num_classes=num_classes, image_size=image_size, pretrained=True)
         return built, Base(model, model)
-    try:
-        beside = (path if path.is_dir() else path.parent) / "config.json"
-        architecture = architecture or json.loads(beside.read_text(encoding="utf-8"))["architecture"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: add --architecture with the timm name of these weights (for example vit_base_patch16_224)"
-        ) from error
+    if architecture is None:
+        raise UserError(f"{path}: add --architecture with the timm name of these weights (for example vit_base_patch16_224)")
     if path.is_dir():
         path = path / "model.safetensors"
-        if not path.is_file():
-            raise UserError(f"{model} holds no model.safetensors")
     built = create(architecture, num_classes=num_classes, image_size=image_size)
     load_weights(built, path, architecture)
     parent = path.resolve().parent.name
@@ -113,40 +98,25 @@ def load(model: str, architecture: str | None, *, num_classes: int, image_size: 
 def load_weights(model: VisionTransformer, path: Path, architecture: str) -> None:
     """Load a `.safetensors` or an original JAX `.npz` file, except its head; position embeddings are resampled.
     Raises UserError: the file is broken, of another format or of another architecture."""
-    misfit = f"{path} holds weights of another architecture than {architecture}"
-    if path.suffix == ".npz":
-        _load_npz(model, path, misfit)
-        return
-    if path.suffix != ".safetensors":
+    if path.suffix not in (".safetensors", ".npz"):
         raise UserError(f"{path} is neither .safetensors nor .npz: convert it, for pickles can run code")
+    head = {f"head.{name}": value.clone() for name, value in model.head.state_dict().items()}
     try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no readable safetensors file ({error})") from error
-    try:
-        state = checkpoint_filter_fn(state, model)
-    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
-        raise UserError(f"{misfit} ({error})") from error
-    head = {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    try:
-        model.load_state_dict({**state, **head})
-    except RuntimeError as error:
-        _, *reasons = str(error).split("\n")
-        raise UserError(f"{misfit}: {' '.join(reasons):.200}") from error
-
-
-def _load_npz(model: VisionTransformer, path: Path, misfit: str) -> None:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            layers = {part for name in file for part in name.split("/") if part.startswith("encoderblock_")}
-        head = {name: value.clone() for name, value in model.head.state_dict().items()}
-        if len(layers) != len(model.blocks):
-            raise ValueError(f"{len(layers)} layers, not {len(model.blocks)}")
-        model.load_pretrained(str(path))
-        model.head.load_state_dict(head)
-    except (KeyError, ValueError, RuntimeError, AssertionError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{misfit} or is no original ViT .npz ({error})") from error
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:  # timm would pass over layers that the model lacks
+                layers = {part for name in file for part in name.split("/") if part.startswith("encoderblock_")}
+            if len(layers) != len(model.blocks):
+                raise ValueError(f"{len(layers)} layers, not {len(model.blocks)}")
+            model.load_pretrained(str(path))
+            state = model.state_dict()
+        else:
+            state = checkpoint_filter_fn(load_file(path), model)
+        model.load_state_dict({**{name: value for name, value in state.items() if not name.startswith("head.")}, **head})
+    except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError, OSError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} is broken or holds weights of another architecture than {architecture}: {reason:.250}"
+        ) from error
 
 
 class FourLayerMlp(nn.Module):
@@ -173,10 +143,8 @@ class FourLayerMlp(nn.Module):
 
 
 def set_mlp_layers(model: VisionTransformer, layers: int) -> None:
-    """2 leaves the ordinary MLPs, 4 puts a :class:`FourLayerMlp` in the place of each. Raises UserError:
-    another number, or blocks whose `mlp` is no timm `Mlp`."""
-    if layers not in (2, 4):
-        raise UserError(f"--mlp_layers is 2 or 4, got {layers}")
+    """2 leaves the ordinary MLPs, 4 puts a :class:`FourLayerMlp` in the place of each. Raises UserError: blocks whose
+    `mlp` is no timm `Mlp`."""
     if layers == 4:
         for block in model.blocks:
             if not isinstance(getattr(block, "mlp", None), Mlp):

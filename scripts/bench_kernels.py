@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Our elementwise kernels against Liger's and torch's: forward and backward of each, at LLaMA-3-8B's and ViT-B's widths.
+"""Our elementwise kernels against torch's and Liger's: forward and backward of each, at LLaMA-3-8B's and ViT-B's widths.
 
-    python -m scripts.bench_kernels                      # needs a GPU and liger-kernel
-    python -m scripts.bench_kernels --device cpu --tokens 64 --peers torch      # to try it out
+    python -m scripts.bench_kernels                                             # needs a GPU and liger-kernel
+    python -m scripts.bench_kernels --device cpu --tokens 64                    # to try it out, against torch alone
 
 Each row is one operation with a frozen weight, forward and then the gradient of its input, median of --repeats; memory
 is the peak over the inputs. Ratios below 1: ours is faster, or needs less. A Triton kernel of ours earns its place in
@@ -12,35 +12,33 @@ peft_control/memory/kernels.py only here.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
-from control_experiments.errors import UserError, run_main
+from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
-from control_experiments.training.arguments import check_choices, parse_arguments
-
-PEERS = ("liger", "torch")
+from control_experiments.training.arguments import parse_arguments
 
 
 @dataclass
 class Options:
     tokens: int = HfArg(default=4096, help="Rows of every input.")
     vocabulary: int = HfArg(default=128256, help="Classes of the loss.")
-    peers: list[str] = HfArg(default_factory=lambda: [*PEERS], help="Whom to compare with: liger, torch.")
     repeats: int = HfArg(default=20, help="Timed runs of each.")
     device: str = HfArg(default="cuda", help="cuda, or cpu to try the script out.")
     output: str = HfArg(default=str(RESULTS / "kernels" / "kernels.json"), help="Where the record goes.")
 
 
-Step = Callable[[], None]  # one forward and backward
+Step = Callable[[], object]  # one forward and backward
 
 
-def operations(options: Options) -> dict[str, tuple[Step, Callable[[], Step], Callable[[], Step]]]:
-    """Each operation: our step, and what makes Liger's and torch's."""
+def operations(options: Options) -> dict[str, Iterator[tuple[str, Step]]]:
+    """Each operation: whose, and a step, of ours, torch's and Liger's; Liger, which needs a GPU, is imported for the last alone."""
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -51,7 +49,7 @@ def operations(options: Options) -> dict[str, tuple[Step, Callable[[], Step], Ca
     tokens, half = options.tokens, {"device": options.device, "dtype": torch.bfloat16}
 
     def by_autograd(function: Callable, *inputs: torch.Tensor) -> Step:
-        """A peer's step, through autograd as its users run it."""
+        """A step through autograd, as a peer's users run it."""
         inputs = [x.clone().requires_grad_() for x in inputs]
 
         def step() -> None:
@@ -67,26 +65,39 @@ def operations(options: Options) -> dict[str, tuple[Step, Callable[[], Step], Ca
             _, rstd = kernels.rms_norm(x, weight, 1e-5)
             kernels.rms_norm_backward(dy, x, weight, rstd)
 
-        def liger() -> Step:
-            from liger_kernel.transformers import LigerRMSNorm
+        yield "ours", ours
+        yield "torch", by_autograd(lambda x: F.rms_norm(x, (4096,), weight), x)
+        from liger_kernel.transformers import LigerRMSNorm
 
-            return by_autograd(LigerRMSNorm(4096, eps=1e-5).to(**half).requires_grad_(False), x)
-
-        return ours, liger, lambda: by_autograd(lambda x: F.rms_norm(x, (4096,), weight), x)
+        yield "liger", by_autograd(LigerRMSNorm(4096, eps=1e-5).to(**half).requires_grad_(False), x)
 
     def swiglu():
         gate, up, dact = (torch.randn(tokens, 14336, **half) for _ in range(3))
+        yield "ours", lambda: (kernels.swiglu(gate, up), kernels.swiglu_backward_(gate, up, dact))
+        yield "torch", by_autograd(lambda a, b: F.silu(a) * b, gate, up)
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-        def ours() -> None:
-            kernels.swiglu(gate, up)
-            kernels.swiglu_backward_(gate, up, dact)
+        yield "liger", by_autograd(LigerSiLUMulFunction.apply, gate, up)
 
-        def liger() -> Step:
-            from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    def rope():
+        query, key = (torch.randn(1, tokens, heads, 128, **half) for heads in (32, 8))
+        angle = torch.rand(1, tokens, 64, device=options.device).repeat(1, 1, 2)
+        cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
 
-            return by_autograd(LigerSiLUMulFunction.apply, gate, up)
+        def through(function: Callable) -> Step:
+            def both(q, k):
+                q, k = function(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+                return torch.cat((q.flatten(), k.flatten()))
 
-        return ours, liger, lambda: by_autograd(lambda a, b: F.silu(a) * b, gate, up)
+            return by_autograd(both, query, key)
+
+        yield "ours", lambda: [kernels.rope(query, key, cos, sin, backward=backward) for backward in (False, True)]
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        yield "torch", through(apply_rotary_pos_emb)
+        from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+        yield "liger", through(liger_rotary_pos_emb)
 
     def layer_norm():
         x, dy = (torch.randn(tokens, 768, device=options.device) for _ in range(2))
@@ -96,55 +107,23 @@ def operations(options: Options) -> dict[str, tuple[Step, Callable[[], Step], Ca
             kernels.layer_norm(x, norm, torch.float16)
             kernels.layer_norm_backward(dy, x, norm, residual=dy)
 
-        def liger() -> Step:
-            from liger_kernel.transformers import LigerLayerNorm
+        yield "ours", ours
+        yield "torch", by_autograd(lambda x: norm(x).half() + x, x)
+        from liger_kernel.transformers import LigerLayerNorm
 
-            other = LigerLayerNorm(768, bias=True).to(options.device).requires_grad_(False)
-            return by_autograd(lambda x: other(x).half() + x, x)
-
-        return ours, liger, lambda: by_autograd(lambda x: norm(x).half() + x, x)
-
-    def rope():
-        query, key = (torch.randn(1, tokens, heads, 128, **half) for heads in (32, 8))
-        angle = torch.rand(1, tokens, 64, device=options.device).repeat(1, 1, 2)
-        cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
-
-        def ours() -> None:
-            kernels.rope(query, key, cos, sin)
-            kernels.rope(query, key, cos, sin, backward=True)
-
-        def through(function: Callable) -> Step:
-            def both(q, k):
-                q, k = function(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-                return torch.cat((q.flatten(), k.flatten()))
-
-            return by_autograd(both, query, key)
-
-        def liger() -> Step:
-            from liger_kernel.transformers.rope import liger_rotary_pos_emb
-
-            return through(liger_rotary_pos_emb)
-
-        def plain() -> Step:
-            from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-            return through(apply_rotary_pos_emb)
-
-        return ours, liger, plain
+        other = LigerLayerNorm(768, bias=True).to(options.device).requires_grad_(False)
+        yield "liger", by_autograd(lambda x: other(x).half() + x, x)
 
     def linear_cross_entropy():
         hidden = torch.randn(tokens, 4096, **half)
         head = nn.Linear(4096, options.vocabulary, bias=False, **half).requires_grad_(False)
         labels = torch.randint(options.vocabulary, (tokens,), device=options.device)
+        yield "ours", by_autograd(lambda hidden: LinearCrossEntropy.apply(hidden, labels, head, 512, None), hidden)
+        yield "torch", by_autograd(lambda h: F.cross_entropy(head(h).float(), labels, reduction="sum"), hidden)
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        def liger() -> Step:
-            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-            loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-            return by_autograd(lambda hidden: loss(head.weight, hidden, labels), hidden)
-
-        ours = by_autograd(lambda hidden: LinearCrossEntropy.apply(hidden, labels, head, 512, None), hidden)
-        return ours, liger, lambda: by_autograd(lambda h: F.cross_entropy(head(h).float(), labels, reduction="sum"), hidden)
+        loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        yield "liger", by_autograd(lambda hidden: loss(head.weight, hidden, labels), hidden)
 
     return {
         "RMSNorm, width 4096": rms_norm(),
@@ -157,23 +136,21 @@ def operations(options: Options) -> dict[str, tuple[Step, Callable[[], Step], Ca
 
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
-    check_choices(options, peers=PEERS)
     import torch  # not before the options are known to be right
 
     from control_experiments.training import benchmarking
+    from control_experiments.training.device import select_device
 
-    options.device = benchmarking.choose_device(options.device)
-    if options.device == "cpu" and "liger" in options.peers:
-        raise UserError("liger's kernels need a GPU: --peers torch")
+    options.device = select_device(options.device).type
+    cuda = options.device == "cuda"
     compared, found = operations(options), benchmarking.machine(options.device)
     print(f"{options.tokens} tokens, {found['device']}; forward and backward")
     campaign = benchmarking.Campaign(Path(options.output), options, itemgetter("operation"), found)
 
     def measure(step: Step) -> dict:
-        cuda = options.device == "cuda"
         benchmarking.time_steps(step, 3, options.device)
+        before = torch.cuda.memory_allocated() if cuda else 0
         if cuda:
-            before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         seconds = benchmarking.time_steps(
             lambda: (step(), benchmarking.synchronize(options.device)), options.repeats, options.device
@@ -181,22 +158,19 @@ def main() -> None:
         over = torch.cuda.max_memory_allocated() - before if cuda else 0
         return {"seconds": statistics.median(seconds), "over_inputs_bytes": over}
 
-    def compare(name: str) -> dict:
-        ours, *makers = compared[name]
-        row = {"operation": name, "ours": measure(ours)}
-        return row | {peer: measure(make()) for peer, make in zip(PEERS, makers) if peer in options.peers}
+    def compare(names: list[str]) -> Iterator[dict]:
+        for name in names:
+            yield {"operation": name, **{who: measure(step) for who, step in islice(compared[name], 3 if cuda else 2)}}
 
     def say(row: dict) -> str:
-        times = {peer: row["ours"]["seconds"] / row[peer]["seconds"] for peer in PEERS if peer in row}
-        told = [f"{peer} {shown(row[peer])} (time x{ratio:.2f})" for peer, ratio in times.items()]
-        return "   ".join([f"{row['operation']:30s} ours {shown(row['ours'])}", *told])
+        ours, told = row["ours"], [f"{row['operation']:30s}"]
+        for who in [who for who in ("ours", "torch", "liger") if who in row]:
+            milliseconds, size = row[who]["seconds"] * 1e3, row[who]["over_inputs_bytes"] / 1e6
+            told.append(f"{who} {milliseconds:8.3f} ms {size:8.1f} MB (time x{ours['seconds'] / row[who]['seconds']:.2f})")
+        return "   ".join(told)
 
-    campaign.run(list(compared), compare, say)
-    campaign.finish(list(compared))
-
-
-def shown(measured: dict) -> str:
-    return f"{measured['seconds'] * 1e3:8.3f} ms {measured['over_inputs_bytes'] / 1e6:8.1f} MB"
+    campaign.run([[name] for name in compared], compare, say)
+    campaign.finish()
 
 
 if __name__ == "__main__":

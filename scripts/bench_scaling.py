@@ -9,11 +9,11 @@
 
 Weak scaling: each process trains on --batch sequences of --tokens tokens, so the work per GPU stays the same. "ddp"
 keeps the frozen weights on every GPU (through accelerate) and sends the adapter's gradients alone; "fsdp2" shards the frozen
-weights, layer by layer, as --shard fsdp2 of the training scripts does. Weights are a fixed
-pseudo-random function of their index, the same for every number of processes and every sharding. Therefore
-the losses must be those of one process that accumulates the same global batch, which is run for comparison.
-The methods are those of bench_memory.py. Each cell has processes of its own; a record and a picture go to --output. A killed run
-goes on after what it has measured.
+weights, layer by layer, as --shard fsdp2 of the training scripts does. Each parameter is drawn
+from a seed of its own, so it is the same for every number of processes and every sharding. Therefore the losses must be
+those of one process that accumulates the same global batch, which is run for comparison.
+The methods are those of bench_memory.py. Each cell has processes of its own; a record goes to --output, from which
+scripts.make_tables draws. A killed run goes on after what it has measured.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Options:
     device: str = HfArg(default="cuda", help="cuda, or cpu (over gloo) to try the script out.")
     longest: bool = HfArg(default=False, help="Instead: the longest sequence that trains, from --tokens on.")
     limit: Optional[float] = HfArg(default=None, help="With --longest: GiB that torch's allocator may take of each GPU.")
-    output: str = HfArg(default=str(RESULTS / "scaling"), help="Folder of record and picture.")
+    output: str = HfArg(default=str(RESULTS / "scaling"), help="Folder of the record.")
 
     def check(self) -> None:
         """Raise a `UserError` for what cannot be."""

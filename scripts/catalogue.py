@@ -23,13 +23,11 @@ def _llama(width: int, inner: int, layers: int, heads: int, shared_heads: int, w
     }  # fmt: skip
 
 
-_SMOLLM2 = _llama(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True)
 LLAMA_SHAPES = {
-    "smollm2": _SMOLLM2,
+    "smollm2": _llama(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),
     "llama2-7b": _llama(4096, 11008, 32, 32, 32, 32000),
     "llama3-8b": _llama(4096, 14336, 32, 32, 8, 128256),
     "tiny": _llama(64, 128, 2, 4, 2, 2048),
-    "smollm2-135m": _SMOLLM2,
     "llama3-70b": _llama(8192, 28672, 80, 64, 8, 128256),
 }
 #: Mixtures of experts, of class Qwen3Moe.
@@ -72,12 +70,12 @@ CLASSES = 100  # of the ViT's images
 
 NAMES = ("lora", "lora-all", "lora-qkv", "lora-experts", "lora-fa", "dora", "miss", "shadow", "control", "control+lora", "control+dora")  # fmt: skip
 SWITCHES = (
-    "liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "packed", "streamed", "streamed3", "onboard",
+    "liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "streamed", "streamed3", "onboard",
     "fp8states",
 )  # fmt: skip
 MODES = ("plain", "fast", "balanced", "lean")
 #: Switches and names that need a LLaMA shape.
-OF_LLAMA = ("liger", "unsloth", "compile", "packed", "lora-qkv", "shadow")
+OF_LLAMA = ("liger", "unsloth", "compile", "lora-qkv", "shadow")
 
 
 @dataclass(frozen=True)
@@ -102,22 +100,23 @@ class Method:
 
     def check(self, shape: str, device: str) -> None:
         """Raise a `UserError` if a shape or a device cannot run it."""
-        if shape not in LLAMA_SHAPES and ({*self.switches, self.name} & {*OF_LLAMA}):
-            raise UserError(
-                f"method {self.text!r}: {shape} has no switches but checkpointing, graphs and eager, and no method "
-                "that reads causal tokens"
-            )
-        if self.name == "lora-experts" and shape not in MOE_SHAPES:
-            raise UserError(f"method {self.text!r}: {shape} has no experts")
-        if shape in MOE_SHAPES and self.base in QUANTIZATIONS and self.base != "fp8":
-            raise UserError(f"method {self.text!r}: bitsandbytes leaves experts, 3-D tensors, in 16 bits: take fp8")
-        if self.name == "lora-experts" and self.base == "fp8":
-            raise UserError(f"method {self.text!r}: experts in FP8 take no LoRA on their weights")
-        if shape in VISION_SHAPES and self.base in QUANTIZATIONS and self.base != "fp8":
-            raise UserError(f"method {self.text!r}: bitsandbytes' bases are for text models")
-        if "graphs" in self.switches and device == "cpu":
-            raise UserError(f"method {self.text!r}: CUDA graphs need a GPU")
+        by_bitsandbytes = self.base in QUANTIZATIONS and self.base != "fp8"
+        self.refuse({
+            f"{shape} has no switches but checkpointing, graphs and eager, and no method that reads causal tokens":
+                shape not in LLAMA_SHAPES and {*self.switches, self.name} & {*OF_LLAMA},
+            f"{shape} has no experts": self.name == "lora-experts" and shape not in MOE_SHAPES,
+            "bitsandbytes leaves experts, 3-D tensors, in 16 bits: take fp8": shape in MOE_SHAPES and by_bitsandbytes,
+            "experts in FP8 take no LoRA on their weights": self.name == "lora-experts" and self.base == "fp8",
+            "bitsandbytes' bases are for text models": shape in VISION_SHAPES and by_bitsandbytes,
+            "CUDA graphs need a GPU": "graphs" in self.switches and device == "cpu",
+        })  # fmt: skip
         check_method_runs(self.name, self.base or "none", device)
+
+    def refuse(self, reasons: dict[str, object]) -> None:
+        """Raise a `UserError` with the first reason that holds."""
+        for reason, holds in reasons.items():
+            if holds:
+                raise UserError(f"method {self.text!r}: {reason}")
 
 
 def parse_method(text: str) -> Method:
@@ -133,21 +132,17 @@ def parse_method(text: str) -> Method:
     name = "+".join(part for part in parts if part not in (*SWITCHES, *BASES))
     if name not in NAMES or len(bases) > 1:
         raise UserError(f"unknown method {text!r}: see --help")
-    if mode not in ("", *MODES) or (mode not in ("", "plain") and "control" not in name):
-        raise UserError(f"method {text!r}: no such memory mode")
+    method = Method(text, name, switches, bases[0] if bases else None, mode or "plain")
     plain_lora = name in ("lora", "lora-all") and switches <= {"unsloth", "checkpointing"} and {*bases} <= {"bf16", "nf4"}
-    if "unsloth" in switches and not plain_lora:
-        told = "unsloth is for lora and lora-all over bf16 or nf4, with checkpointing or without"
-        raise UserError(f"method {text!r}: {told}")
-    if {"streamed", "streamed3"} & switches and (
-        {"graphs", "unsloth"} & switches or mode == "fast" or "int8" in bases or name == "shadow"
-    ):
-        raise UserError(f"method {text!r}: weights are not streamed with graphs, unsloth, shadow, int8 or mode fast")
-    if "fp8states" in switches and mode != "lean":
-        raise UserError(f"method {text!r}: fp8states is for mode lean")
-    if {"packed", "graphs"} <= switches:
-        raise UserError(f"method {text!r}: packed rows are not measured as CUDA graphs")
-    return Method(text, name, switches, bases[0] if bases else None, mode or "plain")
+    unstreamed = {"graphs", "unsloth"} & switches or mode == "fast" or "int8" in bases or name == "shadow"
+    method.refuse({
+        "no such memory mode": mode not in ("", *MODES) or (mode not in ("", "plain") and "control" not in name),
+        "unsloth is for lora and lora-all over bf16 or nf4, with checkpointing or without":
+            "unsloth" in switches and not plain_lora,
+        "weights are not streamed with graphs, unsloth, shadow, int8 or mode fast": method.resident and unstreamed,
+        "fp8states is for mode lean": "fp8states" in switches and mode != "lean",
+    })  # fmt: skip
+    return method
 
 
 @dataclass(frozen=True)

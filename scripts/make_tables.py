@@ -46,8 +46,6 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     made.add_argument("--results", type=Path, default=RESULTS, help="Folder with the runs (default: %(default)s).")
-    paper = RESULTS / "paper.json"
-    made.add_argument("--paper", type=Path, default=paper, help="Published figures (default: this project's).")
     made.add_argument("--strict", action="store_true", help="Exit with 1 if a record had to be left out.")
     return made
 
@@ -56,7 +54,7 @@ def main() -> None:
     options = parser().parse_args()
     from control_experiments.reporting import records
 
-    paper = records.read_paper(options.paper)
+    paper = records.read_paper(RESULTS / "paper.json")
     frame, problems = records.load(options.results)
     ours, yours = frame[frame.whose == "ours"], frame[frame.whose == "yours"]
     prefix = "published/" if (options.results / "published").is_dir() else ""

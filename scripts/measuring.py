@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -20,7 +20,6 @@ from control_experiments.training.benchmarking import (
     EXPANDABLE,
     Campaign,
     machine,
-    run_apart,
     stream_apart,
     summarise_repeats,
     synchronize,
@@ -44,8 +43,6 @@ UNSLOTH_FIRST = "import runpy, unsloth; runpy.run_module('scripts.bench_memory',
 def measure(options: Options, method: Method) -> dict:
     """Train a few steps; memory in bytes, seconds per step and the loss after them."""
     device = torch.device(options.device)
-    if options.within:
-        allow(options.within)
     memory = MemoryMeter(device)
     work = build(options, method, memory.after_load)
     graphs, cuda = "graphs" in method.switches, device.type == "cuda"
@@ -86,15 +83,9 @@ def streamed(options: Options, work: Workload) -> dict:
     passes each leaves out the resident layers."""
     (stream,) = streaming.streams(work.model)
     seconds = min(time_steps(stream.copy_all, 3, options.device))
-    layers = len(stream.layers)
-    floor = 2 * seconds * (layers - stream.resident) / layers
-    return {
-        "bytes": stream.nbytes,
-        "layers": layers,
-        "resident": stream.resident,
-        "copy_seconds": seconds,
-        "floor_seconds": floor,
-    }
+    layers, resident = len(stream.layers), stream.resident
+    floor = 2 * seconds * (layers - resident) / layers
+    return {"bytes": stream.nbytes, "layers": layers, "resident": resident, "copy_seconds": seconds, "floor_seconds": floor}
 
 
 def allow(limit: float) -> None:
@@ -128,7 +119,7 @@ def search(options: Options, method: Method) -> Iterator[dict]:
         allow(limit or total / 2**30)
         torch.cuda.reset_peak_memory_stats()
         try:
-            work.loss = step_loss(replace(options, tokens=tokens), method, work.model)
+            work.loss = step_loss(replace(options, tokens=tokens), work.model)
             ends = [time.perf_counter()]
             for _ in range(1 + repeats):
                 work.step()
@@ -170,51 +161,42 @@ def work(options: Options) -> None:
     """What a method's own process does: print each result as a line of JSON, and all else to stderr."""
     printed, method = sys.stdout, parse_method(options.worker)
     with contextlib.redirect_stdout(sys.stderr):
-        for result in search(options, method) if options.searches else [measure(options, method)]:
+        for result in search(options, method) if options.limit else [measure(options, method)]:
             print(json.dumps(result), file=printed, flush=True)
 
 
 # -- in the process that starts them ----------------------------------------------------------------------------
 
 
-def process_of(options: Options, method: Method, command: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of the method's own process."""
-    start = ["-m", "scripts.bench_memory"]
-    grows = options.limit or options.within or options.longest or "graphs" in method.switches
-    environment = dict(EXPANDABLE) if grows else {}
+def run_method(options: Options, command: Sequence[str], left: list[tuple], minutes: float | None) -> Iterator[dict]:
+    """The cells of a method that are left, as they are found in a process of its own, which begins none after so many minutes."""
+    method, start, environment = parse_method(left[0][0]), ["-m", "scripts.bench_memory"], {}
+    if options.limit or "graphs" in method.switches:
+        environment |= EXPANDABLE
     if "unsloth" in method.switches:  # which also writes what it compiles
-        start = ["-c", UNSLOTH_FIRST]
-        environment |= {
-            "UNSLOTH_DISABLE_STATISTICS": "1",
-            "UNSLOTH_COMPILE_LOCATION": str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"),
-        }
+        compiled = str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache")
+        start, unsloth = ["-c", UNSLOTH_FIRST], {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": compiled}
+        environment |= unsloth
     words = [*command, "--device", options.device, "--worker", method.text]
-    return [sys.executable, *start, *words], environment
-
-
-def run_method(options: Options, method: Method, command: Sequence[str]) -> dict:
-    """Measure the method in a process of its own."""
-    result = run_apart(*process_of(options, method, command))
-    return result if "error" not in result else {"method": method.text, **result}
-
-
-def run_search(options: Options, method: Method, command: Sequence[str], left: list[tuple], minutes: float | None) -> Iterator[dict]:  # fmt: skip
-    """The cells that are left, as they are found in a process of their own, which begins none after so many minutes."""
-    words = [*command, "--left", *(f"{what}={value}" for _, what, value in left)]
+    words += ["--left", *(f"{what}={value}" for _, what, value in left)]
     words += ["--max_minutes", str(minutes)] if minutes else []
-    for result in stream_apart(*process_of(options, method, words)):
+    for result in stream_apart([sys.executable, *start, *words], environment):
         if "error" not in result:
             left.remove(cell(result))
             yield result
         else:
-            places = ({"limit_gib": value} if what == "limit" else {"tokens": value} for _, what, value in left)
-            yield from ({"method": method.text, **place, **result} for place in places)
+            places = {"limit": "limit_gib", "speed_at": "tokens"}
+            yield from (
+                {"method": method.text, **({places[what]: value} if value else {}), **result} for _, what, value in left
+            )
 
 
 def cell(result: dict) -> tuple:
-    """What tells a result of a search from the others; see `Options.cells`."""
-    what = ("limit", result["limit_gib"]) if "limit_gib" in result else ("speed_at", result["tokens"])
-    return (result["method"], *what)
+    """What tells a result from the others; see `Options.cells`."""
+    for what, name in (("limit", "limit_gib"), ("speed_at", "tokens")):
+        if name in result:
+            return (result["method"], what, result[name])
+    return (result["method"], "step", None)
 
 
 def line(result: dict) -> str:
@@ -244,57 +226,33 @@ def line(result: dict) -> str:
 
 def table(results: list[dict]) -> str:
     """The results, the fastest first, with their ratios to the fastest and to the leanest LoRA, if there is one."""
-    measured = sorted((result for result in results if "step_seconds" in result), key=itemgetter("step_seconds"))
-    loras = [result for result in measured if result["method"].startswith("lora")]
-    if not loras:
-        return ""
-    peers = {"fastest": loras[0], "leanest": min(loras, key=itemgetter("over_static_bytes"))}
-    against = "   ".join(f"against {peer['method']} ({name})" for name, peer in peers.items())
-    lines = [f"{'':32s} {'over weights':>12s} {'step':>9s}   {against}"]
-    for result in measured:
-        seconds, over = result["step_seconds"], result["over_static_bytes"]
-        ratios = [(seconds / peer["step_seconds"], over / max(peer["over_static_bytes"], 1)) for peer in peers.values()]
-        shown = "   ".join(f"time x{time:.2f} memory x{memory:.2f}" for time, memory in ratios)
-        lines.append(f"{result['method']:32s} {over / 1e9:9.2f} GB {seconds * 1e3:6.1f} ms   {shown}")
-    return "\n".join(lines)
+    import pandas as pd  # which no method's process needs
+
+    measured = pd.DataFrame([result for result in results if "step_seconds" in result]).set_index("method")
+    loras = measured[measured.index.str.startswith("lora")]
+    shown = pd.DataFrame({"GB over weights": measured.over_static_bytes / 1e9, "ms a step": 1000 * measured.step_seconds})
+    for peer in dict.fromkeys([loras.step_seconds.idxmin(), loras.over_static_bytes.idxmin()] if len(loras) else []):
+        shown[f"time / {peer}"] = measured.step_seconds / loras.step_seconds[peer]
+        shown[f"memory / {peer}"] = measured.over_static_bytes / max(loras.over_static_bytes[peer], 1)
+    return shown.sort_values("ms a step").rename_axis(None).to_string(float_format="{:.2f}".format)
 
 
 def run(options: Options, command: list[str]) -> None:
-    """Measure each method in a process of its own that is started by the same `command`; write the record and a picture."""
-    searches = options.searches
+    """Measure each method in a process of its own that is started by the same `command`; write the record."""
     begun, found = time.monotonic(), machine(options.device)
-    if options.longest and not options.limit:
-        options.limit = [round(found["machine"]["total_memory_bytes"] / 2**30, 2)]
-        command += ["--limit", str(options.limit[0])]
     words = [options.shape, f"{options.batch} x {options.tokens} tokens", *options.particulars().values()]
     setting, dtype, rate = ", ".join(words), str(DTYPES[options.autocast])[6:], found["matmul_tflops"]
-    title = f"{setting}, {dtype}, {found['device']}"
-    print(title + (f", bf16 matmul {rate:.0f} TFLOP/s" if rate else ""), flush=True)
+    print(f"{setting}, {dtype}, {found['device']}" + (f", bf16 matmul {rate:.0f} TFLOP/s" if rate else ""), flush=True)
     campaign = Campaign(
-        Path(options.output) / options.file_name(), options, cell if searches else itemgetter("method"), found,
-        setting=setting, dtype=dtype, weights="random",
-    )  # fmt: skip
-    planned = [place for text in options.methods for place in (options.cells(text) if searches else [text])]
-    finished = campaign.finished
-    for number, text in enumerate(options.methods, 1):
-        left = [place for place in planned if place not in finished and text in (place, place[0])]
-        minutes = options.max_minutes and options.max_minutes - (time.monotonic() - begun) / 60
-        if not left or (minutes is not None and minutes <= 0):
-            continue
-        started, method = time.time(), parse_method(text)
-        measured = run_search(options, method, command, left, minutes) if searches else [run_method(options, method, command)]
-        for result in measured:
-            campaign.add(result)
-            print(f"[{number}/{len(options.methods)}, {time.time() - started:.0f} s] {line(result)}", flush=True)
-    if not searches:
-        print(table(campaign.results))
-    measured = [result for result in campaign.results if "step_seconds" in result]
-    if measured and not (searches or options.profile):
-        from control_experiments.reporting import pictures  # with pandas, which no method's process needs
+        Path(options.output) / options.file_name(), options, cell, found, setting=setting, dtype=dtype, weights="random"
+    )
 
-        points = {result["method"]: (result["step_seconds"], result["over_static_bytes"]) for result in measured}
-        pictures.save(pictures.memory_against_time(points, title), campaign.path.with_suffix(".png"))
-    if missing := len(planned) - len(campaign.finished):
-        print(f"time is up, {missing} of {len(planned)} are left: the same command goes on", file=sys.stderr)
-        sys.exit(1)
-    campaign.finish(planned)
+    def of_method(left: list[tuple]) -> Iterator[dict]:
+        minutes = options.max_minutes and options.max_minutes - (time.monotonic() - begun) / 60
+        if minutes is None or minutes > 0:
+            yield from run_method(options, command, left, minutes)
+
+    campaign.run([options.cells(text) for text in options.methods], of_method, line)
+    if not options.limit and any("step_seconds" in result for result in campaign.results):
+        print(table(campaign.results))
+    campaign.finish()

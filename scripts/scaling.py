@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from operator import itemgetter
@@ -22,8 +22,7 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -56,25 +55,18 @@ class SentBytes(TorchDispatchMode):
 
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
-    """Make every parameter a fixed pseudo-random function of its name and index, whatever part of it is here."""
+    """Draw every parameter from a seed of its own, so that it is the same whatever part of it is here."""
     for number, (name, parameter) in enumerate(model.named_parameters()):
-        local, offset = parameter, 0
-        if isinstance(parameter, DTensor):
-            local = parameter.to_local()
-            _, starts = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-            offset = starts[0] * (parameter.numel() // max(parameter.shape[0], 1))
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
         if name.endswith("norm.weight"):
-            local.fill_(1.0)
+            whole.fill_(1)
         elif "control_B" in name or "lora_B" in name:
-            local.zero_()
-        else:
-            flat = local.view(-1)
-            for start in range(0, flat.numel(), 1 << 24):
-                piece = flat[start : start + (1 << 24)]
-                index = torch.arange(piece.numel(), device=piece.device, dtype=torch.float64)
-                index += offset + start + 1
-                noise = torch.frac(torch.sin(index * 12.9898 + number) * 43758.5453).abs_() - 0.5
-                piece.copy_(noise * (0.02 * 12**0.5))  # the deviation that these models start with
+            whole.zero_()
+        else:  # with the deviation that these models start with
+            whole.normal_(std=0.02, generator=torch.Generator(whole.device).manual_seed(number))
+        if isinstance(parameter, DTensor):
+            whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(whole)
 
 
 def build(options: Options, method: str, shard: str, device: torch.device) -> nn.Module:
@@ -210,7 +202,7 @@ def line(cell: dict, single: dict | None) -> str:
 
 
 def run(options: Options) -> None:
-    """Measure every cell that the options ask for; write the record and a picture."""
+    """Measure every cell that the options ask for; write the record."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
     if options.longest:
         os.environ.update(EXPANDABLE)
@@ -218,11 +210,10 @@ def run(options: Options) -> None:
     found = machine(options.device)
     name = f"{options.shape}_{options.batch}x{options.tokens}" + ("_longest" if options.longest else "")
     name += f"_limit{options.limit:g}" if options.limit else ""
-    title = f"{options.shape}, {options.batch} x {options.tokens} tokens per process, {found['device']}"
-    print(title, flush=True)
+    print(f"{options.shape}, {options.batch} x {options.tokens} tokens per process, {found['device']}", flush=True)
     campaign = Campaign(
         Path(options.output) / f"{name}.json", options, itemgetter("method", "shard", "processes"), found,
-        devices=options.processors(), weights="pseudo-random",
+        devices=options.processors(), weights="random",
     )  # fmt: skip
     singles = {(cell["method"], cell["shard"]): cell for cell in campaign.results if cell["processes"] == 1}
 
@@ -231,20 +222,16 @@ def run(options: Options) -> None:
         """The losses of one process that does the work of all."""
         return run_cell(replace(options, warmup=0), method, "ddp", 1, accumulate=processes).get("losses", [])
 
-    def measure(key: tuple[str, str, int]) -> dict:
-        method, shard, processes = key
-        cell = run_cell(options, method, shard, processes)
-        if processes == 1:
-            singles[method, shard] = cell
-        elif "losses" in cell and (losses := reference(method, processes)):
-            apart = [abs(ours - theirs) / abs(theirs) for ours, theirs in zip(cell["losses"], losses)]
-            cell["loss_distance"] = max(apart)
-        return cell
+    def measure(keys: list[tuple[str, str, int]]) -> Iterator[dict]:
+        for method, shard, processes in keys:
+            cell = run_cell(options, method, shard, processes)
+            if processes == 1:
+                singles[method, shard] = cell
+            elif "losses" in cell and (losses := reference(method, processes)):
+                apart = [abs(ours - theirs) / abs(theirs) for ours, theirs in zip(cell["losses"], losses)]
+                cell["loss_distance"] = max(apart)
+            yield cell
 
-    planned = [(m, s, n) for m in options.methods for s in options.shards for n in options.counts()]
+    planned = [[(m, s, n)] for m in options.methods for s in options.shards for n in options.counts()]
     campaign.run(planned, measure, lambda cell: line(cell, singles.get((cell["method"], cell["shard"]))))
-    if any("step_seconds" in cell for cell in campaign.results):
-        from control_experiments.reporting import pictures  # with pandas, which no process of a cell needs
-
-        pictures.save(pictures.scaling(campaign.results, title), campaign.path.with_suffix(".png"))
-    campaign.finish(planned)
+    campaign.finish()

@@ -1,6 +1,6 @@
 """What the benchmarks train: models of known shapes with random weights, and every method of bench_memory.py on them.
 
-The adapters, memory modes, quantized layers and packed batches are those of the training scripts.
+The adapters, memory modes and quantized layers are those of the training scripts.
 """
 
 from __future__ import annotations
@@ -13,22 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from peft import ShadowConfig, get_peft_model
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    LlamaConfig,
-    PreTrainedModel,
-    Qwen3MoeConfig,
-    RobertaConfig,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Qwen3MoeConfig, RobertaConfig
 
 from control_experiments.training.device import DTYPES
 from control_experiments.training.methods import adapter_config, set_memory
 from control_experiments.training.options import QUANTIZATIONS, AdapterOptions
 from control_experiments.training.quantization import loading_arguments, prepare
-from LlaMA.commonsense import TokenRow
 from LlaMA.models import ready_to_train
-from LlaMA.packing import IGNORE, VARLEN, batch_loss, fused_batch_loss, packed_step, varlen_available
+from LlaMA.packing import IGNORE
 from peft_control import quantize_fp8
 from scripts.catalogue import (
     CAUSAL_SHAPES,
@@ -48,7 +40,7 @@ from scripts.catalogue import (
 
 def random_llama(
     shape: str, device: str | torch.device, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa", **more
-) -> PreTrainedModel:
+) -> nn.Module:
     """A LLaMA or mixture of experts of random weights, made on the device, which may be "meta"; `more` changes its
     configuration. Experts run in transformers' own choice of kernels (grouped matmuls where the device has them)."""
     kind = Qwen3MoeConfig if shape in MOE_SHAPES else LlamaConfig
@@ -59,7 +51,7 @@ def random_llama(
 
 def random_llama_in_parts(
     shape: str, device: str, dtype: torch.dtype, attention: str, store: Callable[[nn.Module], None], place: str
-) -> PreTrainedModel:
+) -> nn.Module:
     """The same, of which one layer at a time is made in `dtype`, given to `store` and put on the device `place`."""
     model = random_llama(shape, device, dtype, attention, num_hidden_layers=0)
     model.config.num_hidden_layers = CAUSAL_SHAPES[shape]["num_hidden_layers"]
@@ -99,13 +91,10 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
         set_attention(model, attention)
         model = model.to(stored)
         return quantize_fp8(model) if quantized else model
-    if "packed" in method.switches and varlen_available(torch.device(device), compute):
-        attention = VARLEN
     if shape in CAUSAL_SHAPES:
-        if method.resident:
-            model = random_llama_in_parts(shape, device, stored, attention, store, "cpu")
-        elif method.base == "fp8":
-            model = random_llama_in_parts(shape, device, stored, attention, store, device)
+        if method.resident or method.base == "fp8":
+            place = "cpu" if method.resident else device
+            model = random_llama_in_parts(shape, device, stored, attention, store, place)
         else:
             model = random_llama(shape, device, stored, attention)
     else:
@@ -118,32 +107,20 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
     return prepare(model)
 
 
-def quantize(model: PreTrainedModel, kind: str, settings, device: torch.device) -> None:
+def quantize(model: nn.Module, kind: str, settings, device: torch.device) -> None:
     """Let bitsandbytes quantize the linear layers of every transformer layer, as `from_pretrained` would a stored model's."""
-    import bitsandbytes as bnb
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    for parent in {inner for stack in stacks for layer in stack for inner in layer.modules()}:
-        for name, linear in list(parent.named_children()):
-            if type(linear) is not nn.Linear:
-                continue
-            sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-            if kind == "int8":
-                new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=settings.llm_int8_threshold, device="meta")
-                new.weight = bnb.nn.Int8Params(linear.weight.data.cpu(), requires_grad=False).to(device)
-            else:
-                new = bnb.nn.Linear4bit(
-                    *sizes,
-                    compute_dtype=settings.bnb_4bit_compute_dtype,
-                    compress_statistics=True,
-                    quant_type=kind,
-                    device="meta",
-                )
-                new.weight = bnb.nn.Params4bit(
-                    linear.weight.data, requires_grad=False, quant_type=kind, compress_statistics=True, module=new
-                ).to(device)  # fmt: skip
+    for stack in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        plain = {name: module for name, module in stack.named_modules() if type(module) is nn.Linear}
+        if plain:
+            replace_with_bnb_linear(stack, quantization_config=settings)  # without weights
+        while plain:  # each goes as its successor comes
+            name, linear = plain.popitem()
+            new = stack.get_submodule(name)
+            weight = linear.weight.data.cpu() if kind == "int8" else linear.weight.data
+            new.weight = type(new.weight)(weight, requires_grad=False, **vars(new.weight)).to(device)
             new.bias = linear.bias
-            setattr(parent, name, new)
     model.is_loaded_in_4bit = kind != "int8"  # for num_parameters: two weights lie in one byte
 
 
@@ -248,10 +225,10 @@ def build(setting: Setting, method: Method, loaded: Callable[[], None] = lambda:
             model.to(setting.device)
     if "compile" in method.switches:
         model = torch.compile(model)
-    return Workload(setting, model, step_loss(setting, method, model))
+    return Workload(setting, model, step_loss(setting, model))
 
 
-def step_loss(setting: Setting, method: Method, model: nn.Module) -> Callable[[], torch.Tensor]:
+def step_loss(setting: Setting, model: nn.Module) -> Callable[[], torch.Tensor]:
     """The loss of one batch of random data."""
     device = setting.device
     generator = torch.Generator(device).manual_seed(1)
@@ -262,11 +239,6 @@ def step_loss(setting: Setting, method: Method, model: nn.Module) -> Callable[[]
         return lambda: nn.functional.cross_entropy(model(images), labels)
     vocabulary = {**CAUSAL_SHAPES, **ENCODER_SHAPES}[setting.shape]["vocab_size"]
     ids = torch.randint(3, vocabulary, (setting.batch, setting.tokens), generator=generator, device=device)
-    if "packed" in method.switches:
-        rows = [TokenRow(row[:length].tolist(), 1, cut=False) for row, length in zip(ids, setting.rows)]
-        (batch,) = (pack.to(device) for pack in packed_step(rows, len(rows), sum(setting.rows)))
-        loss = batch_loss if method.mode == "plain" else fused_batch_loss
-        return lambda: loss(model, batch)
     real = torch.arange(setting.tokens, device=device) < torch.tensor(setting.rows, device=device)[:, None]
     inputs = {"input_ids": ids}
     if setting.lengths or setting.shape in ENCODER_SHAPES:  # a tokenizer's collator always gives a mask

@@ -1,17 +1,20 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from control_experiments.errors import UserError
-from control_experiments.paths import shared_folder
-from LlaMA.commonsense import TASKS, Row, extract_answer, offered_words, read_rows, split_rows, tokenize_prompts, tokenize_rows
+from control_experiments.paths import REPOSITORY
+from LlaMA.commonsense import TASKS, Row, extract_answer, offered_words, read_rows, tokenize_prompts, tokenize_rows
 from LlaMA.prompts import prompt
 
 ROW = {"instruction": "Which?", "input": "", "output": "the correct answer is answer1", "answer": "answer1"}
 
 
 def test_prompts_are_the_published_templates():
-    file = shared_folder() / "paper" / "prompts.json"
+    shared = Path(os.environ.get("PARALLEL_CONTROL_SHARED", REPOSITORY.parent / "shared"))
+    file = shared / "paper" / "prompts.json"
     if not file.is_file():
         pytest.skip("the published templates are not here (PARALLEL_CONTROL_SHARED)")
     published = json.loads(file.read_text())
@@ -27,8 +30,6 @@ def test_prompts_are_the_published_templates():
     [
         ("[{", "no JSON file"),
         ("[]", "at least one row"),
-        (json.dumps([ROW, "text"]), "row 1: must be an object"),
-        (json.dumps([{**ROW, "answer": 3}]), "row 0: the field 'answer' must be text, got int"),
         (json.dumps([{**ROW, "answer": "maybe"}]), "row 0: the field 'answer' is 'maybe', not one of answer1"),
     ],
 )
@@ -57,16 +58,6 @@ def test_only_offered_words_are_ranked():
     row = Row("Which?\n\nAnswer format: answer1/answer2/answer3", "", "o", "answer1")
     assert offered_words(row, TASKS["social_i_qa"]) == ["answer1", "answer2", "answer3"]
     assert offered_words(Row("Which?", "", "o", "true"), TASKS["boolq"]) == ["true", "false"]
-
-
-def test_split_is_seeded_and_disjoint(rows):
-    training, held_out = split_rows(rows, 10, seed=1)
-    assert len(held_out) == 10
-    assert sorted(training + held_out) == sorted(rows)
-    assert split_rows(rows, 10, seed=1) == (training, held_out)
-    assert split_rows(rows, 10, seed=2)[1] != held_out
-    with pytest.raises(UserError, match="held_out"):
-        split_rows(rows, len(rows), seed=1)
 
 
 def test_rows_end_in_eos_unless_they_are_cut(rows, tokenizer):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
 from control_experiments.reporting import records
-from LlaMA import finetune, training
+from LlaMA import finetune, packing, training
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
 from LlaMA.models import add_adapter, choose_pad_token
 from LlaMA.tests.conftest import assert_same_adapters, configuration, interrupted
@@ -56,14 +56,8 @@ def test_every_method_trains_and_leaves_an_adapter_and_a_record(train_llama, tmp
     assert torch.isfinite(loaded(**asked).logits).all()
 
 
-@pytest.mark.parametrize("method", ["miss", "shadow", "control+dora"])
-def test_methods_train_over_a_half_precision_base(train_llama, method):
-    record = train_llama("--dtype", "bf16", "--max_steps", 2, "--method", method).record
-    assert (record.hyperparameters["dtype"], record.adapter["dtype"]) == ("bfloat16", "float32")
-
-
 def test_the_best_checkpoint_is_saved_not_the_last(train_llama, tmp_path, monkeypatch):
-    real, seen = training.batch_loss, []
+    real, seen = packing.batch_loss, []
 
     def worse_after_the_second_evaluation(model, batch):
         value = real(model, batch)
@@ -72,7 +66,7 @@ def test_the_best_checkpoint_is_saved_not_the_last(train_llama, tmp_path, monkey
         seen.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
         return value + 10 * max(0, len(seen) - 2)
 
-    monkeypatch.setattr(training, "batch_loss", worse_after_the_second_evaluation)
+    monkeypatch.setattr(packing, "batch_loss", worse_after_the_second_evaluation)
     record = train_llama("--token_budget", 10_000, "--max_steps", 10).record
     assert (record.metrics["best"]["step"], record.metrics["last"]["step"]) == (4, 10)
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
@@ -132,7 +126,7 @@ def test_bases_that_cannot_be_trained(train_llama, model_folder, tmp_path):
     for file in model_folder.glob("token*"):
         shutil.copy(file, tmp_path / "bert")
     for base, said in (
-        ("bare", "it holds no tokenizer.json: copy the files of the model's tokenizer there"),
+        ("bare", "whose folder must hold its files"),
         ("bert", "is a bert model, no causal language model"),
         ("cut.gguf", "no tokenizer can be loaded from"),
     ):

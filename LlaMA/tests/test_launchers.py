@@ -1,8 +1,5 @@
 """The launchers as users type them, from another folder."""
 
-import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -78,47 +75,3 @@ def test_answers_ranked_by_likelihood_have_a_folder_of_their_own(chosen):
     table = {"script": "LlaMA/run_smollm2_table.sh", "first": ("out", "cpu"), "METHODS": "zero-shot"}
     assert folder(**table) == "out/zero-shot"
     assert folder(**table, EVALUATE_ARGS="--mode likelihood") == "out/zero-shot-likelihood"
-
-
-def test_the_table_script_runs_all_methods(started):
-    calls = started("LlaMA/run_smollm2_table.sh", "out", "0", "--max_steps", "3", QUESTIONS=5)
-    assert len(calls) == 1 + 2 * 4
-    for program, *words in calls:
-        assert {"LlaMA.finetune": "--max_steps 3", "LlaMA.evaluate": "--limit 5"}[program] in " ".join(words)
-    assert any("out/double-control-seed42/adapter" in words for words in calls)
-
-
-#: In the place of the interpreter: says that it runs, and upon a signal which one, a moment later.
-STUB = """#!{python}
-import signal, sys, time
-def end(number, _):
-    time.sleep(0.3)
-    print("saved", number, flush=True)
-    sys.exit(128 + number)
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, end)
-print("running", flush=True)
-time.sleep(60)
-"""
-LAUNCHERS = {
-    "LlaMA/llama2_7B_Control+LoRA.sh": (4, 2, 4, "out", "cpu"),
-    "LlaMA/run_smollm2_table.sh": ("out", "cpu"),
-    "QControl/run_llama_quantization.sh": ("control", 4, 2, 4, "out", "cpu"),
-}
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("script", LAUNCHERS)
-def test_a_signal_reaches_the_program_whose_end_is_waited_for(launching, script, number, tmp_path):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
-    stub = tmp_path / "python"
-    stub.write_text(STUB.format(python=sys.executable))
-    stub.chmod(0o755)
-    call = launching(script, *LAUNCHERS[script], PYTHON=stub)
-    with subprocess.Popen(**call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as launcher:
-        command, program = (launcher.stdout.readline() for _ in range(2))
-        assert command.startswith("+ ") and program == "running\n"
-        launcher.send_signal(number)
-        said = launcher.stdout.read()
-    assert launcher.returncode == 128 + number
-    assert said == f"saved {number}\n"  # and nothing was started after it

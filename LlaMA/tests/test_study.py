@@ -4,7 +4,6 @@ import json
 
 from control_experiments.record import read_record
 from control_experiments.reporting.records import load
-from LlaMA import demo, study
 from LlaMA.commonsense import TASKS
 
 
@@ -45,11 +44,3 @@ def test_a_study_searches_on_training_questions_and_asks_the_test_sets(call, dat
     likelihood = frame[(frame.kind == "run") & frame.section.str.contains("likelihood")]
     assert sorted(likelihood.row) == ["double control r8", "lora r32", "shadow", "zero-shot"]
     assert (frame.kind == "search").sum() == 6
-
-
-def test_the_demonstration_can_be_studied(tmp_path, monkeypatch):
-    monkeypatch.setenv("PARALLEL_CONTROL_CACHE", str(tmp_path))
-    for tests in ("demo", None):  # as the launcher names them, and by default
-        asked = study.CommonsenseStudy(study.Options(data="demo", tests=tests, output_dir=str(tmp_path / "out")))
-        asked.check()
-        assert asked.test_sets == demo.demo_folder()

@@ -13,7 +13,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-import transformers
 from datasets import Dataset, DatasetDict
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -26,7 +25,6 @@ from transformers import (
 )
 
 from control_experiments import outcomes
-from control_experiments.errors import UserError
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.record import read_record
 from control_experiments.training.device import seed_everything
@@ -198,12 +196,10 @@ def test_wandb_without_an_account_is_one_line(train_roberta, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_folders_that_hold_no_whole_model_or_no_run_of_ours(train_roberta, encoders, tmp_path):
+def test_folders_that_hold_no_whole_model(train_roberta, encoders, tmp_path):
     for name, damage in (("hollow", Path.unlink), ("broken", lambda file: file.write_bytes(b"not safetensors"))):
         damage(shutil.copytree(encoders["bert"], tmp_path / name) / "model.safetensors")
         assert "cannot load a model" in train_roberta("--model", tmp_path / name).refused()
-    refused = train_roberta("--output_dir", tmp_path / "hollow", "--overwrite").refused()
-    assert "holds no run: --overwrite deletes nothing there" in refused and (tmp_path / "hollow" / "config.json").exists()
     assert not (tmp_path / "run").exists()
 
 
@@ -243,33 +239,6 @@ def test_committed_runs_are_still_taken_for_what_their_commands_ask_for(tmp_path
         assert "is finished: skipped" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("kind", "longest"), [("Bert", 40), ("Electra", 40), ("MPNet", 38), ("Roberta", 38), ("XLMRoberta", 38)]
-)
-def test_the_longest_input_of_each_family(kind, longest):
-    """One forward of the longest input that is let through, and an error of torch's for one token more."""
-    shape = dict(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    config = getattr(transformers, f"{kind}Config")(**shape, max_position_embeddings=40, embedding_size=16)
-    model = AutoModelForSequenceClassification.from_config(config).eval()
-    options = finetune.Options(method="control", task="cola", max_length=longest)
-    encoder.check_length(options, model)
-    model(input_ids=torch.full((1, longest), 7))
-    options.max_length += 1
-    with pytest.raises(UserError, match=rf"can read \({longest} tokens\)"):
-        encoder.check_length(options, model)
-    with pytest.raises((IndexError, RuntimeError)):
-        model(input_ids=torch.full((1, longest + 1), 7))
-
-
-def test_padding_benchmark(call, encoders, glue_folder, tmp_path):
-    words = ("--model", encoders["bert"], "--data", glue_folder, "--device", "cpu", "--batch_size", 4, "--steps", 3)
-    call("RoBERTa.benchmark_padding", *words, "--output", tmp_path / "figures.json").finished()
-    written = json.loads((tmp_path / "figures.json").read_text())
-    seconds = {padding: written[padding]["seconds_per_epoch"] for padding in ("longest", "max_length")}
-    assert written["ratio"] == seconds["longest"] / seconds["max_length"]
-    assert written["longest"]["padding_share"] < 0.5 < written["max_length"]["padding_share"]
-
-
 def test_download_glue(call, monkeypatch, tmp_path):
     def download(task):
         return call("RoBERTa.download_glue", "--tasks", task, "--output", tmp_path)
@@ -282,4 +251,4 @@ def test_download_glue(call, monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=ConnectionError("no route")))
     assert re.search(r"cannot download rte .*no route.*network", download("rte").refused())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cola"]
-    assert "unknown task 'snli'" in download("snli").refused()
+    assert "unknown --tasks 'snli'" in download("snli").refused()

@@ -63,15 +63,12 @@ def test_any_cola_text_survives(tmp_path_factory, rows):
     ("name", "contents", "message"),
     [
         ("cola", "", "has no rows"),
-        ("rte", "", "is empty: expected a header"),
-        ("rte", "index\tsentence1\tsentence2\tlabel\n", "has no rows"),
-        ("rte", "index\tsentence1\tlabel\n", "line 1: expected a header with the column 'sentence2'"),
+        ("rte", "", "has no rows"),
+        ("rte", "index\tsentence1\tlabel\n0\ta\tb\n", "line 1: expected a header with the column 'sentence2'"),
         ("rte", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tmaybe\n", r"line 2: expected a label \(entail"),
         ("cola", "x\t1\t\ta\nx\t2\t\ta\n", "line 2: expected a label"),
         ("cola", "x\t1\t\ta\n1\t1\t1\n", r"train\.tsv, line 2: expected 4 .*found 3"),
-        ("cola", "x\t1\t\ta\t1\n", r"train\.tsv, line 1: expected 4 .*found 5"),
         ("stsb", "sentence1\tsentence2\tscore\na\tb\t5.1\n", "line 2: expected a score from 0 to 5"),
-        ("stsb", "sentence1\tsentence2\tscore\na\tb\tnan\n", "line 2: expected a score from 0 to 5"),
     ],
 )
 def test_malformed_files(name, contents, message, tmp_path):
@@ -85,7 +82,7 @@ def test_missing_data(tmp_path, glue_folder):
     with pytest.raises(UserError, match=r"no data for cola.*CoLA/train\.tsv"):
         glue.load_task("cola", str(tmp_path))
     (tmp_path / "CoLA").mkdir()
-    with pytest.raises(UserError, match=r"train\.tsv does not exist"):
+    with pytest.raises(UserError, match=r"cannot read .*train\.tsv: No such file"):
         glue.load_task("cola", str(tmp_path))
     with pytest.raises(UserError, match="unknown task 'snli': choose one of cola, mnli"):
         glue.load_task("snli", str(glue_folder))

@@ -10,9 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from control_experiments.paths import REPOSITORY
-from control_experiments.record import read_record
 from ViT import recipe, tiny_model
-from ViT.options import Options
+from ViT.finetune import Options
 from ViT.vision_models import Base
 
 
@@ -66,7 +65,7 @@ def test_data_and_base_model_must_fit_the_adapter(call, train_vit, npz, base_mod
     state = load_file(base_model)
     save_file({**state, "norm.bias": state["norm.bias"] + 1}, tmp_path / "model.safetensors")
     for data, more, message in (
-        (tmp_path / "more.npz", (), "4 classes, more than the adapter's head (3)"),
+        (tmp_path / "more.npz", (), "(4: red, green, blue, ...) are not those that"),
         (tmp_path / "other.npz", (), "are not those that"),
         (npz, ("--model", tmp_path / "model.safetensors"), "checksums differ"),
     ):
@@ -76,18 +75,6 @@ def test_data_and_base_model_must_fit_the_adapter(call, train_vit, npz, base_mod
     (tmp_path / "empty").mkdir()
     for folder, message in (("none", "is no folder of images"), ("empty", "holds no image")):
         assert message in call("ViT.finetune", *words, tmp_path / folder).refused()
-
-
-def test_pictures(call, train_vit, npz, tmp_path):
-    runs = [tmp_path / method for method in ("control", "probe")]
-    for run in runs:
-        train_vit("--method", run.name, "--output_dir", run).finished()
-    call("ViT.figures", "--runs", *runs, "--data", npz, "--output_dir", tmp_path / "figures").finished()
-    for name in ("accuracy_memory", "curves", "control_images"):
-        with Image.open(tmp_path / "figures" / f"{name}.png") as picture:
-            assert min(picture.size) > 200
-    assert "record.json" in call("ViT.figures", "--runs", tmp_path / "nothing", "--output_dir", tmp_path / "none").refused()
-    assert not (tmp_path / "none").exists()
 
 
 def test_an_unreachable_hub_is_one_line(train_vit, tmp_path, monkeypatch):
@@ -110,31 +97,6 @@ def test_the_tuned_recipe_is_the_other_one(launch, started):
         ((_, *words),) = started("ViT/run_ViT.sh", "lora", "cpu", RECIPE="tuned", **more)
         assert {**recipe, **changed}.items() <= dict(zip(words[::2], words[1::2], strict=True)).items()
     assert "RECIPE is published or tuned, got best" in launch("ViT/run_ViT.sh", "lora", "cpu", RECIPE="best").refused()
-
-
-def test_the_small_tables_data_may_have_spaces_in_its_paths(launch, started, tmp_path):
-    def data(value):
-        (words,) = started("ViT/run_small_table.sh", "cpu", DATA=value, PARALLEL_CONTROL_SHARED="/shared")
-        return words[words.index("--data") + 1 : words.index("--methods")]
-
-    (tmp_path / "my data").mkdir()
-    assert data(str(tmp_path / "my data")) == [str(tmp_path / "my data")]
-    assert data("a.npz b.tar") == ["a.npz", "b.tar"]
-    assert data("'my data/a.npz' digits") == ["my data/a.npz", "digits"]
-    assert data("") == ["/shared/data/vision/cifar100_7k.npz", "/shared/data/vision/flowers12.tar"]
-    assert "a quote in DATA is not closed" in launch("ViT/run_small_table.sh", "cpu", DATA="it's").refused()
-
-
-def test_benchmark(call, npz, tmp_path):
-    stdout = call(
-        "ViT.benchmark_pipeline", "--data", npz, "--architecture", "test_vit", "--image_size", 32, "--device", "cpu",
-        "--steps", 2, "--rounds", 1, "--workers", 0, "--batch_size", 8, "--output_dir", tmp_path,
-    ).finished().out  # fmt: skip
-    assert {"ours", "resident", "published"} <= set(stdout.split())
-    (record,) = tmp_path.glob("*.json")
-    metrics = read_record(record).metrics
-    rates = metrics["images_per_second"]
-    assert metrics["ours_over_resident"] == pytest.approx(rates["ours"] / rates["resident"])
 
 
 def test_launcher_demonstration(call, started, tmp_path, monkeypatch):

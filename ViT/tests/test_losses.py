@@ -8,7 +8,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from ViT import recipe
 from ViT.classifier import add_adapter, build_base
-from ViT.options import Options
+from ViT.finetune import Options
 
 SEED, EPOCHS, BATCH, LR = 7, 3, 16, 0.02
 NORMALISE = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from control_experiments.errors import UserError
 from control_experiments.training.methods import count_parameters
 from ViT.classifier import add_adapter
-from ViT.options import RecipeOptions
+from ViT.finetune import RecipeOptions
 from ViT.vision_models import create, load, set_attention, set_mlp_layers
 
 ARCHITECTURE = "test_vit"

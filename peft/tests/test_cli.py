@@ -1,4 +1,4 @@
-"""``python -m peft_control``: registers the method, then runs a module that knows only peft."""
+"""``python -m peft_control``: registers the method, then runs a module or script that knows only peft."""
 
 import subprocess
 import sys
@@ -9,7 +9,6 @@ from peft import get_peft_model
 from tiny_models import build, randomize_adapters
 
 from peft_control import ControlConfig
-from peft_control.__main__ import main
 
 TOOL = """
 import sys
@@ -37,57 +36,40 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_module_runs_and_without_us_it_cannot_load_the_adapter(folder):
+def test_a_module_or_script_runs_and_without_us_it_cannot_load_the_adapter(folder):
     def run(*arguments):
         done = subprocess.run([sys.executable, *arguments, "base", "adapter"], cwd=folder, capture_output=True, text=True)
         return done.stdout, done.returncode, done.stderr
 
     assert run("-m", "peft_control", "-m", "kit")[:2] == ("__main__ ControlModel ['base', 'adapter']\n", 7)  # the tool's own
+    assert run("-m", "peft_control", str(folder / "tool.py"))[0].startswith("__main__ ControlModel")
     _, code, said = run("tool.py")
     assert code == 1 and "CONTROL" in said
-
-
-@pytest.fixture
-def calling(monkeypatch, capsys):
-    """``calling("-m", "kit")``: the exit code, and what was printed to stdout and stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["peft_control", *arguments])
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        try:
-            main()
-        except SystemExit as exit_:
-            return exit_.code, *capsys.readouterr()
-        return None, *capsys.readouterr()
-
-    return call
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         ([], "usage: python -m peft_control"),
-        (["-m"], "usage: python -m peft_control"),
         (["-m", "no_such_package.module"], "no_such_package.module"),
         (["-m", "json"], "'json' that can be run"),
-        (["-m", ".relative"], ".relative"),
-        (["no_such_command"], "usage: python -m peft_control"),
+        (["no_such_script.py"], "no_such_script.py"),
         (["architectures", "nowhere"], "error: "),
     ],
 )
-def test_what_cannot_run(arguments, text, calling):
-    code, out, said = calling(*arguments)
+def test_what_cannot_run(arguments, text, call):
+    code, out, said = call("peft_control.__main__", *arguments)
     assert code == 2 and text in said and said.count("\n") == 1 and not out
 
 
 @pytest.mark.parametrize("command", ["", "architectures", "export"])
-def test_help(command, calling):
-    code, out, _ = calling(*command.split(), "--help")
+def test_help(command, call):
+    code, out, _ = call("peft_control.__main__", *command.split(), "--help")
     assert not code and f"usage: python -m peft_control {command}" in out and ("lm_eval" in out) == (not command)
 
 
-def test_architectures(tmp_path, calling):
+def test_architectures(tmp_path, call):
     build("qwen3_next").config.save_pretrained(tmp_path)
-    code, out, _ = calling("architectures", str(tmp_path))
-    assert code is None and "layers.0: Qwen3NextDecoderLayer, row qwen3_next, width 32" in out
+    out = call("peft_control.__main__", "architectures", tmp_path).finished().out
+    assert "layers.0: Qwen3NextDecoderLayer, row qwen3_next, width 32" in out
     assert "attention: reads input_layernorm, writes linear_attn" in out

@@ -1,6 +1,5 @@
 """What all domains share: errors, records, run folders, metering, devices, checksums."""
 
-import argparse
 import errno
 import hashlib
 import json
@@ -9,7 +8,6 @@ import os
 import re
 import signal
 import time
-from dataclasses import make_dataclass
 from functools import partial
 from unittest.mock import Mock
 
@@ -24,14 +22,13 @@ from control_experiments.errors import Interrupted, StopRequest, UserError, run_
 from control_experiments.paths import REPOSITORY, public_path
 from control_experiments.record import public_command, read_record, write_json_atomic
 from control_experiments.training import checkpoints
-from control_experiments.training.arguments import parse_arguments
 from control_experiments.training.checkpoints import begin, find_damage, whole_folder
 from control_experiments.training.checksums import fingerprint
-from control_experiments.training.device import describe_device, explain_out_of_memory, select_device
+from control_experiments.training.device import explain_out_of_memory
 from control_experiments.training.losses import LossWatch, check_parameters
-from control_experiments.training.metering import MemoryMeter, Throughput
+from control_experiments.training.metering import Throughput
 from control_experiments.training.methods import adapter_config, load_adapter
-from control_experiments.training.options import METHODS, AdapterOptions
+from control_experiments.training.options import AdapterOptions
 from control_experiments.training.runs import RunFolder
 from scripts.tests.faults import Bomb, a_record
 
@@ -55,6 +52,8 @@ def ends(capsys):
 def test_exit_codes(ends):
     assert ends(Mock()) == (0, "")
     assert ends(Mock(side_effect=UserError("do\nthis"))) == (2, "error: do this")
+    uncaptured = "this model's training step cannot be captured as a CUDA graph (why): train without cuda_graphs"
+    assert ends(Mock(side_effect=RuntimeError(uncaptured))) == (2, f"error: {uncaptured}")
     before = signal.getsignal(signal.SIGTERM)
     assert ends(Mock(side_effect=KeyboardInterrupt)) == (130, "interrupted")
     assert ends(partial(os.kill, os.getpid(), signal.SIGTERM)) == (143, "terminated")
@@ -63,12 +62,10 @@ def test_exit_codes(ends):
         run_main(lambda: 1 / 0)
 
 
-@pytest.mark.parametrize("words", [["--rank", "x"], ["--nonsense", "1"], ["stray"]])
-def test_unparsable_options_are_one_line(words, ends):
-    options = make_dataclass("Options", [("rank", int, 1)])
-    code, said = ends(lambda: parse_arguments(options, argv=words))
-    assert code == 2 and said.startswith("error: ")
-    assert argparse.ArgumentParser.error.__module__ == "argparse"  # put back
+def test_a_pickle_that_torch_refuses_is_one_line(ends, tmp_path):
+    torch.save({"step": Bomb(tmp_path / "mark")}, tmp_path / "optimizer.pt")
+    code, line = ends(partial(torch.load, tmp_path / "optimizer.pt", weights_only=True))
+    assert code == 2 and "holds more than tensors and plain values" in line and not (tmp_path / "mark").exists()
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
@@ -92,18 +89,16 @@ def test_record_round_trip(tmp_path):
         read_record(tmp_path / "none.json")
 
 
-def test_no_private_path_or_token_reaches_a_record(tmp_path):
-    token = "hf_" + "a1B2" * 8
+def test_no_private_path_reaches_a_record(tmp_path):
     record = make_record(
-        command=f"python /home/someone/x.py --model={tmp_path}/m --hub_token s3cret --api-key=k3y {token}".split(),
+        command=f"python /home/someone/x.py --model={tmp_path}/m".split(),
         model={"id": "/home/someone/models/minilm", "paths": {tmp_path / "b"}},
         data={"id": str(REPOSITORY / "RoBERTa" / "glue.py")},
     )
     text = record.write(tmp_path / "record.json").read_text()
-    for private in ("/home", str(tmp_path), "s3cret", "k3y", token):
-        assert private not in text
+    assert "/home" not in text and str(tmp_path) not in text
     written = json.loads(text)
-    assert written["command"] == ["python", "x.py", "--model=m", "--hub_token", "***", "--api-key=***", "***"]
+    assert written["command"] == ["python", "x.py", "--model=m"]
     assert written["model"] == {"id": "minilm", "paths": ["b"]}
     assert written["data"] == {"id": "RoBERTa/glue.py"}
     words = ["roberta-base", "nyu-mll/glue", "1/3", "a and/or b", "3e-4"]
@@ -151,43 +146,19 @@ def checkpoint(folder: RunFolder, step: int, **state):
 LORA, DORA = {"method": "lora", "ranks": (1, 2)}, {"method": "dora", "ranks": (1, 2)}
 
 
-def test_claims(tmp_path):
+def test_the_newest_checkpoint_is_gone_on_with(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
         assert folder.claim(LORA, resume=True) is None
         assert folder.claim(DORA) is None  # nothing was trained yet
         folder.claim(LORA)
-        ninth = checkpoint(folder, 9)
-        begin(folder.checkpoints / "checkpoint-10")  # where a kill leaves what was being written
-        assert folder.claim(LORA, resume=True) == ninth
-        assert [path.name for path in folder.checkpoints.iterdir()] == ["checkpoint-9"]
-        hundredth = checkpoint(folder, 100)
-        assert folder.claim(LORA, resume=True) == hundredth
-        with pytest.raises(UserError, match="add --resume"):
-            folder.claim(LORA)
-        with pytest.raises(UserError, match="method 'lora' there, 'dora' asked for"):
-            folder.claim(DORA, resume=True)
-        write_json_atomic(folder.record, {})
-        assert folder.finished
-        with pytest.raises(UserError, match="belongs to another run"):
-            folder.claim(DORA)
+        checkpoint(folder, 9)
+        newest = checkpoint(folder, 100)
+        begin(folder.checkpoints / "checkpoint-110")  # where a kill leaves what was being written
+        assert folder.claim(LORA, resume=True) == newest
+        assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["checkpoint-100", "checkpoint-9"]
         (folder.path / "run.json").write_text("{")
         with pytest.raises(UserError, match="missing or broken"):
             folder.claim(LORA)
-
-
-def test_an_overwritten_run_is_gone_for_every_process(tmp_path, monkeypatch):
-    with RunFolder(tmp_path / "run") as folder:
-        folder.claim(LORA)
-        checkpoint(folder, 9)
-        write_json_atomic(folder.record, {})
-        with monkeypatch.context() as patch:
-            patch.setenv("RANK", "1")
-            other = RunFolder(tmp_path / "run")
-        other.clear()  # before the process of rank 0 does so
-        assert not other.finished and other.claim(DORA) is None and folder.record.exists()
-        folder.clear()
-        assert [path.name for path in folder.path.iterdir()] == [".lock"]
-        assert folder.claim(DORA) is None and not folder.finished
 
 
 def flip(path):
@@ -196,38 +167,13 @@ def flip(path):
     path.write_bytes(contents)
 
 
-def bombed(checkpoint):
-    torch.save({"step": Bomb(checkpoint.parents[1] / "mark")}, checkpoint / "optimizer.pt")
-
-
-def with_link(checkpoint):
-    (checkpoint / "optimizer.pt").rename(checkpoint.parents[1] / "elsewhere.pt")
-    (checkpoint / "optimizer.pt").symlink_to(checkpoint.parents[1] / "elsewhere.pt")
-
-
-def resealed(damage):
-    """The damage with a manifest that fits it, as an attacker would write it."""
-
-    def done(checkpoint):
-        damage(checkpoint)
-        names = [path.name for path in checkpoint.iterdir() if path.name != "manifest.json"]
-        sums = {name: fingerprint(checkpoint / name) for name in names}
-        write_json_atomic(checkpoint / "manifest.json", {"schema": 1, "sha256": sums})
-
-    return done
-
-
 DAMAGES = {
     "optimizer.pt is not what was written": lambda c: flip(c / "optimizer.pt"),
     "optimizer.pt is missing": lambda c: (c / "optimizer.pt").unlink(),
-    "trainer_state.json is not what was written": lambda c: (c / "trainer_state.json").write_text("{"),
     "more.pt is not in its manifest.json": lambda c: (c / "more.pt").write_bytes(b""),
     "it has no manifest.json": lambda c: (c / "manifest.json").unlink(),
     "manifest.json is no JSON file": lambda c: (c / "manifest.json").write_text('{"schema": 1, "sha'),
     "its manifest.json is of another schema": lambda c: (c / "manifest.json").write_text("{}"),
-    "optimizer.pt holds more than tensors and plain values": resealed(bombed),
-    "adapter_model.bin is a pickle": resealed(lambda c: torch.save({}, c / "adapter_model.bin")),
-    "optimizer.pt is a pickle or a link": resealed(with_link),
 }
 
 
@@ -244,7 +190,6 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_used(reason, damage
         assert line.endswith("set aside as checkpoint-10.broken")
         names = sorted(path.name for path in folder.checkpoints.iterdir())
         assert names == ["checkpoint-10.broken", "checkpoint-3"]
-        assert not (folder.path / "mark").exists()
 
         damage(whole)
         with pytest.raises(UserError, match="no checkpoint in .* is whole.*nothing was changed"):
@@ -252,27 +197,18 @@ def test_a_broken_checkpoint_is_set_aside_and_the_one_before_used(reason, damage
         assert sorted(path.name for path in folder.checkpoints.iterdir()) == names
 
 
-@pytest.mark.parametrize(
-    ("place", "problem", "error", "message"),
-    [
-        ("torch.load", MemoryError("none left"), MemoryError, "none left"),
-        ("torch.load", RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError, "allocate"),
-        ("torch.load", OSError(errno.EIO, "Input/output error"), UserError, "Input/output error.*try again"),
-        (f"{checkpoints.__name__}.fingerprint", OSError(errno.EMFILE, "Too many"), UserError, "Too many"),
-        ("pathlib.Path.read_text", OSError(errno.ENOMEM, "No memory"), UserError, "No memory"),
-    ],
-)
-def test_a_trouble_that_may_pass_sets_no_checkpoint_aside(place, problem, error, message, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", [f"{checkpoints.__name__}.fingerprint", "pathlib.Path.read_text"])
+def test_a_trouble_that_may_pass_sets_no_checkpoint_aside(place, tmp_path, monkeypatch):
     def fails(path, *_, **__):
         if path.name == "run.json":
             return "{}"
-        raise problem
+        raise OSError(errno.EMFILE, "Too many open files")
 
     with RunFolder(tmp_path / "run") as folder:
         folder.claim({})
         checkpoint(folder, 3)
         last = checkpoint(folder, 10)
-        with monkeypatch.context() as patched, pytest.raises(error, match=message):
+        with monkeypatch.context() as patched, pytest.raises(UserError, match="Too many.*nothing was changed; try again"):
             patched.setattr(place, fails)
             folder.claim({}, resume=True)
         assert folder.claim({}, resume=True) == last
@@ -333,10 +269,8 @@ NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3690, {}, NCCL version 2.30.7\nLast 
     ("processes", "message", "lost"),
     [
         (2, GLOO, True),
-        (2, "Timed out waiting 1800000ms for recv operation to complete", True),
         (2, "failed to recv, got 0 bytes. Connection was likely closed. Did the remote end crash?", True),
         (2, NCCL.format("remote process exited or there was a network error", "socketProgress"), True),
-        (2, NCCL.format("unhandled system error", "Connection closed by remote peer host<1>"), True),
         (1, GLOO, False),
         (2, NCCL.format("invalid usage", "Duplicate GPU detected: rank 1 and rank 0"), False),
         (2, "Tensors for NCCL must be contiguous", False),
@@ -387,37 +321,24 @@ def test_losses_are_watched_and_the_first_bad_batch_is_named():
     check_parameters([torch.ones(2)], 4, "nothing")
 
 
-FULL_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
+FULL_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. If reserved but unallocated memory is large")
 
 
 @pytest.mark.parametrize(
-    ("asks", "asked"),
+    ("asks", "reason"),
     [
-        (Mock(side_effect=FULL_GPU), "2.50 GiB"),
-        (lambda: torch.empty(1 << 60), "4294967296.0 GiB"),
-        (lambda: bytearray(1 << 62), "more than there is"),
+        (Mock(side_effect=FULL_GPU), r"Tried to allocate 2.50 GiB\.;"),
+        (Mock(side_effect=RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when")), "ALLOC_FAILED when;"),
+        (lambda: torch.empty(1 << 60), r"tried to allocate \d+ bytes.*;"),
+        (lambda: bytearray(1 << 62), "the host's memory is used up;"),
     ],
 )
-def test_too_little_memory_is_explained(asks, asked):
-    said = rf"asked for {asked} \(.* free of .*GiB\); what lowers it: --less"
+def test_too_little_memory_is_explained(asks, reason):
+    said = rf"on cpu needs more memory than there is: .*{reason} what lowers it: --less"
     with pytest.raises(UserError, match=said), explain_out_of_memory(torch.device("cpu"), "--less"):
         asks()
     with pytest.raises(RuntimeError, match="other"), explain_out_of_memory(torch.device("cpu"), "--less"):
         raise RuntimeError("other")
-
-
-def test_a_library_that_fails_on_a_full_gpu_is_explained_too(monkeypatch):
-    gpu, free = torch.device("cuda"), [2**20]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80 * 2**30))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**30)
-    internal = "CUDA error: CUBLAS_STATUS_INTERNAL_ERROR when"
-    said = "the GPU's memory is too small: .*1.0 GiB in use by this run, 0.0 GiB free"
-    for message in (internal, "Expected mha_graph.execute(handle", "CUDA error: out of memory\nCUDA kernel"):
-        with pytest.raises(UserError, match=said), explain_out_of_memory(gpu, "--less"):
-            raise RuntimeError(message)
-    free[0] = 2**34  # then it is something else
-    with pytest.raises(RuntimeError, match=internal), explain_out_of_memory(gpu, "--less"):
-        raise RuntimeError(internal)
 
 
 def test_throughput_counts_only_what_it_should(monkeypatch):
@@ -436,17 +357,6 @@ def test_throughput_counts_only_what_it_should(monkeypatch):
     assert (summary["train_seconds"], summary["median_step_seconds"], summary["tokens_per_second"]) == (8, 2, 30 / 8)
 
 
-def test_cpu_memory_is_the_resident_set_and_says_so():
-    meter = MemoryMeter(torch.device("cpu"))
-    meter.after_load()
-    before = meter.summary()["peak_resident_bytes"]
-    block = torch.ones(before // 4 + 50_000_000 // 4)  # float32: more than all that was resident
-    meter.after_optimizer()
-    summary = meter.summary()
-    assert summary["kind"] == "resident set" and summary["peak_resident_bytes"] >= block.nbytes
-    assert summary["weights_bytes"] is None and summary["activations_bytes"] is None
-
-
 def test_fingerprints(tmp_path):
     (tmp_path / "x").write_bytes(b"one")
     (tmp_path / ".lock").write_text("")
@@ -457,34 +367,19 @@ def test_fingerprints(tmp_path):
         fingerprint(tmp_path / "b")
 
 
-def test_devices():
-    assert select_device("cpu") == torch.device("cpu")
-    assert describe_device(torch.device("cpu"))["count"] >= 1
-    with pytest.raises(UserError, match="no GPU 99 here"):
-        select_device("99")
-    for name in ("cuda", "-1", ""):
-        with pytest.raises(UserError, match="GPU must be an index"):
-            select_device(name)
-
-
-def test_methods_are_the_configurations_they_say():
-    def config(method, **changes):
-        options = AdapterOptions(method=method, **{"control_rank": 3, "lora_rank": 4, "lora_targets": ["q"], **changes})
+@pytest.mark.parametrize(
+    ("method", "fields", "message"),
+    [
+        ("control+lora", {"lora_targets": None}, "needs the names of its target modules"),
+        ("control", {"control_blocks": []}, "are mlp, attention or both, got none"),
+    ],
+)
+def test_methods_that_lack_something(method, fields, message):
+    assert adapter_config(AdapterOptions(method="probe"), task_type="CAUSAL_LM") is None
+    with pytest.raises(UserError, match=message):
+        options = AdapterOptions(method=method, **fields)
         options.check()
-        return adapter_config(options, task_type="CAUSAL_LM")
-
-    with pytest.raises(UserError, match="needs the names of its target modules"):
-        config("control+lora", lora_targets=None)
-    with pytest.raises(UserError, match="are mlp, attention or both, got none"):
-        config("control", control_blocks=[])
-    assert config("probe") is None
-    assert (config("lora").r, config("lora").use_dora, config("dora").use_dora) == (4, False, True)
-    assert config("control").control_rank == 3 and config("control").target_modules is None
-    assert config("double control").control_blocks == ["attention", "mlp"]
-    mixed = config("control+dora")
-    assert (mixed.control_blocks, mixed.use_dora, mixed.target_modules) == (["mlp"], True, {"q"})
-    assert not config("control+lora").use_dora
-    assert {config(method).peft_type.value for method in METHODS if "control" in method} == {"CONTROL"}
+        adapter_config(options, task_type="CAUSAL_LM")
 
 
 PLACE = "base_model.model.model.layers.9.mlp_control.more"

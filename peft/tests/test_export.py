@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, MODELS, build, logits, randomize_adapters, skip_before, word_tokenizer
 
 from peft_control import ControlConfig
-from peft_control.export import export, main
+from peft_control.export import export
 
 TASKS = {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "vision": None, "seq2seq": "SEQ_2_SEQ_LM"}
 AUTO = {
@@ -132,11 +132,12 @@ def test_the_folder_needs_neither_package_and_says_what_it_is(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
 
 
-def test_command_line(tmp_path, capsys):
+def test_command_line(tmp_path, call):
     adapter(tmp_path, dtype=torch.bfloat16)
     (tmp_path / "base").rename(tmp_path / "moved")
-    main([f"{tmp_path}/adapter", f"{tmp_path}/out", "--base", f"{tmp_path}/moved", "--dtype", "float32"])
-    assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}: ControlLlamaForCausalLM")
+    words = (tmp_path / "adapter", tmp_path / "out", "--base", tmp_path / "moved", "--dtype", "float32")
+    out = call("peft_control.__main__", "export", *words).finished().out
+    assert out.startswith(f"{tmp_path / 'out'}: ControlLlamaForCausalLM")
     assert reload(tmp_path).dtype == torch.float32
 
 
@@ -183,15 +184,11 @@ def replace_by_lora(folder):
         (lambda folder: (folder / "out").write_text("mine"), "out exists already"),
     ],
 )
-def test_what_cannot_be_exported_is_one_line(change, message, tmp_path, capsys):
+def test_what_cannot_be_exported_is_one_line(change, message, tmp_path, call):
     adapter(tmp_path)
     change(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(SystemExit) as exit_:
-        main([f"{tmp_path}/adapter", f"{tmp_path}/out"])
-    printed = capsys.readouterr().err
-    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert exit_.value.code == 2 and len(lines) == 1 and message in lines[0] and "Traceback" not in printed
+    assert message in call("peft_control.__main__", "export", tmp_path / "adapter", tmp_path / "out").refused()
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 

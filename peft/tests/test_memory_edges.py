@@ -14,8 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from accelerate.state import AcceleratorState
-from test_memory import FAMILIES, VOCABULARY, batch, build
-from tiny_models import distance, step_of, step_on
+from test_memory import FAMILIES, batch, build
+from tiny_models import VOCAB, distance, step_of, step_on
 from torch import nn
 
 from peft_control import ControlConfig, memory
@@ -121,7 +121,7 @@ def test_labels_are_taken_and_refused_as_in_plain(mode):
         except (RuntimeError, IndexError) as error:
             return type(error)
 
-    given = [ids, torch.full_like(ids, -100), ids.masked_fill(ids == ids[0, 3], -1), ids.int(), ids + VOCABULARY]
+    given = [ids, torch.full_like(ids, -100), ids.masked_fill(ids == ids[0, 3], -1), ids.int(), ids + VOCAB]
     expected = [pytest.approx(x, rel=1e-5, nan_ok=True) if isinstance(x, float) else x for x in map(outcome, given)]
     set_memory_mode(model, mode, chunk_tokens=8)
     assert [*map(outcome, given)] == expected
@@ -212,7 +212,7 @@ ODDITIES = [hook, forward, subclass, adapter, dropout, activation, trained, off,
 
 def random_setup(draw):
     """A model and its mode with a few oddities, which come before or after the mode, and what a step is called with."""
-    family = draw.choice(list(FAMILIES))
+    family = draw.choice(FAMILIES)
     blocks = draw.choice([["mlp"], ["attention"], ["attention", "mlp"]])
     control = dict(control_blocks=blocks, control_rank=draw.choice([1, 4]), control_bias=draw.random() < 0.3)
     control |= dict(control_alpha=draw.choice([1.0, 0.5]), control_dropout=draw.choice([0.0, 0.2]))

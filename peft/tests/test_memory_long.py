@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from test_memory import as_plain, batch, build, loss_and_gradients
+from test_memory import as_plain, batch, build
 from tiny_models import Live, distance, step_of
 from torch.autograd.graph import get_gradient_edge
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -71,20 +71,6 @@ def test_what_cannot_be_worked_by_groups_is_worked_whole(what, attended):
     attended.clear()
     assert distance(logits_gradients(model, inputs), reference) <= 1e-10
     assert Counter(attended)[4] == (2 if what == "norm" else 6)
-
-
-def test_a_few_tokens_are_worked_as_before(attended, monkeypatch):
-    monkeypatch.setattr(memory.long, "FROM_TOKENS", 39)  # the batch has 38
-    loss_and_gradients(build(), "lean")
-    assert set(attended) == {4}
-
-
-@pytest.mark.parametrize(("kib", "calls"), [(96, 6), (95, 8), (80, 8), (79, 10), (64, 10), (63, 12), (0, 12)])
-def test_lean_takes_no_more_of_the_host_than_it_can_spare(kib, calls, attended, monkeypatch):
-    """First each layer's own state (16 KiB of 38 tokens of 32 numbers), then attention's outputs, as much."""
-    monkeypatch.setattr(memory.offload, "_free_memory", lambda: (kib << 10) / 0.75)
-    as_plain(build(), "lean", offload=True)
-    assert len(attended) == 3 + calls  # plain's
 
 
 def peaks(waits, tokens=4096, width=256):

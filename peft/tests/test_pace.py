@@ -1,5 +1,7 @@
 """Whether the computation waits for copies, as streams with a clock of their own say."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,8 +15,7 @@ SLOW, FAST = (1.0, 1.3), (1.0, 1.2)  # milliseconds of a layer, and of its copie
 
 @pytest.fixture(autouse=True, scope="module")
 def events():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(torch.cuda, "Event", Event)
+    with patch.object(torch.cuda, "Event", Event):
         yield
 
 

@@ -122,6 +122,9 @@ def test_the_lora_part_is_merged_and_the_control_stays(method, tmp_path):
     assert not {"lora_A", "lora_B"} & {part for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors") for part in name.split(".")}  # fmt: skip
 
 
+# -- swapped weights ----------------------------------------------------------------------------------------
+
+
 def test_lora_on_the_module_that_a_control_writes_to_is_merged():
     config = ControlConfig(control_rank=3, target_modules=["fc2"], r=2)
     model = randomize_adapters(get_peft_model(build("opt"), config)).eval()
@@ -130,12 +133,6 @@ def test_lora_on_the_module_that_a_control_writes_to_is_merged():
         warnings.simplefilter("ignore")
         expected = logits(model, inputs)
         torch.testing.assert_close(logits(model.merge_and_unload(), inputs), expected, **CLOSE)
-
-
-# -- swapped weights ----------------------------------------------------------------------------------------
-
-
-# -- swapped weights ----------------------------------------------------------------------------------------
 
 
 def test_weights_are_swapped_in_place(tmp_path):

@@ -3,7 +3,6 @@
 import copy
 import logging
 import pickle
-from contextlib import contextmanager
 
 import pytest
 import tiny_models
@@ -12,38 +11,30 @@ from peft import LoraConfig, get_peft_model
 from streams import Event, Stream
 from tiny_models import assert_equal
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
 from peft_control import ControlConfig, memory, quantize_fp8
 from peft_control.memory import set_memory_mode, streaming
 from peft_control.memory.offload import HostStates
 
-LAYERS, WORDS = 5, 61
+LAYERS = 5
 
 
 def build(base="dense", lora=True, dtype=torch.float32, **control):
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=WORDS, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2,
-        )
-    ).to(dtype)  # fmt: skip
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.data.uniform_(0.5, 1.5)
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS)
+    model = tiny_models.build("llama", dtype, **shape)
     if base == "fp8":
         quantize_fp8(model)
     elif base == "nf4":
         tiny_models.bits_of_four(model.model.layers)
-        assert model.model.layers[-1].mlp.up_proj.weight.quant_state.nested
-    config = dict(task_type="CAUSAL_LM", control_blocks=["attention", "mlp"], control_rank=4, init_weights=False)
-    per_weight = dict(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False) if lora else {}
-    return get_peft_model(model, ControlConfig(**config, **per_weight, **control)).train()
+    per_weight = dict(target_modules=["q_proj", "v_proj"], r=2) if lora else {}
+    return tiny_models.adapted(model, ("attention", "mlp"), task_type="CAUSAL_LM", **per_weight, **control)
 
 
 def ids():
-    return torch.randint(3, WORDS, (2, 13), generator=torch.Generator().manual_seed(1))
+    return torch.randint(3, tiny_models.VOCAB, (2, 13), generator=torch.Generator().manual_seed(1))
 
 
 def step(model):
@@ -68,52 +59,27 @@ def as_resident(model, mode, run=step, **options):
     assert_equal(run(model), reference)
 
 
-@pytest.fixture(autouse=True)
-def ciphered(monkeypatch):
-    """What waits on the host is unreadable, and readable again once it was copied into a slot: so nothing can compute with
-    anything but a slot's contents. ``open`` undoes it for a look at the host."""
-    streams, fetch, stop = [], streaming.WeightStream._fetch, streaming.WeightStream.stop
+class Watch(TorchDispatchMode):
+    """Within, nothing is computed with weights on the host; ``copies`` are the layers whose weights are copied from there."""
 
-    def turn(stream):
-        for weights in stream.layers:
-            weights.buffer.data.bitwise_not_()  # which counts as no change
+    def __init__(self, stream):
+        super().__init__()
+        self.starts, self.copies = [weights.buffer.data_ptr() for weights in stream.layers], []
+        self.sizes = [weights.nbytes for weights in stream.layers]
 
-    def make(*arguments):
-        stream = original(*arguments)
-        turn(stream)
-        streams.append(stream)
-        stream.copies = []
-        return stream
-
-    def fetch_readable(self, weights):
-        slot = self._slots[weights.index % self.resident]
-        version = slot.buffer._version
-        fetch(self, weights)
-        if slot.buffer._version != version:
-            slot.buffer[: weights.nbytes].bitwise_not_()
-            self.copies.append(weights.index)
-        return slot
-
-    def stop_readable(self):
-        if self in streams:
-            streams.remove(self)
-            turn(self)
-        stop(self)
-
-    original = streaming.WeightStream
-    monkeypatch.setattr(streaming, "WeightStream", make)
-    monkeypatch.setattr(original, "_fetch", fetch_readable)
-    monkeypatch.setattr(original, "stop", stop_readable)
-
-    @contextmanager
-    def opened():
-        for stream in streams:
-            turn(stream)
-        yield
-        for stream in streams:
-            turn(stream)
-
-    return opened
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        given = [x.data_ptr() for x in tree_leaves((arguments, named)) if isinstance(x, torch.Tensor)]
+        found = function(*arguments, **(named or {}))
+        on_host = [
+            index
+            for index, (start, size) in enumerate(zip(self.starts, self.sizes))
+            if any(start <= address < start + size for address in given)
+        ]
+        if function is torch.ops.aten.copy_.default:
+            self.copies += on_host
+        elif on_host:
+            assert not torch.is_tensor(found) or found.data_ptr() in given, f"{function} reads weights on the host"
+        return found
 
 
 def streamed(resident=True, **fields):
@@ -136,8 +102,9 @@ def test_losses_gradients_and_answers_are_those_of_resident_weights(base, mode, 
         set_memory_mode(model, mode, chunk_tokens=8, stream_weights=resident)
         for _ in range(2):  # training and evaluation in turns
             assert_equal(step(model), reference)
-            assert_equal(step(model), reference)
-            assert_equal(answers(model), answered)
+            with Watch(stream_of(model)):
+                assert_equal(step(model), reference)
+                assert_equal(answers(model), answered)
     set_memory_mode(model, mode, chunk_tokens=8)
     assert_equal(step(model), reference)
     assert_equal(answers(model), answered)
@@ -179,63 +146,55 @@ def test_layers_of_every_architecture_are_streamed(family, monkeypatch):
 def test_each_layer_is_copied_once_on_each_way_but_at_the_turns(resident):
     model = streamed(resident)
     step(model)
-    stream = stream_of(model)
-    stream.copies.clear()
-    step(model)
-    assert len(stream.copies) == 2 * (LAYERS - resident)
-    assert stream.copies == [*range(resident, LAYERS), *reversed(range(LAYERS - resident))]
+    with Watch(stream_of(model)) as watch:
+        step(model)
+    assert watch.copies == [*range(resident, LAYERS), *reversed(range(LAYERS - resident))]
     model.eval()
-    with torch.no_grad():
-        for _ in range(2):
-            stream.copies.clear()
+    for _ in range(2):
+        with torch.no_grad(), Watch(stream_of(model)) as watch:
             model(input_ids=ids())
     shares = [n for n in range(LAYERS) if any(n != other and (n - other) % resident == 0 for other in range(LAYERS))]
-    assert sorted(stream.copies) == shares  # the last ones fetch the first for the next forward
+    assert sorted(watch.copies) == shares  # the last ones fetch the first for the next forward
 
 
-def test_a_state_dict_is_right_at_any_time(ciphered, tmp_path):
+def test_a_state_dict_is_right_at_any_time(tmp_path):
     model = build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     seen = []
-
-    def look(module, arguments):
-        with ciphered():
-            seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-
     set_memory_mode(model, "lean", stream_weights=True)
     step(model)
-    with ciphered():
-        assert_equal(model.state_dict(), before)
-        for tensor in model.state_dict().values():  # a file of weights takes each by itself
-            assert tensor.untyped_storage().nbytes() == tensor.nbytes
-        model.save_pretrained(tmp_path / "adapter")
-        model.get_base_model().save_pretrained(tmp_path / "base")
+    assert_equal(model.state_dict(), before)
+    for tensor in model.state_dict().values():  # a file of weights takes each by itself
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    model.save_pretrained(tmp_path / "adapter")
+    model.get_base_model().save_pretrained(tmp_path / "base")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     name = "model.layers.3.self_attn.o_proj.weight"
     assert torch.equal(again.state_dict()[name], before[f"base_model.model.{name}"])
-    hook = model.get_base_model().model.layers[2].mlp.register_forward_pre_hook(look)
+    hook = (
+        model.get_base_model()
+        .model.layers[2]
+        .mlp.register_forward_pre_hook(
+            lambda module, arguments: seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        )
+    )
     with torch.no_grad():
         model(input_ids=ids())
     hook.remove()
-    layer = "base_model.model.model.layers.2."  # the one that runs lies in its slot, readable
     assert len(seen) == 1
-    assert_equal({k: v for k, v in seen[0].items() if layer not in k}, {k: v for k, v in before.items() if layer not in k})
+    assert_equal(seen[0], before)
 
 
-def test_weights_that_are_written_to_or_replaced_are_fetched_anew(ciphered):
+def test_weights_that_are_written_to_or_replaced_are_fetched_anew():
     model, twin = streamed(lora=False), set_memory_mode(build(lora=False), "lean")
     reference = step(twin)
     assert_equal(step(model), reference)
     for changed in (model, twin):
-        with ciphered() if changed is model else torch.no_grad(), torch.no_grad():
+        with torch.no_grad():
             layers = changed.get_base_model().model.layers
             layers[1].mlp.up_proj.weight.mul_(2)
             layers[0].mlp.load_state_dict({name: -x for name, x in layers[0].mlp.state_dict().items()})
-            # taken over at the next forward, when the host is unreadable in this test
-            value = layers[3].self_attn.v_proj.weight + 1
-            layers[3].self_attn.v_proj.weight.data = value
-    weight = stream_of(model).layers[3].layer.self_attn.v_proj.weight
-    weight.data = weight.data.view(torch.int32).bitwise_not().view(torch.float32)
+            layers[3].self_attn.v_proj.weight.data = layers[3].self_attn.v_proj.weight + 1
     changed = step(twin)
     assert not torch.equal(changed["loss"], reference["loss"])
     assert_equal(step(model), changed)
@@ -257,7 +216,7 @@ def test_adapters_are_left_where_they_are_and_may_be_switched():
     assert_equal(step(model), first)
 
 
-def test_a_lora_is_merged_on_the_host_and_taken_out_again(ciphered):
+def test_a_lora_is_merged_on_the_host_and_taken_out_again():
     config = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     model = get_peft_model(build().unload(), config)
     twin = copy.deepcopy(model)
@@ -265,8 +224,7 @@ def test_a_lora_is_merged_on_the_host_and_taken_out_again(ciphered):
     assert_equal(answers(model), answers(twin))
     for change in ("merge_adapter", "unmerge_adapter"):
         for changed in (model, twin):
-            with ciphered():
-                getattr(changed, change)()
+            getattr(changed, change)()
         assert_equal(answers(model), answers(twin))
 
 
@@ -408,7 +366,6 @@ class Deferred(TorchFunctionMode):
 @pytest.fixture
 def computing(monkeypatch):
     """The stream of a computation whose copies of weights come as late as they may."""
-    monkeypatch.undo()  # the cipher would be late too
     computing = Computing()
     monkeypatch.setattr(streaming, "_COPIED_TO", "cpu")
     monkeypatch.setattr(streaming, "_PIECE", 1000)

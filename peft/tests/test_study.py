@@ -12,7 +12,6 @@ from control_experiments.errors import UserError
 from control_experiments.record import RunRecord
 from control_experiments.training.losses import Diverged
 from control_experiments.training.options import AdapterOptions, RunOptions, TrainingOptions
-from control_experiments.training.rates import SEARCH_FOLDER
 from control_experiments.training.study import Study, StudyOptions, beyond, command_of, make_run
 
 #: The rate at which each method is best.
@@ -48,7 +47,7 @@ class Parabolas(Study):
         record.finish(self.folder(cell) / "record.json", metrics={"last": {"score": score}})
 
     def score(self, record):
-        return json.loads(record.read_text())["metrics"]["last"]["score"]
+        return round(json.loads(record.read_text())["metrics"]["last"]["score"], 9)
 
 
 def study(folder, **options):
@@ -61,14 +60,14 @@ def done(folder):
     return sorted((folder / "log").read_text().split())
 
 
-def test_the_grid_grows_until_the_best_rate_lies_inside_it(tmp_path):
+def test_the_grid_grows_until_the_best_rate_lies_inside_it(tmp_path, capsys):
     study(tmp_path).run()
-    notes = json.loads((tmp_path / SEARCH_FOLDER / "model.json").read_text())["rates"]
-    found = {entry["method"]: entry for entry in notes}
-    assert list(found["control"]["scores"]) == ["0.0003", "0.001", "0.003"] and found["control"]["chosen"] == "0.001"
-    assert (
-        list(found["lora"]["scores"]) == ["1e-05", "3e-05", "9e-05", "0.0003", "0.001"] and found["lora"]["chosen"] == "3e-05"
-    )
+    said = capsys.readouterr().out
+    assert "control on task: lr 0.001 is chosen" in said and "lora on task: lr 3e-05 is chosen" in said
+    tried = {
+        method: {float(name.partition("_lr")[2]) for name in done(tmp_path) if f"_{method}_seed0" in name} for method in BEST
+    }
+    assert tried["control"] == {3e-4, 1e-3, 3e-3} and tried["lora"] == {1e-5, 3e-5, 9e-5, 3e-4, 1e-3}
     tests = [name for name in done(tmp_path) if "_lr" not in name]
     assert tests == [f"model_task_{method}_seed{seed}" for method in ("control", "lora") for seed in (1, 2)]
     before = done(tmp_path)
@@ -89,6 +88,11 @@ def test_growth_ends_and_a_rate_that_diverges_is_an_edge(tmp_path):
     study(tmp_path, methods=["probe"], grid=[0.02, 0.04]).run()
     assert "model_task_probe_seed0_lr0.005" in done(tmp_path) and "model_task_probe_seed1" in done(tmp_path)
     assert beyond(3e-4, 1e-3) == 9e-5 and beyond(4e-3, 2e-3) == 8e-3
+
+
+def test_the_smallest_of_equal_rates_is_chosen(tmp_path, capsys):
+    study(tmp_path, methods=["probe"], grid=[9e-4, 1e-4], growth=0, search_only=True).run()
+    assert "probe on task: lr 0.0001 is chosen" in capsys.readouterr().out
 
 
 def test_several_processes_share_the_runs(tmp_path):
@@ -120,16 +124,6 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(tmp_path, capsys):
             asked.run()
         assert capsys.readouterr().err.count("warning:") == 1 and done(tmp_path) == ["model_task_lora_seed1"]
         asked.failed.clear()
-
-
-def test_a_dry_run_shows_the_commands_of_what_is_left(tmp_path, capsys):
-    asked = study(tmp_path, methods=["control", "lora"], grid=None, lr=1e-3, seeds=[1])
-    asked.take(asked.left()[0])
-    capsys.readouterr()
-    asked.show()
-    (line,) = capsys.readouterr().out.splitlines()
-    assert " --lr 0.001 " in f"{line} " and " --method lora " in line and "model_task_lora_seed1" in line
-    assert done(tmp_path) == ["model_task_control_seed1"]
 
 
 @pytest.mark.parametrize(

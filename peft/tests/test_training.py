@@ -1,5 +1,6 @@
 """Controls under the machinery people train and serve with: checkpointing, caches, compile, Trainers, Liger."""
 
+from functools import cache
 from unittest.mock import patch
 
 import pytest
@@ -166,24 +167,6 @@ def test_transformers_trainer_in_one_go_and_resumed(tmp_path):
     torch.testing.assert_close(resumed, whole, rtol=0, atol=1e-7)
 
 
-@pytest.mark.slow
-def test_trl_sft_trainer(tmp_path):
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
-    options = {"max_length": 16, "bf16": False, **TRAINING}
-    trainer = trl.SFTTrainer(
-        build("llama"),
-        trl.SFTConfig(output_dir=str(tmp_path / "run"), **options),
-        train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in repetitive_texts()]),
-        processing_class=word_tokenizer(),
-        peft_config=ControlConfig(task_type="CAUSAL_LM", control_rank=16, **DOUBLE),
-    )
-    set_memory_mode(trainer.model, "lean")
-    trainer.train()
-    check_run(trainer, tmp_path / "adapter")
-
-
 # -- memory modes in everybody's trainers -------------------------------------------------------------------
 
 
@@ -217,14 +200,7 @@ ORDERS = {"plain": (), "before": ("lean",), "after": (None, "lean"), "undone": (
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
     """``logged(case, order)``: what each step of a trainer logs if the mode is set so before it is made and after."""
-    seen = {}
-
-    def run(case: str, order: str) -> list[dict]:
-        if (case, order) not in seen:
-            seen[case, order] = train(case, ORDERS[order], tmp_path_factory.mktemp("run"))
-        return seen[case, order]
-
-    return run
+    return cache(lambda case, order: train(case, ORDERS[order], tmp_path_factory.mktemp("run")))
 
 
 def train(case: str, modes: tuple, folder) -> list[dict]:

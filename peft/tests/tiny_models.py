@@ -44,7 +44,7 @@ class Family:
     "clip", "siglip2", "vision-language", "speech" (samples), "whisper" or "spectrogram"."""
 
     kind: str
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
 
     def inputs(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         """Two examples; of text, the second one is padded on the right."""
@@ -98,9 +98,9 @@ class TimmImages(timm.models.VisionTransformer):
 def _model(kind: str, name: str, common: dict, **fields) -> Family:
     """A family by its model's name in transformers."""
 
-    def build():
+    def build(**more):
         model = getattr(hf, name)
-        return model(model.config_class(**{**common, **fields}))
+        return model(model.config_class(**{**common, **fields, **more}))
 
     return Family(kind, build)
 
@@ -252,13 +252,13 @@ MODELS: dict[str, Family] = {
 }
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return the family's model in eval mode with every parameter away from its initial value.
+def build(name: str, dtype: torch.dtype = torch.float32, **config) -> nn.Module:
+    """Return the family's model in eval mode with every parameter away from its initial value; ``config`` are further fields.
 
     Norm scales of one and LayerScales of one constant would hide a control on the wrong side of them.
     """
     torch.manual_seed(0)
-    model = MODELS[name].build().to(dtype).eval()
+    model = MODELS[name].build(**config).to(dtype).eval()
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # torch multiplies no groups of float64
     with torch.no_grad():

@@ -38,97 +38,43 @@ class ResultsFolder:
             time={"train_seconds": 60.0, "examples_per_second": 500.0},
         )  # fmt: skip
 
-    def llama(self, method, seed, average, *, folder=None, limit=None, ranks=(64, 32), domain="llama", **more):
-        """A training with its evaluation below it; `seed` None: zero-shot, which has no training."""
+    def llama(self, method, seed, average, *, folder=None, limit=None, domain="llama", **more):
+        """A training with its evaluation below it."""
         place = f"llama/{folder or f'{method}-seed{seed}'.replace(' ', '-')}"
         about = {"domain": domain, "method": method, "task": "commonsense", "model": "tiny-llama"}
         loss = {"step": 10, "epoch": 1.0, "train_loss": 1.0, "eval_loss": 1.1}
-        if seed is not None:
-            self._record(
-                place, **about, seed=seed, last=loss, memory={**ALONE, "peak_allocated_bytes": 3 * 2**30},
-                hyperparameters={"lr": 1e-4, "epochs": 3, "control_rank": ranks[0], "lora_rank": ranks[1], **more},
-                time={"train_seconds": 100.0, "tokens_per_second": 900.0}, history=[loss],
-            )  # fmt: skip
+        self._record(
+            place, **about, seed=seed, last=loss, memory={**ALONE, "peak_allocated_bytes": 3 * 2**30},
+            hyperparameters={"lr": 1e-4, "epochs": 3, "control_rank": 64, "lora_rank": 32, **more},
+            time={"train_seconds": 100.0, "tokens_per_second": 900.0}, history=[loss],
+        )  # fmt: skip
         return self._record(
-            place if seed is None else f"{place}/evaluation", **about, seed=42, memory={}, time={"evaluate_seconds": 5.0},
+            f"{place}/evaluation", **about, seed=42, memory={}, time={"evaluate_seconds": 5.0},
             hyperparameters={"mode": "generate", "beams": 4, "limit": limit, "batch_size": 64},
             last={**dict.fromkeys(COMMONSENSE, average), "no_match": 1.5},
         )  # fmt: skip
 
     def benchmark(self, name="llama3-8b_4x1024.json", repeat="", shape="llama3-8b", batch=4, tokens=1024, weights=16e9,
-                  others=0, copies=0.0, **methods):  # fmt: skip
-        """A file of scripts/bench_memory.py; methods are name=(seconds a step, GB over the weights) or None: failed. `copies` are
-        seconds a step of those whose weights wait on the host."""
-        results = []
-        for method, point in methods.items():
-            result = {"method": method.replace("_", ":"), "error": "out of memory"}
-            if point:
-                seconds, over = point
-                memory = {
-                    "adapter_and_optimizer_bytes": 2**30,
-                    "activations_bytes": over * 1e9 - 2**30,
-                    "other_processes_bytes": others,
-                }
-                result = {"method": result["method"], "trained_parameters": 7, "static_bytes": weights, "peak_bytes": weights + over * 1e9,
-                          "over_static_bytes": over * 1e9, "step_seconds": seconds, "tokens_per_second": batch * tokens / seconds,
-                          "memory": memory}  # fmt: skip
-                if "streamed" in method:
-                    result["streaming"] = {"bytes": int(64e9), "layers": 80, "resident": 2, "floor_seconds": copies}
-            results.append(result)
+                  others=0, **methods):  # fmt: skip
+        """A file of scripts/bench_memory.py; methods are name=(seconds a step, GB over the weights)."""
+        results = [
+            {"method": method.replace("_", ":"), "trained_parameters": 7, "static_bytes": weights, "over_static_bytes": over * 1e9,
+             "peak_bytes": weights + over * 1e9, "step_seconds": seconds, "tokens_per_second": batch * tokens / seconds,
+             "memory": {"adapter_and_optimizer_bytes": 2**30, "other_processes_bytes": others}}
+            for method, (seconds, over) in methods.items()
+        ]  # fmt: skip
         options = {"shape": shape, "batch": batch, "tokens": tokens, "limit": None}
         return self._file(f"memory/{repeat}/{name}", options=options, results=results)
 
-    def searched(self, name, cells, speeds=(), **options):
-        """A file of bench_memory.py's --limit: `cells` are (method, GiB, tokens, seconds or None), `speeds` (method, tokens, seconds)."""
+    def searched(self, name, cells, **options):
+        """A file of bench_memory.py's --limit; `cells` are (method, GiB, tokens, seconds)."""
         found = [
-            {"method": method, "tokens": tokens, "fits": bool(seconds),
-             **({"step_seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": 9e9} if seconds else {}),
-             **({"streaming": {"bytes": 1, "floor_seconds": 2.5},
-                 "step_seconds_repeats": [0.9 * seconds, seconds, 1.1 * seconds]} if "streamed" in method else {})}
-            for method, tokens, seconds in speeds
-        ] + [
-            {"method": method, "limit_gib": limit, "longest_tokens": tokens,
-             **({"step_seconds": seconds, "tokens_per_second": tokens / seconds} if seconds else {})}
-            for method, limit, tokens, seconds in cells
+            {"method": method, "limit_gib": limit, "longest_tokens": tokens, "step_seconds": seconds,
+             "tokens_per_second": tokens / seconds} for method, limit, tokens, seconds in cells
         ]  # fmt: skip
         limits = sorted({limit for _, limit, *_ in cells})
         options = {"shape": "llama3-8b", "batch": 1, "tokens": 1024, "limit": limits, "up_to": 1 << 20, **options}
         return self._file(f"memory/{name}.json", options=options, results=found)
-
-    def throughput(self, packed, large=5.0, *, folder="throughput-x"):
-        """A record of LlaMA/benchmark_throughput.py; the ways' rates in times the published."""
-        ways = {
-            way: {"real_tokens_per_second": 1000.0 * times, "speedup": times, "rows_per_step": rows, "forwards_per_step": 2.0,
-                  "memory_mode": "plain", "attention": "sdpa", "seconds_per_step": 0.1}
-            for way, times, rows in (("published", 1.0, 8), ("packed", packed, 8), ("large", large, 64))
-        }  # fmt: skip
-        return self._record(
-            f"llama/{folder}", domain="llama", method="control+lora", task="throughput", seed=42, model="random llama3-8b",
-            hyperparameters={"memory": "fast", "batch_size": 8, "cutoff": 256, "dtype": "bfloat16"}, best={}, last=ways,
-        )  # fmt: skip
-
-    def batches(self, speedup, agree, *, questions=1000, folder="batches-x"):
-        """A record of LlaMA/evaluate.py --compare_batch_one."""
-        last = {"questions": questions, "batch_size": 64, "questions_per_second": 10.0 * speedup,
-                "questions_per_second_batch_one": 10.0, "speedup": speedup, "answers_agree": agree,
-                "speedup_over_published": 2 * speedup, "answers_agree_with_published": agree, "differing": []}  # fmt: skip
-        return self._record(
-            f"llama/{folder}", domain="llama", method="zero-shot", task="commonsense", seed=42, model="smollm2", best={}, last=last,
-            hyperparameters={"mode": "generate", "quantization": "none", "dtype": "bfloat16", "batch_size": 64, "limit": None},
-        )  # fmt: skip
-
-    def scaling(self, cells, repeat="", longest=False, **options):
-        """A file of scripts/bench_scaling.py; `cells` are (method, shard, processes, seconds a step, GB each)."""
-        results = [
-            {"method": method, "shard": shard, "processes": processes, "accumulate": 1,
-             **({"longest_tokens": seconds} if longest else {
-                 "step_seconds": seconds, "tokens_per_second": 4096 * processes / seconds, "peak_bytes_per_process": size * 1e9,
-                 "sent_bytes_per_process": 7e6, **({"loss_distance": 1e-5} if processes > 1 else {})})}
-            for method, shard, processes, seconds, size in cells
-        ]  # fmt: skip
-        options = {"shape": "llama3-8b", "batch": 4, "tokens": 1024, "longest": longest, **options}
-        more = {"devices": 8, "versions": {"torch": "2.14.1"}}
-        return self._file(f"scaling/{repeat}/llama3-8b_4x1024.json", **more, options=options, results=results)
 
     def _file(self, name, **contents):
         path = self.path / name

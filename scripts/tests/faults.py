@@ -207,9 +207,10 @@ class Attempt(ForkProcess):
             self.changes.value += 1
 
 
-def together(run: Run, output: Path, processes: int, moment: float | None = None, lost: int = 0, *,
-             resume: bool = False, alone: float = 0.0) -> list[Attempt]:  # fmt: skip
-    """Do `run` in so many processes, of which the one of rank `lost` is killed at `moment`.
+def together(
+    run: Run, output: Path, processes: int, moment: float | None = None, *, resume: bool = False, alone: float = 0.0
+) -> list[Attempt]:
+    """Do `run` in so many processes, which are killed at `moment`.
 
     As torchrun does, the others are sent SIGTERM `alone` seconds after one has failed, and several get the environment that
     it would give them.
@@ -223,7 +224,7 @@ def together(run: Run, output: Path, processes: int, moment: float | None = None
     attempts = []
     for rank in range(processes):
         environment = shared and {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        attempts.append(Attempt(run, output, moment if rank == lost else None, resume=resume, **environment))
+        attempts.append(Attempt(run, output, moment, resume=resume, **environment))
     while (running := [attempt.sentinel for attempt in attempts if attempt.is_alive()]) and wait(running, _LIMIT):
         if any(attempt.exitcode for attempt in attempts):
             break

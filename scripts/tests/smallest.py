@@ -24,7 +24,7 @@ ONLY_PARSED = {
 }
 CPU = ("--device", "cpu")
 #: Scripts that have no --device.
-NO_DEVICE = ("scripts/make_tables.py", "ViT/figures.py", "RoBERTa/demo_task.py")
+NO_DEVICE = ("scripts/make_tables.py", "ViT/figures.py")
 #: Scripts -> arguments that make their commands small; {name} stands for an input, {out} for a folder of the test's own.
 SMALL = {
     "RoBERTa/finetune.py": "--model {encoder} --max_steps 1 --epochs 1 --batch_size 4 --precision fp32 --output_dir {out}",
@@ -48,10 +48,9 @@ SMALL = {
     "--micro_batch_size 2 --cutoff 64 --control_rank 4 --lora_rank 2 --output_dir {out}",
     "QControl/gradient_error.py": "--model {llama} --data {questions}/train.json --rows 2 --bases bf16 --output_dir {out}",
     "scripts/bench_memory.py": "--batch 1 --steps 1 --warmup 0",
-    "scripts/bench_kernels.py": "--peers torch --tokens 8 --vocabulary 99 --repeats 2 --output {out}/kernels.json",
+    "scripts/bench_kernels.py": "--tokens 8 --vocabulary 99 --repeats 2 --output {out}/kernels.json",
     "scripts/make_tables.py": "--results {out}",
     "ViT/figures.py": "",
-    "RoBERTa/demo_task.py": "",
 }  # fmt: skip
 
 

@@ -1,15 +1,10 @@
 """The scaling benchmark in two processes over gloo, on a tiny shape."""
 
 import json
-import os
-import signal
-import time
 
 import pytest
-from torch.distributed.elastic.multiprocessing.errors import record
 
-from control_experiments.errors import UserError
-from scripts import bench_scaling, scaling
+from scripts import scaling
 
 
 def test_two_processes_lose_what_one_loses(call, tmp_path):
@@ -27,7 +22,6 @@ def test_two_processes_lose_what_one_loses(call, tmp_path):
     adapters = 2 * 2 * 2 * 64 * 64  # two layers, two blocks, A and B of rank 64 and width 64
     assert cells["ddp", 2]["sent_bytes_per_process"] == pytest.approx(4 * adapters, abs=200)
     assert cells["fsdp2", 2]["sent_bytes_per_process"] > 2 * 4 * adapters
-    assert (tmp_path / "tiny_2x8.png").stat().st_size > 1000
 
     # a run that was killed after both measurements
     (tmp_path / "tiny_2x8.json").rename(tmp_path / "tiny_2x8.json.partial")
@@ -39,22 +33,6 @@ def test_the_launcher_refuses_in_one_line(launch, tmp_path):
     words = ("--device", "cpu", "--shape", "tiny", "--output", tmp_path / "out", "--shards", "zero")
     assert "unknown --shards 'zero': choose from ddp, fsdp2" in launch("scripts/bench_scaling.sh", *words).refused()
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"methods": ["lora+nf4"]}, "over several processes bf16 bases"),
-        ({"methods": ["lora+compile"]}, "over several processes bf16 bases"),
-        ({"processes": [10_000]}, "this host has"),
-        ({"longest": True}, "--longest needs GPUs"),
-        ({"limit": 23.5}, "--limit goes with --longest"),
-        ({"limit": 0}, "--limit must be greater than 0"),
-    ],
-)
-def test_what_cannot_be_is_said(options, message):
-    with pytest.raises(UserError, match=message):
-        bench_scaling.Options(device="cpu", shape="tiny", **options).check()
 
 
 def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch, tmp_path, capfd):
@@ -72,26 +50,3 @@ def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch
     monkeypatch.setattr(scaling, "LONGEST", 2048)
     scaling.longest(512, step_within(10_000), tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text()) == {"longest_tokens": 2048}
-
-
-@record
-def ends(options, method, shard, accumulate, result):
-    """In the place of `scaling.work`: process 1 ends as the method says, the other one waits for it."""
-    if os.environ["RANK"] == "0":
-        result.write_text('{"longest_tokens": 512}' if shard == "fsdp2" else "{}")
-        time.sleep(60)
-    while not result.is_file():
-        time.sleep(0.1)
-    time.sleep(1)
-    if method == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    raise RuntimeError("out of memory")
-
-
-@pytest.mark.parametrize(("method", "said"), [("killed", "Signal 9 (SIGKILL)"), ("raises", "RuntimeError: out of memory")])
-def test_a_cell_says_why_the_first_process_ended(method, said, monkeypatch, capfd):
-    monkeypatch.setattr(scaling, "work", ends)
-    options = bench_scaling.Options(device="cpu", shape="tiny", longest=True)
-    cell = scaling.run_cell(options, method, "fsdp2", 2)
-    assert cell["longest_tokens"] == 512 and said in cell["ended_by"]
-    assert f"512 tokens, then {cell['ended_by']}" in scaling.line(cell, None)

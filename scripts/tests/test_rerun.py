@@ -1,4 +1,4 @@
-"""rerun_commonsense.sh and rerun_memory.sh as users type them; the interpreter notes how it is called, or fails."""
+"""rerun_commonsense.sh and rerun_memory.sh as users type them, and signals to launchers; the interpreter notes how it is called, or fails."""
 
 import signal
 import subprocess
@@ -8,9 +8,15 @@ import pytest
 
 from scripts.tests.test_readmes import parsed
 
-#: In the place of the interpreter: says what it measures, and fails or takes long if asked to.
+#: In the place of the interpreter: says what it measures, and fails or takes long if asked to; a signal ends it a moment later.
 STUB = """#!{python}
-import os, sys, time
+import os, signal, sys, time
+def end(number, _):
+    time.sleep(0.3)
+    print("saved", number, flush=True)
+    sys.exit(128 + number)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, end)
 print("measuring", *sys.argv[1:], flush=True)
 if os.environ.get("FAIL") in sys.argv:
     sys.exit(2)
@@ -37,12 +43,6 @@ def test_each_repeat_of_a_benchmark_has_a_folder_of_its_own(noted):
     assert found[:3] == [type(options)(**{**vars(options), "output": found[n].output}) for n, options in enumerate(found[3:])]
 
 
-def test_a_dry_run_measures_nothing(launch, stub):
-    done = launch(*MEMORY, "--dry_run", PYTHON=stub)
-    assert done.code == 0 and "measuring" not in done.out
-    assert done.out.count(f"+ {stub} -m scripts.bench_memory --shape ") == 6
-
-
 def test_a_failed_benchmark_is_listed_at_the_end_and_stops_no_other(launch, stub):
     done = launch(*MEMORY, PYTHON=stub, FAIL="vit-b16")
     assert done.code == 2 and done.out.count("measuring") == 6
@@ -63,14 +63,24 @@ def test_bad_arguments_are_one_line(launch, words, message):
     assert done.code == 2 and message in done.err.splitlines()[0]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("call", [MEMORY, ("scripts/rerun_commonsense.sh", "--gpus", "cpu")], ids=["memory", "commonsense"])
-def test_a_signal_ends_what_is_running_and_nothing_begins_after_it(launching, stub, call, number, code):
+LAUNCHERS = [
+    MEMORY,
+    ("scripts/rerun_commonsense.sh", "--gpus", "cpu"),
+    ("LlaMA/llama2_7B_Control+LoRA.sh", 4, 2, 4, "out", "cpu"),
+    ("LlaMA/run_smollm2_table.sh", "out", "cpu"),
+    ("QControl/run_llama_quantization.sh", "control", 4, 2, 4, "out", "cpu"),
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("call", LAUNCHERS, ids=[call[0] for call in LAUNCHERS])
+def test_a_signal_reaches_the_program_whose_end_is_waited_for_and_nothing_begins_after_it(launching, stub, call, number):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(**launching(*call, PYTHON=stub, TAKES=60), **how) as launcher:
         command, measuring = (launcher.stdout.readline() for _ in range(2))
         assert command.startswith("+ ") and measuring.startswith("measuring")
         launcher.send_signal(number)
-        assert "measuring" not in launcher.stdout.read()
-    assert launcher.returncode == code
+        said = launcher.stdout.read()
+        assert said.startswith("saved ") and "measuring" not in said
+    assert launcher.returncode == 128 + number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import re
 import signal
 import sys
@@ -111,11 +112,15 @@ def run_main(main: Callable[[], object]) -> NoReturn:
             try:
                 main()
             except RuntimeError as error:
+                if "cannot be captured as a CUDA graph" in str(error):  # as peft_control says of a model's own code
+                    raise UserError(str(error)) from error
                 if not lost_peer(error):
                     raise
                 raise UserError(
                     "another process of this run died or cannot be reached (see above): start the run again with --resume"
                 ) from error
+            except pickle.UnpicklingError as error:  # of torch.load(weights_only=True)
+                raise UserError(f"a file holds more than tensors and plain values, and was not read: {error}") from error
             finally:
                 ended = True
                 argparse.ArgumentParser.error = original

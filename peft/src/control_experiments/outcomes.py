@@ -40,18 +40,12 @@ METRICS = {
 
 
 def write_outcomes(folder: str | os.PathLike, example: Sequence, correct: Sequence | None = None, *,
-                   prediction: Sequence | None = None, label: Sequence | None = None, metric: str = "",
-                   group: Sequence | str = "") -> Path:  # fmt: skip
+                   group: Sequence | str = "", **scored: Sequence | str) -> Path:  # fmt: skip
     """Write `outcomes.npz` into a run's folder, atomically; give `correct`, or `prediction`, `label` and `metric`."""
+    columns = scored if correct is None else {"correct": np.asarray(correct, np.float32)}
     groups = np.broadcast_to(np.asarray(group, str), len(example))
-    arrays = {"example": np.asarray(example, str), "group": groups}
-    if correct is not None:
-        arrays["correct"] = np.asarray(correct, np.float32)
-    else:
-        scored = {"prediction": np.asarray(prediction, float), "label": np.asarray(label, float)}
-        arrays |= {**scored, "metric": metric}
     path, unfinished = Path(folder) / FILE, Path(folder) / f".{FILE}.partial"
     with unfinished.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, example=np.asarray(example, str), group=groups, **columns)
     unfinished.replace(path)
     return path

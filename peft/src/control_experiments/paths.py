@@ -10,11 +10,6 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 RESULTS = REPOSITORY / "results"
 
 
-def shared_folder() -> Path:
-    """Data and models that do not belong to the repository: $PARALLEL_CONTROL_SHARED, else `../shared`."""
-    return Path(os.environ.get("PARALLEL_CONTROL_SHARED", REPOSITORY.parent / "shared"))
-
-
 def public_path(path: str | os.PathLike) -> str:
     """A path that tells nothing about the machine: relative to the repository when inside it, else its last part."""
     resolved = Path(path).expanduser().resolve()

@@ -24,11 +24,7 @@ _PACKAGES = (
     "torch", "transformers", "peft", "peft-control", "accelerate", "datasets",
     "timm", "torchvision", "bitsandbytes", "trl", "numpy", "liger-kernel", "unsloth",
 )  # fmt: skip
-#: An option for a secret; `--token_budget` and `--chunk_tokens` count tokens.
-_SECRET_OPTION = re.compile(r"(token$|secret|password|api[-_]?key)", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|(?:ghp|gho|ghs)_\w{20,}|github_pat_\w{20,}|sk-[\w-]{16,}|[0-9a-f]{40})\b")
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(?:~|\.\.)?/[^\s'\",;:=]*|^\.\.(?:/[^\s]*)?$")
-_MASK = "***"
 
 
 @dataclass(kw_only=True)
@@ -88,10 +84,8 @@ class RunRecord:
         return self
 
     def write(self, path: str | os.PathLike) -> Path:
-        """Write the record atomically, stripped of private paths and tokens; return where it is."""
-        contents = _mapped(asdict(self), _public)
-        contents["command"] = public_command(self.command)
-        return write_json_atomic(path, contents)
+        """Write the record atomically, stripped of private paths; return where it is."""
+        return write_json_atomic(path, _mapped(asdict(self), _public))
 
 
 def read_record(path: str | os.PathLike) -> RunRecord:
@@ -178,17 +172,8 @@ def package_versions() -> dict:
 
 
 def public_command(command: Sequence[str]) -> list[str]:
-    """A command line without private paths and without anything that looks like a token."""
-    masked, hide_next = [], False
-    for argument in map(str, command):
-        option, equals, _ = argument.partition("=")
-        if hide_next:
-            argument = _MASK
-        elif equals and option.startswith("-") and _SECRET_OPTION.search(option):
-            argument = f"{option}={_MASK}"
-        hide_next = not equals and option.startswith("-") and bool(_SECRET_OPTION.search(option))
-        masked.append(_public(_SECRET_VALUE.sub(_MASK, argument)))
-    return masked
+    """A command line without private paths."""
+    return [_public(str(argument)) for argument in command]
 
 
 def _mapped(value: object, leaf: Callable) -> object:

@@ -18,12 +18,16 @@ def main() -> None:
         export(arguments[1:])
     elif arguments[0] == "architectures":
         print(_architectures(parse_architectures(arguments[1:]).model))
-    else:
+    elif arguments[0] == "-m":
         sys.argv = arguments[1:]
         sys.path.insert(0, os.getcwd())
         if not _exists(arguments[1]):
             refuse_module(arguments[1])
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def _architectures(place: str | None = None) -> str:

@@ -1,12 +1,12 @@
-"""``python -m peft_control -m MODULE ...``
+"""``python -m peft_control -m MODULE ...`` or ``python -m peft_control SCRIPT ...``
 
 Or ``python -m peft_control export ADAPTER OUT``: one model for serving from an adapter and its base (export.py).
 
 Or ``python -m peft_control architectures [MODEL]``: the table of architectures, or what a control would read and write in
 a model, of which it needs the configuration alone.
 
-The first registers CONTROL with peft, then runs the module as ``python`` itself would: for tools that import only peft,
-for example ``python -m peft_control -m lm_eval --model_args pretrained=BASE,peft=ADAPTER ...``.
+Registers CONTROL with peft, then runs the module or script as ``python`` itself would: for tools that import
+only peft, for example ``python -m peft_control -m lm_eval --model_args pretrained=BASE,peft=ADAPTER ...``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
-USAGE = "usage: python -m peft_control (-m MODULE | export ADAPTER OUT | architectures [MODEL]) [ARGUMENT ...]"
+USAGE = "usage: python -m peft_control (-m MODULE | SCRIPT | export ADAPTER OUT | architectures [MODEL]) [ARGUMENT ...]"
 
 
 def answer(arguments: list[str]) -> None:
@@ -30,12 +31,18 @@ def answer(arguments: list[str]) -> None:
         raise SystemExit
     if first == "export":
         parse_export(rest)
+    elif not first or arguments == ["-m"]:
+        refuse(USAGE)
+    elif first == "-m":
+        package = rest[0].partition(".")[0]
+        if not package or find_spec(package) is None:
+            refuse_module(rest[0])
     elif first == "architectures":
         parse_architectures(rest)
-    elif first != "-m" or not rest:
-        refuse(USAGE)
-    elif not (package := rest[0].partition(".")[0]) or find_spec(package) is None:
-        refuse_module(rest[0])
+    else:
+        script = Path(first, "__main__.py") if Path(first).is_dir() else Path(first)
+        if not script.exists():
+            refuse(f"there is no script {first!r}; {USAGE}")
 
 
 def parse_export(arguments: list[str]) -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """Pictures drawn from records: memory against time, scaling, training curves, scores. All return a matplotlib Figure.
 
-scripts/make_tables.py draws those of results/pictures and report.html; benchmarks draw theirs with the same functions.
+scripts/make_tables.py draws those of results/pictures and report.html, scripts/quickstart_table.py its own.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def streaming(steps: pd.DataFrame, title: str) -> Figure:
     for (row, part), dash in zip(means.groupby("row", sort=False), itertools.cycle(_DASHES)):
         axes.plot(part.floor, color="#444", linewidth=5, alpha=0.25, label=next(labels, None), zorder=1)
         axes.plot(part.step_seconds, linestyle=dash, label=row, **_look(row))
-    for row, part in means.groupby(means.row.str.replace(r"\+streamed3?", "", regex=True), sort=False):
+    for row, part in means.groupby(means.row.str.replace(r"\+(streamed3?|onboard)\b", "", regex=True), sort=False):
         look = _look(row) | {"color": "#c25a00", "marker": "s", "linestyle": "--", "label": f"{row}, resident"}
         axes.plot(part.resident_step_seconds.dropna().groupby("tokens").mean(), markersize=4, linewidth=1.2, **look)
     axes.set(xlabel="tokens a step", ylabel="seconds a step")

@@ -271,6 +271,9 @@ def _steps(file: dict) -> Iterator[dict]:
     for result in file["results"]:
         name, memory = result["method"], result.get("memory") or {}
         name += ":plain" if "control" in name and ":" not in name else ""
+        name = re.sub(
+            r"\+(fp8|nf4|bf16)((?:\+\w+)+)", r"\2+\1", name
+        )  # one name for a method, whatever the order of its switches
         waiting = result.get("streaming") or {}
         shared = (memory.get("other_processes_bytes") or 0) > PAGE_TABLES * waiting.get("bytes", 0)
         row = {"tokens": o["tokens"], "host": waiting.get("bytes"), "copies": waiting.get("floor_seconds")} | memory | result
@@ -307,7 +310,7 @@ def _beside_resident(frame: pd.DataFrame) -> pd.DataFrame:
     """Steps whose weights wait on the host, beside the same step without (its files too), and the floor under both. What was not
     measured only lowers the floor."""
     steps, key = frame[frame.kind.isin(("step", "length"))], ["kind", "whose", "place", "sequences", "tokens", "twin"]
-    steps = steps.assign(twin=steps.row.str.replace(r"\+(streamed3?|bf16)\b", "", regex=True))
+    steps = steps.assign(twin=steps.row.str.replace(r"\+(streamed3?|onboard|bf16)\b", "", regex=True))
     waits = steps.row.str.contains("+streamed", regex=False)
     how = {"peak_bytes": "max", "step_seconds": "mean", "links": "sum"}
     found = steps.loc[waits, [*key, "copies"]].join(steps[~waits].groupby(key).agg(how).add_prefix("resident_"), on=key)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 
 from ..errors import UserError
 from ..record import git_state, package_versions, utc_now, write_json_atomic
-from .device import describe_device, select_device
+from .device import describe_device
 
 #: The environment of a process whose tensors change their sizes.
 EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
@@ -76,19 +76,6 @@ def matmul_tflops() -> float:
 # -- devices and processes --------------------------------------------------------------------------------------
 
 
-def choose_device(name: str) -> str:
-    """ "cuda" or "cpu" for what `--device` says: either of them, or a GPU's index, which hides the other GPUs.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("no GPU here: --device cpu tries the script out")
-    if name not in ("cuda", "cpu") and not name.isdecimal():
-        raise UserError(f"--device is cuda, cpu or a GPU's index, got {name!r}")
-    return name if name in ("cuda", "cpu") else select_device(name).type
-
-
 def machine(device: str) -> dict:
     """What a record says of the machine: the device's name, how it is described, and a GPU's own bf16 matmul rate.
 
@@ -96,25 +83,16 @@ def machine(device: str) -> dict:
     """
     if device == "cuda":
         program = f"import json; from {__name__} import _gpu; print(json.dumps(_gpu()))"
-        return run_apart([sys.executable, "-c", program], {}, needed=True)
+        *_, found = stream_apart([sys.executable, "-c", program], {})
+        if "error" in found:
+            raise UserError(f"the GPU cannot be asked what it is: {found['error']}")
+        return found
     return {"device": device, "machine": describe_device(torch.device(device)), "matmul_tflops": None}
 
 
 def _gpu() -> dict:
     found = describe_device(torch.device("cuda"))
     return {"device": found["name"], "machine": found, "matmul_tflops": matmul_tflops()}
-
-
-def run_apart(command: Sequence[str], environment: dict[str, str], *, needed: bool = False) -> dict:
-    """The last JSON object that a process prints; ``{"error": its last line on stderr}`` if it fails.
-
-    Raises:
-        UserError: it fails, and the result is `needed`.
-    """
-    *_, found = stream_apart(command, environment)
-    if needed and "error" in found:
-        raise UserError(f"{' '.join(command[:2])} failed: {found['error']}")
-    return found
 
 
 def stream_apart(command: Sequence[str], environment: dict[str, str]) -> Iterator[dict]:
@@ -190,21 +168,28 @@ class Campaign:
         self.results.append(result)
         write_json_atomic(self._partial, self.record)
 
-    def run(self, keys: Sequence[Hashable], measure: Callable[[Hashable], dict], say: Callable[[dict], str]) -> None:
-        """Measure what is not finished, key by key, and say each result when it is there."""
-        for number, key in enumerate(keys, 1):
-            if key not in self.finished:
-                started, result = time.time(), measure(key)
-                self.add(result)
-                print(f"[{number}/{len(keys)}, {time.time() - started:.0f} s] {say(result)}", flush=True)
+    def run(
+        self, groups: Sequence[Sequence[Hashable]], measure: Callable[[list], Iterable[dict]], say: Callable[[dict], str]
+    ) -> None:
+        """Measure what is not finished, group by group; say each result of a group's keys as soon as it is there."""
+        self.order = [key for keys in groups for key in keys]
+        for number, keys in enumerate(groups, 1):
+            started = time.time()
+            if left := [key for key in keys if key not in self.finished]:
+                for result in measure(left):
+                    self.add(result)
+                    print(f"[{number}/{len(groups)}, {time.time() - started:.0f} s] {say(result)}", flush=True)
 
-    def finish(self, order: Sequence[Hashable]) -> None:
-        """Put the results in order and the record in its place.
+    def finish(self) -> None:
+        """Put the results in order and the record in its place, or end with 1 if something is left.
 
         Raises:
             UserError: nothing but failures was measured.
         """
-        self.results.sort(key=lambda result: order.index(self.key(result)))
+        if missing := len(self.order) - len(self.finished):
+            print(f"time is up, {missing} of {len(self.order)} are left: the same command goes on", file=sys.stderr)
+            sys.exit(1)
+        self.results.sort(key=lambda result: self.order.index(self.key(result)))
         write_json_atomic(self._partial, self.record)
         self._partial.replace(self.path)
         print(f"record in {self.path}")

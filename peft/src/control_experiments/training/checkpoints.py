@@ -14,9 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from transformers.trainer_pt_utils import safe_globals
-
 from ..errors import UserError
 from ..record import read_json, write_json_atomic
 from .checksums import fingerprint
@@ -24,8 +21,6 @@ from .checksums import fingerprint
 MANIFEST = "manifest.json"
 _SCHEMA = 1
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_TENSOR_FILES = (".pt", ".pth")
-_REFUSED = (".bin", ".pkl", ".pickle", ".ckpt")  # pickles; weights are safetensors here
 
 
 def begin(place: Path) -> Path:
@@ -56,7 +51,7 @@ def publish(aside: Path, place: Path, *, sealed: bool = True) -> None:
 def last_good(parent: Path) -> str:
     """What there is to go on from, in words."""
     found = checkpoints(parent)
-    return f"{found[0].name} is the last good state" if found else "no checkpoint was written yet"
+    return f"{found[0].name} is kept" if found else "nothing was saved yet"
 
 
 @contextmanager
@@ -124,68 +119,40 @@ def checkpoints(parent: Path) -> list[Path]:
 def find_damage(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be used, in a few words; None when it is whole.
 
-    Checked are the names and checksums of its files, and that the files that torch reads hold nothing but
-    tensors and plain values: a pickle that would run code is refused without running it. A checkpoint that
-    names an earlier one as the best so far (`best_global_step`) is worth as much as that one. Raises UserError:
-    a file cannot be read just now, which says nothing about what it holds; MemoryError, RuntimeError: there is
-    too little memory to look at it.
+    Checked are the names and checksums of its files; torch reads them without running what a pickle asks for. A checkpoint
+    that names an earlier one as the best so far (`best_global_step`) is worth as much as that one. Raises UserError: a file
+    cannot be read just now, which says nothing about what it holds.
     """
     if not (checkpoint / MANIFEST).is_file():
         return f"it has no {MANIFEST}"
     try:
-        manifest = read_json(checkpoint / MANIFEST)
-        expected = manifest["sha256"] if manifest.get("schema") == _SCHEMA else None
-        if not isinstance(expected, dict):
+        manifest, found = read_json(checkpoint / MANIFEST), _files(checkpoint)
+        if not isinstance(manifest, dict) or manifest.get("schema") != _SCHEMA or not isinstance(manifest.get("sha256"), dict):
             return f"its {MANIFEST} is of another schema"
-        found = _files(checkpoint)
+        expected = manifest["sha256"]
         for name in [*expected, *found]:
             if name not in expected or name not in found:
                 return f"{name} is {'missing' if name in expected else f'not in its {MANIFEST}'}"
-            if Path(name).suffix in _REFUSED or (checkpoint / name).is_symlink():
-                return f"{name} is a pickle or a link, which are never read"
             if fingerprint(checkpoint / name) != expected[name]:
                 return f"{name} is not what was written"
-            if Path(name).suffix in _TENSOR_FILES and not _holds_only_tensors(checkpoint / name):
-                return f"{name} holds more than tensors and plain values"
-        state = read_json(checkpoint / "trainer_state.json")
-        best = state.get("best_global_step")
-        if type(best) is int and best != step_of(checkpoint):
+        best = read_json(checkpoint / "trainer_state.json").get("best_global_step")
+        if best not in (None, step_of(checkpoint)):
             damage = find_damage(checkpoint.with_name(f"checkpoint-{best}"))
             return damage and f"the best one so far, checkpoint-{best}, is broken: {damage}"
-    except (UserError, OSError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        cause = error.__cause__ if isinstance(error, UserError) else error
-        if _may_pass(cause):
-            trouble = f"{checkpoint} cannot be read just now ({cause.strerror})"
-            raise UserError(f"{trouble}: nothing was changed; try again later") from cause
-        return str(error) or type(error).__name__
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise UserError(f"{error}: nothing was changed; try again later") from error
+        return str(error)
+    except OSError as error:
+        raise UserError(f"cannot read {checkpoint}: {error.strerror}: nothing was changed; try again later") from error
     return None
 
 
-def _holds_only_tensors(file: Path) -> bool:
-    try:
-        with safe_globals():  # NumPy's generator state, which the Trainer keeps
-            torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and pickle name no common error for what they refuse
-        if _may_pass(error):
-            raise
-        return False
-    return True
-
-
-def _may_pass(error: BaseException | None) -> bool:
-    """Whether an error is a lack of memory or a trouble of the system's, and not a file's content's fault."""
-    if isinstance(error, OSError):
-        # gone files are missing ones, and a broken index sends torch's reader to an invalid place in the file
-        return error.errno not in (None, errno.ENOENT, errno.EINVAL)
-    # torch calls a lack of the host's memory a plain RuntimeError
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
 def set_aside(checkpoint: Path) -> Path:
-    """Rename a broken checkpoint to `<name>.broken` (or `.broken2`, ...), where nothing looks for one."""
-    taken = [path.name for path in checkpoint.parent.iterdir()]
-    names = (f"{checkpoint.name}.broken{number}" for number in ("", *range(2, len(taken) + 3)))
-    return checkpoint.rename(checkpoint.with_name(next(name for name in names if name not in taken)))
+    """Rename a broken checkpoint to `<name>.broken`, where nothing looks for one."""
+    place = checkpoint.with_name(f"{checkpoint.name}.broken")
+    discard(place)
+    return checkpoint.rename(place)
 
 
 def check_adapter_files(folder: str | os.PathLike) -> None:

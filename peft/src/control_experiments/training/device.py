@@ -11,23 +11,20 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import set_seed
+from transformers import set_seed as seed_everything  # noqa: F401  the scripts take it from here
 
 from ..errors import UserError
 
-#: A GPU with fewer free bytes is full: libraries work in a few dozen MiB.
-_FULL = 2**27
-
 
 def select_device(name: str) -> torch.device:
-    """The device that a launcher's GPU argument names: a GPU index ("0", "1", ...) or "cpu".
+    """The device that a launcher's GPU argument names: a GPU index ("0", "1", ...), "cuda" for the first, or "cpu".
 
     With several GPUs the others are hidden (CUDA_VISIBLE_DEVICES), because the Trainer would otherwise spread
     over all of them; the chosen one is then `cuda:0`. Call it once, before anything touches CUDA. Under
     torchrun or accelerate each process takes the GPU of its local rank. Raises UserError: the name is no index,
     or there is no such GPU.
     """
-    name = str(name).strip().lower()
+    name = {"cuda": "0"}.get(name, str(name).strip().lower())
     if name == "cpu":
         return torch.device("cpu")
     if not name.isdecimal():
@@ -71,10 +68,6 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return tensor.to(device)
 
 
-#: Seeds Python's, NumPy's and torch's generators (all devices).
-seed_everything = set_seed
-
-
 def make_deterministic() -> None:
     """Let torch use deterministic kernels alone, so that a seed gives the same bits on the same kind of GPU.
 
@@ -86,59 +79,23 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+#: How a lack of memory is told where it has no class of its own: by the host's allocator, by CUDA, and by its libraries.
+_LACKING = re.compile(r"DefaultCPUAllocator|CUDA error: out of memory|CU\w+_STATUS_ALLOC_FAILED")
+
+
 @contextmanager
 def explain_out_of_memory(device: torch.device, switches: str) -> Iterator[None]:
-    """Turn a lack of memory into one line: what was asked for, what was there, which `switches` need less.
-    Raises UserError: in the place of torch's errors for the GPU's and for the host's memory."""
+    """Raises UserError: in the place of errors for too little memory, the GPU's or the host's; it says which `switches` need less."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        asked, on_gpu = _asked_for(error), isinstance(error, torch.OutOfMemoryError)
-        if asked is None and _cuda_lacked_memory(error, device):
-            asked, on_gpu = "what CUDA or a library of it works in", True
-        if asked is None:
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _LACKING.search(str(error))):
             raise
-        where = "GPU's" if device.type == "cuda" and on_gpu else "host's"
-        if where == "GPU's":
-            (free, total), used = torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device)
-        else:
-            memory, used = psutil.virtual_memory(), psutil.Process().memory_info().rss
-            free, total = memory.available, memory.total
-        there = f"{_gib(used)} in use by this run, {_gib(free)} free of {_gib(total)}"
+        reason = str(error).partition(" If reserved but unallocated")[0] or "the host's memory is used up"
         raise UserError(
-            f"the {where} memory is too small: asked for {asked} ({there}); what lowers it: {switches}; "
+            f"this run on {device.type} needs more memory than there is: {reason}; what lowers it: {switches}; "
             "finished work and the last checkpoint are kept"
         ) from error
-
-
-def _asked_for(error: BaseException) -> str | None:
-    """How much a failed allocation wanted, in words; None when the error is none."""
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        found = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
-        return found.group(1) if found else "more than there is"
-    if found := re.search(r"DefaultCPUAllocator: .*tried to allocate (\d+) bytes", text, re.DOTALL):
-        return _gib(int(found.group(1)))
-    return "more than there is" if isinstance(error, MemoryError) else None
-
-
-def _cuda_lacked_memory(error: BaseException, device: torch.device) -> bool:
-    """Whether CUDA itself wanted memory (to load a kernel, say), or cuBLAS or cuDNN failed while the GPU was full: they say
-    only that something went wrong."""
-    if device.type != "cuda":
-        return False
-    if "CUDA error: out of memory" in str(error):
-        return True
-    if not re.search("CUBLAS_STATUS|CUDNN_STATUS|mha_graph", str(error)):
-        return False
-    try:
-        return torch.cuda.mem_get_info(device)[0] < _FULL
-    except RuntimeError:  # the failure left the device unusable
-        return False
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"
 
 
 def describe_device(device: torch.device) -> dict:

@@ -97,12 +97,11 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, base: str, **optio
     # peft passes over what is missing or left over; beside some adapters it stores the base's embeddings
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     known = {name for name in stored if name in wanted or "embed" not in name}
-    for name in sorted({*wanted} ^ known):
-        what = f"it has no {name}" if name in wanted else f"{name} has no place in it"
+    if apart := sorted({*wanted} ^ known):
+        what = f"it has no {apart[0]}" if apart[0] in wanted else f"{apart[0]} has no place in it"
         raise UserError(f"the adapter in {folder} does not fit {base}: {what}")
-    for name, tensor in stored.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"the adapter in {folder} is broken: {name} has numbers that are not finite")
+    if broken := [name for name, tensor in stored.items() if not tensor.isfinite().all()]:
+        raise UserError(f"the adapter in {folder} is broken: {broken[0]} has numbers that are not finite")
     return model
 
 

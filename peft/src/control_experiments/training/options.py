@@ -41,12 +41,11 @@ QUANTIZATION_HELP = (
     "Frozen linear layers in 4 bits (nf4, fp4; scales quantized again) or 8 (int8) by bitsandbytes, or in 8-bit floating "
     "point, which is fast on GPUs of compute capability 8.9 and up (fp8); none: as they are."
 )
-SHARD_HELP = (
-    "What several processes share beside the rows: ddp: nothing, each holds the whole model; fsdp2: the frozen weights."
-)
 STREAM_HELP = (
     "The layers' frozen weights wait in the host's memory and come to the GPU as they are needed: for models larger than it."
 )
+#: Folder below a domain's results for the runs that choose learning rates; their scores are not of test sets.
+SEARCH_FOLDER = "learning_rate_search"
 #: What accelerate launch can ask FSDP for that is not done here, by the variable that it sets.
 _NOT_DONE = {"FSDP_OFFLOAD_PARAMS": "--fsdp_offload_params", "FSDP_ACTIVATION_CHECKPOINTING": "--fsdp_activation_checkpointing"}
 #: Options that say what a run is; its record states them in fields of their own.
@@ -83,16 +82,13 @@ class RunOptions(_Group):
     deterministic: bool = HfArg(default=False, help="Deterministic GPU kernels: the same bits again, slower.")
     workers: int = HfArg(default=0, help="Processes that make batches; no effect on results.")
     resume: bool = HfArg(default=False, help="Go on from the output folder's last checkpoint.")
-    overwrite: bool = HfArg(default=False, help="Delete what an earlier run left in the output folder.")
 
-    neutral: ClassVar[tuple[str, ...]] = ("output_dir", "device", "workers", "resume", "overwrite")
+    neutral: ClassVar[tuple[str, ...]] = ("output_dir", "device", "workers", "resume")
 
     def check(self) -> None:
         super().check()
         check_numbers(self, "seed", at_least=0, at_most=LARGEST_SEED)
         check_numbers(self, "workers", at_least=0)
-        if self.resume and self.overwrite:
-            raise UserError("--resume goes on with a run that --overwrite deletes: choose one of the two")
 
     @property
     def folder(self) -> Path:
@@ -126,6 +122,26 @@ class RunOptions(_Group):
         given = ((entry.name, entry.default, entry.default_factory) for entry in fields(cls))
         found = {name: value if make is MISSING else make() for name, value, make in given}
         return {name: value for name, value in found.items() if value is not MISSING}
+
+
+@dataclass(kw_only=True)
+class SearchOptions(_Group):
+    """For a run that only helps to choose hyperparameters."""
+
+    validation_share: Optional[float] = HfArg(
+        default=None,
+        help="For choosing hyperparameters: this share of the training rows, the same for every seed, is held out and scored in "
+        f"the place of the test rows. --output_dir must lie below a folder named {SEARCH_FOLDER}.",
+    )
+
+    def check(self) -> None:
+        super().check()
+        check_numbers(self, "validation_share", above=0, below=1)
+        if self.validation_share is not None and SEARCH_FOLDER not in self.folder.resolve().parts:
+            raise UserError(
+                f"--validation_share needs an --output_dir below a folder named {SEARCH_FOLDER}: its scores are not of test "
+                "rows, and tables leave that folder out"
+            )
 
 
 @dataclass(kw_only=True)
@@ -189,7 +205,9 @@ class BaseOptions(_Group):
     """How the frozen weights are stored."""
 
     quantization: Quantization = HfArg(default="none", help=QUANTIZATION_HELP)
-    shard: Literal["ddp", "fsdp2"] = HfArg(default="ddp", help=SHARD_HELP)
+    shard: Literal["ddp", "fsdp2"] = HfArg(
+        default="ddp", help="What several processes share: ddp: the rows; fsdp2: the frozen weights too."
+    )
 
     neutral: ClassVar[tuple[str, ...]] = ("shard",)
 

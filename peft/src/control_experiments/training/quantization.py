@@ -25,15 +25,13 @@ _NOT_QUANTIZED = ("classifier", "pre_classifier", "score", "pooler", "lm_head")
 def loading_arguments(quantization: str, device: torch.device, compute_dtype: torch.dtype) -> dict:
     """What `from_pretrained` needs beside the model's name to load it quantized onto `device`.
 
-    4-bit weights are multiplied in `compute_dtype`, the run's precision. Raises UserError: bitsandbytes is not there, or
-    cannot quantize on this device, or a GPU has no FP8.
+    4-bit weights are multiplied in `compute_dtype`, the run's precision. Raises UserError: a GPU has no FP8.
     """
     if quantization == "none":
         return {}
     if quantization == "fp8":
         check_fp8(device, instead="nf4 or int8")
         return {"quantization_config": fp8.Fp8Config(), "device_map": {"": device}}
-    check_available(device)
     settings = {"llm_int8_skip_modules": list(_NOT_QUANTIZED), "load_in_8bit": quantization == "int8"}
     if quantization != "int8":
         settings |= {"load_in_4bit": True, "bnb_4bit_quant_type": quantization}
@@ -49,21 +47,6 @@ def check_fp8(device: torch.device, instead: str) -> None:
             f"{torch.cuda.get_device_name(device)} has no FP8 (NVIDIA's have from compute capability 8.9 on): "
             f"choose --quantization {instead}"
         )
-
-
-def check_available(device: torch.device) -> None:
-    """Try bitsandbytes out on a small tensor; raises UserError where it is not installed or does not work."""
-    other = "or choose --quantization none"
-    try:
-        from bitsandbytes.functional import quantize_4bit
-
-        quantize_4bit(torch.zeros(64, 64, device=device), quant_type="nf4")
-    except ImportError as error:
-        raise UserError(f"--quantization needs bitsandbytes: pip install bitsandbytes, {other}") from error
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
-        reason = f"bitsandbytes cannot quantize on {device.type} here ({str(error).strip().splitlines()[0]})"
-        build = "install a build for this device (pip install -U bitsandbytes)"
-        raise UserError(f"{reason}: {build}, {other}") from error
 
 
 def check_not_quantized(quantization: str, config: PretrainedConfig, model: str) -> None:
@@ -122,8 +105,5 @@ _follow_autocast.keeps_formula = True  # memory modes need not make way for it
 
 def check_paging(optimizer: str, device: torch.device) -> None:
     """Raise UserError when a paged optimizer of bitsandbytes is asked for where it cannot page."""
-    if optimizer.startswith("paged"):
-        if device.type != "cuda":
-            why = f"bitsandbytes cannot page on a {device.type}"
-            raise UserError(f"--optimizer {optimizer} needs a GPU ({why}): choose adamw")
-        check_available(device)
+    if optimizer.startswith("paged") and device.type != "cuda":
+        raise UserError(f"--optimizer {optimizer} needs a GPU (bitsandbytes cannot page on a {device.type}): choose adamw")

@@ -35,7 +35,6 @@ class RunFolder:
         self.path = Path(path)
         self.go_on = go_on
         self._lock: int | None = None
-        self._cleared = False
         if os.environ.get("RANK", "0") != "0":
             return
         try:
@@ -53,23 +52,17 @@ class RunFolder:
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
-        kept = self._kept
+        answered = any(self.path.glob("*.jsonl"))
+        kept = "what was answered is kept" if answered else checkpoints.last_good(self.checkpoints)
         self.close()
         if isinstance(error, KeyboardInterrupt):
-            told = f"{str(error) or 'interrupted'}; {kept or 'nothing was saved yet'}: {self.go_on} to go on"
+            told = f"{str(error) or 'interrupted'}; {kept}: {self.go_on} to go on"
             raise Interrupted(getattr(error, "number", Interrupted().number), told) from error
         if checkpoints.is_full_disk(error):
             raise UserError(
                 f"the disk of {self.path} is full ({shutil.disk_usage(self.path.parent).free / 2**20:.0f} MiB free); "
-                f"{kept or 'nothing was saved yet'}: make room, then {self.go_on} to go on"
+                f"{kept}: make room, then {self.go_on} to go on"
             ) from error
-
-    @property
-    def _kept(self) -> str | None:
-        """What an unfinished run could go on from, in words."""
-        if found := checkpoints.checkpoints(self.checkpoints):
-            return f"{found[0].name} is kept"
-        return "what was answered is kept" if any(self.path.glob("*.jsonl")) else None
 
     def close(self) -> None:
         """Let go of the lock; a folder in which nothing was written but its claim goes away."""
@@ -90,7 +83,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run came to its end."""
-        return self.record.is_file() and not self._cleared
+        return self.record.is_file()
 
     @property
     def adapter(self) -> Path:
@@ -103,18 +96,6 @@ class RunFolder:
     @property
     def log(self) -> Path:
         return self.path / "run.log"
-
-    def clear(self) -> None:
-        """Delete what a run left here. The process of rank 0 does so; to the others the folder counts as empty
-        at once. Raises UserError: the folder holds something else."""
-        self._cleared = True
-        if self._lock is None:
-            return
-        contents = [entry for entry in self.path.iterdir() if entry.name != ".lock"]
-        if contents and not (self.path / "run.json").is_file():
-            raise UserError(f"{self.path} holds no run: --overwrite deletes nothing there, choose another")
-        for entry in contents:
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
     @contextmanager
     def logging_from(self, *names: str, terminal: bool = False) -> Iterator[None]:
@@ -148,7 +129,7 @@ class RunFolder:
         UserError: the folder holds another run that is finished, or whose checkpoints would be resumed or lost;
         or none of the checkpoints to resume from is whole (nothing was changed then).
         """
-        found = [] if self._cleared else checkpoints.checkpoints(self.checkpoints)
+        found = checkpoints.checkpoints(self.checkpoints)
         if self.finished or found:
             self.check_same(identity, defaults)
         if self.finished:
@@ -201,20 +182,18 @@ class RunFolder:
 
         file = self.path / "run.json"
         try:
-            found = read_json(file)
-            names = dict.fromkeys([*identity, *found])
-            there = {name: found.get(name) for name in names}
-        except (UserError, TypeError, AttributeError) as error:
+            there = {name: identity[name] for name in identity if is_unused(name)} | read_json(file)
+        except (UserError, TypeError) as error:
             raise UserError(f"{file} is missing or broken: delete {self.path} or choose another") from error
         differences = [
-            f"{name} {there[name]!r} there, {identity.get(name)!r} asked for"
-            for name in names
-            if there[name] != identity.get(name) and not (name not in found and is_unused(name))
+            f"{name} {there.get(name)!r} there, {identity.get(name)!r} asked for"
+            for name in {**identity, **there}
+            if there.get(name) != identity.get(name)
         ]
         if differences:
             raise UserError(
                 f"{self.path} belongs to another run ({'; '.join(differences)}): name another folder with --output_dir, or "
-                "delete that run with --overwrite"
+                "delete that one"
             )
 
 

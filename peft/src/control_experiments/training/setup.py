@@ -106,8 +106,6 @@ def start(
     device, precision = choose(options, option, on_gpu)
     command = ["python", "-m", program, *(sys.argv[1:] if argv is None else argv)]
     with RunFolder(options.folder) as folder, explain_out_of_memory(device, less_memory):
-        if options.overwrite:
-            folder.clear()
         identity = {**options.identity(), option: (written or {}).get(precision, precision)}
         checkpoint = folder.claim(identity, resume=options.resume, defaults=options.defaults())
         if getattr(options, "report_to", "none") != "none":

@@ -14,7 +14,7 @@ import fcntl
 import gc
 import json
 import shlex
-import statistics
+import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -29,13 +29,14 @@ from transformers.hf_argparser import HfArg
 from ..errors import UserError
 from ..record import read_record
 from .arguments import check_numbers, parse_arguments
-from .rates import SEARCH_FOLDER, SEARCH_SEED, choose_rate
-from .work import share_out
+from .options import SEARCH_FOLDER
 
 #: Options whose record says what "auto" came to.
 SETTLED = ("precision", "dtype", "attention")
 #: Folder for the locks of runs that are worked on.
 LOCKS = ".lock"
+#: Seed of the runs that choose learning rates, which no table has.
+SEARCH_SEED = 0
 
 
 @dataclass(kw_only=True)
@@ -54,7 +55,6 @@ class StudyOptions:
     )
     growth: int = HfArg(default=0, help="Rates to add at most beyond an edge of --grid while the best one lies on it.")
     search_share: float = HfArg(default=0.1, help="Share of the training data on which the search scores.")
-    search_seeds: list[int] = HfArg(default_factory=lambda: [SEARCH_SEED], help="Of the search.")
     search_only: bool = HfArg(default=False, help="Choose the learning rates and stop there.")
     gpus: Optional[list[str]] = HfArg(
         default=None, help="GPUs by index, with a process on each; or all that are visible, or cpu. Default: --device alone."
@@ -66,7 +66,6 @@ class StudyOptions:
     method: str = field(init=False, default="control")
     seed: int = field(init=False, default=0)
     resume: bool = field(init=False, default=True)
-    overwrite: bool = field(init=False, default=False)
 
     def check_study(self) -> None:
         """Raise `UserError` for what the runs themselves do not check."""
@@ -78,11 +77,6 @@ class StudyOptions:
         check_numbers(self, "max_minutes", "max_hours", above=0)
         if wrong := [gpu for gpu in self.gpus or () if gpu not in ("all", "cpu") and not gpu.isdecimal()]:
             raise UserError(f"--gpus takes indices, cpu or all, got {wrong[0]!r}")
-
-    @property
-    def minutes(self) -> float | None:
-        """The time that there is."""
-        return 60 * self.max_hours if self.max_hours is not None else self.max_minutes
 
 
 @dataclass(frozen=True)
@@ -132,10 +126,6 @@ class Cell:
         return f"[{kind}] {self.arm.text} on {Path(self.task).stem}, lr {self.lr}, seed {self.seed}"
 
 
-class TimeIsUp(Exception):
-    """The next run would not end in time."""
-
-
 class Study(ABC):
     """Runs what is left of a study; subclasses know their domain.
 
@@ -151,7 +141,8 @@ class Study(ABC):
     def __init__(self, options: StudyOptions, model: str, tasks: Sequence[str], output: Path):
         self.options, self.output = options, output
         self.model, self.tasks = model, list(tasks)
-        self.end = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+        self.minutes = options.max_minutes if options.max_hours is None else 60 * options.max_hours
+        self.end = None if self.minutes is None else time.monotonic() + 60 * self.minutes
         self.longest = 0.0
         self.failed: dict[str, str] = {}
         self.arms = [Arm(text) for text in dict.fromkeys(options.methods)]
@@ -185,75 +176,55 @@ class Study(ABC):
     def check(self) -> None:
         """Raise `UserError`, before anything is loaded or written, for a run that cannot be."""
         for task, arm, rate in product(self.tasks, self.arms, self.options.grid or [self.options.lr]):
-            for searching in [True, False] if self.options.grid else [False]:
-                for seed in self.options.search_seeds if searching else self.options.seeds:
-                    self.plan(Cell(task, arm, seed, rate, searching))
+            seeds = [(seed, False) for seed in self.options.seeds] + [(SEARCH_SEED, True)] * bool(self.options.grid)
+            for seed, searching in seeds:
+                self.plan(Cell(task, arm, seed, rate, searching))
 
     # -- what is left to do -----------------------------------------------------------------------------------
-
-    def lost(self) -> list[str]:
-        """Runs that diverged."""
-        lost = [f"{arm.text} on {Path(task).stem} diverges with every learning rate of --grid: add lower"
-                for (task, arm), rate in self._chosen.items() if rate is None]  # fmt: skip
-        tests = self._all_tests()
-        failed = [self.name(cell) for cell in tests if self.failure(cell)]
-        return [*lost, *([f"{len(failed)} of {len(tests)} runs diverged: {', '.join(failed)}"] if failed else [])]
-
-    def told(self) -> str:
-        count = len(self._all_tests())
-        return f"all {count} runs are finished" if count else "all learning rates are chosen"
-
-    def _all_tests(self) -> list[Cell]:
-        return [] if self.options.search_only else [*self.tests()]
 
     def left(self) -> list[Cell]:
         """The runs to do next: those of searches, and tests of methods whose search is done; each method gets its
         first seed before any gets its second one."""
-        searches = [cell for key in product(self.tasks, self.arms) for cell in self.searches(*key)]
-        return searches + [cell for cell in self._all_tests() if not self.is_done(cell)]
+        searches = [cell for task, arm in product(self.tasks, self.arms) for cell in self.searches(task, arm)]
+        return searches + [cell for cell in self.tests() if not self.is_done(cell)]
 
     def searches(self, task: str, arm: Arm) -> list[Cell]:
-        """What the search for one method's learning rate lacks; once that is nothing, the rate is chosen."""
+        """What the search for one method's learning rate lacks; once that is nothing, the rate with the best score is chosen, the
+        smallest of equals."""
         if (task, arm) in self._chosen:
             return []
         if not self.options.grid or arm.method in self.untrained:
             self._chosen[task, arm] = self.options.lr
             return []
-        rates, scores = sorted(dict.fromkeys(self.options.grid)), {}
-        key, notes = (Path(task).stem, arm.text), self.output / SEARCH_FOLDER / f"{self.model}.json"
-        for grown in range(self.options.growth + 1):
-            left = []
-            for rate in rates:
-                cells = [Cell(task, arm, seed, rate, True) for seed in self.options.search_seeds]
-                if any(self.failure(cell) for cell in cells):
-                    scores[rate] = None
-                elif missing := [cell for cell in cells if not self.is_done(cell)]:
-                    left += missing
-                else:
-                    scores[rate] = statistics.fmean(self._scores[cell] for cell in cells)
-            if left:
+        rates, chosen = sorted({*self.options.grid}), None
+        for _ in range(self.options.growth + 1):
+            runs = [Cell(task, arm, SEARCH_SEED, rate, True) for rate in rates]
+            if left := [cell for cell in runs if not self.is_done(cell)]:
                 return left
-            chosen = choose_rate({rate: scores[rate] for rate in rates}, notes, self.model, *key)
+            scores = {cell.lr: self._scores[cell] for cell in runs if cell in self._scores}  # the others diverged
+            chosen = max(scores, key=scores.__getitem__, default=None)
             best = rates[0] if chosen is None else chosen
-            if grown == self.options.growth or len(rates) < 2 or best not in (rates[0], rates[-1]):
+            if len(rates) < 2 or best not in (rates[0], rates[-1]):
                 break
-            low = best == rates[0]
-            rates = [beyond(rates[0], rates[1]), *rates] if low else [*rates, beyond(rates[-1], rates[-2])]
+            beyond_edge = beyond(rates[0], rates[1]) if best == rates[0] else beyond(rates[-1], rates[-2])
+            rates = sorted([*rates, beyond_edge])
         self._chosen[task, arm] = chosen
         if chosen is not None:
-            print(f"{arm.text} on {key[0]}: lr {chosen} is chosen", flush=True)
+            print(f"{arm.text} on {Path(task).stem}: lr {chosen} is chosen", flush=True)
         return []
 
     def tests(self) -> Iterator[Cell]:
         """The runs on test sets of all methods whose learning rate is known."""
+        if self.options.search_only:
+            return
         for number, (seed, task, arm) in enumerate(product(self.options.seeds, self.tasks, self.arms)):
             first = number < len(self.tasks) * len(self.arms)
             if (rate := self._chosen.get((task, arm))) is not None and (first or arm.method not in self.untrained):
                 yield Cell(task, arm, seed, rate, False)
 
     def is_done(self, cell: Cell) -> bool:
-        """Whether a run is finished, or failed for good. Raises UserError: it had other settings."""
-        if cell in self._scores or self.failure(cell):
+        """Whether a run is finished, or diverged. Raises UserError: it had other settings."""
+        if cell in self._scores or self.diverged(cell):
             return True
         records = self.records(cell)
         if not all(record.is_file() for record in records):
@@ -267,6 +238,10 @@ class Study(ABC):
         self._scores[cell] = self.score(records[-1])
         return True
 
+    def diverged(self, cell: Cell) -> bool:
+        """Whether a run cannot be finished, which its lock notes."""
+        return self.lock(cell).is_file() and self.lock(cell).stat().st_size > 0
+
     # -- doing it ---------------------------------------------------------------------------------------------
 
     def show(self) -> None:
@@ -275,20 +250,26 @@ class Study(ABC):
             print(self.command(cell))
 
     def run(self) -> None:
-        """Work until nothing is left, or the time is up. Raises UserError: runs failed, or a finished run has other
+        """Work until nothing is left, or the time is up. Raises UserError: runs failed or diverged, or a finished run has other
         settings."""
-        lost, told = [], ""
-        try:
-            while left := [cell for cell in self.left() if self.name(cell) not in self.failed]:
-                if not any(self.take(cell) for cell in left):  # other processes work on all that is left
-                    self.check_time()
-                    time.sleep(0.5)
-            lost, told = self.lost(), self.told()
-        except TimeIsUp:
-            told = f"the next run does not fit into {self.options.minutes:g} minutes: the same command goes on"
-        if lost := [*lost, *(f"{name} failed: {why}" for name, why in self.failed.items())]:
-            raise UserError("; ".join(lost))
-        print(told)
+        while left := [cell for cell in self.left() if self.name(cell) not in self.failed]:
+            if self.end is not None and time.monotonic() + self.longest > self.end:
+                break
+            if not any(self.take(cell) for cell in left):  # other processes work on all that is left
+                time.sleep(0.5)
+        tests, problems = [*self.tests()], [f"{name} failed: {why}" for name, why in self.failed.items()]
+        lost = [self.name(cell) for cell in tests if self.diverged(cell)]
+        hopeless = [f"{arm.text} on {Path(task).stem}" for (task, arm), rate in self._chosen.items() if rate is None]
+        if lost and not left:
+            problems.insert(0, f"{len(lost)} of {len(tests)} runs diverged: {', '.join(lost)}")
+        if hopeless and not left:
+            problems.insert(0, f"{', '.join(hopeless)} diverges with every learning rate of --grid: add lower")
+        if problems:
+            raise UserError("; ".join(problems))
+        if left:
+            print(f"the next run does not fit into {self.minutes:g} minutes: the same command goes on")
+        else:
+            print(f"all {len(tests)} runs are finished" if tests else "all learning rates are chosen")
 
     def name(self, cell: Cell) -> str:
         return self.folder(cell).name
@@ -297,7 +278,9 @@ class Study(ABC):
         return self.output / LOCKS / self.name(cell)
 
     def take(self, cell: Cell) -> bool:
-        """Do the run unless another process holds its lock, or has finished it; whether it was tried here. Raises TimeIsUp."""
+        """Do the run unless another process holds its lock, or has finished it; whether it was tried here."""
+        from .losses import Diverged  # with torch, for which --help and a wrong option do not wait
+
         self.lock(cell).parent.mkdir(parents=True, exist_ok=True)
         with self.lock(cell).open("a") as file:
             try:
@@ -306,43 +289,26 @@ class Study(ABC):
                 return False
             if self.is_done(cell):
                 return False
-            self.check_time()
             began = time.monotonic()
+            print(cell, flush=True)
             try:
-                self.work(cell)
+                self.train(cell, self.plan(cell))
+            except Diverged as error:  # it would again
+                file.write(str(error))
+                what = f"lr {cell.lr} is not chosen" if cell.searching else self.name(cell)
+                print(f"warning: {what}: {error}", file=sys.stderr)
             except UserError as error:
                 self.failed[self.name(cell)] = str(error)
                 print(f"warning: {self.name(cell)} failed: {error}", file=sys.stderr, flush=True)
+            finally:
+                free_memory()
             self.longest = max(self.longest, time.monotonic() - began)
             return True
-
-    def check_time(self) -> None:
-        """Raises TimeIsUp: a run that takes as long as the longest one so far would not end in time."""
-        if self.end is not None and time.monotonic() + self.longest > self.end:
-            raise TimeIsUp
-
-    def failure(self, cell: Cell) -> str:
-        """Why a run cannot be finished, which its lock notes; empty if it can."""
-        return self.lock(cell).read_text() if self.lock(cell).is_file() else ""
 
     def command(self, cell: Cell) -> str:
         run = self.plan(cell)
         domain = type(run).__module__.partition(".")[0]
         return shlex.join(["python", "-m", f"{domain}.finetune", *command_of(run)])
-
-    def work(self, cell: Cell) -> None:
-        """Do the run; one that diverges is noted and never tried again."""
-        from .losses import Diverged  # with torch, for which --help and a wrong option do not wait
-
-        print(cell, flush=True)
-        try:
-            self.train(cell, self.plan(cell))
-        except Diverged as error:
-            self.lock(cell).write_text(str(error))
-            what = f"lr {cell.lr} is not chosen" if cell.searching else self.name(cell)
-            print(f"warning: {what}: {error}", file=sys.stderr)
-        finally:
-            free_memory()
 
 
 def beyond(edge: float, inner: float) -> float:
@@ -387,17 +353,41 @@ def command_of(run) -> list[str]:
 
 
 def run_study(study: type[Study], options: type[StudyOptions], description: str | None) -> None:
-    """A domain's program: the study that its command line asks for."""
+    """A domain's program: the study that its command line asks for, on one GPU, or in a process on each of several."""
     (given,) = parse_arguments(options, description=description)
     given.check_study()
     asked = study(given)
     asked.check()
     if given.dry_run:
         return asked.show()
-    if (place := share_out(given.gpus or [given.device])) is None:
-        return
-    from .device import select_device  # with torch, for which --help and a wrong option do not wait
+    import torch  # for which --help and a wrong option do not wait
 
-    device = select_device(place)  # once for all runs, by its index among those that this process still sees
+    from .device import select_device
+
+    gpus = list(dict.fromkeys(given.gpus or [given.device]))
+    if "all" in gpus:
+        gpus = [str(index) for index in range(torch.cuda.device_count())]
+    if not gpus:
+        raise UserError("no GPU is visible: add --gpus cpu to run on the CPU, or --dry_run to see the commands")
+    if len(gpus) > 1:
+        return run_on_each(gpus)
+    device = select_device(gpus[0])  # once for all runs, by its index among those that this process still sees
     given.device = "cpu" if device.type == "cpu" else str(device.index)
     asked.run()
+
+
+def run_on_each(gpus: Sequence[str]) -> None:
+    """Run this process's command on each of several GPUs at once. Raises UserError: one of the processes failed."""
+    # a terminal's Ctrl-C then reaches this process alone, which asks each to end once: a second signal would cost its checkpoint
+    commands = [[sys.executable, *sys.orig_argv[1:], "--gpus", gpu] for gpu in gpus]
+    processes = [subprocess.Popen(command, start_new_session=True) for command in commands]
+    try:
+        codes = [process.wait() for process in processes]
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+        raise
+    if failed := [gpu for gpu, code in zip(gpus, codes, strict=True) if code]:
+        raise UserError(f"not all could be done on GPU {', '.join(failed)} (reasons above)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -161,7 +162,7 @@ class _Graph:
         dtype = torch.get_autocast_dtype("cuda")
         autocast = torch.autocast("cuda", dtype, torch.is_autocast_enabled("cuda"), cache_enabled=False)
         try:
-            with torch.enable_grad(), autocast:
+            with torch.enable_grad(), autocast, _no_collection():
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
                     for _ in range(2):
@@ -191,6 +192,19 @@ class _Graph:
         self.outputs = [x.detach() for x in outputs]
         self.differentiable = [x.requires_grad for x in outputs]
         torch.cuda.set_rng_state(random)
+
+
+@contextmanager
+def _no_collection():
+    """Collect garbage now and not while a graph is captured: what holds events or pinned memory would end the capture."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _copied(found: Sequence[torch.Tensor | None], into: Sequence[torch.Tensor | None]) -> list:
