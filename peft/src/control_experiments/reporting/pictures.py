@@ -272,12 +272,12 @@ def save(figure: Figure, path: Path) -> Path:
 def svg(figure: Figure) -> str:
     """The picture as an element of a page, the same for the same records and matplotlib."""
     output = io.StringIO()
-    # every text of an SVG names all its fonts
-    fonts = {"font.sans-serif": ["DejaVu Sans", "Verdana"]}
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results", **fonts}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results"}):
         figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
     text = output.getvalue()
-    unwanted = r' (?:width|height)="[\d.]+pt"|\s*<metadata>.*?</metadata>|(?<=\n) +'
+    # the page gives sizes and fonts; ids other than marks' and those that others refer to say nothing
+    unwanted = r' (?:width|height)="[\d.]+pt"|\s*<metadata>.*?</metadata>|(?<=\n) +| transform="rotate\(-0 .*?"'
+    unwanted += r'|font-family: [^;"]*; | id="(?:line2d|text|[xy]tick|patch|matplotlib\.axis)_\d+"'
     text = re.sub(unwanted, "", text[text.index("<svg") :], flags=re.DOTALL)
     # hundredths of a point do not show
     return re.sub(r' (?:d|[xy]|transform)="[^"]*"', lambda place: re.sub(r"(?<=\.\d)\d+", "", place[0]), text)

@@ -271,9 +271,7 @@ def _steps(file: dict) -> Iterator[dict]:
     for result in file["results"]:
         name, memory = result["method"], result.get("memory") or {}
         name += ":plain" if "control" in name and ":" not in name else ""
-        name = re.sub(
-            r"\+(fp8|nf4|bf16)((?:\+\w+)+)", r"\2+\1", name
-        )  # one name for a method, whatever the order of its switches
+        name = re.sub(r"\+(fp8|nf4|bf16)((?:\+\w+)+)", r"\2+\1", name)  # the base last, wherever it was given
         waiting = result.get("streaming") or {}
         shared = (memory.get("other_processes_bytes") or 0) > PAGE_TABLES * waiting.get("bytes", 0)
         row = {"tokens": o["tokens"], "host": waiting.get("bytes"), "copies": waiting.get("floor_seconds")} | memory | result
