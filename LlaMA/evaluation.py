@@ -155,10 +155,8 @@ def check_adapter(options: Options) -> None:
             if found != (asked := getattr(options, name)):
                 told = f"has {name} {found}, but {asked} was asked for: give the values it was trained with"
                 raise UserError(f"the adapter in {options.adapter} {told}")
-    trained, checksum = (
-        trained_base(options.adapter) or {"id": config.base_model_name_or_path},
-        local_fingerprint(options.model),
-    )
+    trained = trained_base(options.adapter) or {"id": config.base_model_name_or_path}
+    checksum = local_fingerprint(options.model)
     if checksum and trained.get("sha256"):
         same = trained["sha256"] == checksum
     else:  # a folder may have moved: only its name counts
