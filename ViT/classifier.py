@@ -50,6 +50,15 @@ class Description:
     classes: list[str]
     quantization: str = "none"
 
+    def check(self) -> None:
+        """Raises TypeError: a value read from a file is none that `save` writes."""
+        words = [self.method, self.model, self.architecture, self.sha256 or "", self.quantization]
+        words += self.classes if isinstance(self.classes, list) else [None]
+        sized = type(self.image_size) is int and 0 < self.image_size < 1e6
+        cropped = type(self.crop) in (int, float) and 0 < self.crop <= 1
+        if not (sized and cropped and self.mlp_layers in (2, 4) and all(isinstance(word, str) for word in words)):
+            raise TypeError("classifier.json is not as it was written")
+
 
 def add_adapter(model: VisionTransformer, options: RecipeOptions) -> nn.Module:
     """Freeze the model and give it the method's adapter; the adapter and the head are what trains.
@@ -169,9 +178,11 @@ def save(model: nn.Module, folder: Path, description: Description, base: VisionT
 def read_description(folder: str | Path) -> Description:
     """Raises UserError: no adapter of finetune.py is there."""
     try:
-        return Description(**read_json(Path(folder).expanduser() / "classifier.json"))
+        description = Description(**read_json(Path(folder).expanduser() / "classifier.json"))
+        description.check()
     except (UserError, TypeError) as error:
         raise UserError(f"{folder} is no adapter folder of ViT/finetune.py ({error})") from error
+    return description
 
 
 def restore(folder: str | Path, *, attention: str = "sdpa", model: str | None = None) -> tuple[nn.Module, Description, Base]:

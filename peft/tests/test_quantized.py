@@ -7,8 +7,9 @@ from tiny_models import METHODS, assert_as_plain, assert_equal, build, config_of
 from transformers import LlamaForCausalLM, RobertaForSequenceClassification
 
 from control_experiments.errors import UserError
+from control_experiments.training import quantization
 from control_experiments.training.options import check_method_runs
-from control_experiments.training.quantization import loading_arguments, prepare, quantized_linears
+from control_experiments.training.quantization import check_paging, loading_arguments, prepare, quantized_linears
 from peft_control import Fp8Linear, memory
 from peft_control.memory import MODES, set_memory_mode
 
@@ -157,3 +158,12 @@ def test_on_a_gpu(folders, name, quantization):
             _, found[mode] = step_on(model, batch)
     assert all(distance(found[mode], found["plain"]) <= 0.1 for mode in MODES[1:])
     assert_equal(before, frozen(model))
+
+
+def test_a_paged_optimizer_that_cannot_be_is_one_line(monkeypatch):
+    check_paging("adamw", torch.device("cpu"))
+    with pytest.raises(UserError, match="needs a GPU .* choose adamw"):
+        check_paging("paged_adamw_8bit", torch.device("cpu"))
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        check_paging("paged_adamw_8bit", torch.device("cuda"))

@@ -205,6 +205,10 @@ A_RECORD = READERS["record"].valid[0]
         ("record", A_RECORD.replace(b'"seed": 1', b'"seed": "1"'), "'seed' is missing or no int"),
         ("commonsense", b'[{"instruction": "\\ud800", "input": "", "output": "x", "answer": "true"}]', "must be text"),
         ("classifier", as_json({"classes": 3}), "no adapter folder"),
+        ("classifier", as_json(CLASSIFIER | {"image_size": 8.5}), "not as it was written"),
+        ("classifier", as_json(CLASSIFIER | {"crop": "1"}), "not as it was written"),
+        ("classifier", as_json(CLASSIFIER | {"mlp_layers": 9}), "not as it was written"),
+        ("classifier", as_json(CLASSIFIER | {"method": 3}), "not as it was written"),
     ],
 )  # fmt: skip
 def test_known_attacks_are_refused(name, data, message, tmp_path):

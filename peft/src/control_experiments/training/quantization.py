@@ -9,6 +9,7 @@ weight has. Adapters are float32.
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -104,6 +105,10 @@ _follow_autocast.keeps_formula = True  # memory modes need not make way for it
 
 
 def check_paging(optimizer: str, device: torch.device) -> None:
-    """Raise UserError when a paged optimizer of bitsandbytes is asked for where it cannot page."""
-    if optimizer.startswith("paged") and device.type != "cuda":
+    """Raise UserError when a paged optimizer of bitsandbytes is asked for where it cannot page, or is not installed."""
+    if not optimizer.startswith("paged"):
+        return
+    if device.type != "cuda":
         raise UserError(f"--optimizer {optimizer} needs a GPU (bitsandbytes cannot page on a {device.type}): choose adamw")
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"--optimizer {optimizer} needs bitsandbytes: pip install bitsandbytes, or choose adamw")
