@@ -16,14 +16,13 @@ class Event:
 
 
 class Stream:
-    """Takes ``step`` milliseconds before each timed event that is recorded."""
+    """Has come to ``time``; ``step`` is for whoever lets it compute."""
 
-    def __init__(self, step=0.0):
-        self.time, self.step = 0.0, step
+    def __init__(self):
+        self.time, self.step = 0.0, 0.0
 
     def record_event(self, event=None):
         event = event or Event()
-        self.time += self.step if event.timed else 0
         event.time = self.time
         return event
 

@@ -307,7 +307,7 @@ class TestOnGpu:
             for a, b in zip((q, scale), fp8.quantize_rows(normal)):
                 assert torch.equal(a.float(), b.float())
 
-    @pytest.mark.parametrize("width", [1000, 17000])  # rows that are read once, and twice
+    @pytest.mark.parametrize("width", [1000, 17000])
     def test_rows_of_swiglu(self, width):
         gate, up, dact = (random(67, width, seed=seed, spread=1).bfloat16() for seed in range(3))
         columns = [2.0 ** torch.randint(-9, 3, (width,)) for _ in range(2)]
@@ -347,7 +347,7 @@ import torch
 from peft_control import fp8_kernels
 from peft_control.memory import kernels
 
-for width in (96, 1408, 17000):  # rows that are read once, and twice
+for width in (96, 1408, 17000):
     gate, up = torch.randn(3, 2 * width).bfloat16().chunk(2, dim=1)
     columns = [torch.exp2(torch.randint(-9, -5, (width,)).float()) for _ in range(2)]
     step = (gate, up, torch.randn(3, width).bfloat16(), torch.float8_e4m3fn, *columns)

@@ -292,6 +292,11 @@ def copied_in_pieces(monkeypatch):
     A layer's forward takes ``computing.step`` milliseconds and the copy of a state one.
     """
     made, computing, copying = [], Stream(), Stream()
+    settle = memory.offload.HostStates.settle
+
+    def compute_and_settle(self):
+        computing.time += computing.step
+        settle(self)
 
     def buffer(size):
         made.append(torch.full((size,), 77, dtype=torch.uint8))
@@ -303,9 +308,9 @@ def copied_in_pieces(monkeypatch):
 
     monkeypatch.setattr(memory.offload, "_COPIED_FROM", "cpu")
     monkeypatch.setattr(memory.offload, "_pieces", pieces)
+    monkeypatch.setattr(memory.offload.HostStates, "settle", compute_and_settle)
     monkeypatch.setattr(memory.offload, "_PIECE", 4 << 10)
     monkeypatch.setattr(memory.offload, "_pinned", buffer)
-    monkeypatch.setattr(memory.offload, "_empty_host_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: copying)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computing)
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -347,13 +352,12 @@ def test_states_come_back_from_the_pieces_that_they_wait_in(
 @pytest.mark.parametrize(
     ("mode", "computing", "again"),
     [
-        # with queries, keys and values four states a layer, two, one
-        ("lean", 4.1, ()),
-        ("lean", 3.9, ("q_proj",)),
-        ("lean", 1.9, ("q_proj", "o_proj")),
+        # with queries, keys and values four states a layer; a quarter of it may be waited for
+        ("lean", 3.3, ()),
+        ("lean", 3.1, ("q_proj", "o_proj")),
         # three
-        ("balanced", 3.1, ()),
-        ("balanced", 2.9, ("q_proj",)),
+        ("balanced", 2.5, ()),
+        ("balanced", 2.3, ("q_proj",)),
     ],
 )
 def test_what_waits_on_the_host_depends_on_how_fast_copies_are(mode, computing, again, copied_in_pieces, monkeypatch):
@@ -393,8 +397,8 @@ def test_the_host_gives_no_more_than_the_longest_sequence_takes(copied_in_pieces
             (back,) = host.pop(ticket)
             assert torch.equal(back, tensor) and back.dtype == tensor.dtype
     assert host._held == 0
-    # four times 12,289 numbers of 4 bytes: twelve pieces of 4 KiB and one of 4 bytes, which may take a whole one
-    assert sum(map(len, host._free[False] + host._returned[False])) <= 4 * (12 * 4096 + 4096)
+    # four times 12,289 numbers of 4 bytes: twelve pieces of 4 KiB, and smaller ones of all sizes
+    assert sum(size * len(buffers) for size, buffers in host._free[False].items()) <= 4 * (12 * 4096 + 2 * 4096)
 
 
 @pytest.mark.parametrize(("mode", "offload"), WAYS)
@@ -478,8 +482,6 @@ def test_layers_that_are_not_those_known_are_refused(make, message):
     model = make()
     with pytest.raises(ValueError, match=message):
         set_memory_mode(model, "fast")
-    with pytest.warns(UserWarning, match=f"{message}.*it trains in mode 'plain'"):
-        set_memory_mode(model, "fast", on_unsupported="warn")
     assert not any("memory_plan" in vars(module) for module in model.modules())
 
 
@@ -504,8 +506,7 @@ ERRORS = {
     ("layers", "mode", "change"),
     [
         *(("by hand", mode, change) for mode in MODES[1:] for change in ERRORS),
-        *(("others", "lean", change) for change in ERRORS),
-        *(("hooked", "lean", change) for change in ("adapter", "weights")),  # in torch's checkpointing
+        *((layers, "lean", change) for layers in ("others", "hooked") for change in ERRORS if change != "second"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:memory modes")

@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
+from streams import Event, Stream
 from tiny_models import assert_equal
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_control import ControlConfig, memory, quantize_fp8
 from peft_control.memory import set_memory_mode, streaming
+from peft_control.memory.offload import HostStates
 
 LAYERS = 5
 
@@ -263,7 +265,6 @@ def test_the_plan_is_said_in_one_line(caplog):
     assert streaming.describe(model) is None
     with caplog.at_level(logging.INFO, logger=streaming.__name__):
         set_memory_mode(model, "lean", stream_weights=3)
-        set_memory_mode(model, "plain", stream_weights=3)  # the weights stay where they are
     (line,) = caplog.messages
     assert line.startswith(streaming.describe(model)) and "\n" not in line
     assert "5 layers wait on the host" in line and "holds 3 of them" in line
@@ -316,14 +317,17 @@ def test_ddp_leaves_streamed_weights_out():
     assert model._ddp_params_and_buffers_to_ignore == []
 
 
-class Computing:
-    """The stream of the computation, which runs at once, but for copies that it waits for."""
+class Computing(Stream):
+    """The stream of the computation, which runs at once, but for copies that it waits for, ``copy`` a piece."""
+
+    copy = 0.0
 
     def wait_event(self, event):
         copies, position = event
         while copies.done < position:
             copies.queue[copies.done]()
             copies.done += 1
+            self.time += self.copy
 
 
 class Copies:
@@ -359,12 +363,9 @@ class Deferred(TorchFunctionMode):
         return super().__exit__(*error)
 
 
-@pytest.mark.parametrize("resident", [2, 3])
-@pytest.mark.parametrize("mode", ["plain", "balanced", "lean"])
-def test_the_computation_waits_for_what_it_needs_and_copies_for_what_is_read(monkeypatch, mode, resident):
-    model = build()
-    set_memory_mode(model, mode, chunk_tokens=8)
-    reference, answered = step(model), answers(model)
+@pytest.fixture
+def computing(monkeypatch):
+    """The stream of a computation whose copies of weights come as late as they may."""
     computing = Computing()
     monkeypatch.setattr(streaming, "_COPIED_TO", "cpu")
     monkeypatch.setattr(streaming, "_PIECE", 1000)
@@ -374,6 +375,16 @@ def test_the_computation_waits_for_what_it_needs_and_copies_for_what_is_read(mon
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computing)
     monkeypatch.setattr(torch.cuda, "stream", Deferred)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return computing
+
+
+@pytest.mark.parametrize("resident", [2, 3])
+@pytest.mark.parametrize("mode", ["plain", "balanced", "lean"])
+def test_the_computation_waits_for_what_it_needs_and_copies_for_what_is_read(computing, mode, resident):
+    model = build()
+    set_memory_mode(model, mode, chunk_tokens=8)
+    reference, answered = step(model), answers(model)
     set_memory_mode(model, mode, chunk_tokens=8, stream_weights=resident)
     for _ in range(2):
         assert_equal(step(model), reference)
@@ -381,3 +392,23 @@ def test_the_computation_waits_for_what_it_needs_and_copies_for_what_is_read(mon
     assert streaming.describe(model)
     set_memory_mode(model, mode, chunk_tokens=8)
     assert_equal(step(model), reference)
+
+
+@pytest.mark.parametrize("copy, hides", [(0.0005, True), (0.01, False)])
+def test_what_spares_computing_leaves_the_way_to_weights_that_come_late(computing, monkeypatch, copy, hides):
+    """Measured for each length of the tokens' number: more of them compute for longer."""
+    bring = streaming.WeightStream.bring
+
+    def after_a_layer(*arguments):
+        computing.time += 1.0
+        bring(*arguments)
+
+    monkeypatch.setattr(streaming.WeightStream, "bring", after_a_layer)
+    model = streamed()
+    computing.copy = copy
+    for _ in range(6):
+        step(model)
+    host, state = HostStates(paced=True), torch.zeros(ids().numel(), 8)
+    host.weights = stream_of(model)
+    assert host.room_for(state) == (2 if hides else 1)
+    assert host.room_for(torch.zeros(2 * ids().numel(), 8)) == 2

@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def _architectures(place: str | None = None) -> str:
-    """The blocks of a model's layers, or the table of all rows as README.md has it."""
+    """The blocks of a model's layers, or the table of all rows."""
     lines = ["| architecture | layer class | blocks | initialisation of A |", "| --- | --- | --- | --- |"]
     for row in () if place else architectures.ARCHITECTURES:
         layers = ", ".join(f"`{layer}`" for layer in row.layer.split("|"))

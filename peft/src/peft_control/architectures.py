@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -79,10 +80,8 @@ class Architecture:
     blocks: dict[str, Block]
     init: str = "kaiming"
 
-    def matches(self, module: nn.Module) -> bool:
-        return self.matches_class(type(module))
-
-    def matches_class(self, cls: type) -> bool:
+    def matches(self, cls: type) -> bool:
+        """Whether ``cls`` is the class of such a layer."""
         path = f".{cls.__module__}.{cls.__qualname__}"
         return any(path.endswith(f".{layer}") for layer in self.layer.split("|"))
 
@@ -120,141 +119,106 @@ class Architecture:
             blocks = {name: Block(**block) for name, block in row["blocks"].items()}
             architecture = cls(**{"name": row["layer"], **row, "blocks": blocks})
             paths = [path for block in blocks.values() for path in (block.read, block.write)]
-            strings = [architecture.name, architecture.layer, architecture.norm, *blocks, *paths]
-            known = all(isinstance(b.multiplier, str) and isinstance(b.shared, bool) for b in blocks.values())
-            strings_are = all(isinstance(s, str) and s for s in strings)
-            if not (blocks and known and strings_are and architecture.init in INITS):
+            names = [architecture.layer, architecture.norm, *blocks, *paths]
+            if not (blocks and architecture.init in INITS and all(isinstance(name, str) and name for name in names)):
                 raise TypeError("a field is empty or of the wrong type")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"control_architecture must look like {example}, got {row!r}") from error
         return architecture
 
 
-# A row a line: name, class of the layer, and each block as read>write. What the layer multiplies the output of `write` by
-# follows a *, and ! says that it calls `write` before `read` too. The norm is what the last block reads if nothing else
-# is said.
+# Families as name:class, then = and the structure that they share: each block as read>write. What the layer multiplies the
+# output of `write` by follows a *, and ! says that it calls `write` before `read` too. The norm is what the last block reads
+# if nothing else is said.
 _TABLE = """
-# decoders
-llama       LlamaDecoderLayer        attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-mistral     MistralDecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-qwen2       Qwen2DecoderLayer        attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-qwen3       Qwen3DecoderLayer        attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-gemma2      Gemma2DecoderLayer       attention:input_layernorm>post_attention_layernorm mlp:pre_feedforward_layernorm>post_feedforward_layernorm
-gemma3      Gemma3DecoderLayer       attention:input_layernorm>post_attention_layernorm mlp:pre_feedforward_layernorm>post_feedforward_layernorm
-phi3        Phi3DecoderLayer         attention:input_layernorm>resid_attn_dropout mlp:post_attention_layernorm>resid_mlp_dropout
-gpt2        GPT2Block                attention:ln_1>attn mlp:ln_2>mlp
-gemma       GemmaDecoderLayer        attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-ministral   MinistralDecoderLayer    attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-ministral3  Ministral3DecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-smollm3     SmolLM3DecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-starcoder2  Starcoder2DecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-glm         GlmDecoderLayer          attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-olmo        OlmoDecoderLayer         attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-ernie4_5    Ernie4_5DecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-seed_oss    SeedOssDecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-nemotron    NemotronDecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-granite     GraniteDecoderLayer      attention:input_layernorm>self_attn*residual_multiplier mlp:post_attention_layernorm>mlp*residual_multiplier
-gemma4      Gemma4TextDecoderLayer   attention:input_layernorm>post_attention_layernorm mlp:pre_feedforward_layernorm>post_feedforward_layernorm
-gemma3n     Gemma3nTextDecoderLayer  mlp:pre_feedforward_layernorm>post_feedforward_layernorm
-glm4        Glm4DecoderLayer         attention:input_layernorm>post_self_attn_layernorm mlp:post_attention_layernorm>post_mlp_layernorm
-olmo2       Olmo2DecoderLayer        attention:self_attn>post_attention_layernorm mlp:mlp>post_feedforward_layernorm norm:post_feedforward_layernorm
-olmo3       Olmo3DecoderLayer        attention:self_attn>post_attention_layernorm mlp:mlp>post_feedforward_layernorm norm:post_feedforward_layernorm
-exaone4     Exaone4DecoderLayer      attention:self_attn>post_attention_layernorm mlp:mlp>post_feedforward_layernorm norm:post_feedforward_layernorm
-apertus     ApertusDecoderLayer      attention:attention_layernorm>self_attn mlp:feedforward_layernorm>mlp
-cohere      CohereDecoderLayer       attention:input_layernorm>self_attn mlp:input_layernorm>mlp
-cohere2     Cohere2DecoderLayer      attention:input_layernorm>self_attn mlp:input_layernorm>mlp
-phi         PhiDecoderLayer          attention:input_layernorm>resid_dropout mlp:input_layernorm>resid_dropout
-gptj        GPTJBlock                attention:ln_1>attn mlp:ln_1>mlp
+# decoders and mixtures of experts, their encoders of text and images
+llama:LlamaDecoderLayer mistral:MistralDecoderLayer ministral:MinistralDecoderLayer ministral3:Ministral3DecoderLayer
+qwen2:Qwen2DecoderLayer qwen3:Qwen3DecoderLayer qwen2_moe:Qwen2MoeDecoderLayer qwen3_moe:Qwen3MoeDecoderLayer
+qwen2_vl:Qwen2VLDecoderLayer qwen2_5_vl:Qwen2_5_VLDecoderLayer qwen3_vl:Qwen3VLTextDecoderLayer
+gemma:GemmaDecoderLayer smollm3:SmolLM3DecoderLayer starcoder2:Starcoder2DecoderLayer nemotron:NemotronDecoderLayer
+glm:GlmDecoderLayer glm4_moe:Glm4MoeDecoderLayer olmo:OlmoDecoderLayer olmoe:OlmoeDecoderLayer
+ernie4_5:Ernie4_5DecoderLayer seed_oss:SeedOssDecoderLayer gpt_oss:GptOssDecoderLayer
+mixtral:MixtralDecoderLayer phimoe:PhimoeDecoderLayer eurobert:EuroBertDecoderLayer
+deepseek_v2:DeepseekV2DecoderLayer deepseek_v3:DeepseekV3DecoderLayer
+    = attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
+qwen2_vl-vision:Qwen2VLVisionBlock qwen2_5_vl-vision:Qwen2_5_VLVisionBlock qwen3_vl-vision:Qwen3VLVisionBlock = attention:norm1>attn mlp:norm2>mlp
+llama4:Llama4TextDecoderLayer = attention:input_layernorm>self_attn mlp:post_attention_layernorm>feed_forward
+gemma2:Gemma2DecoderLayer gemma3:Gemma3DecoderLayer gemma4:Gemma4TextDecoderLayer
+    = attention:input_layernorm>post_attention_layernorm mlp:pre_feedforward_layernorm>post_feedforward_layernorm
+gemma3n:Gemma3nTextDecoderLayer = mlp:pre_feedforward_layernorm>post_feedforward_layernorm
+phi3:Phi3DecoderLayer = attention:input_layernorm>resid_attn_dropout mlp:post_attention_layernorm>resid_mlp_dropout
+gpt2:GPT2Block gpt_neo:GPTNeoBlock = attention:ln_1>attn mlp:ln_2>mlp
+granite:GraniteDecoderLayer = attention:input_layernorm>self_attn*residual_multiplier mlp:post_attention_layernorm>mlp*residual_multiplier
+granitemoe:GraniteMoeDecoderLayer = attention:input_layernorm>self_attn*residual_multiplier mlp:post_attention_layernorm>block_sparse_moe*residual_multiplier
+glm4:Glm4DecoderLayer = attention:input_layernorm>post_self_attn_layernorm mlp:post_attention_layernorm>post_mlp_layernorm
+olmo2:Olmo2DecoderLayer olmo3:Olmo3DecoderLayer exaone4:Exaone4DecoderLayer
+    = attention:self_attn>post_attention_layernorm mlp:mlp>post_feedforward_layernorm norm:post_feedforward_layernorm
+apertus:ApertusDecoderLayer = attention:attention_layernorm>self_attn mlp:feedforward_layernorm>mlp
 # blocks in parallel, or one after the other
-gpt_neox    GPTNeoXLayer             attention:input_layernorm>post_attention_dropout mlp:post_attention_layernorm>post_mlp_dropout
-gpt_neo     GPTNeoBlock              attention:ln_1>attn mlp:ln_2>mlp
-stablelm    StableLmDecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm|input_layernorm>dropout
-# functional dropout behind `write`; opt-350m, whose norms come last, is refused by its first forward
-opt         OPTDecoderLayer          attention:self_attn_layer_norm>self_attn mlp:final_layer_norm>fc2
-# mixtures of experts
-mixtral     MixtralDecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-qwen2_moe   Qwen2MoeDecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-qwen3_moe   Qwen3MoeDecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-gpt_oss     GptOssDecoderLayer       attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-glm4_moe    Glm4MoeDecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-deepseek_v2 DeepseekV2DecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-deepseek_v3 DeepseekV3DecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-olmoe       OlmoeDecoderLayer        attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-phimoe      PhimoeDecoderLayer       attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-llama4      Llama4TextDecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>feed_forward
-granitemoe  GraniteMoeDecoderLayer   attention:input_layernorm>self_attn*residual_multiplier mlp:post_attention_layernorm>block_sparse_moe*residual_multiplier
+cohere:CohereDecoderLayer cohere2:Cohere2DecoderLayer = attention:input_layernorm>self_attn mlp:input_layernorm>mlp
+phi:PhiDecoderLayer = attention:input_layernorm>resid_dropout mlp:input_layernorm>resid_dropout
+gptj:GPTJBlock = attention:ln_1>attn mlp:ln_1>mlp
+gpt_neox:GPTNeoXLayer = attention:input_layernorm>post_attention_dropout mlp:post_attention_layernorm>post_mlp_dropout
+stablelm:StableLmDecoderLayer = attention:input_layernorm>self_attn mlp:post_attention_layernorm|input_layernorm>dropout
+# functional dropout behind `write` drops the control with the block; opt-350m, whose norms come last, is refused by its first
+# forward
+opt:OPTDecoderLayer mbart:MBartEncoderLayer|MBartDecoderLayer whisper:WhisperEncoderLayer|WhisperDecoderLayer
+    = attention:self_attn_layer_norm>self_attn mlp:final_layer_norm>fc2
 # layers that differ among themselves: attention, or a linear attention, a convolution, a state space
-qwen3_5     Qwen3_5DecoderLayer      attention:input_layernorm>self_attn|linear_attn mlp:post_attention_layernorm>mlp
-qwen3_next  Qwen3NextDecoderLayer    attention:input_layernorm>self_attn|linear_attn mlp:post_attention_layernorm>mlp
-granitemoehybrid GraniteMoeHybridDecoderLayer attention:input_layernorm>self_attn|mamba*residual_multiplier mlp:post_attention_layernorm>shared_mlp*residual_multiplier
-lfm2        Lfm2DecoderLayer         attention:operator_norm>self_attn|conv mlp:ffn_norm>feed_forward
-falcon_h1   FalconH1DecoderLayer     attention:input_layernorm>self_attn*attn_out_multiplier mlp:pre_ff_layernorm>feed_forward
-mamba       MambaBlock               mixer:norm>mixer
-mamba2      Mamba2Block              mixer:norm>mixer
+qwen3_5:Qwen3_5DecoderLayer qwen3_next:Qwen3NextDecoderLayer = attention:input_layernorm>self_attn|linear_attn mlp:post_attention_layernorm>mlp
+granitemoehybrid:GraniteMoeHybridDecoderLayer
+    = attention:input_layernorm>self_attn|mamba*residual_multiplier mlp:post_attention_layernorm>shared_mlp*residual_multiplier
+lfm2:Lfm2DecoderLayer = attention:operator_norm>self_attn|conv mlp:ffn_norm>feed_forward
+falcon_h1:FalconH1DecoderLayer = attention:input_layernorm>self_attn*attn_out_multiplier mlp:pre_ff_layernorm>feed_forward
+mamba:MambaBlock mamba2:Mamba2Block = mixer:norm>mixer
 # encoders of text; all layers of ALBERT are one, and share its control
-roberta     RobertaLayer             attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
-xlm-roberta XLMRobertaLayer          attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
-bert        BertLayer                attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
-mpnet       MPNetLayer               attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
-electra     ElectraLayer             attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
-camembert   CamembertLayer           attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
-ernie       ErnieLayer               attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
-deberta-v2  DebertaV2Layer           attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
-distilbert  modeling_distilbert.TransformerBlock attention:attention>sa_layer_norm mlp:ffn>output_layer_norm norm:sa_layer_norm init:normal
-albert      AlbertLayer              attention:attention>attention mlp:ffn>full_layer_layer_norm norm:full_layer_layer_norm init:normal
-eurobert    EuroBertDecoderLayer     attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-modernbert  ModernBertEncoderLayer   attention:attn_norm>attn mlp:mlp_norm>mlp
+roberta:RobertaLayer xlm-roberta:XLMRobertaLayer bert:BertLayer mpnet:MPNetLayer electra:ElectraLayer
+camembert:CamembertLayer ernie:ErnieLayer deberta-v2:DebertaV2Layer
+    = attention:attention>attention mlp:intermediate>output norm:output.LayerNorm init:normal
+distilbert:modeling_distilbert.TransformerBlock = attention:attention>sa_layer_norm mlp:ffn>output_layer_norm norm:sa_layer_norm init:normal
+albert:AlbertLayer = attention:attention>attention mlp:ffn>full_layer_layer_norm norm:full_layer_layer_norm init:normal
+modernbert:ModernBertEncoderLayer = attention:attn_norm>attn mlp:mlp_norm>mlp
 # encoder and decoder, whose cross-attention belongs to neither block
-t5          T5Block                  attention:layer.0.layer_norm>layer.0.dropout mlp:layer.-1.layer_norm>layer.-1.dropout
-bart        BartEncoderLayer|BartDecoderLayer attention:self_attn>self_attn_layer_norm mlp:fc1>final_layer_norm norm:final_layer_norm
-marian      MarianEncoderLayer|MarianDecoderLayer attention:self_attn>self_attn_layer_norm mlp:fc1>final_layer_norm norm:final_layer_norm
-# functional dropout behind `write`, as in whisper: while training it drops the control with the block
-mbart       MBartEncoderLayer|MBartDecoderLayer attention:self_attn_layer_norm>self_attn mlp:final_layer_norm>fc2
+t5:T5Block = attention:layer.0.layer_norm>layer.0.dropout mlp:layer.-1.layer_norm>layer.-1.dropout
+bart:BartEncoderLayer|BartDecoderLayer marian:MarianEncoderLayer|MarianDecoderLayer
+    = attention:self_attn>self_attn_layer_norm mlp:fc1>final_layer_norm norm:final_layer_norm
 # speech
-whisper     WhisperEncoderLayer|WhisperDecoderLayer attention:self_attn_layer_norm>self_attn mlp:final_layer_norm>fc2
-wav2vec2    Wav2Vec2EncoderLayer     attention:attention>layer_norm mlp:feed_forward>final_layer_norm norm:layer_norm
-wav2vec2-pre-norm Wav2Vec2EncoderLayerStableLayerNorm attention:layer_norm>dropout mlp:final_layer_norm>feed_forward
-hubert      HubertEncoderLayer       attention:attention>layer_norm mlp:feed_forward>final_layer_norm norm:layer_norm
-hubert-pre-norm HubertEncoderLayerStableLayerNorm attention:layer_norm>dropout mlp:final_layer_norm>feed_forward
-audio-spectrogram-transformer ASTLayer                 attention:layernorm_before>dropout mlp:layernorm_after>dropout
-# vision; where both blocks write to one module, its first call after a block's `read` is that block's
-vit         ViTLayer                 attention:layernorm_before>dropout mlp:layernorm_after>dropout
-deit        DeiTLayer                attention:layernorm_before>dropout mlp:layernorm_after>dropout
-vit_mae     ViTMAELayer              attention:layernorm_before>dropout mlp:layernorm_after>dropout
-beit        BeitLayer                attention:layernorm_before>drop_path mlp:layernorm_after>drop_path
-dinov2      Dinov2Layer              attention:norm1>drop_path mlp:norm2>drop_path
-dinov2_with_registers Dinov2WithRegistersLayer attention:norm1>drop_path mlp:norm2>drop_path
-dinov3_vit  DINOv3ViTLayer           attention:norm1>drop_path mlp:norm2>drop_path
+wav2vec2:Wav2Vec2EncoderLayer hubert:HubertEncoderLayer = attention:attention>layer_norm mlp:feed_forward>final_layer_norm norm:layer_norm
+wav2vec2-pre-norm:Wav2Vec2EncoderLayerStableLayerNorm hubert-pre-norm:HubertEncoderLayerStableLayerNorm
+    = attention:layer_norm>dropout mlp:final_layer_norm>feed_forward
+# vision and spectrograms; where both blocks write to one module, its first call after a block's `read` is that block's
+vit:ViTLayer deit:DeiTLayer vit_mae:ViTMAELayer audio-spectrogram-transformer:ASTLayer = attention:layernorm_before>dropout mlp:layernorm_after>dropout
+beit:BeitLayer = attention:layernorm_before>drop_path mlp:layernorm_after>drop_path
+dinov2:Dinov2Layer dinov2_with_registers:Dinov2WithRegistersLayer dinov3_vit:DINOv3ViTLayer = attention:norm1>drop_path mlp:norm2>drop_path
 # its dropout is also called in the attention's windows
-swin        SwinLayer                attention:layernorm_before>drop_path mlp:layernorm_after>dropout!
-timm-vit    vision_transformer.Block attention:norm1>drop_path1 mlp:norm2>drop_path2
+swin:SwinLayer = attention:layernorm_before>drop_path mlp:layernorm_after>dropout!
+timm-vit:vision_transformer.Block = attention:norm1>drop_path1 mlp:norm2>drop_path2
 # vision and text: `layers_pattern` chooses a side
-clip        CLIPEncoderLayer         attention:layer_norm1>self_attn mlp:layer_norm2>mlp
-siglip      SiglipEncoderLayer       attention:layer_norm1>self_attn mlp:layer_norm2>mlp
-siglip2     Siglip2EncoderLayer      attention:layer_norm1>self_attn mlp:layer_norm2>mlp
-qwen2_vl    Qwen2VLDecoderLayer      attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-qwen2_vl-vision Qwen2VLVisionBlock       attention:norm1>attn mlp:norm2>mlp
-qwen2_5_vl  Qwen2_5_VLDecoderLayer   attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-qwen2_5_vl-vision Qwen2_5_VLVisionBlock    attention:norm1>attn mlp:norm2>mlp
-qwen3_vl    Qwen3VLTextDecoderLayer  attention:input_layernorm>self_attn mlp:post_attention_layernorm>mlp
-qwen3_vl-vision Qwen3VLVisionBlock       attention:norm1>attn mlp:norm2>mlp
+clip:CLIPEncoderLayer siglip:SiglipEncoderLayer siglip2:Siglip2EncoderLayer = attention:layer_norm1>self_attn mlp:layer_norm2>mlp
 """
 
 
-def _parse(line: str) -> Architecture:
-    name, layer, *rest = line.split()
-    fields = dict(part.split(":") for part in rest)
-    norm, init, blocks = fields.pop("norm", ""), fields.pop("init", INITS[0]), {}
-    for block, paths in fields.items():
-        read, write = paths.rstrip("!").split(">")
-        write, _, multiplier = write.partition("*")
-        blocks[block] = Block(read, write, multiplier, paths.endswith("!"))
-    return Architecture(name, layer, norm or read, blocks, init)
+def _rows(table: str) -> Iterator[Architecture]:
+    families: list[str] = []
+    for line in table.splitlines():
+        if line.startswith("#"):
+            continue
+        names, _, structure = line.partition("=")
+        families += names.split()
+        if not structure:
+            continue
+        fields = dict(part.split(":") for part in structure.split())
+        norm, init, blocks = fields.pop("norm", ""), fields.pop("init", INITS[0]), {}
+        for block, paths in fields.items():
+            read, write = paths.rstrip("!").split(">")
+            write, _, multiplier = write.partition("*")
+            blocks[block] = Block(read, write, multiplier, paths.endswith("!"))
+        for name, layer in (family.split(":") for family in families):
+            yield Architecture(name, layer, norm or read, blocks, init)
+        families.clear()
 
 
-ARCHITECTURES: tuple[Architecture, ...] = tuple(
-    _parse(line) for line in _TABLE.splitlines() if line and not line.startswith("#")
-)
+ARCHITECTURES: tuple[Architecture, ...] = tuple(_rows(_TABLE))
 
 
 def find_layers(
@@ -275,7 +239,7 @@ def find_layers(
         name: (module, architecture)
         for name, module in model.named_modules()
         for architecture in rows
-        if architecture.matches(module)
+        if architecture.matches(type(module))
     }
     if not layers and row is not None:
         raise ValueError(f"{type(model).__name__} has no layer of class {rows[0].layer!r} (control_architecture)")

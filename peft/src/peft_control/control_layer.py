@@ -259,9 +259,6 @@ class ControlLayer(nn.Module, BaseTunerLayer):
 
     unmerge = merge
 
-    def supports_lora_conversion(self, adapter_name="default") -> bool:
-        return False
-
     def extra_repr(self) -> str:
         return f"width={self.width}, rank={self.rank}, alpha={self.alpha}, read={self.block.read!r}, write={self.block.write!r}"
 

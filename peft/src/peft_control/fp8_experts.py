@@ -30,7 +30,8 @@ class InFp8(nn.Module):
     stored: tuple[str, ...] = ("weight",)
 
     def _apply(self, fn, recurse=True):
-        scales = {name: self._parameters[name].data for name in (f"{weight}_scale" for weight in self.stored)}
+        places = [f"{name}_scale" for name in self.stored if self._parameters[f"{name}_scale"] is not None]
+        scales = {name: self._parameters[name].data for name in places}
         super()._apply(fn, recurse)
         for name, scale in scales.items():
             parameter = self._parameters[name]

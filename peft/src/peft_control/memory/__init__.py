@@ -17,9 +17,9 @@ decoder keeps from its forward to its backward (pinned: in pinned host memory; A
 
     -: never needed again    *: where the copies overlap with the computation and the host has room (``offload.py``)
 
-From 8,192 tokens a step on, lean works a SwiGLU decoder's attention by groups of heads and all else by chunks of tokens.
-A backward then needs half the memory a token. Attention's output waits in pinned memory instead of the other tensors
-(``long.py``).
+From 8,192 tokens a step on, and without dropout, lean works a SwiGLU decoder's attention by groups of heads and all else by
+chunks of tokens. A backward then needs half the memory a token. Attention's output waits in pinned memory instead of the
+other tensors (``long.py``).
 
 Who calls whom in a training step:
 
@@ -30,21 +30,18 @@ Who calls whom in a training step:
             the two halves    attention.py, mlp.py, control.py, made of linear.py and kernels.py
             HostStates        offload.py      copies to and from pinned memory; pace.py measures whether they overlap
             Drawn, Twins      replay.py       dropout's numbers, drawn again in the backward
-          GenericCall         generic.py      any other layer in mode lean: its own forward, once more in the backward
+          run_alone           generic.py      any other layer in mode lean: its own forward, once more in the backward
 """
 
 from __future__ import annotations
 
 import inspect
-import warnings
-from functools import partial
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..architectures import ARCHITECTURES
 from ..control_layer import ControlLayer
-from ..fp8 import Fp8Linear
 from .attention import NormPlan
 from .exact import is_as_written, kind_of
 from .families import FAMILIES, halves, has_plain_head, is_known_model
@@ -55,7 +52,7 @@ from .layers import LayerPlan
 from .loss import DecoderPlan, LossPlan
 from .mlp import GatedMlp
 from .offload import HostStates
-from .streaming import RESIDENT, start, stop
+from .streaming import RESIDENT, start, stop, streams
 
 MODES = ("plain", "fast", "balanced", "lean")
 
@@ -66,9 +63,6 @@ _LOGITS_ELEMENTS = 512 * 128256
 # Host memory is slow: 50 GB/s over PCIe 5, against 700 TFLOP/s in bfloat16. So a layer's forward takes as long as what is
 # copied travels if it has 7,000 parameters for each byte a token.
 _PARAMETERS_PER_BYTE = 7000
-
-# So much faster FP8 multiplies, its quantizing counted in.
-_FP8_SPEED = 1.7
 
 # Where one matmul for gate and up is faster than two.
 _STACKED_ON = "cuda"
@@ -83,9 +77,8 @@ def set_memory_mode(
     fused_loss: bool = True,
     cuda_graphs: bool = False,
     stream_weights: bool | int = False,
-    on_unsupported: str = "error",
 ) -> nn.Module:
-    """Set how ``model`` trains; reversible, and no part of the adapter that is saved.
+    """Set how ``model`` trains; reversible, and no part of the adapter that is saved. The table above says what each mode keeps.
 
     Args:
         model: a model with a control adapter (LoRA on q, k, v may be in it), or its base model.
@@ -95,33 +88,28 @@ def set_memory_mode(
         chunk_tokens: tokens per chunk of an MLP of which nothing is kept; the loss works on a quarter of it at a
             time. None: by the layer's width.
         offload: whether lean keeps states in pinned host memory (on a GPU). None: where the copies overlap with the
-            computation, as in a LLaMA of 7 or 8 billion parameters. Then, and with True, SwiGLU decoders keep two states a layer
-            there. Unless it is False, lean and balanced also keep queries, keys and values there where their copies
-            overlap too, until a process has 8 GiB there. None measures the copies in the first steps, but not with
-            ``cuda_graphs`` or ``torch.use_deterministic_algorithms``: what takes longer than a layer's forward is recomputed
-            instead. All processes of a host use at most three quarters of its free memory; a line of the log says what
-            waits where. "fp8" (lean alone) is for the longest sequences: one state a layer, in e4m3 with a power of two
-            for each token. The loss is the same; rounded states move the gradients of small random models by 3 %.
+            computation, which is measured in the first steps, but not with ``cuda_graphs`` or
+            ``torch.use_deterministic_algorithms``. Unless it is False, lean and balanced also keep queries, keys and values there
+            where their copies overlap too, until a process has 8 GiB there. All processes of a host use at most three quarters of
+            its free memory; a line of the log says what waits where. "fp8" (lean alone) is for the longest sequences: one state a
+            layer, in e4m3 with a power of two for each token. The loss is the same; rounded states move the gradients of small
+            random models by 3 %.
         fused_loss: causal language models compute their training loss without a batch's logits, so that
             ``outputs.logits`` is None while training with labels, and their last norm by the layers' kernel. Not where the
             output layer is trained.
         cuda_graphs: replay training steps as CUDA graphs, in every mode: for small batches of few shapes, which are
             launch-bound. What cannot be replayed runs without a graph: more than sixteen shapes, a causal language model's
             batch with padding, dropout in a layer that torch's checkpointing recomputes (decoders in "balanced", ViTs).
-        stream_weights: the layers' frozen weights (dense, FP8 or bitsandbytes' 4-bit) wait in host memory, and come to the
-            device that the states are on while the layers before compute. Two layers lie there at a time, or as many
-            as a larger number says. Give a model that lies on the host, then ``model.to(device)`` takes the rest of it
-            there. A copy overlaps from some 12,000 tokens of a forward on an H100, and 4,000 of a backward; ``offload=False``
-            leaves the way to the weights alone. A call without this brings the weights back to where they were.
-        on_unsupported: "error", or "warn" to stay plain.
+        stream_weights: the layers' frozen weights wait in host memory, and come to the device that the states are on while the
+            layers before compute: see ``streaming.py``. Two layers lie there at a time, or as many as a larger number says. Give a
+            model that lies on the host, then ``model.to(device)`` takes the rest of it there. A call without this brings the
+            weights back to where they were.
 
-    The hand-written paths know the layers of ``families.py`` exactly as their library has them. "fast" and "balanced" refuse
-    any other layer (another class, a trained norm or MLP), which in mode "lean" trains through its own forward: see
-    ``generic.py``, and :func:`~.layers.recomputed` for layers with a class, forward or hook of somebody else's. One that becomes
-    so later does that too, with a warning. A loss of one's own, ``shift_labels`` or ``ignore_index``, and what needs a cache or
-    attention's weights, run the model's own code. Decoders make no cache while they train unless ``use_cache=True`` is
-    given with the call. Between a forward and its backward adapters may not be switched, nor training and evaluation, nor
-    parameters be changed in place.
+    "fast" and "balanced" refuse a layer that ``families.py`` does not know exactly (another class, a trained norm or MLP), which
+    in mode "lean" trains through its own forward (``generic.py``). One that becomes so later does that too, with a warning. A loss
+    of one's own, ``shift_labels`` or ``ignore_index``, and what needs a cache or attention's weights, run the model's own code.
+    Decoders make no cache while they train unless ``use_cache=True`` is given with the call. Between a forward and its backward
+    adapters may not be switched, nor training and evaluation, nor parameters be changed in place.
 
     Returns:
         The model.
@@ -151,43 +139,38 @@ def set_memory_mode(
     if mode != "plain":
         # graphs are replayed with what they were captured with
         paced = offload is None and not cuda_graphs
-        plans = _plan_layers(model, mode, chunk_tokens, offload, paced, on_unsupported)
-        if plans:
-            _plan_models(model, plans, chunk_tokens, fused_loss)
+        plans = _plan_layers(model, mode, chunk_tokens, offload, paced)
+        _plan_models(model, plans, chunk_tokens, fused_loss)
     if cuda_graphs:
         _replay_steps(model)
     return model
 
 
-def _plan_layers(model, mode, chunk_tokens, offload, paced, on_unsupported):
+def _plan_layers(model, mode, chunk_tokens, offload, paced):
     plans = {layer: LayerPlan(layer, mode, halves, look_at, chunk_tokens) for layer in model.modules() if _is_layer(layer)}
-    message = None
     if not plans:
-        message = f"{type(model).__name__} has no layer that Control knows and no control"
-    elif mode != "lean":
-        # lean recomputes whatever stands in a layer
-        known = f"memory mode {mode!r} supports {', '.join(FAMILIES)}; {{}} has none of their layers (lean takes any)"
-        reasons = [plan.reason for plan in plans.values() if plan.halves is None]
-        message = (reasons[0] or known.format(type(model).__name__)) if reasons else None
-    if message is not None:
-        if on_unsupported == "warn":
-            warnings.warn(f"{message}; it trains in mode 'plain'", stacklevel=3)
-            return {}
-        raise ValueError(message)
+        raise ValueError(f"{type(model).__name__} has no layer that Control knows and no control")
+    reasons = [plan.reason for plan in plans.values() if plan.halves is None]
+    if reasons and mode != "lean":  # which recomputes whatever stands in a layer
+        known = f"memory mode {mode!r} supports {', '.join(FAMILIES)}"
+        raise ValueError(reasons[0] or f"{known}; {type(model).__name__} has none of their layers (lean takes any)")
     if any(getattr(m, "gradient_checkpointing", getattr(m, "grad_checkpointing", False)) for m in model.modules()):
         raise ValueError(f"memory mode {mode!r} replaces gradient checkpointing: switch that off first")
     host = HostStates(len(plans) if mode == "lean" else 0, paced, offload == "fp8")
+    host.weights = next(iter(streams(model)), None)
     for layer, plan in plans.items():
-        if plan.halves is None and plan.alone and (_hides_state(layer) if offload is None else offload):
-            plan.host = host
-        if plan.halves is not None:
-            kept, hides_copies = plan.halves.attention_kept, partial(_hides_copies, layer, plan)
-            plan.attention_on_host = mode != "fast" and offload is not False and kept > 0 and hides_copies(kept)
-            states_on_host = mode == "lean" and (hides_copies() if offload is None else offload)
-            if plan.attention_on_host or states_on_host:
-                plan.host = host
+        width, size = _state_of(layer, plan)
+        if plan.halves is None:
+            waits = plan.alone and (_overlaps(layer, width * size) if offload is None else offload)
+        else:
+            kept = plan.halves.attention_kept
+            overlaps = mode != "fast" and offload is not False and _overlaps(layer, (2 * width + kept) * size)
+            plan.attention_on_host = kept > 0 and overlaps
+            states = mode == "lean" and (_overlaps(layer, 2 * width * size) if offload is None else offload)
+            waits = plan.attention_on_host or states
             if mode == "fast" and isinstance(plan.mlp, GatedMlp) and plan.mlp.norm.weight.device.type == _STACKED_ON:
                 plan.mlp.stack()
+        plan.host = host if waits else None
         enter(layer, plan)
     return plans
 
@@ -195,29 +178,23 @@ def _plan_layers(model, mode, chunk_tokens, offload, paced, on_unsupported):
 def _is_layer(module):
     """Whether ``module`` is a transformer layer: one with a row of its own, or with a control."""
     controlled = any(isinstance(child, ControlLayer) for child in module.children())
-    return controlled or any(row.matches_class(kind_of(module)) for row in ARCHITECTURES)
+    return controlled or any(row.matches(kind_of(module)) for row in ARCHITECTURES)
 
 
-def _hides_copies(layer, plan, more=0):
-    """Whether the layer computes for as long as two states of each token and ``more`` numbers travel."""
-    weight = plan.mlp.norm.weight
-    if weight is None:
-        return False
-    token_bytes = (2 * weight.numel() + more) * weight.element_size()
-    # not their numel: 4-bit weights are packed
-    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    speeds = [_FP8_SPEED if isinstance(linear, Fp8Linear) else 1.0 for linear in linears]
-    parameters = sum(linear.in_features * linear.out_features / speed for linear, speed in zip(linears, speeds))
-    return _PARAMETERS_PER_BYTE * token_bytes <= parameters
-
-
-def _hides_state(layer):
-    """The same of one state and a layer that is not written by hand."""
-    widths = [child.width for child in layer.children() if isinstance(child, ControlLayer)]
+def _state_of(layer, plan):
+    """The width of a layer's state, 0 if nothing tells it, and the bytes of one of its numbers."""
+    weight = None if plan.halves is None else plan.mlp.norm.weight
+    if weight is not None:
+        return weight.numel(), weight.element_size()
     # a state's type is that of the frozen weights; not of bytes, nor of FP8's scales beside them
     sizes = [parameter.element_size() for parameter in layer.parameters() if parameter.is_floating_point()]
-    size = min(size for size in sizes if size > 1)
-    return bool(widths) and _PARAMETERS_PER_BYTE * widths[0] * size <= parameters_per_token(layer)
+    widths = [child.width for child in layer.children() if isinstance(child, ControlLayer)]
+    return next(iter(widths), 0), min((size for size in sizes if size > 1), default=4)
+
+
+def _overlaps(layer, token_bytes):
+    """Whether a layer computes a token for as long as so many bytes travel to the host."""
+    return token_bytes > 0 and _PARAMETERS_PER_BYTE * token_bytes <= parameters_per_token(layer)
 
 
 def _plan_models(model, plans, chunk_tokens, fused_loss):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from ..fp8_kernels import compute_dtype
 from . import kernels
 from .control import AddControl, control_backward, control_hidden
 from .exact import Parameters
-from .linear import input_gradient, keeps_nothing, outputs, outputs_of_normal
+from .linear import input_gradient, is_frozen_linear, outputs, outputs_of_normal
 from .mlp import tokens
 
 
@@ -87,111 +86,101 @@ class NormPlan:
         return RmsNorm.apply(state, norm)[0]
 
 
-def decoder_attention(layer, hidden_states, *arguments, recompute=None, **named):
+class DecoderAttention:
     """``state + self_attn(input_layernorm(state)) + control`` of LLaMA, Mistral, Qwen2 and Qwen3, without a cache.
 
-    ``frozen`` says whether the projections to queries, keys and values are, here and in the gradients.
-    What ``recompute`` (torch's ``checkpoint``) is given runs once more in the backward. The output projection is not, where
-    it keeps nothing that would have to be computed. ``keep`` is called with what spares
-    :func:`decoder_attention_gradients` the projections: with queries, keys and values, or with nothing.
+    Attributes:
+        frozen: whether the projections to queries, keys and values are.
+        simple: whether these, rotated, are all that attention takes.
     """
-    project = layer.self_attn.o_proj
-    if recompute and not keeps_nothing(project, compute_dtype(hidden_states)):
-        return recompute(decoder_attention, layer, hidden_states, *arguments, **named)
-    mix = partial(recompute, _mixed_values) if recompute else _mixed_values
-    mixed, state = mix(layer, hidden_states, *arguments, **named)
-    return AddControl.add(state, project(mixed), getattr(layer, "attention_control", None))
 
+    def __init__(self, layer):
+        self.layer, self.norm, self.attention = layer, layer.input_layernorm, layer.self_attn
+        self.projections = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]
+        self.frozen = all(map(is_frozen_linear, self.projections))
+        self.simple = self.frozen and not hasattr(self.attention, "q_norm")
 
-def decoder_attention_gradients(layer, state, dy, inputs, adapters, *arguments, frozen, kept=(), **named):
-    """The gradients of :func:`decoder_attention`'s ``inputs`` for its output's gradient ``dy``, without the output.
+    def __call__(self, state, *arguments, **named):
+        """The block's output state. ``keep`` is called with what spares :meth:`gradients` the projections: with queries, keys
+        and values, or with nothing."""
+        mixed, state = self._mixed_values(state, *arguments, **named)
+        return AddControl.add(state, self.attention.o_proj(mixed), getattr(self.layer, "attention_control", None))
 
-    Returns ``(gradients, control_gradients)``: of the ``inputs``, among them ``state`` if that needs one, and of the
-    block's control's ``adapters``. ``dy`` is overwritten: long sequences need its memory. ``kept`` is what ``keep`` got.
-    """
-    flat, dflat = tokens(state), tokens(dy)
-    with torch.no_grad():
-        dmixed: Any = input_gradient(dflat.to(compute_dtype(state)), layer.self_attn.o_proj) if inputs else None
-        dstate = dflat if state.requires_grad else None
-        _, of_control = control_backward(adapters, flat, control_hidden(adapters, flat), dflat, dstate)
-    if not inputs:
-        return [], of_control
-    if state.requires_grad and _is_simple(layer.self_attn, frozen):
-        heads, rstd = (kept, None) if kept else _heads(layer, state, *arguments, **named)
-        gradients = _attend_gradients(layer.self_attn, heads, dmixed, *arguments, **named)
+    def gradients(self, state, dy, inputs, adapters, *arguments, kept=(), **named):
+        """The gradients of the ``inputs`` for the output's gradient ``dy``, without the output.
+
+        Returns ``(gradients, control_gradients)``: of the ``inputs``, among them ``state`` if that needs one, and of the
+        block's control's ``adapters``. ``dy`` is overwritten: long sequences need its memory. ``kept`` is what ``keep`` got.
+        """
+        flat, dflat = tokens(state), tokens(dy)
+        with torch.no_grad():
+            dmixed: Any = input_gradient(dflat.to(compute_dtype(state)), self.attention.o_proj) if inputs else None
+            dstate = dflat if state.requires_grad else None
+            _, of_control = control_backward(adapters, flat, control_hidden(adapters, flat), dflat, dstate)
+        if not inputs:
+            return [], of_control
+        if state.requires_grad and self.simple:
+            heads, rstd = (kept, None) if kept else self._heads(state, *arguments, **named)
+            gradients = self._attend_gradients(heads, dmixed, *arguments, **named)
+            del dmixed
+            dstate = self._through_projections(state, dy, gradients, rstd, *arguments, **named)
+            return [dstate, *[None] * (len(inputs) - 1)], of_control  # the others take no part
+        mixed, through = self._mixed_values(state, *arguments, **named)
+        if not mixed.requires_grad:  # the inputs are an inactive adapter's
+            return [None] * len(inputs), of_control
+        outputs, gradients = [mixed], [dmixed.view(mixed.shape)]
         del dmixed
-        dstate = _through_projections(layer, state, dy, gradients, rstd, *arguments, **named)
-        return [dstate, *[None] * (len(inputs) - 1)], of_control  # the others take no part
-    mixed, through = _mixed_values(layer, state, *arguments, frozen=frozen, **named)
-    if not mixed.requires_grad:  # the inputs are an inactive adapter's
-        return [None] * len(inputs), of_control
-    outputs, gradients = [mixed], [dmixed.view(mixed.shape)]
-    del dmixed
-    if state.requires_grad:
-        outputs.append(through)
-        gradients.append(dy)
-    return list(torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)), of_control
+        if state.requires_grad:
+            outputs.append(through)
+            gradients.append(dy)
+        return list(torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)), of_control
 
+    @torch.no_grad()
+    def _heads(self, state, attention_mask=None, *, position_embeddings, **named):
+        """Queries, keys and values ``(batch, tokens, heads, head_dim)`` of a simple attention, and its norm's factors."""
+        projected, rstd = outputs_of_normal(tokens(state), self.norm, *self.projections)
+        query, key, value = (x.view(*state.shape[:-1], -1, self.attention.head_dim) for x in projected)
+        del projected
+        return [*kernels.rope(query, key, *position_embeddings), value], rstd
 
-def _is_simple(attention, frozen):
-    """Whether rotated projections are all that attention takes."""
-    return frozen and not hasattr(attention, "q_norm")
+    def _attend_gradients(self, heads, dmixed, attention_mask=None, position_embeddings=None, **named):
+        """The gradients of queries, keys and values, which leave the list ``heads``."""
+        query, key, value = leaves = [tensor.requires_grad_() for tensor in heads]
+        heads.clear()
+        mixed = attend(self.attention, query, key, value, attention_mask, **named)
+        return list(torch.autograd.grad(mixed, leaves, dmixed.view(mixed.shape)))
 
+    @torch.no_grad()
+    def _through_projections(self, state, dy, gradients, rstd, attention_mask=None, *, position_embeddings, **named):
+        """The state's gradient for those of queries, keys and values of a simple attention, added up in ``dy``."""
+        norm, dnormal = self.norm, None
+        gradients[:2] = kernels.rope(*gradients[:2], *position_embeddings, backward=True)
+        for linear in self.projections:
+            gradient = gradients.pop(0).reshape(-1, linear.out_features)
+            dnormal = input_gradient(gradient, linear, add_to=dnormal)
+        flat, dflat = tokens(state), tokens(dy)
+        if rstd is None:
+            _, rstd = kernels.rms_norm(flat, norm.weight, norm.variance_epsilon)
+        kernels.rms_norm_backward(dnormal, flat, norm.weight, rstd, residual=dflat, out=dflat)
+        return dflat.view(state.shape)
 
-@torch.no_grad()
-def _heads(layer, state, attention_mask=None, *, position_embeddings, **named):
-    """Queries, keys and values ``(batch, tokens, heads, head_dim)`` of a simple attention, and its norm's factors."""
-    attention, norm = layer.self_attn, layer.input_layernorm
-    linears = attention.q_proj, attention.k_proj, attention.v_proj
-    projected, rstd = outputs_of_normal(tokens(state), norm, *linears)
-    query, key, value = (x.view(*state.shape[:-1], -1, attention.head_dim) for x in projected)
-    del projected
-    return [*kernels.rope(query, key, *position_embeddings), value], rstd
-
-
-def _attend_gradients(attention, heads, dmixed, attention_mask=None, position_embeddings=None, **named):
-    """The gradients of queries, keys and values, which leave the list ``heads``."""
-    query, key, value = leaves = [tensor.requires_grad_() for tensor in heads]
-    heads.clear()
-    mixed = attend(attention, query, key, value, attention_mask, **named)
-    return list(torch.autograd.grad(mixed, leaves, dmixed.view(mixed.shape)))
-
-
-@torch.no_grad()
-def _through_projections(layer, state, dy, gradients, rstd, attention_mask=None, *, position_embeddings, **named):
-    """The state's gradient for those of queries, keys and values of a simple attention, added up in ``dy``."""
-    attention, norm, dnormal = layer.self_attn, layer.input_layernorm, None
-    gradients[:2] = kernels.rope(*gradients[:2], *position_embeddings, backward=True)
-    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-        gradient = gradients.pop(0).reshape(-1, linear.out_features)
-        dnormal = input_gradient(gradient, linear, add_to=dnormal)
-    flat, dflat = tokens(state), tokens(dy)
-    if rstd is None:
-        _, rstd = kernels.rms_norm(flat, norm.weight, norm.variance_epsilon)
-    kernels.rms_norm_backward(dnormal, flat, norm.weight, rstd, residual=dflat, out=dflat)
-    return dflat.view(state.shape)
-
-
-def _mixed_values(layer, hidden_states, attention_mask=None, *, position_embeddings, frozen, keep=None, **named):
-    """What the output projection takes, ``(batch, tokens, heads * head_dim)``, and the state for what is added to it."""
-    attention = layer.self_attn
-    simple = _is_simple(attention, frozen)
-    if simple and not torch.is_grad_enabled():
-        (query, key, value), _ = _heads(layer, hidden_states, position_embeddings=position_embeddings)
-        state = hidden_states
-    else:
-        normal, state = RmsNorm.apply(hidden_states, layer.input_layernorm)
-        shape = (*normal.shape[:-1], -1, attention.head_dim)
-        linears = attention.q_proj, attention.k_proj, attention.v_proj
-        projected = FrozenProjections.apply(normal, *linears) if frozen else [linear(normal) for linear in linears]
-        query, key, value = (x.view(shape) for x in projected)
-        del normal, projected
-        if hasattr(attention, "q_norm"):
-            query, key = attention.q_norm(query), attention.k_norm(key)
-        query, key = Rope.apply(query, key, *position_embeddings)
-    if keep is not None:
-        keep(*((query, key, value) if simple else ()))
-    return attend(attention, query, key, value, attention_mask, **named), state
+    def _mixed_values(self, state, attention_mask=None, *, position_embeddings, keep=None, **named):
+        """What the output projection takes, ``(batch, tokens, heads * head_dim)``, and the state for what is added to it."""
+        attention = self.attention
+        if self.simple and not torch.is_grad_enabled():
+            (query, key, value), _ = self._heads(state, position_embeddings=position_embeddings)
+        else:
+            normal, state = RmsNorm.apply(state, self.norm)
+            linears = self.projections
+            projected = FrozenProjections.apply(normal, *linears) if self.frozen else [linear(normal) for linear in linears]
+            query, key, value = (x.view(*normal.shape[:-1], -1, attention.head_dim) for x in projected)
+            del normal, projected
+            if hasattr(attention, "q_norm"):
+                query, key = attention.q_norm(query), attention.k_norm(key)
+            query, key = Rope.apply(query, key, *position_embeddings)
+        if keep is not None:
+            keep(*((query, key, value) if self.simple else ()))
+        return attend(attention, query, key, value, attention_mask, **named), state
 
 
 def attend(attention, query, key, value, attention_mask, **named):

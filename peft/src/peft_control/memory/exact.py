@@ -33,7 +33,8 @@ def is_as_written(module: nn.Module, hooks: bool = True) -> bool:
     a linear layer's hook with an attribute ``keeps_formula``.
     """
     own, kind = vars(module).get("forward"), type(module)
-    if own is not None and not (_of_liger(own) or (isinstance(own, Forward) and own.before is None)):
+    ours = isinstance(own, Forward) and own.before is None
+    if own is not None and not ours and not getattr(own, "__module__", "").startswith("liger_kernel."):
         return False
     if kind.forward.__module__ not in {base.__module__ for base in kind.__mro__}:  # patched for the whole class
         return False
@@ -45,10 +46,6 @@ def touches(module: nn.Module) -> tuple:
     """What tells quickly that somebody has put a forward or a hook on ``module``."""
     state = module.__dict__
     return "forward" in state, *(len(state[hooks]) for hooks in _HOOKS)
-
-
-def _of_liger(forward) -> bool:
-    return getattr(forward, "__module__", "").startswith("liger_kernel.")
 
 
 def _counts(hook, module) -> bool:

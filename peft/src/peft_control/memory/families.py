@@ -1,9 +1,8 @@
-"""The layer structures that have memory modes: one row for each architecture of ``architectures.py`` that does."""
+"""The layer structures that are written by hand, and which architectures of ``architectures.py`` have them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -13,7 +12,7 @@ from transformers.activations import SiLUActivation
 
 from ..architectures import ARCHITECTURES
 from ..control_layer import ControlLayer
-from .attention import decoder_attention, decoder_attention_gradients
+from .attention import DecoderAttention
 from .exact import is_as_written, kind_of, path_of
 from .layers import Halves
 from .linear import is_frozen_linear
@@ -32,23 +31,6 @@ _LIBRARIES = (
 )
 
 
-@dataclass(frozen=True)
-class Family:
-    """An architecture whose layers are written by hand.
-
-    Attributes:
-        home: the module that defines its classes.
-        layer: the class of its layers.
-        halves: ``(layer)`` -> the layer's halves; raises ValueError if it consists of something else.
-        model: the class of its causal language model, or None.
-    """
-
-    home: str
-    layer: str
-    halves: Callable[[nn.Module], Halves]
-    model: str | None = None
-
-
 def halves(layer: nn.Module) -> Halves | None:
     """The halves of ``layer``, or None if it is of no family.
 
@@ -57,28 +39,29 @@ def halves(layer: nn.Module) -> Halves | None:
             class, a forward or hook of somebody else's, trainable parameters, a control parallel to another block.
     """
     path = path_of(kind_of(layer))
-    name = next((name for name, family in FAMILIES.items() if path == f"{family.home}.{family.layer}"), None)
-    if name is None:
+    if path not in _NAMES:
         return None
-    family, (blocks,) = FAMILIES[name], (row.blocks for row in ARCHITECTURES if row.name == name)
+    name, home = _NAMES[path], path.rpartition(".")[0]
+    blocks = next(row.blocks for row in ARCHITECTURES if row.name == name)
     for child_name, child in layer.named_children():
         if isinstance(child, ControlLayer) and child.block != blocks.get(child_name.removesuffix("_control")):
             raise ValueError(f"memory modes know the blocks of {name} ({', '.join(blocks)}), not {child_name}")
-    found = family.halves(layer)
+    found = FAMILIES[name](layer)
     parts = {module for part in found.mlp_modules for module in part.modules()} | set(found.by_hand)
     for part in parts:
-        known = path_of(type(part)).startswith((*_LIBRARIES, f"{family.home}."))
+        known = path_of(type(part)).startswith((*_LIBRARIES, f"{home}."))
         # an MLP's own class may name its linear layers, in order: the activation follows the first
         if not ((known or "linear_chain" in vars(type(part))) and is_as_written(part)):
             raise ValueError(f"memory modes run no {type(part).__name__} with a forward or hook of somebody else's")
     if not is_as_written(layer, hooks=False):
-        raise ValueError(f"memory modes run no {family.layer} with a forward of somebody else's")
+        raise ValueError(f"memory modes run no {kind_of(layer).__name__} with a forward of somebody else's")
     return found
 
 
 def is_known_model(model: nn.Module) -> bool:
     """Whether ``model`` is exactly a causal language model of a family."""
-    return path_of(type(model)) in {f"{family.home}.{family.model}" for family in FAMILIES.values()}
+    decoder = path_of(type(model)).replace("ForCausalLM", "DecoderLayer")
+    return type(model).__name__.endswith("ForCausalLM") and FAMILIES.get(_NAMES.get(decoder, "")) is _decoder
 
 
 #: Causal language models of transformers besides those of FAMILIES whose loss is that of ``lm_head(model(...))``, softcapped
@@ -107,20 +90,17 @@ def _decoder(layer):
     activation = getattr(inner, "act_fn", None)  # Liger's has none
     if not isinstance(activation, (nn.SiLU, SiLUActivation, type(None))):
         raise ValueError(f"memory modes know decoders with SwiGLU, not {type(activation).__name__}")
-    projections = attention.q_proj, attention.k_proj, attention.v_proj
-    frozen = all(map(is_frozen_linear, projections))
-    gradients = partial(decoder_attention_gradients, frozen=frozen) if is_frozen_linear(attention.o_proj) else None
-    simple = gradients and frozen and not hasattr(attention, "q_norm")
-    kept = sum(linear.out_features for linear in projections) if simple else 0
-    unadapted = [linear for linear in (*projections, attention.o_proj) if not isinstance(linear, BaseTunerLayer)]
+    block = DecoderAttention(layer)
+    gradients = block.gradients if is_frozen_linear(attention.o_proj) else None
+    linears = [*block.projections, attention.o_proj]
     return Halves(
-        partial(decoder_attention, frozen=frozen),
+        block,
         GatedMlp(layer.post_attention_layernorm, inner),
         [layer.post_attention_layernorm, inner],
-        by_hand=[layer.input_layernorm, attention, *unadapted],
+        by_hand=[layer.input_layernorm, attention, *(linear for linear in linears if not isinstance(linear, BaseTunerLayer))],
         recompute_attention=True,
         attention_gradients=gradients,
-        attention_kept=kept,
+        attention_kept=sum(linear.out_features for linear in block.projections) if gradients and block.simple else 0,
         of_many_tokens=LongCall if LongCall.takes(layer) else None,
     )
 
@@ -140,7 +120,7 @@ def _activation(mlp):
 def _vit(layer):
     linears = [layer.mlp.fc1, layer.mlp.fc2]
     mlp = PreNormMlp(layer.layernorm_after, linears, _activation(layer.mlp), dropouts=[layer.dropout])
-    return Halves(_vit_attention, mlp, [layer.layernorm_after, layer.mlp], [layer.dropout])
+    return Halves(partial(_vit_attention, layer), mlp, [layer.layernorm_after, layer.mlp], [layer.dropout])
 
 
 def _dinov2_attention(layer, state, attention_mask=None, **named):
@@ -158,7 +138,7 @@ def _dinov2(layer):
     scale = layer.layer_scale2.lambda1
     mlp = PreNormMlp(layer.norm2, linears, _activation(layer.mlp), scale, dropouts=[layer.drop_path])
     modules = [layer.norm2, layer.mlp, layer.layer_scale2]
-    return Halves(_dinov2_attention, mlp, modules, [layer.drop_path])
+    return Halves(partial(_dinov2_attention, layer), mlp, modules, [layer.drop_path])
 
 
 def _timm_attention(layer, state, *arguments, **named):
@@ -176,7 +156,7 @@ def _timm(layer):
     scale = getattr(layer.ls2, "gamma", None)
     dropouts = [inner.drop1, inner.drop2, layer.drop_path2]
     mlp = PreNormMlp(layer.norm2, linears, inner.act, scale, dropouts)
-    return Halves(_timm_attention, mlp, [layer.norm2, inner, layer.ls2], [layer.drop_path2])
+    return Halves(partial(_timm_attention, layer), mlp, [layer.norm2, inner, layer.ls2], [layer.drop_path2])
 
 
 def _post_norm_attention(layer, state, attention_mask=None, *cross_attention, past_key_values=None, **named):
@@ -190,12 +170,12 @@ def _mpnet_attention(layer, state, attention_mask=None, position_bias=None, **na
 def _post_norm(layer):
     if getattr(layer, "is_decoder", False):
         raise ValueError("memory modes know encoders of this architecture, not decoders")
-    return Halves(_post_norm_attention, _post_norm_mlp(layer), [layer.intermediate, layer.output])
+    return Halves(partial(_post_norm_attention, layer), _post_norm_mlp(layer), [layer.intermediate, layer.output])
 
 
 def _mpnet(layer):
     modules = [layer.intermediate, layer.output]
-    return Halves(_mpnet_attention, _post_norm_mlp(layer), modules, returns_tuple=True)
+    return Halves(partial(_mpnet_attention, layer), _post_norm_mlp(layer), modules, returns_tuple=True)
 
 
 def _post_norm_mlp(layer):
@@ -203,26 +183,24 @@ def _post_norm_mlp(layer):
     return PostNormMlp(first.dense, first.intermediate_act_fn, last.dense, last.dropout, last.LayerNorm)
 
 
-def _of_transformers(name: str, prefix: str, build: Callable, layer: str = "Layer", model: str | None = None) -> Family:
-    home = f"transformers.models.{name}.modeling_{name}"
-    return Family(home, prefix + layer, build, model and prefix + model)
-
-
-def _decoders(name: str, prefix: str) -> Family:
-    return _of_transformers(name, prefix, _decoder, "DecoderLayer", "ForCausalLM")
-
-
-FAMILIES = {
-    "llama": _decoders("llama", "Llama"),
-    "mistral": _decoders("mistral", "Mistral"),
-    "qwen2": _decoders("qwen2", "Qwen2"),
-    "qwen3": _decoders("qwen3", "Qwen3"),
-    "vit": _of_transformers("vit", "ViT", _vit),
-    "dinov2": _of_transformers("dinov2", "Dinov2", _dinov2),
-    "timm-vit": Family("timm.models.vision_transformer", "Block", _timm),
-    "roberta": _of_transformers("roberta", "Roberta", _post_norm),
-    "xlm-roberta": _of_transformers("xlm_roberta", "XLMRoberta", _post_norm),
-    "bert": _of_transformers("bert", "Bert", _post_norm),
-    "electra": _of_transformers("electra", "Electra", _post_norm),
-    "mpnet": _of_transformers("mpnet", "MPNet", _mpnet),
+#: How the layers of an architecture are written by hand: ``(layer)`` -> its halves. Raises ValueError if it consists of something
+#: else.
+FAMILIES: dict[str, Callable[[nn.Module], Halves]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _decoder),
+    "vit": _vit,
+    "dinov2": _dinov2,
+    "timm-vit": _timm,
+    **dict.fromkeys(("roberta", "xlm-roberta", "bert", "electra"), _post_norm),
+    "mpnet": _mpnet,
 }
+
+
+def _path(row):
+    if row.name == "timm-vit":
+        return f"timm.models.{row.layer}"
+    module = row.name.replace("-", "_")
+    return f"transformers.models.{module}.modeling_{module}.{row.layer}"
+
+
+#: Their names by the class of their layers.
+_NAMES = {_path(row): row.name for row in ARCHITECTURES if row.name in FAMILIES}

@@ -11,21 +11,20 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_structure
 from transformers.utils import output_capturing
 
 from ..architectures import ARCHITECTURES, Architecture
+from ..fp8 import Fp8Linear
 from ..fp8_experts import dequantized_once
 from .exact import is_as_written, kind_of, path_of
 from .forward import enter
-from .layers import Call, LayerPlan, autocast_state, recomputed
+from .layers import LayerPlan, autocast_state, recomputed
 from .mlp import draws
-from .replay import Still, draw
 
 #: Whose modules compute nothing but their outputs, and leave nothing behind.
 _LIBRARIES = (
@@ -47,6 +46,9 @@ _NOT_TOKENWISE = ("PhimoeSparseMoeBlock",)
 #: Numbers that the linear layers of a chunk put out: 4,096 tokens of Qwen3-30B-A3B, 235 MB in bfloat16.
 _CHUNK_ELEMENTS = 4096 * 8 * (2 * 768 + 2048)
 
+#: So much faster FP8 multiplies, its quantizing counted in.
+_FP8_SPEED = 1.7
+
 #: Nodes of autograd that pass a gradient on without the values of their inputs.
 _LINEAR = {
     *("AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "NativeDropoutBackward0", "ToCopyBackward0"),
@@ -58,8 +60,8 @@ _LINEAR = {
 def look_at(layer: nn.Module, plan: LayerPlan) -> Callable | None:
     """:func:`run_alone`, if ``layer`` is of a tested row and all in it is as its library has it: its forward then has no
     results but those that it returns. Else None."""
-    plan.returns_more, plan.adds = False, None
-    row = next((row for row in ARCHITECTURES if row.matches_class(kind_of(layer))), None)
+    plan.adds, plan.tokens = None, []
+    row = next((row for row in ARCHITECTURES if row.matches(kind_of(layer))), None)
     written = all(
         path_of(kind_of(module)).startswith(_LIBRARIES) and is_as_written(module, hooks=module is not layer)
         for module in layer.modules()
@@ -67,19 +69,22 @@ def look_at(layer: nn.Module, plan: LayerPlan) -> Callable | None:
     if row is None or not written:
         return None
     if plan.halves is None:
-        plan_mlps(layer, plan.chosen_chunk)
+        plan.tokens = plan_mlps(layer, plan.chosen_chunk)
         plan_tails(layer, row)
     return run_alone
 
 
-def plan_mlps(layer: nn.Module, chunk: int | None) -> None:
+def plan_mlps(layer: nn.Module, chunk: int | None) -> list[TokensPlan]:
     """Have the token-wise MLPs of ``layer`` work in chunks of ``chunk`` tokens, or by their size."""
-    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    plans = []
     for name, module in layer.named_modules():
         is_mlp = name.rpartition(".")[2] in _TOKENWISE and not isinstance(module, nn.Linear)
-        if is_mlp and type(module).__name__ not in _NOT_TOKENWISE and not any(module in set(mlp.modules()) for mlp in found):
-            found.append(module)
-            enter(module, TokensPlan(chunk or max(_CHUNK_ELEMENTS // max(outputs_per_token(module), 1), 1)))
+        if is_mlp and type(module).__name__ not in _NOT_TOKENWISE and module not in inside:
+            inside.update(module.modules())
+            plans.append(TokensPlan(chunk or max(_CHUNK_ELEMENTS // max(outputs_per_token(module), 1), 1)))
+            enter(module, plans[-1])
+    return plans
 
 
 def plan_tails(layer: nn.Module, row: Architecture) -> None:
@@ -95,9 +100,11 @@ def outputs_per_token(module: nn.Module) -> int:
     return sum(outputs for _, outputs in _matrices(module))
 
 
-def parameters_per_token(module: nn.Module) -> int:
-    """How many parameters of matrices one token is multiplied by."""
-    return sum(inputs * outputs for inputs, outputs in _matrices(module))
+def parameters_per_token(module: nn.Module) -> float:
+    """How many parameters of matrices one token is multiplied by; those in FP8 count for less time."""
+    in_16_bits = sum(inputs * outputs for inputs, outputs in _matrices(module))
+    in_fp8 = sum(part.in_features * part.out_features for part in module.modules() if isinstance(part, Fp8Linear))
+    return in_16_bits - in_fp8 * (1 - 1 / _FP8_SPEED)
 
 
 def _matrices(module):
@@ -120,41 +127,47 @@ def _experts_per_token(part):
 
 
 class MlpCalls:
-    """The calls of MLPs in a layer's forward, or in its recomputation.
+    """The calls of token-wise MLPs in a layer's forward and in its recomputation.
 
     Attributes:
         again: whether this is the recomputation.
         skips: whether the recomputation may leave the MLPs' outputs at zero.
-        calls: how many MLPs have run.
         shapes: of the outputs of the MLPs, in the order of their calls.
-        last: the output of the last of them.
-        tails: the numbers of those whose output a norm takes.
-        waiting: in the recomputation, what stands for the output of such a one, and how it runs.
-        nodes: of autograd, those of the recomputed MLPs.
+        nodes: their nodes of autograd.
+        last: the plan and the output of the last of them.
+        tailed: the plans of those that run together with the norm behind them.
+        waiting: of such a one what stands for its output, and how both run.
     """
 
-    def __init__(self):
+    def __init__(self, tailed: set[TokensPlan]):
         self.again, self.skips, self.calls = False, False, 0
         self.shapes: list = []
-        self.tails: set[int] = set()
-        self.last: Any = None
-        self.waiting: tuple | None = None
         self.nodes: list = []
+        self.tailed = tailed
+        self.last: tuple | None = None
+        self.waiting: tuple | None = None
 
     @contextmanager
     def active(self):
         before = _running.set(self)
+        self.calls = 0
         try:
             yield
         finally:
             _running.reset(before)
+            self.last = None  # what waits for the backward is the layer's state alone
 
 
 _running: ContextVar[MlpCalls | None] = ContextVar("running", default=None)
 
 
 class TokensPlan:
-    """How a token-wise MLP runs within a recomputed layer: ``chunk`` tokens at a time."""
+    """How a token-wise MLP runs within a recomputed layer: ``chunk`` tokens at a time.
+
+    ``tailed``: whether a frozen norm takes its output, as the layer's first forward has shown.
+    """
+
+    tailed = False
 
     def __init__(self, chunk: int):
         self.chunk = chunk
@@ -165,22 +178,24 @@ class TokensPlan:
         x = given[0] if len(given) == 1 and isinstance(given[0], torch.Tensor) else None
         if run is None or x is None or x.dim() not in (2, 3) or _needs_autograd(module):
             return own(*arguments, **named)
-        number, run.calls = run.calls, run.calls + 1
-        if run.again and x.requires_grad:
-            if number not in run.tails:
-                return self.node(own, x, run, number)
-            run.waiting = x.new_zeros(()), partial(self.node, x=x, run=run, number=number), own
+        if self in run.tailed:
+            run.waiting = object(), partial(self.node, x, run), own
             return run.waiting[0]
-        outputs = self.outputs(own, x)
-        if not run.again:
-            run.last = outputs
-            run.shapes.append(_shapes(outputs))
+        outputs = self.node(x, run, own)
+        run.last = self, outputs
         return outputs
 
-    def node(self, own, x, run, number):
-        outputs = Tokens.apply(x, self, own, run.shapes[number] if run.skips else None)
-        tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-        run.nodes += [tensor.grad_fn for tensor in tensors if tensor.requires_grad][:1]
+    def node(self, x, run, own):
+        """The outputs for ``x``, as a node of autograd if one is needed."""
+        if not x.requires_grad:
+            return self.outputs(own, x)
+        number, run.calls = run.calls, run.calls + 1
+        outputs = Tokens.apply(x, self, own, run.shapes[number] if run.again and run.skips else None)
+        if not run.again:
+            several = isinstance(outputs, tuple)
+            tensors = outputs if several else (outputs,)
+            run.shapes.append((several, [(y.shape, y.dtype) for y in tensors]))
+            run.nodes += [y.grad_fn for y in tensors if y.requires_grad][:1]
         return outputs
 
     def pieces(self, x):
@@ -203,24 +218,17 @@ class TokensPlan:
 
 
 class TailPlan:
-    """A frozen norm that takes the output of a token-wise MLP, and runs with it where that is recomputed."""
+    """A frozen norm behind a token-wise MLP, with which it runs: recomputed alone, it would need the MLP's output."""
 
     def run(self, module, own, y):
         """Replaces ``module.forward``."""
         run = _running.get()
-        if run is not None and run.again and run.waiting is not None and y is run.waiting[0]:
+        if run is not None and run.waiting is not None and y is run.waiting[0]:
             (_, node, mlp), run.waiting = run.waiting, None
             return node(lambda piece: own(mlp(piece)))
-        normed = own(y)
-        if run is not None and not run.again and y is run.last:
-            run.tails.add(run.calls - 1)
-            run.shapes[-1] = _shapes(normed)
-        return normed
-
-
-def _shapes(outputs):
-    several = isinstance(outputs, tuple)
-    return several, [(y.shape, y.dtype) for y in (outputs if several else (outputs,))]
+        if run is not None and run.last is not None and y is run.last[1]:
+            run.last[0].tailed = True  # from the next forward on
+        return own(y)
 
 
 def _no_leaf(x):
@@ -285,105 +293,49 @@ class Tokens(torch.autograd.Function):
 # -- layers -----------------------------------------------------------------------------------------------------
 
 
-class ReturnsMore(Exception):
-    """A layer gave more than its state that may need gradients."""
-
-
 def run_alone(plan: LayerPlan, layer: nn.Module, own: Callable, state: torch.Tensor, *arguments, **named):
-    """What ``layer`` returns. Where that is more than a state, or somebody records what is computed inside, torch's
-    checkpointing runs it."""
-    call = GenericCall(plan, layer, own, state, arguments, named)
-    if not (state.requires_grad or call.inputs or any(parameter.requires_grad for parameter in call.read)):
-        return own(state, *arguments, **named)
-    if not plan.returns_more and not any(call.shared) and not output_capturing._active_collector.get():
-        try:
-            return call.result(call.run(state))
-        except ReturnsMore:
-            plan.returns_more = True
-            with call.random.again():
-                return recomputed(plan, layer, own, state, *arguments, **named)
-    return recomputed(plan, layer, own, state, *arguments, **named)
+    """What ``layer`` returns, by torch's checkpointing: the layer keeps its state alone, on the device or on the host. (Only
+    bitsandbytes' int8 layers hide what they keep from torch: their inputs stay.)"""
+    shared = any(isinstance(value, Mapping) and value for value in (*arguments, *named.values()))
+    if shared or output_capturing._active_collector.get():  # what is recorded inside, or left for others, may need gradients
+        return recomputed(plan, layer, own, state, *arguments, **named)
+    calls = MlpCalls({mlp for mlp in plan.tokens if mlp.tailed})
+    # what stands between an MLP and the layer's output is looked at once for each way in which the layer runs
+    way = plan.setting(layer), tree_structure((arguments, named)), calls.tailed
+    calls.skips = plan.adds == (way, True)
+
+    def run(state, *arguments, **named):
+        with calls.active():
+            return own(state, *arguments, **named)
+
+    host, start = plan.host, state.grad_fn
+    if host is None or not host.room_for(state):
+        output = recomputed(plan, layer, run, state, *arguments, **named)
+    else:
+        given, needed, ticket = [state], state.requires_grad, host.push(state.detach())  # travels while the layer computes
+
+        def run_from_host(_, *arguments, **named):
+            if not given and ticket.tensors is None and not ticket.buffers:
+                raise RuntimeError("a memory mode frees what it kept: backward runs once per forward")
+            state = given.pop() if given else _no_leaf(host.pop(ticket)[0].requires_grad_(needed))
+            return run(state, *arguments, **named)
+
+        # torch asks its arguments for the devices whose random numbers count
+        output = recomputed(plan, layer, run_from_host, state.new_empty(0), *arguments, **named)
+        host.settle()
+    calls.again = True
+    ends = [x.grad_fn for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.grad_fn is not None]
+    if calls.nodes and (plan.adds is None or plan.adds[0] != way):
+        plan.adds = way, all(only_adds(end, calls.nodes, start) for end in ends)
+        calls.skips = plan.adds[1]
+    calls.nodes.clear()
+    return output
 
 
-class GenericCall(Call):
-    """A whole layer that keeps its input state alone, on the device or on the host.
-
-    Attributes:
-        inputs: the tensors among its arguments that need gradients, besides the state.
-        flat, spec: what it returned, with its state left out, as a tree of torch's.
-    """
-
-    def __init__(self, plan, layer, own, state, arguments, named):
-        super().__init__(plan, layer, plan.all, state, arguments, named)
-        self.own, self.mlps = own, MlpCalls()
-        # as nobody knows what a layer of somebody else's draws, all is taken for drawn but in a CUDA graph
-        capturing = state.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        self.random = Still() if capturing and not plan.draws() else draw(layer, state.device)
-        self.leaves, self.given = tree_flatten((arguments, named))
-        needed = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-        self.inputs = list({id(leaf): leaf for leaf in needed}.values())
-        self.shared = [value for value in (*arguments, *named.values()) if isinstance(value, Mapping)]
-
-    def forward(self, state):
-        """See :class:`Call`.
-
-        Raises:
-            ReturnsMore: the layer returned more that may need gradients, or left it in a mapping that it was given.
-        """
-        host = self.plan.host
-        if host is not None and host.room_for(state):
-            self.wait_on_host(state)  # travels while the layer computes
-        with self.random.first(), self.mlps.active():
-            self.flat, self.spec = tree_flatten(self.own(state, *self.arguments, **self.named))
-        self.mlps.last = None  # what waits for the backward is the state alone
-        first, *more = [leaf for leaf in self.flat if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-        given = {id(leaf) for leaf in self.leaves}
-        if any(self.shared) or any(id(leaf) not in given for leaf in more):
-            raise ReturnsMore
-        self.at = next(index for index, leaf in enumerate(self.flat) if leaf is first)
-        self.flat[self.at] = None
-        if host is not None:
-            host.settle()
-        return first, [] if self.tickets else [state]
-
-    def result(self, state):
-        """What the layer returned, with ``state`` for its own."""
-        flat, self.flat = self.flat, []
-        flat[self.at] = state
-        return tree_unflatten(flat, self.spec)
-
-    def again(self, state):
-        """The state of a second run, and what it depends on in the place of ``inputs``."""
-        inputs = [x.detach().requires_grad_() for x in self.inputs]
-        by_id = {id(x): _no_leaf(new) for x, new in zip(self.inputs, inputs, strict=True)}
-        arguments, named = tree_unflatten([by_id.get(id(leaf), leaf) for leaf in self.leaves], self.given)
-        self.mlps.again, self.mlps.calls = True, 0
-        with self.mlps.active():
-            output = self.own(_no_leaf(state), *arguments, **named)
-        return tree_flatten(output)[0][self.at], inputs
-
-    def backward(self, saved, dy, trained):
-        plan, mlps = self.plan, self.mlps
-        (state,) = self.host.pop(self.tickets[0]) if self.tickets else saved
-        state = state.detach().requires_grad_(self.needs_dstate)
-        # what stands between an MLP and the layer's output is looked at once for each way in which the layer runs
-        way = self.setting, self.given, [type(leaf) for leaf in self.leaves]
-        mlps.skips = plan.adds == (way, True)
-        with self.autocast(), self.random.again(), torch.enable_grad():
-            output, inputs = self.again(state)
-            if mlps.nodes and (plan.adds is None or plan.adds[0] != way):
-                plan.adds = way, only_adds(output.grad_fn, mlps.nodes)
-        wanted = [x for x in (state, *inputs, *trained) if x.requires_grad]
-        # outside of autocast, as a backward is
-        found = torch.autograd.grad(output, wanted, dy, allow_unused=True) if output.requires_grad else ()
-        by_id = {id(x): gradient for x, gradient in zip(wanted, found)}
-        pairs = zip((*self.inputs, *trained), (*inputs, *trained))
-        return by_id.get(id(state)), [(tensor, by_id.get(id(stands_for))) for tensor, stands_for in pairs]
-
-
-def only_adds(output, nodes) -> bool:
-    """Whether no node of autograd between ``nodes`` and the node ``output`` needs the values that ``nodes`` gave."""
-    reaches, ends, stack = {}, {*nodes}, [output]
+def only_adds(output, nodes, start) -> bool:
+    """Whether no node of autograd between ``nodes`` and the node ``output`` needs the values that ``nodes`` gave; the graph below
+    ``start`` is left out."""
+    reaches, ends, stack = {start: False}, {*nodes}, [output]
     while stack:
         node = stack[-1]
         below = [next_node for next_node, _ in node.next_functions if next_node is not None]

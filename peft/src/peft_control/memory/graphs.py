@@ -13,7 +13,9 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .control import tuner_setting
-from .layers import LayerPlan, replaying_layers, replays_random_numbers
+from .exact import Parameters
+from .layers import drawing_layers, replays_random_numbers
+from .mlp import probabilities
 from .replay import Twins, capturing
 
 
@@ -34,9 +36,6 @@ class StepGraphs:
         self._modules: list[nn.Module] = []
         self._settings: list[list] = []
 
-    def __deepcopy__(self, memo):
-        return StepGraphs(self.limit)
-
     def __reduce__(self):
         return StepGraphs, (self.limit,)
 
@@ -54,8 +53,8 @@ class StepGraphs:
         if key not in self._graphs:
             if len(self._graphs) == self.limit:
                 return compute(*inputs)
-            for number, layer in enumerate(replaying_layers(model)):
-                if layer not in self._twins:
+            for number, (layer, plan) in enumerate(drawing_layers(model).items()):
+                if plan.mode == "lean" and layer not in self._twins:
                     self._twins[layer] = Twins(inputs[0].device, number)
             first = next(iter(self._graphs.values()), None)
             self._stream = self._stream or torch.cuda.Stream()
@@ -73,8 +72,7 @@ class StepGraphs:
         if modules != self._modules:
             self._modules = modules
             self._tuners = [module for module in modules if isinstance(module, BaseTunerLayer)]
-            self._drops = [module for module in modules if isinstance(module, nn.modules.dropout._DropoutNd)]
-            self._plans = [plan for m in modules if isinstance(plan := vars(m).get("memory_plan"), LayerPlan)]
+            self._drops = [place for module in modules for place in probabilities(module)]
         tensors = [x for module in modules for x in (*module._parameters.values(), *module._buffers.values())]
         parameters = list({id(x): x for x in tensors if x is not None and x.requires_grad}.values())
         # a replay reads and writes where the tensors lay at its capture
@@ -82,9 +80,7 @@ class StepGraphs:
         if places != self._places:
             self._graphs.clear()
             self._places = places
-        drops = [module.p for module in self._drops]
-        drops += [state[name] for plan in self._plans for state, name in plan.dropouts]
-        settings = [list(map(tuner_setting, self._tuners)), drops]
+        settings = [list(map(tuner_setting, self._tuners)), [state[name] for state, name in self._drops]]
         if settings not in self._settings:  # faster than a hash
             self._settings.append(settings)
         return parameters, (
@@ -133,19 +129,9 @@ def _own_leaves(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterato
     step's loss, a cast that autocast keeps); a capture must not wait for another stream.
     """
     leaves = {id(parameter): nn.Parameter(parameter.detach()) for parameter in parameters}
-    places = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if id(parameter) in leaves
-    ]
-    for module, name, parameter in places:
-        module._parameters[name] = leaves[id(parameter)]
-    try:
+    places = Parameters(model.modules())
+    with places.put_back([leaves.get(id(parameter), parameter) for parameter in places.now()]):
         yield list(leaves.values())
-    finally:
-        for module, name, parameter in places:
-            module._parameters[name] = parameter
 
 
 class _Graph:

@@ -32,21 +32,20 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-# -- RMSNorm: y = x * rstd * (w + offset) -----------------------------------------------------------------------
+# -- RMSNorm: y = x * rstd * w --------------------------------------------------------------------------------
 
 
-def rms_norm(x, weight, eps, offset=0.0):
-    """Return ``(y, rstd)``; ``rstd`` has shape ``(tokens,)``. ``offset`` is 1 for Gemma."""
+def rms_norm(x, weight, eps):
+    """Return ``(y, rstd)``; ``rstd`` has shape ``(tokens,)``."""
     if _use_triton(x):
         x = x.contiguous()
         y = torch.empty_like(x)
         rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-        _rms_norm_kernel[(x.shape[0],)](x, weight, y, rstd, x.shape[1], eps, offset, **_row_launch(x.shape[1]))
+        _rms_norm_kernel[(x.shape[0],)](x, weight, y, None, rstd, x.shape[1], eps, EXPONENT=None, **_row_launch(x.shape[1]))
         return y, rstd
     wide = _wide(x)
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-    y = wide * rstd[:, None] * (_wide(weight) + offset)
-    return y.to(x.dtype), rstd
+    return (wide * rstd[:, None] * _wide(weight)).to(x.dtype), rstd
 
 
 def rms_norm_rows(x, weight, eps):
@@ -57,22 +56,21 @@ def rms_norm_rows(x, weight, eps):
     x, (tokens, width) = x.contiguous(), x.shape
     q, scale = empty_rows(x, width, torch.float8_e4m3fn)
     rstd = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    _rms_norm_rows_kernel[(tokens,)](x, weight, q, scale, rstd, width, eps, EXPONENT=exponent_of(q.dtype), **_row_launch(width))
+    _rms_norm_kernel[(tokens,)](x, weight, q, scale, rstd, width, eps, EXPONENT=exponent_of(q.dtype), **_row_launch(width))
     return (q, scale), rstd
 
 
-def rms_norm_backward(dy, x, weight, rstd, offset=0.0, residual=None, out=None):
+def rms_norm_backward(dy, x, weight, rstd, residual=None, out=None):
     """Return ``dx`` of :func:`rms_norm` for a frozen weight, plus ``residual`` if given; in ``out`` if given."""
     if _use_triton(x):
         dy, x = dy.contiguous(), x.contiguous()
         residual = None if residual is None else residual.contiguous()
         dx = torch.empty_like(x) if out is None else out
         _rms_norm_backward_kernel[(x.shape[0],)](
-            dy, x, weight, rstd, residual, dx, x.shape[1], offset,
-            HAS_RESIDUAL=residual is not None, **_row_launch(x.shape[1]),
+            dy, x, weight, rstd, residual, dx, x.shape[1], HAS_RESIDUAL=residual is not None, **_row_launch(x.shape[1])
         )  # fmt: skip
         return dx
-    wide, dn = _wide(x), _wide(dy) * (_wide(weight) + offset)
+    wide, dn = _wide(x), _wide(dy) * _wide(weight)
     rstd = rstd[:, None]
     dx = rstd * dn - rstd**3 * wide * (dn * wide).mean(-1, keepdim=True)
     return _into(out, (dx if residual is None else dx + residual).to(x.dtype))
@@ -203,11 +201,9 @@ def swiglu_backward_rows(gate, up, dact, dtype, gate_columns, up_columns):
 
 @functools.cache
 def _swiglu_launch(width, dtype):
-    """Rows that a program's registers hold are read and computed once, wider ones twice."""
-    once = width <= 16384
-    block = power_of_2(width) if once else _BLOCK
-    warps = min(max(block // 1024, 4), 16) if once else 4
-    return {"BLOCK": block, "ONCE": once, "EXPONENT": exponent_of(dtype), "num_warps": warps}
+    """Settings of one program a row, which quantizes to ``dtype``."""
+    block = power_of_2(width)
+    return {"BLOCK": block, "EXPONENT": exponent_of(dtype), "num_warps": min(max(block // 1024, 4), 32)}
 
 
 # -- rotary position embedding ----------------------------------------------------------------------------------
@@ -290,18 +286,7 @@ def _row_launch(width: int) -> dict[str, int]:
 if triton is not None:
 
     @triton.jit
-    def _rms_norm_kernel(x, weight, y, rstd, width, eps, offset, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        mask = column < width
-        value = tl.load(x + row * width + column, mask=mask, other=0.0).to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.sum(value * value) / width + eps)
-        w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32) + offset
-        tl.store(rstd + row, scale)
-        tl.store(y + row * width + column, value * scale * w, mask=mask)
-
-    @triton.jit
-    def _rms_norm_rows_kernel(x, weight, q, q_scale, rstd, width, eps, EXPONENT: tl.constexpr, BLOCK: tl.constexpr):
+    def _rms_norm_kernel(x, weight, y, y_scale, rstd, width, eps, EXPONENT: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         mask = column < width
@@ -309,20 +294,20 @@ if triton is not None:
         scale = 1.0 / tl.sqrt(tl.sum(value * value) / width + eps)
         w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
         tl.store(rstd + row, scale)
-        normal = (value * scale * w).to(x.dtype.element_ty).to(tl.float32)  # rounded as rms_norm rounds
-        normal *= factor_of(tl.max(magnitude(normal)), q_scale + row, EXPONENT)
-        tl.store(q + row * width + column, normal.to(q.dtype.element_ty), mask=mask)
+        normal = value * scale * w
+        if EXPONENT is not None:  # to FP8, of what is rounded to x's type first
+            normal = normal.to(x.dtype.element_ty).to(tl.float32)
+            normal *= factor_of(tl.max(magnitude(normal)), y_scale + row, EXPONENT)
+        tl.store(y + row * width + column, normal.to(y.dtype.element_ty), mask=mask)
 
     @triton.jit
-    def _rms_norm_backward_kernel(
-        dy, x, weight, rstd, residual, dx, width, offset, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
-    ):
+    def _rms_norm_backward_kernel(dy, x, weight, rstd, residual, dx, width, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         mask = column < width
         at = row * width + column
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32) + offset
+        w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
         dn = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32) * w
         scale = tl.load(rstd + row)
         out = scale * dn - scale * scale * scale * value * (tl.sum(dn * value) / width)
@@ -412,78 +397,37 @@ if triton is not None:
         tl.store(gate + column, d * u * s * (1 + g * (1 - s)), mask=mask)
         tl.store(up + column, d * g * s, mask=mask)
 
-    # Rows are read twice, the second time from the cache: one that is held whole leaves too few threads.
-
     @triton.jit
-    def _swiglu_rows_kernel(
-        gate, up, q, scale, stride_gate, stride_up, width, BLOCK: tl.constexpr, EXPONENT: tl.constexpr, ONCE: tl.constexpr
-    ):
+    def _swiglu_rows_kernel(gate, up, q, scale, stride_gate, stride_up, width, BLOCK: tl.constexpr, EXPONENT: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
-        gate += row * stride_gate
-        up += row * stride_up
-        if ONCE:
-            column = tl.arange(0, BLOCK)
-            act = _activated(gate, up, column, width)
-            act *= factor_of(tl.max(magnitude(act)), scale + row, EXPONENT)
-            tl.store(q + row * width + column, act.to(q.dtype.element_ty), mask=column < width)
-        else:
-            largest = tl.zeros((BLOCK,), dtype=tl.float32)
-            for start in range(0, width, BLOCK):
-                largest = tl.maximum(largest, magnitude(_activated(gate, up, start + tl.arange(0, BLOCK), width)))
-            factor = factor_of(tl.max(largest), scale + row, EXPONENT)
-            for start in range(0, width, BLOCK):
-                column = start + tl.arange(0, BLOCK)
-                act = _activated(gate, up, column, width) * factor
-                tl.store(q + row * width + column, act.to(q.dtype.element_ty), mask=column < width)
-
-    @triton.jit
-    def _activated(gate, up, column, width):
-        g = tl.load(gate + column, mask=column < width, other=0.0).to(tl.float32)
-        u = tl.load(up + column, mask=column < width, other=0.0)
-        return (g * tl.sigmoid(g) * u.to(tl.float32)).to(u.dtype).to(tl.float32)  # rounded as swiglu rounds
+        column = tl.arange(0, BLOCK)
+        mask = column < width
+        g = tl.load(gate + row * stride_gate + column, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(up + row * stride_up + column, mask=mask, other=0.0)
+        act = (g * tl.sigmoid(g) * u.to(tl.float32)).to(u.dtype).to(tl.float32)  # rounded as swiglu rounds
+        act *= factor_of(tl.max(magnitude(act)), scale + row, EXPONENT)
+        tl.store(q + row * width + column, act.to(q.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _swiglu_backward_rows_kernel(
         gate, up, dact, gate_columns, up_columns, dgate, gate_scale, dup, up_scale, stride_gate, stride_up, width,
-        BLOCK: tl.constexpr, EXPONENT: tl.constexpr, ONCE: tl.constexpr,
+        BLOCK: tl.constexpr, EXPONENT: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
-        gate += row * stride_gate
-        up += row * stride_up
-        dact += row * width
-        if ONCE:
-            column = tl.arange(0, BLOCK)
-            dg, du = _deactivated(gate, up, dact, gate_columns, up_columns, column, width)
-            dg *= factor_of(tl.max(magnitude(dg)), gate_scale + row, EXPONENT)
-            du *= factor_of(tl.max(magnitude(du)), up_scale + row, EXPONENT)
-            tl.store(dgate + row * width + column, dg.to(dgate.dtype.element_ty), mask=column < width)
-            tl.store(dup + row * width + column, du.to(dup.dtype.element_ty), mask=column < width)
-        else:
-            of_gate = tl.zeros((BLOCK,), dtype=tl.float32)
-            of_up = tl.zeros((BLOCK,), dtype=tl.float32)
-            for start in range(0, width, BLOCK):
-                column = start + tl.arange(0, BLOCK)
-                dg, du = _deactivated(gate, up, dact, gate_columns, up_columns, column, width)
-                of_gate, of_up = tl.maximum(of_gate, magnitude(dg)), tl.maximum(of_up, magnitude(du))
-            gate_factor = factor_of(tl.max(of_gate), gate_scale + row, EXPONENT)
-            up_factor = factor_of(tl.max(of_up), up_scale + row, EXPONENT)
-            for start in range(0, width, BLOCK):
-                column = start + tl.arange(0, BLOCK)
-                dg, du = _deactivated(gate, up, dact, gate_columns, up_columns, column, width)
-                tl.store(dgate + row * width + column, (dg * gate_factor).to(dgate.dtype.element_ty), mask=column < width)
-                tl.store(dup + row * width + column, (du * up_factor).to(dup.dtype.element_ty), mask=column < width)
-
-    @triton.jit
-    def _deactivated(gate, up, dact, gate_columns, up_columns, column, width):
+        column = tl.arange(0, BLOCK)
         mask = column < width
-        g = tl.load(gate + column, mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(up + column, mask=mask, other=0.0)
-        d = tl.load(dact + column, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(gate + row * stride_gate + column, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(up + row * stride_up + column, mask=mask, other=0.0)
+        d = tl.load(dact + row * width + column, mask=mask, other=0.0).to(tl.float32)
         s = tl.sigmoid(g)
-        dg = (d * u.to(tl.float32) * s * (1 + g * (1 - s))).to(u.dtype).to(tl.float32)
+        dg = (d * u.to(tl.float32) * s * (1 + g * (1 - s))).to(u.dtype).to(tl.float32)  # rounded as swiglu_backward_ rounds
         du = (d * g * s).to(u.dtype).to(tl.float32)
         dg *= tl.load(gate_columns + column, mask=mask, other=0.0)
-        return dg, du * tl.load(up_columns + column, mask=mask, other=0.0)
+        du *= tl.load(up_columns + column, mask=mask, other=0.0)
+        dg *= factor_of(tl.max(magnitude(dg)), gate_scale + row, EXPONENT)
+        du *= factor_of(tl.max(magnitude(du)), up_scale + row, EXPONENT)
+        tl.store(dgate + row * width + column, dg.to(dgate.dtype.element_ty), mask=mask)
+        tl.store(dup + row * width + column, du.to(dup.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _rope_kernel(

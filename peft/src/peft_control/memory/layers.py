@@ -9,11 +9,10 @@ the rest.
     fast       autograd's own graph                           MlpCall
     balanced   SwiGLU decoders: AttentionCall; others: fast   MlpCall
     lean       LeanCall: both halves in one node. LongCall (``long.py``): the same from 8,192 tokens a step on.
-               GenericCall (``generic.py``): layers that are not written by hand.
 
-Where no node can, torch's checkpointing recomputes: :func:`recomputed`. The table on top of ``__init__.py`` says which
-tensors a SwiGLU decoder keeps. In the other families mode balanced keeps the attention half as it is, and recomputes one
-matmul of the MLP, in token chunks where nothing of it is kept.
+Other layers are recomputed by torch's checkpointing: :func:`recomputed`, in mode lean with what ``generic.py`` adds. The
+table on top of ``__init__.py`` says which tensors a SwiGLU decoder keeps. In the other families mode balanced keeps the
+attention half as it is, and recomputes one matmul of the MLP, in token chunks where nothing of it is kept.
 """
 
 from __future__ import annotations
@@ -56,15 +55,14 @@ class Halves:
     """The two halves of one layer, see ``families.py``.
 
     Attributes:
-        attention: ``(layer, state, **arguments)`` -> the attention block's output state, control included.
+        attention: ``(state, **arguments)`` -> the attention block's output state, control included.
         mlp: the frozen MLP block (``mlp.py``).
         mlp_modules: the modules that it consists of.
         by_hand: what else is not called as a module.
-        recompute_attention: whether mode "balanced" recomputes the attention half, whose ``recompute`` then says how.
-        attention_gradients: ``(layer, state, dy, inputs, adapters, kept=..., **arguments)`` -> the gradients of ``inputs``
-            and of the block's control's ``adapters``, for a backward that need not compute the attention block's output; ``dy``
-            is overwritten, ``kept`` is what ``attention`` gave to its argument ``keep``. Or None.
-        attention_kept: how many numbers a token that is.
+        recompute_attention: whether mode "balanced" recomputes the attention half.
+        attention_gradients: :meth:`.attention.DecoderAttention.gradients`, for a backward that need not compute the attention
+            block's output, or None.
+        attention_kept: how many numbers a token spare it the projections.
         of_many_tokens: how mode "lean" works layers of many tokens (``long.py``), or None.
         returns_tuple: whether the layer's own forward returns its state in a tuple.
     """
@@ -87,8 +85,8 @@ class LayerPlan:
         mode: the memory mode.
         halves: what is written by hand for the layer, or None: it then runs its own forward.
         reason: why nothing is written by hand for it, or None.
-        alone: what runs it so in mode lean (``generic.py``), or None: torch's checkpointing does.
-        returns_more, adds: what ``generic.py`` has found out about the layer.
+        alone: what runs it so in mode lean (``generic.py``), or None: :func:`recomputed` does.
+        adds, tokens: what ``generic.py`` has found out about the layer.
         chunk: tokens of an MLP's chunk, or None for the MLP's own.
         host: where states wait in modes lean and balanced, or None.
         attention_on_host: whether the tensors that let attention's backward skip its projections wait there too.
@@ -98,8 +96,8 @@ class LayerPlan:
         self.mode, self.find, self.generic, self.chosen_chunk = mode, find, generic, chunk
         self.halves: Halves | None = None
         self.reason: str | None = None
-        self.returns_more = False
         self.adds: tuple[Any, bool] | None = None
+        self.tokens: list = []
         self.host: HostStates | None = None
         self.attention_on_host = False
         self.look_at(layer)
@@ -179,17 +177,16 @@ class LayerPlan:
             return again(self, layer, own, hidden_states, *arguments, **named)
         if self.mode == "lean":
             long = halves.of_many_tokens
-            kind = long if long is not None and long.suits(layer, hidden_states, *arguments, **named) else LeanCall
+            kind = long if long is not None and long.suits(self, hidden_states, *arguments, **named) else LeanCall
             output = kind(self, layer, self.all, hidden_states, arguments, named).run(hidden_states)
         else:
             if self.mode != "balanced" or not halves.recompute_attention:
-                middle = halves.attention(layer, hidden_states, *arguments, **named)
+                middle = halves.attention(hidden_states, *arguments, **named)
             elif halves.attention_gradients and not self.draws():
                 call = AttentionCall(self, layer, self.of_attention, hidden_states, arguments, named)
                 middle = call.run(hidden_states)
             else:
-                again = partial(recomputed, self, layer)
-                middle = halves.attention(layer, hidden_states, *arguments, recompute=again, **named)
+                middle = recomputed(self, layer, halves.attention, hidden_states, *arguments, **named)
             output = MlpCall(self, layer, self.of_mlp, middle).run(middle)
         if self.host is not None:
             self.host.settle()
@@ -203,13 +200,14 @@ def recomputed(plan: LayerPlan, layer: nn.Module, function: Callable, *arguments
         RuntimeError: (in the backward) a parameter was changed in place in between, or adapters were switched.
     """
     parameters, setting = plan.all.now(), plan.setting(layer)
-    versions, runs = [parameter._version for parameter in parameters], 0
+    versions: list[int] | None = None
 
     def run(*arguments, **named):
-        nonlocal runs
-        runs += 1
-        if runs == 1:
-            return function(*arguments, **named)
+        nonlocal versions
+        if versions is None:
+            output = function(*arguments, **named)
+            versions = [parameter._version for parameter in parameters]  # peft's LoRA on experts counts them up
+            return output
         if versions != [parameter._version for parameter in parameters]:
             raise RuntimeError("a parameter was modified by an inplace operation between a forward and its backward")
         if setting != plan.setting(layer):
@@ -251,7 +249,7 @@ class Node(torch.autograd.Function):
         with call.parameters.put_back(parameters):
             dstate, gradients = call.backward(saved[: ctx.kept], dy, trained)
         by_id = {id(tensor): gradient for tensor, gradient in gradients}
-        return dstate, None, *(by_id.get(id(tensor)) for tensor in (*call.inputs, *trained))
+        return dstate, None, *(by_id.get(id(parameter)) for parameter in trained)
 
 
 class Call:
@@ -259,12 +257,10 @@ class Call:
 
     Attributes:
         read: its parameters as they are now, until autograd has saved them.
-        inputs: what needs gradients besides the state and the parameters.
         needs_dstate: whether the state needs a gradient.
         tickets: of what waits on the host, in the order in which it was pushed.
     """
 
-    inputs: Sequence[torch.Tensor] = ()
     needs_dstate = False
 
     def __init__(
@@ -279,7 +275,7 @@ class Call:
 
     def run(self, state: torch.Tensor) -> torch.Tensor:
         """The output, with this as its node of autograd."""
-        return Node.apply(state, self, *self.inputs, *(x for x in self.read if x.requires_grad))
+        return Node.apply(state, self, *(x for x in self.read if x.requires_grad))
 
     def forward(self, state: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """The output, and what autograd is to keep."""
@@ -313,13 +309,13 @@ class AttentionCall(Call):
 
     def forward(self, state):
         keep = partial(self.keep, state)
-        middle = self.halves.attention(self.layer, state, *self.arguments, keep=keep, **self.named)
+        middle = self.halves.attention(state, *self.arguments, keep=keep, **self.named)
         return middle, [] if self.tickets else [state]
 
     def keep(self, state, *more):
         if self.may_wait(state, more):
             # the state does anyway, so that a slow host costs time and no memory of the GPU's
-            self.wait_on_host(state, *(more if self.host.hides(state, *more) else ()))
+            self.wait_on_host(state, *(more if self.host.hides(state) else ()))
 
     def may_wait(self, state, more, *besides):
         """Whether ``more``, which spares the projections, is wanted on the host with the state and what comes ``besides``,
@@ -343,7 +339,7 @@ class AttentionCall(Call):
         inputs = [*([state] if state.requires_grad else []), *others]
         with torch.enable_grad():
             found, of_control = self.halves.attention_gradients(
-                self.layer, state, dy, inputs, adapters, *self.arguments, kept=kept, **self.named
+                state, dy, inputs, adapters, *self.arguments, kept=kept, **self.named
             )
         dstate = found.pop(0) if state.requires_grad else None
         return dstate, [*zip(own, of_control), *zip(others, found)]
@@ -393,7 +389,7 @@ class LeanCall(AttentionCall):
         elif room:
             self.wait_on_host(state)
         with self.random.first():
-            middle = self.halves.attention(self.layer, state, *self.arguments, **named)
+            middle = self.halves.attention(state, *self.arguments, **named)
             if from_the_middle:
                 self.wait_on_host(middle, own=0)
             output = forward_in_chunks(plan, middle, self.adapters("mlp", middle))
@@ -401,8 +397,7 @@ class LeanCall(AttentionCall):
 
     def keep(self, state, *more):
         # the state between the halves comes too
-        may_wait = self.may_wait(state, more, state) and self.host.hides(state, *more, state)
-        self.wait_on_host(state, *(more if may_wait else ()))
+        self.wait_on_host(state, *(more if self.may_wait(state, more, state) else ()))
 
     def backward(self, saved, dy, trained):
         backward = self.backward_from_the_middle if len(self.tickets) > 1 else self.backward_from_the_start
@@ -417,7 +412,7 @@ class LeanCall(AttentionCall):
         others = _besides(trained, own)
         inputs = [*([state] if state.requires_grad else []), *others]
         with self.autocast(), self.random.again(), torch.enable_grad():
-            middle = self.halves.attention(self.layer, state, *self.arguments, **self.named)
+            middle = self.halves.attention(state, *self.arguments, **self.named)
             # what the MLP drew must be drawn again even where its gradient is not wanted
             needed = bool(inputs) or self.draws
             dmiddle, sums = backward_in_chunks(self.plan, tokens(middle.detach()), tokens(dy), adapters, needed)
@@ -487,21 +482,15 @@ def autocast_state(tensor: torch.Tensor) -> Callable[[], torch.autocast]:
 # -- random numbers of a model's layers -------------------------------------------------------------------------
 
 
-def layer_plans(model: nn.Module) -> dict[nn.Module, LayerPlan]:
+def drawing_layers(model: nn.Module) -> dict[nn.Module, LayerPlan]:
+    """The layers whose backward may draw random numbers once more, and how they train."""
     plans = {module: vars(module).get("memory_plan") for module in model.modules()}
-    return {layer: plan for layer, plan in plans.items() if isinstance(plan, LayerPlan)}
+    return {x: plan for x, plan in plans.items() if isinstance(plan, LayerPlan) and plan.mode != "fast" and plan.draws()}
 
 
 def replays_random_numbers(model: nn.Module) -> bool:
-    """Whether a layer's backward draws its forward's random numbers once more in a way that no CUDA graph can."""
-    for plan in layer_plans(model).values():
-        halves = plan.halves
-        checkpointed = halves is None or plan.mlp.draws() or (plan.mode == "balanced" and halves.recompute_attention)
-        if plan.mode != "fast" and checkpointed and plan.draws():
-            return True
-    return False
-
-
-def replaying_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers whose backward draws random numbers again through ``replay.py``."""
-    return [layer for layer, plan in layer_plans(model).items() if plan.mode == "lean" and plan.draws()]
+    """Whether a layer does so in torch's checkpointing, which no CUDA graph can."""
+    return any(
+        plan.halves is None or plan.mlp.draws() or (plan.mode == "balanced" and plan.halves.recompute_attention)
+        for plan in drawing_layers(model).values()
+    )

@@ -34,11 +34,6 @@ def is_known_linear(module: nn.Module | None) -> bool:
     return known and is_as_written(module)
 
 
-def keeps_nothing(linear: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether ``linear``, working in ``dtype``, keeps nothing of its input or for its backward but its own weight."""
-    return is_frozen_linear(linear) and (isinstance(linear, Fp8Linear) or linear.weight.dtype == dtype)
-
-
 def cast_once(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
     """``linear`` with its weights in ``dtype``, for many uses: autocast casts a frozen weight at each of them, and
     bitsandbytes dequantizes 4 bits. FP8 and 8 bits stay."""

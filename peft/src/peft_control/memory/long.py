@@ -31,9 +31,9 @@ from ..fp8 import Fp8Linear
 from ..fp8_kernels import compute_dtype
 from . import kernels
 from .attention import attend
-from .control import active, add_control, control_backward, control_draws, control_hidden, control_parameters
+from .control import active, add_control, control_backward, control_hidden, control_parameters
 from .exact import is_as_written
-from .layers import Call
+from .layers import Call, LayerPlan
 from .linear import cast_once, input_gradient, is_frozen_linear, of_ready, ready, rows_are_apart, rows_of
 from .mlp import tokens
 
@@ -138,34 +138,28 @@ class LongCall(Call):
         attention = layer.self_attn
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
-        frozen = all(map(is_frozen_linear, (*projections, attention.o_proj))) and rows_are_apart(projections)
-        return frozen and all(
-            is_as_written(norm) and hasattr(norm, "variance_epsilon") and not norm.weight.requires_grad for norm in norms
-        )
+        known = all(is_as_written(x) and hasattr(x, "variance_epsilon") and not x.weight.requires_grad for x in norms)
+        return known and all(map(is_frozen_linear, (*projections, attention.o_proj))) and rows_are_apart(projections)
 
     @staticmethod
-    def suits(layer: Any, state: torch.Tensor, attention_mask: Any = None, *arguments, **named) -> bool:
-        """Whether a layer's call is one: it has the tokens, and neither a mask nor a dropout that tells heads apart."""
-        attention = layer.self_attn
+    def suits(plan: LayerPlan, state: torch.Tensor, attention_mask: Any = None, *arguments, **named) -> bool:
+        """Whether a layer's call is one: it has the tokens, no dropout, and no mask that tells heads apart."""
         by_head = getattr(attention_mask, "ndim", 0) == 4 and attention_mask.shape[1] > 1
-        by_head |= attention.training and attention.attention_dropout > 0.0
-        return state.ndim == 3 and state.shape[0] * state.shape[1] >= FROM_TOKENS and not by_head
+        many = state.ndim == 3 and state.shape[0] * state.shape[1] >= FROM_TOKENS
+        return many and not by_head and not plan.draws()
 
     def forward(self, state):
         host = self.plan.host
-        self.start_drawing(state.device)
         if host is not None and host.room_for(state):
             self.wait_on_host(state)
-        with self.random.first():
-            work = LongRows(self.layer, self.plan, state.detach(), *self.arguments, **self.named)
-            may_wait = bool(self.tickets) and not self.draws
-            groups = work.attend(graph=may_wait)
-            kept = [tensor for group in groups for tensor in group.kept()]
-            if may_wait and groups[0].is_small() and self.host.has_room_beside(state, *kept):
-                self.tickets.append(self.host.push(*kept, own=0))
-                self.groups = groups
-            del kept
-            output = work.output(groups)
+        work = LongRows(self.layer, self.plan, state.detach(), *self.arguments, **self.named)
+        groups = work.attend(graph=bool(self.tickets))
+        kept = [tensor for group in groups for tensor in group.kept()]
+        if self.tickets and groups[0].is_small() and self.host.has_room_beside(state, *kept):
+            self.tickets.append(self.host.push(*kept, own=0))
+            self.groups = groups
+        del kept
+        output = work.output(groups)
         for group in groups:
             group.forget()
         return output, [] if self.tickets else [state]
@@ -180,7 +174,7 @@ class LongCall(Call):
             then = partial(self.host.fetch_below, self.tickets[0])
         else:
             (state,) = saved
-        with self.autocast(), self.random.again():
+        with self.autocast():
             work = LongRows(self.layer, self.plan, state, *self.arguments, **self.named)
             return work.backward(groups or work.attend(), dy, self.needs_dstate, then)
 
@@ -195,7 +189,6 @@ class LongRows:
         self.mask, self.angles, self.named = attention_mask, position_embeddings, named
         self.dtype, attention = compute_dtype(state), self.attention
         self.normals: list | None = None
-        self.drawn: list = []
         self.projections = [cast_once(x, self.dtype) for x in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self.project_back = cast_once(attention.o_proj, self.dtype)
         heads = attention.k_proj.out_features // attention.head_dim
@@ -252,11 +245,7 @@ class LongRows:
     def _middle(self, rows, mixed):
         """What the attention block's control's backward needs, and the state between the halves, of some tokens."""
         control, state = self.controls[0], self.state[rows]
-        if control_draws(control):  # for all tokens at once, as plain does
-            self.drawn = self.drawn or control_hidden(control, self.state)
-            hidden = [x[rows] for x in self.drawn]
-        else:
-            hidden = control_hidden(control, state)
+        hidden = control_hidden(control, state)
         change = self.project_back(torch.cat([part[rows] for part in mixed], dim=1))
         return hidden, add_control(control, hidden, change, state)
 

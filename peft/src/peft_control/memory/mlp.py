@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers.activations import GELUActivation, GELUTanh
 
 from ..fp8 import FORMATS, Fp8Linear
@@ -286,7 +287,7 @@ def probabilities(module: nn.Module) -> list[tuple[dict, str]]:
     a name with "drop" or "jitter" in it."""
     state = vars(module)
     known = [name for name in state if name == "p" or "drop" in name or "jitter" in name]
-    return [(state, name) for name in known if isinstance(state[name], float)]
+    return [(state, name) for name in known if isinstance(state[name], float) or isinstance(module, _DropoutNd)]
 
 
 def _activation_backward(activation, inner, dy):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -18,12 +18,10 @@ import torch
 from ..fp8_kernels import quantize_rows
 from .pace import Pace
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from .streaming import WeightStream
 
-# public since torch 2.12
-_empty_host_cache: Any = getattr(torch.accelerator.memory, "empty_host_cache", None) or getattr(
-    torch._C, "_host_emptyCache", None
-)
+logger = logging.getLogger(__name__)
 
 Event = torch.cuda.Event | torch.Event
 
@@ -36,6 +34,10 @@ _SHARE = 0.75
 #: What waits together does so in pieces of so many bytes, which tensors of all lengths share. What is left takes a power of
 #: two, as torch allocates pinned memory, which for a whole tensor would be up to twice its size.
 _PIECE = 32 << 20
+
+#: A computation that waits for copies for less than this share of a layer's forward would lose more time by computing again
+#: what they bring back: attention's half of a layer is about a third.
+_WORTH = 0.25
 
 # Where tensors are copied from.
 _COPIED_FROM = "cuda"
@@ -70,23 +72,22 @@ class HostStates:
 
     ``layers``: how many have a state that is to wait here before anything else may. ``paced``: whether what spares computing
     may wait only where its copies hide behind the computation, as measured, see ``pace.py``. ``narrow``: states wait in FP8,
-    and nothing else waits: computed from other states, it would not fit to them.
+    and nothing else waits: computed from other states, it would not fit to them. ``weights``: what streams weights on the way
+    that states come back on.
     """
 
+    weights: WeightStream | None = None
+
     def __init__(self, layers: int = 0, paced: bool = False, narrow: bool = False):
-        self._layers, self._pace, self._narrow = layers, Pace() if paced else None, narrow
+        self._layers, self._pace, self._narrow = layers, Pace("its copies to the host", _WORTH) if paced else None, narrow
         self._told = 0  # bytes of the largest state of which the log tells
         self._last: Callable[[], Waiting | None] = _nothing  # what was pushed last of what was not popped
         self._held = self._extra = 0  # bytes: all, and those that are no layer's own state
         self._limit: float | None = None
-        # Buffers of bytes, those that CUDA graphs copy into apart: a replay writes to them at any time.
-        self._free: dict[bool, list[torch.Tensor]] = {False: [], True: []}
-        self._returned: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+        # Free buffers by their bytes, those that CUDA graphs copy into apart: a replay writes to them at any time.
+        self._free: dict[bool, dict[int, list[torch.Tensor]]] = {False: defaultdict(list), True: defaultdict(list)}
         self._leaving: list[tuple[Sequence[torch.Tensor], Event]] = []
         self._copies: torch.cuda.Stream | None = None
-
-    def __deepcopy__(self, memo):
-        return HostStates(self._layers, self._pace is not None, self._narrow)
 
     def __reduce__(self):
         return HostStates, (self._layers, self._pace is not None, self._narrow)
@@ -105,17 +106,19 @@ class HostStates:
         size = sum(_sizes(_tokens(state) * (state.shape[-1] + 4) if self._narrow else state.nbytes))
         if state.nbytes > self._told:
             self._tell(state, size)
-        two = not self._narrow and self._fits(size, size) and self.hides(state, state)
+        two = not self._narrow and self._fits(size, size) and self.hides(state)
         return 2 if two else int(self._fits(size, 0, layers=0))
 
     def has_room_beside(self, state: torch.Tensor, *more: torch.Tensor) -> bool:
         """Whether ``more`` may wait here for a layer whose ``state`` does already."""
         size, extra = _buffer_size(state), _buffer_size(*more)
-        return not self._narrow and self._fits(0, extra, state=size) and self.hides(state, *more)
+        return not self._narrow and self._fits(0, extra, state=size) and self.hides(state)
 
-    def hides(self, *tensors: torch.Tensor) -> bool:
-        """Whether a layer's forward takes as long as the copies of these, of which the first is its state."""
-        return self._pace is None or self._pace.hides(_bytes(tensors), _tokens(tensors[0]))
+    def hides(self, state: torch.Tensor) -> bool:
+        """Whether copies of more than a layer's own state hide behind its forward, and leave the way back to streamed weights."""
+        if self._pace is None:
+            return True
+        return self._pace.hides and (self.weights is None or self.weights.hides(_tokens(state)))
 
     def _fits(self, size, extra, layers=None, state=None):
         """Whether ``extra`` bytes leave room for a state of ``size`` bytes, now and (or of ``state``) in each of
@@ -156,9 +159,11 @@ class HostStates:
             captured = torch.cuda.is_current_stream_capturing()
             waiting.buffers = self._buffers(_sizes(_bytes(tensors)), captured)
         if waiting.buffers:
+            if self._pace is not None and waiting.below() is None:
+                self._pace.interrupt()  # the loss and the backward were computed before
             tensors = tuple(tensor.contiguous() for tensor in tensors)
             waiting.kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
-            with self._copying(waiting.device) as copies, self._timed(copies, tensors, waiting.below() is None):
+            with self._copying(waiting.device) as copies:
                 for piece, place in _pieces(tensors, waiting.buffers):
                     place.copy_(piece, non_blocking=True)
             self._leaving.append((tensors, copies.record_event()))
@@ -181,31 +186,18 @@ class HostStates:
         with torch.cuda.stream(self._copies):
             yield self._copies
 
-    def _timed(self, copies, tensors, first) -> AbstractContextManager:
-        """A context of the copies of these to the host, ``first`` of all."""
-        if self._pace is None:
-            return nullcontext()
-        if first:
-            self._pace.interrupt()  # the loss and the backward were computed before
-        return self._pace.copying(copies, _bytes(tensors), _tokens(tensors[0]))
-
     def settle(self) -> None:
         """At the end of a layer, let the computation wait for the copies that it has started."""
-        pace = self._pace
         if not self._leaving:
-            if pace is not None:
-                pace.interrupt()
+            if self._pace is not None:
+                self._pace.interrupt()
             return
-        if pace is not None and torch.cuda.is_current_stream_capturing():
-            pace = None
         stream = torch.cuda.current_stream(self._leaving[-1][0][0].device)
-        if pace is not None:
-            pace.ends_layer(stream)
-        for tensors, copied in self._leaving:
-            torch.cuda.current_stream(tensors[0].device).wait_event(copied)
+        pace = None if torch.cuda.is_current_stream_capturing() else self._pace
+        with nullcontext() if pace is None else pace.waiting(stream):
+            for tensors, copied in self._leaving:
+                torch.cuda.current_stream(tensors[0].device).wait_event(copied)
         self._leaving.clear()
-        if pace is not None:
-            pace.starts_layer(stream)
 
     def pop(self, waiting: Waiting, fetch_next: bool = True) -> list[torch.Tensor]:
         """Return the tensors on their device and start fetching what was pushed before them, now or by ``fetch_below``."""
@@ -241,7 +233,7 @@ class HostStates:
 
     def _release(self, size, extra, buffers, captured, fetched):
         self._held, self._extra = self._held - size, self._extra - extra
-        self._returned[captured] += buffers  # not sorted in here: the collector may call this at any time
+        self._give_back(buffers, captured)
         for device, copies in fetched:  # and never popped: the memory that the copy writes to is about to be free
             torch.cuda.current_stream(device).wait_stream(copies)
 
@@ -252,7 +244,7 @@ class HostStates:
             for size in sizes:
                 found.append(self._buffer(size, captured))
         except RuntimeError as error:
-            self._returned[captured] += found
+            self._give_back(found, captured)
             self._limit = self._held
             reason = str(error).strip().partition("\n")[0]
             logger.warning("the host gives no pinned memory beyond %.1f GiB (%s): what would wait there stays on the GPU",
@@ -261,19 +253,18 @@ class HostStates:
         return found
 
     def _buffer(self, size, captured):
-        """The smallest free buffer of at least ``size`` bytes, or a new one in the place of one that is too small."""
-        # A buffer just given back may still be read by its copy; the copy into it runs on the same stream.
-        for kind, returned in self._returned.items():
-            while returned:
-                insort(self._free[kind], returned.pop(0), key=torch.numel)
+        """A free buffer of ``size`` bytes, or a new one."""
+        # One just given back may still be read by its copy; the copy into it runs on the same stream.
         for free in (self._free[True], self._free[False]) if captured else (self._free[False],):
-            at = bisect_left(free, size, key=torch.numel)
-            if at < len(free):
-                return free.pop(at)
-        if self._free[False] and not captured:
-            del self._free[False][0]
-            _empty_host_cache()  # torch would keep it, and a search for the longest sequence fill the host
+            if free[size]:
+                return free[size].pop()
+        if self._pace is not None:
+            self._pace.interrupt()  # by what takes far longer than a layer
         return _pinned(size)
+
+    def _give_back(self, buffers, captured):
+        for buffer in buffers:
+            self._free[captured][len(buffer)].append(buffer)
 
 
 #: Where Linux tells of control groups, and of those that this process is in.

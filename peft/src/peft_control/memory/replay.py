@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 
 
-class Drawn:
+class Still:
+    """Nothing is drawn: ``first`` wraps a forward and ``again`` its backward."""
+
+    first = again = staticmethod(nullcontext)
+
+
+class Drawn(Still):
     """What a forward draws from here on, to be drawn ``again`` in its backward."""
 
     def __init__(self, device: torch.device):
         self.devices = [device] if device.type == "cuda" else []
         self.states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.devices)]
-
-    def first(self) -> AbstractContextManager:
-        """Wraps the forward."""
-        return nullcontext()
 
     @contextmanager
     def again(self):
@@ -29,13 +31,7 @@ class Drawn:
             yield
 
 
-class Still:
-    """Stands for :class:`Drawn` where nothing is drawn."""
-
-    first = again = staticmethod(nullcontext)
-
-
-class Twins:
+class Twins(Still):
     """Two states of the GPU's generator in step: one for a layer's forward in a graph, one for the graph of its backward.
 
     A captured kernel draws from the state that its capture ran with, at an offset that each replay moves on. So both
@@ -52,10 +48,10 @@ class Twins:
     def align(self) -> None:
         self.backward.set_offset(self.forward.get_offset())
 
-    def first(self) -> AbstractContextManager:
+    def first(self):
         return self._drawing_from(self.forward)
 
-    def again(self) -> AbstractContextManager:
+    def again(self):
         return self._drawing_from(self.backward)
 
     @contextmanager
@@ -82,7 +78,7 @@ def capturing(twins: dict[nn.Module, Twins]):
         _captured = before
 
 
-def draw(layer: nn.Module, device: torch.device) -> Drawn | Twins | Still:
+def draw(layer: nn.Module, device: torch.device) -> Still:
     """To be called at the start of a layer's forward that draws random numbers."""
     if device.type == "cuda" and layer in _captured and torch.cuda.is_current_stream_capturing():
         return _captured[layer]

@@ -14,9 +14,10 @@ from __future__ import annotations
 import logging
 import mmap
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from transformers.cache_utils import Cache
 from ..control_layer import ControlLayer
 from .forward import enter, leave
 from .offload import _free_memory, _local_processes
+from .pace import Pace
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,9 @@ _PIECE = 32 << 20
 
 # Where copies run beside the computation.
 _COPIED_TO = "cuda"
+
+# A backward that waits for its weights for more than this share of a layer is bound by their copies.
+_WAITS = 0.1
 
 # What torch's DistributedDataParallel asks a module for.
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
@@ -105,6 +110,7 @@ class Weights:
         # gradients of what an earlier call has put into a cache do not pass through that call's output
         caches = [x for x in given if isinstance(x, Cache)] if torch.is_grad_enabled() else ()
         cached = bool(caches) and self.stream.goes_on(self, caches)
+        self.stream.tokens = tensors[0].numel() // tensors[0].shape[-1] if tensors else 0
         with self.stream.holding(self, tensors[0].device if tensors else None):
             output = forward(*arguments, **named)
         for tensor in tree_leaves(output):
@@ -161,17 +167,16 @@ class Weights:
             if function(torch.empty(0, dtype=dtype)).dtype != dtype:
                 raise RuntimeError("weights that are streamed keep their type: set_memory_mode(model, 'plain') first")
         streamed = {id(place.holder) for place in self.places}
-        for module in list(self.layer.modules()):
-            hidden = {name: p for name, p in module._parameters.items() if id(p) in streamed}
-            if not hidden:
-                type(module)._apply(module, function, False)
-                continue
-            module._parameters.update(dict.fromkeys(hidden))
-            try:
-                nn.Module._apply(module, function, False)
-            finally:
-                module._parameters.update(hidden)
-        return self.layer
+        hidden = [
+            (m._parameters, name, p) for m in self.layer.modules() for name, p in m._parameters.items() if id(p) in streamed
+        ]
+        for parameters, name, _ in hidden:
+            parameters[name] = None
+        try:
+            return type(self.layer)._apply(self.layer, function)
+        finally:
+            for parameters, name, parameter in hidden:
+                parameters[name] = parameter
 
     def start(self) -> None:
         enter(self.layer, self, "memory_weights")
@@ -203,8 +208,10 @@ class Slot:
 class WeightStream:
     """The frozen weights of a model's layers, ``resident`` of which lie on the device at a time.
 
-    On a CPU the same happens with plain copies.
+    On a CPU the same happens with plain copies. ``tokens``: of the last layer's forward.
     """
+
+    tokens = 0
 
     def __init__(self, layers: dict[nn.Module, list[Place]], resident: int):
         self.resident = min(resident, len(layers))
@@ -214,6 +221,9 @@ class WeightStream:
         self._cached_to, self._goes_on = len(layers), False
         self._slots: list[Slot] = []
         self._copies: torch.cuda.Stream | None = None
+        self._paces: dict[int, Pace] = defaultdict(
+            partial(Pace, "its weights in a backward", _WAITS)
+        )  # by the digits of the number of tokens
         self._used_on: torch.cuda.Stream | None = None
         self._registered: Callable | None = None
         try:
@@ -228,9 +238,6 @@ class WeightStream:
     def __reduce__(self):
         raise TypeError("a model whose weights are streamed cannot be copied: set_memory_mode(model, 'plain') first")
 
-    def __deepcopy__(self, memo):
-        return self.__reduce__()
-
     @property
     def nbytes(self) -> int:
         return sum(weights.nbytes for weights in self.layers)
@@ -242,6 +249,11 @@ class WeightStream:
 
     def slot_bytes(self) -> list[int]:
         return [max(weights.nbytes for weights in self.layers[slot :: self.resident]) for slot in range(self.resident)]
+
+    def hides(self, tokens: int) -> bool:
+        """Whether backwards of about so many tokens do not wait for weights; True until that is measured. A backward that waits
+        for them waits longer for whatever else comes on their way."""
+        return self._paces[tokens.bit_length()].hides
 
     def goes_on(self, weights: Weights, caches: Sequence[Cache]) -> bool:
         """Whether this pass over the layers has begun with caches that an earlier one has filled."""
@@ -268,13 +280,16 @@ class WeightStream:
         if self._held is weights:
             return
         self._let_go()
-        if isinstance(weights.layer, FSDPModule):
-            raise RuntimeError("weights that are streamed cannot be sharded (FSDP): use one of the two")
         backward = torch._C._current_graph_task_id() != -1
         if backward:
             torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
         slot = self._fetch(weights)
-        self._wait_for(slot)
+        pace = self._paces[self.tokens.bit_length()]
+        if not backward:
+            pace.interrupt()
+        timed = backward and self._copies is not None
+        with pace.waiting(torch.cuda.current_stream(self.device)) if timed else nullcontext():
+            self._wait_for(slot)
         weights.hang(weights.in_slot)
         self._held = weights
         taken = {weights.index % self.resident}
@@ -332,13 +347,9 @@ class WeightStream:
             weights.in_slot = []
         if device.type == _COPIED_TO and self._registered is None:
             self._registered = _page_lock([weights.buffer for weights in self.layers], self)
+        self.device = None  # should there be no room
+        self._slots = [Slot(size, device) for size in self.slot_bytes()]
         self.device = device
-        try:
-            self._slots = [Slot(size, device) for size in self.slot_bytes()]
-        except torch.OutOfMemoryError as error:
-            self.device = None
-            needed = _gib(sum(self.slot_bytes()))
-            raise torch.OutOfMemoryError(f"{self.resident} layers of streamed weights take {needed}: {error}") from error
         if device.type == _COPIED_TO:
             self._copies = torch.cuda.Stream(device)
             for slot in self._slots:  # nobody else gets its memory while a copy into it is under way
@@ -377,20 +388,13 @@ class WeightStream:
 
 
 def start(model: nn.Module, is_layer: Callable[[nn.Module], bool], resident: int) -> None:
-    """Have the frozen weights of the layers wait on the host; those that do already stay there.
+    """Have the frozen weights of the layers wait on the host.
 
     Raises:
         ValueError: no layer is known, something else moves or shards the weights, their kind cannot be streamed, or the host
             cannot hold them. The model is as it was.
     """
     layers = _frozen_places(model, is_layer)
-    running = streams(model)
-    if len(running) == 1:
-        (stream,) = running
-        known = {weights.layer: {id(place.holder) for place in weights.places} for weights in stream.layers}
-        same = known == {layer: {id(place.holder) for place in places} for layer, places in layers.items()}
-        if same and stream.resident == min(resident, len(layers)):
-            return
     stop(model)
     free = _check_room(list(layers.values()))
     stream = WeightStream(layers, resident)
@@ -531,34 +535,23 @@ def _in_own_pages(size):
 
 def _page_lock(buffers, owner):
     """Lock buffers in memory, from where copies run beside the computation; what is returned, a finalizer of ``owner``, unlocks
-    them. (torch's own pinned memory comes in powers of two.)
-
-    Raises:
-        RuntimeError: the host does not let so much be locked.
-    """
+    them. (torch's own pinned memory comes in powers of two.)"""
+    cudart: Any = torch.cuda.cudart()
     locked: list[torch.Tensor] = []
     unlock = weakref.finalize(owner, _unlock, locked)
     unlock.atexit = False
     for buffer in buffers:
         size = -(-buffer.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        try:
-            torch.cuda.check_error(_cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
-        except RuntimeError as error:
-            unlock()
-            total = _gib(sum(buffer.nbytes for buffer in buffers))
-            raise RuntimeError(f"the host does not lock {total} of memory for streamed weights ({error})") from error
+        torch.cuda.check_error(cudart.cudaHostRegister(buffer.data_ptr(), size, 0))
         locked.append(buffer)
     return unlock
 
 
 def _unlock(buffers):
+    cudart: Any = torch.cuda.cudart()
     torch.cuda.synchronize()  # copies may still read them
     for buffer in buffers:
-        _cudart().cudaHostUnregister(buffer.data_ptr())
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()
+        cudart.cudaHostUnregister(buffer.data_ptr())
 
 
 def _gib(count):
