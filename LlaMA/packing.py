@@ -202,7 +202,7 @@ class GraphedLoss:
             return self.loss(model, given)
 
         tensors = [batch.labels, batch.weights, batch.divisor, *(batch.inputs[name] for name in names)]
-        return self.graphs(compute, tensors, model, batch.inputs["max_length_q"])
+        return self.graphs(compute, tensors, model, self.graphs.look_at(tensors, model, batch.inputs["max_length_q"]))
 
 
 def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:

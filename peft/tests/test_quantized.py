@@ -150,8 +150,10 @@ def test_on_a_gpu(folders, name, quantization):
     dtype = torch.bfloat16 if name == "llama" else torch.float32
     base = prepare(CLASSES[name][0].from_pretrained(folders / name, dtype=dtype, **loading))
     model = randomize_adapters(adapter(base, name, "control+dora")).train()
-    before, batch = frozen(model), {key: value.cuda() for key, value in inputs(name).items()}
-    found = {}
+    batch, found = {key: value.cuda() for key, value in inputs(name).items()}, {}
+    with torch.autocast("cuda", torch.bfloat16):
+        step_on(model, batch)  # in its first one bitsandbytes casts the biases
+    before = frozen(model)
     for mode in MODES:
         set_memory_mode(model, mode, chunk_tokens=8)
         with torch.autocast("cuda", torch.bfloat16):

@@ -39,17 +39,16 @@ class StepGraphs:
     def __reduce__(self):
         return StepGraphs, (self.limit,)
 
-    def __call__(self, compute: Callable, inputs: Sequence[torch.Tensor], model: nn.Module, seen: tuple | None = None):
+    def __call__(self, compute: Callable, inputs: Sequence[torch.Tensor], model: nn.Module, seen: tuple[list, tuple]):
         """Return ``compute(*inputs)``, a tensor or a structure of tensors, with gradients for ``model``'s trained
         parameters.
 
-        ``compute`` must do the same work for the same shapes, adapters and ``setting``, and read nothing from the
-        device. ``seen`` is what :meth:`look_at` has returned.
+        ``compute`` must do the same work for what :meth:`look_at` has ``seen``, and read nothing from the device.
 
         Raises:
             RuntimeError: ``compute`` cannot be captured.
         """
-        parameters, key = seen or self.look_at(inputs, model)
+        parameters, key = seen
         if key not in self._graphs:
             if len(self._graphs) == self.limit:
                 return compute(*inputs)
