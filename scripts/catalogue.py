@@ -71,7 +71,7 @@ CLASSES = 100  # of the ViT's images
 NAMES = ("lora", "lora-all", "lora-qkv", "lora-experts", "lora-fa", "dora", "miss", "shadow", "control", "control+lora", "control+dora")  # fmt: skip
 SWITCHES = (
     "liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "streamed", "streamed3", "onboard",
-    "fp8states", "cudnn",
+    "fp8states",
 )  # fmt: skip
 MODES = ("plain", "fast", "balanced", "lean")
 #: Switches and names that need a LLaMA shape.

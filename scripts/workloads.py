@@ -8,13 +8,11 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from peft import ShadowConfig, get_peft_model
 from torch import nn
-from torch.nn.attention import sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, Qwen3MoeConfig, RobertaConfig
 
 from control_experiments.training.device import DTYPES
@@ -24,7 +22,6 @@ from control_experiments.training.quantization import loading_arguments, prepare
 from LlaMA.models import ready_to_train
 from LlaMA.packing import IGNORE
 from peft_control import quantize_fp8
-from peft_control.memory.attention import CUDNN_FIRST
 from scripts.catalogue import (
     CAUSAL_SHAPES,
     CLASSES,
@@ -174,12 +171,11 @@ def adapt(model: nn.Module, shape: str, method: Method, control_rank: int | None
 
 @dataclass
 class Workload:
-    """A model ready to train and one step's loss on fixed data; with ``cudnn`` by cuDNN's attention kernels."""
+    """A model ready to train and one step's loss on fixed data."""
 
     setting: Setting
     model: nn.Module
     loss: Callable[[], torch.Tensor]
-    cudnn: bool = False
     trained: list[nn.Parameter] = field(init=False)
 
     def __post_init__(self):
@@ -192,10 +188,9 @@ class Workload:
     def step(self) -> torch.Tensor:
         """One optimizer step as the Trainer takes it with bf16 or fp16; returns the loss."""
         dtype = DTYPES[self.setting.autocast]
-        with sdpa_kernel(CUDNN_FIRST, set_priority=True) if self.cudnn else nullcontext():
-            with torch.autocast(self.setting.device, dtype, enabled=dtype != torch.float32):
-                loss = self.loss()
-            self.scaler.scale(loss).backward()
+        with torch.autocast(self.setting.device, dtype, enabled=dtype != torch.float32):
+            loss = self.loss()
+        self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -230,7 +225,7 @@ def build(setting: Setting, method: Method, loaded: Callable[[], None] = lambda:
             model.to(setting.device)
     if "compile" in method.switches:
         model = torch.compile(model)
-    return Workload(setting, model, step_loss(setting, model), "cudnn" in method.switches)
+    return Workload(setting, model, step_loss(setting, model))
 
 
 def step_loss(setting: Setting, model: nn.Module) -> Callable[[], torch.Tensor]:

@@ -258,29 +258,6 @@ def test_balanced_with_lora_on_the_output_projection_is_captured():
     assert max(losses) - min(losses) < 1e-4
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs Hopper")
-@pytest.mark.parametrize("mode", MODES[1:])
-def test_attention_takes_cudnns_kernels_for_lengths_that_come_again(mode):
-    """Where the user has not turned them off; the gradients are plain autograd's."""
-    shape = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=2, vocab_size=97)
-    model = llama(torch.bfloat16, {"init_weights": True}, **shape)
-    for length, wanted, used in ((512, True, True), (511, True, False), (256, True, False), (512, False, False)):
-        ids = torch.randint(97, (2, length), device="cuda")
-        set_memory_mode(model, "plain")
-        reference = gradients_of(model, ids)
-        set_memory_mode(model, mode)
-        before = torch._C._get_sdp_priority_order()
-        torch.backends.cuda.enable_cudnn_sdp(wanted)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            found = gradients_of(model, ids)
-        torch.backends.cuda.enable_cudnn_sdp(True)
-        assert torch._C._get_sdp_priority_order() == before
-        names = {event.key for event in profile.key_averages()}
-        cudnn = {f"aten::_scaled_dot_product_cudnn_attention{end}" for end in ("", "_backward")}
-        assert names & cudnn == (cudnn if used else set())
-        close(found, reference, 0.05)
-
-
 @pytest.mark.parametrize("worth", [-1.0, 1e9])
 @pytest.mark.parametrize("mode", ["lean", "balanced"])
 def test_copies_that_are_measured_to_be_slow_give_way_to_computing(mode, worth, monkeypatch):

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.backends import cuda
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..fp8_kernels import compute_dtype
@@ -187,37 +183,6 @@ class DecoderAttention:
         return attend(attention, query, key, value, attention_mask, **named), state
 
 
-#: cuDNN plans its kernels anew for each shape, in a tenth of a second. Lengths that are multiples of this come again.
-_ROUND = 128
-
-#: Fewer tokens are no faster.
-_FROM_TOKENS = 512
-
-CUDNN_FIRST = [
-    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-]  # fmt: skip
-
-
-@contextmanager
-def fastest_kernels(state: torch.Tensor, attention_mask: torch.Tensor | None) -> Iterator[None]:
-    """Within, torch's attention over ``state`` ``(batch, tokens, ...)`` takes cuDNN's kernels where these are faster: without
-    a mask, on Hopper and later, in half of flash attention's time. Elsewhere, and where the user has turned kernels off,
-    nothing changes."""
-    tokens = state.shape[1]
-    if (
-        attention_mask is not None
-        or not state.is_cuda
-        or torch.cuda.get_device_capability(state.device) < (9, 0)
-        or tokens < _FROM_TOKENS
-        or tokens % _ROUND
-        or not (cuda.cudnn_sdp_enabled() and cuda.flash_sdp_enabled() and cuda.mem_efficient_sdp_enabled())
-    ):
-        yield
-        return
-    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
-        yield
-
-
 def attend(attention, query, key, value, attention_mask, **named):
     """Attention of ``(batch, tokens, heads, head_dim)`` by the model's own code, as ``(batch, tokens, heads * head_dim)``."""
     for unused in ("past_key_values", "use_cache"):  # position_ids tell flash attention of packed sequences
@@ -225,16 +190,15 @@ def attend(attention, query, key, value, attention_mask, **named):
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     eager = sys.modules[type(attention).__module__].eager_attention_forward
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
-    with fastest_kernels(query, attention_mask):
-        mixed, _ = interface(
-            attention,
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attention_mask,
-            dropout=attention.attention_dropout if attention.training else 0.0,
-            scaling=attention.scaling,
-            sliding_window=window,
-            **named,
-        )
+    mixed, _ = interface(
+        attention,
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attention_mask,
+        dropout=attention.attention_dropout if attention.training else 0.0,
+        scaling=attention.scaling,
+        sliding_window=window,
+        **named,
+    )
     return mixed.reshape(*query.shape[:2], -1)

@@ -21,7 +21,6 @@ from transformers.utils import output_capturing
 from ..architectures import ARCHITECTURES, Architecture
 from ..fp8 import Fp8Linear
 from ..fp8_experts import dequantized_once
-from .attention import fastest_kernels
 from .exact import is_as_written, kind_of, path_of
 from .forward import enter
 from .layers import LayerPlan, autocast_state, recomputed
@@ -306,7 +305,7 @@ def run_alone(plan: LayerPlan, layer: nn.Module, own: Callable, state: torch.Ten
     calls.skips = plan.adds == (way, True)
 
     def run(state, *arguments, **named):
-        with calls.active(), fastest_kernels(state, named.get("attention_mask")):
+        with calls.active():
             return own(state, *arguments, **named)
 
     host, start = plan.host, state.grad_fn
