@@ -262,7 +262,7 @@ def test_balanced_with_lora_on_the_output_projection_is_captured():
 @pytest.mark.parametrize("mode", ["lean", "balanced"])
 def test_copies_that_are_measured_to_be_slow_give_way_to_computing(mode, worth, monkeypatch):
     monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", 0)
-    monkeypatch.setattr(memory.offload, "_WORTH", worth)
+    monkeypatch.setattr(memory.pace, "_WORTH", worth)
     shape = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, vocab_size=97)
     model = llama(torch.bfloat16, {"init_weights": True}, **shape)
     ids = torch.randint(97, (2, 1024), device="cuda")

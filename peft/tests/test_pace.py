@@ -23,7 +23,7 @@ class Layers:
     """A pace and the stream that it watches."""
 
     def __init__(self, *layers):
-        self.pace, self.stream = Pace("copies", 0.25), Stream()
+        self.pace, self.stream = Pace(), Stream()
         self.run((0.0, 0.0), *layers)  # when a layer begins is known from the end of the one before
 
     def run(self, *layers):

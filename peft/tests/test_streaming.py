@@ -2,13 +2,14 @@
 
 import copy
 import logging
+import math
 import pickle
 
 import pytest
 import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
-from streams import Event, Stream
+from streams import Stream
 from tiny_models import assert_equal
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from peft_control import ControlConfig, memory, quantize_fp8
 from peft_control.memory import set_memory_mode, streaming
-from peft_control.memory.offload import HostStates
 
 LAYERS = 5
 
@@ -318,16 +318,13 @@ def test_ddp_leaves_streamed_weights_out():
 
 
 class Computing(Stream):
-    """The stream of the computation, which runs at once, but for copies that it waits for, ``copy`` a piece."""
-
-    copy = 0.0
+    """The stream of the computation, which runs at once, but for copies that it waits for."""
 
     def wait_event(self, event):
         copies, position = event
         while copies.done < position:
             copies.queue[copies.done]()
             copies.done += 1
-            self.time += self.copy
 
 
 class Copies:
@@ -375,7 +372,6 @@ def computing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computing)
     monkeypatch.setattr(torch.cuda, "stream", Deferred)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
     return computing
 
 
@@ -394,21 +390,18 @@ def test_the_computation_waits_for_what_it_needs_and_copies_for_what_is_read(com
     assert_equal(step(model), reference)
 
 
-@pytest.mark.parametrize("copy, hides", [(0.0005, True), (0.01, False)])
-def test_what_spares_computing_leaves_the_way_to_weights_that_come_late(computing, monkeypatch, copy, hides):
-    """Measured for each length of the tokens' number: more of them compute for longer."""
-    bring = streaming.WeightStream.bring
-
-    def after_a_layer(*arguments):
-        computing.time += 1.0
-        bring(*arguments)
-
-    monkeypatch.setattr(streaming.WeightStream, "bring", after_a_layer)
-    model = streamed()
-    computing.copy = copy
-    for _ in range(6):
-        step(model)
-    host, state = HostStates(paced=True), torch.zeros(ids().numel(), 8)
-    host.weights = stream_of(model)
-    assert host.room_for(state) == (2 if hides else 1)
-    assert host.room_for(torch.zeros(2 * ids().numel(), 8)) == 2
+@pytest.mark.parametrize("streams, offload", [(True, None), (False, None), (True, True)])
+def test_what_spares_computing_leaves_the_way_to_weights_where_tokens_are_few(monkeypatch, streams, offload):
+    """From so many tokens on that a backward, three forwards, takes as long as weights and tokens travel."""
+    rate = 10  # parameters that a forward multiplies a token by while a byte travels
+    monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", rate)
+    model = set_memory_mode(build(lora=False), "lean", stream_weights=streams, offload=offload)
+    layer = model.get_base_model().model.layers[0]
+    linears = [module.weight for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+    parameters, weights = sum(x.numel() for x in linears), sum(p.nbytes for p in layer.parameters() if not p.requires_grad)
+    queries, keys = layer.self_attn.q_proj.out_features, layer.self_attn.k_proj.out_features
+    a_token = 4 * (2 * 64 + queries + 2 * keys)  # bytes: both states, and queries, keys and values
+    enough = math.ceil(rate * weights / (3 * parameters - rate * a_token))
+    host = layer.memory_plan.host
+    assert host.room_for(torch.zeros(enough + 1, 64)) == 2
+    assert host.room_for(torch.zeros(enough - 1, 64)) == (1 if streams and offload is None else 2)

@@ -36,6 +36,7 @@ Who calls whom in a training step:
 from __future__ import annotations
 
 import inspect
+import math
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -52,7 +53,7 @@ from .layers import LayerPlan
 from .loss import DecoderPlan, LossPlan
 from .mlp import GatedMlp
 from .offload import HostStates
-from .streaming import RESIDENT, start, stop, streams
+from .streaming import RESIDENT, start, stop
 
 MODES = ("plain", "fast", "balanced", "lean")
 
@@ -63,6 +64,9 @@ _LOGITS_ELEMENTS = 512 * 128256
 # Host memory is slow: 50 GB/s over PCIe 5, against 700 TFLOP/s in bfloat16. So a layer's forward takes as long as what is
 # copied travels if it has 7,000 parameters for each byte a token.
 _PARAMETERS_PER_BYTE = 7000
+
+# Forwards that take as long as a layer's backward, attention and what is computed again included.
+_BACKWARD = 3
 
 # Where one matmul for gate and up is faster than two.
 _STACKED_ON = "cuda"
@@ -157,13 +161,14 @@ def _plan_layers(model, mode, chunk_tokens, offload, paced):
     if any(getattr(m, "gradient_checkpointing", getattr(m, "grad_checkpointing", False)) for m in model.modules()):
         raise ValueError(f"memory mode {mode!r} replaces gradient checkpointing: switch that off first")
     host = HostStates(len(plans) if mode == "lean" else 0, paced, offload == "fp8")
-    host.weights = next(iter(streams(model)), None)
     for layer, plan in plans.items():
         width, size = _state_of(layer, plan)
+        kept = 0 if plan.halves is None else plan.halves.attention_kept
+        if offload is None:
+            host.from_tokens = max(host.from_tokens, _tokens_beside_weights(layer, (2 * width + kept) * size))
         if plan.halves is None:
             waits = plan.alone and (_overlaps(layer, width * size) if offload is None else offload)
         else:
-            kept = plan.halves.attention_kept
             overlaps = mode != "fast" and offload is not False and _overlaps(layer, (2 * width + kept) * size)
             plan.attention_on_host = kept > 0 and overlaps
             states = mode == "lean" and (_overlaps(layer, 2 * width * size) if offload is None else offload)
@@ -195,6 +200,15 @@ def _state_of(layer, plan):
 def _overlaps(layer, token_bytes):
     """Whether a layer computes a token for as long as so many bytes travel to the host."""
     return token_bytes > 0 and _PARAMETERS_PER_BYTE * token_bytes <= parameters_per_token(layer)
+
+
+def _tokens_beside_weights(layer, token_bytes):
+    """From how many tokens on a layer's backward takes as long as its streamed weights and so many bytes a token travel."""
+    weights = vars(layer).get("memory_weights")
+    if weights is None:
+        return 0
+    beside = _BACKWARD * parameters_per_token(layer) - _PARAMETERS_PER_BYTE * token_bytes
+    return _PARAMETERS_PER_BYTE * weights.nbytes / beside if beside > 0 else math.inf
 
 
 def _plan_models(model, plans, chunk_tokens, fused_loss):

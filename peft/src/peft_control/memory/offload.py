@@ -10,16 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 from ..fp8_kernels import quantize_rows
 from .pace import Pace
-
-if TYPE_CHECKING:
-    from .streaming import WeightStream
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +30,6 @@ _SHARE = 0.75
 #: What waits together does so in pieces of so many bytes, which tensors of all lengths share. What is left takes a power of
 #: two, as torch allocates pinned memory, which for a whole tensor would be up to twice its size.
 _PIECE = 32 << 20
-
-#: A computation that waits for copies for less than this share of a layer's forward would lose more time by computing again
-#: what they bring back: attention's half of a layer is about a third.
-_WORTH = 0.25
 
 # Where tensors are copied from.
 _COPIED_FROM = "cuda"
@@ -72,14 +64,14 @@ class HostStates:
 
     ``layers``: how many have a state that is to wait here before anything else may. ``paced``: whether what spares computing
     may wait only where its copies hide behind the computation, as measured, see ``pace.py``. ``narrow``: states wait in FP8,
-    and nothing else waits: computed from other states, it would not fit to them. ``weights``: what streams weights on the way
-    that states come back on.
+    and nothing else waits: computed from other states, it would not fit to them. ``from_tokens``: of layers with fewer tokens
+    nothing but states waits, because streamed weights need the way back.
     """
 
-    weights: WeightStream | None = None
+    from_tokens = 0.0
 
     def __init__(self, layers: int = 0, paced: bool = False, narrow: bool = False):
-        self._layers, self._pace, self._narrow = layers, Pace("its copies to the host", _WORTH) if paced else None, narrow
+        self._layers, self._pace, self._narrow = layers, Pace() if paced else None, narrow
         self._told = 0  # bytes of the largest state of which the log tells
         self._last: Callable[[], Waiting | None] = _nothing  # what was pushed last of what was not popped
         self._held = self._extra = 0  # bytes: all, and those that are no layer's own state
@@ -115,10 +107,8 @@ class HostStates:
         return not self._narrow and self._fits(0, extra, state=size) and self.hides(state)
 
     def hides(self, state: torch.Tensor) -> bool:
-        """Whether copies of more than a layer's own state hide behind its forward, and leave the way back to streamed weights."""
-        if self._pace is None:
-            return True
-        return self._pace.hides and (self.weights is None or self.weights.hides(_tokens(state)))
+        """Whether copies of more than a layer's own state hide behind what it computes."""
+        return _tokens(state) >= self.from_tokens and (self._pace is None or self._pace.hides)
 
     def _fits(self, size, extra, layers=None, state=None):
         """Whether ``extra`` bytes leave room for a state of ``size`` bytes, now and (or of ``state``) in each of

@@ -1,4 +1,4 @@
-"""Whether copies hide behind the computation, as measured in the first steps."""
+"""Whether copies to the host hide behind the computation, as measured in the first steps."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ logger = logging.getLogger(__name__)
 #: Layers that are timed and do not count: kernels are still compiled, and the first memory is taken.
 _SKIPPED = 8
 
+#: A computation that waits for copies for less than this share of a layer's forward would lose more time by computing again
+#: what they bring back: attention's half of a layer is about a third.
+_WORTH = 0.25
+
 #: Of so many layers after them the longest wait but one counts: a single hindrance does not.
 _COUNTED = 8
 
 
 class Pace:
-    """Whether the computing stream waits for the copies of ``what`` for more than a ``share`` of a layer, decided once.
+    """Whether the computing stream waits too long for the copies of a layer, decided once.
 
     The events that say so are read when the GPU has come to them; nothing waits for them.
     """
 
-    def __init__(self, what: str, share: float):
-        self._what, self._share = what, share
+    def __init__(self):
         self._hides, self._decided = True, False
         self._began: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None  # where and when the layer that runs did
         self._layers: list[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = []
@@ -55,10 +58,10 @@ class Pace:
     def _decide(self):
         times = [(began.elapsed_time(computed), computed.elapsed_time(copied)) for began, computed, copied in self._layers]
         waits = sorted(copied / max(computed, 1e-3) for computed, copied in times[_SKIPPED:])
-        self._hides, self._decided = waits[-2] <= self._share, True
+        self._hides, self._decided = waits[-2] <= _WORTH, True
         self._layers.clear()
         logger.info(
-            "a layer waits for %s for %.0f %% of its time: %s", self._what, 100 * waits[-2],
+            "a layer waits for its copies to the host for %.0f %% of its time: %s", 100 * waits[-2],
             "what spares computing waits on the host" if self._hides else "what spares computing is not copied from here on",
         )  # fmt: skip
 

@@ -14,10 +14,9 @@ from __future__ import annotations
 import logging
 import mmap
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -32,7 +31,6 @@ from transformers.cache_utils import Cache
 from ..control_layer import ControlLayer
 from .forward import enter, leave
 from .offload import _free_memory, _local_processes
-from .pace import Pace
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +46,6 @@ _PIECE = 32 << 20
 
 # Where copies run beside the computation.
 _COPIED_TO = "cuda"
-
-# A backward that waits for its weights for more than this share of a layer is bound by their copies.
-_WAITS = 0.1
 
 # What torch's DistributedDataParallel asks a module for.
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
@@ -110,7 +105,6 @@ class Weights:
         # gradients of what an earlier call has put into a cache do not pass through that call's output
         caches = [x for x in given if isinstance(x, Cache)] if torch.is_grad_enabled() else ()
         cached = bool(caches) and self.stream.goes_on(self, caches)
-        self.stream.tokens = tensors[0].numel() // tensors[0].shape[-1] if tensors else 0
         with self.stream.holding(self, tensors[0].device if tensors else None):
             output = forward(*arguments, **named)
         for tensor in tree_leaves(output):
@@ -208,10 +202,8 @@ class Slot:
 class WeightStream:
     """The frozen weights of a model's layers, ``resident`` of which lie on the device at a time.
 
-    On a CPU the same happens with plain copies. ``tokens``: of the last layer's forward.
+    On a CPU the same happens with plain copies.
     """
-
-    tokens = 0
 
     def __init__(self, layers: dict[nn.Module, list[Place]], resident: int):
         self.resident = min(resident, len(layers))
@@ -221,9 +213,6 @@ class WeightStream:
         self._cached_to, self._goes_on = len(layers), False
         self._slots: list[Slot] = []
         self._copies: torch.cuda.Stream | None = None
-        self._paces: dict[int, Pace] = defaultdict(
-            partial(Pace, "its weights in a backward", _WAITS)
-        )  # by the digits of the number of tokens
         self._used_on: torch.cuda.Stream | None = None
         self._registered: Callable | None = None
         try:
@@ -249,11 +238,6 @@ class WeightStream:
 
     def slot_bytes(self) -> list[int]:
         return [max(weights.nbytes for weights in self.layers[slot :: self.resident]) for slot in range(self.resident)]
-
-    def hides(self, tokens: int) -> bool:
-        """Whether backwards of about so many tokens do not wait for weights; True until that is measured. A backward that waits
-        for them waits longer for whatever else comes on their way."""
-        return self._paces[tokens.bit_length()].hides
 
     def goes_on(self, weights: Weights, caches: Sequence[Cache]) -> bool:
         """Whether this pass over the layers has begun with caches that an earlier one has filled."""
@@ -284,12 +268,7 @@ class WeightStream:
         if backward:
             torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
         slot = self._fetch(weights)
-        pace = self._paces[self.tokens.bit_length()]
-        if not backward:
-            pace.interrupt()
-        timed = backward and self._copies is not None
-        with pace.waiting(torch.cuda.current_stream(self.device)) if timed else nullcontext():
-            self._wait_for(slot)
+        self._wait_for(slot)
         weights.hang(weights.in_slot)
         self._held = weights
         taken = {weights.index % self.resident}
