@@ -66,11 +66,12 @@ class ResultsFolder:
         options = {"shape": shape, "batch": batch, "tokens": tokens, "limit": None}
         return self._file(f"memory/{repeat}/{name}", options=options, results=results)
 
-    def searched(self, name, cells, **options):
-        """A file of bench_memory.py's --limit; `cells` are (method, GiB, tokens, seconds)."""
+    def searched(self, name, cells, stopped=(), **options):
+        """A file of bench_memory.py's --limit; `cells` are (method, GiB, tokens, seconds); --up_to has `stopped` methods."""
         found = [
             {"method": method, "limit_gib": limit, "longest_tokens": tokens, "step_seconds": seconds,
-             "tokens_per_second": tokens / seconds} for method, limit, tokens, seconds in cells
+             "tokens_per_second": tokens / seconds} | ({"ended_by": "--up_to"} if method in stopped else {})
+            for method, limit, tokens, seconds in cells
         ]  # fmt: skip
         limits = sorted({limit for _, limit, *_ in cells})
         options = {"shape": "llama3-8b", "batch": 1, "tokens": 1024, "limit": limits, "up_to": 1 << 20, **options}

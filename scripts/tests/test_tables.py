@@ -188,12 +188,16 @@ def test_settings_that_are_not_comparable_have_sections_of_their_own(results):
 def test_the_longest_sequences_are_drawn_against_the_card_beside_unsloths(results):
     ours = [("control+nf4:lean", limit, tokens, 2.0) for limit, tokens in ((7.5, 16384), (23.5, 262144), (78.5, 524288))]
     results.searched("a", [*ours, ("lora+nf4", 7.5, 0, 1.0), ("lora+nf4", 23.5, 15360, 1.5)])
+    cells = [("control+nf4:lean", 23.5, 32768, 1.0), ("control+bf16:lean", 23.5, 98304, 1.0)]
+    results.searched("b", cells, stopped=("control+nf4:lean", "control+bf16:lean"))  # the first went further in the other
     title = "llama3-8b, batch 1, Some GPU"
     assert row(results, "longest", title, "times published", GiB="7.5", method="control+nf4:lean") == ("5.51",)
     ((_, _, drawn, figure),) = draw(load(results.path)[0], PAPER)
     lines = {line.get_label(): dict(zip(*map(list, line.get_data()))) for line in figure.axes[0].lines}
     assert drawn == title and lines["control+nf4:lean"] == {8: 16384, 24: 262144, 80: 524288}
-    assert lines["lora+nf4"] == {24: 15360}, "what does not fit at all has no mark"
+    named = {text.get_text(): text.xy for text in figure.axes[0].texts}
+    assert {name: tuple(place) for name, place in named.items()} == {"lora+nf4": (24, 15360), "control+bf16:lean": (24, 98304)}
+    assert list(lines["no longer one was tried"]) == [24]
     assert lines["published: Unsloth, QLoRA r32"][24] == 78475
 
 

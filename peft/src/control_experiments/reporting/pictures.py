@@ -164,15 +164,24 @@ def scaling(cells: Sequence[Mapping], title: str) -> Figure:
 
 
 def longest_sequences(rows: pd.DataFrame, published: Mapping[int, float], title: str) -> Figure:
-    """Longest sequence in tokens against the card in GB (columns as the records'), a line for each method; `published` are
-    Unsloth's, card in GB -> tokens."""
+    """Longest sequence in tokens against the card in GB (columns as the records'), a line for each method, or a named point for
+    a single card; `published` are Unsloth's, card in GB -> tokens."""
     axes = _axes(title)
     measured = rows[rows.longest_tokens > 0].groupby(["row", "card"], sort=False).longest_tokens.min().reset_index()
+    alone = ~measured.duplicated("row", keep=False)
+    measured = measured[~(alone & measured.duplicated(["card", "longest_tokens"]))]
     measured["base"] = measured.row.str.extract(r"\b(nf4|fp4|int8|fp8)\b", expand=False).fillna("bf16")
     dashes = dict(zip(measured.base.unique(), itertools.cycle(("-", "--", ":", "-."))))
     for (row, base), part in measured.groupby(["row", "base"], sort=False):
-        look = _look(row) | {"linestyle": dashes[base], "label": row} | ({"marker": "X"} if "unsloth" in row else {})
+        look = _look(row) | {"linestyle": dashes[base]} | ({"marker": "X"} if "unsloth" in row else {})
+        if len(part) > 1:
+            look["label"] = row
+        else:
+            point = part[["card", "longest_tokens"]].iloc[0]
+            axes.annotate(row, point, (7, -3), textcoords="offset points", fontsize=8, color=look["color"])
         axes.plot(part.sort_values("card").set_index("card").longest_tokens, markersize=5, linewidth=1.4, **look)
+    if len(stopped := rows[rows.ended_by == "--up_to"]):
+        axes.plot(stopped.card, 1.15 * stopped.longest_tokens, "^", color="#444", markersize=4, label="no longer one was tried")
     if published:
         look = dict(color="#444", linewidth=2, linestyle=(0, (1, 1)), zorder=1, label="published: Unsloth, QLoRA r32")
         axes.plot(*zip(*sorted(published.items())), **look)

@@ -33,7 +33,7 @@ from .pictures import CARDS
 #: Folders whose runs belong to no comparison of methods: a demonstration, runs that vary settings, and our own tables.
 LEFT_OUT = ("quickstart", "ablations", "mine", "logs")
 #: Columns that exist whatever there are records of.
-_TEXTS = "whose kind domain section place task row method mode way shard error problem".split()  # noqa: SIM905
+_TEXTS = "whose kind domain section place task row method mode way shard error ended_by problem".split()  # noqa: SIM905
 _NUMBERS = """n seed last best trained lr peak allocated seconds rate repeat timed sequences tokens limit_gib card longest_tokens
 processes step_seconds tokens_per_second peak_bytes over_static_bytes
 adapter_and_optimizer_bytes copies resident_peak_bytes resident_step_seconds floor""".split()  # noqa: SIM905
@@ -98,6 +98,7 @@ def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
     columns = dict.fromkeys([*_TEXTS, *_NUMBERS, *_OBJECTS, *(name for row in rows for name in row)])
     frame = pd.DataFrame(rows, columns=list(columns)).astype(dict.fromkeys(_NUMBERS, float)).copy()
     frame[_TEXTS] = frame[_TEXTS].astype(object).where(frame[_TEXTS].notna(), "")
+    frame = _without_stopped(frame)
     problems += _mark_unequal(frame)
     row = [frame[name] for name in ("whose", "kind", "domain", "section", "task", "row")]
     frame["usable"] = ~(frame.problem != "").groupby(row).transform("any") if len(frame) else True
@@ -317,6 +318,14 @@ def _beside_resident(frame: pd.DataFrame) -> pd.DataFrame:
     for index, links in found.resident_links.dropna().items():
         frame.at[index, "links"] = frame.at[index, "links"] + links
     return frame.assign(times_floor=frame.step_seconds / frame.floor)
+
+
+def _without_stopped(frame: pd.DataFrame) -> pd.DataFrame:
+    """Without searches that --up_to ended where another method over the same base went further: they say nothing of a limit."""
+    base = frame.row.str.extract(r"\b(nf4|fp4|int8|fp8)\b", expand=False).fillna("")
+    furthest = frame.longest_tokens.groupby([frame.whose, frame.section, frame.limit_gib, base]).transform("max")
+    stopped = (frame.kind == "longest") & (frame.ended_by == "--up_to") & (frame.longest_tokens < furthest)
+    return frame[~stopped].reset_index(drop=True)
 
 
 def _ways(record: RunRecord) -> Iterator[dict]:
