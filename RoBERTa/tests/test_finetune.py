@@ -226,7 +226,7 @@ def test_a_run_is_told_by_what_its_data_and_model_hold(train_roberta, encoders, 
 @pytest.mark.slow
 def test_committed_runs_are_still_taken_for_what_their_commands_ask_for(tmp_path, capsys):
     """Whatever options came after them; the models and data of their checksums are not here."""
-    runs = [path.parent for path in sorted((RESULTS / "published" / "roberta").glob("minilm_*/record.json"))]
+    runs = [path.parent for path in sorted((RESULTS / "published" / "roberta").glob("mpnet_*/record.json"))]
     assert runs
     for run in runs:
         shutil.copytree(run, tmp_path / run.name)
