@@ -9,7 +9,7 @@
 set -euo pipefail
 
 RECIPE=${RECIPE:-published}
-MODEL=${MODEL:-qwen0.5b}
+MODEL=${MODEL:-Qwen/Qwen2.5-Coder-0.5B-Instruct}
 # separated by spaces; quotes around spaces. The second half has LoRA's 11.8 million parameters; SHADOW cannot have so few.
 METHODS=${METHODS:-"zero-shot lora dora 'double control' control+lora 'double control:control_rank=137'
     control+lora:control_rank=132,lora_rank=66,lora_alpha=132 miss:lora_rank=71 shadow:lora_rank=8"}

@@ -3,10 +3,10 @@
 #   bash QControl/run_llama_quantization.sh METHOD CONTROL_RANK LORA_RANK LORA_ALPHA OUT GPU [options of LlaMA/finetune.py]
 #   bash QControl/run_llama_quantization.sh "double control" 64 32 64 results/qcontrol/llama3-double-control 0
 # METHOD is "control+lora", "double control", control, lora, dora or "control+dora". GPU "cpu" runs on the CPU;
-# MODEL= and DATA= take local folders. The recipe is the one of LlaMA/llama3_8B_*.sh, over a base in 4 bits.
+# MODEL= and DATA= take local folders. The recipe is the one of LlaMA/llama3_8B_*.sh, over a base in 4 or 8 bits.
 set -euo pipefail
 
-QUANTIZATION=${QUANTIZATION:-nf4}   # nf4, fp4 or int8
+QUANTIZATION=${QUANTIZATION:-nf4}   # nf4, fp4, int8 or fp8
 OPTIMIZER=${OPTIMIZER:-adamw}       # paged_adamw_8bit: a quarter of the states, in host memory when the GPU is full
 MEMORY=${MEMORY:-plain}             # fast, balanced and lean keep less for the backward; gradients are exact
 

@@ -10,7 +10,7 @@ usage: bash QControl/run_roberta_quantization.sh METHOD TASK [EPOCHS] [LR] [GPU]
   EPOCHS  default 320
   LR      default 4e-4
   GPU     index of a GPU, or cpu; default 0
-QUANTIZATION=nf4 (default) | fp4 | int8 | none; PRECISION=fp16 (default on a GPU) | bf16 | fp32.
+QUANTIZATION=nf4 (default) | fp4 | int8 | fp8 | none; PRECISION=fp16 (default on a GPU) | bf16 | fp32.
 MODEL=... and DATA=... name a model and a data folder instead of the hub's; SEED=... the seed (default 42).
 All other options: bash RoBERTa/run_roberta.sh --help
 USAGE

@@ -217,8 +217,11 @@ def line(result: dict) -> str:
         f"\n    {kernel['seconds'] * 1e3:8.2f} ms {kernel['calls']:5d} x {kernel['name'][:90]}"
         for kernel in result.get("kernels", [])[:20]
     ]
+    memory = "memory not measured"  # on a CPU
+    if result["peak_bytes"]:
+        memory = f"{result['over_static_bytes'] / 1e9:7.2f} GB over {result['static_bytes'] / 1e9:6.2f}"
     return (
-        f"{result['method']:32s} {result['over_static_bytes'] / 1e9:7.2f} GB over {result['static_bytes'] / 1e9:6.2f}"
+        f"{result['method']:32s} {memory}"
         f"  {result['step_seconds'] * 1e3:7.1f} ms, spread {spread:4.1f} %  {result['tokens_per_second']:9.0f} tokens/s"
         f"  loss {result['loss']:.4f}{copies}{shared}{''.join(kernels)}"
     )
@@ -230,11 +233,12 @@ def table(results: list[dict]) -> str:
 
     measured = pd.DataFrame([result for result in results if "step_seconds" in result]).set_index("method")
     loras = measured[measured.index.str.startswith("lora")]
-    shown = pd.DataFrame({"GB over weights": measured.over_static_bytes / 1e9, "ms a step": 1000 * measured.step_seconds})
+    memory = measured.over_static_bytes.where(measured.peak_bytes > 0)
+    shown = pd.DataFrame({"GB over weights": memory / 1e9, "ms a step": 1000 * measured.step_seconds})
     for peer in dict.fromkeys([loras.step_seconds.idxmin(), loras.over_static_bytes.idxmin()] if len(loras) else []):
         shown[f"time / {peer}"] = measured.step_seconds / loras.step_seconds[peer]
-        shown[f"memory / {peer}"] = measured.over_static_bytes / max(loras.over_static_bytes[peer], 1)
-    return shown.sort_values("ms a step").rename_axis(None).to_string(float_format="{:.2f}".format)
+        shown[f"memory / {peer}"] = memory / memory[peer]
+    return shown.dropna(axis="columns").sort_values("ms a step").rename_axis(None).to_string(float_format="{:.2f}".format)
 
 
 def run(options: Options, command: list[str]) -> None:

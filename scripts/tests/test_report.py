@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.path import Path as Line
 
 from control_experiments.reporting import pictures
 from scripts import make_tables
@@ -69,6 +70,19 @@ def test_names_of_points_cover_neither_each_other_nor_points():
         assert not any(box.contains(*centre) for centre in centres)
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert legend == ["control", "LoRA", "frontier: no other beats these in both"]
+
+
+def test_lines_from_names_to_points_do_not_cross():
+    points = {"control+graphs+fp8:fast": (0.042, 3.8e9), "control+graphs:fast": (0.0553, 3.77e9), "control:lean": (0.142, 0.6e9),
+              "control+graphs:balanced": (0.064, 1.92e9), "control+graphs:lean": (0.071, 0.7e9), "lora": (0.476, 1.07e9)}  # fmt: skip
+    (axes,) = pictures.memory_against_time(points, "title").axes
+    drawn = [mark for mark in axes.texts if not mark.get_text()]
+    offset = axes.figure.dpi / 72
+    lines = [
+        Line([start, start + [length * offset for length in mark.xyann]])
+        for mark, start in zip(drawn, axes.transData.transform([mark.xy for mark in drawn]), strict=True)
+    ]
+    assert len(lines) == 2 and not lines[0].intersects_path(lines[1])
 
 
 def dom(page: Path, name: str, replaced: dict[str, str], profile: Path) -> str:

@@ -51,7 +51,8 @@ def parse_export(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("adapter", help="folder or hub id of a control adapter")
     parser.add_argument("out", help="new folder")
     parser.add_argument("--base", help="folder or hub id of the base; default: the one that the adapter names")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    types = ["auto", "float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", default="auto", choices=types, help="of the weights; default: the base's")
     return parser.parse_args(arguments)
 
 

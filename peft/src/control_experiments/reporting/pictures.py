@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.path import Path as Line
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
@@ -103,12 +104,13 @@ def memory_against_time(points: Mapping[str, tuple[float, float]], title: str) -
 
 
 def _name(axes, placed: Mapping[str, tuple[float, float]], frontier: list[tuple[float, float]]) -> None:
-    """Write each point's name beside it where it covers nothing, further away with a thin line."""
+    """Write each point's name beside it where it covers nothing, further away with a thin line that crosses no other."""
     boxes, place = Bbox.from_extents, axes.transData.transform
     taken = [boxes(x - 5, y - 5, x + 5, y + 5) for x, y in place(list(placed.values()))]
     for (x, y), (right, below) in itertools.pairwise(map(tuple, place(frontier))):
         taken += [boxes(x, y - 1, right, y + 1), boxes(right - 1, below, right + 1, y)]
     taken.append(axes.get_legend().get_window_extent())
+    lines = []
     offsets = itertools.product((7, 19, 31, 43, 55), (-3, 8, -14, 19, -25, 30, -36), (1, -1))
     offsets = sorted(((x * side, y) for x, y, side in offsets), key=lambda offset: abs(offset[0]) + abs(offset[1] + 3))
     for label, point in sorted(placed.items(), key=lambda item: item[1]):
@@ -118,11 +120,15 @@ def _name(axes, placed: Mapping[str, tuple[float, float]], frontier: list[tuple[
             text.set(position=offset, horizontalalignment="left" if offset[0] > 0 else "right")
             box = text.get_window_extent().padded(1)
             inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0
-            if inside and not any(map(box.overlaps, taken)):
+            start, far = place(point), abs(offset[0]) + abs(offset[1] + 3) > 16
+            line = Line([start, start + [length * axes.figure.dpi / 72 for length in offset]])
+            crosses = far and any(map(line.intersects_path, lines))
+            if inside and not crosses and not any(map(box.overlaps, taken)):
                 break
-        if abs(offset[0]) + abs(offset[1] + 3) > 16:
-            line = dict(arrowstyle="-", color="#999", linewidth=0.6)
-            axes.annotate("", point, xytext=offset, textcoords="offset points", arrowprops=line)
+        if far:
+            look = dict(arrowstyle="-", color="#999", linewidth=0.6)
+            axes.annotate("", point, xytext=offset, textcoords="offset points", arrowprops=look)
+            lines.append(line)
         taken.append(text.get_window_extent())
 
 
