@@ -97,6 +97,7 @@ def memory_against_time(points: Mapping[str, tuple[float, float]], title: str) -
     for label, (x, y) in placed.items():
         tip = f"{label}\n{x:.0f} ms a step\n{y:.2f} GB over the weights"
         axes.plot(x, y, linestyle="", markersize=6, zorder=2, **_look(label, tip))
+    axes.set_xlim(left=max(axes.get_xlim()[0], 0))  # no time is below it
     _legend(axes, map(family, placed), Line2D([], [], label="frontier: no other beats these in both", **line), loc="best")
     FigureCanvasAgg(axes.figure).draw()  # without a layout nobody knows where names collide
     _name(axes, placed, frontier)
