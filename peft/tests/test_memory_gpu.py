@@ -131,7 +131,7 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
     [
         *((mode, False, "") for mode in MODES[1:]),
         *(("lean", True, rows) for rows in ("", "kept", "long")),
-        *(("lean", False, "long"), ("balanced", True, "kept")),
+        *(("lean", False, "long"), ("lean", "fp8", ""), ("balanced", True, "kept")),
     ],
 )
 def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode, cuda_graphs, offload, rows, monkeypatch):

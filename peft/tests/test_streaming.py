@@ -371,7 +371,7 @@ def computing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Copies)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computing)
     monkeypatch.setattr(torch.cuda, "stream", Deferred)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     return computing
 
 

@@ -46,12 +46,13 @@ def quantize_rows(
         which the row fits, so that no finite number overflows. A row with NaN or infinity becomes NaN as a whole: there is
         no infinity in e4m3, and a loss scaler must see it.
     """
+    rows, width = x.shape  # no more dimensions, which the kernels would not see
     if uses_kernels(x):
         x = x.contiguous()
-        q, scale = empty_rows(x, x.shape[1], dtype)
-        if len(x):
-            _quantize_rows_kernel[(len(x),)](
-                x, columns, q, scale, x.shape[1], HAS_COLUMNS=columns is not None, **row_launch(x.shape[1], dtype)
+        q, scale = empty_rows(x, width, dtype)
+        if rows:
+            _quantize_rows_kernel[(rows,)](
+                x, columns, q, scale, width, HAS_COLUMNS=columns is not None, **row_launch(width, dtype)
             )
         return q, scale
     wide = x if x.dtype == torch.bfloat16 and columns is None else x.float()

@@ -143,8 +143,10 @@ class HostStates:
         self._last = weakref.ref(waiting)
         captured = False
         if self._narrow:
-            waiting.dtype = tensors[0].dtype
-            tensors = quantize_rows(tensors[0])
+            (state,) = tensors
+            waiting.dtype = state.dtype
+            rows, scales = quantize_rows(state.reshape(-1, state.shape[-1]))
+            tensors = rows.view(state.shape), scales.view(*state.shape[:-1], 1)
         if waiting.device.type == _COPIED_FROM:
             captured = torch.cuda.is_current_stream_capturing()
             waiting.buffers = self._buffers(_sizes(_bytes(tensors)), captured)
