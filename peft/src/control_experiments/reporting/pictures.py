@@ -174,10 +174,9 @@ def longest_sequences(rows: pd.DataFrame, published: Mapping[int, float], title:
     """Longest sequence in tokens against the card in GB (columns as the records'), a line for each method, or a named point for
     a single card; `published` are Unsloth's, card in GB -> tokens."""
     axes = _axes(title)
-    measured = rows[rows.longest_tokens > 0].groupby(["row", "card"], sort=False).longest_tokens.min().reset_index()
+    measured = rows[rows.longest_tokens > 0].groupby(["row", "base", "card"], sort=False).longest_tokens.min().reset_index()
     alone = ~measured.duplicated("row", keep=False)
     measured = measured[~(alone & measured.duplicated(["card", "longest_tokens"]))]
-    measured["base"] = measured.row.str.extract(r"\b(nf4|fp4|int8|fp8)\b", expand=False).fillna("bf16")
     dashes = dict(zip(measured.base.unique(), itertools.cycle(("-", "--", ":", "-."))))
     for (row, base), part in measured.groupby(["row", "base"], sort=False):
         look = _look(row) | {"linestyle": dashes[base]} | ({"marker": "X"} if "unsloth" in row else {})

@@ -10,7 +10,7 @@ Columns (missing where a kind has no such thing); benchmarks of steps and scalin
   what else tells rows apart), `method`, `seed`, `n` (1 for a record).
 - `last`, `best` and the commonsense test sets: percent. `trained`: parameters. `peak`: bytes. `seconds`: of the training. `rate`:
   examples or tokens a second.
-- `gib`: a step's peak in GiB. Of weights that wait on the host: `host` bytes, `copies` seconds a step to copy them, `resident_*` of the
+- `base`: how a step's frozen weights are stored, bf16 if nothing is said. `gib`: its peak in GiB. Of weights that wait on the host: `host` bytes, `copies` seconds a step to copy them, `resident_*` of the
   same method without, `floor` (the longer of both times) and `times_floor`. `card`: GB of the card that gives an allocator `limit_gib`.
 - `shared`, `own`: conditions that all runs of a comparison, or all seeds of a row, must have in common.
 - `problem`: why the record must not be shown, and `usable`: whether all of its row may be. `notes`: what a reader has to know.
@@ -33,7 +33,7 @@ from .pictures import CARDS
 #: Folders whose runs belong to no comparison of methods: a demonstration, runs that vary settings, and our own tables.
 LEFT_OUT = ("quickstart", "ablations", "mine", "logs")
 #: Columns that exist whatever there are records of.
-_TEXTS = "whose kind domain section place task row method mode way shard error ended_by problem".split()  # noqa: SIM905
+_TEXTS = "whose kind domain section place task row base method mode way shard error ended_by problem".split()  # noqa: SIM905
 _NUMBERS = """n seed last best trained lr peak allocated seconds rate repeat timed sequences tokens limit_gib card longest_tokens
 processes step_seconds tokens_per_second peak_bytes over_static_bytes
 adapter_and_optimizer_bytes copies resident_peak_bytes resident_step_seconds floor""".split()  # noqa: SIM905
@@ -277,6 +277,7 @@ def _steps(file: dict) -> Iterator[dict]:
         shared = (memory.get("other_processes_bytes") or 0) > PAGE_TABLES * waiting.get("bytes", 0)
         row = {"tokens": o["tokens"], "host": waiting.get("bytes"), "copies": waiting.get("floor_seconds")} | memory | result
         row |= common | {"row": name, "gib": result["peak_bytes"] / 2**30 if result.get("peak_bytes") else None}
+        row["base"] = next((part for part in re.split("[+:]", name) if part in ("nf4", "fp4", "int8", "fp8")), "bf16")
         if limits and "tokens" in result:
             unfit = {} if result.get("fits", True) else {"error": f"{result['tokens']:,} tokens do not fit on this GPU"}
             yield from _repeats(row | {"kind": "length"} | unfit, result)
@@ -322,8 +323,8 @@ def _beside_resident(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _without_stopped(frame: pd.DataFrame) -> pd.DataFrame:
     """Without searches that --up_to ended where another method over the same base went further: they say nothing of a limit."""
-    base = frame.row.str.extract(r"\b(nf4|fp4|int8|fp8)\b", expand=False).fillna("")
-    furthest = frame.longest_tokens.groupby([frame.whose, frame.section, frame.limit_gib, base]).transform("max")
+    alike = [frame[name] for name in ("whose", "section", "limit_gib", "base")]
+    furthest = frame.longest_tokens.groupby(alike).transform("max")
     stopped = (frame.kind == "longest") & (frame.ended_by == "--up_to") & (frame.longest_tokens < furthest)
     return frame[~stopped].reset_index(drop=True)
 
