@@ -61,7 +61,7 @@ class CommonsenseStudy(Study):
 
     def __init__(self, options: Options):
         output = Path(options.output_dir) if options.output_dir else RESULTS / "llama" / Path(options.model).name
-        super().__init__(options, Path(options.model).stem, [options.data], output)
+        super().__init__(options, Path(options.model).name.removesuffix(".gguf"), [options.data], output)
         self.test_sets = place_of_tests(options.tests or (DEMO if options.data == DEMO else str(Path(options.data).parent)))
 
     def check(self) -> None:

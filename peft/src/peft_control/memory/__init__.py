@@ -105,7 +105,8 @@ def set_memory_mode(
             launch-bound. What cannot be replayed runs without a graph: more than sixteen shapes, a causal language model's
             batch with padding, dropout in a layer that torch's checkpointing recomputes (decoders in "balanced", ViTs).
         stream_weights: the layers' frozen weights wait in host memory, and come to the device that the states are on while the
-            layers before compute: see ``streaming.py``. Two layers lie there at a time, or as many as a larger number says. Give a
+            layers before compute: see ``streaming.py``. Two layers lie there at a time, or as many as a larger number says. Where a
+            step's tokens are few, states stay on the device, which leaves the way to the weights. Give a
             model that lies on the host, then ``model.to(device)`` takes the rest of it there. A call without this brings the
             weights back to where they were.
 

@@ -65,7 +65,7 @@ class HostStates:
     ``layers``: how many have a state that is to wait here before anything else may. ``paced``: whether what spares computing
     may wait only where its copies hide behind the computation, as measured, see ``pace.py``. ``narrow``: states wait in FP8,
     and nothing else waits: computed from other states, it would not fit to them. ``from_tokens``: of layers with fewer tokens
-    nothing but states waits, because streamed weights need the way back.
+    nothing waits, because streamed weights need the way back.
     """
 
     from_tokens = 0.0
@@ -89,15 +89,18 @@ class HostStates:
     def has_room(self, state: torch.Tensor, *more: torch.Tensor) -> bool:
         """Whether with these of one layer there would still be no more here than what a host surely has to spare."""
         size, extra = _buffer_size(state), sum(map(_buffer_size, more))
-        return not self._narrow and self._held + size + extra <= _SPARE_BYTES and self._fits(size, extra)
+        fits = self._is_beside_weights(state) and self._held + size + extra <= _SPARE_BYTES and self._fits(size, extra)
+        return fits and not self._narrow
 
     def room_for(self, state: torch.Tensor) -> int:
         """How many tensors like a layer's ``state`` may wait here for that layer: 2, 1 or, where the host is full, 0.
 
-        One always may, so that a slow host costs time and no memory of the GPU's."""
+        A slow host never costs memory of the GPU's: one always may, unless streamed weights need the way."""
         size = sum(_sizes(_tokens(state) * (state.shape[-1] + 4) if self._narrow else state.nbytes))
         if state.nbytes > self._told:
             self._tell(state, size)
+        if not self._is_beside_weights(state):
+            return 0
         two = not self._narrow and self._fits(size, size) and self.hides(state)
         return 2 if two else int(self._fits(size, 0, layers=0))
 
@@ -108,7 +111,10 @@ class HostStates:
 
     def hides(self, state: torch.Tensor) -> bool:
         """Whether copies of more than a layer's own state hide behind what it computes."""
-        return _tokens(state) >= self.from_tokens and (self._pace is None or self._pace.hides)
+        return self._is_beside_weights(state) and (self._pace is None or self._pace.hides)
+
+    def _is_beside_weights(self, state):
+        return _tokens(state) >= self.from_tokens
 
     def _fits(self, size, extra, layers=None, state=None):
         """Whether ``extra`` bytes leave room for a state of ``size`` bytes, now and (or of ``state``) in each of
@@ -125,7 +131,7 @@ class HostStates:
     def _tell(self, state, size):
         """Log what will wait where, before the first step and where a later one has twice the tokens."""
         self._told, limit = 2 * state.nbytes, self._most()
-        here = min(int(limit // size), self._layers)
+        here = min(int(limit // size), self._layers) if self._is_beside_weights(state) else 0
         twice = 0 if self._narrow else min(int((limit - here * size) // size), here)
         logger.info(
             "%d tokens: %d of %d layers' states (%.1f GiB%s) wait in host memory, which has %.1f GiB to spare; for up to %d of "
