@@ -86,7 +86,11 @@ class Options(shared.RunOptions, RecipeOptions, shared.MemoryOptions, shared.Bas
     loss_on: Literal["all", "response"] = HfArg(
         default="all", help="all: as published, prompts too. Of a chat the assistant's turns count, whatever is given."
     )
-    held_out: int = HfArg(default=120, help="Rows kept out of training that choose the checkpoint.")
+    held_out: int = HfArg(default=120, help="Rows kept out of training, for a loss that may choose the checkpoint.")
+    save: Literal["best", "last"] = HfArg(
+        default="best",
+        help="Which adapter: of the checkpoint with the lowest held-out loss, as published, or of the last step.",
+    )
     split_seed: int = HfArg(default=42, help="Seeds which rows are held out.")
     eval_steps: int = HfArg(default=80, help="Optimizer steps between checkpoints, each evaluated.")
     optimizer: Literal["adamw", "paged_adamw_8bit"] = HfArg(

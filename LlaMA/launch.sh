@@ -7,7 +7,7 @@
 # what the published recipes have in common
 CUTOFF=${CUTOFF:-256}               # tokens of a row
 WARMUP=${WARMUP:-100}
-HELD_OUT=${HELD_OUT:-120}           # rows that choose the checkpoint
+HELD_OUT=${HELD_OUT:-120}           # rows for a held-out loss, which chooses the checkpoint
 EVAL_STEPS=${EVAL_STEPS:-80}
 LORA_DROPOUT=${LORA_DROPOUT:-0.05}
 SEED=${SEED:-42}

@@ -25,6 +25,7 @@ if [[ $RECIPE == tuned ]]; then
     TOKEN_BUDGET=${TOKEN_BUDGET:-8192}
     LOSS_ON=${LOSS_ON:-response}
     EVAL_STEPS=${EVAL_STEPS:-200}
+    SAVE=${SAVE:-last}                # the adapter that answers: of the last step, not of the lowest held-out loss
     LORA_DROPOUT=${LORA_DROPOUT:-0}
     GRID=${GRID:-"3e-4 1e-3"}         # grows by at most GROWTH rates while the best one lies at an edge
     GROWTH=${GROWTH:-3}
@@ -40,6 +41,7 @@ LOSS_ON=${LOSS_ON:-all}
 GRID=${GRID:-}
 GROWTH=${GROWTH:-0}
 SEARCH_STEPS=${SEARCH_STEPS:--1}
+SAVE=${SAVE:-best}
 STEPS=${STEPS:--1}                    # of all runs; -1: after EPOCHS
 
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
@@ -52,5 +54,5 @@ run "$PYTHON" -m LlaMA.study --device "$GPU" --model "$MODEL" --data "$TRAIN_DAT
   --quantization "$QUANTIZATION" --seeds $SEEDS --epochs "$EPOCHS" --max_steps "$STEPS" --lr "$LR" ${GRID:+--grid $GRID} \
   --growth "$GROWTH" --search_steps "$SEARCH_STEPS" --batch_size "$BATCH" --micro_batch_size "$MICRO_BATCH" \
   --token_budget "$TOKEN_BUDGET" --cutoff "$CUTOFF" --warmup_steps "$WARMUP" --held_out "$HELD_OUT" --eval_steps "$EVAL_STEPS" \
-  --loss_on "$LOSS_ON" --lora_dropout "$LORA_DROPOUT" --memory "$MEMORY" --questions "$BATCH_QUESTIONS" \
+  --save "$SAVE" --loss_on "$LOSS_ON" --lora_dropout "$LORA_DROPOUT" --memory "$MEMORY" --questions "$BATCH_QUESTIONS" \
   --generate "$GENERATE" ${OUT:+--output_dir "$OUT"} "$@"

@@ -68,7 +68,7 @@ def run(options: Options, argv: Sequence[str] | None) -> RunRecord | None:
 
 
 def train(options: Options, run: Run) -> RunRecord:
-    """Load, train, save the best adapter and write the record, all in the run's folder."""
+    """Load, train, save the adapter and write the record, all in the run's folder."""
     folder, dtype = run.folder, DTYPES[run.precision]
     training, questions = tokenized(options, options.contents("data"))
     if options.validation:
@@ -97,7 +97,7 @@ def train(options: Options, run: Run) -> RunRecord:
         warmup_steps=options.warmup_steps,
         eval_strategy="steps", save_strategy="steps", save_steps=options.eval_steps, save_total_limit=3,
         eval_steps=options.eval_steps, logging_strategy="steps", logging_steps=min(10, options.eval_steps),
-        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+        load_best_model_at_end=options.save == "best", metric_for_best_model="eval_loss", greater_is_better=False,
         eval_on_start=not (questions or run.checkpoint),
         remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
@@ -137,6 +137,7 @@ def train(options: Options, run: Run) -> RunRecord:
     history, metrics = summarise(trainer.state.log_history)
     if not trainer.is_world_process_zero():
         return record
+    saved = metrics[options.save]
     record.hyperparameters |= {
         **({"shard": options.shard} if shares_weights(options.shard) else {}),
         **({"stream_weights": True} if options.stream_weights else {}),
@@ -159,16 +160,16 @@ def train(options: Options, run: Run) -> RunRecord:
         LOAD,
         model=describe_model(options.model, model.get_base_model(), total_parameters),
         data=data,
-        adapter=adapter,
+        adapter={**adapter, "step": saved.get("step")},
         metrics=metrics,
         memory=memory.summary(),
         time=run.time(trainer.throughput),
         history=history,
     )
-    rate, best = record.time["tokens_per_second"], metrics["best"]
+    rate = record.time["tokens_per_second"]
     speed = f", {rate:,.0f} tokens/s" if rate else ""
     loss = f"{metrics['before']['eval_loss']:.4f} before, " if "before" in metrics else ""
-    loss += f"{best.get('eval_loss', math.nan):.4f} at step {best.get('step')}"
+    loss += f"{saved.get('eval_loss', math.nan):.4f} at step {saved.get('step')}"
     print(f"held-out loss {loss}{speed}; record in {folder.record}")
     return record
 

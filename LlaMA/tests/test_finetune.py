@@ -56,7 +56,8 @@ def test_every_method_trains_and_leaves_an_adapter_and_a_record(train_llama, tmp
     assert torch.isfinite(loaded(**asked).logits).all()
 
 
-def test_the_best_checkpoint_is_saved_not_the_last(train_llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize("save, step", [("best", 4), ("last", 10)])
+def test_the_best_checkpoint_is_saved_or_the_last(train_llama, tmp_path, monkeypatch, save, step):
     real, seen = packing.batch_loss, []
 
     def worse_after_the_second_evaluation(model, batch):
@@ -67,10 +68,10 @@ def test_the_best_checkpoint_is_saved_not_the_last(train_llama, tmp_path, monkey
         return value + 10 * max(0, len(seen) - 2)
 
     monkeypatch.setattr(packing, "batch_loss", worse_after_the_second_evaluation)
-    record = train_llama("--token_budget", 10_000, "--max_steps", 10).record
-    assert (record.metrics["best"]["step"], record.metrics["last"]["step"]) == (4, 10)
+    record = train_llama("--token_budget", 10_000, "--max_steps", 10, "--save", save).record
+    assert (record.metrics["best"]["step"], record.metrics["last"]["step"], record.adapter["step"]) == (4, 10, step)
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    for name, tensor in seen[1].items():
+    for name, tensor in seen[step // 2 - 1].items():
         torch.testing.assert_close(saved[name.replace(".default", "")], tensor)
 
 

@@ -32,7 +32,8 @@ def draw(frame: pd.DataFrame, paper: Paper) -> Iterator[Drawn]:
     for (whose, section), part in step_means(modes).groupby(["whose", "section"], sort=False):
         points = {row: (means.step_seconds, means.over_static_bytes) for (*_, row), means in part.iterrows()}
         title = _title(section, whose)
-        yield "memory", domains[section], title, pictures.memory_against_time(points, title)
+        if len(points) > 2:
+            yield "memory", domains[section], title, pictures.memory_against_time(points, title)
 
     figures = paper.figures[paper.figures.table == "longest"]
     published = {int(figure.column): figure.value for figure in figures.itertuples()}
