@@ -7,6 +7,7 @@ weighs what the published averages would have given it: gradients of a step are 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,6 +34,7 @@ class Batch:
         labels: like the ids, `IGNORE` where nothing is to be predicted (a row's first token always).
         weights: like the labels; each label's loss counts so much, divided by `divisor`.
         divisor: a number, as a tensor without dimensions.
+        sources: numbers of a pack's tokens whose next label counts; None: half or more do, and all tokens are asked.
         rows, tokens: how many rows and real (non-padding) tokens there are.
         fixed: whether its shapes are those of `fixed_shape`.
     """
@@ -44,10 +46,16 @@ class Batch:
     rows: int
     tokens: int
     fixed: bool = False
+    sources: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        parts = {name: getattr(self, name) for name in ("inputs", "labels", "weights", "divisor")}
-        return replace(self, **send_to_device(parts, device, non_blocking=True))
+        return replace(self, **send_to_device({"inputs": self.inputs, **self.tensors}, device, non_blocking=True))
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors but the model's inputs."""
+        found = {name: getattr(self, name) for name in ("labels", "weights", "divisor", "sources")}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def micro_batches(rows: Sequence[TokenRow], size: int) -> list[tuple[list[TokenRow], float]]:
@@ -100,9 +108,11 @@ def _pack(pack: list[tuple[int, TokenRow]], groups: list[tuple[list[TokenRow], f
         weights += [divisor / groups[number][1]] * len(row.ids)
         ends.append(len(ids))
     longest = max(len(row.ids) for _, row in pack)
+    sources = torch.tensor([number for number, label in enumerate(labels[1:]) if label != IGNORE], dtype=torch.long)
     return Batch(
         _packed_inputs(torch.tensor([ids]), torch.tensor([positions]), ends, longest), torch.tensor([labels]),
         torch.tensor([weights], dtype=torch.float32), torch.tensor(float(divisor)), len(pack), len(ids),
+        sources=sources if 2 * len(sources) < len(ids) else None,
     )  # fmt: skip
 
 
@@ -118,7 +128,7 @@ def fixed_shape(pack: Batch, quantum: int, rows: int, longest: int, pad_token_id
 
     Its tokens are filled up to a multiple of `quantum` with rows of padding that weigh nothing, and its list of rows to
     `rows`, the most that a pack has, plus as many as that padding may need, with empty ones; no row has more than `longest`
-    tokens.
+    tokens. Its sources are filled up to a power of two with the last token, which predicts nothing.
     """
     tokens = pack.labels.shape[1]
     whole = -(-tokens // quantum) * quantum
@@ -128,21 +138,29 @@ def fixed_shape(pack: Batch, quantum: int, rows: int, longest: int, pad_token_id
     missing = (0, whole - tokens)
     positions = torch.cat([pack.inputs["position_ids"], torch.arange(missing[1])[None] % longest], dim=1)
     ids = F.pad(pack.inputs["input_ids"], missing, value=pad_token_id)
+    sources = pack.sources
+    if sources is not None:
+        sources = F.pad(sources, (0, (1 << max(len(sources) - 1, 0).bit_length()) - len(sources)), value=whole - 1)
     return replace(
         pack,
         inputs=_packed_inputs(ids, positions, ends, longest),
         labels=F.pad(pack.labels, missing, value=IGNORE),
         weights=F.pad(pack.weights, missing),
         fixed=True,
+        sources=sources,
     )
 
 
 def batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The batch's share of its optimizer step's loss: the weighted sum of its labels' cross entropies / divisor."""
-    logits = model(**batch.inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-    labels = batch.labels[:, 1:].flatten()
-    losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    return (losses * batch.weights[:, 1:].reshape(-1)).sum() / batch.divisor  # a product would be rounded by autocast
+    labels, weights = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE), F.pad(batch.weights[:, 1:], (0, 1))
+    asked = {}
+    if batch.sources is not None and "logits_to_keep" in inspect.signature(type(_causal_lm(model)).forward).parameters:
+        asked["logits_to_keep"] = batch.sources
+        labels, weights = labels[:, batch.sources], weights[:, batch.sources]
+    logits = model(**batch.inputs, use_cache=False, **asked).logits.flatten(0, 1).float()
+    losses = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return (losses * weights.flatten()).sum() / batch.divisor  # a product would be rounded by autocast
 
 
 def fused_batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -159,7 +177,7 @@ def fused_batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         handle.remove()
     return causal_lm_loss(
         found[0], batch.labels, base.get_output_embeddings(), chunk=1024, num_items_in_batch=batch.divisor,
-        softcap=getattr(base.config, "final_logit_softcapping", None), weights=batch.weights,
+        softcap=getattr(base.config, "final_logit_softcapping", None), weights=batch.weights, rows=batch.sources,
     )  # fmt: skip
 
 
@@ -195,13 +213,13 @@ class GraphedLoss:
         if not (batch.fixed and training and batch.labels.is_cuda) or replays_random_numbers(model):
             return self.loss(model, batch)
         names = [name for name, value in batch.inputs.items() if isinstance(value, torch.Tensor)]
+        others = batch.tensors
 
-        def compute(labels, weights, divisor, *values):
-            inputs = {**batch.inputs, **dict(zip(names, values, strict=True))}
-            given = replace(batch, inputs=inputs, labels=labels, weights=weights, divisor=divisor)
-            return self.loss(model, given)
+        def compute(*values):
+            inputs = {**batch.inputs, **dict(zip(names, values))}
+            return self.loss(model, replace(batch, inputs=inputs, **dict(zip(others, values[len(names) :], strict=True))))
 
-        tensors = [batch.labels, batch.weights, batch.divisor, *(batch.inputs[name] for name in names)]
+        tensors = [*(batch.inputs[name] for name in names), *others.values()]
         return self.graphs(compute, tensors, model, self.graphs.look_at(tensors, model, batch.inputs["max_length_q"]))
 
 

@@ -23,10 +23,10 @@ from LlaMA.packing import (
 from LlaMA.tests.conftest import adapted, configuration
 
 
-@pytest.fixture
-def step(rows, tokenizer) -> list[TokenRow]:
-    """10 rows of unlike lengths: micro-batches of 4, 4 and 2."""
-    return tokenize_rows(random.Random(0).sample(rows, 10), tokenizer, cutoff=256)
+@pytest.fixture(params=["all", "response"])
+def step(rows, tokenizer, request) -> list[TokenRow]:
+    """10 rows of unlike lengths: micro-batches of 4, 4 and 2. Their loss is on all tokens, or on few."""
+    return tokenize_rows(random.Random(0).sample(rows, 10), tokenizer, cutoff=256, response_only=request.param == "response")
 
 
 def gradients(model, batches, loss):
@@ -49,9 +49,10 @@ def published_loss(model, step, micro_batch=4):
     """The Trainer's own arithmetic: transformers' mean loss of each padded micro-batch, averaged over them."""
     losses = []
     for start in range(0, len(step), micro_batch):
-        rows = [torch.tensor(row.ids) for row in step[start : start + micro_batch]]
-        labels = torch.nn.utils.rnn.pad_sequence(rows, True, IGNORE)
-        losses.append(model(input_ids=labels.clamp(min=0), attention_mask=(labels != IGNORE).long(), labels=labels).loss)
+        rows = step[start : start + micro_batch]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in rows], True, IGNORE)
+        labels = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.labels) for row in rows], True, IGNORE)
+        losses.append(model(input_ids=ids.clamp(min=0), attention_mask=(ids != IGNORE).long(), labels=labels).loss)
     return sum(losses) / len(losses)
 
 
@@ -148,7 +149,10 @@ def test_response_only_loss_counts_responses_alone(model, rows, tokenizer):
         expected -= chosen.sum().item()
     expected /= sum(row.targets for row in rows)
     (pack,) = packed_step(rows, len(rows), 10_000)
-    assert float(batch_loss(model, pack)) == pytest.approx(expected, rel=1e-5)
+    asked = []
+    model.lm_head.register_forward_hook(lambda module, args, output: asked.append(output.shape[1]))
+    assert batch_loss(model, pack).item() == pytest.approx(expected, rel=1e-5)
+    assert asked == [sum(row.targets for row in rows)]  # prompts cost no logits
 
 
 def test_packing_is_refused_where_rows_would_mix_or_do_not_fit(model, step):

@@ -413,12 +413,51 @@ def test_half_precision_is_as_near_to_float32_as_plain(how, mode, offload, large
     assert distance(found, reference) <= 1.5 * distance(plain, reference)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("width", [torch.float32, torch.bfloat16])
+def test_rows_that_count_lose_the_same_in_half_precision(width, weighted):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(1, 9, 8).to(width).requires_grad_(), torch.nn.Linear(8, 23).bfloat16().requires_grad_(False)
+    labels, weights = torch.full((1, 9), -100), torch.rand(1, 9) if weighted else None
+    labels[0, 3:5] = 7
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = (torch.tensor([2, 3]), None)
+        few, whole = (causal_lm_loss(hidden, labels, head, chunk=4, weights=weights, rows=which) for which in rows)
+    torch.testing.assert_close((few, *torch.autograd.grad(few, hidden)), (whole, *torch.autograd.grad(whole, hidden)))
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("counting", [0, 1, 18, 19])
+def test_prompts_and_padding_cost_no_logits(counting, backend, monkeypatch):
+    """Unless half of all labels count or more: then all states are worked on, as they lie."""
+    model = build(dtype=torch.float32, config={"num_hidden_layers": 1})
+    inputs, _ = batch()
+    labels = torch.full((2, 19), -100)
+    labels[:, 1:][torch.arange(36).view(2, 18) < counting] = 3
+    labels[:, 0] = 5  # which nothing predicts
+
+    def loss(model):
+        return model(**inputs, labels=labels, num_items_in_batch=torch.tensor(7)).loss
+
+    expected, reference = step_of(model, lambda: loss(model))
+    set_memory_mode(model, "lean", chunk_tokens=8)
+    torch._dynamo.reset()
+    learning = model if backend is None else torch.compile(model, backend=backend)
+    seen, head = [], model.get_base_model().lm_head.weight
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, *b: seen.append(len(x) if w is head else 0) or linear(x, w, *b))
+    found, gradients = step_of(model, lambda: loss(learning))
+    torch.testing.assert_close((found, gradients), (expected, reference), rtol=1e-5, atol=1e-6)
+    assert backend or sum(seen) == (counting if counting < 19 else 38)
+
+
 OFFLOAD, CHUNK = "offload must be None, True, False or, in mode 'lean', 'fp8'", "chunk_tokens must be an integer of at least 1"
 
 
+@pytest.mark.parametrize("rows", ["all", "those that count", "others too"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_chunked_loss_equals_the_whole(chunk, softcap):
+def test_chunked_loss_equals_the_whole(chunk, softcap, rows):
     torch.manual_seed(0)
     hidden = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
     head = torch.nn.Linear(8, 23, dtype=torch.float64).requires_grad_(False)
@@ -428,8 +467,10 @@ def test_chunked_loss_equals_the_whole(chunk, softcap):
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     whole = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
     (expected,) = torch.autograd.grad(3 * whole, hidden)
+    counting = F.pad(labels[:, 1:] >= 0, (0, 1)).flatten().nonzero()[:, 0]
+    given = {"all": None, "those that count": counting, "others too": F.pad(counting, (0, 1), value=17)}[rows]
     for _ in range(2):
-        chunked = causal_lm_loss(hidden, labels, head, chunk=chunk, softcap=softcap)
+        chunked = causal_lm_loss(hidden, labels, head, chunk=chunk, softcap=softcap, rows=given)
         (found,) = torch.autograd.grad(3 * chunked, hidden)
         torch.testing.assert_close(chunked, whole)
         torch.testing.assert_close(found, expected)

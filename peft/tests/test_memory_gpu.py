@@ -29,7 +29,7 @@ def llama(dtype=torch.float32, adapter=(), **fields):
 
 def gradients_of(model, ids, **more):
     model.zero_grad()
-    model(input_ids=ids, labels=ids, **more).loss.backward()
+    model(**{"input_ids": ids, "labels": ids, **more}).loss.backward()
     return torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None])
 
 
@@ -123,6 +123,19 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
     close(kernels.cross_entropy_(ours, labels.cuda()), kernels.cross_entropy_(reference, labels), 1e-5)
     close(ours, reference, tolerance)
     assert not ours[4].any()
+
+
+def test_prompts_cost_no_logits():
+    model, labels = llama(torch.bfloat16, vocab_size=20011), torch.full((2, 512), -100, device="cuda")
+    ids = torch.randint(20011, (2, 512), generator=torch.Generator().manual_seed(1)).cuda()
+    labels[:, 500:] = ids[:, 500:]
+    reference = gradients_of(model, ids, labels=labels)
+    set_memory_mode(model, "fast")
+    gradients_of(model, ids, labels=labels)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    close(gradients_of(model, ids, labels=labels), reference, 2e-2)
+    assert torch.cuda.max_memory_allocated() - before < 16 << 20  # of 41 MB of logits
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True], ids=["eager", "graphs"])

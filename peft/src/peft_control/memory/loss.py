@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,29 +34,34 @@ class LinearCrossEntropy(torch.autograd.Function):
         chunk: rows worked on at a time.
         softcap: Gemma-2's ``cap * tanh(logits / cap)``, or None.
         weights: ``(tokens,)`` factors of the tokens' losses, or None.
+        rows: ``(n,)`` numbers of the tokens that count, each once, and perhaps of others; None: all.
     """
 
     @staticmethod
-    def forward(ctx, hidden, labels, head: nn.Linear, chunk: int, softcap: float | None, weights=None):
+    def forward(ctx, hidden, labels, head: nn.Linear, chunk: int, softcap: float | None, weights=None, rows=None):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         dtype = compute_dtype(hidden)  # under autocast narrower than the states
         weight, bias = dense_weight(head, dtype), None if head.bias is None else head.bias.to(dtype)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            logits = F.linear(hidden[rows].to(dtype), weight, bias)
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = torch.empty_like(hidden) if rows is None else torch.zeros_like(hidden)
+        for start in range(0, len(hidden if rows is None else rows), chunk):
+            part = slice(start, start + chunk)
+            part = part if rows is None else rows[part]
+            logits = F.linear(hidden[part].to(dtype), weight, bias)
             if softcap is not None:
                 logits = torch.tanh(logits / softcap)
-                slope = (1 - logits.square()).masked_fill_(labels[rows, None] < 0, 0.0)
+                slope = (1 - logits.square()).masked_fill_(labels[part, None] < 0, 0.0)
                 logits = logits * softcap
-            losses = kernels.cross_entropy_(logits, labels[rows])
-            total += losses.sum() if weights is None else (losses * weights[rows]).sum()
+            losses = kernels.cross_entropy_(logits, labels[part])
+            total += losses.sum() if weights is None else (losses * weights[part]).sum()
             if softcap is not None:
                 logits *= slope
             if gradient is not None:
-                part = logits @ weight
-                gradient[rows] = part if weights is None else part * weights[rows, None]
+                found = logits @ weight
+                found = found if weights is None else found * weights[part, None]
+                gradient[part] = found.to(gradient.dtype)  # by numbers torch converts nothing
             del logits  # before the next chunk's are made
         if gradient is not None:
             ctx.save_for_backward(gradient)
@@ -65,10 +71,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):
         (gradient,) = ctx.saved_tensors
-        return gradient * dloss.to(gradient.dtype), None, None, None, None, None
+        return gradient * dloss.to(gradient.dtype), None, None, None, None, None, None
 
 
-def causal_lm_loss(hidden, labels, head, *, chunk, num_items_in_batch=None, ignore_index=-100, softcap=None, weights=None):
+def causal_lm_loss(
+    hidden, labels, head, *, chunk, num_items_in_batch=None, ignore_index=-100, softcap=None, weights=None, rows=None
+):
     """Next-token loss of a causal language model, averaged as transformers' ``ForCausalLMLoss`` does.
 
     Args:
@@ -76,12 +84,13 @@ def causal_lm_loss(hidden, labels, head, *, chunk, num_items_in_batch=None, igno
         labels: ``(batch, tokens)``; position t is predicted from t-1; ``ignore_index`` counts nothing.
         num_items_in_batch: divisor; None divides by the number of labels that count.
         weights: ``(batch, tokens)``, the factor of each label's loss; None: 1.
+        rows: numbers of the flattened states whose next label counts, and perhaps others; None: all.
     """
-    total = _total(hidden, labels, head, chunk, ignore_index, softcap, weights)
+    total = _total(hidden, labels, head, chunk, ignore_index, softcap, weights, rows)
     return total / _items(labels, num_items_in_batch, ignore_index)
 
 
-def _total(hidden, labels, head, chunk, ignore_index=-100, softcap=None, weights=None):
+def _total(hidden, labels, head, chunk, ignore_index=-100, softcap=None, weights=None, rows=None):
     # the last state predicts nothing; leaving it out would copy all the others
     targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index).reshape(-1).to(hidden.device)
     _check_labels(targets, ignore_index, head.out_features)
@@ -89,7 +98,29 @@ def _total(hidden, labels, head, chunk, ignore_index=-100, softcap=None, weights
     if weights is not None:
         weights = F.pad(weights[:, 1:], (0, 1)).reshape(-1)
     with _gathered(head):
-        return LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), targets, head, chunk, softcap, weights)
+        return LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), targets, head, chunk, softcap, weights, rows)
+
+
+def _rows_that_count(labels, ignore_index=-100) -> Callable[[], torch.Tensor | None]:
+    """A function that gives the numbers of the states whose next label counts, or None where at least half do.
+
+    Called after the decoder was launched, it waits for what the device was given before, not for the decoder: prompts and
+    padding then cost no logits, and the device no pause.
+    """
+    counts = F.pad(labels[:, 1:] != ignore_index, (0, 1)).reshape(-1)
+    if counts.is_cuda and torch.cuda.is_current_stream_capturing():
+        return lambda: None
+    number = counts.sum().to("cpu", non_blocking=True)
+    looked = torch.cuda.current_stream(counts.device).record_event() if counts.is_cuda else None
+
+    def rows():
+        if looked is not None:
+            looked.synchronize()
+        if 2 * int(number) >= len(counts):
+            return None
+        return counts.byte().argsort(descending=True, stable=True)[: int(number)]
+
+    return rows
 
 
 def _check_labels(targets, ignore_index, classes):
@@ -181,13 +212,11 @@ class LossPlan:
                     (ids, labels), model, seen,
                 )  # fmt: skip
                 return CausalLMOutputWithPast(loss=total / items)
+        rows = _rows_that_count(labels)
         outputs = model.model(**{name: named[name] for name in others})
         softcap = getattr(model.config, "final_logit_softcapping", None)
-        return CausalLMOutputWithPast(
-            loss=_total(outputs.last_hidden_state, labels, model.lm_head, self.chunk, softcap=softcap) / items,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        total = _total(outputs.last_hidden_state, labels, model.lm_head, self.chunk, softcap=softcap, rows=rows())
+        return CausalLMOutputWithPast(loss=total / items, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
 
 def _by_name(forward, arguments, named) -> dict:
