@@ -97,6 +97,7 @@ def _total(hidden, labels, head, chunk, ignore_index=-100, softcap=None, weights
     targets = targets.masked_fill(targets == ignore_index, -1)
     if weights is not None:
         weights = F.pad(weights[:, 1:], (0, 1)).reshape(-1)
+    rows = None if rows is None else rows.to(hidden.device)
     with _gathered(head):
         return LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), targets, head, chunk, softcap, weights, rows)
 
@@ -110,7 +111,7 @@ def _rows_that_count(labels, ignore_index=-100) -> Callable[[], torch.Tensor | N
     counts = F.pad(labels[:, 1:] != ignore_index, (0, 1)).reshape(-1)
     if counts.is_cuda and torch.cuda.is_current_stream_capturing():
         return lambda: None
-    number = counts.sum().to("cpu", non_blocking=True)
+    number = counts.sum().to("cpu", non_blocking=counts.is_cuda)
     looked = torch.cuda.current_stream(counts.device).record_event() if counts.is_cuda else None
 
     def rows():
