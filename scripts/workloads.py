@@ -92,11 +92,7 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
         model = model.to(stored)
         return quantize_fp8(model) if quantized else model
     if shape in CAUSAL_SHAPES:
-        if method.resident or method.base == "fp8":
-            place = "cpu" if method.resident else device
-            model = random_llama_in_parts(shape, device, stored, attention, store, place)
-        else:
-            model = random_llama(shape, device, stored, attention)
+        model = random_llama_in_parts(shape, device, stored, attention, store, "cpu" if method.resident else device)
     else:
         config = RobertaConfig(**ENCODER_SHAPES[shape], type_vocab_size=1)
         with torch.device(device):
@@ -129,10 +125,8 @@ def adapt(model: nn.Module, shape: str, method: Method, control_rank: int | None
 
     lora-fa is LoRA whose A stays as it is drawn (arXiv 2308.03303), with the same AdamW as the others: peft's own optimizer
     for it, a loop over the layers, would be slower. miss has twice LoRA's rank, which is as many parameters in a square
-    layer; shadow is as peft configures it.
-
-    Raises:
-        UserError: the memory mode does not support the model or method, or a rank cannot be.
+    layer; shadow is as peft configures it. Raises UserError: the memory mode does not support the model or method, or a
+    rank cannot be.
     """
     recipe, name = recipe_of(shape), method.name
     rank = lora_rank or recipe.lora[0]
@@ -198,14 +192,9 @@ class Workload:
 
 
 def build(setting: Setting, method: Method, loaded: Callable[[], None] = lambda: None, longest: int | None = None) -> Workload:
-    """The method at work; `loaded` is called once the frozen model lies on the device.
-
-    Args:
-        longest: the most tokens of a row, which unsloth wants to know, if other rows than the setting's come later.
-
-    Raises:
-        UserError: the shape has no such memory mode or quantization.
-    """
+    """The method at work; `loaded` is called once the frozen model lies on the device. `longest` are the most tokens of a row,
+    which unsloth wants to know, if other rows than the setting's come later. Raises UserError: the shape has no such memory
+    mode or quantization."""
     torch.manual_seed(0)
     if "liger" in method.switches:
         from liger_kernel.transformers import apply_liger_kernel_to_llama

@@ -95,6 +95,12 @@ def _gpu() -> dict:
     return {"device": found["name"], "machine": found, "matmul_tflops": matmul_tflops()}
 
 
+def limit_memory(gib: float) -> None:
+    """Let torch's allocator take so many GiB of this process's GPU at most."""
+    total = torch.cuda.get_device_properties("cuda").total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+
+
 def stream_apart(command: Sequence[str], environment: dict[str, str]) -> Iterator[dict]:
     """Each JSON object that a process prints on a line of its own, at once; ``{"error": its last line on stderr}`` if it fails."""
     with tempfile.TemporaryFile("w+") as errors:
