@@ -142,7 +142,7 @@ def main() -> None:
     from control_experiments.training.device import select_device
 
     options.device = select_device(options.device).type
-    cuda = options.device == "cuda"
+    cuda, wait = options.device == "cuda", torch.get_device_module(options.device).synchronize
     compared, found = operations(options), benchmarking.machine(options.device)
     print(f"{options.tokens} tokens, {found['device']}; forward and backward")
     campaign = benchmarking.Campaign(Path(options.output), options, itemgetter("operation"), found)
@@ -152,9 +152,7 @@ def main() -> None:
         before = torch.cuda.memory_allocated() if cuda else 0
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        seconds = benchmarking.time_steps(
-            lambda: (step(), benchmarking.synchronize(options.device)), options.repeats, options.device
-        )
+        seconds = benchmarking.time_steps(lambda: (step(), wait()), options.repeats, options.device)
         over = torch.cuda.max_memory_allocated() - before if cuda else 0
         return {"seconds": statistics.median(seconds), "over_inputs_bytes": over}
 

@@ -49,17 +49,7 @@ from transformers.hf_argparser import HfArg
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
-from scripts.catalogue import (
-    ALL_SHAPES,
-    BASES,
-    CAUSAL_SHAPES,
-    LONGEST,
-    PRECISIONS,
-    VISION_SHAPES,
-    Setting,
-    default_methods,
-    parse_method,
-)
+from scripts.catalogue import BASES, CAUSAL_SHAPES, LONGEST, VISION_SHAPES, Setting, default_methods, parse_method
 
 
 @dataclass
@@ -81,9 +71,9 @@ class Options(Setting):
     def with_defaults(self) -> Options:
         """The options with what was left out as the shape and the device have it. Raises UserError: what cannot be, before
         a minute is spent."""
-        check_choices(self, shape=ALL_SHAPES, precision=PRECISIONS, base=BASES)
-        sizes = ("batch", "tokens", "lengths", "speed_at", "steps", "repeats", "control_rank", "lora_rank")
-        check_numbers(self, *sizes, at_least=1)
+        self.check()
+        check_choices(self, base=BASES)
+        check_numbers(self, "speed_at", "steps", "repeats", at_least=1)
         check_numbers(self, "warmup", at_least=0)
         check_numbers(self, "limit", "max_minutes", above=0)
         check_numbers(self, "up_to", at_least=512)

@@ -14,6 +14,7 @@ from typing import NamedTuple, Optional, get_args
 from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError
+from control_experiments.training.arguments import check_choices, check_numbers
 from control_experiments.training.options import QUANTIZATIONS, Precision, check_method_runs
 from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS
 
@@ -65,7 +66,6 @@ ALL_SHAPES = (*CAUSAL_SHAPES, *VISION_SHAPES, *ENCODER_SHAPES)
 PRECISIONS: tuple[str, ...] = get_args(Precision)[1:]  # without "auto"
 BASES = (*PRECISIONS, *QUANTIZATIONS[1:])
 LONGEST = 1 << 20  # tokens: where searches for the longest sequence end
-CLASSES = 100  # of the ViT's images
 
 
 # -- methods ----------------------------------------------------------------------------------------------------
@@ -228,6 +228,11 @@ class Setting:
     )
     control_rank: Optional[int] = HfArg(default=None, help="Rank of the control; default: the recipe's.")
     lora_rank: Optional[int] = HfArg(default=None, help="Rank of LoRA and its kin; default: the recipe's.")
+
+    def check(self) -> None:
+        """Raise a `UserError` for what cannot be."""
+        check_choices(self, shape=ALL_SHAPES, precision=PRECISIONS)
+        check_numbers(self, "batch", "tokens", "lengths", "control_rank", "lora_rank", at_least=1)
 
     @property
     def autocast(self) -> str:

@@ -16,16 +16,7 @@ from pathlib import Path
 
 import torch
 
-from control_experiments.training.benchmarking import (
-    EXPANDABLE,
-    Campaign,
-    limit_memory,
-    machine,
-    stream_apart,
-    summarise_repeats,
-    synchronize,
-    time_steps,
-)
+from control_experiments.training.benchmarking import EXPANDABLE, Campaign, limit_memory, machine, stream_apart, time_steps
 from control_experiments.training.device import DTYPES
 from control_experiments.training.metering import MemoryMeter
 from peft_control.memory import streaming
@@ -59,10 +50,15 @@ def measure(options: Options, method: Method) -> dict:
 
     for _ in range(options.warmup):
         step()
-    synchronize(options.device)
+    torch.get_device_module(device).synchronize()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    times = summarise_repeats([time_steps(step, options.steps, options.device) for _ in range(options.repeats)])
+    repeats = [time_steps(step, options.steps, options.device) for _ in range(options.repeats)]
+    medians = [statistics.median(seconds) for seconds in repeats]
+    times = {
+        "step_seconds": statistics.median(medians), "step_seconds_all": [second for seconds in repeats for second in seconds],
+        "step_seconds_repeats": medians, "step_seconds_spread": max(medians) - min(medians),
+    }  # fmt: skip
     summary = memory.summary()
     peak = summary["peak_reserved_bytes" if graphs else "peak_allocated_bytes"] or 0
     rates = {"tokens_per_second": options.batch * options.tokens / times["step_seconds"]}
@@ -93,7 +89,7 @@ def profiled(options: Options, work: Workload) -> list[dict]:
     """Seconds of one step by kernel (on the CPU: by operation), the longest first."""
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
         work.step()
-        synchronize(options.device)
+        torch.get_device_module(options.device).synchronize()
     seconds = attrgetter(f"self_{'device' if options.device == 'cuda' else 'cpu'}_time_total")
     found = [
         {"name": event.key[:200], "calls": event.count, "seconds": seconds(event) / 1e6}

@@ -22,18 +22,9 @@ from control_experiments.training.quantization import loading_arguments, prepare
 from LlaMA.models import ready_to_train
 from LlaMA.packing import IGNORE
 from peft_control import quantize_fp8
-from scripts.catalogue import (
-    CAUSAL_SHAPES,
-    CLASSES,
-    ENCODER_SHAPES,
-    LLAMA_SHAPES,
-    MOE_SHAPES,
-    RECIPES,
-    VISION_SHAPES,
-    Method,
-    Setting,
-    recipe_of,
-)
+from scripts.catalogue import CAUSAL_SHAPES, ENCODER_SHAPES, MOE_SHAPES, VISION_SHAPES, Method, Setting, recipe_of
+
+CLASSES = 100  # of the ViT's images
 
 # -- models -----------------------------------------------------------------------------------------------------
 
@@ -248,7 +239,7 @@ def unsloth_llama(setting: Setting, method: Method, tokens: int) -> nn.Module:
         model, _ = FastLanguageModel.from_pretrained(
             folder, max_seq_length=tokens, dtype=torch.bfloat16, load_in_4bit=method.base == "nf4", local_files_only=True
         )
-    recipe = RECIPES["llama"]
+    recipe = recipe_of(setting.shape)
     rank = setting.lora_rank or recipe.lora[0]
     checkpointing = "unsloth" if "checkpointing" in method.switches else False
     lora = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "target_modules": list(recipe.targets[method.name])}
@@ -265,7 +256,7 @@ def write_llama(shape: str, device: str, folder: str, tokens: int) -> None:
     from transformers import PreTrainedTokenizerFast
 
     special = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    count = LLAMA_SHAPES[shape]["vocab_size"] - len(special)
+    count = CAUSAL_SHAPES[shape]["vocab_size"] - len(special)
     words = [*special.values(), *(f"w{number}" for number in range(count))]
     tokenizer = Tokenizer(WordLevel(dict(zip(words, range(len(words)))), unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()

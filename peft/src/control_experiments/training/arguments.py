@@ -62,11 +62,8 @@ def check_numbers(options: object, *names: str, **bounds: float) -> None:
 
 
 def check_choices(options: object, **choices: Sequence[str] | dict) -> None:
-    """Check that options, or each of several values, are among those named; None was left out and passes.
-
-    Raises:
-        UserError: one is not; the message names it, what was given and what there is.
-    """
+    """Check that options, or each of several values, are among those named; None was left out and passes. Raises
+    UserError: one is not; the message names it, what was given and what there is."""
     for name, known in choices.items():
         for value in _values(options, name):
             if value not in known:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,12 +28,6 @@ _HOW = ("output", "worker", "left", "max_minutes")
 # -- timing -----------------------------------------------------------------------------------------------------
 
 
-def synchronize(device: str) -> None:
-    """Wait until the device has done what it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def time_steps(step: Callable[[], object], count: int, device: str) -> list[float]:
     """Seconds of each of `count` steps; the host waits for the device at the end only, as training loops do."""
 
@@ -49,21 +42,10 @@ def time_steps(step: Callable[[], object], count: int, device: str) -> list[floa
     for _ in range(count):
         step()
         marks.append(mark())
-    synchronize(device)
+    torch.get_device_module(device).synchronize()
     if device == "cuda":
         return [start.elapsed_time(end) / 1000 for start, end in itertools.pairwise(marks)]
     return [end - start for start, end in itertools.pairwise(marks)]
-
-
-def summarise_repeats(repeats: Sequence[Sequence[float]]) -> dict:
-    """Seconds a step from several repeats of some steps: the median of the repeats' medians, and how far those lie apart."""
-    medians = [statistics.median(seconds) for seconds in repeats]
-    return {
-        "step_seconds": statistics.median(medians),
-        "step_seconds_all": [second for seconds in repeats for second in seconds],
-        "step_seconds_repeats": medians,
-        "step_seconds_spread": max(medians) - min(medians),
-    }
 
 
 def matmul_tflops() -> float:
@@ -130,7 +112,7 @@ class Campaign:
     versions and code are the same. So does a whole record, unless the code has changes that no commit holds.
 
     Attributes:
-        record: what is written; ``record["results"]`` are the results so far.
+        record: what is written; its `results` so far.
         key: what tells a result from the others.
     """
 
@@ -141,7 +123,8 @@ class Campaign:
         self.path, self.key = path, key
         given = {name: value for name, value in asdict(options).items() if name not in _HOW}
         head = {"versions": package_versions(), "git": git_state(), "created": utc_now()}
-        self.record = {"schema": 1, **machine, **more, **head, "options": given, "results": []}
+        self.results: list[dict] = []
+        self.record = {"schema": 1, **machine, **more, **head, "options": given, "results": self.results}
         self._partial = path.with_suffix(".json.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         places = [self._partial, *([] if self.record["git"]["dirty"] else [path])]
@@ -150,10 +133,6 @@ class Campaign:
                 print(f"{len(kept)} measured before, in {place} (delete it to measure again)", flush=True)
                 self.results.extend(kept)
                 break
-
-    @property
-    def results(self) -> list[dict]:
-        return self.record["results"]
 
     @property
     def finished(self) -> set[Hashable]:
@@ -187,11 +166,8 @@ class Campaign:
                     print(f"[{number}/{len(groups)}, {time.time() - started:.0f} s] {say(result)}", flush=True)
 
     def finish(self) -> None:
-        """Put the results in order and the record in its place, or end with 1 if something is left.
-
-        Raises:
-            UserError: nothing but failures was measured.
-        """
+        """Put the results in order and the record in its place, or end with 1 if something is left. Raises UserError:
+        nothing but failures was measured."""
         if missing := len(self.order) - len(self.finished):
             print(f"time is up, {missing} of {len(self.order)} are left: the same command goes on", file=sys.stderr)
             sys.exit(1)
