@@ -48,14 +48,14 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
-from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
+from control_experiments.training.arguments import check_numbers, parse_arguments
 from scripts.catalogue import BASES, CAUSAL_SHAPES, LONGEST, VISION_SHAPES, Setting, default_methods, parse_method
 
 
 @dataclass
 class Options(Setting):
     methods: Optional[list[str]] = HfArg(default=None, help="In order; default: all that the shape has.")
-    base: Optional[list[str]] = HfArg(default=None, help=f"For methods that name none: {', '.join(BASES)}.")
+    base: Optional[list[str]] = HfArg(default=None, help="For methods that name none.", metadata={"choices": BASES})
     steps: int = HfArg(default=8, help="Timed steps of each repeat; their median counts.")
     warmup: int = HfArg(default=3, help="Steps before the timed ones.")
     repeats: Optional[int] = HfArg(default=None, help="Their median counts; default: 3 on a GPU, 1 on a CPU.")
@@ -72,7 +72,6 @@ class Options(Setting):
         """The options with what was left out as the shape and the device have it. Raises UserError: what cannot be, before
         a minute is spent."""
         self.check()
-        check_choices(self, base=BASES)
         check_numbers(self, "speed_at", "steps", "repeats", at_least=1)
         check_numbers(self, "warmup", at_least=0)
         check_numbers(self, "limit", "max_minutes", above=0)

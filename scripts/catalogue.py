@@ -14,7 +14,7 @@ from typing import NamedTuple, Optional, get_args
 from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError
-from control_experiments.training.arguments import check_choices, check_numbers
+from control_experiments.training.arguments import check_numbers
 from control_experiments.training.options import QUANTIZATIONS, Precision, check_method_runs
 from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS
 
@@ -216,7 +216,7 @@ def default_methods(shape: str, device: str, unsloth: bool) -> list[str]:
 class Setting:
     """How large a step is, and where it runs: as options, which `bench_memory.Options` completes."""
 
-    shape: str = HfArg(default="llama3-8b", help=f"Model shape: {', '.join(ALL_SHAPES)}.")
+    shape: str = HfArg(default="llama3-8b", help="Model shape.", metadata={"choices": ALL_SHAPES})
     device: str = HfArg(default="cuda", help="cuda, a GPU's index, or cpu to try the script out.")
     batch: int = HfArg(default=4, help="Sequences per step.")
     tokens: Optional[int] = HfArg(
@@ -224,14 +224,13 @@ class Setting:
     )
     lengths: Optional[list[int]] = HfArg(default=None, help="Real tokens of the rows, in turn; the rest is padding.")
     precision: Optional[str] = HfArg(
-        default=None, help=f"Autocast: {', '.join(PRECISIONS)}; default: bf16 for a decoder, else fp16 on a GPU."
+        default=None, help="Autocast; default: bf16 for a decoder, else fp16 on a GPU.", metadata={"choices": PRECISIONS}
     )
     control_rank: Optional[int] = HfArg(default=None, help="Rank of the control; default: the recipe's.")
     lora_rank: Optional[int] = HfArg(default=None, help="Rank of LoRA and its kin; default: the recipe's.")
 
     def check(self) -> None:
         """Raise a `UserError` for what cannot be."""
-        check_choices(self, shape=ALL_SHAPES, precision=PRECISIONS)
         check_numbers(self, "batch", "tokens", "lengths", "control_rank", "lora_rank", at_least=1)
 
     @property
