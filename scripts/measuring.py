@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,10 +23,12 @@ from control_experiments.training.metering import MemoryMeter
 from peft_control.memory import streaming
 from scripts.bench_memory import Options
 from scripts.catalogue import MOE_SHAPES, Method, parse_method
-from scripts.longest import Search, Step
 from scripts.workloads import Workload, build, step_loss
 
 REPEATED = 60  # seconds: a step that takes longer is timed as it ran first
+GRAIN = 512  # lengths that are searched are multiples of it
+CLOSE = 1 / 32  # a found length is at most this share of itself below one that does not fit, or is predicted not to
+AIM = 0.985  # share of the room over the weights that the first attempt aims at: the rest is what an allocator cannot use
 #: `python -c` this ... runs the benchmark; unsloth wants to be imported before transformers.
 UNSLOTH_FIRST = "import runpy, unsloth; runpy.run_module('scripts.bench_memory', run_name='__main__', alter_sys=True)"
 
@@ -99,36 +102,96 @@ def profiled(options: Options, work: Workload) -> list[dict]:
     return sorted(found, key=lambda kernel: -kernel["seconds"])
 
 
-def search(options: Options, method: Method) -> Iterator[dict]:
-    """Each of `options.left` as it is found: tokens/s at a length, or the longest sequence within a limit."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    begun = time.monotonic()
-    work = build(replace(options, tokens=512), method, longest=options.up_to)
-    torch.cuda.empty_cache()
+class Step(NamedTuple):
+    """A step that went through: its peak in bytes, its seconds, and those of its repeats."""
 
-    def run(tokens: int, limit: float | None, repeats: int = 0) -> Step | None:
-        limit_memory(limit or total / 2**30)
+    peak: int
+    seconds: float
+    repeats: list[float]
+
+
+class Search:
+    """The longest sequence whose step fits within a limit, found in few steps, for GPUs that are lent for minutes.
+
+    A step's peak memory is nearly linear in its tokens. So two short steps predict the longest sequence of a limit, and one or
+    two steps under the limit confirm it. What is reported always ran under its limit.
+    """
+
+    def __init__(self, options: Options, work: Workload):
+        self.options, self.work, self.most = options, work, options.up_to
+        self.total, self.static = torch.cuda.get_device_properties(0).total_memory, torch.cuda.memory_allocated()
+        self.points: dict[int, int] = {}  # tokens of a step -> its peak in bytes
+
+    def attempt(self, tokens: int, limit: float | None, repeats: int = 0) -> Step | None:
+        """A step of so many tokens within a limit in GiB (None: the device's own), or None if that is not enough."""
+        limit_memory(limit or self.total / 2**30)
         torch.cuda.reset_peak_memory_stats()
         try:
-            work.loss = step_loss(replace(options, tokens=tokens), work.model)
+            self.work.loss = step_loss(replace(self.options, tokens=tokens), self.work.model)
             ends = [time.perf_counter()]
             for _ in range(1 + repeats):
-                work.step()
+                self.work.step()
                 torch.cuda.synchronize()
                 ends.append(time.perf_counter())
-            seconds = [end - begin for begin, end in pairwise(ends)]
-            repeated = seconds[1:] or seconds  # the first of a length also allocates memory, on the host too
-            return Step(torch.cuda.max_memory_allocated(), statistics.median(repeated), repeated)
         except RuntimeError as error:  # torch's own, or CUDA's when pinned memory runs out
             if "out of memory" not in str(error):
                 raise
             return None
         finally:
-            work.optimizer.zero_grad()
+            self.work.optimizer.zero_grad()
             torch.cuda.empty_cache()
+        seconds = [end - begin for begin, end in pairwise(ends)]
+        repeated = seconds[1:] or seconds  # the first of a length also allocates memory, on the host too
+        self.points[tokens] = torch.cuda.max_memory_allocated()
+        return Step(self.points[tokens], statistics.median(repeated), repeated)
 
-    steps, good = Search(run, options.up_to, torch.cuda.memory_allocated()), 0
-    steps.probe(total)
+    def probe(self) -> None:
+        """Two short steps on the whole device; the second four to sixteen times as long as the first, if it fits."""
+        for tokens in (GRAIN, 2 * GRAIN):  # the optimizer's states exist from the second step on
+            if not self.attempt(tokens, None):
+                return
+        longer = min(32 * GRAIN, self.predict(self.total) // 2, self.most) // GRAIN * GRAIN
+        if longer > 2 * GRAIN:
+            self.attempt(longer, None)
+
+    def predict(self, room: float) -> int:
+        """Tokens whose step should take so many bytes, on the line through the two longest steps."""
+        if not self.points:
+            return 0
+        *_, last = ends = sorted(self.points)[-2:]
+        slope = (self.points[last] - self.static) / last
+        if len(ends) == 2 and self.points[last] > self.points[ends[0]]:
+            slope = (self.points[last] - self.points[ends[0]]) / (last - ends[0])
+        return max(0, int(last + (room - self.points[last]) / max(slope, 1)))
+
+    def longest(self, limit: float, good: int) -> tuple[int, Step | None]:
+        """The longest sequence within so many GiB, and its step; `good` fits within less, and is returned, without a step, if
+        nothing longer fits."""
+        found, bad, aim, failures = None, self.most // GRAIN * GRAIN + GRAIN, AIM, 0
+        while bad - good > max(GRAIN, CLOSE * good):
+            target = self.predict(self.static + aim * (limit * 2**30 - self.static))
+            if failures:
+                target = min(target, int(bad * (1 - CLOSE)))
+            if failures > 1:  # not so linear after all
+                target = min(target, (good + bad) // 2)
+            target = min(target, bad - GRAIN) // GRAIN * GRAIN
+            if good and target <= (1 + CLOSE) * good:
+                break
+            target = max(target, GRAIN)
+            if done := self.attempt(target, limit):
+                good, found = target, done
+            else:
+                bad, aim, failures = target, aim - 0.02, failures + 1
+        return good, found
+
+
+def search(options: Options, method: Method) -> Iterator[dict]:
+    """Each of `options.left` as it is found: tokens/s at a length, or the longest sequence within a limit."""
+    begun = time.monotonic()
+    work = build(replace(options, tokens=GRAIN), method, longest=options.up_to)
+    torch.cuda.empty_cache()
+    steps, good = Search(options, work), 0
+    steps.probe()
     waits = {"streaming": streamed(options, work)} if method.resident else {}
     for _, what, value in options.cells(method.text):
         if f"{what}={value}" not in options.left:
@@ -139,9 +202,9 @@ def search(options: Options, method: Method) -> Iterator[dict]:
         tokens, step = steps.longest(value, good) if limit else (value, steps.attempt(value, None))
         good = tokens if limit else good
         if tokens and ((not step and limit) or (step and step.seconds < REPEATED)):
-            step = run(tokens, limit, 1 if limit else 3) or step
+            step = steps.attempt(tokens, limit, 1 if limit else 3) or step
         found = {"limit_gib": limit, "longest_tokens": tokens} if limit else {"tokens": tokens, "fits": bool(step)}
-        found |= {"ended_by": "--up_to"} if limit and tokens + 512 > options.up_to else {}
+        found |= {"ended_by": "--up_to"} if limit and tokens + GRAIN > options.up_to else {}
         if step:
             found |= {"step_seconds": step.seconds, "tokens_per_second": options.batch * tokens / step.seconds}
             found |= {"peak_bytes": step.peak, "step_seconds_repeats": step.repeats}

@@ -184,15 +184,15 @@ def run_cell(options: Options, method: str, shard: str, processes: int, accumula
         return {**cell, **found}
 
 
-def line(cell: dict, single: dict | None) -> str:
+def line(cell: dict, results: list[dict]) -> str:
     text = f"{cell['method']:24s} {cell['shard']:5s} {cell['processes']} x"
     if "error" in cell:
         return f"{text} failed: {cell['error']}"
     if "longest_tokens" in cell:
         return f"{text} {cell['longest_tokens']:8d} tokens, then {cell.get('ended_by', 'no attempt')}"
-    efficiency = ""
-    if single and cell["processes"] > 1 and "step_seconds" in single:
-        efficiency = f"  efficiency {single['step_seconds'] / cell['step_seconds']:.1%}"
+    alone = {(one["method"], one["shard"]): one.get("step_seconds") for one in results if one["processes"] == 1}
+    single = alone.get((cell["method"], cell["shard"])) if cell["processes"] > 1 else None
+    efficiency = f"  efficiency {single / cell['step_seconds']:.1%}" if single else ""
     apart = f"  losses apart {cell['loss_distance']:.1e}" if "loss_distance" in cell else ""
     return (
         f"{text} {cell['tokens_per_second']:9.0f} tokens/s  {cell['peak_bytes_per_process'] / 1e9:6.2f} GB each  "
@@ -214,7 +214,6 @@ def run(options: Options) -> None:
         Path(options.output) / f"{name}.json", options, itemgetter("method", "shard", "processes"), found,
         devices=options.processors(), weights="random",
     )  # fmt: skip
-    singles = {(cell["method"], cell["shard"]): cell for cell in campaign.results if cell["processes"] == 1}
 
     @cache
     def reference(method: str, processes: int) -> list[float]:
@@ -224,13 +223,11 @@ def run(options: Options) -> None:
     def measure(keys: list[tuple[str, str, int]]) -> Iterator[dict]:
         for method, shard, processes in keys:
             cell = run_cell(options, method, shard, processes)
-            if processes == 1:
-                singles[method, shard] = cell
-            elif "losses" in cell and (losses := reference(method, processes)):
+            if processes > 1 and "losses" in cell and (losses := reference(method, processes)):
                 apart = [abs(ours - theirs) / abs(theirs) for ours, theirs in zip(cell["losses"], losses)]
                 cell["loss_distance"] = max(apart)
             yield cell
 
     planned = [[(m, s, n)] for m in options.methods for s in options.shards for n in options.counts()]
-    campaign.run(planned, measure, lambda cell: line(cell, singles.get((cell["method"], cell["shard"]))))
+    campaign.run(planned, measure, lambda cell: line(cell, campaign.results))
     campaign.finish()

@@ -48,18 +48,12 @@ def time_steps(step: Callable[[], object], count: int, device: str) -> list[floa
     return [end - start for start, end in itertools.pairwise(marks)]
 
 
-def matmul_tflops() -> float:
-    """A GPU's own bf16 matmul rate on random data, for the arithmetic floor."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    time_steps(lambda: a @ b, 3, "cuda")
-    return 10 * 2 * 8192**3 / sum(time_steps(lambda: a @ b, 10, "cuda")) / 1e12
-
-
 # -- devices and processes --------------------------------------------------------------------------------------
 
 
 def machine(device: str) -> dict:
-    """What a record says of the machine: the device's name, how it is described, and a GPU's own bf16 matmul rate.
+    """What a record says of the machine: the device's name, how it is described, and a GPU's own bf16 matmul rate on random
+    data, for the arithmetic floor.
 
     A process of its own asks the GPU, for whoever did so would keep some of its memory and look like another user.
     """
@@ -74,7 +68,10 @@ def machine(device: str) -> dict:
 
 def _gpu() -> dict:
     found = describe_device(torch.device("cuda"))
-    return {"device": found["name"], "machine": found, "matmul_tflops": matmul_tflops()}
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    time_steps(lambda: a @ b, 3, "cuda")
+    rate = 10 * 2 * 8192**3 / sum(time_steps(lambda: a @ b, 10, "cuda"))
+    return {"device": found["name"], "machine": found, "matmul_tflops": rate / 1e12}
 
 
 def limit_memory(gib: float) -> None:
