@@ -16,8 +16,6 @@ The methods are those of bench_memory.py. Each cell has processes of its own; a 
 scripts.make_tables draws. A killed run goes on after what it has measured.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from typing import Literal, Optional

@@ -4,8 +4,6 @@
 python -m scripts.quickstart_table FOLDER
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -3,8 +3,6 @@
 The adapters, memory modes and quantized layers are those of the training scripts.
 """
 
-from __future__ import annotations
-
 import gc
 import tempfile
 from collections.abc import Callable

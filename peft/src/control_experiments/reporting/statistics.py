@@ -12,8 +12,6 @@ paired t interval. A bootstrap that resampled seeds too would be too narrow: for
 one, and its quantiles are the normal distribution's. Several tasks are pooled as the mean of their differences.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

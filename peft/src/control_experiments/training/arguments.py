@@ -1,7 +1,5 @@
 """Command lines made from dataclasses by transformers' HfArgumentParser."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import operator

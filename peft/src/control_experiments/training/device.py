@@ -1,7 +1,5 @@
 """Choosing a device and seeding every generator."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

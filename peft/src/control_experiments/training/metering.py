@@ -1,7 +1,5 @@
 """Memory and time of a training run."""
 
-from __future__ import annotations
-
 import resource
 import statistics
 import sys
