@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Our elementwise kernels against torch's and Liger's: forward and backward of each, at LLaMA-3-8B's and ViT-B's widths.
 
     python -m scripts.bench_kernels                                             # needs a GPU and liger-kernel

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Memory and speed of one training step: LoRA and its kin as people run them, and control in every memory mode.
 
     python -m scripts.bench_memory                                        # LLaMA-3-8B's shape, 4 x 1024 tokens

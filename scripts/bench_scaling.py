@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """How control and LoRA scale over the GPUs of one host: tokens/s, memory per GPU, bytes sent, and the same losses.
 
     bash scripts/bench_scaling.sh                                           # 1, 2, 4, ... of this host's GPUs

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Make every table, the judged claims, the pictures and the report from the run records below a results folder.
 
     python -m scripts.make_tables                         results/tables, results/pictures, results/claims.md, results/report.html
