@@ -22,7 +22,6 @@ from transformers.hf_argparser import HfArg
 from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import write_text_atomic
-from control_experiments.training.arguments import parse_arguments
 
 if TYPE_CHECKING:  # --help does not wait for pandas and matplotlib
     import pandas as pd
@@ -49,6 +48,8 @@ def publish(frame: pd.DataFrame, judged: pd.DataFrame, paper: records.Paper, pro
 
 
 def main() -> None:
+    from control_experiments.training.arguments import parse_arguments
+
     (options,) = parse_arguments(Options, description=__doc__)
     from control_experiments.reporting import records
 
