@@ -58,8 +58,7 @@ def random_llama_in_parts(
 
 def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -> nn.Module:
     """A model of the shape with random weights, stored as the method says; 4-bit layers compute in `compute`."""
-    own = DTYPES[recipe_of(shape).base]
-    stored = DTYPES.get(method.base, own)
+    stored = DTYPES.get(method.base, DTYPES[recipe_of(shape).base])
     attention = "eager" if "eager" in method.switches else "sdpa"
     quantized = method.base in QUANTIZATIONS
     settings = loading_arguments(method.base, torch.device(device), compute) if quantized else {}
@@ -100,8 +99,7 @@ def quantize(model: nn.Module, kind: str, settings, device: torch.device) -> Non
         plain = {name: module for name, module in stack.named_modules() if type(module) is nn.Linear}
         if plain:
             replace_with_bnb_linear(stack, quantization_config=settings)  # without weights
-        while plain:  # each goes as its successor comes
-            name, linear = plain.popitem()
+        for name, linear in plain.items():
             new = stack.get_submodule(name)
             weight = linear.weight.data.cpu() if kind == "int8" else linear.weight.data
             new.weight = type(new.weight)(weight, requires_grad=False, **vars(new.weight)).to(device)

@@ -107,7 +107,7 @@ class Campaign:
     versions and code are the same. So does a whole record, unless the code has changes that no commit holds.
 
     Attributes:
-        record: what is written; its `results` so far.
+        record: what is written, with the `results` so far.
         key: what tells a result from the others.
     """
 
