@@ -11,7 +11,6 @@ from dataclasses import replace
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -100,14 +99,6 @@ def profiled(options: Options, work: Workload) -> list[dict]:
     return sorted(found, key=lambda kernel: -kernel["seconds"])
 
 
-class Step(NamedTuple):
-    """A step that went through: its peak in bytes, its seconds, and those of its repeats."""
-
-    peak: int
-    seconds: float
-    repeats: list[float]
-
-
 class Search:
     """The longest sequence whose step fits within a limit, found in few steps, for GPUs that are lent for minutes.
 
@@ -120,8 +111,9 @@ class Search:
         self.total, self.static = torch.cuda.get_device_properties(0).total_memory, torch.cuda.memory_allocated()
         self.points: dict[int, int] = {}  # tokens of a step -> its peak in bytes
 
-    def attempt(self, tokens: int, limit: float | None, repeats: int = 0) -> Step | None:
-        """A step of so many tokens within a limit in GiB (None: the device's own), or None if that is not enough."""
+    def attempt(self, tokens: int, limit: float | None, repeats: int = 0) -> list[float] | None:
+        """Seconds of a step of so many tokens, or of its repeats, within a limit in GiB (None: the device's own); None if that is
+        not enough."""
         limit_memory(limit or self.total / 2**30)
         torch.cuda.reset_peak_memory_stats()
         try:
@@ -138,10 +130,9 @@ class Search:
         finally:
             self.work.optimizer.zero_grad()
             torch.cuda.empty_cache()
-        seconds = [end - begin for begin, end in pairwise(ends)]
-        repeated = seconds[1:] or seconds  # the first of a length also allocates memory, on the host too
         self.points[tokens] = torch.cuda.max_memory_allocated()
-        return Step(self.points[tokens], statistics.median(repeated), repeated)
+        seconds = [end - begin for begin, end in pairwise(ends)]
+        return seconds[1:] or seconds  # the first of a length also allocates memory, on the host too
 
     def probe(self) -> None:
         """Two short steps on the whole device; the second four to sixteen times as long as the first, if it fits."""
@@ -162,9 +153,9 @@ class Search:
             slope = (self.points[last] - self.points[ends[0]]) / (last - ends[0])
         return max(0, int(last + (room - self.points[last]) / max(slope, 1)))
 
-    def longest(self, limit: float, good: int) -> tuple[int, Step | None]:
-        """The longest sequence within so many GiB, and its step; `good` fits within less, and is returned, without a step, if
-        nothing longer fits."""
+    def longest(self, limit: float, good: int) -> tuple[int, list[float] | None]:
+        """The longest sequence within so many GiB, and its step's seconds; `good` fits within less, and is returned, without
+        seconds, if nothing longer fits."""
         found, bad, aim, failures = None, self.most // GRAIN * GRAIN + GRAIN, AIM, 0
         while bad - good > max(GRAIN, CLOSE * good):
             target = self.predict(self.static + aim * (limit * 2**30 - self.static))
@@ -197,15 +188,16 @@ def search(options: Options, method: Method) -> Iterator[dict]:
         if options.max_minutes is not None and time.monotonic() - begun > 60 * options.max_minutes:
             return
         limit = value if what == "limit_gib" else None
-        tokens, step = steps.longest(value, good) if limit else (value, steps.attempt(value, None))
+        tokens, seconds = steps.longest(value, good) if limit else (value, steps.attempt(value, None))
         good = tokens if limit else good
-        if tokens and ((not step and limit) or (step and step.seconds < REPEATED)):
-            step = steps.attempt(tokens, limit, 1 if limit else 3) or step
-        found = {"limit_gib": limit, "longest_tokens": tokens} if limit else {"tokens": tokens, "fits": bool(step)}
+        if tokens and ((not seconds and limit) or (seconds and seconds[0] < REPEATED)):
+            seconds = steps.attempt(tokens, limit, 1 if limit else 3) or seconds
+        found = {"limit_gib": limit, "longest_tokens": tokens} if limit else {"tokens": tokens, "fits": bool(seconds)}
         found |= {"ended_by": "--up_to"} if limit and tokens + GRAIN > options.up_to else {}
-        if step:
-            found |= {"step_seconds": step.seconds, "tokens_per_second": options.batch * tokens / step.seconds}
-            found |= {"peak_bytes": step.peak, "step_seconds_repeats": step.repeats}
+        if seconds:
+            median = statistics.median(seconds)
+            found |= {"step_seconds": median, "tokens_per_second": options.batch * tokens / median}
+            found |= {"peak_bytes": steps.points[tokens], "step_seconds_repeats": seconds}
         yield {"method": method.text, **found, **waits}
 
 
