@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
@@ -212,8 +213,11 @@ def work(options: Options) -> None:
 # -- in the process that starts them ----------------------------------------------------------------------------
 
 
-def run_method(options: Options, command: Sequence[str], left: list[tuple], minutes: float | None) -> Iterator[dict]:
-    """The cells of a method that are left, as they are found in a process of its own, which begins none after so many minutes."""
+def run_method(options: Options, command: Sequence[str], begun: float, left: list[tuple]) -> Iterator[dict]:
+    """The cells of a method that are left, as they are found in a process of its own; none begins when --max_minutes are over."""
+    minutes = options.max_minutes and options.max_minutes - (time.monotonic() - begun) / 60
+    if minutes is not None and minutes <= 0:
+        return
     method, start, environment = parse_method(left[0][0]), ["-m", "scripts.bench_memory"], {}
     if options.limit or "graphs" in method.switches:
         environment |= EXPANDABLE
@@ -289,13 +293,7 @@ def run(options: Options, command: list[str]) -> None:
     campaign = Campaign(
         Path(options.output) / options.file_name(), options, cell, found, setting=setting, dtype=dtype, weights="random"
     )
-
-    def of_method(left: list[tuple]) -> Iterator[dict]:
-        minutes = options.max_minutes and options.max_minutes - (time.monotonic() - begun) / 60
-        if minutes is None or minutes > 0:
-            yield from run_method(options, command, left, minutes)
-
-    campaign.run([options.cells(text) for text in options.methods], of_method, line)
+    campaign.run([options.cells(text) for text in options.methods], partial(run_method, options, command, begun), line)
     if not options.limit and any("step_seconds" in result for result in campaign.results):
         print(table(campaign.results))
     campaign.finish()

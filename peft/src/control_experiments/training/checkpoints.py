@@ -144,13 +144,6 @@ def find_damage(checkpoint: Path) -> str | None:
     return None
 
 
-def set_aside(checkpoint: Path) -> Path:
-    """Rename a broken checkpoint to `<name>.broken`, where nothing looks for one."""
-    place = checkpoint.with_name(f"{checkpoint.name}.broken")
-    discard(place)
-    return checkpoint.rename(place)
-
-
 def check_adapter_files(folder: str | os.PathLike) -> None:
     """Raise UserError for an adapter folder whose weights are no safetensors: peft would fall back to a pickle."""
     folder = Path(folder).expanduser()

@@ -148,7 +148,9 @@ class RunFolder:
                 "start over, or put back a copy of a checkpoint"
             )
         for broken, reason in damage.items() if self._lock is not None else ():
-            place = checkpoints.set_aside(broken)
+            place = broken.with_name(f"{broken.name}.broken")  # where nothing looks for one
+            checkpoints.discard(place)
+            broken.rename(place)
             print(f"warning: {broken.name} is broken ({reason}): set aside as {place.name}", file=sys.stderr)
         return found[len(damage)] if found else None
 
