@@ -165,7 +165,6 @@ def main() -> None:
         return "   ".join(told)
 
     campaign.run([[name] for name in compared], compare, say)
-    campaign.finish()
 
 
 if __name__ == "__main__":

@@ -296,4 +296,3 @@ def run(options: Options, command: list[str]) -> None:
     campaign.run([options.cells(text) for text in options.methods], partial(run_method, options, command, begun), line)
     if not options.limit and any("step_seconds" in result for result in campaign.results):
         print(table(campaign.results))
-    campaign.finish()

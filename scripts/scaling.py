@@ -228,4 +228,3 @@ def run(options: Options) -> None:
 
     planned = [[(m, s, n)] for m in options.methods for s in options.shards for n in options.counts()]
     campaign.run(planned, measure, lambda cell: line(cell, campaign.results))
-    campaign.finish()

@@ -103,7 +103,7 @@ def stream_apart(command: Sequence[str], environment: dict[str, str]) -> Iterato
 class Campaign:
     """Results of one benchmark, written after each of them; a killed run's are kept for the next.
 
-    They lie in ``PATH.partial`` until `finish`, which no table reads. A result counts for another run if options, device,
+    They lie in ``PATH.partial`` until all are there, which no table reads. A result counts for another run if options, device,
     versions and code are the same. So does a whole record, unless the code has changes that no commit holds.
 
     Attributes:
@@ -129,10 +129,6 @@ class Campaign:
                 self.results.extend(kept)
                 break
 
-    @property
-    def finished(self) -> set[Hashable]:
-        return {self.key(result) for result in self.results}
-
     def _kept(self, place: Path) -> list[dict]:
         """Results in a file of the same benchmark, without its failures."""
         try:
@@ -144,29 +140,23 @@ class Campaign:
         except (OSError, ValueError, KeyError, TypeError):
             return []  # there is none, or it is no such file
 
-    def add(self, result: dict) -> None:
-        self.results.append(result)
-        write_json_atomic(self._partial, self.record)
-
     def run(
         self, groups: Sequence[Sequence[Hashable]], measure: Callable[[list], Iterable[dict]], say: Callable[[dict], str]
     ) -> None:
-        """Measure what is not finished, group by group; say each result of a group's keys as soon as it is there."""
-        self.order = [key for keys in groups for key in keys]
+        """Measure what is not finished, group by group, and say each result of a group's keys as soon as it is there. Then put
+        them in order and the record in its place, or end with 1 if something is left. Raises UserError: all failed."""
+        order = [key for keys in groups for key in keys]
         for number, keys in enumerate(groups, 1):
-            started = time.time()
-            if left := [key for key in keys if key not in self.finished]:
+            started, finished = time.time(), set(map(self.key, self.results))
+            if left := [key for key in keys if key not in finished]:
                 for result in measure(left):
-                    self.add(result)
+                    self.results.append(result)
+                    write_json_atomic(self._partial, self.record)
                     print(f"[{number}/{len(groups)}, {time.time() - started:.0f} s] {say(result)}", flush=True)
-
-    def finish(self) -> None:
-        """Put the results in order and the record in its place, or end with 1 if something is left. Raises UserError:
-        nothing but failures was measured."""
-        if missing := len(self.order) - len(self.finished):
-            print(f"time is up, {missing} of {len(self.order)} are left: the same command goes on", file=sys.stderr)
+        if missing := len(order) - len(set(map(self.key, self.results))):
+            print(f"time is up, {missing} of {len(order)} are left: the same command goes on", file=sys.stderr)
             sys.exit(1)
-        self.results.sort(key=lambda result: self.order.index(self.key(result)))
+        self.results.sort(key=lambda result: order.index(self.key(result)))
         write_json_atomic(self._partial, self.record)
         self._partial.replace(self.path)
         print(f"record in {self.path}")
