@@ -218,9 +218,8 @@ class BaseOptions(_Group):
             for variable, option in _NOT_DONE.items():
                 if _is_set(variable):
                     raise UserError(f"{option} true is not supported: leave it out; --memory lean needs less too")
-            os.environ["ACCELERATE_USE_FSDP"] = (
-                "false"  # accelerate and transformers would act on it too, once a model is loaded
-            )
+            # accelerate and transformers would act on it too, once a model is loaded
+            os.environ["ACCELERATE_USE_FSDP"] = "false"
             self.shard = "fsdp2"
         if self.shard == "fsdp2" and self.quantization not in ("none", "fp8"):
             raise UserError(f"--quantization {self.quantization} cannot be sharded: choose fp8, or --shard ddp")
