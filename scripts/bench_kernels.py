@@ -8,6 +8,8 @@ is the peak over the inputs. Ratios below 1: ours is faster, or needs less. A Tr
 peft_control/memory/kernels.py only here.
 """
 
+from __future__ import annotations
+
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -14,6 +14,8 @@ accumulates the same global batch, which is run for comparison. The methods are 
 scripts.make_tables draws. A killed run goes on after what it has measured.
 """
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
 from typing import Literal, Optional

@@ -4,6 +4,8 @@ A new peer is a name in `NAMES` and its branch in `workloads.adapt`, a new way t
 and its branch in `workloads.random_base`.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -7,6 +7,8 @@ weights as safetensors, under $PARALLEL_CONTROL_CACHE/models (default: ~/.cache/
 order asked for. A model that is already there is only checked.
 """
 
+from __future__ import annotations
+
 import argparse
 import shutil
 import subprocess

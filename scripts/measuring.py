@@ -1,5 +1,7 @@
 """The work of bench_memory.py: what each method's own process measures, and the process that starts them."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import statistics

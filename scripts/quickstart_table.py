@@ -3,6 +3,8 @@
 python -m scripts.quickstart_table FOLDER
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys

@@ -1,5 +1,7 @@
 """The work of bench_scaling.py: what each process of a run does, and the process that starts the runs."""
 
+from __future__ import annotations
+
 import itertools
 import json
 import logging

@@ -3,6 +3,8 @@
 The adapters, memory modes and quantized layers are those of the training scripts.
 """
 
+from __future__ import annotations
+
 import gc
 import tempfile
 from collections.abc import Callable

@@ -10,6 +10,8 @@
 With them `reporting.statistics` pairs methods example by example. Without them it pairs seeds alone.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Where the repository is, and how a path is written down for others to read."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """The claims of claims.yaml, each judged by the records alone, and claims.md."""
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections import Counter

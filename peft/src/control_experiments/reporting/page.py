@@ -4,6 +4,8 @@ Pictures are matplotlib's SVG, whose marks carry their method and figures in the
 domain and method and shows figures on hover or tap. Without scripts everything is shown.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -3,6 +3,8 @@
 scripts/make_tables.py draws those of results/pictures and report.html, scripts/quickstart_table.py its own.
 """
 
+from __future__ import annotations
+
 import io
 import itertools
 import re

@@ -17,6 +17,8 @@ Columns (missing where a kind has no such thing); benchmarks of steps and scalin
 - `record`, `folder`: the RunRecord and where it lies, for what only pictures and statistics need.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -12,6 +12,8 @@ paired t interval. A bootstrap that resampled seeds too would be too narrow: for
 one, and its quantiles are the normal distribution's. Several tasks are pooled as the mean of their differences.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

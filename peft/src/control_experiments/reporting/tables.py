@@ -4,6 +4,8 @@ A figure is the mean ± sample standard deviation over the records of its row (s
 a row come from the records that its last column links to.
 """
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass
 from functools import partial

@@ -1,5 +1,7 @@
 """Command lines made from dataclasses by transformers' HfArgumentParser."""
 
+from __future__ import annotations
+
 import argparse
 import math
 import operator

@@ -1,5 +1,7 @@
 """What benchmarks share: timing on a device, processes of their own, and a record that a killed run goes on with."""
 
+from __future__ import annotations
+
 import itertools
 import json
 import os

@@ -4,6 +4,8 @@ A checkpoint `checkpoint-STEP` holds a `manifest.json` with the SHA-256 of each 
 disk or a bad disk leaves behind is either invisible (a hidden folder, removed by `sweep`) or found by `find_damage`.
 """
 
+from __future__ import annotations
+
 import errno
 import os
 import re

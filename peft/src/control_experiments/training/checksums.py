@@ -1,5 +1,7 @@
 """One checksum for a file or a whole folder."""
 
+from __future__ import annotations
+
 import hashlib
 from functools import lru_cache
 from pathlib import Path

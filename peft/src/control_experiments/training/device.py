@@ -1,5 +1,7 @@
 """Choosing a device and seeding every generator."""
 
+from __future__ import annotations
+
 import os
 import platform
 import re

@@ -1,5 +1,7 @@
 """Watching a run's losses for NaN and infinity without waiting for the GPU at each step."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 
 import torch

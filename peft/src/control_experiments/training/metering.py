@@ -1,5 +1,7 @@
 """Memory and time of a training run."""
 
+from __future__ import annotations
+
 import resource
 import statistics
 import sys

@@ -1,5 +1,7 @@
 """The methods that the experiments compare, as peft configurations."""
 
+from __future__ import annotations
+
 import os
 import warnings
 from collections.abc import Iterator, Sequence

@@ -1,5 +1,7 @@
 """The card (README.md) of an adapter that a script trained: what it is, what it reached, and how to load it."""
 
+from __future__ import annotations
+
 import shlex
 from pathlib import Path
 

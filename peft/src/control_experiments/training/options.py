@@ -8,6 +8,8 @@ Each group checks its own values in `check`, and calls `super().check()`. Nothin
 a wrong option are answered at once.
 """
 
+from __future__ import annotations
+
 import os
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path

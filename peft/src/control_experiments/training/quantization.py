@@ -6,6 +6,8 @@ loaded: float32 in encoders, the run's type in decoders, whose RMSNorms compute 
 weight has. Adapters are float32.
 """
 
+from __future__ import annotations
+
 import logging
 from importlib.util import find_spec
 

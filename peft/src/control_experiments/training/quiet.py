@@ -1,5 +1,7 @@
 """Leaving the terminal to our own lines, the progress bar and errors."""
 
+from __future__ import annotations
+
 import warnings
 
 import datasets

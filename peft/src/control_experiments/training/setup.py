@@ -1,5 +1,7 @@
 """From parsed options to a run that may begin: what every training script does before its own first line."""
 
+from __future__ import annotations
+
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence

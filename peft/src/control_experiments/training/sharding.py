@@ -10,6 +10,8 @@ too, whatever the dtypes of base and adapter.
 accelerate is not asked to shard: it leaves FSDP out on CPUs without a word (1.15), and on GPUs its checkpoints are pickles.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 
 import torch

@@ -8,6 +8,8 @@ under a lock that a dying process lets go of. Finished runs are skipped and unfi
 completes what was interrupted, or what --max_minutes ended. A run that fails stops no other.
 """
 
+from __future__ import annotations
+
 import fcntl
 import gc
 import json

@@ -4,6 +4,8 @@ A run that was killed, stopped by a signal or cut off by a full disk goes on fro
 on a CPU, bit for bit as if nothing had happened.
 """
 
+from __future__ import annotations
+
 import logging
 import shutil
 import sys
