@@ -35,6 +35,8 @@ a card keeps about half a GiB for itself besides. A found length ran within its 
 fit, or is predicted not to.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -65,7 +67,7 @@ class Options(Setting):
     worker: Optional[str] = HfArg(default=None, help="Used by the script itself: run this one method.")
     left: Optional[list[str]] = HfArg(default=None, help="Used by the script itself: what is to be measured.")
 
-    def with_defaults(self) -> "Options":
+    def with_defaults(self) -> Options:
         """The options with what was left out as the shape and the device have it. Raises UserError: what cannot be, before
         a minute is spent."""
         self.check()

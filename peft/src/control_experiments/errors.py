@@ -1,5 +1,7 @@
 """How entry points fail: one line that says what to do, exit code 2."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import pickle
@@ -46,7 +48,7 @@ class StopRequest(ExitStack):
     number: int | None = None
     _noted: tuple[int, float] | None = None
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> StopRequest:
         self.enter_context(on_signals(self._note, signal.SIGINT, signal.SIGTERM))
         return self
 

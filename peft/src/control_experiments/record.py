@@ -1,5 +1,7 @@
 """The run record: one JSON file that says what was run, on what, and what came out."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -13,7 +15,6 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import get_origin
 
 from .errors import UserError
 from .paths import REPOSITORY, public_path
@@ -57,7 +58,7 @@ class RunRecord:
 
     @classmethod
     def begin(cls, options, *, method: str | None = None, command: Sequence[str], name: str,
-              domain: str, task: str, device: dict, **settled: object) -> "RunRecord":  # fmt: skip
+              domain: str, task: str, device: dict, **settled: object) -> RunRecord:  # fmt: skip
         """The record of a run that begins: everything that is known before it has results.
 
         Args:
@@ -69,7 +70,7 @@ class RunRecord:
         here = {"created": utc_now(), "git": git_state(), "versions": package_versions(), "status": "running"}
         return cls(**said, **here, method=method or options.method, hyperparameters={**options.hyperparameters(), **settled})
 
-    def finish(self, path: str | os.PathLike | None = None, **results: object) -> "RunRecord":
+    def finish(self, path: str | os.PathLike | None = None, **results: object) -> RunRecord:
         """Add what came out (fields by name) and, where there is a `path`, write the record to it; returns it."""
         for name, value in results.items():
             if not hasattr(self, name):
@@ -97,7 +98,7 @@ def read_record(path: str | os.PathLike) -> RunRecord:
     if found != SCHEMA:
         raise UserError(f"{path} is no run record of schema {SCHEMA} (found {found!r})")
     for entry in fields(RunRecord):
-        expected = get_origin(entry.type) or entry.type
+        expected = {"dict": dict, "list[dict]": list, "list[str]": list, "str": str, "int": int}[entry.type]
         if not isinstance(contents.get(entry.name), expected):
             what = f"{entry.name!r} is missing or no {expected.__name__}"
             raise UserError(f"{path} is a broken run record: {what}")

@@ -1,5 +1,7 @@
 """The folder of one run: who may write to it, and whether what is in it belongs to this run."""
 
+from __future__ import annotations
+
 import fcntl
 import json
 import logging
@@ -47,7 +49,7 @@ class RunFolder:
             os.close(self._lock)
             raise UserError(f"{self.path} is in use by another run: wait or choose another folder") from error
 
-    def __enter__(self) -> "RunFolder":
+    def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
