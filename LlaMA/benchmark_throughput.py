@@ -20,7 +20,7 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import public_path
-from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
+from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.options import MemoryOptions, RunOptions
 from LlaMA.finetune import RecipeOptions
 from scripts.catalogue import LLAMA_SHAPES
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class Options(RunOptions, RecipeOptions, MemoryOptions):
     data: str = HfArg(help="JSON file in the format of commonsense_170k.json.")
     model: Optional[str] = HfArg(default=None, help="Hub id, folder or GGUF file of a base model.")
-    shape: Optional[str] = HfArg(default=None, help="Or random weights of a LLaMA shape of scripts.bench_memory.")
+    shape: Optional[str] = HfArg(default=None, help="Or random weights of a LLaMA.", metadata={"choices": [*LLAMA_SHAPES]})
     method: str = HfArg(default="control+lora", help="Method that is trained.")
     attention: Literal["auto", "sdpa"] = HfArg(default="auto", help="auto: flash attention over packs where it runs.")
     steps: int = HfArg(default=30, help="Timed optimizer steps of each way.")
@@ -47,7 +47,6 @@ class Options(RunOptions, RecipeOptions, MemoryOptions):
         super().check()
         if (self.model is None) == (self.shape is None):
             raise UserError("give either --model or --shape")
-        check_choices(self, shape=LLAMA_SHAPES)
         check_numbers(self, "steps", "large_batch", at_least=1)
         check_numbers(self, "warmup", at_least=0)
 

@@ -23,7 +23,7 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.training import options as shared
-from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
+from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.checksums import local_fingerprint
 from LlaMA.commonsense import TASKS
 from LlaMA.demo import place_of_tests
@@ -40,7 +40,7 @@ class Options:
     model: str = HfArg(default="meta-llama/Llama-2-7b-hf", help="Base: hub id, folder, GGUF file, or tiny.")
     adapter: Optional[str] = HfArg(default=None, help="Adapter folder; without it the base model answers.")
     device: str = HfArg(default="0", help="GPU index, or cpu.")
-    tasks: list[str] = HfArg(default_factory=lambda: list(TASKS), help="Test sets to answer.")
+    tasks: list[str] = HfArg(default_factory=lambda: list(TASKS), help="Test sets to answer.", metadata={"choices": TASKS})
     limit: Optional[int] = HfArg(default=None, help="Only the first so many questions of each test set.")
     mode: Literal["generate", "likelihood"] = HfArg(
         default="generate", help="generate: as published; likelihood: the likeliest offered answer word."
@@ -66,7 +66,6 @@ class Options:
         """Raise UserError for values that cannot be."""
         check_numbers(self, "batch_size", "beams", "max_new_tokens", "limit", at_least=1)
         check_numbers(self, "compare_batch_one", at_least=0)
-        check_choices(self, tasks=TASKS)
         if self.method is not None:
             shared.check_method(self.method, METHODS)
         if self.stream_weights:

@@ -17,7 +17,7 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
-from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
+from control_experiments.training.arguments import check_numbers, parse_arguments
 
 BASES = ("bf16", "int8", "nf4", "fp8", "fp8-e5m2")
 
@@ -26,7 +26,9 @@ BASES = ("bf16", "int8", "nf4", "fp8", "fp8-e5m2")
 class Options:
     model: str = HfArg(help="Folder of a causal language model, or hub id.")
     data: str = HfArg(help="Commonsense training rows, a JSON file.")
-    bases: list[str] = HfArg(default_factory=lambda: list(BASES), help=f"Any of {', '.join(BASES)}.")
+    bases: list[str] = HfArg(
+        default_factory=lambda: list(BASES), help="How the weights are stored.", metadata={"choices": BASES}
+    )
     rows: int = HfArg(default=16, help="The first so many rows make the batch.")
     control_rank: int = HfArg(default=16, help="Rank of the controls on attention and mlp.")
     seed: int = HfArg(default=42, help="Of the controls.")
@@ -74,7 +76,6 @@ def errors(found: dict[str, list], exact: dict[str, list]) -> dict[str, list[flo
 def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse_arguments(Options, argv=argv, description=__doc__)
     check_numbers(options, "rows", "control_rank", at_least=1)
-    check_choices(options, bases=BASES)
     from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
     from control_experiments.reporting import pictures
     from control_experiments.training.device import describe_device, select_device

@@ -55,7 +55,6 @@ def main() -> None:
     from transformers import DataCollatorWithPadding
 
     from control_experiments.training import device as devices
-    from control_experiments.training.benchmarking import synchronize
     from control_experiments.training.quiet import quieten
     from control_experiments.training.trainer import ResumableLengthSampler
     from RoBERTa import encoder
@@ -88,7 +87,7 @@ def main() -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        synchronize(device.type)
+        torch.get_device_module(device).synchronize()
         mask = batch["attention_mask"]
         return time.perf_counter() - begun, int(mask.sum()), mask.numel()
 

@@ -15,19 +15,18 @@ from pathlib import Path
 from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
-from control_experiments.training.arguments import check_choices, parse_arguments
+from control_experiments.training.arguments import parse_arguments
 from RoBERTa.glue import GLUE_TASKS, HUB_ID
 
 
 @dataclass
 class Options:
-    tasks: list[str] = HfArg(default_factory=lambda: list(GLUE_TASKS), help="Which tasks.")
+    tasks: list[str] = HfArg(default_factory=lambda: list(GLUE_TASKS), help="Which tasks.", metadata={"choices": [*GLUE_TASKS]})
     output: str = HfArg(default=str(Path(__file__).resolve().parent / "data" / "glue"), help="Folder for all tasks.")
 
 
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
-    check_choices(options, tasks=GLUE_TASKS)
     from datasets import load_dataset
 
     from control_experiments.training.checkpoints import whole_folder

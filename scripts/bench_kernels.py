@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Our elementwise kernels against torch's and Liger's: forward and backward of each, at LLaMA-3-8B's and ViT-B's widths.
 
     python -m scripts.bench_kernels                                             # needs a GPU and liger-kernel
@@ -142,7 +141,7 @@ def main() -> None:
     from control_experiments.training.device import select_device
 
     options.device = select_device(options.device).type
-    cuda = options.device == "cuda"
+    cuda, wait = options.device == "cuda", torch.get_device_module(options.device).synchronize
     compared, found = operations(options), benchmarking.machine(options.device)
     print(f"{options.tokens} tokens, {found['device']}; forward and backward")
     campaign = benchmarking.Campaign(Path(options.output), options, itemgetter("operation"), found)
@@ -152,9 +151,7 @@ def main() -> None:
         before = torch.cuda.memory_allocated() if cuda else 0
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        seconds = benchmarking.time_steps(
-            lambda: (step(), benchmarking.synchronize(options.device)), options.repeats, options.device
-        )
+        seconds = benchmarking.time_steps(lambda: (step(), wait()), options.repeats, options.device)
         over = torch.cuda.max_memory_allocated() - before if cuda else 0
         return {"seconds": statistics.median(seconds), "over_inputs_bytes": over}
 
@@ -170,7 +167,6 @@ def main() -> None:
         return "   ".join(told)
 
     campaign.run([[name] for name in compared], compare, say)
-    campaign.finish()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Memory and speed of one training step: LoRA and its kin as people run them, and control in every memory mode.
 
     python -m scripts.bench_memory                                        # LLaMA-3-8B's shape, 4 x 1024 tokens
@@ -48,39 +47,17 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
-from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
-from scripts.catalogue import (
-    ALL_SHAPES,
-    BASES,
-    CAUSAL_SHAPES,
-    LONGEST,
-    PRECISIONS,
-    VISION_SHAPES,
-    Setting,
-    default_methods,
-    parse_method,
-)
+from control_experiments.training.arguments import check_numbers, parse_arguments
+from scripts.catalogue import BASES, CAUSAL_SHAPES, LONGEST, VISION_SHAPES, Setting, default_methods, parse_method
 
 
 @dataclass
 class Options(Setting):
-    shape: str = HfArg(default="llama3-8b", help=f"Model shape: {', '.join(ALL_SHAPES)}.")
     methods: Optional[list[str]] = HfArg(default=None, help="In order; default: all that the shape has.")
-    base: Optional[list[str]] = HfArg(default=None, help=f"For methods that name none: {', '.join(BASES)}.")
-    batch: int = HfArg(default=4, help="Sequences per step.")
-    tokens: Optional[int] = HfArg(
-        default=None, help="Tokens per sequence; default: 1024 for a decoder, 128 for a RoBERTa. A ViT has as many as it has."
-    )
-    lengths: Optional[list[int]] = HfArg(default=None, help="Real tokens of the rows, in turn; the rest is padding.")
-    precision: Optional[str] = HfArg(
-        default=None, help=f"Autocast: {', '.join(PRECISIONS)}; default: bf16 for a decoder, else fp16 on a GPU."
-    )
-    control_rank: Optional[int] = HfArg(default=None, help="Rank of the control; default: the recipe's.")
-    lora_rank: Optional[int] = HfArg(default=None, help="Rank of LoRA and its kin; default: the recipe's.")
+    base: Optional[list[str]] = HfArg(default=None, help="For methods that name none.", metadata={"choices": BASES})
     steps: int = HfArg(default=8, help="Timed steps of each repeat; their median counts.")
     warmup: int = HfArg(default=3, help="Steps before the timed ones.")
     repeats: Optional[int] = HfArg(default=None, help="Their median counts; default: 3 on a GPU, 1 on a CPU.")
-    device: str = HfArg(default="cuda", help="cuda, a GPU's index, or cpu to try the script out.")
     limit: Optional[list[float]] = HfArg(default=None, help="Instead: the longest sequence within each so many GiB.")
     speed_at: Optional[list[int]] = HfArg(default=None, help="With --limit: tokens/s at these lengths too.")
     up_to: int = HfArg(default=LONGEST, help="With --limit: no longer sequences are tried.")
@@ -91,14 +68,10 @@ class Options(Setting):
     left: Optional[list[str]] = HfArg(default=None, help="Used by the script itself: what is to be measured.")
 
     def with_defaults(self) -> Options:
-        """The options with what was left out as the shape and the device have it.
-
-        Raises:
-            UserError: what cannot be, before a minute is spent.
-        """
-        check_choices(self, shape=ALL_SHAPES, precision=PRECISIONS, base=BASES)
-        sizes = ("batch", "tokens", "lengths", "speed_at", "steps", "repeats", "control_rank", "lora_rank")
-        check_numbers(self, *sizes, at_least=1)
+        """The options with what was left out as the shape and the device have it. Raises UserError: what cannot be, before
+        a minute is spent."""
+        self.check()
+        check_numbers(self, "speed_at", "steps", "repeats", at_least=1)
         check_numbers(self, "warmup", at_least=0)
         check_numbers(self, "limit", "max_minutes", above=0)
         check_numbers(self, "up_to", at_least=512)
@@ -132,12 +105,12 @@ class Options(Setting):
         )  # fmt: skip
 
     def cells(self, method: str) -> list[tuple]:
-        """What is measured of a method: (method, "step", None), or what --limit finds, shortest first: (method, "speed_at", tokens)
-        and (method, "limit", GiB)."""
+        """What is measured of a method: (method, "step", None), or what --limit finds, shortest first: (method, "tokens", tokens)
+        and (method, "limit_gib", GiB)."""
         if not self.limit:
             return [(method, "step", None)]
-        found = [(method, "speed_at", tokens) for tokens in sorted({*(self.speed_at or [])})]
-        return found + [(method, "limit", limit) for limit in sorted({*self.limit})]
+        found = [(method, "tokens", tokens) for tokens in sorted({*(self.speed_at or [])})]
+        return found + [(method, "limit_gib", limit) for limit in sorted({*self.limit})]
 
     def particulars(self) -> dict[str, str]:
         """How the step differs from the recipe's: what people read, by what a file's name says."""

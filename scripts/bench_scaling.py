@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """How control and LoRA scale over the GPUs of one host: tokens/s, memory per GPU, bytes sent, and the same losses.
 
     bash scripts/bench_scaling.sh                                           # 1, 2, 4, ... of this host's GPUs
@@ -9,10 +8,9 @@
 
 Weak scaling: each process trains on --batch sequences of --tokens tokens, so the work per GPU stays the same. "ddp"
 keeps the frozen weights on every GPU (through accelerate) and sends the adapter's gradients alone; "fsdp2" shards the frozen
-weights, layer by layer, as --shard fsdp2 of the training scripts does. Each parameter is drawn
-from a seed of its own, so it is the same for every number of processes and every sharding. Therefore the losses must be
-those of one process that accumulates the same global batch, which is run for comparison.
-The methods are those of bench_memory.py. Each cell has processes of its own; a record goes to --output, from which
+weights, layer by layer, as --shard fsdp2 of the training scripts does. Each parameter is drawn from a seed of its own, so it
+is the same for every number of processes and every sharding. Therefore the losses must be those of one process that
+accumulates the same global batch, which is run for comparison. The methods are those of bench_memory.py. Each cell has processes of its own; a record goes to --output, from which
 scripts.make_tables draws. A killed run goes on after what it has measured.
 """
 
@@ -20,13 +18,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Optional
+from typing import Literal, Optional
 
 from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
-from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
+from control_experiments.training.arguments import check_numbers, parse_arguments
 from scripts.catalogue import LLAMA_SHAPES, parse_method
 
 SHARDS = ("ddp", "fsdp2")
@@ -34,22 +32,21 @@ SHARDS = ("ddp", "fsdp2")
 
 @dataclass
 class Options:
-    shape: str = HfArg(default="llama3-8b", help=f"Model shape: {', '.join(LLAMA_SHAPES)}.")
+    shape: str = HfArg(default="llama3-8b", help="Model shape.", metadata={"choices": [*LLAMA_SHAPES]})
     methods: list[str] = HfArg(default_factory=lambda: ["lora", "control:fast", "control:lean"], help="See bench_memory.py.")
-    shards: list[str] = HfArg(default_factory=lambda: list(SHARDS), help="ddp, fsdp2 or both.")
+    shards: list[str] = HfArg(default_factory=lambda: list(SHARDS), help="ddp, fsdp2 or both.", metadata={"choices": SHARDS})
     processes: Optional[list[int]] = HfArg(default=None, help="Numbers of GPUs; default: powers of two, up to all.")
     batch: int = HfArg(default=4, help="Sequences per process and step.")
     tokens: int = HfArg(default=1024, help="Tokens per sequence.")
     steps: int = HfArg(default=6, help="Timed steps; the median is reported.")
     warmup: int = HfArg(default=2, help="Steps before the timed ones.")
-    device: str = HfArg(default="cuda", help="cuda, or cpu (over gloo) to try the script out.")
+    device: Literal["cuda", "cpu"] = HfArg(default="cuda", help="cuda, or cpu (over gloo) to try the script out.")
     longest: bool = HfArg(default=False, help="Instead: the longest sequence that trains, from --tokens on.")
     limit: Optional[float] = HfArg(default=None, help="With --longest: GiB that torch's allocator may take of each GPU.")
     output: str = HfArg(default=str(RESULTS / "scaling"), help="Folder of the record.")
 
     def check(self) -> None:
         """Raise a `UserError` for what cannot be."""
-        check_choices(self, shape=LLAMA_SHAPES, shards=SHARDS, device=("cuda", "cpu"))
         for method in map(parse_method, self.methods):
             if method.base or method.switches - {"liger", "checkpointing", "uncast"}:
                 raise UserError(

@@ -9,9 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import NamedTuple, Optional, get_args
+
+from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError
+from control_experiments.training.arguments import check_numbers
 from control_experiments.training.options import QUANTIZATIONS, Precision, check_method_runs
 from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS
 
@@ -63,7 +66,6 @@ ALL_SHAPES = (*CAUSAL_SHAPES, *VISION_SHAPES, *ENCODER_SHAPES)
 PRECISIONS: tuple[str, ...] = get_args(Precision)[1:]  # without "auto"
 BASES = (*PRECISIONS, *QUANTIZATIONS[1:])
 LONGEST = 1 << 20  # tokens: where searches for the longest sequence end
-CLASSES = 100  # of the ViT's images
 
 
 # -- methods ----------------------------------------------------------------------------------------------------
@@ -120,11 +122,8 @@ class Method:
 
 
 def parse_method(text: str) -> Method:
-    """``"control+lora+nf4:fast"`` -> name ``control+lora``, base ``nf4``, mode ``fast``.
-
-    Raises:
-        UserError: it is no method, or a mode or switch is not the method's.
-    """
+    """``"control+lora+nf4:fast"`` -> name ``control+lora``, base ``nf4``, mode ``fast``. Raises UserError: it is no
+    method, or a mode or switch is not the method's."""
     head, _, mode = text.partition(":")
     parts = head.split("+")
     switches = frozenset(part for part in parts if part in SWITCHES)
@@ -215,22 +214,24 @@ def default_methods(shape: str, device: str, unsloth: bool) -> list[str]:
 
 @dataclass
 class Setting:
-    """How large a step is.
+    """How large a step is, and where it runs: as options, which `bench_memory.Options` completes."""
 
-    Attributes:
-        tokens: of a row, padding included.
-        lengths: real tokens of the rows, in turn; None: `tokens`.
-        precision: of autocast; None: the recipe's.
-    """
+    shape: str = HfArg(default="llama3-8b", help="Model shape.", metadata={"choices": ALL_SHAPES})
+    device: str = HfArg(default="cuda", help="cuda, a GPU's index, or cpu to try the script out.")
+    batch: int = HfArg(default=4, help="Sequences per step.")
+    tokens: Optional[int] = HfArg(
+        default=None, help="Tokens per sequence; default: 1024 for a decoder, 128 for a RoBERTa. A ViT has as many as it has."
+    )
+    lengths: Optional[list[int]] = HfArg(default=None, help="Real tokens of the rows, in turn; the rest is padding.")
+    precision: Optional[str] = HfArg(
+        default=None, help="Autocast; default: bf16 for a decoder, else fp16 on a GPU.", metadata={"choices": PRECISIONS}
+    )
+    control_rank: Optional[int] = HfArg(default=None, help="Rank of the control; default: the recipe's.")
+    lora_rank: Optional[int] = HfArg(default=None, help="Rank of LoRA and its kin; default: the recipe's.")
 
-    shape: str
-    device: str
-    batch: int
-    tokens: int
-    lengths: Sequence[int] | None = None
-    precision: str | None = None
-    control_rank: int | None = None
-    lora_rank: int | None = None
+    def check(self) -> None:
+        """Raise a `UserError` for what cannot be."""
+        check_numbers(self, "batch", "tokens", "lengths", "control_rank", "lora_rank", at_least=1)
 
     @property
     def autocast(self) -> str:

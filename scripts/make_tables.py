@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Make every table, the judged claims, the pictures and the report from the run records below a results folder.
 
     python -m scripts.make_tables                         results/tables, results/pictures, results/claims.md, results/report.html
@@ -13,10 +12,12 @@ your runs alone. A record that is broken or must not be compared with the others
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
@@ -26,6 +27,12 @@ if TYPE_CHECKING:  # --help does not wait for pandas and matplotlib
     import pandas as pd
 
     from control_experiments.reporting import records
+
+
+@dataclass
+class Options:
+    results: Path = HfArg(default=RESULTS, help="Folder with the runs.")
+    strict: bool = HfArg(default=False, help="Exit with 1 if a record had to be left out.")
 
 
 def publish(frame: pd.DataFrame, judged: pd.DataFrame, paper: records.Paper, problems: list[str], folder: Path, up: str) -> int:
@@ -40,18 +47,10 @@ def publish(frame: pd.DataFrame, judged: pd.DataFrame, paper: records.Paper, pro
     return len(written) + bool(page.write_page(frame, filled, found, drawn, problems, folder / "report.html", up))
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    made.add_argument("--results", type=Path, default=RESULTS, help="Folder with the runs (default: %(default)s).")
-    made.add_argument("--strict", action="store_true", help="Exit with 1 if a record had to be left out.")
-    return made
-
-
 def main() -> None:
-    options = parser().parse_args()
+    from control_experiments.training.arguments import parse_arguments
+
+    (options,) = parse_arguments(Options, description=__doc__)
     from control_experiments.reporting import records
 
     paper = records.read_paper(RESULTS / "paper.json")

@@ -10,30 +10,25 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 
 import torch
 
-from control_experiments.training.benchmarking import (
-    EXPANDABLE,
-    Campaign,
-    machine,
-    stream_apart,
-    summarise_repeats,
-    synchronize,
-    time_steps,
-)
+from control_experiments.training.benchmarking import EXPANDABLE, Campaign, limit_memory, machine, stream_apart, time_steps
 from control_experiments.training.device import DTYPES
 from control_experiments.training.metering import MemoryMeter
 from peft_control.memory import streaming
 from scripts.bench_memory import Options
 from scripts.catalogue import MOE_SHAPES, Method, parse_method
-from scripts.longest import Search, Step
 from scripts.workloads import Workload, build, step_loss
 
 REPEATED = 60  # seconds: a step that takes longer is timed as it ran first
+GRAIN = 512  # lengths that are searched are multiples of it
+CLOSE = 1 / 32  # a found length is at most this share of itself below one that does not fit, or is predicted not to
+AIM = 0.985  # share of the room over the weights that the first attempt aims at: the rest is what an allocator cannot use
 #: `python -c` this ... runs the benchmark; unsloth wants to be imported before transformers.
 UNSLOTH_FIRST = "import runpy, unsloth; runpy.run_module('scripts.bench_memory', run_name='__main__', alter_sys=True)"
 
@@ -58,10 +53,15 @@ def measure(options: Options, method: Method) -> dict:
 
     for _ in range(options.warmup):
         step()
-    synchronize(options.device)
+    torch.get_device_module(device).synchronize()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    times = summarise_repeats([time_steps(step, options.steps, options.device) for _ in range(options.repeats)])
+    repeats = [time_steps(step, options.steps, options.device) for _ in range(options.repeats)]
+    medians = [statistics.median(seconds) for seconds in repeats]
+    times = {
+        "step_seconds": statistics.median(medians), "step_seconds_all": [second for seconds in repeats for second in seconds],
+        "step_seconds_repeats": medians, "step_seconds_spread": max(medians) - min(medians),
+    }  # fmt: skip
     summary = memory.summary()
     peak = summary["peak_reserved_bytes" if graphs else "peak_allocated_bytes"] or 0
     rates = {"tokens_per_second": options.batch * options.tokens / times["step_seconds"]}
@@ -88,17 +88,11 @@ def streamed(options: Options, work: Workload) -> dict:
     return {"bytes": stream.nbytes, "layers": layers, "resident": resident, "copy_seconds": seconds, "floor_seconds": floor}
 
 
-def allow(limit: float) -> None:
-    """Let torch's allocator take so many GiB of the GPU at most."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total))
-
-
 def profiled(options: Options, work: Workload) -> list[dict]:
     """Seconds of one step by kernel (on the CPU: by operation), the longest first."""
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
         work.step()
-        synchronize(options.device)
+        torch.get_device_module(options.device).synchronize()
     seconds = attrgetter(f"self_{'device' if options.device == 'cuda' else 'cpu'}_time_total")
     found = [
         {"name": event.key[:200], "calls": event.count, "seconds": seconds(event) / 1e6}
@@ -108,52 +102,105 @@ def profiled(options: Options, work: Workload) -> list[dict]:
     return sorted(found, key=lambda kernel: -kernel["seconds"])
 
 
-def search(options: Options, method: Method) -> Iterator[dict]:
-    """Each of `options.left` as it is found: tokens/s at a length, or the longest sequence within a limit."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    begun = time.monotonic()
-    work = build(replace(options, tokens=512), method, longest=options.up_to)
-    torch.cuda.empty_cache()
+class Search:
+    """The longest sequence whose step fits within a limit, found in few steps, for GPUs that are lent for minutes.
 
-    def run(tokens: int, limit: float | None, repeats: int = 0) -> Step | None:
-        allow(limit or total / 2**30)
+    A step's peak memory is nearly linear in its tokens. So two short steps predict the longest sequence of a limit, and one or
+    two steps under the limit confirm it. What is reported always ran under its limit.
+    """
+
+    def __init__(self, options: Options, work: Workload):
+        self.options, self.work, self.most = options, work, options.up_to
+        self.total, self.static = torch.cuda.get_device_properties(0).total_memory, torch.cuda.memory_allocated()
+        self.points: dict[int, int] = {}  # tokens of a step -> its peak in bytes
+
+    def attempt(self, tokens: int, limit: float | None, repeats: int = 0) -> list[float] | None:
+        """Seconds of a step of so many tokens, or of its repeats, within a limit in GiB (None: the device's own); None if that is
+        not enough."""
+        limit_memory(limit or self.total / 2**30)
         torch.cuda.reset_peak_memory_stats()
         try:
-            work.loss = step_loss(replace(options, tokens=tokens), work.model)
+            self.work.loss = step_loss(replace(self.options, tokens=tokens), self.work.model)
             ends = [time.perf_counter()]
             for _ in range(1 + repeats):
-                work.step()
+                self.work.step()
                 torch.cuda.synchronize()
                 ends.append(time.perf_counter())
-            seconds = [end - begin for begin, end in pairwise(ends)]
-            repeated = seconds[1:] or seconds  # the first of a length also allocates memory, on the host too
-            return Step(torch.cuda.max_memory_allocated(), statistics.median(repeated), repeated)
         except RuntimeError as error:  # torch's own, or CUDA's when pinned memory runs out
             if "out of memory" not in str(error):
                 raise
             return None
         finally:
-            work.optimizer.zero_grad()
+            self.work.optimizer.zero_grad()
             torch.cuda.empty_cache()
+        self.points[tokens] = torch.cuda.max_memory_allocated()
+        seconds = [end - begin for begin, end in pairwise(ends)]
+        return seconds[1:] or seconds  # the first of a length also allocates memory, on the host too
 
-    steps, good = Search(run, options.up_to, torch.cuda.memory_allocated()), 0
-    steps.probe(total)
+    def probe(self) -> None:
+        """Two short steps on the whole device; the second four to sixteen times as long as the first, if it fits."""
+        for tokens in (GRAIN, 2 * GRAIN):  # the optimizer's states exist from the second step on
+            if not self.attempt(tokens, None):
+                return
+        longer = min(32 * GRAIN, self.predict(self.total) // 2, self.most) // GRAIN * GRAIN
+        if longer > 2 * GRAIN:
+            self.attempt(longer, None)
+
+    def predict(self, room: float) -> int:
+        """Tokens whose step should take so many bytes, on the line through the two longest steps."""
+        if not self.points:
+            return 0
+        *_, last = ends = sorted(self.points)[-2:]
+        slope = (self.points[last] - self.static) / last
+        if len(ends) == 2 and self.points[last] > self.points[ends[0]]:
+            slope = (self.points[last] - self.points[ends[0]]) / (last - ends[0])
+        return max(0, int(last + (room - self.points[last]) / max(slope, 1)))
+
+    def longest(self, limit: float, good: int) -> tuple[int, list[float] | None]:
+        """The longest sequence within so many GiB, and its step's seconds; `good` fits within less, and is returned, without
+        seconds, if nothing longer fits."""
+        found, bad, aim, failures = None, self.most // GRAIN * GRAIN + GRAIN, AIM, 0
+        while bad - good > max(GRAIN, CLOSE * good):
+            target = self.predict(self.static + aim * (limit * 2**30 - self.static))
+            if failures:
+                target = min(target, int(bad * (1 - CLOSE)))
+            if failures > 1:  # not so linear after all
+                target = min(target, (good + bad) // 2)
+            target = min(target, bad - GRAIN) // GRAIN * GRAIN
+            if good and target <= (1 + CLOSE) * good:
+                break
+            target = max(target, GRAIN)
+            if done := self.attempt(target, limit):
+                good, found = target, done
+            else:
+                bad, aim, failures = target, aim - 0.02, failures + 1
+        return good, found
+
+
+def search(options: Options, method: Method) -> Iterator[dict]:
+    """Each of `options.left` as it is found: tokens/s at a length, or the longest sequence within a limit."""
+    begun = time.monotonic()
+    work = build(replace(options, tokens=GRAIN), method, longest=options.up_to)
+    torch.cuda.empty_cache()
+    steps, good = Search(options, work), 0
+    steps.probe()
     waits = {"streaming": streamed(options, work)} if method.resident else {}
     for _, what, value in options.cells(method.text):
         if f"{what}={value}" not in options.left:
             continue
         if options.max_minutes is not None and time.monotonic() - begun > 60 * options.max_minutes:
             return
-        limit = value if what == "limit" else None
-        tokens, step = steps.longest(value, good) if limit else (value, steps.attempt(value, None))
+        limit = value if what == "limit_gib" else None
+        tokens, seconds = steps.longest(value, good) if limit else (value, steps.attempt(value, None))
         good = tokens if limit else good
-        if tokens and ((not step and limit) or (step and step.seconds < REPEATED)):
-            step = run(tokens, limit, 1 if limit else 3) or step
-        found = {"limit_gib": limit, "longest_tokens": tokens} if limit else {"tokens": tokens, "fits": bool(step)}
-        found |= {"ended_by": "--up_to"} if limit and tokens + 512 > options.up_to else {}
-        if step:
-            found |= {"step_seconds": step.seconds, "tokens_per_second": options.batch * tokens / step.seconds}
-            found |= {"peak_bytes": step.peak, "step_seconds_repeats": step.repeats}
+        if tokens and ((not seconds and limit) or (seconds and seconds[0] < REPEATED)):
+            seconds = steps.attempt(tokens, limit, 1 if limit else 3) or seconds
+        found = {"limit_gib": limit, "longest_tokens": tokens} if limit else {"tokens": tokens, "fits": bool(seconds)}
+        found |= {"ended_by": "--up_to"} if limit and tokens + GRAIN > options.up_to else {}
+        if seconds:
+            median = statistics.median(seconds)
+            found |= {"step_seconds": median, "tokens_per_second": options.batch * tokens / median}
+            found |= {"peak_bytes": steps.points[tokens], "step_seconds_repeats": seconds}
         yield {"method": method.text, **found, **waits}
 
 
@@ -168,8 +215,11 @@ def work(options: Options) -> None:
 # -- in the process that starts them ----------------------------------------------------------------------------
 
 
-def run_method(options: Options, command: Sequence[str], left: list[tuple], minutes: float | None) -> Iterator[dict]:
-    """The cells of a method that are left, as they are found in a process of its own, which begins none after so many minutes."""
+def run_method(options: Options, command: Sequence[str], begun: float, left: list[tuple]) -> Iterator[dict]:
+    """The cells of a method that are left, as they are found in a process of its own; none begins when --max_minutes are over."""
+    minutes = options.max_minutes and options.max_minutes - (time.monotonic() - begun) / 60
+    if minutes is not None and minutes <= 0:
+        return
     method, start, environment = parse_method(left[0][0]), ["-m", "scripts.bench_memory"], {}
     if options.limit or "graphs" in method.switches:
         environment |= EXPANDABLE
@@ -185,18 +235,13 @@ def run_method(options: Options, command: Sequence[str], left: list[tuple], minu
             left.remove(cell(result))
             yield result
         else:
-            places = {"limit": "limit_gib", "speed_at": "tokens"}
-            yield from (
-                {"method": method.text, **({places[what]: value} if value else {}), **result} for _, what, value in left
-            )
+            yield from ({"method": method.text, **({what: value} if value else {}), **result} for _, what, value in left)
 
 
 def cell(result: dict) -> tuple:
     """What tells a result from the others; see `Options.cells`."""
-    for what, name in (("limit", "limit_gib"), ("speed_at", "tokens")):
-        if name in result:
-            return (result["method"], what, result[name])
-    return (result["method"], "step", None)
+    what = next((name for name in ("limit_gib", "tokens") if name in result), "step")
+    return (result["method"], what, result.get(what))
 
 
 def line(result: dict) -> str:
@@ -250,13 +295,6 @@ def run(options: Options, command: list[str]) -> None:
     campaign = Campaign(
         Path(options.output) / options.file_name(), options, cell, found, setting=setting, dtype=dtype, weights="random"
     )
-
-    def of_method(left: list[tuple]) -> Iterator[dict]:
-        minutes = options.max_minutes and options.max_minutes - (time.monotonic() - begun) / 60
-        if minutes is None or minutes > 0:
-            yield from run_method(options, command, left, minutes)
-
-    campaign.run([options.cells(text) for text in options.methods], of_method, line)
+    campaign.run([options.cells(text) for text in options.methods], partial(run_method, options, command, begun), line)
     if not options.limit and any("step_seconds" in result for result in campaign.results):
         print(table(campaign.results))
-    campaign.finish()

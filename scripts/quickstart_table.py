@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Compare the quickstart's runs: one table on the terminal and in table.md, and one picture, made as those of results/ are.
 
 python -m scripts.quickstart_table FOLDER

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from control_experiments.errors import Interrupted
 from control_experiments.record import write_json_atomic
-from control_experiments.training.benchmarking import EXPANDABLE, Campaign, machine
+from control_experiments.training.benchmarking import EXPANDABLE, Campaign, limit_memory, machine
 from control_experiments.training.sharding import average_gradients, split_into_units
 from scripts.bench_scaling import Options
 from scripts.catalogue import LLAMA_SHAPES, LONGEST, parse_method
@@ -122,8 +122,7 @@ def work(options: Options, method: str, shard: str, accumulate: int, result: Pat
 
     if options.longest:
         if options.limit:
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, options.limit * 2**30 / total), device)
+            limit_memory(options.limit)
         longest(options.tokens, step, result if rank == 0 else None)
         return dist.destroy_process_group()
     for number in range(options.warmup + options.steps):
@@ -185,15 +184,15 @@ def run_cell(options: Options, method: str, shard: str, processes: int, accumula
         return {**cell, **found}
 
 
-def line(cell: dict, single: dict | None) -> str:
+def line(cell: dict, results: list[dict]) -> str:
     text = f"{cell['method']:24s} {cell['shard']:5s} {cell['processes']} x"
     if "error" in cell:
         return f"{text} failed: {cell['error']}"
     if "longest_tokens" in cell:
         return f"{text} {cell['longest_tokens']:8d} tokens, then {cell.get('ended_by', 'no attempt')}"
-    efficiency = ""
-    if single and cell["processes"] > 1 and "step_seconds" in single:
-        efficiency = f"  efficiency {single['step_seconds'] / cell['step_seconds']:.1%}"
+    alone = {(one["method"], one["shard"]): one.get("step_seconds") for one in results if one["processes"] == 1}
+    single = alone.get((cell["method"], cell["shard"])) if cell["processes"] > 1 else None
+    efficiency = f"  efficiency {single / cell['step_seconds']:.1%}" if single else ""
     apart = f"  losses apart {cell['loss_distance']:.1e}" if "loss_distance" in cell else ""
     return (
         f"{text} {cell['tokens_per_second']:9.0f} tokens/s  {cell['peak_bytes_per_process'] / 1e9:6.2f} GB each  "
@@ -215,7 +214,6 @@ def run(options: Options) -> None:
         Path(options.output) / f"{name}.json", options, itemgetter("method", "shard", "processes"), found,
         devices=options.processors(), weights="random",
     )  # fmt: skip
-    singles = {(cell["method"], cell["shard"]): cell for cell in campaign.results if cell["processes"] == 1}
 
     @cache
     def reference(method: str, processes: int) -> list[float]:
@@ -225,13 +223,10 @@ def run(options: Options) -> None:
     def measure(keys: list[tuple[str, str, int]]) -> Iterator[dict]:
         for method, shard, processes in keys:
             cell = run_cell(options, method, shard, processes)
-            if processes == 1:
-                singles[method, shard] = cell
-            elif "losses" in cell and (losses := reference(method, processes)):
+            if processes > 1 and "losses" in cell and (losses := reference(method, processes)):
                 apart = [abs(ours - theirs) / abs(theirs) for ours, theirs in zip(cell["losses"], losses)]
                 cell["loss_distance"] = max(apart)
             yield cell
 
     planned = [[(m, s, n)] for m in options.methods for s in options.shards for n in options.counts()]
-    campaign.run(planned, measure, lambda cell: line(cell, singles.get((cell["method"], cell["shard"]))))
-    campaign.finish()
+    campaign.run(planned, measure, lambda cell: line(cell, campaign.results))

@@ -22,18 +22,9 @@ from control_experiments.training.quantization import loading_arguments, prepare
 from LlaMA.models import ready_to_train
 from LlaMA.packing import IGNORE
 from peft_control import quantize_fp8
-from scripts.catalogue import (
-    CAUSAL_SHAPES,
-    CLASSES,
-    ENCODER_SHAPES,
-    LLAMA_SHAPES,
-    MOE_SHAPES,
-    RECIPES,
-    VISION_SHAPES,
-    Method,
-    Setting,
-    recipe_of,
-)
+from scripts.catalogue import CAUSAL_SHAPES, ENCODER_SHAPES, MOE_SHAPES, VISION_SHAPES, Method, Setting, recipe_of
+
+CLASSES = 100  # of the ViT's images
 
 # -- models -----------------------------------------------------------------------------------------------------
 
@@ -69,8 +60,7 @@ def random_llama_in_parts(
 
 def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -> nn.Module:
     """A model of the shape with random weights, stored as the method says; 4-bit layers compute in `compute`."""
-    own = DTYPES[recipe_of(shape).base]
-    stored = DTYPES.get(method.base, own)
+    stored = DTYPES.get(method.base, DTYPES[recipe_of(shape).base])
     attention = "eager" if "eager" in method.switches else "sdpa"
     quantized = method.base in QUANTIZATIONS
     settings = loading_arguments(method.base, torch.device(device), compute) if quantized else {}
@@ -92,11 +82,7 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
         model = model.to(stored)
         return quantize_fp8(model) if quantized else model
     if shape in CAUSAL_SHAPES:
-        if method.resident or method.base == "fp8":
-            place = "cpu" if method.resident else device
-            model = random_llama_in_parts(shape, device, stored, attention, store, place)
-        else:
-            model = random_llama(shape, device, stored, attention)
+        model = random_llama_in_parts(shape, device, stored, attention, store, "cpu" if method.resident else device)
     else:
         config = RobertaConfig(**ENCODER_SHAPES[shape], type_vocab_size=1)
         with torch.device(device):
@@ -115,8 +101,7 @@ def quantize(model: nn.Module, kind: str, settings, device: torch.device) -> Non
         plain = {name: module for name, module in stack.named_modules() if type(module) is nn.Linear}
         if plain:
             replace_with_bnb_linear(stack, quantization_config=settings)  # without weights
-        while plain:  # each goes as its successor comes
-            name, linear = plain.popitem()
+        for name, linear in plain.items():
             new = stack.get_submodule(name)
             weight = linear.weight.data.cpu() if kind == "int8" else linear.weight.data
             new.weight = type(new.weight)(weight, requires_grad=False, **vars(new.weight)).to(device)
@@ -129,10 +114,8 @@ def adapt(model: nn.Module, shape: str, method: Method, control_rank: int | None
 
     lora-fa is LoRA whose A stays as it is drawn (arXiv 2308.03303), with the same AdamW as the others: peft's own optimizer
     for it, a loop over the layers, would be slower. miss has twice LoRA's rank, which is as many parameters in a square
-    layer; shadow is as peft configures it.
-
-    Raises:
-        UserError: the memory mode does not support the model or method, or a rank cannot be.
+    layer; shadow is as peft configures it. Raises UserError: the memory mode does not support the model or method, or a
+    rank cannot be.
     """
     recipe, name = recipe_of(shape), method.name
     rank = lora_rank or recipe.lora[0]
@@ -198,14 +181,9 @@ class Workload:
 
 
 def build(setting: Setting, method: Method, loaded: Callable[[], None] = lambda: None, longest: int | None = None) -> Workload:
-    """The method at work; `loaded` is called once the frozen model lies on the device.
-
-    Args:
-        longest: the most tokens of a row, which unsloth wants to know, if other rows than the setting's come later.
-
-    Raises:
-        UserError: the shape has no such memory mode or quantization.
-    """
+    """The method at work; `loaded` is called once the frozen model lies on the device. `longest` are the most tokens of a row,
+    which unsloth wants to know, if other rows than the setting's come later. Raises UserError: the shape has no such memory
+    mode or quantization."""
     torch.manual_seed(0)
     if "liger" in method.switches:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -259,7 +237,7 @@ def unsloth_llama(setting: Setting, method: Method, tokens: int) -> nn.Module:
         model, _ = FastLanguageModel.from_pretrained(
             folder, max_seq_length=tokens, dtype=torch.bfloat16, load_in_4bit=method.base == "nf4", local_files_only=True
         )
-    recipe = RECIPES["llama"]
+    recipe = recipe_of(setting.shape)
     rank = setting.lora_rank or recipe.lora[0]
     checkpointing = "unsloth" if "checkpointing" in method.switches else False
     lora = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "target_modules": list(recipe.targets[method.name])}
@@ -276,7 +254,7 @@ def write_llama(shape: str, device: str, folder: str, tokens: int) -> None:
     from transformers import PreTrainedTokenizerFast
 
     special = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    count = LLAMA_SHAPES[shape]["vocab_size"] - len(special)
+    count = CAUSAL_SHAPES[shape]["vocab_size"] - len(special)
     words = [*special.values(), *(f"w{number}" for number in range(count))]
     tokenizer = Tokenizer(WordLevel(dict(zip(words, range(len(words)))), unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()

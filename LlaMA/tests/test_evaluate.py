@@ -190,7 +190,7 @@ def test_comparison_with_batch_one(run, tmp_path):
         (("--control_rank", 8), "control_rank 4, but 8 was asked for"),
         (("--method", "double control"), "method control+lora, but double control"),
         (("--adapter", "nowhere"), "nowhere is no adapter folder"),
-        (("--tasks", "glue"), "unknown --tasks 'glue'"),
+        (("--tasks", "glue"), "argument --tasks: invalid choice: 'glue'"),
         (("--data", "nowhere"), "cannot read nowhere"),
     ],
 )

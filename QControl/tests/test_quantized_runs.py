@@ -122,4 +122,4 @@ def test_bases_are_compared_by_the_gradients_over_them(model_folder, data, tmp_p
     assert (tmp_path / "gradient_error.png").stat().st_size > 10_000
     means = {base: sum(sum(values) for values in blocks.values()) for base, blocks in found.items()}
     assert 0 < means["bf16"] < means["fp8"] < means["fp8-e5m2"]
-    assert "unknown --bases 'fp7'" in call("QControl.gradient_error", *words, "--bases", "fp7").refused()
+    assert "argument --bases: invalid choice: 'fp7'" in call("QControl.gradient_error", *words, "--bases", "fp7").refused()

@@ -266,7 +266,7 @@ def test_by_default_the_shapes_methods_run(shape, tokens, device, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--shape", "huge"), "unknown --shape 'huge': choose from smollm2"),
+        (("--shape", "huge"), "argument --shape: invalid choice: 'huge' (choose from"),
         (("--methods", "prefix"), "unknown method 'prefix'"),
         (("--methods", "lora+graphs"), "CUDA graphs need a GPU"),
         (("--methods", "dora+int8"), "dora over int8 needs a GPU"),

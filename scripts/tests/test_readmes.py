@@ -73,8 +73,6 @@ def parsed(call: list[str]):
     path, arguments = script_and_arguments(call)
     assert path.is_file(), f"{path} does not exist"
     script = import_script(path)
-    if hasattr(script, "parser"):  # without dataclasses: it draws and prints only
-        return script.parser().parse_args(arguments)
     (options,) = parse_arguments(script.Options, argv=arguments)
     return options
 

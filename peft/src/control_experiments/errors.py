@@ -14,10 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NoReturn
 
-#: Within so many seconds the same signal again is the same request: a terminal and schedulers send one to every process
-#: of a job, and a launcher passes its own on.
-_ONE_REQUEST = 1.0
-
 
 class UserError(Exception):
     """Something the user can put right; the message says how, in one line."""
@@ -65,8 +61,9 @@ class StopRequest(ExitStack):
 
 
 def _is_repeated(number: int, noted: tuple[int, float]) -> bool:
-    """Whether a signal that comes now is the one noted before (its number and when it came), delivered once more."""
-    return number == noted[0] and time.monotonic() - noted[1] < _ONE_REQUEST
+    """Whether a signal that comes now is the one noted before (its number and when it came), delivered once more: a terminal and
+    schedulers send one to every process of a job, and a launcher passes its own on."""
+    return number == noted[0] and time.monotonic() - noted[1] < 1
 
 
 #: How gloo, NCCL and torch's store say that another process is gone. Their other errors (two processes on one GPU, a tensor

@@ -66,11 +66,9 @@ class RunRecord:
             method: where the options do not name it.
             settled: hyperparameters as they came out, such as the precision that "auto" stands for.
         """
-        said = {"domain": domain, "name": name, "task": task, "device": device, "command": list(command)}
+        said = {"domain": domain, "name": name, "task": task, "device": device, "command": list(command), "seed": options.seed}
         here = {"created": utc_now(), "git": git_state(), "versions": package_versions(), "status": "running"}
-        hyperparameters = {**options.hyperparameters(), **settled}
-        method = method or options.method
-        return cls(**said, **here, method=method, seed=options.seed, hyperparameters=hyperparameters)
+        return cls(**said, **here, method=method or options.method, hyperparameters={**options.hyperparameters(), **settled})
 
     def finish(self, path: str | os.PathLike | None = None, **results: object) -> RunRecord:
         """Add what came out (fields by name) and, where there is a `path`, write the record to it; returns it."""

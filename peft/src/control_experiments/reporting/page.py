@@ -51,7 +51,7 @@ def draw(frame: pd.DataFrame, paper: Paper) -> Iterator[Drawn]:
 
     scaled = frame[(frame.kind == "scaling") & frame.tokens_per_second.notna()]
     for section, part in scaled.groupby("section"):
-        yield "scaling", "llama", section, pictures.scaling(part.to_dict("records"), section)
+        yield "scaling", "llama", section, pictures.scaling(part, section)
 
     runs = frame[(frame.kind == "run") & frame.usable]
     for (domain, section, task), part in runs.groupby(["domain", "section", "task"]):

@@ -140,17 +140,17 @@ def _variant(label: str) -> str:
     return ", ".join(filter(None, [mode, *parts])) or _NAMES.get(label, label)
 
 
-def scaling(cells: Sequence[Mapping], title: str) -> Figure:
-    """Bars for each method, sharding and number of processes (cells as scripts/bench_scaling.py writes them): tokens/s of each
-    GPU, with the share of one GPU's speed that is kept, and peak memory of each GPU."""
-    measured = pd.DataFrame(cells).dropna(subset="step_seconds")
-    kind, counts = ["method", "shard"], sorted(map(int, measured.processes.unique()))
-    alone = measured.step_seconds.where(measured.processes == 1).groupby([measured[name] for name in kind]).transform("mean")
+def scaling(measured: pd.DataFrame, title: str) -> Figure:
+    """Bars for each method, sharding and number of processes (columns as the records'): tokens/s of each GPU, with the share of
+    one GPU's speed that is kept, and peak memory of each GPU."""
+    counts = sorted(map(int, measured.processes.unique()))
     measured = measured.assign(
         speed=measured.tokens_per_second / measured.processes, size=measured.peak_bytes_per_process / 1e9,
-        kept=measured.get("efficiency", 100 * alone / measured.step_seconds).fillna(0),
+        kept=measured.efficiency.fillna(0),
     )  # fmt: skip
-    means = measured.pivot_table(["speed", "size", "kept"], kind, "processes", sort=False)[::-1].sort_index(axis=1)
+    means = measured.pivot_table(["speed", "size", "kept"], ["method", "shard"], "processes", sort=False)[::-1].sort_index(
+        axis=1
+    )
     figure = Figure(figsize=(8.3, 1.4 + 0.24 * len(means) * (len(counts) + 1)), layout="constrained")
     shades = [matplotlib.colormaps["Blues"](0.35 + 0.6 * number / len(counts)) for number in range(len(counts))]
     axes = figure.subplots(1, 2, sharey=True)

@@ -35,7 +35,7 @@ LEFT_OUT = ("quickstart", "ablations", "mine", "logs")
 #: Columns that exist whatever there are records of.
 _TEXTS = "whose kind domain section place task row base method mode way shard error ended_by problem".split()  # noqa: SIM905
 _NUMBERS = """n seed last best trained lr peak allocated seconds rate repeat timed sequences tokens limit_gib card longest_tokens
-processes step_seconds tokens_per_second peak_bytes over_static_bytes
+processes efficiency step_seconds tokens_per_second peak_bytes over_static_bytes
 adapter_and_optimizer_bytes copies resident_peak_bytes resident_step_seconds floor""".split()  # noqa: SIM905
 _OBJECTS = "links notes shared own record folder".split()  # noqa: SIM905
 SEARCH = "learning_rate_search"
@@ -71,11 +71,8 @@ WAYS = {"published": "the published micro-batches, padded", "packed": "the same 
 
 
 def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
-    """All records below `root`, and a line for each that is left out. Never raises for a broken file.
-
-    Raises:
-        UserError: `root` is no folder.
-    """
+    """All records below `root`, and a line for each that is left out. Raises UserError: `root` is no folder; never for a
+    broken file."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root} is no folder: give the one that holds the runs (default: results)")
@@ -387,11 +384,8 @@ class Paper(NamedTuple):
 
 
 def read_paper(path: Path) -> Paper:
-    """Read results/paper.json; `figures` gets a column `text`: value, spread as it was printed, and status.
-
-    Raises:
-        UserError: it is missing or broken.
-    """
+    """Read results/paper.json; `figures` gets a column `text`: value, spread as it was printed, and status. Raises
+    UserError: it is missing or broken."""
     try:
         contents = read_json(path)
         figures = pd.DataFrame(contents["figures"]).astype({"value": float})

@@ -177,11 +177,7 @@ def share_interval(asked: Sequence[int], percent: Sequence[float], bound: float)
 
 
 def read_outcomes(folder: Path) -> pd.DataFrame | None:
-    """A run's outcomes by test set and example, or None where there are none.
-
-    Raises:
-        UserError: the file is broken.
-    """
+    """A run's outcomes by test set and example, or None where there are none. Raises UserError: the file is broken."""
     try:
         if (folder / FILE).is_file():
             with np.load(folder / FILE, allow_pickle=False) as file:

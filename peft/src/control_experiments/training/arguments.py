@@ -61,18 +61,6 @@ def check_numbers(options: object, *names: str, **bounds: float) -> None:
                     raise UserError(f"--{name} must be {words} {bound}, got {value}")
 
 
-def check_choices(options: object, **choices: Sequence[str] | dict) -> None:
-    """Check that options, or each of several values, are among those named; None was left out and passes.
-
-    Raises:
-        UserError: one is not; the message names it, what was given and what there is.
-    """
-    for name, known in choices.items():
-        for value in _values(options, name):
-            if value not in known:
-                raise UserError(f"unknown --{name} {value!r}: choose from {', '.join(known)}")
-
-
 def _values(options: object, name: str) -> list:
     """What an option was given: nothing, a value or several."""
     given = getattr(options, name)

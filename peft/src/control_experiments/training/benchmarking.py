@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,12 +28,6 @@ _HOW = ("output", "worker", "left", "max_minutes")
 # -- timing -----------------------------------------------------------------------------------------------------
 
 
-def synchronize(device: str) -> None:
-    """Wait until the device has done what it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def time_steps(step: Callable[[], object], count: int, device: str) -> list[float]:
     """Seconds of each of `count` steps; the host waits for the device at the end only, as training loops do."""
 
@@ -49,35 +42,18 @@ def time_steps(step: Callable[[], object], count: int, device: str) -> list[floa
     for _ in range(count):
         step()
         marks.append(mark())
-    synchronize(device)
+    torch.get_device_module(device).synchronize()
     if device == "cuda":
         return [start.elapsed_time(end) / 1000 for start, end in itertools.pairwise(marks)]
     return [end - start for start, end in itertools.pairwise(marks)]
-
-
-def summarise_repeats(repeats: Sequence[Sequence[float]]) -> dict:
-    """Seconds a step from several repeats of some steps: the median of the repeats' medians, and how far those lie apart."""
-    medians = [statistics.median(seconds) for seconds in repeats]
-    return {
-        "step_seconds": statistics.median(medians),
-        "step_seconds_all": [second for seconds in repeats for second in seconds],
-        "step_seconds_repeats": medians,
-        "step_seconds_spread": max(medians) - min(medians),
-    }
-
-
-def matmul_tflops() -> float:
-    """A GPU's own bf16 matmul rate on random data, for the arithmetic floor."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    time_steps(lambda: a @ b, 3, "cuda")
-    return 10 * 2 * 8192**3 / sum(time_steps(lambda: a @ b, 10, "cuda")) / 1e12
 
 
 # -- devices and processes --------------------------------------------------------------------------------------
 
 
 def machine(device: str) -> dict:
-    """What a record says of the machine: the device's name, how it is described, and a GPU's own bf16 matmul rate.
+    """What a record says of the machine: the device's name, how it is described, and a GPU's own bf16 matmul rate on random
+    data, for the arithmetic floor.
 
     A process of its own asks the GPU, for whoever did so would keep some of its memory and look like another user.
     """
@@ -92,7 +68,16 @@ def machine(device: str) -> dict:
 
 def _gpu() -> dict:
     found = describe_device(torch.device("cuda"))
-    return {"device": found["name"], "machine": found, "matmul_tflops": matmul_tflops()}
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    time_steps(lambda: a @ b, 3, "cuda")
+    rate = 10 * 2 * 8192**3 / sum(time_steps(lambda: a @ b, 10, "cuda"))
+    return {"device": found["name"], "machine": found, "matmul_tflops": rate / 1e12}
+
+
+def limit_memory(gib: float) -> None:
+    """Let torch's allocator take so many GiB of this process's GPU at most."""
+    total = torch.cuda.get_device_properties("cuda").total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
 
 
 def stream_apart(command: Sequence[str], environment: dict[str, str]) -> Iterator[dict]:
@@ -120,22 +105,20 @@ def stream_apart(command: Sequence[str], environment: dict[str, str]) -> Iterato
 class Campaign:
     """Results of one benchmark, written after each of them; a killed run's are kept for the next.
 
-    They lie in ``PATH.partial`` until `finish`, which no table reads. A result counts for another run if options, device,
+    They lie in ``PATH.partial`` until all are there, which no table reads. A result counts for another run if options, device,
     versions and code are the same. So does a whole record, unless the code has changes that no commit holds.
 
     Attributes:
-        record: what is written; ``record["results"]`` are the results so far.
+        record: what is written, with the `results` so far.
         key: what tells a result from the others.
     """
-
-    #: What each run says anew.
-    ANEW = ("created", "matmul_tflops", "results")
 
     def __init__(self, path: Path, options: object, key: Callable[[dict], Hashable], machine: dict, **more: object):
         self.path, self.key = path, key
         given = {name: value for name, value in asdict(options).items() if name not in _HOW}
         head = {"versions": package_versions(), "git": git_state(), "created": utc_now()}
-        self.record = {"schema": 1, **machine, **more, **head, "options": given, "results": []}
+        self.results: list[dict] = []
+        self.record = {"schema": 1, **machine, **more, **head, "options": given, "results": self.results}
         self._partial = path.with_suffix(".json.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         places = [self._partial, *([] if self.record["git"]["dirty"] else [path])]
@@ -145,51 +128,35 @@ class Campaign:
                 self.results.extend(kept)
                 break
 
-    @property
-    def results(self) -> list[dict]:
-        return self.record["results"]
-
-    @property
-    def finished(self) -> set[Hashable]:
-        return {self.key(result) for result in self.results}
-
     def _kept(self, place: Path) -> list[dict]:
         """Results in a file of the same benchmark, without its failures."""
         try:
             found = json.loads(place.read_text())
             wanted = json.loads(json.dumps(self.record))
-            if any(found[name] != value for name, value in wanted.items() if name not in self.ANEW):
+            anew = ("created", "matmul_tflops", "results")  # each run says these for itself
+            if any(found[name] != value for name, value in wanted.items() if name not in anew):
                 return []
             return [result for result in found["results"] if "error" not in result]
         except (OSError, ValueError, KeyError, TypeError):
             return []  # there is none, or it is no such file
 
-    def add(self, result: dict) -> None:
-        self.results.append(result)
-        write_json_atomic(self._partial, self.record)
-
     def run(
         self, groups: Sequence[Sequence[Hashable]], measure: Callable[[list], Iterable[dict]], say: Callable[[dict], str]
     ) -> None:
-        """Measure what is not finished, group by group; say each result of a group's keys as soon as it is there."""
-        self.order = [key for keys in groups for key in keys]
+        """Measure what is not finished, group by group, and say each result of a group's keys as soon as it is there. Then put
+        them in order and the record in its place, or end with 1 if something is left. Raises UserError: all failed."""
+        order = [key for keys in groups for key in keys]
         for number, keys in enumerate(groups, 1):
-            started = time.time()
-            if left := [key for key in keys if key not in self.finished]:
+            started, finished = time.time(), set(map(self.key, self.results))
+            if left := [key for key in keys if key not in finished]:
                 for result in measure(left):
-                    self.add(result)
+                    self.results.append(result)
+                    write_json_atomic(self._partial, self.record)
                     print(f"[{number}/{len(groups)}, {time.time() - started:.0f} s] {say(result)}", flush=True)
-
-    def finish(self) -> None:
-        """Put the results in order and the record in its place, or end with 1 if something is left.
-
-        Raises:
-            UserError: nothing but failures was measured.
-        """
-        if missing := len(self.order) - len(self.finished):
-            print(f"time is up, {missing} of {len(self.order)} are left: the same command goes on", file=sys.stderr)
+        if missing := len(order) - len(set(map(self.key, self.results))):
+            print(f"time is up, {missing} of {len(order)} are left: the same command goes on", file=sys.stderr)
             sys.exit(1)
-        self.results.sort(key=lambda result: self.order.index(self.key(result)))
+        self.results.sort(key=lambda result: order.index(self.key(result)))
         write_json_atomic(self._partial, self.record)
         self._partial.replace(self.path)
         print(f"record in {self.path}")

@@ -39,10 +39,8 @@ def publish(aside: Path, place: Path, *, sealed: bool = True) -> None:
     if sealed:
         checksums = {name: fingerprint(aside / name) for name in _files(aside)}
         write_json_atomic(aside / MANIFEST, {"schema": _SCHEMA, "sha256": checksums})
-    for name in _files(aside):
-        _flush(aside / name)
-    for folder in (aside, *(path for path in aside.rglob("*") if path.is_dir())):
-        _flush(folder)
+    for path in (*aside.rglob("*"), aside):
+        _flush(path)
     discard(place)
     os.rename(aside, place)
     _flush(place.parent)
@@ -146,13 +144,6 @@ def find_damage(checkpoint: Path) -> str | None:
     except OSError as error:
         raise UserError(f"cannot read {checkpoint}: {error.strerror}: nothing was changed; try again later") from error
     return None
-
-
-def set_aside(checkpoint: Path) -> Path:
-    """Rename a broken checkpoint to `<name>.broken`, where nothing looks for one."""
-    place = checkpoint.with_name(f"{checkpoint.name}.broken")
-    discard(place)
-    return checkpoint.rename(place)
 
 
 def check_adapter_files(folder: str | os.PathLike) -> None:

@@ -6,6 +6,8 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
+from huggingface_hub.utils.sha import sha_fileobj
+
 from ..errors import UserError
 
 
@@ -17,10 +19,7 @@ def fingerprint(path: str | Path) -> str:
     path = Path(path)
     if path.is_file():
         with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-            return digest.hexdigest()
+            return sha_fileobj(file).hex()
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
     names = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())

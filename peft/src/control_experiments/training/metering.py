@@ -26,7 +26,7 @@ class MemoryMeter:
     """
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self._cuda = device, device.type == "cuda"
         self._weights: int | None = None
         self._with_optimizer: int | None = None
         if self._cuda:
@@ -35,10 +35,6 @@ class MemoryMeter:
             self._before = torch.cuda.memory_allocated(device)
             self._others = 0
             self._look_for_others()
-
-    @property
-    def _cuda(self) -> bool:
-        return self.device.type == "cuda"
 
     def _look_for_others(self) -> None:
         free, total = torch.cuda.mem_get_info(self.device)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_control import Fp8Linear
+from peft_control import ControlConfig, Fp8Linear
 
 from ..errors import UserError
 from .checksums import local_fingerprint
@@ -23,12 +23,7 @@ from .quantization import quantization_of
 
 
 def adapter_config(
-    options: AdapterOptions,
-    *,
-    task_type: str | None,
-    targets: Sequence[str] = (),
-    bias: bool = False,
-    modules_to_save: Sequence[str] | None = None,
+    options: AdapterOptions, *, targets: Sequence[str] = (), bias: bool = False, **settings
 ) -> PeftConfig | None:
     """The peft configuration of a method, or None for "probe", which has no adapter.
 
@@ -37,13 +32,13 @@ def adapter_config(
     Args:
         targets: modules for LoRA and DoRA where `lora_targets` names none.
         bias: whether the control has biases.
+        settings: what every configuration of peft has, such as `task_type` and `modules_to_save`.
 
     Raises UserError: unknown method, or a rank, dropout, block or target list that cannot be.
     """
     method = check_method(options.method)
     if method == "probe":
         return None
-    settings = {"task_type": task_type, "modules_to_save": list(modules_to_save) if modules_to_save else None}
     if method == "shadow":
         return ShadowConfig(**settings, r=options.lora_rank)
     if any(name in method for name in ("lora", "dora", "miss")):
@@ -57,8 +52,6 @@ def adapter_config(
         settings |= {"lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout}
     if "control" not in method:
         return LoraConfig(**settings)
-
-    from peft_control import ControlConfig
 
     blocks = ["attention", "mlp"] if method == "double control" else list(options.control_blocks)
     named = ("control_rank", "control_alpha", "control_dropout")
@@ -106,29 +99,17 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, base: str, **optio
 
 
 def set_memory(
-    model: nn.Module,
-    mode: str,
-    cuda_graphs: bool = False,
-    *,
-    chunk_tokens: int | None = None,
-    offload: str = "auto",
-    stream_weights: bool | int = False,
+    model: nn.Module, mode: str, cuda_graphs: bool = False, *, offload: str = "auto", stream_weights: bool | int = False, **how
 ) -> None:
-    """Set how `model` trains, in the words of `MemoryOptions`; "plain" alone changes nothing. Raises
+    """Set how `model` trains, in the words of `MemoryOptions` (`how`: `chunk_tokens`); "plain" alone changes nothing. Raises
     UserError: the model or its adapter does not support the mode, or the host cannot hold streamed weights."""
     if mode == "plain" and not cuda_graphs and not stream_weights:
         return
     from peft_control.memory import set_memory_mode
 
     waits = {"auto": None, "always": True, "never": False, "fp8": "fp8"}[offload]
-    how = {
-        "chunk_tokens": chunk_tokens,
-        "offload": waits,
-        "cuda_graphs": cuda_graphs,
-        "stream_weights": stream_weights or False,
-    }
     try:
-        set_memory_mode(model, mode, **how)
+        set_memory_mode(model, mode, offload=waits, cuda_graphs=cuda_graphs, stream_weights=stream_weights or False, **how)
     except ValueError as error:
         instead = "leave out --stream_weights" if stream_weights else "use --memory plain"
         raise UserError(f"--memory {mode}: {error}; {instead}") from error

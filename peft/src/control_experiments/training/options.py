@@ -202,7 +202,7 @@ class MemoryOptions(_Group):
 
 @dataclass(kw_only=True)
 class BaseOptions(_Group):
-    """How the frozen weights are stored."""
+    """How the frozen weights are stored. `accelerate launch --use_fsdp --fsdp_version 2` asks for --shard fsdp2 too."""
 
     quantization: Quantization = HfArg(default="none", help=QUANTIZATION_HELP)
     shard: Literal["ddp", "fsdp2"] = HfArg(
@@ -213,8 +213,20 @@ class BaseOptions(_Group):
 
     def check(self) -> None:
         super().check()
-        graphs = getattr(self, "cuda_graphs", False)
-        self.shard = choose_shard(self.shard, quantization=self.quantization, cuda_graphs=graphs)
+        if _is_set("ACCELERATE_USE_FSDP"):  # by accelerate launch
+            if os.environ.get("FSDP_VERSION", "1") != "2":
+                instead = "add --fsdp_version 2 to accelerate launch, or start with torchrun and --shard fsdp2"
+                raise UserError(f"FSDP1 is not supported: {instead}")
+            for variable, option in _NOT_DONE.items():
+                if _is_set(variable):
+                    raise UserError(f"{option} true is not supported: leave it out; --memory lean needs less too")
+            # accelerate and transformers would act on it too, once a model is loaded
+            os.environ["ACCELERATE_USE_FSDP"] = "false"
+            self.shard = "fsdp2"
+        if self.shard == "fsdp2" and self.quantization not in ("none", "fp8"):
+            raise UserError(f"--quantization {self.quantization} cannot be sharded: choose fp8, or --shard ddp")
+        if self.shard == "fsdp2" and getattr(self, "cuda_graphs", False):
+            raise UserError("--cuda_graphs cannot replay the gathering of shards: leave it out, or choose --shard ddp")
         check_method_runs(getattr(self, "method", ""), self.quantization, getattr(self, "device", "0"))
 
 
@@ -262,29 +274,6 @@ def check_method(method: str, known: tuple[str, ...] = tuple(METHODS)) -> str:
     if method in known:
         return method
     raise UserError(f"unknown method {method!r}: choose one of {', '.join(known)}")
-
-
-def choose_shard(shard: str, *, quantization: str = "none", cuda_graphs: bool = False) -> str:
-    """What `--shard` comes to: "fsdp2" also when accelerate launch asks for it (`--use_fsdp --fsdp_version 2`).
-
-    accelerate and transformers are then told that nobody did, for both would act on it: call it before a model
-    is loaded. Raises UserError: FSDP1, or what of FSDP2 is not done here, was asked for, or a model that cannot
-    be sharded.
-    """
-    if _is_set("ACCELERATE_USE_FSDP"):
-        if os.environ.get("FSDP_VERSION", "1") != "2":
-            instead = "add --fsdp_version 2 to accelerate launch, or start with torchrun and --shard fsdp2"
-            raise UserError(f"FSDP1 is not supported: {instead}")
-        for variable, option in _NOT_DONE.items():
-            if _is_set(variable):
-                raise UserError(f"{option} true is not supported: leave it out; --memory lean needs less too")
-        os.environ["ACCELERATE_USE_FSDP"] = "false"
-        shard = "fsdp2"
-    if shard == "fsdp2" and quantization not in ("none", "fp8"):
-        raise UserError(f"--quantization {quantization} cannot be sharded: choose fp8, or --shard ddp")
-    if shard == "fsdp2" and cuda_graphs:
-        raise UserError("--cuda_graphs cannot replay the gathering of shards: leave it out, or choose --shard ddp")
-    return shard
 
 
 def check_streaming(options: object) -> None:

@@ -32,8 +32,9 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike, go_on: str = "add --resume to the same command"):
         if not os.fspath(path):
             raise UserError("the output folder's name is empty: give one")
-        self.path = Path(path)
-        self.go_on = go_on
+        self.path, self.go_on = Path(path), go_on
+        self.record, self.log = self.path / "record.json", self.path / "run.log"
+        self.adapter, self.checkpoints = self.path / "adapter", self.path / "checkpoints"
         self._lock: int | None = None
         if os.environ.get("RANK", "0") != "0":
             return
@@ -77,25 +78,9 @@ class RunFolder:
         self._lock = None
 
     @property
-    def record(self) -> Path:
-        return self.path / "record.json"
-
-    @property
     def finished(self) -> bool:
         """Whether the run came to its end."""
         return self.record.is_file()
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "run.log"
 
     @contextmanager
     def logging_from(self, *names: str, terminal: bool = False) -> Iterator[None]:
@@ -163,7 +148,9 @@ class RunFolder:
                 "start over, or put back a copy of a checkpoint"
             )
         for broken, reason in damage.items() if self._lock is not None else ():
-            place = checkpoints.set_aside(broken)
+            place = broken.with_name(f"{broken.name}.broken")  # where nothing looks for one
+            checkpoints.discard(place)
+            broken.rename(place)
             print(f"warning: {broken.name} is broken ({reason}): set aside as {place.name}", file=sys.stderr)
         return found[len(damage)] if found else None
 

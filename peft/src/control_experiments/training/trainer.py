@@ -284,11 +284,6 @@ class ExperimentTrainer(Trainer):
             shard.batch_sampler, shard.batch_size, shard.even_batches = self._shared, None, False
         return loader
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Tell the sampler, which accelerate does not always find, which epoch it is."""
-        if self._shared is not None and hasattr(self._shared.sampler, "set_epoch"):
-            self._shared.sampler.set_epoch(epoch)
-
     def loss_share(self) -> float:
         """What to multiply this process's mean loss with; 1 unless several processes share out a short batch."""
         if self._shared is None:
@@ -363,7 +358,9 @@ class _Keeper(TrainerCallback):
         self.trainer.throughput.stop()
 
     def on_epoch_begin(self, args, state, control, **_):
-        self.trainer.begin_epoch(int(state.epoch or 0))
+        sampler = getattr(self.trainer._shared, "sampler", None)
+        if hasattr(sampler, "set_epoch"):  # accelerate does not always find it
+            sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **_):
         self.trainer.throughput.step()
