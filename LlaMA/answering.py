@@ -10,8 +10,7 @@ from functools import lru_cache
 from itertools import takewhile
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import BatchEncoding, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from LlaMA.commonsense import ANSWER_LEAD, TASKS, Row, extract_answer, offered_words, tokenize_prompts
@@ -49,11 +48,9 @@ def batches(questions: Sequence[Question], indices: Sequence[int], size: int) ->
         yield ordered[start : start + size]
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Token ids and attention mask, `(rows, longest)` each, every row ending at the right edge."""
-    ids = pad_sequence([torch.tensor(row) for row in rows], True, pad_token_id, "left")
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, "left")
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+def pad(tokenizer: Tokenizer, rows: Sequence[Sequence[int]], side: str = "left") -> BatchEncoding:
+    """Token ids and attention mask, `(rows, longest)` each, every row ending at the right edge, or beginning at the left one."""
+    return tokenizer.pad({"input_ids": rows}, padding_side=side, return_attention_mask=True, return_tensors="pt")
 
 
 class AnswersDecided(StoppingCriteria):
@@ -124,7 +121,7 @@ def generate(
 
     With `stop_when_decided` texts may be shorter, answers are those of the full search.
     """
-    batch = pad_left([question.ids for question in questions], tokenizer.pad_token_id, model.device)
+    batch = pad(tokenizer, [question.ids for question in questions]).to(model.device)
     prompt_length = batch["input_ids"].shape[1]
     stops = StoppingCriteriaList()
     if stop_when_decided:
@@ -153,15 +150,14 @@ def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence
     alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(lead, *words.values(), strict=False))
     shared = len([*alike])
     prefixes = [[*question.ids, *lead[:shared]] for question in questions]
-    batch = pad_left(prefixes, tokenizer.pad_token_id, model.device)
+    batch = pad(tokenizer, prefixes).to(model.device)
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     first = model(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
 
     # a row for each word of each question
     owner = torch.tensor([row for row, question in enumerate(questions) for _ in question.offered], device=model.device)
-    tails = [torch.tensor(words[word][shared:]) for question in questions for word in question.offered]
-    ids = pad_sequence(tails, True, tokenizer.pad_token_id).to(model.device)
-    mask = pad_sequence([torch.ones_like(tail) for tail in tails], True).to(model.device)
+    tails = pad(tokenizer, [words[word][shared:] for question in questions for word in question.offered], "right")
+    ids, mask = (tails[name].to(model.device) for name in ("input_ids", "attention_mask"))
     scores = first.logits[:, -1].float().log_softmax(-1)[owner].gather(1, ids[:, :1])[:, 0]
     if ids.shape[1] > 1:
         cache = first.past_key_values

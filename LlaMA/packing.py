@@ -250,7 +250,7 @@ def check_packing(model: torch.nn.Module, rows: Sequence[TokenRow]) -> None:
     weight = _causal_lm(model).get_input_embeddings().weight
     half = weight.dtype != torch.float32
     # the beginnings of all rows are alike, so one row's beginning goes before another's end
-    first, second = TokenRow(list(rows[0].ids[:32]), 1, cut=False), TokenRow(list(rows[-1].ids[-32:]), 1, cut=False)
+    first, second = (TokenRow(ids, bytes(len(ids))) for ids in (rows[0].ids[:32], rows[-1].ids[-32:]))
 
     def logits(packed: Sequence[TokenRow]) -> torch.Tensor:
         """Those of the second row, which stands last: micro-batches keep their order."""

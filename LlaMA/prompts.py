@@ -13,27 +13,13 @@ Style = Literal["matched", "authors"]
 # the authors' templates are indented string literals, and the indentation is part of the prompt
 _I = " " * 16
 
-_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request."
-)
-_WITHOUT_INPUT = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-
-_MATCHED = {
-    True: f"{_WITH_INPUT} \n\n{_I}### Instruction:\n{_I}{{instruction}}\n{_I}\n"
-    f"{_I}### Input:\n{_I}{{input}}\n{_I}\n{_I}### Response:\n{_I}",
-    False: f"{_WITHOUT_INPUT}  \n\n{_I}### Instruction:\n{_I}{{instruction}}\n{_I}\n{_I}### Response:\n{_I}",
-}
-_AUTHORS_EVALUATION = {
-    True: f"{_WITH_INPUT}\n\n{_I}### Instruction:\n{_I}{{instruction}}\n\n"
-    f"{_I}### Input:\n{_I}{{input}}\n\n{_I}### Response:\n{_I}",
-    False: f"{_WITHOUT_INPUT} \n\n{_I}### Instruction:\n{_I}{{instruction}}\n\n{_I}### Response:\n{_I}",
-}
-
 
 def prompt(instruction: str, input: str = "", style: Style = "matched") -> str:
     """The text up to where the response begins; training appends the row's output to the "matched" one."""
-    templates = _AUTHORS_EVALUATION if style == "authors" else _MATCHED
-    # replace, not format: an instruction may hold braces
-    text = templates[bool(input)].replace("{input}", input)
-    return text.replace("{instruction}", instruction)
+    paired = ", paired with an input that provides further context" if input else ""
+    begin = f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
+    begin += " " * ((style == "matched") + (not input))
+    gap = "\n\n" if style == "authors" else f"\n{_I}\n"
+    parts = {"Instruction": instruction, **({"Input": input} if input else {})}
+    asked = "".join(f"{_I}### {name}:\n{_I}{text}{gap}" for name, text in parts.items())
+    return f"{begin}\n\n{asked}{_I}### Response:\n{_I}"

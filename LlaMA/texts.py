@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from control_experiments.errors import UserError
-from LlaMA.commonsense import Row, TokenRow, read_rows, text_fields, tokenize_rows
+from LlaMA.commonsense import Row, TokenRow, read_rows, text_fields, token_row, tokenize_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,7 +131,7 @@ def _split(text: Text, tokenizer: PreTrainedTokenizerBase, cutoff: int) -> list[
     if ids[-1:] != array("i", [tokenizer.eos_token_id]):
         ids.append(tokenizer.eos_token_id)
     pieces = [ids[start : start + cutoff] for start in range(0, len(ids), cutoff)]
-    return [TokenRow(piece, 1, cut=False) for piece in pieces if len(piece) > 1 or len(pieces) == 1]
+    return [token_row(piece, b"\1" * len(piece), cutoff) for piece in pieces if len(piece) > 1 or len(pieces) == 1]
 
 
 def _tokenize_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, cutoff: int) -> TokenRow:
@@ -149,7 +149,7 @@ def _tokenize_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, cutoff: int) 
     except Exception as error:  # Jinja2's, and whatever the template's own code raises
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{chat.where}: the tokenizer's chat template refuses it: {reason}") from error
-    return TokenRow(array("i", ids[:cutoff]), 1, cut=len(ids) > cutoff, learned=learned[:cutoff])
+    return token_row(ids, learned, cutoff)
 
 
 def _marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], bytes]:

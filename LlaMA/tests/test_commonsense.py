@@ -77,5 +77,5 @@ def test_prompts_are_tokenized_as_in_training(rows, tokenizer):
     trained = tokenize_rows(rows, tokenizer, cutoff=1000, response_only=True)
     for ids, row, full in zip(tokenize_prompts(rows, tokenizer), rows, trained, strict=True):
         assert list(full.ids[: len(ids)]) == ids
-        assert full.loss_from == len(ids)
+        assert full.learned.index(1) == len(ids)
         assert tokenizer.decode(full.ids[len(ids) : -1]).strip() == row.output

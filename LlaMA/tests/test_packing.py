@@ -144,7 +144,7 @@ def test_response_only_loss_counts_responses_alone(model, rows, tokenizer):
     expected = 0.0
     for row in rows:
         logits = model(input_ids=torch.tensor([row.ids])).logits[0, :-1].log_softmax(-1)
-        chosen = logits.gather(1, torch.tensor(row.ids[1:])[:, None])[row.loss_from - 1 :]
+        chosen = logits.gather(1, torch.tensor(row.ids[1:])[:, None])[row.learned.index(1) - 1 :]
         expected -= chosen.sum().item()
     expected /= sum(row.targets for row in rows)
     (pack,) = packed_step(rows, len(rows), 10_000)
