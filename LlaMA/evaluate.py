@@ -14,10 +14,9 @@ the questions that are left when it is started again. See LlaMA/README.md.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Optional
+from typing import Literal, Optional
 
 from transformers.hf_argparser import HfArg
 
@@ -28,9 +27,6 @@ from control_experiments.training.checksums import local_fingerprint
 from LlaMA.commonsense import TASKS
 from LlaMA.demo import place_of_tests
 from LlaMA.finetune import METHODS
-
-if TYPE_CHECKING:
-    from control_experiments.record import RunRecord
 
 
 @dataclass(kw_only=True)
@@ -91,14 +87,13 @@ class Options:
         return {task: local_fingerprint(self.test_sets / task / "test.json") for task in self.tasks}
 
 
-def main(argv: Sequence[str] | None = None) -> RunRecord | None:
-    """Evaluate as the command line says and write the run's record; None when the run was finished before."""
-    command = list(sys.argv[1:] if argv is None else argv)
-    (options,) = parse_arguments(Options, argv=command, description=__doc__)
+def main() -> None:
+    """Evaluate as the command line says and write the run's record."""
+    (options,) = parse_arguments(Options, description=__doc__)
     options.check()
     from LlaMA.evaluation import run  # loads torch: help and a wrong option need not wait for it
 
-    return run(options, command)
+    run(options, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
@@ -91,18 +93,19 @@ def evaluate(
         pad_token=tokenizer.pad_token,
     )
     seconds: dict[str, float] = {}
+    questions = {task: questions_of(tuple(rows), TASKS[task], tokenizer, options.prompt_style) for task, rows in tests.items()}
+    answer, published = partial(rank_words, model, tokenizer), None
+    if options.mode == "generate":
+        answer = partial(generate, model, tokenizer, beams=options.beams, max_new_tokens=options.max_new_tokens)
+        published = partial(answer, stop_when_decided=False)
+        answer = partial(answer, stop_when_decided=options.stop_when_decided)
     if options.compare_batch_one:
-        questions = []
-        for task, rows in tests.items():
-            questions += questions_of(tuple(rows), TASKS[task], tokenizer, options.prompt_style)
-        answer = answerer(options, model, tokenizer)
-        published = partial(answer, stop_when_decided=False) if options.mode == "generate" else None
         size = {"count": options.compare_batch_one, "batch_size": options.batch_size}
-        metrics = compare_batch_one(questions, answer, published, **size)
+        metrics = compare_batch_one([*chain(*questions.values())], answer, published, **size)
         shown = {name: value for name, value in metrics.items() if name != "differing"}
         print(json.dumps(shown, indent=2))
     else:
-        metrics = answer_all(options, folder, model, tokenizer, tests, seconds)
+        metrics = answer_all(options, folder, answer, questions, tests, seconds)
         print(f"{'average':14} accuracy {metrics['average']:6.2f}  no match {metrics['no_match']:5.2f}")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     sizes = {task: len(rows) for task, rows in tests.items()}
@@ -117,29 +120,29 @@ def evaluate(
     )
 
 
-def answer_all(options: Options, folder: RunFolder, model, tokenizer, tests: dict[str, list[Row]], seconds: dict) -> dict:
+def answer_all(
+    options: Options, folder: RunFolder, answer: Answer, questions: dict, tests: dict[str, list[Row]], seconds: dict
+) -> dict:
     """Answer all test sets, which takes `seconds`; returns the record's metrics."""
-    answer, answered = answerer(options, model, tokenizer), {}
-    total = sum(map(len, tests.values()))
-    with tqdm(total=total, unit="question", disable=None) as bar:
+    answered = []
+    with tqdm(total=sum(map(len, tests.values())), unit="question", disable=None) as bar:
         for task, rows in tests.items():
             path, began = folder.path / f"{task}.jsonl", time.perf_counter()
             left = len(rows) - len(read_answers(path, rows))
-            questions = questions_of(tuple(rows), TASKS[task], tokenizer, options.prompt_style)
-            answered[task] = answer_task(path, rows, questions, answer, options.batch_size, bar)
+            entries = answer_task(path, rows, questions[task], answer, options.batch_size, bar).values()
+            answered.append(found := pd.DataFrame(entries).assign(task=task))
             seconds[task] = time.perf_counter() - began
             rate = f", {left / seconds[task]:.1f} questions/s" if left else ""
-            accuracy, no_match = score(answered[task])
+            accuracy, no_match = score(found)
             tqdm.write(f"{task:14} accuracy {accuracy:6.2f}  no match {no_match:5.2f}{rate}", file=sys.stdout)
-    keep_outcomes(folder.path, answered)
-    return summarise(answered)
-
-
-def keep_outcomes(folder: Path, answered: dict[str, dict[int, dict]]) -> None:
-    """Every question's outcome in compact form, for comparisons question by question."""
-    rows = [(task, row) for task in sorted(answered) for row in sorted(answered[task])]
-    correct = [answered[task][row]["correct"] for task, row in rows]
-    write_outcomes(folder, [f"{task} {row}" for task, row in rows], correct, group=[task for task, _ in rows])
+    table = pd.concat(answered).sort_values(["task", "row"])
+    examples = table.task + " " + table.row.astype(str)
+    write_outcomes(folder.path, examples.tolist(), table.correct.tolist(), group=table.task.tolist())
+    scores = {task: score(table[table.task == task]) for task in tests}
+    accuracies = {task: accuracy for task, (accuracy, _) in scores.items()}
+    no_match = {f"{task}/no_match": share for task, (_, share) in scores.items()}
+    average = sum(accuracies.values()) / len(tests)
+    return {**accuracies, "average": average, **no_match, "no_match": score(table)[1]}
 
 
 def check_adapter(options: Options) -> None:
@@ -230,14 +233,6 @@ def describe_frozen_adapter(model, dtype: torch.dtype) -> dict:
     return {**said, **dict(zip(COUNTS, (count, count, 0), strict=True))}
 
 
-def answerer(options: Options, model, tokenizer) -> Answer:
-    """The function that answers one batch."""
-    if options.mode == "likelihood":
-        return partial(rank_words, model, tokenizer)
-    named = ("beams", "max_new_tokens", "stop_when_decided")
-    return partial(generate, model, tokenizer, **{name: getattr(options, name) for name in named})
-
-
 def read_answers(path: Path, rows: Sequence[Row]) -> dict[int, dict]:
     """The answers that a task's file holds, by row; a last line that a kill cut short is taken off the file.
     Raises UserError: a line that is none of ours."""
@@ -288,16 +283,6 @@ def answer_task(
     return answers
 
 
-def score(answers: dict[int, dict]) -> tuple[float, float]:
+def score(answers: pd.DataFrame) -> tuple[float, float]:
     """Accuracy and share of answers without an answer word (which count as wrong), both in percent."""
-    found = ([entry["correct"] for entry in answers.values()], [entry["answer"] is None for entry in answers.values()])
-    return tuple(100 * sum(ones) / len(ones) for ones in found)
-
-
-def summarise(answered: dict[str, dict[int, dict]]) -> dict:
-    """The record's metrics: each task's accuracy under its name, their mean, and the no-match rates."""
-    scores = {task: score(answers) for task, answers in answered.items()}
-    tasks = {task: accuracy for task, (accuracy, _) in scores.items()}
-    no_match = {f"{task}/no_match": share for task, (_, share) in scores.items()}
-    missed = sum(scores[task][1] * len(answers) for task, answers in answered.items()) / sum(map(len, answered.values()))
-    return {**tasks, "average": sum(tasks.values()) / len(tasks), **no_match, "no_match": missed}
+    return tuple(100 * int(ones.sum()) / len(answers) for ones in (answers.correct, answers.answer.isna()))

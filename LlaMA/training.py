@@ -55,7 +55,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 
 
-def run(options: Options, argv: Sequence[str] | None) -> RunRecord | None:
+def run(options: Options, argv: Sequence[str] | None = None) -> RunRecord | None:
     """Train, unless the run is finished; returns its record, or None then."""
     options.model = place_of_model(options.model)
     types = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
@@ -70,9 +70,10 @@ def run(options: Options, argv: Sequence[str] | None) -> RunRecord | None:
 def train(options: Options, run: Run) -> RunRecord:
     """Load, train, save the adapter and write the record, all in the run's folder."""
     folder, dtype = run.folder, DTYPES[run.precision]
-    training, questions = tokenized(options, options.contents("data"))
+    how = (options.model, options.cutoff, options.loss_on == "response")
+    training, questions = tokenized(options.contents("data"), local_fingerprint(options.contents("data")), *how)
     if options.validation:
-        held_out, _ = tokenized(options, Path(options.validation))
+        held_out, _ = tokenized(Path(options.validation), local_fingerprint(options.validation), *how)
     else:
         training, held_out = split_rows(training, options.held_out, options.split_seed)
     for name, part in (("training", training), ("held-out", held_out)):
@@ -174,13 +175,9 @@ def train(options: Options, run: Run) -> RunRecord:
     return record
 
 
-def tokenized(options: Options, place: Path) -> tuple[list[TokenRow], bool]:
-    """The rows of a file or a folder, and whether all are commonsense questions."""
-    return _tokenized(place, local_fingerprint(place), options.model, options.cutoff, options.loss_on == "response")
-
-
 @lru_cache(maxsize=4)  # the runs of a study read and tokenize their data once
-def _tokenized(place: Path, _checksum: str, model: str, cutoff: int, response_only: bool) -> tuple[list[TokenRow], bool]:
+def tokenized(place: Path, _checksum: str, model: str, cutoff: int, response_only: bool) -> tuple[list[TokenRow], bool]:
+    """The rows of a file or a folder, and whether all are commonsense questions."""
     data = read_data(place)
     questions = all(isinstance(row, Row) and row.answer for row in data)
     return tokenize_data(data, load_tokenizer(model), cutoff, response_only=response_only), questions

@@ -9,7 +9,6 @@ weights in float32. fp8-e5m2 has the gradients of outputs in e5m2, fp8 in e4m3. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +70,8 @@ def errors(found: dict[str, list], exact: dict[str, list]) -> dict[str, list[flo
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    (options,) = parse_arguments(Options, argv=argv, description=__doc__)
+def main() -> None:
+    (options,) = parse_arguments(Options, description=__doc__)
     check_numbers(options, "rows", "control_rank", at_least=1)
     check_choices(options, bases=BASES)
     from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic

@@ -66,10 +66,6 @@ class Task:
         return [f"validation_{suffix}" if suffix else "validation" for suffix in self.evaluations]
 
     @property
-    def test_splits(self) -> list[str]:
-        return list(self.server_files)
-
-    @property
     def labels(self) -> list[str]:
         """The classes as tsv files write them."""
         return list(self.classes) if self.server_names else [str(label) for label in range(len(self.classes))]
@@ -153,7 +149,7 @@ def load_task(name: str, data: str | None = None, *, tests: bool = False) -> Dat
     from datasets import DatasetDict
 
     task = get_task(name)
-    wanted = ["train", *task.dev_splits, *(task.test_splits if tests else [])]
+    wanted = ["train", *task.dev_splits, *(task.server_files if tests else [])]
     folder = None if data is None else find_folder(name, Path(data))
     if folder is None and name == "demo":
         from RoBERTa.demo_task import make_demo

@@ -49,7 +49,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 
 
-def finetune(options: Options, argv: Sequence[str] | None) -> RunRecord | None:
+def finetune(options: Options, argv: Sequence[str] | None = None) -> RunRecord | None:
     """Train as the options say and write the run's record; None when the run was finished before."""
     with start(options, "RoBERTa.finetune", argv, less_memory=LESS_MEMORY) as run:
         if not run.folder.finished:
@@ -215,10 +215,10 @@ def predict_finished(options: Options, run: Run) -> None:
     splits, tokenizer = load_task(options.task, options.data, tests=True), load_tokenizer(options.model)
     model = load_model(options.model, task, options.quantization, run.device, run.precision)
     model = load_adapter(model, folder.adapter, options.model)
-    tests = DatasetDict({split: splits[split] for split in task.test_splits})
+    tests = DatasetDict({split: splits[split] for split in task.server_files})
     encoded = tokenize(tests, tokenizer, options.max_length)
     words = {"data_collator": collator(options, tokenizer), "processing_class": tokenizer}
-    words |= {"eval_dataset": encoded[task.test_splits[0]], "memory": MemoryMeter(run.device)}
+    words |= {"eval_dataset": next(iter(encoded.values())), "memory": MemoryMeter(run.device)}
     trainer = ExperimentTrainer(model.to(run.device), trainer_arguments(options, run), **words)
     predict_tests(trainer, encoded, task, folder.path / PREDICTIONS)
     if trainer.is_world_process_zero():

@@ -71,22 +71,22 @@ def main() -> None:
     from torch.utils.data import DataLoader, default_collate
     from torchvision.transforms.functional import to_pil_image
 
-    from control_experiments.training import device as devices
     from control_experiments.training.benchmarking import time_steps
+    from control_experiments.training.device import describe_device, seed_everything
     from control_experiments.training.metering import MemoryMeter
     from control_experiments.training.methods import describe_adapter
+    from control_experiments.training.setup import choose
     from ViT import augment, classifier, images, training, vision_models
 
-    device, size = devices.select_device(options.device), options.image_size
-    precision = devices.choose_precision(options.precision, device, "fp16")
-    devices.seed_everything(options.seed)
+    (device, precision), size = choose(options, on_gpu="fp16"), options.image_size
+    seed_everything(options.seed)
     data = images.load_data(options.data, root=options.data_root)
     if not isinstance(data.train, images.Decoded) or len(data.train) < options.batch_size:
         raise UserError(f"{data.name} is too large for the memory or smaller than a batch")
     architecture = options.architecture
     name = f"{architecture}_{data.name}_{options.method}_batch{options.batch_size}"
     record = RunRecord.begin(
-        options, domain="vit", name=name, task="pipeline", device=devices.describe_device(device),
+        options, domain="vit", name=name, task="pipeline", device=describe_device(device),
         command=["python", "-m", "ViT.benchmark_pipeline", *sys.argv[1:]], data=data.name, autocast=precision,
     )  # fmt: skip
     decoded = list(zip(data.train.images, data.train.labels.tolist(), strict=True))

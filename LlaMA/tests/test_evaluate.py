@@ -7,7 +7,8 @@ import torch
 from transformers import GenerationConfig
 
 from control_experiments.record import read_record
-from LlaMA import evaluation, finetune
+from control_experiments.training.arguments import parse_arguments
+from LlaMA import evaluation, finetune, training
 from LlaMA.answering import Question, generate, pad, rank_words
 from LlaMA.commonsense import ANSWER_LEAD, TASKS, offered_words, tokenize_prompts
 from LlaMA.tests.conftest import adapted, tiny_model, training_options
@@ -19,7 +20,8 @@ def trained(tmp_path_factory, model_folder, data):
     """The output folder of a control+lora run."""
     out = tmp_path_factory.mktemp("trained") / "run"
     longer = ("--max_steps", 60, "--eval_steps", 20, "--warmup_steps", 5, "--lr", "2e-2")
-    finetune.main([*map(str, training_options(model_folder, data, out, *longer))])
+    words = map(str, training_options(model_folder, data, out, *longer))
+    training.run(*parse_arguments(finetune.Options, argv=[*words]))
     return out
 
 

@@ -15,7 +15,7 @@ from control_experiments.reporting import records
 from LlaMA import finetune, packing, training
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
 from LlaMA.models import add_adapter, choose_pad_token
-from LlaMA.tests.conftest import assert_same_adapters, configuration, interrupted
+from LlaMA.tests.conftest import assert_same_adapters, configuration, interrupted, published_loss
 from peft_control import ControlConfig, memory  # noqa: F401  registers CONTROL
 from scripts.catalogue import LLAMA_SHAPES
 
@@ -102,12 +102,7 @@ def test_the_trainer_learns_as_a_plain_loop_does(train_llama, model_folder, data
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 3, 16)
     for number, (step, entry) in enumerate(zip(seen, history, strict=True)):
-        losses = []
-        for micro_batch in (step[:4], step[4:]):  # each a mean over its tokens, as published
-            if micro_batch:
-                ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in micro_batch], True, -100)
-                losses.append(model(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), labels=ids).loss)
-        loss = torch.stack(losses).mean()
+        loss = published_loss(model, step)
         assert loss.item() == pytest.approx(entry["train_loss"], rel=2e-5), f"step {number + 1}"
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -9,7 +9,6 @@ from control_experiments.errors import UserError
 from LlaMA.commonsense import TokenRow, tokenize_rows
 from LlaMA.models import add_adapter, ready_to_train
 from LlaMA.packing import (
-    IGNORE,
     VARLEN,
     GraphedLoss,
     batch_loss,
@@ -20,7 +19,7 @@ from LlaMA.packing import (
     padded_step,
     shadow_batch_loss,
 )
-from LlaMA.tests.conftest import adapted, configuration
+from LlaMA.tests.conftest import adapted, configuration, published_loss
 
 
 @pytest.fixture
@@ -43,16 +42,6 @@ def assert_alike(found, wanted):
     for name, gradient in wanted.items():
         atol = 1e-5 * float(gradient.abs().max())
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=atol)
-
-
-def published_loss(model, step, micro_batch=4):
-    """The Trainer's own arithmetic: transformers' mean loss of each padded micro-batch, averaged over them."""
-    losses = []
-    for start in range(0, len(step), micro_batch):
-        rows = [torch.tensor(row.ids) for row in step[start : start + micro_batch]]
-        labels = torch.nn.utils.rnn.pad_sequence(rows, True, IGNORE)
-        losses.append(model(input_ids=labels.clamp(min=0), attention_mask=(labels != IGNORE).long(), labels=labels).loss)
-    return sum(losses) / len(losses)
 
 
 @pytest.mark.parametrize("method", ["control+lora", "double control"])
