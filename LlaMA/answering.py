@@ -13,8 +13,7 @@ import torch
 from transformers import BatchEncoding, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from LlaMA.commonsense import ANSWER_LEAD, TASKS, Row, extract_answer, offered_words, tokenize_prompts
-from LlaMA.prompts import Style
+from LlaMA.commonsense import ANSWER_LEAD, TASKS, Row, Style, extract_answer, offered_words, tokenize_prompts
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def batches(questions: Sequence[Question], indices: Sequence[int], size: int) ->
 
 
 def pad(tokenizer: Tokenizer, rows: Sequence[Sequence[int]], side: str = "left") -> BatchEncoding:
-    """Token ids and attention mask, `(rows, longest)` each, every row ending at the right edge, or beginning at the left one."""
+    """Token ids and attention mask, `(rows, longest)` each, padded on the left or the right side."""
     return tokenizer.pad({"input_ids": rows}, padding_side=side, return_attention_mask=True, return_tensors="pt")
 
 

@@ -1,4 +1,4 @@
-"""Commonsense data in the LLM-Adapters format: tasks, answer words, validation, split and tokens."""
+"""Commonsense data in the LLM-Adapters format: prompts, tasks, answer words, validation, split and tokens."""
 
 from __future__ import annotations
 
@@ -8,14 +8,33 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from control_experiments.errors import UserError
 from control_experiments.record import read_json
-from LlaMA.prompts import Style, prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Style = Literal["matched", "authors"]
+# the authors' templates are indented string literals, and the indentation is part of the prompt
+_I = " " * 16
+
+
+def prompt(instruction: str, input: str = "", style: Style = "matched") -> str:
+    """LLM-Adapters' template, white space included, up to where the response begins; training appends the row's output.
+
+    The authors' templates of training and evaluation differ in white space: "matched" is that of training, "authors" that of
+    their evaluation.
+    """
+    paired = ", paired with an input that provides further context" if input else ""
+    begin = f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
+    begin += " " * ((style == "matched") + (not input))
+    gap = "\n\n" if style == "authors" else f"\n{_I}\n"
+    parts = {"Instruction": instruction, **({"Input": input} if input else {})}
+    asked = "".join(f"{_I}### {name}:\n{_I}{text}{gap}" for name, text in parts.items())
+    return f"{begin}\n\n{asked}{_I}### Response:\n{_I}"
 
 
 def _numbered(word: str, count: int) -> tuple[str, ...]:

@@ -20,14 +20,13 @@ DEMO, TINY = "demo", "tiny"
 TRAINING_ROWS, TEST_ROWS, FILE = 1600, 40, "commonsense_demo.json"
 #: Steps in which the tiny model reads.
 STEPS = 300
-KINDS = {
-    "an animal": "dog cat horse cow sheep goat wolf bear lion mouse",
-    "a fruit": "apple pear plum cherry grape lemon melon peach fig mango",
-    "a tool": "hammer saw drill wrench chisel pliers file axe shovel rake",
-    "a colour": "red blue green yellow purple orange brown pink white black",
-    "a metal": "iron gold silver copper tin zinc lead nickel cobalt chrome",
+WORDS = {
+    "an animal": ["dog", "cat", "horse", "cow", "sheep", "goat", "wolf", "bear", "lion", "mouse"],
+    "a fruit": ["apple", "pear", "plum", "cherry", "grape", "lemon", "melon", "peach", "fig", "mango"],
+    "a tool": ["hammer", "saw", "drill", "wrench", "chisel", "pliers", "file", "axe", "shovel", "rake"],
+    "a colour": ["red", "blue", "green", "yellow", "purple", "orange", "brown", "pink", "white", "black"],
+    "a metal": ["iron", "gold", "silver", "copper", "tin", "zinc", "lead", "nickel", "cobalt", "chrome"],
 }
-WORDS = {kind: words.split() for kind, words in KINDS.items()}
 
 
 def place_of_data(data: str) -> Path:

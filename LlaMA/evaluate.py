@@ -24,7 +24,7 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.training import options as shared
 from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
 from control_experiments.training.checksums import local_fingerprint
-from LlaMA.commonsense import TASKS
+from LlaMA.commonsense import TASKS, Style
 from LlaMA.demo import place_of_tests
 from LlaMA.finetune import METHODS
 
@@ -44,7 +44,7 @@ class Options:
     batch_size: int = HfArg(default=64, help="Questions answered together.")
     beams: int = HfArg(default=4, help="Beams of the search.")
     max_new_tokens: int = HfArg(default=32, help="Longest response, in tokens.")
-    prompt_style: Literal["matched", "authors"] = HfArg(
+    prompt_style: Style = HfArg(
         default="matched", help="matched: prompts as in training; authors: the published, slightly different ones."
     )
     stop_when_decided: bool = HfArg(default=True, help="End a batch when no continuation changes an answer.")

@@ -39,8 +39,6 @@ from LlaMA.models import choose_pad_token, load_model, load_tokenizer, stream
 if TYPE_CHECKING:
     from LlaMA.evaluate import Options
 
-#: The record's counts of an adapter's parameters.
-COUNTS = ("trainable_parameters", "adapter_parameters", "head_parameters")
 LESS_MEMORY = "a smaller --batch_size, --dtype bf16, fewer --beams"
 
 
@@ -226,11 +224,11 @@ def method_of(options: Options, model) -> str:
 
 def describe_frozen_adapter(model, dtype: torch.dtype) -> dict:
     """The record's `adapter` of a model that is not trained here."""
-    if not isinstance(model, PeftModel):
-        return {"config": None, "dtype": None, **dict.fromkeys(COUNTS, 0)}
-    count = sum(map(torch.numel, get_peft_model_state_dict(model, save_embedding_layers=False).values()))
-    said = {"config": model.peft_config["default"].to_dict(), "dtype": str(dtype).removeprefix("torch.")}
-    return {**said, **dict(zip(COUNTS, (count, count, 0), strict=True))}
+    count, config, kind = 0, None, None
+    if isinstance(model, PeftModel):
+        count = sum(map(torch.numel, get_peft_model_state_dict(model, save_embedding_layers=False).values()))
+        config, kind = model.peft_config["default"].to_dict(), str(dtype).removeprefix("torch.")
+    return {"config": config, "dtype": kind, "trainable_parameters": count, "adapter_parameters": count, "head_parameters": 0}
 
 
 def read_answers(path: Path, rows: Sequence[Row]) -> dict[int, dict]:

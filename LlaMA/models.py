@@ -28,8 +28,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from control_experiments.errors import UserError
 from control_experiments.training.methods import loading, set_memory
 from control_experiments.training.quantization import check_not_quantized, loading_arguments, prepare
-from LlaMA.commonsense import Row
-from LlaMA.prompts import prompt
+from LlaMA.commonsense import Row, prompt
 
 # transformers shows a bar while it takes a GGUF file apart, whatever the switch of its other bars says
 modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)
@@ -110,22 +109,18 @@ def load_model(
             check_not_quantized(quantization, AutoConfig.from_pretrained(name), model)
         how = {"attn_implementation": attention, **quantized, **place, **extra}
         base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **how)
-    if "gguf_file" in extra:
-        _forget_quantization(base)
+    if (
+        "gguf_file" in extra
+    ):  # its weights arrive dequantized, yet the model is called quantized still: the Trainer would refuse it
+        for owner, kept in ((base, "hf_quantizer"), (base, "quantization_method"), (base.config, "quantization_config")):
+            if hasattr(owner, kept):
+                delattr(owner, kept)
+        base.is_quantized = False
     # what the adapter notes as its base: a folder as it is found from anywhere
     folder = Path(name).expanduser()
     place = str(folder.resolve()) if folder.is_dir() and not extra else model
     base.config._name_or_path = base.name_or_path = place
     return prepare(base).eval()
-
-
-def _forget_quantization(base: PreTrainedModel) -> None:
-    """A GGUF file's weights arrive dequantized, yet some versions of transformers call the model quantized still, and
-    the Trainer then refuses to train it."""
-    for owner, name in ((base, "hf_quantizer"), (base, "quantization_method"), (base.config, "quantization_config")):
-        if hasattr(owner, name):
-            delattr(owner, name)
-    base.is_quantized = False
 
 
 def choose_pad_token(tokenizer: Tokenizer, embeddings: int) -> None:

@@ -15,13 +15,16 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from peft import ShadowModel
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DataCollatorWithFlattening, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from control_experiments.errors import UserError
 from LlaMA.commonsense import IGNORE, TokenRow
 from peft_control.memory.graphs import StepGraphs
 from peft_control.memory.layers import replays_random_numbers
+
+#: Lays rows end to end, with what variable-length attention kernels take.
+_flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
 
 
 @dataclass
@@ -91,26 +94,10 @@ def packed_step(rows: Sequence[TokenRow], micro_batch: int, token_budget: int) -
 
 
 def _pack(pack: list[tuple[int, TokenRow]], groups: list[tuple[list[TokenRow], float]]) -> Batch:
-    ids, positions, labels, weights, ends = [], [], [], [], [0]
-    divisor = min(groups[number][1] for number, _ in pack)
-    for number, row in pack:
-        ids += row.ids
-        positions += range(len(row.ids))
-        labels += row.labels
-        weights += [divisor / groups[number][1]] * len(row.ids)
-        ends.append(len(ids))
-    longest = max(len(row.ids) for _, row in pack)
-    return Batch(
-        _packed_inputs(torch.tensor([ids]), torch.tensor([positions]), ends, longest), torch.tensor([labels]),
-        torch.tensor([weights], dtype=torch.float32), torch.tensor(float(divisor)), len(pack), len(ids),
-    )  # fmt: skip
-
-
-def _packed_inputs(ids: torch.Tensor, positions: torch.Tensor, ends: Sequence[int], longest: int) -> dict:
-    # transformers' names for what variable-length attention kernels take
-    lengths = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor(ends, dtype=torch.int32))
-    longest = dict.fromkeys(("max_length_q", "max_length_k"), longest)
-    return {"input_ids": ids, "position_ids": positions, **lengths, **longest}
+    inputs = _flatten([{"input_ids": row.ids, "labels": row.labels} for _, row in pack])
+    labels, divisor = inputs.pop("labels"), min(groups[number][1] for number, _ in pack)
+    weights = torch.tensor([[divisor / groups[number][1] for number, row in pack for _ in row.ids]], dtype=torch.float32)
+    return Batch(inputs, labels, weights, torch.tensor(float(divisor)), len(pack), labels.numel())
 
 
 def fixed_shape(pack: Batch, quantum: int, rows: int, longest: int, pad_token_id: int) -> Batch:
@@ -128,9 +115,11 @@ def fixed_shape(pack: Batch, quantum: int, rows: int, longest: int, pad_token_id
     missing = (0, whole - tokens)
     positions = torch.cat([pack.inputs["position_ids"], torch.arange(missing[1])[None] % longest], dim=1)
     ids = F.pad(pack.inputs["input_ids"], missing, value=pad_token_id)
+    lengths = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor(ends, dtype=torch.int32))
+    lengths |= dict.fromkeys(("max_length_q", "max_length_k"), longest)
     return replace(
         pack,
-        inputs=_packed_inputs(ids, positions, ends, longest),
+        inputs={"input_ids": ids, "position_ids": positions, **lengths},
         labels=F.pad(pack.labels, missing, value=IGNORE),
         weights=F.pad(pack.weights, missing),
         fixed=True,

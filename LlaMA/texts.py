@@ -20,8 +20,6 @@ from LlaMA.commonsense import Row, TokenRow, read_rows, text_fields, token_row, 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KINDS = "messages (a list of role and content), text, or instruction and output"
-
 
 @dataclass(frozen=True)
 class Text:
@@ -87,7 +85,8 @@ def _row(line: str, where: str) -> Text | Chat | Row:
     if "text" in found:
         return Text(**text_fields(found, ["text"], where))
     if "instruction" not in found:
-        raise UserError(f"{where}: must be an object with {KINDS}")
+        kinds = "messages (a list of role and content), text, or instruction and output"
+        raise UserError(f"{where}: must be an object with {kinds}")
     return Row(**text_fields({"input": "", **found}, ["instruction", "input", "output"], where), answer="")
 
 

@@ -62,14 +62,6 @@ def gradients(options: Options, base: str, device) -> dict[str, list]:
     return found
 
 
-def errors(found: dict[str, list], exact: dict[str, list]) -> dict[str, list[float]]:
-    """Block -> the norm of each layer's difference over the norm of the exact gradient."""
-    return {
-        block: [((a - b).norm() / b.norm()).item() for a, b in zip(found[block], gradients, strict=True)]
-        for block, gradients in exact.items()
-    }
-
-
 def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
     check_numbers(options, "rows", "control_rank", at_least=1)
@@ -83,7 +75,9 @@ def main() -> None:
     device, folder = select_device(options.device), Path(options.output_dir)
     exact, found = gradients(options, "fp32", device), {}
     for base in options.bases:
-        found[base] = errors(gradients(options, base, device), exact)
+        blocks = gradients(options, base, device).items()
+        # the norm of each layer's difference over the norm of the exact gradient
+        found[base] = {block: [((a - b).norm() / b.norm()).item() for a, b in zip(g, exact[block])] for block, g in blocks}
         means = ", ".join(f"{block} {sum(values) / len(values):.4f}" for block, values in found[base].items())
         print(f"{base:9} mean relative error of the gradients: {means}")
     write_json_atomic(folder / "record.json", {

@@ -6,8 +6,7 @@ import pytest
 
 from control_experiments.errors import UserError
 from control_experiments.paths import REPOSITORY
-from LlaMA.commonsense import TASKS, Row, extract_answer, offered_words, read_rows, tokenize_prompts, tokenize_rows
-from LlaMA.prompts import prompt
+from LlaMA.commonsense import TASKS, Row, extract_answer, offered_words, prompt, read_rows, tokenize_prompts, tokenize_rows
 
 ROW = {"instruction": "Which?", "input": "", "output": "the correct answer is answer1", "answer": "answer1"}
 

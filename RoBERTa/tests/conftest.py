@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 WORDS = [
     "the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "big", "small", "red", "blue", "runs", "sleeps", "not", "and",
@@ -24,15 +23,9 @@ def save_encoder(folder: Path, kind: str = "Bert") -> Path:
     getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    roles = {"bos": "<s>", "eos": "</s>", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>"}
-    tokens = {f"{role}_token": token for role, token in roles.items()}
+    roles = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     names = ["input_ids", "attention_mask"]
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **tokens).save_pretrained(folder)
+    transformers.BertTokenizerFast(vocabulary, model_input_names=names, **roles).save_pretrained(folder)
     return folder
 
 
