@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 from transformers import BatchEncoding, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from LlaMA.commonsense import ANSWER_LEAD, TASKS, Row, Style, extract_answer, offered_words, tokenize_prompts
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A prompt's token ids, the task's answer words, and the words that this question offers."""
 
     ids: list[int]
@@ -25,8 +24,7 @@ class Question:
     offered: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """What the model said, and the answer word in it (None: no match)."""
 
     text: str

@@ -8,14 +8,12 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from control_experiments.errors import UserError
 from control_experiments.record import read_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 Style = Literal["matched", "authors"]
 # the authors' templates are indented string literals, and the indentation is part of the prompt

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from control_experiments.paths import cache_folder
 from control_experiments.record import write_json_atomic
-from LlaMA.commonsense import ANSWER_LEAD, TASKS
+from LlaMA.commonsense import ANSWER_LEAD, TASKS, Row
 
 DEMO, TINY = "demo", "tiny"
 TRAINING_ROWS, TEST_ROWS, FILE = 1600, 40, "commonsense_demo.json"
@@ -93,7 +93,6 @@ def _make_tiny(place: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from LlaMA.commonsense import Row
     from LlaMA.models import train_tokenizer
 
     rows = [Row(**row) for row in json.loads((demo_folder() / FILE).read_text())]

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -34,16 +33,14 @@ from control_experiments.training.setup import choose
 from LlaMA.answering import Answer, Question, batches, compare_batch_one, generate, questions_of, rank_words
 from LlaMA.commonsense import TASKS, Row, read_tests
 from LlaMA.demo import place_of_model
+from LlaMA.evaluate import Options
 from LlaMA.models import choose_pad_token, load_model, load_tokenizer, stream
-
-if TYPE_CHECKING:
-    from LlaMA.evaluate import Options
 
 LESS_MEMORY = "a smaller --batch_size, --dtype bf16, fewer --beams"
 
 
-def run(options: Options, command: Sequence[str]) -> RunRecord | None:
-    """Evaluate, unless that is done; returns the record, or None then."""
+def run(options: Options, command: Sequence[str]) -> None:
+    """Evaluate, unless that is done."""
     device, precision = choose(options, "dtype")
     dtype = DTYPES[precision]
     options.model = place_of_model(options.model)
@@ -65,14 +62,12 @@ def run(options: Options, command: Sequence[str]) -> RunRecord | None:
         folder.claim(identity, resume=True)
         if folder.finished:
             print(f"{folder.path} is finished: skipped (delete the folder to run it again)")
-            return None
+            return
         with explain_out_of_memory(device, LESS_MEMORY):
-            return evaluate(options, folder, device, dtype, command)
+            evaluate(options, folder, device, dtype, command)
 
 
-def evaluate(
-    options: Options, folder: RunFolder, device: torch.device, dtype: torch.dtype, command: Sequence[str]
-) -> RunRecord:
+def evaluate(options: Options, folder: RunFolder, device: torch.device, dtype: torch.dtype, command: Sequence[str]) -> None:
     """Answer all test sets (or compare batches with batch 1) and write the record."""
     started = time.perf_counter()
     tests = read_tests(options.test_sets, options.tasks, options.limit)
@@ -107,7 +102,7 @@ def evaluate(
         print(f"{'average':14} accuracy {metrics['average']:6.2f}  no match {metrics['no_match']:5.2f}")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     sizes = {task: len(rows) for task, rows in tests.items()}
-    return record.finish(
+    record.finish(
         folder.record,
         model=describe_model(options.model, base, total_parameters),
         data={"id": public_path(options.data), "sha256": options.checksums(), "sizes": sizes},

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from peft import ShadowModel
+from torch.nn.attention import varlen
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, DataCollatorWithFlattening, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
@@ -22,6 +23,7 @@ from control_experiments.errors import UserError
 from LlaMA.commonsense import IGNORE, TokenRow
 from peft_control.memory.graphs import StepGraphs
 from peft_control.memory.layers import replays_random_numbers
+from peft_control.memory.loss import causal_lm_loss
 
 #: Lays rows end to end, with what variable-length attention kernels take.
 _flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
@@ -136,8 +138,6 @@ def batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 def fused_batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """`batch_loss` without the batch's logits in memory, for a frozen output layer."""
-    from peft_control.memory.loss import causal_lm_loss
-
     base = _causal_lm(model)
     found = []
     handle = base.base_model.register_forward_hook(lambda module, args, output: found.append(output[0]))
@@ -216,13 +216,11 @@ def varlen_attention(
     Shapes: query `(1, heads, tokens, head_dim)`, key and value `(1, key_value_heads, tokens, head_dim)`; returns
     `(1, tokens, heads, head_dim)` and None. The scores of one row against another are never computed.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     if query.shape[1] != key.shape[1]:
         repeats = query.shape[1] // key.shape[1]
         key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
     query, key, value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
-    output = varlen_attn(
+    output = varlen.varlen_attn(
         query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
         scale=scaling, window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
     )  # fmt: skip

@@ -9,27 +9,23 @@ import json
 import re
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from control_experiments.errors import UserError
 from LlaMA.commonsense import Row, TokenRow, read_rows, text_fields, token_row, tokenize_rows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A document; every token of it is learned."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class Chat:
+class Chat(NamedTuple):
     """Turns as objects of "role" and "content"; the assistant's are learned. `where` is file and line."""
 
     messages: list[dict[str, str]]

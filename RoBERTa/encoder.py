@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import datasets
 import torch
@@ -23,10 +22,8 @@ from control_experiments.errors import UserError
 from control_experiments.training.device import DTYPES
 from control_experiments.training.methods import adapter_config, loading
 from control_experiments.training.quantization import check_not_quantized, loading_arguments, prepare
+from RoBERTa.finetune import Options
 from RoBERTa.glue import Task
-
-if TYPE_CHECKING:
-    from RoBERTa.finetune import Options
 
 #: The names of the query and value projections, which LoRA adapts in the paper's recipe: peft's, and others that it lacks.
 QUERY_VALUE = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "mpnet": ["q", "v"], "distilbert": ["q_lin", "v_lin"]}

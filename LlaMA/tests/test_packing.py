@@ -4,6 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import varlen
 
 from control_experiments.errors import UserError
 from LlaMA.commonsense import TokenRow, tokenize_rows
@@ -166,7 +167,6 @@ def test_varlen_attention_equals_the_masked_one(model, step, monkeypatch):
             parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
         return torch.cat(parts, dim=1).transpose(0, 1)
 
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(varlen, "varlen_attn", reference)
     (pack,) = packed_step(step, 4, 10_000)
     expected = model(**pack.inputs, use_cache=False).logits
