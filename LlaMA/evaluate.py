@@ -25,7 +25,7 @@ from control_experiments.training import options as shared
 from control_experiments.training.arguments import check_choices, check_numbers, parse_arguments
 from control_experiments.training.checksums import local_fingerprint
 from LlaMA.commonsense import TASKS, Style
-from LlaMA.demo import place_of_tests
+from LlaMA.demo import place_of
 from LlaMA.finetune import METHODS
 
 
@@ -73,7 +73,7 @@ class Options:
     @property
     def test_sets(self) -> Path:
         """The folder of the test sets."""
-        return place_of_tests(self.data)
+        return place_of(self.data)
 
     def settings(self) -> dict:
         """What is to be answered, and how. Batches are left out: a run may go on with smaller ones."""

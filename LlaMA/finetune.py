@@ -28,7 +28,7 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.training import options as shared
 from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.checksums import local_fingerprint
-from LlaMA.demo import place_of_data
+from LlaMA.demo import FILE, place_of
 
 METHODS = ("lora", "dora", "control", "double control", "control+lora", "control+dora", "miss", "shadow")
 #: LLM-Adapters' targets for the per-weight methods; beside a control the paper adapts the attention alone.
@@ -127,7 +127,7 @@ class Options(shared.RunOptions, RecipeOptions, shared.MemoryOptions, shared.Bas
         self.folder  # noqa: B018  there must be one
 
     def contents(self, name: str) -> Path:
-        return place_of_data(self.data) if name == "data" else super().contents(name)
+        return place_of(self.data, FILE) if name == "data" else super().contents(name)
 
     def identity(self) -> dict:
         given = {"validation_sha256": local_fingerprint(self.validation)} if self.validation else {}
