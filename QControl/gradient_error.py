@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """How far a quantized base moves a control's gradients, layer by layer: a record and a picture.
 
     python -m QControl.gradient_error --model SMOLLM2_FOLDER --data commonsense_51k.json

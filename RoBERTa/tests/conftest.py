@@ -36,10 +36,6 @@ def encoders(tmp_path_factory) -> dict[str, Path]:
     return {kind.lower(): save_encoder(root / kind.lower(), kind) for kind in ("Bert", "Roberta", "MPNet")}
 
 
-def sentence(rng: random.Random) -> str:
-    return " ".join(rng.choices(WORDS, k=rng.randint(2, 12)))
-
-
 # The column layouts of the official GLUE files, written from the benchmark's description, not from our reader.
 HEADERS = {
     "CoLA": None,
@@ -85,7 +81,7 @@ def write_glue(root: Path, folder: str, train: int = 24) -> Path:
         for row in range(rows):
             cells = dict.fromkeys(columns, str(row))
             cells |= {column: labels[row % len(labels)] for column in columns if column in LABEL_COLUMNS}
-            cells |= {column: sentence(rng) for column in columns if column in TEXT_COLUMNS}
+            cells |= {name: " ".join(rng.choices(WORDS, k=rng.randint(2, 12))) for name in columns if name in TEXT_COLUMNS}
             lines.append("\t".join(cells.values()))
         (root / folder / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return root
