@@ -4,14 +4,15 @@ single questions."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
 from typing import NamedTuple
 
 import torch
-from transformers import BatchEncoding, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import ModelOutput
 
 from LlaMA.commonsense import ANSWER_LEAD, TASKS, Row, Style, extract_answer, offered_words, tokenize_prompts
 
@@ -91,17 +92,10 @@ class AnswersDecided(StoppingCriteria):
         return extract_answer(text, self.questions[row].words)
 
 
-def read_prompts(model: PreTrainedModel, batch: dict[str, torch.Tensor], beams: int) -> DynamicCache:
-    """Keys and values of all tokens but each prompt's last, once for every beam, though computed once a prompt."""
-    cache = DynamicCache(config=model.config)
-    ids, mask = (batch[name][:, :-1] for name in ("input_ids", "attention_mask"))
-    if ids.shape[1]:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values  # SHADOW's is two in one
-        cache.batch_repeat_interleave(beams)
-    return cache
+def read(model: PreTrainedModel, prompts: Mapping[str, torch.Tensor]) -> ModelOutput:
+    """The last token's logits of prompts that end at the right edge, and their keys and values."""
+    positions = (prompts["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return model(**prompts, position_ids=positions, use_cache=True, logits_to_keep=1)
 
 
 @torch.inference_mode()
@@ -120,13 +114,14 @@ def generate(
     """
     batch = pad(tokenizer, [question.ids for question in questions]).to(model.device)
     prompt_length = batch["input_ids"].shape[1]
-    stops = StoppingCriteriaList()
-    if stop_when_decided:
-        stops.append(AnswersDecided(tokenizer, prompt_length, questions, beams))
+    stops = [AnswersDecided(tokenizer, prompt_length, questions, beams)] if stop_when_decided else []
     marks = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "eos", "bos")}
     config = GenerationConfig(num_beams=beams, do_sample=False, max_new_tokens=max_new_tokens, **marks)
-    how = {"generation_config": config, "stopping_criteria": stops}
-    output = model.generate(**batch, past_key_values=read_prompts(model, batch, beams), **how)
+    how = {"generation_config": config, "stopping_criteria": StoppingCriteriaList(stops)}
+    # keys and values of all tokens but each prompt's last, computed once a prompt for all its beams
+    cache = read(model, {name: part[:, :-1] for name, part in batch.items()}).past_key_values
+    cache.batch_repeat_interleave(beams)
+    output = model.generate(**batch, past_key_values=cache, **how)
     texts = tokenizer.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
     return [Reply(text.strip(), extract_answer(text, question.words)) for text, question in zip(texts, questions, strict=True)]
 
@@ -144,12 +139,9 @@ def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence
 
     words = {word: answer_ids(word) for word in dict.fromkeys(word for question in questions for word in question.offered)}
     lead = answer_ids()
-    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(lead, *words.values(), strict=False))
-    shared = len([*alike])
-    prefixes = [[*question.ids, *lead[:shared]] for question in questions]
-    batch = pad(tokenizer, prefixes).to(model.device)
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    first = model(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
+    shared = len([*takewhile(lambda tokens: len(set(tokens)) == 1, zip(lead, *words.values(), strict=False))])
+    batch = pad(tokenizer, [[*question.ids, *lead[:shared]] for question in questions]).to(model.device)
+    first = read(model, batch)
 
     # a row for each word of each question
     owner = torch.tensor([row for row, question in enumerate(questions) for _ in question.offered], device=model.device)

@@ -200,17 +200,15 @@ def fit(
                 if stop.number is not None:
                     break
             clock.stop()
-            if stop.number is not None and done < end:
-                save()
-                raise Interrupted(stop.number)
-            outcome = test_logits(step, data, options, device)
-            row = {"step": done, "epoch": epoch + 1, "learning_rate": optimizer.param_groups[0]["lr"],
-                   "train_loss": float(losses["total"]) / losses["images"], "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
-            losses = None
-            history.append(row)
-            reached = f"training loss {row['train_loss']:.4f}, {options.scored} accuracy {row['test_accuracy']:.2f} %"
-            logger.info("%s", f"epoch {epoch + 1}, step {done} of {total}: {reached}")
-            bar.set_postfix(loss=f"{row['train_loss']:.3f}", accuracy=f"{row['test_accuracy']:.2f}")
+            if done == end:  # not stopped within the epoch
+                outcome = test_logits(step, data, options, device)
+                row = {"step": done, "epoch": epoch + 1, "learning_rate": optimizer.param_groups[0]["lr"],
+                       "train_loss": float(losses["total"]) / losses["images"], "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
+                losses = None
+                history.append(row)
+                reached = f"training loss {row['train_loss']:.4f}, {options.scored} accuracy {row['test_accuracy']:.2f} %"
+                logger.info("%s", f"epoch {epoch + 1}, step {done} of {total}: {reached}")
+                bar.set_postfix(loss=f"{row['train_loss']:.3f}", accuracy=f"{row['test_accuracy']:.2f}")
             save()
             if stop.number is not None:
                 raise Interrupted(stop.number)
