@@ -187,26 +187,22 @@ def described(config: PeftConfig) -> dict:
 def load(options: Options, dtype: torch.dtype, device: torch.device):
     """Tokenizer, model (with its adapter, if there is one) and the base's number of parameters."""
     tokenizer = load_tokenizer(options.model)
-    streams = options.stream_weights
-    base = load_model(options.model, dtype, device, quantization=options.quantization, on_host=streams)
-    choose_pad_token(tokenizer, base.get_input_embeddings().weight.shape[0])
-    total = count_unquantized(base)
-    if options.adapter is None:
-        if streams:
-            stream(base.requires_grad_(False), "plain", device)
-        return tokenizer, base, total
-    stored = quantization_of(base.config)
-    trained = (trained_base(options.adapter) or {"quantization": stored}).get("quantization", "none")
-    if trained != stored:  # which is legitimate, but not the same
-        told = f"{options.adapter} was trained with --quantization {trained}, the base here is loaded with {stored}"
-        print(f"warning: the adapter in {told}: answers may differ", file=sys.stderr)
-    model = load_adapter(base, options.adapter, options.model, autocast_adapter_dtype=False)
-    check_method_runs(method_of(options, model), stored, device)
-    for parameter in model.parameters():  # not buffers: rotary frequencies stay exact
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    if streams:
-        stream(model, "plain", device)
+    model = load_model(options.model, dtype, device, quantization=options.quantization, on_host=options.stream_weights)
+    choose_pad_token(tokenizer, model.get_input_embeddings().weight.shape[0])
+    total = count_unquantized(model)
+    if options.adapter is not None:
+        stored = quantization_of(model.config)
+        trained = (trained_base(options.adapter) or {"quantization": stored}).get("quantization", "none")
+        if trained != stored:  # which is legitimate, but not the same
+            told = f"{options.adapter} was trained with --quantization {trained}, the base here is loaded with {stored}"
+            print(f"warning: the adapter in {told}: answers may differ", file=sys.stderr)
+        model = load_adapter(model, options.adapter, options.model, autocast_adapter_dtype=False)
+        check_method_runs(method_of(options, model), stored, device)
+        for parameter in model.parameters():  # not buffers: rotary frequencies stay exact
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    if options.stream_weights:
+        stream(model.requires_grad_(False), "plain", device)
     return tokenizer, model.eval(), total
 
 

@@ -93,17 +93,15 @@ class CommonsenseStudy(Study):
 
     def questions(self, cell: Cell, run: finetune.Options, folder: Path) -> evaluate.Options:
         """The options with which the run's model answers into `folder`."""
-        tests = self.held_out if cell.searching else self.test_sets
+        tests, alone = self.held_out if cell.searching else self.test_sets, cell.arm.method == ZERO_SHOT
         asked = evaluate.Options(
             data=str(tests), output_dir=str(folder), model=run.model, device=run.device, dtype=run.dtype, seed=cell.seed,
             quantization=run.quantization, limit=self.options.limit, batch_size=self.options.questions,
             tasks=[task for task in TASKS if (tests / task / "test.json").is_file()],
             mode="likelihood" if folder in self.answers(cell)[:1] else "generate",
+            adapter=None if alone else str(self.folder(cell) / "adapter"), method=None if alone else run.method,
+            control_rank=run.control_rank, lora_rank=run.lora_rank, lora_alpha=run.lora_alpha,
         )  # fmt: skip
-        if cell.arm.method != ZERO_SHOT:
-            asked.adapter, asked.method = str(self.folder(cell) / "adapter"), run.method
-            for name in ("control_rank", "lora_rank", "lora_alpha"):
-                setattr(asked, name, getattr(run, name))
         asked.check()
         return asked
 
