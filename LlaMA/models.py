@@ -109,9 +109,8 @@ def load_model(
             check_not_quantized(quantization, AutoConfig.from_pretrained(name), model)
         how = {"attn_implementation": attention, **quantized, **place, **extra}
         base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **how)
-    if (
-        "gguf_file" in extra
-    ):  # its weights arrive dequantized, yet the model is called quantized still: the Trainer would refuse it
+    if "gguf_file" in extra:
+        # its weights arrive dequantized, yet the model is called quantized still, and the Trainer would refuse to train it
         for owner, kept in ((base, "hf_quantizer"), (base, "quantization_method"), (base.config, "quantization_config")):
             if hasattr(owner, kept):
                 delattr(owner, kept)
