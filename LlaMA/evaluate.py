@@ -70,11 +70,6 @@ class Options:
         if self.adapter is not None and not (Path(self.adapter) / "adapter_config.json").is_file():
             raise UserError(f"{self.adapter} is no adapter folder: it has no adapter_config.json")
 
-    @property
-    def test_sets(self) -> Path:
-        """The folder of the test sets."""
-        return place_of(self.data)
-
     def settings(self) -> dict:
         """What is to be answered, and how. Batches are left out: a run may go on with smaller ones."""
         names = ("mode", "beams", "max_new_tokens", "prompt_style", "limit", "tasks", "quantization")
@@ -84,7 +79,7 @@ class Options:
         return {**self.settings(), "batch_size": self.batch_size, "stop_when_decided": self.stop_when_decided}
 
     def checksums(self) -> dict[str, str | None]:
-        return {task: local_fingerprint(self.test_sets / task / "test.json") for task in self.tasks}
+        return {task: local_fingerprint(place_of(self.data) / task / "test.json") for task in self.tasks}
 
 
 def main() -> None:

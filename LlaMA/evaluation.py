@@ -32,7 +32,7 @@ from control_experiments.training.runs import RunFolder
 from control_experiments.training.setup import choose
 from LlaMA.answering import Answer, Question, batches, compare_batch_one, generate, questions_of, rank_words
 from LlaMA.commonsense import TASKS, Row, read_tests
-from LlaMA.demo import place_of_model
+from LlaMA.demo import place_of, place_of_model
 from LlaMA.evaluate import Options
 from LlaMA.models import choose_pad_token, load_model, load_tokenizer, stream
 
@@ -70,7 +70,7 @@ def run(options: Options, command: Sequence[str]) -> None:
 def evaluate(options: Options, folder: RunFolder, device: torch.device, dtype: torch.dtype, command: Sequence[str]) -> None:
     """Answer all test sets (or compare batches with batch 1) and write the record."""
     started = time.perf_counter()
-    tests = read_tests(options.test_sets, options.tasks, options.limit)
+    tests = read_tests(place_of(options.data), options.tasks, options.limit)
     memory = MemoryMeter(device)
     tokenizer, model, total_parameters = load(options, dtype, device)
     memory.after_load()
