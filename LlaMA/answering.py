@@ -4,22 +4,21 @@ single questions."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
+from typing import NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import ModelOutput
 
 from LlaMA.commonsense import ANSWER_LEAD, TASKS, Row, extract_answer, offered_words, tokenize_prompts
 from LlaMA.prompts import Style
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A prompt's token ids, the task's answer words, and the words that this question offers."""
 
     ids: list[int]
@@ -27,8 +26,7 @@ class Question:
     offered: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """What the model said, and the answer word in it (None: no match)."""
 
     text: str
@@ -49,11 +47,9 @@ def batches(questions: Sequence[Question], indices: Sequence[int], size: int) ->
         yield ordered[start : start + size]
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Token ids and attention mask, `(rows, longest)` each, every row ending at the right edge."""
-    ids = pad_sequence([torch.tensor(row) for row in rows], True, pad_token_id, "left")
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, "left")
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+def pad(tokenizer: Tokenizer, rows: Sequence[Sequence[int]], side: str = "left") -> BatchEncoding:
+    """Token ids and attention mask, `(rows, longest)` each, padded on the left or the right side."""
+    return tokenizer.pad({"input_ids": rows}, padding_side=side, return_attention_mask=True, return_tensors="pt")
 
 
 class AnswersDecided(StoppingCriteria):
@@ -97,17 +93,10 @@ class AnswersDecided(StoppingCriteria):
         return extract_answer(text, self.questions[row].words)
 
 
-def read_prompts(model: PreTrainedModel, batch: dict[str, torch.Tensor], beams: int) -> DynamicCache:
-    """Keys and values of all tokens but each prompt's last, once for every beam, though computed once a prompt."""
-    cache = DynamicCache(config=model.config)
-    ids, mask = (batch[name][:, :-1] for name in ("input_ids", "attention_mask"))
-    if ids.shape[1]:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values  # SHADOW's is two in one
-        cache.batch_repeat_interleave(beams)
-    return cache
+def read(model: PreTrainedModel, prompts: Mapping[str, torch.Tensor]) -> ModelOutput:
+    """The last token's logits of prompts that end at the right edge, and their keys and values."""
+    positions = (prompts["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return model(**prompts, position_ids=positions, use_cache=True, logits_to_keep=1)
 
 
 @torch.inference_mode()
@@ -124,15 +113,16 @@ def generate(
 
     With `stop_when_decided` texts may be shorter, answers are those of the full search.
     """
-    batch = pad_left([question.ids for question in questions], tokenizer.pad_token_id, model.device)
+    batch = pad(tokenizer, [question.ids for question in questions]).to(model.device)
     prompt_length = batch["input_ids"].shape[1]
-    stops = StoppingCriteriaList()
-    if stop_when_decided:
-        stops.append(AnswersDecided(tokenizer, prompt_length, questions, beams))
+    stops = [AnswersDecided(tokenizer, prompt_length, questions, beams)] if stop_when_decided else []
     marks = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "eos", "bos")}
     config = GenerationConfig(num_beams=beams, do_sample=False, max_new_tokens=max_new_tokens, **marks)
-    how = {"generation_config": config, "stopping_criteria": stops}
-    output = model.generate(**batch, past_key_values=read_prompts(model, batch, beams), **how)
+    how = {"generation_config": config, "stopping_criteria": StoppingCriteriaList(stops)}
+    # keys and values of all tokens but each prompt's last, computed once a prompt for all its beams
+    cache = read(model, {name: part[:, :-1] for name, part in batch.items()}).past_key_values
+    cache.batch_repeat_interleave(beams)
+    output = model.generate(**batch, past_key_values=cache, **how)
     texts = tokenizer.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
     return [Reply(text.strip(), extract_answer(text, question.words)) for text, question in zip(texts, questions, strict=True)]
 
@@ -150,18 +140,14 @@ def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence
 
     words = {word: answer_ids(word) for word in dict.fromkeys(word for question in questions for word in question.offered)}
     lead = answer_ids()
-    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(lead, *words.values(), strict=False))
-    shared = len([*alike])
-    prefixes = [[*question.ids, *lead[:shared]] for question in questions]
-    batch = pad_left(prefixes, tokenizer.pad_token_id, model.device)
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    first = model(**batch, position_ids=positions, use_cache=True, logits_to_keep=1)
+    shared = len([*takewhile(lambda tokens: len(set(tokens)) == 1, zip(lead, *words.values(), strict=False))])
+    batch = pad(tokenizer, [[*question.ids, *lead[:shared]] for question in questions]).to(model.device)
+    first = read(model, batch)
 
     # a row for each word of each question
     owner = torch.tensor([row for row, question in enumerate(questions) for _ in question.offered], device=model.device)
-    tails = [torch.tensor(words[word][shared:]) for question in questions for word in question.offered]
-    ids = pad_sequence(tails, True, tokenizer.pad_token_id).to(model.device)
-    mask = pad_sequence([torch.ones_like(tail) for tail in tails], True).to(model.device)
+    tails = pad(tokenizer, [words[word][shared:] for question in questions for word in question.offered], "right")
+    ids, mask = (tails[name].to(model.device) for name in ("input_ids", "attention_mask"))
     scores = first.logits[:, -1].float().log_softmax(-1)[owner].gather(1, ids[:, :1])[:, 0]
     if ids.shape[1] > 1:
         cache = first.past_key_values

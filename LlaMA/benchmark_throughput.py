@@ -26,7 +26,6 @@ from LlaMA.finetune import RecipeOptions
 from scripts.catalogue import LLAMA_SHAPES
 
 if TYPE_CHECKING:
-    from control_experiments.record import RunRecord
     from control_experiments.training.setup import Run
     from LlaMA.packing import Batch
 
@@ -51,7 +50,7 @@ class Options(RunOptions, RecipeOptions, MemoryOptions):
         check_numbers(self, "warmup", at_least=0)
 
 
-def measure(options: Options, run: Run) -> RunRecord:
+def measure(options: Options, run: Run) -> None:
     """Time all three ways on one model and write the record."""
     import torch
 
@@ -129,7 +128,7 @@ def measure(options: Options, run: Run) -> RunRecord:
             "speedup": rate / results["published"]["real_tokens_per_second"] if results else 1.0,
         }  # fmt: skip
         print(f"{name:10} {rate:10,.0f} real tokens/s   {results[name]['speedup']:5.2f} times published", flush=True)
-    return record.finish(
+    record.finish(
         run.folder.record,
         model=describe_model(options.model or f"random {options.shape}", base, total),
         data={"id": public_path(options.data), "sha256": fingerprint(options.data), "sizes": {"rows": len(rows)}},
@@ -140,18 +139,18 @@ def measure(options: Options, run: Run) -> RunRecord:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> RunRecord | None:
-    """Measure as the command line says; None when the folder holds the finished measurement."""
-    (options,) = parse_arguments(Options, argv=argv, description=__doc__)
+def main() -> None:
+    """Measure as the command line says."""
+    (options,) = parse_arguments(Options, description=__doc__)
     options.check()
     from control_experiments.training.setup import start  # and torch with it: not before the options are known to be right
 
     less = "a smaller --token_budget, --large_batch or --micro_batch_size, --memory lean"
-    with start(options, "LlaMA.benchmark_throughput", argv, less_memory=less, option="dtype") as run:
+    with start(options, "LlaMA.benchmark_throughput", None, less_memory=less, option="dtype") as run:
         if run.folder.finished:
             print(f"{run.folder.path} is finished: skipped (delete the folder to run it again)")
-            return None
-        return measure(options, run)
+        else:
+            measure(options, run)
 
 
 if __name__ == "__main__":

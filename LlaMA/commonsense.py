@@ -8,14 +8,13 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from control_experiments.errors import UserError
 from control_experiments.record import read_json
 from LlaMA.prompts import Style, prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def _numbered(word: str, count: int) -> tuple[str, ...]:
@@ -109,29 +108,26 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Token ids of one training row; the loss counts the tokens from index `loss_from` on (at least 1), and of these,
-    where `learned` is given, those that have a 1 there."""
+    """Token ids of one training row, and a 1 for each that the loss counts, which is never the first: nothing predicts it."""
 
     ids: Sequence[int]
-    loss_from: int
-    cut: bool
-    learned: Optional[bytes] = None
+    learned: bytes
+    cut: bool = False
 
     @property
     def labels(self) -> list[int]:
         """The ids that the loss counts, `IGNORE` elsewhere."""
-        first = min(self.loss_from, len(self.ids))
-        counted = self.ids[first:]
-        if self.learned is not None:
-            counted = (token if one else IGNORE for token, one in zip(counted, self.learned[first:], strict=True))
-        return [IGNORE] * first + list(counted)
+        return [token if one else IGNORE for token, one in zip(self.ids, self.learned, strict=True)]
 
     @property
     def targets(self) -> int:
         """How many tokens are predicted."""
-        if self.learned is not None:
-            return sum(self.learned[self.loss_from :])
-        return max(0, len(self.ids) - self.loss_from)
+        return sum(self.learned)
+
+
+def token_row(ids: Sequence[int], learned: bytes, cutoff: int) -> TokenRow:
+    """The row's first `cutoff` tokens."""
+    return TokenRow(array("i", ids[:cutoff]), bytes(1) + learned[1:cutoff], cut=len(ids) > cutoff)
 
 
 def tokenize_rows(
@@ -151,10 +147,8 @@ def tokenize_rows(
     for index, ids in enumerate(encoded["input_ids"]):
         if ids[-1] != tokenizer.eos_token_id:
             ids = [*ids, tokenizer.eos_token_id]
-        loss_from = 1
-        if response_only:
-            loss_from = max(1, _prompt_length(encoded["offset_mapping"][index], len(prompts[index])))
-        result.append(TokenRow(array("i", ids[:cutoff]), loss_from, cut=len(ids) > cutoff))
+        given = _prompt_length(encoded["offset_mapping"][index], len(prompts[index])) if response_only else 0
+        result.append(token_row(ids, bytes(given) + b"\1" * (len(ids) - given), cutoff))
     return result
 
 

@@ -8,7 +8,6 @@ file holds, in --dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,8 +46,8 @@ def convert(model: str | Path, folder: Path, dtype: str = "bf16") -> Path:
     return folder
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    (options,) = parse_arguments(Options, argv=argv, description=__doc__)
+def main() -> None:
+    (options,) = parse_arguments(Options, description=__doc__)
     print(convert(options.model, Path(options.output_dir), options.dtype))
 
 

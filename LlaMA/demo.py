@@ -8,36 +8,29 @@ scripts, not a method's quality.
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
 from control_experiments.paths import cache_folder
 from control_experiments.record import write_json_atomic
-from LlaMA.commonsense import ANSWER_LEAD, TASKS
+from LlaMA.commonsense import ANSWER_LEAD, TASKS, read_rows
 
 DEMO, TINY = "demo", "tiny"
 TRAINING_ROWS, TEST_ROWS, FILE = 1600, 40, "commonsense_demo.json"
 #: Steps in which the tiny model reads.
 STEPS = 300
-KINDS = {
-    "an animal": "dog cat horse cow sheep goat wolf bear lion mouse",
-    "a fruit": "apple pear plum cherry grape lemon melon peach fig mango",
-    "a tool": "hammer saw drill wrench chisel pliers file axe shovel rake",
-    "a colour": "red blue green yellow purple orange brown pink white black",
-    "a metal": "iron gold silver copper tin zinc lead nickel cobalt chrome",
+WORDS = {
+    "an animal": ["dog", "cat", "horse", "cow", "sheep", "goat", "wolf", "bear", "lion", "mouse"],
+    "a fruit": ["apple", "pear", "plum", "cherry", "grape", "lemon", "melon", "peach", "fig", "mango"],
+    "a tool": ["hammer", "saw", "drill", "wrench", "chisel", "pliers", "file", "axe", "shovel", "rake"],
+    "a colour": ["red", "blue", "green", "yellow", "purple", "orange", "brown", "pink", "white", "black"],
+    "a metal": ["iron", "gold", "silver", "copper", "tin", "zinc", "lead", "nickel", "cobalt", "chrome"],
 }
-WORDS = {kind: words.split() for kind, words in KINDS.items()}
 
 
-def place_of_data(data: str) -> Path:
-    """The training file that `--data` names; "demo" is made if need be."""
-    return demo_folder() / FILE if data == DEMO else Path(data)
-
-
-def place_of_tests(data: str) -> Path:
-    """The folder of the test sets that `--data` names; "demo" is made if need be."""
-    return demo_folder() if data == DEMO else Path(data)
+def place_of(data: str, file: str = "") -> Path:
+    """The folder of the test sets that `--data` names, or the training file (`FILE`); "demo" is made if need be."""
+    return demo_folder() / file if data == DEMO else Path(data)
 
 
 def demo_folder() -> Path:
@@ -94,10 +87,9 @@ def _make_tiny(place: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from LlaMA.commonsense import Row
     from LlaMA.models import train_tokenizer
 
-    rows = [Row(**row) for row in json.loads((demo_folder() / FILE).read_text())]
+    rows = read_rows(demo_folder() / FILE)
     tokenizer = train_tokenizer(rows, vocabulary=700)
     texts = [f"{row.instruction} {row.answer}" for row in rows]
     with torch.random.fork_rng(devices=[]):

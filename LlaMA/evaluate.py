@@ -14,10 +14,9 @@ the questions that are left when it is started again. See LlaMA/README.md.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Optional
+from typing import Literal, Optional
 
 from transformers.hf_argparser import HfArg
 
@@ -26,11 +25,9 @@ from control_experiments.training import options as shared
 from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.checksums import local_fingerprint
 from LlaMA.commonsense import TASKS
-from LlaMA.demo import place_of_tests
+from LlaMA.demo import place_of
 from LlaMA.finetune import METHODS
-
-if TYPE_CHECKING:
-    from control_experiments.record import RunRecord
+from LlaMA.prompts import Style
 
 
 @dataclass(kw_only=True)
@@ -48,7 +45,7 @@ class Options:
     batch_size: int = HfArg(default=64, help="Questions answered together.")
     beams: int = HfArg(default=4, help="Beams of the search.")
     max_new_tokens: int = HfArg(default=32, help="Longest response, in tokens.")
-    prompt_style: Literal["matched", "authors"] = HfArg(
+    prompt_style: Style = HfArg(
         default="matched", help="matched: prompts as in training; authors: the published, slightly different ones."
     )
     stop_when_decided: bool = HfArg(default=True, help="End a batch when no continuation changes an answer.")
@@ -73,11 +70,6 @@ class Options:
         if self.adapter is not None and not (Path(self.adapter) / "adapter_config.json").is_file():
             raise UserError(f"{self.adapter} is no adapter folder: it has no adapter_config.json")
 
-    @property
-    def test_sets(self) -> Path:
-        """The folder of the test sets."""
-        return place_of_tests(self.data)
-
     def settings(self) -> dict:
         """What is to be answered, and how. Batches are left out: a run may go on with smaller ones."""
         names = ("mode", "beams", "max_new_tokens", "prompt_style", "limit", "tasks", "quantization")
@@ -87,17 +79,16 @@ class Options:
         return {**self.settings(), "batch_size": self.batch_size, "stop_when_decided": self.stop_when_decided}
 
     def checksums(self) -> dict[str, str | None]:
-        return {task: local_fingerprint(self.test_sets / task / "test.json") for task in self.tasks}
+        return {task: local_fingerprint(place_of(self.data) / task / "test.json") for task in self.tasks}
 
 
-def main(argv: Sequence[str] | None = None) -> RunRecord | None:
-    """Evaluate as the command line says and write the run's record; None when the run was finished before."""
-    command = list(sys.argv[1:] if argv is None else argv)
-    (options,) = parse_arguments(Options, argv=command, description=__doc__)
+def main() -> None:
+    """Evaluate as the command line says and write the run's record."""
+    (options,) = parse_arguments(Options, description=__doc__)
     options.check()
     from LlaMA.evaluation import run  # loads torch: help and a wrong option need not wait for it
 
-    return run(options, command)
+    run(options, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
@@ -31,19 +32,15 @@ from control_experiments.training.runs import RunFolder
 from control_experiments.training.setup import choose
 from LlaMA.answering import Answer, Question, batches, compare_batch_one, generate, questions_of, rank_words
 from LlaMA.commonsense import TASKS, Row, read_tests
-from LlaMA.demo import place_of_model
+from LlaMA.demo import place_of, place_of_model
+from LlaMA.evaluate import Options
 from LlaMA.models import choose_pad_token, load_model, load_tokenizer, stream
 
-if TYPE_CHECKING:
-    from LlaMA.evaluate import Options
-
-#: The record's counts of an adapter's parameters.
-COUNTS = ("trainable_parameters", "adapter_parameters", "head_parameters")
 LESS_MEMORY = "a smaller --batch_size, --dtype bf16, fewer --beams"
 
 
-def run(options: Options, command: Sequence[str]) -> RunRecord | None:
-    """Evaluate, unless that is done; returns the record, or None then."""
+def run(options: Options, command: Sequence[str]) -> None:
+    """Evaluate, unless that is done."""
     device, precision = choose(options, "dtype")
     dtype = DTYPES[precision]
     options.model = place_of_model(options.model)
@@ -65,17 +62,15 @@ def run(options: Options, command: Sequence[str]) -> RunRecord | None:
         folder.claim(identity, resume=True)
         if folder.finished:
             print(f"{folder.path} is finished: skipped (delete the folder to run it again)")
-            return None
+            return
         with explain_out_of_memory(device, LESS_MEMORY):
-            return evaluate(options, folder, device, dtype, command)
+            evaluate(options, folder, device, dtype, command)
 
 
-def evaluate(
-    options: Options, folder: RunFolder, device: torch.device, dtype: torch.dtype, command: Sequence[str]
-) -> RunRecord:
+def evaluate(options: Options, folder: RunFolder, device: torch.device, dtype: torch.dtype, command: Sequence[str]) -> None:
     """Answer all test sets (or compare batches with batch 1) and write the record."""
     started = time.perf_counter()
-    tests = read_tests(options.test_sets, options.tasks, options.limit)
+    tests = read_tests(place_of(options.data), options.tasks, options.limit)
     memory = MemoryMeter(device)
     tokenizer, model, total_parameters = load(options, dtype, device)
     memory.after_load()
@@ -91,22 +86,23 @@ def evaluate(
         pad_token=tokenizer.pad_token,
     )
     seconds: dict[str, float] = {}
+    questions = {task: questions_of(tuple(rows), TASKS[task], tokenizer, options.prompt_style) for task, rows in tests.items()}
+    answer, published = partial(rank_words, model, tokenizer), None
+    if options.mode == "generate":
+        answer = partial(generate, model, tokenizer, beams=options.beams, max_new_tokens=options.max_new_tokens)
+        published = partial(answer, stop_when_decided=False)
+        answer = partial(answer, stop_when_decided=options.stop_when_decided)
     if options.compare_batch_one:
-        questions = []
-        for task, rows in tests.items():
-            questions += questions_of(tuple(rows), TASKS[task], tokenizer, options.prompt_style)
-        answer = answerer(options, model, tokenizer)
-        published = partial(answer, stop_when_decided=False) if options.mode == "generate" else None
         size = {"count": options.compare_batch_one, "batch_size": options.batch_size}
-        metrics = compare_batch_one(questions, answer, published, **size)
+        metrics = compare_batch_one([*chain(*questions.values())], answer, published, **size)
         shown = {name: value for name, value in metrics.items() if name != "differing"}
         print(json.dumps(shown, indent=2))
     else:
-        metrics = answer_all(options, folder, model, tokenizer, tests, seconds)
+        metrics = answer_all(options, folder, answer, questions, tests, seconds)
         print(f"{'average':14} accuracy {metrics['average']:6.2f}  no match {metrics['no_match']:5.2f}")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     sizes = {task: len(rows) for task, rows in tests.items()}
-    return record.finish(
+    record.finish(
         folder.record,
         model=describe_model(options.model, base, total_parameters),
         data={"id": public_path(options.data), "sha256": options.checksums(), "sizes": sizes},
@@ -117,29 +113,29 @@ def evaluate(
     )
 
 
-def answer_all(options: Options, folder: RunFolder, model, tokenizer, tests: dict[str, list[Row]], seconds: dict) -> dict:
+def answer_all(
+    options: Options, folder: RunFolder, answer: Answer, questions: dict, tests: dict[str, list[Row]], seconds: dict
+) -> dict:
     """Answer all test sets, which takes `seconds`; returns the record's metrics."""
-    answer, answered = answerer(options, model, tokenizer), {}
-    total = sum(map(len, tests.values()))
-    with tqdm(total=total, unit="question", disable=None) as bar:
+    answered = []
+    with tqdm(total=sum(map(len, tests.values())), unit="question", disable=None) as bar:
         for task, rows in tests.items():
             path, began = folder.path / f"{task}.jsonl", time.perf_counter()
             left = len(rows) - len(read_answers(path, rows))
-            questions = questions_of(tuple(rows), TASKS[task], tokenizer, options.prompt_style)
-            answered[task] = answer_task(path, rows, questions, answer, options.batch_size, bar)
+            entries = answer_task(path, rows, questions[task], answer, options.batch_size, bar).values()
+            answered.append(found := pd.DataFrame(entries).assign(task=task))
             seconds[task] = time.perf_counter() - began
             rate = f", {left / seconds[task]:.1f} questions/s" if left else ""
-            accuracy, no_match = score(answered[task])
+            accuracy, no_match = score(found)
             tqdm.write(f"{task:14} accuracy {accuracy:6.2f}  no match {no_match:5.2f}{rate}", file=sys.stdout)
-    keep_outcomes(folder.path, answered)
-    return summarise(answered)
-
-
-def keep_outcomes(folder: Path, answered: dict[str, dict[int, dict]]) -> None:
-    """Every question's outcome in compact form, for comparisons question by question."""
-    rows = [(task, row) for task in sorted(answered) for row in sorted(answered[task])]
-    correct = [answered[task][row]["correct"] for task, row in rows]
-    write_outcomes(folder, [f"{task} {row}" for task, row in rows], correct, group=[task for task, _ in rows])
+    table = pd.concat(answered).sort_values(["task", "row"])
+    examples = table.task + " " + table.row.astype(str)
+    write_outcomes(folder.path, examples.tolist(), table.correct.tolist(), group=table.task.tolist())
+    scores = {task: score(table[table.task == task]) for task in tests}
+    accuracies = {task: accuracy for task, (accuracy, _) in scores.items()}
+    no_match = {f"{task}/no_match": share for task, (_, share) in scores.items()}
+    average = sum(accuracies.values()) / len(tests)
+    return {**accuracies, "average": average, **no_match, "no_match": score(table)[1]}
 
 
 def check_adapter(options: Options) -> None:
@@ -191,26 +187,22 @@ def described(config: PeftConfig) -> dict:
 def load(options: Options, dtype: torch.dtype, device: torch.device):
     """Tokenizer, model (with its adapter, if there is one) and the base's number of parameters."""
     tokenizer = load_tokenizer(options.model)
-    streams = options.stream_weights
-    base = load_model(options.model, dtype, device, quantization=options.quantization, on_host=streams)
-    choose_pad_token(tokenizer, base.get_input_embeddings().weight.shape[0])
-    total = count_unquantized(base)
-    if options.adapter is None:
-        if streams:
-            stream(base.requires_grad_(False), "plain", device)
-        return tokenizer, base, total
-    stored = quantization_of(base.config)
-    trained = (trained_base(options.adapter) or {"quantization": stored}).get("quantization", "none")
-    if trained != stored:  # which is legitimate, but not the same
-        told = f"{options.adapter} was trained with --quantization {trained}, the base here is loaded with {stored}"
-        print(f"warning: the adapter in {told}: answers may differ", file=sys.stderr)
-    model = load_adapter(base, options.adapter, options.model, autocast_adapter_dtype=False)
-    check_method_runs(method_of(options, model), stored, device)
-    for parameter in model.parameters():  # not buffers: rotary frequencies stay exact
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    if streams:
-        stream(model, "plain", device)
+    model = load_model(options.model, dtype, device, quantization=options.quantization, on_host=options.stream_weights)
+    choose_pad_token(tokenizer, model.get_input_embeddings().weight.shape[0])
+    total = count_unquantized(model)
+    if options.adapter is not None:
+        stored = quantization_of(model.config)
+        trained = (trained_base(options.adapter) or {"quantization": stored}).get("quantization", "none")
+        if trained != stored:  # which is legitimate, but not the same
+            told = f"{options.adapter} was trained with --quantization {trained}, the base here is loaded with {stored}"
+            print(f"warning: the adapter in {told}: answers may differ", file=sys.stderr)
+        model = load_adapter(model, options.adapter, options.model, autocast_adapter_dtype=False)
+        check_method_runs(method_of(options, model), stored, device)
+        for parameter in model.parameters():  # not buffers: rotary frequencies stay exact
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    if options.stream_weights:
+        stream(model.requires_grad_(False), "plain", device)
     return tokenizer, model.eval(), total
 
 
@@ -223,19 +215,11 @@ def method_of(options: Options, model) -> str:
 
 def describe_frozen_adapter(model, dtype: torch.dtype) -> dict:
     """The record's `adapter` of a model that is not trained here."""
-    if not isinstance(model, PeftModel):
-        return {"config": None, "dtype": None, **dict.fromkeys(COUNTS, 0)}
-    count = sum(map(torch.numel, get_peft_model_state_dict(model, save_embedding_layers=False).values()))
-    said = {"config": model.peft_config["default"].to_dict(), "dtype": str(dtype).removeprefix("torch.")}
-    return {**said, **dict(zip(COUNTS, (count, count, 0), strict=True))}
-
-
-def answerer(options: Options, model, tokenizer) -> Answer:
-    """The function that answers one batch."""
-    if options.mode == "likelihood":
-        return partial(rank_words, model, tokenizer)
-    named = ("beams", "max_new_tokens", "stop_when_decided")
-    return partial(generate, model, tokenizer, **{name: getattr(options, name) for name in named})
+    count, config, kind = 0, None, None
+    if isinstance(model, PeftModel):
+        count = sum(map(torch.numel, get_peft_model_state_dict(model, save_embedding_layers=False).values()))
+        config, kind = model.peft_config["default"].to_dict(), str(dtype).removeprefix("torch.")
+    return {"config": config, "dtype": kind, "trainable_parameters": count, "adapter_parameters": count, "head_parameters": 0}
 
 
 def read_answers(path: Path, rows: Sequence[Row]) -> dict[int, dict]:
@@ -288,16 +272,6 @@ def answer_task(
     return answers
 
 
-def score(answers: dict[int, dict]) -> tuple[float, float]:
+def score(answers: pd.DataFrame) -> tuple[float, float]:
     """Accuracy and share of answers without an answer word (which count as wrong), both in percent."""
-    found = ([entry["correct"] for entry in answers.values()], [entry["answer"] is None for entry in answers.values()])
-    return tuple(100 * sum(ones) / len(ones) for ones in found)
-
-
-def summarise(answered: dict[str, dict[int, dict]]) -> dict:
-    """The record's metrics: each task's accuracy under its name, their mean, and the no-match rates."""
-    scores = {task: score(answers) for task, answers in answered.items()}
-    tasks = {task: accuracy for task, (accuracy, _) in scores.items()}
-    no_match = {f"{task}/no_match": share for task, (_, share) in scores.items()}
-    missed = sum(scores[task][1] * len(answers) for task, answers in answered.items()) / sum(map(len, answered.values()))
-    return {**tasks, "average": sum(tasks.values()) / len(tasks), **no_match, "no_match": missed}
+    return tuple(100 * int(ones.sum()) / len(answers) for ones in (answers.correct, answers.answer.isna()))

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Optional
+from typing import ClassVar, Literal, Optional
 
 from transformers.hf_argparser import HfArg
 
@@ -28,10 +28,7 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.training import options as shared
 from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.checksums import local_fingerprint
-from LlaMA.demo import place_of_data
-
-if TYPE_CHECKING:
-    from control_experiments.record import RunRecord
+from LlaMA.demo import FILE, place_of
 
 METHODS = ("lora", "dora", "control", "double control", "control+lora", "control+dora", "miss", "shadow")
 #: LLM-Adapters' targets for the per-weight methods; beside a control the paper adapts the attention alone.
@@ -130,7 +127,7 @@ class Options(shared.RunOptions, RecipeOptions, shared.MemoryOptions, shared.Bas
         self.folder  # noqa: B018  there must be one
 
     def contents(self, name: str) -> Path:
-        return place_of_data(self.data) if name == "data" else super().contents(name)
+        return place_of(self.data, FILE) if name == "data" else super().contents(name)
 
     def identity(self) -> dict:
         given = {"validation_sha256": local_fingerprint(self.validation)} if self.validation else {}
@@ -141,13 +138,13 @@ class Options(shared.RunOptions, RecipeOptions, shared.MemoryOptions, shared.Bas
         return {**super().hyperparameters(), "lora_targets": list(self.targets), "token_budget": self.budget}
 
 
-def main(argv: Sequence[str] | None = None) -> RunRecord | None:
-    """Train as the command line says and write the run's record; None when the run was finished before."""
-    (options,) = parse_arguments(Options, argv=argv, description=__doc__)
+def main() -> None:
+    """Train as the command line says and write the run's record."""
+    (options,) = parse_arguments(Options, description=__doc__)
     options.check()
     from LlaMA.training import run  # loads torch: help and a wrong option need not wait for it
 
-    return run(options, argv)
+    run(options)
 
 
 if __name__ == "__main__":

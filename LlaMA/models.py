@@ -111,21 +111,16 @@ def load_model(
         how = {"attn_implementation": attention, **quantized, **place, **extra}
         base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **how)
     if "gguf_file" in extra:
-        _forget_quantization(base)
+        # its weights arrive dequantized, yet the model is called quantized still, and the Trainer would refuse to train it
+        for owner, kept in ((base, "hf_quantizer"), (base, "quantization_method"), (base.config, "quantization_config")):
+            if hasattr(owner, kept):
+                delattr(owner, kept)
+        base.is_quantized = False
     # what the adapter notes as its base: a folder as it is found from anywhere
     folder = Path(name).expanduser()
     place = str(folder.resolve()) if folder.is_dir() and not extra else model
     base.config._name_or_path = base.name_or_path = place
     return prepare(base).eval()
-
-
-def _forget_quantization(base: PreTrainedModel) -> None:
-    """A GGUF file's weights arrive dequantized, yet some versions of transformers call the model quantized still, and
-    the Trainer then refuses to train it."""
-    for owner, name in ((base, "hf_quantizer"), (base, "quantization_method"), (base.config, "quantization_config")):
-        if hasattr(owner, name):
-            delattr(owner, name)
-    base.is_quantized = False
 
 
 def choose_pad_token(tokenizer: Tokenizer, embeddings: int) -> None:

@@ -15,14 +15,19 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from peft import ShadowModel
+from torch.nn.attention import varlen
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DataCollatorWithFlattening, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from control_experiments.errors import UserError
 from LlaMA.commonsense import IGNORE, TokenRow
 from peft_control.memory.graphs import StepGraphs
 from peft_control.memory.layers import replays_random_numbers
+from peft_control.memory.loss import causal_lm_loss
+
+#: Lays rows end to end, with what variable-length attention kernels take.
+_flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
 
 
 @dataclass
@@ -99,28 +104,14 @@ def packed_step(rows: Sequence[TokenRow], micro_batch: int, token_budget: int) -
 
 
 def _pack(pack: list[tuple[int, TokenRow]], groups: list[tuple[list[TokenRow], float]]) -> Batch:
-    ids, positions, labels, weights, ends = [], [], [], [], [0]
-    divisor = min(groups[number][1] for number, _ in pack)
-    for number, row in pack:
-        ids += row.ids
-        positions += range(len(row.ids))
-        labels += row.labels
-        weights += [divisor / groups[number][1]] * len(row.ids)
-        ends.append(len(ids))
-    longest = max(len(row.ids) for _, row in pack)
-    sources = torch.tensor([number for number, label in enumerate(labels[1:]) if label != IGNORE], dtype=torch.long)
+    inputs = _flatten([{"input_ids": row.ids, "labels": row.labels} for _, row in pack])
+    labels, divisor = inputs.pop("labels"), min(groups[number][1] for number, _ in pack)
+    weights = torch.tensor([[divisor / groups[number][1] for number, row in pack for _ in row.ids]], dtype=torch.float32)
+    sources = (labels[0, 1:] != IGNORE).nonzero()[:, 0]
     return Batch(
-        _packed_inputs(torch.tensor([ids]), torch.tensor([positions]), ends, longest), torch.tensor([labels]),
-        torch.tensor([weights], dtype=torch.float32), torch.tensor(float(divisor)), len(pack), len(ids),
-        sources=sources if 2 * len(sources) < len(ids) else None,
+        inputs, labels, weights, torch.tensor(float(divisor)), len(pack), labels.numel(),
+        sources=sources if 2 * len(sources) < labels.numel() else None,
     )  # fmt: skip
-
-
-def _packed_inputs(ids: torch.Tensor, positions: torch.Tensor, ends: Sequence[int], longest: int) -> dict:
-    # transformers' names for what variable-length attention kernels take
-    lengths = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor(ends, dtype=torch.int32))
-    longest = dict.fromkeys(("max_length_q", "max_length_k"), longest)
-    return {"input_ids": ids, "position_ids": positions, **lengths, **longest}
 
 
 def fixed_shape(pack: Batch, quantum: int, rows: int, longest: int, pad_token_id: int) -> Batch:
@@ -138,12 +129,14 @@ def fixed_shape(pack: Batch, quantum: int, rows: int, longest: int, pad_token_id
     missing = (0, whole - tokens)
     positions = torch.cat([pack.inputs["position_ids"], torch.arange(missing[1])[None] % longest], dim=1)
     ids = F.pad(pack.inputs["input_ids"], missing, value=pad_token_id)
+    lengths = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor(ends, dtype=torch.int32))
+    lengths |= dict.fromkeys(("max_length_q", "max_length_k"), longest)
     sources = pack.sources
     if sources is not None:
         sources = F.pad(sources, (0, (1 << max(len(sources) - 1, 0).bit_length()) - len(sources)), value=whole - 1)
     return replace(
         pack,
-        inputs=_packed_inputs(ids, positions, ends, longest),
+        inputs={"input_ids": ids, "position_ids": positions, **lengths},
         labels=F.pad(pack.labels, missing, value=IGNORE),
         weights=F.pad(pack.weights, missing),
         fixed=True,
@@ -165,8 +158,6 @@ def batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 def fused_batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """`batch_loss` without the batch's logits in memory, for a frozen output layer."""
-    from peft_control.memory.loss import causal_lm_loss
-
     base = _causal_lm(model)
     found = []
     handle = base.base_model.register_forward_hook(lambda module, args, output: found.append(output[0]))
@@ -245,13 +236,11 @@ def varlen_attention(
     Shapes: query `(1, heads, tokens, head_dim)`, key and value `(1, key_value_heads, tokens, head_dim)`; returns
     `(1, tokens, heads, head_dim)` and None. The scores of one row against another are never computed.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     if query.shape[1] != key.shape[1]:
         repeats = query.shape[1] // key.shape[1]
         key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
     query, key, value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
-    output = varlen_attn(
+    output = varlen.varlen_attn(
         query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
         scale=scaling, window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
     )  # fmt: skip
@@ -268,7 +257,7 @@ def check_packing(model: torch.nn.Module, rows: Sequence[TokenRow]) -> None:
     weight = _causal_lm(model).get_input_embeddings().weight
     half = weight.dtype != torch.float32
     # the beginnings of all rows are alike, so one row's beginning goes before another's end
-    first, second = TokenRow(list(rows[0].ids[:32]), 1, cut=False), TokenRow(list(rows[-1].ids[-32:]), 1, cut=False)
+    first, second = (TokenRow(ids, bytes(len(ids))) for ids in (rows[0].ids[:32], rows[-1].ids[-32:]))
 
     def logits(packed: Sequence[TokenRow]) -> torch.Tensor:
         """Those of the second row, which stands last: micro-batches keep their order."""

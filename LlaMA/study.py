@@ -32,7 +32,7 @@ from control_experiments.training.study import (
 )
 from LlaMA import evaluate, finetune
 from LlaMA.commonsense import TASKS, read_rows, read_tests, split_rows
-from LlaMA.demo import DEMO, place_of_data, place_of_tests
+from LlaMA.demo import FILE, place_of
 
 #: Held-out questions are at most so many: their accuracy is then known to about a point.
 MOST_HELD_OUT = 2000
@@ -62,7 +62,7 @@ class CommonsenseStudy(Study):
     def __init__(self, options: Options):
         output = Path(options.output_dir) if options.output_dir else RESULTS / "llama" / Path(options.model).name
         super().__init__(options, Path(options.model).name.removesuffix(".gguf"), [options.data], output)
-        self.test_sets = place_of_tests(options.tests or (DEMO if options.data == DEMO else str(Path(options.data).parent)))
+        self.test_sets = place_of(options.tests) if options.tests else place_of(options.data, FILE).parent
 
     def check(self) -> None:
         check_numbers(self.options, "limit", "questions", at_least=1)
@@ -93,17 +93,15 @@ class CommonsenseStudy(Study):
 
     def questions(self, cell: Cell, run: finetune.Options, folder: Path) -> evaluate.Options:
         """The options with which the run's model answers into `folder`."""
-        tests = self.held_out if cell.searching else self.test_sets
+        tests, alone = self.held_out if cell.searching else self.test_sets, cell.arm.method == ZERO_SHOT
         asked = evaluate.Options(
             data=str(tests), output_dir=str(folder), model=run.model, device=run.device, dtype=run.dtype, seed=cell.seed,
             quantization=run.quantization, limit=self.options.limit, batch_size=self.options.questions,
             tasks=[task for task in TASKS if (tests / task / "test.json").is_file()],
             mode="likelihood" if folder in self.answers(cell)[:1] else "generate",
+            adapter=None if alone else str(self.folder(cell) / "adapter"), method=None if alone else run.method,
+            control_rank=run.control_rank, lora_rank=run.lora_rank, lora_alpha=run.lora_alpha,
         )  # fmt: skip
-        if cell.arm.method != ZERO_SHOT:
-            asked.adapter, asked.method = str(self.folder(cell) / "adapter"), run.method
-            for name in ("control_rank", "lora_rank", "lora_alpha"):
-                setattr(asked, name, getattr(run, name))
         asked.check()
         return asked
 
@@ -131,7 +129,7 @@ class CommonsenseStudy(Study):
         """Write the training rows without those held out, and these as test sets, each named after a task of their form."""
         if (self.held_out / "train.json").is_file():
             return
-        rows = read_rows(place_of_data(self.options.data))
+        rows = read_rows(place_of(self.options.data, FILE))
         count = max(1, min(int(len(rows) * self.options.search_share), MOST_HELD_OUT))
         training, held_out = split_rows(rows, count, seed=0)
         sets: dict[str, list[dict]] = {}

@@ -9,29 +9,23 @@ import json
 import re
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from control_experiments.errors import UserError
-from LlaMA.commonsense import Row, TokenRow, read_rows, text_fields, tokenize_rows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-KINDS = "messages (a list of role and content), text, or instruction and output"
+from LlaMA.commonsense import Row, TokenRow, read_rows, text_fields, token_row, tokenize_rows
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A document; every token of it is learned."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class Chat:
+class Chat(NamedTuple):
     """Turns as objects of "role" and "content"; the assistant's are learned. `where` is file and line."""
 
     messages: list[dict[str, str]]
@@ -87,7 +81,8 @@ def _row(line: str, where: str) -> Text | Chat | Row:
     if "text" in found:
         return Text(**text_fields(found, ["text"], where))
     if "instruction" not in found:
-        raise UserError(f"{where}: must be an object with {KINDS}")
+        kinds = "messages (a list of role and content), text, or instruction and output"
+        raise UserError(f"{where}: must be an object with {kinds}")
     return Row(**text_fields({"input": "", **found}, ["instruction", "input", "output"], where), answer="")
 
 
@@ -131,7 +126,7 @@ def _split(text: Text, tokenizer: PreTrainedTokenizerBase, cutoff: int) -> list[
     if ids[-1:] != array("i", [tokenizer.eos_token_id]):
         ids.append(tokenizer.eos_token_id)
     pieces = [ids[start : start + cutoff] for start in range(0, len(ids), cutoff)]
-    return [TokenRow(piece, 1, cut=False) for piece in pieces if len(piece) > 1 or len(pieces) == 1]
+    return [token_row(piece, b"\1" * len(piece), cutoff) for piece in pieces if len(piece) > 1 or len(pieces) == 1]
 
 
 def _tokenize_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, cutoff: int) -> TokenRow:
@@ -149,7 +144,7 @@ def _tokenize_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, cutoff: int) 
     except Exception as error:  # Jinja2's, and whatever the template's own code raises
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{chat.where}: the tokenizer's chat template refuses it: {reason}") from error
-    return TokenRow(array("i", ids[:cutoff]), 1, cut=len(ids) > cutoff, learned=learned[:cutoff])
+    return token_row(ids, learned, cutoff)
 
 
 def _marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], bytes]:

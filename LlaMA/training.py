@@ -11,14 +11,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
 
 from control_experiments.errors import UserError
 from control_experiments.paths import public_path
-from control_experiments.record import RunRecord
 from control_experiments.training.checksums import local_fingerprint
 from control_experiments.training.device import DTYPES, seed_everything
 from control_experiments.training.metering import MemoryMeter
@@ -30,13 +28,11 @@ from control_experiments.training.trainer import ExperimentTrainer, training_arg
 from LlaMA import packing
 from LlaMA.commonsense import Row, TokenRow, split_rows
 from LlaMA.demo import place_of_model
+from LlaMA.finetune import Options
 from LlaMA.models import add_adapter, choose_pad_token, load_model, load_tokenizer, ready_to_train
 from LlaMA.packing import Batch
 from LlaMA.texts import read_data, tokenize_data
 from peft_control.memory import streaming
-
-if TYPE_CHECKING:
-    from LlaMA.finetune import Options
 
 logger = logging.getLogger("finetune")
 LESS_MEMORY = (
@@ -55,24 +51,25 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 
 
-def run(options: Options, argv: Sequence[str] | None) -> RunRecord | None:
-    """Train, unless the run is finished; returns its record, or None then."""
+def run(options: Options, argv: Sequence[str] | None = None) -> None:
+    """Train, unless the run is finished; `argv` stands in the record's command, by default the process's own."""
     options.model = place_of_model(options.model)
     types = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
     with start(options, "LlaMA.finetune", argv, less_memory=LESS_MEMORY, option="dtype", written=types) as begun:
         if begun.folder.finished:
             print(f"{begun.folder.path} is finished: skipped (delete the folder to run it again)")
-            return None
-        check_paging(options.optimizer, begun.device)
-        return train(options, begun)
+        else:
+            train(options, begun)
 
 
-def train(options: Options, run: Run) -> RunRecord:
+def train(options: Options, run: Run) -> None:
     """Load, train, save the adapter and write the record, all in the run's folder."""
     folder, dtype = run.folder, DTYPES[run.precision]
-    training, questions = tokenized(options, options.contents("data"))
+    check_paging(options.optimizer, run.device)
+    how = (options.model, options.cutoff, options.loss_on == "response")
+    training, questions = tokenized(options.contents("data"), local_fingerprint(options.contents("data")), *how)
     if options.validation:
-        held_out, _ = tokenized(options, Path(options.validation))
+        held_out, _ = tokenized(Path(options.validation), local_fingerprint(options.validation), *how)
     else:
         training, held_out = split_rows(training, options.held_out, options.split_seed)
     for name, part in (("training", training), ("held-out", held_out)):
@@ -136,7 +133,7 @@ def train(options: Options, run: Run) -> RunRecord:
 
     history, metrics = summarise(trainer.state.log_history)
     if not trainer.is_world_process_zero():
-        return record
+        return
     saved = metrics[options.save]
     record.hyperparameters |= {
         **({"shard": options.shard} if shares_weights(options.shard) else {}),
@@ -171,16 +168,11 @@ def train(options: Options, run: Run) -> RunRecord:
     loss = f"{metrics['before']['eval_loss']:.4f} before, " if "before" in metrics else ""
     loss += f"{saved.get('eval_loss', math.nan):.4f} at step {saved.get('step')}"
     print(f"held-out loss {loss}{speed}; record in {folder.record}")
-    return record
-
-
-def tokenized(options: Options, place: Path) -> tuple[list[TokenRow], bool]:
-    """The rows of a file or a folder, and whether all are commonsense questions."""
-    return _tokenized(place, local_fingerprint(place), options.model, options.cutoff, options.loss_on == "response")
 
 
 @lru_cache(maxsize=4)  # the runs of a study read and tokenize their data once
-def _tokenized(place: Path, _checksum: str, model: str, cutoff: int, response_only: bool) -> tuple[list[TokenRow], bool]:
+def tokenized(place: Path, _checksum: str, model: str, cutoff: int, response_only: bool) -> tuple[list[TokenRow], bool]:
+    """The rows of a file or a folder, and whether all are commonsense questions."""
     data = read_data(place)
     questions = all(isinstance(row, Row) and row.answer for row in data)
     return tokenize_data(data, load_tokenizer(model), cutoff, response_only=response_only), questions

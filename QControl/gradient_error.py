@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """How far a quantized base moves a control's gradients, layer by layer: a record and a picture.
 
     python -m QControl.gradient_error --model SMOLLM2_FOLDER --data commonsense_51k.json
@@ -9,7 +8,6 @@ weights in float32. fp8-e5m2 has the gradients of outputs in e5m2, fp8 in e4m3. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,16 +63,8 @@ def gradients(options: Options, base: str, device) -> dict[str, list]:
     return found
 
 
-def errors(found: dict[str, list], exact: dict[str, list]) -> dict[str, list[float]]:
-    """Block -> the norm of each layer's difference over the norm of the exact gradient."""
-    return {
-        block: [((a - b).norm() / b.norm()).item() for a, b in zip(found[block], gradients, strict=True)]
-        for block, gradients in exact.items()
-    }
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    (options,) = parse_arguments(Options, argv=argv, description=__doc__)
+def main() -> None:
+    (options,) = parse_arguments(Options, description=__doc__)
     check_numbers(options, "rows", "control_rank", at_least=1)
     from control_experiments.record import git_state, package_versions, utc_now, write_json_atomic
     from control_experiments.reporting import pictures
@@ -85,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, folder = select_device(options.device), Path(options.output_dir)
     exact, found = gradients(options, "fp32", device), {}
     for base in options.bases:
-        found[base] = errors(gradients(options, base, device), exact)
+        blocks = gradients(options, base, device).items()
+        # the norm of each layer's difference over the norm of the exact gradient
+        found[base] = {block: [((a - b).norm() / b.norm()).item() for a, b in zip(g, exact[block])] for block, g in blocks}
         means = ", ".join(f"{block} {sum(values) / len(values):.4f}" for block, values in found[base].items())
         print(f"{base:9} mean relative error of the gradients: {means}")
     write_json_atomic(folder / "record.json", {

@@ -12,8 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from itertools import cycle, islice
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.hf_argparser import HfArg
@@ -25,8 +24,6 @@ from control_experiments.training.arguments import check_numbers, parse_argument
 from control_experiments.training.options import public_id
 from RoBERTa import finetune
 from RoBERTa.glue import get_task, load_task
-
-WARM_UP_STEPS = 2
 
 
 @dataclass
@@ -46,23 +43,21 @@ def main() -> None:
     """Time both, print one line each and the ratio, write the figures."""
     (options,) = parse_arguments(Options, description=__doc__)
     check_numbers(options, "steps", at_least=0)
-    shared = {name: getattr(options, name) for name in ("method", "model", "max_length", "batch_size", "data")}
-    training = finetune.Options(task="cola", **shared)
+    given = {name: value for name, value in vars(options).items() if name not in ("steps", "output")}
+    training = finetune.Options(task="cola", **given)
     training.check()
     training.check_places()
     import torch
     from torch.utils.data import BatchSampler, RandomSampler
     from transformers import DataCollatorWithPadding
 
-    from control_experiments.training import device as devices
-    from control_experiments.training.quiet import quieten
+    from control_experiments.training.device import DTYPES, describe_device, seed_everything
+    from control_experiments.training.setup import choose
     from control_experiments.training.trainer import ResumableLengthSampler
     from RoBERTa import encoder
 
-    device = devices.select_device(options.device)
-    precision = devices.choose_precision(options.precision, device)
-    quieten()
-    devices.seed_everything(training.seed)
+    device, precision = choose(training)
+    seed_everything(training.seed)
     tokenizer, model = encoder.load_tokenizer(options.model), encoder.load_model(options.model, get_task("cola"))
     model = encoder.add_adapter(model.to(device), training).train()
     rows = encoder.tokenize(load_task("cola", options.data), tokenizer, options.max_length)["train"]
@@ -81,7 +76,7 @@ def main() -> None:
         begun = time.perf_counter()
         collate = DataCollatorWithPadding(tokenizer, padding, options.max_length)
         batch = collate([inputs[index] for index in batch])
-        with torch.autocast(device.type, dtype=devices.DTYPES[precision], enabled=precision != "fp32"):
+        with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
             loss = model(**batch.to(device)).loss
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -95,8 +90,8 @@ def main() -> None:
         "max_length": batches(RandomSampler(rows, generator=torch.Generator().manual_seed(training.seed))),
         "longest": batches(ResumableLengthSampler(options.batch_size, lengths=lengths, seed=training.seed)),
     }
-    for padding in epochs:
-        for batch in islice(cycle(epochs[padding]), WARM_UP_STEPS):
+    for padding, epoch in epochs.items():
+        for batch in (epoch[0], epoch[-1]):  # to warm up
             step(padding, batch)
     measured = [[step(padding, batch) for padding, batch in zip(epochs, pair)] for pair in zip(*epochs.values(), strict=True)]
     figures = {}
@@ -107,14 +102,14 @@ def main() -> None:
         print(f"{padding:>10}: {per_epoch:8.1f} s per CoLA epoch, {1 - real / tokens:.0%} of the tokens are padding")
     ratio = figures["longest"]["seconds_per_epoch"] / figures["max_length"]["seconds_per_epoch"]
     print(f"     ratio: {ratio:8.3f}")
-    given = {name: value for name, value in asdict(options).items() if name not in ("output", "data")}
+    settings = {name: value for name, value in vars(options).items() if name not in ("output", "data")}
     result = {
         "created": utc_now(),
         "command": public_command(["python", "-m", "RoBERTa.benchmark_padding", *sys.argv[1:]]),
         "git": git_state(),
         "versions": package_versions(),
-        "device": devices.describe_device(device),
-        "settings": {**given, "model": public_id(options.model), "precision": precision, "rows": len(rows)},
+        "device": describe_device(device),
+        "settings": {**settings, "model": public_id(options.model), "precision": precision, "rows": len(rows)},
         **figures,
         "ratio": ratio,
     }

@@ -4,35 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import datasets
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from control_experiments.errors import UserError
 from control_experiments.training.device import DTYPES
 from control_experiments.training.methods import adapter_config, loading
 from control_experiments.training.quantization import check_not_quantized, loading_arguments, prepare
+from RoBERTa.finetune import Options
 from RoBERTa.glue import Task
-
-if TYPE_CHECKING:
-    from RoBERTa.finetune import Options
 
 #: The names of the query and value projections, which LoRA adapts in the paper's recipe: peft's, and others that it lacks.
 QUERY_VALUE = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "mpnet": ["q", "v"], "distilbert": ["q_lin", "v_lin"]}
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> Tokenizer:
     """The encoder's tokenizer. Raises UserError: there is none."""
     with loading(name):
         return AutoTokenizer.from_pretrained(name)
@@ -66,7 +57,7 @@ def predict_mean(model: PreTrainedModel, labels: Sequence[float]) -> None:
         head.bias.fill_(sum(labels) / len(labels))
 
 
-def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save(model: PeftModel, tokenizer: Tokenizer, folder: Path) -> None:
     """The adapter, its tokenizer, and the base's configuration, from which `peft_control export` takes the classes' names."""
     for part in (model, tokenizer, model.get_base_model().config):
         part.save_pretrained(folder)
@@ -100,7 +91,7 @@ def add_adapter(model: PreTrainedModel, options: Options) -> PeftModel:
         raise UserError(f"{options.method} on {options.model}: {error}{asked}") from error
 
 
-def tokenize(splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.DatasetDict:
+def tokenize(splits: datasets.DatasetDict, tokenizer: Tokenizer, max_length: int) -> datasets.DatasetDict:
     """Token ids of each row and their `length`; dev and test sets also get their `row` and are sorted by length, so
     that batches padded to their longest row waste little. Padding itself is the collator's."""
 
@@ -117,6 +108,6 @@ def tokenize(splits: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, m
     return encoded
 
 
-def collator(options: Options, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
+def collator(options: Options, tokenizer: Tokenizer) -> DataCollatorWithPadding:
     multiple = 16 if options.cuda_graphs else None
     return DataCollatorWithPadding(tokenizer, options.padding, options.max_length, multiple)

@@ -13,7 +13,6 @@ looks at the dev set more often, so its best-of-all is more optimistic. See RoBE
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
-from control_experiments.record import RunRecord
 from control_experiments.training import options as shared
 from control_experiments.training.arguments import check_numbers, parse_arguments
 from RoBERTa.glue import TASKS, find_folder, get_task
@@ -64,7 +62,7 @@ class Options(
         check_numbers(self, "eval_batch_size", "max_length", at_least=1)
         check_numbers(self, "save_steps", at_least=0)
         check_numbers(self, "warmup_ratio", at_least=0, below=1)
-        if not get_task(self.task).test_splits and self.predict:
+        if not get_task(self.task).server_files and self.predict:
             raise UserError(f"task {self.task} has no test set to --predict")
 
     def check_places(self) -> None:
@@ -97,14 +95,14 @@ class Options(
         return super().contents(name)
 
 
-def main(argv: Sequence[str] | None = None) -> RunRecord | None:
-    """Train as the command line says and write the run's record; None when the run was finished before."""
-    (options,) = parse_arguments(Options, argv=argv, description=__doc__)
+def main() -> None:
+    """Train as the command line says and write the run's record."""
+    (options,) = parse_arguments(Options, description=__doc__)
     options.check()
     options.check_places()
     from RoBERTa.training import finetune  # and torch with it: not before the options are known to be right
 
-    return finetune(options, argv)
+    finetune(options)
 
 
 if __name__ == "__main__":

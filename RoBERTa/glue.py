@@ -15,6 +15,7 @@ import numpy as np
 
 from control_experiments.errors import UserError
 from control_experiments.record import write_text_atomic
+from RoBERTa.demo_task import make_demo
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -64,10 +65,6 @@ class Task:
     @property
     def dev_splits(self) -> list[str]:
         return [f"validation_{suffix}" if suffix else "validation" for suffix in self.evaluations]
-
-    @property
-    def test_splits(self) -> list[str]:
-        return list(self.server_files)
 
     @property
     def labels(self) -> list[str]:
@@ -153,11 +150,9 @@ def load_task(name: str, data: str | None = None, *, tests: bool = False) -> Dat
     from datasets import DatasetDict
 
     task = get_task(name)
-    wanted = ["train", *task.dev_splits, *(task.test_splits if tests else [])]
+    wanted = ["train", *task.dev_splits, *(task.server_files if tests else [])]
     folder = None if data is None else find_folder(name, Path(data))
     if folder is None and name == "demo":
-        from RoBERTa.demo_task import make_demo
-
         splits = _from_rows(task, make_demo())
     elif folder is None or (folder / "dataset_dict.json").is_file():
         splits = _as_on_hub(name, folder, wanted)

@@ -46,11 +46,10 @@ class Options(StudyOptions, finetune.Options):
 
 class GlueStudy(Study):
     def __init__(self, options: Options):
-        model, domain = Path(options.model).name, "roberta"
+        model = Path(options.model).name
         if options.quantization != "none":
-            model, domain = f"{model}_{options.quantization}", "qcontrol"
-        output = Path(options.output_dir) if options.output_dir else RESULTS / domain
-        super().__init__(options, model, options.tasks, output)
+            model = f"{model}_{options.quantization}"
+        super().__init__(options, model, options.tasks, Path(options.output_dir or RESULTS / options.domain))
 
     def plan(self, cell: Cell) -> finetune.Options:
         own = {"task": cell.task, "seed": cell.seed, "lr": cell.lr, "epochs": self.options.epochs_of(cell.task)}

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset, DatasetDict
@@ -17,7 +16,6 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArgume
 from control_experiments.errors import UserError
 from control_experiments.outcomes import write_outcomes
 from control_experiments.paths import public_path
-from control_experiments.record import RunRecord
 from control_experiments.training.checkpoints import check_adapter_files, discard
 from control_experiments.training.checksums import local_fingerprint
 from control_experiments.training.device import seed_everything
@@ -26,11 +24,10 @@ from control_experiments.training.methods import count_unquantized, describe_ada
 from control_experiments.training.setup import Run, start
 from control_experiments.training.sharding import shard_frozen, shares_weights
 from control_experiments.training.trainer import ExperimentTrainer, training_arguments
+from RoBERTa.demo_task import demo_checksum, make_demo
 from RoBERTa.encoder import add_adapter, check_length, collator, load_model, load_tokenizer, predict_mean, save, tokenize
+from RoBERTa.finetune import Options
 from RoBERTa.glue import HUB_ID, TASKS, Task, get_task, hold_out, load_task, write_predictions
-
-if TYPE_CHECKING:
-    from RoBERTa.finetune import Options
 
 logger = logging.getLogger("finetune")
 LESS_MEMORY = "--memory lean, a smaller --batch_size, --padding longest, --precision bf16, a smaller --max_length"
@@ -49,20 +46,20 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 
 
-def finetune(options: Options, argv: Sequence[str] | None) -> RunRecord | None:
-    """Train as the options say and write the run's record; None when the run was finished before."""
+def finetune(options: Options, argv: Sequence[str] | None = None) -> None:
+    """Train as the options say and write the run's record, or add predictions to a finished run. `argv` stands in the record's
+    command, by default the process's own."""
     with start(options, "RoBERTa.finetune", argv, less_memory=LESS_MEMORY) as run:
-        if not run.folder.finished:
-            return train(options, run)
         files = get_task(options.task).server_files.values()
-        if options.predict and not all((run.folder.path / PREDICTIONS / name).is_file() for name in files):
+        if not run.folder.finished:
+            train(options, run)
+        elif options.predict and not all((run.folder.path / PREDICTIONS / name).is_file() for name in files):
             predict_finished(options, run)
         else:
             print(f"{run.folder.path} is finished: skipped (delete the folder to run it again)")
-    return None
 
 
-def train(options: Options, run: Run) -> RunRecord:
+def train(options: Options, run: Run) -> None:
     """Load, train, evaluate, save the adapter and write the record, all in the run's folder."""
     folder, device, task = run.folder, run.device, get_task(options.task)
     shared = shares_weights(options.shard)
@@ -126,7 +123,6 @@ def train(options: Options, run: Run) -> RunRecord:
             history=history,
         )
         print(f"last {_figures(metrics['last'])}; best {_figures(metrics['best'])}; record in {folder.record}")
-    return record
 
 
 @lru_cache(maxsize=2 * len(TASKS))  # the runs of a study read and tokenize a task once, and its search
@@ -215,10 +211,10 @@ def predict_finished(options: Options, run: Run) -> None:
     splits, tokenizer = load_task(options.task, options.data, tests=True), load_tokenizer(options.model)
     model = load_model(options.model, task, options.quantization, run.device, run.precision)
     model = load_adapter(model, folder.adapter, options.model)
-    tests = DatasetDict({split: splits[split] for split in task.test_splits})
+    tests = DatasetDict({split: splits[split] for split in task.server_files})
     encoded = tokenize(tests, tokenizer, options.max_length)
     words = {"data_collator": collator(options, tokenizer), "processing_class": tokenizer}
-    words |= {"eval_dataset": encoded[task.test_splits[0]], "memory": MemoryMeter(run.device)}
+    words |= {"eval_dataset": next(iter(encoded.values())), "memory": MemoryMeter(run.device)}
     trainer = ExperimentTrainer(model.to(run.device), trainer_arguments(options, run), **words)
     predict_tests(trainer, encoded, task, folder.path / PREDICTIONS)
     if trainer.is_world_process_zero():
@@ -233,10 +229,7 @@ def data_description(options: Options, splits: DatasetDict) -> dict:
         root = options.contents("data")
         return {"id": public_path(root), "sha256": local_fingerprint(root), "sizes": sizes}
     if options.task == "demo":
-        from RoBERTa.demo_task import demo_checksum, make_demo
-
-        made = demo_checksum(make_demo())
-        return {"id": "pydoc_data.topics (demo_task.py)", "sha256": made, "sizes": sizes}
+        return {"id": "pydoc_data.topics (demo_task.py)", "sha256": demo_checksum(make_demo()), "sizes": sizes}
     sources = " ".join(splits["train"].info.download_checksums or {})
     found = re.search(r"@([0-9a-f]{40})/", sources)
     revision = found.group(1) if found else None

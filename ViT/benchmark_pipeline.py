@@ -14,9 +14,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, Optional
 
@@ -26,8 +24,8 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.record import RunRecord
 from control_experiments.training.arguments import check_numbers, parse_arguments
-from control_experiments.training.options import Precision, check_method
-from ViT.finetune import METHODS, RecipeOptions, check_data
+from control_experiments.training.options import Precision
+from ViT import finetune
 
 
 @dataclass
@@ -50,13 +48,6 @@ class Options:
 
     seed: ClassVar[int] = 0
 
-    def check(self) -> None:
-        """Raise `UserError` for a value that cannot be."""
-        check_method(self.method, METHODS)
-        check_data(self.data)
-        check_numbers(self, "image_size", "batch_size", "steps", "rounds", above=0)
-        check_numbers(self, "workers", at_least=0)
-
     def hyperparameters(self) -> dict:
         """For the record."""
         return {**asdict(self), "data_root": None}
@@ -65,28 +56,32 @@ class Options:
 def main() -> None:
     """Let the three ways train in turn, print their rates and write the record."""
     (options,) = parse_arguments(Options, description=__doc__)
-    options.check()
+    named = ("data", "data_root", "image_size", "batch_size", "method", "attention", "precision", "device", "seed")
+    asked = finetune.Options(**{name: getattr(options, name) for name in named}, lora_rank=0)
+    asked.check()
+    check_numbers(options, "steps", "rounds", above=0)
+    check_numbers(options, "workers", at_least=0)
     import torch
     from timm.data import create_transform
     from torch.utils.data import DataLoader, default_collate
     from torchvision.transforms.functional import to_pil_image
 
-    from control_experiments.training import device as devices
     from control_experiments.training.benchmarking import time_steps
+    from control_experiments.training.device import describe_device, seed_everything
     from control_experiments.training.metering import MemoryMeter
     from control_experiments.training.methods import describe_adapter
-    from ViT import augment, classifier, images, training, vision_models
+    from control_experiments.training.setup import choose
+    from ViT import classifier, images, recipe, training, vision_models
 
-    device, size = devices.select_device(options.device), options.image_size
-    precision = devices.choose_precision(options.precision, device, "fp16")
-    devices.seed_everything(options.seed)
+    (device, precision), size = choose(asked, on_gpu="fp16"), options.image_size
+    seed_everything(options.seed)
     data = images.load_data(options.data, root=options.data_root)
     if not isinstance(data.train, images.Decoded) or len(data.train) < options.batch_size:
         raise UserError(f"{data.name} is too large for the memory or smaller than a batch")
     architecture = options.architecture
     name = f"{architecture}_{data.name}_{options.method}_batch{options.batch_size}"
     record = RunRecord.begin(
-        options, domain="vit", name=name, task="pipeline", device=devices.describe_device(device),
+        options, domain="vit", name=name, task="pipeline", device=describe_device(device),
         command=["python", "-m", "ViT.benchmark_pipeline", *sys.argv[1:]], data=data.name, autocast=precision,
     )  # fmt: skip
     decoded = list(zip(data.train.images, data.train.labels.tolist(), strict=True))
@@ -95,19 +90,14 @@ def main() -> None:
     vision_models.set_attention(vit, options.attention)
     total = sum(p.numel() for p in vit.parameters())
     memory = MemoryMeter(device)
-    model = classifier.add_adapter(vit.to(device), RecipeOptions(method=options.method, lora_rank=0)).to(device)
+    model = classifier.add_adapter(vit.to(device), asked).to(device)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 5e-3, momentum=0.9)
     step = training.Step(model, optimizer, device, precision)
 
-    def ours() -> Iterator[tuple]:
-        """Endless epochs of our pipeline."""
-        for epoch in itertools.count():
-            generator = torch.Generator().manual_seed(epoch)
-            indices = training.index_batches(len(data.train), options.batch_size, generator)
-            whole = [part for part in indices if len(part) == options.batch_size]
-            views = partial(augment.random_views, size=size, generator=generator)
-            yield from training.prepared(data.train, whole, views, size, device)
-
+    # endless epochs, here and below, of whole batches
+    whole = len(data.train) // options.batch_size
+    epochs = (recipe.epoch_batches(asked, data, device, epoch, 0, whole) for epoch in itertools.count())
+    ours = itertools.chain.from_iterable(epochs)
     # RandomResizedCrop and flip, normalised by the ImageNet statistics
     transform = create_transform(size, is_training=True, color_jitter=None, interpolation="bicubic")
     loader = DataLoader(
@@ -115,14 +105,9 @@ def main() -> None:
         num_workers=options.workers, persistent_workers=options.workers > 0,
         collate_fn=lambda batch: default_collate([(transform(to_pil_image(image)), label) for image, label in batch]),
     )  # fmt: skip
-
-    def published() -> Iterator[tuple]:
-        """Endless epochs of the published pipeline; the workers live on between epochs."""
-        for inputs, labels in itertools.chain.from_iterable(itertools.repeat(loader)):
-            yield inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-    our_batches = ours()
-    ways = {"ours": our_batches, "resident": itertools.repeat(next(our_batches)), "published": published()}
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    published = (tuple(part.to(device, non_blocking=True) for part in batch) for batch in batches)
+    ways = {"ours": ours, "resident": itertools.repeat(next(ours)), "published": published}
     trained = {way: training.train_steps(step, batches) for way, batches in ways.items()}
     rates = {way: [] for way in ways}
     for way in itertools.chain.from_iterable(itertools.repeat(ways, options.rounds)):

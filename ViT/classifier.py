@@ -23,7 +23,6 @@ from control_experiments.training.checkpoints import check_adapter_files
 from control_experiments.training.methods import adapter_config, load_adapter
 from peft_control import quantize_fp8
 from ViT.finetune import TINY, RecipeOptions
-from ViT.tiny_model import build_tiny
 from ViT.vision_models import Base, create, load, load_weights, set_attention, set_mlp_layers
 
 HEAD = "head"
@@ -149,16 +148,6 @@ def matched_miss(config: MissConfig, linears: list[nn.Linear], budget: int) -> M
             config.r, config.mini_r, config.init_weights = rank, columns, "mini"
             return config
     raise UserError("no rank of miss has the control's parameters: choose another --control_rank, or --lora_rank above 0")
-
-
-def build_base(
-    model: str, architecture: str | None, *, mlp_layers: int, attention: str, **shape: int
-) -> tuple[VisionTransformer, Base]:
-    """The base model of a `shape` (`load`'s) with a new head, its MLP layers and its kind of attention."""
-    vit, base = build_tiny(**shape) if model == TINY else load(model, architecture, **shape)
-    set_mlp_layers(vit, mlp_layers)
-    set_attention(vit, attention)
-    return vit, base
 
 
 def save(model: nn.Module, folder: Path, description: Description, base: VisionTransformer) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import torch
 import torchvision
+from accelerate.utils import send_to_device
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import datasets
@@ -71,9 +72,7 @@ class Decoded:
         return sum(image.nbytes for image in self.images)
 
     def to(self, device: torch.device) -> Decoded:
-        whole = isinstance(self.images, torch.Tensor)
-        images = self.images.to(device) if whole else [image.to(device) for image in self.images]
-        return Decoded(images, self.labels.to(device))
+        return Decoded(*send_to_device((self.images, self.labels), device))
 
     def batches(self, indices: Sequence[torch.Tensor]) -> Iterator[tuple[Images, torch.Tensor]]:
         """For each index tensor (on the CPU) the uint8 images and their labels."""

@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+from timm.models import VisionTransformer
 from torch import nn
 from tqdm import tqdm
 
@@ -27,12 +28,13 @@ from control_experiments.training.quantization import check_fp8
 from control_experiments.training.setup import Run, start
 from peft_control import quantize_fp8
 from ViT import augment
-from ViT.classifier import Description, add_adapter, build_base, save
+from ViT.classifier import Description, add_adapter, save
 from ViT.finetune import TINY, Options
 from ViT.images import Decoded, ImageData, hold_out, load_data
 from ViT.inference import LESS_MEMORY, PROGRAM, describe, reading, test_logits, write_test_predictions
+from ViT.tiny_model import build_tiny
 from ViT.training import Step, index_batches, prepared, rate_factor, score, train_steps
-from ViT.vision_models import Base, new_head
+from ViT.vision_models import Base, load, new_head, set_attention, set_mlp_layers
 
 logger = logging.getLogger("vit")
 #: How a card says that an adapter is loaded.
@@ -119,8 +121,15 @@ def placed_data(device: torch.device, held_out: float | None, name: str, **how: 
     return data
 
 
-#: A frozen model, to be copied, and where it is from.
-frozen_model = lru_cache(maxsize=1)(build_base)
+@lru_cache(maxsize=1)
+def frozen_model(
+    model: str, architecture: str | None, *, mlp_layers: int, attention: str, **shape: int
+) -> tuple[VisionTransformer, Base]:
+    """A frozen model of a `shape` (`load`'s) with a new head, to be copied, and where it is from."""
+    vit, base = build_tiny(**shape) if model == TINY else load(model, architecture, **shape)
+    set_mlp_layers(vit, mlp_layers)
+    set_attention(vit, attention)
+    return vit, base
 
 
 def fit(
@@ -191,17 +200,15 @@ def fit(
                 if stop.number is not None:
                     break
             clock.stop()
-            if stop.number is not None and done < end:
-                save()
-                raise Interrupted(stop.number)
-            outcome = test_logits(step, data, options, device)
-            row = {"step": done, "epoch": epoch + 1, "learning_rate": optimizer.param_groups[0]["lr"],
-                   "train_loss": float(losses["total"]) / losses["images"], "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
-            losses = None
-            history.append(row)
-            reached = f"training loss {row['train_loss']:.4f}, {options.scored} accuracy {row['test_accuracy']:.2f} %"
-            logger.info("%s", f"epoch {epoch + 1}, step {done} of {total}: {reached}")
-            bar.set_postfix(loss=f"{row['train_loss']:.3f}", accuracy=f"{row['test_accuracy']:.2f}")
+            if done == end:  # not stopped within the epoch
+                outcome = test_logits(step, data, options, device)
+                row = {"step": done, "epoch": epoch + 1, "learning_rate": optimizer.param_groups[0]["lr"],
+                       "train_loss": float(losses["total"]) / losses["images"], "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
+                losses = None
+                history.append(row)
+                reached = f"training loss {row['train_loss']:.4f}, {options.scored} accuracy {row['test_accuracy']:.2f} %"
+                logger.info("%s", f"epoch {epoch + 1}, step {done} of {total}: {reached}")
+                bar.set_postfix(loss=f"{row['train_loss']:.3f}", accuracy=f"{row['test_accuracy']:.2f}")
             save()
             if stop.number is not None:
                 raise Interrupted(stop.number)

@@ -47,8 +47,7 @@ class ImageStudy(Study):
     """Runs of finetune.py, on images and frozen models that stay in memory."""
 
     def __init__(self, options: Options):
-        output = Path(options.output_dir) if options.output_dir else RESULTS / "vit"
-        super().__init__(options, model_name(options.model), options.data, output)
+        super().__init__(options, model_name(options.model), options.data, Path(options.output_dir or RESULTS / "vit"))
 
     def plan(self, cell: Cell) -> RunOptions:
         share = self.options.search_share if cell.searching else None

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from control_experiments.training.methods import adapter_config
 from control_experiments.training.options import AdapterOptions
-from LlaMA.commonsense import TASKS, Row, read_rows
+from LlaMA.commonsense import IGNORE, TASKS, Row, read_rows
 from LlaMA.finetune import MIXED_TARGETS
 from LlaMA.models import add_adapter, train_tokenizer
 
@@ -94,6 +94,17 @@ def adapted(model, method="control+lora"):
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def published_loss(model, step, micro_batch=4):
+    """The Trainer's own arithmetic: transformers' mean loss of each padded micro-batch, averaged over them."""
+    losses = []
+    for start in range(0, len(step), micro_batch):
+        rows = step[start : start + micro_batch]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in rows], True, IGNORE)
+        labels = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.labels) for row in rows], True, IGNORE)
+        losses.append(model(input_ids=ids.clamp(min=0), attention_mask=(ids != IGNORE).long(), labels=labels).loss)
+    return sum(losses) / len(losses)
 
 
 def interrupted(steps: int):

@@ -46,7 +46,6 @@ def test_a_bad_data_file_is_named_with_row_and_field(tmp_path, contents, message
         ("the correct answer is answer3", "ARC-Easy", "answer3"),
         ("false, not true", "boolq", "false"),
         ("I do not know", "piqa", None),
-        ("ending4 or ending1", "hellaswag", "ending4"),
         ("True", "boolq", None),
     ],
 )
@@ -77,5 +76,5 @@ def test_prompts_are_tokenized_as_in_training(rows, tokenizer):
     trained = tokenize_rows(rows, tokenizer, cutoff=1000, response_only=True)
     for ids, row, full in zip(tokenize_prompts(rows, tokenizer), rows, trained, strict=True):
         assert list(full.ids[: len(ids)]) == ids
-        assert full.loss_from == len(ids)
+        assert full.learned.index(1) == len(ids)
         assert tokenizer.decode(full.ids[len(ids) : -1]).strip() == row.output

@@ -7,8 +7,9 @@ import torch
 from transformers import GenerationConfig
 
 from control_experiments.record import read_record
-from LlaMA import evaluation, finetune
-from LlaMA.answering import Question, generate, pad_left, rank_words
+from control_experiments.training.arguments import parse_arguments
+from LlaMA import evaluation, finetune, training
+from LlaMA.answering import Question, generate, pad, rank_words
 from LlaMA.commonsense import ANSWER_LEAD, TASKS, offered_words, tokenize_prompts
 from LlaMA.tests.conftest import adapted, tiny_model, training_options
 from peft_control import memory
@@ -19,7 +20,8 @@ def trained(tmp_path_factory, model_folder, data):
     """The output folder of a control+lora run."""
     out = tmp_path_factory.mktemp("trained") / "run"
     longer = ("--max_steps", 60, "--eval_steps", 20, "--warmup_steps", 5, "--lr", "2e-2")
-    finetune.main([*map(str, training_options(model_folder, data, out, *longer))])
+    words = map(str, training_options(model_folder, data, out, *longer))
+    training.run(*parse_arguments(finetune.Options, argv=[*words]))
     return out
 
 
@@ -69,7 +71,7 @@ def test_prompts_read_once_for_all_beams_say_what_the_published_search_says(mode
         model = adapted(model, method).eval()
     longest_first = sorted(questions, key=lambda question: -len(question.ids))
     assert len(longest_first[0].ids) > len(longest_first[-1].ids)  # so that some are padded
-    batch = pad_left([question.ids for question in longest_first], tokenizer.pad_token_id, model.device)
+    batch = pad(tokenizer, [question.ids for question in longest_first])
     length = batch["input_ids"].shape[1]
     config = GenerationConfig(
         num_beams=4, do_sample=False, max_new_tokens=32, pad_token_id=tokenizer.pad_token_id,

@@ -15,14 +15,9 @@ from control_experiments.reporting import records
 from LlaMA import finetune, packing, training
 from LlaMA.commonsense import read_rows, split_rows, tokenize_rows
 from LlaMA.models import add_adapter, choose_pad_token
-from LlaMA.tests.conftest import assert_same_adapters, configuration, interrupted
+from LlaMA.tests.conftest import assert_same_adapters, configuration, interrupted, published_loss
 from peft_control import ControlConfig, memory  # noqa: F401  registers CONTROL
 from scripts.catalogue import LLAMA_SHAPES
-
-
-def describe_row(record):
-    """A record's method as tables name it."""
-    return records._label(record.domain, record.method, record.hyperparameters)
 
 
 @pytest.mark.parametrize("method", finetune.METHODS)
@@ -102,12 +97,7 @@ def test_the_trainer_learns_as_a_plain_loop_does(train_llama, model_folder, data
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 3, 16)
     for number, (step, entry) in enumerate(zip(seen, history, strict=True)):
-        losses = []
-        for micro_batch in (step[:4], step[4:]):  # each a mean over its tokens, as published
-            if micro_batch:
-                ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in micro_batch], True, -100)
-                losses.append(model(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), labels=ids).loss)
-        loss = torch.stack(losses).mean()
+        loss = published_loss(model, step)
         assert loss.item() == pytest.approx(entry["train_loss"], rel=2e-5), f"step {number + 1}"
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -146,7 +136,8 @@ def test_streamed_weights_train_to_the_same_bits_and_resume(train_llama, tmp_pat
     streamed = train("--stream_weights", "True", "--resume").record
     assert_same_adapters(tmp_path / "resident", tmp_path / "run")
     assert streamed.history == resident.history
-    assert "streamed" in describe_row(streamed) and "streamed" not in describe_row(resident)
+    rows = [records._label(run.domain, run.method, run.hyperparameters) for run in (streamed, resident)]
+    assert ["streamed" in row for row in rows] == [True, False]
 
 
 def test_a_host_without_room_for_streamed_weights_is_said(train_llama, monkeypatch):

@@ -11,25 +11,16 @@ from LlaMA import demo
 from LlaMA.commonsense import TASKS, offered_words, read_tests
 
 
-@pytest.fixture
-def launch_here(call, started):
-    """Run the programs that a launcher starts in this process."""
-
-    def run(script, *words, **variables):
-        for program, *options in started(script, *words, **variables):
-            call(program, *options).finished()
-
-    return run
-
-
-def test_a_trial_needs_no_model_and_no_data(launch_here, tmp_path, monkeypatch):
+def test_a_trial_needs_no_model_and_no_data(call, started, tmp_path, monkeypatch):
     """The README's, with less reading, training and asking."""
     monkeypatch.setenv("PARALLEL_CONTROL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "STEPS", 4)
-    launch_here(
+    programs = started(
         "LlaMA/llama3_8B_DoubleControl.sh", 8, 2, 4, tmp_path / "out", "cpu", "--max_steps", 2, "--eval_steps", 1,
         MODEL="tiny", DATA="demo", HELD_OUT=8, BATCH=4, MICRO_BATCH=4, EVALUATE_ARGS="--limit 2 --mode likelihood",
     )  # fmt: skip
+    for program, *options in programs:
+        call(program, *options).finished()
     record = read_record(tmp_path / "out" / "record.json")
     assert (record.method, record.hyperparameters["lr"]) == ("double control", 1e-4)
     assert (record.model["id"], record.data["id"]) == ("tiny", "demo") and record.data["sha256"]

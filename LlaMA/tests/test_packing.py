@@ -4,23 +4,13 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import varlen
 
 from control_experiments.errors import UserError
+from LlaMA import packing
 from LlaMA.commonsense import TokenRow, tokenize_rows
 from LlaMA.models import add_adapter, ready_to_train
-from LlaMA.packing import (
-    IGNORE,
-    VARLEN,
-    GraphedLoss,
-    batch_loss,
-    check_packing,
-    fixed_shape,
-    fused_batch_loss,
-    packed_step,
-    padded_step,
-    shadow_batch_loss,
-)
-from LlaMA.tests.conftest import adapted, configuration
+from LlaMA.tests.conftest import adapted, configuration, published_loss
 
 
 @pytest.fixture(params=["all", "response"])
@@ -45,23 +35,12 @@ def assert_alike(found, wanted):
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=atol)
 
 
-def published_loss(model, step, micro_batch=4):
-    """The Trainer's own arithmetic: transformers' mean loss of each padded micro-batch, averaged over them."""
-    losses = []
-    for start in range(0, len(step), micro_batch):
-        rows = step[start : start + micro_batch]
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in rows], True, IGNORE)
-        labels = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.labels) for row in rows], True, IGNORE)
-        losses.append(model(input_ids=ids.clamp(min=0), attention_mask=(ids != IGNORE).long(), labels=labels).loss)
-    return sum(losses) / len(losses)
-
-
 @pytest.mark.parametrize("method", ["control+lora", "double control"])
-@pytest.mark.parametrize("loss", [batch_loss, fused_batch_loss])
+@pytest.mark.parametrize("loss", [packing.batch_loss, packing.fused_batch_loss])
 @pytest.mark.parametrize("budget", [256, 700, 100_000])
 def test_packed_loss_and_gradients_are_the_published_ones(model, step, method, loss, budget):
     """From every row once, in packs within the budget."""
-    model, packs = adapted(model, method), packed_step(step, 4, budget)
+    model, packs = adapted(model, method), packing.packed_step(step, 4, budget)
     assert all(pack.tokens <= budget for pack in packs) and sum(pack.rows for pack in packs) == len(step)
     expected, wanted = gradients(model, [step], published_loss)
     total, found = gradients(model, packs, loss)
@@ -69,14 +48,14 @@ def test_packed_loss_and_gradients_are_the_published_ones(model, step, method, l
     assert_alike(found, wanted)
 
 
-@pytest.mark.parametrize("loss", [batch_loss, fused_batch_loss])
+@pytest.mark.parametrize("loss", [packing.batch_loss, packing.fused_batch_loss])
 def test_packs_of_fixed_shape_lose_the_same(model, step, loss):
     model = adapted(model)
-    packs = packed_step(step, 4, 700)
-    fixed = [fixed_shape(pack, 128, len(step), 256, pad_token_id=0) for pack in packs]
+    packs = packing.packed_step(step, 4, 700)
+    fixed = [packing.fixed_shape(pack, 128, len(step), 256, pad_token_id=0) for pack in packs]
     assert all(whole.labels.shape[1] % 128 == 0 and len(whole.inputs["cu_seq_lens_q"]) == len(step) + 2 for whole in fixed)
     expected, wanted = gradients(model, packs, loss)
-    total, found = gradients(model, fixed, GraphedLoss(loss))
+    total, found = gradients(model, fixed, packing.GraphedLoss(loss))
     assert total == pytest.approx(expected, rel=1e-5)
     assert_alike(found, wanted)
 
@@ -86,18 +65,18 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 @needs_gpu
 @pytest.mark.parametrize("method", ["double control", "control+lora", "lora", "dora"])
-@pytest.mark.parametrize("loss", [batch_loss, fused_batch_loss])
+@pytest.mark.parametrize("loss", [packing.batch_loss, packing.fused_batch_loss])
 def test_graphs_replay_the_packs_of_a_step(model, step, loss, method):
     """Packs of several shapes whose gradients add up, in any order, replayed with other rows than they were captured with."""
     model = adapted(model.bfloat16(), method).cuda().train()
-    model.base_model.model.set_attn_implementation(VARLEN)
+    model.base_model.model.set_attn_implementation(packing.VARLEN)
     # as accelerate does: inside, autocast keeps casts even though the capture asks it not to
     model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
-    ready_to_train(model, "fast" if loss is fused_batch_loss and "control" in method else "plain", half=True)
-    graphed = GraphedLoss(loss)
+    ready_to_train(model, "fast" if loss is packing.fused_batch_loss and "control" in method else "plain", half=True)
+    graphed = packing.GraphedLoss(loss)
     for turn, rows in enumerate((step, step[::-1][:9], step, step[:4])):
-        packs = [pack.to("cuda") for pack in packed_step(rows, 4, 700)]
-        fixed = [fixed_shape(pack, 128, len(step), 256, 0).to("cuda") for pack in packed_step(rows, 4, 700)]
+        packs = [pack.to("cuda") for pack in packing.packed_step(rows, 4, 700)]
+        fixed = [packing.fixed_shape(pack, 128, len(step), 256, 0).to("cuda") for pack in packing.packed_step(rows, 4, 700)]
         with torch.autocast("cuda", torch.bfloat16):
             expected, wanted = gradients(model, packs, loss)
             total, found = gradients(model, fixed[:: -1 if turn % 2 else 1], graphed)
@@ -114,10 +93,10 @@ def test_lora_dropout_draws_anew_in_each_replay(model, step, method):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    model.base_model.model.set_attn_implementation(VARLEN)
+    model.base_model.model.set_attn_implementation(packing.VARLEN)
     ready_to_train(model, "plain", half=True)
-    graphed, seen = GraphedLoss(batch_loss), []
-    fixed = [fixed_shape(pack, 128, len(step), 256, 0).to("cuda") for pack in packed_step(step, 4, 700)]
+    graphed, seen = packing.GraphedLoss(packing.batch_loss), []
+    fixed = [packing.fixed_shape(pack, 128, len(step), 256, 0).to("cuda") for pack in packing.packed_step(step, 4, 700)]
     for _ in range(6):
         with torch.autocast("cuda", torch.bfloat16):
             total, found = gradients(model, fixed, graphed)
@@ -126,18 +105,18 @@ def test_lora_dropout_draws_anew_in_each_replay(model, step, method):
     assert not any(torch.equal(one, other) for one, other in pairwise(seen))
 
 
-@pytest.mark.parametrize("batched", [padded_step, packed_step])
+@pytest.mark.parametrize("batched", [packing.padded_step, packing.packed_step])
 def test_shadow_learns_by_pefts_own_loss(model, step, batched):
     """Its network's loss added, and rows kept apart in that network too."""
     model = adapted(model, "shadow").train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    (padded,) = padded_step(step, len(step), 0)
+    (padded,) = packing.padded_step(step, len(step), 0)
     expected = model(**padded.inputs, labels=padded.labels).loss
-    assert expected.item() > 1.02 * batch_loss(model, padded).item()
-    (batch,) = batched(step, len(step), 10_000 if batched is packed_step else 0)
-    assert shadow_batch_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert expected.item() > 1.02 * packing.batch_loss(model, padded).item()
+    (batch,) = batched(step, len(step), 10_000 if batched is packing.packed_step else 0)
+    assert packing.shadow_batch_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_response_only_loss_counts_responses_alone(model, rows, tokenizer):
@@ -145,20 +124,20 @@ def test_response_only_loss_counts_responses_alone(model, rows, tokenizer):
     expected = 0.0
     for row in rows:
         logits = model(input_ids=torch.tensor([row.ids])).logits[0, :-1].log_softmax(-1)
-        chosen = logits.gather(1, torch.tensor(row.ids[1:])[:, None])[row.loss_from - 1 :]
+        chosen = logits.gather(1, torch.tensor(row.ids[1:])[:, None])[row.learned.index(1) - 1 :]
         expected -= chosen.sum().item()
     expected /= sum(row.targets for row in rows)
-    (pack,) = packed_step(rows, len(rows), 10_000)
+    (pack,) = packing.packed_step(rows, len(rows), 10_000)
     asked = []
     model.lm_head.register_forward_hook(lambda module, args, output: asked.append(output.shape[1]))
-    assert batch_loss(model, pack).item() == pytest.approx(expected, rel=1e-5)
+    assert packing.batch_loss(model, pack).item() == pytest.approx(expected, rel=1e-5)
     assert asked == [sum(row.targets for row in rows)]  # prompts cost no logits
 
 
 def test_packing_is_refused_where_rows_would_mix_or_do_not_fit(model, step):
     with pytest.raises(UserError, match="--token_budget 10"):
-        packed_step(step, 4, 10)
-    check_packing(model, step)
+        packing.packed_step(step, 4, 10)
+    packing.check_packing(model, step)
     forward = model.model.forward
 
     def without_positions(*args, position_ids=None, **kwargs):
@@ -166,7 +145,7 @@ def test_packing_is_refused_where_rows_would_mix_or_do_not_fit(model, step):
 
     model.model.forward = without_positions
     with pytest.raises(UserError, match="--batching padded"):
-        check_packing(model, step)
+        packing.check_packing(model, step)
 
 
 def test_varlen_attention_equals_the_masked_one(model, step, monkeypatch):
@@ -181,9 +160,8 @@ def test_varlen_attention_equals_the_masked_one(model, step, monkeypatch):
             parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
         return torch.cat(parts, dim=1).transpose(0, 1)
 
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(varlen, "varlen_attn", reference)
-    (pack,) = packed_step(step, 4, 10_000)
+    (pack,) = packing.packed_step(step, 4, 10_000)
     expected = model(**pack.inputs, use_cache=False).logits
-    model.set_attn_implementation(VARLEN)
+    model.set_attn_implementation(packing.VARLEN)
     torch.testing.assert_close(model(**pack.inputs, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)

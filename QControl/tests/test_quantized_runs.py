@@ -50,19 +50,12 @@ def test_encoders_train_quantized(train_roberta, encoders, tmp_path, method, mod
     assert record.model["total_parameters"] == plain.model["total_parameters"]
 
 
-def stored_in_nf4(auto_model, model_folder, folder):
-    """The folder with a copy of the model whose weights are quantized already."""
-    auto_model.from_pretrained(model_folder, **loading_arguments("nf4", CPU, torch.float32)).save_pretrained(folder)
-    for file in model_folder.glob("token*"):
-        shutil.copy(file, folder)
-    return folder
-
-
 def test_a_quantized_model_is_not_quantized_again_but_trains_as_it_is(train_roberta, llama, encoders, model_folder, tmp_path):
     for train, auto_model, model in (
         (train_roberta, AutoModelForSequenceClassification, encoders["bert"]), (llama, AutoModelForCausalLM, model_folder)
     ):  # fmt: skip
-        stored = stored_in_nf4(auto_model, model, tmp_path / model.name)
+        stored = shutil.copytree(model, tmp_path / model.name)
+        auto_model.from_pretrained(model, **loading_arguments("nf4", CPU, torch.float32)).save_pretrained(stored)
         assert "is quantized already (nf4)" in train("--model", stored, "--quantization", "int8").refused()
         assert not (tmp_path / "run").exists()
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 WORDS = [
     "the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "big", "small", "red", "blue", "runs", "sleeps", "not", "and",
@@ -24,15 +23,9 @@ def save_encoder(folder: Path, kind: str = "Bert") -> Path:
     getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    roles = {"bos": "<s>", "eos": "</s>", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>"}
-    tokens = {f"{role}_token": token for role, token in roles.items()}
+    roles = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     names = ["input_ids", "attention_mask"]
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **tokens).save_pretrained(folder)
+    transformers.BertTokenizerFast(vocabulary, model_input_names=names, **roles).save_pretrained(folder)
     return folder
 
 
@@ -41,10 +34,6 @@ def encoders(tmp_path_factory) -> dict[str, Path]:
     """Folders of a tiny random BERT, RoBERTa and MPNet."""
     root = tmp_path_factory.mktemp("encoders")
     return {kind.lower(): save_encoder(root / kind.lower(), kind) for kind in ("Bert", "Roberta", "MPNet")}
-
-
-def sentence(rng: random.Random) -> str:
-    return " ".join(rng.choices(WORDS, k=rng.randint(2, 12)))
 
 
 # The column layouts of the official GLUE files, written from the benchmark's description, not from our reader.
@@ -92,7 +81,7 @@ def write_glue(root: Path, folder: str, train: int = 24) -> Path:
         for row in range(rows):
             cells = dict.fromkeys(columns, str(row))
             cells |= {column: labels[row % len(labels)] for column in columns if column in LABEL_COLUMNS}
-            cells |= {column: sentence(rng) for column in columns if column in TEXT_COLUMNS}
+            cells |= {name: " ".join(rng.choices(WORDS, k=rng.randint(2, 12))) for name in columns if name in TEXT_COLUMNS}
             lines.append("\t".join(cells.values()))
         (root / folder / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return root

@@ -224,7 +224,7 @@ def test_a_run_is_told_by_what_its_data_and_model_hold(train_roberta, encoders, 
 
 
 @pytest.mark.slow
-def test_committed_runs_are_still_taken_for_what_their_commands_ask_for(tmp_path, capsys):
+def test_committed_runs_are_still_taken_for_what_their_commands_ask_for(call, tmp_path):
     """Whatever options came after them; the models and data of their checksums are not here."""
     runs = [path.parent for path in sorted((RESULTS / "published" / "roberta").glob("mpnet_*/record.json"))]
     assert runs
@@ -234,9 +234,9 @@ def test_committed_runs_are_still_taken_for_what_their_commands_ask_for(tmp_path
         named = {name: value for name, value in claim.items() if "sha256" not in name}
         (tmp_path / run.name / "run.json").write_text(json.dumps(named))
         precision = claim["precision"]
-        here = ("--device", "cpu", "--precision", precision, "--output_dir", str(tmp_path / run.name))
-        assert finetune.main([*read_record(run / "record.json").command[2:], *here]) is None
-        assert "is finished: skipped" in capsys.readouterr().out
+        here = ("--device", "cpu", "--precision", precision, "--output_dir", tmp_path / run.name)
+        command = read_record(run / "record.json").command
+        assert "is finished: skipped" in call("RoBERTa.finetune", *command[2:], *here).finished().out
 
 
 def test_download_glue(call, monkeypatch, tmp_path):

@@ -1,5 +1,7 @@
 """Training is a plain loop: the same losses, step for step, on the same rows in the same order."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torchvision.transforms import v2
 from transformers import get_cosine_schedule_with_warmup
 
 from ViT import recipe
-from ViT.classifier import add_adapter, build_base
+from ViT.classifier import add_adapter
 from ViT.finetune import Options
 
 SEED, EPOCHS, BATCH, LR = 7, 3, 16, 0.02
@@ -70,7 +72,7 @@ def test_the_losses_are_a_plain_loops(train_vit, base_model, square, monkeypatch
         *(("--lr_head", lr_head) if lr_head else ()),
     ).finished()  # fmt: skip
     shape = {"num_classes": 3, "image_size": 32, "mlp_layers": 2, "attention": "sdpa"}
-    vit, _ = build_base(str(base_model), "test_vit", **shape)
+    vit = copy.deepcopy(recipe.frozen_model(str(base_model), "test_vit", **shape)[0])
     torch.manual_seed(SEED)
     recipe.new_head(vit)
     model = add_adapter(vit, Options(method=method))
