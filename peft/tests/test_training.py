@@ -1,13 +1,25 @@
 """Controls under the machinery people train and serve with: checkpointing, caches, compile, Trainers, Liger."""
 
-from functools import cache
+from functools import cache, partial
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
-from tiny_models import FAMILIES, VOCAB, WIDTH, build, is_adapter, logits, randomize_adapters, set_dropout, word_tokenizer
+from tiny_models import (
+    FAMILIES,
+    VOCAB,
+    WIDTH,
+    adapted,
+    build,
+    is_adapter,
+    logits,
+    randomize_adapters,
+    step_of,
+    step_on,
+    word_tokenizer,
+)
 from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 from transformers.models.llama import modeling_llama
 
@@ -16,19 +28,7 @@ from peft_control.memory import set_memory_mode
 
 INPUTS = FAMILIES["llama"].inputs()
 QKV = {"target_modules": ["q_proj", "k_proj", "v_proj"], "r": 4, "lora_alpha": 8}
-DOUBLE = {"control_blocks": ["attention", "mlp"]}
-
-
-def adapted(family: str = "llama", **fields) -> PeftModel:
-    task = {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "vision": None}[FAMILIES[family].kind]
-    config = ControlConfig(**{"task_type": task, "control_rank": 3, **fields})
-    return randomize_adapters(get_peft_model(build(family), config))
-
-
-def gradients(model, inputs) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    logits(model, inputs).square().mean().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+adapted = partial(adapted, dtype=torch.float32)
 
 
 # -- gradient checkpointing ---------------------------------------------------------------------------------
@@ -37,14 +37,13 @@ def gradients(model, inputs) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("family", "fields", "use_reentrant"),
     [
-        *[("llama", fields, reentrant) for fields in (DOUBLE, {**DOUBLE, **QKV}) for reentrant in (True, False)],
-        *[(family, DOUBLE, False) for family in ("gemma2", "gpt2", "bert", "vit", "dinov2", "timm-vit")],
+        *[("llama", fields, reentrant) for fields in ({}, QKV) for reentrant in (True, False)],
+        *[(family, {}, False) for family in ("gemma2", "gpt2", "bert", "vit", "dinov2", "timm-vit")],
     ],
 )
 def test_gradient_checkpointing(family, fields, use_reentrant):
-    model, inputs = adapted(family, **fields).train(), FAMILIES[family].inputs()
-    set_dropout(model, 0.0)
-    expected = gradients(model, inputs)
+    model, inputs = adapted(family, dropout=0.0, **fields), FAMILIES[family].inputs()
+    _, expected = step_on(model, inputs)
     if family == "timm-vit":
         model.base_model.model.set_grad_checkpointing()
     else:
@@ -53,12 +52,12 @@ def test_gradient_checkpointing(family, fields, use_reentrant):
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         assert model.is_gradient_checkpointing
     assert all(gradient.any() for gradient in expected.values())
-    torch.testing.assert_close(gradients(model, inputs), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(step_on(model, inputs)[1], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_forward_after_an_interrupted_one():
     """An exception inside a block leaves no state behind for the next forward."""
-    model = adapted().eval()
+    model = adapted("llama").eval()
     mlp = model.base_model.model.model.layers[0].mlp
     expected = logits(model, INPUTS)
     with patch.object(mlp, "forward", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
@@ -105,20 +104,18 @@ def test_decoding_sees_every_change_of_the_control(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [DOUBLE, QKV], ids=["double control", "control+lora"])  # upstream's DoRA does not compile
+@pytest.mark.parametrize("fields", [{}, QKV], ids=["double control", "control+lora"])  # upstream's DoRA does not compile
 @pytest.mark.parametrize("family", ["llama", "vit"])
 def test_compile_fullgraph(family, fields):
     torch._dynamo.reset()
     if family == "vit" and "target_modules" in fields:
         fields = {**fields, "target_modules": ["q_proj", "v_proj"]}
     model, inputs = adapted(family, **fields).eval(), FAMILIES[family].inputs()
-    expected = gradients(model, inputs)
+    _, expected = step_on(model, inputs)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.allclose(logits(compiled, inputs), logits(model, inputs), atol=1e-5)
-    model.zero_grad()
-    logits(compiled, inputs).square().mean().backward()
-    found = {name: model.get_parameter(name).grad for name in expected}
+    _, found = step_of(model, lambda: logits(compiled, inputs).double().square().mean())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -221,7 +218,7 @@ def train(case: str, modes: tuple, folder) -> list[dict]:
         config.num_labels = 1
         torch.manual_seed(0)
         base, task = LlamaForSequenceClassification(config), "SEQ_CLS"
-    model = randomize_adapters(get_peft_model(base, ControlConfig(task_type=task, control_rank=4, **DOUBLE)))
+    model = adapted(base, task_type=task)
     if modes and modes[0]:
         set_memory_mode(model, modes[0])
     options = {**TRAINING, "max_steps": 3, "bf16": False, "learning_rate": 1e-2, **options}
@@ -286,17 +283,17 @@ def _put_back(monkeypatch):
 def with_liger(order, device="cpu"):
     """Assert that a model computes the same once Liger's kernels are in it; they come before the adapter or after it."""
     monkey_patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
-    fields = {**DOUBLE, "modules_to_save": ["post_attention_layernorm"] if "saved" in order else None}
-    model, inputs = adapted(**fields).to(device).eval(), {name: value.to(device) for name, value in INPUTS.items()}
-    expected, reference = logits(model, inputs), gradients(model, inputs)
+    fields = {"modules_to_save": ["post_attention_layernorm"] if "saved" in order else None}
+    model, inputs = adapted("llama", **fields).to(device).eval(), {name: x.to(device) for name, x in INPUTS.items()}
+    expected, (_, reference) = logits(model, inputs), step_on(model, inputs)
     if order == "before":
         monkey_patch.apply_liger_kernel_to_llama(**LIGER)
-        model = adapted(**fields).to(device).eval()
+        model = adapted("llama", **fields).to(device).eval()
     else:
         monkey_patch._apply_liger_kernel_to_instance(model=model.get_base_model(), **LIGER)
     assert torch.allclose(logits(model, inputs), expected, atol=1e-5 if device == "cpu" else 1e-3)
     tolerance = dict(rtol=1e-3, atol=1e-6) if device == "cpu" else dict(rtol=1e-2, atol=1e-4)
-    torch.testing.assert_close(gradients(model, inputs), reference, **tolerance)
+    torch.testing.assert_close(step_on(model, inputs)[1], reference, **tolerance)
 
 
 @pytest.mark.parametrize("order", ["before", "after", "after, saved norm"])

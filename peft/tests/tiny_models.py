@@ -336,9 +336,16 @@ def distance(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor])
     return ((one - other).norm() / other.norm()).item()
 
 
-def adapted(base: str | nn.Module, blocks=(), dtype: torch.dtype = torch.float64, **fields) -> PeftModel:
-    """A family's model with random controls on ``blocks``, or on all that it has, in training mode."""
+def adapted(base: str | nn.Module, blocks=(), dtype: torch.dtype = torch.float64, dropout=None, **fields) -> PeftModel:
+    """A family's model with random controls on ``blocks``, or on all that it has, in training mode.
+
+    ``dropout`` sets the probability of each dropout, drop path and attention of the base.
+    """
     base = build(base, dtype) if isinstance(base, str) else base
+    for module in base.modules() if dropout is not None else ():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and (name in ("p", "drop_prob") or "dropout" in name):
+                setattr(module, name, dropout)
     every = next(iter(find_layers(base).values()))[1].blocks
     config = ControlConfig(**{"control_blocks": list(blocks or every), "control_rank": 3, **fields})
     return randomize_adapters(get_peft_model(base, config, autocast_adapter_dtype=False)).train()
@@ -387,14 +394,6 @@ class Live(TorchDispatchMode):
                 self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, self.bytes())
         return found
-
-
-def set_dropout(model: nn.Module, probability: float) -> None:
-    """Of each dropout, drop path and attention."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, float) and (name in ("p", "drop_prob") or "dropout" in name):
-                setattr(module, name, probability)
 
 
 def word_tokenizer() -> hf.PreTrainedTokenizerFast:
