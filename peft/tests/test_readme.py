@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tiny_models import build
 from torch import nn
 
 from peft_control import ARCHITECTURES, ControlConfig
+from peft_control.memory import MODES
+from peft_control.memory.families import FAMILIES
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -49,20 +51,12 @@ def test_files():
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 def test_snippets_run(block, tmp_path, monkeypatch):
     """Each snippet runs on a tiny LLaMA (or its own layer) with what the earlier ones imported."""
-    from peft import AutoPeftModelForCausalLM, PeftModel
-
     monkeypatch.chdir(tmp_path)
     build("llama").save_pretrained("base")
     base = build("llama")
     base.name_or_path = base.config._name_or_path = "base"
-    names = {
-        "base": base,
-        "nn": nn,
-        "ControlConfig": ControlConfig,
-        "get_peft_model": get_peft_model,
-        "PeftModel": PeftModel,
-        "AutoPeftModelForCausalLM": AutoPeftModelForCausalLM,
-    }
+    names = dict(base=base, nn=nn, ControlConfig=ControlConfig, get_peft_model=get_peft_model)
+    names |= dict(PeftModel=PeftModel, AutoPeftModelForCausalLM=AutoPeftModelForCausalLM)
     if "class Layer" in block:
         definition, use = block.split("\n\n\n")
         exec(definition, names)
@@ -80,9 +74,6 @@ def test_snippets_run(block, tmp_path, monkeypatch):
 
 
 def test_memory_modes():
-    from peft_control.memory import MODES
-    from peft_control.memory.families import FAMILIES
-
     assert tuple(row[0].strip("`") for row in table("## Memory modes")) == MODES
     section = README.split("\n## Memory modes\n", 1)[1].split("\n#", 1)[0]
     named = re.search(r"They are there for (.*?); the MLP", section, re.DOTALL)[1]
