@@ -235,6 +235,7 @@ def test_memory_modes_in_trainers(case, order, logged):
 
 # -- Liger --------------------------------------------------------------------------------------------------
 
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a GPU")
 LIGER = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
@@ -268,9 +269,12 @@ def _put_back(monkeypatch):
         monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
 
 
-def with_liger(order, device="cpu"):
-    """Assert that a model computes the same once Liger's kernels are in it; they come before the adapter or after it."""
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("order", ["before", "after", "after, saved norm"])
+def test_liger_before_and_after_the_adapter(order, device, request):
+    """On a CPU without Liger's own kernels."""
     monkey_patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
+    calls = request.getfixturevalue("liger") if device == "cpu" else None
     fields = {"modules_to_save": ["post_attention_layernorm"] if "saved" in order else None}
     model, inputs = adapted("llama", **fields).to(device).eval(), {name: x.to(device) for name, x in INPUTS.items()}
     expected, (_, reference) = logits(model, inputs), step_on(model, inputs)
@@ -282,15 +286,4 @@ def with_liger(order, device="cpu"):
     assert torch.allclose(logits(model, inputs), expected, atol=1e-5 if device == "cpu" else 1e-3)
     tolerance = dict(rtol=1e-3, atol=1e-6) if device == "cpu" else dict(rtol=1e-2, atol=1e-4)
     torch.testing.assert_close(step_on(model, inputs)[1], reference, **tolerance)
-
-
-@pytest.mark.parametrize("order", ["before", "after", "after, saved norm"])
-def test_liger_before_and_after_the_adapter(liger, order):
-    with_liger(order)
-    assert liger.count("mlp") == 2 * 2 and liger.count("norm") == 2 * 5
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a GPU")
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_liger_kernels(order):
-    with_liger(order, "cuda")
+    assert calls is None or (calls.count("mlp"), calls.count("norm")) == (2 * 2, 2 * 5)
