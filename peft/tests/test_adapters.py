@@ -416,10 +416,8 @@ class OwnModel(nn.Module):
 
 
 def test_own_architecture(tmp_path):
-    config = ControlConfig(
-        control_architecture=ROW, control_blocks="body", control_rank=2, control_alpha=3.0, init_weights=False
-    )
-    model = get_peft_model(OwnModel(), config)
+    fields = dict(control_architecture=ROW, control_blocks="body", control_rank=2, control_alpha=3.0)
+    model = get_peft_model(OwnModel(), ControlConfig(**fields, init_weights=False))
     x = torch.randn(4, 8)
     expected = x
     for frozen, layer in zip(OwnModel().layers, model.base_model.model.layers, strict=True):

@@ -52,10 +52,6 @@ def inputs(name):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def linears(model):
-    return quantized_linears(model) or [module for module in model.modules() if isinstance(module, Fp8Linear)]
-
-
 def frozen(model):
     """All that is not trained, quantized weights with their scales, as it lies in memory."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -87,7 +83,8 @@ CASES = [(q, m) for q in ("nf4", "fp4", "int8", "fp8") for m in METHODS if not (
 def test_trains_saves_and_reloads_on_a_fresh_base(folders, tmp_path, name, quantization, method):
     model = adapter(load(folders, name, quantization), name, method)
     before = frozen(model)
-    assert len(linears(model)) == 2 * (7 if name == "llama" else 6)
+    linears = quantized_linears(model) or [module for module in model.modules() if isinstance(module, Fp8Linear)]
+    assert len(linears) == 2 * (7 if name == "llama" else 6)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
     losses = train(model, name)
