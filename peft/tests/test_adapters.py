@@ -7,6 +7,7 @@ import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -337,6 +338,8 @@ def test_what_a_control_cannot_do():
 def test_forwards_that_a_control_cannot_follow_are_errors():
     model = llama()
     layer = model.base_model.model.model.layers[0]
+    with patch.object(layer.mlp, "forward", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        outputs(model)  # which leaves no state behind
     layer.forward = lambda hidden_states, **kwargs: hidden_states + layer.mlp(hidden_states)
     with pytest.raises(RuntimeError, match=r"wrote to 'mlp' without calling 'post_attention_layernorm'"):
         outputs(model)

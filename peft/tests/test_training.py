@@ -1,7 +1,6 @@
 """Controls under the machinery people train and serve with: checkpointing, caches, compile, Trainers, Liger."""
 
 from functools import cache, partial
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -41,16 +40,6 @@ def test_gradient_checkpointing(family, fields, use_reentrant):
         assert model.is_gradient_checkpointing
     assert all(gradient.any() for gradient in expected.values())
     torch.testing.assert_close(step_on(model, inputs)[1], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_forward_after_an_interrupted_one():
-    """An exception inside a block leaves no state behind for the next forward."""
-    model = adapted("llama").eval()
-    mlp = model.base_model.model.model.layers[0].mlp
-    expected = logits(model, INPUTS)
-    with patch.object(mlp, "forward", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        model(**INPUTS)
-    assert torch.equal(logits(model, INPUTS), expected)
 
 
 # -- generation ---------------------------------------------------------------------------------------------
