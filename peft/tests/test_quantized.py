@@ -41,7 +41,7 @@ def load(folders, name, quantization, compute_dtype=torch.float32):
     return prepare(cls.from_pretrained(folders / name, dtype=dtype, **loading))
 
 
-def adapter(base, name, method="control+lora"):
+def adapter(base, name, method):
     _, task, targets, _ = CLASSES[name]
     return get_peft_model(base, config_of(method, targets, task_type=task))
 
@@ -100,7 +100,7 @@ def test_trains_saves_and_reloads_on_a_fresh_base(folders, tmp_path, name, quant
 
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "fp8"])
-@pytest.mark.parametrize("method", ["control", "control+lora"])
+@pytest.mark.parametrize("method", ["double control", "double control+lora"])
 def test_memory_modes_give_plains_gradients(folders, name, quantization, method, monkeypatch):
     model = randomize_adapters(adapter(load(folders, name, quantization), name, method)).train()
     # the norms' last bit may move a number to its neighbour in e4m3
@@ -119,7 +119,7 @@ def test_four_bits_are_unpacked_once_for_a_long_row(folders, monkeypatch):
         bitsandbytes.functional, "dequantize_4bit", lambda *given, **named: calls.append(1) or own(*given, **named)
     )
     monkeypatch.setattr(memory.long, "FROM_TOKENS", 1)
-    model = set_memory_mode(adapter(load(folders, "llama", "nf4"), "llama", "control").train(), "lean", chunk_tokens=8)
+    model = set_memory_mode(adapter(load(folders, "llama", "nf4"), "llama", "double control").train(), "lean", chunk_tokens=8)
     for dense_from, count in ((1000, 16 + 30), (0, 16 + 12)):
         monkeypatch.setattr(memory.mlp.GatedMlp, "DENSE_FROM", dense_from)
         calls.clear()
@@ -146,7 +146,7 @@ def test_on_a_gpu(folders, name, quantization):
     loading = loading_arguments(quantization, device, torch.bfloat16)
     dtype = torch.bfloat16 if name == "llama" else torch.float32
     base = prepare(CLASSES[name][0].from_pretrained(folders / name, dtype=dtype, **loading))
-    model = randomize_adapters(adapter(base, name, "control+dora")).train()
+    model = randomize_adapters(adapter(base, name, "double control+dora")).train()
     batch, found = {key: value.cuda() for key, value in inputs(name).items()}, {}
     with torch.autocast("cuda", torch.bfloat16):
         step_on(model, batch)  # in its first one bitsandbytes casts the biases

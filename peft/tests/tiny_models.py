@@ -351,16 +351,20 @@ def adapted(base: str | nn.Module, blocks=(), dtype: torch.dtype = torch.float64
     return randomize_adapters(get_peft_model(base, config, autocast_adapter_dtype=False)).train()
 
 
-METHODS = ("control", "lora", "dora", "control+lora", "control+dora")
+#: What a quantized base is adapted by.
+METHODS = ("lora", "dora", "double control", "double control+lora", "double control+dora")
+QKV = ("q_proj", "k_proj", "v_proj")
 
 
-def config_of(method: str, targets: list[str], **fields) -> LoraConfig:
-    """Of one of ``METHODS``; its part on weights, if it has one, is on ``targets``."""
-    per_weight = dict(target_modules=targets, r=4, lora_alpha=8, use_dora="dora" in method)
+def config_of(method: str, targets=QKV, **fields) -> LoraConfig:
+    """Of "lora" or "dora" on ``targets``, of "control" of the MLPs, of "double control" of both blocks, or of two as in
+    "control+dora"."""
+    if "lora" in method or "dora" in method:
+        fields = {"target_modules": list(targets), "r": 4, "lora_alpha": 8, "use_dora": "dora" in method, **fields}
     if "control" not in method:
-        return LoraConfig(**per_weight, **fields)
-    more = per_weight if "+" in method else {}
-    return ControlConfig(control_blocks=["attention", "mlp"], control_rank=4, **more, **fields)
+        return LoraConfig(**fields)
+    blocks = ["attention", "mlp"] if "double" in method else ["mlp"]
+    return ControlConfig(**{"control_blocks": blocks, "control_rank": 4, **fields})
 
 
 def bits_of_four(layers: nn.ModuleList, device: str = "cpu") -> None:
