@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import tiny_models
@@ -166,15 +167,15 @@ def test_lora_over_it_is_not_merged():
 
 def test_one_quantized_activation_serves_several_layers(monkeypatch):
     model = adapted(quantize_fp8(build("llama")))
-    calls, own = [], fp8.quantize_rows
+    quantize = Mock(wraps=fp8.quantize_rows)
     for place in ("peft_control.fp8", "peft_control.memory.linear", "peft_control.memory.kernels"):
-        monkeypatch.setattr(f"{place}.quantize_rows", lambda *given: calls.append(1) or own(*given))
+        monkeypatch.setattr(f"{place}.quantize_rows", quantize)
     counts = {}
     for mode in ("plain", "fast"):
         set_memory_mode(model, mode)
-        calls.clear()
+        quantize.reset_mock()
         model(**IDS)
-        counts[mode] = len(calls) / model.config.num_hidden_layers
+        counts[mode] = quantize.call_count / model.config.num_hidden_layers
     assert counts == {"plain": 7, "fast": 4}  # of q k v, o, gate up, down
 
 

@@ -1,5 +1,7 @@
 """Control, LoRA and DoRA on bitsandbytes' 4-bit and 8-bit bases and on FP8: real layers and training steps on the CPU."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -114,17 +116,15 @@ def test_memory_modes_give_plains_gradients(folders, name, quantization, method,
 def test_four_bits_are_unpacked_once_for_a_long_row(folders, monkeypatch):
     """Of two layers' seven weights each, attention's four in forward and backward, and the MLP's three in these too, or in each
     of a backward's five chunks (the forward of bitsandbytes' own layers counts for itself)."""
-    calls, own = [], bitsandbytes.functional.dequantize_4bit
-    monkeypatch.setattr(
-        bitsandbytes.functional, "dequantize_4bit", lambda *given, **named: calls.append(1) or own(*given, **named)
-    )
+    unpack = Mock(wraps=bitsandbytes.functional.dequantize_4bit)
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", unpack)
     monkeypatch.setattr(memory.long, "FROM_TOKENS", 1)
     model = set_memory_mode(adapter(load(folders, "llama", "nf4"), "llama", "double control").train(), "lean", chunk_tokens=8)
     for dense_from, count in ((1000, 16 + 30), (0, 16 + 12)):
         monkeypatch.setattr(memory.mlp.GatedMlp, "DENSE_FROM", dense_from)
-        calls.clear()
+        unpack.reset_mock()
         step_on(model, inputs("llama"))
-        assert len(calls) == count
+        assert unpack.call_count == count
 
 
 def test_dora_over_int8_on_a_cpu_says_so(folders):
