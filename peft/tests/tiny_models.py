@@ -137,13 +137,12 @@ FAMILIES: dict[str, Family] = {
 _ANY_DECODER = {
     **_DECODER,
     **dict(head_dim=8, global_head_dim=8, hidden_dropout=0.1, residual_multiplier=0.3, attention_out_multiplier=0.3),
-    **dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1),
+    **dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, n_shared_experts=1, ffn_dim=48, rotary_dim=4),
     **dict(moe_intermediate_size=16, shared_expert_intermediate_size=16, shared_intermediate_size=16),
     **dict(n_group=2, topk_group=1, first_k_dense_replace=1, norm_topk_prob=False, interleave_moe_layer_step=2),
     **dict(intermediate_size_mlp=48, num_kv_shared_layers=0, hidden_size_per_layer_input=0, laurel_rank=4),
     **dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8),
-    **dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4),
-    **dict(ffn_dim=48, word_embed_proj_dim=WIDTH, rotary_dim=4, num_layers=LAYERS, num_heads=4),
+    **dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_state=8, mamba_chunk_size=4),
 }
 _MLA = {
     **dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, head_dim=4),
@@ -157,8 +156,7 @@ _SEQ2SEQ = {
     **dict(num_mel_bins=8, max_source_positions=8, max_target_positions=64),
 }
 _SPEECH = {
-    **dict(vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
-    **dict(conv_dim=[8, 8], conv_kernel=[8, 4], conv_stride=[8, 4], num_feat_extract_layers=2, layerdrop=0.0),
+    **dict(**_SHAPE, vocab_size=VOCAB, conv_dim=[8, 8], conv_kernel=[8, 4], conv_stride=[8, 4], layerdrop=0.0),
     **dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, apply_spec_augment=False),
 }
 _SWIN = dict(image_size=16, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4, mlp_ratio=2)
