@@ -49,7 +49,7 @@ def test_decoding_sees_every_change_of_the_control(tmp_path):
     """A bfloat16 base with float32 controls: one-token steps share a cast until the adapter changes, in whatever way."""
     model = get_peft_model(build("llama", torch.bfloat16), ControlConfig(task_type="CAUSAL_LM", control_rank=3))
     control = randomize_adapters(model).eval().base_model.model.model.layers[0].mlp_control
-    state = torch.randn(2, 1, WIDTH).bfloat16()
+    state, prompt = (torch.randn(2, length, WIDTH).bfloat16() for length in (1, 3))
 
     def check(name="default"):
         A, B = (factor[name].weight.bfloat16() for factor in (control.control_A, control.control_B))
@@ -71,7 +71,10 @@ def test_decoding_sees_every_change_of_the_control(tmp_path):
             check("second")
             model.delete_adapter("second")
         model.set_adapter("default")
-        model.half().float().bfloat16()
+        control.control_A["default"].weight.data.mul_(1e-9)  # of which no version tells
+        control.control(prompt, prompt)
+        check()
+        model.half().float()  # where such numbers are zeros
         check()
     control.train().control(torch.zeros_like(state), state.requires_grad_()).sum().backward()
     assert state.grad is not None
