@@ -71,6 +71,7 @@ def test_decoding_sees_every_change_of_the_control(tmp_path):
             check("second")
             model.delete_adapter("second")
         model.set_adapter("default")
+        check()
         control.control_A["default"].weight.data.mul_(1e-9)  # of which no version tells
         control.control(prompt, prompt)
         check()
