@@ -255,17 +255,12 @@ def liger(monkeypatch):
     return calls
 
 
-@pytest.fixture(autouse=True)
-def _put_back(monkeypatch):
-    """What Liger replaces for good."""
-    for name in ("LlamaRMSNorm", "LlamaMLP"):
-        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("order", ["before", "after", "after, saved norm"])
-def test_liger_before_and_after_the_adapter(order, device, request):
+def test_liger_before_and_after_the_adapter(order, device, request, monkeypatch):
     """On a CPU without Liger's own kernels."""
+    for name in ("LlamaRMSNorm", "LlamaMLP"):  # which it replaces for good
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
     monkey_patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
     calls = request.getfixturevalue("liger") if device == "cpu" else None
     fields = {"modules_to_save": ["post_attention_layernorm"] if "saved" in order else None}
