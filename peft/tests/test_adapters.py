@@ -7,8 +7,10 @@ import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from unittest.mock import patch
 
 import pytest
+import tiny_models
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from tiny_models import FAMILIES, MODELS, build, is_adapter, logits, randomize_adapters
@@ -18,19 +20,12 @@ from transformers import ArceeConfig, ArceeForCausalLM, AutoModelForCausalLM
 from peft_control import ARCHITECTURES, ControlConfig
 from peft_control.architectures import Architecture, find_layers, propose
 
-QKV = {"target_modules": ["q_proj", "k_proj", "v_proj"], "r": 4, "lora_alpha": 8}
-METHODS = {
-    "control": {"control_blocks": ["mlp"]},
-    "double control": {"control_blocks": ["attention", "mlp"]},
-    "control+lora": QKV,
-    "control+dora": {**QKV, "use_dora": True},
-}
+METHODS = ("control", "double control", "control+lora", "control+dora")
 INPUTS = FAMILIES["llama"].inputs()
 
 
 def config_of(method: str = "control", **fields) -> ControlConfig:
-    defaults = {"task_type": "CAUSAL_LM", "control_rank": 3, "control_alpha": 0.7}
-    return ControlConfig(**{**defaults, **METHODS[method], **fields})
+    return tiny_models.config_of(method, **{"task_type": "CAUSAL_LM", "control_rank": 3, "control_alpha": 0.7, **fields})
 
 
 def llama(method: str = "control", **fields) -> PeftModel:
@@ -81,11 +76,10 @@ def base_folder(tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llama", "roberta", "timm-vit"])
 def test_the_adapter_alone_trains_and_the_base_keeps_its_names_and_values(family, method):
-    targets = {"llama": QKV["target_modules"], "roberta": ["query", "value"], "timm-vit": ["qkv"]}[family]
+    targets = {"llama": tiny_models.QKV, "roberta": ["query", "value"], "timm-vit": ["qkv"]}[family]
     base = build(family)
     before = {name: value.clone() for name, value in base.state_dict().items()}
-    fields = {**METHODS[method], **({"target_modules": targets} if "+" in method else {})}
-    model = randomize_adapters(get_peft_model(base, ControlConfig(**fields)).eval())
+    model = randomize_adapters(get_peft_model(base, tiny_models.config_of(method, targets)).eval())
     names = trained(model)
     assert names == adapter(model) and any("mlp_control" in name for name in names)
     assert any("attention_control" in name for name in names) == (method == "double control")
@@ -337,6 +331,8 @@ def test_what_a_control_cannot_do():
 def test_forwards_that_a_control_cannot_follow_are_errors():
     model = llama()
     layer = model.base_model.model.model.layers[0]
+    with patch.object(layer.mlp, "forward", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        outputs(model)  # which leaves no state behind
     layer.forward = lambda hidden_states, **kwargs: hidden_states + layer.mlp(hidden_states)
     with pytest.raises(RuntimeError, match=r"wrote to 'mlp' without calling 'post_attention_layernorm'"):
         outputs(model)
@@ -416,10 +412,8 @@ class OwnModel(nn.Module):
 
 
 def test_own_architecture(tmp_path):
-    config = ControlConfig(
-        control_architecture=ROW, control_blocks="body", control_rank=2, control_alpha=3.0, init_weights=False
-    )
-    model = get_peft_model(OwnModel(), config)
+    fields = dict(control_architecture=ROW, control_blocks="body", control_rank=2, control_alpha=3.0)
+    model = get_peft_model(OwnModel(), ControlConfig(**fields, init_weights=False))
     x = torch.randn(4, 8)
     expected = x
     for frozen, layer in zip(OwnModel().layers, model.base_model.model.layers, strict=True):

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from peft import get_peft_model
 from tiny_models import build, randomize_adapters
 
@@ -21,28 +20,22 @@ sys.exit(7)
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli")
-    base = build("llama")
-    base.save_pretrained(folder / "base")
-    torch.manual_seed(0)
-    randomize_adapters(get_peft_model(base, ControlConfig())).save_pretrained(folder / "adapter")
-    (folder / "tool.py").write_text(TOOL)
-    (folder / "kit").mkdir()
-    (folder / "kit" / "__init__.py").write_text("from peft_control import ControlConfig")
-    (folder / "kit" / "__main__.py").write_text(TOOL)
-    return folder
-
-
 @pytest.mark.slow
-def test_a_module_or_script_runs_and_without_us_it_cannot_load_the_adapter(folder):
+def test_a_module_or_script_runs_and_without_us_it_cannot_load_the_adapter(tmp_path):
+    base = build("llama")
+    base.save_pretrained(tmp_path / "base")
+    randomize_adapters(get_peft_model(base, ControlConfig())).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "tool.py").write_text(TOOL)
+    (tmp_path / "kit").mkdir()
+    (tmp_path / "kit" / "__init__.py").write_text("from peft_control import ControlConfig")
+    (tmp_path / "kit" / "__main__.py").write_text(TOOL)
+
     def run(*arguments):
-        done = subprocess.run([sys.executable, *arguments, "base", "adapter"], cwd=folder, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *arguments, "base", "adapter"], cwd=tmp_path, capture_output=True, text=True)
         return done.stdout, done.returncode, done.stderr
 
     assert run("-m", "peft_control", "-m", "kit")[:2] == ("__main__ ControlModel ['base', 'adapter']\n", 7)  # the tool's own
-    assert run("-m", "peft_control", str(folder / "tool.py"))[0].startswith("__main__ ControlModel")
+    assert run("-m", "peft_control", str(tmp_path / "tool.py"))[0].startswith("__main__ ControlModel")
     _, code, said = run("tool.py")
     assert code == 1 and "CONTROL" in said
 

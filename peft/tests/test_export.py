@@ -19,12 +19,11 @@ from tiny_models import FAMILIES, MODELS, build, logits, randomize_adapters, ski
 from peft_control import ControlConfig
 from peft_control.export import export
 
-TASKS = {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "vision": None, "seq2seq": "SEQ_2_SEQ_LM"}
-AUTO = {
-    "decoder": transformers.AutoModelForCausalLM,
-    "encoder": transformers.AutoModelForSequenceClassification,
-    "vision": transformers.AutoModelForImageClassification,
-    "seq2seq": transformers.AutoModelForSeq2SeqLM,
+KINDS = {  # peft's task, and transformers' class
+    "decoder": ("CAUSAL_LM", transformers.AutoModelForCausalLM),
+    "encoder": ("SEQ_CLS", transformers.AutoModelForSequenceClassification),
+    "vision": (None, transformers.AutoModelForImageClassification),
+    "seq2seq": ("SEQ_2_SEQ_LM", transformers.AutoModelForSeq2SeqLM),
 }
 TARGETS = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"]}
 
@@ -36,13 +35,13 @@ def adapter(folder, family="llama", dtype=torch.float32, **fields) -> PeftModel:
     kind = MODELS[family].kind
     heads = {"modules_to_save": ["classifier"]} if kind == "vision" else {}
     fields = {"control_rank": 3, "control_alpha": 0.7, **heads, **fields}
-    model = randomize_adapters(get_peft_model(base, ControlConfig(task_type=TASKS[kind], **fields))).eval()
+    model = randomize_adapters(get_peft_model(base, ControlConfig(task_type=KINDS[kind][0], **fields))).eval()
     model.save_pretrained(folder / "adapter")
     return model
 
 
 def reload(folder, family="llama"):
-    return AUTO[MODELS[family].kind].from_pretrained(folder / "out", trust_remote_code=True).eval()
+    return KINDS[MODELS[family].kind][1].from_pretrained(folder / "out", trust_remote_code=True).eval()
 
 
 def exported(folder, family="llama", **fields):

@@ -85,11 +85,6 @@ def post_norm(attention, mlp, norm, cross=()):
     return formula
 
 
-def bert(f, x, attention, mlp):
-    a = f.out("attention") + attention(x)
-    return f.output.LayerNorm(f.output.dense(f.intermediate(a)) + a) + mlp(a)
-
-
 def beit(f, x, attention, mlp):
     h = x + f.lambda_1 * f.out("attention") + attention(x)
     return h + f.lambda_2 * f("layernorm_after mlp", h) + mlp(h)
@@ -133,15 +128,15 @@ def t5(f, x, attention, mlp):
 
 
 FFN, CROSS = "fc1 activation_fn fc2", "encoder_attn_layer_norm encoder_attn"
-LLAMA = pre_norm("self_attn", "post_attention_layernorm mlp")
+LLAMA = pre_norm("self_attn|linear_attn", "post_attention_layernorm mlp")
 GRANITE = "post_attention_layernorm block_sparse_moe"
 GEMMA = pre_norm("post_attention_layernorm", "pre_feedforward_layernorm mlp post_feedforward_layernorm")
 OLMO = pre_norm("post_attention_layernorm", "mlp post_feedforward_layernorm")
 COHERE = pre_norm("self_attn", "input_layernorm mlp", parallel="always")
 VIT = pre_norm("attention", "layernorm_after mlp")
 DINO = pre_norm("layer_scale1", "norm2 mlp layer_scale2")
-BLOCK = pre_norm("attn", "norm2 mlp")
 CLIP = pre_norm("self_attn", "layer_norm2 mlp")
+BERT = post_norm("attention", "intermediate output.dense", "output.LayerNorm")
 BART = post_norm("self_attn_layer_norm", FFN, "final_layer_norm", CROSS.split()[::-1])
 MBART = pre_norm("self_attn", f"final_layer_norm {FFN}", CROSS)
 SPEECH = post_norm("layer_norm", "feed_forward", "final_layer_norm")
@@ -150,17 +145,15 @@ FORMULAS = {
     **dict.fromkeys(["olmo2", "olmo3", "exaone4"], OLMO),
     **dict.fromkeys(["cohere", "cohere2", "phi"], COHERE),
     **dict.fromkeys(["mamba", "mamba2"], mamba),
-    **dict.fromkeys(["roberta", "xlm-roberta", "bert", "mpnet", "electra"], bert),
-    **dict.fromkeys(["camembert", "ernie", "deberta-v2"], bert),
+    **dict.fromkeys(["roberta", "xlm-roberta", "bert", "mpnet", "electra", "camembert", "ernie", "deberta-v2"], BERT),
     **dict.fromkeys(["vit", "deit", "vit_mae", "audio-spectrogram-transformer"], VIT),
     **dict.fromkeys(["dinov2", "dinov2_with_registers", "dinov3_vit"], DINO),
     **dict.fromkeys(["clip", "siglip", "siglip2"], CLIP),
-    **dict.fromkeys(["qwen2_vl-vision", "qwen2_5_vl-vision", "qwen3_vl-vision"], BLOCK),
+    **dict.fromkeys(["qwen2_vl-vision", "qwen2_5_vl-vision", "qwen3_vl-vision"], pre_norm("attn", "norm2 mlp")),
     **dict.fromkeys(["bart", "marian"], BART),
     **dict.fromkeys(["mbart", "whisper"], MBART),
     **dict.fromkeys(["wav2vec2", "hubert"], SPEECH),
     **dict.fromkeys(["wav2vec2-pre-norm", "hubert-pre-norm"], pre_norm("attention", "final_layer_norm feed_forward")),
-    **dict.fromkeys(["qwen3_5", "qwen3_next"], pre_norm("self_attn|linear_attn", "post_attention_layernorm mlp")),
     **dict.fromkeys(["gpt2", "gpt_neo"], pre_norm("attn", "ln_2 mlp")),
     "albert": post_norm("attention", "ffn activation ffn_output", "full_layer_layer_norm"),
     "apertus": pre_norm("self_attn", "feedforward_layernorm mlp"),
@@ -179,7 +172,6 @@ FORMULAS = {
     "llama4": pre_norm("self_attn", "post_attention_layernorm feed_forward"),
     "modernbert": pre_norm("attn", "mlp_norm mlp"),
     "opt": pre_norm("self_attn", f"final_layer_norm {FFN}"),
-    "stablelm": LLAMA,
     "stablelm-parallel": pre_norm("self_attn", "input_layernorm mlp", parallel="always"),
     "swin": pre_norm("drop_path", "layernorm_after mlp"),
     "t5": t5,
@@ -207,14 +199,11 @@ def record_calls(model: nn.Module, names: list[str]) -> dict:
     """Register hooks that note each layer's arguments and output; filled by the next forward."""
     calls = {}
 
-    def hook_for(name):
-        def hook(layer, args, kwargs, output):
-            calls[name] = (args, kwargs, _first(output))
-
-        return hook
+    def note(name, layer, args, kwargs, output):
+        calls[name] = (args, kwargs, _first(output))
 
     for name in names:
-        model.get_submodule(name).register_forward_hook(hook_for(name), with_kwargs=True)
+        model.get_submodule(name).register_forward_hook(functools.partial(note, name), with_kwargs=True)
     return calls
 
 
@@ -267,9 +256,7 @@ def test_row(name, tmp_path):
     # the norms of some decoders compute in float32, and lean has those of four by hand
     by_hand = name in ("llama", "mistral", "qwen2", "qwen3")
     _, found = assert_as_plain(model, {**inputs, **cacheless}, "lean", tolerance=1e-5 if by_hand else 1e-10)
-    assert all(gradient.abs().max() > 0 for gradient in found.values()) and len(found) == sum(
-        p.requires_grad for p in model.parameters()
-    )
+    assert len(found) == sum(p.requires_grad for p in model.parameters()) and all(x.abs().max() > 0 for x in found.values())
     # in the second step no MLP is computed once more than it must; some routers compute in float32
     rounds = by_hand or any("Rout" in type(m).__name__ for m in base.modules())
     set_memory_mode(model, "lean", chunk_tokens=4)

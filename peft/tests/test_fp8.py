@@ -6,22 +6,13 @@ import os
 import pickle
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
+import tiny_models
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import (
-    METHODS,
-    adapted,
-    assert_as_plain,
-    assert_equal,
-    build,
-    config_of,
-    distance,
-    randomize_adapters,
-    skip_before,
-    step_on,
-)
+from tiny_models import adapted, assert_as_plain, assert_equal, build, randomize_adapters, step_on
 from transformers import AutoModelForCausalLM
 
 from control_experiments.errors import UserError
@@ -159,7 +150,7 @@ def test_other_widths_are_emulated_with_one_warning(on_kernels):
 
 
 def relative(found, reference):
-    return distance({"": found}, {"": reference})
+    return (found - reference).norm() / reference.norm()
 
 
 def test_lora_over_it_is_not_merged():
@@ -176,15 +167,15 @@ def test_lora_over_it_is_not_merged():
 
 def test_one_quantized_activation_serves_several_layers(monkeypatch):
     model = adapted(quantize_fp8(build("llama")))
-    calls, own = [], fp8.quantize_rows
+    quantize = Mock(wraps=fp8.quantize_rows)
     for place in ("peft_control.fp8", "peft_control.memory.linear", "peft_control.memory.kernels"):
-        monkeypatch.setattr(f"{place}.quantize_rows", lambda *given: calls.append(1) or own(*given))
+        monkeypatch.setattr(f"{place}.quantize_rows", quantize)
     counts = {}
     for mode in ("plain", "fast"):
         set_memory_mode(model, mode)
-        calls.clear()
+        quantize.reset_mock()
         model(**IDS)
-        counts[mode] = len(calls) / model.config.num_hidden_layers
+        counts[mode] = quantize.call_count / model.config.num_hidden_layers
     assert counts == {"plain": 7, "fast": 4}  # of q k v, o, gate up, down
 
 
@@ -239,7 +230,7 @@ def test_bases_stored_in_blocks_of_fp8_train_in_every_mode(block, monkeypatch):
     """transformers' layers, whose forward needs kernels of the hub: here it multiplies by what the blocks stand for."""
     import transformers.integrations.finegrained_fp8 as blocks
 
-    skip_before("transformers", "5.23", "has no gradient through such layers")
+    tiny_models.skip_before("transformers", "5.23", "has no gradient through such layers")
 
     def multiply(x, weight, scale, block_size, bias, *rest):
         return torch.nn.functional.linear(x, blocks._dequantize_fp8_weight(weight, scale, block_size, x.dtype), bias)
@@ -331,10 +322,10 @@ class TestOnGpu:
         ):
             assert relative(found.cpu().double(), expected.double()) < 5e-3  # Hopper adds up in about 14 bits
 
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", tiny_models.METHODS)
     def test_modes_give_the_same_gradients(self, method):
         torch.manual_seed(0)
-        config = config_of(method, ["q_proj", "v_proj"])
+        config = tiny_models.config_of(method, ["q_proj", "v_proj"])
         model = randomize_adapters(get_peft_model(quantize_fp8(build("llama")), config)).cuda().train()
         ids = {name: x.cuda() for name, x in IDS.items()}
         assert all(gradient.isfinite().all() for gradient in step_on(model, ids)[1].values())

@@ -123,17 +123,12 @@ def stacked(monkeypatch):
     monkeypatch.setattr(memory, "_STACKED_ON", "cpu")
 
 
-@pytest.fixture
-def multiplied(monkeypatch):
-    """How often `F.linear` saw weights of each shape: gate's and up's are (48, 32), both together (96, 32)."""
-    found, linear = Counter(), F.linear
-    monkeypatch.setattr(F, "linear", lambda x, w, *b: found.update([tuple(w.shape)]) or linear(x, w, *b))
-    return found
-
-
 @pytest.mark.parametrize("mode", MODES[1:])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stacked_weights_are_one_matmul_and_the_same_model(family, mode, stacked, multiplied):
+def test_stacked_weights_are_one_matmul_and_the_same_model(family, mode, stacked, monkeypatch):
+    """Gate's and up's weights are of shape (48, 32), both together (96, 32)."""
+    multiplied, linear = Counter(), F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, *b: multiplied.update([tuple(w.shape)]) or linear(x, w, *b))
     model = build(family)
     before = copy.deepcopy(model.state_dict())
     _, reference = loss_and_gradients(model, "plain")

@@ -33,11 +33,11 @@ def step(model, **inputs):
     return step_on(model, inputs or batch(padded=True)[0])[1]
 
 
-def as_in_plain(model, mode, **inputs):
-    """Whether a step in ``mode``, as the model stands, has plain's gradients."""
-    found = step(model, **inputs)
+def as_in_plain(model):
+    """Whether a step, as the model stands, has plain's gradients."""
+    found = step(model)
     set_memory_mode(model, "plain")
-    assert distance(found, step(model, **inputs)) <= 1e-10
+    assert distance(found, step(model)) <= 1e-10
 
 
 def set_or_refused(model, mode, **options):
@@ -62,12 +62,12 @@ def test_hooks_of_accelerate_come_and_go(mode):
     modules = [layers(model)[0], layers(model)[1].mlp]
     for module in modules:
         add_hook_to_module(module, Halving())
-    as_in_plain(model, mode)
+    as_in_plain(model)
     for module in modules:
         remove_hook_from_module(module)
-    as_in_plain(model, mode)  # in mode plain: what the hook had found there is gone
+    as_in_plain(model)  # in mode plain: what the hook had found there is gone
     if set_or_refused(model, mode):
-        as_in_plain(model, mode)
+        as_in_plain(model)
 
 
 @pytest.mark.parametrize("order", ["prepared first", "mode first"])

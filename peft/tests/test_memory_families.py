@@ -5,18 +5,7 @@ import timm
 import torch
 from peft import get_peft_model
 from timm.layers import GluMlp, RmsNorm, SwiGLU
-from tiny_models import (
-    FAMILIES,
-    Live,
-    adapted,
-    assert_as_plain,
-    distance,
-    logits,
-    randomize_adapters,
-    set_dropout,
-    step_of,
-    step_on,
-)
+from tiny_models import FAMILIES, Live, adapted, assert_as_plain, distance, logits, randomize_adapters, step_of, step_on
 from transformers.activations import ACT2FN
 
 from peft_control import ControlConfig
@@ -27,31 +16,18 @@ POST_NORM = ("roberta", "xlm-roberta", "bert", "mpnet", "electra")
 TARGETS = {**dict.fromkeys(VISION, r".*\.(qkv|q_proj|v_proj|query|value)"), "mpnet": ["q", "v"]}
 
 
-def control_model(family, dtype=torch.float64, dropout=None, **fields):
-    """A model in training mode; ``dropout`` sets the probability of every dropout and drop path of the base."""
-    model = adapted(family, ("attention", "mlp"), dtype, **{"control_rank": 4, **fields})
-    if dropout is not None:
-        set_dropout(model, dropout)
-    return model
-
-
-def gradients(model, family, mode, dtype=torch.float64, seed=2, **options):
-    set_memory_mode(model, mode, **{"chunk_tokens": 5, **options})
-    return step_on(model, FAMILIES[family].inputs(dtype), seed)[1]
-
-
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("family", VISION + POST_NORM)
 def test_gradients_are_exact(family, lora):
     fields = dict(target_modules=TARGETS.get(family, ["query", "value"]), r=2) if lora else {}
     for blocks in (["mlp"], ["attention"], ["attention", "mlp"]):
-        model = control_model(family, dropout=0.0, control_blocks=blocks, control_bias=True, **fields)
+        model = adapted(family, dropout=0.0, control_blocks=blocks, control_bias=True, **fields)
         assert_as_plain(model, FAMILIES[family].inputs(torch.float64), *MODES[1:], tolerance=1e-10, chunk_tokens=5)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu_pytorch_tanh", "quick_gelu"])
 def test_any_elementwise_activation(activation):
-    model = control_model("bert", dropout=0.0)
+    model = adapted("bert", dropout=0.0)
     for layer in model.get_submodule("base_model.model.bert.encoder.layer"):
         layer.intermediate.intermediate_act_fn = ACT2FN[activation]
     assert_as_plain(model, FAMILIES["bert"].inputs(), *MODES[1:], tolerance=1e-10, chunk_tokens=5)
@@ -60,15 +36,16 @@ def test_any_elementwise_activation(activation):
 @pytest.mark.parametrize("family", VISION + POST_NORM)
 def test_dropout_is_plains(family):
     """With one chunk every mode draws what plain draws, in the same order: same seed, same gradients."""
-    model, inputs = control_model(family, dropout=0.2, control_dropout=0.1), FAMILIES[family].inputs(torch.float64)
+    model, inputs = adapted(family, dropout=0.2, control_dropout=0.1), FAMILIES[family].inputs(torch.float64)
     _, reference = assert_as_plain(model, inputs, *MODES[1:], tolerance=1e-10)
-    assert distance(gradients(model, family, "plain", seed=3), reference) > 1e-3
+    assert distance(step_on(set_memory_mode(model, "plain"), inputs, seed=3)[1], reference) > 1e-3
 
 
 def test_chunks_replay_their_dropout():
     """Finite differences with masks drawn chunk by chunk: right only if the backward draws the same again."""
-    model, inputs = control_model("roberta", dropout=0.2, control_dropout=0.1), FAMILIES["roberta"].inputs()
-    for name, gradient in gradients(model, "roberta", "lean").items():
+    model, inputs = adapted("roberta", dropout=0.2, control_dropout=0.1), FAMILIES["roberta"].inputs()
+    set_memory_mode(model, "lean", chunk_tokens=5)
+    for name, gradient in step_on(model, inputs)[1].items():
         index, parameter = gradient.abs().argmax(), model.get_parameter(name)
         exact, values = gradient.flatten()[index].item(), []
         for step in (1e-5, -1e-5) if "layer.0" in name else ():
@@ -85,7 +62,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU
 @pytest.mark.parametrize("family", ["timm-vit", "vit", "dinov2", "roberta", "mpnet"])
 def test_under_autocast_as_near_to_float32_as_plain(family, device, half):
     """In the mean of eight adapters, since of one alone the rounding may happen to be small."""
-    model = control_model(family, torch.float32, dropout=0.0).to(device)
+    model = adapted(family, dtype=torch.float32, dropout=0.0, control_rank=4).to(device)
     inputs = {name: value.to(device) for name, value in FAMILIES[family].inputs().items()}
 
     def step(mode, enabled):
@@ -111,7 +88,7 @@ def test_under_autocast_as_near_to_float32_as_plain(family, device, half):
 
 @pytest.mark.parametrize("family", ["llama", "vit", "timm-vit", "mpnet"])
 def test_plain_restores_everything_and_inference_is_untouched(family):
-    model = control_model(family, torch.float32).eval()
+    model = adapted(family, dtype=torch.float32).eval()
     inputs, keys = FAMILIES[family].inputs(), list(model.state_dict())
 
     def answers():
@@ -131,7 +108,7 @@ def test_plain_restores_everything_and_inference_is_untouched(family):
 @pytest.mark.parametrize("family", ["vit", "timm-vit", "roberta"])
 def test_each_mode_keeps_less_than_the_one_before(family):
     """Between forward and backward."""
-    model, kept = control_model(family, torch.float32, dropout=0.0, control_blocks=["mlp"]), []
+    model, kept = adapted(family, dtype=torch.float32, dropout=0.0, control_blocks=["mlp"]), []
     for mode in MODES:
         set_memory_mode(model, mode)
         with Live() as live:

@@ -4,19 +4,7 @@ import gc
 
 import pytest
 import torch
-from tiny_models import (
-    MODELS,
-    Live,
-    adapted,
-    any_decoder,
-    assert_as_plain,
-    distance,
-    logits,
-    set_dropout,
-    skip_before,
-    step_of,
-    step_on,
-)
+from tiny_models import MODELS, Live, adapted, any_decoder, assert_as_plain, distance, logits, skip_before, step_of, step_on
 
 from peft_control.architectures import find_layers
 from peft_control.memory import generic, layers, set_memory_mode
@@ -62,9 +50,8 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4", "gemma2", "olmo2", "glm4", "phi3", "qwen3_vl", "clip"])
 def test_a_step_runs_each_mlp_once_more(name, counted):
     """Where a norm follows an MLP from the second step on; the first finds that out."""
-    model, inputs, calls = adapted(name), MODELS[name].inputs(torch.float64), []
+    model, inputs, calls = adapted(name, dropout=0.0), MODELS[name].inputs(torch.float64), []
     count = len(find_layers(model))
-    set_dropout(model, 0.0)
     set_memory_mode(model, "lean", chunk_tokens=4)
     for plan in [p for module in model.modules() if isinstance(p := vars(module).get("memory_plan"), generic.TokensPlan)]:
         plan.pieces = lambda x, pieces=plan.pieces: calls.append(len(pieces(x))) or pieces(x)
@@ -85,8 +72,7 @@ def test_a_step_runs_each_mlp_once_more(name, counted):
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "phimoe", "gemma2", "gpt2", "bart", "whisper"])
 @pytest.mark.parametrize("offload", [False, True])
 def test_dropout_and_noise_of_routers_are_replayed(name, offload, counted):
-    model, inputs = adapted(name, control_dropout=0.3), inputs_of(name)
-    set_dropout(model, 0.2)
+    model, inputs = adapted(name, dropout=0.2, control_dropout=0.3), inputs_of(name)
     for module in model.modules():
         for noise in {"jitter_noise", "router_jitter_noise"} & vars(module).keys():
             setattr(module, noise, 0.2)
@@ -101,18 +87,14 @@ def test_autocast_rounds_as_in_plain(name):
     model = adapted(name, dtype=torch.float32)
     inputs = {**inputs_of(name), **MODELS[name].inputs()}
 
-    def gradients():
-        torch.manual_seed(0)
-        model.zero_grad()
+    def loss():
         with torch.autocast("cpu", torch.bfloat16):
-            loss = logits(model, inputs).float().square().mean()
-        loss.backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+            return logits(model, inputs).float().square().mean()
 
-    expected = gradients()
+    _, expected = step_of(model, loss)
     set_memory_mode(model, "lean")
     for _ in range(2):
-        assert torch.equal(gradients(), expected)
+        assert distance(step_of(model, loss)[1], expected) == 0
 
 
 @pytest.mark.parametrize(

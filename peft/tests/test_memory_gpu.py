@@ -7,8 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from test_memory import count_calls
-from test_memory_families import control_model
-from tiny_models import FAMILIES, bits_of_four, logits
+from tiny_models import FAMILIES, adapted, bits_of_four, logits
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from peft_control import ControlConfig, memory, quantize_fp8
@@ -236,7 +235,7 @@ def test_graphs_of_encoders_take_the_same_steps(family, mode):
     def train(**options):
         torch.manual_seed(0)
         dropout = 0.3 if family in ("roberta", "bert") and mode != "lean" else 0.0  # lean's graphs draw others
-        model = control_model(family, torch.float32, dropout=dropout).cuda()
+        model = adapted(family, dtype=torch.float32, dropout=dropout, control_rank=4).cuda()
         set_memory_mode(model, mode, **options)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=1e-2)
@@ -296,7 +295,7 @@ def test_copies_that_are_measured_to_be_slow_give_way_to_computing(mode, worth, 
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_dropout_on_the_gpu_is_replayed(mode, cuda_graphs):
     """The directional derivative along the gradient, with the masks drawn anew from the same seed."""
-    model = control_model("roberta", torch.float32, dropout=0.2, control_dropout=0.1).cuda()
+    model = adapted("roberta", dtype=torch.float32, dropout=0.2, control_rank=4, control_dropout=0.1).cuda()
     inputs = {name: value.cuda() for name, value in FAMILIES["roberta"].inputs().items()}
     set_memory_mode(model, mode, chunk_tokens=5, cuda_graphs=cuda_graphs)
     trained = [p for p in model.parameters() if p.requires_grad]

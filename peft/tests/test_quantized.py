@@ -1,5 +1,7 @@
 """Control, LoRA and DoRA on bitsandbytes' 4-bit and 8-bit bases and on FP8: real layers and training steps on the CPU."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -41,7 +43,7 @@ def load(folders, name, quantization, compute_dtype=torch.float32):
     return prepare(cls.from_pretrained(folders / name, dtype=dtype, **loading))
 
 
-def adapter(base, name, method="control+lora"):
+def adapter(base, name, method):
     _, task, targets, _ = CLASSES[name]
     return get_peft_model(base, config_of(method, targets, task_type=task))
 
@@ -50,10 +52,6 @@ def inputs(name):
     ids = torch.randint(3, 61, (3, 11), generator=torch.Generator().manual_seed(1))
     labels = ids if name == "llama" else torch.tensor([0, 1, 1])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def linears(model):
-    return quantized_linears(model) or [module for module in model.modules() if isinstance(module, Fp8Linear)]
 
 
 def frozen(model):
@@ -87,7 +85,8 @@ CASES = [(q, m) for q in ("nf4", "fp4", "int8", "fp8") for m in METHODS if not (
 def test_trains_saves_and_reloads_on_a_fresh_base(folders, tmp_path, name, quantization, method):
     model = adapter(load(folders, name, quantization), name, method)
     before = frozen(model)
-    assert len(linears(model)) == 2 * (7 if name == "llama" else 6)
+    linears = quantized_linears(model) or [module for module in model.modules() if isinstance(module, Fp8Linear)]
+    assert len(linears) == 2 * (7 if name == "llama" else 6)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
     losses = train(model, name)
@@ -103,7 +102,7 @@ def test_trains_saves_and_reloads_on_a_fresh_base(folders, tmp_path, name, quant
 
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "fp8"])
-@pytest.mark.parametrize("method", ["control", "control+lora"])
+@pytest.mark.parametrize("method", ["double control", "double control+lora"])
 def test_memory_modes_give_plains_gradients(folders, name, quantization, method, monkeypatch):
     model = randomize_adapters(adapter(load(folders, name, quantization), name, method)).train()
     # the norms' last bit may move a number to its neighbour in e4m3
@@ -117,17 +116,15 @@ def test_memory_modes_give_plains_gradients(folders, name, quantization, method,
 def test_four_bits_are_unpacked_once_for_a_long_row(folders, monkeypatch):
     """Of two layers' seven weights each, attention's four in forward and backward, and the MLP's three in these too, or in each
     of a backward's five chunks (the forward of bitsandbytes' own layers counts for itself)."""
-    calls, own = [], bitsandbytes.functional.dequantize_4bit
-    monkeypatch.setattr(
-        bitsandbytes.functional, "dequantize_4bit", lambda *given, **named: calls.append(1) or own(*given, **named)
-    )
+    unpack = Mock(wraps=bitsandbytes.functional.dequantize_4bit)
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", unpack)
     monkeypatch.setattr(memory.long, "FROM_TOKENS", 1)
-    model = set_memory_mode(adapter(load(folders, "llama", "nf4"), "llama", "control").train(), "lean", chunk_tokens=8)
+    model = set_memory_mode(adapter(load(folders, "llama", "nf4"), "llama", "double control").train(), "lean", chunk_tokens=8)
     for dense_from, count in ((1000, 16 + 30), (0, 16 + 12)):
         monkeypatch.setattr(memory.mlp.GatedMlp, "DENSE_FROM", dense_from)
-        calls.clear()
+        unpack.reset_mock()
         step_on(model, inputs("llama"))
-        assert len(calls) == count
+        assert unpack.call_count == count
 
 
 def test_dora_over_int8_on_a_cpu_says_so(folders):
@@ -149,7 +146,7 @@ def test_on_a_gpu(folders, name, quantization):
     loading = loading_arguments(quantization, device, torch.bfloat16)
     dtype = torch.bfloat16 if name == "llama" else torch.float32
     base = prepare(CLASSES[name][0].from_pretrained(folders / name, dtype=dtype, **loading))
-    model = randomize_adapters(adapter(base, name, "control+dora")).train()
+    model = randomize_adapters(adapter(base, name, "double control+dora")).train()
     batch, found = {key: value.cuda() for key, value in inputs(name).items()}, {}
     with torch.autocast("cuda", torch.bfloat16):
         step_on(model, batch)  # in its first one bitsandbytes casts the biases

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tiny_models import build
 from torch import nn
 
 from peft_control import ARCHITECTURES, ControlConfig
+from peft_control.memory import MODES
+from peft_control.memory.families import FAMILIES
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -35,6 +37,8 @@ def test_fields():
 def test_architectures():
     families = [name for row in table("## Supported architectures") for name in re.findall("`(.*?)`", row[1])]
     assert sorted(families) == sorted(row.name for row in ARCHITECTURES)
+    project = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"The table of architectures has {len(ARCHITECTURES)} rows" in project
     assert {row.name: [*row.blocks] for row in ARCHITECTURES if [*row.blocks] != ["attention", "mlp"]} == {
         "gemma3n": ["mlp"], "mamba": ["mixer"], "mamba2": ["mixer"]
     }  # fmt: skip
@@ -49,20 +53,12 @@ def test_files():
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 def test_snippets_run(block, tmp_path, monkeypatch):
     """Each snippet runs on a tiny LLaMA (or its own layer) with what the earlier ones imported."""
-    from peft import AutoPeftModelForCausalLM, PeftModel
-
     monkeypatch.chdir(tmp_path)
     build("llama").save_pretrained("base")
     base = build("llama")
     base.name_or_path = base.config._name_or_path = "base"
-    names = {
-        "base": base,
-        "nn": nn,
-        "ControlConfig": ControlConfig,
-        "get_peft_model": get_peft_model,
-        "PeftModel": PeftModel,
-        "AutoPeftModelForCausalLM": AutoPeftModelForCausalLM,
-    }
+    names = dict(base=base, nn=nn, ControlConfig=ControlConfig, get_peft_model=get_peft_model)
+    names |= dict(PeftModel=PeftModel, AutoPeftModelForCausalLM=AutoPeftModelForCausalLM)
     if "class Layer" in block:
         definition, use = block.split("\n\n\n")
         exec(definition, names)
@@ -80,15 +76,7 @@ def test_snippets_run(block, tmp_path, monkeypatch):
 
 
 def test_memory_modes():
-    from peft_control.memory import MODES
-    from peft_control.memory.families import FAMILIES
-
     assert tuple(row[0].strip("`") for row in table("## Memory modes")) == MODES
     section = README.split("\n## Memory modes\n", 1)[1].split("\n#", 1)[0]
     named = re.search(r"They are there for (.*?); the MLP", section, re.DOTALL)[1]
     assert re.findall(r"`(.*?)`", named) == list(FAMILIES)
-
-
-def test_the_projects_readme_counts_the_architectures():
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert f"The table of architectures has {len(ARCHITECTURES)} rows" in text

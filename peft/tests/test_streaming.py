@@ -4,6 +4,8 @@ import copy
 import logging
 import math
 import pickle
+from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import tiny_models
@@ -91,25 +93,6 @@ def stream_of(model):
     return stream
 
 
-@pytest.mark.parametrize("mode", ["plain", "balanced", "lean"])
-@pytest.mark.parametrize("base", ["dense", "fp8", "nf4"])
-@pytest.mark.parametrize("lora", [False, True])
-def test_losses_gradients_and_answers_are_those_of_resident_weights(base, mode, lora):
-    model = build(base, lora)
-    set_memory_mode(model, mode, chunk_tokens=8)
-    reference, answered = step(model), answers(model)
-    for resident in (True, 3, LAYERS + 4):
-        set_memory_mode(model, mode, chunk_tokens=8, stream_weights=resident)
-        for _ in range(2):  # training and evaluation in turns
-            assert_equal(step(model), reference)
-            with Watch(stream_of(model)):
-                assert_equal(step(model), reference)
-                assert_equal(answers(model), answered)
-    set_memory_mode(model, mode, chunk_tokens=8)
-    assert_equal(step(model), reference)
-    assert_equal(answers(model), answered)
-
-
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_may_wait_on_the_host_too(offload, dtype):
@@ -171,18 +154,14 @@ def test_a_state_dict_is_right_at_any_time(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     name = "model.layers.3.self_attn.o_proj.weight"
     assert torch.equal(again.state_dict()[name], before[f"base_model.model.{name}"])
-    hook = (
-        model.get_base_model()
-        .model.layers[2]
-        .mlp.register_forward_pre_hook(
-            lambda module, arguments: seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        )
-    )
-    with torch.no_grad():
+
+    def look(module, given):
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    with torch.no_grad(), model.get_base_model().model.layers[2].mlp.register_forward_pre_hook(look):
         model(input_ids=ids())
-    hook.remove()
-    assert len(seen) == 1
-    assert_equal(seen[0], before)
+    (within,) = seen
+    assert_equal(within, before)
 
 
 def test_weights_that_are_written_to_or_replaced_are_fetched_anew():
@@ -361,8 +340,8 @@ class Deferred(TorchFunctionMode):
 
 
 @pytest.fixture
-def computing(monkeypatch):
-    """The stream of a computation whose copies of weights come as late as they may."""
+def late_copies(monkeypatch):
+    """Copies of weights, which come as late as the computation's stream lets them."""
     computing = Computing()
     monkeypatch.setattr(streaming, "_COPIED_TO", "cpu")
     monkeypatch.setattr(streaming, "_PIECE", 1000)
@@ -372,22 +351,28 @@ def computing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computing)
     monkeypatch.setattr(torch.cuda, "stream", Deferred)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    return computing
+    return True
 
 
-@pytest.mark.parametrize("resident", [2, 3])
 @pytest.mark.parametrize("mode", ["plain", "balanced", "lean"])
-def test_the_computation_waits_for_what_it_needs_and_copies_for_what_is_read(computing, mode, resident):
-    model = build()
+@pytest.mark.parametrize("base, lora", product(["dense", "fp8", "nf4", "late copies"], [False, True]))
+def test_losses_gradients_and_answers_are_those_of_resident_weights(base, lora, mode, request):
+    """The computation waits for what it needs, and copies for what is read."""
+    late = base == "late copies" and request.getfixturevalue("late_copies")
+    model = build(base, lora)
     set_memory_mode(model, mode, chunk_tokens=8)
     reference, answered = step(model), answers(model)
-    set_memory_mode(model, mode, chunk_tokens=8, stream_weights=resident)
-    for _ in range(2):
-        assert_equal(step(model), reference)
-        assert_equal(answers(model), answered)
-    assert streaming.describe(model)
+    for resident in (True, 3, LAYERS + 4):
+        set_memory_mode(model, mode, chunk_tokens=8, stream_weights=resident)
+        for _ in range(2):  # training and evaluation in turns
+            assert_equal(step(model), reference)
+            with Watch(stream_of(model)) if not late else nullcontext():
+                assert_equal(step(model), reference)
+                assert_equal(answers(model), answered)
+        assert streaming.describe(model)
     set_memory_mode(model, mode, chunk_tokens=8)
     assert_equal(step(model), reference)
+    assert_equal(answers(model), answered)
 
 
 @pytest.mark.parametrize("streams, offload", [(True, None), (False, None), (True, True)])

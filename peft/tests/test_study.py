@@ -77,22 +77,19 @@ def test_the_grid_grows_until_the_best_rate_lies_inside_it(tmp_path, capsys):
     assert record["hyperparameters"]["lr"] == 3e-5 and record["command"][record["command"].index("--lr") + 1] == "3e-05"
 
 
-def test_growth_ends_and_a_rate_that_diverges_is_an_edge(tmp_path):
+def test_growth_ends_and_a_rate_that_diverges_is_an_edge(tmp_path, capsys):
     study(tmp_path, growth=1, search_only=True).run()
     assert [name for name in done(tmp_path) if "lora" in name] == [
         f"model_task_lora_seed0_lr{rate}" for rate in ("0.0003", "0.001", "9e-05")
     ]
+    study(tmp_path, methods=["probe"], grid=[9e-4, 1e-4], growth=0, search_only=True).run()
+    assert "probe on task: lr 0.0001 is chosen" in capsys.readouterr().out  # the smallest of equal ones
     with pytest.raises(UserError, match="probe on task diverges with every learning rate of --grid: add lower"):
         study(tmp_path, methods=["probe"], grid=[0.02, 0.04], growth=0).run()
     # what diverged is not tried again; the grid grows down to where it does not
     study(tmp_path, methods=["probe"], grid=[0.02, 0.04]).run()
     assert "model_task_probe_seed0_lr0.005" in done(tmp_path) and "model_task_probe_seed1" in done(tmp_path)
     assert beyond(3e-4, 1e-3) == 9e-5 and beyond(4e-3, 2e-3) == 8e-3
-
-
-def test_the_smallest_of_equal_rates_is_chosen(tmp_path, capsys):
-    study(tmp_path, methods=["probe"], grid=[9e-4, 1e-4], growth=0, search_only=True).run()
-    assert "probe on task: lr 0.0001 is chosen" in capsys.readouterr().out
 
 
 def test_several_processes_share_the_runs(tmp_path):

@@ -1,13 +1,12 @@
 """Controls under the machinery people train and serve with: checkpointing, caches, compile, Trainers, Liger."""
 
-from functools import cache
-from unittest.mock import patch
+from functools import cache, partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
-from tiny_models import FAMILIES, VOCAB, WIDTH, build, is_adapter, logits, randomize_adapters, set_dropout, word_tokenizer
+from tiny_models import FAMILIES, VOCAB, WIDTH, adapted, build, logits, randomize_adapters, step_of, step_on, word_tokenizer
 from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 from transformers.models.llama import modeling_llama
 
@@ -16,19 +15,7 @@ from peft_control.memory import set_memory_mode
 
 INPUTS = FAMILIES["llama"].inputs()
 QKV = {"target_modules": ["q_proj", "k_proj", "v_proj"], "r": 4, "lora_alpha": 8}
-DOUBLE = {"control_blocks": ["attention", "mlp"]}
-
-
-def adapted(family: str = "llama", **fields) -> PeftModel:
-    task = {"decoder": "CAUSAL_LM", "encoder": "SEQ_CLS", "vision": None}[FAMILIES[family].kind]
-    config = ControlConfig(**{"task_type": task, "control_rank": 3, **fields})
-    return randomize_adapters(get_peft_model(build(family), config))
-
-
-def gradients(model, inputs) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    logits(model, inputs).square().mean().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+adapted = partial(adapted, dtype=torch.float32)
 
 
 # -- gradient checkpointing ---------------------------------------------------------------------------------
@@ -37,14 +24,13 @@ def gradients(model, inputs) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("family", "fields", "use_reentrant"),
     [
-        *[("llama", fields, reentrant) for fields in (DOUBLE, {**DOUBLE, **QKV}) for reentrant in (True, False)],
-        *[(family, DOUBLE, False) for family in ("gemma2", "gpt2", "bert", "vit", "dinov2", "timm-vit")],
+        *[("llama", fields, reentrant) for fields in ({}, QKV) for reentrant in (True, False)],
+        *[(family, {}, False) for family in ("gemma2", "gpt2", "bert", "vit", "dinov2", "timm-vit")],
     ],
 )
 def test_gradient_checkpointing(family, fields, use_reentrant):
-    model, inputs = adapted(family, **fields).train(), FAMILIES[family].inputs()
-    set_dropout(model, 0.0)
-    expected = gradients(model, inputs)
+    model, inputs = adapted(family, dropout=0.0, **fields), FAMILIES[family].inputs()
+    _, expected = step_on(model, inputs)
     if family == "timm-vit":
         model.base_model.model.set_grad_checkpointing()
     else:
@@ -53,17 +39,7 @@ def test_gradient_checkpointing(family, fields, use_reentrant):
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         assert model.is_gradient_checkpointing
     assert all(gradient.any() for gradient in expected.values())
-    torch.testing.assert_close(gradients(model, inputs), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_forward_after_an_interrupted_one():
-    """An exception inside a block leaves no state behind for the next forward."""
-    model = adapted().eval()
-    mlp = model.base_model.model.model.layers[0].mlp
-    expected = logits(model, INPUTS)
-    with patch.object(mlp, "forward", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        model(**INPUTS)
-    assert torch.equal(logits(model, INPUTS), expected)
+    torch.testing.assert_close(step_on(model, inputs)[1], expected, rtol=1e-4, atol=1e-6)
 
 
 # -- generation ---------------------------------------------------------------------------------------------
@@ -73,7 +49,7 @@ def test_decoding_sees_every_change_of_the_control(tmp_path):
     """A bfloat16 base with float32 controls: one-token steps share a cast until the adapter changes, in whatever way."""
     model = get_peft_model(build("llama", torch.bfloat16), ControlConfig(task_type="CAUSAL_LM", control_rank=3))
     control = randomize_adapters(model).eval().base_model.model.model.layers[0].mlp_control
-    state = torch.randn(2, 1, WIDTH).bfloat16()
+    state, prompt = (torch.randn(2, length, WIDTH).bfloat16() for length in (1, 3))
 
     def check(name="default"):
         A, B = (factor[name].weight.bfloat16() for factor in (control.control_A, control.control_B))
@@ -95,7 +71,11 @@ def test_decoding_sees_every_change_of_the_control(tmp_path):
             check("second")
             model.delete_adapter("second")
         model.set_adapter("default")
-        model.half().float().bfloat16()
+        check()
+        control.control_A["default"].weight.data.mul_(1e-9)  # of which no version tells
+        control.control(prompt, prompt)
+        check()
+        model.half().float()  # where such numbers are zeros
         check()
     control.train().control(torch.zeros_like(state), state.requires_grad_()).sum().backward()
     assert state.grad is not None
@@ -105,20 +85,18 @@ def test_decoding_sees_every_change_of_the_control(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [DOUBLE, QKV], ids=["double control", "control+lora"])  # upstream's DoRA does not compile
+@pytest.mark.parametrize("fields", [{}, QKV], ids=["double control", "control+lora"])  # upstream's DoRA does not compile
 @pytest.mark.parametrize("family", ["llama", "vit"])
 def test_compile_fullgraph(family, fields):
     torch._dynamo.reset()
     if family == "vit" and "target_modules" in fields:
         fields = {**fields, "target_modules": ["q_proj", "v_proj"]}
     model, inputs = adapted(family, **fields).eval(), FAMILIES[family].inputs()
-    expected = gradients(model, inputs)
+    _, expected = step_on(model, inputs)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.allclose(logits(compiled, inputs), logits(model, inputs), atol=1e-5)
-    model.zero_grad()
-    logits(compiled, inputs).square().mean().backward()
-    found = {name: model.get_parameter(name).grad for name in expected}
+    _, found = step_of(model, lambda: logits(compiled, inputs).double().square().mean())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -157,7 +135,7 @@ def test_transformers_trainer_in_one_go_and_resumed(tmp_path):
         arguments = TrainingArguments(output_dir=str(tmp_path / folder), gradient_checkpointing=True, **options)
         trainer = Trainer(model, arguments, train_dataset=repetitive_texts())
         trainer.train(resume_from_checkpoint=resume)
-        return trainer, {n: p.detach().clone() for n, p in model.named_parameters() if is_adapter(n)}
+        return trainer, {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
     trainer, whole = trained("whole", 12)
     check_run(trainer, tmp_path / "adapter")
@@ -221,7 +199,7 @@ def train(case: str, modes: tuple, folder) -> list[dict]:
         config.num_labels = 1
         torch.manual_seed(0)
         base, task = LlamaForSequenceClassification(config), "SEQ_CLS"
-    model = randomize_adapters(get_peft_model(base, ControlConfig(task_type=task, control_rank=4, **DOUBLE)))
+    model = adapted(base, task_type=task)
     if modes and modes[0]:
         set_memory_mode(model, modes[0])
     options = {**TRAINING, "max_steps": 3, "bf16": False, "learning_rate": 1e-2, **options}
@@ -250,6 +228,7 @@ def test_memory_modes_in_trainers(case, order, logged):
 
 # -- Liger --------------------------------------------------------------------------------------------------
 
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a GPU")
 LIGER = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
@@ -276,36 +255,23 @@ def liger(monkeypatch):
     return calls
 
 
-@pytest.fixture(autouse=True)
-def _put_back(monkeypatch):
-    """What Liger replaces for good."""
-    for name in ("LlamaRMSNorm", "LlamaMLP"):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("order", ["before", "after", "after, saved norm"])
+def test_liger_before_and_after_the_adapter(order, device, request, monkeypatch):
+    """On a CPU without Liger's own kernels."""
+    for name in ("LlamaRMSNorm", "LlamaMLP"):  # which it replaces for good
         monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
-
-
-def with_liger(order, device="cpu"):
-    """Assert that a model computes the same once Liger's kernels are in it; they come before the adapter or after it."""
     monkey_patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
-    fields = {**DOUBLE, "modules_to_save": ["post_attention_layernorm"] if "saved" in order else None}
-    model, inputs = adapted(**fields).to(device).eval(), {name: value.to(device) for name, value in INPUTS.items()}
-    expected, reference = logits(model, inputs), gradients(model, inputs)
+    calls = request.getfixturevalue("liger") if device == "cpu" else None
+    fields = {"modules_to_save": ["post_attention_layernorm"] if "saved" in order else None}
+    model, inputs = adapted("llama", **fields).to(device).eval(), {name: x.to(device) for name, x in INPUTS.items()}
+    expected, (_, reference) = logits(model, inputs), step_on(model, inputs)
     if order == "before":
         monkey_patch.apply_liger_kernel_to_llama(**LIGER)
-        model = adapted(**fields).to(device).eval()
+        model = adapted("llama", **fields).to(device).eval()
     else:
         monkey_patch._apply_liger_kernel_to_instance(model=model.get_base_model(), **LIGER)
     assert torch.allclose(logits(model, inputs), expected, atol=1e-5 if device == "cpu" else 1e-3)
     tolerance = dict(rtol=1e-3, atol=1e-6) if device == "cpu" else dict(rtol=1e-2, atol=1e-4)
-    torch.testing.assert_close(gradients(model, inputs), reference, **tolerance)
-
-
-@pytest.mark.parametrize("order", ["before", "after", "after, saved norm"])
-def test_liger_before_and_after_the_adapter(liger, order):
-    with_liger(order)
-    assert liger.count("mlp") == 2 * 2 and liger.count("norm") == 2 * 5
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a GPU")
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_liger_kernels(order):
-    with_liger(order, "cuda")
+    torch.testing.assert_close(step_on(model, inputs)[1], reference, **tolerance)
+    assert calls is None or (calls.count("mlp"), calls.count("norm")) == (2 * 2, 2 * 5)

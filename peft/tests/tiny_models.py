@@ -137,13 +137,12 @@ FAMILIES: dict[str, Family] = {
 _ANY_DECODER = {
     **_DECODER,
     **dict(head_dim=8, global_head_dim=8, hidden_dropout=0.1, residual_multiplier=0.3, attention_out_multiplier=0.3),
-    **dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1),
+    **dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, n_shared_experts=1, ffn_dim=48, rotary_dim=4),
     **dict(moe_intermediate_size=16, shared_expert_intermediate_size=16, shared_intermediate_size=16),
     **dict(n_group=2, topk_group=1, first_k_dense_replace=1, norm_topk_prob=False, interleave_moe_layer_step=2),
     **dict(intermediate_size_mlp=48, num_kv_shared_layers=0, hidden_size_per_layer_input=0, laurel_rank=4),
     **dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8),
-    **dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=4),
-    **dict(ffn_dim=48, word_embed_proj_dim=WIDTH, rotary_dim=4, num_layers=LAYERS, num_heads=4),
+    **dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_state=8, mamba_chunk_size=4),
 }
 _MLA = {
     **dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, head_dim=4),
@@ -157,8 +156,7 @@ _SEQ2SEQ = {
     **dict(num_mel_bins=8, max_source_positions=8, max_target_positions=64),
 }
 _SPEECH = {
-    **dict(vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
-    **dict(conv_dim=[8, 8], conv_kernel=[8, 4], conv_stride=[8, 4], num_feat_extract_layers=2, layerdrop=0.0),
+    **dict(**_SHAPE, vocab_size=VOCAB, conv_dim=[8, 8], conv_kernel=[8, 4], conv_stride=[8, 4], layerdrop=0.0),
     **dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, apply_spec_augment=False),
 }
 _SWIN = dict(image_size=16, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4, mlp_ratio=2)
@@ -336,24 +334,35 @@ def distance(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor])
     return ((one - other).norm() / other.norm()).item()
 
 
-def adapted(base: str | nn.Module, blocks=(), dtype: torch.dtype = torch.float64, **fields) -> PeftModel:
-    """A family's model with random controls on ``blocks``, or on all that it has, in training mode."""
+def adapted(base: str | nn.Module, blocks=(), dtype: torch.dtype = torch.float64, dropout=None, **fields) -> PeftModel:
+    """A family's model with random controls on ``blocks``, or on all that it has, in training mode.
+
+    ``dropout`` sets the probability of each dropout, drop path and attention of the base.
+    """
     base = build(base, dtype) if isinstance(base, str) else base
+    for module in base.modules() if dropout is not None else ():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and (name in ("p", "drop_prob") or "dropout" in name):
+                setattr(module, name, dropout)
     every = next(iter(find_layers(base).values()))[1].blocks
     config = ControlConfig(**{"control_blocks": list(blocks or every), "control_rank": 3, **fields})
     return randomize_adapters(get_peft_model(base, config, autocast_adapter_dtype=False)).train()
 
 
-METHODS = ("control", "lora", "dora", "control+lora", "control+dora")
+#: What a quantized base is adapted by.
+METHODS = ("lora", "dora", "double control", "double control+lora", "double control+dora")
+QKV = ("q_proj", "k_proj", "v_proj")
 
 
-def config_of(method: str, targets: list[str], **fields) -> LoraConfig:
-    """Of one of ``METHODS``; its part on weights, if it has one, is on ``targets``."""
-    per_weight = dict(target_modules=targets, r=4, lora_alpha=8, use_dora="dora" in method)
+def config_of(method: str, targets=QKV, **fields) -> LoraConfig:
+    """Of "lora" or "dora" on ``targets``, of "control" of the MLPs, of "double control" of both blocks, or of two as in
+    "control+dora"."""
+    if "lora" in method or "dora" in method:
+        fields = {"target_modules": list(targets), "r": 4, "lora_alpha": 8, "use_dora": "dora" in method, **fields}
     if "control" not in method:
-        return LoraConfig(**per_weight, **fields)
-    more = per_weight if "+" in method else {}
-    return ControlConfig(control_blocks=["attention", "mlp"], control_rank=4, **more, **fields)
+        return LoraConfig(**fields)
+    blocks = ["attention", "mlp"] if "double" in method else ["mlp"]
+    return ControlConfig(**{"control_blocks": blocks, "control_rank": 4, **fields})
 
 
 def bits_of_four(layers: nn.ModuleList, device: str = "cpu") -> None:
@@ -387,14 +396,6 @@ class Live(TorchDispatchMode):
                 self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, self.bytes())
         return found
-
-
-def set_dropout(model: nn.Module, probability: float) -> None:
-    """Of each dropout, drop path and attention."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, float) and (name in ("p", "drop_prob") or "dropout" in name):
-                setattr(module, name, probability)
 
 
 def word_tokenizer() -> hf.PreTrainedTokenizerFast:

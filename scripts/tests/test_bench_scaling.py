@@ -29,12 +29,6 @@ def test_two_processes_lose_what_one_loses(call, tmp_path):
     assert json.loads((tmp_path / "tiny_2x8.json").read_text())["results"] == record["results"]
 
 
-def test_the_launcher_refuses_in_one_line(launch, tmp_path):
-    words = ("--device", "cpu", "--shape", "tiny", "--output", tmp_path / "out", "--shards", "zero")
-    assert "argument --shards: invalid choice: 'zero' (choose from" in launch("scripts/bench_scaling.sh", *words).refused()
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_longest_sequence_outlives_the_attempt_that_does_not_fit(monkeypatch, tmp_path, capfd):
     def step_within(limit):
         def step(number, tokens):

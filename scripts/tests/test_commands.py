@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from control_experiments.paths import REPOSITORY
+
 #: Every Python program, as `python -m` names it.
 PROGRAMS = sorted(
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)

