@@ -221,8 +221,6 @@ class ControlModel(LoraModel):
         """Merging leaves the controls where they are, and an adapter of each that is nothing else."""
         controls = _controls(self.model)
         if merge:
-            for control in controls:  # LoRA layers are replaced, and may carry hooks
-                control.detach()
             try:
                 model: Any = super()._unload_and_optionally_merge(merge=True, **kwargs)
                 alone = {"target_modules": None, "target_parameters": None, "modules_to_save": None, "use_dora": False}
@@ -230,7 +228,7 @@ class ControlModel(LoraModel):
                     self.peft_config[name] = replace(config, **alone)
                 model.peft_config = self.peft_config
             finally:
-                for control in controls:
+                for control in controls:  # LoRA layers were replaced, and may have carried hooks
                     control.attach()
             return model
         model = super()._unload_and_optionally_merge(merge=False, **kwargs)
