@@ -376,7 +376,7 @@ def test_losses_gradients_and_answers_are_those_of_resident_weights(base, lora, 
 
 
 @pytest.mark.parametrize("streams, offload", [(True, None), (False, None), (True, True)])
-def test_states_leave_the_way_to_weights_where_tokens_are_few(monkeypatch, streams, offload):
+def test_states_leave_the_way_to_weights_where_tokens_are_few(monkeypatch, caplog, streams, offload):
     """From so many tokens on that a backward, three forwards, takes as long as weights and tokens travel."""
     rate = 10  # parameters that a forward multiplies a token by while a byte travels
     monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", rate)
@@ -387,6 +387,8 @@ def test_states_leave_the_way_to_weights_where_tokens_are_few(monkeypatch, strea
     queries, keys = layer.self_attn.q_proj.out_features, layer.self_attn.k_proj.out_features
     a_token = 4 * (2 * 64 + queries + 2 * keys)  # bytes: both states, and queries, keys and values
     enough = math.ceil(rate * weights / (3 * parameters - rate * a_token))
-    host = layer.memory_plan.host
+    host, leaves = layer.memory_plan.host, streams and offload is None
+    with caplog.at_level(logging.INFO, "peft_control"):
+        assert host.room_for(torch.zeros(enough - 1, 64)) == (0 if leaves else 2)
+    assert ("stay on the GPU, for streamed weights" in caplog.text) == leaves
     assert host.room_for(torch.zeros(enough + 1, 64)) == 2
-    assert host.room_for(torch.zeros(enough - 1, 64)) == (0 if streams and offload is None else 2)

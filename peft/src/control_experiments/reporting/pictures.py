@@ -148,9 +148,8 @@ def scaling(measured: pd.DataFrame, title: str) -> Figure:
         speed=measured.tokens_per_second / measured.processes, size=measured.peak_bytes_per_process / 1e9,
         kept=measured.efficiency.fillna(0),
     )  # fmt: skip
-    means = measured.pivot_table(["speed", "size", "kept"], ["method", "shard"], "processes", sort=False)[::-1].sort_index(
-        axis=1
-    )
+    means = measured.pivot_table(["speed", "size", "kept"], ["method", "shard"], "processes", sort=False)
+    means = means[::-1].sort_index(axis=1)
     figure = Figure(figsize=(8.3, 1.4 + 0.24 * len(means) * (len(counts) + 1)), layout="constrained")
     shades = [matplotlib.colormaps["Blues"](0.35 + 0.6 * number / len(counts)) for number in range(len(counts))]
     axes = figure.subplots(1, 2, sharey=True)

@@ -131,7 +131,11 @@ class HostStates:
     def _tell(self, state, size):
         """Log what will wait where, before the first step and where a later one has twice the tokens."""
         self._told, limit = 2 * state.nbytes, self._most()
-        here = min(int(limit // size), self._layers) if self._is_beside_weights(state) else 0
+        if not self._is_beside_weights(state):
+            told = "%d tokens: %d layers' states (%.1f GiB) stay on the GPU, for streamed weights fill the way to it"
+            logger.info(told, _tokens(state), self._layers, self._layers * state.nbytes / 2**30)
+            return
+        here = min(int(limit // size), self._layers)
         twice = 0 if self._narrow else min(int((limit - here * size) // size), here)
         logger.info(
             "%d tokens: %d of %d layers' states (%.1f GiB%s) wait in host memory, which has %.1f GiB to spare; for up to %d of "
