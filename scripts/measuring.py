@@ -26,6 +26,7 @@ from scripts.catalogue import MOE_SHAPES, Method, parse_method
 from scripts.workloads import Workload, build, step_loss
 
 REPEATED = 60  # seconds: a step that takes longer is timed as it ran first
+LASTING = 10  # seconds: one that takes longer is timed as it ran second, when the host's memory is there
 GRAIN = 512  # lengths that are searched are multiples of it
 CLOSE = 1 / 32  # a found length is at most this share of itself below one that does not fit, or is predicted not to
 AIM = 0.985  # share of the room over the weights that the first attempt aims at: the rest is what an allocator cannot use
@@ -194,7 +195,8 @@ def search(options: Options, method: Method) -> Iterator[dict]:
         tokens, seconds = steps.longest(value, good) if limit else (value, steps.attempt(value, None))
         good = tokens if limit else good
         if tokens and ((not seconds and limit) or (seconds and seconds[0] < REPEATED)):
-            seconds = steps.attempt(tokens, limit, 1 if limit else 3) or seconds
+            repeats = 0 if seconds and seconds[0] > LASTING else 1 if limit else 3
+            seconds = steps.attempt(tokens, limit, repeats) or seconds
         found = {"limit_gib": limit, "longest_tokens": tokens} if limit else {"tokens": tokens, "fits": bool(seconds)}
         found |= {"ended_by": "--up_to"} if limit and tokens + GRAIN > options.up_to else {}
         if seconds:
