@@ -186,19 +186,15 @@ def swiglu_rows(gate, up):
 
 
 def swiglu_backward_rows(gate, up, dact, dtype, gate_columns, up_columns):
-    """The rows of gate's and of up's gradient, multiplied by ``..._columns`` and quantized to ``dtype``: two pairs.
-
-    Both overwrite ``gate``, side by side in each of its rows, so that they need no memory.
-    """
+    """The rows of gate's and of up's gradient, multiplied by ``..._columns`` and quantized to ``dtype``: two pairs."""
     if not uses_kernels(gate):
-        dgate, dup = swiglu_backward_(gate, up.clone(), dact)
+        dgate, dup = swiglu_backward_(gate.clone(), up.clone(), dact)
         return quantize_rows(dgate, dtype, gate_columns), quantize_rows(dup, dtype, up_columns)
     width, dact = gate.shape[1], dact.contiguous()
-    dgate, dup = gate.view(dtype).split(width, dim=1)[:2]
-    gate_scale, up_scale = dact.new_empty(2, len(dact), 1, dtype=torch.float32)
+    (dgate, gate_scale), (dup, up_scale) = (empty_rows(gate, width, dtype) for _ in range(2))
     _swiglu_backward_rows_kernel[(len(gate),)](
-        gate, up, dact, gate_columns, up_columns, dgate, gate_scale, dup, up_scale, gate.stride(0), up.stride(0),
-        dgate.stride(0), width, **_swiglu_launch(width, dtype),
+        gate, up, dact, gate_columns, up_columns, dgate, gate_scale, dup, up_scale, gate.stride(0), up.stride(0), width,
+        **_swiglu_launch(width, dtype),
     )  # fmt: skip
     return (dgate, gate_scale), (dup, up_scale)
 
@@ -414,7 +410,7 @@ if triton is not None:
 
     @triton.jit
     def _swiglu_backward_rows_kernel(
-        gate, up, dact, gate_columns, up_columns, dgate, gate_scale, dup, up_scale, stride_gate, stride_up, stride, width,
+        gate, up, dact, gate_columns, up_columns, dgate, gate_scale, dup, up_scale, stride_gate, stride_up, width,
         BLOCK: tl.constexpr, EXPONENT: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
@@ -430,9 +426,8 @@ if triton is not None:
         du *= tl.load(up_columns + column, mask=mask, other=0.0)
         dg *= factor_of(tl.max(magnitude(dg)), gate_scale + row, EXPONENT)
         du *= factor_of(tl.max(magnitude(du)), up_scale + row, EXPONENT)
-        # a row's largest are known once all of it is read: so dgate and dup may lie in its memory
-        tl.store(dgate + row * stride + column, dg.to(dgate.dtype.element_ty), mask=mask)
-        tl.store(dup + row * stride + column, du.to(dup.dtype.element_ty), mask=mask)
+        tl.store(dgate + row * width + column, dg.to(dgate.dtype.element_ty), mask=mask)
+        tl.store(dup + row * width + column, du.to(dup.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _rope_kernel(

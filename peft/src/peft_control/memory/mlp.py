@@ -138,22 +138,20 @@ class GatedMlp(Mlp):
         return add_control(adapters, hidden, change, state, out), kept, hidden
 
     def backward(self, state, kept, dy, out=None):
-        inner = [input_gradient(dy.to(compute_dtype(dy)), self.linears[2])]  # first: its matmul may need memory of its own
         if len(kept) == 3:
-            inner += kept[:2]
-            rstd = kept[2]
+            *inner, rstd = kept
         else:
             found, rstd = outputs_of_normal(state, self.norm, *self.linears[len(kept) : 2])
-            inner += [*kept, *found]
+            inner = [*kept, *found]
             del found
-        dnormal = self._normals_gradient(inner)
+        dnormal = self._normals_gradient(inner, dy.to(inner[0].dtype))
         return kernels.rms_norm_backward(dnormal, state, self.norm.weight, rstd, residual=dy, out=out)
 
-    def _normals_gradient(self, inner):
-        """The gradient of the normalised state. The activation's gradient, gate and up leave the list ``inner``, and gate and up
-        are overwritten."""
-        gate_proj, up_proj = self.linears[:2]
-        dact, gate, up = inner
+    def _normals_gradient(self, inner, dchange):
+        """The gradient of the normalised state; gate and up, which leave the list ``inner``, are overwritten."""
+        gate_proj, up_proj, down_proj = self.linears
+        dact = input_gradient(dchange, down_proj)
+        gate, up = inner
         inner.clear()
         if isinstance(gate_proj, Fp8Linear) and isinstance(up_proj, Fp8Linear):
             dtype, scales = FORMATS[gate_proj.gradients], [x.weight_scale.float() for x in (gate_proj, up_proj)]
