@@ -63,6 +63,6 @@ def test_answers_ranked_by_likelihood_have_a_folder_of_their_own(chosen):
     assert folder("--mode", "likelihood") == "out/likelihood"
     assert folder(EVALUATE_ARGS="--limit 3 --mode=likelihood") == "out/likelihood"
     assert folder("--mode", "likelihood", EVALUATION="other") == "out/other"
-    table = {"script": "LlaMA/run_smollm2_table.sh", "first": ("out", "cpu"), "METHODS": "zero-shot"}
-    assert folder(**table) == "out/zero-shot"
-    assert folder(**table, EVALUATE_ARGS="--mode likelihood") == "out/zero-shot-likelihood"
+    alone = (4, 2, 4, "out", "cpu", "zero-shot")
+    assert folder(first=alone) == "out"
+    assert folder(first=alone, EVALUATE_ARGS="--mode likelihood") == "out-likelihood"

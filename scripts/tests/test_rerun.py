@@ -68,7 +68,7 @@ LAUNCHERS = [
     MEMORY,
     ("scripts/rerun_commonsense.sh", "--gpus", "cpu"),
     ("LlaMA/llama2_7B_Control+LoRA.sh", 4, 2, 4, "out", "cpu"),
-    ("LlaMA/run_smollm2_table.sh", "out", "cpu"),
+    ("LlaMA/run_study.sh", "cpu"),
     ("QControl/run_llama_quantization.sh", "control", 4, 2, 4, "out", "cpu"),
 ]
 

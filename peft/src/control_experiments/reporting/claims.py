@@ -85,7 +85,8 @@ def judge(frame: pd.DataFrame, paper: Paper) -> list[Claim]:
 
 def _run_tests(frame: pd.DataFrame, domain: str, methods: Sequence[str], column: str, **test) -> Iterable[Test]:
     """Each control row against each baseline row that was run alike (with or without graphs), without memory modes."""
-    runs = frame[(frame.kind == "run") & (frame.domain == domain) & frame.usable & frame[column].notna()]
+    runs = frame[(frame.kind == "run") & frame.usable & frame[column].notna()]
+    runs = runs[runs.domain.mask(runs.base != "none", "qcontrol") == domain]
     runs = runs[~runs.section.str.endswith(UNQUANTIZED)]  # there for comparison, not what QControl claims
     for (section, task), group in runs.groupby(["section", "task"]):
         rows = {label: part.set_index(part.seed.astype(int)) for label, part in group.groupby("row")}
@@ -186,11 +187,13 @@ def overview(claims: Sequence[Claim]) -> pd.DataFrame:
 
 
 def _costs(by_name: dict[str, Claim], domain: str, quantity: str) -> str:
-    """From the smallest to the largest difference against LoRA of whole trainings, else of steps at true shapes."""
+    """From the smallest to the largest difference against LoRA of whole trainings, else of steps at true shapes; of memory
+    the worst of the repeats."""
     for name in (f"{domain}-{quantity}", f"{domain}-shape-{quantity}"):
         tests = [test for test in by_name[name].tests if " against lora" in test.what] if name in by_name else []
         if tests:
-            ends = [round(end(test.differences.mean() for test in tests)) for end in (max, min)]
+            found = [test.differences.max() if quantity == "memory" else test.differences.mean() for test in tests]
+            ends = [round(end(found)) for end in (max, min)]
             n = min(len(test.pairs) for test in tests)
             few = f", {n} of {REPEATS} repeats" if quantity == "time" and n < REPEATS else ""
             span = " to ".join(f"{end:+d}" for end in dict.fromkeys(ends))

@@ -10,7 +10,7 @@ Columns (missing where a kind has no such thing); benchmarks of steps and scalin
   what else tells rows apart), `method`, `seed`, `n` (1 for a record).
 - `last`, `best` and the commonsense test sets: percent. `trained`: parameters. `peak`: bytes. `seconds`: of the training. `rate`:
   examples or tokens a second.
-- `base`: how a step's frozen weights are stored, bf16 if nothing is said. `gib`: its peak in GiB. Of weights that wait on the host: `host` bytes, `copies` seconds a step to copy them, `resident_*` of the
+- `base`: how frozen weights are stored, of a step bf16 and of a run none if nothing is said. `gib`: its peak in GiB. Of weights that wait on the host: `host` bytes, `copies` seconds a step to copy them, `resident_*` of the
   same method without, `floor` (the longer of both times) and `times_floor`. `card`: GB of the card that gives an allocator `limit_gib`.
 - `shared`, `own`: conditions that all runs of a comparison, or all seeds of a row, must have in common.
 - `problem`: why the record must not be shown, and `usable`: whether all of its row may be. `notes`: what a reader has to know.
@@ -167,7 +167,7 @@ def _scored(record: RunRecord, scored: RunRecord, place: tuple[str, ...]) -> dic
     return {
         "kind": "search" if SEARCH in place else "run", "domain": domain, "task": "commonsense" if llama else record.task,
         "section": ", ".join(filter(None, section)), "row": _label(domain, record.method, options),
-        "method": record.method, "seed": record.seed, **_scores(scored, "last"), "best": _scores(scored, "best")["last"],
+        "base": quantization, "method": record.method, "seed": record.seed, **_scores(scored, "last"), "best": _scores(scored, "best")["last"],
         "trained": record.adapter.get("trainable_parameters"), "lr": options.get("lr"), "no_match": scored.metrics["last"].get("no_match"),
         "peak": (not resumed and (measured or memory.get("peak_resident_bytes"))) or None,
         "allocated": (not resumed and measured) or None, "seconds": (timed and time.get("train_seconds")) or None,
