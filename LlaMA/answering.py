@@ -131,17 +131,16 @@ def generate(
 def rank_words(model: PreTrainedModel, tokenizer: Tokenizer, questions: Sequence[Question]) -> list[Reply]:
     """The offered word whose tokens are likeliest after "the correct answer is", for one batch.
 
-    Prompt and lead are computed once for all words of a question: one forward pass over the prompts fills the key-value
-    cache, and a short second one scores the words from it. A word's score is the sum of its tokens' log-probabilities.
+    Prompt, lead and what the words begin with are computed once for all words of a question: one forward pass fills the
+    key-value cache. If words go on after their first own token, a short second pass scores the rest from it. A word's score is
+    the sum of its tokens' log-probabilities, without those that all words have.
     """
-
-    def answer_ids(word: str = "") -> list[int]:
-        return tokenizer(f" {ANSWER_LEAD} {word}".rstrip(), add_special_tokens=False)["input_ids"]
-
-    words = {word: answer_ids(word) for word in dict.fromkeys(word for question in questions for word in question.offered)}
-    lead = answer_ids()
-    shared = len([*takewhile(lambda tokens: len(set(tokens)) == 1, zip(lead, *words.values(), strict=False))])
-    batch = pad(tokenizer, [[*question.ids, *lead[:shared]] for question in questions]).to(model.device)
+    offered = dict.fromkeys(word for question in questions for word in question.offered)
+    words = {word: tokenizer(f" {ANSWER_LEAD} {word}", add_special_tokens=False)["input_ids"] for word in offered}
+    tokens = [*words.values()]
+    alike = len([*takewhile(lambda column: len(set(column)) == 1, zip(*tokens, strict=False))])
+    shared = min(alike, min(map(len, tokens)) - 1)
+    batch = pad(tokenizer, [[*question.ids, *tokens[0][:shared]] for question in questions]).to(model.device)
     first = read(model, batch)
 
     # a row for each word of each question
