@@ -25,7 +25,7 @@ from scripts.bench_memory import Options
 from scripts.catalogue import MOE_SHAPES, Method, parse_method
 from scripts.workloads import Workload, build, step_loss
 
-REPEATED = 60  # seconds: a step that takes longer is timed as it ran first
+REPEATED = 120  # seconds: a step that takes longer is timed as it ran first
 LASTING = 10  # seconds: one that takes longer is timed as it ran second, when the host's memory is there
 GRAIN = 512  # lengths that are searched are multiples of it
 CLOSE = 1 / 32  # a found length is at most this share of itself below one that does not fit, or is predicted not to

@@ -244,7 +244,7 @@ def test_without_records_a_claim_is_not_tested_and_says_what_to_run_and_what_is_
     text = markdown([*found.values()], PAPER)
     for script in re.findall(r"`(?:bash|python) (scripts/[^`\s]+)", text):
         assert (REPOSITORY / script).is_file()
-    assert text.count("At full scale") == len(found) == 33
+    assert text.count("At full scale") == len(found) == 34
     paired = "+2.05 points; paired over the printed seeds +2.05 points [-0.44, +4.53], n = 3, which by our rule is: supported"
     assert paired in found["roberta-quality"].published[0]
     assert found["vit-quality"].published[0].endswith("-0.62 points.")
@@ -263,6 +263,14 @@ def test_the_average_decides_for_llama_and_graphs_are_compared_with_graphs(resul
     (test,) = judged.tests
     assert test.what == "tiny-llama, commonsense: double control r64, graphs against lora r32, graphs"
     assert (test.verdict, judged.scope) == ("supported", "tiny-llama; not the paper's scale")
+
+
+def test_what_llama_learns_over_a_quantized_base_is_for_qcontrol_to_claim(results):
+    for seed, method in itertools.product((1, 2), ("double control", "lora")):
+        results.llama(method, seed, 50.0, quantization="fp8", folder=f"{method} {seed}")
+    (test,) = claim(results, "qcontrol-quality").tests
+    assert test.what == "tiny-llama, fp8, commonsense: double control r64 against lora r32"
+    assert claim(results, "llama-quality").verdict == "not tested"
 
 
 def test_the_overview_has_a_row_for_each_domain_unless_runs_must_not_be_mixed(results):

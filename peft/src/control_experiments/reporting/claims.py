@@ -74,7 +74,7 @@ def judge(frame: pd.DataFrame, paper: Paper) -> list[Claim]:
     for specification in SPECIFICATIONS["claims"]:
         tests = [test for one in specification["tests"] for test in _measured(frame, **one)]
         scope = list(dict.fromkeys(test.what.partition(",")[0].partition(":")[0] for test in tests))
-        if scope and "DoRA" in specification["statement"] and not any(test.what.endswith("dora") for test in tests):
+        if scope and "DoRA" in specification["statement"] and not any(" against dora" in test.what for test in tests):
             scope.append("no record of DoRA yet")
         claims.append(Claim(**specification | {"tests": tests, "scope": ", ".join(scope)}))
     return claims
