@@ -176,4 +176,6 @@ if triton is not None:
         tl.store(to + 2 * fours, tl.trans((ab >> 16) | (cd & 0xFFFF0000)).to(tl.int32, bitcast=True), mask=mask)
         tl.store(to + 3 * fours, tl.trans((odd_ab >> 16) | (odd_cd & 0xFFFF0000)).to(tl.int32, bitcast=True), mask=mask)
         column = tl.program_id(0) * 4 * TILE + tl.arange(0, 4 * TILE)
-        tl.store(ones + column, tl.full((4 * TILE,), 1.0, dtype=tl.float32), mask=(column < 4 * words) & (tl.program_id(1) == 0))
+        tl.store(
+            ones + column, tl.full((4 * TILE,), 1.0, dtype=tl.float32), mask=(column < 4 * words) & (tl.program_id(1) == 0)
+        )
