@@ -11,6 +11,8 @@ from control_experiments.outcomes import METRICS, write_outcomes
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.reporting import statistics
 from control_experiments.reporting.claims import Claim, judge, markdown, overview
+from control_experiments.reporting.page import draw
+from control_experiments.reporting.pictures import svg
 from control_experiments.reporting.records import load, read_paper
 from control_experiments.reporting.statistics import Pool, Test, example_variance, more_seeds
 
@@ -280,6 +282,9 @@ def test_the_overview_has_a_row_for_each_domain_unless_runs_must_not_be_mixed(re
     first = table.iloc[0]
     assert first.quality.startswith("**not decided**: -0.67 points [") and int(first["more seeds to decide"]) > 0
     assert first.memory == "**[supported](#roberta-memory)**: -20 %" and "supported" in first.time
+    frame, _ = load(results.path)
+    pictures = {kind: svg(figure) for kind, *_, figure in draw(frame, PAPER, judge(frame, PAPER))}
+    assert "control, 1 task x 3 seeds" in pictures["quality"] and "points [-" in pictures["quality"]
     assert set(table.quality[1:]) == {"**not tested**"}
     results.roberta("lora", 5, 0.1, device="Other GPU")
     assert claim(results, "roberta-quality").verdict == "not tested"

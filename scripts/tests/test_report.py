@@ -46,8 +46,8 @@ def test_the_page_is_self_contained_and_its_pictures_name_their_marks(page):
     for link in re.findall(r'<a href="([^"#]+)', text):
         assert (page.parent / link).exists()
     marks = re.findall(r'<g id="mark\|([^|"]+)\|([^"]*)"', text)
-    # a point and a name of each of 3 benchmarked methods, a mark and a curve of each of 6 runs, LLaMA's mark, a rate
-    assert len(marks) == 2 * 3 + 6 + 6 + 1 + 1
+    # a point and a name of each of 3 benchmarked methods, a mark and a curve of each of 6 runs, LLaMA's mark, a rate, a pool
+    assert len(marks) == 2 * 3 + 6 + 6 + 1 + 1 + 1
     assert {name for name, _ in marks} == {"control", "lora", "dora", "double control"}
     said = [tip.replace("&#10;", "\n") for name, tip in marks if name == "control"]
     assert "control, seed 1\nlast score 61.00 %\npeak 80 MiB" in said

@@ -186,6 +186,11 @@ def overview(claims: Sequence[Claim]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["control against LoRA", "quality", "more seeds to decide", "memory", "time"])
 
 
+def against_lora(claims: Sequence[Claim]) -> list[Pool]:
+    """The pools of quality against LoRA that have an interval."""
+    return [pool for claim in claims for pool in claim.pools if " against lora" in pool.what and pool.interval]
+
+
 def _costs(by_name: dict[str, Claim], domain: str, quantity: str) -> str:
     """From the smallest to the largest difference against LoRA of whole trainings, else of steps at true shapes; of memory
     the worst of the repeats."""
@@ -204,5 +209,11 @@ def _costs(by_name: dict[str, Claim], domain: str, quantity: str) -> str:
 def markdown(claims: Sequence[Claim], paper: Paper, up: str = "") -> str:
     """The overview, all claims, each with its tests, records and command, and what is doubtful in the published figures."""
     template = environment(keep_trailing_newline=True).get_template("claims.md.jinja")
-    shown = {"overview": overview(claims), "doubts": paper.weaknesses, "below": BELOW, "rules": rules}
+    shown = {
+        "overview": overview(claims),
+        "picture": bool(against_lora(claims)),
+        "doubts": paper.weaknesses,
+        "below": BELOW,
+        "rules": rules,
+    }
     return template.render(claims=claims, **shown, linked=partial(linked, up=up))

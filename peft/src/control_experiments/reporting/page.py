@@ -15,17 +15,27 @@ from markupsafe import Markup, escape
 
 from ..record import write_text_atomic
 from . import pictures
-from .claims import Claim, overview
+from .claims import Claim, against_lora, overview
 from .records import Paper
+from .statistics import MARGIN
 from .tables import Table, environment, linked, step_means
 
 #: Kinds of pictures that READMEs show, which are written as PNG too.
-SHOWN = ("memory", "longest", "streaming", "scaling", "rates")
+SHOWN = ("quality", "memory", "longest", "streaming", "scaling", "rates")
 Drawn = tuple[str, str, str, pictures.Figure]
 
 
-def draw(frame: pd.DataFrame, paper: Paper) -> Iterator[Drawn]:
-    """(kind, domain, title, picture) of all that there is something to draw of."""
+def draw(frame: pd.DataFrame, paper: Paper, claims: Sequence[Claim] = ()) -> Iterator[Drawn]:
+    """(kind, domain, title, picture) of all that there is something to draw of; a picture of all domains has none."""
+    if pools := against_lora(claims):
+        judged = pd.DataFrame([pool.interval for pool in pools], columns=["low", "high"])
+        judged = judged.assign(**{name: [getattr(pool, name) for pool in pools] for name in ("mean", "statistic", "verdict")})
+        methods = [re.split(", all tasks: | against ", pool.what)[:2] for pool in pools]
+        judged["label"] = [
+            f"{model}\n{method}, {pool.statistic.rpartition('], ')[2]}" for (model, method), pool in zip(methods, pools)
+        ]
+        yield "quality", "", "Control minus LoRA", pictures.intervals(judged, MARGIN, "Quality: control minus LoRA")
+
     steps = frame[frame.kind == "step"]
     modes = steps[steps.row.str.endswith(":fast").groupby(steps.section).transform("any")]
     domains = modes.groupby("section").domain.first()

@@ -31,6 +31,9 @@ _NAMES |= {"control+lora": "control + LoRA", "control+dora": "control + DoRA"}
 #: GB of graphics cards as they are sold.
 CARDS = (8, 12, 16, 24, 40, 48, 80)
 _DASHES = ("-", "--", "-.", ":")
+#: Verdicts' colours and markers.
+_VERDICTS = {"supported": ("#2e7d32", "o"), "contradicted": ("#b3261e", "X"), "not decided": ("#6b7280", "s")}
+_FAR = 5.5  # points beyond which an interval is an arrow
 
 
 def family(label: str) -> str:
@@ -138,6 +141,31 @@ def _variant(label: str) -> str:
     name, _, mode = label.partition(":")
     parts = ["all layers" if part == "lora-all" else part for part in name.split("+") if part not in FAMILIES]
     return ", ".join(filter(None, [mode, *parts])) or _NAMES.get(label, label)
+
+
+def intervals(judged: pd.DataFrame, margin: float, title: str) -> Figure:
+    """A mark and its interval for each difference in points (columns label, verdict, mean, low, high, and statistic for the tip),
+    beside the margin that may be lost. Arrows stand for what lies further away."""
+    axes = _axes(title, 8.3, 1.3 + 0.5 * len(judged))
+    axes.axvspan(-margin, 0, color="#f3e3c3", zorder=0)
+    axes.axvline(0, color="black", linewidth=0.8)
+    for place, row in enumerate(judged.itertuples()):
+        colour, marker = _VERDICTS[row.verdict]
+        ends, mean = (min(max(end, -_FAR), _FAR) for end in (row.low, row.high)), min(max(row.mean, -_FAR), _FAR)
+        tip = mark("control", f"{row.label}\n{row.statistic}: {row.verdict}")
+        axes.plot([*ends], [place] * 2, color=colour, linewidth=2, gid=tip)
+        for far, side, arrow in ((row.low < -_FAR, -_FAR, "<"), (row.high > _FAR, _FAR, ">")):
+            if far:
+                axes.plot(side, place, color=colour, marker=arrow)
+        if mean == row.mean:
+            axes.plot(mean, place, color=colour, marker=marker, markersize=8)
+        beside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 9, "color": colour}
+        axes.annotate(f" {row.mean:+.2f}", (1, place), **beside)
+    axes.set_yticks(range(len(judged)), judged.label, fontsize=9)
+    axes.set(xlabel="points, with 95 % intervals", xlim=(-1.05 * _FAR, 1.05 * _FAR), ylim=(len(judged) - 0.5, -0.5))
+    handles = [Line2D([], [], color=colour, marker=marker, label=verdict) for verdict, (colour, marker) in _VERDICTS.items()]
+    axes.figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9)
+    return axes.figure
 
 
 def scaling(measured: pd.DataFrame, title: str) -> Figure:

@@ -143,14 +143,18 @@ class Pool:
         return verdict(self.interval)
 
     @property
+    def mean(self) -> float:
+        return float(np.mean([test.differences.mean() for test in self.counting]))
+
+    @property
     def statistic(self) -> str:
         if not self.counting:
             return "no test above the majority class"
-        mean, ends = np.mean([test.differences.mean() for test in self.counting]), self.interval
+        ends = self.interval
         n = sorted({len(test.pairs) for test in self.counting})
         over = f"{len(self.counting)} task{'s' * (len(self.counting) > 1)} x {' or '.join(map(str, n))} seed{'s' * (n != [1])}"
         between = f"[{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else "no interval"
-        return f"{mean:+.2f} {self.tests[0].unit} {between}, {over}"
+        return f"{self.mean:+.2f} {self.tests[0].unit} {between}, {over}"
 
 
 def more_seeds(tests: Sequence[Test]) -> str:
