@@ -321,5 +321,8 @@ def svg(figure: Figure) -> str:
     unwanted = r' (?:width|height)="[\d.]+pt"|\s*<metadata>.*?</metadata>|(?<=\n) +| transform="rotate\(-0 .*?"'
     unwanted += r'|font-family: [^;"]*; | id="(?:line2d|text|[xy]tick|patch|matplotlib\.axis)_\d+"'
     text = re.sub(unwanted, "", text[text.index("<svg") :], flags=re.DOTALL)
+    groups = 1
+    while groups:  # from the inside out
+        text, groups = re.subn(r"<g>\s*((?:(?!</?g\b).)*)</g>\n", r"\1", text, flags=re.DOTALL)
     # hundredths of a point do not show
     return re.sub(r' (?:d|[xy]|transform)="[^"]*"', lambda place: re.sub(r"(?<=\.\d)\d+", "", place[0]), text)
