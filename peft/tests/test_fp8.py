@@ -28,7 +28,11 @@ IDS = {"input_ids": torch.randint(3, 61, (3, 11), generator=torch.Generator().ma
 @pytest.fixture
 def on_kernels(monkeypatch):
     """The path of GPUs with FP8, on the CPU, whose `torch._scaled_mm` takes the same arguments; the calls are noted."""
-    calls, own = [], torch._scaled_mm
+    calls, own, rows, ones = [], torch._scaled_mm, torch.zeros(16, 16, dtype=E4M3), torch.ones(16, 1)
+    try:
+        own(rows, rows.t(), scale_a=ones, scale_b=ones.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("oneDNN's product for this processor takes no scales by row")
 
     def noted(a, b, **named):
         assert a.is_contiguous() and b.t().is_contiguous()  # what cuBLAS and CUTLASS ask for
