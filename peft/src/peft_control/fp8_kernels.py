@@ -157,7 +157,7 @@ if triton is not None:
 
     @triton.jit
     def _transpose_kernel(x, y, ones, fours, words, TILE: tl.constexpr):
-        """Words of four bytes, for threads exchange words faster: ``x`` has ``fours`` times four rows of ``words``."""
+        """By words of four bytes, which threads exchange faster. ``x`` has ``fours`` times four rows of ``words``."""
         four = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
         word = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         mask = (four < fours)[:, None] & (word < words)[None, :]

@@ -28,11 +28,11 @@ Drawn = tuple[str, str, str, pictures.Figure]
 def draw(frame: pd.DataFrame, paper: Paper, claims: Sequence[Claim] = ()) -> Iterator[Drawn]:
     """(kind, domain, title, picture) of all that there is something to draw of; a picture of all domains has none."""
     if pools := against_lora(claims):
-        judged = pd.DataFrame([pool.interval for pool in pools], columns=["low", "high"])
-        judged = judged.assign(**{name: [getattr(pool, name) for pool in pools] for name in ("mean", "statistic", "verdict")})
-        methods = [re.split(", all tasks: | against ", pool.what)[:2] for pool in pools]
+        judged = pd.DataFrame([(*pool.interval, pool.mean, pool.statistic, pool.verdict) for pool in pools])
+        judged.columns = ["low", "high", "mean", "statistic", "verdict"]
+        named = [re.split(", all tasks: | against ", pool.what) for pool in pools]
         judged["label"] = [
-            f"{model}\n{method}, {pool.statistic.rpartition('], ')[2]}" for (model, method), pool in zip(methods, pools)
+            f"{model}\n{method}, {told.rpartition('], ')[2]}" for (model, method, _), told in zip(named, judged.statistic)
         ]
         yield "quality", "", "Control minus LoRA", pictures.intervals(judged, MARGIN, "Quality: control minus LoRA")
 
