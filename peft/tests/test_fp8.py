@@ -288,7 +288,7 @@ class TestOnGpu:
                 assert torch.equal(a.cpu().float().nan_to_num(-1.0), b.float().nan_to_num(-1.0))
 
     def test_bytes_are_transposed(self):
-        for shape in ((4096, 1024), (200, 48), (16, 4)):
+        for shape in ((4096, 1024), (200, 48), (1, 7)):
             weight = torch.randint(0, 256, shape, dtype=torch.uint8)
             found, ones = fp8.transposed(weight.cuda())
             assert torch.equal(found.cpu(), weight.t()) and torch.equal(ones.cpu(), torch.ones(1, shape[1]))

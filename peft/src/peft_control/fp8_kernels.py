@@ -79,16 +79,15 @@ def dequantize_rows(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtyp
 
 
 def transposed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A copy ``(columns, rows)`` of bytes ``(rows, columns)``, multiples of four, and the scales ``(1, columns)`` of a product
-    without any: ones, which the same kernel writes."""
+    """A copy ``(columns, rows)`` of bytes ``(rows, columns)``, and the scales ``(1, columns)`` of a product without any: ones,
+    which the same kernel writes."""
     rows, columns = weight.shape
     if not uses_kernels(weight):
         return weight.t().contiguous(), torch.ones(1, columns, device=weight.device)
-    words, ones = weight.contiguous().view(torch.int32), torch.empty(1, columns, dtype=torch.float32, device=weight.device)
-    out = words.new_empty(columns, rows // 4)
-    grid = (-(-columns // (4 * _TILE)), -(-rows // (4 * _TILE)))
-    _transpose_kernel[grid](words, out, ones, rows // 4, columns // 4, TILE=_TILE)
-    return out.view(weight.dtype), ones
+    out, ones = weight.new_empty(columns, rows), torch.empty(1, columns, dtype=torch.float32, device=weight.device)
+    grid = (-(-columns // _TILE), -(-rows // _TILE))
+    _transpose_kernel[grid](weight.contiguous(), out, ones, rows, columns, TILE=_TILE, num_warps=8)
+    return out, ones
 
 
 def empty_rows(x: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +113,7 @@ def exponent_of(dtype: torch.dtype) -> int:
     return math.frexp(torch.finfo(dtype).max)[1]
 
 
-_TILE = 32  # words of four bytes
+_TILE = 128
 
 if triton is not None:
 
@@ -156,26 +155,13 @@ if triton is not None:
         tl.store(y + row * width + column, (value * tl.load(scale + row)).to(y.dtype.element_ty), mask=mask)
 
     @triton.jit
-    def _transpose_kernel(x, y, ones, fours, words, TILE: tl.constexpr):
-        """By words of four bytes, which threads exchange faster. ``x`` has ``fours`` times four rows of ``words``."""
-        four = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
-        word = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-        mask = (four < fours)[:, None] & (word < words)[None, :]
-        at = x + 4 * four[:, None] * words + word[None, :]
-        a = tl.load(at, mask=mask, other=0).to(tl.uint32, bitcast=True)
-        b = tl.load(at + words, mask=mask, other=0).to(tl.uint32, bitcast=True)
-        c = tl.load(at + 2 * words, mask=mask, other=0).to(tl.uint32, bitcast=True)
-        d = tl.load(at + 3 * words, mask=mask, other=0).to(tl.uint32, bitcast=True)
-        # bytes 0 and 2 of two rows, bytes 1 and 3 of two rows; then each byte of four rows
-        ab, odd_ab = (a & 0x00FF00FF) | ((b & 0x00FF00FF) << 8), ((a >> 8) & 0x00FF00FF) | (b & 0xFF00FF00)
-        cd, odd_cd = (c & 0x00FF00FF) | ((d & 0x00FF00FF) << 8), ((c >> 8) & 0x00FF00FF) | (d & 0xFF00FF00)
-        to = y + 4 * word[:, None] * fours + four[None, :]
-        mask = (word < words)[:, None] & (four < fours)[None, :]
-        tl.store(to, tl.trans((ab & 0xFFFF) | (cd << 16)).to(tl.int32, bitcast=True), mask=mask)
-        tl.store(to + fours, tl.trans((odd_ab & 0xFFFF) | (odd_cd << 16)).to(tl.int32, bitcast=True), mask=mask)
-        tl.store(to + 2 * fours, tl.trans((ab >> 16) | (cd & 0xFFFF0000)).to(tl.int32, bitcast=True), mask=mask)
-        tl.store(to + 3 * fours, tl.trans((odd_ab >> 16) | (odd_cd & 0xFFFF0000)).to(tl.int32, bitcast=True), mask=mask)
-        column = tl.program_id(0) * 4 * TILE + tl.arange(0, 4 * TILE)
-        tl.store(
-            ones + column, tl.full((4 * TILE,), 1.0, dtype=tl.float32), mask=(column < 4 * words) & (tl.program_id(1) == 0)
+    def _transpose_kernel(x, y, ones, rows, columns, TILE: tl.constexpr):
+        row = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+        column = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+        tile = tl.load(
+            x + row[:, None] * columns + column[None, :], mask=(row < rows)[:, None] & (column < columns)[None, :], other=0
         )
+        tl.store(
+            y + column[:, None] * rows + row[None, :], tl.trans(tile), mask=(column < columns)[:, None] & (row < rows)[None, :]
+        )
+        tl.store(ones + column, tl.full((TILE,), 1.0, dtype=tl.float32), mask=(column < columns) & (tl.program_id(1) == 0))

@@ -23,10 +23,10 @@ from matplotlib.transforms import Bbox
 #: Method families: colour and marker, for those who see no colours.
 FAMILIES = {
     "control": ("#1668c7", "o"), "double control": ("#6b3fc4", "o"), "control+lora": ("#0b7f86", "D"), "control+dora": ("#0b7f86", "v"),
-    "lora": ("#c25a00", "s"), "dora": ("#2e7d32", "^"), "miss": ("#a3186f", "P"), "shadow": ("#8a6d00", "*"),
+    "lora": ("#c25a00", "s"), "lora-fa": ("#c25a00", "d"), "dora": ("#2e7d32", "^"), "miss": ("#a3186f", "P"), "shadow": ("#8a6d00", "*"),
     "probe": ("#6b7280", "X"), "other": ("#9aa1ab", "."),
 }  # fmt: skip
-_NAMES = {"lora": "LoRA", "dora": "DoRA", "miss": "MiSS", "shadow": "SHADOW"}
+_NAMES = {"lora": "LoRA", "lora-fa": "LoRA-FA", "dora": "DoRA", "miss": "MiSS", "shadow": "SHADOW"}
 _NAMES |= {"control+lora": "control + LoRA", "control+dora": "control + DoRA"}
 #: GB of graphics cards as they are sold.
 CARDS = (8, 12, 16, 24, 40, 48, 80)
@@ -287,16 +287,24 @@ def scores_against_rate(searched: pd.DataFrame, title: str) -> Figure:
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(8.3, 0.7 + 2.6 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    looks = {}
+    for label in searched.row.unique():  # dashes tell a family's members apart
+        dash = _DASHES[sum(family(label) == family(other) for other in looks) % len(_DASHES)]
+        looks[label] = _look(label) | {"linewidth": 1.2, "linestyle": dash}
     for axes, task in zip(panels, tasks):
         runs = searched[searched.task == task]
         for label, part in runs.groupby("row"):
-            axes.plot(part.groupby("lr")["last"].mean(), linewidth=1.2, **_look(label))
+            axes.plot(part.groupby("lr")["last"].mean(), **looks[label])
         axes.set(title=task, xlabel="learning rate", ylabel="held-out score, %")
         _at(axes, sorted(runs.lr.unique()), fontsize=8)
         axes.grid(alpha=0.25)
     for axes in panels[len(tasks) :]:
         axes.axis("off")
-    _legend(figure, searched.row.map(family), loc="outside right upper")
+    names = {label: label.replace(family(label), _NAMES.get(family(label), family(label)), 1) for label in looks}
+    handles = [
+        Line2D([], [], label=names[label].removesuffix(", graphs"), **look | {"gid": None}) for label, look in looks.items()
+    ]
+    figure.legend(handles=handles, fontsize=9, loc="outside right upper")
     figure.suptitle(f"Score against learning rate: {title}", fontsize=11, x=0.01, ha="left")
     return figure
 
