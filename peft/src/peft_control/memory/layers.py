@@ -8,7 +8,8 @@ the rest.
     mode       attention                                      MLP
     fast       autograd's own graph                           MlpCall
     balanced   SwiGLU decoders: AttentionCall; others: fast   MlpCall
-    lean       LeanCall: both halves in one node. LongCall (``long.py``): the same from 8,192 tokens a step on.
+    lean       AttentionCall, where the state between the halves waits on the host too               MlpCall
+               else LeanCall: both halves in one node. LongCall (``long.py``): the same from 8,192 tokens a step on.
 
 Other layers are recomputed by torch's checkpointing: :func:`recomputed`, in mode lean with what ``generic.py`` adds. The
 table on top of ``__init__.py`` says which tensors a SwiGLU decoder keeps. In the other families mode balanced keeps the
@@ -155,7 +156,7 @@ class LayerPlan:
     def draws(self) -> bool:
         """Whether the layer's forward draws random numbers."""
         return any(state["training"] and state[name] > 0.0 for state, name in self.dropouts) or any(
-            control_draws(active(control)) for control in self.controls
+            any(control.dropout.values()) and control_draws(active(control)) for control in self.controls
         )
 
     @torch.compiler.disable  # its kernels are written by hand; what lies between the layers is compiled
@@ -175,14 +176,13 @@ class LayerPlan:
                 return own(hidden_states, *arguments, **named)
             again = self.alone or recomputed
             return again(self, layer, own, hidden_states, *arguments, **named)
-        if self.mode == "lean":
-            long = halves.of_many_tokens
-            kind = long if long is not None and long.suits(self, hidden_states, *arguments, **named) else LeanCall
-            output = kind(self, layer, self.all, hidden_states, arguments, named).run(hidden_states)
+        whole = self.whole(halves, hidden_states, *arguments, **named)
+        if whole is not None:
+            output = whole(self, layer, self.all, hidden_states, arguments, named).run(hidden_states)
         else:
-            if self.mode != "balanced" or not halves.recompute_attention:
+            if self.mode == "fast" or not halves.recompute_attention:
                 middle = halves.attention(hidden_states, *arguments, **named)
-            elif halves.attention_gradients and not self.draws():
+            elif self.mode == "lean" or (halves.attention_gradients and not self.draws()):
                 call = AttentionCall(self, layer, self.of_attention, hidden_states, arguments, named)
                 middle = call.run(hidden_states)
             else:
@@ -191,6 +191,17 @@ class LayerPlan:
         if self.host is not None:
             self.host.settle()
         return (output,) if halves.returns_tuple else output
+
+    def whole(self, halves: Halves, state: torch.Tensor, *arguments, **named) -> type[Call] | None:
+        """What runs the layer as one node, or None: its halves are two, so that autograd lets go of the output's gradient before
+        attention's backward."""
+        if self.mode != "lean":
+            return None
+        long = halves.of_many_tokens
+        if long is not None and long.suits(self, state, *arguments, **named):
+            return long
+        apart = self.host is not None and self.host.room_for(state) == 2 and halves.attention_gradients and not self.draws()
+        return None if apart else LeanCall
 
 
 def recomputed(plan: LayerPlan, layer: nn.Module, function: Callable, *arguments, **named):
@@ -305,7 +316,7 @@ class Call:
 
 
 class AttentionCall(Call):
-    """The attention block with its control; the backward does not compute the block's output (mode balanced)."""
+    """The attention block with its control; the backward does not compute the block's output (modes balanced and lean)."""
 
     def forward(self, state):
         keep = partial(self.keep, state)
@@ -313,15 +324,13 @@ class AttentionCall(Call):
         return middle, [] if self.tickets else [state]
 
     def keep(self, state, *more):
-        if self.may_wait(state, more):
-            # the state does anyway, so that a slow host costs time and no memory of the GPU's
-            self.wait_on_host(state, *(more if self.host.hides(state) else ()))
-
-    def may_wait(self, state, more, *besides):
-        """Whether ``more``, which spares the projections, is wanted on the host with the state and what comes ``besides``,
-        and there is room."""
+        """``more``, which spares the projections, waits on the host where it is wanted and there is room."""
+        lean = self.plan.mode == "lean"  # there the state waits anyway, and so will the one between the halves
         wanted = bool(more) and self.plan.attention_on_host and self.needs_dstate
-        return wanted and self.host.has_room(state, *more, *besides)
+        fits = wanted and self.host.has_room(state, *more, *([state] if lean else []))
+        if fits or lean:
+            # the state does too, so that a slow host costs time and no memory of the GPU's
+            self.wait_on_host(state, *(more if fits and self.host.hides(state) else ()))
 
     def backward(self, saved, dy, trained):
         state, *kept = self.host.pop(self.tickets[0]) if self.tickets else saved
@@ -346,13 +355,15 @@ class AttentionCall(Call):
 
 
 class MlpCall(Call):
-    """The MLP block with its control (modes fast and balanced)."""
+    """The MLP block with its control."""
 
     def forward(self, state):
         plan, adapters = self.plan, self.adapters("mlp", state)
         self.in_chunks = plan.keep == 0 and not control_draws(adapters)
         if self.in_chunks:
-            return forward_in_chunks(plan, state, adapters), [state]
+            if plan.mode == "lean":
+                self.wait_on_host(state, own=0)
+            return forward_in_chunks(plan, state, adapters), [] if self.tickets else [state]
         keep = plan.keep if self.needs_dstate else 0  # the first layer's state may need no gradient
         output = torch.empty_like(state, memory_format=torch.contiguous_format)
         _, kept, control_kept = plan.mlp.forward(tokens(state), keep, adapters, out=tokens(output))
@@ -360,7 +371,7 @@ class MlpCall(Call):
         return output, [state, *kept, *control_kept]
 
     def backward(self, saved, dy, trained):
-        plan, (state, *kept) = self.plan, saved
+        plan, (state, *kept) = self.plan, self.host.pop(self.tickets[0]) if self.tickets else saved
         flat, dflat, needed = tokens(state), tokens(dy), self.needs_dstate
         with self.autocast():
             adapters = self.adapters("mlp", state)
@@ -372,38 +383,20 @@ class MlpCall(Call):
         return None if dstate is None else dstate.view(state.shape), zip(control_parameters(adapters), sums)
 
 
-class LeanCall(AttentionCall):
-    """A whole layer that keeps its input state alone and works the MLP in token chunks.
-
-    Where states wait on the host, the one between the halves does too if the attention block's output then need not be
-    computed again, and queries, keys and values, both while there is room. Where there is none at all the state stays.
-    """
+class LeanCall(Call):
+    """A whole layer that keeps its input state alone, on the host while there is room, and works the MLP in token chunks."""
 
     def forward(self, state):
-        plan, named = self.plan, self.named
+        host = self.plan.host
         self.start_drawing(state.device)
-        room = self.host.room_for(state) if plan.host is not None else 0
-        from_the_middle = room == 2 and self.halves.attention_gradients and not self.draws
-        if from_the_middle:
-            named = {**named, "keep": partial(self.keep, state)}
-        elif room:
+        if host is not None and host.room_for(state):
             self.wait_on_host(state)
         with self.random.first():
-            middle = self.halves.attention(state, *self.arguments, **named)
-            if from_the_middle:
-                self.wait_on_host(middle, own=0)
-            output = forward_in_chunks(plan, middle, self.adapters("mlp", middle))
-        return output, [] if room else [state]
-
-    def keep(self, state, *more):
-        # the state between the halves comes too
-        self.wait_on_host(state, *(more if self.may_wait(state, more, state) else ()))
+            middle = self.halves.attention(state, *self.arguments, **self.named)
+            output = forward_in_chunks(self.plan, middle, self.adapters("mlp", middle))
+        return output, [] if self.tickets else [state]
 
     def backward(self, saved, dy, trained):
-        backward = self.backward_from_the_middle if len(self.tickets) > 1 else self.backward_from_the_start
-        return backward(saved, dy, trained)
-
-    def backward_from_the_start(self, saved, dy, trained):
         (state,) = self.host.pop(self.tickets[0]) if self.tickets else saved
         with self.autocast():
             adapters = self.adapters("mlp", state)
@@ -421,26 +414,6 @@ class LeanCall(AttentionCall):
             found = list(torch.autograd.grad(middle, inputs, dmiddle.view(middle.shape), allow_unused=True))
         dstate = found.pop(0) if state.requires_grad else None
         return dstate, [*zip(own, sums), *zip(others, found)]
-
-    def backward_from_the_middle(self, saved, dy, trained):
-        """The same where the state between the halves waits on the host too. What waits is popped when it is needed: the copy
-        of what comes next travels meanwhile."""
-        (middle,) = self.host.pop(self.tickets[1])
-        with self.autocast():
-            adapters = self.adapters("mlp", middle)
-            own = control_parameters(adapters)
-            others = _besides(trained, own)
-            needed = self.needs_dstate or bool(others)
-            dmiddle, sums = backward_in_chunks(self.plan, tokens(middle), tokens(dy), adapters, needed)
-            del adapters
-            del middle  # long sequences need its memory
-            state, *kept = self.host.pop(self.tickets[0])
-            if dmiddle is None:
-                return None, zip(own, sums)
-            state.requires_grad_(self.needs_dstate)
-            dmiddle = dmiddle.view(state.shape)
-            dstate, found = self.attention_backward(state, kept, dmiddle, others)
-        return dstate, [*zip(own, sums), *found]
 
 
 def _besides(parameters, *others):
