@@ -28,6 +28,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
@@ -408,10 +409,13 @@ class LeanCall(Call):
             middle = self.halves.attention(state, *self.arguments, **self.named)
             # what the MLP drew must be drawn again even where its gradient is not wanted
             needed = bool(inputs) or self.draws
-            dmiddle, sums = backward_in_chunks(self.plan, tokens(middle.detach()), tokens(dy), adapters, needed)
+            flat, end = tokens(middle.detach()), get_gradient_edge(middle) if middle.requires_grad else None
+            del middle
+            dmiddle, sums = backward_in_chunks(self.plan, flat, tokens(dy), adapters, needed)
+            del flat  # attention's backward needs its memory
         found: list = [None] * len(inputs)
-        if dmiddle is not None and inputs and middle.requires_grad:  # else they are an inactive adapter's
-            found = list(torch.autograd.grad(middle, inputs, dmiddle.view(middle.shape), allow_unused=True))
+        if dmiddle is not None and inputs and end is not None:  # else they are an inactive adapter's
+            found = list(torch.autograd.grad([end], inputs, [dmiddle.view(dy.shape)], allow_unused=True))
         dstate = found.pop(0) if state.requires_grad else None
         return dstate, [*zip(own, sums), *zip(others, found)]
 
