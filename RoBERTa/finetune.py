@@ -26,6 +26,9 @@ from control_experiments.training import options as shared
 from control_experiments.training.arguments import check_numbers, parse_arguments
 from RoBERTa.glue import TASKS, find_folder, get_task
 
+#: Of all methods those that encoders train with.
+METHODS = ("control", "lora", "dora", "double control", "control+lora", "control+dora")
+
 
 @dataclass(kw_only=True)
 class Options(
@@ -38,6 +41,7 @@ class Options(
 ):
     """Defaults are the paper's recipe for RoBERTa-base (the authors' RoBERTa README)."""
 
+    method: str = HfArg(help=f"What to train: {', '.join(METHODS)}.")
     task: str = HfArg(help=f"One of {', '.join(TASKS)}.")
     model: str = HfArg(default="roberta-base", help="Hub id or folder of an encoder.")
     data: str | None = HfArg(default=None, help="Folder of GLUE tsv or save_to_disk folders; else the hub.")
@@ -54,7 +58,7 @@ class Options(
     precision: shared.Precision = HfArg(default="auto", help="Autocast; auto: bf16 or fp16 on a GPU, else fp32.")
     predict: bool = HfArg(default=False, help="Write the GLUE server's files for the test sets.")
 
-    methods: ClassVar = ("control", "lora", "dora", "double control", "control+lora", "control+dora")
+    methods: ClassVar = METHODS
     neutral: ClassVar = ("predict", "save_steps", "eval_batch_size")
 
     def check(self) -> None:
