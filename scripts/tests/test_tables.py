@@ -146,12 +146,13 @@ def test_published_figures_stand_below_ours_with_their_status(results):
     assert "Wall time of the whole run, evaluations included." in notes(results, "vit_accuracy", at_scale)
 
 
-def test_rows_and_sections_are_what_was_measured_told_apart_by_rank_and_mode(results):
+def test_rows_and_sections_are_what_was_measured_told_apart_by_rank_alpha_and_mode(results):
     """What was measured comes first, the paper's scale without records last; a method with other ranks has no empty row beside it."""
-    for options, last in (({}, 0.5), ({"control_rank": 64}, 0.6), ({"memory": "lean"}, 0.7)):
+    for options, last in (({}, 0.5), ({"control_rank": 64}, 0.6), ({"memory": "lean"}, 0.7), ({"control_alpha": 0.5}, 0.8)):
         results.roberta("control", 1, last, folder=f"run{last}", **options)
     shown = {line["method"]: line["last"] for line in rows(results, "glue", "tiny-encoder")}
     assert (shown["control"], shown["control r64"], shown["control, lean"]) == ("50.00", "60.00", "70.00")
+    assert shown["control, alpha 0.5"] == "80.00"
     assert [*sections(results, "glue")] == ["tiny-encoder", "roberta-base"]
     results.llama("lora", 1, 50.0)
     first, *_, last = sections(results, "commonsense").values()

@@ -188,15 +188,18 @@ def _scores(record: RunRecord, which: str) -> dict[str, float] | None:
 
 
 def _label(domain: str, method: str, options: dict) -> str:
-    """A method's name with what tells its rows apart: ranks other than the domain's usual ones, memory mode, shards."""
+    """A method's name with what tells its rows apart: ranks other than the domain's usual ones, a control's alpha, memory mode,
+    shards."""
     ranks = []
     for part, usual in zip(("control", "lora"), _USUAL_RANKS.get(domain, (None, None))):
         rank = options.get(f"{part}_rank")
         if (part in method or (part == "lora" and "dora" in method)) and rank not in (None, usual):
             ranks.append("matched" if rank == 0 else f"r{rank}")
     targets = options.get("lora_targets") or []
+    alpha = options.get("control_alpha") if "control" in method else None
     parts = [
         " ".join([method, "+".join(ranks)]).strip(),
+        f"alpha {alpha:g}" if alpha not in (None, 1) else "",
         f"on {'+'.join(targets)}" if targets and set(targets) not in _RECIPE_TARGETS else "",
         options.get("memory") if options.get("memory") != "plain" else "",
         "graphs" if options.get("cuda_graphs") else "",
