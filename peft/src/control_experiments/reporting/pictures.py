@@ -30,7 +30,7 @@ _NAMES = {"lora": "LoRA", "lora-fa": "LoRA-FA", "dora": "DoRA", "miss": "MiSS", 
 _NAMES |= {"control+lora": "control + LoRA", "control+dora": "control + DoRA"}
 #: GB of graphics cards as they are sold.
 CARDS = (8, 12, 16, 24, 40, 48, 80)
-_DASHES = ("-", "--", "-.", ":")
+_DASHES = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)), (0, (3, 4)))
 #: Verdicts' colours and markers.
 _VERDICTS = {"supported": ("#2e7d32", "o"), "contradicted": ("#b3261e", "X"), "not decided": ("#6b7280", "s")}
 _FAR = 5.5  # points beyond which an interval is an arrow
@@ -288,7 +288,7 @@ def scores_against_rate(searched: pd.DataFrame, title: str) -> Figure:
     figure = Figure(figsize=(8.3, 0.7 + 2.6 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     looks = {}
-    for label in searched.row.unique():  # dashes tell a family's members apart
+    for label in sorted(searched.row.unique()):  # dashes tell a family's members apart
         dash = _DASHES[sum(family(label) == family(other) for other in looks) % len(_DASHES)]
         looks[label] = _look(label) | {"linewidth": 1.2, "linestyle": dash}
     for axes, task in zip(panels, tasks):
