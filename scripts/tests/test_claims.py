@@ -155,6 +155,7 @@ def test_intervals_hold_what_they_promise():
 def test_quality_from_records_is_paired_by_common_seeds_and_by_outcomes(results):
     fill(results, [0.70, 0.72, 0.71], [0.60, 0.61, 0.62])
     results.roberta("control", 9, 0.9)
+    fill(results, [0.80], [0.90], task=("rte", "rte"))  # one seed, where another task has more
     (test,) = claim(results, "roberta-quality").tests
     assert test.pairs == {0: (70, 60), 1: (72, 61), 2: (71, 62)} and test.verdict == "supported"
     generator = np.random.default_rng(0)
