@@ -51,6 +51,8 @@ def test_the_page_is_self_contained_and_its_pictures_name_their_marks(page):
     assert {name for name, _ in marks} == {"control", "lora", "dora", "double control"}
     said = [tip.replace("&#10;", "\n") for name, tip in marks if name == "control"]
     assert "control, seed 1\nlast score 61.00 %\npeak 80 MiB" in said
+    classes = set(re.findall(r' class="(s\d+)"', text))
+    assert classes and classes == set(re.findall(r"^\.(s\d+) \{", text, re.MULTILINE))  # styles that repeat stand there alone
     headings = ("Memory against speed", "Score against memory", "Training curves", "Score against learning rate")
     for heading in headings:
         drawn = rf"<h2[^>]*>{heading}</h2>\s*<p>[^<]*</p>\s*<div class=\"figures\">\s*<figure"

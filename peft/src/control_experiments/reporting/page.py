@@ -7,6 +7,7 @@ domain and method and shows figures on hover or tap. Without scripts everything 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -96,10 +97,24 @@ def write_page(frame: pd.DataFrame, tables: Sequence[Table], claims: Sequence[Cl
     made.filters |= dict(inline=inline, family=pictures.family, linked=lambda links: linked(links, up))
     families = [name for name in pictures.FAMILIES if name in set(frame.row.dropna().map(pictures.family))]
     runs = ((frame.kind == "run") & frame.usable).sum()
-    figures = [(kind, domain, title, Markup(pictures.svg(figure))) for kind, domain, title, figure in drawn]
-    known = {"families": families, "colours": pictures.FAMILIES, "figures": figures, "tables": tables, "problems": problems}
+    drawings, classes = with_classes([pictures.svg(figure) for *_, figure in drawn])
+    figures = [(*about, Markup(drawing)) for (*about, _), drawing in zip(drawn, drawings)]
+    known = {"families": families, "colours": pictures.FAMILIES, "figures": figures, "classes": classes}
+    known |= {"tables": tables, "problems": problems}
     found = {"overview": overview(claims), "claims": claims, "runs": runs, "measurements": len(frame) - runs}
     return write_text_atomic(path, made.get_template("page.html").render(**known, **found) + "\n")
+
+
+def with_classes(drawings: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """SVGs whose repeated styles, a third of the page, are classes, and style -> class."""
+    style = r' style="([^"]*)"'
+    counted = Counter(found for drawing in drawings for found in re.findall(style, drawing))
+    classes = {found: f"s{number}" for number, (found, count) in enumerate(counted.most_common()) if count > 2}
+
+    def short(found: re.Match) -> str:
+        return f' class="{classes[found[1]]}"' if found[1] in classes else found[0]
+
+    return [re.sub(style, short, drawing) for drawing in drawings], classes
 
 
 def inline(text: object) -> Markup:

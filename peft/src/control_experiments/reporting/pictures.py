@@ -258,7 +258,8 @@ def curves(runs: Sequence[tuple[str, object, Sequence[tuple[float, float]]]], ti
         tip = f"{label}, seed {seed}\nlast {points[-1][1]:.2f}\n{len(points)} evaluations"
         look = looks[label] | {"linewidth": 1.4, "alpha": 0.85, "marker": "." if len(points) < 3 else None}
         axes.plot(*zip(*points), gid=mark(family(label), tip), **look)
-    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set_title(title, fontsize=10, wrap=True)
     axes.grid(alpha=0.25)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(handles=[Line2D([], [], label=_NAMES.get(label, label), **look) for label, look in looks.items()], fontsize=9)
@@ -272,7 +273,8 @@ def scores_against_memory(runs: pd.DataFrame, title: str, axes=None) -> Figure:
     for run in runs.itertuples():
         tip = f"{run.row}, seed {run.seed:.0f}\nlast score {run.last:.2f} %\npeak {run.peak / 2**20:,.0f} MiB"
         axes.plot(run.peak / 2**20, run.last, linestyle="", alpha=0.85, **_look(run.row, tip))
-    axes.set(xlabel="peak memory, MiB", ylabel="last score, %", title=title)
+    axes.set(xlabel="peak memory, MiB", ylabel="last score, %")
+    axes.set_title(title, fontsize=10, wrap=True)
     axes.grid(alpha=0.25)
     axes.margins(0.1)
     axes.set_xlim(left=0)
