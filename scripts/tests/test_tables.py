@@ -279,6 +279,10 @@ def test_the_command_writes_everything_and_says_what_it_left_out(results, call):
     for seed in (1, 2):
         results.roberta("control", seed, 0.5 + seed / 10, model="roberta-base")
     results.roberta("lora", 1, 0.5).write_text("{")
+    stale, own = (results.path / "pictures" / name for name in ("rates_of_a_record_that_is_gone.png", "own.png"))
+    stale.parent.mkdir()
+    for path in (stale, own):
+        path.touch()
     code, _, stderr = call("scripts.make_tables", "--results", results.path, "--strict")
     assert code == 1 and stderr.startswith("left out: roberta/tiny-encoder_cola_lora_seed1/record.json")
     data = pd.read_csv(results.path / "tables" / "glue.csv").query("task == 'cola' and method == 'control'")
@@ -287,6 +291,7 @@ def test_the_command_writes_everything_and_says_what_it_left_out(results, call):
     assert ours["runs"].split() == [f"roberta/roberta-base_cola_control_seed{n}/record.json" for n in (1, 2)]
     assert (float(paper["best"]), paper["best status"]) == (65.32, "exact")
     tables = {f"tables/{table.name}.{kind}" for table in all_tables(load(results.path)[0], PAPER) for kind in ("md", "csv")}
+    assert not stale.exists() and own.exists()
     assert len(tables) == 2 * 17 and tables | {"claims.md", "report.html"} <= files(results.path).keys()
 
 

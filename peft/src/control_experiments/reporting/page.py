@@ -132,8 +132,8 @@ def inline(text: object) -> Markup:
 
 
 def write_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
-    """Write the pictures that READMEs show as PNG."""
-    written = {}
+    """Write the pictures that READMEs show as PNG, and remove earlier ones whose records are gone."""
+    written: dict[str, Path] = {}
     for kind, _, title, figure in drawn:
         if kind in SHOWN:
             # llama3-8b, 4 x 1024 tokens, NVIDIA H100 80GB HBM3, torch 2.11 -> llama3-8b_4x1024_h100
@@ -142,4 +142,6 @@ def write_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
             if name in written:  # of another torch, or another's
                 name = f"{kind}_" + re.sub(r"[^a-z0-9.]+", "_", title.lower())
             written[name] = pictures.save(figure, folder / f"{name}.png")
+    for path in {path for kind in SHOWN for path in folder.glob(f"{kind}_*.png")} - {*written.values()}:
+        path.unlink()
     return list(written.values())
