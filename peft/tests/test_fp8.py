@@ -315,6 +315,18 @@ class TestOnGpu:
         for (found, scale), (expected, expected_scale) in zip(pairs("cuda"), pairs("cpu")):
             assert relative(found.cpu().double() * scale.cpu(), expected.double() * expected_scale) < 2e-3  # exp's last bit
 
+    @pytest.mark.parametrize("dtype", fp8.FORMATS.values())
+    @pytest.mark.parametrize("classes", [1000, 128256])
+    def test_rows_of_cross_entropy(self, classes, dtype):
+        logits, labels = random(67, classes, spread=1).bfloat16(), torch.arange(67) * 14
+        logits[5, 7], labels[9], columns = math.nan, -1, 2.0 ** torch.randint(-9, 3, (classes,))
+        expected, (q, scale) = kernels.cross_entropy_rows(logits.clone(), labels, dtype, columns)
+        found, (rows, factors) = kernels.cross_entropy_rows(logits.cuda(), labels.cuda(), dtype, columns.cuda())
+        torch.testing.assert_close(found.cpu(), expected, equal_nan=True)
+        one, two = (part[0].double() * part[1].double() for part in ((rows.cpu(), factors.cpu()), (q, scale)))
+        assert torch.equal(one.isnan().any(1), two.isnan().any(1)) and two[5].isnan().all() and not one[9].any()
+        assert relative(one.nan_to_num(), two.nan_to_num()) < 2e-3  # exp's last bit
+
     @pytest.mark.parametrize("gradients", fp8.FORMATS)
     @pytest.mark.parametrize("rows", [1, 15, 512])
     def test_products(self, rows, gradients):
@@ -352,6 +364,16 @@ for width in (96, 1408, 17000):
     for (q, scale), (other, other_scale) in zip(*both):
         one, two = q.float() * scale, other.float() * other_scale
         assert ((one - two).abs() <= one.abs() / 8 + scale).float().mean() > 0.9
+
+torch.manual_seed(0)
+for width in (96, 17000):
+    logits, labels, both = torch.randn(3, width).bfloat16(), torch.tensor([2, -1, 95]), []
+    columns = torch.exp2(torch.randint(-9, -5, (width,)).float())
+    for kernels.uses_kernels in (lambda x: False, lambda x: True):
+        both.append(kernels.cross_entropy_rows(logits.clone(), labels, torch.float8_e4m3fn, columns))
+    (losses, (q, scale)), (other_losses, (other, other_scale)) = both
+    assert torch.allclose(losses, other_losses) and torch.equal(scale, other_scale)
+    assert (q.float() == other.float()).float().mean() > 0.75
 
 kernels._use_triton = fp8_kernels.uses_kernels = kernels.uses_kernels
 for width in (96, 1408):

@@ -252,7 +252,7 @@ def cross_entropy_(logits, labels):
     if _use_triton(logits):
         loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
         _cross_entropy_kernel[(logits.shape[0],)](
-            logits, labels, loss, logits.stride(0), logits.shape[1], BLOCK=16384,
+            logits, labels, loss, None, None, None, logits.stride(0), logits.shape[1], EXPONENT=None, BLOCK=16384,
             num_warps=16 if torch.version.hip else 32,
         )  # fmt: skip
         return loss
@@ -264,6 +264,20 @@ def cross_entropy_(logits, labels):
     gradient.scatter_add_(1, labels, gradient.new_full((len(labels), 1), -1.0))
     logits.copy_(gradient.masked_fill_(~counts[:, None], 0.0))
     return loss.masked_fill_(~counts, 0.0)
+
+
+def cross_entropy_rows(logits, labels, dtype, columns):
+    """Each row's loss, and the rows of :func:`cross_entropy_`'s gradient, multiplied by ``columns`` and quantized to ``dtype``.
+    ``logits`` may be overwritten."""
+    if not uses_kernels(logits):
+        return cross_entropy_(logits, labels), quantize_rows(logits, dtype, columns)
+    q, scale = empty_rows(logits, logits.shape[1], dtype)
+    loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    _cross_entropy_kernel[(len(logits),)](
+        logits, labels, loss, columns, q, scale, logits.stride(0), logits.shape[1], EXPONENT=exponent_of(dtype), BLOCK=16384,
+        num_warps=32,
+    )  # fmt: skip
+    return loss, (q, scale)
 
 
 # -- Triton -----------------------------------------------------------------------------------------------------
@@ -466,7 +480,9 @@ if triton is not None:
         tl.store(target + HALF, second * c + first * s, mask=mask)
 
     @triton.jit
-    def _cross_entropy_kernel(logits, labels, loss, stride, classes, BLOCK: tl.constexpr):
+    def _cross_entropy_kernel(
+        logits, labels, loss, columns, q, scale, stride, classes, EXPONENT: tl.constexpr, BLOCK: tl.constexpr
+    ):
         row = tl.program_id(0).to(tl.int64)
         label = tl.load(labels + row)
         logits += row * stride
@@ -484,9 +500,29 @@ if triton is not None:
         counts = label >= 0
         of_label = tl.load(logits + tl.maximum(label, 0)).to(tl.float32)
         tl.store(loss + row, tl.where(counts, log_sum - of_label, 0.0))
-        tl.debug_barrier()  # the label's logit is read before any thread overwrites it
-        for start in range(0, classes, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            value = tl.load(logits + column, mask=column < classes, other=-float("inf")).to(tl.float32)
-            gradient = tl.exp(value - log_sum) - tl.where(column == label, 1.0, 0.0)
-            tl.store(logits + column, tl.where(counts, gradient, 0.0), mask=column < classes)
+        if EXPONENT is not None:  # to FP8: the row's largest first, then its numbers, which are computed again
+            lanes = tl.zeros((BLOCK,), dtype=tl.float32)
+            for start in range(0, classes, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                lanes = tl.maximum(lanes, magnitude(_of_class(logits, columns, column, classes, label, log_sum)))
+            factor = factor_of(tl.max(lanes), scale + row, EXPONENT)
+            for start in range(0, classes, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                value = _of_class(logits, columns, column, classes, label, log_sum) * factor
+                tl.store(q + row * classes + column, value.to(q.dtype.element_ty), mask=column < classes)
+        else:
+            tl.debug_barrier()  # the label's logit is read before any thread overwrites it
+            for start in range(0, classes, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                value = _of_class(logits, None, column, classes, label, log_sum)
+                tl.store(logits + column, value, mask=column < classes)
+
+    @triton.jit
+    def _of_class(logits, columns, column, classes, label, log_sum):
+        """The gradient of some classes' logits; to be quantized, it is rounded to their type and multiplied by ``columns``."""
+        value = tl.load(logits + column, mask=column < classes, other=-float("inf")).to(tl.float32)
+        value = tl.where(label >= 0, tl.exp(value - log_sum) - tl.where(column == label, 1.0, 0.0), 0.0)
+        if columns is not None:
+            value = value.to(logits.dtype.element_ty).to(tl.float32)
+            value *= tl.load(columns + column, mask=column < classes, other=0.0)
+        return value
