@@ -21,7 +21,7 @@ ONLY_LEAN = ("qwen3_moe", "gemma2")  # families without hand-written modes
 def build(family):
     base = tiny_models.build(family.removesuffix("-fp8"))
     if family.endswith("-fp8"):
-        quantize_fp8(base)
+        quantize_fp8(base, output_layer=True)
     fields = dict(target_modules=["q_proj", "v_proj"], r=2) if family.startswith("llama") else {}
     return tiny_models.adapted(base, ("attention", "mlp"), dropout=0.0, control_rank=4, **fields)
 

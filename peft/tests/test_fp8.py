@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from control_experiments.errors import UserError
 from control_experiments.training.quantization import check_not_quantized, loading_arguments, quantization_of
 from peft_control import Fp8Config, Fp8Experts, Fp8Linear, fp8, quantize_fp8
-from peft_control.memory import MODES, kernels, set_memory_mode
+from peft_control.memory import MODES, kernels, loss, set_memory_mode
 from peft_control.memory.linear import input_gradient, outputs
 
 E4M3 = torch.float8_e4m3fn
@@ -227,6 +227,114 @@ def test_models_are_quantized_as_they_are_read_and_saved_so(name, dtype, tmp_pat
     assert all(value.dtype == (expected[key].dtype if key in kept else torch.float16) for key, value in state.items())
     last = load(tmp_path / "dense", quantization_config=Fp8Config(keep_last=1.0))
     assert not any(isinstance(module, (Fp8Linear, Fp8Experts)) for module in last.modules())
+
+
+def of_an_output_layer(kind, gradients="e4m3"):
+    """Such a layer, states and labels, of which two count nothing."""
+    labels = torch.arange(13) * 5
+    labels[[3, 12]] = -1
+    return layer(48, 64, gradients=gradients), random(13, 48, seed=1, spread=0.5).to(kind).requires_grad_(), labels
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_an_output_layers_loss_is_within_e4m3s_rounding(kind):
+    """The logits' errors are those of a product, above: a loss moves by at most twice their largest. The gradient, against
+    float64 from the same logits and the stored weight, has dy's rounding, after that to its type, and the output's."""
+    head, hidden, labels = of_an_output_layer(kind)
+    hidden.data.mul_(0.1)  # logits of ordinary sizes
+    w, x, scale = head.dequantize().double(), hidden.detach().double(), head.weight_scale.double().view(1, -1)
+    exact = (x @ w.t() + head.bias.double()).requires_grad_()
+    moved = error(x, fp8.quantize_rows(hidden.detach())[1]) @ w.abs().t()
+    moved = moved + 2**-8 * (exact.abs() + moved)
+    every = torch.nn.functional.cross_entropy(exact, labels, ignore_index=-1, reduction="none")
+    found = loss.LinearCrossEntropy.apply(hidden, labels, head, 5, None)
+    assert 0 < (found - every.sum()).abs() <= (2 * moved.amax(1))[labels >= 0].sum()
+    (gradient,) = torch.autograd.grad(found, hidden)
+    dy = head(hidden).detach().double()
+    kernels.cross_entropy_(dy, labels)
+    folded = dy * scale
+    e_dy = error(folded, fp8.quantize_rows(folded.float())[1]) / scale + 2**-7 * dy.abs()
+    bound = e_dy @ w.abs()
+    assert ((gradient - dy @ w).abs() <= bound + 2**-7 * ((dy @ w).abs() + bound)).all()
+    assert 1e-3 < relative(gradient, dy @ w) < 0.06
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradients", fp8.FORMATS)
+def test_an_output_layers_loss_is_that_of_its_forward_and_input_gradient(gradients, kind, softcap, request, monkeypatch):
+    """In chunks too, of all rows or some, with weights or without; the weight is transposed once, whatever the chunks."""
+    head, hidden, labels = of_an_output_layer(kind, gradients)
+    weights, some = torch.rand(13), torch.tensor([7, 0, 2, 3, 9])
+    logits, slope = head(hidden).detach(), 1.0
+    if softcap is not None:
+        part = torch.tanh(logits / softcap)
+        slope, logits = 1 - part.square(), part * softcap
+    losses = kernels.cross_entropy_(logits, labels)
+    expected = head.input_gradient(logits * slope)
+    turn = Mock(wraps=fp8.transposed)
+    monkeypatch.setattr(loss, "transposed", turn)
+
+    def check():
+        for chunk in (1, 5, 13):
+            for factors in (None, weights):
+                for rows in (None, some):
+                    turn.reset_mock()
+                    found = loss.LinearCrossEntropy.apply(hidden, labels, head, chunk, softcap, factors, rows)
+                    (gradient,) = torch.autograd.grad(found, hidden)
+                    factor = (torch.ones(13) if factors is None else factors)[slice(None) if rows is None else rows]
+                    torch.testing.assert_close(found, (losses[slice(None) if rows is None else rows] * factor).sum())
+                    wanted = torch.zeros_like(hidden) if rows is not None else torch.empty_like(hidden)
+                    at = slice(None) if rows is None else rows
+                    wanted[at] = (expected[at] if factors is None else expected[at] * factor[:, None]).to(kind)
+                    assert torch.equal(gradient, wanted) and turn.call_count == 1
+
+    check()
+    calls = request.getfixturevalue("on_kernels")
+    check()
+    assert {(48, 64), (64, 48)} == {call[3:] for call in calls}
+
+
+def test_an_output_layer_in_fp8_trains_in_every_mode_and_answers():
+    base = quantize_fp8(build("llama"), output_layer=True)
+    assert isinstance(base.lm_head, Fp8Linear)
+    model, ids = adapted(base), torch.randint(3, 61, (2, 17))
+    # 32 labels count: rows of dy that are divided by a power of two are rounded alike
+    inputs = {"input_ids": ids, "labels": ids}
+    assert_as_plain(model, inputs, *MODES[1:], tolerance=1e-2, chunk_tokens=8)
+    model.eval()
+    with torch.no_grad():
+        states = model.get_base_model().model(input_ids=ids).last_hidden_state
+        assert torch.equal(model(input_ids=ids).logits, base.lm_head(states))
+    assert model.generate(input_ids=ids[:, :4], max_new_tokens=3, do_sample=False).shape == (2, 7)
+
+
+def test_an_output_layer_is_in_fp8_only_if_asked_for(tmp_path):
+    lora = LoraConfig(target_modules=["lm_head"])
+    model = get_peft_model(build("llama"), lora)
+    assert type(quantize_fp8(model).get_output_embeddings().base_layer) is torch.nn.Linear
+    assert type(quantize_fp8(model, output_layer=True).get_output_embeddings().base_layer) is Fp8Linear
+    load = AutoModelForCausalLM.from_pretrained
+    build("llama").save_pretrained(tmp_path / "dense")
+    model = load(tmp_path / "dense", quantization_config=Fp8Config(output_layer=True))
+    model.save_pretrained(tmp_path / "stored")
+    expected = quantize_fp8(build("llama"), output_layer=True).state_dict()
+    assert expected["lm_head.weight"].dtype == torch.uint8
+    for found in (model, load(tmp_path / "stored")):
+        assert_equal(found.state_dict(), expected)
+        assert not any(parameter.requires_grad for parameter in found.lm_head.parameters())
+    tied = build("llama", tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied")
+    trained = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    for refused, message in (
+        (lambda: quantize_fp8(tied, output_layer=True), "output layer is its embedding"),
+        (lambda: load(tmp_path / "tied", quantization_config=Fp8Config(output_layer=True)), "output layer is its embedding"),
+        (lambda: quantize_fp8(trained, output_layer=True), "an nn.Linear and stays frozen"),
+        (lambda: quantize_fp8(build("vit"), output_layer=True), "an nn.Linear and stays frozen"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    assert not any(isinstance(module, Fp8Linear) for module in (*tied.modules(), *trained.modules()))
 
 
 @pytest.mark.parametrize("block", [(16, 32), None])

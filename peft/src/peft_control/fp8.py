@@ -133,9 +133,11 @@ class Fp8Linear(InFp8, nn.Linear):
         """The gradient ``(rows, in)`` of the layer's input for its output's ``(rows, out)``, in the same type."""
         return _input_gradient(dy, self.weight, self.weight_scale, self.gradients)
 
-    def gradient_of_rows(self, rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The same for rows of dy that were multiplied by :attr:`weight_scale`, then quantized."""
-        return _product(rows, scales, self.weight, None, None, dtype)
+    def gradient_of_rows(self, rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, turned=None) -> torch.Tensor:
+        """The same for rows of dy that were multiplied by :attr:`weight_scale`, then quantized. ``turned`` is the weight
+        :func:`transposed`, which several parts of dy can share."""
+        weight, ones = (self.weight, None) if turned is None else (turned[0].t(), turned[1])
+        return _product(rows, scales, weight, ones, None, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # both weights as arguments: autograd saves them; the views outside: an output may be changed in place
@@ -170,20 +172,22 @@ def _input_gradient(dy, weight, weight_scale, gradients):
 # -- models -----------------------------------------------------------------------------------------------------
 
 
-def quantize_fp8(model: nn.Module, keep_last: float = 0.0, gradients: str = "e4m3") -> nn.Module:
+def quantize_fp8(model: nn.Module, keep_last: float = 0.0, gradients: str = "e4m3", output_layer: bool = False) -> nn.Module:
     """Replace the frozen linear layers of the transformer layers by :class:`Fp8Linear` and their experts by
     :class:`Fp8Experts`, one after the other, in place.
 
     Embeddings, norms, routers, heads and everything of an adapter stay as they are; below LoRA the linear layer that it adapts
-    is replaced, the experts that it adapts are not.
+    is replaced, the experts that it adapts are not. Of heads a language model's output layer is replaced if asked for.
 
     Args:
         model: of an architecture that Control knows, with an adapter or before it gets one.
         keep_last: share of the transformer layers, the last ones, that stay as they are.
         gradients: format of the rows of the output's gradient, "e4m3" or "e5m2" (two bits of fraction, for a wide range).
+        output_layer: whether a language model's output layer is replaced too. Logits, so losses as well, are then rounded.
 
     Raises:
-        ValueError: a value is out of its range, or no layer is found.
+        ValueError: a value is out of its range, no layer is found, or the output layer is to be replaced and is trained, no
+            ``nn.Linear``, or one with the embedding, which reads its rows. The model is then as it was.
     """
     if not 0 <= keep_last <= 1 or gradients not in FORMATS:
         raise ValueError(
@@ -192,10 +196,12 @@ def quantize_fp8(model: nn.Module, keep_last: float = 0.0, gradients: str = "e4m
     layers = [layer for layer, _ in find_layers(model).values()]
     if not any(isinstance(module, nn.Linear) or is_experts(module) for layer in layers for module in layer.modules()):
         raise ValueError(f"{type(layers[0]).__name__} has no nn.Linear and no experts, which is what FP8 replaces")
+    places = [_output_layer(model)] if output_layer else []
     for layer in layers[: len(layers) - round(keep_last * len(layers))]:
-        for parent, name in list(_replaced(layer)):
-            child = parent._modules[name]
-            parent._modules[name] = Fp8Experts.of(child) if is_experts(child) else Fp8Linear.of(child, gradients)
+        places += _replaced(layer)
+    for parent, name in places:
+        child = parent._modules[name]
+        parent._modules[name] = Fp8Experts.of(child) if is_experts(child) else Fp8Linear.of(child, gradients)
     return model
 
 
@@ -214,13 +220,25 @@ def _replaced(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             yield from _replaced(child)
 
 
+def _output_layer(model):
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = head.base_layer if isinstance(head, BaseTunerLayer) else head
+    place = next(((parent, name) for parent, name in _replaced(model) if parent._modules[name] is head), None)
+    if place is None:
+        raise ValueError("output_layer=True needs an output layer that is an nn.Linear and stays frozen")
+    tied = head.weight is getattr(model.get_input_embeddings(), "weight", None)
+    if tied or getattr(model.config, "tie_word_embeddings", False):  # while a model is read, its weights are not tied yet
+        raise ValueError("this model's output layer is its embedding, which FP8 leaves as it is: leave output_layer=True out")
+    return place
+
+
 @register_quantization_config(METHOD)
 class Fp8Config(QuantizationConfigMixin):
     """``from_pretrained(..., quantization_config=Fp8Config())`` quantizes each weight as it is read: the model in 16 bits
     need never fit. Arguments are those of :func:`quantize_fp8`."""
 
-    def __init__(self, keep_last: float = 0.0, gradients: str = "e4m3", **_):
-        self.keep_last, self.gradients, self.quant_method = keep_last, gradients, METHOD
+    def __init__(self, keep_last: float = 0.0, gradients: str = "e4m3", output_layer: bool = False, **_):
+        self.keep_last, self.gradients, self.output_layer, self.quant_method = keep_last, gradients, output_layer, METHOD
 
 
 @register_quantizer(METHOD)
@@ -242,7 +260,8 @@ class Fp8Quantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        quantize_fp8(model, self.quantization_config.keep_last, self.quantization_config.gradients)
+        config = self.quantization_config
+        quantize_fp8(model, config.keep_last, config.gradients, config.output_layer)
         if not self.pre_quantized:
             for module in _in_fp8(model):  # transformers 5.17 casts to this type before it quantizes
                 for name in module.stored:

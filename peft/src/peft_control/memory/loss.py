@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..fp8_kernels import compute_dtype
+from ..fp8 import FORMATS, Fp8Linear
+from ..fp8_kernels import compute_dtype, quantize_rows, transposed
 from . import kernels
 from .exact import is_as_written
 from .graphs import StepGraphs
@@ -23,7 +24,7 @@ from .linear import dense_weight, is_known_linear
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum over tokens of the cross entropy of ``head(hidden)``, for a frozen head.
+    """Sum over tokens of the cross entropy of ``head(hidden)``, for a frozen head, which may be in FP8.
 
     The gradient of ``hidden`` is made along with the loss, chunk by chunk, and only scaled in the backward.
 
@@ -42,27 +43,34 @@ class LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         dtype = compute_dtype(hidden)  # under autocast narrower than the states
-        weight, bias = dense_weight(head, dtype), None if head.bias is None else head.bias.to(dtype)
+        in_fp8 = isinstance(head, Fp8Linear)
+        weight = head.weight if in_fp8 else dense_weight(head, dtype)
+        bias = None if head.bias is None else head.bias.to(dtype)
         gradient = None
         if ctx.needs_input_grad[0]:
             gradient = torch.empty_like(hidden) if rows is None else torch.zeros_like(hidden)
+            turned = transposed(weight) if in_fp8 else None  # once for all chunks
         for start in range(0, len(hidden if rows is None else rows), chunk):
             part = slice(start, start + chunk)
             part = part if rows is None else rows[part]
-            logits = F.linear(hidden[part].to(dtype), weight, bias)
+            state = hidden[part].to(dtype)
+            logits = head.of_rows(*quantize_rows(state), dtype) if in_fp8 else F.linear(state, weight, bias)
             if softcap is not None:
                 logits = torch.tanh(logits / softcap)
                 slope = (1 - logits.square()).masked_fill_(labels[part, None] < 0, 0.0)
                 logits = logits * softcap
-            losses = kernels.cross_entropy_(logits, labels[part])
+            if in_fp8 and softcap is None:
+                losses, dlogits = kernels.cross_entropy_rows(logits, labels[part], FORMATS[head.gradients], head.weight_scale)
+            else:
+                losses = kernels.cross_entropy_(logits, labels[part])
+                logits = logits if softcap is None else logits.mul_(slope)
+                dlogits = quantize_rows(logits, FORMATS[head.gradients], head.weight_scale) if in_fp8 else (logits,)
             total += losses.sum() if weights is None else (losses * weights[part]).sum()
-            if softcap is not None:
-                logits *= slope
             if gradient is not None:
-                found = logits @ weight
+                found = head.gradient_of_rows(*dlogits, dtype, turned) if in_fp8 else logits @ weight
                 found = found if weights is None else found * weights[part, None]
                 gradient[part] = found.to(gradient.dtype)  # by numbers torch converts nothing
-            del logits  # before the next chunk's are made
+            del logits, dlogits  # before the next chunk's are made
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
