@@ -24,7 +24,7 @@ A method is NAME[+SWITCH...][+BASE][:MODE], with the ranks and targets of the pa
   SWITCH  liger, unsloth, checkpointing, compile, graphs (CUDA graphs of the step), eager (attention), uncast (without
           peft's float32 copies of LoRA's inputs, as LlaMA/finetune.py trains), streamed (the layers' frozen weights wait
           on the host, two layers lie on the GPU), streamed3 (three layers), onboard (lean's states stay on the GPU),
-          fp8states (they wait on the host in FP8)
+          fp8states (they wait on the host in FP8), fp8head (the output layer is in FP8 too)
   BASE    fp32, bf16, fp16, nf4, fp4, int8 or fp8: how the frozen weights are stored; else LLaMA bf16, the others fp32
   MODE    plain, fast, balanced or lean, for methods with a control (see peft_control.memory)
 By default those run that suit the shape. Unsloth, for lora and lora-all, only loads models from folders, so one is

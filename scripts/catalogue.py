@@ -73,11 +73,11 @@ LONGEST = 1 << 20  # tokens: where searches for the longest sequence end
 NAMES = ("lora", "lora-all", "lora-qkv", "lora-experts", "lora-fa", "dora", "miss", "shadow", "control", "control+lora", "control+dora")  # fmt: skip
 SWITCHES = (
     "liger", "unsloth", "checkpointing", "compile", "graphs", "uncast", "eager", "streamed", "streamed3", "onboard",
-    "fp8states",
+    "fp8states", "fp8head",
 )  # fmt: skip
 MODES = ("plain", "fast", "balanced", "lean")
 #: Switches and names that need a LLaMA shape.
-OF_LLAMA = ("liger", "unsloth", "compile", "lora-qkv", "shadow")
+OF_LLAMA = ("liger", "unsloth", "compile", "fp8head", "lora-qkv", "shadow")
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,9 @@ class Method:
             "bitsandbytes leaves experts, 3-D tensors, in 16 bits: take fp8": shape in MOE_SHAPES and by_bitsandbytes,
             "experts in FP8 take no LoRA on their weights": self.name == "lora-experts" and self.base == "fp8",
             "bitsandbytes' bases are for text models": shape in VISION_SHAPES and by_bitsandbytes,
+            "fp8head is for base fp8": "fp8head" in self.switches and self.base != "fp8",
+            f"{shape}'s output layer is its embedding, which FP8 leaves as it is":
+                "fp8head" in self.switches and "tie_word_embeddings" in LLAMA_SHAPES.get(shape, {}),
             "CUDA graphs need a GPU": "graphs" in self.switches and device == "cpu",
         })  # fmt: skip
         check_method_runs(self.name, self.base or "none", device)

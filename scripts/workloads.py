@@ -67,7 +67,7 @@ def random_base(shape: str, method: Method, device: str, compute: torch.dtype) -
 
     def store(model: nn.Module) -> None:
         if method.base == "fp8":
-            quantize_fp8(model)
+            quantize_fp8(model, output_layer="fp8head" in method.switches)
         elif quantized:
             quantize(model, method.base, settings["quantization_config"], torch.device(device))
 

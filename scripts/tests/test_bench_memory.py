@@ -17,6 +17,7 @@ from control_experiments.reporting.tables import make_table
 from control_experiments.training import benchmarking
 from control_experiments.training import device as devices
 from control_experiments.training.quantization import loading_arguments
+from peft_control import Fp8Linear
 from peft_control.memory import streaming
 from scripts import bench_memory, measuring, workloads
 from scripts.catalogue import LONGEST, Setting, parse_method
@@ -110,6 +111,17 @@ def test_shadow_trains_a_small_model_beside_the_base():
     work = build(Setting("tiny", "cpu", 1, 8), parse_method("shadow"))
     assert work.step().item() > work.step().item()
     assert sum(parameter.numel() for parameter in work.trained) > 2 * 64 * 64
+
+
+def test_fp8head_stores_the_output_layer_in_fp8():
+    found = {
+        text: build(Setting("tiny", "cpu", 2, 16), parse_method(text))
+        for text in ("control+fp8:fast", "control+fp8head+fp8:fast")
+    }
+    kinds = [type(work.model.get_output_embeddings()) for work in found.values()]
+    assert kinds == [torch.nn.Linear, Fp8Linear]
+    one, two = (work.step().item() for work in found.values())
+    assert one != two == pytest.approx(one, rel=1e-2)
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-moe"])
@@ -273,6 +285,8 @@ def test_by_default_the_shapes_methods_run(shape, tokens, device, monkeypatch):
         (("--methods", "control+streamed:fast"), "weights are not streamed with"),
         (("--methods", "lora+unsloth"), "unsloth is not installed"),
         (("--methods", "control+fp8states:balanced"), "fp8states is for mode lean"),
+        (("--methods", "control+fp8head+nf4"), "fp8head is for base fp8"),
+        (("--shape", "smollm2", "--methods", "control+fp8head+fp8"), "smollm2's output layer is its embedding"),
         (("--shape", "vit-b16", "--methods", "lora+liger"), "no switches but checkpointing"),
         (("--shape", "vit-b16", "--methods", "lora+nf4"), "for text models"),
         (("--shape", "tiny-vit", "--tokens", 8), "tiny-vit has 101 tokens"),
