@@ -289,3 +289,10 @@ def test_the_overview_has_a_row_for_each_domain_unless_runs_must_not_be_mixed(re
     assert set(table.quality[1:]) == {"**not tested**"}
     results.roberta("lora", 5, 0.1, device="Other GPU")
     assert claim(results, "roberta-quality").verdict == "not tested"
+
+
+def test_the_overview_gives_the_times_that_were_repeated_if_there_are_such(results):
+    steps(1, tokens=256, lora=(0.4, 20.0), **{"control:plain": (0.1, 10.0)})(results)
+    assert "-75 %, 1 of 3 repeats" in overview(judge(load(results.path)[0], PAPER)).time[2]
+    steps(3, **PLAIN)(results)
+    assert overview(judge(load(results.path)[0], PAPER)).time[2].startswith("**[supported](#llama-shape-time)**: -25 %")

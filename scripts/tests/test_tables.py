@@ -259,6 +259,13 @@ def test_a_run_under_other_conditions_is_not_mixed_in(results, change):
     assert any(told in problem for problem in problems(results))
 
 
+def test_shadow_alone_may_attend_with_dense_masks(results):
+    for method, attention in (("lora", "packed_varlen"), ("control", "packed_varlen"), ("shadow", "sdpa"), ("miss", "sdpa")):
+        results.llama(method, 1, 50.0, attention=attention)
+    (message,) = problems(results)
+    assert "miss-seed1" in message and "attention sdpa, the others of its comparison with packed_varlen" in message
+
+
 def test_a_resumed_run_keeps_its_score_but_not_its_cost(results):
     path = results.roberta("control", 1, 0.6, resumed=10)
     line = row(results, "glue", "tiny-encoder", method="control")

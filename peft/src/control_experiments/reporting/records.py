@@ -218,6 +218,8 @@ def _conditions(record: RunRecord, evaluation: RunRecord | None) -> tuple[dict[s
     settled = {name: str(value) for name, value in record.hyperparameters.items()}
     own = {name: value for name, value in settled.items() if name.startswith(methods_own)}
     shared = {name: value for name, value in settled.items() if name not in (*own, *_NEUTRAL)}
+    if record.method == "shadow":  # its own network reads dense masks, so no other kernel of attention can run it
+        shared.pop("attention", None)
     for name, what in (("model", record.model), ("data", record.data)):
         shared[name] = str(what.get("sha256") or what.get("revision"))[:12]
     asked = shared if llama else {}  # zero-shot: nothing of it is training
