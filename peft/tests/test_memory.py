@@ -91,11 +91,13 @@ def count_calls(names, patch):
 
 @pytest.fixture
 def large_layers(monkeypatch, request):
-    """With the parameter "all" of `offload`, layers count as large enough to hide all copies; with "long", rows as long enough
-    to be worked by groups of heads."""
+    """With the parameter "all" of `offload`, layers count as large enough to hide all copies; with it or True attention's
+    backward takes one sequence at a time; with "long", rows count as long enough to be worked by groups of heads."""
     offload = request.node.callspec.params.get("offload")
     if offload == "all":
         monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", 0)
+    if offload in (True, "all"):
+        monkeypatch.setattr(memory.attention, "_TOGETHER", 1)
     if str(offload).startswith("long"):
         monkeypatch.setattr(memory.long, "FROM_TOKENS", 1)
 

@@ -16,6 +16,9 @@ from .exact import Parameters
 from .linear import input_gradient, is_frozen_linear, outputs, outputs_of_normal
 from .mlp import tokens
 
+#: So many tokens fill a GPU in attention's backward, which needs six states of memory beside what it is given and gives.
+_TOGETHER = 2048
+
 
 class RmsNorm(torch.autograd.Function):
     """RMSNorm with a frozen weight, and its state handed on: keeps the state, which is kept anyway, and one number per
@@ -144,7 +147,18 @@ class DecoderAttention:
         return [*kernels.rope(query, key, *position_embeddings), value], rstd
 
     def _attend_gradients(self, heads, dmixed, attention_mask=None, position_embeddings=None, **named):
-        """The gradients of queries, keys and values, which leave the list ``heads``."""
+        """The gradients of queries, keys and values, which leave the list ``heads``. Where a few sequences have tokens enough,
+        they take the place of queries, keys and values, sequences by sequences."""
+        batch, length = heads[0].shape[:2]
+        few = max(1, _TOGETHER // length)
+        if few < batch and (attention_mask is None or isinstance(attention_mask, torch.Tensor)):
+            dmixed = dmixed.view(batch, length, -1)
+            for rows in (slice(start, start + few) for start in range(0, batch, few)):
+                mask, *more = (_rows(x, rows, batch) for x in (attention_mask, *named.values()))
+                part = [x[rows].detach() for x in heads]
+                for x, gradient in zip(heads, self._attend_gradients(part, dmixed[rows], mask, **dict(zip(named, more)))):
+                    x[rows] = gradient
+            return heads
         query, key, value = leaves = [tensor.requires_grad_() for tensor in heads]
         heads.clear()
         mixed = attend(self.attention, query, key, value, attention_mask, **named)
@@ -181,6 +195,11 @@ class DecoderAttention:
         if keep is not None:
             keep(*((query, key, value) if self.simple else ()))
         return attend(attention, query, key, value, attention_mask, **named), state
+
+
+def _rows(x, rows, batch):
+    """Some rows of what has one for each sequence."""
+    return x[rows] if isinstance(x, torch.Tensor) and x.ndim and len(x) == batch else x
 
 
 def attend(attention, query, key, value, attention_mask, **named):
