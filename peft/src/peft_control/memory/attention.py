@@ -199,7 +199,7 @@ class DecoderAttention:
 
 def _rows(x, rows, batch):
     """Some rows of what has one for each sequence."""
-    return x[rows] if isinstance(x, torch.Tensor) and x.ndim and len(x) == batch else x
+    return x[rows] if isinstance(x, torch.Tensor) and x.ndim > 1 and len(x) == batch else x
 
 
 def attend(attention, query, key, value, attention_mask, **named):
