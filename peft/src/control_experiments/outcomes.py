@@ -22,20 +22,29 @@ from scipy.stats import rankdata
 FILE = "outcomes.npz"
 
 
-def _f1(prediction: np.ndarray, label: np.ndarray) -> float:
-    return 2 * np.sum(prediction * label) / max(np.sum(prediction) + np.sum(label), 1)
+def _f1(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
+    found = np.sum(prediction, axis=-1) + np.sum(label, axis=-1)
+    return 2 * np.sum(prediction * label, axis=-1) / np.maximum(found, 1)
 
 
-def _correlation(prediction: np.ndarray, label: np.ndarray) -> float:
-    constant = np.ptp(prediction) == 0 or np.ptp(label) == 0
-    return 0.0 if constant else float(np.corrcoef(prediction, label)[0, 1])
+def _correlation(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Pearson's, and 0 where one of the two is constant."""
+    p, y = (x - np.mean(x, axis=-1, keepdims=True) for x in (prediction, label))
+    varies = (np.ptp(prediction, axis=-1) > 0) & (np.ptp(label, axis=-1) > 0)
+    size = np.sqrt(np.sum(p * p, axis=-1) * np.sum(y * y, axis=-1))
+    return np.where(varies, np.sum(p * y, axis=-1) / np.where(varies, size, 1.0), 0.0)
 
 
-#: Metric -> (predictions, labels) -> score, 1 at best. Matthews correlation of two classes is Pearson's of their numbers.
+def _ranks(x: np.ndarray) -> np.ndarray:
+    return rankdata(x, axis=-1)
+
+
+#: Metric -> (predictions, labels), along the last axis -> score, 1 at best. Matthews correlation of two classes is Pearson's of
+#: their numbers.
 METRICS = {
     "matthews": _correlation,
-    "accuracy and F1": lambda p, y: (np.mean(p == y) + _f1(p, y)) / 2,
-    "Pearson and Spearman": lambda p, y: (_correlation(p, y) + _correlation(rankdata(p), rankdata(y))) / 2,
+    "accuracy and F1": lambda p, y: (np.mean(p == y, axis=-1) + _f1(p, y)) / 2,
+    "Pearson and Spearman": lambda p, y: (_correlation(p, y) + _correlation(_ranks(p), _ranks(y))) / 2,
 }
 
 

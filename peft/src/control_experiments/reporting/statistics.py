@@ -31,6 +31,7 @@ CONFIDENCE = 0.95
 MARGIN = 1.0  # points: control "loses no quality" if its score is at most this much below the baseline's
 REPEATS = 3  # of a time, before it decides anything
 RESAMPLES = 1000
+_DRAWN = 1 << 21  # examples at once, so that memory is small
 MOST_SEEDS = 100  # more than anybody will run
 
 
@@ -204,17 +205,22 @@ def example_variance(pairs: Sequence[tuple[Path, Path]]) -> float | None:
     found = [read_outcomes(folder) for pair in pairs for folder in pair]
     if not found or any(one is None or not one.index.equals(found[0].index) for one in found):
         return None
-    correct = "correct" in found[0]
-    names, metric = (["correct"], np.mean) if correct else (["prediction", "label"], METRICS[found[0].metric.iloc[0]])
+    names = ["correct"] if "correct" in found[0] else ["prediction", "label"]
+    metric = None if "correct" in found[0] else METRICS[found[0].metric.iloc[0]]
 
-    def score(*arrays: np.ndarray) -> float:
-        """Control minus baseline, in points; runs take turns, each with one array for each name."""
-        scores = [metric(*arrays[at : at + len(names)]) for at in range(0, len(arrays), len(names))]
-        return 100 * (np.mean(scores[0::2]) - np.mean(scores[1::2]))
+    def score(*arrays: np.ndarray, axis: int) -> np.ndarray:
+        """Control minus baseline; runs take turns, each with one array for each name."""
+        scores = [metric(*arrays[at : at + 2]) for at in range(0, len(arrays), 2)]
+        return np.mean(scores[0::2], axis=0) - np.mean(scores[1::2], axis=0)
 
     variances = []
     for group in found[0].index.unique("group"):
         columns = [one.loc[group][name].to_numpy() for one in found for name in names]
-        how = {"n_resamples": RESAMPLES, "method": "percentile", "rng": np.random.default_rng(0)}
-        variances.append(stats.bootstrap(columns, score, vectorized=False, paired=True, **how).standard_error ** 2)
+        if not metric:  # a difference of means is the mean of differences
+            columns = [np.mean(columns[0::2], axis=0) - np.mean(columns[1::2], axis=0)]
+        drawn = stats.bootstrap(
+            columns, score if metric else np.mean, paired=True, n_resamples=RESAMPLES, batch=max(1, _DRAWN // len(columns[0])),
+            method="percentile", rng=np.random.default_rng(0),
+        )  # fmt: skip
+        variances.append((100 * drawn.standard_error) ** 2)
     return float(np.sum(variances) / len(variances) ** 2)
