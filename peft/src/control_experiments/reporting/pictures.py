@@ -205,13 +205,17 @@ def longest_sequences(rows: pd.DataFrame, published: Mapping[int, float], title:
     alone = ~measured.duplicated("row", keep=False)
     measured = measured[~(alone & measured.duplicated(["card", "longest_tokens"]))]
     dashes = dict(zip(measured.base.unique(), itertools.cycle(("-", "--", ":", "-."))))
+    named: list[tuple[float, float]] = []
     for (row, base), part in measured.groupby(["row", "base"], sort=False):
         look = _look(row) | {"linestyle": dashes[base]} | ({"marker": "X"} if "unsloth" in row else {})
         if len(part) > 1:
             look["label"] = row
         else:
-            point = part[["card", "longest_tokens"]].iloc[0]
-            axes.annotate(row, point, (7, -3), textcoords="offset points", fontsize=8, color=look["color"])
+            card, length = part[["card", "longest_tokens"]].iloc[0]
+            beside = any(where == card and 0.8 < length / other < 1.25 for where, other in named)
+            side = {"xytext": (-7, -3), "ha": "right"} if beside else {"xytext": (7, -3)}
+            named.append((card, length))
+            axes.annotate(row, (card, length), textcoords="offset points", fontsize=8, color=look["color"], **side)
         axes.plot(part.sort_values("card").set_index("card").longest_tokens, markersize=5, linewidth=1.4, **look)
     if len(stopped := rows[rows.ended_by == "--up_to"]):
         axes.plot(stopped.card, 1.15 * stopped.longest_tokens, "^", color="#444", markersize=4, label="no longer one was tried")
