@@ -42,6 +42,8 @@ def draw(frame: pd.DataFrame, paper: Paper, claims: Sequence[Claim] = ()) -> Ite
     domains = modes.groupby("section").domain.first()
     for (whose, section), part in step_means(modes).groupby(["whose", "section"], sort=False):
         points = {row: (means.step_seconds, means.over_static_bytes) for (*_, row), means in part.iterrows()}
+        for row in [row for row in points if "+bf16" in row and row.replace("+bf16", "") in points]:
+            del points[row]  # the same, named for a table of bases
         title = _title(section, whose)
         if len(points) > 2:
             yield "memory", domains[section], title, pictures.memory_against_time(points, title)
