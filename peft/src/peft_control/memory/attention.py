@@ -16,7 +16,7 @@ from .exact import Parameters
 from .linear import input_gradient, is_frozen_linear, outputs, outputs_of_normal
 from .mlp import tokens
 
-#: So many tokens fill a GPU in attention's backward, which needs six states of memory beside what it is given and gives.
+#: With so many tokens attention's backward fills a GPU. Its kernels need several states of memory of their own.
 _TOGETHER = 2048
 
 
