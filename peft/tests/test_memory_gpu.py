@@ -143,8 +143,8 @@ def test_prompts_cost_no_logits():
     ("mode", "offload", "rows"),
     [
         *((mode, False, "") for mode in MODES[1:]),
-        *(("lean", True, rows) for rows in ("", "kept", "long")),
-        *(("lean", False, "long"), ("lean", "fp8", ""), ("balanced", True, "kept")),
+        *(("lean", True, rows) for rows in ("", "kept", "long", "in turns")),
+        *(("lean", False, "long"), ("lean", False, "in turns"), ("lean", "fp8", ""), ("balanced", True, "kept")),
     ],
 )
 def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode, cuda_graphs, offload, rows, monkeypatch):
@@ -153,6 +153,8 @@ def test_float32_adapters_on_a_bf16_base_learn_as_in_plain(mode, cuda_graphs, of
         monkeypatch.setattr(memory, "_PARAMETERS_PER_BYTE", 0)
     if rows == "long":
         monkeypatch.setattr(memory.long, "FROM_TOKENS", 1)
+    if rows == "in turns":
+        monkeypatch.setattr(memory.attention, "_TOGETHER", 1)
     heads = dict(num_attention_heads=8, num_key_value_heads=2)
     config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, vocab_size=32000, **heads)
     build = partial(LlamaForCausalLM, config)
