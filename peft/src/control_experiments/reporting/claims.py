@@ -169,8 +169,8 @@ def _published(paper: Paper, table: str, quantity: str, kinds: list[str]) -> lis
 
 
 def overview(claims: Sequence[Claim]) -> pd.DataFrame:
-    """A row for each domain: quality, memory and time of its control against LoRA. Quality is that on its largest model, with
-    the most seeds, at the most equal numbers of trained parameters."""
+    """Quality, memory and time of each domain's control against LoRA, a row for each form of control. Quality is that on the
+    domain's largest model, with the most seeds, at the most equal numbers of trained parameters."""
 
     def weight(pool: Pool) -> tuple[bool, float, int, float]:
         first = pool.tests[0]
@@ -179,13 +179,24 @@ def overview(claims: Sequence[Claim]) -> pd.DataFrame:
 
     by_name, rows = {claim.name: claim for claim in claims}, []
     for domain, about in SPECIFICATIONS["domains"].items():
-        where, quality, more = f"[{about['title']}](#{domain}-quality)", f"**{NOT_TESTED}**", "two seeds first"
-        if pools := [pool for pool in by_name[f"{domain}-quality"].pools if " against lora" in pool.what]:
-            pool = max(pools, key=weight)
-            where += f", {pool.what.partition(', all')[0]}"
-            quality, more = f"**{pool.verdict}**: {pool.statistic}", rules.more_seeds(pool.tests)
-        rows.append([where, quality, more, *(_costs(by_name, domain, quantity) for quantity in ("memory", "time"))])
+        pools = [pool for pool in by_name[f"{domain}-quality"].pools if " against lora" in pool.what]
+        pools = sorted(pools, key=weight, reverse=True)
+        largest = [pool for pool in pools if weight(pool)[:3] == weight(pools[0])[:3]]
+        for mixed in dict.fromkeys(map(_with_lora, largest)) or [False]:
+            where, quality, more = f"[{about['title']}](#{domain}-quality)", f"**{NOT_TESTED}**", "two seeds first"
+            if pool := next((pool for pool in largest if _with_lora(pool) == mixed), None):
+                section, _, control = pool.what.partition(" against ")[0].partition(", all tasks: ")
+                where += f", {section}: {control.removesuffix(', graphs')}"
+                if abs(pool.tests[0].trained - 1) > 0.05:
+                    where += f" ({pool.tests[0].trained:.2f} of LoRA's parameters)"
+                quality, more = f"**{pool.verdict}**: {pool.statistic}", rules.more_seeds(pool.tests)
+            rows.append([where, quality, more, *(_costs(by_name, domain, quantity, mixed) for quantity in ("memory", "time"))])
     return pd.DataFrame(rows, columns=["control against LoRA", "quality", "more seeds to decide", "memory", "time"])
+
+
+def _with_lora(one: Pool | Test) -> bool:
+    """Whether the control of a comparison has LoRA beside it."""
+    return ": control+lora" in one.what
 
 
 def against_lora(claims: Sequence[Claim]) -> list[Pool]:
@@ -193,11 +204,12 @@ def against_lora(claims: Sequence[Claim]) -> list[Pool]:
     return [pool for claim in claims for pool in claim.pools if " against lora" in pool.what and pool.interval]
 
 
-def _costs(by_name: dict[str, Claim], domain: str, quantity: str) -> str:
+def _costs(by_name: dict[str, Claim], domain: str, quantity: str, mixed: bool) -> str:
     """From the smallest to the largest difference against LoRA of whole trainings, else of steps at true shapes; of memory
     the worst of the repeats, of time what was repeated if anything was."""
     for name in (f"{domain}-{quantity}", f"{domain}-shape-{quantity}"):
-        tests = [test for test in by_name[name].tests if " against lora" in test.what] if name in by_name else []
+        tests = by_name[name].tests if name in by_name else []
+        tests = [test for test in tests if " against lora" in test.what and _with_lora(test) == mixed]
         if quantity == "time":  # what was measured once decides nothing
             tests = [test for test in tests if len(test.pairs) >= REPEATS] or tests
         if tests:

@@ -85,7 +85,8 @@ def _at(axes, values: Sequence[float], **look) -> None:
 
 
 def memory_against_time(points: Mapping[str, tuple[float, float]], title: str) -> Figure:
-    """Method -> (seconds a step, bytes over the weights), with the frontier: the methods that no other beats in both."""
+    """Method -> (seconds a step, bytes over the weights), with the frontier: the methods that no other beats in both. A method in
+    its simplest form has a name, and a variant that no other of the method over the same base beats."""
     axes = _axes(title)
     placed = {label: (1000 * seconds, size / 1e9) for label, (seconds, size) in points.items()}
     ordered = sorted(placed.values())
@@ -97,18 +98,29 @@ def memory_against_time(points: Mapping[str, tuple[float, float]], title: str) -
     axes.margins(x=0.18, y=0.1)  # room for names
     if all(y > 0 for _, y in placed.values()):  # on a CPU they are not measured
         _logarithmic(axes, "{x:g}")
+    kin = {label: (family(label), {"nf4", "fp4", "int8", "fp8"} & {*re.split("[+:]", label)}) for label in placed}
+    beaten = {
+        label
+        for (label, (x, y)), (other, (quicker, leaner)) in itertools.permutations(placed.items(), 2)
+        if kin[label] == kin[other] and quicker <= x and leaner <= y and _variant(label) not in ("plain", _NAMES.get(label))
+    }
     for label, (x, y) in placed.items():
         tip = f"{label}\n{x:.0f} ms a step\n{y:.2f} GB over the weights"
-        axes.plot(x, y, linestyle="", markersize=6, zorder=2, **_look(label, tip))
+        faint = dict(markersize=4, alpha=0.35) if label in beaten else dict(markersize=6)
+        axes.plot(x, y, linestyle="", zorder=2, **faint, **_look(label, tip))
     axes.set_xlim(left=max(axes.get_xlim()[0], 0))  # no time is below it
-    _legend(axes, map(family, placed), Line2D([], [], label="frontier: no other beats these in both", **line), loc="best")
+    told = [Line2D([], [], label="frontier: no other beats these in both", **line)]
+    if beaten:
+        look = dict(color="#9aa1ab", marker="o", markersize=4, linestyle="")
+        told.append(Line2D([], [], label="small: beaten in both by its own kind", **look))
+    _legend(axes, map(family, placed), *told, loc="best")
     FigureCanvasAgg(axes.figure).draw()  # without a layout nobody knows where names collide
-    _name(axes, placed, frontier)
+    _name(axes, placed, [label for label in placed if label not in beaten], frontier)
     return axes.figure
 
 
-def _name(axes, placed: Mapping[str, tuple[float, float]], frontier: list[tuple[float, float]]) -> None:
-    """Write each point's name beside it where it covers nothing, further away with a thin line that crosses no other."""
+def _name(axes, placed: Mapping[str, tuple[float, float]], named: list[str], frontier: list[tuple[float, float]]) -> None:
+    """Write the points' names beside them where they cover nothing, further away with a thin line that crosses no other."""
     boxes, place = Bbox.from_extents, axes.transData.transform
     taken = [boxes(x - 5, y - 5, x + 5, y + 5) for x, y in place(list(placed.values()))]
     for (x, y), (right, below) in itertools.pairwise(map(tuple, place(frontier))):
@@ -117,7 +129,8 @@ def _name(axes, placed: Mapping[str, tuple[float, float]], frontier: list[tuple[
     lines = []
     offsets = itertools.product((7, 19, 31, 43, 55), (-3, 8, -14, 19, -25, 30, -36), (1, -1))
     offsets = sorted(((x * side, y) for x, y, side in offsets), key=lambda offset: abs(offset[0]) + abs(offset[1] + 3))
-    for label, point in sorted(placed.items(), key=lambda item: item[1]):
+    for label in sorted(named, key=placed.__getitem__):
+        point = placed[label]
         look = {key: value for key, value in _look(label, "").items() if key != "marker"}
         text = axes.annotate(_variant(label), point, (0, 0), textcoords="offset points", fontsize=8.5, **look)
         for offset in offsets:
