@@ -107,7 +107,7 @@ class Search:
     """The longest sequence whose step fits within a limit, found in few steps, for GPUs that are lent for minutes.
 
     A step's peak memory is nearly linear in its tokens. So two short steps predict the longest sequence of a limit, and one or
-    two steps under the limit confirm it. What is reported always ran under its limit.
+    two steps under the limit confirm it. What is reported ran under its limit, or under a smaller one.
     """
 
     def __init__(self, options: Options, work: Workload):
@@ -183,7 +183,7 @@ def search(options: Options, method: Method) -> Iterator[dict]:
     begun = time.monotonic()
     work = build(replace(options, tokens=GRAIN), method, longest=options.up_to)
     torch.cuda.empty_cache()
-    steps, good = Search(options, work), 0
+    steps, good, fitted = Search(options, work), 0, None
     steps.probe()
     waits = {"streaming": streamed(options, work)} if method.resident else {}
     for _, what, value in options.cells(method.text):
@@ -193,10 +193,12 @@ def search(options: Options, method: Method) -> Iterator[dict]:
             return
         limit = value if what == "limit_gib" else None
         tokens, seconds = steps.longest(value, good) if limit else (value, steps.attempt(value, None))
-        good = tokens if limit else good
-        if tokens and ((not seconds and limit) or (seconds and seconds[0] < REPEATED)):
-            repeats = 0 if seconds and seconds[0] > LASTING else 1 if limit else 3
+        if seconds and seconds[0] < REPEATED:
+            repeats = 0 if seconds[0] > LASTING else 1 if limit else 3
             seconds = steps.attempt(tokens, limit, repeats) or seconds
+        if limit:  # what ran within less runs within more
+            good, fitted = tokens, seconds or fitted
+            seconds = fitted
         found = {"limit_gib": limit, "longest_tokens": tokens} if limit else {"tokens": tokens, "fits": bool(seconds)}
         found |= {"ended_by": "--up_to"} if limit and tokens + GRAIN > options.up_to else {}
         if seconds:
