@@ -35,16 +35,12 @@ def _correlation(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
     return np.where(varies, np.sum(p * y, axis=-1) / np.where(varies, size, 1.0), 0.0)
 
 
-def _ranks(x: np.ndarray) -> np.ndarray:
-    return rankdata(x, axis=-1)
-
-
 #: Metric -> (predictions, labels), along the last axis -> score, 1 at best. Matthews correlation of two classes is Pearson's of
 #: their numbers.
 METRICS = {
     "matthews": _correlation,
     "accuracy and F1": lambda p, y: (np.mean(p == y, axis=-1) + _f1(p, y)) / 2,
-    "Pearson and Spearman": lambda p, y: (_correlation(p, y) + _correlation(_ranks(p), _ranks(y))) / 2,
+    "Pearson and Spearman": lambda p, y: (_correlation(p, y) + _correlation(rankdata(p, axis=-1), rankdata(y, axis=-1))) / 2,
 }
 
 

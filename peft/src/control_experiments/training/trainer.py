@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import BatchSampler, Sampler, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..errors import Interrupted, StopRequest, UserError, lost_peer
@@ -146,7 +146,6 @@ class ExperimentTrainer(Trainer):
         self._shared: SharedBatches | None = None
         self.throughput = Throughput(self.args.device)
         self.losses = LossWatch(self.args.device)
-        self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self._bar = _ProgressBar()
         for callback in (_Keeper(self, memory), self._bar):
