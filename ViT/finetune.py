@@ -127,8 +127,6 @@ class RecipeOptions(shared.AdapterOptions, shared.MemoryOptions, shared.Training
 
 @dataclass(kw_only=True)
 class Options(RecipeOptions, shared.RunOptions, shared.SearchOptions):
-    """Every option of the program."""
-
     workers: int = HfArg(default=8, help="Threads or processes that decode images.")
     output_dir: Optional[str] = HfArg(default=None, help="Default: results/vit/MODEL_DATA_METHOD_seedSEED.")
     evaluate: Optional[str] = HfArg(default=None, help="Do not train: evaluate this adapter on --data.")
@@ -149,7 +147,6 @@ class Options(RecipeOptions, shared.RunOptions, shared.SearchOptions):
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
         if self.output_dir is not None:
             return Path(self.output_dir)
         name = f"{model_name(self.model)}_{Path(self.data).stem}_{self.method.replace(' ', '_')}_seed{self.seed}"

@@ -45,7 +45,7 @@ METRICS = {
 
 
 def write_outcomes(folder: str | os.PathLike, example: Sequence, correct: Sequence | None = None, *,
-                   group: Sequence | str = "", **scored: Sequence | str) -> Path:  # fmt: skip
+                   group: Sequence | str = "", **scored: Sequence | str) -> None:  # fmt: skip
     """Write `outcomes.npz` into a run's folder, atomically; give `correct`, or `prediction`, `label` and `metric`."""
     columns = scored if correct is None else {"correct": np.asarray(correct, np.float32)}
     groups = np.broadcast_to(np.asarray(group, str), len(example))
@@ -53,4 +53,3 @@ def write_outcomes(folder: str | os.PathLike, example: Sequence, correct: Sequen
     with unfinished.open("wb") as file:
         np.savez_compressed(file, example=np.asarray(example, str), group=groups, **columns)
     unfinished.replace(path)
-    return path
