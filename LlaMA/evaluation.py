@@ -255,7 +255,7 @@ def answer_task(
     """
     bar.update(len(answers))
     with path.open("a", encoding="utf-8") as file:
-        for indices in batches(questions, range(len(rows)), size):
+        for indices in batches(questions, size):
             missing = [index for index in indices if index not in answers]
             if not missing:
                 continue

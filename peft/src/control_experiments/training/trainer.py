@@ -26,8 +26,8 @@ from ..record import read_json, write_json_atomic
 from .checkpoints import begin, keep_newest, last_good, publish
 from .losses import LossWatch, check_parameters
 from .metering import MemoryMeter, Throughput
-from .options import TrainerOptions, processes
-from .runs import RunFolder
+from .options import processes
+from .setup import Run
 from .sharding import average_gradients, is_sharded
 
 logger = logging.getLogger(__name__)
@@ -36,12 +36,11 @@ logger = logging.getLogger(__name__)
 _PROGRESS = "progress.json"
 
 
-def training_arguments(
-    options: TrainerOptions, folder: RunFolder, device: torch.device, precision: str, **own: object
-) -> TrainingArguments:
-    """Options in the Trainer's terms; `own` are the script's, which win."""
+def training_arguments(run: Run, **own: object) -> TrainingArguments:
+    """A run's options in the Trainer's terms; `own` are the script's, which win."""
+    options = run.options
     shared = {
-        "output_dir": str(folder.checkpoints),
+        "output_dir": str(run.folder.checkpoints),
         "num_train_epochs": options.epochs,
         "max_steps": options.max_steps,
         "per_device_train_batch_size": options.batch_size // processes(),
@@ -49,14 +48,14 @@ def training_arguments(
         "lr_scheduler_type": options.scheduler,
         "weight_decay": options.weight_decay,
         "optim": "adamw_torch",
-        "bf16": precision == "bf16",
-        "fp16": precision == "fp16",
+        "bf16": run.precision == "bf16",
+        "fp16": run.precision == "fp16",
         "seed": options.seed,
         "logging_nan_inf_filter": False,  # the ExperimentTrainer stops at such a loss
         "label_names": ["labels"],
         "report_to": options.report_to,
-        "run_name": folder.path.name,
-        "use_cpu": device.type == "cpu",
+        "run_name": run.folder.path.name,
+        "use_cpu": run.device.type == "cpu",
         "dataloader_num_workers": options.workers,
         "disable_tqdm": True,  # the ExperimentTrainer has its own bar
         "ddp_find_unused_parameters": False,
