@@ -81,8 +81,7 @@ def train(options: Options, run: Run) -> None:
         memory.after_load()
     base = describe_model(options.model, model, count_unquantized(model))
     model = add_adapter(model, options)
-    how = {"chunk_tokens": options.chunk_tokens, "offload": options.offload}
-    set_memory(model, options.memory, options.cuda_graphs, **how)
+    set_memory(model, options.memory, options.cuda_graphs, chunk_tokens=options.chunk_tokens, offload=options.offload)
     if shared:  # asking for the device starts the process group
         shard_frozen(model, arguments.device, memory)
     adapter = describe_adapter(model)

@@ -81,8 +81,7 @@ def train(options: Options, argv: Sequence[str] | None = None) -> None:
         vit = vit.to(run.device)
         memory.after_load()
         model = add_adapter(vit, options).to(run.device)
-        how = {"chunk_tokens": options.chunk_tokens, "offload": options.offload}
-        set_memory(model, options.memory, options.cuda_graphs, **how)
+        set_memory(model, options.memory, options.cuda_graphs, chunk_tokens=options.chunk_tokens, offload=options.offload)
         adapter = describe_adapter(model)
         with run.folder.logging_from("vit", terminal=True):
             trained, counted = adapter["trainable_parameters"], total + adapter["adapter_parameters"]

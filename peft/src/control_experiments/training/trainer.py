@@ -393,8 +393,7 @@ class _ProgressBar(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         # a file or a pipe gets a line now and then, a terminal a moving bar
         how = {"mininterval": 0.2 if sys.stderr.isatty() else 20.0, "disable": not state.is_world_process_zero}
-        done = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
-        self.bar = tqdm(**done, **how, dynamic_ncols=True)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, **how)
 
     def on_step_end(self, args, state, control, **_):
         self.bar.update(state.global_step - self.bar.n)
