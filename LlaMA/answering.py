@@ -4,12 +4,13 @@ single questions."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
 from typing import NamedTuple
 
 import torch
+from torch.utils.data import BatchSampler
 from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import ModelOutput
@@ -40,11 +41,10 @@ def questions_of(rows: tuple[Row, ...], words: tuple[str, ...], tokenizer: Token
     return [Question(ids, words, tuple(offered_words(row, words))) for ids, row in zip(prompts, rows, strict=True)]
 
 
-def batches(questions: Sequence[Question], indices: Sequence[int], size: int) -> Iterator[list[int]]:
+def batches(questions: Sequence[Question], size: int) -> BatchSampler:
     """Indices of questions in batches of like length, longest first (so that a lack of memory shows at once)."""
-    ordered = sorted(indices, key=lambda index: -len(questions[index].ids))
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+    ordered = sorted(range(len(questions)), key=lambda index: -len(questions[index].ids))
+    return BatchSampler(ordered, size, drop_last=False)
 
 
 def pad(tokenizer: Tokenizer, rows: Sequence[Sequence[int]], side: str = "left") -> BatchEncoding:
@@ -186,7 +186,7 @@ def compare_batch_one(
         """Replies in the questions' order, and questions per second."""
         replies: dict[int, Reply] = {}
         started = time.perf_counter()  # replies are text, so the device is never behind
-        for indices in batches(questions, range(len(questions)), size):
+        for indices in batches(questions, size):
             replies.update(zip(indices, way([questions[index] for index in indices]), strict=True))
         rate = len(questions) / (time.perf_counter() - started)
         return [replies[index] for index in range(len(questions))], rate

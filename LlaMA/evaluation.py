@@ -117,25 +117,25 @@ def answer_all(
     options: Options, folder: RunFolder, answer: Answer, questions: dict, tests: dict[str, list[Row]], seconds: dict
 ) -> dict:
     """Answer all test sets, which takes `seconds`; returns the record's metrics."""
-    answered = []
+    answered, accuracies, no_match = [], {}, {}
     with tqdm(total=sum(map(len, tests.values())), unit="question", disable=None) as bar:
         for task, rows in tests.items():
             path, began = folder.path / f"{task}.jsonl", time.perf_counter()
-            left = len(rows) - len(read_answers(path, rows))
-            entries = answer_task(path, rows, questions[task], answer, options.batch_size, bar).values()
-            answered.append(found := pd.DataFrame(entries).assign(task=task))
+            answers = read_answers(path, rows)
+            left = len(rows) - len(answers)
+            answer_task(path, rows, questions[task], answers, answer, options.batch_size, bar)
+            answered.append(found := pd.DataFrame(answers.values()).assign(task=task))
             seconds[task] = time.perf_counter() - began
             rate = f", {left / seconds[task]:.1f} questions/s" if left else ""
-            accuracy, no_match = score(found)
-            tqdm.write(f"{task:14} accuracy {accuracy:6.2f}  no match {no_match:5.2f}{rate}", file=sys.stdout)
+            accuracies[task], no_match[task] = score(found)
+            said = f"{task:14} accuracy {accuracies[task]:6.2f}  no match {no_match[task]:5.2f}{rate}"
+            tqdm.write(said, file=sys.stdout)
     table = pd.concat(answered).sort_values(["task", "row"])
     examples = table.task + " " + table.row.astype(str)
     write_outcomes(folder.path, examples.tolist(), table.correct.tolist(), group=table.task.tolist())
-    scores = {task: score(table[table.task == task]) for task in tests}
-    accuracies = {task: accuracy for task, (accuracy, _) in scores.items()}
-    no_match = {f"{task}/no_match": share for task, (_, share) in scores.items()}
     average = sum(accuracies.values()) / len(tests)
-    return {**accuracies, "average": average, **no_match, "no_match": score(table)[1]}
+    shares = {f"{task}/no_match": share for task, share in no_match.items()}
+    return {**accuracies, "average": average, **shares, "no_match": score(table)[1]}
 
 
 def check_adapter(options: Options) -> None:
@@ -246,17 +246,16 @@ def read_answers(path: Path, rows: Sequence[Row]) -> dict[int, dict]:
 
 
 def answer_task(
-    path: Path, rows: Sequence[Row], questions: Sequence[Question], answer: Answer, size: int, bar: tqdm
-) -> dict[int, dict]:
-    """Answer the questions that `path` lacks and append them to it, batch by batch.
+    path: Path, rows: Sequence[Row], questions: Sequence[Question], answers: dict, answer: Answer, size: int, bar: tqdm
+) -> None:
+    """Answer the questions that `answers`, those of `path`, lack and append them to both, batch by batch.
 
     A batch of which some answers are there is worked on whole: which questions share a batch never depends on where a
     run died, so that its answers do not either.
     """
-    answers = read_answers(path, rows)
     bar.update(len(answers))
     with path.open("a", encoding="utf-8") as file:
-        for indices in batches(questions, range(len(rows)), size):
+        for indices in batches(questions, size):
             missing = [index for index in indices if index not in answers]
             if not missing:
                 continue
@@ -269,7 +268,6 @@ def answer_task(
             file.flush()
             os.fsync(file.fileno())
             bar.update(len(missing))
-    return answers
 
 
 def score(answers: pd.DataFrame) -> tuple[float, float]:

@@ -103,7 +103,6 @@ class Options(shared.RunOptions, RecipeOptions, shared.MemoryOptions, shared.Bas
         return self.token_budget or self.micro_batch_size * self.cutoff
 
     def check(self) -> None:
-        """Raise UserError for values that cannot be."""
         super().check()
         check_numbers(self, "eval_steps", "held_out", at_least=1)
         check_numbers(self, "warmup_steps", at_least=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 
 import tokenizers
@@ -72,13 +71,13 @@ def load_tokenizer(model: str) -> Tokenizer:
     return tokenizer
 
 
-def train_tokenizer(rows: Sequence[Row], vocabulary: int = 16384, limit: int = 4000) -> PreTrainedTokenizerFast:
+def train_tokenizer(rows: Sequence[Row], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-pair tokenizer made from the data's own prompts, for models of random weights: rows get about as many tokens
     as a LLaMA tokenizer gives them."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    texts = [prompt(row.instruction, row.input) + row.output for row in islice(rows, limit)]
+    texts = [prompt(row.instruction, row.input) + row.output for row in rows[:4000]]
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     how = {"special_tokens": list(special.values()), "initial_alphabet": tokenizers.pre_tokenizers.ByteLevel.alphabet()}
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **how)

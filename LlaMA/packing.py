@@ -93,11 +93,10 @@ def packed_step(rows: Sequence[TokenRow], micro_batch: int, token_budget: int) -
     for number, row in sorted(numbered, key=lambda entry: -len(entry[1].ids)):
         if len(row.ids) > token_budget:
             raise UserError(f"--token_budget {token_budget} is below a row's {len(row.ids)} tokens")
-        fits = next((index for index, left in enumerate(room) if left >= len(row.ids)), None)
-        if fits is None:
+        fits = next((index for index, left in enumerate(room) if left >= len(row.ids)), len(packs))
+        if fits == len(packs):
             packs.append([])
             room.append(token_budget)
-            fits = len(packs) - 1
         packs[fits].append((number, row))
         room[fits] -= len(row.ids)
     return [_pack(sorted(pack, key=lambda entry: entry[0]), groups) for pack in packs]

@@ -17,7 +17,7 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
-from control_experiments.record import read_record, write_json_atomic
+from control_experiments.record import write_json_atomic
 from control_experiments.training.arguments import check_numbers
 from control_experiments.training.study import (
     LOCKS,
@@ -58,6 +58,7 @@ class Options(StudyOptions, finetune.Options):
 
 class CommonsenseStudy(Study):
     untrained = (ZERO_SHOT,)
+    metric = "average"
 
     def __init__(self, options: Options):
         output = Path(options.output_dir) if options.output_dir else RESULTS / "llama" / Path(options.model).name
@@ -117,9 +118,6 @@ class CommonsenseStudy(Study):
     def records(self, cell: Cell) -> list[Path]:
         trained = [] if cell.arm.method == ZERO_SHOT else super().records(cell)
         return [*trained, *(folder / "record.json" for folder in reversed(self.answers(cell)))]
-
-    def score(self, record: Path) -> float:
-        return read_record(record).metrics["last"]["average"]
 
     @property
     def held_out(self) -> Path:

@@ -89,7 +89,7 @@ def train(options: Options, run: Run) -> None:
     seed_everything(options.seed)
     memory = MemoryMeter(run.device)
     arguments = training_arguments(
-        options, folder, run.device, run.precision,
+        run,
         optim={"adamw": "adamw_torch"}.get(options.optimizer, options.optimizer),
         warmup_steps=options.warmup_steps,
         eval_strategy="steps", save_strategy="steps", save_steps=options.eval_steps, save_total_limit=3,

@@ -34,18 +34,16 @@ def make_demo() -> dict[str, list[tuple[str, int]]]:
     """`{"train": rows, "validation": rows}` of `(sentence, label)`; the same for the same Python version."""
     rng = random.Random(SEED)
     seen: set[str] = set()
-    by_topic: dict[str, list[str]] = {}
+    by_topic: list[list[str]] = []
     for name in sorted(topics):  # a sentence that several topics share stays in the first
         if new := [sentence for sentence in dict.fromkeys(_sentences(topics[name])) if sentence not in seen]:
-            by_topic[name] = new
+            by_topic.append(new)
             seen.update(new)
-    names = sorted(by_topic)
-    rng.shuffle(names)
-    dev: list[tuple[str, int]] = []
-    train: list[tuple[str, int]] = []
-    for name in names:
+    rng.shuffle(by_topic)
+    dev, train = [], []
+    for sentences in by_topic:
         rows = dev if len(dev) < DEV_ROWS else train
-        for sentence in by_topic[name]:
+        for sentence in sentences:
             rows += [(sentence, 1), (corrupt(sentence, rng), 0)]
     dev, train = dev[:DEV_ROWS], train[:TRAIN_ROWS]
     rng.shuffle(train)

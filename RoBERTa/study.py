@@ -16,7 +16,6 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
-from control_experiments.record import read_record
 from control_experiments.training.study import Cell, Study, StudyOptions, command_of, make_run, run_study
 from RoBERTa import finetune
 
@@ -62,9 +61,6 @@ class GlueStudy(Study):
         from RoBERTa.training import finetune  # with torch, for which --help and a wrong option do not wait
 
         finetune(run, command_of(run))
-
-    def score(self, record: Path) -> float:
-        return read_record(record).metrics["last"]["score"]
 
 
 def main() -> None:

@@ -81,8 +81,7 @@ def train(options: Options, run: Run) -> None:
         memory.after_load()
     base = describe_model(options.model, model, count_unquantized(model))
     model = add_adapter(model, options)
-    how = {"chunk_tokens": options.chunk_tokens, "offload": options.offload}
-    set_memory(model, options.memory, options.cuda_graphs, **how)
+    set_memory(model, options.memory, options.cuda_graphs, chunk_tokens=options.chunk_tokens, offload=options.offload)
     if shared:  # asking for the device starts the process group
         shard_frozen(model, arguments.device, memory)
     adapter = describe_adapter(model)
@@ -141,11 +140,11 @@ def trainer_arguments(options: Options, run: Run) -> TrainingArguments:
     """The options in the Trainer's terms."""
     grouped = options.padding == "longest" and not options.random_order
     evaluation = "steps" if options.eval_steps else "epoch"
-    saved = {"save_strategy": "steps" if options.save_steps else "epoch", "save_steps": options.save_steps or 500}
-    looked_at = {"eval_strategy": evaluation, "eval_steps": options.eval_steps or None}
-    logged = {"logging_strategy": evaluation, "logging_steps": options.eval_steps or 500}
     return training_arguments(
-        options, run.folder, run.device, run.precision, **saved, **looked_at, **logged, save_total_limit=2,
+        run,
+        eval_strategy=evaluation, eval_steps=options.eval_steps or None,
+        logging_strategy=evaluation, logging_steps=options.eval_steps or 500,
+        save_strategy="steps" if options.save_steps else "epoch", save_steps=options.save_steps or 500, save_total_limit=2,
         warmup_steps=options.warmup_ratio,  # below 1 it is a share of all steps
         train_sampling_strategy="group_by_length" if grouped else "random",
         per_device_eval_batch_size=options.eval_batch_size, dataloader_pin_memory=run.device.type == "cuda",

@@ -30,8 +30,6 @@ from ViT import finetune
 
 @dataclass
 class Options:
-    """Options of the benchmark."""
-
     data: str = HfArg(default="cifar100", help="As in finetune.py.")
     data_root: str = HfArg(default="data", help="Where torchvision keeps its downloads.")
     architecture: str = HfArg(default="vit_base_patch16_224", help="timm name; random weights.")

@@ -33,13 +33,6 @@ TINY = "tiny"
 METHODS = tuple(name for name in shared.METHODS if name != "shadow")
 
 
-def check_data(name: str) -> None:
-    """Raises UserError: `--data` is neither a known name nor a path that exists."""
-    if name not in (*HUB, "digits") and not Path(name).expanduser().exists():
-        known = f"{', '.join(HUB)}, digits, an .npz, a tar or a folder of class folders"
-        raise UserError(f"no data {name!r}: give one of {known}")
-
-
 def check_model(name: str) -> None:
     """Raises UserError: `--model` is a path, and nothing is there."""
     path = Path(name).expanduser()
@@ -114,7 +107,9 @@ class RecipeOptions(shared.AdapterOptions, shared.MemoryOptions, shared.Training
             self.crop = 1.0 if tiny else 224 / 256
         self.augment = self.augment or ("none" if tiny else "published")
         super().check()
-        check_data(self.data)
+        if self.data not in (*HUB, "digits") and not Path(self.data).expanduser().exists():
+            known = f"{', '.join(HUB)}, digits, an .npz, a tar or a folder of class folders"
+            raise UserError(f"no data {self.data!r}: give one of {known}")
         check_model(self.model)
         check_numbers(self, "image_size", "eval_batch_size", "workers", "lr_head", above=0)
         check_numbers(self, "lr_decay", "crop", above=0, at_most=1)
@@ -127,8 +122,6 @@ class RecipeOptions(shared.AdapterOptions, shared.MemoryOptions, shared.Training
 
 @dataclass(kw_only=True)
 class Options(RecipeOptions, shared.RunOptions, shared.SearchOptions):
-    """Every option of the program."""
-
     workers: int = HfArg(default=8, help="Threads or processes that decode images.")
     output_dir: Optional[str] = HfArg(default=None, help="Default: results/vit/MODEL_DATA_METHOD_seedSEED.")
     evaluate: Optional[str] = HfArg(default=None, help="Do not train: evaluate this adapter on --data.")
@@ -149,7 +142,6 @@ class Options(RecipeOptions, shared.RunOptions, shared.SearchOptions):
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
         if self.output_dir is not None:
             return Path(self.output_dir)
         name = f"{model_name(self.model)}_{Path(self.data).stem}_{self.method.replace(' ', '_')}_seed{self.seed}"

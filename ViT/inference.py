@@ -49,7 +49,7 @@ def evaluate(options: Options) -> None:
         data.place(step.device, options.keep)
         memory, clock = MemoryMeter(step.device), Throughput(step.device)
         clock.start()
-        logits, labels = test_logits(step, data, options, step.device)
+        logits, labels = test_logits(step, data, options)
         clock.step(len(labels))
         clock.stop()
         write_test_predictions(folder, data, logits, labels)
@@ -67,7 +67,7 @@ def classify_folder(options: Options) -> None:
     with trained(options, options.adapter) as (step, description, _):
         paths, unknown = read_folder(options.predict, options.workers)
         data = ImageData("folder", unknown, unknown, description.classes, {})
-        logits, _ = test_logits(step, data, options, step.device)
+        logits, _ = test_logits(step, data, options)
         names = [path.relative_to(Path(options.predict).expanduser()).as_posix() for path in paths]
         write_predictions(Path(options.output), "file", names, logits, description.classes)
         print(f"{len(paths)} images classified in {options.output}")
@@ -93,11 +93,11 @@ def reading(options: Options) -> dict:
     return {"root": options.data_root, "keep": options.keep, "workers": options.workers}
 
 
-def test_logits(step: Step, data: ImageData, options: Options, device: torch.device):
+def test_logits(step: Step, data: ImageData, options: Options):
     """Logits and labels of the test images, each shown once as in evaluation."""
     views = partial(augment.central_views, size=options.image_size, crop=options.crop)
     indices = index_batches(len(data.test), options.eval_batch_size)
-    return predict(step, prepared(data.test, indices, views, options.image_size, device))
+    return predict(step, prepared(data.test, indices, views, options.image_size, step.device))
 
 
 def describe(base: Base, total: int, data: ImageData, scored: str) -> dict:

@@ -81,8 +81,7 @@ def train(options: Options, argv: Sequence[str] | None = None) -> None:
         vit = vit.to(run.device)
         memory.after_load()
         model = add_adapter(vit, options).to(run.device)
-        how = {"chunk_tokens": options.chunk_tokens, "offload": options.offload}
-        set_memory(model, options.memory, options.cuda_graphs, **how)
+        set_memory(model, options.memory, options.cuda_graphs, chunk_tokens=options.chunk_tokens, offload=options.offload)
         adapter = describe_adapter(model)
         with run.folder.logging_from("vit", terminal=True):
             trained, counted = adapter["trainable_parameters"], total + adapter["adapter_parameters"]
@@ -165,7 +164,7 @@ def fit(
         history, losses, done = load_checkpoint(run.checkpoint, trained, parts, device)
     clock, watch, outcome = Throughput(device), LossWatch(device), None
     if done == total:  # it was stopped after its last checkpoint
-        outcome = test_logits(step, data, options, device)
+        outcome = test_logits(step, data, options)
 
     def check() -> None:
         watch.check(per_epoch, last_good(checkpoints))
@@ -201,7 +200,7 @@ def fit(
                     break
             clock.stop()
             if done == end:  # not stopped within the epoch
-                outcome = test_logits(step, data, options, device)
+                outcome = test_logits(step, data, options)
                 row = {"step": done, "epoch": epoch + 1, "learning_rate": optimizer.param_groups[0]["lr"],
                        "train_loss": float(losses["total"]) / losses["images"], "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
                 losses = None

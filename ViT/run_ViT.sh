@@ -41,18 +41,15 @@ if [[ ${1:-} == -h || ${1:-} == --help || $# -lt 2 ]]; then
     echo "error: METHOD and GPU are missing, for example: bash ViT/run_ViT.sh control 0" >&2
     exit 2
 fi
-if [[ $RECIPE != published && $RECIPE != tuned ]]; then
-    echo "error: RECIPE is published or tuned, got $RECIPE" >&2
-    exit 2
-fi
 method=$1 gpu=$2
 shift 2
 
 source "$here/../scripts/interpreter.sh"
+check_recipe "$RECIPE"
 command=("$PYTHON" -m ViT.finetune --method "$method" --device "$gpu" --model "$MODEL" --data "$DATA"
     --optimizer "$OPTIMIZER" --epochs "$EPOCHS" --lr "$LR" --lr_decay "$LR_DECAY" --warmup_steps "$WARMUP_STEPS"
     --weight_decay "$WEIGHT_DECAY" --batch_size "$BATCH" --mlp_layers "$MLP_LAYERS" --attention "$ATTENTION"
-    --control_rank "$CONTROL_RANK" --lora_rank "$LORA_RANK" --lora_alpha "$LORA_ALPHA")
-if [[ -n $ARCHITECTURE ]]; then command+=(--architecture "$ARCHITECTURE"); fi
+    --control_rank "$CONTROL_RANK" --lora_rank "$LORA_RANK" --lora_alpha "$LORA_ALPHA"
+    ${ARCHITECTURE:+--architecture "$ARCHITECTURE"})
 echo "$method on $DATA with $MODEL, $RECIPE recipe, device $gpu: ${command[*]:1} $*"
 exec "${command[@]}" "$@"

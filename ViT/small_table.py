@@ -11,7 +11,7 @@ GPUs shares the runs out, and goes on where one was interrupted (`control_experi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
@@ -19,7 +19,6 @@ from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
-from control_experiments.record import read_record
 from control_experiments.training.study import Cell, Study, StudyOptions, command_of, make_run, run_study
 from ViT.finetune import Options as RunOptions
 from ViT.finetune import RecipeOptions, model_name
@@ -30,7 +29,6 @@ class Options(StudyOptions, RecipeOptions):
     """What the runs share, and what they differ in."""
 
     data: list[str] = HfArg(help="Data sets, as in finetune.py.", aliases=["--tasks"])
-    method: str = field(init=False, default="control")
     methods: list[str] = HfArg(
         default_factory=lambda: ["control", "lora", "dora", "probe"],
         help="Methods, as in finetune.py, each perhaps with options of its own: 'control:control_rank=8'.",
@@ -46,6 +44,8 @@ class Options(StudyOptions, RecipeOptions):
 class ImageStudy(Study):
     """Runs of finetune.py, on images and frozen models that stay in memory."""
 
+    metric = "test_accuracy"
+
     def __init__(self, options: Options):
         super().__init__(options, model_name(options.model), options.data, Path(options.output_dir or RESULTS / "vit"))
 
@@ -58,9 +58,6 @@ class ImageStudy(Study):
         from ViT import recipe  # with torch and timm, for which --help and a wrong option do not wait
 
         recipe.train(run, command_of(run))
-
-    def score(self, record: Path) -> float:
-        return read_record(record).metrics["last"]["test_accuracy"]
 
 
 def main() -> None:

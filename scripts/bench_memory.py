@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Optional
 
@@ -70,8 +69,8 @@ class Options(Setting):
     def with_defaults(self) -> Options:
         """The options with what was left out as the shape and the device have it. Raises UserError: what cannot be, before
         a minute is spent."""
-        self.check()
-        check_numbers(self, "speed_at", "steps", "repeats", at_least=1)
+        sizes = ("batch", "tokens", "lengths", "control_rank", "lora_rank")
+        check_numbers(self, *sizes, "speed_at", "steps", "repeats", at_least=1)
         check_numbers(self, "warmup", at_least=0)
         check_numbers(self, "limit", "max_minutes", above=0)
         check_numbers(self, "up_to", at_least=512)
@@ -129,14 +128,13 @@ class Options(Setting):
         return "_".join(words) + ".json"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Measure as the command line says."""
-    command = list(sys.argv[1:] if argv is None else argv)
-    (options,) = parse_arguments(Options, argv=command, description=__doc__)
+    (options,) = parse_arguments(Options, description=__doc__)
     options = options.with_defaults()
     from scripts import measuring  # and torch with it: not before the options are known to be right
 
-    measuring.work(options) if options.worker else measuring.run(options, command)
+    measuring.work(options) if options.worker else measuring.run(options, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from typing import NamedTuple, Optional, get_args
 from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError
-from control_experiments.training.arguments import check_numbers
 from control_experiments.training.options import QUANTIZATIONS, Precision, check_method_runs
 from LlaMA.finetune import LORA_TARGETS, MIXED_TARGETS
 
@@ -231,10 +230,6 @@ class Setting:
     )
     control_rank: Optional[int] = HfArg(default=None, help="Rank of the control; default: the recipe's.")
     lora_rank: Optional[int] = HfArg(default=None, help="Rank of LoRA and its kin; default: the recipe's.")
-
-    def check(self) -> None:
-        """Raise a `UserError` for what cannot be."""
-        check_numbers(self, "batch", "tokens", "lengths", "control_rank", "lora_rank", at_least=1)
 
     @property
     def autocast(self) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from peft import ShadowConfig, get_peft_model
@@ -152,21 +151,14 @@ def adapt(model: nn.Module, shape: str, method: Method, control_rank: int | None
 # -- a model at work --------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Workload:
     """A model ready to train and one step's loss on fixed data."""
 
-    setting: Setting
-    model: nn.Module
-    loss: Callable[[], torch.Tensor]
-    trained: list[nn.Parameter] = field(init=False)
-
-    def __post_init__(self):
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        cuda = self.setting.device == "cuda"
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=cuda)
-        scaled = self.setting.autocast == "fp16"
-        self.scaler = torch.amp.GradScaler(self.setting.device, enabled=scaled)
+    def __init__(self, setting: Setting, model: nn.Module, loss: Callable[[], torch.Tensor]):
+        self.setting, self.model, self.loss = setting, model, loss
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=setting.device == "cuda")
+        self.scaler = torch.amp.GradScaler(setting.device, enabled=setting.autocast == "fp16")
 
     def step(self) -> torch.Tensor:
         """One optimizer step as the Trainer takes it with bf16 or fp16; returns the loss."""

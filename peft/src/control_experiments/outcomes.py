@@ -35,21 +35,17 @@ def _correlation(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
     return np.where(varies, np.sum(p * y, axis=-1) / np.where(varies, size, 1.0), 0.0)
 
 
-def _ranks(x: np.ndarray) -> np.ndarray:
-    return rankdata(x, axis=-1)
-
-
 #: Metric -> (predictions, labels), along the last axis -> score, 1 at best. Matthews correlation of two classes is Pearson's of
 #: their numbers.
 METRICS = {
     "matthews": _correlation,
     "accuracy and F1": lambda p, y: (np.mean(p == y, axis=-1) + _f1(p, y)) / 2,
-    "Pearson and Spearman": lambda p, y: (_correlation(p, y) + _correlation(_ranks(p), _ranks(y))) / 2,
+    "Pearson and Spearman": lambda p, y: (_correlation(p, y) + _correlation(rankdata(p, axis=-1), rankdata(y, axis=-1))) / 2,
 }
 
 
 def write_outcomes(folder: str | os.PathLike, example: Sequence, correct: Sequence | None = None, *,
-                   group: Sequence | str = "", **scored: Sequence | str) -> Path:  # fmt: skip
+                   group: Sequence | str = "", **scored: Sequence | str) -> None:  # fmt: skip
     """Write `outcomes.npz` into a run's folder, atomically; give `correct`, or `prediction`, `label` and `metric`."""
     columns = scored if correct is None else {"correct": np.asarray(correct, np.float32)}
     groups = np.broadcast_to(np.asarray(group, str), len(example))
@@ -57,4 +53,3 @@ def write_outcomes(folder: str | os.PathLike, example: Sequence, correct: Sequen
     with unfinished.open("wb") as file:
         np.savez_compressed(file, example=np.asarray(example, str), group=groups, **columns)
     unfinished.replace(path)
-    return path

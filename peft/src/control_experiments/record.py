@@ -70,8 +70,8 @@ class RunRecord:
         here = {"created": utc_now(), "git": git_state(), "versions": package_versions(), "status": "running"}
         return cls(**said, **here, method=method or options.method, hyperparameters={**options.hyperparameters(), **settled})
 
-    def finish(self, path: str | os.PathLike | None = None, **results: object) -> RunRecord:
-        """Add what came out (fields by name) and, where there is a `path`, write the record to it; returns it."""
+    def finish(self, path: str | os.PathLike | None = None, **results: object) -> None:
+        """Add what came out (fields by name) and, where there is a `path`, write the record to it."""
         for name, value in results.items():
             if not hasattr(self, name):
                 raise TypeError(f"a run record has no {name!r}")
@@ -79,7 +79,6 @@ class RunRecord:
         self.finished, self.status = utc_now(), "finished"
         if path is not None:
             self.write(path)
-        return self
 
     def write(self, path: str | os.PathLike) -> Path:
         """Write the record atomically, stripped of private paths; return where it is."""

@@ -225,11 +225,7 @@ def _costs(by_name: dict[str, Claim], domain: str, quantity: str, mixed: bool) -
 def markdown(claims: Sequence[Claim], paper: Paper, up: str = "") -> str:
     """The overview, all claims, each with its tests, records and command, and what is doubtful in the published figures."""
     template = environment(keep_trailing_newline=True).get_template("claims.md.jinja")
-    shown = {
-        "overview": overview(claims),
-        "picture": bool(against_lora(claims)),
-        "doubts": paper.weaknesses,
-        "below": BELOW,
-        "rules": rules,
-    }
-    return template.render(claims=claims, **shown, linked=partial(linked, up=up))
+    return template.render(
+        claims=claims, overview=overview(claims), picture=bool(against_lora(claims)), doubts=paper.weaknesses, below=BELOW,
+        rules=rules, linked=partial(linked, up=up),
+    )  # fmt: skip

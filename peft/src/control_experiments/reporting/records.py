@@ -73,7 +73,6 @@ WAYS = {"published": "the published micro-batches, padded", "packed": "the same 
 def load(root: Path) -> tuple[pd.DataFrame, list[str]]:
     """All records below `root`, and a line for each that is left out. Raises UserError: `root` is no folder; never for a
     broken file."""
-    root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root} is no folder: give the one that holds the runs (default: results)")
     shipped = (root / "published").is_dir()

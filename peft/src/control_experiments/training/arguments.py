@@ -52,16 +52,12 @@ def check_numbers(options: object, *names: str, **bounds: float) -> None:
     """Check that options, or each of several values, are finite numbers within bounds (`_BOUNDS`); None was left out
     and passes. Raises UserError: one is not; the message names it, its bound and what was given."""
     for name in names:
-        for value in _values(options, name):
+        given = getattr(options, name)
+        values = given if isinstance(given, list) else [] if given is None else [given]
+        for value in values:
             if not math.isfinite(value):
                 raise UserError(f"--{name} must be a finite number, got {value}")
             for kind, bound in bounds.items():
                 holds, words = _BOUNDS[kind]
                 if not holds(value, bound):
                     raise UserError(f"--{name} must be {words} {bound}, got {value}")
-
-
-def _values(options: object, name: str) -> list:
-    """What an option was given: nothing, a value or several."""
-    given = getattr(options, name)
-    return given if isinstance(given, list) else [] if given is None else [given]

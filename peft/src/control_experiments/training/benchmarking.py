@@ -83,9 +83,7 @@ def limit_memory(gib: float) -> None:
 def stream_apart(command: Sequence[str], environment: dict[str, str]) -> Iterator[dict]:
     """Each JSON object that a process prints on a line of its own, at once; ``{"error": its last line on stderr}`` if it fails."""
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=errors, text=True
-        )  # fmt: skip
+        process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
             for line in process.stdout or ():
                 if line.startswith("{"):

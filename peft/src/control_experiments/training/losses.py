@@ -16,11 +16,11 @@ class Diverged(UserError):
 
 
 class LossWatch:
-    """Remembers, on the device, the first step whose loss was not finite. It is due for a look after `every` so many steps,
-    and on a CPU, where looking costs nothing, after each."""
+    """Remembers, on the device, the first step whose loss was not finite. It is due for a look every 50 steps, and on a CPU,
+    where looking costs nothing, after each."""
 
-    def __init__(self, device: torch.device, every: int = 50):
-        self.every = 1 if device.type == "cpu" else every
+    def __init__(self, device: torch.device):
+        self.every = 1 if device.type == "cpu" else 50
         self._first = torch.full((), -1, dtype=torch.long, device=device)
 
     def add(self, loss: torch.Tensor, step: int) -> None:

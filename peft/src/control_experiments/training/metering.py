@@ -94,17 +94,17 @@ class Throughput:
         """Real tokens so far."""
         return int(self._tokens)
 
-    def _now(self, synchronise: bool) -> float:
-        if synchronise and self.device.type == "cuda":
+    def _now(self) -> float:
+        if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def start(self) -> None:
-        self._started = self._last = self._now(synchronise=True)
+        self._started = self._last = self._now()
 
     def step(self, examples: int = 0, tokens: int | torch.Tensor = 0) -> None:
         """Note the end of an optimizer step; `tokens` may be a tensor on the device, read only at the end."""
-        now = self._now(synchronise=False)
+        now = time.perf_counter()
         self._steps.append(now - self._last)
         self._last = now
         self.add(examples, tokens)
@@ -116,7 +116,7 @@ class Throughput:
 
     def stop(self) -> None:
         if self._started is not None:
-            self.seconds += self._now(synchronise=True) - self._started
+            self.seconds += self._now() - self._started
             self._started = None
 
     @contextmanager

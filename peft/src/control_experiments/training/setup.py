@@ -58,7 +58,7 @@ class Run:
         resumed = step_of(self.checkpoint) if self.checkpoint else None
         return {**throughput.summary(), "resumed_from_step": resumed}
 
-    def finish(self, record: RunRecord, save: Callable[[Path], object], load: str, **results: object) -> RunRecord:
+    def finish(self, record: RunRecord, save: Callable[[Path], object], load: str, **results: object) -> None:
         """Save the adapter with its card, which says how to `load` it, complete the record with `results` and write it,
         discard the checkpoints; for the process of rank 0."""
         record.finish(**results)
@@ -67,7 +67,6 @@ class Run:
             write_card(place, record, load)
         record.write(self.folder.record)
         discard(self.folder.checkpoints)
-        return record
 
 
 def choose(options: RunOptions, option: str = "precision", on_gpu: str = "bf16") -> tuple[torch.device, str]:

@@ -137,6 +137,8 @@ class Study(ABC):
 
     #: Methods that nothing is trained for, so that they have neither learning rates nor seeds.
     untrained: ClassVar[tuple[str, ...]] = ()
+    #: What a record calls the score of a run; larger is better.
+    metric: ClassVar[str] = "score"
 
     def __init__(self, options: StudyOptions, model: str, tasks: Sequence[str], output: Path):
         self.options, self.output = options, output
@@ -157,9 +159,9 @@ class Study(ABC):
     def train(self, cell: Cell, run: object) -> None:
         """Train and evaluate the run that `plan` made. Raises Diverged: its loss is not finite."""
 
-    @abstractmethod
     def score(self, record: Path) -> float:
-        """The last score that a run's last record states, larger is better."""
+        """The last score that a run's last record states."""
+        return read_record(record).metrics["last"][self.metric]
 
     def records(self, cell: Cell) -> list[Path]:
         """The records that a finished run has left, the one with its score last."""

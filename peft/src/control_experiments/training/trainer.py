@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import BatchSampler, Sampler, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..errors import Interrupted, StopRequest, UserError, lost_peer
@@ -26,8 +26,8 @@ from ..record import read_json, write_json_atomic
 from .checkpoints import begin, keep_newest, last_good, publish
 from .losses import LossWatch, check_parameters
 from .metering import MemoryMeter, Throughput
-from .options import TrainerOptions, processes
-from .runs import RunFolder
+from .options import processes
+from .setup import Run
 from .sharding import average_gradients, is_sharded
 
 logger = logging.getLogger(__name__)
@@ -36,12 +36,11 @@ logger = logging.getLogger(__name__)
 _PROGRESS = "progress.json"
 
 
-def training_arguments(
-    options: TrainerOptions, folder: RunFolder, device: torch.device, precision: str, **own: object
-) -> TrainingArguments:
-    """Options in the Trainer's terms; `own` are the script's, which win."""
+def training_arguments(run: Run, **own: object) -> TrainingArguments:
+    """A run's options in the Trainer's terms; `own` are the script's, which win."""
+    options = run.options
     shared = {
-        "output_dir": str(folder.checkpoints),
+        "output_dir": str(run.folder.checkpoints),
         "num_train_epochs": options.epochs,
         "max_steps": options.max_steps,
         "per_device_train_batch_size": options.batch_size // processes(),
@@ -49,14 +48,14 @@ def training_arguments(
         "lr_scheduler_type": options.scheduler,
         "weight_decay": options.weight_decay,
         "optim": "adamw_torch",
-        "bf16": precision == "bf16",
-        "fp16": precision == "fp16",
+        "bf16": run.precision == "bf16",
+        "fp16": run.precision == "fp16",
         "seed": options.seed,
         "logging_nan_inf_filter": False,  # the ExperimentTrainer stops at such a loss
         "label_names": ["labels"],
         "report_to": options.report_to,
-        "run_name": folder.path.name,
-        "use_cpu": device.type == "cpu",
+        "run_name": run.folder.path.name,
+        "use_cpu": run.device.type == "cpu",
         "dataloader_num_workers": options.workers,
         "disable_tqdm": True,  # the ExperimentTrainer has its own bar
         "ddp_find_unused_parameters": False,
@@ -146,7 +145,6 @@ class ExperimentTrainer(Trainer):
         self._shared: SharedBatches | None = None
         self.throughput = Throughput(self.args.device)
         self.losses = LossWatch(self.args.device)
-        self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self._bar = _ProgressBar()
         for callback in (_Keeper(self, memory), self._bar):
@@ -395,8 +393,7 @@ class _ProgressBar(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         # a file or a pipe gets a line now and then, a terminal a moving bar
         how = {"mininterval": 0.2 if sys.stderr.isatty() else 20.0, "disable": not state.is_world_process_zero}
-        done = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
-        self.bar = tqdm(**done, **how, dynamic_ncols=True)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, **how)
 
     def on_step_end(self, args, state, control, **_):
         self.bar.update(state.global_step - self.bar.n)
