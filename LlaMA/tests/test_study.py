@@ -13,7 +13,7 @@ def test_a_study_searches_on_training_questions_and_asks_the_test_sets(call, dat
         "--model", model_folder, "--data", data / "train.json", "--device", "cpu", "--output_dir", output, "--generate", "first",
         "--methods", "zero-shot", "lora", "double control:control_rank=8", "shadow:lora_rank=4", "--seeds", 1,
         "--grid", "1e-3", "1e-2", "--search_steps", 1, "--search_share", 0.25, "--epochs", 1, "--held_out", 4,
-        "--warmup_steps", 1, "--batch_size", 16, "--micro_batch_size", 16, "--limit", 3,
+        "--warmup_steps", 1, "--batch_size", 16, "--micro_batch_size", 16, "--limit", 1,
     )  # fmt: skip
     assert call("LlaMA.study", *words).finished().out.endswith("all 4 runs are finished\n")
     records = {path.parent.relative_to(output).as_posix(): read_record(path) for path in output.rglob("record.json")}

@@ -14,7 +14,7 @@ from control_experiments.training.quantization import loading_arguments
 from LlaMA.models import load_model
 
 CPU = torch.device("cpu")
-ROBERTA, LLAMA = "QControl/run_roberta_quantization.sh", "QControl/run_llama_quantization.sh"
+LAUNCHER = "QControl/run_llama_quantization.sh"
 
 
 @pytest.fixture
@@ -25,16 +25,7 @@ def llama(train_llama):
 
 @pytest.mark.parametrize(
     "method, model, quantization",
-    [
-        ("control", "roberta", "nf4"),
-        ("lora", "bert", "nf4"),
-        ("dora", "mpnet", "nf4"),
-        ("control+dora", "roberta", "fp4"),
-        ("control", "mpnet", "int8"),
-        ("lora", "roberta", "int8"),
-        ("control", "bert", "fp8"),
-        ("dora", "roberta", "fp8"),
-    ],
+    [("dora", "mpnet", "nf4"), ("control+dora", "roberta", "fp4"), ("lora", "roberta", "int8"), ("control", "bert", "fp8")],
 )
 def test_encoders_train_quantized(train_roberta, encoders, tmp_path, method, model, quantization):
     train = partial(train_roberta, "--method", method, "--model", encoders[model])
@@ -69,13 +60,12 @@ def test_what_quantization_needs_is_said(train_roberta, monkeypatch):
     assert "pip install -U bitsandbytes" in train_roberta("--quantization", "nf4").refused()
 
 
-@pytest.mark.slow
-def test_the_llama_launcher_trains_and_evaluates_over_nf4(launch, model_folder, data, tmp_path):
-    done = launch(
-        LLAMA, "control+lora", 4, 2, 4, "out", "cpu", "--max_steps", 2, "--held_out", 4, MODEL=model_folder, DATA=data,
-        TRAIN_DATA=data / "train.json", MEMORY="lean", EVALUATE_ARGS="--limit 1 --max_new_tokens 4",
+def test_the_llama_launcher_trains_and_evaluates_over_nf4(call, started, model_folder, data, tmp_path):
+    programs = started(
+        LAUNCHER, "control+lora", 4, 2, 4, tmp_path / "out", "cpu", "--max_steps", 2, "--held_out", 4, MODEL=model_folder,
+        DATA=data, TRAIN_DATA=data / "train.json", MEMORY="lean", EVALUATE_ARGS="--limit 1 --max_new_tokens 4",
     )  # fmt: skip
-    assert "warning" not in done.finished().err
+    assert not any("warning" in call(*program).finished().err for program in programs)
     for folder in ("out", "out/evaluation"):
         record = read_record(tmp_path / folder / "record.json")
         assert (record.domain, record.model["quantization"]) == ("qcontrol", "nf4")

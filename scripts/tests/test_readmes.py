@@ -63,6 +63,10 @@ def shown_by_scripts() -> list:
     return found
 
 
+#: Each command once, however many places show it.
+COMMANDS = {parameter.values[0]: parameter for parameter in (*commands(), *shown_by_scripts())}
+
+
 def script_and_arguments(call: list[str]) -> tuple[Path, list[str]]:
     """The Python script of a call of python, torchrun or accelerate launch, and what is passed on to it."""
     place = call.index("-m") + 1
@@ -88,7 +92,7 @@ def runner(tmp_path_factory, encoders, data, model_folder, base_model, npz):  # 
     return Runner(tmp_path_factory.mktemp("commands"), **inputs)
 
 
-@pytest.mark.parametrize("command", [*commands(), *shown_by_scripts()])
+@pytest.mark.parametrize("command", COMMANDS.values())
 def test_commands_run_in_their_smallest_form(command, noted, runner):
     """Each is parsed as it stands; then the script runs here, small. ONLY_PARSED says which do not, and why.
 
@@ -116,7 +120,7 @@ def test_commands_run_in_their_smallest_form(command, noted, runner):
 def test_no_readme_script_or_launcher_is_forgotten():
     assert {path.parent.name for path in READMES} >= {"RoBERTa", "ViT", "LlaMA", "peft", "results"}
     assert all((REPOSITORY / script).is_file() for script in (*SMALL, *ONLY_PARSED))
-    run = " ".join(parameter.values[0] for parameter in (*commands(), *shown_by_scripts()))
+    run = " ".join(COMMANDS)
     launchers = [path for folder in ("RoBERTa", "ViT", "LlaMA", "QControl") for path in (REPOSITORY / folder).glob("*_*.sh")]
     missing = [path.name for path in launchers if f"{path.parent.name}/{path.name}" not in run]
     assert not missing, "no README or help shows a command with the launcher"
