@@ -77,5 +77,5 @@ def test_the_readme_snippet_runs(monkeypatch, tmp_path):
     namespace = {"__name__": "readme"}
     exec(block, namespace)
     parameters = namespace["model"].parameters()
-    assert sum(parameter.numel() for parameter in parameters if parameter.requires_grad) == 2 * 2 * 64 * (16 + 16)
+    assert sum(parameter.numel() for parameter in parameters if parameter.requires_grad) == 2 * (64 + 3 * 32) * (16 + 16)
     assert isinstance(PeftModel.from_pretrained(tiny_model(""), tmp_path / "adapter"), PeftModel)
