@@ -46,7 +46,7 @@ def test_the_readmes_answers_are_those_of_claims():
     answers = README.split("| against LoRA |")[1].split("\n\n")[0]
     claims = (REPOSITORY / "results" / "claims.md").read_text()
     summary = claims.split("## All claims")[0]
-    figures = re.findall(r"-[\d.]+ to -[\d.]+ %|[-+][\d.]+ points \[[^]]+\]", answers)
+    figures = re.findall(r"[-+][\d.]+ to [-+][\d.]+ %|[-+][\d.]+ points \[[^]]+\]", answers)
     assert len(figures) >= 6 and all(figure in claims for figure in figures)
     for name in re.findall(r"claims\.md#([\w-]+)", answers):
         assert f"\n## {name}\n" in claims
