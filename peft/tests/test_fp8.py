@@ -19,7 +19,7 @@ from control_experiments.errors import UserError
 from control_experiments.training.quantization import check_not_quantized, loading_arguments, quantization_of
 from peft_control import Fp8Config, Fp8Experts, Fp8Linear, fp8, quantize_fp8
 from peft_control.memory import MODES, kernels, loss, set_memory_mode
-from peft_control.memory.linear import input_gradient, outputs
+from peft_control.memory.linear import input_gradient, joint_format, joint_gradient, outputs, rows_of
 
 E4M3 = torch.float8_e4m3fn
 IDS = {"input_ids": torch.randint(3, 61, (3, 11), generator=torch.Generator().manual_seed(1))}
@@ -141,6 +141,19 @@ def test_kernels_and_emulation_give_the_same_bits(kind, gradients, on_kernels, m
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x).dtype == torch.bfloat16
         assert torch.equal(linear(x), linear(x.bfloat16()))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradients", fp8.FORMATS)
+def test_layers_of_one_input_share_the_gradients_product(gradients, kind, on_kernels):
+    """It is that of one layer with the weights of all."""
+    linears = [layer(out=out, gradients=gradients, seed=out) for out in (64, 32, 16)]
+    dy = random(15, 112, seed=2).to(kind)
+    dtype, columns = joint_format(linears)
+    found = joint_gradient(fp8.quantize_rows(dy, dtype, torch.cat(columns)), linears, kind)
+    assert on_kernels == [(fp8.FORMATS[gradients], E4M3, 15, 112, 48)]
+    assert torch.equal(found, rows_of(linears, [slice(None)] * 3).input_gradient(dy))
+    assert joint_format([*linears, torch.nn.Linear(48, 16)]) is None
 
 
 def test_other_widths_are_emulated_with_one_warning(on_kernels):
@@ -396,10 +409,25 @@ class TestOnGpu:
                 assert torch.equal(a.cpu().float().nan_to_num(-1.0), b.float().nan_to_num(-1.0))
 
     def test_bytes_are_transposed(self):
-        for shape in ((4096, 1024), (200, 48), (1, 7)):
-            weight = torch.randint(0, 256, shape, dtype=torch.uint8)
-            found, ones = fp8.transposed(weight.cuda())
-            assert torch.equal(found.cpu(), weight.t()) and torch.equal(ones.cpu(), torch.ones(1, shape[1]))
+        for rows, width in (((4096,), 1024), ((200, 16, 24), 48), ((1, 3), 7)):
+            weights = [torch.randint(0, 256, (number, width), dtype=torch.uint8) for number in rows]
+            found, ones = fp8.transposed(*(weight.cuda() for weight in weights))
+            assert torch.equal(found.cpu(), torch.cat(weights).t()) and torch.equal(ones.cpu(), torch.ones(1, width))
+
+    @pytest.mark.parametrize("dtype", fp8.FORMATS.values())
+    @pytest.mark.parametrize(("heads", "few", "dim"), [(32, 8, 128), (3, 1, 20)])
+    def test_rows_of_attentions_gradients(self, heads, few, dim, dtype):
+        torch.manual_seed(0)
+        parts = [torch.randn(2, n, 67, dim).bfloat16().transpose(1, 2) for n in (heads, few, few)]
+        angles = torch.randn(1, 67, dim // 2).repeat(1, 1, 2)
+        tables, columns = (angles.cos(), angles.sin()), [2.0 ** torch.randint(-9, 3, (n * dim,)) for n in (heads, few, few)]
+        parts[2][1, 5, 0, 3] = math.nan
+        expected, scale = kernels.rope_backward_rows(*parts, *tables, dtype, columns)
+        parts, tables, columns = ([x.cuda() for x in some] for some in (parts, tables, columns))
+        found, factor = kernels.rope_backward_rows(*parts, *tables, dtype, columns)
+        one, two = found.cpu().double() * factor.cpu(), expected.double() * scale
+        assert torch.equal(one.isnan(), two.isnan()) and one[67 + 5].isnan().all()
+        assert relative(one.nan_to_num(), two.nan_to_num()) < 2e-3  # fused products' last bit
 
     def test_rows_of_a_norm(self):
         for width in (96, 4096):
@@ -417,8 +445,7 @@ class TestOnGpu:
 
         def pairs(device):
             a, b, c = (x.to(device) for x in (gate, up, dact))
-            more = kernels.swiglu_backward_rows(a, b, c, E4M3, *(x.to(device) for x in columns))
-            return [kernels.swiglu_rows(a, b), *more]
+            return [kernels.swiglu_rows(a, b), kernels.swiglu_backward_rows(a, b, c, E4M3, [x.to(device) for x in columns])]
 
         for (found, scale), (expected, expected_scale) in zip(pairs("cuda"), pairs("cpu")):
             assert relative(found.cpu().double() * scale.cpu(), expected.double() * expected_scale) < 2e-3  # exp's last bit
@@ -465,13 +492,24 @@ from peft_control.memory import kernels
 for width in (96, 1408, 17000):
     gate, up = torch.randn(3, 2 * width).bfloat16().chunk(2, dim=1)
     columns = [torch.exp2(torch.randint(-9, -5, (width,)).float()) for _ in range(2)]
-    step = (gate, up, torch.randn(3, width).bfloat16(), torch.float8_e4m3fn, *columns)
+    step = (gate, up, torch.randn(3, width).bfloat16(), torch.float8_e4m3fn, columns)
     both = []
     for kernels.uses_kernels in (lambda x: False, lambda x: True):
-        both.append([kernels.swiglu_rows(gate, up), *kernels.swiglu_backward_rows(*step)])
+        both.append([kernels.swiglu_rows(gate, up), kernels.swiglu_backward_rows(*step)])
     for (q, scale), (other, other_scale) in zip(*both):
         one, two = q.float() * scale, other.float() * other_scale
         assert ((one - two).abs() <= one.abs() / 8 + scale).float().mean() > 0.9
+
+for heads, few, dim in ((4, 2, 16), (3, 1, 20)):
+    torch.manual_seed(0)
+    parts = [torch.randn(2, number, 5, dim).bfloat16().transpose(1, 2) for number in (heads, few, few)]
+    tables = [torch.randn(1, 5, dim // 2).repeat(1, 1, 2).bfloat16() for _ in range(2)]
+    columns, both = [torch.exp2(torch.randint(-9, -5, (number * dim,)).float()) for number in (heads, few, few)], []
+    for kernels.uses_kernels in (lambda x: False, lambda x: True):
+        both.append(kernels.rope_backward_rows(*parts, *tables, torch.float8_e4m3fn, columns))
+    (q, scale), (other, other_scale) = both
+    assert q.shape == other.shape == (10, (heads + 2 * few) * dim) and torch.equal(scale, other_scale)
+    assert (q.float() == other.float()).float().mean() > 0.9
 
 torch.manual_seed(0)
 for width in (96, 17000):
@@ -491,9 +529,10 @@ for width in (96, 1408):
     assert torch.equal(rstd, expected)
     for one, two in zip((q, scale), fp8_kernels.quantize_rows(normal)):
         assert torch.equal(one.float(), two.float())
-weight = torch.randint(0, 256, (300, 48), dtype=torch.uint8)
-found, ones = fp8_kernels.transposed(weight)
-assert torch.equal(found, weight.t()) and torch.equal(ones, torch.ones(1, 48))
+weights = [torch.randint(0, 256, (rows, 48), dtype=torch.uint8) for rows in (300, 16, 7)]
+for some in (weights[:1], weights):
+    found, ones = fp8_kernels.transposed(*some)
+    assert torch.equal(found, torch.cat(some).t()) and torch.equal(ones, torch.ones(1, 48))
 """
 
 

@@ -47,22 +47,18 @@ _MULTIPLE = 16  # of the widths that torch._scaled_mm takes
 def _product(rows, scales, weight, weight_scales, bias, dtype):
     """``(rows * scales) @ (weight * weight_scales) + bias`` in ``dtype``.
 
-    ``rows`` ``(rows, k)`` are FP8 with scales ``(rows, 1)``, ``weight`` is e4m3's bytes ``(k, n)`` with scales ``(1, n)`` or
-    None.
+    ``rows`` ``(rows, k)`` are FP8 with scales ``(rows, 1)``, ``weight`` is e4m3's bytes ``(k, n)``, one column behind the other,
+    with scales ``(1, n)``.
     """
     bias = None if bias is None else bias.to(torch.bfloat16)
     if _kernels_take(rows.device, *weight.shape) and len(rows):
-        if weight_scales is None:
-            weight, weight_scales = transposed(weight)
-            weight = weight.t()  # the kernels read both operands along k
         output = torch._scaled_mm(
             rows, weight.view(_WEIGHT), scale_a=scales, scale_b=weight_scales, bias=bias, out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )  # fmt: skip
         return output.to(dtype)
     with torch.autocast(rows.device.type, enabled=False):
-        wide = weight.view(_WEIGHT).float()
-        output = (rows.float() * scales) @ (wide if weight_scales is None else wide * weight_scales)
+        output = (rows.float() * scales) @ (weight.view(_WEIGHT).float() * weight_scales)
         return (output if bias is None else output + bias.float()).to(torch.bfloat16).to(dtype)
 
 
@@ -133,12 +129,6 @@ class Fp8Linear(InFp8, nn.Linear):
         """The gradient ``(rows, in)`` of the layer's input for its output's ``(rows, out)``, in the same type."""
         return _input_gradient(dy, self.weight, self.weight_scale, self.gradients)
 
-    def gradient_of_rows(self, rows: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, turned=None) -> torch.Tensor:
-        """The same for rows of dy that were multiplied by :attr:`weight_scale`, then quantized. ``turned`` is the weight
-        :func:`transposed`, which several parts of dy can share."""
-        weight, ones = (self.weight, None) if turned is None else (turned[0].t(), turned[1])
-        return _product(rows, scales, weight, ones, None, dtype)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # both weights as arguments: autograd saves them; the views outside: an output may be changed in place
         rows = _Output.apply(x.reshape(-1, x.shape[-1]), self, self.weight, self.weight_scale)
@@ -165,8 +155,14 @@ class _Output(torch.autograd.Function):
 
 
 def _input_gradient(dy, weight, weight_scale, gradients):
-    rows, scales = quantize_rows(dy, FORMATS[gradients], weight_scale.float())
-    return _product(rows, scales, weight, None, None, dy.dtype)
+    return gradient_of_rows(quantize_rows(dy, FORMATS[gradients], weight_scale.float()), transposed(weight), dy.dtype)
+
+
+def gradient_of_rows(rows, turned, dtype: torch.dtype) -> torch.Tensor:
+    """The gradient ``(rows, in)`` of an input in ``dtype``, for what :func:`transposed` gives for the weights of its layers and
+    the ``rows`` of their outputs' gradients: side by side, multiplied by the layers' ``weight_scale``, then quantized."""
+    weight, ones = turned
+    return _product(*rows, weight.t(), ones, None, dtype)
 
 
 # -- models -----------------------------------------------------------------------------------------------------

@@ -78,15 +78,18 @@ def dequantize_rows(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtyp
     return wide.mul_(scale.view(*weight.shape[:-1], 1).to(torch.float32 if dtype == torch.float16 else dtype))
 
 
-def transposed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A copy ``(columns, rows)`` of bytes ``(rows, columns)``, and the scales ``(1, columns)`` of a product without any: ones,
-    which the same kernel writes."""
-    rows, columns = weight.shape
-    if not uses_kernels(weight):
-        return weight.t().contiguous(), torch.ones(1, columns, device=weight.device)
-    out, ones = weight.new_empty(columns, rows), torch.empty(1, columns, dtype=torch.float32, device=weight.device)
-    grid = (-(-columns // _TILE), -(-rows // _TILE))
-    _transpose_kernel[grid](weight.contiguous(), out, ones, rows, columns, TILE=_TILE, num_warps=8)
+def transposed(*weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A copy ``(columns, rows)`` of bytes ``(rows, columns)``, of several weights side by side, and the scales
+    ``(1, columns)`` of a product without any: ones, which the same kernel writes."""
+    rows, columns = sum(map(len, weights)), weights[0].shape[1]
+    if not uses_kernels(weights[0]):
+        return torch.cat(weights).t().contiguous(), torch.ones(1, columns, device=weights[0].device)
+    out, start = weights[0].new_empty(columns, rows), 0
+    ones = torch.empty(1, columns, dtype=torch.float32, device=out.device)
+    for weight in weights:
+        grid, place = (-(-columns // _TILE), -(-len(weight) // _TILE)), out[:, start:] if start else out
+        _transpose_kernel[grid](weight.contiguous(), place, ones, len(weight), columns, rows, TILE=_TILE, num_warps=8)
+        start += len(weight)
     return out, ones
 
 
@@ -155,13 +158,15 @@ if triton is not None:
         tl.store(y + row * width + column, (value * tl.load(scale + row)).to(y.dtype.element_ty), mask=mask)
 
     @triton.jit
-    def _transpose_kernel(x, y, ones, rows, columns, TILE: tl.constexpr):
+    def _transpose_kernel(x, y, ones, rows, columns, stride, TILE: tl.constexpr):
         row = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
         column = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         tile = tl.load(
             x + row[:, None] * columns + column[None, :], mask=(row < rows)[:, None] & (column < columns)[None, :], other=0
         )
         tl.store(
-            y + column[:, None] * rows + row[None, :], tl.trans(tile), mask=(column < columns)[:, None] & (row < rows)[None, :]
+            y + column[:, None] * stride + row[None, :],
+            tl.trans(tile),
+            mask=(column < columns)[:, None] & (row < rows)[None, :],
         )
         tl.store(ones + column, tl.full((TILE,), 1.0, dtype=tl.float32), mask=(column < columns) & (tl.program_id(1) == 0))

@@ -13,7 +13,7 @@ from ..fp8_kernels import compute_dtype
 from . import kernels
 from .control import AddControl, control_backward, control_hidden
 from .exact import Parameters
-from .linear import input_gradient, is_frozen_linear, outputs, outputs_of_normal
+from .linear import input_gradient, is_frozen_linear, joint_format, joint_gradient, outputs, outputs_of_normal
 from .mlp import tokens
 
 #: With so many tokens attention's backward fills a GPU. Its kernels need several states of memory of their own.
@@ -78,6 +78,28 @@ class Rope(torch.autograd.Function):
         return *kernels.rope(dquery, dkey, *ctx.saved_tensors, backward=True), None, None
 
 
+class Heads(torch.autograd.Function):
+    """Queries, keys and values of a simple attention, and its state handed on as :class:`RmsNorm` hands it on: keeps the state,
+    one number per token and the tables."""
+
+    @staticmethod
+    def forward(ctx, state, block, cos, sin):
+        heads, rstd = block.heads(state, cos, sin)
+        ctx.block, ctx.parameters = block, Parameters([block.norm, *block.projections])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(state, rstd, cos, sin, *ctx.parameters.now())
+        return *heads, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dquery, dkey, dvalue, dstate):
+        if dvalue is not None:
+            state, rstd, cos, sin, *parameters = ctx.saved_tensors
+            with ctx.parameters.put_back(parameters):
+                dstate = ctx.block.through_projections(state, dstate, [dquery, dkey, dvalue], rstd, cos, sin)
+        return dstate, None, None, None
+
+
 class NormPlan:
     """The frozen RMSNorm behind the last layer, which else keeps its state in float32."""
 
@@ -123,10 +145,11 @@ class DecoderAttention:
         if not inputs:
             return [], of_control
         if state.requires_grad and self.simple:
-            heads, rstd = (kept, None) if kept else self._heads(state, *arguments, **named)
+            tables = named.pop("position_embeddings")
+            heads, rstd = (kept, None) if kept else self.heads(state, *tables)
             gradients = self._attend_gradients(heads, dmixed, *arguments, **named)
             del dmixed
-            dstate = self._through_projections(state, dy, gradients, rstd, *arguments, **named)
+            dstate = self.through_projections(state, dy, gradients, rstd, *tables, in_place=True)
             return [dstate, *[None] * (len(inputs) - 1)], of_control  # the others take no part
         mixed, through = self._mixed_values(state, *arguments, **named)
         if not mixed.requires_grad:  # the inputs are an inactive adapter's
@@ -139,14 +162,14 @@ class DecoderAttention:
         return list(torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)), of_control
 
     @torch.no_grad()
-    def _heads(self, state, attention_mask=None, *, position_embeddings, **named):
+    def heads(self, state, cos, sin):
         """Queries, keys and values ``(batch, tokens, heads, head_dim)`` of a simple attention, and its norm's factors."""
         projected, rstd = outputs_of_normal(tokens(state), self.norm, *self.projections)
         query, key, value = (x.view(*state.shape[:-1], -1, self.attention.head_dim) for x in projected)
         del projected
-        return [*kernels.rope(query, key, *position_embeddings), value], rstd
+        return [*kernels.rope(query, key, cos, sin), value], rstd
 
-    def _attend_gradients(self, heads, dmixed, attention_mask=None, position_embeddings=None, **named):
+    def _attend_gradients(self, heads, dmixed, attention_mask=None, **named):
         """The gradients of queries, keys and values, which leave the list ``heads``. Where a few sequences have tokens enough,
         they take the place of queries, keys and values, sequences by sequences."""
         batch, length = heads[0].shape[:2]
@@ -165,24 +188,34 @@ class DecoderAttention:
         return list(torch.autograd.grad(mixed, leaves, dmixed.view(mixed.shape)))
 
     @torch.no_grad()
-    def _through_projections(self, state, dy, gradients, rstd, attention_mask=None, *, position_embeddings, **named):
-        """The state's gradient for those of queries, keys and values of a simple attention, added up in ``dy``."""
-        norm, dnormal = self.norm, None
-        gradients[:2] = kernels.rope(*gradients[:2], *position_embeddings, backward=True)
-        for linear in self.projections:
-            gradient = gradients.pop(0).reshape(-1, linear.out_features)
-            dnormal = input_gradient(gradient, linear, add_to=dnormal)
-        flat, dflat = tokens(state), tokens(dy)
+    def through_projections(self, state, dy, gradients, rstd, cos, sin, in_place=False):
+        """The state's gradient for those of queries, keys and values of a simple attention, which leave the list ``gradients``;
+        added up with ``dy`` if that is given, in its memory if ``in_place``."""
+        norm, dnormal, joint = self.norm, None, joint_format(self.projections)
+        query, key, value = gradients
+        gradients.clear()
+        if joint is not None:
+            rows, dtype = kernels.rope_backward_rows(query, key, value, cos, sin, *joint), query.dtype
+            del query, key, value
+            dnormal = joint_gradient(rows, self.projections, dtype)
+            del rows
+        else:
+            gradients += [*kernels.rope(query, key, cos, sin, backward=True), value]
+            del query, key, value
+            for linear in self.projections:
+                gradient = gradients.pop(0).reshape(-1, linear.out_features)
+                dnormal = input_gradient(gradient, linear, add_to=dnormal)
+        flat, dflat = tokens(state), None if dy is None else tokens(dy)
         if rstd is None:
             _, rstd = kernels.rms_norm(flat, norm.weight, norm.variance_epsilon)
-        kernels.rms_norm_backward(dnormal, flat, norm.weight, rstd, residual=dflat, out=dflat)
-        return dflat.view(state.shape)
+        out = dflat if in_place else None
+        return kernels.rms_norm_backward(dnormal, flat, norm.weight, rstd, residual=dflat, out=out).view(state.shape)
 
     def _mixed_values(self, state, attention_mask=None, *, position_embeddings, keep=None, **named):
         """What the output projection takes, ``(batch, tokens, heads * head_dim)``, and the state for what is added to it."""
         attention = self.attention
-        if self.simple and not torch.is_grad_enabled():
-            (query, key, value), _ = self._heads(state, position_embeddings=position_embeddings)
+        if self.simple:
+            query, key, value, state = Heads.apply(state, self, *position_embeddings)
         else:
             normal, state = RmsNorm.apply(state, self.norm)
             linears = self.projections

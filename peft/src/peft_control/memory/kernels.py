@@ -185,18 +185,17 @@ def swiglu_rows(gate, up):
     return q, scale
 
 
-def swiglu_backward_rows(gate, up, dact, dtype, gate_columns, up_columns):
-    """The rows of gate's and of up's gradient, multiplied by ``..._columns`` and quantized to ``dtype``: two pairs."""
+def swiglu_backward_rows(gate, up, dact, dtype, columns):
+    """The rows of gate's and up's gradients side by side, multiplied by the two ``columns`` and quantized to ``dtype``."""
     if not uses_kernels(gate):
-        dgate, dup = swiglu_backward_(gate.clone(), up.clone(), dact)
-        return quantize_rows(dgate, dtype, gate_columns), quantize_rows(dup, dtype, up_columns)
+        gradients = swiglu_backward_(gate.clone(), up.clone(), dact)
+        return quantize_rows(torch.cat(gradients, dim=1), dtype, torch.cat(columns))
     width, dact = gate.shape[1], dact.contiguous()
-    (dgate, gate_scale), (dup, up_scale) = (empty_rows(gate, width, dtype) for _ in range(2))
+    q, scale = empty_rows(gate, 2 * width, dtype)
     _swiglu_backward_rows_kernel[(len(gate),)](
-        gate, up, dact, gate_columns, up_columns, dgate, gate_scale, dup, up_scale, gate.stride(0), up.stride(0), width,
-        **_swiglu_launch(width, dtype),
-    )  # fmt: skip
-    return (dgate, gate_scale), (dup, up_scale)
+        gate, up, dact, *columns, q, scale, gate.stride(0), up.stride(0), width, **_swiglu_launch(width, dtype)
+    )
+    return q, scale
 
 
 @functools.cache
@@ -239,6 +238,24 @@ def rope(query, key, cos, sin, backward=False):
         return (wide * cos + rotated * sin).to(x.dtype)
 
     return [turn(query), turn(key)]
+
+
+def rope_backward_rows(query, key, value, cos, sin, dtype, columns):
+    """The rows ``(batch * tokens, all widths)`` of what goes back through :func:`rope` for the gradients of queries and keys,
+    and of the values' gradient, side by side; multiplied by the three ``columns`` and quantized to ``dtype``."""
+    if not uses_kernels(query) or query.shape[-1] != cos.shape[-1]:
+        parts = [*rope(query, key, cos, sin, backward=True), value]
+        return quantize_rows(torch.cat([part.flatten(2).flatten(0, 1) for part in parts], dim=1), dtype, torch.cat(columns))
+    parts = query, key, value = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
+    (batch, tokens, heads, dim), few, cos, sin = query.shape, key.shape[2], cos.contiguous(), sin.contiguous()
+    q = torch.empty(batch * tokens, (heads + 2 * few) * dim, dtype=dtype, device=query.device)
+    scale = torch.empty(batch * tokens, 1, dtype=torch.float32, device=query.device)
+    _rope_rows_kernel[(batch * tokens,)](
+        *parts, *columns, q, scale, cos, sin, *(stride for x in parts for stride in x.stride()[:3]), tokens,
+        0 if cos.shape[0] == 1 else tokens * dim, heads, few, EXPONENT=exponent_of(dtype), QUERY_BLOCK=power_of_2(heads),
+        KEY_BLOCK=power_of_2(few), HALF=dim // 2, HALF_BLOCK=power_of_2(dim // 2),
+    )  # fmt: skip
+    return q, scale
 
 
 # -- cross entropy ----------------------------------------------------------------------------------------------
@@ -424,7 +441,7 @@ if triton is not None:
 
     @triton.jit
     def _swiglu_backward_rows_kernel(
-        gate, up, dact, gate_columns, up_columns, dgate, gate_scale, dup, up_scale, stride_gate, stride_up, width,
+        gate, up, dact, gate_columns, up_columns, q, scale, stride_gate, stride_up, width,
         BLOCK: tl.constexpr, EXPONENT: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
@@ -438,10 +455,10 @@ if triton is not None:
         du = (d * g * s).to(u.dtype).to(tl.float32)
         dg *= tl.load(gate_columns + column, mask=mask, other=0.0)
         du *= tl.load(up_columns + column, mask=mask, other=0.0)
-        dg *= factor_of(tl.max(magnitude(dg)), gate_scale + row, EXPONENT)
-        du *= factor_of(tl.max(magnitude(du)), up_scale + row, EXPONENT)
-        tl.store(dgate + row * width + column, dg.to(dgate.dtype.element_ty), mask=mask)
-        tl.store(dup + row * width + column, du.to(dup.dtype.element_ty), mask=mask)
+        factor = factor_of(tl.max(tl.maximum(magnitude(dg), magnitude(du))), scale + row, EXPONENT)
+        q += row * 2 * width + column
+        tl.store(q, (dg * factor).to(q.dtype.element_ty), mask=mask)
+        tl.store(q + width, (du * factor).to(q.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _rope_kernel(
@@ -466,18 +483,77 @@ if triton is not None:
         x, y, cos, sin, stride_batch, stride_token, stride_head, program, tokens, cos_stride_batch, heads,
         HEADS_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, SIGN: tl.constexpr,
     ):  # fmt: skip
+        first, second, at, mask = _turned(
+            x, cos, sin, stride_batch, stride_token, stride_head, program, tokens, cos_stride_batch, heads, HEADS_BLOCK,
+            HALF, HALF_BLOCK, SIGN,
+        )  # fmt: skip
+        y += program * heads * 2 * HALF + at
+        tl.store(y, first, mask=mask)
+        tl.store(y + HALF, second, mask=mask)
+
+    @triton.jit
+    def _turned(
+        x, cos, sin, stride_batch, stride_token, stride_head, program, tokens, cos_stride_batch, heads,
+        HEADS_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, SIGN: tl.constexpr,
+    ):  # fmt: skip
+        """Both halves of a token's heads, rotated unless ``SIGN`` is 0; where the first half stands in a row, and its mask."""
         batch, token = program // tokens, program % tokens
         head, column = tl.arange(0, HEADS_BLOCK)[:, None], tl.arange(0, HALF_BLOCK)[None, :]
         mask = (head < heads) & (column < HALF)
-        angle = batch * cos_stride_batch + token * 2 * HALF + column
-        c = tl.load(cos + angle, mask=column < HALF, other=0.0).to(tl.float32)
-        s = tl.load(sin + angle, mask=column < HALF, other=0.0).to(tl.float32) * SIGN
         source = x + batch * stride_batch + token * stride_token + head * stride_head + column
         first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
         second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
-        target = y + (program * heads + head) * 2 * HALF + column
-        tl.store(target, first * c - second * s, mask=mask)
-        tl.store(target + HALF, second * c + first * s, mask=mask)
+        at = head * 2 * HALF + column
+        if SIGN == 0.0:
+            return first, second, at, mask
+        else:
+            angle = batch * cos_stride_batch + token * 2 * HALF + column
+            c = tl.load(cos + angle, mask=column < HALF, other=0.0).to(tl.float32)
+            s = tl.load(sin + angle, mask=column < HALF, other=0.0).to(tl.float32) * SIGN
+            return first * c - second * s, second * c + first * s, at, mask
+
+    @triton.jit
+    def _rope_rows_kernel(
+        query, key, value, query_columns, key_columns, value_columns, q, scale, cos, sin, query_stride_batch,
+        query_stride_token, query_stride_head, key_stride_batch, key_stride_token, key_stride_head, value_stride_batch,
+        value_stride_token, value_stride_head, tokens, cos_stride_batch, query_heads, key_heads, EXPONENT: tl.constexpr,
+        QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        program = tl.program_id(0).to(tl.int64)
+        q1, q2, at, mask = _turned(
+            query, cos, sin, query_stride_batch, query_stride_token, query_stride_head, program, tokens, cos_stride_batch,
+            query_heads, QUERY_BLOCK, HALF, HALF_BLOCK, -1.0,
+        )  # fmt: skip
+        q1, q2 = _times(q1, q2, query, query_columns, at, mask, HALF)
+        k1, k2, key_at, key_mask = _turned(
+            key, cos, sin, key_stride_batch, key_stride_token, key_stride_head, program, tokens, cos_stride_batch,
+            key_heads, KEY_BLOCK, HALF, HALF_BLOCK, -1.0,
+        )  # fmt: skip
+        k1, k2 = _times(k1, k2, key, key_columns, key_at, key_mask, HALF)
+        v1, v2, _, _ = _turned(
+            value, cos, sin, value_stride_batch, value_stride_token, value_stride_head, program, tokens, cos_stride_batch,
+            key_heads, KEY_BLOCK, HALF, HALF_BLOCK, 0.0,
+        )  # fmt: skip
+        v1, v2 = _times(v1, v2, value, value_columns, key_at, key_mask, HALF)
+        of_query = tl.max(tl.maximum(magnitude(q1), magnitude(q2)))
+        of_others = tl.maximum(tl.maximum(magnitude(k1), magnitude(k2)), tl.maximum(magnitude(v1), magnitude(v2)))
+        factor = factor_of(tl.maximum(of_query, tl.max(of_others)), scale + program, EXPONENT)
+        q += program * (query_heads + 2 * key_heads) * 2 * HALF
+        tl.store(q + at, (q1 * factor).to(q.dtype.element_ty), mask=mask)
+        tl.store(q + at + HALF, (q2 * factor).to(q.dtype.element_ty), mask=mask)
+        q += query_heads * 2 * HALF + key_at
+        tl.store(q, (k1 * factor).to(q.dtype.element_ty), mask=key_mask)
+        tl.store(q + HALF, (k2 * factor).to(q.dtype.element_ty), mask=key_mask)
+        q += key_heads * 2 * HALF
+        tl.store(q, (v1 * factor).to(q.dtype.element_ty), mask=key_mask)
+        tl.store(q + HALF, (v2 * factor).to(q.dtype.element_ty), mask=key_mask)
+
+    @triton.jit
+    def _times(first, second, x, columns, at, mask, HALF: tl.constexpr):
+        """Both halves, rounded to the type of ``x``, times their ``columns``."""
+        first = first.to(x.dtype.element_ty).to(tl.float32) * tl.load(columns + at, mask=mask, other=0.0)
+        second = second.to(x.dtype.element_ty).to(tl.float32) * tl.load(columns + at + HALF, mask=mask, other=0.0)
+        return first, second
 
     @triton.jit
     def _cross_entropy_kernel(

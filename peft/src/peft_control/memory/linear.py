@@ -10,8 +10,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..fp8 import Fp8Linear
-from ..fp8_kernels import compute_dtype, quantize_rows
+from ..fp8 import FORMATS, Fp8Linear, gradient_of_rows
+from ..fp8_kernels import compute_dtype, quantize_rows, transposed
 from . import kernels
 from .exact import is_as_written
 
@@ -123,3 +123,18 @@ def input_gradient(dy: torch.Tensor, linear: nn.Linear, add_to: torch.Tensor | N
         return dx if add_to is None else add_to.add_(dx)
     weight = dense_weight(linear, dy.dtype)
     return dy @ weight if add_to is None else add_to.addmm_(dy, weight)
+
+
+def joint_format(linears: Sequence[nn.Linear]) -> tuple[torch.dtype, list[torch.Tensor]] | None:
+    """If all ``linears`` are FP8, so that the gradient of an input that they share is one product: the format of their outputs'
+    gradients, and what multiplies each before they are quantized as one row."""
+    found = [linear for linear in linears if isinstance(linear, Fp8Linear)]
+    if len(found) < len(linears):
+        return None
+    return FORMATS[found[0].gradients], [linear.weight_scale.float() for linear in found]
+
+
+def joint_gradient(rows: tuple[torch.Tensor, torch.Tensor], linears: Sequence[nn.Linear], dtype: torch.dtype) -> torch.Tensor:
+    """The shared input's gradient in ``dtype`` for the gradients of the outputs, side by side in ``rows``, as
+    :func:`joint_format` says."""
+    return gradient_of_rows(rows, transposed(*(linear.weight for linear in linears)), dtype)

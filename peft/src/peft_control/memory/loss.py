@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..fp8 import FORMATS, Fp8Linear
+from ..fp8 import FORMATS, Fp8Linear, gradient_of_rows
 from ..fp8_kernels import compute_dtype, quantize_rows, transposed
 from . import kernels
 from .exact import is_as_written
@@ -67,7 +67,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dlogits = quantize_rows(logits, FORMATS[head.gradients], head.weight_scale) if in_fp8 else (logits,)
             total += losses.sum() if weights is None else (losses * weights[part]).sum()
             if gradient is not None:
-                found = head.gradient_of_rows(*dlogits, dtype, turned) if in_fp8 else logits @ weight
+                found = gradient_of_rows(dlogits, turned, dtype) if in_fp8 else logits @ weight
                 found = found if weights is None else found * weights[part, None]
                 gradient[part] = found.to(gradient.dtype)  # by numbers torch converts nothing
             del logits, dlogits  # before the next chunk's are made

@@ -17,11 +17,11 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers.activations import GELUActivation, GELUTanh
 
-from ..fp8 import FORMATS, Fp8Linear
+from ..fp8 import Fp8Linear
 from ..fp8_kernels import compute_dtype
 from . import kernels
 from .control import Active, add_control, control_hidden
-from .linear import cast_once, input_gradient, is_frozen_linear, outputs_of_normal
+from .linear import cast_once, input_gradient, is_frozen_linear, joint_format, joint_gradient, outputs_of_normal
 
 
 class Mlp:
@@ -153,13 +153,11 @@ class GatedMlp(Mlp):
         dact = input_gradient(dchange, down_proj)
         gate, up = inner
         inner.clear()
-        if isinstance(gate_proj, Fp8Linear) and isinstance(up_proj, Fp8Linear):
-            dtype, scales = FORMATS[gate_proj.gradients], [x.weight_scale.float() for x in (gate_proj, up_proj)]
-            of_gate, of_up = kernels.swiglu_backward_rows(gate, up, dact, dtype, *scales)
-            dtype = dact.dtype
-            del gate, up, dact  # the products need as much memory
-            dnormal = gate_proj.gradient_of_rows(*of_gate, dtype)
-            return dnormal.add_(up_proj.gradient_of_rows(*of_up, dtype))
+        joint = joint_format(self.linears[:2])
+        if joint is not None:
+            rows, dtype = kernels.swiglu_backward_rows(gate, up, dact, *joint), dact.dtype
+            del gate, up, dact  # the product needs as much memory
+            return joint_gradient(rows, self.linears[:2], dtype)
         dgate, dup = kernels.swiglu_backward_(gate, up, dact)
         del dact
         both = _as_one(dgate, dup)
