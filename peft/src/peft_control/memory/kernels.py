@@ -193,16 +193,16 @@ def swiglu_backward_rows(gate, up, dact, dtype, columns):
     width, dact = gate.shape[1], dact.contiguous()
     q, scale = empty_rows(gate, 2 * width, dtype)
     _swiglu_backward_rows_kernel[(len(gate),)](
-        gate, up, dact, *columns, q, scale, gate.stride(0), up.stride(0), width, **_swiglu_launch(width, dtype)
+        gate, up, dact, *columns, q, scale, gate.stride(0), up.stride(0), width, **_swiglu_launch(width, dtype, 512)
     )
     return q, scale
 
 
 @functools.cache
-def _swiglu_launch(width, dtype):
+def _swiglu_launch(width, dtype, of_a_warp=1024):
     """Settings of one program a row, which quantizes to ``dtype``."""
     block = power_of_2(width)
-    return {"BLOCK": block, "EXPONENT": exponent_of(dtype), "num_warps": min(max(block // 1024, 4), 32)}
+    return {"BLOCK": block, "EXPONENT": exponent_of(dtype), "num_warps": min(max(block // of_a_warp, 4), 32)}
 
 
 # -- rotary position embedding ----------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def _grid(x: torch.Tensor) -> tuple[int, int]:
 def _row_launch(width: int) -> dict[str, int]:
     """Settings of one program a row."""
     block = power_of_2(width)
-    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}
+    return {"BLOCK": block, "num_warps": max(min(block // 256, max(block // 1024, 4), 16), 1)}
 
 
 if triton is not None:
