@@ -47,7 +47,7 @@ usage() {
 }
 
 run() {
-  printf '+'; printf ' %q' "$@"; printf '\n'
+  printf '+%s\n' "$(printf ' %q' "$@")"
   run_child "$@"
 }
 

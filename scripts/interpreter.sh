@@ -97,8 +97,6 @@ pass_on() {
 
 # Say what is run, and become it.
 run_command() {
-    printf 'running:'
-    printf ' %q' "$@"
-    printf '\n'
+    printf 'running:%s\n' "$(printf ' %q' "$@")"
     exec "$@"
 }
