@@ -46,28 +46,9 @@ usage() {
   exit 2
 }
 
-# Print a command and run it; one that fails, or a signal, ends the launcher with the command's exit code. Signals go on to the
-# command, which saves its state: bash alone would end (SIGTERM) and leave it running.
 run() {
-  local child="" signal="" passed="" code
-  printf '+'; printf ' %q' "$@"; printf '\n'
-  trap 'pass_on INT' INT; trap 'pass_on TERM' TERM; trap 'pass_on HUP' HUP
-  (trap - INT QUIT; exec "$@") <&0 &   # the trap undoes that bash lets commands in the background ignore Ctrl-C
-  child=$!
-  if [ -n "$signal" ]; then pass_on "$signal"; fi
-  while true; do
-    passed="" code=0
-    wait "$child" || code=$?
-    if [ -z "$passed" ]; then break; fi   # else the signal ended the waiting, not the command
-  done
-  trap - INT TERM HUP
-  if [ -n "$signal" ] && [ "$code" = 0 ]; then code=$((128 + $(kill -l "$signal"))); fi   # it was just done: go no further
-  if [ "$code" != 0 ]; then exit "$code"; fi
-}
-
-pass_on() {
-  signal=$1 passed=yes
-  if [ -n "$child" ]; then kill -s "$signal" "$child" 2>/dev/null || true; fi
+  printf '+%s\n' "$(printf ' %q' "$@")"
+  run_child "$@"
 }
 
 train_and_evaluate() {

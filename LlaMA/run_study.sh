@@ -22,7 +22,6 @@ if [[ $RECIPE == tuned ]]; then
     EPOCHS=${EPOCHS:-1}
     BATCH=${BATCH:-64}
     MICRO_BATCH=${MICRO_BATCH:-64}    # one micro-batch per step: every token of a step weighs the same
-    TOKEN_BUDGET=${TOKEN_BUDGET:-8192}
     LOSS_ON=${LOSS_ON:-response}
     EVAL_STEPS=${EVAL_STEPS:-200}
     SAVE=${SAVE:-last}                # the adapter that answers: of the last step, not of the lowest held-out loss

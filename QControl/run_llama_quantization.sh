@@ -8,19 +8,13 @@ set -euo pipefail
 
 QUANTIZATION=${QUANTIZATION:-nf4}   # nf4, fp4, int8 or fp8
 OPTIMIZER=${OPTIMIZER:-adamw}       # paged_adamw_8bit: a quarter of the states, in host memory when the GPU is full
-MEMORY=${MEMORY:-plain}             # fast, balanced and lean keep less for the backward; gradients are exact
 
 MODEL=${MODEL:-meta-llama/Meta-Llama-3-8B}
 EPOCHS=${EPOCHS:-3}
 LR=${LR:-1e-4}
 MICRO_BATCH=${MICRO_BATCH:-3}
 BATCH=${BATCH:-6}
-CUTOFF=${CUTOFF:-256}
-WARMUP=${WARMUP:-100}
-HELD_OUT=${HELD_OUT:-120}
-EVAL_STEPS=${EVAL_STEPS:-80}
-LORA_DROPOUT=${LORA_DROPOUT:-0.05}
-SEED=${SEED:-42}
+# and what all recipes share, from LlaMA/launch.sh: CUTOFF WARMUP HELD_OUT EVAL_STEPS LORA_DROPOUT SEED MEMORY
 
 source "$(dirname "${BASH_SOURCE[0]}")/../LlaMA/launch.sh"
 if [ $# -lt 6 ]; then

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal, Optional
 from transformers.hf_argparser import HfArg
 
 from control_experiments.errors import UserError, run_main
-from control_experiments.paths import RESULTS
+from control_experiments.paths import RESULTS, SEARCH_FOLDER
 from control_experiments.training import options as shared
 from control_experiments.training.arguments import check_numbers, parse_arguments
 
@@ -147,7 +147,7 @@ class Options(RecipeOptions, shared.RunOptions, shared.SearchOptions):
         name = f"{model_name(self.model)}_{Path(self.data).stem}_{self.method.replace(' ', '_')}_seed{self.seed}"
         if self.validation_share is None:
             return RESULTS / "vit" / name
-        return RESULTS / "vit" / shared.SEARCH_FOLDER / f"{name}_lr{self.lr}"
+        return RESULTS / "vit" / SEARCH_FOLDER / f"{name}_lr{self.lr}"
 
     @property
     def scored(self) -> str:

@@ -34,7 +34,6 @@ CONTROL_RANK=${CONTROL_RANK:-16}
 LORA_RANK=${LORA_RANK:-1} # 0: as many parameters as the control
 LORA_ALPHA=${LORA_ALPHA:-2}
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [[ ${1:-} == -h || ${1:-} == --help || $# -lt 2 ]]; then
     sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     if [[ ${1:-} == -h || ${1:-} == --help ]]; then exit 0; fi
@@ -44,7 +43,7 @@ fi
 method=$1 gpu=$2
 shift 2
 
-source "$here/../scripts/interpreter.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/interpreter.sh"
 check_recipe "$RECIPE"
 command=("$PYTHON" -m ViT.finetune --method "$method" --device "$gpu" --model "$MODEL" --data "$DATA"
     --optimizer "$OPTIMIZER" --epochs "$EPOCHS" --lr "$LR" --lr_decay "$LR_DECAY" --warmup_steps "$WARMUP_STEPS"

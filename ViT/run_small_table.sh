@@ -24,7 +24,7 @@ if [[ $RECIPE == tuned ]]; then # AdamW: linear warm-up, then a half cosine
     WEIGHT_DECAY=${WEIGHT_DECAY:-0.01}
     GRID=${GRID:-"1e-3 2e-3 4e-3"} # grows by at most GROWTH rates while the best one lies at an edge
     GROWTH=${GROWTH:-4}
-    default_out=$here/../results/vit/tuned_$IMAGE_SIZE
+    OUT=${OUT:-$here/../results/vit/tuned_$IMAGE_SIZE}
 fi
 METHODS=${METHODS:-"control lora dora probe"} # separated by spaces; "double control" in quotes of its own
 SEEDS=${SEEDS:-"1 2 3"}
@@ -34,7 +34,7 @@ WEIGHT_DECAY=${WEIGHT_DECAY:-0}
 LR=${LR:-5e-3}
 GRID=${GRID:-} # learning rates separated by spaces, in the place of LR
 GROWTH=${GROWTH:-0}
-OUT=${OUT:-${default_out:-}} # default: results/vit, or results/vit/tuned_IMAGE_SIZE
+OUT=${OUT:-} # default: results/vit, or results/vit/tuned_IMAGE_SIZE
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
     sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"

@@ -10,8 +10,9 @@ Weak scaling: each process trains on --batch sequences of --tokens tokens, so th
 keeps the frozen weights on every GPU (through accelerate) and sends the adapter's gradients alone; "fsdp2" shards the frozen
 weights, layer by layer, as --shard fsdp2 of the training scripts does. Each parameter is drawn from a seed of its own, so it
 is the same for every number of processes and every sharding. Therefore the losses must be those of one process that
-accumulates the same global batch, which is run for comparison. The methods are those of bench_memory.py. Each cell has processes of its own; a record goes to --output, from which
-scripts.make_tables draws. A killed run goes on after what it has measured.
+accumulates the same global batch, which is run for comparison. The methods are those of bench_memory.py. Each cell has
+processes of its own. A record goes to --output, from which scripts.make_tables draws. A killed run goes on after what it
+has measured.
 """
 
 from __future__ import annotations

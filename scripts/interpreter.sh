@@ -72,25 +72,31 @@ check_recipe() {
     fi
 }
 
-# Run a command and wait for it, which a signal ends, and this script with it.
+# Run a command and return its exit code. A signal goes on to the command, which saves its state, and ends this script after it.
+# On SIGTERM bash alone would end and leave the command running.
 run_child() {
-    "$@" &
+    local child='' signal='' passed code name
+    for name in INT TERM HUP; do trap "pass_on $name" "$name"; done
+    (trap - INT QUIT; exec "$@") <&0 &   # the trap undoes that bash lets commands in the background ignore Ctrl-C
     child=$!
-    trap 'stop_child 130' INT
-    trap 'stop_child 143' TERM
-    wait "$child"
+    if [[ $signal ]]; then pass_on "$signal"; fi
+    while true; do
+        passed='' code=0
+        wait "$child" || code=$?
+        if [[ ! $passed ]]; then break; fi   # else the signal ended the waiting, not the command
+    done
+    trap - INT TERM HUP
+    if [[ $signal ]]; then exit $((code ? code : 128 + $(kill -l "$signal"))); fi
+    return "$code"
 }
 
-stop_child() {
-    kill "$child" 2>/dev/null || true    # it may have ended by itself
-    wait "$child" || true
-    exit "$1"
+pass_on() {
+    signal=$1 passed=yes
+    if [[ $child ]]; then kill -s "$signal" "$child" 2>/dev/null || true; fi
 }
 
 # Say what is run, and become it.
 run_command() {
-    printf 'running:'
-    printf ' %q' "$@"
-    printf '\n'
+    printf 'running:%s\n' "$(printf ' %q' "$@")"
     exec "$@"
 }

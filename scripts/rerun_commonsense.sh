@@ -34,13 +34,12 @@ done
 
 failed=0
 for base in "${bases[@]}"; do
-    model=meta-llama/Llama-2-7b-hf lr=2e-4 batch=8 batch_of_mixed=4 micro_batch=4
-    if [[ $base == llama3_8b ]]; then model=meta-llama/Meta-Llama-3-8B lr=1e-4 batch=6 batch_of_mixed=6 micro_batch=3; fi
+    model=meta-llama/Llama-2-7b-hf lr=2e-4 batch=8 micro_batch=4
+    if [[ $base == llama3_8b ]]; then model=meta-llama/Meta-Llama-3-8B lr=1e-4 batch=6 micro_batch=3; fi
     arms=()
     for method in "${methods[@]}"; do
-        if [[ $method == control+lora && $batch != "$batch_of_mixed" && -z ${BATCH:-} ]]; then
-            method+=:batch_size=$batch_of_mixed
-        fi
+        # half of the other methods', as in LlaMA/llama2_7B_Control+LoRA.sh
+        if [[ $base == llama2_7b && $method == control+lora && -z ${BATCH:-} ]]; then method+=:batch_size=4; fi
         arms+=("$method")
     done
     micro_batch=${MICRO_BATCH:-$micro_batch}

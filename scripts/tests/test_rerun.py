@@ -1,5 +1,6 @@
 """rerun_commonsense.sh and rerun_memory.sh as users type them, and signals to launchers; the interpreter notes how it is called, or fails."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -73,15 +74,17 @@ LAUNCHERS = [
 ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(  # a terminal sends Ctrl-C to all processes of a command
+    ("send", "number"), [(os.kill, signal.SIGINT), (os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)]
+)
 @pytest.mark.parametrize("call", LAUNCHERS, ids=[call[0] for call in LAUNCHERS])
-def test_a_signal_reaches_the_program_whose_end_is_waited_for_and_nothing_begins_after_it(launching, stub, call, number):
+def test_a_signal_reaches_the_program_whose_end_is_waited_for_and_nothing_begins_after_it(launching, stub, call, send, number):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
     with subprocess.Popen(**launching(*call, PYTHON=stub, TAKES=60), **how) as launcher:
         command, measuring = (launcher.stdout.readline() for _ in range(2))
         assert command.startswith("+ ") and measuring.startswith("measuring")
-        launcher.send_signal(number)
+        send(launcher.pid, number)
         said = launcher.stdout.read()
-        assert said.startswith("saved ") and "measuring" not in said
+        assert said.startswith(f"saved {number:d}\n") and "measuring" not in said
     assert launcher.returncode == 128 + number

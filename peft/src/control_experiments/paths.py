@@ -8,6 +8,8 @@ from pathlib import Path
 #: Root of the checkout. The experiments run from a checkout (`pip install -e peft`), never from a wheel.
 REPOSITORY = Path(__file__).resolve().parents[3]
 RESULTS = REPOSITORY / "results"
+#: Folder below a domain's results for the runs that choose learning rates; their scores are not of test sets.
+SEARCH_FOLDER = "learning_rate_search"
 
 
 def public_path(path: str | os.PathLike) -> str:

@@ -62,9 +62,9 @@ def _legend(axes, families: Iterable[str], *more: Line2D, **where) -> None:
     axes.legend(handles=[*handles, *more], fontsize=9, **where)
 
 
-def _axes(title: str, width: float = 8.3, height: float = 5.2):
-    axes = Figure(figsize=(width, height), layout="constrained").add_subplot()
-    axes.set_title(title, fontsize=11)
+def _axes(title: str, width: float = 8.3, height: float = 5.2, axes=None, **look):
+    axes = axes or Figure(figsize=(width, height), layout="constrained").add_subplot()
+    axes.set_title(title, **{"fontsize": 11, **look})
     axes.grid(alpha=0.25)
     return axes
 
@@ -264,7 +264,7 @@ def streaming(steps: pd.DataFrame, title: str) -> Figure:
 def curves(runs: Sequence[tuple[str, object, Sequence[tuple[float, float]]]], title: str, y_label: str,
            x_label: str = "epoch", axes=None) -> Figure:  # fmt: skip
     """A line for each (label, seed, points), into `axes` if given; the legend names each label once."""
-    axes = axes or _axes(title, 6, 4)
+    axes = _axes(title, 6, 4, axes, fontsize=10, wrap=True)
     labels = list(dict.fromkeys(label for label, _, _ in runs))
     colours = [FAMILIES[family(label)][0] for label in labels]
     if len(set(colours)) < len(labels):  # one family: colours tell its members apart
@@ -276,8 +276,6 @@ def curves(runs: Sequence[tuple[str, object, Sequence[tuple[float, float]]]], ti
         look = looks[label] | {"linewidth": 1.4, "alpha": 0.85, "marker": "." if len(points) < 3 else None}
         axes.plot(*zip(*points), gid=mark(family(label), tip), **look)
     axes.set(xlabel=x_label, ylabel=y_label)
-    axes.set_title(title, fontsize=10, wrap=True)
-    axes.grid(alpha=0.25)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(handles=[Line2D([], [], label=_NAMES.get(label, label), **look) for label, look in looks.items()], fontsize=9)
     return axes.figure
@@ -286,13 +284,11 @@ def curves(runs: Sequence[tuple[str, object, Sequence[tuple[float, float]]]], ti
 def scores_against_memory(runs: pd.DataFrame, title: str, axes=None) -> Figure:
     """A mark for each run (columns row, seed, last, peak in bytes), into `axes` if given; memory starts at 0, lest
     distances look larger than they are."""
-    axes = axes or _axes(title, 6, 4)
+    axes = _axes(title, 6, 4, axes, fontsize=10, wrap=True)
     for run in runs.itertuples():
         tip = f"{run.row}, seed {run.seed:.0f}\nlast score {run.last:.2f} %\npeak {run.peak / 2**20:,.0f} MiB"
         axes.plot(run.peak / 2**20, run.last, linestyle="", alpha=0.85, **_look(run.row, tip))
     axes.set(xlabel="peak memory, MiB", ylabel="last score, %")
-    axes.set_title(title, fontsize=10, wrap=True)
-    axes.grid(alpha=0.25)
     axes.margins(0.1)
     axes.set_xlim(left=0)
     _legend(axes, runs.row.map(family))

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from ..errors import UserError
+from ..paths import SEARCH_FOLDER
 from ..record import RunRecord, read_json, read_record
 from .pictures import CARDS
 
@@ -38,7 +39,6 @@ _NUMBERS = """n seed last best trained lr peak allocated seconds rate repeat tim
 processes efficiency step_seconds tokens_per_second peak_bytes over_static_bytes
 adapter_and_optimizer_bytes copies resident_peak_bytes resident_step_seconds floor""".split()  # noqa: SIM905
 _OBJECTS = "links notes shared own record folder".split()  # noqa: SIM905
-SEARCH = "learning_rate_search"
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 #: Columns of the commonsense tables, in the paper's order.
 COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa", "average")
@@ -164,7 +164,7 @@ def _scored(record: RunRecord, scored: RunRecord, place: tuple[str, ...]) -> dic
     timed, counted = not resumed and alone, "tokens" if llama else "examples"
     shared, own = _conditions(record, scored if scored is not record else None)
     return {
-        "kind": "search" if SEARCH in place else "run", "domain": domain, "task": "commonsense" if llama else record.task,
+        "kind": "search" if SEARCH_FOLDER in place else "run", "domain": domain, "task": "commonsense" if llama else record.task,
         "section": ", ".join(filter(None, section)), "row": _label(domain, record.method, options),
         "base": quantization, "method": record.method, "seed": record.seed, **_scores(scored, "last"), "best": _scores(scored, "best")["last"],
         "trained": record.adapter.get("trainable_parameters"), "lr": options.get("lr"), "no_match": scored.metrics["last"].get("no_match"),

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal, Optional, get_args
 from transformers.hf_argparser import HfArg
 
 from ..errors import UserError
-from ..paths import public_path
+from ..paths import SEARCH_FOLDER, public_path
 from .arguments import LARGEST_SEED, check_numbers
 from .checksums import local_fingerprint
 
@@ -44,8 +44,6 @@ QUANTIZATION_HELP = (
 STREAM_HELP = (
     "The layers' frozen weights wait in the host's memory and come to the GPU as they are needed: for models larger than it."
 )
-#: Folder below a domain's results for the runs that choose learning rates; their scores are not of test sets.
-SEARCH_FOLDER = "learning_rate_search"
 #: What accelerate launch can ask FSDP for that is not done here, by the variable that it sets.
 _NOT_DONE = {"FSDP_OFFLOAD_PARAMS": "--fsdp_offload_params", "FSDP_ACTIVATION_CHECKPOINTING": "--fsdp_activation_checkpointing"}
 #: Options that say what a run is; its record states them in fields of their own.

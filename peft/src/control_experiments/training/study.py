@@ -27,9 +27,9 @@ from typing import ClassVar, Optional
 from transformers.hf_argparser import HfArg
 
 from ..errors import UserError
+from ..paths import SEARCH_FOLDER
 from ..record import read_record
 from .arguments import check_numbers, parse_arguments
-from .options import SEARCH_FOLDER
 
 #: Options whose record says what "auto" came to.
 SETTLED = ("precision", "dtype", "attention")
