@@ -87,10 +87,12 @@ def test_two_processes_train_as_one(tmp_path):
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     for family, found in json.loads((tmp_path / "losses.json").read_text()).items():
-        expected = losses(build(family), slice(0, 4))
+        modes = {name.split()[0] for name in found} if family.endswith("fp8") else {"plain"}  # in FP8 each rounds differently
+        alone = {mode: losses(set_memory_mode(build(family), mode, chunk_tokens=5), slice(0, 4)) for mode in modes}
+        expected = alone["plain"]
         assert len(found) == (4 if family in ONLY_LEAN else 2 * len(MODES))
         for name, values in found.items():
-            assert values == pytest.approx(expected, rel=1e-5), (family, name)
+            assert values == pytest.approx(alone.get(name.split()[0], expected), rel=1e-5), (family, name)
         if family != "roberta":
             assert expected[0] > expected[-1]
 

@@ -6,7 +6,8 @@ products of one stored weight, forward and input gradient:
 
 - Weights are e4m3 with one scale per output channel. Activations are e4m3 with one scale per token, found anew each time.
 - The input gradient is ``(dy * scale) @ weight``. The weight's scales join dy before its rows are quantized, so the one
-  stored copy serves both directions, transposed on the fly.
+  stored copy serves both directions, transposed on the fly. Layers of one input can share its gradient's product: their parts
+  of dy are then one row with one scale.
 - All scales are powers of two, as in torchao's rowwise recipe: multiplying by them is exact.
 
 A product is summed in float32 and rounded once, to bfloat16, whatever the type of the layer's input. On GPUs that have FP8

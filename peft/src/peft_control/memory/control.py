@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 from ..control_layer import ControlLayer
 from ..fp8_kernels import compute_dtype
 from . import kernels
-from .exact import Parameters
 
 
 def tuner_setting(tuner: Any) -> tuple:
@@ -146,7 +145,7 @@ def _scaled(x, alpha):
 class AddControl(torch.autograd.Function):
     """``state + change + alpha * B(A(state))``: a pre-norm block's residual sum and its control in one node.
 
-    Keeps the state, which the block's norm keeps anyway, and A(state).
+    Keeps the state, which the block's norm keeps anyway, A(state), and the adapters' weights as they were cast.
     """
 
     @classmethod
@@ -160,10 +159,9 @@ class AddControl(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, state, change, control, *parameters):
-        output, kept = _controlled(control, state, change)
-        ctx.control, ctx.change_dtype, ctx.kept = control, change.dtype, len(kept)
-        ctx.parameters, ctx.setting = Parameters(control.modules()), tuner_setting(control)
-        ctx.save_for_backward(state, *kept, *ctx.parameters.now())
+        output, kept, ctx.adapters = _controlled(control, state, change)
+        ctx.control, ctx.change_dtype, ctx.setting = control, change.dtype, tuner_setting(control)
+        ctx.save_for_backward(state, *parameters, *kept)  # parameters, so that autograd notices what was changed in place
         return output
 
     @staticmethod
@@ -172,12 +170,10 @@ class AddControl(torch.autograd.Function):
         if ctx.setting != tuner_setting(ctx.control):
             raise RuntimeError(SWITCHED)
         state, *rest = ctx.saved_tensors
-        kept, parameters = rest[: ctx.kept], rest[ctx.kept :]
+        kept = rest[len(control_parameters(ctx.adapters)) :]
         flat = dy.reshape(-1, dy.shape[-1])
         dstate = flat if ctx.needs_input_grad[0] else None
-        with ctx.parameters.put_back(parameters):
-            adapters = active(ctx.control, kept[0])
-            dstate, gradients = control_backward(adapters, state.reshape(flat.shape), kept, flat, dstate, in_place=False)
+        dstate, gradients = control_backward(ctx.adapters, state.reshape(flat.shape), kept, flat, dstate, in_place=False)
         dstate = None if dstate is None else dstate.view(dy.shape)
         return dstate, dy.to(ctx.change_dtype), None, *gradients
 
@@ -186,4 +182,4 @@ def _controlled(control, state, change):
     width = state.shape[-1]
     flat, adapters = state.reshape(-1, width), active(control, state)
     kept = control_hidden(adapters, flat)
-    return add_control(adapters, kept, change.reshape(-1, width), flat).view(state.shape), kept
+    return add_control(adapters, kept, change.reshape(-1, width), flat).view(state.shape), kept, adapters

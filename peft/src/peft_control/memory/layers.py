@@ -365,6 +365,7 @@ class MlpCall(Call):
             if plan.mode == "lean":
                 self.wait_on_host(state, own=0)
             return forward_in_chunks(plan, state, adapters), [] if self.tickets else [state]
+        self.adapters_kept = adapters  # with their weights as they were cast
         keep = plan.keep if self.needs_dstate else 0  # the first layer's state may need no gradient
         output = torch.empty_like(state, memory_format=torch.contiguous_format)
         _, kept, control_kept = plan.mlp.forward(tokens(state), keep, adapters, out=tokens(output))
@@ -375,10 +376,11 @@ class MlpCall(Call):
         plan, (state, *kept) = self.plan, self.host.pop(self.tickets[0]) if self.tickets else saved
         flat, dflat, needed = tokens(state), tokens(dy), self.needs_dstate
         with self.autocast():
-            adapters = self.adapters("mlp", state)
             if self.in_chunks:
+                adapters = self.adapters("mlp", state)
                 dstate, sums = backward_in_chunks(plan, flat, dflat, adapters, needed)
             else:
+                adapters = self.adapters_kept
                 dstate = plan.mlp.backward(flat, kept[: self.split], dflat) if needed else None
                 dstate, sums = control_backward(adapters, flat, kept[self.split :], dflat, dstate)
         return None if dstate is None else dstate.view(state.shape), zip(control_parameters(adapters), sums)
