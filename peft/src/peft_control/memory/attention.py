@@ -12,8 +12,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..fp8_kernels import compute_dtype
 from . import kernels
 from .control import AddControl, control_backward, control_hidden
-from .exact import Parameters
-from .linear import input_gradient, is_frozen_linear, joint_format, joint_gradient, outputs, outputs_of_normal
+from .exact import Parameters, is_as_written
+from .linear import input_gradient, is_frozen_linear, joint_format, joint_gradient, outputs_of_normal
 from .mlp import tokens
 
 #: With so many tokens attention's backward fills a GPU. Its kernels need several states of memory of their own.
@@ -42,28 +42,6 @@ class RmsNorm(torch.autograd.Function):
         return dstate.view(state.shape), None
 
 
-class FrozenProjections(torch.autograd.Function):
-    """Frozen linear layers of one input, whose gradients the backward's matmuls add up."""
-
-    @staticmethod
-    def forward(ctx, x, *linears):
-        ctx.linears, ctx.shape, ctx.dtype = linears, x.shape, x.dtype
-        ctx.parameters = Parameters(linears)
-        ctx.save_for_backward(*ctx.parameters.now())
-        ctx.set_materialize_grads(False)
-        return outputs(x, *linears)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *gradients):
-        dx = None
-        with ctx.parameters.put_back(ctx.saved_tensors):
-            for dy, linear in zip(gradients, ctx.linears):
-                if dy is not None:
-                    dx = input_gradient(tokens(dy), linear, add_to=dx)
-        return None if dx is None else dx.to(ctx.dtype).view(ctx.shape), *(None for _ in ctx.linears)
-
-
 class Rope(torch.autograd.Function):
     """Rotary embedding of queries and keys ``(batch, tokens, heads, head_dim)``: keeps only the tables."""
 
@@ -79,24 +57,26 @@ class Rope(torch.autograd.Function):
 
 
 class Heads(torch.autograd.Function):
-    """Queries, keys and values of a simple attention, and its state handed on as :class:`RmsNorm` hands it on: keeps the state,
-    one number per token and the tables."""
+    """Queries, keys and values of a frozen attention, and its state handed on as :class:`RmsNorm` hands it on: keeps the state,
+    one number per token, the tables, and what norms of queries and keys take."""
 
     @staticmethod
     def forward(ctx, state, block, cos, sin):
-        heads, rstd = block.heads(state, cos, sin)
-        ctx.block, ctx.parameters = block, Parameters([block.norm, *block.projections])
+        heads, *kept = block.heads(state, cos, sin)
+        ctx.block, ctx.parameters = block, Parameters([block.norm, *block.projections, *block.norms])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(state, rstd, cos, sin, *ctx.parameters.now())
+        ctx.kept = len(kept)
+        ctx.save_for_backward(state, cos, sin, *kept, *ctx.parameters.now())
         return *heads, state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dquery, dkey, dvalue, dstate):
         if dvalue is not None:
-            state, rstd, cos, sin, *parameters = ctx.saved_tensors
+            state, cos, sin, *saved = ctx.saved_tensors
+            kept, parameters = saved[: ctx.kept], saved[ctx.kept :]
             with ctx.parameters.put_back(parameters):
-                dstate = ctx.block.through_projections(state, dstate, [dquery, dkey, dvalue], rstd, cos, sin)
+                dstate = ctx.block.through_projections(state, dstate, [dquery, dkey, dvalue], kept, cos, sin)
         return dstate, None, None, None
 
 
@@ -115,15 +95,16 @@ class DecoderAttention:
     """``state + self_attn(input_layernorm(state)) + control`` of LLaMA, Mistral, Qwen2 and Qwen3, without a cache.
 
     Attributes:
-        frozen: whether the projections to queries, keys and values are.
-        simple: whether these, rotated, are all that attention takes.
+        norms: of queries and keys, of Qwen3's heads.
+        frozen: whether these and the projections to queries, keys and values are.
     """
 
     def __init__(self, layer):
         self.layer, self.norm, self.attention = layer, layer.input_layernorm, layer.self_attn
         self.projections = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]
-        self.frozen = all(map(is_frozen_linear, self.projections))
-        self.simple = self.frozen and not hasattr(self.attention, "q_norm")
+        self.norms = [getattr(self.attention, name) for name in ("q_norm", "k_norm") if hasattr(self.attention, name)]
+        known = all(is_as_written(x) and hasattr(x, "variance_epsilon") and not x.weight.requires_grad for x in self.norms)
+        self.frozen = known and all(map(is_frozen_linear, self.projections))
 
     def __call__(self, state, *arguments, **named):
         """The block's output state. ``keep`` is called with what spares :meth:`gradients` the projections: with queries, keys
@@ -144,12 +125,12 @@ class DecoderAttention:
             _, of_control = control_backward(adapters, flat, control_hidden(adapters, flat), dflat, dstate)
         if not inputs:
             return [], of_control
-        if state.requires_grad and self.simple:
+        if state.requires_grad and self.frozen:
             tables = named.pop("position_embeddings")
-            heads, rstd = (kept, None) if kept else self.heads(state, *tables)
+            heads, *more = (kept,) if kept else self.heads(state, *tables)
             gradients = self._attend_gradients(heads, dmixed, *arguments, **named)
             del dmixed
-            dstate = self.through_projections(state, dy, gradients, rstd, *tables, in_place=True)
+            dstate = self.through_projections(state, dy, gradients, more, *tables, in_place=True)
             return [dstate, *[None] * (len(inputs) - 1)], of_control  # the others take no part
         mixed, through = self._mixed_values(state, *arguments, **named)
         if not mixed.requires_grad:  # the inputs are an inactive adapter's
@@ -163,11 +144,15 @@ class DecoderAttention:
 
     @torch.no_grad()
     def heads(self, state, cos, sin):
-        """Queries, keys and values ``(batch, tokens, heads, head_dim)`` of a simple attention, and its norm's factors."""
+        """Queries, keys and values ``(batch, tokens, heads, head_dim)`` of a frozen attention; its norm's factors; queries and
+        keys before their norms, if there are."""
         projected, rstd = outputs_of_normal(tokens(state), self.norm, *self.projections)
         query, key, value = (x.view(*state.shape[:-1], -1, self.attention.head_dim) for x in projected)
         del projected
-        return [*kernels.rope(query, key, cos, sin), value], rstd
+        before = [query, key] if self.norms else []
+        if before:
+            query, key = (_of_heads(x, norm)[0].view_as(x) for x, norm in zip(before, self.norms))
+        return [*kernels.rope(query, key, cos, sin), value], rstd, *before
 
     def _attend_gradients(self, heads, dmixed, attention_mask=None, **named):
         """The gradients of queries, keys and values, which leave the list ``heads``. Where a few sequences have tokens enough,
@@ -188,13 +173,15 @@ class DecoderAttention:
         return list(torch.autograd.grad(mixed, leaves, dmixed.view(mixed.shape)))
 
     @torch.no_grad()
-    def through_projections(self, state, dy, gradients, rstd, cos, sin, in_place=False):
-        """The state's gradient for those of queries, keys and values of a simple attention, which leave the list ``gradients``;
-        added up with ``dy`` if that is given, in its memory if ``in_place``."""
+    def through_projections(self, state, dy, gradients, kept, cos, sin, in_place=False):
+        """The state's gradient for those of queries, keys and values of a frozen attention, which leave the list ``gradients``;
+        added up with ``dy`` if that is given, in its memory if ``in_place``. ``kept`` is what :meth:`heads` gives besides, or
+        nothing where there are no norms of heads."""
         norm, dnormal, joint = self.norm, None, joint_format(self.projections)
+        rstd, before = (kept[0], kept[1:]) if kept else (None, [])
         query, key, value = gradients
         gradients.clear()
-        if joint is not None:
+        if joint is not None and not before:
             rows, dtype = kernels.rope_backward_rows(query, key, value, cos, sin, *joint), query.dtype
             del query, key, value
             dnormal = joint_gradient(rows, self.projections, dtype)
@@ -202,6 +189,9 @@ class DecoderAttention:
         else:
             gradients += [*kernels.rope(query, key, cos, sin, backward=True), value]
             del query, key, value
+            for place, (x, of_heads) in enumerate(zip(before, self.norms)):
+                factors = _of_heads(x, of_heads)[1]
+                gradients[place] = kernels.rms_norm_backward(tokens(gradients[place]), tokens(x), of_heads.weight, factors)
             for linear in self.projections:
                 gradient = gradients.pop(0).reshape(-1, linear.out_features)
                 dnormal = input_gradient(gradient, linear, add_to=dnormal)
@@ -214,20 +204,24 @@ class DecoderAttention:
     def _mixed_values(self, state, attention_mask=None, *, position_embeddings, keep=None, **named):
         """What the output projection takes, ``(batch, tokens, heads * head_dim)``, and the state for what is added to it."""
         attention = self.attention
-        if self.simple:
+        if self.frozen:
             query, key, value, state = Heads.apply(state, self, *position_embeddings)
         else:
             normal, state = RmsNorm.apply(state, self.norm)
-            linears = self.projections
-            projected = FrozenProjections.apply(normal, *linears) if self.frozen else [linear(normal) for linear in linears]
+            projected = [linear(normal) for linear in self.projections]
             query, key, value = (x.view(*normal.shape[:-1], -1, attention.head_dim) for x in projected)
             del normal, projected
-            if hasattr(attention, "q_norm"):
-                query, key = attention.q_norm(query), attention.k_norm(key)
+            if self.norms:
+                query, key = (norm(x) for norm, x in zip(self.norms, (query, key)))
             query, key = Rope.apply(query, key, *position_embeddings)
         if keep is not None:
-            keep(*((query, key, value) if self.simple else ()))
+            keep(*((query, key, value) if self.frozen and not self.norms else ()))
         return attend(attention, query, key, value, attention_mask, **named), state
+
+
+def _of_heads(x, norm):
+    """RMSNorm of each head ``(..., heads, head_dim)``, as rows, and its factors."""
+    return kernels.rms_norm(tokens(x), norm.weight, norm.variance_epsilon)
 
 
 def _rows(x, rows, batch):

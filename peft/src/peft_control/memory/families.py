@@ -15,7 +15,7 @@ from ..control_layer import ControlLayer
 from .attention import DecoderAttention
 from .exact import is_as_written, kind_of, path_of
 from .layers import Halves
-from .linear import is_frozen_linear
+from .linear import is_frozen_linear, rows_are_apart
 from .long import LongCall
 from .mlp import GatedMlp, PostNormMlp, PreNormMlp
 
@@ -92,16 +92,18 @@ def _decoder(layer):
         raise ValueError(f"memory modes know decoders with SwiGLU, not {type(activation).__name__}")
     block = DecoderAttention(layer)
     gradients = block.gradients if is_frozen_linear(attention.o_proj) else None
-    linears = [*block.projections, attention.o_proj]
+    by_hand = [linear for linear in (*block.projections, attention.o_proj) if not isinstance(linear, BaseTunerLayer)]
+    by_hand += [layer.input_layernorm, attention, *(block.norms if block.frozen else ())]
+    keeps = gradients and block.frozen and not block.norms
     return Halves(
         block,
         GatedMlp(layer.post_attention_layernorm, inner),
         [layer.post_attention_layernorm, inner],
-        by_hand=[layer.input_layernorm, attention, *(linear for linear in linears if not isinstance(linear, BaseTunerLayer))],
+        by_hand=by_hand,
         recompute_attention=True,
         attention_gradients=gradients,
-        attention_kept=sum(linear.out_features for linear in block.projections) if gradients and block.simple else 0,
-        of_many_tokens=LongCall if LongCall.takes(layer) else None,
+        attention_kept=sum(linear.out_features for linear in block.projections) if keeps else 0,
+        of_many_tokens=LongCall if gradients and block.frozen and rows_are_apart(block.projections) else None,
     )
 
 

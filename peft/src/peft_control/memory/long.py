@@ -32,9 +32,8 @@ from ..fp8_kernels import compute_dtype
 from . import kernels
 from .attention import attend
 from .control import active, add_control, control_backward, control_hidden, control_parameters
-from .exact import is_as_written
 from .layers import Call, LayerPlan
-from .linear import cast_once, input_gradient, is_frozen_linear, of_ready, ready, rows_are_apart, rows_of
+from .linear import cast_once, input_gradient, of_ready, ready, rows_of
 from .mlp import tokens
 
 #: From so many tokens on. With fewer, larger matmuls count for more than memory does.
@@ -131,15 +130,6 @@ class LongCall(Call):
     """:class:`LeanCall` for many tokens: with the state attention's output waits on the host, while there is room for both."""
 
     groups: list[Group] | None = None
-
-    @staticmethod
-    def takes(layer: Any) -> bool:
-        """Whether ``layer`` is one: nothing trains in its attention, and its weights are known row by row."""
-        attention = layer.self_attn
-        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
-        known = all(is_as_written(x) and hasattr(x, "variance_epsilon") and not x.weight.requires_grad for x in norms)
-        return known and all(map(is_frozen_linear, (*projections, attention.o_proj))) and rows_are_apart(projections)
 
     @staticmethod
     def suits(plan: LayerPlan, state: torch.Tensor, attention_mask: Any = None, *arguments, **named) -> bool:
