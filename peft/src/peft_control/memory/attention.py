@@ -152,7 +152,7 @@ class DecoderAttention:
         del projected
         before = [query, key] if self.norms else []
         if before:
-            query, key = (_of_heads(x, norm)[0].view_as(x) for x, norm in zip(before, self.norms))
+            query, key = (norm_of_heads(x, norm)[0].view_as(x) for x, norm in zip(before, self.norms))
         return [*kernels.rope(query, key, cos, sin), value], rstd, *before
 
     def _attend_gradients(self, heads, dmixed, attention_mask=None, **named):
@@ -191,7 +191,7 @@ class DecoderAttention:
             gradients += [*kernels.rope(query, key, cos, sin, backward=True), value]
             del query, key, value
             for place, (x, of_heads) in enumerate(zip(before, self.norms)):
-                factors = _of_heads(x, of_heads)[1]
+                factors = norm_of_heads(x, of_heads)[1]
                 gradients[place] = kernels.rms_norm_backward(tokens(gradients[place]), tokens(x), of_heads.weight, factors)
             for linear in self.projections:
                 gradient = gradients.pop(0).reshape(-1, linear.out_features)
@@ -220,7 +220,7 @@ class DecoderAttention:
         return attend(attention, query, key, value, attention_mask, **named), state
 
 
-def _of_heads(x, norm):
+def norm_of_heads(x, norm):
     """RMSNorm of each head ``(..., heads, head_dim)``, as rows, and its factors."""
     return kernels.rms_norm(tokens(x), norm.weight, norm.variance_epsilon)
 
