@@ -16,6 +16,7 @@ from streams import Event, Stream
 from tiny_models import VOCAB, TimmImages, adapted, distance, step_of
 from tiny_models import build as tiny_build
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from peft_control import ControlConfig, memory
 from peft_control.memory import MODES, set_memory_mode
@@ -121,6 +122,27 @@ ATTENTIONS += [("qwen3", False), ("qwen3", "attention")]
 def test_gradients_are_exact(family, lora, mode, offload, large_layers):
     model = build(family, lora=lora, control_bias=True, control_alpha=0.7)
     as_plain(model, mode, padded=True, offload=offload)
+
+
+class Doubled(Qwen3RMSNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(("mode", "offload"), WAYS)
+def test_norms_of_heads_of_another_class_are_called(mode, offload, large_layers):
+    model = build("qwen3")
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.q_norm.__class__ = Doubled
+    as_plain(model, mode, offload=offload)
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_norms_of_heads_that_an_adapter_trains_can_be_switched_off(mode):
+    model = build("qwen3", modules_to_save=["q_norm"])
+    with model.disable_adapter():  # the norms that run are then frozen
+        set_memory_mode(model, mode)
+    as_plain(model, mode)
 
 
 @pytest.fixture

@@ -2,8 +2,9 @@
 
 A controlled block's frozen interior has no weight gradients, so a backward needs far fewer activations than plain
 autograd keeps. :func:`set_memory_mode` chooses the trade; gradients are exact in every mode. (Over FP8 all but plain quantize
-the gradients of queries, keys and values as one row, and those of gate and up: another rounding, no rougher one.) What a layer
-of a SwiGLU decoder keeps from its forward to its backward (pinned: in pinned host memory; A and B are the control's):
+the gradients of gate and up as one row, and where neither norms nor LoRA follow the projections those of queries, keys and
+values: another rounding, no rougher one.) What a layer of a SwiGLU decoder keeps from its forward to its backward (pinned: in
+pinned host memory; A and B are the control's):
 
     activation                   plain   fast    balanced               lean
     input state x                GPU     GPU     GPU, pinned *          GPU, pinned *

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..fp8_kernels import compute_dtype
 from . import kernels
 from .control import AddControl, control_backward, control_hidden
-from .exact import Parameters, is_as_written
+from .exact import Parameters, is_as_written, kind_of
 from .linear import input_gradient, is_frozen_linear, joint_format, joint_gradient, outputs_of_normal
 from .mlp import tokens
 
@@ -103,8 +103,9 @@ class DecoderAttention:
         self.layer, self.norm, self.attention = layer, layer.input_layernorm, layer.self_attn
         self.projections = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]
         self.norms = [getattr(self.attention, name) for name in ("q_norm", "k_norm") if hasattr(self.attention, name)]
-        known = all(is_as_written(x) and hasattr(x, "variance_epsilon") and not x.weight.requires_grad for x in self.norms)
-        self.frozen = known and all(map(is_frozen_linear, self.projections))
+        alike = all(kind_of(x) is kind_of(self.norm) and is_as_written(x) for x in self.norms)
+        trained = any(parameter.requires_grad for x in self.norms for parameter in x.parameters())
+        self.frozen = alike and not trained and all(map(is_frozen_linear, self.projections))
 
     def __call__(self, state, *arguments, **named):
         """The block's output state. ``keep`` is called with what spares :meth:`gradients` the projections: with queries, keys
@@ -151,7 +152,7 @@ class DecoderAttention:
         del projected
         before = [query, key] if self.norms else []
         if before:
-            query, key = (_of_heads(x, norm)[0].view_as(x) for x, norm in zip(before, self.norms))
+            query, key = (norm_of_heads(x, norm)[0].view_as(x) for x, norm in zip(before, self.norms))
         return [*kernels.rope(query, key, cos, sin), value], rstd, *before
 
     def _attend_gradients(self, heads, dmixed, attention_mask=None, **named):
@@ -190,7 +191,7 @@ class DecoderAttention:
             gradients += [*kernels.rope(query, key, cos, sin, backward=True), value]
             del query, key, value
             for place, (x, of_heads) in enumerate(zip(before, self.norms)):
-                factors = _of_heads(x, of_heads)[1]
+                factors = norm_of_heads(x, of_heads)[1]
                 gradients[place] = kernels.rms_norm_backward(tokens(gradients[place]), tokens(x), of_heads.weight, factors)
             for linear in self.projections:
                 gradient = gradients.pop(0).reshape(-1, linear.out_features)
@@ -219,7 +220,7 @@ class DecoderAttention:
         return attend(attention, query, key, value, attention_mask, **named), state
 
 
-def _of_heads(x, norm):
+def norm_of_heads(x, norm):
     """RMSNorm of each head ``(..., heads, head_dim)``, as rows, and its factors."""
     return kernels.rms_norm(tokens(x), norm.weight, norm.variance_epsilon)
 

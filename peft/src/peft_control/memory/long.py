@@ -30,7 +30,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from ..fp8 import Fp8Linear
 from ..fp8_kernels import compute_dtype
 from . import kernels
-from .attention import attend
+from .attention import attend, norm_of_heads
 from .control import active, add_control, control_backward, control_hidden, control_parameters
 from .layers import Call, LayerPlan
 from .linear import cast_once, input_gradient, of_ready, ready, rows_of
@@ -251,7 +251,7 @@ class LongRows:
         value, before = value.contiguous(), ()
         if hasattr(self.attention, "q_norm"):
             before = query, key = query.contiguous(), key.contiguous()
-            query, key = (self._of_heads(*pair)[0].view_as(pair[0]) for pair in zip(before, self._norms()))
+            query, key = (norm_of_heads(*pair)[0].view_as(pair[0]) for pair in zip(before, self._norms()))
         del found
         return [*kernels.rope(query, key, *self.angles), value], before
 
@@ -271,10 +271,6 @@ class LongRows:
 
     def _norms(self):
         return self.attention.q_norm, self.attention.k_norm
-
-    @staticmethod
-    def _of_heads(x, norm):
-        return kernels.rms_norm(tokens(x), norm.weight, norm.variance_epsilon)
 
     def _by_chunks(self, groups, dy, needed, controlled):
         """The gradients of the state between the halves, with what the block's control adds for the layer's state, and of
@@ -310,7 +306,7 @@ class LongRows:
         del dy
         gradients[:2] = kernels.rope(*gradients[:2], *self.angles, backward=True)
         for place, (x, norm) in enumerate(zip(before, self._norms() if before else ())):
-            _, rstd = self._of_heads(x, norm)
+            _, rstd = norm_of_heads(x, norm)
             gradients[place] = kernels.rms_norm_backward(tokens(gradients[place]), tokens(x), norm.weight, rstd)
         return [gradient.reshape(-1, width) for gradient, width in zip(gradients, self.widths)]
 
