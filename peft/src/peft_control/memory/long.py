@@ -177,7 +177,7 @@ class LongRows:
         self.state, self.norm, self.mlp = tokens(state), layer.input_layernorm, plan.mlp.for_chunks(state)
         self.controls = [active(getattr(layer, f"{block}_control", None), state) for block in ("attention", "mlp")]
         self.mask, self.angles, self.named = attention_mask, position_embeddings, named
-        self.dtype, attention = compute_dtype(state), self.attention
+        self.dtype, attention, self.norms = compute_dtype(state), self.attention, plan.halves.attention.norms
         self.normals: list | None = None
         self.projections = [cast_once(x, self.dtype) for x in (attention.q_proj, attention.k_proj, attention.v_proj)]
         self.project_back = cast_once(attention.o_proj, self.dtype)
@@ -249,9 +249,9 @@ class LongRows:
         shape = (*self.shape[:2], -1, self.attention.head_dim)
         query, key, value = (x.view(shape) for x in found.split(self.widths, dim=1))
         value, before = value.contiguous(), ()
-        if hasattr(self.attention, "q_norm"):
+        if self.norms:
             before = query, key = query.contiguous(), key.contiguous()
-            query, key = (norm_of_heads(*pair)[0].view_as(pair[0]) for pair in zip(before, self._norms()))
+            query, key = (norm_of_heads(*pair)[0].view_as(pair[0]) for pair in zip(before, self.norms))
         del found
         return [*kernels.rope(query, key, *self.angles), value], before
 
@@ -268,9 +268,6 @@ class LongRows:
 
     def _normalise(self, rows):
         return kernels.rms_norm(self.state[rows], self.norm.weight, self.norm.variance_epsilon)
-
-    def _norms(self):
-        return self.attention.q_norm, self.attention.k_norm
 
     def _by_chunks(self, groups, dy, needed, controlled):
         """The gradients of the state between the halves, with what the block's control adds for the layer's state, and of
@@ -305,7 +302,7 @@ class LongRows:
         gradients = groups[number].backward(inputs, dy)
         del dy
         gradients[:2] = kernels.rope(*gradients[:2], *self.angles, backward=True)
-        for place, (x, norm) in enumerate(zip(before, self._norms() if before else ())):
+        for place, (x, norm) in enumerate(zip(before, self.norms)):
             _, rstd = norm_of_heads(x, norm)
             gradients[place] = kernels.rms_norm_backward(tokens(gradients[place]), tokens(x), norm.weight, rstd)
         return [gradient.reshape(-1, width) for gradient, width in zip(gradients, self.widths)]
