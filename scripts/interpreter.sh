@@ -92,7 +92,7 @@ run_child() {
 
 pass_on() {
     signal=$1 passed=yes
-    if [[ $child ]]; then kill -s "$signal" "$child" 2>/dev/null || true; fi
+    if [[ $child ]]; then kill -s "$signal" "$child" 2>/dev/null || true; fi   # it may have ended by itself
 }
 
 # Say what is run, and become it.
