@@ -96,10 +96,15 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
                     assert kernels.add_low_rank(*on_gpu, out=on_gpu[0]) is on_gpu[0]
                     close(on_gpu[0], reference, tolerance)
 
-    # with many tokens the weight is cast first
-    tensors = torch.randn(2050, 96, dtype=dtype), torch.randn(2050, 16, dtype=dtype), torch.randn(16, 96)
-    got = kernels.add_low_rank(*(t.cuda() for t in tensors))
-    close(got, kernels.add_low_rank(*(t.double() for t in tensors)), tolerance)
+    for count, width, rank in ((2050, 96, 16), (128, 256, 64)):  # the second's tiles are whole
+        for like in (dtype, torch.float32):
+            tensors = (
+                torch.randn(count, width, dtype=dtype),
+                torch.randn(count, rank, dtype=dtype),
+                torch.randn(rank, width, dtype=like),
+            )
+            got = kernels.add_low_rank(*(t.cuda() for t in tensors))
+            close(got, kernels.add_low_rank(*(t.double() for t in tensors)), tolerance)
 
     halves = torch.cat((x, dy), dim=-1).cuda().chunk(2, dim=-1)  # stacked weights make such
     for gate, up in ((x.cuda(), dy.cuda()), halves):

@@ -121,13 +121,15 @@ _TILE = 128
 if triton is not None:
 
     @triton.jit
-    def magnitude(value):
-        """Its largest part is finite where all are."""
-        return tl.where(value == value, tl.abs(value), float("inf"))
+    def larger(one, other):
+        """NaN if one is, for one instruction."""
+        return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
 
     @triton.jit
-    def factor_of(largest, scale, EXPONENT: tl.constexpr):
-        """Store a row's scale; return its reciprocal. Both formats' largest number is 0.875 * 2 ** EXPONENT."""
+    def factor_of(magnitudes, scale, EXPONENT: tl.constexpr):
+        """Store the scale of a row of such ``magnitudes``; return its reciprocal. Both formats' largest number is
+        0.875 * 2 ** EXPONENT."""
+        largest = tl.reduce(magnitudes, None, larger)
         clamped = tl.maximum(largest, 7.888609052210118e-31)  # 2 ** -100
         bits = clamped.to(tl.int32, bitcast=True)
         power = (bits >> 23) - 126 - EXPONENT + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
@@ -146,7 +148,7 @@ if triton is not None:
         value = tl.load(x + row * width + column, mask=mask, other=0.0).to(tl.float32)
         if HAS_COLUMNS:
             value *= tl.load(columns + column, mask=mask, other=0.0)
-        factor = factor_of(tl.max(magnitude(value)), scale + row, EXPONENT)
+        factor = factor_of(tl.abs(value), scale + row, EXPONENT)
         tl.store(q + row * width + column, (value * factor).to(q.dtype.element_ty), mask=mask)
 
     @triton.jit

@@ -19,7 +19,7 @@ try:
     import triton
     import triton.language as tl
 
-    from ..fp8_kernels import factor_of, magnitude
+    from ..fp8_kernels import factor_of, larger
 except ImportError:  # CPU-only and Windows builds of torch
     triton = None
 
@@ -49,9 +49,9 @@ def rms_norm(x, weight, eps):
 
 
 def rms_norm_rows(x, weight, eps):
-    """The rows of :func:`rms_norm`, quantized as :func:`quantize_rows` does, and ``rstd``."""
+    """The rows of :func:`rms_norm`, quantized as :func:`quantize_rows` does without being rounded before, and ``rstd``."""
     if not uses_kernels(x):
-        y, rstd = rms_norm(x, weight, eps)
+        y, rstd = rms_norm(_wide(x), weight, eps)
         return quantize_rows(y), rstd
     x, (tokens, width) = x.contiguous(), x.shape
     q, scale = empty_rows(x, width, torch.float8_e4m3fn)
@@ -132,11 +132,12 @@ def add_low_rank(base, hidden, weight, scale=1.0, bias=None, residual=None, out=
         out = torch.empty_like(base, dtype=dtype) if out is None else out
         (tokens, width), rank = base.shape, hidden.shape[1]
         block_tokens, block_width = _LOW_RANK_TILE if weight.dtype == hidden.dtype else _LOW_RANK_CAST_TILE
+        block_rank = min(max(power_of_2(rank), 16), 64)
         _add_low_rank_kernel[(-(-width // block_width), -(-tokens // block_tokens))](
             base, hidden, weight, bias, residual, out, tokens, width, rank, weight.stride(0), weight.stride(1), scale,
             HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-            RANK_BLOCK=min(max(power_of_2(rank), 16), 64), BLOCK_TOKENS=block_tokens,
-            BLOCK_WIDTH=block_width, num_warps=4, num_stages=2,
+            WHOLE=tokens % block_tokens == width % block_width == 0 and rank == block_rank, RANK_BLOCK=block_rank,
+            BLOCK_TOKENS=block_tokens, BLOCK_WIDTH=block_width, num_warps=4, num_stages=2,
         )  # fmt: skip
         return out
     y = torch.addmm(_wide(base), _wide(hidden), _wide(weight.to(hidden.dtype)), alpha=scale)
@@ -176,9 +177,9 @@ def swiglu_backward_(gate, up, dact):
 
 
 def swiglu_rows(gate, up):
-    """The rows of :func:`swiglu`, quantized as :func:`quantize_rows` does."""
+    """The rows of :func:`swiglu`, quantized as :func:`quantize_rows` does without being rounded before."""
     if not uses_kernels(gate):
-        return quantize_rows(swiglu(gate, up))
+        return quantize_rows(swiglu(_wide(gate), _wide(up)))
     width = gate.shape[1]
     q, scale = empty_rows(gate, width, torch.float8_e4m3fn)
     _swiglu_rows_kernel[(len(gate),)](gate, up, q, scale, gate.stride(0), up.stride(0), width, **_swiglu_launch(width, q.dtype))
@@ -188,8 +189,9 @@ def swiglu_rows(gate, up):
 def swiglu_backward_rows(gate, up, dact, dtype, columns):
     """The rows of gate's and up's gradients side by side, multiplied by the two ``columns`` and quantized to ``dtype``."""
     if not uses_kernels(gate):
-        gradients = swiglu_backward_(gate.clone(), up.clone(), dact)
-        return quantize_rows(torch.cat(gradients, dim=1), dtype, torch.cat(columns))
+        gradients = _wide(torch.cat([gate, up], dim=1))
+        swiglu_backward_(*gradients.chunk(2, dim=1), dact)
+        return quantize_rows(gradients, dtype, torch.cat(columns))
     width, dact = gate.shape[1], dact.contiguous()
     q, scale = empty_rows(gate, 2 * width, dtype)
     _swiglu_backward_rows_kernel[(len(gate),)](
@@ -244,7 +246,7 @@ def rope_backward_rows(query, key, value, cos, sin, dtype, columns):
     """The rows ``(batch * tokens, all widths)`` of what goes back through :func:`rope` for the gradients of queries and keys,
     and of the values' gradient, side by side; multiplied by the three ``columns`` and quantized to ``dtype``."""
     if not uses_kernels(query) or query.shape[-1] != cos.shape[-1]:
-        parts = [*rope(query, key, cos, sin, backward=True), value]
+        parts = [*rope(_wide(query), _wide(key), cos, sin, backward=True), _wide(value)]
         return quantize_rows(torch.cat([part.flatten(2).flatten(0, 1) for part in parts], dim=1), dtype, torch.cat(columns))
     parts = query, key, value = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
     (batch, tokens, heads, dim), few, cos, sin = query.shape, key.shape[2], cos.contiguous(), sin.contiguous()
@@ -253,7 +255,7 @@ def rope_backward_rows(query, key, value, cos, sin, dtype, columns):
     _rope_rows_kernel[(batch * tokens,)](
         *parts, *columns, q, scale, cos, sin, *(stride for x in parts for stride in x.stride()[:3]), tokens,
         0 if cos.shape[0] == 1 else tokens * dim, heads, few, EXPONENT=exponent_of(dtype), QUERY_BLOCK=power_of_2(heads),
-        KEY_BLOCK=power_of_2(few), HALF=dim // 2, HALF_BLOCK=power_of_2(dim // 2),
+        KEY_BLOCK=power_of_2(few), HALF=dim // 2, HALF_BLOCK=power_of_2(dim // 2), num_warps=8,
     )  # fmt: skip
     return q, scale
 
@@ -287,6 +289,7 @@ def cross_entropy_rows(logits, labels, dtype, columns):
     """Each row's loss, and the rows of :func:`cross_entropy_`'s gradient, multiplied by ``columns`` and quantized to ``dtype``.
     ``logits`` may be overwritten."""
     if not uses_kernels(logits):
+        logits = _wide(logits)
         return cross_entropy_(logits, labels), quantize_rows(logits, dtype, columns)
     q, scale = empty_rows(logits, logits.shape[1], dtype)
     loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
@@ -326,9 +329,8 @@ if triton is not None:
         w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
         tl.store(rstd + row, scale)
         normal = value * scale * w
-        if EXPONENT is not None:  # to FP8, of what is rounded to x's type first
-            normal = normal.to(x.dtype.element_ty).to(tl.float32)
-            normal *= factor_of(tl.max(magnitude(normal)), y_scale + row, EXPONENT)
+        if EXPONENT is not None:
+            normal *= factor_of(tl.abs(normal), y_scale + row, EXPONENT)
         tl.store(y + row * width + column, normal.to(y.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -378,32 +380,43 @@ if triton is not None:
     @triton.jit
     def _add_low_rank_kernel(
         base, hidden, weight, bias, residual, out, tokens, width, rank, stride_rank, stride_width, scale,
-        HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, RANK_BLOCK: tl.constexpr,
+        HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, WHOLE: tl.constexpr, RANK_BLOCK: tl.constexpr,
         BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     ):  # fmt: skip
+        """``WHOLE``: no tile hangs over, and one block holds all ranks; without masks and loop it takes two thirds of the time."""
         row = tl.program_id(1).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
         column = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)[None, :]
-        at, mask = row * width + column, (row < tokens) & (column < width)
-        # what takes longest is asked for first
-        wide = tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
+        at = row * width + column
+        mask = None if WHOLE else (row < tokens) & (column < width)
+        # what takes longest is asked for first, and stays narrow until it is added: registers are scarce
+        wide = tl.load(base + at, mask=mask)
         if HAS_RESIDUAL:
-            added = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-        total = tl.zeros((BLOCK_TOKENS, BLOCK_WIDTH), dtype=tl.float32)
-        for start in range(0, rank, RANK_BLOCK):
-            k = start + tl.arange(0, RANK_BLOCK)
-            h = tl.load(hidden + row * rank + k[None, :], mask=(row < tokens) & (k[None, :] < rank), other=0.0)
-            w = tl.load(
-                weight + k[:, None] * stride_rank + column * stride_width,
-                mask=(k[:, None] < rank) & (column < width),
-                other=0.0,
-            )
-            total += tl.dot(h, w.to(h.dtype))
+            added = tl.load(residual + at, mask=mask)
+        k = tl.arange(0, RANK_BLOCK)
+        if WHOLE:
+            h = tl.load(hidden + row * RANK_BLOCK + k[None, :])
+            w = tl.load(weight + k[:, None] * stride_rank + column * stride_width)
+            total = tl.dot(h, w.to(h.dtype))
+        else:
+            total = tl.zeros((BLOCK_TOKENS, BLOCK_WIDTH), dtype=tl.float32)
+            for start in range(0, rank, RANK_BLOCK):
+                inside = start + k < rank
+                h = tl.load(hidden + row * rank + start + k[None, :], mask=(row < tokens) & inside[None, :], other=0.0)
+                places = weight + (start + k)[:, None] * stride_rank + column * stride_width
+                w = tl.load(places, mask=inside[:, None] & (column < width), other=0.0)
+                total += tl.dot(h, w.to(h.dtype))
         if HAS_BIAS:
             total += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
-        total = total * scale + wide
+        total = total * scale + wide.to(tl.float32)
         if HAS_RESIDUAL:
-            total += added
+            total += added.to(tl.float32)
         tl.store(out + at, total, mask=mask)
+
+    @triton.jit
+    def _sigmoid(x):
+        """A division costs more than all else that these kernels compute."""
+        root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+        return root * root
 
     @triton.jit
     def _swiglu_kernel(gate, up, act, stride_gate, stride_up, width, BLOCK: tl.constexpr):
@@ -412,7 +425,7 @@ if triton is not None:
         mask = column < width
         g = tl.load(gate + row * stride_gate + column, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(up + row * stride_up + column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(act + row * width + column, g * tl.sigmoid(g) * u, mask=mask)
+        tl.store(act + row * width + column, g * _sigmoid(g) * u, mask=mask)
 
     @triton.jit
     def _swiglu_backward_kernel(gate, up, dact, stride_gate, stride_up, width, BLOCK: tl.constexpr):
@@ -424,7 +437,7 @@ if triton is not None:
         g = tl.load(gate + column, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(up + column, mask=mask, other=0.0).to(tl.float32)
         d = tl.load(dact + row * width + column, mask=mask, other=0.0).to(tl.float32)
-        s = tl.sigmoid(g)
+        s = _sigmoid(g)
         tl.store(gate + column, d * u * s * (1 + g * (1 - s)), mask=mask)
         tl.store(up + column, d * g * s, mask=mask)
 
@@ -435,8 +448,8 @@ if triton is not None:
         mask = column < width
         g = tl.load(gate + row * stride_gate + column, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(up + row * stride_up + column, mask=mask, other=0.0)
-        act = (g * tl.sigmoid(g) * u.to(tl.float32)).to(u.dtype).to(tl.float32)  # rounded as swiglu rounds
-        act *= factor_of(tl.max(magnitude(act)), scale + row, EXPONENT)
+        act = g * _sigmoid(g) * u.to(tl.float32)
+        act *= factor_of(tl.abs(act), scale + row, EXPONENT)
         tl.store(q + row * width + column, act.to(q.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -450,12 +463,10 @@ if triton is not None:
         g = tl.load(gate + row * stride_gate + column, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(up + row * stride_up + column, mask=mask, other=0.0)
         d = tl.load(dact + row * width + column, mask=mask, other=0.0).to(tl.float32)
-        s = tl.sigmoid(g)
-        dg = (d * u.to(tl.float32) * s * (1 + g * (1 - s))).to(u.dtype).to(tl.float32)  # rounded as swiglu_backward_ rounds
-        du = (d * g * s).to(u.dtype).to(tl.float32)
-        dg *= tl.load(gate_columns + column, mask=mask, other=0.0)
-        du *= tl.load(up_columns + column, mask=mask, other=0.0)
-        factor = factor_of(tl.max(tl.maximum(magnitude(dg), magnitude(du))), scale + row, EXPONENT)
+        s = _sigmoid(g)
+        dg = d * u.to(tl.float32) * s * (1 + g * (1 - s)) * tl.load(gate_columns + column, mask=mask, other=0.0)
+        du = d * g * s * tl.load(up_columns + column, mask=mask, other=0.0)
+        factor = factor_of(larger(tl.abs(dg), tl.abs(du)), scale + row, EXPONENT)
         q += row * 2 * width + column
         tl.store(q, (dg * factor).to(q.dtype.element_ty), mask=mask)
         tl.store(q + width, (du * factor).to(q.dtype.element_ty), mask=mask)
@@ -524,20 +535,20 @@ if triton is not None:
             query, cos, sin, query_stride_batch, query_stride_token, query_stride_head, program, tokens, cos_stride_batch,
             query_heads, QUERY_BLOCK, HALF, HALF_BLOCK, -1.0,
         )  # fmt: skip
-        q1, q2 = _times(q1, q2, query, query_columns, at, mask, HALF)
+        q1, q2 = _times(q1, q2, query_columns, at, mask, HALF)
         k1, k2, key_at, key_mask = _turned(
             key, cos, sin, key_stride_batch, key_stride_token, key_stride_head, program, tokens, cos_stride_batch,
             key_heads, KEY_BLOCK, HALF, HALF_BLOCK, -1.0,
         )  # fmt: skip
-        k1, k2 = _times(k1, k2, key, key_columns, key_at, key_mask, HALF)
+        k1, k2 = _times(k1, k2, key_columns, key_at, key_mask, HALF)
         v1, v2, _, _ = _turned(
             value, cos, sin, value_stride_batch, value_stride_token, value_stride_head, program, tokens, cos_stride_batch,
             key_heads, KEY_BLOCK, HALF, HALF_BLOCK, 0.0,
         )  # fmt: skip
-        v1, v2 = _times(v1, v2, value, value_columns, key_at, key_mask, HALF)
-        of_query = tl.max(tl.maximum(magnitude(q1), magnitude(q2)))
-        of_others = tl.maximum(tl.maximum(magnitude(k1), magnitude(k2)), tl.maximum(magnitude(v1), magnitude(v2)))
-        factor = factor_of(tl.maximum(of_query, tl.max(of_others)), scale + program, EXPONENT)
+        v1, v2 = _times(v1, v2, value_columns, key_at, key_mask, HALF)
+        of_query = tl.reduce(larger(tl.abs(q1), tl.abs(q2)), None, larger)
+        of_others = larger(larger(tl.abs(k1), tl.abs(k2)), larger(tl.abs(v1), tl.abs(v2)))
+        factor = factor_of(larger(of_others, of_query), scale + program, EXPONENT)
         q += program * (query_heads + 2 * key_heads) * 2 * HALF
         tl.store(q + at, (q1 * factor).to(q.dtype.element_ty), mask=mask)
         tl.store(q + at + HALF, (q2 * factor).to(q.dtype.element_ty), mask=mask)
@@ -549,11 +560,10 @@ if triton is not None:
         tl.store(q + HALF, (v2 * factor).to(q.dtype.element_ty), mask=key_mask)
 
     @triton.jit
-    def _times(first, second, x, columns, at, mask, HALF: tl.constexpr):
-        """Both halves, rounded to the type of ``x``, times their ``columns``."""
-        first = first.to(x.dtype.element_ty).to(tl.float32) * tl.load(columns + at, mask=mask, other=0.0)
-        second = second.to(x.dtype.element_ty).to(tl.float32) * tl.load(columns + at + HALF, mask=mask, other=0.0)
-        return first, second
+    def _times(first, second, columns, at, mask, HALF: tl.constexpr):
+        """Both halves times their ``columns``."""
+        first *= tl.load(columns + at, mask=mask, other=0.0)
+        return first, second * tl.load(columns + at + HALF, mask=mask, other=0.0)
 
     @triton.jit
     def _cross_entropy_kernel(
@@ -580,8 +590,8 @@ if triton is not None:
             lanes = tl.zeros((BLOCK,), dtype=tl.float32)
             for start in range(0, classes, BLOCK):
                 column = start + tl.arange(0, BLOCK)
-                lanes = tl.maximum(lanes, magnitude(_of_class(logits, columns, column, classes, label, log_sum)))
-            factor = factor_of(tl.max(lanes), scale + row, EXPONENT)
+                lanes = larger(lanes, tl.abs(_of_class(logits, columns, column, classes, label, log_sum)))
+            factor = factor_of(lanes, scale + row, EXPONENT)
             for start in range(0, classes, BLOCK):
                 column = start + tl.arange(0, BLOCK)
                 value = _of_class(logits, columns, column, classes, label, log_sum) * factor
@@ -595,10 +605,9 @@ if triton is not None:
 
     @triton.jit
     def _of_class(logits, columns, column, classes, label, log_sum):
-        """The gradient of some classes' logits; to be quantized, it is rounded to their type and multiplied by ``columns``."""
+        """The gradient of some classes' logits, multiplied by ``columns`` if it is to be quantized."""
         value = tl.load(logits + column, mask=column < classes, other=-float("inf")).to(tl.float32)
         value = tl.where(label >= 0, tl.exp(value - log_sum) - tl.where(column == label, 1.0, 0.0), 0.0)
         if columns is not None:
-            value = value.to(logits.dtype.element_ty).to(tl.float32)
             value *= tl.load(columns + column, mask=column < classes, other=0.0)
         return value
