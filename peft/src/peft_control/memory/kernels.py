@@ -13,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from ..fp8_kernels import empty_rows, exponent_of, power_of_2, quantize_rows, uses_kernels
+from ..fp8_kernels import empty_rows, exponent_of, power_of_2, quantize_rows, row_launch, uses_kernels
 
 try:
     import triton
@@ -182,7 +182,7 @@ def swiglu_rows(gate, up):
         return quantize_rows(swiglu(_wide(gate), _wide(up)))
     width = gate.shape[1]
     q, scale = empty_rows(gate, width, torch.float8_e4m3fn)
-    _swiglu_rows_kernel[(len(gate),)](gate, up, q, scale, gate.stride(0), up.stride(0), width, **_swiglu_launch(width, q.dtype))
+    _swiglu_rows_kernel[(len(gate),)](gate, up, q, scale, gate.stride(0), up.stride(0), width, **row_launch(width, q.dtype))
     return q, scale
 
 
@@ -195,16 +195,9 @@ def swiglu_backward_rows(gate, up, dact, dtype, columns):
     width, dact = gate.shape[1], dact.contiguous()
     q, scale = empty_rows(gate, 2 * width, dtype)
     _swiglu_backward_rows_kernel[(len(gate),)](
-        gate, up, dact, *columns, q, scale, gate.stride(0), up.stride(0), width, **_swiglu_launch(width, dtype, 512)
+        gate, up, dact, *columns, q, scale, gate.stride(0), up.stride(0), width, **row_launch(width, dtype)
     )
     return q, scale
-
-
-@functools.cache
-def _swiglu_launch(width, dtype, of_a_warp=1024):
-    """Settings of one program a row, which quantizes to ``dtype``."""
-    block = power_of_2(width)
-    return {"BLOCK": block, "EXPONENT": exponent_of(dtype), "num_warps": min(max(block // of_a_warp, 4), 32)}
 
 
 # -- rotary position embedding ----------------------------------------------------------------------------------
@@ -318,6 +311,7 @@ def _row_launch(width: int) -> dict[str, int]:
 
 
 if triton is not None:
+    _LOG2_E = tl.constexpr(1.4426950408889634)  # a power of two is one instruction, one of e is five
 
     @triton.jit
     def _rms_norm_kernel(x, weight, y, y_scale, rstd, width, eps, EXPONENT: tl.constexpr, BLOCK: tl.constexpr):
@@ -415,7 +409,7 @@ if triton is not None:
     @triton.jit
     def _sigmoid(x):
         """A division costs more than all else that these kernels compute."""
-        root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+        root = tl.rsqrt(1.0 + tl.exp2(x * -_LOG2_E))
         return root * root
 
     @triton.jit
@@ -464,8 +458,9 @@ if triton is not None:
         u = tl.load(up + row * stride_up + column, mask=mask, other=0.0)
         d = tl.load(dact + row * width + column, mask=mask, other=0.0).to(tl.float32)
         s = _sigmoid(g)
-        dg = d * u.to(tl.float32) * s * (1 + g * (1 - s)) * tl.load(gate_columns + column, mask=mask, other=0.0)
-        du = d * g * s * tl.load(up_columns + column, mask=mask, other=0.0)
+        d *= s
+        dg = d * u.to(tl.float32) * (1 + g * (1 - s)) * tl.load(gate_columns + column, mask=mask, other=0.0)
+        du = d * g * tl.load(up_columns + column, mask=mask, other=0.0)
         factor = factor_of(larger(tl.abs(dg), tl.abs(du)), scale + row, EXPONENT)
         q += row * 2 * width + column
         tl.store(q, (dg * factor).to(q.dtype.element_ty), mask=mask)
@@ -577,15 +572,15 @@ if triton is not None:
         sums = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, classes, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            value = tl.load(logits + column, mask=column < classes, other=-float("inf")).to(tl.float32)
-            less = tl.exp(-tl.abs(lanes - value))
+            value = _LOG2_E * tl.load(logits + column, mask=column < classes, other=-float("inf")).to(tl.float32)
+            less = tl.exp2(-tl.abs(lanes - value))
             sums = tl.where(value > lanes, sums * less + 1.0, sums + less)
             lanes = tl.maximum(lanes, value)
         largest = tl.max(lanes)
-        log_sum = largest + tl.log(tl.sum(sums * tl.exp(lanes - largest)))
+        log_sum = largest + tl.log2(tl.sum(sums * tl.exp2(lanes - largest)))
         counts = label >= 0
         of_label = tl.load(logits + tl.maximum(label, 0)).to(tl.float32)
-        tl.store(loss + row, tl.where(counts, log_sum - of_label, 0.0))
+        tl.store(loss + row, tl.where(counts, log_sum / _LOG2_E - of_label, 0.0))
         if EXPONENT is not None:  # to FP8: the row's largest first, then its numbers, which are computed again
             lanes = tl.zeros((BLOCK,), dtype=tl.float32)
             for start in range(0, classes, BLOCK):
@@ -606,8 +601,8 @@ if triton is not None:
     @triton.jit
     def _of_class(logits, columns, column, classes, label, log_sum):
         """The gradient of some classes' logits, multiplied by ``columns`` if it is to be quantized."""
-        value = tl.load(logits + column, mask=column < classes, other=-float("inf")).to(tl.float32)
-        value = tl.where(label >= 0, tl.exp(value - log_sum) - tl.where(column == label, 1.0, 0.0), 0.0)
+        value = _LOG2_E * tl.load(logits + column, mask=column < classes, other=-float("inf")).to(tl.float32)
+        value = tl.where(label >= 0, tl.exp2(value - log_sum) - tl.where(column == label, 1.0, 0.0), 0.0)
         if columns is not None:
             value *= tl.load(columns + column, mask=column < classes, other=0.0)
         return value
