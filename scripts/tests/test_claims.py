@@ -36,7 +36,7 @@ def fill(results, control, lora, **kind):
 
 
 def quality(*pairs, **more) -> Test:
-    return Test("test", dict(enumerate(pairs)), "quality", **more)
+    return Test("test", dict(enumerate(pairs)), "quality", "points", 1, **more)
 
 
 # -- statistics -------------------------------------------------------------------------------------------------
@@ -203,6 +203,16 @@ def searched(tokens, name="a", **more):
     return lambda results: results.searched(name, cells, **more)
 
 
+def padded(longest, published):
+    def make(results):
+        for run in range(3):
+            times = {"longest": {"seconds_per_epoch": longest + run}, "max_length": {"seconds_per_epoch": published + run}}
+            name = f"roberta/benchmark_padding_tiny_cpu_{run}.json"
+            results._file(name, settings={"model": "tiny"}, **times, device={"kind": "cpu", "name": "Some CPU"})
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("name", "makes", "expected"),
     [
@@ -216,6 +226,8 @@ def searched(tokens, name="a", **more):
         ("roberta-quality", [runs(2, SHARED)], ["supported"]),
         ("llama-shape-time", [steps(3, others=5 * 2**30, **PLAIN)], []),
         ("llama-shape-memory", [steps(3, others=5 * 2**30, **PLAIN)], ["supported: -50.00 % at worst, n = 3"]),
+        ("padding", [padded(30, 500)], ["supported: -93"]),
+        ("padding", [padded(500, 30)], ["contradicted: +1"]),
         # like is compared with like
         ("lean-memory", [steps(1, **FAST)], ["supported"]),
         ("fast-time", [steps(3, **FAST)], ["supported"]),

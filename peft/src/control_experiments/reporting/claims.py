@@ -128,8 +128,7 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
             yield from _pair(section, {control: rows[control], baseline: rows[baseline]}, column, **test)
 
 
-def _pair(where: str, rows: dict[str, pd.DataFrame], column: str, rule: str, unit: str = "%", sign: int = -1,
-          task: str = "") -> Iterable[Test]:  # fmt: skip
+def _pair(where: str, rows: dict[str, pd.DataFrame], column: str, rule: str, task: str = "", **test) -> Iterable[Test]:
     """Two rows, control and baseline, whose index is the seed or the repeat that pairs them."""
     (control, one), (baseline, other) = rows.items()
     if not (shared := sorted(set(one.index) & set(other.index))):
@@ -137,13 +136,13 @@ def _pair(where: str, rows: dict[str, pd.DataFrame], column: str, rule: str, uni
     pairs = {key: (one[column][key], other[column][key]) for key in shared}
     every = [(name, key, part.links[key][0][1]) for key in shared for name, part in rows.items()]
     links = {file: (f"{name} {key}" if task else name, file) for name, key, file in every}
-    test = Test(f"{where}: {control} against {baseline}", pairs, rule, unit, sign, list(links.values()))
+    made = Test(f"{where}: {control} against {baseline}", pairs, rule, links=list(links.values()), **test)
     if rule == "quality":
-        test.size = one.record.iloc[0].model.get("total_parameters") or 0
-        test.trained = one.trained.iloc[0] / other.trained.iloc[0]
-        test.floor = SPECIFICATIONS["majority"].get(task)
-        test.examples = rules.example_variance([(one.folder[seed], other.folder[seed]) for seed in shared])
-    yield test
+        made.size = one.record.iloc[0].model.get("total_parameters") or 0
+        made.trained = one.trained.iloc[0] / other.trained.iloc[0]
+        made.floor = SPECIFICATIONS["majority"].get(task)
+        made.examples = rules.example_variance([(one.folder[seed], other.folder[seed]) for seed in shared])
+    yield made
 
 
 def _published(paper: Paper, table: str, quantity: str, kinds: list[str]) -> list[str]:
@@ -152,11 +151,11 @@ def _published(paper: Paper, table: str, quantity: str, kinds: list[str]) -> lis
     less = figures[(figures.quantity == "memory less than dora") & (quantity == "memory")]
     lines = [f"{f.model}: {f.row} needs {f.value:g} {f.unit} less than dora ({f.status})." for f in less.itertuples()]
     figures = figures[figures.quantity.isin(kinds) & ((figures.quantity != "score") | (figures.column == "average"))]
-    unit = "points" if quantity == "quality" else "%"
+    unit, sign = ("points", 1) if quantity == "quality" else ("%", -1)
     for (model, column, _), group in figures.groupby(["model", "column", "quantity"], sort=False):
         controls, others = (group[group.row.str.startswith(names)] for names in (("control", "double control"), BASELINES))
         for one, other in itertools.product(controls.itertuples(), others.itertuples()):
-            test = Test("", {0: (one.value, other.value)}, "quality", unit)
+            test = Test("", {0: (one.value, other.value)}, "quality", unit, sign)
             apart = f"{one.row} {one.text} against {other.row} {other.text}: {test.differences[0]:+.2f} {unit}"
             if isinstance(one.runs, dict) and isinstance(other.runs, dict):
                 test.pairs = {seed: (run, other.runs[seed]) for seed, run in sorted(one.runs.items()) if seed in other.runs}

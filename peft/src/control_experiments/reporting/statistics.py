@@ -54,8 +54,8 @@ class Test:
     what: str
     pairs: dict[object, tuple[float, float]]
     rule: str
-    unit: str = "points"
-    sign: int = 1
+    unit: str = "%"
+    sign: int = -1
     links: list[tuple[str, str]] = field(default_factory=list)
     known: tuple[float, float] | None = None
     examples: float | None = None
