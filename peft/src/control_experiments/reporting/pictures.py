@@ -267,7 +267,7 @@ def curves(runs: Sequence[tuple[str, object, Sequence[tuple[float, float]]]], ti
     axes = _axes(title, 6, 4, axes, fontsize=10, wrap=True)
     labels = list(dict.fromkeys(label for label, _, _ in runs))
     colours = [FAMILIES[family(label)][0] for label in labels]
-    if len(set(colours)) < len(labels):  # one family: colours tell its members apart
+    if len(set(colours)) == 1 < len(labels):  # one family: colours tell its members apart
         colours = itertools.cycle(dict.fromkeys(colour for colour, _ in FAMILIES.values()))
     styles = zip(labels, colours, itertools.cycle(_DASHES))
     looks = {label: {"color": colour, "linestyle": dash} for label, colour, dash in styles}
