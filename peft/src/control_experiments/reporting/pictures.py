@@ -300,7 +300,7 @@ def scores_against_rate(searched: pd.DataFrame, title: str) -> Figure:
     tasks = searched.task.unique()
     columns = min(len(tasks), 2)
     rows = -(-len(tasks) // columns)
-    figure = Figure(figsize=(8.3, 0.7 + 2.6 * rows), layout="constrained")
+    figure = Figure(figsize=(8.3, 1 + 2.6 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     looks = {}
     for label in sorted(searched.row.unique()):  # dashes tell a family's members apart
@@ -319,7 +319,7 @@ def scores_against_rate(searched: pd.DataFrame, title: str) -> Figure:
     handles = [
         Line2D([], [], label=names[label].removesuffix(", graphs"), **look | {"gid": None}) for label, look in looks.items()
     ]
-    figure.legend(handles=handles, fontsize=9, loc="outside right upper")
+    figure.legend(handles=handles, fontsize=9, loc="outside lower center", ncols=4)
     figure.suptitle(f"Score against learning rate: {title}", fontsize=11, x=0.01, ha="left")
     return figure
 
