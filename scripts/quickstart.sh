@@ -17,6 +17,7 @@ if [[ ${1:-} == all ]]; then ALL=yes; shift; fi
 export BATCH_SIZE=${BATCH_SIZE:-32} # so few rows learn more from more steps than from the paper's larger ones
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$REPOSITORY/scripts/interpreter.sh"
 GPU=${1:-$("$PYTHON" -c 'import torch; print(0 if torch.cuda.is_available() else "cpu")')}
 METHODS=(control lora dora)
 OUT=$REPOSITORY/results/quickstart
@@ -27,19 +28,19 @@ export MODEL
 if [[ $ALL ]]; then
     cd "$REPOSITORY"
     question_trial=(MODEL=tiny DATA=demo HELD_OUT=40 LR=3e-3 WARMUP=10 BATCH=16 MICRO_BATCH=16)
-    bash RoBERTa/run_roberta.sh control demo 1 "$LR" "$GPU" --output_dir "$OUT/roberta" --resume
-    env MODEL=tiny DATA=digits MLP_LAYERS=2 EPOCHS=20 BATCH=32 LR=0.05 LORA_RANK=0 bash ViT/run_ViT.sh control "$GPU" \
+    run_child bash RoBERTa/run_roberta.sh control demo 1 "$LR" "$GPU" --output_dir "$OUT/roberta" --resume
+    run_child env MODEL=tiny DATA=digits MLP_LAYERS=2 EPOCHS=20 BATCH=32 LR=0.05 LORA_RANK=0 bash ViT/run_ViT.sh control "$GPU" \
         --output_dir "$OUT/vit" --resume
-    env "${question_trial[@]}" bash LlaMA/llama3_8B_DoubleControl.sh 64 32 64 "$OUT/llama" "$GPU" \
+    run_child env "${question_trial[@]}" bash LlaMA/llama3_8B_DoubleControl.sh 64 32 64 "$OUT/llama" "$GPU" \
         --max_steps 100 --eval_steps 50 --resume
-    env "${question_trial[@]}" bash QControl/run_llama_quantization.sh "double control" 64 32 64 "$OUT/qcontrol" "$GPU" \
+    run_child env "${question_trial[@]}" bash QControl/run_llama_quantization.sh "double control" 64 32 64 "$OUT/qcontrol" "$GPU" \
         --max_steps 100 --eval_steps 50 --resume
     exit
 fi
 for index in "${!METHODS[@]}"; do
     method=${METHODS[index]}
     echo "$((index + 1))/${#METHODS[@]} $method: $EPOCHS epochs, learning rate $LR, device $GPU"
-    bash "$REPOSITORY/RoBERTa/run_roberta.sh" "$method" demo "$EPOCHS" "$LR" "$GPU" --output_dir "$OUT/demo/$method" \
+    run_child bash "$REPOSITORY/RoBERTa/run_roberta.sh" "$method" demo "$EPOCHS" "$LR" "$GPU" --output_dir "$OUT/demo/$method" \
         --resume
 done
 "$PYTHON" -m scripts.quickstart_table "$OUT/demo"
