@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -180,6 +181,21 @@ def test_stacked_weights_part_where_they_must(change, stacked):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("control_" in name)
     found = step(model)
+    set_memory_mode(model, "plain")
+    assert distance(found, step(model)) <= 1e-6
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize(
+    "path", ["input_layernorm", "self_attn.k_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj"]
+)
+def test_a_trained_parameter_in_the_place_of_a_frozen_one_gets_its_gradient(path, mode):
+    model = set_memory_mode(build(), mode, chunk_tokens=8)
+    part = model.get_base_model().model.layers[1].get_submodule(path)
+    part.weight = torch.nn.Parameter(part.weight.detach().clone())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the layer runs its own forward from here on
+        found = step(model)
     set_memory_mode(model, "plain")
     assert distance(found, step(model)) <= 1e-6
 

@@ -191,7 +191,10 @@ def trained(draw, model, layer):
         [*((layer, path) for path in ("post_attention_layernorm", "input_layernorm", "mlp.down_proj", "self_attn.o_proj")),
          (model.get_base_model(), "model.norm"), (model.get_base_model(), "lm_head")]
     )  # fmt: skip
-    getattr(place.get_submodule(path), "base_layer", place.get_submodule(path)).weight.requires_grad_(True)
+    module = getattr(place.get_submodule(path), "base_layer", place.get_submodule(path))
+    if draw.random() < 0.5:
+        module.weight = nn.Parameter(module.weight.detach().clone())
+    module.weight.requires_grad_(True)
 
 
 def off(draw, model, layer):

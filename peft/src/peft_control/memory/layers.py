@@ -134,7 +134,7 @@ class LayerPlan:
         self.keep = self.mlp.KEEP[self.mode]
         of_mlp = {module for part in self.halves.mlp_modules for module in part.modules()}
         self.parts = [(part, touches(part)) for part in (*of_mlp, *self.halves.by_hand)]
-        self.frozen = [p for part, _ in self.parts for p in part._parameters.values() if p is not None]
+        self.frozen = [part._parameters for part, _ in self.parts]
         control = getattr(layer, "mlp_control", None)
         of_mlp.update(control.modules() if control is not None else ())
         self.of_mlp = Parameters(module for module in modules if module in of_mlp)
@@ -146,7 +146,7 @@ class LayerPlan:
         if (
             any(list(modules.values()) != children for modules, children in self.children)
             or any(touches(part) != before for part, before in self.parts)
-            or any(parameter.requires_grad for parameter in self.frozen)
+            or any(p is not None and p.requires_grad for parameters in self.frozen for p in parameters.values())
         ):
             self.look_at(layer)
 
