@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer
 from torch import nn
 
-import peft_control  # noqa: F401  makes peft know the method when it loads an adapter
 from control_experiments.errors import UserError
 from control_experiments.record import read_json, write_json_atomic
 from control_experiments.training.checkpoints import check_adapter_files
