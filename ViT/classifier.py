@@ -150,8 +150,7 @@ def matched_miss(config: MissConfig, linears: list[nn.Linear], budget: int) -> M
 
 
 def save(model: nn.Module, folder: Path, description: Description, base: VisionTransformer) -> None:
-    """Write the adapter folder; the tiny `base` model, which exists nowhere else, is kept beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Fill the adapter folder; the tiny `base` model, which exists nowhere else, is kept beside it."""
     if isinstance(model, PeftModel):
         model.save_pretrained(folder)
     else:
