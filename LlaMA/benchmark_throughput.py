@@ -140,7 +140,6 @@ def measure(options: Options, run: Run) -> None:
 
 
 def main() -> None:
-    """Measure as the command line says."""
     (options,) = parse_arguments(Options, description=__doc__)
     options.check()
     from control_experiments.training.setup import start  # and torch with it: not before the options are known to be right

@@ -68,22 +68,17 @@ def make_row(task: str, name: str) -> dict:
 
 def place_of_model(model: str) -> str:
     """What `--model` names; "tiny" is made if need be."""
-    return str(tiny_folder()) if model == TINY else model
-
-
-def tiny_folder() -> Path:
-    """The folder of a LLaMA of 0.4 M parameters with its tokenizer, which has read the demonstration's training rows."""
     folder = cache_folder() / "models" / TINY
-    if not (folder / "config.json").is_file():
+    if model == TINY and not (folder / "config.json").is_file():
         from control_experiments.training.checkpoints import whole_folder
 
         with whole_folder(folder, sealed=False) as place:
             _make_tiny(place)
-    return folder
+    return str(folder) if model == TINY else model
 
 
 def _make_tiny(place: Path) -> None:
-    """Train a new LLaMA on the training rows as plain text, all its parameters, 16 rows a step."""
+    """Train a new LLaMA of 0.4 M parameters on the training rows as plain text, all its parameters, 16 rows a step."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -104,10 +99,9 @@ def _make_tiny(place: Path) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, STEPS)
         for _ in range(STEPS):
-            chosen = torch.randint(len(texts), (16,)).tolist()
-            batch = tokenizer([texts[index] for index in chosen], padding=True, return_tensors="pt")
+            chosen = [texts[index] for index in torch.randint(len(texts), (16,)).tolist()]
+            batch = tokenizer(chosen, padding=True, return_token_type_ids=False, return_tensors="pt")
             labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-            batch.pop("token_type_ids", None)
             model(**batch, labels=labels).loss.backward()
             optimizer.step()
             schedule.step()

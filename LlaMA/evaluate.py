@@ -83,7 +83,6 @@ class Options:
 
 
 def main() -> None:
-    """Evaluate as the command line says and write the run's record."""
     (options,) = parse_arguments(Options, description=__doc__)
     options.check()
     from LlaMA.evaluation import run  # loads torch: help and a wrong option need not wait for it

@@ -16,7 +16,6 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
 
-import peft_control  # noqa: F401  registers CONTROL with peft
 from control_experiments.errors import UserError
 from control_experiments.outcomes import write_outcomes
 from control_experiments.paths import public_path

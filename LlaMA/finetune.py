@@ -138,7 +138,6 @@ class Options(shared.RunOptions, RecipeOptions, shared.MemoryOptions, shared.Bas
 
 
 def main() -> None:
-    """Train as the command line says and write the run's record."""
     (options,) = parse_arguments(Options, description=__doc__)
     options.check()
     from LlaMA.training import run  # loads torch: help and a wrong option need not wait for it

@@ -41,7 +41,6 @@ class Batch:
         divisor: a number, as a tensor without dimensions.
         sources: numbers of a pack's tokens whose next label counts; None: half or more do, and all tokens are asked.
         rows, tokens: how many rows and real (non-padding) tokens there are.
-        fixed: whether its shapes are those of `fixed_shape`.
     """
 
     inputs: dict
@@ -50,7 +49,6 @@ class Batch:
     divisor: torch.Tensor
     rows: int
     tokens: int
-    fixed: bool = False
     sources: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
@@ -138,7 +136,6 @@ def fixed_shape(pack: Batch, quantum: int, rows: int, longest: int, pad_token_id
         inputs={"input_ids": ids, "position_ids": positions, **lengths},
         labels=F.pad(pack.labels, missing, value=IGNORE),
         weights=F.pad(pack.weights, missing),
-        fixed=True,
         sources=sources,
     )
 
@@ -191,8 +188,8 @@ def shadow_batch_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 class GraphedLoss:
     """A batch loss that is replayed as CUDA graphs while training, for packs of `fixed_shape`.
 
-    Small models' steps are bound by kernel launches, which a replay spares. Other batches, evaluation, CPUs, and dropout
-    that a memory mode draws twice in a way that no graph can, run as they are.
+    Small models' steps are bound by kernel launches, which a replay spares. Evaluation, CPUs, and dropout that a memory
+    mode draws twice in a way that no graph can, run as they are.
     """
 
     def __init__(self, loss: Callable):
@@ -200,7 +197,7 @@ class GraphedLoss:
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         training = model.training and torch.is_grad_enabled()
-        if not (batch.fixed and training and batch.labels.is_cuda) or replays_random_numbers(model):
+        if not (training and batch.labels.is_cuda) or replays_random_numbers(model):
             return self.loss(model, batch)
         names = [name for name, value in batch.inputs.items() if isinstance(value, torch.Tensor)]
         others = batch.tensors

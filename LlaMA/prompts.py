@@ -34,6 +34,4 @@ _AUTHORS_EVALUATION = {
 def prompt(instruction: str, input: str = "", style: Style = "matched") -> str:
     """The text up to where the response begins; training appends the row's output to the "matched" one."""
     templates = _AUTHORS_EVALUATION if style == "authors" else _MATCHED
-    # not by format: what is filled in may hold braces
-    before, after = templates[bool(input)].split("{instruction}")
-    return before + instruction + after.replace("{input}", input)
+    return templates[bool(input)].format(instruction=instruction, input=input)

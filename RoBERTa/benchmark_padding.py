@@ -40,7 +40,6 @@ class Options:
 
 
 def main() -> None:
-    """Time both, print one line each and the ratio, write the figures."""
     (options,) = parse_arguments(Options, description=__doc__)
     check_numbers(options, "steps", at_least=0)
     given = {name: value for name, value in vars(options).items() if name not in ("steps", "output")}

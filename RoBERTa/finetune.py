@@ -100,7 +100,6 @@ class Options(
 
 
 def main() -> None:
-    """Train as the command line says and write the run's record."""
     (options,) = parse_arguments(Options, description=__doc__)
     options.check()
     options.check_places()

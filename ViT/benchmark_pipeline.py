@@ -52,7 +52,6 @@ class Options:
 
 
 def main() -> None:
-    """Let the three ways train in turn, print their rates and write the record."""
     (options,) = parse_arguments(Options, description=__doc__)
     named = ("data", "data_root", "image_size", "batch_size", "method", "attention", "precision", "device", "seed")
     asked = finetune.Options(**{name: getattr(options, name) for name in named}, lora_rank=0)

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer
 from torch import nn
 
-import peft_control  # noqa: F401  makes peft know the method when it loads an adapter
 from control_experiments.errors import UserError
 from control_experiments.record import read_json, write_json_atomic
 from control_experiments.training.checkpoints import check_adapter_files
@@ -151,8 +150,7 @@ def matched_miss(config: MissConfig, linears: list[nn.Linear], budget: int) -> M
 
 
 def save(model: nn.Module, folder: Path, description: Description, base: VisionTransformer) -> None:
-    """Write the adapter folder; the tiny `base` model, which exists nowhere else, is kept beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Fill the adapter folder; the tiny `base` model, which exists nowhere else, is kept beside it."""
     if isinstance(model, PeftModel):
         model.save_pretrained(folder)
     else:

@@ -22,7 +22,7 @@ from control_experiments.training.setup import choose
 from ViT import augment
 from ViT.classifier import Description, restore
 from ViT.finetune import Options
-from ViT.images import ImageData, load_data, read_folder
+from ViT.images import Decoded, ImageData, OnDemand, load_data, read_folder
 from ViT.training import Step, index_batches, predict, prepared, score
 from ViT.vision_models import Base
 
@@ -49,7 +49,7 @@ def evaluate(options: Options) -> None:
         data.place(step.device, options.keep)
         memory, clock = MemoryMeter(step.device), Throughput(step.device)
         clock.start()
-        logits, labels = test_logits(step, data, options)
+        logits, labels = test_logits(step, data.test, options)
         clock.step(len(labels))
         clock.stop()
         write_test_predictions(folder, data, logits, labels)
@@ -66,8 +66,7 @@ def classify_folder(options: Options) -> None:
     """Classify every image below a folder into a CSV file: file, class, probability."""
     with trained(options, options.adapter) as (step, description, _):
         paths, unknown = read_folder(options.predict, options.workers)
-        data = ImageData("folder", unknown, unknown, description.classes, {})
-        logits, _ = test_logits(step, data, options)
+        logits, _ = test_logits(step, unknown, options)
         names = [path.relative_to(Path(options.predict).expanduser()).as_posix() for path in paths]
         write_predictions(Path(options.output), "file", names, logits, description.classes)
         print(f"{len(paths)} images classified in {options.output}")
@@ -93,11 +92,11 @@ def reading(options: Options) -> dict:
     return {"root": options.data_root, "keep": options.keep, "workers": options.workers}
 
 
-def test_logits(step: Step, data: ImageData, options: Options):
-    """Logits and labels of the test images, each shown once as in evaluation."""
+def test_logits(step: Step, images: Decoded | OnDemand, options: Options):
+    """Logits and labels of images, each shown once as in evaluation."""
     views = partial(augment.central_views, size=options.image_size, crop=options.crop)
-    indices = index_batches(len(data.test), options.eval_batch_size)
-    return predict(step, prepared(data.test, indices, views, options.image_size, step.device))
+    indices = index_batches(len(images), options.eval_batch_size)
+    return predict(step, prepared(images, indices, views, options.image_size, step.device))
 
 
 def describe(base: Base, total: int, data: ImageData, scored: str) -> dict:

@@ -164,7 +164,7 @@ def fit(
         history, losses, done = load_checkpoint(run.checkpoint, trained, parts, device)
     clock, watch, outcome = Throughput(device), LossWatch(device), None
     if done == total:  # it was stopped after its last checkpoint
-        outcome = test_logits(step, data, options)
+        outcome = test_logits(step, data.test, options)
 
     def check() -> None:
         watch.check(per_epoch, last_good(checkpoints))
@@ -200,7 +200,7 @@ def fit(
                     break
             clock.stop()
             if done == end:  # not stopped within the epoch
-                outcome = test_logits(step, data, options)
+                outcome = test_logits(step, data.test, options)
                 row = {"step": done, "epoch": epoch + 1, "learning_rate": optimizer.param_groups[0]["lr"],
                        "train_loss": float(losses["total"]) / losses["images"], "train_seconds": clock.seconds, **score(*outcome)}  # fmt: skip
                 losses = None
