@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Literal, Optional
+from typing import TYPE_CHECKING, ClassVar, Literal, Optional
 
 from transformers.hf_argparser import HfArg
 
@@ -22,7 +22,7 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.paths import public_path
 from control_experiments.training.arguments import check_numbers, parse_arguments
 from control_experiments.training.options import MemoryOptions, RunOptions
-from LlaMA.finetune import RecipeOptions
+from LlaMA.finetune import METHODS, RecipeOptions
 from scripts.catalogue import LLAMA_SHAPES
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class Options(RunOptions, RecipeOptions, MemoryOptions):
     warmup: int = HfArg(default=5, help="Optimizer steps before the timed ones.")
     large_batch: int = HfArg(default=64, help="Rows per optimizer step of `large`.")
     token_budget: int = HfArg(default=8192, help="Most tokens in a pack.")
+
+    methods: ClassVar[tuple[str, ...]] = tuple(name for name in METHODS if name != "shadow")  # it has a loss of its own
 
     def check(self) -> None:
         super().check()
@@ -114,7 +116,8 @@ def measure(options: Options, run: Run) -> None:
         varlen = options.attention == "auto" and packed and packing.varlen_available(run.device, dtype)
         attention = packing.VARLEN if varlen else "sdpa"
         base.set_attn_implementation(attention)
-        models.ready_to_train(model, mode, half=dtype != torch.float32)
+        how = {"half": dtype != torch.float32, "chunk_tokens": options.chunk_tokens, "offload": options.offload}
+        models.ready_to_train(model, mode, **how)
         loss = packing.batch_loss if mode == "plain" else packing.fused_batch_loss
         loss = packing.GraphedLoss(loss) if options.cuda_graphs and packed else loss
         count = (options.steps + options.warmup) * size

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 
 from control_experiments.errors import UserError
 from control_experiments.outcomes import write_outcomes
@@ -44,8 +45,10 @@ def evaluate(options: Options) -> None:
             raise UserError(f"the classes of {data.name} ({here}) are not those that the adapter was trained on ({there})")
         record = RunRecord.begin(
             options, domain="vit", name=folder.path.name, task=data.name, device=describe_device(step.device),
-            command=["python", "-m", PROGRAM, *sys.argv[1:]], autocast=step.precision,
+            command=["python", "-m", PROGRAM, *sys.argv[1:]],
         )  # fmt: skip
+        shown = ("image_size", "crop", "mlp_layers", "attention", "quantization")  # the training's others are in its own record
+        record.hyperparameters = {**{name: getattr(options, name) for name in shown}, "autocast": step.precision}
         data.place(step.device, options.keep)
         memory, clock = MemoryMeter(step.device), Throughput(step.device)
         clock.start()
@@ -54,7 +57,8 @@ def evaluate(options: Options) -> None:
         clock.stop()
         write_test_predictions(folder, data, logits, labels)
         result = score(logits, labels)
-        total = sum(p.numel() for p in step.model.parameters())
+        adapter = get_peft_model_state_dict(step.model).values() if isinstance(step.model, PeftModel) else ()
+        total = sum(p.numel() for p in step.model.parameters()) - sum(tensor.numel() for tensor in adapter)
         record.finish(
             folder.record, **describe(base, total, data, "test"), adapter={"id": public_path(options.evaluate)},
             metrics={"best": result, "last": result}, memory=memory.summary(), time=clock.summary(),
@@ -82,7 +86,7 @@ def trained(options: Options, adapter: str) -> Iterator[tuple[Step, Description,
     with explain_out_of_memory(device, LESS_MEMORY):
         moved = options.model if options.model != Options.defaults()["model"] else None
         model, description, base = restore(adapter, attention=options.attention, model=moved)
-        for name in ("method", "model", "image_size", "mlp_layers", "crop"):
+        for name in ("method", "model", "image_size", "mlp_layers", "crop", "quantization"):
             setattr(options, name, getattr(description, name))
         yield Step(model.to(device), None, device, precision), description, base
 

@@ -34,8 +34,10 @@ def test_train_then_evaluate_and_predict(call, train_vit, npz, base_model, tmp_p
     contents = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert "holds a training run" in call(*asked, out).refused()
     assert contents == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    again = call(*asked, evaluation).record.metrics["last"]
+    evaluated = call(*asked, evaluation).record
+    again = evaluated.metrics["last"]
     assert again == pytest.approx({key: record.history[-1][key] for key in again}, rel=1e-4)
+    assert evaluated.model == record.model and evaluated.hyperparameters.items() <= record.hyperparameters.items()
 
     photos = tmp_path / "photos" / "inner"
     photos.mkdir(parents=True)
