@@ -233,6 +233,9 @@ def padded(longest, published):
         ("fast-time", [steps(3, **FAST)], ["supported"]),
         ("fast-time", [steps(3, **FAST, **{"control+graphs:fast": (0.12, 11.0)})], ["supported", "contradicted"]),
         ("lean-memory", [steps(1, **{"lora": (0.4, 0.0), "control:lean": (0.3, 0.0)})], []),  # on a CPU
+        # so the best rival is the best of those over the same base in control's file
+        ("fast-time", [steps(3, **FAST), steps(3, name="fp8.json", **{"lora+compile+fp8": (0.1, 9.0)})], ["supported: -50"]),
+        ("lean-memory", [steps(1, **FAST, **{"lora+checkpointing+nf4": (0.4, 0.5)})], ["supported: -97.5"]),
         # each shape by its own domain's claim; RoBERTa's and ViT's single control says nothing on LLaMA's double one
         ("llama-shape-time", [steps(3, shape="vit-b16", **PLAIN)], []),
         ("vit-shape-time", [steps(3, shape="vit-b16", **PLAIN)], ["supported"]),

@@ -122,8 +122,10 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
     found = found[found[column] != 0]  # on a CPU memory is not measured: zero
     for section, group in found.groupby("section", sort=False):
         rows = {label: part.set_index(repeats[part.index]) for label, part in group.groupby("row")}
-        if best and len(rivals := group.query(best, engine="python")):
-            against = [rivals.groupby("row")[column].mean().idxmin()]
+        if best and control in rows:  # over the same base, and measured beside control: with no other it makes pairs
+            beside = repeats[group.index].isin(rows[control].index) & group.base.isin(rows[control].base)
+            rivals = group[beside].query(best, engine="python")
+            against = rivals.groupby("row")[column].mean().nsmallest(1).index
         for baseline in (name for name in against if name in rows and control in rows):
             yield from _pair(section, {control: rows[control], baseline: rows[baseline]}, column, **test)
 
