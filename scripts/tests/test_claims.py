@@ -137,6 +137,13 @@ def test_outcomes_of_other_examples_or_of_some_runs_only_are_not_paired(tmp_path
         example_variance([(one, other)])
 
 
+def test_questions_that_are_asked_again_are_no_more_of_them():
+    once = stats.binomtest(998, 1000).proportion_ci(0.95)
+    for times in (1, 3):
+        found = statistics.share_interval([1000] * times, [99.8] * times, 99.5)
+        assert found == pytest.approx((100 * once.low - 99.5, 100 * once.high - 99.5))
+
+
 def test_intervals_hold_what_they_promise():
     """Simulated: seeds and examples both vary, the true difference is 0; about 95 % of the intervals include it."""
     generator, held = np.random.default_rng(2), 0
