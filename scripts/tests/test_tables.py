@@ -144,6 +144,8 @@ def test_published_figures_stand_below_ours_with_their_status(results):
     lora = row(results, "vit_accuracy", at_scale, method="lora", whose="paper")
     assert lora["peak MiB"] == "17,067 MiB (exact)"
     assert "Wall time of the whole run, evaluations included." in notes(results, "vit_accuracy", at_scale)
+    data = sections(results, "vit_accuracy")[at_scale].data.query("whose == 'paper' and method == 'lora'")
+    assert (lora["trained parameters"], *data["trained parameters"]) == ("0.32 M (exact)", 320_000)
 
 
 def test_rows_and_sections_are_what_was_measured_told_apart_by_rank_alpha_and_mode(results):
@@ -200,6 +202,17 @@ def test_the_longest_sequences_are_drawn_against_the_card_beside_unsloths(result
     assert {name: tuple(place) for name, place in named.items()} == {"lora+nf4": (24, 15360), "control+bf16:lean": (24, 98304)}
     assert list(lines["no longer one was tried"]) == [24]
     assert lines["published: Unsloth, QLoRA r32"][24] == 78475
+
+
+def test_the_recipes_steps_are_those_of_their_micro_batches(results):
+    for shape, batch in (("llama3-8b", 3), ("llama3-8b", 4), ("llama2-7b", 4)):
+        results.benchmark(
+            f"{shape}{batch}.json", shape=shape, batch=batch, tokens=256, lora=(0.2, 6.0), **{"control+fp8:fast": (0.1, 3.0)}
+        )
+    assert [*sections(results, "llama_shapes")] == [
+        f"{shape} x 256 tokens, Some GPU" for shape in ("llama2-7b, 4", "llama3-8b, 3")
+    ]
+    assert rows(results, "llama_shapes", "llama3-8b, 3 x 256 tokens, Some GPU", "method") == [("lora",)]
 
 
 def test_a_method_that_failed_says_why(results):

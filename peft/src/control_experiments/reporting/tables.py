@@ -221,7 +221,7 @@ def _line(group: pd.DataFrame, keys: dict[str, str], figures: dict[str, str], no
             note = [f"{figure.note[0].upper()}{figure.note[1:]}."] if isinstance(figure.note, str) else []
             said += note
             line[header] = marked(figure.text, note)
-            data |= {header: figure.value, f"{header} status": figure.status}
+            data |= {header: figure.value * (1e6 if figure.unit == "M" else 1), f"{header} status": figure.status}
         elif count and len(values) == count:
             spread = "" if values.nunique() == 1 else f" ± {values.std():{form}}"
             line[header] = f"{values.mean():{form}}{spread}"
