@@ -290,6 +290,17 @@ def test_peaks_of_one_code_are_compared_where_there_are_such(results):
     assert test.statistic == "+100.00 % at worst, n = 3"
 
 
+def test_ways_of_answering_are_no_repeats_of_each_other(results):
+    for mode, speedup in (("generate", 40.0), ("likelihood", 5.0)):
+        for run in range(3):
+            results._record(
+                f"llama/batches-{mode}-{run}", domain="llama", method="lora", task="commonsense", seed=1, model="tiny",
+                hyperparameters={"mode": mode, "quantization": "none", "dtype": "float32"}, time={},
+                last={"batch_size": 64, "questions_per_second_batch_one": 2.0, "speedup": speedup + run / 10},
+            )  # fmt: skip
+    assert {test.verdict for test in claim(results, "batches-speed").tests} == {"supported", "contradicted"}
+
+
 def test_the_average_decides_for_llama_and_graphs_are_compared_with_graphs(results):
     for seed in (1, 2):
         results.llama("double control", seed, 50.0 + seed, cuda_graphs=True)

@@ -109,7 +109,7 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
     # both methods of a pair come from one file
     repeats = found.links.map(lambda links: links[0][1]) + found.repeat.fillna(0).map(" {:.0f}".format)
     if bound is not None:
-        for _, group in found.groupby(["section", "row", "tokens", "processes", "limit_gib"], dropna=False, sort=False):
+        for _, group in found.groupby(["section", "row", "mode", "tokens", "processes", "limit_gib"], dropna=False, sort=False):
             limits = group[bound] if isinstance(bound, str) else [bound] * len(group)
             pairs = {repeat: values for repeat, *values in zip(repeats[group.index], group[column], limits)}
             files = dict.fromkeys(file for links in group.links for _, file in links)
