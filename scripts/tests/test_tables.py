@@ -204,6 +204,22 @@ def test_the_longest_sequences_are_drawn_against_the_card_beside_unsloths(result
     assert lines["published: Unsloth, QLoRA r32"][24] == 78475
 
 
+def test_activations_of_a_graph_are_not_said_to_be_none(results):
+    path = results.benchmark("graphs.json", **{"control+fp8:fast": (0.2, 6.0), "control+graphs+fp8:fast": (0.1, 7.0)})
+    contents = json.loads(path.read_text())
+    for result, kind, size in zip(contents["results"], ("allocated", "reserved"), (2**30, 0), strict=True):
+        result["peak_is"], result["memory"]["activations_bytes"] = kind, size
+    path.write_text(json.dumps(contents))
+    assert rows(results, "quantized_memory", "llama3-8b, Some GPU", "activations MiB") == [("1,024",), ("not measured",)]
+
+
+def test_encoders_that_are_not_quantized_are_stored_in_as_many_bits_as_the_table_says():
+    (path, *_) = (RESULTS / "published" / "qcontrol").glob("*_none_*/record.json")
+    record, about = read_json(path), make_table("quantized", load(RESULTS)[0][:0], PAPER).about
+    bits = round(8 * record["memory"]["weights_bytes"] / record["model"]["total_parameters"])
+    assert f"and in {bits} under the same recipe" in about
+
+
 def test_the_recipes_steps_are_those_of_their_micro_batches(results):
     for shape, batch in (("llama3-8b", 3), ("llama3-8b", 4), ("llama2-7b", 4)):
         results.benchmark(
