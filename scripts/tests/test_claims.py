@@ -10,7 +10,7 @@ from scipy import stats
 from control_experiments.outcomes import METRICS, write_outcomes
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.reporting import statistics
-from control_experiments.reporting.claims import Claim, judge, markdown, overview
+from control_experiments.reporting.claims import SPECIFICATIONS, Claim, judge, markdown, overview
 from control_experiments.reporting.page import draw
 from control_experiments.reporting.pictures import svg
 from control_experiments.reporting.records import load, read_paper
@@ -210,6 +210,10 @@ def searched(tokens, name="a", **more):
     return lambda results: results.searched(name, cells, **more)
 
 
+def with_states_in_fp8(results):
+    results.searched("fp8", [("control+nf4:lean", 78.5, 400_000, 9.0), ("control+fp8states+nf4:lean", 78.5, 700_000, 9.0)])
+
+
 def padded(longest, published):
     def make(results):
         for run in range(3):
@@ -254,6 +258,7 @@ def padded(longest, published):
         # each card's longest sequence, beside what is published for it
         ("context-published", [searched(6144), searched(99_999, "b", batch=4)],
          ["supported: +0.07 times", "contradicted: -0.09 times"]),
+        ("context-published", [with_states_in_fp8], ["supported: +0.04 times"]),
     ],
 )  # fmt: skip
 def test_verdicts(results, name, makes, expected):
@@ -261,6 +266,11 @@ def test_verdicts(results, name, makes, expected):
         make(results)
     tests = [f"{test.verdict}: {test.statistic}" for test in claim(results, name).tests]
     assert len(tests) == len(expected) and all(map(str.startswith, tests, expected)), tests
+
+
+def test_commands_measure_times_often_enough_to_decide():
+    timed = [one for one in SPECIFICATIONS["claims"] if {test["rule"] for test in one["tests"]} == {"time"}]
+    assert len(timed) > 5 and all(re.search(r"\b1 2 3\b|--speed_at", one["command"]) for one in timed)
 
 
 def test_without_records_a_claim_is_not_tested_and_says_what_to_run_and_what_is_published(results):
