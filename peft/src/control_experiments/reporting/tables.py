@@ -62,11 +62,6 @@ class Table:
 SPECIFICATIONS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
-def all_tables(frame: pd.DataFrame, paper: Paper) -> list[Table]:
-    """Every table, whether or not there are records for it yet."""
-    return [make_table(name, frame, paper) for name in SPECIFICATIONS]
-
-
 # -- rows -----------------------------------------------------------------------------------------------------
 
 
