@@ -40,7 +40,7 @@ def publish(frame: pd.DataFrame, judged: pd.DataFrame, paper: records.Paper, pro
     folder; return the number of files."""
     from control_experiments.reporting import claims, page, tables
 
-    filled, found = tables.all_tables(frame, paper), claims.judge(judged, paper)
+    filled, found = [tables.make_table(name, frame, paper) for name in tables.SPECIFICATIONS], claims.judge(judged, paper)
     drawn = list(page.draw(frame, paper, found))
     written = tables.write_tables(filled, folder / "tables", f"../{up}")
     written += page.write_pictures(drawn, folder / "pictures")

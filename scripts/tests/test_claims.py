@@ -10,7 +10,7 @@ from scipy import stats
 from control_experiments.outcomes import METRICS, write_outcomes
 from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.reporting import statistics
-from control_experiments.reporting.claims import Claim, judge, markdown, overview
+from control_experiments.reporting.claims import SPECIFICATIONS, Claim, judge, markdown, overview
 from control_experiments.reporting.page import draw
 from control_experiments.reporting.pictures import svg
 from control_experiments.reporting.records import load, read_paper
@@ -137,6 +137,13 @@ def test_outcomes_of_other_examples_or_of_some_runs_only_are_not_paired(tmp_path
         example_variance([(one, other)])
 
 
+def test_questions_that_are_asked_again_are_no_more_of_them():
+    once = stats.binomtest(998, 1000).proportion_ci(0.95)
+    for times in (1, 3):
+        found = statistics.share_interval([1000] * times, [99.8] * times, 99.5)
+        assert found == pytest.approx((100 * once.low - 99.5, 100 * once.high - 99.5))
+
+
 def test_intervals_hold_what_they_promise():
     """Simulated: seeds and examples both vary, the true difference is 0; about 95 % of the intervals include it."""
     generator, held = np.random.default_rng(2), 0
@@ -193,14 +200,22 @@ def steps(count, **more):
     return make
 
 
-def fits(peak):
-    point = {"control+nf4:lean": (0.4, peak * 2**30 / 1e9)}
-    return steps(1, name=f"{peak}.json", batch=1, tokens=2048, weights=0, **point)
+def fits(peak, method="control+nf4:lean", tokens=2048):
+    point = {method: (0.4, peak * 2**30 / 1e9)}
+    return steps(1, name=f"{peak}.json", batch=1, tokens=tokens, weights=0, **point)
+
+
+def streamed(tokens, peak):
+    return fits(peak, "control+streamed:lean", tokens)
 
 
 def searched(tokens, name="a", **more):
     cells = [("control+nf4:lean", 7.5, tokens, 1.0), ("control+nf4:lean", 23.5, 150_000, 1.0), ("lora+nf4", 7.5, 512, 1.0)]
     return lambda results: results.searched(name, cells, **more)
+
+
+def with_states_in_fp8(results):
+    results.searched("fp8", [("control+nf4:lean", 78.5, 400_000, 9.0), ("control+fp8states+nf4:lean", 78.5, 700_000, 9.0)])
 
 
 def padded(longest, published):
@@ -233,6 +248,9 @@ def padded(longest, published):
         ("fast-time", [steps(3, **FAST)], ["supported"]),
         ("fast-time", [steps(3, **FAST, **{"control+graphs:fast": (0.12, 11.0)})], ["supported", "contradicted"]),
         ("lean-memory", [steps(1, **{"lora": (0.4, 0.0), "control:lean": (0.3, 0.0)})], []),  # on a CPU
+        # so the best rival is the best of those over the same base in control's file
+        ("fast-time", [steps(3, **FAST), steps(3, name="fp8.json", **{"lora+compile+fp8": (0.1, 9.0)})], ["supported: -50"]),
+        ("lean-memory", [steps(1, **FAST, **{"lora+checkpointing+nf4": (0.4, 0.5)})], ["supported: -97.5"]),
         # each shape by its own domain's claim; RoBERTa's and ViT's single control says nothing on LLaMA's double one
         ("llama-shape-time", [steps(3, shape="vit-b16", **PLAIN)], []),
         ("vit-shape-time", [steps(3, shape="vit-b16", **PLAIN)], ["supported"]),
@@ -241,9 +259,12 @@ def padded(longest, published):
         # whether a model fits, by its worst peak
         ("nf4-8gib", [fits(7.5)], ["supported: -0.50 GiB"]),
         ("nf4-8gib", [fits(7.5), fits(8.5)], ["contradicted: +0.50 GiB"]),
+        # at the length that is claimed: that a longer one needs more says nothing
+        ("streaming-8b", [streamed(8192, 7.5), streamed(16384, 8.5)], ["supported: -0.50 GiB"]),
         # each card's longest sequence, beside what is published for it
         ("context-published", [searched(6144), searched(99_999, "b", batch=4)],
          ["supported: +0.07 times", "contradicted: -0.09 times"]),
+        ("context-published", [with_states_in_fp8], ["supported: +0.04 times"]),
     ],
 )  # fmt: skip
 def test_verdicts(results, name, makes, expected):
@@ -251,6 +272,11 @@ def test_verdicts(results, name, makes, expected):
         make(results)
     tests = [f"{test.verdict}: {test.statistic}" for test in claim(results, name).tests]
     assert len(tests) == len(expected) and all(map(str.startswith, tests, expected)), tests
+
+
+def test_commands_measure_times_often_enough_to_decide():
+    timed = [one for one in SPECIFICATIONS["claims"] if {test["rule"] for test in one["tests"]} == {"time"}]
+    assert len(timed) > 5 and all(re.search(r"\b1 2 3\b|--speed_at", one["command"]) for one in timed)
 
 
 def test_without_records_a_claim_is_not_tested_and_says_what_to_run_and_what_is_published(results):
@@ -265,6 +291,30 @@ def test_without_records_a_claim_is_not_tested_and_says_what_to_run_and_what_is_
     assert found["vit-quality"].published[0].endswith("-0.62 points.")
     headings = re.findall(r"^## (\S+)$", text, re.M)
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) == set(headings)
+
+
+def test_peaks_of_one_code_are_compared_where_there_are_such(results):
+    fill(results, [0.6] * 3, [0.6] * 3, **COSTS)
+    for seed, peak, commit in ((1, 200, "before"), (2, 90, "before")):
+        path = results.roberta("control", seed, 0.6, peak=peak * 2**20)
+        path.write_text(path.read_text().replace('"commit": null', f'"commit": "{commit}"'))
+    (test,) = claim(results, "roberta-memory").tests
+    assert (*test.pairs,) == (0,) and test.statistic == "-20.00 %"
+    path = results.roberta("control", 0, 0.6, peak=80 * 2**20)
+    path.write_text(path.read_text().replace('"commit": null', '"commit": "before"'))
+    (test,) = claim(results, "roberta-memory").tests
+    assert test.statistic == "+100.00 % at worst, n = 3"
+
+
+def test_ways_of_answering_are_no_repeats_of_each_other(results):
+    for mode, speedup in (("generate", 40.0), ("likelihood", 5.0)):
+        for run in range(3):
+            results._record(
+                f"llama/batches-{mode}-{run}", domain="llama", method="lora", task="commonsense", seed=1, model="tiny",
+                hyperparameters={"mode": mode, "quantization": "none", "dtype": "float32"}, time={},
+                last={"batch_size": 64, "questions_per_second_batch_one": 2.0, "speedup": speedup + run / 10},
+            )  # fmt: skip
+    assert {test.verdict for test in claim(results, "batches-speed").tests} == {"supported", "contradicted"}
 
 
 def test_the_average_decides_for_llama_and_graphs_are_compared_with_graphs(results):

@@ -16,7 +16,7 @@ from control_experiments.paths import REPOSITORY, RESULTS
 from control_experiments.record import read_json
 from control_experiments.reporting.page import draw
 from control_experiments.reporting.records import load, read_paper
-from control_experiments.reporting.tables import Table, all_tables, make_table
+from control_experiments.reporting.tables import SPECIFICATIONS, Table, make_table
 
 PAPER = read_paper(RESULTS / "paper.json")
 
@@ -144,6 +144,8 @@ def test_published_figures_stand_below_ours_with_their_status(results):
     lora = row(results, "vit_accuracy", at_scale, method="lora", whose="paper")
     assert lora["peak MiB"] == "17,067 MiB (exact)"
     assert "Wall time of the whole run, evaluations included." in notes(results, "vit_accuracy", at_scale)
+    data = sections(results, "vit_accuracy")[at_scale].data.query("whose == 'paper' and method == 'lora'")
+    assert (lora["trained parameters"], *data["trained parameters"]) == ("0.32 M (exact)", 320_000)
 
 
 def test_rows_and_sections_are_what_was_measured_told_apart_by_rank_alpha_and_mode(results):
@@ -200,6 +202,33 @@ def test_the_longest_sequences_are_drawn_against_the_card_beside_unsloths(result
     assert {name: tuple(place) for name, place in named.items()} == {"lora+nf4": (24, 15360), "control+bf16:lean": (24, 98304)}
     assert list(lines["no longer one was tried"]) == [24]
     assert lines["published: Unsloth, QLoRA r32"][24] == 78475
+
+
+def test_activations_of_a_graph_are_not_said_to_be_none(results):
+    path = results.benchmark("graphs.json", **{"control+fp8:fast": (0.2, 6.0), "control+graphs+fp8:fast": (0.1, 7.0)})
+    contents = json.loads(path.read_text())
+    for result, kind, size in zip(contents["results"], ("allocated", "reserved"), (2**30, 0), strict=True):
+        result["peak_is"], result["memory"]["activations_bytes"] = kind, size
+    path.write_text(json.dumps(contents))
+    assert rows(results, "quantized_memory", "llama3-8b, Some GPU", "activations MiB") == [("1,024",), ("not measured",)]
+
+
+def test_encoders_that_are_not_quantized_are_stored_in_as_many_bits_as_the_table_says():
+    (path, *_) = (RESULTS / "published" / "qcontrol").glob("*_none_*/record.json")
+    record, about = read_json(path), make_table("quantized", load(RESULTS)[0][:0], PAPER).about
+    bits = round(8 * record["memory"]["weights_bytes"] / record["model"]["total_parameters"])
+    assert f"and in {bits} under the same recipe" in about
+
+
+def test_the_recipes_steps_are_those_of_their_micro_batches(results):
+    for shape, batch in (("llama3-8b", 3), ("llama3-8b", 4), ("llama2-7b", 4)):
+        results.benchmark(
+            f"{shape}{batch}.json", shape=shape, batch=batch, tokens=256, lora=(0.2, 6.0), **{"control+fp8:fast": (0.1, 3.0)}
+        )
+    assert [*sections(results, "llama_shapes")] == [
+        f"{shape} x 256 tokens, Some GPU" for shape in ("llama2-7b, 4", "llama3-8b, 3")
+    ]
+    assert rows(results, "llama_shapes", "llama3-8b, 3 x 256 tokens, Some GPU", "method") == [("lora",)]
 
 
 def test_a_method_that_failed_says_why(results):
@@ -297,7 +326,7 @@ def test_the_command_writes_everything_and_says_what_it_left_out(results, call):
     assert float(ours["last"]) == pytest.approx(65) and ours["last sd"] == pytest.approx(statistics.stdev([60, 70]))
     assert ours["runs"].split() == [f"roberta/roberta-base_cola_control_seed{n}/record.json" for n in (1, 2)]
     assert (float(paper["best"]), paper["best status"]) == (65.32, "exact")
-    tables = {f"tables/{table.name}.{kind}" for table in all_tables(load(results.path)[0], PAPER) for kind in ("md", "csv")}
+    tables = {f"tables/{name}.{kind}" for name in SPECIFICATIONS for kind in ("md", "csv")}
     assert not stale.exists() and own.exists()
     assert len(tables) == 2 * 17 and tables | {"claims.md", "report.html"} <= files(results.path).keys()
 

@@ -109,7 +109,7 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
     # both methods of a pair come from one file
     repeats = found.links.map(lambda links: links[0][1]) + found.repeat.fillna(0).map(" {:.0f}".format)
     if bound is not None:
-        for _, group in found.groupby(["section", "row", "tokens", "processes", "limit_gib"], dropna=False, sort=False):
+        for _, group in found.groupby(["section", "row", "mode", "tokens", "processes", "limit_gib"], dropna=False, sort=False):
             limits = group[bound] if isinstance(bound, str) else [bound] * len(group)
             pairs = {repeat: values for repeat, *values in zip(repeats[group.index], group[column], limits)}
             files = dict.fromkeys(file for links in group.links for _, file in links)
@@ -122,8 +122,10 @@ def _measured(frame: pd.DataFrame, where: str, column: str, control: str = "", a
     found = found[found[column] != 0]  # on a CPU memory is not measured: zero
     for section, group in found.groupby("section", sort=False):
         rows = {label: part.set_index(repeats[part.index]) for label, part in group.groupby("row")}
-        if best and len(rivals := group.query(best, engine="python")):
-            against = [rivals.groupby("row")[column].mean().idxmin()]
+        if best and control in rows:  # over the same base, and measured beside control: with no other it makes pairs
+            beside = repeats[group.index].isin(rows[control].index) & group.base.isin(rows[control].base)
+            rivals = group[beside].query(best, engine="python")
+            against = rivals.groupby("row")[column].mean().nsmallest(1).index
         for baseline in (name for name in against if name in rows and control in rows):
             yield from _pair(section, {control: rows[control], baseline: rows[baseline]}, column, **test)
 
@@ -133,6 +135,9 @@ def _pair(where: str, rows: dict[str, pd.DataFrame], column: str, rule: str, tas
     (control, one), (baseline, other) = rows.items()
     if not (shared := sorted(set(one.index) & set(other.index))):
         return
+    if rule == "peak" and task:  # of several the worst decides, so none may be another code's
+        same = [key for key in shared if one.record[key].git["commit"] == other.record[key].git["commit"]]
+        shared = same or shared
     pairs = {key: (one[column][key], other[column][key]) for key in shared}
     every = [(name, key, part.links[key][0][1]) for key in shared for name, part in rows.items()]
     links = {file: (f"{name} {key}" if task else name, file) for name, key, file in every}

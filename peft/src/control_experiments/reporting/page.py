@@ -97,7 +97,8 @@ def write_page(frame: pd.DataFrame, tables: Sequence[Table], claims: Sequence[Cl
     """Write the page; `up` leads from its folder to the results folder."""
     made = environment(autoescape=True)
     made.filters |= dict(inline=inline, family=pictures.family, linked=lambda links: linked(links, up))
-    families = [name for name in pictures.FAMILIES if name in set(frame.row.dropna().map(pictures.family))]
+    rows = [row for table in tables for section in table.sections for row in section.methods]  # the published ones too
+    families = [name for name in pictures.FAMILIES if name in {*map(pictures.family, [*frame.row, *rows])}]
     runs = ((frame.kind == "run") & frame.usable).sum()
     drawings, classes = with_classes([pictures.svg(figure) for *_, figure in drawn])
     figures = [(*about, Markup(drawing)) for (*about, _), drawing in zip(drawn, drawings)]

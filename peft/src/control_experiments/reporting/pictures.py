@@ -54,12 +54,12 @@ def _look(label: str, tip: str | None = None) -> dict:
     return {"color": colour, "marker": marker, "gid": mark(family(label), label if tip is None else tip)}
 
 
-def _legend(axes, families: Iterable[str], *more: Line2D, **where) -> None:
+def _legend(axes, families: Iterable[str], *more: Line2D) -> None:
     """One entry for each family there is, whatever was drawn."""
     there = set(families)
     handles = [Line2D([], [], color=colour, marker=marker, linestyle="", label=_NAMES.get(name, name))
                for name, (colour, marker) in FAMILIES.items() if name in there]  # fmt: skip
-    axes.legend(handles=[*handles, *more], fontsize=9, **where)
+    axes.legend(handles=[*handles, *more], fontsize=9)
 
 
 def _axes(title: str, width: float = 8.3, height: float = 5.2, axes=None, **look):
@@ -113,7 +113,7 @@ def memory_against_time(points: Mapping[str, tuple[float, float]], title: str) -
     if beaten:
         look = dict(color="#9aa1ab", marker="o", markersize=4, linestyle="")
         told.append(Line2D([], [], label="small: beaten in both by its own kind", **look))
-    _legend(axes, map(family, placed), *told, loc="best")
+    _legend(axes, map(family, placed), *told)
     FigureCanvasAgg(axes.figure).draw()  # without a layout nobody knows where names collide
     _name(axes, placed, [label for label in placed if label not in beaten], frontier)
     return axes.figure

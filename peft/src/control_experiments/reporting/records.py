@@ -277,6 +277,8 @@ def _steps(file: dict) -> Iterator[dict]:
         name = re.sub(r"\+(fp8|nf4|bf16)((?:\+\w+)+)", r"\2+\1", name)  # the base last, wherever it was given
         waiting = result.get("streaming") or {}
         shared = (memory.get("other_processes_bytes") or 0) > PAGE_TABLES * waiting.get("bytes", 0)
+        if result.get("peak_is") == "reserved":  # a graph's activations were allocated when it was made
+            memory = memory | {"activations_bytes": None}
         row = {"tokens": o["tokens"], "host": waiting.get("bytes"), "copies": waiting.get("floor_seconds")} | memory | result
         row |= common | {"row": name, "gib": result["peak_bytes"] / 2**30 if result.get("peak_bytes") else None}
         row["base"] = next((part for part in re.split("[+:]", name) if part in ("nf4", "fp4", "int8", "fp8")), "bf16")

@@ -172,9 +172,9 @@ def more_seeds(tests: Sequence[Test]) -> str:
 
 
 def share_interval(asked: Sequence[int], percent: Sequence[float], bound: float) -> tuple[float, float]:
-    """The exact binomial interval of a share, in points above `bound` percent."""
-    agreeing = sum(round(n * share / 100) for n, share in zip(asked, percent))
-    share = stats.binomtest(int(agreeing), int(sum(asked))).proportion_ci(CONFIDENCE)
+    """The exact binomial interval of a share, in points above `bound` percent. Repeats ask the same again, so no more of it."""
+    agreeing = np.mean(np.multiply(asked, percent)) / 100
+    share = stats.binomtest(round(agreeing), round(np.mean(asked))).proportion_ci(CONFIDENCE)
     return (100 * share.low - bound, 100 * share.high - bound)
 
 

@@ -62,11 +62,6 @@ class Table:
 SPECIFICATIONS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
-def all_tables(frame: pd.DataFrame, paper: Paper) -> list[Table]:
-    """Every table, whether or not there are records for it yet."""
-    return [make_table(name, frame, paper) for name in SPECIFICATIONS]
-
-
 # -- rows -----------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +216,7 @@ def _line(group: pd.DataFrame, keys: dict[str, str], figures: dict[str, str], no
             note = [f"{figure.note[0].upper()}{figure.note[1:]}."] if isinstance(figure.note, str) else []
             said += note
             line[header] = marked(figure.text, note)
-            data |= {header: figure.value, f"{header} status": figure.status}
+            data |= {header: figure.value * (1e6 if figure.unit == "M" else 1), f"{header} status": figure.status}
         elif count and len(values) == count:
             spread = "" if values.nunique() == 1 else f" ± {values.std():{form}}"
             line[header] = f"{values.mean():{form}}{spread}"
