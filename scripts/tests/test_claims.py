@@ -293,19 +293,6 @@ def test_without_records_a_claim_is_not_tested_and_says_what_to_run_and_what_is_
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) == set(headings)
 
 
-def test_peaks_of_one_code_are_compared_where_there_are_such(results):
-    fill(results, [0.6] * 3, [0.6] * 3, **COSTS)
-    for seed, peak, commit in ((1, 200, "before"), (2, 90, "before")):
-        path = results.roberta("control", seed, 0.6, peak=peak * 2**20)
-        path.write_text(path.read_text().replace('"commit": null', f'"commit": "{commit}"'))
-    (test,) = claim(results, "roberta-memory").tests
-    assert (*test.pairs,) == (0,) and test.statistic == "-20.00 %"
-    path = results.roberta("control", 0, 0.6, peak=80 * 2**20)
-    path.write_text(path.read_text().replace('"commit": null', '"commit": "before"'))
-    (test,) = claim(results, "roberta-memory").tests
-    assert test.statistic == "+100.00 % at worst, n = 3"
-
-
 def test_ways_of_answering_are_no_repeats_of_each_other(results):
     for mode, speedup in (("generate", 40.0), ("likelihood", 5.0)):
         for run in range(3):

@@ -135,9 +135,6 @@ def _pair(where: str, rows: dict[str, pd.DataFrame], column: str, rule: str, tas
     (control, one), (baseline, other) = rows.items()
     if not (shared := sorted(set(one.index) & set(other.index))):
         return
-    if rule == "peak" and task:  # of several the worst decides, so none may be another code's
-        same = [key for key in shared if one.record[key].git["commit"] == other.record[key].git["commit"]]
-        shared = same or shared
     pairs = {key: (one[column][key], other[column][key]) for key in shared}
     every = [(name, key, part.links[key][0][1]) for key in shared for name, part in rows.items()]
     links = {file: (f"{name} {key}" if task else name, file) for name, key, file in every}
