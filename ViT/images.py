@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -232,18 +233,28 @@ def _unpacked(tar: Path, checksum: str) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        images = Path(place) / "images"
+        images.mkdir()
         try:
             with tarfile.open(tar) as file:
                 for member in file:
                     if member.size < 0:  # after which tarfile would go round in circles
                         raise tarfile.ReadError("a member has a negative size")
-                    file.extract(member, f"{place}/images", filter="data")
+                    target = Path(os.path.normpath(images / member.name))
+                    if not target.is_relative_to(images):
+                        raise tarfile.ReadError(f"{member.name!r} is outside the destination")
+                    if source := file.extractfile(
+                        member
+                    ):  # Python before 3.11.4 extracts without looking; of links what they name
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        with open(target, "wb") as copy:
+                            shutil.copyfileobj(source, copy)
         except Exception as error:  # tarfile lets many kinds through for a broken header
             raise UserError(
                 f"{tar} is no .npz, no folder of class folders and no tar that can be unpacked ({error})"
             ) from error
         with suppress(OSError):  # another run was first
-            os.rename(f"{place}/images", folder)
+            os.rename(images, folder)
     return folder
 
 
