@@ -58,8 +58,8 @@ class Options(
     precision: shared.Precision = HfArg(default="auto", help="Autocast; auto: bf16 or fp16 on a GPU, else fp32.")
     predict: bool = HfArg(default=False, help="Write the GLUE server's files for the test sets.")
 
-    methods: ClassVar = METHODS
-    neutral: ClassVar = ("predict", "save_steps", "eval_batch_size")
+    methods: ClassVar[tuple[str, ...]] = METHODS
+    neutral: ClassVar[tuple[str, ...]] = ("predict", "save_steps", "eval_batch_size")
 
     def check(self) -> None:
         super().check()
