@@ -311,7 +311,7 @@ def scores_against_rate(searched: pd.DataFrame, title: str) -> Figure:
         for label, part in runs.groupby("row"):
             axes.plot(part.groupby("lr")["last"].mean(), **looks[label])
         axes.set(title=task, xlabel="learning rate", ylabel="held-out score, %")
-        _at(axes, sorted(runs.lr.unique()), fontsize=8)
+        _at(axes, sorted(runs.lr.unique()), fontsize=8, rotation=30)
         axes.grid(alpha=0.25)
     for axes in panels[len(tasks) :]:
         axes.axis("off")
