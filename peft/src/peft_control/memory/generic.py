@@ -91,7 +91,7 @@ def plan_tails(layer: nn.Module, row: Architecture) -> None:
     """Let the norm that follows an MLP (Gemma's, OLMo's) run in the MLP's backward."""
     for path in [path for block in row.blocks.values() for path in block.write.split("|")]:
         tail = dict(layer.named_modules()).get(path)
-        if type(tail).__name__.endswith("Norm") and tail is not None and not any(p.requires_grad for p in tail.parameters()):
+        if type(tail).__name__.endswith("Norm") and tail is not None:
             enter(tail, TailPlan())
 
 
@@ -222,11 +222,11 @@ class TailPlan:
 
     def run(self, module, own, y):
         """Replaces ``module.forward``."""
-        run = _running.get()
+        run, trained = _running.get(), any(parameter.requires_grad for parameter in module.parameters())
         if run is not None and run.waiting is not None and y is run.waiting[0]:
             (_, node, mlp), run.waiting = run.waiting, None
-            return node(lambda piece: own(mlp(piece)))
-        if run is not None and run.last is not None and y is run.last[1]:
+            return own(node(mlp)) if trained else node(lambda piece: own(mlp(piece)))
+        if run is not None and run.last is not None and y is run.last[1] and not trained:
             run.last[0].tailed = True  # from the next forward on
         return own(y)
 
@@ -301,7 +301,8 @@ def run_alone(plan: LayerPlan, layer: nn.Module, own: Callable, state: torch.Ten
         return recomputed(plan, layer, own, state, *arguments, **named)
     calls = MlpCalls({mlp for mlp in plan.tokens if mlp.tailed})
     # what stands between an MLP and the layer's output is looked at once for each way in which the layer runs
-    way = plan.setting(layer), tree_structure((arguments, named)), calls.tailed
+    trained = [parameter.requires_grad for parameter in plan.all.now()]
+    way = plan.setting(layer), trained, tree_structure((arguments, named)), calls.tailed
     calls.skips = plan.adds == (way, True)
 
     def run(state, *arguments, **named):
