@@ -28,9 +28,9 @@ KINDS = {  # peft's task, and transformers' class
 TARGETS = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"]}
 
 
-def adapter(folder, family="llama", dtype=torch.float32, **fields) -> PeftModel:
+def adapter(folder, family="llama", dtype=torch.float32, config=None, **fields) -> PeftModel:
     """Save a tiny base and an adapter of it below ``folder``; return the adapted model in eval mode."""
-    build(family, dtype).save_pretrained(folder / "base")
+    build(family, dtype, **config or {}).save_pretrained(folder / "base")
     base = type(build(family)).from_pretrained(folder / "base")
     kind = MODELS[family].kind
     heads = {"modules_to_save": ["classifier"]} if kind == "vision" else {}
@@ -78,6 +78,29 @@ def test_the_part_on_weights_is_merged(family, use_dora, tmp_path):
     both = exported(tmp_path, family, target_modules=TARGETS[family], r=4, use_dora=use_dora, **patterns)
     assert_same(*both, family, atol=1e-4)
     assert not any("lora" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"trainable_token_indices": [4, 5]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+    ],
+)
+def test_what_an_adapter_makes_of_tied_embeddings(fields, family, tmp_path):
+    """T5's embeddings are always tied."""
+    config = {} if family == "t5" else {"tie_word_embeddings": True}
+    model = adapter(tmp_path, family, config=config, **fields)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save.default" in name or "tokens_delta" in name:
+            parameter.data.mul_(1.5)
+    model.save_pretrained(tmp_path / "adapter")
+    export(str(tmp_path / "adapter"), tmp_path / "out")
+    assert_same(model, reload(tmp_path, family), family, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
