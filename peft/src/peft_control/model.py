@@ -223,9 +223,9 @@ class ControlModel(LoraModel):
         if merge:
             try:
                 model: Any = super()._unload_and_optionally_merge(merge=True, **kwargs)
-                alone = {"target_modules": None, "target_parameters": None, "modules_to_save": None, "use_dora": False}
+                gone = ("target_modules", "target_parameters", "modules_to_save", "trainable_token_indices")
                 for name, config in self.peft_config.items():
-                    self.peft_config[name] = replace(config, **alone)
+                    self.peft_config[name] = replace(config, **dict.fromkeys(gone), use_dora=False)
                 model.peft_config = self.peft_config
             finally:
                 for control in controls:  # LoRA layers were replaced, and may have carried hooks
