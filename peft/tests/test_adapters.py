@@ -325,6 +325,9 @@ def test_what_a_control_cannot_do():
         model.add_weighted_adapter(["default"], [1.0], "sum", "ties")
     with pytest.raises(ValueError, match=r"there are \['default'\]"):
         model.add_weighted_adapter(["nobody"], [1.0], "sum")
+    for fields in ({"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 4]}):
+        with pytest.raises(ValueError, match="or trainable_token_indices cannot be combined"):
+            llama(**fields).add_weighted_adapter(["default"], [1.0], "sum", "cat")
     assert torch.equal(outputs(model), outputs(llama("control+lora")))  # nothing was left half-done
 
 

@@ -123,8 +123,8 @@ class ControlModel(LoraModel):
         A LoRA part, which all of them or none must have, is combined by upstream, which says what ``options`` are.
 
         Raises:
-            ValueError: an unknown adapter or combination, adapters on different layers or with modules_to_save, or (in
-                "linear") of different ranks.
+            ValueError: an unknown adapter or combination, adapters on different layers, with modules_to_save or with
+                trainable_token_indices, or (in "linear") of different ranks.
         """
         if adapter_name in self.peft_config:
             return  # as upstream
@@ -136,8 +136,8 @@ class ControlModel(LoraModel):
         for field in ("layers_to_transform", "layers_pattern", "exclude_modules", "control_architecture"):
             if any(getattr(config, field) != getattr(configs[0], field) for config in configs):
                 raise ValueError(f"adapters with different {field} cannot be combined")
-        if any(config.modules_to_save for config in configs):
-            raise ValueError("adapters with modules_to_save cannot be combined")
+        if any(config.modules_to_save or config.trainable_token_indices for config in configs):
+            raise ValueError("adapters with modules_to_save or trainable_token_indices cannot be combined")
         ranks = [max([config.control_rank, *config.control_rank_pattern.values()]) for config in configs]
         owners = [[control.rank[name] for name in adapters if name in control.rank] for control in _controls(self.model)]
         if combination_type == "linear" and any(len(set(each)) > 1 for each in owners):
