@@ -34,8 +34,9 @@ def adapter(folder, family="llama", dtype=torch.float32, config=None, **fields) 
     base = type(build(family)).from_pretrained(folder / "base")
     kind = MODELS[family].kind
     heads = {"modules_to_save": ["classifier"]} if kind == "vision" else {}
-    fields = {"control_rank": 3, "control_alpha": 0.7, **heads, **fields}
-    model = randomize_adapters(get_peft_model(base, ControlConfig(task_type=KINDS[kind][0], **fields))).eval()
+    task = KINDS[kind][0] if kind in KINDS else None
+    fields = {"task_type": task, "control_rank": 3, "control_alpha": 0.7, **heads, **fields}
+    model = randomize_adapters(get_peft_model(base, ControlConfig(**fields))).eval()
     model.save_pretrained(folder / "adapter")
     return model
 
@@ -59,7 +60,7 @@ def assert_same(model, exported, family, atol=0.0):
             assert not torch.allclose(found, logits(model, MODELS[family].inputs()), atol=1e-3)
 
 
-@pytest.mark.parametrize("family", [*sorted({*FAMILIES} - {"timm-vit"}), "granite", "llama4", "lfm2", "t5"])
+@pytest.mark.parametrize("family", [*sorted({*FAMILIES} - {"timm-vit"}), "granite", "llama4", "lfm2", "falcon_h1", "t5"])
 def test_every_family(family, tmp_path):
     if family == "lfm2":
         skip_before("transformers", "5.23", "does not read its configuration back")
@@ -69,6 +70,23 @@ def test_every_family(family, tmp_path):
     assert type(again).__name__ == f"Control{type(model.base_model.model).__name__}"
     again.save_pretrained(tmp_path / "again" / "out")
     assert_same(model, reload(tmp_path / "again", family), family)
+
+
+@pytest.mark.parametrize(
+    ("family", "auto"),
+    [
+        ("gpt2", "AutoModelForCausalLM"),
+        ("marian", "AutoModelForSeq2SeqLM"),
+        ("whisper", "AutoModelForSpeechSeq2Seq"),
+        ("qwen2_5_vl", "AutoModelForImageTextToText"),
+        ("dinov3_vit", "AutoModel"),  # which has a model within, of another signature
+    ],
+)
+def test_an_adapter_without_a_task_is_loaded_by_its_models_auto_class(family, auto, tmp_path):
+    model = adapter(tmp_path, family, task_type=None, modules_to_save=None)
+    export(str(tmp_path / "adapter"), tmp_path / "out")
+    assert f"import {auto}\n" in (tmp_path / "out" / "README.md").read_text()
+    assert_same(model, getattr(transformers, auto).from_pretrained(tmp_path / "out", trust_remote_code=True).eval(), family)
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])

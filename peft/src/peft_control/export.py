@@ -24,6 +24,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import PeftType, load_peft_weights
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from .command_line import parse_export, refuse
 from .config import ControlConfig
@@ -32,6 +33,12 @@ from .model_card import AUTO_CLASSES, PAPER
 
 MODELING = "modeling_control"
 HEAD = "# -- with its head"  # what follows in the modeling file is for models with a task's head
+TABLES = {  # by auto class, of models whose names do not end with its task
+    "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForSpeechSeq2Seq": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+}
 
 
 def export(adapter: str, out: str | Path, base: str | None = None, dtype: str = "auto") -> PreTrainedModel:
@@ -107,7 +114,8 @@ def _base_class(config: ControlConfig) -> tuple[type, str]:
             "trained, with PeftModel.from_pretrained"
         )
     task = re.search(r"For\w+$", name)
-    return getattr(importlib.import_module(library), name), f"AutoModel{task[0] if task else ''}"
+    auto = next((auto for auto, models in TABLES.items() if name in models.values()), f"AutoModel{task[0] if task else ''}")
+    return getattr(importlib.import_module(library), name), auto
 
 
 def _labels(adapter: str) -> dict:
@@ -160,7 +168,7 @@ def _take_apart(model: PeftModel) -> tuple[dict, dict[str, torch.Tensor]]:
 
 def _write(folder: Path, base: Any, auto: str, controls: dict, weights: dict) -> PreTrainedModel:
     backbone = getattr(base, base.base_model_prefix, base)
-    if not isinstance(backbone, PreTrainedModel):  # transformers' wrapper of timm models
+    if not isinstance(backbone, PreTrainedModel) or auto == "AutoModel":  # transformers' wrapper of timm models; DINOv3
         backbone = base
     classes = {"Config": type(base.config), "Backbone": type(backbone), "Model": type(base)}
     source = Path(__file__).with_name(f"{MODELING}.py").read_text(encoding="utf-8")

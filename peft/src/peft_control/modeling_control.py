@@ -75,6 +75,7 @@ class ControlledConfig(BaseConfig):
 
 class ControlledBackbone(BaseBackbone):
     config_class = ControlledConfig
+    is_custom_code = classmethod(lambda cls: False)  # of such code transformers leaves buffers empty (Falcon-H1's)
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -89,6 +90,7 @@ AutoModel.register(ControlledConfig, ControlledBackbone, exist_ok=True)  # some 
 
 class ControlledModel(BaseModel):
     config_class = ControlledConfig
+    is_custom_code = classmethod(lambda cls: False)
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
