@@ -75,11 +75,14 @@ class ControlledConfig(BaseConfig):
 
 class ControlledBackbone(BaseBackbone):
     config_class = ControlledConfig
-    is_custom_code = classmethod(lambda cls: False)  # of such code transformers leaves buffers empty (Falcon-H1's)
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         add_controls(self)
+
+    @classmethod
+    def is_custom_code(cls):
+        return False  # of such code transformers leaves buffers empty (Falcon-H1's)
 
 
 AutoModel.register(ControlledConfig, ControlledBackbone, exist_ok=True)  # some heads make their backbone with it
@@ -90,8 +93,11 @@ AutoModel.register(ControlledConfig, ControlledBackbone, exist_ok=True)  # some 
 
 class ControlledModel(BaseModel):
     config_class = ControlledConfig
-    is_custom_code = classmethod(lambda cls: False)
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         add_controls(self)
+
+    @classmethod
+    def is_custom_code(cls):
+        return False
