@@ -167,6 +167,18 @@ def test_what_somebody_put_into_a_layer_runs_in_checkpointing(counted):
     assert counted["alone"] == 3 and counted["checkpoint"] == 1
 
 
+@pytest.mark.parametrize("name", ["gemma2", "qwen3_moe", "gpt2"])
+def test_checkpointing_that_a_trainer_turns_on_changes_nothing(name, counted):
+    model, inputs = adapted(name, dropout=0.0), inputs_of(name)
+    expected, reference = step_on(model, inputs)
+    set_memory_mode(model, "lean", chunk_tokens=4)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for _ in range(2):
+        loss, found = step_on(model, inputs)
+        assert loss == pytest.approx(expected.item(), rel=1e-6) and distance(found, reference) <= 1e-9
+    assert model.is_gradient_checkpointing and counted["alone"] % len(find_layers(model)) == 0 and not counted["checkpoint"]
+
+
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
 def test_recorded_states_keep_their_gradients(asked, counted):
     model, inputs = adapted("gemma2"), inputs_of("gemma2", **{asked: True})

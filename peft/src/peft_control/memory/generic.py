@@ -306,7 +306,7 @@ def run_alone(plan: LayerPlan, layer: nn.Module, own: Callable, state: torch.Ten
     calls.skips = plan.adds == (way, True)
 
     def run(state, *arguments, **named):
-        with calls.active():
+        with calls.active(), _without_checkpointing(layer):
             return own(state, *arguments, **named)
 
     host, start = plan.host, state.grad_fn
@@ -331,6 +331,19 @@ def run_alone(plan: LayerPlan, layer: nn.Module, own: Callable, state: torch.Ten
         calls.skips = plan.adds[1]
     calls.nodes.clear()
     return output
+
+
+@contextmanager
+def _without_checkpointing(layer):
+    """Within, ``layer`` does none of its own, which a trainer may have turned on since: its MLPs would run outside of their calls."""
+    on = getattr(layer, "gradient_checkpointing", False)
+    if on:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        if on:
+            layer.gradient_checkpointing = True
 
 
 def only_adds(output, nodes, start) -> bool:
