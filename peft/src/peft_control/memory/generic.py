@@ -82,7 +82,8 @@ def plan_mlps(layer: nn.Module, chunk: int | None) -> list[TokensPlan]:
         is_mlp = name.rpartition(".")[2] in _TOKENWISE and not isinstance(module, nn.Linear)
         if is_mlp and type(module).__name__ not in _NOT_TOKENWISE and module not in inside:
             inside.update(module.modules())
-            plans.append(TokensPlan(chunk or max(_CHUNK_ELEMENTS // max(outputs_per_token(module), 1), 1)))
+            outputs = sum(outputs for _, outputs in _matrices(module))  # of a token
+            plans.append(TokensPlan(chunk or max(_CHUNK_ELEMENTS // max(outputs, 1), 1)))
             enter(module, plans[-1])
     return plans
 
@@ -95,11 +96,6 @@ def plan_tails(layer: nn.Module, row: Architecture) -> None:
             enter(tail, TailPlan())
 
 
-def outputs_per_token(module: nn.Module) -> int:
-    """How many numbers the linear layers in ``module`` put out for one token; of experts, those of as many as it asks."""
-    return sum(outputs for _, outputs in _matrices(module))
-
-
 def parameters_per_token(module: nn.Module) -> float:
     """How many parameters of matrices one token is multiplied by; those in FP8 count for less time."""
     in_16_bits = sum(inputs * outputs for inputs, outputs in _matrices(module))
@@ -108,6 +104,7 @@ def parameters_per_token(module: nn.Module) -> float:
 
 
 def _matrices(module):
+    """Inputs and outputs of the matrices that multiply one token; of experts, those of as many as it asks."""
     experts = next((found for part in module.modules() if (found := _experts_per_token(part))), 1)
     for part in module.modules():
         if isinstance(part, nn.Linear):
