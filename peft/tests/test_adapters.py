@@ -427,6 +427,10 @@ def test_own_architecture(tmp_path):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(OwnModel(), tmp_path)
     assert again.peft_config["default"].control_architecture == ROW and torch.equal(again(x), model(x))
+    other = {**ROW, "blocks": {"body": {"read": "body", "write": "body"}}}
+    with pytest.raises(ValueError, match="layers.0 has a control of 'body' by another row"):
+        model.add_adapter("other", ControlConfig(**{**fields, "control_architecture": other}))
+    assert torch.equal(again(x), model(x))
 
 
 # -- configuration errors -----------------------------------------------------------------------------------

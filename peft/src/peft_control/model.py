@@ -71,6 +71,11 @@ class ControlModel(LoraModel):
             layers = {name: entry for name, entry in layers.items() if not _excluded(config, name)}
         if not layers:
             raise ValueError("exclude_modules leaves no layer to control")
+        for name, (layer, architecture) in layers.items():
+            for block in config.control_blocks:
+                control = getattr(layer, f"{block}_control", None)
+                if control is not None and control.block != architecture.blocks[block].of(layer):
+                    raise ValueError(f"{name} has a control of {block!r} by another row: adapters of a model share rows")
         keys = [f"{name}.{block}" for name in layers for block in config.control_blocks]
         for name in ("control_rank_pattern", "control_alpha_pattern"):
             for pattern in () if config.inference_mode else getattr(config, name):
