@@ -168,7 +168,7 @@ def _take_apart(model: PeftModel) -> tuple[dict, dict[str, torch.Tensor]]:
 
 def _write(folder: Path, base: Any, auto: str, controls: dict, weights: dict) -> PreTrainedModel:
     backbone = getattr(base, base.base_model_prefix, base)
-    if not isinstance(backbone, PreTrainedModel) or auto == "AutoModel":  # transformers' wrapper of timm models; DINOv3
+    if not isinstance(backbone, PreTrainedModel) or auto == "AutoModel":  # a timm model's wrapper; DINOv3
         backbone = base
     classes = {"Config": type(base.config), "Backbone": type(backbone), "Model": type(base)}
     source = Path(__file__).with_name(f"{MODELING}.py").read_text(encoding="utf-8")
