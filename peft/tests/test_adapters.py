@@ -325,6 +325,9 @@ def test_what_a_control_cannot_do():
         model.add_weighted_adapter(["default"], [1.0], "sum", "ties")
     with pytest.raises(ValueError, match=r"there are \['default'\]"):
         model.add_weighted_adapter(["nobody"], [1.0], "sum")
+    for fields in ({"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 4]}):
+        with pytest.raises(ValueError, match="or trainable_token_indices cannot be combined"):
+            llama(**fields).add_weighted_adapter(["default"], [1.0], "sum", "cat")
     assert torch.equal(outputs(model), outputs(llama("control+lora")))  # nothing was left half-done
 
 
@@ -424,6 +427,10 @@ def test_own_architecture(tmp_path):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(OwnModel(), tmp_path)
     assert again.peft_config["default"].control_architecture == ROW and torch.equal(again(x), model(x))
+    other = {**ROW, "blocks": {"body": {"read": "body", "write": "body"}}}
+    with pytest.raises(ValueError, match="layers.0 has a control of 'body' by another row"):
+        model.add_adapter("other", ControlConfig(**{**fields, "control_architecture": other}))
+    assert torch.equal(again(x), model(x))
 
 
 # -- configuration errors -----------------------------------------------------------------------------------

@@ -28,14 +28,15 @@ KINDS = {  # peft's task, and transformers' class
 TARGETS = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"]}
 
 
-def adapter(folder, family="llama", dtype=torch.float32, **fields) -> PeftModel:
+def adapter(folder, family="llama", dtype=torch.float32, config=None, **fields) -> PeftModel:
     """Save a tiny base and an adapter of it below ``folder``; return the adapted model in eval mode."""
-    build(family, dtype).save_pretrained(folder / "base")
+    build(family, dtype, **config or {}).save_pretrained(folder / "base")
     base = type(build(family)).from_pretrained(folder / "base")
     kind = MODELS[family].kind
     heads = {"modules_to_save": ["classifier"]} if kind == "vision" else {}
-    fields = {"control_rank": 3, "control_alpha": 0.7, **heads, **fields}
-    model = randomize_adapters(get_peft_model(base, ControlConfig(task_type=KINDS[kind][0], **fields))).eval()
+    task = KINDS[kind][0] if kind in KINDS else None
+    fields = {"task_type": task, "control_rank": 3, "control_alpha": 0.7, **heads, **fields}
+    model = randomize_adapters(get_peft_model(base, ControlConfig(**fields))).eval()
     model.save_pretrained(folder / "adapter")
     return model
 
@@ -59,7 +60,7 @@ def assert_same(model, exported, family, atol=0.0):
             assert not torch.allclose(found, logits(model, MODELS[family].inputs()), atol=1e-3)
 
 
-@pytest.mark.parametrize("family", [*sorted({*FAMILIES} - {"timm-vit"}), "granite", "llama4", "lfm2", "t5"])
+@pytest.mark.parametrize("family", [*sorted({*FAMILIES} - {"timm-vit"}), "granite", "llama4", "lfm2", "falcon_h1", "t5"])
 def test_every_family(family, tmp_path):
     if family == "lfm2":
         skip_before("transformers", "5.23", "does not read its configuration back")
@@ -71,6 +72,23 @@ def test_every_family(family, tmp_path):
     assert_same(model, reload(tmp_path / "again", family), family)
 
 
+@pytest.mark.parametrize(
+    ("family", "auto"),
+    [
+        ("gpt2", "AutoModelForCausalLM"),
+        ("marian", "AutoModelForSeq2SeqLM"),
+        ("whisper", "AutoModelForSpeechSeq2Seq"),
+        ("qwen2_5_vl", "AutoModelForImageTextToText"),
+        ("dinov3_vit", "AutoModel"),  # which has a model within, of another signature
+    ],
+)
+def test_an_adapter_without_a_task_is_loaded_by_its_models_auto_class(family, auto, tmp_path):
+    model = adapter(tmp_path, family, task_type=None, modules_to_save=None)
+    export(str(tmp_path / "adapter"), tmp_path / "out")
+    assert f"import {auto}\n" in (tmp_path / "out" / "README.md").read_text()
+    assert_same(model, getattr(transformers, auto).from_pretrained(tmp_path / "out", trust_remote_code=True).eval(), family)
+
+
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("family", TARGETS)
 def test_the_part_on_weights_is_merged(family, use_dora, tmp_path):
@@ -78,6 +96,29 @@ def test_the_part_on_weights_is_merged(family, use_dora, tmp_path):
     both = exported(tmp_path, family, target_modules=TARGETS[family], r=4, use_dora=use_dora, **patterns)
     assert_same(*both, family, atol=1e-4)
     assert not any("lora" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"trainable_token_indices": [4, 5]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+    ],
+)
+def test_what_an_adapter_makes_of_tied_embeddings(fields, family, tmp_path):
+    """T5's embeddings are always tied."""
+    config = {} if family == "t5" else {"tie_word_embeddings": True}
+    model = adapter(tmp_path, family, config=config, **fields)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save.default" in name or "tokens_delta" in name:
+            parameter.data.mul_(1.5)
+    model.save_pretrained(tmp_path / "adapter")
+    export(str(tmp_path / "adapter"), tmp_path / "out")
+    assert_same(model, reload(tmp_path, family), family, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

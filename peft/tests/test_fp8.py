@@ -226,6 +226,16 @@ def test_what_is_replaced():
         quantize_fp8(build("gpt2"))
 
 
+@pytest.mark.parametrize("name", ["opt", "bart", "t5"])
+def test_a_model_may_have_its_adapter_before(name):
+    """OPT's and BART's controls have their hooks on linear layers; T5 casts to the type of the layer that it keeps in float32."""
+    inputs = tiny_models.MODELS[name].inputs()
+    before, after = quantize_fp8(adapted(build(name))), adapted(quantize_fp8(build(name)))
+    assert any(isinstance(module, Fp8Linear) for module in before.modules())
+    (loss, gradients), (exact, _) = step_on(before, inputs), step_on(adapted(build(name)), inputs)
+    assert tiny_models.distance(step_on(after, inputs)[1], gradients) == 0 and 0 < relative(loss, exact) < 0.02
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("llama", torch.float32), *((name, torch.bfloat16) for name in ("llama", "qwen3_moe", "mixtral", "gpt_oss"))],

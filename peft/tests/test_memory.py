@@ -125,6 +125,15 @@ def test_gradients_are_exact(family, lora, mode, offload, large_layers):
     as_plain(model, mode, padded=True, offload=offload)
 
 
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_an_output_layer_of_whatever_kind_trains(mode):
+    """peft wraps one that shares its weight with trained tokens."""
+    model = build(config={"tie_word_embeddings": True}, trainable_token_indices=[3, 4, 5])
+    _, reference = loss_and_gradients(model, "plain")
+    set_memory_mode(model, mode)
+    assert distance(step(model), reference) <= 1e-6
+
+
 class Doubled(Qwen3RMSNorm):
     def forward(self, x):
         return 2 * super().forward(x)

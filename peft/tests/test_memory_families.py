@@ -86,6 +86,21 @@ def test_under_autocast_as_near_to_float32_as_plain(family, device, half):
     assert max(apart.values()) <= 1.5 * apart["plain"], apart
 
 
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("family", ["llama", "vit", "bert"])
+def test_attention_weights_that_the_configuration_asks_for_have_gradients(family, mode):
+    model, inputs = adapted(family, dropout=0.0), FAMILIES[family].inputs(torch.float64)
+    base = model.get_base_model()
+    base.set_attn_implementation("eager")
+    base.config.output_attentions = True
+
+    def gradients(mode):
+        set_memory_mode(model, mode)
+        return step_of(model, lambda: sum(weights.square().mean() for weights in model(**inputs).attentions))[1]
+
+    assert distance(gradients(mode), gradients("plain")) <= 1e-6
+
+
 @pytest.mark.parametrize("family", ["llama", "vit", "timm-vit", "mpnet"])
 def test_plain_restores_everything_and_inference_is_untouched(family):
     model = adapted(family, dtype=torch.float32).eval()

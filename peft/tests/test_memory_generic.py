@@ -111,6 +111,21 @@ def test_lora_beside_the_control_gets_its_gradients(name, fields, counted):
     assert counted["alone"] == 2 and (counted["computed"] == 0) == ("target_parameters" in fields)
 
 
+@pytest.mark.parametrize(("name", "part"), [("gemma2", "post_feedforward_layernorm"), ("beit", "lambda_2")])
+def test_what_is_trained_behind_an_mlp_after_some_steps_gets_its_gradient(name, part, counted):
+    """Until then the MLP's values were left out, or the norm behind it ran with it."""
+    model, inputs = adapted(name, dropout=0.0), MODELS[name].inputs(torch.float64)
+    set_memory_mode(model, "lean")
+    for _ in range(2):
+        step_on(model, inputs)
+    for parameter in [p for path, p in model.named_parameters() if part in path]:
+        parameter.requires_grad_(True)
+    _, found = step_on(model, inputs)
+    set_memory_mode(model, "plain")
+    assert distance(found, step_on(model, inputs)[1]) <= 1e-9
+    assert counted["alone"] == 3 * len(find_layers(model))
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "qwen3_next"])
 def test_the_loss_of_the_routers_keeps_its_gradient(name, counted):
     """Routers record their logits, which a layer does not return."""
@@ -150,6 +165,18 @@ def test_what_somebody_put_into_a_layer_runs_in_checkpointing(counted):
     hook.remove()
     step_on(model, inputs)
     assert counted["alone"] == 3 and counted["checkpoint"] == 1
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen3_moe", "gpt2"])
+def test_checkpointing_that_a_trainer_turns_on_changes_nothing(name, counted):
+    model, inputs = adapted(name, dropout=0.0), inputs_of(name)
+    expected, reference = step_on(model, inputs)
+    set_memory_mode(model, "lean", chunk_tokens=4)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for _ in range(2):
+        loss, found = step_on(model, inputs)
+        assert loss == pytest.approx(expected.item(), rel=1e-6) and distance(found, reference) <= 1e-9
+    assert model.is_gradient_checkpointing and counted["alone"] % len(find_layers(model)) == 0 and not counted["checkpoint"]
 
 
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])

@@ -96,14 +96,15 @@ def test_names_that_cannot_be_are_one_line():
 
 
 @pytest.mark.parametrize(
-    "family, method, targets",
+    "family, method, fields",
     [
-        *(("llama", method, ["q_proj", "k_proj", "v_proj"]) for method in ("control+lora", "control+dora")),
-        ("opt", "control+lora", ["fc2"]),  # which the control writes to
+        *(("llama", method, {"target_modules": ["q_proj", "k_proj", "v_proj"]}) for method in ("control+lora", "control+dora")),
+        ("llama", "control+lora", {"trainable_token_indices": [4, 5]}),
+        ("opt", "control+lora", {"target_modules": ["fc2"]}),  # which the control writes to
     ],
 )
-def test_the_lora_part_is_merged_and_the_control_stays(family, method, targets, tmp_path):
-    model = randomize_adapters(get_peft_model(build(family), config_of(method, target_modules=targets))).eval()
+def test_the_lora_part_is_merged_and_the_control_stays(family, method, fields, tmp_path):
+    model = randomize_adapters(get_peft_model(build(family), config_of(method, **fields))).eval()
     expected = outputs(model)
     with pytest.warns(UserWarning, match="the LoRA part is merged into the weights; the control stays"):
         model.merge_adapter()

@@ -21,8 +21,10 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import PeftType, load_peft_weights
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from .command_line import parse_export, refuse
 from .config import ControlConfig
@@ -31,6 +33,12 @@ from .model_card import AUTO_CLASSES, PAPER
 
 MODELING = "modeling_control"
 HEAD = "# -- with its head"  # what follows in the modeling file is for models with a task's head
+TABLES = {  # by auto class, of models whose names do not end with its task
+    "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForSpeechSeq2Seq": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+}
 
 
 def export(adapter: str, out: str | Path, base: str | None = None, dtype: str = "auto") -> PreTrainedModel:
@@ -106,7 +114,8 @@ def _base_class(config: ControlConfig) -> tuple[type, str]:
             "trained, with PeftModel.from_pretrained"
         )
     task = re.search(r"For\w+$", name)
-    return getattr(importlib.import_module(library), name), f"AutoModel{task[0] if task else ''}"
+    auto = next((auto for auto, models in TABLES.items() if name in models.values()), f"AutoModel{task[0] if task else ''}")
+    return getattr(importlib.import_module(library), name), auto
 
 
 def _labels(adapter: str) -> dict:
@@ -120,7 +129,7 @@ def _labels(adapter: str) -> dict:
 
 
 def _take_apart(model: PeftModel) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Merge LoRA and DoRA, unload the rest; return where the controls are, and their weights by name."""
+    """Merge LoRA, DoRA and trained tokens, unload the rest; return where the controls are, and their weights by name."""
     base: Any = model.get_base_model()
     prefix = f"{base.base_model_prefix}." if hasattr(base, base.base_model_prefix) else ""
     controls, weights = {}, {}
@@ -144,8 +153,14 @@ def _take_apart(model: PeftModel) -> tuple[dict, dict[str, torch.Tensor]]:
         for letter, linear in (("A", A), ("B", B)):
             for key, tensor in linear.state_dict().items():
                 weights[f"{name}.{letter}.{key}"] = tensor.to(dtype)
+    shared = set()
+    for module in base.modules():  # the adapter may change one of two that are tied
+        weight = module._parameters.get("weight")
+        if weight is not None and id(weight) in shared:
+            module.weight = torch.nn.Parameter(weight.detach().clone())
+        shared.add(id(weight))
     for module in base.modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, (LoraLayer, TrainableTokensLayer)):
             module.merge(safe_merge=True)
     model.unload()
     return controls, weights
@@ -153,7 +168,7 @@ def _take_apart(model: PeftModel) -> tuple[dict, dict[str, torch.Tensor]]:
 
 def _write(folder: Path, base: Any, auto: str, controls: dict, weights: dict) -> PreTrainedModel:
     backbone = getattr(base, base.base_model_prefix, base)
-    if not isinstance(backbone, PreTrainedModel):  # transformers' wrapper of timm models
+    if not isinstance(backbone, PreTrainedModel) or auto == "AutoModel":  # a timm model's wrapper; DINOv3
         backbone = base
     classes = {"Config": type(base.config), "Backbone": type(backbone), "Model": type(base)}
     source = Path(__file__).with_name(f"{MODELING}.py").read_text(encoding="utf-8")
@@ -171,6 +186,10 @@ def _write(folder: Path, base: Any, auto: str, controls: dict, weights: dict) ->
     spec.loader.exec_module(modeling)
     names = {role: f"Control{cls.__name__}" for role, cls in classes.items()}
     fields = {k: v for k, v in base.config.to_dict().items() if k not in ("model_type", "auto_map", "architectures")}
+    tensors = {**base.state_dict(), **weights}
+    parted = any(not torch.equal(tensors[one], tensors[other]) for one, other in base.all_tied_weights_keys.items())
+    if parted and not base.config.is_encoder_decoder:  # T5's field says how outputs are scaled
+        fields["tie_word_embeddings"] = False
     config = getattr(modeling, names["Config"])(**fields, control=controls)
     config.auto_map = {
         "AutoConfig": f"{MODELING}.{names['Config']}",
@@ -179,8 +198,9 @@ def _write(folder: Path, base: Any, auto: str, controls: dict, weights: dict) ->
     }
     with torch.device("meta"):
         exported = getattr(modeling, names["Model"])(config)
-    exported.load_state_dict({**base.state_dict(), **weights}, assign=True)
-    exported.tie_weights()
+    exported.load_state_dict(tensors, assign=True)
+    if not parted:
+        exported.tie_weights()
     if exported.can_generate():
         exported.generation_config = base.generation_config
     exported.save_pretrained(folder)

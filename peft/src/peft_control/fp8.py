@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -33,6 +33,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .architectures import find_layers
+from .control_layer import ControlLayer
 from .fp8_experts import Fp8Experts, InFp8, frozen, is_experts, quantized
 from .fp8_kernels import compute_dtype, dequantize_rows, has_fp8, quantize_rows, transposed
 
@@ -173,8 +174,9 @@ def quantize_fp8(model: nn.Module, keep_last: float = 0.0, gradients: str = "e4m
     """Replace the frozen linear layers of the transformer layers by :class:`Fp8Linear` and their experts by
     :class:`Fp8Experts`, one after the other, in place.
 
-    Embeddings, norms, routers, heads and everything of an adapter stay as they are; below LoRA the linear layer that it adapts
-    is replaced, the experts that it adapts are not. Of heads a language model's output layer is replaced if asked for.
+    Embeddings, norms, routers, heads and everything of an adapter stay as they are, and so does what a model wants in float32
+    (T5's ``wo``). Below LoRA the linear layer that it adapts is replaced, the experts that it adapts are not. Of heads a language
+    model's output layer is replaced if asked for.
 
     Args:
         model: of an architecture that Control knows, with an adapter or before it gets one.
@@ -194,11 +196,16 @@ def quantize_fp8(model: nn.Module, keep_last: float = 0.0, gradients: str = "e4m
     if not any(isinstance(module, nn.Linear) or is_experts(module) for layer in layers for module in layer.modules()):
         raise ValueError(f"{type(layers[0]).__name__} has no nn.Linear and no experts, which is what FP8 replaces")
     places = [_output_layer(model)] if output_layer else []
+    wide = getattr(model, "_keep_in_fp32_modules", None) or ()
+    kept = {module for name, module in model.named_modules() if name.rpartition(".")[2] in wide}
     for layer in layers[: len(layers) - round(keep_last * len(layers))]:
-        places += _replaced(layer)
+        places += _replaced(layer, kept)
     for parent, name in places:
         child = parent._modules[name]
         parent._modules[name] = Fp8Experts.of(child) if is_experts(child) else Fp8Linear.of(child, gradients)
+    for module in model.modules():
+        if isinstance(module, ControlLayer):
+            module.attach()  # what was replaced may have carried its hooks
     return model
 
 
@@ -206,15 +213,15 @@ def _in_fp8(model: nn.Module) -> list[InFp8]:
     return [module for module in model.modules() if isinstance(module, InFp8)]
 
 
-def _replaced(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def _replaced(module: nn.Module, kept: Collection[nn.Module] = ()) -> Iterator[tuple[nn.Module, str]]:
     adapts = isinstance(module, BaseTunerLayer)
     for name, child in module.named_children():
-        if adapts and name != "base_layer":
+        if child in kept or (adapts and name != "base_layer"):
             continue
         if type(child) is nn.Linear or (is_experts(child) and not adapts):
             yield module, name
         elif not isinstance(child, AuxiliaryTrainingWrapper):
-            yield from _replaced(child)
+            yield from _replaced(child, kept)
 
 
 def _output_layer(model):

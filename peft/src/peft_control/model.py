@@ -71,6 +71,11 @@ class ControlModel(LoraModel):
             layers = {name: entry for name, entry in layers.items() if not _excluded(config, name)}
         if not layers:
             raise ValueError("exclude_modules leaves no layer to control")
+        for name, (layer, architecture) in layers.items():
+            for block in config.control_blocks:
+                control = getattr(layer, f"{block}_control", None)
+                if control is not None and control.block != architecture.blocks[block].of(layer):
+                    raise ValueError(f"{name} has a control of {block!r} by another row: adapters of a model share rows")
         keys = [f"{name}.{block}" for name in layers for block in config.control_blocks]
         for name in ("control_rank_pattern", "control_alpha_pattern"):
             for pattern in () if config.inference_mode else getattr(config, name):
@@ -123,8 +128,8 @@ class ControlModel(LoraModel):
         A LoRA part, which all of them or none must have, is combined by upstream, which says what ``options`` are.
 
         Raises:
-            ValueError: an unknown adapter or combination, adapters on different layers or with modules_to_save, or (in
-                "linear") of different ranks.
+            ValueError: an unknown adapter or combination, adapters on different layers, with modules_to_save or with
+                trainable_token_indices, or (in "linear") of different ranks.
         """
         if adapter_name in self.peft_config:
             return  # as upstream
@@ -136,8 +141,8 @@ class ControlModel(LoraModel):
         for field in ("layers_to_transform", "layers_pattern", "exclude_modules", "control_architecture"):
             if any(getattr(config, field) != getattr(configs[0], field) for config in configs):
                 raise ValueError(f"adapters with different {field} cannot be combined")
-        if any(config.modules_to_save for config in configs):
-            raise ValueError("adapters with modules_to_save cannot be combined")
+        if any(config.modules_to_save or config.trainable_token_indices for config in configs):
+            raise ValueError("adapters with modules_to_save or trainable_token_indices cannot be combined")
         ranks = [max([config.control_rank, *config.control_rank_pattern.values()]) for config in configs]
         owners = [[control.rank[name] for name in adapters if name in control.rank] for control in _controls(self.model)]
         if combination_type == "linear" and any(len(set(each)) > 1 for each in owners):
@@ -223,9 +228,9 @@ class ControlModel(LoraModel):
         if merge:
             try:
                 model: Any = super()._unload_and_optionally_merge(merge=True, **kwargs)
-                alone = {"target_modules": None, "target_parameters": None, "modules_to_save": None, "use_dora": False}
+                gone = ("target_modules", "target_parameters", "modules_to_save", "trainable_token_indices")
                 for name, config in self.peft_config.items():
-                    self.peft_config[name] = replace(config, **alone)
+                    self.peft_config[name] = replace(config, **dict.fromkeys(gone), use_dora=False)
                 model.peft_config = self.peft_config
             finally:
                 for control in controls:  # LoRA layers were replaced, and may have carried hooks

@@ -80,6 +80,10 @@ class ControlledBackbone(BaseBackbone):
         super().__init__(config, *args, **kwargs)
         add_controls(self)
 
+    @classmethod
+    def is_custom_code(cls):
+        return False  # of such code transformers leaves buffers empty (Falcon-H1's)
+
 
 AutoModel.register(ControlledConfig, ControlledBackbone, exist_ok=True)  # some heads make their backbone with it
 
@@ -93,3 +97,7 @@ class ControlledModel(BaseModel):
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         add_controls(self)
+
+    @classmethod
+    def is_custom_code(cls):
+        return False

@@ -232,7 +232,7 @@ def _plan_models(model, plans, chunk_tokens, fused_loss):
         if not has_plain_head(module) or not is_as_written(module, hooks=False):
             continue
         if any(layer in by_hand or plans[layer].alone for layer in module.model.layers if layer in plans):
-            rows = chunk_tokens // 4 if chunk_tokens else _LOGITS_ELEMENTS // module.lm_head.out_features
+            rows = chunk_tokens // 4 if chunk_tokens else _LOGITS_ELEMENTS // module.config.vocab_size
             enter(module, LossPlan(max(rows, 1)))
 
 

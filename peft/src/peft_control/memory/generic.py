@@ -82,7 +82,8 @@ def plan_mlps(layer: nn.Module, chunk: int | None) -> list[TokensPlan]:
         is_mlp = name.rpartition(".")[2] in _TOKENWISE and not isinstance(module, nn.Linear)
         if is_mlp and type(module).__name__ not in _NOT_TOKENWISE and module not in inside:
             inside.update(module.modules())
-            plans.append(TokensPlan(chunk or max(_CHUNK_ELEMENTS // max(outputs_per_token(module), 1), 1)))
+            outputs = sum(outputs for _, outputs in _matrices(module))  # of a token
+            plans.append(TokensPlan(chunk or max(_CHUNK_ELEMENTS // max(outputs, 1), 1)))
             enter(module, plans[-1])
     return plans
 
@@ -91,13 +92,8 @@ def plan_tails(layer: nn.Module, row: Architecture) -> None:
     """Let the norm that follows an MLP (Gemma's, OLMo's) run in the MLP's backward."""
     for path in [path for block in row.blocks.values() for path in block.write.split("|")]:
         tail = dict(layer.named_modules()).get(path)
-        if type(tail).__name__.endswith("Norm") and tail is not None and not any(p.requires_grad for p in tail.parameters()):
+        if type(tail).__name__.endswith("Norm") and tail is not None:
             enter(tail, TailPlan())
-
-
-def outputs_per_token(module: nn.Module) -> int:
-    """How many numbers the linear layers in ``module`` put out for one token; of experts, those of as many as it asks."""
-    return sum(outputs for _, outputs in _matrices(module))
 
 
 def parameters_per_token(module: nn.Module) -> float:
@@ -108,6 +104,7 @@ def parameters_per_token(module: nn.Module) -> float:
 
 
 def _matrices(module):
+    """Inputs and outputs of the matrices that multiply one token; of experts, those of as many as it asks."""
     experts = next((found for part in module.modules() if (found := _experts_per_token(part))), 1)
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -222,11 +219,11 @@ class TailPlan:
 
     def run(self, module, own, y):
         """Replaces ``module.forward``."""
-        run = _running.get()
+        run, trained = _running.get(), any(parameter.requires_grad for parameter in module.parameters())
         if run is not None and run.waiting is not None and y is run.waiting[0]:
             (_, node, mlp), run.waiting = run.waiting, None
-            return node(lambda piece: own(mlp(piece)))
-        if run is not None and run.last is not None and y is run.last[1]:
+            return own(node(mlp)) if trained else node(lambda piece: own(mlp(piece)))
+        if run is not None and run.last is not None and y is run.last[1] and not trained:
             run.last[0].tailed = True  # from the next forward on
         return own(y)
 
@@ -301,11 +298,12 @@ def run_alone(plan: LayerPlan, layer: nn.Module, own: Callable, state: torch.Ten
         return recomputed(plan, layer, own, state, *arguments, **named)
     calls = MlpCalls({mlp for mlp in plan.tokens if mlp.tailed})
     # what stands between an MLP and the layer's output is looked at once for each way in which the layer runs
-    way = plan.setting(layer), tree_structure((arguments, named)), calls.tailed
+    trained = [parameter.requires_grad for parameter in plan.all.now()]
+    way = plan.setting(layer), trained, tree_structure((arguments, named)), calls.tailed
     calls.skips = plan.adds == (way, True)
 
     def run(state, *arguments, **named):
-        with calls.active():
+        with calls.active(), _without_checkpointing(layer):
             return own(state, *arguments, **named)
 
     host, start = plan.host, state.grad_fn
@@ -330,6 +328,19 @@ def run_alone(plan: LayerPlan, layer: nn.Module, own: Callable, state: torch.Ten
         calls.skips = plan.adds[1]
     calls.nodes.clear()
     return output
+
+
+@contextmanager
+def _without_checkpointing(layer):
+    """Within, ``layer`` does none of its own, which a trainer may have turned on since: its MLPs would run outside of their calls."""
+    on = getattr(layer, "gradient_checkpointing", False)
+    if on:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        if on:
+            layer.gradient_checkpointing = True
 
 
 def only_adds(output, nodes, start) -> bool:

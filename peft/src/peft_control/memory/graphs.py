@@ -24,11 +24,10 @@ class StepGraphs:
 
     The first call with a new shape runs the step a few times, captures it, and keeps the memory that it needs;
     all shapes share that memory. Later calls copy their inputs in and replay; dropout draws new numbers each time.
-    After ``limit`` shapes new ones run without a graph. A copy of the object starts without graphs.
+    After sixteen shapes new ones run without a graph. A copy of the object starts without graphs.
     """
 
-    def __init__(self, limit: int = 16):
-        self.limit = limit
+    def __init__(self):
         self._graphs: dict[tuple, _Graph] = {}
         self._stream: torch.cuda.Stream | None = None
         self._twins: dict[nn.Module, Twins] = {}
@@ -37,7 +36,7 @@ class StepGraphs:
         self._settings: list[list] = []
 
     def __reduce__(self):
-        return StepGraphs, (self.limit,)
+        return StepGraphs, ()
 
     def __call__(self, compute: Callable, inputs: Sequence[torch.Tensor], model: nn.Module, seen: tuple[list, tuple]):
         """Return ``compute(*inputs)``, a tensor or a structure of tensors, with gradients for ``model``'s trained
@@ -50,7 +49,7 @@ class StepGraphs:
         """
         parameters, key = seen
         if key not in self._graphs:
-            if len(self._graphs) == self.limit:
+            if len(self._graphs) == 16:
                 return compute(*inputs)
             for number, (layer, plan) in enumerate(drawing_layers(model).items()):
                 if plan.mode == "lean" and layer not in self._twins:

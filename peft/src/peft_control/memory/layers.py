@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
+from transformers.utils import output_capturing
 
 from ..control_layer import ControlLayer
 from .control import (
@@ -166,7 +167,8 @@ class LayerPlan:
         given = (*arguments, *named.values())
         cached = any(isinstance(value, Cache) for value in given)
         chosen = any(control.adapter_names is not None for control in self.controls)
-        if not torch.is_grad_enabled() or cached or chosen or named.get("output_attentions"):
+        recorded = output_capturing._active_collector.get() or {}  # asked for by the call or by the configuration
+        if not torch.is_grad_enabled() or cached or chosen or named.get("output_attentions") or "attentions" in recorded:
             return own(hidden_states, *arguments, **named)
         self.renew(layer)
         halves = self.halves

@@ -22,6 +22,9 @@ from .graphs import StepGraphs
 from .layers import replays_random_numbers
 from .linear import dense_weight, is_known_linear
 
+#: The label of what counts nothing.
+_IGNORED = -100
+
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum over tokens of the cross entropy of ``head(hidden)``, for a frozen head, which may be in FP8.
@@ -82,27 +85,24 @@ class LinearCrossEntropy(torch.autograd.Function):
         return gradient * dloss.to(gradient.dtype), None, None, None, None, None, None
 
 
-def causal_lm_loss(
-    hidden, labels, head, *, chunk, num_items_in_batch=None, ignore_index=-100, softcap=None, weights=None, rows=None
-):
+def causal_lm_loss(hidden, labels, head, *, chunk, num_items_in_batch=None, softcap=None, weights=None, rows=None):
     """Next-token loss of a causal language model, averaged as transformers' ``ForCausalLMLoss`` does.
 
     Args:
         hidden: ``(batch, tokens, width)`` final states.
-        labels: ``(batch, tokens)``; position t is predicted from t-1; ``ignore_index`` counts nothing.
+        labels: ``(batch, tokens)``; position t is predicted from t-1; -100 counts nothing.
         num_items_in_batch: divisor; None divides by the number of labels that count.
         weights: ``(batch, tokens)``, the factor of each label's loss; None: 1.
         rows: numbers of the flattened states whose next label counts, and perhaps others; None: all.
     """
-    total = _total(hidden, labels, head, chunk, ignore_index, softcap, weights, rows)
-    return total / _items(labels, num_items_in_batch, ignore_index)
+    return _total(hidden, labels, head, chunk, softcap, weights, rows) / _items(labels, num_items_in_batch)
 
 
-def _total(hidden, labels, head, chunk, ignore_index=-100, softcap=None, weights=None, rows=None):
+def _total(hidden, labels, head, chunk, softcap=None, weights=None, rows=None):
     # the last state predicts nothing; leaving it out would copy all the others
-    targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index).reshape(-1).to(hidden.device)
-    _check_labels(targets, ignore_index, head.out_features)
-    targets = targets.masked_fill(targets == ignore_index, -1)
+    targets = F.pad(labels[:, 1:], (0, 1), value=_IGNORED).reshape(-1).to(hidden.device)
+    _check_labels(targets, head.out_features)
+    targets = targets.masked_fill(targets == _IGNORED, -1)
     if weights is not None:
         weights = F.pad(weights[:, 1:], (0, 1)).reshape(-1)
     rows = None if rows is None else rows.to(hidden.device)
@@ -110,13 +110,13 @@ def _total(hidden, labels, head, chunk, ignore_index=-100, softcap=None, weights
         return LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), targets, head, chunk, softcap, weights, rows)
 
 
-def _rows_that_count(labels, ignore_index=-100) -> Callable[[], torch.Tensor | None]:
+def _rows_that_count(labels) -> Callable[[], torch.Tensor | None]:
     """A function that gives the numbers of the states whose next label counts, or None where at least half do.
 
     Called after the decoder was launched, it waits for what the device was given before, not for the decoder: prompts and
     padding then cost no logits, and the device no pause.
     """
-    counts = F.pad(labels[:, 1:] != ignore_index, (0, 1)).reshape(-1)
+    counts = F.pad(labels[:, 1:] != _IGNORED, (0, 1)).reshape(-1)
     if counts.is_cuda and torch.cuda.is_current_stream_capturing():
         return lambda: None
     number = counts.sum().to("cpu", non_blocking=counts.is_cuda)
@@ -132,9 +132,9 @@ def _rows_that_count(labels, ignore_index=-100) -> Callable[[], torch.Tensor | N
     return rows
 
 
-def _check_labels(targets, ignore_index, classes):
+def _check_labels(targets, classes):
     """Refuse labels that are no classes, as torch's cross entropy does; on a GPU nothing waits for the answer."""
-    wrong = ((targets < 0) | (targets >= classes)) & (targets != ignore_index)
+    wrong = ((targets < 0) | (targets >= classes)) & (targets != _IGNORED)
     if targets.is_cuda:
         torch.ops.aten._assert_async.msg(~wrong.any(), "a label is out of bounds")
     elif wrong.any():
@@ -154,10 +154,8 @@ def _gathered(head):
         head.reshard()
 
 
-def _items(labels, num_items_in_batch, ignore_index=-100):
-    if num_items_in_batch is not None:
-        return num_items_in_batch
-    return (labels[:, 1:] != ignore_index).sum()
+def _items(labels, num_items_in_batch):
+    return (labels[:, 1:] != _IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
 
 
 class DecoderPlan:

@@ -73,7 +73,7 @@ class HostStates:
     def __init__(self, layers: int = 0, paced: bool = False, narrow: bool = False):
         self._layers, self._pace, self._narrow = layers, Pace() if paced else None, narrow
         self._told = 0  # bytes of the largest state of which the log tells
-        self._last: Callable[[], Waiting | None] = _nothing  # what was pushed last of what was not popped
+        self._last: Callable[[], Waiting | None] = lambda: None  # what was pushed last of what was not popped
         self._held = self._extra = 0  # bytes: all, and those that are no layer's own state
         self._limit: float | None = None
         # Free buffers by their bytes, those that CUDA graphs copy into apart: a replay writes to them at any time.
@@ -343,7 +343,3 @@ def _bytes(tensors):
 
 def _buffer_size(*tensors):
     return sum(_sizes(_bytes(tensors)))
-
-
-def _nothing() -> None:
-    """A weak reference's answer when what it referred to is gone."""
