@@ -28,6 +28,9 @@ class Options(StudyOptions, finetune.Options):
     epochs: list[str] = HfArg(
         default_factory=lambda: ["10"], help="Passes over the training set: one number, or TASK=NUMBER ..."
     )
+    output_dir: str | None = HfArg(
+        default=None, help="Folder of the runs. Default: results/roberta, quantized results/qcontrol."
+    )
     task: str = field(init=False, default="cola")
     validation_share: None = field(init=False, default=None)
     predict: bool = field(init=False, default=False)

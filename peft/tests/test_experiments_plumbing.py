@@ -127,9 +127,10 @@ def test_a_folder_has_one_run_at_a_time_and_a_dead_one_lets_go(tmp_path):
 
 
 def test_an_unused_folder_goes_away(tmp_path):
-    with RunFolder(tmp_path / "run") as folder:
+    with RunFolder(tmp_path / "results" / "roberta" / "run") as folder:
         folder.claim({"method": "lora"})
-    assert not (tmp_path / "run").exists()
+        (tmp_path / "results" / "mine").mkdir()
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["mine"]
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be an output folder"):
         RunFolder(tmp_path / "file")

@@ -86,6 +86,8 @@ BAD = {
         ("--max_length 131", "more than {bert} can read (130 tokens)"),
         ("--task demo --predict", "no test set"),
         ("--model {tmp}", "no model folder: it has no config.json"),
+        ("--model {tmp}/nowhere", "there is no model at {tmp}/nowhere"),
+        ("--output_dir=", "the output folder's name is empty"),
     ],
     "vit": [
         ("--data {tmp}/set", "bad.jpg is no readable image"),
@@ -146,6 +148,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(train, encoders, tmp_path, wor
         (tmp_path / name).write_text("hello")
     assert message.format(**named) in train(*words.format(**named).split()).refused()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("program", ["RoBERTa.finetune", "RoBERTa.study", "LlaMA.study", "ViT.finetune", "ViT.small_table"])
+def test_help_says_where_runs_go(call, program):
+    assert "Default: results/" in " ".join(call(program, "--help").finished().out.split())
 
 
 # -- adapters' cards ----------------------------------------------------------------------------------------------
