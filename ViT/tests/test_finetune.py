@@ -107,4 +107,7 @@ def test_launcher_demonstration(call, started, tmp_path, monkeypatch):
     (run,) = started("ViT/run_ViT.sh", "control", "cpu", "--seed", 3, "--output_dir", tmp_path / "run", **recipe)
     record = call(*run).record
     assert record.seed == 3 and record.metrics["best"]["test_accuracy"] > 35  # five classes
-    assert (tmp_path / "run" / "adapter" / "base.safetensors").is_file()
+    adapter = tmp_path / "run" / "adapter"
+    assert (adapter / "base.safetensors").is_file()
+    words = ("--device", "cpu", "--data", "digits", "--evaluate", adapter, "--model", "vit_tiny_patch16_224")
+    assert "vit_tiny_patch16_224 is not the base model" in call("ViT.finetune", *words).refused()
