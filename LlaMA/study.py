@@ -122,7 +122,7 @@ class CommonsenseStudy(Study):
 
     @property
     def held_out(self) -> Path:
-        return self.output / LOCKS / "held_out"
+        return self.output / LOCKS / f"held_out_{Path(self.options.data).stem}"
 
     def hold_out(self) -> None:
         """Write the training rows without those held out, and these as test sets, each named after a task of their form."""
