@@ -77,6 +77,8 @@ def test_data_and_base_model_must_fit_the_adapter(call, train_vit, npz, base_mod
     (tmp_path / "empty").mkdir()
     for folder, message in (("none", "is no folder of images"), ("empty", "holds no image")):
         assert message in call("ViT.finetune", *words, tmp_path / folder).refused()
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
+    assert "Is a directory" in call("ViT.finetune", *words, tmp_path, "--output", tmp_path / "empty").refused()
 
 
 def test_an_unreachable_hub_is_one_line(train_vit, tmp_path, monkeypatch):

@@ -54,6 +54,10 @@ def test_exit_codes(ends):
     assert ends(Mock(side_effect=UserError("do\nthis"))) == (2, "error: do this")
     uncaptured = "this model's training step cannot be captured as a CUDA graph (why): train without cuda_graphs"
     assert ends(Mock(side_effect=RuntimeError(uncaptured))) == (2, f"error: {uncaptured}")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert ends(Mock(side_effect=full)) == (2, f"error: a file cannot be read or written: {full}")
+    with pytest.raises(OSError, match="Bad file"):  # which is a bug
+        run_main(Mock(side_effect=OSError(errno.EBADF, "Bad file descriptor")))
     before = signal.getsignal(signal.SIGTERM)
     assert ends(Mock(side_effect=KeyboardInterrupt)) == (130, "interrupted")
     assert ends(partial(os.kill, os.getpid(), signal.SIGTERM)) == (143, "terminated")
