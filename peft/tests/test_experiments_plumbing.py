@@ -265,6 +265,14 @@ def test_a_full_disk_is_one_line_and_costs_only_what_was_being_written(writer, s
     (left,) = (disk / "run" / "checkpoints").iterdir()
     assert left.name == "checkpoint-3" and find_damage(left) is None
 
+    def convert():  # a folder that is no run's
+        with whole_folder(disk / "model", sealed=False) as place:
+            write(place)
+
+    code, line = ends(convert)
+    assert code == 2 and f"the disk of {disk / 'model'} is full" in line
+    assert [path.name for path in disk.iterdir()] == ["run"]
+
 
 GLOO = "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9"
 NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3690, {}, NCCL version 2.30.7\nLast error:\n{}"
