@@ -88,6 +88,7 @@ BAD = {
         ("--model {tmp}", "no model folder: it has no config.json"),
         ("--model {tmp}/nowhere", "there is no model at {tmp}/nowhere"),
         ("--output_dir=", "the output folder's name is empty"),
+        ("--lr -1e-3", "--lr must be greater than 0, got -0.001"),
     ],
     "vit": [
         ("--data {tmp}/set", "bad.jpg is no readable image"),

@@ -6,6 +6,7 @@ import argparse
 import math
 import operator
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -35,6 +36,8 @@ def parse_arguments(*types: type, argv: Sequence[str] | None = None, description
     module = getattr(sys.modules["__main__"], "__spec__", None)  # argparse names the file, which nobody types
     look = {"prog": module and f"python -m {module.name}", "description": description, "formatter_class": _HelpFormatter}
     parser = HfArgumentParser(types, **look, allow_abbrev=False)
+    # argparse takes -1e-3 for an option, and --lr for one without a value
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?|\.\d)\d*(e[-+]?\d+)?$", re.IGNORECASE)
     how = {"return_remaining_strings": True, "look_for_args_file": False}
     words = [_at_home(word) for word in (sys.argv[1:] if argv is None else argv)]
     *instances, unknown = parser.parse_args_into_dataclasses(words, **how)
