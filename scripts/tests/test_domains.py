@@ -211,6 +211,19 @@ def test_help_and_too_few_arguments_print_the_usage(launch, script):
 
 
 @pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("ViT/run_ViT.sh", "control"),
+        ("LlaMA/llama3_8B_DoubleControl.sh", "64 32 64 out"),
+        ("LlaMA/llama3_8B_Evaluate.sh", "64 32 64 out cpu"),
+    ],
+)
+def test_an_option_does_not_stand_for_the_argument_before_it(launch, script, words):
+    done = launch(script, *words.split(), "--seed", 1)
+    assert done.code == 2 and re.search("usage: bash .* GPU|METHOD and GPU are missing", done.err)
+
+
+@pytest.mark.parametrize(
     ("launcher", "table", "words", "named", "changed"),
     [
         ("RoBERTa/run_roberta.sh", "glue", "rte 1 1e-3 cpu", "roberta_rte", ("--epochs 7", "has epochs 1.0, not 7.0")),
