@@ -8,7 +8,10 @@ scripts, not a method's quality.
 
 from __future__ import annotations
 
+import os
 import random
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from control_experiments.paths import cache_folder
@@ -70,10 +73,14 @@ def place_of_model(model: str) -> str:
     """What `--model` names; "tiny" is made if need be."""
     folder = cache_folder() / "models" / TINY
     if model == TINY and not (folder / "config.json").is_file():
-        from control_experiments.training.checkpoints import whole_folder
+        from control_experiments.training.quiet import quieten
 
-        with whole_folder(folder, sealed=False) as place:
-            _make_tiny(place)
+        quieten()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            _make_tiny(Path(place) / TINY)
+            with suppress(OSError):  # another process was first
+                os.rename(Path(place) / TINY, folder)
     return str(folder) if model == TINY else model
 
 

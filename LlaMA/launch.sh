@@ -53,7 +53,7 @@ run() {
 
 train_and_evaluate() {
   local method=$1; shift
-  [ $# -ge 5 ] || usage "CONTROL_RANK LORA_RANK LORA_ALPHA OUT GPU [options of finetune.py]"
+  [[ $# -ge 5 && $5 != --* ]] || usage "CONTROL_RANK LORA_RANK LORA_ALPHA OUT GPU [options of finetune.py]"
   local ranks=("${@:1:3}") out=$4 gpu=$5; shift 5
   run "$PYTHON" -m LlaMA.finetune --method "$method" --model "$MODEL" --data "$TRAIN_DATA" --output_dir "$out" \
     --device "$gpu" --control_rank "${ranks[0]}" --lora_rank "${ranks[1]}" --lora_alpha "${ranks[2]}" \
@@ -66,7 +66,7 @@ train_and_evaluate() {
 # METHOD zero-shot has no adapter: its answers lie in OUT itself. Those ranked by likelihood are another evaluation than those
 # generated, and get a folder of their own.
 evaluate() {
-  [ $# -ge 6 ] || usage 'CONTROL_RANK LORA_RANK LORA_ALPHA OUT GPU "control+lora"|"double control"|zero-shot [options of evaluate.py]'
+  [[ $# -ge 6 && $6 != --* ]] || usage 'CONTROL_RANK LORA_RANK LORA_ALPHA OUT GPU "control+lora"|"double control"|zero-shot [options of evaluate.py]'
   local ranks=("${@:1:3}") out=$4 gpu=$5 method=$6 folder=evaluation adapter=(); shift 6
   case " $EVALUATE_ARGS $* " in *" --mode likelihood "* | *" --mode=likelihood "*) folder=likelihood ;; esac
   if [ "$method" = zero-shot ]; then

@@ -47,6 +47,7 @@ class Options(StudyOptions, finetune.Options):
         default_factory=lambda: [ZERO_SHOT, "lora", "double control"],
         help="Methods, as in finetune.py, or zero-shot, each perhaps with options of its own: 'double control:control_rank=137'.",
     )
+    output_dir: Optional[str] = HfArg(default=None, help="Folder of the runs. Default: results/llama/MODEL.")
     tests: Optional[str] = HfArg(default=None, help="Folder of the test sets, or demo; default: the one of --data.")
     limit: Optional[int] = HfArg(default=None, help="Only the first so many questions of each test set.")
     questions: int = HfArg(default=256, help="Questions answered together.")
@@ -121,7 +122,7 @@ class CommonsenseStudy(Study):
 
     @property
     def held_out(self) -> Path:
-        return self.output / LOCKS / "held_out"
+        return self.output / LOCKS / f"held_out_{Path(self.options.data).stem}"
 
     def hold_out(self) -> None:
         """Write the training rows without those held out, and these as test sets, each named after a task of their form."""

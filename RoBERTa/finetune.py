@@ -56,6 +56,9 @@ class Options(
     )
     random_order: bool = HfArg(default=False, help="Rows of all lengths in a batch, at more padding.")
     precision: shared.Precision = HfArg(default="auto", help="Autocast; auto: bf16 or fp16 on a GPU, else fp32.")
+    output_dir: str | None = HfArg(
+        default=None, help="Default: results/roberta/MODEL_TASK_METHOD_seedSEED, quantized below results/qcontrol."
+    )
     predict: bool = HfArg(default=False, help="Write the GLUE server's files for the test sets.")
 
     methods: ClassVar[tuple[str, ...]] = METHODS
@@ -71,7 +74,9 @@ class Options(
 
     def check_places(self) -> None:
         """Raise `UserError` for folders that hold no model or data of the task; a finished run needs no data."""
-        model = Path(self.model).expanduser()
+        model = Path(self.model)
+        if not model.exists() and (self.model.startswith((".", "/")) or len(model.parts) > 2):
+            raise UserError(f"there is no model at {self.model}")
         if model.exists() and not (model / "config.json").is_file():
             raise UserError(f"{self.model} is no model folder: it has no config.json")
         if self.data is not None and not (self.folder / "record.json").is_file():

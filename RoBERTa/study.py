@@ -18,6 +18,7 @@ from control_experiments.errors import UserError, run_main
 from control_experiments.paths import RESULTS
 from control_experiments.training.study import Cell, Study, StudyOptions, command_of, make_run, run_study
 from RoBERTa import finetune
+from RoBERTa.glue import get_task
 
 
 @dataclass(kw_only=True)
@@ -28,12 +29,16 @@ class Options(StudyOptions, finetune.Options):
     epochs: list[str] = HfArg(
         default_factory=lambda: ["10"], help="Passes over the training set: one number, or TASK=NUMBER ..."
     )
+    output_dir: str | None = HfArg(
+        default=None, help="Folder of the runs. Default: results/roberta, quantized results/qcontrol."
+    )
     task: str = field(init=False, default="cola")
     validation_share: None = field(init=False, default=None)
     predict: bool = field(init=False, default=False)
 
     def epochs_of(self, task: str) -> float:
-        """Raises UserError: --epochs says nothing about the task, or no number."""
+        """Raises UserError: there is no such task, or --epochs says nothing about it, or no number."""
+        get_task(task)
         values = dict(part.split("=", 1) if "=" in part else (task, part) for part in self.epochs)
         if task not in values:
             raise UserError(f"--epochs says nothing about {task}: add {task}=... or give one value for all")

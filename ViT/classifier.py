@@ -178,6 +178,8 @@ def restore(folder: str | Path, *, attention: str = "sdpa", model: str | None = 
     folder, description = Path(folder).expanduser(), read_description(folder)
     model, shape = model or description.model, {"num_classes": len(description.classes), "image_size": description.image_size}
     if (folder / "base.safetensors").is_file():
+        if model != description.model:
+            raise UserError(f"{model} is not the base model that {folder} was trained on, which lies there: leave --model out")
         vit, base = create(description.architecture, **shape), Base(TINY, description.architecture, description.sha256)
         load_weights(vit, folder / "base.safetensors", description.architecture)
     else:

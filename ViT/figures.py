@@ -100,8 +100,8 @@ def main() -> None:
     (options,) = parse_arguments(Options, description=__doc__)
     runs = [Path(run) for run in options.runs]
     records = [read_record(run / "record.json") for run in runs]
-    if empty := [record.name for record in records if not record.history]:
-        raise UserError(f"{empty[0]} has no training history: give folders of training runs")
+    if others := [record.name for record in records if record.domain != "vit" or not record.history]:
+        raise UserError(f"{others[0]} is no training run of ViT.finetune: give folders of those")
     drawn = {"accuracy_memory": accuracy_against_memory(records), "curves": curves(records)}
     if options.data:
         drawn[f"{records[0].name}_images"] = grid(runs[0], records[0], options)

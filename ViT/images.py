@@ -96,13 +96,19 @@ class OnDemand:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return decode(self.source, index)
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | UserError:
+        try:
+            return decode(self.source, index)
+        except UserError as error:  # raised in a worker it would arrive with the worker's traceback in its message
+            return error
 
     def batches(self, indices: Sequence[torch.Tensor]) -> Iterator[tuple[Images, torch.Tensor]]:
         """As `Decoded.batches`."""
         chosen = [part.tolist() for part in indices]
         for entries in DataLoader(self, batch_sampler=chosen, num_workers=self.workers, collate_fn=list):
+            for entry in entries:
+                if isinstance(entry, UserError):
+                    raise entry
             images, labels = zip(*entries, strict=True)
             yield images, torch.tensor(labels)
 

@@ -34,7 +34,7 @@ CONTROL_RANK=${CONTROL_RANK:-16}
 LORA_RANK=${LORA_RANK:-1} # 0: as many parameters as the control
 LORA_ALPHA=${LORA_ALPHA:-2}
 
-if [[ ${1:-} == -h || ${1:-} == --help || $# -lt 2 ]]; then
+if [[ ${1:-} == -h || ${1:-} == --help || $# -lt 2 || $2 == --* ]]; then
     sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     if [[ ${1:-} == -h || ${1:-} == --help ]]; then exit 0; fi
     echo "error: METHOD and GPU are missing, for example: bash ViT/run_ViT.sh control 0" >&2

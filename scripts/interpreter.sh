@@ -50,7 +50,7 @@ take_words() {
 # The words of variable $1, with quotes around spaces, as the array $2.
 words() {
     local text
-    text=$(xargs printf '%s\n' <<<"${!1}") || {
+    text=$(xargs printf '%s\n' <<<"${!1}" 2>/dev/null) || {
         echo "error: a quote in $1 is not closed: ${!1}" >&2
         exit 2
     }

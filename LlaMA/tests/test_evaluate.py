@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from control_experiments.record import read_record
 from control_experiments.training.arguments import parse_arguments
-from LlaMA import evaluation, finetune, training
+from LlaMA import evaluate, evaluation, finetune, training
 from LlaMA.answering import Question, generate, pad, rank_words
 from LlaMA.commonsense import ANSWER_LEAD, TASKS, offered_words, tokenize_prompts
 from LlaMA.tests.conftest import adapted, tiny_model, training_options
@@ -34,6 +34,20 @@ def run(call, model_folder, data, tmp_path):
         return call("LlaMA.evaluate", *given, "--batch_size", 4, *more)
 
     return start
+
+
+def test_a_home_is_found_in_every_option(monkeypatch):
+    """A shell leaves --data=~/folder as it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["--data=~/a=b", "--output_dir", "~", "--model", "org/model~1"]
+    (options,) = parse_arguments(evaluate.Options, argv=words)
+    assert (options.data, options.output_dir, options.model) == ("/home/me/a=b", "/home/me", "org/model~1")
+
+
+def test_help_says_what_the_opposite_of_a_switch_does(call):
+    assert "--no-stop-when-decided The same as --stop_when_decided False." in " ".join(
+        call("LlaMA.evaluate", "--help").out.split()
+    )
 
 
 @pytest.mark.parametrize("adapted", [False, True])

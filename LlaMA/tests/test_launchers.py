@@ -30,6 +30,21 @@ def test_a_trial_needs_no_model_and_no_data(call, started, tmp_path, monkeypatch
     assert all(row.answer in offered_words(row, TASKS[task]) for task, part in rows.items() for row in part)
 
 
+def test_processes_may_make_the_tiny_model_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("PARALLEL_CONTROL_CACHE", str(tmp_path))
+
+    def make(place: Path, others: int = 1) -> None:
+        place.mkdir(exist_ok=True)
+        if others:
+            monkeypatch.setattr(demo, "_make_tiny", partial(make, others=0))
+            demo.place_of_model("tiny")  # another process begins later and ends first
+        (place / "config.json").write_text("{}")
+
+    monkeypatch.setattr(demo, "_make_tiny", make)
+    made = Path(demo.place_of_model("tiny"))
+    assert (made / "config.json").is_file() and [*made.parent.iterdir()] == [made]
+
+
 @pytest.fixture
 def chosen(started):
     """An option as a launcher (LLaMA-3's evaluation) gives it to the last program that it starts."""

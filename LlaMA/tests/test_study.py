@@ -26,8 +26,9 @@ def test_a_study_searches_on_training_questions_and_asks_the_test_sets(call, dat
 
     # training rows are held out: none is lost, none is on both sides, and the tests are the test sets' questions
     rows = json.loads((data / "train.json").read_text())
-    held = {path.parent.name: json.loads(path.read_text()) for path in (output / ".lock" / "held_out").glob("*/test.json")}
-    kept = json.loads((output / ".lock" / "held_out" / "train.json").read_text())
+    held_out = output / ".lock" / "held_out_train"
+    held = {path.parent.name: json.loads(path.read_text()) for path in held_out.glob("*/test.json")}
+    kept = json.loads((held_out / "train.json").read_text())
     assert len(kept) == 48 and sum(map(len, held.values())) == 16
     assert sorted(map(json.dumps, [*kept, *(row for part in held.values() for row in part)])) == sorted(map(json.dumps, rows))
     assert all(row["answer"] in TASKS[task] for task, part in held.items() for row in part)
@@ -44,3 +45,16 @@ def test_a_study_searches_on_training_questions_and_asks_the_test_sets(call, dat
     likelihood = frame[(frame.kind == "run") & frame.section.str.contains("likelihood")]
     assert sorted(likelihood.row) == ["double control r8", "lora r32", "shadow", "zero-shot"]
     assert (frame.kind == "search").sum() == 6
+
+
+def test_searches_on_two_files_in_one_folder_each_have_their_own_rows(call, data, model_folder, tmp_path):
+    (tmp_path / "fewer.json").write_text(json.dumps(json.loads((data / "train.json").read_text())[:32]))
+    for file, count in ((data / "train.json", 48), (tmp_path / "fewer.json", 24)):
+        words = (
+            "--model", model_folder, "--data", file, "--tests", data, "--device", "cpu", "--output_dir", tmp_path / "study",
+            "--methods", "lora", "--grid", "1e-3", "--search_only", "--search_steps", 1, "--search_share", 0.25,
+            "--held_out", 4, "--limit", 1,
+        )  # fmt: skip
+        call("LlaMA.study", *words).finished()
+        (place,) = (tmp_path / "study" / "learning_rate_search").glob(f"*_{file.stem}_*/record.json")
+        assert sum(read_record(place).data["sizes"].values()) == count

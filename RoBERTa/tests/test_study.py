@@ -1,5 +1,7 @@
 """The GLUE study and the rows that its search holds out."""
 
+import shutil
+
 from control_experiments.record import read_record
 from RoBERTa.glue import get_task, hold_out, load_task
 
@@ -23,6 +25,19 @@ def test_a_study_scores_its_search_on_training_rows_and_its_tests_on_the_dev_set
     counts = {record.adapter["adapter_parameters"] for record in records.values()}
     assert counts == {2 * 2 * 16 * 16}
     assert "--epochs says nothing about stsb" in call("RoBERTa.study", *words, "--epochs", "cola=1").refused()
+
+
+def test_finished_runs_of_other_data_do_not_count(call, encoders, glue_folder, tmp_path):
+    glue = shutil.copytree(glue_folder, tmp_path / "glue")
+    words = (
+        "--model", encoders["bert"], "--data", glue, "--device", "cpu", "--output_dir", tmp_path / "study", "--tasks", "cola",
+        "--methods", "lora", "--seeds", 1, "--max_steps", 1,
+    )  # fmt: skip
+    for _ in range(2):
+        assert call("RoBERTa.study", *words).finished().out.endswith("all 1 runs are finished\n")
+    lines = (glue / "CoLA" / "train.tsv").read_text().splitlines(keepends=True)
+    (glue / "CoLA" / "train.tsv").write_text("".join(lines[:-1]))
+    assert "had other contents of --data" in call("RoBERTa.study", *words).refused()
 
 
 def test_the_held_out_rows_are_training_rows_and_the_same_each_time(glue_folder):

@@ -1,6 +1,7 @@
 """The programs as their users call them, on tiny inputs."""
 
 import logging
+from dataclasses import asdict
 
 import huggingface_hub
 import numpy as np
@@ -10,6 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from control_experiments.paths import REPOSITORY
+from control_experiments.record import write_json_atomic
+from scripts.tests.faults import a_record
 from ViT import recipe, tiny_model
 from ViT.finetune import Options
 from ViT.vision_models import Base
@@ -77,6 +80,15 @@ def test_data_and_base_model_must_fit_the_adapter(call, train_vit, npz, base_mod
     (tmp_path / "empty").mkdir()
     for folder, message in (("none", "is no folder of images"), ("empty", "holds no image")):
         assert message in call("ViT.finetune", *words, tmp_path / folder).refused()
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
+    assert "Is a directory" in call("ViT.finetune", *words, tmp_path, "--output", tmp_path / "empty").refused()
+
+
+def test_figures_are_of_image_runs(call, tmp_path):
+    write_json_atomic(tmp_path / "record.json", asdict(a_record(domain="llama", history=[{"step": 1, "eval_loss": 1.0}])))
+    words = ("--runs", tmp_path, "--output_dir", tmp_path / "figures")
+    assert "is no training run of ViT.finetune" in call("ViT.figures", *words).refused()
+    assert not (tmp_path / "figures").exists()
 
 
 def test_an_unreachable_hub_is_one_line(train_vit, tmp_path, monkeypatch):
@@ -107,4 +119,7 @@ def test_launcher_demonstration(call, started, tmp_path, monkeypatch):
     (run,) = started("ViT/run_ViT.sh", "control", "cpu", "--seed", 3, "--output_dir", tmp_path / "run", **recipe)
     record = call(*run).record
     assert record.seed == 3 and record.metrics["best"]["test_accuracy"] > 35  # five classes
-    assert (tmp_path / "run" / "adapter" / "base.safetensors").is_file()
+    adapter = tmp_path / "run" / "adapter"
+    assert (adapter / "base.safetensors").is_file()
+    words = ("--device", "cpu", "--data", "digits", "--evaluate", adapter, "--model", "vit_tiny_patch16_224")
+    assert "vit_tiny_patch16_224 is not the base model" in call("ViT.finetune", *words).refused()

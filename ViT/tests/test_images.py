@@ -1,6 +1,7 @@
 """Image sources: the same images from every kind of source, and clear errors for what is wrong with one."""
 
 import tarfile
+import warnings
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from control_experiments.errors import UserError
+from control_experiments.training.quiet import quieten
 from ViT.images import Decoded, OnDemand, load_data
 
 
@@ -78,6 +80,17 @@ def test_corrupt_images_are_named(folder, tmp_path, kind, damage):
         load_data(source, keep="host")
     with pytest.raises(UserError, match=r"dog/\d\.png is no readable image"):
         load_data(source)
+    lazy = load_data(source, keep="files", workers=1).train
+    with pytest.raises(UserError, match=r"^\S*dog/1\.png is no readable image [^\n]*$"):
+        next(lazy.batches([torch.tensor([4])]))
+
+
+def test_more_workers_than_cores_are_no_warning(folder, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quieten()
+        next(load_data(str(folder), keep="files", workers=2).train.batches([torch.tensor([0])]))
 
 
 def test_folders_must_have_both_splits_with_the_same_classes(folder):

@@ -54,6 +54,10 @@ def test_exit_codes(ends):
     assert ends(Mock(side_effect=UserError("do\nthis"))) == (2, "error: do this")
     uncaptured = "this model's training step cannot be captured as a CUDA graph (why): train without cuda_graphs"
     assert ends(Mock(side_effect=RuntimeError(uncaptured))) == (2, f"error: {uncaptured}")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert ends(Mock(side_effect=full)) == (2, f"error: a file cannot be read or written: {full}")
+    with pytest.raises(OSError, match="Bad file"):  # which is a bug
+        run_main(Mock(side_effect=OSError(errno.EBADF, "Bad file descriptor")))
     before = signal.getsignal(signal.SIGTERM)
     assert ends(Mock(side_effect=KeyboardInterrupt)) == (130, "interrupted")
     assert ends(partial(os.kill, os.getpid(), signal.SIGTERM)) == (143, "terminated")
@@ -127,9 +131,10 @@ def test_a_folder_has_one_run_at_a_time_and_a_dead_one_lets_go(tmp_path):
 
 
 def test_an_unused_folder_goes_away(tmp_path):
-    with RunFolder(tmp_path / "run") as folder:
+    with RunFolder(tmp_path / "results" / "roberta" / "run") as folder:
         folder.claim({"method": "lora"})
-    assert not (tmp_path / "run").exists()
+        (tmp_path / "results" / "mine").mkdir()
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["mine"]
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be an output folder"):
         RunFolder(tmp_path / "file")
@@ -259,6 +264,14 @@ def test_a_full_disk_is_one_line_and_costs_only_what_was_being_written(writer, s
     assert code == 2 and all(words in line for words in ("is full", "checkpoint-3 is kept", "--resume"))
     (left,) = (disk / "run" / "checkpoints").iterdir()
     assert left.name == "checkpoint-3" and find_damage(left) is None
+
+    def convert():  # a folder that is no run's
+        with whole_folder(disk / "model", sealed=False) as place:
+            write(place)
+
+    code, line = ends(convert)
+    assert code == 2 and f"the disk of {disk / 'model'} is full" in line
+    assert [path.name for path in disk.iterdir()] == ["run"]
 
 
 GLOO = "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:9"

@@ -86,6 +86,9 @@ BAD = {
         ("--max_length 131", "more than {bert} can read (130 tokens)"),
         ("--task demo --predict", "no test set"),
         ("--model {tmp}", "no model folder: it has no config.json"),
+        ("--model {tmp}/nowhere", "there is no model at {tmp}/nowhere"),
+        ("--output_dir=", "the output folder's name is empty"),
+        ("--lr -1e-3", "--lr must be greater than 0, got -0.001"),
     ],
     "vit": [
         ("--data {tmp}/set", "bad.jpg is no readable image"),
@@ -148,6 +151,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(train, encoders, tmp_path, wor
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("program", ["RoBERTa.finetune", "RoBERTa.study", "LlaMA.study", "ViT.finetune", "ViT.small_table"])
+def test_help_says_where_runs_go(call, program):
+    assert "Default: results/" in " ".join(call(program, "--help").finished().out.split())
+
+
 # -- adapters' cards ----------------------------------------------------------------------------------------------
 
 
@@ -200,6 +208,19 @@ def test_help_and_too_few_arguments_print_the_usage(launch, script):
     done = launch(script, "--help")
     assert (done.code, done.err) == (0, "") and f"bash {script} " in done.out
     assert "llama" not in script.lower() or ("  MODEL=" in done.out and "  DATA=" in done.out)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("ViT/run_ViT.sh", "control"),
+        ("LlaMA/llama3_8B_DoubleControl.sh", "64 32 64 out"),
+        ("LlaMA/llama3_8B_Evaluate.sh", "64 32 64 out cpu"),
+    ],
+)
+def test_an_option_does_not_stand_for_the_argument_before_it(launch, script, words):
+    done = launch(script, *words.split(), "--seed", 1)
+    assert done.code == 2 and re.search("usage: bash .* GPU|METHOD and GPU are missing", done.err)
 
 
 @pytest.mark.parametrize(

@@ -57,12 +57,18 @@ def test_a_failed_benchmark_is_listed_at_the_end_and_stops_no_other(launch, stub
         (("rerun_memory.sh", "--gpus", "0", "1"), "error: --gpus takes one GPU here"),
         (("rerun_commonsense.sh", "--tasks", "nope"), "error: the commonsense table has no 'nope': choose from llama2_7b"),
         (("rerun_commonsense.sh", "--gpus", "x"), "error: --gpus takes indices, cpu or all, got 'x'"),
+        (("rerun_glue.sh", "--tasks", "colla"), "error: unknown task 'colla': choose one of cola, "),
         (("bench_scaling.sh", "--device", "cpu", "--shards", "zero"), "error: argument --shards: invalid choice: 'zero'"),
     ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing(launch, words, message, tmp_path):
     done = launch(f"scripts/{words[0]}", *words[1:])
     assert done.code == 2 and done.err.startswith(message) and not [*tmp_path.iterdir()]
+
+
+def test_an_open_quote_is_one_line(launch):
+    done = launch("RoBERTa/run_study.sh", "cpu", METHODS="'control")
+    assert (done.code, done.err) == (2, "error: a quote in METHODS is not closed: 'control\n")
 
 
 LAUNCHERS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import pickle
 import re
@@ -81,14 +82,18 @@ def lost_peer(error: Exception) -> bool:
     return several and isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))
 
 
+#: What is wrong with the place that a user has named for a file, and not with a program.
+_PLACES = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
 def _refuse(_parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """In the place of argparse's own way, which prints its usage; HfArgumentParser is one too."""
     raise UserError(f"{message} (--help lists the options)")
 
 
 def run_main(main: Callable[[], object]) -> NoReturn:
-    """Run an entry point and exit: 0 when it returns, 2 after one line on stderr for a `UserError` or an option that
-    does not parse, or when another process of the run died, 130 after Ctrl-C and 143 after SIGTERM, with one line too. Any
+    """Run an entry point and exit: 0 when it returns, 2 after one line on stderr for a `UserError`, an option that does
+    not parse or a place that cannot be written to, or when another process of the run died, 130 after Ctrl-C and 143 after SIGTERM, with one line too. Any
     other exception is a bug and keeps its traceback. In a distributed run each process but the first puts its rank before its line.
     """
     rank = os.environ.get("RANK", "0")
@@ -116,6 +121,10 @@ def run_main(main: Callable[[], object]) -> NoReturn:
                 raise UserError(
                     "another process of this run died or cannot be reached (see above): start the run again with --resume"
                 ) from error
+            except OSError as error:
+                if error.errno not in _PLACES:
+                    raise
+                raise UserError(f"a file cannot be read or written: {error}") from error
             except pickle.UnpicklingError as error:  # of torch.load(weights_only=True)
                 raise UserError(f"a file holds more than tensors and plain values, and was not read: {error}") from error
             finally:

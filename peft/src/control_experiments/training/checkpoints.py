@@ -54,13 +54,16 @@ def last_good(parent: Path) -> str:
 
 @contextmanager
 def whole_folder(place: Path, *, sealed: bool = True) -> Iterator[Path]:
-    """Yields a folder to write to, which becomes `place` if the block ends well and leaves no trace if not."""
+    """Yields a folder to write to, which becomes `place` if the block ends well and leaves no trace if not. Raises UserError: the
+    disk is full."""
     aside = begin(place)
     try:
         yield aside
         publish(aside, place, sealed=sealed)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if is_full_disk(error):
+            raise UserError(f"the disk of {place} is full: make room, or choose another folder") from error
         raise
 
 

@@ -85,9 +85,8 @@ class RunOptions(_Group):
 
     def check(self) -> None:
         super().check()
-        for name in ("model", "data", "output_dir"):  # a shell leaves --model=~/folder as it is
-            if isinstance(place := getattr(self, name, None), str):
-                setattr(self, name, os.path.expanduser(place))
+        if self.output_dir == "":  # as a path it is the current folder
+            raise UserError("the output folder's name is empty: give one")
         check_numbers(self, "seed", at_least=0, at_most=LARGEST_SEED)
         check_numbers(self, "workers", at_least=0)
 

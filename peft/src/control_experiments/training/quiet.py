@@ -14,6 +14,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     # saving an adapter, peft looks for the base's configuration, which a GGUF file or random weights do not have
     warnings.filterwarnings("ignore", message="Could not find a config file in")
+    # of DataLoader, with more workers than cores
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import Interrupted, UserError
@@ -36,6 +36,7 @@ class RunFolder:
         self.record, self.log = self.path / "record.json", self.path / "run.log"
         self.adapter, self.checkpoints = self.path / "adapter", self.path / "checkpoints"
         self._lock: int | None = None
+        self._made = [place for place in (self.path, *self.path.parents) if not place.exists()]
         if os.environ.get("RANK", "0") != "0":
             return
         try:
@@ -66,7 +67,7 @@ class RunFolder:
             ) from error
 
     def close(self) -> None:
-        """Let go of the lock; a folder in which nothing was written but its claim goes away."""
+        """Let go of the lock; a folder in which nothing was written but its claim goes away, and those above it that it made."""
         if self._lock is None:
             return
         contents = list(self.path.iterdir())
@@ -74,6 +75,9 @@ class RunFolder:
             for entry in contents:
                 entry.unlink()
             self.path.rmdir()
+            with suppress(OSError):  # another run has begun beside this one
+                for place in self._made[1:]:
+                    place.rmdir()
         os.close(self._lock)
         self._lock = None
 

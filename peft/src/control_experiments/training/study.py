@@ -28,7 +28,7 @@ from transformers.hf_argparser import HfArg
 
 from ..errors import UserError
 from ..paths import SEARCH_FOLDER
-from ..record import read_record
+from ..record import read_json, read_record
 from .arguments import check_numbers, parse_arguments
 
 #: Options whose record says what "auto" came to.
@@ -232,11 +232,16 @@ class Study(ABC):
         if not all(record.is_file() for record in records):
             return False
         if cell.arm.method not in self.untrained:
-            found, wanted = read_record(records[0]).hyperparameters, self.plan(cell).hyperparameters()
+            run, again = self.plan(cell), "delete such folders or choose another --output_dir"
+            found, wanted = read_record(records[0]).hyperparameters, run.hyperparameters()
             for name in wanted.keys() & found.keys() - set(SETTLED):
                 if found[name] != wanted[name]:
-                    told = f"{self.folder(cell)} has {name} {found[name]}, not {wanted[name]}"
-                    raise UserError(f"{told}: delete such folders or choose another --output_dir")
+                    raise UserError(f"{self.folder(cell)} has {name} {found[name]}, not {wanted[name]}: {again}")
+            if (noted := self.folder(cell) / "run.json").is_file():  # shipped runs have none
+                before, now = read_json(noted), run.identity()
+                for name in ("model", "data"):  # None where nothing is there, as of a hub id
+                    if None not in (old := before.get(f"{name}_sha256"), new := now.get(f"{name}_sha256")) and old != new:
+                        raise UserError(f"{self.folder(cell)} had other contents of --{name}: {again}")
         self._scores[cell] = self.score(records[-1])
         return True
 
