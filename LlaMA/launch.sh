@@ -55,6 +55,10 @@ train_and_evaluate() {
   local method=$1; shift
   [[ $# -ge 5 && $5 != --* ]] || usage "CONTROL_RANK LORA_RANK LORA_ALPHA OUT GPU [options of finetune.py]"
   local ranks=("${@:1:3}") out=$4 gpu=$5; shift 5
+  if [ -f "$TRAIN_DATA" ] && ! ls "$DATA"/*/test.json > /dev/null 2>&1; then # not only after hours of training
+    echo "error: $DATA has no TASK/test.json, which is answered after the training: DATA= names the folder of the test sets" >&2
+    exit 2
+  fi
   run "$PYTHON" -m LlaMA.finetune --method "$method" --model "$MODEL" --data "$TRAIN_DATA" --output_dir "$out" \
     --device "$gpu" --control_rank "${ranks[0]}" --lora_rank "${ranks[1]}" --lora_alpha "${ranks[2]}" \
     --lora_dropout "$LORA_DROPOUT" --epochs "$EPOCHS" --lr "$LR" --batch_size "$BATCH" \

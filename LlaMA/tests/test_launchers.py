@@ -72,6 +72,12 @@ def test_missing_data_says_where_it_comes_from(call, started, model_folder):
     assert "AGI-Edgerunners/LLM-Adapters" in line and "TRAIN_DATA=" in line and "DATA=" in line
 
 
+def test_missing_test_sets_are_told_before_the_training(launch, tmp_path):
+    (tmp_path / "train.json").write_text("[]")
+    done = launch("LlaMA/llama3_8B_DoubleControl.sh", 4, 2, 4, "out", "cpu", TRAIN_DATA="train.json", DATA="nowhere")
+    assert (done.code, done.out) == (2, "") and done.err.startswith("error: nowhere has no TASK/test.json")
+
+
 def test_answers_ranked_by_likelihood_have_a_folder_of_their_own(chosen):
     folder = partial(chosen, "--output_dir")
     assert folder() == folder("--mode", "generate") == "out/evaluation"

@@ -226,9 +226,9 @@ def test_what_is_replaced():
         quantize_fp8(build("gpt2"))
 
 
-@pytest.mark.parametrize("name", ["opt", "bart", "t5"])
+@pytest.mark.parametrize("name", ["opt", "bart", "t5", "mamba", "gemma3n"])
 def test_a_model_may_have_its_adapter_before(name):
-    """OPT's and BART's controls have their hooks on linear layers; T5 casts to the type of the layer that it keeps in float32."""
+    """OPT's and BART's controls have their hooks on linear layers; T5, Mamba and Gemma-3n read weights of layers themselves."""
     inputs = tiny_models.MODELS[name].inputs()
     before, after = quantize_fp8(adapted(build(name))), adapted(quantize_fp8(build(name)))
     assert any(isinstance(module, Fp8Linear) for module in before.modules())

@@ -19,8 +19,9 @@ it runs in ``torch._scaled_mm``; elsewhere it is emulated, with the same roundin
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -174,8 +175,8 @@ def quantize_fp8(model: nn.Module, keep_last: float = 0.0, gradients: str = "e4m
     """Replace the frozen linear layers of the transformer layers by :class:`Fp8Linear` and their experts by
     :class:`Fp8Experts`, one after the other, in place.
 
-    Embeddings, norms, routers, heads and everything of an adapter stay as they are, and so does what a model wants in float32
-    (T5's ``wo``). Below LoRA the linear layer that it adapts is replaced, the experts that it adapts are not. Of heads a language
+    Embeddings, norms, routers, heads and everything of an adapter stay as they are, and so do layers whose weight a module reads
+    itself (T5's ``wo``, Mamba's ``dt_proj``). Below LoRA the linear layer that it adapts is replaced, the experts that it adapts are not. Of heads a language
     model's output layer is replaced if asked for.
 
     Args:
@@ -196,10 +197,8 @@ def quantize_fp8(model: nn.Module, keep_last: float = 0.0, gradients: str = "e4m
     if not any(isinstance(module, nn.Linear) or is_experts(module) for layer in layers for module in layer.modules()):
         raise ValueError(f"{type(layers[0]).__name__} has no nn.Linear and no experts, which is what FP8 replaces")
     places = [_output_layer(model)] if output_layer else []
-    wide = getattr(model, "_keep_in_fp32_modules", None) or ()
-    kept = {module for name, module in model.named_modules() if name.rpartition(".")[2] in wide}
     for layer in layers[: len(layers) - round(keep_last * len(layers))]:
-        places += _replaced(layer, kept)
+        places += _replaced(layer)
     for parent, name in places:
         child = parent._modules[name]
         parent._modules[name] = Fp8Experts.of(child) if is_experts(child) else Fp8Linear.of(child, gradients)
@@ -213,15 +212,24 @@ def _in_fp8(model: nn.Module) -> list[InFp8]:
     return [module for module in model.modules() if isinstance(module, InFp8)]
 
 
-def _replaced(module: nn.Module, kept: Collection[nn.Module] = ()) -> Iterator[tuple[nn.Module, str]]:
+def _replaced(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     adapts = isinstance(module, BaseTunerLayer)
     for name, child in module.named_children():
-        if child in kept or (adapts and name != "base_layer"):
+        if name != "base_layer" if adapts else _reads_weight(type(module), name):
             continue
         if type(child) is nn.Linear or (is_experts(child) and not adapts):
             yield module, name
         elif not isinstance(child, AuxiliaryTrainingWrapper):
-            yield from _replaced(child, kept)
+            yield from _replaced(child)
+
+
+@functools.cache
+def _reads_weight(kind: type[nn.Module], name: str) -> bool:
+    """Whether a module's own code uses the weight of a child, as Mamba's mixers do instead of calling it, or its type, as T5 does."""
+    try:
+        return f"self.{name}.weight" in inspect.getsource(kind)
+    except (OSError, TypeError):  # no source
+        return False
 
 
 def _output_layer(model):
