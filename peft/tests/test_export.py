@@ -232,6 +232,13 @@ def test_what_cannot_be_exported_is_one_line(change, message, tmp_path, call):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_a_full_disk_is_one_line(tmp_path, call, small_disk):
+    adapter(tmp_path)
+    disk = small_disk("16k")
+    assert "No space left" in call("peft_control.__main__", "export", tmp_path / "adapter", disk / "out").refused()
+    assert not any(disk.iterdir())
+
+
 @pytest.mark.slow
 def test_transformers_serve_answers_over_http(tmp_path):
     """A real server with the exported folder; its greedy text is the adapter's."""

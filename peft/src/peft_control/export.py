@@ -23,6 +23,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import PeftType, load_peft_weights
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -253,6 +254,6 @@ def main(arguments: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     try:
         model = export(**vars(options))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last one of a full disk
         refuse(str(error))
     print(f"{options.out}: {type(model).__name__}; its README.md says how to load it")
