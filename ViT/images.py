@@ -249,9 +249,8 @@ def _unpacked(tar: Path, checksum: str) -> Path:
                     target = Path(os.path.normpath(images / member.name))
                     if not target.is_relative_to(images):
                         raise tarfile.ReadError(f"{member.name!r} is outside the destination")
-                    if source := file.extractfile(
-                        member
-                    ):  # Python before 3.11.4 extracts without looking; of links what they name
+                    # Python before 3.11.4 extracts without looking; of a link this is what it names
+                    if source := file.extractfile(member):
                         target.parent.mkdir(parents=True, exist_ok=True)
                         with open(target, "wb") as copy:
                             shutil.copyfileobj(source, copy)

@@ -92,9 +92,10 @@ def _refuse(_parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 def run_main(main: Callable[[], object]) -> NoReturn:
-    """Run an entry point and exit: 0 when it returns, 2 after one line on stderr for a `UserError`, an option that does
-    not parse or a place that cannot be written to, or when another process of the run died, 130 after Ctrl-C and 143 after SIGTERM, with one line too. Any
-    other exception is a bug and keeps its traceback. In a distributed run each process but the first puts its rank before its line.
+    """Run an entry point and exit: 0 when it returns, 2 after one line on stderr for a `UserError`, an option that does not
+    parse, a place that cannot be read or written, or another process of the run that died. 130 after Ctrl-C and 143 after
+    SIGTERM, with one line too. Any other exception is a bug and keeps its traceback. In a distributed run each process but the
+    first puts its rank before its line.
     """
     rank = os.environ.get("RANK", "0")
     prefix = "" if rank == "0" else f"[rank {rank}] "
