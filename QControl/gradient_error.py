@@ -3,7 +3,8 @@
     python -m QControl.gradient_error --model SMOLLM2_FOLDER --data commonsense_51k.json
 
 The gradients are those of a first step, of the controls' B, on the same rows, for each base. They are compared with the same
-weights in float32. fp8-e5m2 has the gradients of outputs in e5m2, fp8 in e4m3. On a CPU FP8 is emulated.
+weights in float32. fp8-e5m2 has the gradients of outputs in e5m2, fp8 in e4m3. fp8states is bf16 in memory mode lean, whose states
+wait in FP8 (`offload="fp8"`). On a CPU FP8 is emulated.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from control_experiments.errors import run_main
 from control_experiments.paths import RESULTS
 from control_experiments.training.arguments import check_numbers, parse_arguments
 
-BASES = ("bf16", "int8", "nf4", "fp8", "fp8-e5m2")
+BASES = ("bf16", "fp8states", "int8", "nf4", "fp8", "fp8-e5m2")
 
 
 @dataclass(kw_only=True)
@@ -25,7 +26,7 @@ class Options:
     model: str = HfArg(help="Folder of a causal language model, or hub id.")
     data: str = HfArg(help="Commonsense training rows, a JSON file.")
     bases: list[str] = HfArg(
-        default_factory=lambda: list(BASES), help="How the weights are stored.", metadata={"choices": BASES}
+        default_factory=lambda: list(BASES), help="How the weights, or the states that wait, are stored.", metadata={"choices": BASES}
     )
     rows: int = HfArg(default=16, help="The first so many rows make the batch.")
     control_rank: int = HfArg(default=16, help="Rank of the controls on attention and mlp.")
@@ -42,14 +43,17 @@ def gradients(options: Options, base: str, device) -> dict[str, list]:
     from LlaMA.commonsense import read_rows, tokenize_rows
     from LlaMA.models import add_adapter, load_model, load_tokenizer
     from peft_control import ControlConfig, quantize_fp8
+    from peft_control.memory import set_memory_mode
 
-    fp8 = base.startswith("fp8")
+    fp8 = base in ("fp8", "fp8-e5m2")
     dtype = DTYPES["fp32" if base == "fp32" or fp8 else "bf16"]
     model = load_model(options.model, dtype, device, quantization=base if base in ("int8", "nf4") else "none")
     if fp8:
         quantize_fp8(model, gradients="e5m2" if base.endswith("e5m2") else "e4m3")
     torch.manual_seed(options.seed)
     model = add_adapter(model, ControlConfig(control_blocks=["attention", "mlp"], control_rank=options.control_rank)).train()
+    if base == "fp8states":
+        set_memory_mode(model, "lean", offload="fp8")
     rows = tokenize_rows(read_rows(options.data)[: options.rows], load_tokenizer(options.model), 512, response_only=True)
     for row in rows:
         given = {"input_ids": [row.ids], "labels": [row.labels]}

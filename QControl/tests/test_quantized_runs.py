@@ -100,9 +100,9 @@ def test_the_paged_optimizer_trains_nearly_as_adamw_does(llama, tmp_path):
 
 def test_bases_are_compared_by_the_gradients_over_them(model_folder, data, tmp_path, call):
     words = ("--model", model_folder, "--data", data / "train.json", "--rows", 2, "--device", "cpu", "--output_dir", tmp_path)
-    call("QControl.gradient_error", *words, "--bases", "bf16", "fp8", "fp8-e5m2").finished()
+    call("QControl.gradient_error", *words, "--bases", "bf16", "fp8states", "fp8", "fp8-e5m2").finished()
     found = json.loads((tmp_path / "record.json").read_text())["relative_error"]
     assert (tmp_path / "gradient_error.png").stat().st_size > 10_000
     means = {base: sum(sum(values) for values in blocks.values()) for base, blocks in found.items()}
-    assert 0 < means["bf16"] < means["fp8"] < means["fp8-e5m2"]
+    assert 0 < means["bf16"] < means["fp8states"] < means["fp8"] < means["fp8-e5m2"]
     assert "argument --bases: invalid choice: 'fp7'" in call("QControl.gradient_error", *words, "--bases", "fp7").refused()
