@@ -26,7 +26,9 @@ class Options:
     model: str = HfArg(help="Folder of a causal language model, or hub id.")
     data: str = HfArg(help="Commonsense training rows, a JSON file.")
     bases: list[str] = HfArg(
-        default_factory=lambda: list(BASES), help="How the weights, or the states that wait, are stored.", metadata={"choices": BASES}
+        default_factory=lambda: list(BASES),
+        help="How the weights, or the states that wait, are stored.",
+        metadata={"choices": BASES},
     )
     rows: int = HfArg(default=16, help="The first so many rows make the batch.")
     control_rank: int = HfArg(default=16, help="Rank of the controls on attention and mlp.")
