@@ -4,7 +4,7 @@
     python -m LlaMA.benchmark_throughput --model SmolLM2.gguf --data commonsense_51k.json --output_dir OUT --memory fast
 
 Three ways to train on the same rows of the data:
-    published   micro-batches of 4 padded to their longest row, autograd as it is
+    published   micro-batches padded to their longest row, autograd as it is
     packed      the same optimizer steps with the same gradients, packed (and with --memory)
     large       packed too, with --large_batch rows per optimizer step (another recipe: fewer, larger steps)
 """

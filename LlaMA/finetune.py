@@ -72,7 +72,7 @@ class Options(shared.RunOptions, RecipeOptions, shared.MemoryOptions, shared.Bas
     validation: Optional[str] = HfArg(default=None, help="Held-out data of the same formats, instead of --held_out rows.")
     model: str = HfArg(default="meta-llama/Llama-2-7b-hf", help="Base: hub id, folder, GGUF file, or tiny.")
     epochs: float = HfArg(default=3, help="Passes over the training rows.")
-    lr: float = HfArg(default=2e-4, help="Peak learning rate; linear decay after the warm-up.")
+    lr: float = HfArg(default=2e-4, help="Peak learning rate.")
     warmup_steps: int = HfArg(default=100, help="Optimizer steps in which the rate rises.")
     batching: Literal["packed", "padded"] = HfArg(
         default="packed", help="packed: no padding; padded: micro-batches padded to their longest row."

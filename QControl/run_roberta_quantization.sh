@@ -12,7 +12,7 @@ usage: bash QControl/run_roberta_quantization.sh METHOD TASK [EPOCHS] [LR] [GPU]
   GPU     index of a GPU, or cpu; default 0
 QUANTIZATION=nf4 (default) | fp4 | int8 | fp8 | none; PRECISION=fp16 (default on a GPU) | bf16 | fp32.
 MODEL=... and DATA=... name a model and a data folder instead of the hub's; SEED=... the seed (default 42).
-All other options: bash RoBERTa/run_roberta.sh --help
+All other options: python -m RoBERTa.finetune --help
 USAGE
 }
 

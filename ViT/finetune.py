@@ -8,8 +8,6 @@
 The defaults are the paper's recipe, except that --mlp_layers 4 and --attention eager give its exact model. What
 the options trade: --attention sdpa needs 3 GB less than eager and gives the same results; --memory fast, balanced
 and lean lower the control's peak on models that support them; --keep host leaves the images in main memory. See ViT/README.md.
-
-recipe.py says how a model is trained, inference.py what a trained one answers.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ ARCHITECTURE=${ARCHITECTURE:-}                  # timm name of the architecture,
 DATA=${DATA:-cifar100}                          # cifar100 flowers102 svhn food101 imagenet digits, .npz, tar, folder
 if [[ $RECIPE == tuned ]]; then                 # AdamW: linear warm-up, then a half cosine
     OPTIMIZER=${OPTIMIZER:-adamw}
-    LR=${LR:-2e-3} # what the study chose for control and LoRA; for DoRA it chose 1e-3
+    LR=${LR:-2e-3} # what the study chose for control and LoRA on cifar100_7k
     EPOCHS=${EPOCHS:-10}
     WARMUP_STEPS=${WARMUP_STEPS:-20}
     WEIGHT_DECAY=${WEIGHT_DECAY:-0.01}

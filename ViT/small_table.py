@@ -1,4 +1,4 @@
-"""Run a table on one device: data sets x methods x seeds, each a run of finetune.py with its own folder and record.
+"""Run a table: data sets x methods x seeds, each a run of finetune.py with its own folder and record.
 
     python -m ViT.small_table --data DATA --model MODEL --grid 5e-4 1e-3 2e-3 5e-3 2e-2        each method's own learning rate
     python -m ViT.small_table --data DATA --model MODEL --grid 5e-4 1e-3 2e-3 5e-3 2e-2 --methods lora --search_only

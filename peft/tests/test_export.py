@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -255,8 +256,9 @@ def test_transformers_serve_answers_over_http(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    serve = re.search("`transformers (serve .*)`", (tmp_path / "out" / "README.md").read_text())[1].split()
     command = "from transformers.cli.transformers import main; main()"
-    command = [sys.executable, "-c", command, "serve", "--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1"]
+    command = [sys.executable, "-c", command, *serve, "--device", "cpu", "--host", "127.0.0.1"]
     with (tmp_path / "log").open("w") as log:
         piped = dict(stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": ""})
         server = subprocess.Popen([*command, "--port", str(port)], **piped)

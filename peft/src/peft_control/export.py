@@ -226,7 +226,7 @@ def _card(model: PreTrainedModel, auto: str, config: ControlConfig, adapter: str
     base = config.base_model_name_or_path
     serve = ""
     if auto == "AutoModelForCausalLM":
-        serve = "\nIt also runs under `transformers serve --trust_remote_code`.\n"
+        serve = "\nIt also runs under `transformers serve --trust-remote-code`.\n"
     return f"""---
 library_name: transformers
 tags: [parallel-control]
