@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import tiny_models
 import torch
+from accelerate import cpu_offload
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from tiny_models import FAMILIES, MODELS, build, is_adapter, logits, randomize_adapters
 from torch import nn
@@ -329,6 +330,21 @@ def test_what_a_control_cannot_do():
         with pytest.raises(ValueError, match="or trainable_token_indices cannot be combined"):
             llama(**fields).add_weighted_adapter(["default"], [1.0], "sum", "cat")
     assert torch.equal(outputs(model), outputs(llama("control+lora")))  # nothing was left half-done
+
+
+def test_weights_that_accelerate_has_offloaded(base_folder, tmp_path):
+    """Its hooks fetch them for modules that are called; to layers that lie elsewhere already no control can be added."""
+    model = llama("control+lora", control_bias=True)
+    expected = outputs(model)
+    cpu_offload(model, torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(outputs(model), expected)
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.1", "model.norm", "lm_head"), "cpu")
+    base = AutoModelForCausalLM.from_pretrained(
+        base_folder, device_map={**places, "model.layers.0": "disk"}, offload_folder=tmp_path
+    )
+    with pytest.raises(ValueError, match="accelerate has offloaded weights"):
+        get_peft_model(base, config_of())
 
 
 def test_forwards_that_a_control_cannot_follow_are_errors():

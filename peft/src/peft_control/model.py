@@ -53,6 +53,11 @@ class ControlModel(LoraModel):
             architecture.check(layer)
         if not config.inference_mode and any(type(module).__name__ == "Mxfp4GptOssExperts" for module in model.modules()):
             raise ValueError(NO_GRADIENT)
+        device_map = getattr(model, "hf_device_map", {})
+        if {"cpu", "disk"} & {*device_map.values()} and any(
+            p.is_meta for layer, _ in layers.values() for p in layer.parameters()
+        ):
+            raise ValueError(OFFLOADED)
         for architecture in {row.name: row for _, row in layers.values()}.values():
             if unknown := [block for block in config.control_blocks if block not in architecture.blocks]:
                 raise ValueError(
@@ -246,6 +251,11 @@ class ControlModel(LoraModel):
 NO_GRADIENT = (
     "experts in MXFP4 pass no gradient on, so nothing can be trained below them: load the model with "
     "quantization_config=Mxfp4Config(dequantize=True)"
+)
+
+OFFLOADED = (
+    "accelerate has offloaded weights of layers that get a control: load the base without device_map and call "
+    "set_memory_mode(model, 'lean', stream_weights=True)"
 )
 
 NOT_INTO_FP8 = "LoRA and DoRA are not merged into an FP8 base: load the base in 16 bits and merge there"
