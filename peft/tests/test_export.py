@@ -28,10 +28,13 @@ KINDS = {  # peft's task, and transformers' class
 TARGETS = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"]}
 
 
-def adapter(folder, family="llama", dtype=torch.float32, config=None, **fields) -> PeftModel:
-    """Save a tiny base and an adapter of it below ``folder``; return the adapted model in eval mode."""
+def adapter(folder, family="llama", dtype=torch.float32, config=None, tokens=None, **fields) -> PeftModel:
+    """Save a tiny base and an adapter of it below ``folder``; return the adapted model in eval mode. ``tokens``: how many the
+    base has from then on."""
     build(family, dtype, **config or {}).save_pretrained(folder / "base")
     base = type(build(family)).from_pretrained(folder / "base")
+    if tokens:
+        base.resize_token_embeddings(tokens, mean_resizing=False)
     kind = MODELS[family].kind
     heads = {"modules_to_save": ["classifier"]} if kind == "vision" else {}
     task = KINDS[kind][0] if kind in KINDS else None
@@ -119,6 +122,19 @@ def test_what_an_adapter_makes_of_tied_embeddings(fields, family, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     export(str(tmp_path / "adapter"), tmp_path / "out")
     assert_same(model, reload(tmp_path, family), family, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {}),
+        ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        ("t5", {"target_modules": ["shared"]}),  # which then is one module with those of encoder and decoder
+        ("t5", {"trainable_token_indices": [4, 65]}),
+    ],
+)
+def test_tokens_that_were_added_to_the_base(family, fields, tmp_path):
+    assert_same(*exported(tmp_path, family, tokens=70, **fields), family, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,6 +7,7 @@ LoRA and DoRA parts are merged.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import json
@@ -97,6 +98,12 @@ def _load(adapter: str, config: ControlConfig, base: str | None, dtype: str) -> 
     if labels.get("num_labels") == base_config.num_labels:
         labels = {}  # the base has names for them
     loaded = cls.from_pretrained(place, dtype=dtype, ignore_mismatched_sizes=True, **labels)
+    for name, module in loaded.named_modules():
+        keys = [f"base_model.model.{name}.{part}weight" for part in ("", "base_layer.", "token_adapter.base_layer.")]
+        found = next((saved[key] for key in keys if key in saved), None)
+        if isinstance(module, torch.nn.Embedding) and found is not None and len(found) != module.num_embeddings:
+            loaded.resize_token_embeddings(len(found), mean_resizing=False)  # tokens were added before the adapter was trained
+            break
     model = PeftModel.from_pretrained(loaded, adapter).eval()
     if missing := sorted(get_peft_model_state_dict(model).keys() - saved.keys()):
         raise ValueError(f"{adapter} lacks {len(missing)} tensors, for example {missing[0]}")
@@ -155,11 +162,14 @@ def _take_apart(model: PeftModel) -> tuple[dict, dict[str, torch.Tensor]]:
             for key, tensor in linear.state_dict().items():
                 weights[f"{name}.{letter}.{key}"] = tensor.to(dtype)
     shared = set()
-    for module in base.modules():  # the adapter may change one of two that are tied
-        weight = module._parameters.get("weight")
-        if weight is not None and id(weight) in shared:
-            module.weight = torch.nn.Parameter(weight.detach().clone())
-        shared.add(id(weight))
+    for parent in [*base.modules()]:  # the adapter may change one of two that are tied, or that are one module
+        for name, module in parent.named_children():
+            weight = module._parameters.get("weight")
+            if weight is not None and id(weight) in shared:
+                twin = copy.copy(module)
+                twin._parameters = {**module._parameters, "weight": torch.nn.Parameter(weight.detach().clone())}
+                setattr(parent, name, twin)
+            shared.add(id(weight))
     for module in base.modules():
         if isinstance(module, (LoraLayer, TrainableTokensLayer)):
             module.merge(safe_merge=True)
