@@ -14,7 +14,8 @@ import tiny_models
 import torch
 from accelerate import cpu_offload
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
-from tiny_models import FAMILIES, MODELS, build, is_adapter, logits, randomize_adapters
+from safetensors.torch import load_file
+from tiny_models import FAMILIES, MODELS, assert_equal, build, is_adapter, logits, randomize_adapters
 from torch import nn
 from transformers import ArceeConfig, ArceeForCausalLM, AutoModelForCausalLM
 
@@ -311,6 +312,17 @@ def test_half_precision_bases_and_autocast_have_float32_adapters(base, cast, aut
     assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in parameters)
     exact = outputs(llama("control+lora"))
     assert (output.logits.float() - exact).norm() < 0.05 * exact.norm()
+
+
+def test_a_base_stored_in_fp8_rounds_no_adapter(tmp_path):
+    """transformers' load_adapter reads an adapter into parameters of the type of the layer's."""
+    llama().save_pretrained(tmp_path)
+    base = build("llama")
+    for layer in base.model.layers:
+        layer.self_attn.q_proj.weight.data = layer.self_attn.q_proj.weight.data.to(torch.float8_e4m3fn)
+    base.load_adapter(str(tmp_path))
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert_equal(base.get_adapter_state_dict(), {name.removeprefix("base_model.model."): x for name, x in saved.items()})
 
 
 # -- what cannot be done ------------------------------------------------------------------------------------

@@ -255,9 +255,10 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         return [d[adapter_name] for d in (self.control_A, self.control_B) if adapter_name in d]
 
     def _reference(self) -> torch.Tensor:
-        """A parameter of the frozen layer that shows its device and floating dtype (quantized ones do not)."""
+        """A parameter of the frozen layer that shows its device and floating dtype (quantized ones do not, FP8 among them)."""
         own = {id(parameter) for parameter in self.parameters()}
-        return next(p for p in self.layer.parameters() if id(p) not in own and p.is_floating_point())
+        wide = (p for p in self.layer.parameters() if p.is_floating_point() and p.element_size() > 1)
+        return next(p for p in wide if id(p) not in own)
 
     def merge(self, *args, **kwargs):
         """Does nothing: beside it the LoRA part is merged, and the control stays (see ``ControlModel``)."""
