@@ -281,6 +281,7 @@ def test_rank_and_alpha_patterns(tmp_path):
         ("llama", {"layers_to_transform": 0}, ["layers.0"]),
         ("llama", {"exclude_modules": ["layers.0"]}, ["layers.1"]),
         ("llama", {"exclude_modules": r".*layers\.1"}, ["layers.0"]),
+        ("llama", {"modules_to_save": ["layers.0"]}, ["layers.1"]),
         ("qwen2_5_vl", {}, [f"{part}.{n}" for part in ("visual.blocks", "language_model.layers") for n in (0, 1)]),
         ("qwen2_5_vl", {"layers_pattern": "language_model.layers"}, ["language_model.layers.0", "language_model.layers.1"]),
         ("qwen2_5_vl", {"layers_pattern": ["blocks"], "layers_to_transform": [1]}, ["visual.blocks.1"]),
@@ -495,7 +496,7 @@ def test_bad_configurations(fields, message):
         ({"layers_to_transform": []}, "layers_to_transform is empty"),
         ({"control_rank_pattern": {"mpl": 2}}, "control_rank_pattern .mpl. matches no block"),
         ({"target_modules": ["q_porj"]}, r"target_modules \{'q_porj'\} not found in LlamaForCausalLM"),
-        ({"exclude_modules": ".*layers.*"}, "exclude_modules leaves no layer to control"),
+        ({"exclude_modules": ".*layers.*"}, "exclude_modules and modules_to_save leave no layer to control"),
         ({"layers_pattern": "blocks"}, "layers_pattern 'blocks' leaves none of model.layers.0, model.layers.1"),
         ({"control_architecture": ROW}, r"LlamaForCausalLM has no layer of class 'OwnLayer'"),
         (

@@ -72,10 +72,9 @@ class ControlModel(LoraModel):
             layers = {name: entry for name, entry in layers.items() if index[name] in wanted}
             if missing := wanted - set(index.values()):
                 raise ValueError(f"layers_to_transform names layers that do not exist: {sorted(missing)}")
-        if config.exclude_modules:
-            layers = {name: entry for name, entry in layers.items() if not _excluded(config, name)}
+        layers = {name: entry for name, entry in layers.items() if not _excluded(config, name)}
         if not layers:
-            raise ValueError("exclude_modules leaves no layer to control")
+            raise ValueError("exclude_modules and modules_to_save leave no layer to control")
         for name, (layer, architecture) in layers.items():
             for block in config.control_blocks:
                 control = getattr(layer, f"{block}_control", None)
@@ -274,6 +273,8 @@ def _by_pattern(pattern: dict, key: str, default):
 
 
 def _excluded(config: ControlConfig, name: str) -> bool:
+    if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.modules_to_save or ()):
+        return True  # trained as a whole: upstream puts no adapter into such modules either
     exclude = config.exclude_modules or []
     if isinstance(exclude, str):
         return re.fullmatch(exclude, name) is not None
