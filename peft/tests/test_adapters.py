@@ -200,6 +200,21 @@ def test_set_disable_delete_unload():
     assert torch.equal(outputs(get_peft_model(unloaded, config_of()).eval()), plain)
 
 
+@pytest.mark.parametrize("left", [("two",), ("two", "three")])
+def test_one_adapter_takes_the_place_of_a_deleted_one(left):
+    """Of layers that have different ones."""
+    blocks = {"one": ["mlp"], "two": ["attention"], "three": ["mlp"]}
+    model = get_peft_model(build("llama"), config_of(), adapter_name="one").eval()
+    for name in left:
+        model.add_adapter(name, config_of(control_blocks=blocks[name], init_weights=False))
+    model.set_adapter("two")
+    expected = outputs(model)
+    model.set_adapter("one")
+    model.delete_adapter("one")
+    assert model.active_adapters == ["two"] and torch.equal(outputs(model), expected)
+    assert {name.split(".")[-2] for name in trained(model)} == {"two"}
+
+
 @pytest.mark.parametrize("method", ["control", "control+lora"])
 @pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
 def test_weighted_adapters(method, kind, tmp_path):

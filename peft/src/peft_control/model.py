@@ -126,6 +126,13 @@ class ControlModel(LoraModel):
                 inference_mode=config.inference_mode,
             )
 
+    def delete_adapter(self, adapter_name):
+        """As upstream's; if it was the active one, the first of those that are left becomes so in all layers."""
+        active = self.active_adapters
+        super().delete_adapter(adapter_name)
+        if adapter_name in active and self.peft_config:  # each layer has chosen among its own
+            self.set_adapter([name for name in active if name != adapter_name] or [*self.peft_config][:1])
+
     def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", svd_rank=None, **options):
         """Add the adapter whose control is the sum of ``weights[i]`` times that of ``adapters[i]``; see :meth:`ControlLayer.combine`.
 
