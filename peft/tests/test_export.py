@@ -92,6 +92,14 @@ def test_an_adapter_without_a_task_is_loaded_by_its_models_auto_class(family, au
     assert_same(model, getattr(transformers, auto).from_pretrained(tmp_path / "out", trust_remote_code=True).eval(), family)
 
 
+def test_a_task_of_text_over_images(tmp_path):
+    """TRL's examples of vision and language have peft's task CAUSAL_LM."""
+    model = adapter(tmp_path, "qwen2_5_vl", task_type="CAUSAL_LM")
+    export(str(tmp_path / "adapter"), tmp_path / "out")
+    auto = transformers.AutoModelForImageTextToText
+    assert_same(model, auto.from_pretrained(tmp_path / "out", trust_remote_code=True).eval(), "qwen2_5_vl")
+
+
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("family", TARGETS)
 def test_the_part_on_weights_is_merged(family, use_dora, tmp_path):

@@ -88,6 +88,8 @@ def _load(adapter: str, config: ControlConfig, base: str | None, dtype: str) -> 
     if os.path.isdir(adapter) and not os.path.exists(os.path.join(adapter, "adapter_model.safetensors")):
         raise ValueError(f"{adapter} has no adapter_model.safetensors")
     base_config = AutoConfig.from_pretrained(place)
+    if config.task_type and base_config.architectures and type(base_config) not in cls._model_mapping:
+        cls, auto = _named("transformers", base_config.architectures[0])  # peft's tasks know nothing of images
     if getattr(base_config, "quantization_config", None):
         raise ValueError(f"{place} is quantized, and export needs its weights: pass --base FOLDER of the original")
     saved = load_peft_weights(adapter, device="cpu")
@@ -110,7 +112,7 @@ def _load(adapter: str, config: ControlConfig, base: str | None, dtype: str) -> 
     return model, auto
 
 
-def _base_class(config: ControlConfig) -> tuple[type, str]:
+def _base_class(config: ControlConfig) -> tuple[Any, str]:
     if config.task_type:
         auto = f"Auto{AUTO_CLASSES[config.task_type]}".replace("AutoModelForFeatureExtraction", "AutoModel")
         return getattr(transformers, auto), auto
@@ -121,6 +123,10 @@ def _base_class(config: ControlConfig) -> tuple[type, str]:
             f"the adapter's base is {library}.{name}: only models of transformers can be exported; serve it as it was "
             "trained, with PeftModel.from_pretrained"
         )
+    return _named(library, name)
+
+
+def _named(library: str, name: str) -> tuple[Any, str]:
     task = re.search(r"For\w+$", name)
     auto = next((auto for auto, models in TABLES.items() if name in models.values()), f"AutoModel{task[0] if task else ''}")
     return getattr(importlib.import_module(library), name), auto
