@@ -12,6 +12,7 @@ import urllib.request
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, MODELS, build, logits, randomize_adapters, skip_before, word_tokenizer
@@ -155,6 +156,11 @@ def test_generation_with_and_without_cache(dtype, tmp_path):
     assert torch.equal(again.generate(**inputs, **options), expected)
     if dtype == torch.float32:
         assert torch.equal(again.generate(**inputs, **options, use_cache=False), expected)
+
+
+def test_a_model_that_accelerate_has_offloaded(tmp_path):
+    model, again = exported(tmp_path, control_bias=True)
+    assert_same(model, cpu_offload(again, torch.device("cpu")), "llama")
 
 
 def test_trained_head_names_of_classes_and_backbone(tmp_path):
