@@ -12,8 +12,10 @@ from unittest.mock import patch
 import pytest
 import tiny_models
 import torch
+from accelerate import cpu_offload
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
-from tiny_models import FAMILIES, MODELS, build, is_adapter, logits, randomize_adapters
+from safetensors.torch import load_file
+from tiny_models import FAMILIES, MODELS, assert_equal, build, is_adapter, logits, randomize_adapters
 from torch import nn
 from transformers import ArceeConfig, ArceeForCausalLM, AutoModelForCausalLM
 
@@ -198,6 +200,21 @@ def test_set_disable_delete_unload():
     assert torch.equal(outputs(get_peft_model(unloaded, config_of()).eval()), plain)
 
 
+@pytest.mark.parametrize("left", [("two",), ("two", "three")])
+def test_one_adapter_takes_the_place_of_a_deleted_one(left):
+    """Of layers that have different ones."""
+    blocks = {"one": ["mlp"], "two": ["attention"], "three": ["mlp"]}
+    model = get_peft_model(build("llama"), config_of(), adapter_name="one").eval()
+    for name in left:
+        model.add_adapter(name, config_of(control_blocks=blocks[name], init_weights=False))
+    model.set_adapter("two")
+    expected = outputs(model)
+    model.set_adapter("one")
+    model.delete_adapter("one")
+    assert model.active_adapters == ["two"] and torch.equal(outputs(model), expected)
+    assert {name.split(".")[-2] for name in trained(model)} == {"two"}
+
+
 @pytest.mark.parametrize("method", ["control", "control+lora"])
 @pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
 def test_weighted_adapters(method, kind, tmp_path):
@@ -279,6 +296,7 @@ def test_rank_and_alpha_patterns(tmp_path):
         ("llama", {"layers_to_transform": 0}, ["layers.0"]),
         ("llama", {"exclude_modules": ["layers.0"]}, ["layers.1"]),
         ("llama", {"exclude_modules": r".*layers\.1"}, ["layers.0"]),
+        ("llama", {"modules_to_save": ["layers.0"]}, ["layers.1"]),
         ("qwen2_5_vl", {}, [f"{part}.{n}" for part in ("visual.blocks", "language_model.layers") for n in (0, 1)]),
         ("qwen2_5_vl", {"layers_pattern": "language_model.layers"}, ["language_model.layers.0", "language_model.layers.1"]),
         ("qwen2_5_vl", {"layers_pattern": ["blocks"], "layers_to_transform": [1]}, ["visual.blocks.1"]),
@@ -312,6 +330,17 @@ def test_half_precision_bases_and_autocast_have_float32_adapters(base, cast, aut
     assert (output.logits.float() - exact).norm() < 0.05 * exact.norm()
 
 
+def test_a_base_stored_in_fp8_rounds_no_adapter(tmp_path):
+    """transformers' load_adapter reads an adapter into parameters of the type of the layer's."""
+    llama().save_pretrained(tmp_path)
+    base = build("llama")
+    for layer in base.model.layers:
+        layer.self_attn.q_proj.weight.data = layer.self_attn.q_proj.weight.data.to(torch.float8_e4m3fn)
+    base.load_adapter(str(tmp_path))
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert_equal(base.get_adapter_state_dict(), {name.removeprefix("base_model.model."): x for name, x in saved.items()})
+
+
 # -- what cannot be done ------------------------------------------------------------------------------------
 
 
@@ -329,6 +358,21 @@ def test_what_a_control_cannot_do():
         with pytest.raises(ValueError, match="or trainable_token_indices cannot be combined"):
             llama(**fields).add_weighted_adapter(["default"], [1.0], "sum", "cat")
     assert torch.equal(outputs(model), outputs(llama("control+lora")))  # nothing was left half-done
+
+
+def test_weights_that_accelerate_has_offloaded(base_folder, tmp_path):
+    """Its hooks fetch them for modules that are called; to layers that lie elsewhere already no control can be added."""
+    model = llama("control+lora", control_bias=True)
+    expected = outputs(model)
+    cpu_offload(model, torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(outputs(model), expected)
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.1", "model.norm", "lm_head"), "cpu")
+    base = AutoModelForCausalLM.from_pretrained(
+        base_folder, device_map={**places, "model.layers.0": "disk"}, offload_folder=tmp_path
+    )
+    with pytest.raises(ValueError, match="accelerate has offloaded weights"):
+        get_peft_model(base, config_of())
 
 
 def test_forwards_that_a_control_cannot_follow_are_errors():
@@ -467,7 +511,7 @@ def test_bad_configurations(fields, message):
         ({"layers_to_transform": []}, "layers_to_transform is empty"),
         ({"control_rank_pattern": {"mpl": 2}}, "control_rank_pattern .mpl. matches no block"),
         ({"target_modules": ["q_porj"]}, r"target_modules \{'q_porj'\} not found in LlamaForCausalLM"),
-        ({"exclude_modules": ".*layers.*"}, "exclude_modules leaves no layer to control"),
+        ({"exclude_modules": ".*layers.*"}, "exclude_modules and modules_to_save leave no layer to control"),
         ({"layers_pattern": "blocks"}, "layers_pattern 'blocks' leaves none of model.layers.0, model.layers.1"),
         ({"control_architecture": ROW}, r"LlamaForCausalLM has no layer of class 'OwnLayer'"),
         (

@@ -88,6 +88,11 @@ def test_what_trainers_ask_for_and_what_is_not_ours(plugin_module):
     _, config = plugin.load_adapter(build("llama"), {**EXAMPLE, "lora_dropout": 0.0}, config_only=True)
     assert config.target_modules is None
     assert plugin.load_adapter(build("llama"), {"adapter": "lora"}) is None
+    options = {"lora_target_linear": True, "lora_rank_pattern": {"q_proj": 2}, "peft_trainable_token_indices": [4]}
+    model, config = plugin.load_adapter(build("llama"), {**EXAMPLE, **options, "peft_layers_pattern": ["layers"]})
+    layer = model.base_model.model.model.layers[0]
+    assert layer.self_attn.q_proj.r == {"default": 2} and layer.mlp.down_proj.r == {"default": 8}
+    assert (config.trainable_token_indices, config.layers_pattern) == ([4], ["layers"])
 
 
 @pytest.mark.parametrize(

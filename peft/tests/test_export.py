@@ -13,6 +13,7 @@ import urllib.request
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, MODELS, build, logits, randomize_adapters, skip_before, word_tokenizer
@@ -29,10 +30,13 @@ KINDS = {  # peft's task, and transformers' class
 TARGETS = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"]}
 
 
-def adapter(folder, family="llama", dtype=torch.float32, config=None, **fields) -> PeftModel:
-    """Save a tiny base and an adapter of it below ``folder``; return the adapted model in eval mode."""
+def adapter(folder, family="llama", dtype=torch.float32, config=None, tokens=None, **fields) -> PeftModel:
+    """Save a tiny base and an adapter of it below ``folder``; return the adapted model in eval mode. ``tokens``: how many the
+    base has from then on."""
     build(family, dtype, **config or {}).save_pretrained(folder / "base")
     base = type(build(family)).from_pretrained(folder / "base")
+    if tokens:
+        base.resize_token_embeddings(tokens, mean_resizing=False)
     kind = MODELS[family].kind
     heads = {"modules_to_save": ["classifier"]} if kind == "vision" else {}
     task = KINDS[kind][0] if kind in KINDS else None
@@ -90,6 +94,14 @@ def test_an_adapter_without_a_task_is_loaded_by_its_models_auto_class(family, au
     assert_same(model, getattr(transformers, auto).from_pretrained(tmp_path / "out", trust_remote_code=True).eval(), family)
 
 
+def test_a_task_of_text_over_images(tmp_path):
+    """TRL's examples of vision and language have peft's task CAUSAL_LM."""
+    model = adapter(tmp_path, "qwen2_5_vl", task_type="CAUSAL_LM")
+    export(str(tmp_path / "adapter"), tmp_path / "out")
+    auto = transformers.AutoModelForImageTextToText
+    assert_same(model, auto.from_pretrained(tmp_path / "out", trust_remote_code=True).eval(), "qwen2_5_vl")
+
+
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("family", TARGETS)
 def test_the_part_on_weights_is_merged(family, use_dora, tmp_path):
@@ -122,6 +134,19 @@ def test_what_an_adapter_makes_of_tied_embeddings(fields, family, tmp_path):
     assert_same(model, reload(tmp_path, family), family, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {}),
+        ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        ("t5", {"target_modules": ["shared"]}),  # which then is one module with those of encoder and decoder
+        ("t5", {"trainable_token_indices": [4, 65]}),
+    ],
+)
+def test_tokens_that_were_added_to_the_base(family, fields, tmp_path):
+    assert_same(*exported(tmp_path, family, tokens=70, **fields), family, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_generation_with_and_without_cache(dtype, tmp_path):
     model, again = exported(tmp_path, dtype=dtype, control_blocks=["attention", "mlp"])
@@ -132,6 +157,11 @@ def test_generation_with_and_without_cache(dtype, tmp_path):
     assert torch.equal(again.generate(**inputs, **options), expected)
     if dtype == torch.float32:
         assert torch.equal(again.generate(**inputs, **options, use_cache=False), expected)
+
+
+def test_a_model_that_accelerate_has_offloaded(tmp_path):
+    model, again = exported(tmp_path, control_bias=True)
+    assert_same(model, cpu_offload(again, torch.device("cpu")), "llama")
 
 
 def test_trained_head_names_of_classes_and_backbone(tmp_path):

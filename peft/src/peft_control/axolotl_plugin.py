@@ -4,8 +4,8 @@
     adapter: control
     control: {control_blocks: [attention, mlp], control_rank: 64, memory_mode: lean}
 
-``control`` takes the fields of `ControlConfig` and ``memory_mode``. With axolotl's own ``lora_target_modules``, ``lora_r``,
-``lora_alpha``, ``lora_dropout`` and ``peft_use_dora`` the same adapter holds LoRA or DoRA too.
+``control`` takes the fields of `ControlConfig` and ``memory_mode``. With axolotl's own ``lora_target_modules`` or
+``lora_target_linear``, ``lora_r``, ``lora_alpha``, ``lora_dropout`` and ``peft_use_dora`` the same adapter holds LoRA or DoRA too.
 """
 
 from __future__ import annotations
@@ -25,10 +25,23 @@ _LORA = {
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
+    "lora_fan_in_fan_out": "fan_in_fan_out",
+    "lora_rank_pattern": "rank_pattern",
+    "lora_alpha_pattern": "alpha_pattern",
+    "lora_target_parameters": "target_parameters",
+    "peft_init_lora_weights": "init_lora_weights",
     "peft_use_dora": "use_dora",
     "peft_use_rslora": "use_rslora",
 }
-_WHOLE = {"lora_modules_to_save": "modules_to_save", "peft_layers_to_transform": "layers_to_transform"}
+_WHOLE = {
+    "lora_modules_to_save": "modules_to_save",
+    "lora_exclude_modules": "exclude_modules",
+    "peft_layers_to_transform": "layers_to_transform",
+    "peft_layers_pattern": "layers_pattern",
+    "peft_layer_replication": "layer_replication",  # which is refused
+    "peft_trainable_token_indices": "trainable_token_indices",
+    "peft_ensure_weight_tying": "ensure_weight_tying",
+}
 
 
 class ControlArgs(BaseModel):
@@ -72,7 +85,8 @@ class ControlPlugin(BasePlugin):
         """
         if cfg.get("adapter") != "control":
             return None
-        kind = "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else "CAUSAL_LM"
+        heads = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"}
+        kind = next((task for head, task in heads.items() if head in type(model).__name__), "CAUSAL_LM")
         config = _config(cfg, task_type=kind)
         if config_only:
             return None, config
@@ -92,7 +106,8 @@ class ControlPlugin(BasePlugin):
 def _config(cfg, **more) -> ControlConfig:
     own = {name: value for name, value in (cfg.get("control") or {}).items() if name != "memory_mode"}
     given = {ours: cfg[theirs] for theirs, ours in _WHOLE.items() if cfg.get(theirs)}
-    if cfg.get("lora_target_modules"):
-        given["target_modules"] = cfg["lora_target_modules"]
+    targets = "all-linear" if cfg.get("lora_target_linear") else cfg.get("lora_target_modules")
+    if targets or cfg.get("lora_target_parameters"):
+        given["target_modules"] = targets
         given |= {ours: cfg[theirs] for theirs, ours in _LORA.items() if cfg.get(theirs) is not None}
     return ControlConfig(**{**more, **given, **own})

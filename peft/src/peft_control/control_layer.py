@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,10 +69,14 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         return output
 
     def _add(self, name, output, state):
-        down, down_bias, up, up_bias = self._weights(name, state)
-        hidden = F.linear(state, down, down_bias)
-        hidden = F.dropout(hidden, self.dropout[name], self.training)
-        change = F.linear(hidden, up, up_bias).to(output.dtype)
+        A, B = self.linears(name)
+        drop = partial(F.dropout, p=self.dropout[name], training=self.training)
+        if A.weight.is_meta:  # offloaded by accelerate, whose hooks fetch the weights of a module that is called
+            change = B(drop(A(state.to(A.weight.dtype))))
+        else:
+            down, down_bias, up, up_bias = self._weights(name, state)
+            change = F.linear(drop(F.linear(state, down, down_bias)), up, up_bias)
+        change = change.to(output.dtype)
         return torch.add(output, change, alpha=self.alpha[name] / self.multiplier)
 
     def _control_rows(self, names, output, state):
@@ -250,9 +255,10 @@ class ControlLayer(nn.Module, BaseTunerLayer):
         return [d[adapter_name] for d in (self.control_A, self.control_B) if adapter_name in d]
 
     def _reference(self) -> torch.Tensor:
-        """A parameter of the frozen layer that shows its device and floating dtype (quantized ones do not)."""
+        """A parameter of the frozen layer that shows its device and floating dtype (quantized ones do not, FP8 among them)."""
         own = {id(parameter) for parameter in self.parameters()}
-        return next(p for p in self.layer.parameters() if id(p) not in own and p.is_floating_point())
+        wide = (p for p in self.layer.parameters() if p.is_floating_point() and p.element_size() > 1)
+        return next(p for p in wide if id(p) not in own)
 
     def merge(self, *args, **kwargs):
         """Does nothing: beside it the LoRA part is merged, and the control stays (see ``ControlModel``)."""

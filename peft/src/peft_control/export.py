@@ -7,6 +7,7 @@ LoRA and DoRA parts are merged.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import json
@@ -87,6 +88,8 @@ def _load(adapter: str, config: ControlConfig, base: str | None, dtype: str) -> 
     if os.path.isdir(adapter) and not os.path.exists(os.path.join(adapter, "adapter_model.safetensors")):
         raise ValueError(f"{adapter} has no adapter_model.safetensors")
     base_config = AutoConfig.from_pretrained(place)
+    if config.task_type and base_config.architectures and type(base_config) not in cls._model_mapping:
+        cls, auto = _named("transformers", base_config.architectures[0])  # peft's tasks know nothing of images
     if getattr(base_config, "quantization_config", None):
         raise ValueError(f"{place} is quantized, and export needs its weights: pass --base FOLDER of the original")
     saved = load_peft_weights(adapter, device="cpu")
@@ -97,13 +100,19 @@ def _load(adapter: str, config: ControlConfig, base: str | None, dtype: str) -> 
     if labels.get("num_labels") == base_config.num_labels:
         labels = {}  # the base has names for them
     loaded = cls.from_pretrained(place, dtype=dtype, ignore_mismatched_sizes=True, **labels)
+    for name, module in loaded.named_modules():
+        keys = [f"base_model.model.{name}.{part}weight" for part in ("", "base_layer.", "token_adapter.base_layer.")]
+        found = next((saved[key] for key in keys if key in saved), None)
+        if isinstance(module, torch.nn.Embedding) and found is not None and len(found) != module.num_embeddings:
+            loaded.resize_token_embeddings(len(found), mean_resizing=False)  # tokens were added before the adapter was trained
+            break
     model = PeftModel.from_pretrained(loaded, adapter).eval()
     if missing := sorted(get_peft_model_state_dict(model).keys() - saved.keys()):
         raise ValueError(f"{adapter} lacks {len(missing)} tensors, for example {missing[0]}")
     return model, auto
 
 
-def _base_class(config: ControlConfig) -> tuple[type, str]:
+def _base_class(config: ControlConfig) -> tuple[Any, str]:
     if config.task_type:
         auto = f"Auto{AUTO_CLASSES[config.task_type]}".replace("AutoModelForFeatureExtraction", "AutoModel")
         return getattr(transformers, auto), auto
@@ -114,6 +123,10 @@ def _base_class(config: ControlConfig) -> tuple[type, str]:
             f"the adapter's base is {library}.{name}: only models of transformers can be exported; serve it as it was "
             "trained, with PeftModel.from_pretrained"
         )
+    return _named(library, name)
+
+
+def _named(library: str, name: str) -> tuple[Any, str]:
     task = re.search(r"For\w+$", name)
     auto = next((auto for auto, models in TABLES.items() if name in models.values()), f"AutoModel{task[0] if task else ''}")
     return getattr(importlib.import_module(library), name), auto
@@ -155,11 +168,14 @@ def _take_apart(model: PeftModel) -> tuple[dict, dict[str, torch.Tensor]]:
             for key, tensor in linear.state_dict().items():
                 weights[f"{name}.{letter}.{key}"] = tensor.to(dtype)
     shared = set()
-    for module in base.modules():  # the adapter may change one of two that are tied
-        weight = module._parameters.get("weight")
-        if weight is not None and id(weight) in shared:
-            module.weight = torch.nn.Parameter(weight.detach().clone())
-        shared.add(id(weight))
+    for parent in [*base.modules()]:  # the adapter may change one of two that are tied, or that are one module
+        for name, module in parent.named_children():
+            weight = module._parameters.get("weight")
+            if weight is not None and id(weight) in shared:
+                twin = copy.copy(module)
+                twin._parameters = {**module._parameters, "weight": torch.nn.Parameter(weight.detach().clone())}
+                setattr(parent, name, twin)
+            shared.add(id(weight))
     for module in base.modules():
         if isinstance(module, (LoraLayer, TrainableTokensLayer)):
             module.merge(safe_merge=True)

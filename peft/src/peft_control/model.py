@@ -53,6 +53,11 @@ class ControlModel(LoraModel):
             architecture.check(layer)
         if not config.inference_mode and any(type(module).__name__ == "Mxfp4GptOssExperts" for module in model.modules()):
             raise ValueError(NO_GRADIENT)
+        device_map = getattr(model, "hf_device_map", {})
+        if {"cpu", "disk"} & {*device_map.values()} and any(
+            p.is_meta for layer, _ in layers.values() for p in layer.parameters()
+        ):
+            raise ValueError(OFFLOADED)
         for architecture in {row.name: row for _, row in layers.values()}.values():
             if unknown := [block for block in config.control_blocks if block not in architecture.blocks]:
                 raise ValueError(
@@ -67,10 +72,9 @@ class ControlModel(LoraModel):
             layers = {name: entry for name, entry in layers.items() if index[name] in wanted}
             if missing := wanted - set(index.values()):
                 raise ValueError(f"layers_to_transform names layers that do not exist: {sorted(missing)}")
-        if config.exclude_modules:
-            layers = {name: entry for name, entry in layers.items() if not _excluded(config, name)}
+        layers = {name: entry for name, entry in layers.items() if not _excluded(config, name)}
         if not layers:
-            raise ValueError("exclude_modules leaves no layer to control")
+            raise ValueError("exclude_modules and modules_to_save leave no layer to control")
         for name, (layer, architecture) in layers.items():
             for block in config.control_blocks:
                 control = getattr(layer, f"{block}_control", None)
@@ -121,6 +125,13 @@ class ControlModel(LoraModel):
                 identity=config.init_weights,
                 inference_mode=config.inference_mode,
             )
+
+    def delete_adapter(self, adapter_name):
+        """As upstream's; if it was the active one, the first of those that are left becomes so in all layers."""
+        active = self.active_adapters
+        super().delete_adapter(adapter_name)
+        if adapter_name in active and self.peft_config:  # each layer has chosen among its own
+            self.set_adapter([name for name in active if name != adapter_name] or [*self.peft_config][:1])
 
     def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", svd_rank=None, **options):
         """Add the adapter whose control is the sum of ``weights[i]`` times that of ``adapters[i]``; see :meth:`ControlLayer.combine`.
@@ -248,6 +259,11 @@ NO_GRADIENT = (
     "quantization_config=Mxfp4Config(dequantize=True)"
 )
 
+OFFLOADED = (
+    "accelerate has offloaded weights of layers that get a control: load the base without device_map and call "
+    "set_memory_mode(model, 'lean', stream_weights=True)"
+)
+
 NOT_INTO_FP8 = "LoRA and DoRA are not merged into an FP8 base: load the base in 16 bits and merge there"
 
 
@@ -264,6 +280,8 @@ def _by_pattern(pattern: dict, key: str, default):
 
 
 def _excluded(config: ControlConfig, name: str) -> bool:
+    if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.modules_to_save or ()):
+        return True  # trained as a whole: upstream puts no adapter into such modules either
     exclude = config.exclude_modules or []
     if isinstance(exclude, str):
         return re.fullmatch(exclude, name) is not None

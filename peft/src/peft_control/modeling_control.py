@@ -50,6 +50,8 @@ class Control(nn.Module):
 
 
 def linear(x, layer):
+    if layer.weight.is_meta:  # offloaded by accelerate, whose hooks fetch the weights of a module that is called
+        return layer(x.to(layer.weight.dtype))
     return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
