@@ -198,7 +198,7 @@ def test_eager_attention_with_as_many_keys_as_queries(mode):
     set_memory_mode(model, mode)
     close(gradients_of(model, ids), reference, 1e-3)
     blocks = [layer.memory_plan.mlp for layer in model.get_base_model().model.layers]
-    assert all((block.stacked is not None) == (mode == "fast") for block in blocks)
+    assert all((len(block.joined.now()) == 1) == (mode == "fast") for block in blocks)
 
 
 def test_graphs_follow_shapes_and_refuse_what_would_be_wrong():

@@ -177,7 +177,7 @@ def _plan_layers(model, mode, chunk_tokens, offload, paced):
             states = mode == "lean" and (_overlaps(layer, 2 * width * size) if offload is None else offload)
             waits = plan.attention_on_host or states
             if mode == "fast" and isinstance(plan.mlp, GatedMlp) and plan.mlp.norm.weight.device.type == _STACKED_ON:
-                plan.mlp.stack()
+                plan.mlp.joined.join()
         plan.host = host if waits else None
         enter(layer, plan)
     return plans

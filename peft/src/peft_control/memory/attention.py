@@ -178,14 +178,14 @@ class DecoderAttention:
         """The state's gradient for those of queries, keys and values of a frozen attention, which leave the list ``gradients``;
         added up with ``dy`` if that is given, in its memory if ``in_place``. ``kept`` is what :meth:`heads` gives besides, or
         nothing where there are no norms of heads."""
-        norm, dnormal, joint = self.norm, None, joint_format(self.projections)
+        norm, dnormal, scales, joint = self.norm, None, None, joint_format(self.projections)
         rstd, before = (kept[0], kept[1:]) if kept else (None, [])
         query, key, value = gradients
         gradients.clear()
         if joint is not None and not before:
-            rows, dtype = kernels.rope_backward_rows(query, key, value, cos, sin, *joint), query.dtype
+            rows, scales = kernels.rope_backward_rows(query, key, value, cos, sin, *joint)
             del query, key, value
-            dnormal = joint_gradient(rows, self.projections, dtype)
+            dnormal = joint_gradient(rows, self.projections)
             del rows
         else:
             gradients += [*kernels.rope(query, key, cos, sin, backward=True), value]
@@ -200,7 +200,7 @@ class DecoderAttention:
         if rstd is None:
             _, rstd = kernels.rms_norm(flat, norm.weight, norm.variance_epsilon)
         out = dflat if in_place else None
-        return kernels.rms_norm_backward(dnormal, flat, norm.weight, rstd, residual=dflat, out=out).view(state.shape)
+        return kernels.rms_norm_backward(dnormal, flat, norm.weight, rstd, dflat, out, scales).view(state.shape)
 
     def _mixed_values(self, state, attention_mask=None, *, position_embeddings, keep=None, **named):
         """What the output projection takes, ``(batch, tokens, heads * head_dim)``, and the state for what is added to it."""

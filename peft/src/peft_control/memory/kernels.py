@@ -60,17 +60,19 @@ def rms_norm_rows(x, weight, eps):
     return (q, scale), rstd
 
 
-def rms_norm_backward(dy, x, weight, rstd, residual=None, out=None):
-    """Return ``dx`` of :func:`rms_norm` for a frozen weight, plus ``residual`` if given; in ``out`` if given."""
+def rms_norm_backward(dy, x, weight, rstd, residual=None, out=None, scales=None):
+    """Return ``dx`` of :func:`rms_norm` for a frozen weight, plus ``residual`` if given; in ``out`` if given. ``scales``
+    ``(tokens, 1)`` are factors of the rows of ``dy``."""
     if _use_triton(x):
         dy, x = dy.contiguous(), x.contiguous()
         residual = None if residual is None else residual.contiguous()
         dx = torch.empty_like(x) if out is None else out
         _rms_norm_backward_kernel[(x.shape[0],)](
-            dy, x, weight, rstd, residual, dx, x.shape[1], HAS_RESIDUAL=residual is not None, **_row_launch(x.shape[1])
+            dy, x, weight, rstd, scales, residual, dx, x.shape[1],
+            HAS_RESIDUAL=residual is not None, **_row_launch(x.shape[1]),
         )  # fmt: skip
         return dx
-    wide, dn = _wide(x), _wide(dy) * _wide(weight)
+    wide, dn = _wide(x), _wide(dy) * _wide(weight) * (1 if scales is None else scales)
     rstd = rstd[:, None]
     dx = rstd * dn - rstd**3 * wide * (dn * wide).mean(-1, keepdim=True)
     return _into(out, (dx if residual is None else dx + residual).to(x.dtype))
@@ -194,8 +196,11 @@ def swiglu_backward_rows(gate, up, dact, dtype, columns):
         return quantize_rows(gradients, dtype, torch.cat(columns))
     width, dact = gate.shape[1], dact.contiguous()
     q, scale = empty_rows(gate, 2 * width, dtype)
+    launch = row_launch(width, dtype)
+    # as many registers as there are for so many threads: the compiler takes fewer, and a tenth more time
+    registers = {"maxnreg": 64} if launch["num_warps"] == 32 else {}
     _swiglu_backward_rows_kernel[(len(gate),)](
-        gate, up, dact, *columns, q, scale, gate.stride(0), up.stride(0), width, **row_launch(width, dtype)
+        gate, up, dact, *columns, q, scale, gate.stride(0), up.stride(0), width, **launch, **registers
     )
     return q, scale
 
@@ -328,7 +333,9 @@ if triton is not None:
         tl.store(y + row * width + column, normal.to(y.dtype.element_ty), mask=mask)
 
     @triton.jit
-    def _rms_norm_backward_kernel(dy, x, weight, rstd, residual, dx, width, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
+    def _rms_norm_backward_kernel(
+        dy, x, weight, rstd, scales, residual, dx, width, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
+    ):
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         mask = column < width
@@ -336,6 +343,8 @@ if triton is not None:
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
         dn = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32) * w
+        if scales is not None:
+            dn *= tl.load(scales + row)
         scale = tl.load(rstd + row)
         out = scale * dn - scale * scale * scale * value * (tl.sum(dn * value) / width)
         if HAS_RESIDUAL:

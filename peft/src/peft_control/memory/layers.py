@@ -129,8 +129,8 @@ class LayerPlan:
                 warnings.warn(f"{self.reason}: {type(layer).__name__} runs its own forward from here on", stacklevel=4)
             return
         self.mlp = self.halves.mlp
-        if before is not None:
-            self.mlp.stacked = before.mlp.stacked  # the weights still lie where they were put
+        if before is not None and before.mlp.linears == self.mlp.linears:
+            self.mlp.joined = before.mlp.joined  # the weights still lie where they were put
         self.chunk = self.chosen_chunk or max(self.mlp.CHUNK_ELEMENTS // self.mlp.width, 1)
         self.keep = self.mlp.KEEP[self.mode]
         of_mlp = {module for part in self.halves.mlp_modules for module in part.modules()}

@@ -50,6 +50,50 @@ def rows_are_apart(linears: Sequence[nn.Linear]) -> bool:
     return len(kinds) == 1 and not any(linear.weight.dtype == torch.int8 for linear in linears)
 
 
+class Joined:
+    """Frozen linear layers of one input. Once they are :meth:`joined <join>`, one product computes them all.
+
+    They stay parameters with storages of their own, which is how they are saved, loaded and moved.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear]):
+        self.linears = [*linears]
+        self._whole: nn.Linear | None = None
+
+    def join(self) -> None:
+        """Lay their parameters one behind the other in memory, where all are dense or all FP8."""
+        kinds = {
+            (
+                type(linear),
+                *((name, p.dtype, type(p.data), p.shape[1:]) for name, p in linear._parameters.items() if p is not None),
+            )
+            for linear in self.linears
+        }
+        kind, *parameters = kinds.pop()
+        alike = kind in (nn.Linear, Fp8Linear) and all(data is torch.Tensor for _, _, data, _ in parameters) and not kinds
+        if alike and all(linear.weight.numel() for linear in self.linears):
+            self._whole = rows_of(self.linears, [slice(None)] * len(self.linears))
+            for parameter, part in self._parts(self._whole):
+                parameter.data = torch.from_dlpack(part)
+
+    def now(self) -> list[nn.Linear]:
+        """One layer for all, while their parameters are where ``join`` has put them and nothing is hooked to them; else they
+        themselves."""
+        if self._whole is not None:
+            hooked = any(x._forward_hooks or x._forward_pre_hooks or "forward" in vars(x) for x in self.linears)
+            if not hooked and all(parameter.data_ptr() == part.data_ptr() for parameter, part in self._parts(self._whole)):
+                return [self._whole]
+            self._whole = None
+        return self.linears
+
+    def _parts(self, whole):
+        """Pairs of a layer's parameter and its place in that of the ``whole``."""
+        for name, joined in whole._parameters.items():
+            if joined is not None:
+                places = joined.data.split([linear.out_features for linear in self.linears])
+                yield from zip((linear._parameters[name] for linear in self.linears), places)
+
+
 def rows_of(linears: Sequence[nn.Linear], rows: Sequence[slice]) -> nn.Linear:
     """One layer that computes some outputs of each of ``linears``, which are dense or FP8, one behind the other."""
     named = {
@@ -134,7 +178,7 @@ def joint_format(linears: Sequence[nn.Linear]) -> tuple[torch.dtype, list[torch.
     return FORMATS[found[0].gradients], [linear.weight_scale.float() for linear in found]
 
 
-def joint_gradient(rows: tuple[torch.Tensor, torch.Tensor], linears: Sequence[nn.Linear], dtype: torch.dtype) -> torch.Tensor:
-    """The shared input's gradient in ``dtype`` for the gradients of the outputs, side by side in ``rows``, as
-    :func:`joint_format` says."""
-    return gradient_of_rows(rows, transposed(*(linear.weight for linear in linears)), dtype)
+def joint_gradient(rows: torch.Tensor, linears: Sequence[nn.Linear]) -> torch.Tensor:
+    """The shared input's gradient in bfloat16 for the quantized gradients of the outputs, side by side in ``rows``, as
+    :func:`joint_format` says. The rows' scales are left for what reads it: wide products without them are faster."""
+    return gradient_of_rows((rows, None), transposed(*(linear.weight for linear in linears)), torch.bfloat16)
