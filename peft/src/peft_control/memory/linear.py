@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,24 +60,21 @@ class Joined:
         self.linears = [*linears]
         self._whole: nn.Linear | None = None
 
-    def join(self) -> None:
-        """Lay their parameters one behind the other in memory, where all are dense or all FP8."""
-        kinds = {
-            (
-                type(linear),
-                *((name, p.dtype, type(p.data), p.shape[1:]) for name, p in linear._parameters.items() if p is not None),
-            )
-            for linear in self.linears
+    def join(self, device: str) -> None:
+        """Lay their parameters one behind the other in memory, if all are dense or all FP8 and on such a ``device``."""
+        if not all(map(is_frozen_linear, self.linears)):
+            return
+        (kind, data, place, full, *_), *others = {
+            (type(x), type(x.weight.data), x.weight.device.type, x.weight.numel() > 0, x.weight.dtype, x.bias is None)
+            for x in self.linears
         }
-        kind, *parameters = kinds.pop()
-        alike = kind in (nn.Linear, Fp8Linear) and all(data is torch.Tensor for _, _, data, _ in parameters) and not kinds
-        if alike and all(linear.weight.numel() for linear in self.linears):
+        if not others and kind in (nn.Linear, Fp8Linear) and data is torch.Tensor and place == device and full:
             self._whole = rows_of(self.linears, [slice(None)] * len(self.linears))
             for parameter, part in self._parts(self._whole):
                 parameter.data = torch.from_dlpack(part)
 
     def now(self) -> list[nn.Linear]:
-        """One layer for all, while their parameters are where ``join`` has put them and nothing is hooked to them; else they
+        """One layer for all, while their parameters are where :meth:`join` has put them and nothing is hooked to them; else they
         themselves."""
         if self._whole is not None:
             hooked = any(x._forward_hooks or x._forward_pre_hooks or "forward" in vars(x) for x in self.linears)
@@ -86,12 +83,17 @@ class Joined:
             self._whole = None
         return self.linears
 
-    def _parts(self, whole):
-        """Pairs of a layer's parameter and its place in that of the ``whole``."""
+    def take_over(self, other: Joined) -> None:
+        """What ``other`` has joined, if those are the same layers."""
+        if other.linears == self.linears:
+            self._whole = other._whole
+
+    def _parts(self, whole: nn.Linear) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Pairs of a layer's parameter and its part of the ``whole``'s."""
         for name, joined in whole._parameters.items():
             if joined is not None:
-                places = joined.data.split([linear.out_features for linear in self.linears])
-                yield from zip((linear._parameters[name] for linear in self.linears), places)
+                parts = joined.data.split([linear.out_features for linear in self.linears])
+                yield from zip((linear.get_parameter(name) for linear in self.linears), parts)
 
 
 def rows_of(linears: Sequence[nn.Linear], rows: Sequence[slice]) -> nn.Linear:

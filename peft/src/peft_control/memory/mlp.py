@@ -32,7 +32,6 @@ class Mlp:
             launch-bound.
         norm, linears: its modules.
         width: of its intermediate tensor.
-        joined: those of one input.
     """
 
     KEEP: dict[str, int]
@@ -46,7 +45,6 @@ class Mlp:
                 "somebody else"
             )
         self.norm, self.linears, self.width = norm, [*linears], linears[0].out_features
-        self.joined = Joined([])
 
     def draws(self) -> bool:
         """Whether dropout inside draws numbers that ``backward`` could not draw again: then the layer runs its own forward."""
@@ -89,7 +87,7 @@ class GatedMlp(Mlp):
         few = state.numel() // state.shape[-1] * self.width < self.DENSE_FROM * self.CHUNK_ELEMENTS
         if few:
             return self
-        twin = super().for_chunks(state)
+        twin: Any = super().for_chunks(state)
         twin.joined = Joined(twin.linears[:2])
         return twin
 
