@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from control_experiments.errors import UserError
 from control_experiments.training.quantization import check_not_quantized, loading_arguments, quantization_of
-from peft_control import Fp8Config, Fp8Experts, Fp8Linear, fp8, quantize_fp8
+from peft_control import Fp8Config, Fp8Experts, Fp8Linear, fp8, memory, quantize_fp8
 from peft_control.memory import MODES, kernels, loss, set_memory_mode
 from peft_control.memory.linear import input_gradient, joint_format, joint_gradient, outputs, rows_of
 
@@ -36,7 +36,8 @@ def on_kernels(monkeypatch):
 
     def noted(a, b, **named):
         assert a.is_contiguous() and b.t().is_contiguous()  # what cuBLAS and CUTLASS ask for
-        assert named["scale_a"].shape == (len(a), 1) and named["scale_b"].shape == (1, b.shape[1])
+        shapes = named["scale_a"].shape, named["scale_b"].shape
+        assert shapes in (((len(a), 1), (1, b.shape[1])), ((1, 1), (1, 1)))
         calls.append((a.dtype, b.dtype, *a.shape, b.shape[1]))
         return own(a, b, **named)
 
@@ -150,7 +151,8 @@ def test_layers_of_one_input_share_the_gradients_product(gradients, kind, on_ker
     linears = [layer(out=out, gradients=gradients, seed=out) for out in (64, 32, 16)]
     dy = random(15, 112, seed=2).to(kind)
     dtype, columns = joint_format(linears)
-    found = joint_gradient(fp8.quantize_rows(dy, dtype, torch.cat(columns)), linears, kind)
+    rows, scales = fp8.quantize_rows(dy, dtype, torch.cat(columns))
+    found = joint_gradient(rows, linears).to(kind) * scales
     assert on_kernels == [(fp8.FORMATS[gradients], E4M3, 15, 112, 48)]
     assert torch.equal(found, rows_of(linears, [slice(None)] * 3).input_gradient(dy))
     assert joint_format([*linears, torch.nn.Linear(48, 16)]) is None
@@ -345,6 +347,24 @@ def test_an_output_layer_in_fp8_trains_in_every_mode_and_answers():
         states = model.get_base_model().model(input_ids=ids).last_hidden_state
         assert torch.equal(model(input_ids=ids).logits, base.lm_head(states))
     assert model.generate(input_ids=ids[:, :4], max_new_tokens=3, do_sample=False).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_layers_of_one_input_are_joined_in_mode_fast(name, monkeypatch):
+    """Then one product computes them, with the same result, and are stored as before."""
+    model, products = adapted(quantize_fp8(build(name))), []
+    before = copy.deepcopy(model.state_dict())
+    of_rows = Fp8Linear.of_rows
+    monkeypatch.setattr(Fp8Linear, "of_rows", lambda linear, *rows: products.append(linear) or of_rows(linear, *rows))
+    found = []
+    for device in ("cuda", "cpu"):
+        monkeypatch.setattr(memory, "_JOINED_ON", device)
+        products.clear()
+        found.append((step_on(set_memory_mode(model, "fast"), IDS), len(products)))
+    (one, apart), (two, joined) = found
+    assert joined == apart - 3 * model.config.num_hidden_layers
+    assert one[0] == two[0] and all(torch.equal(gradient, two[1][name]) for name, gradient in one[1].items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_an_output_layer_is_in_fp8_only_if_asked_for(tmp_path):
@@ -554,6 +574,16 @@ for width in (96, 1408):
     assert torch.equal(rstd, expected)
     for one, two in zip((q, scale), fp8_kernels.quantize_rows(normal)):
         assert torch.equal(one.float(), two.float())
+scales = 2.0 ** torch.randint(-3, 3, (5, 1))
+found = kernels.rms_norm_backward(normal, x.float(), weight, rstd, scales=scales)
+joined, tables = torch.randn(10, 8 * 16), [torch.randn(1, 5, 8).repeat(1, 1, 2) for _ in range(2)]
+parts = [part.view(2, 5, -1, 16) for part in joined.split([64, 32, 32], dim=1)]
+turned, value = kernels.rope(*parts[:2], *tables), parts[2].clone()
+assert all(one is two for one, two in zip(kernels.rope(*parts[:2], *tables, in_place=True), parts))
+assert all(torch.equal(one, two) for one, two in zip((*turned, value), parts))
+kernels._use_triton = lambda x: False
+expected = kernels.rms_norm_backward(normal * scales, x.float(), weight, rstd)
+assert torch.allclose(found, expected, atol=1e-5)
 weights = [torch.randint(0, 256, (rows, 48), dtype=torch.uint8) for rows in (300, 16, 7)]
 for some in (weights[:1], weights):
     found, ones = fp8_kernels.transposed(*some)

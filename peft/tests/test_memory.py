@@ -157,14 +157,14 @@ def test_norms_of_heads_that_an_adapter_trains_can_be_switched_off(mode):
 
 @pytest.fixture
 def stacked(monkeypatch):
-    """Mode fast has gate and up as one matmul, as on a GPU."""
-    monkeypatch.setattr(memory, "_STACKED_ON", "cpu")
+    """Mode fast has gate and up as one matmul, and queries, keys and values, as on a GPU."""
+    monkeypatch.setattr(memory, "_JOINED_ON", "cpu")
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stacked_weights_are_one_matmul_and_the_same_model(family, mode, stacked, monkeypatch):
-    """Gate's and up's weights are of shape (48, 32), both together (96, 32)."""
+    """Gate's and up's weights are of shape (48, 32), both together (96, 32); those of keys and values (16, 32), all three (64, 32)."""
     multiplied, linear = Counter(), F.linear
     monkeypatch.setattr(F, "linear", lambda x, w, *b: multiplied.update([tuple(w.shape)]) or linear(x, w, *b))
     model = build(family)
@@ -174,6 +174,7 @@ def test_stacked_weights_are_one_matmul_and_the_same_model(family, mode, stacked
         multiplied.clear()
         _, gradients = loss_and_gradients(one, mode)
         assert (multiplied[48, 32] == 0) == (multiplied[96, 32] > 0) == (mode == "fast")
+        assert (multiplied[16, 32] == 0) == (multiplied[64, 32] > 0) == (mode == "fast")
         assert distance(gradients, reference) <= 1e-10
         assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
 

@@ -250,7 +250,7 @@ def host_of(draw, patch):
     if draw.random() < 0.5:
         patch.setattr(memory, "_PARAMETERS_PER_BYTE", 0)  # layers are large enough to hide all copies
     if draw.random() < 0.3:
-        patch.setattr(memory, "_STACKED_ON", "cpu")
+        patch.setattr(memory, "_JOINED_ON", "cpu")
     if draw.random() < 0.3:  # states of 16 KiB
         free = (draw.randrange(8) * 16 << 10) / 0.75
         patch.setattr(memory.offload, "_free_memory", lambda: free)

@@ -71,6 +71,9 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
     close(y, y_ref, tolerance)
     dx = kernels.rms_norm_backward(dy.cuda(), x.cuda(), w.cuda(), rstd, r.cuda())
     close(dx, kernels.rms_norm_backward(dy.double(), x.double(), w.double(), rstd_ref, r.double()), tolerance)
+    scales = 2.0 ** torch.randint(-3, 3, (37, 1))
+    dx = kernels.rms_norm_backward(dy.cuda(), x.cuda(), w.cuda(), rstd, scales=scales.cuda())
+    close(dx, kernels.rms_norm_backward(dy.double(), x.double(), w.double(), rstd_ref, scales=scales), tolerance)
 
     norm = torch.nn.LayerNorm(576, dtype=dtype)
     torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -106,7 +109,7 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
             got = kernels.add_low_rank(*(t.cuda() for t in tensors))
             close(got, kernels.add_low_rank(*(t.double() for t in tensors)), tolerance)
 
-    halves = torch.cat((x, dy), dim=-1).cuda().chunk(2, dim=-1)  # stacked weights make such
+    halves = torch.cat((x, dy), dim=-1).cuda().chunk(2, dim=-1)  # joined layers give such
     for gate, up in ((x.cuda(), dy.cuda()), halves):
         close(kernels.swiglu(gate, up), kernels.swiglu(x.double(), dy.double()), tolerance)
         got = kernels.swiglu_backward_(gate, up, r.cuda())
@@ -121,6 +124,12 @@ def test_kernels_equal_the_torch_path(dtype, tolerance):
             found = kernels.rope(*(x.cuda() for x in tensors), backward)
             for got, reference in zip(found, kernels.rope(*(x.double() for x in tensors), backward)):
                 close(got, reference, tolerance)
+    joined = torch.cat([query.flatten(2), key.flatten(2)], dim=-1).cuda()  # as layers of one input give them
+    parts = [x.unflatten(-1, (-1, 64)) for x in joined.split([6 * 64, 2 * 64], dim=-1)]
+    found = kernels.rope(*parts, angle.cos().cuda(), angle.sin().cuda(), in_place=True)
+    for got, part, reference in zip(found, parts, kernels.rope(*(x.double() for x in (query, key, angle.cos(), angle.sin())))):
+        assert got is part
+        close(got, reference, tolerance)
 
     logits, labels = torch.randn(19, 20011, dtype=dtype) * 3, torch.randint(20011, (19,))
     labels[4] = -1
@@ -198,7 +207,7 @@ def test_eager_attention_with_as_many_keys_as_queries(mode):
     set_memory_mode(model, mode)
     close(gradients_of(model, ids), reference, 1e-3)
     blocks = [layer.memory_plan.mlp for layer in model.get_base_model().model.layers]
-    assert all((block.stacked is not None) == (mode == "fast") for block in blocks)
+    assert all((len(block.joined.now()) == 1) == (mode == "fast") for block in blocks)
 
 
 def test_graphs_follow_shapes_and_refuse_what_would_be_wrong():

@@ -51,9 +51,11 @@ def _product(rows, scales, weight, weight_scales, bias, dtype):
     """``(rows * scales) @ (weight * weight_scales) + bias`` in ``dtype``.
 
     ``rows`` ``(rows, k)`` are FP8 with scales ``(rows, 1)``, ``weight`` is e4m3's bytes ``(k, n)``, one column behind the other,
-    with scales ``(1, n)``.
+    with scales ``(1, n)``. Without the former the latter are ones.
     """
     bias = None if bias is None else bias.to(torch.bfloat16)
+    if scales is None:
+        scales = weight_scales = weight_scales[:, :1]
     if _kernels_take(rows.device, *weight.shape) and len(rows):
         output = torch._scaled_mm(
             rows, weight.view(_WEIGHT), scale_a=scales, scale_b=weight_scales, bias=bias, out_dtype=torch.bfloat16,
@@ -163,7 +165,8 @@ def _input_gradient(dy, weight, weight_scale, gradients):
 
 def gradient_of_rows(rows, turned, dtype: torch.dtype) -> torch.Tensor:
     """The gradient ``(rows, in)`` of an input in ``dtype``, for what :func:`transposed` gives for the weights of its layers and
-    the ``rows`` of their outputs' gradients: side by side, multiplied by the layers' ``weight_scale``, then quantized."""
+    the ``rows`` of their outputs' gradients: side by side, multiplied by the layers' ``weight_scale``, then quantized. They come
+    with their scales, or with None for a gradient without them."""
     weight, ones = turned
     return _product(*rows, weight.t(), ones, None, dtype)
 

@@ -53,7 +53,6 @@ from .generic import look_at, parameters_per_token
 from .graphs import StepGraphs, StepPlan
 from .layers import LayerPlan
 from .loss import DecoderPlan, LossPlan
-from .mlp import GatedMlp
 from .offload import HostStates
 from .streaming import RESIDENT, start, stop
 
@@ -70,8 +69,8 @@ _PARAMETERS_PER_BYTE = 7000
 # Forwards that take as long as a layer's backward, attention and what is computed again included.
 _BACKWARD = 3
 
-# Where one matmul for gate and up is faster than two.
-_STACKED_ON = "cuda"
+# Where one matmul for several layers of an input is faster than one for each.
+_JOINED_ON = "cuda"
 
 
 def set_memory_mode(
@@ -176,8 +175,8 @@ def _plan_layers(model, mode, chunk_tokens, offload, paced):
             plan.attention_on_host = kept > 0 and overlaps
             states = mode == "lean" and (_overlaps(layer, 2 * width * size) if offload is None else offload)
             waits = plan.attention_on_host or states
-            if mode == "fast" and isinstance(plan.mlp, GatedMlp) and plan.mlp.norm.weight.device.type == _STACKED_ON:
-                plan.mlp.stack()
+            for joined in plan.halves.joined if mode == "fast" else ():
+                joined.join(_JOINED_ON)
         plan.host = host if waits else None
         enter(layer, plan)
     return plans

@@ -13,7 +13,7 @@ from ..fp8_kernels import compute_dtype
 from . import kernels
 from .control import AddControl, control_backward, control_hidden
 from .exact import Parameters, is_as_written, kind_of
-from .linear import input_gradient, is_frozen_linear, joint_format, joint_gradient, outputs_of_normal
+from .linear import Joined, input_gradient, is_frozen_linear, joint_format, joint_gradient, outputs_of_normal
 from .mlp import tokens
 
 #: With so many tokens attention's backward fills a GPU. Its kernels need several states of memory of their own.
@@ -102,6 +102,7 @@ class DecoderAttention:
     def __init__(self, layer):
         self.layer, self.norm, self.attention = layer, layer.input_layernorm, layer.self_attn
         self.projections = [self.attention.q_proj, self.attention.k_proj, self.attention.v_proj]
+        self.joined = Joined(self.projections)
         self.norms = [getattr(self.attention, name) for name in ("q_norm", "k_norm") if hasattr(self.attention, name)]
         alike = all(kind_of(x) is kind_of(self.norm) and is_as_written(x) for x in self.norms)
         trained = any(parameter.requires_grad for x in self.norms for parameter in x.parameters())
@@ -147,13 +148,15 @@ class DecoderAttention:
     def heads(self, state, cos, sin):
         """Queries, keys and values ``(batch, tokens, heads, head_dim)`` of a frozen attention; its norm's factors; queries and
         keys before their norms, if there are."""
-        projected, rstd = outputs_of_normal(tokens(state), self.norm, *self.projections)
+        projected, rstd = outputs_of_normal(tokens(state), self.norm, *self.joined.now())
+        if len(projected) == 1:
+            projected = projected[0].split([linear.out_features for linear in self.projections], dim=-1)
         query, key, value = (x.view(*state.shape[:-1], -1, self.attention.head_dim) for x in projected)
         del projected
         before = [query, key] if self.norms else []
         if before:
             query, key = (norm_of_heads(x, norm)[0].view_as(x) for x, norm in zip(before, self.norms))
-        return [*kernels.rope(query, key, cos, sin), value], rstd, *before
+        return [*kernels.rope(query, key, cos, sin, in_place=True), value], rstd, *before
 
     def _attend_gradients(self, heads, dmixed, attention_mask=None, **named):
         """The gradients of queries, keys and values, which leave the list ``heads``. Where a few sequences have tokens enough,
@@ -178,14 +181,14 @@ class DecoderAttention:
         """The state's gradient for those of queries, keys and values of a frozen attention, which leave the list ``gradients``;
         added up with ``dy`` if that is given, in its memory if ``in_place``. ``kept`` is what :meth:`heads` gives besides, or
         nothing where there are no norms of heads."""
-        norm, dnormal, joint = self.norm, None, joint_format(self.projections)
+        norm, dnormal, scales, joint = self.norm, None, None, joint_format(self.projections)
         rstd, before = (kept[0], kept[1:]) if kept else (None, [])
         query, key, value = gradients
         gradients.clear()
         if joint is not None and not before:
-            rows, dtype = kernels.rope_backward_rows(query, key, value, cos, sin, *joint), query.dtype
+            rows, scales = kernels.rope_backward_rows(query, key, value, cos, sin, *joint)
             del query, key, value
-            dnormal = joint_gradient(rows, self.projections, dtype)
+            dnormal = joint_gradient(rows, self.joined.now())
             del rows
         else:
             gradients += [*kernels.rope(query, key, cos, sin, backward=True), value]
@@ -200,7 +203,7 @@ class DecoderAttention:
         if rstd is None:
             _, rstd = kernels.rms_norm(flat, norm.weight, norm.variance_epsilon)
         out = dflat if in_place else None
-        return kernels.rms_norm_backward(dnormal, flat, norm.weight, rstd, residual=dflat, out=out).view(state.shape)
+        return kernels.rms_norm_backward(dnormal, flat, norm.weight, rstd, dflat, out, scales).view(state.shape)
 
     def _mixed_values(self, state, attention_mask=None, *, position_embeddings, keep=None, **named):
         """What the output projection takes, ``(batch, tokens, heads * head_dim)``, and the state for what is added to it."""

@@ -95,11 +95,13 @@ def _decoder(layer):
     by_hand = [linear for linear in (*block.projections, attention.o_proj) if not isinstance(linear, BaseTunerLayer)]
     by_hand += [layer.input_layernorm, attention, *(block.norms if block.frozen else ())]
     keeps = gradients and block.frozen and not block.norms
+    mlp = GatedMlp(layer.post_attention_layernorm, inner)
     return Halves(
         block,
-        GatedMlp(layer.post_attention_layernorm, inner),
+        mlp,
         [layer.post_attention_layernorm, inner],
         by_hand=by_hand,
+        joined=[block.joined, mlp.joined],
         recompute_attention=True,
         attention_gradients=gradients,
         attention_kept=sum(linear.out_features for linear in block.projections) if keeps else 0,

@@ -60,17 +60,19 @@ def rms_norm_rows(x, weight, eps):
     return (q, scale), rstd
 
 
-def rms_norm_backward(dy, x, weight, rstd, residual=None, out=None):
-    """Return ``dx`` of :func:`rms_norm` for a frozen weight, plus ``residual`` if given; in ``out`` if given."""
+def rms_norm_backward(dy, x, weight, rstd, residual=None, out=None, scales=None):
+    """Return ``dx`` of :func:`rms_norm` for a frozen weight, plus ``residual`` if given; in ``out`` if given. ``scales``
+    ``(tokens, 1)`` are factors of the rows of ``dy``."""
     if _use_triton(x):
         dy, x = dy.contiguous(), x.contiguous()
         residual = None if residual is None else residual.contiguous()
         dx = torch.empty_like(x) if out is None else out
         _rms_norm_backward_kernel[(x.shape[0],)](
-            dy, x, weight, rstd, residual, dx, x.shape[1], HAS_RESIDUAL=residual is not None, **_row_launch(x.shape[1])
+            dy, x, weight, rstd, scales, residual, dx, x.shape[1],
+            HAS_RESIDUAL=residual is not None, **_row_launch(x.shape[1]),
         )  # fmt: skip
         return dx
-    wide, dn = _wide(x), _wide(dy) * _wide(weight)
+    wide, dn = _wide(x), _wide(dy) * _wide(weight) * (1 if scales is None else scales)
     rstd = rstd[:, None]
     dx = rstd * dn - rstd**3 * wide * (dn * wide).mean(-1, keepdim=True)
     return _into(out, (dx if residual is None else dx + residual).to(x.dtype))
@@ -194,8 +196,11 @@ def swiglu_backward_rows(gate, up, dact, dtype, columns):
         return quantize_rows(gradients, dtype, torch.cat(columns))
     width, dact = gate.shape[1], dact.contiguous()
     q, scale = empty_rows(gate, 2 * width, dtype)
+    launch = row_launch(width, dtype)
+    # as many registers as there are for so many threads: the compiler takes fewer, and a tenth more time
+    registers = {"maxnreg": 64} if launch["num_warps"] == 32 else {}
     _swiglu_backward_rows_kernel[(len(gate),)](
-        gate, up, dact, *columns, q, scale, gate.stride(0), up.stride(0), width, **row_launch(width, dtype)
+        gate, up, dact, *columns, q, scale, gate.stride(0), up.stride(0), width, **launch, **registers
     )
     return q, scale
 
@@ -203,21 +208,21 @@ def swiglu_backward_rows(gate, up, dact, dtype, columns):
 # -- rotary position embedding ----------------------------------------------------------------------------------
 
 
-def rope(query, key, cos, sin, backward=False):
+def rope(query, key, cos, sin, backward=False, in_place=False):
     """Rotate ``query`` and ``key`` of shape ``(batch, tokens, heads, head_dim)``, of keys perhaps fewer heads, as Hugging
     Face's half-split RoPE does.
 
     ``cos`` and ``sin`` have shape ``(1 or batch, tokens, head_dim)``, both halves equal. The backward is the
-    rotation by the opposite angle.
+    rotation by the opposite angle. What is rotated ``in_place`` must have its numbers of a head side by side.
     """
     if _use_triton(query) and query.shape[-1] == cos.shape[-1]:
         # as gradients, attention may give any strides
         query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
-        turned = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key)]
+        turned = [x if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key)]
         batch, tokens, heads, dim = query.shape
         cos, sin = cos.contiguous(), sin.contiguous()
         _rope_kernel[(batch * tokens, 2)](
-            query, key, *turned, cos, sin, *query.stride()[:3], *key.stride()[:3], tokens,
+            query, key, *turned, cos, sin, *(stride for x in (query, key, *turned) for stride in x.stride()[:3]), tokens,
             0 if cos.shape[0] == 1 else tokens * dim, heads, key.shape[2],
             HEADS_BLOCK=power_of_2(heads), HALF=dim // 2, HALF_BLOCK=power_of_2(dim // 2), SIGN=-1.0 if backward else 1.0,
         )  # fmt: skip
@@ -232,7 +237,7 @@ def rope(query, key, cos, sin, backward=False):
         rotated = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
         return (wide * cos + rotated * sin).to(x.dtype)
 
-    return [turn(query), turn(key)]
+    return [_into(x if in_place else None, turn(x)) for x in (query, key)]
 
 
 def rope_backward_rows(query, key, value, cos, sin, dtype, columns):
@@ -328,7 +333,9 @@ if triton is not None:
         tl.store(y + row * width + column, normal.to(y.dtype.element_ty), mask=mask)
 
     @triton.jit
-    def _rms_norm_backward_kernel(dy, x, weight, rstd, residual, dx, width, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
+    def _rms_norm_backward_kernel(
+        dy, x, weight, rstd, scales, residual, dx, width, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
+    ):
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         mask = column < width
@@ -336,6 +343,8 @@ if triton is not None:
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
         dn = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32) * w
+        if scales is not None:
+            dn *= tl.load(scales + row)
         scale = tl.load(rstd + row)
         out = scale * dn - scale * scale * scale * value * (tl.sum(dn * value) / width)
         if HAS_RESIDUAL:
@@ -469,31 +478,34 @@ if triton is not None:
     @triton.jit
     def _rope_kernel(
         query, key, query_out, key_out, cos, sin, query_stride_batch, query_stride_token, query_stride_head,
-        key_stride_batch, key_stride_token, key_stride_head, tokens, cos_stride_batch, query_heads, key_heads,
+        key_stride_batch, key_stride_token, key_stride_head, query_out_batch, query_out_token, query_out_head,
+        key_out_batch, key_out_token, key_out_head, tokens, cos_stride_batch, query_heads, key_heads,
         HEADS_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, SIGN: tl.constexpr,
     ):  # fmt: skip
         program = tl.program_id(0).to(tl.int64)
         if tl.program_id(1) == 0:
             _turn(
-                query, query_out, cos, sin, query_stride_batch, query_stride_token, query_stride_head, program, tokens,
-                cos_stride_batch, query_heads, HEADS_BLOCK, HALF, HALF_BLOCK, SIGN,
+                query, query_out, cos, sin, query_stride_batch, query_stride_token, query_stride_head, query_out_batch,
+                query_out_token, query_out_head, program, tokens, cos_stride_batch, query_heads, HEADS_BLOCK, HALF, HALF_BLOCK,
+                SIGN,
             )  # fmt: skip
         else:
             _turn(
-                key, key_out, cos, sin, key_stride_batch, key_stride_token, key_stride_head, program, tokens,
-                cos_stride_batch, key_heads, HEADS_BLOCK, HALF, HALF_BLOCK, SIGN,
+                key, key_out, cos, sin, key_stride_batch, key_stride_token, key_stride_head, key_out_batch, key_out_token,
+                key_out_head, program, tokens, cos_stride_batch, key_heads, HEADS_BLOCK, HALF, HALF_BLOCK, SIGN,
             )  # fmt: skip
 
     @triton.jit
     def _turn(
-        x, y, cos, sin, stride_batch, stride_token, stride_head, program, tokens, cos_stride_batch, heads,
-        HEADS_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, SIGN: tl.constexpr,
+        x, y, cos, sin, stride_batch, stride_token, stride_head, y_batch, y_token, y_head, program, tokens,
+        cos_stride_batch, heads, HEADS_BLOCK: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, SIGN: tl.constexpr,
     ):  # fmt: skip
-        first, second, at, mask = _turned(
+        first, second, _, mask = _turned(
             x, cos, sin, stride_batch, stride_token, stride_head, program, tokens, cos_stride_batch, heads, HEADS_BLOCK,
             HALF, HALF_BLOCK, SIGN,
         )  # fmt: skip
-        y += program * heads * 2 * HALF + at
+        y += program // tokens * y_batch + program % tokens * y_token
+        y += tl.arange(0, HEADS_BLOCK)[:, None] * y_head + tl.arange(0, HALF_BLOCK)[None, :]
         tl.store(y, first, mask=mask)
         tl.store(y + HALF, second, mask=mask)
 

@@ -45,6 +45,7 @@ from .control import (
     tuner_setting,
 )
 from .exact import Parameters, touches
+from .linear import Joined
 from .mlp import Mlp, probabilities, tokens
 from .offload import HostStates, Waiting
 from .replay import Still, draw
@@ -62,6 +63,7 @@ class Halves:
         mlp: the frozen MLP block (``mlp.py``).
         mlp_modules: the modules that it consists of.
         by_hand: what else is not called as a module.
+        joined: layers of one input.
         recompute_attention: whether mode "balanced" recomputes the attention half.
         attention_gradients: :meth:`.attention.DecoderAttention.gradients`, for a backward that need not compute the attention
             block's output, or None.
@@ -74,6 +76,7 @@ class Halves:
     mlp: Mlp
     mlp_modules: Sequence[nn.Module]
     by_hand: Sequence[nn.Module] = ()
+    joined: Sequence[Joined] = ()
     recompute_attention: bool = False
     attention_gradients: Callable | None = None
     attention_kept: int = 0
@@ -129,8 +132,8 @@ class LayerPlan:
                 warnings.warn(f"{self.reason}: {type(layer).__name__} runs its own forward from here on", stacklevel=4)
             return
         self.mlp = self.halves.mlp
-        if before is not None:
-            self.mlp.stacked = before.mlp.stacked  # the weights still lie where they were put
+        for old, new in zip(before.joined if before is not None else (), self.halves.joined):
+            new.take_over(old)
         self.chunk = self.chosen_chunk or max(self.mlp.CHUNK_ELEMENTS // self.mlp.width, 1)
         self.keep = self.mlp.KEEP[self.mode]
         of_mlp = {module for part in self.halves.mlp_modules for module in part.modules()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,52 @@ def rows_are_apart(linears: Sequence[nn.Linear]) -> bool:
     """Whether :func:`rows_of` takes ``linears``: bitsandbytes' products of 8 bits are its own."""
     kinds = {(isinstance(linear, Fp8Linear), linear.bias is None) for linear in linears}
     return len(kinds) == 1 and not any(linear.weight.dtype == torch.int8 for linear in linears)
+
+
+class Joined:
+    """Frozen linear layers of one input. Once they are :meth:`joined <join>`, one product computes them all.
+
+    They stay parameters with storages of their own, which is how they are saved, loaded and moved.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear]):
+        self.linears = [*linears]
+        self._whole: nn.Linear | None = None
+
+    def join(self, device: str) -> None:
+        """Lay their parameters one behind the other in memory, if all are dense or all FP8 and on such a ``device``."""
+        if not all(map(is_frozen_linear, self.linears)):
+            return
+        (kind, data, place, full, *_), *others = {
+            (type(x), type(x.weight.data), x.weight.device.type, x.weight.numel() > 0, x.weight.dtype, x.bias is None)
+            for x in self.linears
+        }
+        if not others and kind in (nn.Linear, Fp8Linear) and data is torch.Tensor and place == device and full:
+            self._whole = rows_of(self.linears, [slice(None)] * len(self.linears))
+            for parameter, part in self._parts(self._whole):
+                parameter.data = torch.from_dlpack(part)
+
+    def now(self) -> list[nn.Linear]:
+        """One layer for all, while their parameters are where :meth:`join` has put them and nothing is hooked to them; else they
+        themselves."""
+        if self._whole is not None:
+            hooked = any(x._forward_hooks or x._forward_pre_hooks or "forward" in vars(x) for x in self.linears)
+            if not hooked and all(parameter.data_ptr() == part.data_ptr() for parameter, part in self._parts(self._whole)):
+                return [self._whole]
+            self._whole = None
+        return self.linears
+
+    def take_over(self, other: Joined) -> None:
+        """What ``other`` has joined, if those are the same layers."""
+        if other.linears == self.linears:
+            self._whole = other._whole
+
+    def _parts(self, whole: nn.Linear) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Pairs of a layer's parameter and its part of the ``whole``'s."""
+        for name, joined in whole._parameters.items():
+            if joined is not None:
+                parts = joined.data.split([linear.out_features for linear in self.linears])
+                yield from zip((linear.get_parameter(name) for linear in self.linears), parts)
 
 
 def rows_of(linears: Sequence[nn.Linear], rows: Sequence[slice]) -> nn.Linear:
@@ -134,7 +180,7 @@ def joint_format(linears: Sequence[nn.Linear]) -> tuple[torch.dtype, list[torch.
     return FORMATS[found[0].gradients], [linear.weight_scale.float() for linear in found]
 
 
-def joint_gradient(rows: tuple[torch.Tensor, torch.Tensor], linears: Sequence[nn.Linear], dtype: torch.dtype) -> torch.Tensor:
-    """The shared input's gradient in ``dtype`` for the gradients of the outputs, side by side in ``rows``, as
-    :func:`joint_format` says."""
-    return gradient_of_rows(rows, transposed(*(linear.weight for linear in linears)), dtype)
+def joint_gradient(rows: torch.Tensor, linears: Sequence[nn.Linear]) -> torch.Tensor:
+    """The shared input's gradient in bfloat16 for the quantized gradients of the outputs, side by side in ``rows``, as
+    :func:`joint_format` says. The rows' scales are left for what reads it: wide products without them are faster."""
+    return gradient_of_rows((rows, None), transposed(*(linear.weight for linear in linears)), torch.bfloat16)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers.activations import GELUActivation, GELUTanh
@@ -21,7 +20,7 @@ from ..fp8 import Fp8Linear
 from ..fp8_kernels import compute_dtype
 from . import kernels
 from .control import Active, add_control, control_hidden
-from .linear import cast_once, input_gradient, is_frozen_linear, joint_format, joint_gradient, outputs_of_normal
+from .linear import Joined, cast_once, input_gradient, is_frozen_linear, joint_format, joint_gradient, outputs_of_normal
 
 
 class Mlp:
@@ -33,12 +32,10 @@ class Mlp:
             launch-bound.
         norm, linears: its modules.
         width: of its intermediate tensor.
-        stacked: weights of gate and up in one piece of memory, or None.
     """
 
     KEEP: dict[str, int]
     CHUNK_ELEMENTS: int
-    stacked: torch.Tensor | None = None
 
     def __init__(self, norm: Any, linears: Sequence[nn.Linear], others: Sequence[nn.Module] = (), parameters=()):
         trained = [*parameters, *(p for module in (norm, *others) for p in module.parameters())]
@@ -83,52 +80,23 @@ class GatedMlp(Mlp):
 
     def __init__(self, norm: nn.Module, mlp):
         super().__init__(norm, [mlp.gate_proj, mlp.up_proj, mlp.down_proj])
+        self.joined = Joined(self.linears[:2])
 
     def for_chunks(self, state):
         # such models hold their weights in the dtype in which they work, or in four bits
         few = state.numel() // state.shape[-1] * self.width < self.DENSE_FROM * self.CHUNK_ELEMENTS
-        return self if few else super().for_chunks(state)
-
-    def stack(self) -> None:
-        """Store the weights of gate and up one behind the other, so that each pair of matmuls is one where gate and up are
-        both kept. They stay two parameters with storages of their own, which is how they are saved, loaded and moved."""
-        weights = [linear.weight for linear in self._plain_linears()]
-        if len({(weight.shape, weight.dtype) for weight in weights}) == 1 and weights[0].numel():
-            self.stacked = torch.cat([weight.data for weight in weights])
-            for weight, half in zip(weights, self.stacked.chunk(2)):
-                weight.data = torch.from_dlpack(half)
-
-    def _stacked(self) -> torch.Tensor | None:
-        """The weights of gate and up as one, while they are where ``stack`` has put them."""
-        if self.stacked is not None:
-            ends = [weight.data_ptr() for weight in self.stacked.chunk(2)]
-            if [linear.weight.data_ptr() for linear in self._plain_linears()] == ends:
-                return self.stacked
-            self.stacked = None
-        return None
-
-    def _plain_linears(self) -> list[nn.Linear]:
-        """gate_proj and up_proj, where they do nothing but multiply by their weights."""
-        linears = self.linears[:2]
-        plain = all(
-            type(linear) is nn.Linear
-            and type(linear.weight.data) is torch.Tensor
-            and linear.bias is None
-            and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
-            for linear in linears
-        )
-        return linears if plain else []
+        if few:
+            return self
+        twin: Any = super().for_chunks(state)
+        twin.joined = Joined(twin.linears[:2])
+        return twin
 
     def forward(self, state, keep, adapters=(), out=None):
-        gate_proj, up_proj, down = self.linears
+        *inner, down = self.linears
         # what is kept alone must not be a part of something larger, and chunks are no faster
-        weight = self._stacked() if keep == 2 else None
-        if weight is None:
-            (gate, up), rstd = outputs_of_normal(state, self.norm, gate_proj, up_proj)
-        else:
-            normal, rstd = kernels.rms_norm(state, self.norm.weight, self.norm.variance_epsilon)
-            gate, up = F.linear(normal, weight).chunk(2, dim=-1)
-            del normal
+        found, rstd = outputs_of_normal(state, self.norm, *(self.joined.now() if keep == 2 else inner))
+        gate, up = found if len(found) == 2 else found[0].chunk(2, dim=-1)
+        del found
         if isinstance(down, Fp8Linear):
             change = down.of_rows(*kernels.swiglu_rows(gate, up), gate.dtype)
         else:
@@ -144,27 +112,27 @@ class GatedMlp(Mlp):
             found, rstd = outputs_of_normal(state, self.norm, *self.linears[len(kept) : 2])
             inner = [*kept, *found]
             del found
-        dnormal = self._normals_gradient(inner, dy.to(inner[0].dtype))
-        return kernels.rms_norm_backward(dnormal, state, self.norm.weight, rstd, residual=dy, out=out)
+        dnormal, scales = self._normals_gradient(inner, dy.to(inner[0].dtype))
+        return kernels.rms_norm_backward(dnormal, state, self.norm.weight, rstd, dy, out, scales)
 
     def _normals_gradient(self, inner, dchange):
-        """The gradient of the normalised state; gate and up, which leave the list ``inner``, are overwritten."""
+        """The gradient of the normalised state, and scales of its rows or None; gate and up, which leave the list ``inner``, are
+        overwritten."""
         gate_proj, up_proj, down_proj = self.linears
         dact = input_gradient(dchange, down_proj)
         gate, up = inner
         inner.clear()
         joint = joint_format(self.linears[:2])
         if joint is not None:
-            rows, dtype = kernels.swiglu_backward_rows(gate, up, dact, *joint), dact.dtype
+            rows, scales = kernels.swiglu_backward_rows(gate, up, dact, *joint)
             del gate, up, dact  # the product needs as much memory
-            return joint_gradient(rows, self.linears[:2], dtype)
+            return joint_gradient(rows, self.joined.now()), scales
         dgate, dup = kernels.swiglu_backward_(gate, up, dact)
         del dact
-        both = _as_one(dgate, dup)
-        weight = None if both is None else self._stacked()
-        if both is not None and weight is not None:
-            return both @ weight.to(both.dtype)
-        return input_gradient(dup, up_proj, add_to=input_gradient(dgate, gate_proj))
+        both, joined = _as_one(dgate, dup), self.joined.now()
+        if both is not None and len(joined) == 1:
+            return input_gradient(both, joined[0]), None
+        return input_gradient(dup, up_proj, add_to=input_gradient(dgate, gate_proj)), None
 
 
 class PreNormMlp(Mlp):
