@@ -89,7 +89,7 @@ def set_memory_mode(
         model: a model with a control adapter (LoRA on q, k, v may be in it), or its base model.
         mode: "plain" (autograd as it is), "fast" (no matmul recomputed), "balanced" (one MLP matmul recomputed,
             in SwiGLU decoders attention too) or "lean" (one state per layer kept, the MLP recomputed in chunks). On a GPU
-            "fast" moves the frozen weights of a SwiGLU's gate and up into one piece of memory, layer by layer.
+            "fast" moves the frozen weights of a SwiGLU's gate and up, and those of a decoder's q, k and v, into one piece of memory.
         chunk_tokens: tokens per chunk of an MLP of which nothing is kept; the loss works on a quarter of it at a
             time. None: by the layer's width.
         offload: whether lean keeps states in pinned host memory (on a GPU). None: where the copies overlap with the
@@ -156,10 +156,11 @@ def _plan_layers(model, mode, chunk_tokens, offload, paced):
     plans = {layer: LayerPlan(layer, mode, halves, look_at, chunk_tokens) for layer in model.modules() if _is_layer(layer)}
     if not plans:
         raise ValueError(f"{type(model).__name__} has no layer that Control knows and no control")
-    reasons = [plan.reason for plan in plans.values() if plan.halves is None]
-    if reasons and mode != "lean":  # which recomputes whatever stands in a layer
+    others = [(layer, plan.reason) for layer, plan in plans.items() if plan.halves is None]
+    if others and mode != "lean":  # which recomputes whatever stands in a layer
+        layer, reason = others[0]
         known = f"memory mode {mode!r} supports {', '.join(FAMILIES)}"
-        raise ValueError(reasons[0] or f"{known}; {type(model).__name__} has none of their layers (lean takes any)")
+        raise ValueError(reason or f"{known}; {kind_of(layer).__name__} is no layer of theirs (lean takes any)")
     if any(getattr(m, "gradient_checkpointing", getattr(m, "grad_checkpointing", False)) for m in model.modules()):
         raise ValueError(f"memory mode {mode!r} replaces gradient checkpointing: switch that off first")
     host = HostStates(len(plans) if mode == "lean" else 0, paced, offload == "fp8")
