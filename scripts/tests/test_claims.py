@@ -251,6 +251,7 @@ def padded(longest, published):
         # so the best rival is the best of those over the same base in control's file
         ("fast-time", [steps(3, **FAST), steps(3, name="fp8.json", **{"lora+compile+fp8": (0.1, 9.0)})], ["supported: -50"]),
         ("lean-memory", [steps(1, **FAST, **{"lora+checkpointing+nf4": (0.4, 0.5)})], ["supported: -97.5"]),
+        ("fp8-time", [steps(3, **{"lora+compile+fp8": (0.2, 9.0), "control+graphs+fp8:fast": (0.1, 9.0)})], ["supported: -50"]),
         # each shape by its own domain's claim; RoBERTa's and ViT's single control says nothing on LLaMA's double one
         ("llama-shape-time", [steps(3, shape="vit-b16", **PLAIN)], []),
         ("vit-shape-time", [steps(3, shape="vit-b16", **PLAIN)], ["supported"]),
@@ -276,7 +277,7 @@ def test_verdicts(results, name, makes, expected):
 
 def test_commands_measure_times_often_enough_to_decide():
     timed = [one for one in SPECIFICATIONS["claims"] if {test["rule"] for test in one["tests"]} == {"time"}]
-    assert len(timed) > 5 and all(re.search(r"\b1 2 3\b|--speed_at", one["command"]) for one in timed)
+    assert len(timed) > 5 and all(re.search(r"\b1 2 3\b|--speed_at|--repeats", one["command"]) for one in timed)
 
 
 def test_without_records_a_claim_is_not_tested_and_says_what_to_run_and_what_is_published(results):
@@ -285,7 +286,7 @@ def test_without_records_a_claim_is_not_tested_and_says_what_to_run_and_what_is_
     text = markdown([*found.values()], PAPER)
     for script in re.findall(r"`(?:bash|python) (scripts/[^`\s]+)", text):
         assert (REPOSITORY / script).is_file()
-    assert text.count("At full scale") == len(found) == 34
+    assert text.count("At full scale") == len(found) == 35
     paired = "+2.05 points; paired over the printed seeds +2.05 points [-0.44, +4.53], n = 3, which by our rule is: supported"
     assert paired in found["roberta-quality"].published[0]
     assert found["vit-quality"].published[0].endswith("-0.62 points.")
