@@ -289,9 +289,15 @@ NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3690, {}, NCCL version 2.30.7\nLast 
         (2, "Tensors for NCCL must be contiguous", False),
     ],
 )
-def test_a_lost_peer_is_said_in_a_line_and_other_errors_keep_their_traceback(processes, message, lost, monkeypatch, ends):
+def test_a_lost_peer_is_said_in_a_line_and_other_errors_keep_their_traceback(
+    processes, message, lost, monkeypatch, tmp_path, ends
+):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    main = Mock(side_effect=RuntimeError(message))
+
+    def main():
+        with RunFolder(tmp_path / "run"):
+            raise RuntimeError(message)
+
     if lost:
         code, line = ends(main)
         assert code == 2 and "another process of this run died" in line and "--resume" in line

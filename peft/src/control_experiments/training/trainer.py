@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..errors import Interrupted, StopRequest, UserError, lost_peer
+from ..errors import Interrupted, StopRequest, UserError
 from ..record import read_json, write_json_atomic
 from .checkpoints import begin, keep_newest, last_good, publish
 from .losses import LossWatch, check_parameters
@@ -157,15 +157,12 @@ class ExperimentTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """As the Trainer's. Raises Interrupted: a signal asked the run to end; its checkpoint is written;
-        UserError: the loss is NaN or infinite, another process of the run died, or Weights & Biases refuses."""
+        UserError: the loss is NaN or infinite, or Weights & Biases refuses."""
         self._resumed_from = resume_from_checkpoint
         try:
             with self._stop:
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except Exception as error:
-            if lost_peer(error):
-                gone = "another process of this run died or cannot be reached (see above)"
-                raise UserError(f"{gone}; {self.kept()}: start the run again with --resume") from error
             if type(error).__module__.startswith("wandb."):
                 told = f"--report_to wandb: {error}"
                 raise UserError(f"{told} (WANDB_MODE=offline needs no account)") from error
