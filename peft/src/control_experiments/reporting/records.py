@@ -266,9 +266,9 @@ def _where(device: str, versions: dict | None) -> str:
 def _steps(file: dict) -> Iterator[dict]:
     """A file of scripts/bench_memory.py: a row for each method and repeat."""
     o, where = file["options"], _where(file["device"], file.get("versions"))
-    shape, limits = o["shape"], o.get("limit")
+    shape = o["shape"]
     setting = file.get("setting") or "{shape}, {batch} x {tokens} tokens".format(**o)
-    section, place = f"{shape}, batch {o['batch']}" if limits else setting, re.sub(r", \d+ x \d+ tokens", "", setting)
+    section, place = f"{shape}, batch {o['batch']}" if o.get("limit") else setting, re.sub(r", \d+ x \d+ tokens", "", setting)
     common = {"section": f"{section}, {where}", "place": f"{place}, {where}", "task": shape, "sequences": o["batch"]}
     common["domain"] = next((name for name in ("vit", "roberta") if name in shape), "llama")
     for result in file["results"]:
@@ -282,14 +282,13 @@ def _steps(file: dict) -> Iterator[dict]:
         row = {"tokens": o["tokens"], "host": waiting.get("bytes"), "copies": waiting.get("floor_seconds")} | memory | result
         row |= common | {"row": name, "gib": result["peak_bytes"] / 2**30 if result.get("peak_bytes") else None}
         row["base"] = next((part for part in re.split("[+:]", name) if part in ("nf4", "fp4", "int8", "fp8")), "bf16")
-        if limits and "tokens" in result:
+        if "tokens" in result:
             unfit = {} if result.get("fits", True) else {"error": f"{result['tokens']:,} tokens do not fit on this GPU"}
             yield from _repeats(row | {"kind": "length"} | unfit, result)
-        elif limits:  # a file of one limit alone did not use to repeat it
-            limit = result.get("limit_gib", limits if isinstance(limits, float) else limits[0])
+        elif limit := result.get("limit_gib"):
             ended = f"{name} within {limit:g} GiB: no longer sequence than {o.get('up_to', 0):,} tokens was tried."
             card = next((card for card in CARDS if limit <= card), limit)
-            yield row | {"kind": "longest", "limit_gib": limit, "card": card, "notes": (ended,) if "ended_by" in result else ()}
+            yield row | {"kind": "longest", "card": card, "notes": (ended,) if "ended_by" in result else ()}
         elif "step_seconds" not in result:
             if not o.get("profile"):
                 yield row | {"kind": "step", "error": result.get("error", "no result")}
