@@ -367,7 +367,8 @@ def test_throughput_counts_only_what_it_should(monkeypatch):
     meter.start()
     for seconds in (1, 2, 5):
         clock[0] += seconds
-        meter.step(examples=4, tokens=torch.tensor(10))
+        meter.add(4, torch.tensor(10))
+        meter.step()
     with meter.left_out():
         clock[0] += 100
     meter.stop()

@@ -8,7 +8,6 @@ import os
 import pickle
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,10 +28,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def on_signals(handler: Callable[[int, object], None], *numbers: int) -> Iterator[None]:
-    """Have `handler` called on these signals while in the block (in the main thread, the only one that can)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Have `handler` called on these signals while in the block."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

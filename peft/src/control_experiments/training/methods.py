@@ -18,7 +18,7 @@ from peft_control import ControlConfig, Fp8Linear
 
 from ..errors import UserError
 from .checksums import local_fingerprint
-from .options import AdapterOptions, check_method, public_id
+from .options import AdapterOptions, public_id
 from .quantization import quantization_of
 
 
@@ -34,9 +34,9 @@ def adapter_config(
         bias: whether the control has biases.
         settings: what every configuration of peft has, such as `task_type` and `modules_to_save`.
 
-    Raises UserError: unknown method, or a rank, dropout, block or target list that cannot be.
+    Raises UserError: a rank, dropout, block or target list that cannot be.
     """
-    method = check_method(options.method)
+    method = options.method
     if method == "probe":
         return None
     if method == "shadow":

@@ -269,11 +269,10 @@ class TrainerOptions(TrainingOptions):
         check_numbers(self, "weight_decay", "eval_steps", at_least=0)
 
 
-def check_method(method: str, known: tuple[str, ...] = tuple(METHODS)) -> str:
-    """Return `method` if it is one of `known`. Raises UserError: it is not; the message lists those that are."""
-    if method in known:
-        return method
-    raise UserError(f"unknown method {method!r}: choose one of {', '.join(known)}")
+def check_method(method: str, known: tuple[str, ...]) -> None:
+    """Raise UserError for a method that is none of `known`; the message lists them."""
+    if method not in known:
+        raise UserError(f"unknown method {method!r}: choose one of {', '.join(known)}")
 
 
 def check_streaming(options: object) -> None:
