@@ -19,7 +19,7 @@ from transformers.hf_argparser import HfArg
 
 from ..errors import UserError
 from ..paths import SEARCH_FOLDER, public_path
-from .arguments import LARGEST_SEED, check_numbers
+from .arguments import check_numbers
 from .checksums import local_fingerprint
 
 #: Every method by the name that launchers take, and what it is.
@@ -87,7 +87,7 @@ class RunOptions(_Group):
         super().check()
         if self.output_dir == "":  # as a path it is the current folder
             raise UserError("the output folder's name is empty: give one")
-        check_numbers(self, "seed", at_least=0, at_most=LARGEST_SEED)
+        check_numbers(self, "seed", at_least=0, at_most=2**32 - 1)  # NumPy's largest
         check_numbers(self, "workers", at_least=0)
 
     @property

@@ -251,11 +251,6 @@ class Study(ABC):
 
     # -- doing it ---------------------------------------------------------------------------------------------
 
-    def show(self) -> None:
-        """Print what the next runs are."""
-        for cell in self.left():
-            print(self.command(cell))
-
     def run(self) -> None:
         """Work until nothing is left, or the time is up. Raises UserError: runs failed or diverged, or a finished run has other
         settings."""
@@ -366,7 +361,9 @@ def run_study(study: type[Study], options: type[StudyOptions], description: str 
     asked = study(given)
     asked.check()
     if given.dry_run:
-        return asked.show()
+        for cell in asked.left():
+            print(asked.command(cell))
+        return
     import torch  # for which --help and a wrong option do not wait
 
     from .device import select_device
