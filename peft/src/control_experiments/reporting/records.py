@@ -52,7 +52,7 @@ _USUAL_RANKS = {"roberta": (16, 8), "qcontrol": (16, 8), "vit": (16, 1)}
 #: LLaMA's records name their targets always: those of the recipes need no mention.
 _RECIPE_TARGETS = ({"q_proj", "k_proj", "v_proj"}, {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"})
 #: Hyperparameters in which methods may differ from each other, but seeds of one method may not.
-_METHODS_OWN = ("lr", "learning_rate", "memory", "cuda_graphs", "stream_weights", "gradient_checkpointing", "shard", "lora_", "control_")  # fmt: skip
+_METHODS_OWN = ("lr", "memory", "cuda_graphs", "stream_weights", "gradient_checkpointing", "shard", "lora_", "control_")
 #: Hyperparameters that change neither what is learned nor what it costs, or that name what is compared. (Which adapter was
 #: saved older records do not say: the step stands with the adapter.)
 _NEUTRAL = ("method", "seed", "task", "data", "model", "limit", "mode", "quantization", "mlp_layers", "save")

@@ -202,7 +202,8 @@ class MemoryOptions(_Group):
 
 @dataclass(kw_only=True)
 class BaseOptions(_Group):
-    """How the frozen weights are stored. `accelerate launch --use_fsdp --fsdp_version 2` asks for --shard fsdp2 too."""
+    """How the frozen weights are stored, beside the run's, the adapter's and the memory's options. `accelerate launch --use_fsdp
+    --fsdp_version 2` asks for --shard fsdp2 too."""
 
     quantization: Quantization = HfArg(default="none", help=QUANTIZATION_HELP)
     shard: Literal["ddp", "fsdp2"] = HfArg(
@@ -225,9 +226,9 @@ class BaseOptions(_Group):
             self.shard = "fsdp2"
         if self.shard == "fsdp2" and self.quantization not in ("none", "fp8"):
             raise UserError(f"--quantization {self.quantization} cannot be sharded: choose fp8, or --shard ddp")
-        if self.shard == "fsdp2" and getattr(self, "cuda_graphs", False):
+        if self.shard == "fsdp2" and self.cuda_graphs:
             raise UserError("--cuda_graphs cannot replay the gathering of shards: leave it out, or choose --shard ddp")
-        check_method_runs(getattr(self, "method", ""), self.quantization, getattr(self, "device", "0"))
+        check_method_runs(self.method, self.quantization, self.device)
 
 
 @dataclass(kw_only=True)
