@@ -45,7 +45,8 @@ def publish(frame: pd.DataFrame, judged: pd.DataFrame, paper: records.Paper, pro
     written = tables.write_tables(filled, folder / "tables", f"../{up}")
     written += page.write_pictures(drawn, folder / "pictures")
     written.append(write_text_atomic(folder / "claims.md", claims.markdown(found, paper, up)))
-    return len(written) + bool(page.write_page(frame, filled, found, drawn, problems, folder / "report.html", up))
+    written.append(page.write_page(frame, filled, found, drawn, problems, folder / "report.html", up))
+    return len(written)
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import os
-import random
 import re
 import signal
 import socket
@@ -156,9 +155,6 @@ class Attempt(ForkProcess):
     def killed(self) -> bool:
         """At its moment."""
         return self.exitcode in (-signal.SIGKILL, -signal.SIGALRM)
-
-    def any_moment(self, draw: random.Random) -> float:
-        return draw.choice((draw.uniform(0.001, self.seconds), draw.randint(1, self.changes.value)))
 
     @property
     def said(self) -> str:

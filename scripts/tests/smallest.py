@@ -20,7 +20,6 @@ ONLY_PARSED = {
     "LlaMA/convert.py": "needs a GGUF file; LlaMA/tests/test_finetune.py converts one where there is one",
     "RoBERTa/download_glue.py": "needs a network",
     "scripts/bench_scaling.py": "starts several processes for each cell; scripts/tests/test_bench_scaling.py runs it",
-    "scripts/quickstart_table.py": "needs the quickstart's runs; scripts/tests/test_tables.py makes some",
 }
 CPU = ("--device", "cpu")
 #: Scripts that have no --device.

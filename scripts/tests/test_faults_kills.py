@@ -46,7 +46,8 @@ def test_killed_runs_end_bit_for_bit_as_undisturbed_ones(domain, case, whole, tm
     (run, undisturbed), cut, killed = whole(domain), tmp_path / "cut", 0
     draw = Random(f"{SEED} {domain} {case}")
     while killed < 3:
-        attempt = execute(run, cut, undisturbed.any_moment(draw), resume=killed > 0)
+        moment = draw.choice((draw.uniform(0.001, undisturbed.seconds), draw.randint(1, undisturbed.changes.value)))
+        attempt = execute(run, cut, moment, resume=killed > 0)
         if not attempt.killed:  # it came to its end before
             break
         assert_nothing_half_written(cut)

@@ -99,10 +99,9 @@ def measured(row: dict) -> list[dict]:
     for record in (read_json(RESULTS / file) for file in row["runs"].split()):
         results = [one for one in record.get("results", ()) if parts(one["method"]) == parts(row["method"])]
         options = record.get("options", {})
-        # a file of one limit alone did not use to repeat it; the longest sequences are of no number of tokens
-        asked = {**options, "limit_gib": row.get("GiB"), "tokens": None if options.get("limit") else options.get("tokens")}
+        tokens = None if options.get("limit") else options.get("tokens")  # the longest sequences are of no number of them
         for key in row.keys() & KEYS.keys():
-            results = [one for one in results if {**asked, **one}[KEYS[key]] == row[key]]
+            results = [one for one in results if {"tokens": tokens, **one}.get(KEYS[key]) == row[key]]
         for one in results if "results" in record else [record]:
             found += [{**one, "step_seconds": s} for s in one.get("step_seconds_repeats", ())] or [one]
     return found

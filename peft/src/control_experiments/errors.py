@@ -6,10 +6,8 @@ import argparse
 import errno
 import os
 import pickle
-import re
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,10 +28,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def on_signals(handler: Callable[[int, object], None], *numbers: int) -> Iterator[None]:
-    """Have `handler` called on these signals while in the block (in the main thread, the only one that can)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Have `handler` called on these signals while in the block."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -67,21 +62,6 @@ def _is_repeated(number: int, noted: tuple[int, float]) -> bool:
     return number == noted[0] and time.monotonic() - noted[1] < 1
 
 
-#: How gloo, NCCL and torch's store say that another process is gone. Their other errors (two processes on one GPU, a tensor
-#: that is not contiguous) are ours, and keep their traceback.
-_GONE = re.compile(
-    r"connection (was likely )?(closed|reset|refused)|broken pipe|remote process exited|ncclRemoteError"
-    r"|timed out (waiting|after|in)|wait timeout|communicator was aborted",
-    re.IGNORECASE,
-)
-
-
-def lost_peer(error: Exception) -> bool:
-    """Whether gloo, NCCL or torch's store says that another process of the run went away."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return several and isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))
-
-
 #: What is wrong with the place that a user has named for a file, and not with a program.
 _PLACES = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -93,9 +73,8 @@ def _refuse(_parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 def run_main(main: Callable[[], object]) -> NoReturn:
     """Run an entry point and exit: 0 when it returns, 2 after one line on stderr for a `UserError`, an option that does not
-    parse, a place that cannot be read or written, or another process of the run that died. 130 after Ctrl-C and 143 after
-    SIGTERM, with one line too. Any other exception is a bug and keeps its traceback. In a distributed run each process but the
-    first puts its rank before its line.
+    parse, or a place that cannot be read or written. 130 after Ctrl-C and 143 after SIGTERM, with one line too. Any other exception
+    is a bug and keeps its traceback. In a distributed run each process but the first puts its rank before its line.
     """
     rank = os.environ.get("RANK", "0")
     prefix = "" if rank == "0" else f"[rank {rank}] "
@@ -115,13 +94,9 @@ def run_main(main: Callable[[], object]) -> NoReturn:
             try:
                 main()
             except RuntimeError as error:
-                if "cannot be captured as a CUDA graph" in str(error):  # as peft_control says of a model's own code
-                    raise UserError(str(error)) from error
-                if not lost_peer(error):
+                if "cannot be captured as a CUDA graph" not in str(error):  # as peft_control says of a model's own code
                     raise
-                raise UserError(
-                    "another process of this run died or cannot be reached (see above): start the run again with --resume"
-                ) from error
+                raise UserError(str(error)) from error
             except OSError as error:
                 if error.errno not in _PLACES:
                     raise

@@ -52,7 +52,7 @@ _USUAL_RANKS = {"roberta": (16, 8), "qcontrol": (16, 8), "vit": (16, 1)}
 #: LLaMA's records name their targets always: those of the recipes need no mention.
 _RECIPE_TARGETS = ({"q_proj", "k_proj", "v_proj"}, {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"})
 #: Hyperparameters in which methods may differ from each other, but seeds of one method may not.
-_METHODS_OWN = ("lr", "learning_rate", "memory", "cuda_graphs", "stream_weights", "gradient_checkpointing", "shard", "lora_", "control_")  # fmt: skip
+_METHODS_OWN = ("lr", "memory", "cuda_graphs", "stream_weights", "gradient_checkpointing", "shard", "lora_", "control_")
 #: Hyperparameters that change neither what is learned nor what it costs, or that name what is compared. (Which adapter was
 #: saved older records do not say: the step stands with the adapter.)
 _NEUTRAL = ("method", "seed", "task", "data", "model", "limit", "mode", "quantization", "mlp_layers", "save")
@@ -112,10 +112,7 @@ def _rows(path: Path, place: tuple[str, ...]) -> Iterator[dict]:
         compares = record.task == "throughput" or "questions_per_second_batch_one" in (record.metrics.get("last") or {})
         yield from _ways(record) if compares else _run(path, record, place)
     elif top in ("memory", "scaling") or name.startswith("benchmark_padding"):
-        contents = read_json(path)
-        if not isinstance(contents, dict) or contents.get("schema", 1) != 1:
-            raise UserError(f"{path} is no benchmark of schema 1: delete it and measure again")
-        yield from {"memory": _steps, "scaling": _scaling}.get(top, _padding)(contents)
+        yield from {"memory": _steps, "scaling": _scaling}.get(top, _padding)(read_json(path))
 
 
 # -- runs: one training each ----------------------------------------------------------------------------------
@@ -266,9 +263,9 @@ def _where(device: str, versions: dict | None) -> str:
 def _steps(file: dict) -> Iterator[dict]:
     """A file of scripts/bench_memory.py: a row for each method and repeat."""
     o, where = file["options"], _where(file["device"], file.get("versions"))
-    shape, limits = o["shape"], o.get("limit")
+    shape = o["shape"]
     setting = file.get("setting") or "{shape}, {batch} x {tokens} tokens".format(**o)
-    section, place = f"{shape}, batch {o['batch']}" if limits else setting, re.sub(r", \d+ x \d+ tokens", "", setting)
+    section, place = f"{shape}, batch {o['batch']}" if o.get("limit") else setting, re.sub(r", \d+ x \d+ tokens", "", setting)
     common = {"section": f"{section}, {where}", "place": f"{place}, {where}", "task": shape, "sequences": o["batch"]}
     common["domain"] = next((name for name in ("vit", "roberta") if name in shape), "llama")
     for result in file["results"]:
@@ -282,14 +279,13 @@ def _steps(file: dict) -> Iterator[dict]:
         row = {"tokens": o["tokens"], "host": waiting.get("bytes"), "copies": waiting.get("floor_seconds")} | memory | result
         row |= common | {"row": name, "gib": result["peak_bytes"] / 2**30 if result.get("peak_bytes") else None}
         row["base"] = next((part for part in re.split("[+:]", name) if part in ("nf4", "fp4", "int8", "fp8")), "bf16")
-        if limits and "tokens" in result:
+        if "tokens" in result:
             unfit = {} if result.get("fits", True) else {"error": f"{result['tokens']:,} tokens do not fit on this GPU"}
             yield from _repeats(row | {"kind": "length"} | unfit, result)
-        elif limits:  # a file of one limit alone did not use to repeat it
-            limit = result.get("limit_gib", limits if isinstance(limits, float) else limits[0])
+        elif limit := result.get("limit_gib"):
             ended = f"{name} within {limit:g} GiB: no longer sequence than {o.get('up_to', 0):,} tokens was tried."
             card = next((card for card in CARDS if limit <= card), limit)
-            yield row | {"kind": "longest", "limit_gib": limit, "card": card, "notes": (ended,) if "ended_by" in result else ()}
+            yield row | {"kind": "longest", "card": card, "notes": (ended,) if "ended_by" in result else ()}
         elif "step_seconds" not in result:
             if not o.get("profile"):
                 yield row | {"kind": "step", "error": result.get("error", "no result")}
@@ -391,13 +387,10 @@ class Paper(NamedTuple):
 
 def read_paper(path: Path) -> Paper:
     """Read results/paper.json; `figures` gets a column `text`: value, spread as it was printed, and status. Raises
-    UserError: it is missing or broken."""
-    try:
-        contents = read_json(path)
-        figures = pd.DataFrame(contents["figures"]).astype({"value": float})
-        return Paper(figures.assign(text=[_published(figure) for figure in figures.itertuples()]), contents["known_weaknesses"])
-    except (UserError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is missing or broken ({error}): restore it with git checkout") from error
+    UserError: it is missing, or no JSON."""
+    contents = read_json(path)
+    figures = pd.DataFrame(contents["figures"]).astype({"value": float})
+    return Paper(figures.assign(text=[_published(figure) for figure in figures.itertuples()]), contents["known_weaknesses"])
 
 
 def beside_published(frame: pd.DataFrame, paper: Paper) -> pd.DataFrame:

@@ -14,9 +14,6 @@ from transformers import HfArgumentParser
 
 from ..errors import UserError
 
-#: The largest seed that NumPy takes.
-LARGEST_SEED = 2**32 - 1
-
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The description as it was written, and each option's default where there is one."""

@@ -85,7 +85,7 @@ def stream_apart(command: Sequence[str], environment: dict[str, str]) -> Iterato
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
-            for line in process.stdout or ():
+            for line in process.stdout:
                 if line.startswith("{"):
                     yield json.loads(line)
             code = process.wait()

@@ -14,6 +14,7 @@ import torch
 from transformers import set_seed as seed_everything  # noqa: F401  the scripts take it from here
 
 from ..errors import UserError
+from .options import processes
 
 
 def select_device(name: str) -> torch.device:
@@ -47,7 +48,7 @@ def select_device(name: str) -> torch.device:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_precision(asked: str, device: torch.device, on_gpu: str = "bf16", option: str = "precision") -> str:
+def choose_precision(asked: str, device: torch.device, on_gpu: str, option: str) -> str:
     """What "auto" means on this device: fp32 on a CPU; `on_gpu` on a GPU, or fp16 where it has no bf16. Raises
     UserError: fp16 on a CPU, or bf16 on a GPU without it."""
     on_cpu = device.type == "cpu"
@@ -102,8 +103,7 @@ def describe_device(device: torch.device) -> dict:
     """The record's `device`: kind, name, count (GPUs in use, or cores open to this process) and total memory in bytes."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        count = int(os.environ.get("WORLD_SIZE", 1))
-        name, memory = properties.name, properties.total_memory
+        name, memory, count = properties.name, properties.total_memory, processes()
     else:
         has_affinity = hasattr(psutil.Process, "cpu_affinity")
         count = len(psutil.Process().cpu_affinity()) if has_affinity else os.cpu_count()

@@ -76,7 +76,7 @@ class MemoryMeter:
 class Throughput:
     """Counts examples and real (non-padding) tokens over the time in which steps ran.
 
-    Use `start()`, then `step(examples, tokens)` after each optimizer step, then `stop()`; wrap evaluations in
+    Use `start()`, then `step(examples)` after each optimizer step, then `stop()`; wrap evaluations in
     `left_out()`. The device is synchronised only there, so metering does not slow the run.
     """
 
@@ -89,11 +89,6 @@ class Throughput:
         self._started: float | None = None
         self._last = 0.0
 
-    @property
-    def tokens(self) -> int:
-        """Real tokens so far."""
-        return int(self._tokens)
-
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -102,15 +97,15 @@ class Throughput:
     def start(self) -> None:
         self._started = self._last = self._now()
 
-    def step(self, examples: int = 0, tokens: int | torch.Tensor = 0) -> None:
-        """Note the end of an optimizer step; `tokens` may be a tensor on the device, read only at the end."""
+    def step(self, examples: int = 0) -> None:
+        """Note the end of an optimizer step."""
         now = time.perf_counter()
         self._steps.append(now - self._last)
         self._last = now
-        self.add(examples, tokens)
+        self.add(examples)
 
     def add(self, examples: int, tokens: int | torch.Tensor = 0) -> None:
-        """Count a batch that is not a step of its own (gradient accumulation)."""
+        """Count a batch, which need not be a step of its own; `tokens` may be a tensor on the device, read only at the end."""
         self.examples += examples
         self._tokens = self._tokens + tokens
 
@@ -130,13 +125,13 @@ class Throughput:
 
     def summary(self) -> dict:
         """The record's `time`; rates are None when nothing was counted."""
-        rate = 1 / self.seconds if self.seconds else None
+        rate, tokens = 1 / self.seconds if self.seconds else None, int(self._tokens)
         return {
             "train_seconds": self.seconds,
             "steps": len(self._steps),
             "median_step_seconds": statistics.median(self._steps) if self._steps else None,
             "examples_per_second": self.examples * rate if rate and self.examples else None,
-            "tokens_per_second": self.tokens * rate if rate and self.tokens else None,
+            "tokens_per_second": tokens * rate if rate and tokens else None,
             "examples": self.examples,
-            "real_tokens": self.tokens,
+            "real_tokens": tokens,
         }

@@ -18,14 +18,12 @@ from peft_control import ControlConfig, Fp8Linear
 
 from ..errors import UserError
 from .checksums import local_fingerprint
-from .options import AdapterOptions, check_method, public_id
+from .options import AdapterOptions, public_id
 from .quantization import quantization_of
 
 
-def adapter_config(
-    options: AdapterOptions, *, targets: Sequence[str] = (), bias: bool = False, **settings
-) -> PeftConfig | None:
-    """The peft configuration of a method, or None for "probe", which has no adapter.
+def adapter_config(options: AdapterOptions, *, targets: Sequence[str] = (), bias: bool = False, **settings) -> PeftConfig:
+    """The peft configuration of a method that has an adapter.
 
     "double control" takes attention and mlp whatever `control_blocks` says; all others take `control_blocks`.
 
@@ -34,17 +32,13 @@ def adapter_config(
         bias: whether the control has biases.
         settings: what every configuration of peft has, such as `task_type` and `modules_to_save`.
 
-    Raises UserError: unknown method, or a rank, dropout, block or target list that cannot be.
+    Raises UserError: a rank, dropout or block that cannot be.
     """
-    method = check_method(options.method)
-    if method == "probe":
-        return None
+    method = options.method
     if method == "shadow":
         return ShadowConfig(**settings, r=options.lora_rank)
     if any(name in method for name in ("lora", "dora", "miss")):
         targets = list(options.lora_targets or targets)
-        if not targets:
-            raise UserError(f"{method} needs the names of its target modules, such as query and value")
         if method == "miss":
             rank, dropout = options.lora_rank, options.lora_dropout
             return MissConfig(**settings, r=rank, miss_dropout=dropout, target_modules=targets)

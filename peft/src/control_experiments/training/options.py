@@ -19,7 +19,7 @@ from transformers.hf_argparser import HfArg
 
 from ..errors import UserError
 from ..paths import SEARCH_FOLDER, public_path
-from .arguments import LARGEST_SEED, check_numbers
+from .arguments import check_numbers
 from .checksums import local_fingerprint
 
 #: Every method by the name that launchers take, and what it is.
@@ -87,7 +87,7 @@ class RunOptions(_Group):
         super().check()
         if self.output_dir == "":  # as a path it is the current folder
             raise UserError("the output folder's name is empty: give one")
-        check_numbers(self, "seed", at_least=0, at_most=LARGEST_SEED)
+        check_numbers(self, "seed", at_least=0, at_most=2**32 - 1)  # NumPy's largest
         check_numbers(self, "workers", at_least=0)
 
     @property
@@ -202,7 +202,8 @@ class MemoryOptions(_Group):
 
 @dataclass(kw_only=True)
 class BaseOptions(_Group):
-    """How the frozen weights are stored. `accelerate launch --use_fsdp --fsdp_version 2` asks for --shard fsdp2 too."""
+    """How the frozen weights are stored, beside the run's, the adapter's and the memory's options. `accelerate launch --use_fsdp
+    --fsdp_version 2` asks for --shard fsdp2 too."""
 
     quantization: Quantization = HfArg(default="none", help=QUANTIZATION_HELP)
     shard: Literal["ddp", "fsdp2"] = HfArg(
@@ -225,9 +226,9 @@ class BaseOptions(_Group):
             self.shard = "fsdp2"
         if self.shard == "fsdp2" and self.quantization not in ("none", "fp8"):
             raise UserError(f"--quantization {self.quantization} cannot be sharded: choose fp8, or --shard ddp")
-        if self.shard == "fsdp2" and getattr(self, "cuda_graphs", False):
+        if self.shard == "fsdp2" and self.cuda_graphs:
             raise UserError("--cuda_graphs cannot replay the gathering of shards: leave it out, or choose --shard ddp")
-        check_method_runs(getattr(self, "method", ""), self.quantization, getattr(self, "device", "0"))
+        check_method_runs(self.method, self.quantization, self.device)
 
 
 @dataclass(kw_only=True)
@@ -269,11 +270,10 @@ class TrainerOptions(TrainingOptions):
         check_numbers(self, "weight_decay", "eval_steps", at_least=0)
 
 
-def check_method(method: str, known: tuple[str, ...] = tuple(METHODS)) -> str:
-    """Return `method` if it is one of `known`. Raises UserError: it is not; the message lists those that are."""
-    if method in known:
-        return method
-    raise UserError(f"unknown method {method!r}: choose one of {', '.join(known)}")
+def check_method(method: str, known: tuple[str, ...]) -> None:
+    """Raise UserError for a method that is none of `known`; the message lists them."""
+    if method not in known:
+        raise UserError(f"unknown method {method!r}: choose one of {', '.join(known)}")
 
 
 def check_streaming(options: object) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,15 @@ from pathlib import Path
 from ..errors import Interrupted, UserError
 from ..record import read_json, write_json_atomic
 from . import checkpoints
+from .options import processes
 
+#: How gloo, NCCL and torch's store say that another process is gone. Their other errors (two processes on one GPU, a tensor
+#: that is not contiguous) are ours, and keep their traceback.
+_GONE = re.compile(
+    r"connection (was likely )?(closed|reset|refused)|broken pipe|remote process exited|ncclRemoteError"
+    r"|timed out (waiting|after|in)|wait timeout|communicator was aborted",
+    re.IGNORECASE,
+)
 #: What an option says that is not used; None is left out of `run.json`'s comparison by itself.
 _NOT_USED = (False, "none", "plain")
 
@@ -25,7 +34,8 @@ class RunFolder:
 
     Layout: `record.json` (written last), `run.json` (what the run is), `adapter/`, `checkpoints/`, `run.log`, `.lock`.
     A process that dies lets go of the lock by itself. In a distributed run the process of rank 0 holds it for all.
-    As a context it also says what a full disk or an interruption left behind, and how to go on (`go_on`).
+    As a context it also says what an interruption, a full disk or the loss of another process left behind, and how to go on
+    (`go_on`).
     Raises UserError: another process holds the folder, or the path is no folder that can be written.
     """
 
@@ -65,6 +75,9 @@ class RunFolder:
                 f"the disk of {self.path} is full ({shutil.disk_usage(self.path.parent).free / 2**20:.0f} MiB free); "
                 f"{kept}: make room, then {self.go_on} to go on"
             ) from error
+        if processes() > 1 and isinstance(error, RuntimeError) and _GONE.search(str(error)):
+            gone = "another process of this run died or cannot be reached (see above)"
+            raise UserError(f"{gone}; {kept}: {self.go_on} to go on") from error
 
     def close(self) -> None:
         """Let go of the lock; a folder in which nothing was written but its claim goes away, and those above it that it made."""

@@ -159,10 +159,6 @@ class Study(ABC):
     def train(self, cell: Cell, run: object) -> None:
         """Train and evaluate the run that `plan` made. Raises Diverged: its loss is not finite."""
 
-    def score(self, record: Path) -> float:
-        """The last score that a run's last record states."""
-        return read_record(record).metrics["last"][self.metric]
-
     def records(self, cell: Cell) -> list[Path]:
         """The records that a finished run has left, the one with its score last."""
         return [self.folder(cell) / "record.json"]
@@ -242,7 +238,7 @@ class Study(ABC):
                 for name in ("model", "data"):  # None where nothing is there, as of a hub id
                     if None not in (old := before.get(f"{name}_sha256"), new := now.get(f"{name}_sha256")) and old != new:
                         raise UserError(f"{self.folder(cell)} had other contents of --{name}: {again}")
-        self._scores[cell] = self.score(records[-1])
+        self._scores[cell] = read_record(records[-1]).metrics["last"][self.metric]
         return True
 
     def diverged(self, cell: Cell) -> bool:
@@ -250,11 +246,6 @@ class Study(ABC):
         return self.lock(cell).is_file() and self.lock(cell).stat().st_size > 0
 
     # -- doing it ---------------------------------------------------------------------------------------------
-
-    def show(self) -> None:
-        """Print what the next runs are."""
-        for cell in self.left():
-            print(self.command(cell))
 
     def run(self) -> None:
         """Work until nothing is left, or the time is up. Raises UserError: runs failed or diverged, or a finished run has other
@@ -366,7 +357,9 @@ def run_study(study: type[Study], options: type[StudyOptions], description: str 
     asked = study(given)
     asked.check()
     if given.dry_run:
-        return asked.show()
+        for cell in asked.left():
+            print(asked.command(cell))
+        return
     import torch  # for which --help and a wrong option do not wait
 
     from .device import select_device

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..errors import Interrupted, StopRequest, UserError, lost_peer
+from ..errors import Interrupted, StopRequest, UserError
 from ..record import read_json, write_json_atomic
 from .checkpoints import begin, keep_newest, last_good, publish
 from .losses import LossWatch, check_parameters
@@ -157,15 +157,12 @@ class ExperimentTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """As the Trainer's. Raises Interrupted: a signal asked the run to end; its checkpoint is written;
-        UserError: the loss is NaN or infinite, another process of the run died, or Weights & Biases refuses."""
+        UserError: the loss is NaN or infinite, or Weights & Biases refuses."""
         self._resumed_from = resume_from_checkpoint
         try:
             with self._stop:
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except Exception as error:
-            if lost_peer(error):
-                gone = "another process of this run died or cannot be reached (see above)"
-                raise UserError(f"{gone}; {self.kept()}: start the run again with --resume") from error
             if type(error).__module__.startswith("wandb."):
                 told = f"--report_to wandb: {error}"
                 raise UserError(f"{told} (WANDB_MODE=offline needs no account)") from error
@@ -220,12 +217,12 @@ class ExperimentTrainer(Trainer):
                 # saving would do so in the process that saves alone, and then it alone would gather again
                 self.model.reshard()
             try:
-                self._meet()
+                self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)  # to where `_get_output_dir` says
                 best = self._find_best_checkpoint()
                 loss = float(self.accelerator.gather(self._tr_loss.reshape(1)).mean())
                 progress = {"loss_since_log": loss, "last_logged": self._globalstep_last_logged}
-                self._meet()
+                self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     written = self._aside / place.name
                     write_json_atomic(written / _PROGRESS, progress)
@@ -237,7 +234,7 @@ class ExperimentTrainer(Trainer):
                 if self.args.should_save:
                     shutil.rmtree(self._aside, ignore_errors=True)
                 self._aside = None
-            self._meet()
+            self.accelerator.wait_for_everyone()
 
     def restore_progress(self) -> None:
         """Take up the loss since the last entry in the log, and find the best checkpoint again if the folder moved."""
@@ -252,10 +249,6 @@ class ExperimentTrainer(Trainer):
         best = None if step is None else Path(self.args.output_dir) / f"checkpoint-{step}"
         self.state.best_model_checkpoint = None if best is None else str(best)
         return best
-
-    def _meet(self) -> None:
-        if self.args.world_size > 1:
-            dist.barrier()
 
     def _move_model_to_device(self, model, device) -> None:
         if not is_sharded(model):  # shards are where they belong, and may refuse to be moved
