@@ -214,7 +214,7 @@ def check_positions(model: PeftModel, tokens: int, options: Options) -> None:
     if getattr(config, "rope_parameters", None) is None:
         raise UserError(f"{told} and has no more positions: choose --cutoff {most} or less")
     if os.environ.get("RANK", "0") == "0":
-        kind = (config.rope_parameters or {}).get("rope_type", "default")
+        kind = config.rope_parameters.get("rope_type", "default")
         print(f"note: {told}; its positions stay as its config.json scales them ({kind})", file=sys.stderr)
 
 
