@@ -235,8 +235,8 @@ def held_out_batches(rows: Sequence[TokenRow], options: Options, pad_token_id: i
     if options.batching == "packed":
         return packing.packed_step(rows, len(rows), options.budget)
     batches = packing.padded_step(rows, options.micro_batch_size, pad_token_id)
-    tokens = max(1, sum(row.targets for row in rows))
-    return [replace(batch, divisor=torch.tensor(float(tokens))) for batch in batches]
+    divisor = torch.tensor(float(sum(row.targets for row in rows)))
+    return [replace(batch, divisor=divisor) for batch in batches]
 
 
 class CommonsenseTrainer(ExperimentTrainer):
