@@ -113,7 +113,7 @@ class OnDemand:
             yield images, torch.tensor(labels)
 
 
-def read(source, keep: str = "auto", workers: int = 8) -> Decoded | OnDemand:
+def read(source, keep: str, workers: int) -> Decoded | OnDemand:
     """Decode a whole source, or leave it to be decoded on demand when it is too large for the host's memory.
     Raises UserError: images that cannot be read, by name."""
     if keep == "auto":  # by 16 images spread over the source
@@ -202,7 +202,7 @@ def _images(folder: Path) -> list[Path]:
     return sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.name[0] != "." and file.is_file())
 
 
-def read_folder(folder: str, workers: int = 8) -> tuple[list[Path], Decoded]:
+def read_folder(folder: str, workers: int) -> tuple[list[Path], Decoded]:
     """All images below a folder: their paths, and their pixels with labels that say nothing. Raises UserError: no folder, no
     image in it, or images that cannot be read."""
     root = Path(folder)
