@@ -38,12 +38,13 @@ _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", 
 
 
 def _source(model: str) -> tuple[str, dict]:
-    """Where from_pretrained finds a model, and its further arguments. Raises UserError: a path that does not exist."""
-    path = Path(model).expanduser()
+    """Where from_pretrained finds a model, a folder from anywhere, and its further arguments. Raises UserError: a path that does
+    not exist."""
+    path = Path(model)
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        return str(path), {}
+        return str(path.resolve()), {}
     if path.is_absolute() or path.suffix == ".gguf" or model.startswith((".", "~")) or model.count("/") > 1:
         raise UserError(f"there is no model at {model}")
     return model, {}
@@ -115,10 +116,7 @@ def load_model(
             if hasattr(owner, kept):
                 delattr(owner, kept)
         base.is_quantized = False
-    # what the adapter notes as its base: a folder as it is found from anywhere
-    folder = Path(name).expanduser()
-    place = str(folder.resolve()) if folder.is_dir() and not extra else model
-    base.config._name_or_path = base.name_or_path = place
+    base.config._name_or_path = base.name_or_path = model if extra else name  # what the adapter notes as its base
     return prepare(base).eval()
 
 
@@ -144,7 +142,7 @@ def choose_pad_token(tokenizer: Tokenizer, embeddings: int) -> None:
 def add_adapter(base: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """The base with a new adapter, whose parameters are float32. Raises UserError: the architecture has no such
     blocks or target modules."""
-    for target in config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else ():
+    for target in config.target_modules or ():
         if not any(f".{name}".endswith(f".{target}") for name, _ in base.named_modules()):
             raise UserError(f"{type(base).__name__} has no module {target!r} for LoRA")
     try:

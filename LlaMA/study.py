@@ -2,9 +2,8 @@
 
     python -m LlaMA.study --model MODEL --data commonsense_51k.json --tests FOLDER_OF_TEST_SETS --grid 3e-4 1e-3
 
-`run_study.sh` calls it with the recipe. Every option of finetune.py that decides an outcome is one here. With --grid a search
-comes first: runs for each method and learning rate, scored by likelihood on training questions that are held out for it; no test
-set is looked at. The same command on several GPUs shares the runs out, and goes on where one was interrupted
+`run_study.sh` calls it with the recipe. Every option of finetune.py that decides an outcome is one here. A search's runs are scored
+by likelihood. The same command on several GPUs shares the runs out, and goes on where one was interrupted
 (`control_experiments.training.study`).
 """
 

@@ -19,12 +19,6 @@ from control_experiments.errors import UserError
 from LlaMA.commonsense import Row, TokenRow, read_rows, text_fields, token_row, tokenize_rows
 
 
-class Text(NamedTuple):
-    """A document; every token of it is learned."""
-
-    text: str
-
-
 class Chat(NamedTuple):
     """Turns as objects of "role" and "content"; the assistant's are learned. `where` is file and line."""
 
@@ -32,8 +26,8 @@ class Chat(NamedTuple):
     where: str
 
 
-def read_data(path: str | Path) -> list[Row] | list[Text | Chat | Row]:
-    """What a file holds.
+def read_data(path: str | Path) -> list[Row] | list[str | Chat | Row]:
+    """What a file holds; a text is a plain string.
 
     - a `.json` list: commonsense questions, as `read_rows` checks them;
     - `.jsonl`, a row in each line: "messages", "text", or "instruction" and "output" (and "input");
@@ -66,11 +60,11 @@ def _read(file: Path) -> str:
         raise UserError(f"{file} is no text in UTF-8: {error}") from error
 
 
-def _text(file: Path) -> Text:
-    return Text(**text_fields({"text": _read(file)}, ["text"], str(file)))
+def _text(file: Path) -> str:
+    return text_fields({"text": _read(file)}, ["text"], str(file))["text"]
 
 
-def _row(line: str, where: str) -> Text | Chat | Row:
+def _row(line: str, where: str) -> str | Chat | Row:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -79,7 +73,7 @@ def _row(line: str, where: str) -> Text | Chat | Row:
     if "messages" in found:
         return Chat(_turns(found["messages"], where), where)
     if "text" in found:
-        return Text(**text_fields(found, ["text"], where))
+        return text_fields(found, ["text"], where)["text"]
     if "instruction" not in found:
         kinds = "messages (a list of role and content), text, or instruction and output"
         raise UserError(f"{where}: must be an object with {kinds}")
@@ -101,7 +95,7 @@ def _turns(messages: object, where: str) -> list[dict[str, str]]:
 
 
 def tokenize_data(
-    data: Sequence[Text | Chat | Row], tokenizer: PreTrainedTokenizerBase, cutoff: int, *, response_only: bool = False
+    data: Sequence[str | Chat | Row], tokenizer: PreTrainedTokenizerBase, cutoff: int, *, response_only: bool = False
 ) -> list[TokenRow]:
     """Rows of at most `cutoff` tokens. `response_only` is about instructions, see `tokenize_rows`.
 
@@ -111,18 +105,18 @@ def tokenize_data(
     for kind, alike in groupby(data, type):
         if kind is Row:
             rows += tokenize_rows(list(alike), tokenizer, cutoff, response_only=response_only)
-        elif kind is Text:
+        elif kind is str:
             rows += (row for text in alike for row in _split(text, tokenizer, cutoff))
         else:
             rows += (_tokenize_chat(chat, tokenizer, cutoff) for chat in alike)
     return rows
 
 
-def _split(text: Text, tokenizer: PreTrainedTokenizerBase, cutoff: int) -> list[TokenRow]:
+def _split(text: str, tokenizer: PreTrainedTokenizerBase, cutoff: int) -> list[TokenRow]:
     """The text's tokens and the end-of-sequence token in rows of `cutoff`; a last row of one token has nothing to predict."""
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token, so texts could never end")
-    ids = array("i", tokenizer(text.text, verbose=False)["input_ids"])
+    ids = array("i", tokenizer(text, verbose=False)["input_ids"])
     if ids[-1:] != array("i", [tokenizer.eos_token_id]):
         ids.append(tokenizer.eos_token_id)
     pieces = [ids[start : start + cutoff] for start in range(0, len(ids), cutoff)]

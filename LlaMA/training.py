@@ -214,7 +214,7 @@ def check_positions(model: PeftModel, tokens: int, options: Options) -> None:
     if getattr(config, "rope_parameters", None) is None:
         raise UserError(f"{told} and has no more positions: choose --cutoff {most} or less")
     if os.environ.get("RANK", "0") == "0":
-        kind = (config.rope_parameters or {}).get("rope_type", "default")
+        kind = config.rope_parameters.get("rope_type", "default")
         print(f"note: {told}; its positions stay as its config.json scales them ({kind})", file=sys.stderr)
 
 
@@ -235,8 +235,8 @@ def held_out_batches(rows: Sequence[TokenRow], options: Options, pad_token_id: i
     if options.batching == "packed":
         return packing.packed_step(rows, len(rows), options.budget)
     batches = packing.padded_step(rows, options.micro_batch_size, pad_token_id)
-    tokens = max(1, sum(row.targets for row in rows))
-    return [replace(batch, divisor=torch.tensor(float(tokens))) for batch in batches]
+    divisor = torch.tensor(float(sum(row.targets for row in rows)))
+    return [replace(batch, divisor=divisor) for batch in batches]
 
 
 class CommonsenseTrainer(ExperimentTrainer):

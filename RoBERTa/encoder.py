@@ -86,8 +86,7 @@ def add_adapter(model: PreTrainedModel, options: Options) -> PeftModel:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        named = getattr(config, "target_modules", None)
-        asked = f" (target modules asked for: {', '.join(targets)})" if named else ""
+        asked = f" (target modules asked for: {', '.join(targets)})" if config.target_modules else ""
         raise UserError(f"{options.method} on {options.model}: {error}{asked}") from error
 
 

@@ -1,19 +1,14 @@
 #!/usr/bin/env bash
 # Fine-tune an encoder on a GLUE task; the variables below are the paper's recipe for RoBERTa-base.
+#   bash RoBERTa/run_roberta.sh METHOD TASK [EPOCHS] [LR] [GPU] [options of finetune.py ...]
+#     METHOD  control | lora | dora | "double control" | control+lora | control+dora
+#     TASK    cola | mnli | mrpc | qnli | qqp | rte | sst2 | stsb | wnli | demo (made on the spot, not GLUE)
+#     EPOCHS  default 80
+#     LR      default 3e-4
+#     GPU     index of a GPU, or cpu; default 0
+# MODEL=... and DATA=... name a model and a data folder instead of the hub's; SEED=... the seed (default 42).
+# All options: python -m RoBERTa.finetune --help
 set -euo pipefail
-
-usage() {
-    cat <<USAGE
-usage: bash RoBERTa/run_roberta.sh METHOD TASK [EPOCHS] [LR] [GPU] [options of finetune.py ...]
-  METHOD  control | lora | dora | "double control" | control+lora | control+dora
-  TASK    cola | mnli | mrpc | qnli | qqp | rte | sst2 | stsb | wnli | demo (made on the spot, not GLUE)
-  EPOCHS  default 80
-  LR      default 3e-4
-  GPU     index of a GPU, or cpu; default 0
-MODEL=... and DATA=... name a model and a data folder instead of the hub's; SEED=... the seed (default 42).
-All options: python -m RoBERTa.finetune --help
-USAGE
-}
 
 MODEL=${MODEL:-roberta-base}
 DATA=${DATA:-}
@@ -31,7 +26,7 @@ PRECISION=${PRECISION:-auto}   # bf16 or else fp16 on a GPU, fp32 on a CPU
 EVAL_STEPS=${EVAL_STEPS:-0}    # 0: after each epoch; the paper: 50
 
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
-    usage
+    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
 fi
 if (($# < 2)); then

@@ -2,10 +2,8 @@
 
     python -m RoBERTa.study --tasks cola rte --epochs cola=10 rte=20 --model MODEL --data GLUE --grid 3e-4 1e-3 3e-3
 
-`run_study.sh` calls it with the recipe. Every option of finetune.py that decides an outcome is one here. With --grid a search
-comes first: runs for each task, method and learning rate, scored on a part of the training rows that is held out for it; no dev
-set is looked at. The same command on several GPUs shares the runs out, and goes on where one was interrupted
-(`control_experiments.training.study`).
+`run_study.sh` calls it with the recipe. Every option of finetune.py that decides an outcome is one here. The same command on
+several GPUs shares the runs out, and goes on where one was interrupted (`control_experiments.training.study`).
 """
 
 from __future__ import annotations

@@ -93,7 +93,6 @@ def render(images: torch.Tensor | Sequence[torch.Tensor], views: Views, size: in
     Images of one size come as a `(B, 3, H, W)` tensor, others as a list of `(3, H, W)` tensors, of which only the
     boxes travel, in padded chunks of at most `CHUNK_VALUES` values.
     """
-    device = torch.device(device)
     if isinstance(images, torch.Tensor):
         return _resample(to_device(images, device), views, size)
     result = torch.empty(len(images), 3, size, size, device=device)

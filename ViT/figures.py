@@ -39,10 +39,10 @@ def accuracy_against_memory(records: list[RunRecord]) -> Figure:
     rows = pd.DataFrame(
         {"row": r.method, "seed": r.seed, "task": r.task, "last": r.metrics["last"]["test_accuracy"],
          "peak": r.memory.get("peak_allocated_bytes") or r.memory.get("peak_resident_bytes")} for r in records
-    ).dropna()  # fmt: skip
+    )  # fmt: skip
     tasks = list(dict.fromkeys(rows.task))
-    figure = Figure(figsize=(5 * max(len(tasks), 1), 4), layout="constrained")
-    for axes, task in zip(figure.subplots(1, max(len(tasks), 1), squeeze=False)[0], tasks):
+    figure = Figure(figsize=(5 * len(tasks), 4), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
         pictures.scores_against_memory(rows[rows.task == task], f"{task} ({records[0].memory['kind']})", axes)
     return figure
 

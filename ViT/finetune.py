@@ -105,7 +105,7 @@ class RecipeOptions(shared.AdapterOptions, shared.MemoryOptions, shared.Training
             self.crop = 1.0 if tiny else 224 / 256
         self.augment = self.augment or ("none" if tiny else "published")
         super().check()
-        if self.data not in (*HUB, "digits") and not Path(self.data).expanduser().exists():
+        if self.data not in (*HUB, "digits") and not Path(self.data).exists():
             known = f"{', '.join(HUB)}, digits, an .npz, a tar or a folder of class folders"
             raise UserError(f"no data {self.data!r}: give one of {known}")
         check_model(self.model)

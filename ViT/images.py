@@ -113,7 +113,7 @@ class OnDemand:
             yield images, torch.tensor(labels)
 
 
-def read(source, keep: str = "auto", workers: int = 8) -> Decoded | OnDemand:
+def read(source, keep: str, workers: int) -> Decoded | OnDemand:
     """Decode a whole source, or leave it to be decoded on demand when it is too large for the host's memory.
     Raises UserError: images that cannot be read, by name."""
     if keep == "auto":  # by 16 images spread over the source
@@ -187,7 +187,7 @@ def load_data(name: str, *, root: str = "data", keep: str = "auto", workers: int
         return load_digits_data()
     if name in HUB:
         return _torchvision(name, root, keep, workers)
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.suffix == ".npz":
         return _npz(path)
     identity = {"id": path.name, "sha256": fingerprint(path)}
@@ -202,10 +202,10 @@ def _images(folder: Path) -> list[Path]:
     return sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.name[0] != "." and file.is_file())
 
 
-def read_folder(folder: str, workers: int = 8) -> tuple[list[Path], Decoded]:
+def read_folder(folder: str, workers: int) -> tuple[list[Path], Decoded]:
     """All images below a folder: their paths, and their pixels with labels that say nothing. Raises UserError: no folder, no
     image in it, or images that cannot be read."""
-    root = Path(folder).expanduser()
+    root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{folder} is no folder of images")
     paths = _images(root)
@@ -305,15 +305,14 @@ def load_digits_data(first: int = 5, last: int = 9) -> ImageData:
 
 
 def _torchvision(name: str, root: str, keep: str, workers: int) -> ImageData:
-    folder = os.path.expanduser(root)
-    fetch = {"root": folder, "download": True}
+    fetch = {"root": root, "download": True}
     makers = {
         "cifar100": lambda split: datasets.CIFAR100(**fetch, train=split == "train"),
         "svhn": lambda split: datasets.SVHN(**fetch, split=split),
         "food101": lambda split: datasets.Food101(**fetch, split=split),
         "flowers102": lambda split: datasets.Flowers102(**fetch, split=split),
         # not free to download: torchvision wants its tar files in the folder and says so
-        "imagenet": lambda split: datasets.ImageNet(folder, split=split.replace("test", "val")),
+        "imagenet": lambda split: datasets.ImageNet(root, split=split.replace("test", "val")),
     }
     try:
         first, test = (makers[name](split) for split in ("train", "test"))

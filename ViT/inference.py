@@ -71,7 +71,7 @@ def classify_folder(options: Options) -> None:
     with trained(options, options.adapter) as (step, description, _):
         paths, unknown = read_folder(options.predict, options.workers)
         logits, _ = test_logits(step, unknown, options)
-        names = [path.relative_to(Path(options.predict).expanduser()).as_posix() for path in paths]
+        names = [path.relative_to(options.predict).as_posix() for path in paths]
         write_predictions(Path(options.output), "file", names, logits, description.classes)
         print(f"{len(paths)} images classified in {options.output}")
 

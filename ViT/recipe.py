@@ -169,11 +169,6 @@ def fit(
     def check() -> None:
         watch.check(per_epoch, last_good(checkpoints))
 
-    def save() -> None:
-        check()
-        check_parameters(trained.values(), done, last_good(checkpoints))
-        save_checkpoint(checkpoints, done, trained, parts, history, losses)
-
     def before_step() -> None:
         torch.manual_seed(seed_of(options.seed, *divmod(done, per_epoch)))  # dropout's
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -208,7 +203,9 @@ def fit(
                 reached = f"training loss {row['train_loss']:.4f}, {options.scored} accuracy {row['test_accuracy']:.2f} %"
                 logger.info("%s", f"epoch {epoch + 1}, step {done} of {total}: {reached}")
                 bar.set_postfix(loss=f"{row['train_loss']:.3f}", accuracy=f"{row['test_accuracy']:.2f}")
-            save()
+            check()
+            check_parameters(trained.values(), done, last_good(checkpoints))
+            save_checkpoint(checkpoints, done, trained, parts, history, losses)
             if stop.number is not None:
                 raise Interrupted(stop.number)
     return history, clock, outcome

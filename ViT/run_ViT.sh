@@ -45,10 +45,8 @@ shift 2
 
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/interpreter.sh"
 check_recipe "$RECIPE"
-command=("$PYTHON" -m ViT.finetune --method "$method" --device "$gpu" --model "$MODEL" --data "$DATA"
-    --optimizer "$OPTIMIZER" --epochs "$EPOCHS" --lr "$LR" --lr_decay "$LR_DECAY" --warmup_steps "$WARMUP_STEPS"
-    --weight_decay "$WEIGHT_DECAY" --batch_size "$BATCH" --mlp_layers "$MLP_LAYERS" --attention "$ATTENTION"
-    --control_rank "$CONTROL_RANK" --lora_rank "$LORA_RANK" --lora_alpha "$LORA_ALPHA"
-    ${ARCHITECTURE:+--architecture "$ARCHITECTURE"})
-echo "$method on $DATA with $MODEL, $RECIPE recipe, device $gpu: ${command[*]:1} $*"
-exec "${command[@]}" "$@"
+run_command "$PYTHON" -m ViT.finetune --method "$method" --device "$gpu" --model "$MODEL" --data "$DATA" \
+    --optimizer "$OPTIMIZER" --epochs "$EPOCHS" --lr "$LR" --lr_decay "$LR_DECAY" --warmup_steps "$WARMUP_STEPS" \
+    --weight_decay "$WEIGHT_DECAY" --batch_size "$BATCH" --mlp_layers "$MLP_LAYERS" --attention "$ATTENTION" \
+    --control_rank "$CONTROL_RANK" --lora_rank "$LORA_RANK" --lora_alpha "$LORA_ALPHA" \
+    ${ARCHITECTURE:+--architecture "$ARCHITECTURE"} "$@"

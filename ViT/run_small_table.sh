@@ -52,9 +52,8 @@ else
     words DATA data
 fi
 words METHODS methods
-echo "$METHODS on ${data[*]} with $MODEL, seeds $SEEDS, $EPOCHS epochs, learning rate ${GRID:-$LR}, device $gpu"
 # shellcheck disable=SC2086  # the lists are meant to be split
-exec "$PYTHON" -m ViT.small_table --device "$gpu" --model "$MODEL" --architecture "$ARCHITECTURE" --data "${data[@]}" \
+run_command "$PYTHON" -m ViT.small_table --device "$gpu" --model "$MODEL" --architecture "$ARCHITECTURE" --data "${data[@]}" \
     --methods "${methods[@]}" --seeds $SEEDS --epochs "$EPOCHS" --lr "$LR" ${GRID:+--grid $GRID} --growth "$GROWTH" \
     --optimizer "$OPTIMIZER" --warmup_steps "$WARMUP_STEPS" --weight_decay "$WEIGHT_DECAY" --image_size "$IMAGE_SIZE" \
     ${OUT:+--output_dir "$OUT"} "$@"

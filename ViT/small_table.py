@@ -4,9 +4,8 @@
     python -m ViT.small_table --data DATA --model MODEL --grid 5e-4 1e-3 2e-3 5e-3 2e-2 --methods lora --search_only
 
 `run_small_table.sh` calls it with the recipe. Every option of finetune.py that decides a run's outcome is one here. Images and
-frozen models stay in memory from run to run. With --grid a search comes first: runs for each data set, method and learning
-rate, scored on a part of the training images that is held out for it; no test image is looked at. The same command on several
-GPUs shares the runs out, and goes on where one was interrupted (`control_experiments.training.study`).
+frozen models stay in memory from run to run. The same command on several GPUs shares the runs out, and goes on where one was
+interrupted (`control_experiments.training.study`).
 """
 
 from __future__ import annotations

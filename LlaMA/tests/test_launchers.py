@@ -47,10 +47,10 @@ def test_processes_may_make_the_tiny_model_at_once(tmp_path, monkeypatch):
 
 @pytest.fixture
 def chosen(started):
-    """An option as a launcher (LLaMA-3's evaluation) gives it to the last program that it starts."""
+    """An option as the launcher of LLaMA-3's evaluation gives it."""
 
-    def value(option, *more, script="LlaMA/llama3_8B_Evaluate.sh", first=(4, 2, 4, "out", "cpu", "control"), **variables):
-        words = started(script, *first, *more, **variables)[-1]
+    def value(option, *more, first=(4, 2, 4, "out", "cpu", "control"), **variables):
+        words = started("LlaMA/llama3_8B_Evaluate.sh", *first, *more, **variables)[-1]
         return words[words.index(option) + 1]
 
     return value

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from control_experiments.errors import UserError
 from LlaMA.commonsense import IGNORE, Row, tokenize_rows
 from LlaMA.tests.conftest import NOUNS, training_options
-from LlaMA.texts import Chat, Text, read_data, tokenize_data
+from LlaMA.texts import Chat, read_data, tokenize_data
 
 #: ChatML, with the assistant's turns marked as transformers wants them, and without.
 MARKED = (
@@ -52,7 +52,7 @@ def test_only_what_the_assistant_says_is_learned(talking, template):
 
 def test_a_long_text_becomes_rows_that_hold_all_of_it(tokenizer):
     words = " ".join(random.Random(0).choices(NOUNS, k=500))
-    rows = tokenize_data([Text(words), Text("river")], tokenizer, cutoff=64)
+    rows = tokenize_data([words, "river"], tokenizer, cutoff=64)
     *text, short = [list(row.ids) for row in rows]
     assert [token for ids in text for token in ids] == [*tokenizer(words)["input_ids"], tokenizer.eos_token_id]
     assert {len(ids) for ids in text[:-1]} == {64} and short[-1] == tokenizer.eos_token_id
@@ -74,12 +74,12 @@ def test_every_format_is_read(tmp_path):
     (tmp_path / "folder" / "below").mkdir(parents=True)
     for name in ("b.txt", "below/a.txt", "no.md"):
         (tmp_path / "folder" / name).write_text(name)
-    assert read_data(tmp_path / "folder") == [Text("b.txt"), Text("below/a.txt")]
-    assert read_data(tmp_path / "folder" / "no.md") == [Text("no.md")]
+    assert read_data(tmp_path / "folder") == ["b.txt", "below/a.txt"]
+    assert read_data(tmp_path / "folder" / "no.md") == ["no.md"]
     rows = [{"messages": chat("a", "b")}, {"text": "c"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     first, second = read_data(tmp_path / "rows.jsonl")
-    assert (first.messages, second) == (chat("a", "b"), Text("c"))
+    assert (first.messages, second) == (chat("a", "b"), "c")
 
 
 LINE = json.dumps({"text": "a"})
